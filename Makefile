@@ -1,0 +1,65 @@
+# make demo       fine-tune the embedded model with every method and print one table
+# make test       the tests
+# make test-all   the tests with the slow ones and the notebooks
+# make lint       ruff and mypy
+#
+# Each makes and fills .venv where it is missing or stale. PYTHON= names the interpreter; without it the first
+# of the candidates below that runs, is 3.11 or newer and can make environments is taken.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint clean FORCE
+
+CANDIDATES := python3.13 python3.12 python3.11 python3 python
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+# A launcher on the PATH may name an interpreter that is not installed, so each candidate is run. The base
+# executable is what counts: `python3` of an activated environment stands for the one that it was made from.
+ifndef PYTHON
+PYTHON := $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+endif
+BASE := $(shell "$(PYTHON)" -c '$(USABLE)' >/dev/null 2>&1 && "$(PYTHON)" -c 'import sys; print(sys._base_executable)')
+
+VENV := .venv
+BIN := $(VENV)/bin
+# What the environment depends on besides pyproject.toml: the interpreter, and the folder (scripts hold its path).
+IDENTITY := $(BASE) $(shell "$(BASE)" -c 'import sys; print(*sys.version.split())' 2>/dev/null) $(CURDIR)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@sed -n 's/^# \(make .*\)/  \1/p' Makefile
+
+demo: $(VENV)/.installed-plots
+	$(BIN)/mora-jax demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed-test $(VENV)/.installed-notebook
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist
+
+# The rule that fills the environment: one stamp for each extra, stale when the environment or pyproject.toml changes.
+$(VENV)/.installed-%: $(VENV)/.interpreter pyproject.toml
+	@echo "Installing mora-jax[$*] into $(VENV); the first time takes minutes" >&2
+	@$(BIN)/python -m pip install --quiet -e '.[$*]'
+	@touch $@
+
+# Rewritten, and so newer than the stamps, only when the environment had to be made again.
+$(VENV)/.interpreter: FORCE
+	@if [ -z "$(BASE)" ]; then \
+	  echo "error: no usable Python ($(or $(PYTHON),$(CANDIDATES))): 3.11 or newer with venv and ensurepip is needed;" \
+	    "name one with make PYTHON=/path/to/python3" >&2; exit 2; fi; \
+	if [ "$$(cat $@ 2>/dev/null)" != '$(IDENTITY)' ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  echo "Making $(VENV) with $(BASE)" >&2; \
+	  rm -rf $(VENV) && "$(BASE)" -m venv $(VENV) && $(BIN)/python -m pip install --quiet --upgrade pip && \
+	  echo '$(IDENTITY)' > $@; fi
+
+FORCE:
