@@ -1,0 +1,205 @@
+"""One configuration key: its type, its range, and how a value or a piece of text becomes one of its values.
+
+A key is a dataclass field made with `key(default, doc, ...)`. The field's annotation is its type: `int`,
+`float`, `bool`, `str`, `tuple[str, ...]`, any of them `| None`, or `str | tuple[str, ...]`.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from mora_jax.errors import InputError
+
+NONE_WORDS = ("none", "null")
+BOOL_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+TEXTS = tuple[str, ...]
+TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    TEXTS: "a list of texts",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """What a key's value may be, beside its type.
+
+    Attributes:
+        doc: one sentence for people.
+        at_least: smallest value allowed.
+        at_most: largest value allowed.
+        above: values must be greater than this.
+        below: values must be less than this.
+        choices: the only values allowed.
+        extra: one more value that is allowed although the range excludes it.
+    """
+
+    doc: str
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] | None = None
+    extra: int | None = None
+
+    def admits(self, value: Any) -> bool:
+        """Says whether a value of the right type lies in the range."""
+        if self.choices is not None:
+            return value in self.choices
+        if isinstance(value, str):
+            return bool(value.strip())
+        if isinstance(value, tuple):
+            return all(part.strip() for part in value)
+        if self.extra is not None and value == self.extra:
+            return True
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def describe(self) -> str:
+        """Returns the range in words, empty when every value of the type will do."""
+        if self.choices is not None:
+            return ("one of " if len(self.choices) > 1 else "") + ", ".join(
+                str(choice) for choice in self.choices
+            )
+        named = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        words = " and ".join(f"{word} {bound}" for word, bound in named if bound is not None)
+        return words + (f", or {self.extra}" if self.extra is not None else "")
+
+
+def key(default: Any, doc: str, **limits: Any) -> Any:
+    """Declares a configuration key: a dataclass field with a default, a sentence about it and its range.
+
+    Args:
+        default: value when neither the file nor the command line sets the key.
+        doc: one sentence for people.
+        **limits: fields of `Allowed`.
+    """
+    return dataclasses.field(default=default, metadata={"allowed": Allowed(doc, **limits)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key with its full name, the types that its annotation admits, and its range."""
+
+    name: str
+    types: tuple[Any, ...]
+    default: Any
+    allowed: Allowed
+
+    @classmethod
+    def of(cls, name: str, annotation: Any, field: dataclasses.Field) -> "Key":
+        """Builds the key of a dataclass field."""
+        union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+        options = typing.get_args(annotation) if union else (annotation,)
+        return cls(name, options, field.default, field.metadata["allowed"])
+
+    @property
+    def may_be_none(self) -> bool:
+        """Whether the key can be left undecided."""
+        return type(None) in self.types
+
+    def describe(self) -> str:
+        """Returns what the key accepts, in words: "an integer, at least 1, or none"."""
+        if self.allowed.choices is not None:
+            words = self.allowed.describe()
+        else:
+            names = " or ".join(TYPE_NAMES[option] for option in self.types if option is not type(None))
+            words = ", ".join(part for part in (names, self.allowed.describe()) if part)
+        return words + (", or none" if self.may_be_none else "")
+
+    def refuse(self, value: Any, origin: str, why: str = "") -> InputError:
+        """Returns the error for a value that the key can't take."""
+        shown = repr(value) if isinstance(value, (str, numbers.Number, tuple, list)) else type(value).__name__
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        hint = nearest(value, self.allowed.choices or ()) if isinstance(value, str) else None
+        tail = f"; did you mean {hint!r}?" if hint else ""
+        return InputError(f"{origin}: {self.name} must be {self.describe()}; got {shown}{why}{tail}")
+
+    def check(self, value: Any, origin: str) -> Any:
+        """Returns `value` as one of the key's types.
+
+        Args:
+            value: what a config file or a JSON file holds.
+            origin: where it came from, for the error.
+
+        Raises:
+            InputError: on a wrong type or a value out of range.
+        """
+        typed = self._typed(value, origin)
+        if typed is not None and not self.allowed.admits(typed):
+            raise self.refuse(value, origin)
+        return typed
+
+    def parse(self, text: str, origin: str) -> Any:
+        """Returns the value that command-line text stands for; lists are comma-separated."""
+        if self.may_be_none and text.strip().lower() in NONE_WORDS:
+            return None
+        for option in self.types:
+            try:
+                if option is bool:
+                    return self.check(BOOL_WORDS[text.strip().lower()], origin)
+                if option in (int, float):
+                    return self.check(option(text), origin)
+            except (ValueError, KeyError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise self.refuse(text, origin) from None
+        parts = split_list(text)
+        return self.check(parts[0] if len(parts) == 1 else parts if TEXTS in self.types else text, origin)
+
+    def _typed(self, value: Any, origin: str) -> Any:
+        if value is None and self.may_be_none:
+            return None
+        if isinstance(value, bool):
+            if bool in self.types:
+                return value
+        elif isinstance(value, numbers.Integral) and int in self.types:
+            return int(value)
+        elif isinstance(value, numbers.Real) and float in self.types:
+            if not math.isfinite(value):
+                raise self.refuse(value, origin, " (not finite)")
+            return float(value)
+        elif isinstance(value, str) and str in self.types:
+            return value
+        elif TEXTS in self.types:
+            parts = (value,) if isinstance(value, str) else value
+            if isinstance(parts, (list, tuple)) and parts and all(isinstance(part, str) for part in parts):
+                return tuple(parts)
+        raise self.refuse(value, origin)
+
+
+def split_list(text: str) -> TEXTS:
+    """Splits at commas outside brackets, so that a regex such as `layers.\\d{1,2}.` stays whole."""
+    parts, depth, escaped = [""], 0, False
+    for char in text:
+        if char == "," and depth == 0 and not escaped:
+            parts.append("")
+            continue
+        if not escaped:
+            depth = max(0, depth + (char in "([{") - (char in ")]}"))
+        escaped = char == "\\" and not escaped
+        parts[-1] += char
+    return tuple(parts)
+
+
+def nearest(name: str, names: Iterable[Any]) -> str | None:
+    """Returns the one of `names` that `name` was probably meant to be, or None."""
+    lowered = {str(known).lower(): str(known) for known in names}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    return lowered[close[0]] if close else None
