@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Four simulated devices, so that sharding and pmap are tested everywhere. The price: they share the cores, and
-# every array on more than one of them is copied; code for one device runs on the first as it would alone.
+# Four simulated devices, so that sharding and pmap are tested everywhere. The price: they share the cores,
+# and an array on several of them is copied. Code for one device runs on the first as it would alone.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 # No test reaches the network.
