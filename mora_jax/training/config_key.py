@@ -129,7 +129,8 @@ class Key:
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         hint = nearest(value, self.allowed.choices or ()) if isinstance(value, str) else None
         tail = f"; did you mean {hint!r}?" if hint else ""
-        return InputError(f"{origin}: {self.name} must be {self.describe()}; got {shown}{why}{tail}")
+        where = origin if origin.startswith("--") else f"{origin}: {self.name}"
+        return InputError(f"{where} must be {self.describe()}; got {shown}{why}{tail}")
 
     def check(self, value: Any, origin: str) -> Any:
         """Returns `value` as one of the key's types.

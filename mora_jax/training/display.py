@@ -1,0 +1,150 @@
+"""What a training run says while it goes: plain lines here, panels and a live bar in live_display.py.
+
+Everything goes to stderr; stdout belongs to results.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TextIO
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What is known before the first step.
+
+    Attributes:
+        model: path or hub id of the base model.
+        dtype: compute dtype.
+        method: the method with its settings, such as "lora, rank 8, alpha 16".
+        matched: number of adapted layers (0 where all parameters are trained).
+        trainable: trained parameters.
+        total: all parameters.
+        loss_mode: which tokens carry loss.
+        trained_fraction: share of the tokens that carry loss, in [0, 1].
+        examples: training examples.
+        steps: steps of the whole run.
+        first_step: steps that are already done, more than 0 when a run is resumed.
+        out: the run directory.
+        first_example: the first example's tokens as (text, weight).
+        notes: remarks such as rows that were dropped.
+    """
+
+    model: str
+    dtype: str
+    method: str
+    matched: int
+    trainable: int
+    total: int
+    loss_mode: str
+    trained_fraction: float
+    examples: int
+    steps: int
+    first_step: int = 0
+    out: str = ""
+    first_example: Sequence[tuple[str, float]] = ()
+    notes: Sequence[str] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the facts as (name, words)."""
+        layers = f" on {self.matched:,} layers" if self.matched else ""
+        resumed = f", continuing after step {self.first_step:,}" if self.first_step else ""
+        return [
+            ("model", f"{self.model} ({self.dtype})"),
+            ("method", f"{self.method}{layers}"),
+            (
+                "trained",
+                f"{self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.2%})",
+            ),
+            ("loss", f"{self.loss_mode}: {self.trained_fraction:.1%} of the tokens carry loss"),
+            ("data", f"{self.examples:,} examples, {self.steps:,} steps{resumed}"),
+            ("out", self.out),
+        ]
+
+
+class Display:
+    """Plain lines without control codes, one a logged step. A context manager; `close` can come any time."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Writes to `stream`, by default the stderr of the moment."""
+        self.stream = sys.stderr if stream is None else stream
+        self.steps = 0
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leaves the terminal as it was."""
+        self.close()
+
+    def start(self, info: RunInfo) -> None:
+        """Shows what is about to be trained."""
+        self.steps = info.steps
+        for name, words in info.rows():
+            self.note(f"{name:8}{printable(words)}")
+        for words in info.notes:
+            self.note(f"note: {words}")
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Shows a logged step: a row of metrics.jsonl."""
+        self.note(f"step {row['step']}/{self.steps}  {_step_words(row)}  lr {row['learning_rate']:.2e}")
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Shows an evaluation: a row of metrics.jsonl."""
+        self.note(f"step {row['step']}/{self.steps}  {_evaluation_words(row)}")
+
+    def note(self, text: str) -> None:
+        """Shows one line."""
+        print(text, file=self.stream, flush=True)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Shows how the run ended: the content of summary.json."""
+        self.close()
+        self.note(f"done: {summary_words(summary)}")
+
+    def close(self) -> None:
+        """Ends whatever is live."""
+
+
+def make_display() -> Display:
+    """Returns the display that suits stderr: live on a terminal, plain elsewhere."""
+    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        from mora_jax.training.live_display import LiveDisplay
+
+        return LiveDisplay()
+    return Display()
+
+
+def printable(text: str) -> str:
+    """Returns `text` with control characters, which a terminal would obey, in a visible form."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def summary_words(summary: Mapping[str, Any]) -> str:
+    """Returns one line about a finished run, of whatever the summary holds."""
+    formats = (
+        ("final_loss", "loss {:.4f}"),
+        ("eval_perplexity", "eval perplexity {:.3f}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("compile_seconds", "{:.1f} s compiling"),
+    )
+    parts = [words.format(summary[name]) for name, words in formats if summary.get(name) is not None]
+    took = f" in {duration(summary['wall_seconds'])}" if summary.get("wall_seconds") is not None else ""
+    return ", ".join(parts) + took
+
+
+def _step_words(row: Mapping[str, Any]) -> str:
+    return f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
+
+
+def _evaluation_words(row: Mapping[str, Any]) -> str:
+    return f"eval loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}"

@@ -1,0 +1,131 @@
+"""The display of a run on a terminal: a panel, the first example with its trained tokens marked, a bar."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from mora_jax.training.display import Display, RunInfo, duration, printable, summary_words
+
+TRAINED = "bold green underline"  # readable without colour too
+PARTLY = "yellow underline"
+SHOWN_LINES = 16
+
+
+def token_text(pieces: Sequence[tuple[str, float]]) -> Text:
+    """Returns tokens as one text in which those that carry loss are marked.
+
+    Args:
+        pieces: (text, weight) of each token; a weight between 0 and 1 gets its own colour.
+    """
+    text = Text()
+    for piece, weight in pieces:
+        style = TRAINED if weight >= 1 else PARTLY if weight > 0 else "dim"
+        text.append(printable(piece), style=style)
+    return text
+
+
+def legend(partly: bool) -> Text:
+    """Returns the key to `token_text`, with or without the colour of weights between 0 and 1."""
+    middle = (("carries a part", PARTLY), "  ") if partly else ()
+    return Text.assemble(("carries loss", TRAINED), "  ", *middle, ("carries none", "dim"))
+
+
+def window(lines: Sequence[Text], size: int = SHOWN_LINES) -> list[Text]:
+    """Returns at most `size` of an example's lines, so that the first trained one is among them."""
+    marked = (TRAINED, PARTLY)
+    trained = [place for place, line in enumerate(lines) if any(span.style in marked for span in line.spans)]
+    start = max(0, min(trained[0] - size // 2, len(lines) - size)) if trained else 0
+    shown = list(lines[start : start + size])
+    if start:
+        shown.insert(0, Text(f"... {start} lines before", style="italic"))
+    after = len(lines) - start - size
+    if after > 0:
+        shown.append(Text(f"... {after} lines after", style="italic"))
+    return shown
+
+
+class LiveDisplay(Display):
+    """Shows a run on a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Draws on `console`, by default the terminal behind stderr."""
+        super().__init__()
+        self.console = Console(stderr=True, highlight=False) if console is None else console
+        self.progress: Progress | None = None
+        self.first: tuple[int, float] | None = None
+
+    def start(self, info: RunInfo) -> None:
+        """Draws the panel and starts the bar."""
+        self.steps = info.steps
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, words in info.rows():
+            table.add_row(name, Text(printable(words)))
+        self.console.print(Panel(table, title="mora-jax train", title_align="left", border_style="cyan"))
+        if info.first_example:
+            self._example(info.first_example)
+        for words in info.notes:
+            self.console.print(Text(f"note: {words}", style="yellow"))
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[place]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[words]}"),
+            console=self.console,
+            expand=True,
+            transient=True,
+        )
+        place = f"step {info.first_step}/{self.steps}"
+        self.task = self.progress.add_task(
+            "", total=self.steps, completed=info.first_step, place=place, words="compiling"
+        )
+        self.progress.start()
+
+    def _example(self, pieces: Sequence[tuple[str, float]]) -> None:
+        text = token_text(pieces)
+        text.rstrip()
+        body = window(list(text.wrap(self.console, self.console.width - 4)))
+        partly = any(0 < weight < 1 for _, weight in pieces)
+        self.console.print(
+            Panel(
+                Group(*body),
+                title="first example",
+                title_align="left",
+                subtitle=legend(partly),
+                subtitle_align="left",
+                border_style="cyan",
+            )
+        )
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Moves the bar."""
+        now, step = time.monotonic(), row["step"]
+        if self.first is None:
+            self.first = (step, now)
+        done = step - self.first[0]
+        left = duration((now - self.first[1]) / done * (self.steps - step)) if done else "-:--"
+        words = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  {left} left"
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, place=f"step {step}/{self.steps}", words=words)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(Text(text))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Takes the bar away and says how the run ended."""
+        self.close()
+        self.console.print(Text.assemble(("done ", "bold green"), summary_words(summary)))
+
+    def close(self) -> None:
+        """Takes the bar away and shows the cursor again."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,123 @@
+"""The displays: what a log file gets and what a terminal gets."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from mora_jax.training.display import Display, RunInfo, duration, make_display, printable, summary_words
+from mora_jax.training.live_display import LiveDisplay, token_text, window
+
+INFO = RunInfo(
+    model="base",
+    dtype="float32",
+    method="lora, rank 8",
+    matched=14,
+    trainable=1_000,
+    total=100_000,
+    loss_mode="masked",
+    trained_fraction=0.25,
+    examples=9,
+    steps=4,
+    first_example=[("Say \x1b[31m", 0.0), ("[bold]half", 0.5), (" yes", 1.0), ("\n", 0.0)],
+    notes=["2 rows dropped"],
+)
+SUMMARY = {"final_loss": 1.5, "eval_perplexity": None, "wall_seconds": 61.0}
+
+
+def row(step):
+    return {"step": step, "loss": 2.5, "learning_rate": 2e-4, "grad_norm": 0.5, "tokens_per_second": 1234.5}
+
+
+def run(display):
+    with display:
+        display.start(INFO)
+        for step in (1, 2, 3, 4):
+            display.step(row(step))
+        display.evaluation({"step": 4, "eval_loss": 1.0, "eval_perplexity": 2.718})
+        display.finish(SUMMARY)
+
+
+def test_plain_lines_hold_everything_and_no_control_codes():
+    stream = io.StringIO()
+    run(Display(stream))
+    text = stream.getvalue()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+    for words in (
+        "base (float32)",
+        "14 layers",
+        "1.00%",
+        "25.0%",
+        "2 rows dropped",
+        "perplexity 2.718",
+        "1:01",
+    ):
+        assert words in text
+    assert text.count("\nstep ") == 5
+    assert "step 3/4  loss 2.5000  grad 0.500  1,234 tokens/s  lr 2.00e-04" in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_terminal_shows_panel_example_and_bar(width):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=width, color_system="truecolor", _environ={})
+    run(LiveDisplay(console))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "first example" in shown
+    assert "[bold]half" in shown, "markup in data must stay text"
+    assert "\\x1b[31m" in shown, "escape codes in data must not reach the terminal"
+    assert "step 4/4" in shown
+    assert "\x1b[?25h" in stream.getvalue(), "the cursor must come back"
+
+
+def test_trained_tokens_are_readable_without_colour():
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, no_color=True, _environ={})
+    console.print(token_text([("no", 0.0), ("yes", 1.0)]))
+    assert re.search(r"\x1b\[1;4myes", stream.getvalue())
+
+
+def test_closing_twice_and_before_the_start_is_fine():
+    display = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=80))
+    display.close()
+    display.start(INFO)
+    display.close()
+    display.close()
+
+
+def test_long_examples_show_the_first_trained_line():
+    lines = [Text(f"line {number}") for number in range(100)]
+    lines[70] = token_text([("answer", 1.0)])
+    shown = [line.plain for line in window(lines, 10)]
+    assert shown[0] == "... 65 lines before"
+    assert "answer" in shown
+    assert shown[-1] == "... 25 lines after"
+    assert [line.plain for line in window(lines[:5], 10)] == [f"line {number}" for number in range(5)]
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "stream, term, kind",
+    [
+        (FakeTerminal(), "xterm", LiveDisplay),
+        (FakeTerminal(), "dumb", Display),
+        (io.StringIO(), "xterm", Display),
+    ],
+)
+def test_display_follows_the_terminal(monkeypatch, stream, term, kind):
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TERM", term)
+    assert type(make_display()) is kind
+
+
+def test_words():
+    assert [duration(seconds) for seconds in (-1, 0, 59.6, 3723)] == ["0:00", "0:00", "1:00", "1:02:03"]
+    assert printable("a\tb\x07é\n") == "a\\tb\\x07é\n"
+    assert summary_words({}) == ""
+    assert summary_words(SUMMARY) == "loss 1.5000 in 1:01"
