@@ -1,0 +1,62 @@
+"""Parameter-efficient fine-tuning of language models in JAX and Flax.
+
+Names are imported when they are first used, so `import mora_jax` is quick and starts no backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoRAConfig": "mora_jax.adapters.config",
+    "MoRAConfig": "mora_jax.adapters.config",
+    "FullConfig": "mora_jax.adapters.config",
+    "LoRALinear": "mora_jax.adapters.lora",
+    "MoRALinear": "mora_jax.adapters.mora",
+    "AdapterParam": "mora_jax.adapters.variables",
+    "attach": "mora_jax.adapters.attach",
+    "partition": "mora_jax.adapters.partition",
+    "merge": "mora_jax.adapters.merge",
+    "load_pretrained": "mora_jax.interop",
+    "save_pretrained": "mora_jax.interop",
+    "load_adapter": "mora_jax.interop",
+    "save_adapter": "mora_jax.interop",
+    "InputError": "mora_jax.errors",
+}
+_ROOMS = ("adapters", "linen", "models", "interop", "data", "training", "evaluation", "demo")
+
+__all__ = [*_HOMES, *_ROOMS, "__version__"]
+
+if TYPE_CHECKING:
+    from mora_jax.adapters.attach import attach as attach
+    from mora_jax.adapters.config import FullConfig as FullConfig
+    from mora_jax.adapters.config import LoRAConfig as LoRAConfig
+    from mora_jax.adapters.config import MoRAConfig as MoRAConfig
+    from mora_jax.adapters.lora import LoRALinear as LoRALinear
+    from mora_jax.adapters.merge import merge as merge
+    from mora_jax.adapters.mora import MoRALinear as MoRALinear
+    from mora_jax.adapters.partition import partition as partition
+    from mora_jax.adapters.variables import AdapterParam as AdapterParam
+    from mora_jax.errors import InputError as InputError
+    from mora_jax.interop import load_adapter as load_adapter
+    from mora_jax.interop import load_pretrained as load_pretrained
+    from mora_jax.interop import save_adapter as save_adapter
+    from mora_jax.interop import save_pretrained as save_pretrained
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"mora_jax.{name}")
+    else:
+        raise AttributeError(f"module 'mora_jax' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

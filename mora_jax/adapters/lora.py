@@ -1,0 +1,235 @@
+"""LoRA: `y = x W + (alpha / rank) · (x A) B` (Hu et al., 2021, arXiv 2106.09685, equation 3).
+
+A maps in → rank and B maps rank → out. A starts uniform in ±1/√in (Kaiming with a = √5), B at zero, so a fresh
+adapter changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mora_jax.adapters.adapter import Adapter, Layout, positive
+from mora_jax.adapters.config import LoRAConfig
+from mora_jax.adapters.dense import Delta, dot32, dot32_nt, dot32_tn, trained_dot
+from mora_jax.adapters.layers import AdaptedLinear
+from mora_jax.adapters.variables import AdapterParam
+
+Array = jax.Array
+
+
+def init(
+    key: Array, in_features: int, out_features: int, rank: int, *, layers: tuple[int, ...] = ()
+) -> tuple[Array, Array]:
+    """Fresh factors: A uniform in ±1/√in, B zero.
+
+    Returns:
+        float32 `(lora_a [*layers, in, rank], lora_b [*layers, rank, out])`.
+
+    Raises:
+        ValueError: a size or the rank is not a positive integer.
+    """
+    positive(in_features=in_features, out_features=out_features, rank=rank)
+    bound = 1.0 / math.sqrt(in_features)
+    lora_a = jax.random.uniform(key, (*layers, in_features, rank), jnp.float32, -bound, bound)
+    return lora_a, jnp.zeros((*layers, rank, out_features), jnp.float32)
+
+
+def _check(lora_a: Array, lora_b: Array, in_features: int | None = None) -> None:
+    if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[1] != lora_b.shape[0]:
+        raise ValueError(
+            f"lora_a must be [in, rank] and lora_b [rank, out] with one rank; got {lora_a.shape} and {lora_b.shape}"
+        )
+    if in_features is not None and in_features != lora_a.shape[0]:
+        raise ValueError(f"x has {in_features} features, lora_a takes {lora_a.shape[0]} (shape {lora_a.shape})")
+
+
+def apply(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> Array:
+    """The update that LoRA adds: `scaling · (x A) B`.
+
+    Args:
+        x: `[..., in]`, any number of leading dimensions.
+        lora_a: `[in, rank]`.
+        lora_b: `[rank, out]`.
+        scaling: alpha / rank.
+
+    Returns:
+        `[..., out]` in the dtype of `x`; both products accumulate in float32.
+
+    Raises:
+        ValueError: the shapes don't fit.
+    """
+    _check(lora_a, lora_b, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    return _delta(flat, lora_a, lora_b, scaling).astype(x.dtype).reshape(*x.shape[:-1], lora_b.shape[1])
+
+
+def _delta(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float) -> Array:
+    """`x [N, in]` → float32 `[N, out]`; the factors are used in the dtype of `x`."""
+    hidden = trained_dot(x, lora_a) * scaling
+    return trained_dot(hidden.astype(x.dtype), lora_b)
+
+
+def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> Array:
+    """The dense update `scaling · A B` as a Flax kernel, float32 `[in, out]`.
+
+    Raises:
+        ValueError: the shapes don't fit.
+    """
+    _check(lora_a, lora_b)
+    product = jnp.matmul(
+        lora_a.astype(jnp.float32), lora_b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return product * scaling
+
+
+class LoRA(Adapter):
+    """LoRA's factors for one matrix, or for one matrix a layer when they carry a leading layer axis."""
+
+    method: ClassVar[str] = "lora"
+    on_embeddings: ClassVar[bool] = True
+    config: LoRAConfig
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: LoRAConfig,
+        *,
+        rngs: nnx.Rngs,
+        num_layers: int | None = None,
+        layer_mask: Array | None = None,
+        axes: tuple[str, str] = ("embed", "mlp"),
+    ):
+        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask)
+        lora_a, lora_b = init(rngs.params(), in_features, out_features, config.rank, layers=self.layers)
+        prefix = ("layers",) * len(self.layers)
+        self.lora_a = AdapterParam(lora_a, axes=(*prefix, axes[0], "rank"))
+        self.lora_b = AdapterParam(lora_b, axes=(*prefix, "rank", axes[1]))
+
+    @classmethod
+    def for_embedding(cls, num_embeddings: int, features: int, config: LoRAConfig, *, rngs: nnx.Rngs) -> LoRA:
+        """LoRA on an embedding table `[V, D]`: A `[V, rank]` zero, B `[rank, D]` normal, as PEFT starts them."""
+        adapter = cls(num_embeddings, features, config, rngs=rngs, axes=("vocab", "embed"))
+        adapter.lora_a[...] = jnp.zeros_like(adapter.lora_a[...])
+        adapter.lora_b[...] = jax.random.normal(rngs.params(), adapter.lora_b.shape, jnp.float32)
+        return adapter
+
+    @staticmethod
+    def scale(config: LoRAConfig) -> float:
+        return config.alpha / config.rank
+
+    @staticmethod
+    def delta(config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        return _delta(x, params["lora_a"], params["lora_b"], params["scaling"])
+
+    @staticmethod
+    def dense(config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+        return delta_weight(params["lora_a"], params["lora_b"], params["scaling"])
+
+    @classmethod
+    def fuse(cls, layout: Layout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
+        return FusedLoRA(layout, tuple(config is not None for config in configs))
+
+
+@dataclass(frozen=True)
+class FusedLoRA:
+    """LoRA on several matrices with one input, as one pair of products: A side by side, B block-diagonal.
+
+    The backward is written out: autodiff compiles the contractions over tokens into transposed copies of the large
+    operand.
+    """
+
+    layout: Layout
+    present: tuple[bool, ...]
+
+    def _factors(self, params, dtype) -> tuple[Array, Array, Array]:
+        """A `[in, R]`, B `[R, features]` in `dtype` and the scaling `[R]`, R the sum of the ranks."""
+        used = [p for p in params if p is not None]
+        lora_a = jnp.concatenate([p["lora_a"].astype(dtype) for p in used], axis=1)
+        scaling = jnp.concatenate([jnp.broadcast_to(p["scaling"], p["lora_a"].shape[1:]) for p in used])
+        if len(params) == 1:
+            return lora_a, used[0]["lora_b"].astype(dtype), scaling
+        rows = []
+        for i, p in enumerate(params):
+            if p is not None:
+                rank = p["lora_b"].shape[0]
+                blocks = [jnp.zeros((rank, self.layout.part_features(j)), dtype) for j in range(len(params))]
+                blocks[i] = p["lora_b"].astype(dtype)
+                rows.append(self.layout.join(blocks))
+        return lora_a, jnp.concatenate(rows, axis=0), scaling
+
+    def forward(self, x: Array, params):
+        lora_a, lora_b, scaling = self._factors(params, x.dtype)
+        hidden = (dot32(x, lora_a) * scaling).astype(x.dtype)
+        return dot32(hidden, lora_b), (x, hidden, params)
+
+    def backward(self, residuals, dy: Array):
+        x, hidden, params = residuals
+        lora_a, lora_b, scaling = self._factors(params, x.dtype)
+        dhidden = (dot32_nt(dy, lora_b) * scaling).astype(x.dtype)
+        da = dot32_tn(x, dhidden)
+        db = dot32_tn(hidden, dy)
+        gradients, start = [], 0
+        for i, p in enumerate(params):
+            if p is None:
+                gradients.append(None)
+                continue
+            rows = slice(start, start + p["lora_b"].shape[0])
+            start = rows.stop
+            part = self.layout.take(db[rows].reshape(-1, *self.layout.out_shape), i)
+            gradients.append({"lora_a": da[:, rows], "lora_b": part, "scaling": None})
+        return dot32_nt(dhidden, lora_a), tuple(gradients)
+
+
+class LoRALinear(AdaptedLinear):
+    """A Flax NNX linear layer with LoRA: `y = x W + b + (alpha / rank) · (x A) B`.
+
+    The kernel `[in, out]` and bias are `nnx.Param` under the names of `nnx.Linear`; the factors are `AdapterParam`.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        rank: inner size of the update.
+        alpha: numerator of the scaling alpha / rank.
+        dropout: probability of dropping an input feature of the adapter path (never of the base path); it is on
+            unless `layer.eval()` was called, as in `nnx.Dropout`.
+        rngs: keys for the parameters, and for dropout when `dropout` > 0.
+        **linear: whatever `nnx.Linear` takes: `use_bias`, `dtype`, `param_dtype`, `kernel_init`, …
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> layer = mj.LoRALinear(8, 4, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((3, 8))).shape
+        (3, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+        **linear,
+    ):
+        nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
+        config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
+        self.put_adapter(LoRA(in_features, out_features, config, rngs=rngs), rngs)
+
+    @property
+    def lora_a(self) -> AdapterParam:
+        return self.adapter.lora_a
+
+    @property
+    def lora_b(self) -> AdapterParam:
+        return self.adapter.lora_b

@@ -1,0 +1,115 @@
+"""Which layers of a model an adapter goes on: the places that could carry one, and the rule that picks among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flax import nnx
+
+from mora_jax.adapters.config import Targets
+from mora_jax.adapters.layers import ADAPTED, Adapted, matrix_shape, plain_class
+from mora_jax.adapters.projection import Projection
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix that could carry an adapter.
+
+    Attributes:
+        paths: its module path; for a stacked projection one a layer, in HuggingFace's names.
+        layer: the module that holds it.
+        part: its name inside a `Projection`, else None.
+        in_features, out_features: its sizes.
+    """
+
+    paths: tuple[str, ...]
+    layer: nnx.Module
+    part: str | None
+    in_features: int
+    out_features: int
+
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.layer, nnx.Embed)
+
+    @property
+    def stacked(self) -> bool:
+        return isinstance(self.layer, Projection) and self.layer.num_layers is not None
+
+    @property
+    def title(self) -> str:
+        """One path for the whole stack, `*` in place of the layer."""
+        if isinstance(self.layer, Projection):
+            return self.layer.module_path(self.part, "*")
+        return self.paths[0] or "(the model itself)"
+
+
+def places(model: nnx.Module) -> Iterator[Place]:
+    """Every matrix of `model` that could carry an adapter, in the order of the module tree, shared modules once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Projection):
+            for part in node.parts:
+                layers = [None] if node.num_layers is None else range(node.num_layers)
+                paths = tuple(node.module_path(part.name, layer) for layer in layers)
+                yield Place(paths, node, part.name, node.in_features, node.part_features(part.name))
+        elif type(node) in ADAPTED or isinstance(node, Adapted):
+            shape = matrix_shape(node)
+            if shape is not None:
+                yield Place((".".join(str(name) for name in path),), node, None, *shape)
+
+
+def has_adapter(place: Place) -> bool:
+    if isinstance(place.layer, Projection):
+        return place.part in place.layer.adapters
+    return isinstance(place.layer, Adapted)
+
+
+def layer_kind(place: Place) -> type:
+    """The plain class of the layer, whether it is adapted already or not."""
+    return plain_class(type(place.layer)) if isinstance(place.layer, Adapted) else type(place.layer)
+
+
+def matcher(targets: Targets):
+    """A predicate on (place, path) for a rule.
+
+    A sequence of names matches a path whose last components are the name. A string is a regular expression for the
+    whole path, but a plain name in a string works as a name. `"all-linear"` is every linear layer but the output head.
+
+    Raises:
+        ValueError: an invalid regular expression.
+    """
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return lambda place, path: not place.is_embedding and path.rpartition(".")[2] != "lm_head"
+    if isinstance(targets, str) and not re.fullmatch(r"\w+", targets):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets {targets!r} is no regular expression: {error}") from None
+        return lambda place, path: pattern.fullmatch(path) is not None
+    names: Sequence[str] = (targets,) if isinstance(targets, str) else targets
+    return lambda place, path: any(path == name or path.endswith("." + name) for name in names)
+
+
+def select(model: nnx.Module, targets: Targets) -> list[tuple[Place, tuple[bool, ...]]]:
+    """The places that `targets` picks, each with one truth value a path.
+
+    Raises:
+        ValueError: nothing matches (lists what could have matched), or a name of a list matches nothing.
+    """
+    matches = matcher(targets)
+    found, seen = [], []
+    for place in places(model):
+        seen.append(place)
+        mask = tuple(bool(matches(place, path)) for path in place.paths)
+        if any(mask):
+            found.append((place, mask))
+    could = ", ".join(place.title for place in seen) or "none: the model has no linear layer"
+    if not found:
+        raise ValueError(f"targets {targets!r} match no layer; layers that could have matched: {could}")
+    if not isinstance(targets, str):
+        for name in targets:
+            if not any(path == name or path.endswith("." + name) for place in seen for path in place.paths):
+                raise ValueError(f"target {name!r} matches no layer; layers that could have matched: {could}")
+    return found
