@@ -1,0 +1,111 @@
+"""Base models from HuggingFace folders."""
+
+import dataclasses
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.errors import InputError
+from mora_jax.interop.hub import local_folder
+from mora_jax.interop.layout import Entry, Piece, tensor_plan
+from mora_jax.interop.tensors import TensorFiles, open_checkpoint
+from mora_jax.interop.tokenizer import load_tokenizer
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
+from mora_jax.models.init import read_json
+from mora_jax.models.precision import read_dtype
+
+
+def load_pretrained(
+    path: str | os.PathLike[str], *, dtype: Any = None, unroll: int | None = None, remat: str = "none"
+) -> tuple[Decoder, Any | None]:
+    """Loads a model and its tokenizer.
+
+    Args:
+        path: a HuggingFace model folder with safetensors weights, or a hub id.
+        dtype: "float32" or "bfloat16": compute dtype and storage of the weights. None: bfloat16 where it is fast.
+        unroll: layers per iteration of the scan; None for the backend's default.
+        remat: "none", "dots" or "full".
+
+    Returns:
+        The model, and a transformers tokenizer or None when the folder has no tokenizer files.
+
+    Raises:
+        InputError: when the folder cannot be used; the message says why.
+    """
+    folder = local_folder(path)
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = open_checkpoint(folder)
+    config = _with_real_tying(config, files)
+    compute = read_dtype(dtype)
+    # Shapes alone first: the weights then exist only once, built parameter by parameter.
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat))
+    _fill(tensor_plan(model), files, _head_for_embedding(config, files))
+    return model, load_tokenizer(folder)
+
+
+def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:
+    """Unties a head that the config calls tied but whose stored weights differ, as transformers does."""
+    head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
+    if not config.tie_embeddings or head not in files or embedding not in files:
+        return config
+    if files.shapes[head] == files.shapes[embedding] and np.array_equal(files.read(head), files.read(embedding)):
+        return config
+    warnings.warn(
+        f"{files.folder}: config.json ties {head} to {embedding}, but the file has different values for both; "
+        "they are kept apart",
+        stacklevel=3,
+    )
+    source = config.hf_config | {"tie_word_embeddings": False}
+    return dataclasses.replace(config, tie_embeddings=False, source=json.dumps(source))
+
+
+def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, str]:
+    """Names to read under another name: a tied checkpoint may store the head alone."""
+    head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
+    if config.tie_embeddings and embedding not in files and head in files:
+        return {embedding: head}
+    return {}
+
+
+def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str]) -> None:
+    """Gives every parameter of the plan its values."""
+    _check([piece for entry in plan for piece in entry.pieces], files, stored_as)
+    for entry in plan:
+        buffer = np.empty(entry.parameter.shape, dtype=entry.parameter.dtype)
+        for piece in entry.pieces:
+            piece.put(buffer, files.read(stored_as.get(piece.name, piece.name)))
+        entry.parameter.set_value(jnp.asarray(buffer))
+
+
+def _check(pieces: list[Piece], files: TensorFiles, stored_as: dict[str, str]) -> None:
+    """Compares names and shapes of all tensors before any is read."""
+    names = [stored_as.get(piece.name, piece.name) for piece in pieces]
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {_first(missing)}")
+    extra = sorted(name for name in set(files.shapes) - set(names) if not _harmless(name))
+    if extra:
+        raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {_first(extra)}")
+    for piece, name in zip(pieces, names, strict=True):
+        if files.shapes[name] != piece.shape:
+            raise InputError(
+                f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but config.json implies "
+                f"{list(piece.shape)}"
+            )
+
+
+def _harmless(name: str) -> bool:
+    """Rotary tables are recomputed; a head that is not wanted here equals the embedding (checked before)."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,40 @@
+"""From a path or a hub id to a local folder."""
+
+import os
+import re
+from pathlib import Path
+
+from mora_jax.errors import InputError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the local copy of the hub repository that `path` names (downloaded when needed).
+
+    Raises:
+        InputError: when it is neither.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{folder} is a file; give the folder that holds config.json")
+    text = os.fspath(path)
+    if not _HUB_ID.fullmatch(text) or "/" not in text:
+        raise InputError(f"{path} is not a folder (a hub id looks like owner/name)")
+    return _download(text)
+
+
+def _download(repository: str) -> Path:
+    import httpx  # the hub client's own transport, whose errors it passes on
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_WANTED))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{repository} is not a local folder, and could not be fetched from the hub (that needs network): {cause}"
+        ) from None

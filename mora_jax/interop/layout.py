@@ -1,0 +1,97 @@
+"""Which HuggingFace tensor lies where in the decoder's stacked and fused parameters. One plan serves both ways."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.projection import Projection
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.norms import RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor of a file and its region of a parameter.
+
+    Attributes:
+        name: the tensor's name in files.
+        index: the region, as an index into the parameter.
+        region: the region's shape.
+        shape: the tensor's shape in files.
+        matrix: whether it is a matrix, `[out, in]` in files and `[in, ...out]` in the parameter.
+    """
+
+    name: str
+    index: tuple[int | slice, ...]
+    region: tuple[int, ...]
+    shape: tuple[int, ...]
+    matrix: bool = False
+
+    def put(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
+        """Copies a tensor of a file into its region, casting to the parameter's dtype."""
+        parameter[self.index] = (tensor.T if self.matrix else tensor).reshape(self.region)
+
+    def take(self, parameter: np.ndarray) -> np.ndarray:
+        """The tensor as files have it."""
+        part = parameter[self.index]
+        return part.reshape(self.region[0], -1).T if self.matrix else part.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A parameter and the tensors that make it up."""
+
+    parameter: nnx.Variable
+    pieces: tuple[Piece, ...]
+
+
+def tensor_plan(model: Decoder) -> list[Entry]:
+    """Every base parameter of a decoder with its HuggingFace tensors, in the order of the forward pass."""
+    config = model.config
+    table = (config.vocab_size, config.hidden_size)
+    entries = [Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))]
+    block = model.layers
+    norms = (block.attention_norm, block.self_attn.q_norm, block.self_attn.k_norm, block.post_attention_norm)
+    norms += (block.mlp_norm, block.post_mlp_norm)
+    for norm in norms:
+        if norm is not None:
+            entries.append(_norm(norm, config.num_layers))
+    for projection in (
+        block.self_attn.qkv_proj,
+        block.self_attn.o_proj,
+        block.mlp.gate_up_proj,
+        block.mlp.down_proj,
+    ):
+        entries.extend(_projection(projection))
+    entries.append(_norm(model.norm, None))
+    if model.lm_head is not None:
+        entries.append(Entry(model.lm_head, (Piece(f"{config.names.head}.weight", (), table, table),)))
+    return entries
+
+
+def _norm(norm: RMSNorm, num_layers: int | None) -> Entry:
+    size = norm.weight.shape[-1]
+    if num_layers is None:
+        return Entry(norm.weight, (Piece(f"{norm.path}.weight", (), (size,), (size,)),))
+    names = [norm.path.format(layer=layer) for layer in range(num_layers)]
+    return Entry(norm.weight, tuple(Piece(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names)))
+
+
+def _projection(projection: Projection) -> Iterator[Entry]:
+    kernels, biases = [], []
+    layers = range(projection.num_layers or 0)
+    for layer in layers:
+        for part in projection.parts:
+            shape = list(projection.layout.out_shape)
+            shape[projection.layout.part_axis] = part.size
+            where = projection.part_slice(part.name)
+            path = projection.module_path(part.name, layer)
+            size, region = projection.part_features(part.name), (projection.in_features, *shape)
+            file_shape = (size, projection.in_features)
+            kernels.append(Piece(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True))
+            biases.append(Piece(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
+    yield Entry(projection.kernel, tuple(kernels))
+    if projection.bias is not None:
+        yield Entry(projection.bias, tuple(biases))

@@ -1,0 +1,85 @@
+"""Reading the tensors of a folder of safetensors files, single or sharded."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mora_jax.errors import InputError
+from mora_jax.models.init import read_json
+
+_READABLE = ("F32", "F16", "BF16", "F64")
+
+
+class TensorFiles:
+    """The tensors of one or several safetensors files by name, read one at a time.
+
+    Attributes:
+        folder: where they lie.
+        shapes: the shape of every tensor.
+    """
+
+    def __init__(self, folder: Path, files: list[Path]):
+        """Opens `files` and reads their headers."""
+        self.folder = folder
+        self._handles: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            handle = _open(file)
+            for name in handle.keys():
+                if name in self._handles:
+                    raise InputError(f"{file}: tensor {name} is also in another file of the folder")
+                piece = handle.get_slice(name)
+                if piece.get_dtype() not in _READABLE:
+                    raise InputError(
+                        f"{file}: tensor {name} has dtype {piece.get_dtype()}; only floating-point checkpoints in "
+                        "float32, float16 or bfloat16 can be read"
+                    )
+                self._handles[name] = handle
+                self.shapes[name] = tuple(piece.get_shape())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the file."""
+        return self._handles[name].get_tensor(name)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="np")
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist, but the index names it: download the folder again") from None
+    except SafetensorError as error:
+        raise InputError(f"{file} is not a complete safetensors file ({error}): download it again") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+
+
+def open_checkpoint(folder: Path) -> TensorFiles:
+    """The weights of a HuggingFace model folder.
+
+    Raises:
+        InputError: when there are none, or only pickled ones, or a shard is missing or broken.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return TensorFiles(folder, [single])
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise InputError(f"{index} has no weight_map of tensor names to files")
+        files = TensorFiles(folder, [folder / file for file in sorted(set(weight_map.values()))])
+        absent = [name for name in weight_map if name not in files]
+        if absent:
+            raise InputError(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}")
+        return files
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{folder} has only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded: convert "
+            "them to safetensors first (load with transformers, then save_pretrained)"
+        )
+    raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")

@@ -1,0 +1,48 @@
+"""Loading a folder's tokenizer."""
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.models.init import read_json
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The transformers tokenizer of a local folder; None when it has no tokenizer files.
+
+    Raises:
+        InputError: when the files are there but cannot be read.
+    """
+    if not any((folder / name).exists() for name in _FILES):
+        return None
+    if (folder / "tokenizer.json").exists():
+        read_json(folder / "tokenizer.json")
+    auto = _auto_tokenizer()
+    try:
+        return auto.from_pretrained(str(folder), use_fast=True, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder}: the tokenizer cannot be loaded: {cause}") from None
+
+
+def _auto_tokenizer() -> Any:
+    """`transformers.AutoTokenizer`, without the notice that it prints where torch is missing."""
+    if importlib.util.find_spec("torch") is not None:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
+    root = logging.getLogger("transformers")
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers import AutoTokenizer
+    finally:
+        root.setLevel(level)
+    return AutoTokenizer

@@ -1,0 +1,214 @@
+"""One decoder layer: attention and MLP with their norms, every matrix product in a `Projection` slot."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mora_jax.adapters.projection import Part, Projection
+from mora_jax.models.attention import attention
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.norms import RMSNorm
+from mora_jax.models.rope import rotate
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nnx.silu,
+    "gelu": lambda x: nnx.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nnx.gelu(x, approximate=True),
+    "relu": nnx.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Who sees whom, and where everything stands; the same for all layers of a kind.
+
+    Attributes:
+        segments, positions: int32 `[B, T]` of the queries.
+        kv_segments, kv_positions: int32 `[B, S]` of the keys.
+        cos, sin: float32 `[B, T, head_dim / 2]`.
+        window: how many positions back a query sees; None for all.
+    """
+
+    segments: jax.Array
+    positions: jax.Array
+    kv_segments: jax.Array
+    kv_positions: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+    window: int | jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSlot:
+    """Where a layer writes its new keys and values: `[layer, :, length:length + T]` of `[L, B, S, G, H]` arrays."""
+
+    keys: jax.Array
+    values: jax.Array
+    layer: jax.Array
+    length: jax.Array
+
+    def write(self, keys: jax.Array, values: jax.Array) -> "CacheSlot":
+        """The slot with `keys` and `values` `[B, T, G, H]` written."""
+        start = (self.layer, 0, self.length, 0, 0)
+        return dataclasses.replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
+            values=jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
+        )
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """This layer's keys and values, `[B, S, G, H]` each."""
+        return self.keys[self.layer], self.values[self.layer]
+
+
+def _fold(dropout_key: jax.Array | None, index: int) -> jax.Array | None:
+    return None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. q, k and v are one product, grouped by key/value head."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        """Makes the stacked projections (and the norms of q and k where the family has them)."""
+        path = config.names.layer + ".self_attn.{name}"
+        heads = config.num_kv_heads * config.q_per_kv
+        self.qkv_proj = Projection(
+            (Part("q_proj", config.q_per_kv), Part("k_proj", 1), Part("v_proj", 1)),
+            config.hidden_size,
+            out_shape=(config.num_kv_heads, config.q_per_kv + 2, config.head_dim),
+            part_axis=1,
+            axes=("embed", "kv_heads", "q_per_kv", "head_dim"),
+            num_layers=config.num_layers,
+            use_bias=config.qkv_bias,
+            path=path,
+            dtype=dtype,
+            rngs=rngs,
+            init_std=config.initializer_range,
+        )
+        self.o_proj = Projection(
+            (Part("o_proj", config.hidden_size),),
+            heads * config.head_dim,
+            out_shape=(config.hidden_size,),
+            axes=("heads", "embed"),
+            num_layers=config.num_layers,
+            use_bias=config.out_bias,
+            path=path,
+            dtype=dtype,
+            rngs=rngs,
+            init_std=config.initializer_range,
+        )
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = _norm(config, "self_attn.q_norm", size=config.head_dim, axis="head_dim")
+            self.k_norm = _norm(config, "self_attn.k_norm", size=config.head_dim, axis="head_dim")
+        self.scale = config.attention_scale
+        self.softcap = config.attention_softcap
+
+    def __call__(
+        self, x: jax.Array, layout: Layout, slot: CacheSlot | None, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, CacheSlot | None]:
+        """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
+        fused = self.qkv_proj(x, dropout_key=_fold(dropout_key, 0))  # [B, T, G, N + 2, H]
+        query, key, value = fused[:, :, :, :-2], fused[:, :, :, -2], fused[:, :, :, -1]
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, layout.cos, layout.sin)
+        key = rotate(key, layout.cos, layout.sin)
+        if slot is not None:
+            slot = slot.write(key, value)
+            key, value = slot.read()
+        mixed = attention(
+            query,
+            key,
+            value,
+            q_segments=layout.segments,
+            kv_segments=layout.kv_segments,
+            q_positions=layout.positions,
+            kv_positions=layout.kv_positions,
+            window=layout.window,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        return self.o_proj(mixed, dropout_key=_fold(dropout_key, 1)), slot
+
+
+class MLP(nnx.Module):
+    """The gated MLP. Gate and up are one product."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        """Makes the stacked projections."""
+        path = config.names.layer + ".mlp.{name}"
+        self.gate_up_proj = Projection(
+            (Part("gate_proj", 1), Part("up_proj", 1)),
+            config.hidden_size,
+            out_shape=(2, config.intermediate_size),
+            part_axis=0,
+            axes=("embed", "gate_up", "mlp"),
+            num_layers=config.num_layers,
+            use_bias=config.mlp_bias,
+            path=path,
+            dtype=dtype,
+            rngs=rngs,
+            init_std=config.initializer_range,
+        )
+        self.down_proj = Projection(
+            (Part("down_proj", config.hidden_size),),
+            config.intermediate_size,
+            out_shape=(config.hidden_size,),
+            axes=("mlp", "embed"),
+            num_layers=config.num_layers,
+            use_bias=config.mlp_bias,
+            path=path,
+            dtype=dtype,
+            rngs=rngs,
+            init_std=config.initializer_range,
+        )
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """`x [B, T, D]` to `[B, T, D]`."""
+        fused = self.gate_up_proj(x, dropout_key=_fold(dropout_key, 2))  # [B, T, 2, M]
+        gated = ACTIVATIONS[self.activation](fused[..., 0, :]) * fused[..., 1, :]
+        return self.down_proj(gated, dropout_key=_fold(dropout_key, 3))
+
+
+class Block(nnx.Module):
+    """All layers at once: every leaf has a leading `[L]`. Called with the leaves of one layer, sliced by a scan."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        """Makes `config.num_layers` stacked layers."""
+        names = config.names
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.attention_norm = _norm(config, names.attention_norm)
+        self.mlp_norm = _norm(config, names.mlp_norm)
+        self.post_attention_norm = _norm(config, names.post_attention_norm) if names.post_attention_norm else None
+        self.post_mlp_norm = _norm(config, names.post_mlp_norm) if names.post_mlp_norm else None
+
+    def __call__(
+        self, x: jax.Array, layout: Layout, slot: CacheSlot | None = None, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, CacheSlot | None]:
+        """`x [B, T, D]` through one layer; also the cache slot after this layer's write."""
+        mixed, slot = self.self_attn(self.attention_norm(x), layout, slot, dropout_key)
+        if self.post_attention_norm is not None:
+            mixed = self.post_attention_norm(mixed)
+        x = x + mixed
+        out = self.mlp(self.mlp_norm(x), dropout_key)
+        if self.post_mlp_norm is not None:
+            out = self.post_mlp_norm(out)
+        return x + out, slot
+
+
+def _norm(config: DecoderConfig, name: str, *, size: int | None = None, axis: str = "embed") -> RMSNorm:
+    return RMSNorm(
+        size or config.hidden_size,
+        eps=config.norm_eps,
+        offset=config.norm_offset,
+        path=f"{config.names.layer}.{name}",
+        axis=axis,
+        num_layers=config.num_layers,
+    )

@@ -1,0 +1,48 @@
+"""The key/value cache of generation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax.models.config import DecoderConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far. A pytree: pass it through `jax.jit`, donate it, shard it.
+
+    Attributes:
+        keys: `[L, B, S, kv_heads, head_dim]`, rotated.
+        values: the same shape.
+        segments: int32 `[B, S]`, 0 where the slot is empty or padding.
+        positions: int32 `[B, S]`.
+        length: int32 scalar, the slots that are used (of S).
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    length: jax.Array
+
+    @property
+    def max_length(self) -> int:
+        """The number of slots, S."""
+        return self.keys.shape[2]
+
+
+def empty_cache(config: DecoderConfig, batch_size: int, max_length: int, dtype: jnp.dtype) -> Cache:
+    """A cache with `max_length` free slots for each of `batch_size` rows."""
+    if batch_size < 1 or max_length < 1:
+        raise ValueError(f"a cache needs at least one row and one slot, got {batch_size} rows of {max_length}")
+    shape = (config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim)
+    slots = jnp.zeros((batch_size, max_length), dtype=jnp.int32)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        segments=slots,
+        positions=slots,
+        length=jnp.zeros((), dtype=jnp.int32),
+    )

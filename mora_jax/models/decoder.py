@@ -1,0 +1,281 @@
+"""The decoder: one configurable transformer for all families, its layers stacked and run by `jax.lax.scan`."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mora_jax.models.block import Block, CacheSlot, Layout
+from mora_jax.models.cache import Cache, empty_cache
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.embedding import TokenEmbedding
+from mora_jax.models.norms import RMSNorm
+from mora_jax.models.rope import tables
+from mora_jax.models.segments import check_token_ids, default_positions
+
+_NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
+REMAT = ("none", "dots", "full")
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits: `softcap(hidden @ kernel.T)`, in float32.
+
+    Attributes:
+        kernel: `[V, D]`; the embedding itself when the head is tied.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None for no cap.
+    """
+
+    kernel: jax.Array
+    softcap: float | None
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 `[..., V]` of `hidden [..., D]`."""
+        kernel = self.kernel.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
+class Decoder(nnx.Module):
+    """A causal language model.
+
+    Attributes:
+        config: its description.
+        dtype: the compute dtype, the dtype of the residual stream and of the frozen weights (norms are float32).
+        unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
+        remat: what the backward pass computes again: "none", "dots" (everything but matrix products) or "full".
+        layers: one `Block` whose leaves have a leading `[L]`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None,
+        unroll: int | None = None,
+        remat: str = "none",
+    ):
+        """Makes the parameters: random (normal, `config.initializer_range`) with `rngs`, else zeros to be filled."""
+        if remat not in REMAT:
+            raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+        if unroll is not None and unroll < 1:
+            raise ValueError(f"unroll must be a positive number of layers, got {unroll}")
+        dtype = jnp.dtype(dtype)
+        self.config = config
+        self.dtype = dtype
+        self.unroll = unroll
+        self.remat = remat
+        scale = 0.0 if rngs is None else config.initializer_range
+        draws = nnx.Rngs(0) if rngs is None else rngs
+        self.embed_tokens = TokenEmbedding(
+            config.vocab_size, config.hidden_size, scale=scale, path=config.names.embedding, dtype=dtype, rngs=draws
+        )
+        self.layers = Block(config, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(
+            config.hidden_size, eps=config.norm_eps, offset=config.norm_offset, path=config.names.final_norm
+        )
+        self.lm_head = None
+        if not config.tie_embeddings:
+            shape = (config.vocab_size, config.hidden_size)
+            kernel = nnx.initializers.normal(scale)(draws.params(), shape, dtype)
+            self.lm_head = nnx.Param(kernel, axes=("vocab", "embed"))
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits of every token.
+
+        Args:
+            input_ids: int `[B, T]`. Concrete ids outside the embedding are refused; traced ones give NaN.
+            segment_ids: int `[B, T]`; 0 is padding, equal positive numbers see each other causally. A 0/1 attention
+                mask is valid. None: every row is one segment.
+            positions: int `[B, T]`; None: they restart with each segment.
+            dropout_key: turns on the adapters' dropout.
+
+        Returns:
+            float32 `[B, T, V]`; finite, but without meaning, at padding.
+        """
+        self._check(input_ids, segment_ids, positions)
+        graphdef, state = nnx.split(self)
+        return _logits(graphdef, state, input_ids, segment_ids, positions, dropout_key)
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The states after the final norm, `[B, T, D]` in the compute dtype. Arguments as in `__call__`."""
+        self._check(input_ids, segment_ids, positions)
+        graphdef, state = nnx.split(self)
+        return _hidden(graphdef, state, input_ids, segment_ids, positions, dropout_key)
+
+    def head(self) -> Head:
+        """The output projection, for a loss that never makes the logits of a whole batch."""
+        kernel = self.embed_tokens.embedding if self.lm_head is None else self.lm_head
+        return Head(kernel[...], self.config.final_softcap)
+
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for `max_length` tokens (padding included) in each of `batch_size` rows."""
+        return empty_cache(self.config, batch_size, max_length, self.dtype)
+
+    def extend(
+        self,
+        cache: Cache,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads more tokens: the prompt first, then one token at a time.
+
+        Args:
+            cache: what was read so far.
+            input_ids: int `[B, T]`.
+            positions: int `[B, T]`; None: they go on from the tokens of the row that are not padding.
+            segment_ids: int `[B, T]`, 0 for padding (on either side); None: no padding.
+
+        Returns:
+            float32 logits `[B, V]` of the last token of each row that is not padding, and the cache after it.
+        """
+        self._check(input_ids, segment_ids, positions)
+        used = cache.length
+        if not isinstance(used, jax.core.Tracer) and int(used) + input_ids.shape[1] > cache.max_length:
+            raise ValueError(
+                f"the cache has {cache.max_length} slots, {int(used)} in use: no room for {input_ids.shape[1]} tokens"
+            )
+        graphdef, state = nnx.split(self)
+        return _extend(graphdef, state, cache, input_ids, positions, segment_ids)
+
+    def _check(self, input_ids: Any, segment_ids: Any, positions: Any) -> None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}")
+        for name, value in (("segment_ids", segment_ids), ("positions", positions)):
+            if value is not None and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
+                )
+        if not isinstance(input_ids, jax.core.Tracer):
+            check_token_ids(input_ids, self.config.vocab_size)
+
+    def _embed(self, input_ids: jax.Array) -> jax.Array:
+        x = self.embed_tokens(input_ids)
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, dtype=x.dtype)
+        return x
+
+    def _run_layers(
+        self,
+        x: jax.Array,
+        layout: Layout,
+        cache: Cache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """`x [B, T, D]` through the stack. `layout.cos` and `layout.sin` are `[R, B, T, H / 2]` here."""
+        config = self.config
+        graphdef, leaves = nnx.split(self.layers)
+        same_rope = len(config.ropes) == 1
+        same_window = len(set(config.windows)) == 1
+        windows = None if same_window else jnp.asarray([window or _NO_WINDOW for window in config.windows])
+        ropes = None if same_rope else jnp.asarray(config.layer_ropes)
+        length = None if cache is None else cache.length
+
+        def body(carry: Any, xs: Any) -> tuple[Any, None]:
+            x, stored = carry
+            layer, leaves, window, rope = xs
+            here = dataclasses.replace(
+                layout,
+                cos=layout.cos[0 if same_rope else rope],
+                sin=layout.sin[0 if same_rope else rope],
+                window=config.windows[0] if same_window else window,
+            )
+            slot = None if stored is None else CacheSlot(*stored, layer=layer, length=length)
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+            x, slot = nnx.merge(graphdef, leaves)(x, here, slot, key)
+            return (x, None if slot is None else (slot.keys, slot.values)), None
+
+        if self.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = policies.nothing_saveable if self.remat == "full" else policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        stored = None if cache is None else (cache.keys, cache.values)
+        xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
+        (x, stored), _ = jax.lax.scan(body, (x, stored), xs, unroll=self._unroll())
+        if cache is None or stored is None:
+            return x, None
+        return x, dataclasses.replace(cache, keys=stored[0], values=stored[1])
+
+    def _unroll(self) -> int:
+        if self.unroll is not None:
+            return min(self.unroll, self.config.num_layers)
+        return self.config.num_layers if jax.default_backend() == "cpu" else 1
+
+    def _hidden(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        if segment_ids is None:
+            segments = jnp.ones(input_ids.shape, dtype=jnp.int32)
+            implied = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        else:
+            segments = segment_ids.astype(jnp.int32)
+            implied = default_positions(segments) if positions is None else segments
+        places = implied if positions is None else positions.astype(jnp.int32)
+        cos, sin = tables(self.config.ropes, self.config.head_dim, places)
+        layout = Layout(segments, places, segments, places, cos, sin, window=None)
+        x, _ = self._run_layers(self._embed(input_ids), layout, dropout_key=dropout_key)
+        return self.norm(x)
+
+    def _extend(
+        self, cache: Cache, input_ids: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        shape = input_ids.shape
+        segments = jnp.ones(shape, jnp.int32) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
+        if positions is None:
+            before = jnp.sum(cache.segments, axis=1, keepdims=True)
+            positions = before + jnp.cumsum(segments, axis=1) - segments
+        positions = positions.astype(jnp.int32)
+        start = (0, cache.length)
+        cache = dataclasses.replace(
+            cache,
+            segments=jax.lax.dynamic_update_slice(cache.segments, segments, start),
+            positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
+        )
+        cos, sin = tables(self.config.ropes, self.config.head_dim, positions)
+        layout = Layout(segments, positions, cache.segments, cache.positions, cos, sin, window=None)
+        x, written = self._run_layers(self._embed(input_ids), layout, cache=cache)
+        assert written is not None
+        columns = jnp.arange(shape[1])
+        last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
+        hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
+        return self.head().logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
+
+
+# Compiled once per structure and shape. Inside somebody else's `jax.jit` these are inlined; called eagerly they keep
+# the scan from being compiled anew for every call.
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef: Any, state: Any, *args: Any) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    return model.head().logits(model._hidden(*args))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(graphdef: Any, state: Any, *args: Any) -> jax.Array:
+    return nnx.merge(graphdef, state)._hidden(*args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extend(graphdef: Any, state: Any, *args: Any) -> tuple[jax.Array, Cache]:
+    return nnx.merge(graphdef, state)._extend(*args)

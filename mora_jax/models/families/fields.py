@@ -1,0 +1,77 @@
+"""Reading values out of a HuggingFace `config.json`, with one clear line for each bad one."""
+
+from typing import Any
+
+from mora_jax.errors import InputError
+
+_MISSING = object()
+
+
+class Fields:
+    """A `config.json` as a mapping from names to checked values. A null counts as absent, except in `nullable`."""
+
+    def __init__(self, values: dict[str, Any], where: str = "config.json"):
+        """Takes the parsed JSON object; `where` begins every error message."""
+        self.values = values
+        self.where = where
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is _MISSING:
+            raise InputError(f"{self.where}: {name} is missing")
+        return default
+
+    def bad(self, name: str, wanted: str) -> InputError:
+        """The error for a value that is not what it should be."""
+        return InputError(f"{self.where}: {name} must be {wanted}, found {self.values.get(name)!r}")
+
+    def integer(self, name: str, default: Any = _MISSING) -> int:
+        """A positive whole number."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.bad(name, "a positive whole number")
+        return value
+
+    def number(self, name: str, default: Any = _MISSING) -> float:
+        """A positive number."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise self.bad(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.bad(name, "true or false")
+        return value
+
+    def text(self, name: str, default: Any = _MISSING) -> str:
+        """A string."""
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self.bad(name, "a string")
+        return value
+
+    def table(self, name: str) -> "Fields | None":
+        """A JSON object, or None when there is none."""
+        value = self._get(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.bad(name, "an object")
+        return Fields(value, f"{self.where}: {name}")
+
+    def nullable_integer(self, name: str, default: int | None) -> int | None:
+        """A positive whole number, None where the file says null, `default` where it says nothing."""
+        if name in self.values and self.values[name] is None:
+            return None
+        return None if default is None and name not in self.values else self.integer(name, default)
+
+    def nullable_number(self, name: str, default: float | None) -> float | None:
+        """A positive number, None where the file says null, `default` where it says nothing."""
+        if name in self.values and self.values[name] is None:
+            return None
+        return None if default is None and name not in self.values else self.number(name, default)

@@ -1,0 +1,53 @@
+"""A decoder with random weights, from a config alone."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mora_jax.errors import InputError
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
+
+
+def init_decoder(
+    config: DecoderConfig | dict[str, Any] | str | os.PathLike[str],
+    rngs: nnx.Rngs,
+    *,
+    dtype: Any = jnp.float32,
+    unroll: int | None = None,
+    remat: str = "none",
+) -> Decoder:
+    """Makes a decoder to pretrain.
+
+    Args:
+        config: a `DecoderConfig`, a HuggingFace config as a dict, or the path of a `config.json` or its folder.
+        rngs: where the weights are drawn from.
+        dtype: compute dtype and storage of the weights.
+        unroll: layers per iteration of the scan; None for the backend's default.
+        remat: "none", "dots" or "full".
+    """
+    if isinstance(config, (str, os.PathLike)):
+        config = read_json(Path(config) / "config.json" if Path(config).is_dir() else Path(config))
+    if isinstance(config, dict):
+        config = read_config(config)
+    return Decoder(config, dtype=dtype, rngs=rngs, unroll=unroll, remat=remat)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or an InputError that names the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return values

@@ -1,0 +1,134 @@
+"""Rotary position embeddings with the scaling variants of the supported families."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """One rotary table.
+
+    Attributes:
+        theta: the base wavelength.
+        kind: one of `KINDS`.
+        factor: how much longer the context is than in pretraining (linear, llama3, yarn).
+        original_positions: the context length of pretraining (llama3, yarn).
+        low_freq_factor, high_freq_factor: the band that llama3 interpolates.
+        beta_fast, beta_slow: numbers of rotations between which yarn ramps.
+        truncate: whether yarn rounds the ends of its ramp to whole dimensions.
+        attention_factor: what cos and sin are multiplied by (yarn), already resolved.
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """The angle per position of every pair of dimensions.
+
+    Args:
+        rope: the table's description.
+        head_dim: the size of a head, even.
+
+    Returns:
+        float32 `[head_dim / 2]`.
+
+    Raises:
+        ValueError: for an unknown kind or an odd `head_dim`.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rotary embeddings need an even head_dim, got {head_dim}")
+    plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "default":
+        frequencies = plain
+    elif rope.kind == "linear":
+        frequencies = plain / rope.factor
+    elif rope.kind == "llama3":
+        frequencies = _llama3(rope, plain)
+    elif rope.kind == "yarn":
+        frequencies = _yarn(rope, plain, head_dim)
+    else:
+        raise ValueError(f"unknown rotary kind {rope.kind!r}; known: {', '.join(KINDS)}")
+    return frequencies.astype(np.float32)
+
+
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """Long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    wavelength = 2 * math.pi / plain
+    position = rope.original_positions / wavelength
+    smooth = (position - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * plain / rope.factor + smooth * plain
+
+
+def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
+    """A linear ramp over the dimensions from unscaled (fast) to divided by the factor (slow)."""
+
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
+    """The factor on cos and sin that yarn implies when a config does not state it."""
+
+    def scaled(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if mscale and mscale_all_dim:
+        return scaled(mscale) / scaled(mscale_all_dim)
+    return scaled(1.0)
+
+
+def tables(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every table at every position.
+
+    Args:
+        ropes: R table descriptions.
+        head_dim: the size of a head.
+        positions: int32 `[B, T]`.
+
+    Returns:
+        Two float32 arrays `[R, B, T, head_dim / 2]`.
+    """
+    frequencies = jnp.asarray(np.stack([inverse_frequencies(rope, head_dim) for rope in ropes]))
+    factors = jnp.asarray([rope.attention_factor for rope in ropes], dtype=jnp.float32)[:, None, None, None]
+    angles = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None, :]
+    return jnp.cos(angles) * factors, jnp.sin(angles) * factors
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (j, j + H/2) of the last axis, in float32, and returns the dtype of `x`.
+
+    Args:
+        x: `[B, T, ..., H]`.
+        cos: float32 `[B, T, H / 2]`.
+        sin: the same.
+    """
+    shape = (*cos.shape[:2], *(1,) * (x.ndim - 3), cos.shape[-1])
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
