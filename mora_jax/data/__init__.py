@@ -1,0 +1,60 @@
+"""Data: files to conversations, to rendered text, to tokens with weights, to batches. Knows no model, imports no jax.
+
+Step by step:
+
+    rows = load_rows("dolly.json")                              # conversations
+    rendered = Renderer(tokenizer).render(rows[0])              # text, and what each stretch of it is
+    [tokens] = tokenize([rendered], tokenizer)                  # ids and segments
+    weights = token_weights(tokens.segments, "masked")          # what each prediction counts
+    dataset = EncodedDataset.build(rows, tokenizer)             # all of it for all rows
+    plan = BatchPlan(len(dataset), batch_size=4, seed=0, steps=50)
+    batch = dataset.batch(plan.indices(0), 4, dataset.batch_length)
+"""
+
+from mora_jax.data.conversation import Conversation, Message, Rows
+from mora_jax.data.dataset import EncodedDataset, load_examples, split_rows
+from mora_jax.data.describe import describe_example, token_texts
+from mora_jax.data.encoding import Encoder, Example, encode
+from mora_jax.data.formats import FORMATS
+from mora_jax.data.inspecting import inspect_data
+from mora_jax.data.loading import load_rows
+from mora_jax.data.plan import BatchPlan
+from mora_jax.data.rendering import Prompt, Renderer, render_prompt
+from mora_jax.data.report import Report
+from mora_jax.data.segments import Piece, Rendered, Segment
+from mora_jax.data.templates import TEMPLATES
+from mora_jax.data.tokenizer import load_tokenizer
+from mora_jax.data.tokens import Tokens, tokenize
+from mora_jax.data.weights import MODES, token_weights, weight_table
+
+__all__ = [
+    "FORMATS",
+    "MODES",
+    "TEMPLATES",
+    "BatchPlan",
+    "Conversation",
+    "EncodedDataset",
+    "Encoder",
+    "Example",
+    "Message",
+    "Piece",
+    "Prompt",
+    "Rendered",
+    "Renderer",
+    "Report",
+    "Rows",
+    "Segment",
+    "Tokens",
+    "describe_example",
+    "encode",
+    "inspect_data",
+    "load_examples",
+    "load_rows",
+    "load_tokenizer",
+    "render_prompt",
+    "split_rows",
+    "token_texts",
+    "token_weights",
+    "tokenize",
+    "weight_table",
+]

@@ -1,0 +1,68 @@
+"""Conversations: what every data format is turned into before it is rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+      role: `system`, `user`, `assistant` or `tool`.
+      content: the words of the turn.
+      context: the `input` of an Alpaca row, which some templates place on its own.
+    """
+
+    role: str
+    content: str
+    context: str = ""
+
+    @property
+    def text(self) -> str:
+        """The content, then a blank line and the context if there is one."""
+        return f"{self.content}\n\n{self.context}" if self.context else self.content
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row of data: either messages, or plain text that is learned as it stands.
+
+    Attributes:
+      messages: the turns; empty for plain text.
+      text: the plain text, or None.
+      source: file and row, for messages to the user.
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The conversations of one or more files.
+
+    Attributes:
+      conversations: in the order of the files.
+      format: the name of the format they were read as.
+      files: the paths.
+    """
+
+    conversations: list[Conversation]
+    format: str
+    files: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter(self.conversations)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.conversations[index]
+
+    def __str__(self) -> str:
+        return f"{len(self)} rows of format `{self.format}` from {', '.join(self.files) or 'memory'}"

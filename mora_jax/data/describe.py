@@ -1,0 +1,56 @@
+"""Examples for the eye: the text, the weight and the segment of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mora_jax.data.encoding import Example
+from mora_jax.data.segments import Segment
+
+_REPLACEMENT = "\ufffd"
+
+
+def token_texts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text that each token adds; together they are the decoded text.
+
+    A character whose bytes are spread over several tokens is given to the last of them, the others are empty.
+
+    Args:
+      input_ids: `[T]`.
+      tokenizer: a `transformers` tokenizer.
+    """
+    ids = [int(token) for token in input_ids]
+
+    def decode(start: int, stop: int) -> str:
+        return tokenizer.decode(
+            ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    texts = []
+    context = done = (
+        0  # Tokens before `done` are told; those from `context` on are decoded again for their spaces.
+    )
+    for stop in range(1, len(ids) + 1):
+        told, text = decode(context, done), decode(context, stop)
+        if text.endswith(_REPLACEMENT) and stop < len(ids) and stop - done < 4:
+            texts.append("")
+            continue
+        texts.append(text[len(told) :])
+        context, done = done, stop
+    return texts
+
+
+def describe_example(example: Example, tokenizer: Any) -> list[tuple[str, float, str]]:
+    """Tokens to be shown in colours.
+
+    Args:
+      example: an encoded row.
+      tokenizer: the tokenizer that encoded it.
+
+    Returns:
+      For each token its text, the weight of predicting it, and the name of its segment.
+    """
+    texts = token_texts(example.input_ids.tolist(), tokenizer)
+    names = [Segment(segment).label for segment in example.segments.tolist()]
+    return list(zip(texts, example.weights.tolist(), names, strict=True))

@@ -1,0 +1,114 @@
+"""Conversations to rendered text: chooses the template, and renders each conversation once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mora_jax.data.chat import ChatTemplate
+from mora_jax.data.conversation import Conversation, Message
+from mora_jax.data.formats import ROLES
+from mora_jax.data.segments import Piece, Rendered, Segment
+from mora_jax.data.templates import TEMPLATES
+from mora_jax.data.tokens import tokenize
+from mora_jax.errors import InputError
+
+#: The names under which a user may ask for the tokenizer's own template, which is also the default.
+OWN = "tokenizer"
+
+
+class Renderer:
+    """Renders conversations for one tokenizer.
+
+    Args:
+      tokenizer: a fast `transformers` tokenizer.
+      template: a name in `TEMPLATES`, `tokenizer` for its own chat template, or None: its own if it has one,
+        else `alpaca`.
+
+    Attributes:
+      template: the name of the template in use.
+      notes: what a user should be told about the choice.
+
+    Raises:
+      InputError: for an unknown name, or `tokenizer` where it has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None):
+        self.tokenizer = tokenizer
+        self.notes: list[str] = []
+        has_own = bool(tokenizer.chat_template)
+        if template is None:
+            template = OWN if has_own else "alpaca"
+            if not has_own:
+                self.notes.append("the tokenizer has no chat template: the built-in `alpaca` is used")
+        if template != OWN and template not in TEMPLATES:
+            raise InputError(f"unknown template {template!r}: choose one of {', '.join((OWN, *TEMPLATES))}")
+        if template == OWN and not has_own:
+            raise InputError(
+                f"the tokenizer has no chat template: set data.template to one of {', '.join(TEMPLATES)}"
+            )
+        self.template = template
+        self._chat = ChatTemplate(tokenizer) if template == OWN else None
+        self.eos: str = tokenizer.eos_token or ""
+        if not self.eos:
+            self.notes.append(
+                "the tokenizer has no end-of-sequence token: nothing ends an answer but the template"
+            )
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Renders a whole conversation, or plain text with an end-of-sequence token after it."""
+        if conversation.text is not None:
+            pieces = [Piece(conversation.text, Segment.ASSISTANT), Piece(self.eos, Segment.END_OF_TURN)]
+        elif self._chat is not None:
+            pieces = self._chat.pieces(conversation.messages, conversation.source)
+        else:
+            pieces = list(TEMPLATES[self.template].pieces(conversation.messages, self.eos))
+        return Rendered.join(pieces, conversation.source)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text after which the model answers: the beginning of what `render` gives with an answer added."""
+        if self._chat is not None:
+            return self._chat.render(messages, prompt=True)
+        template = TEMPLATES[self.template]
+        return "".join(piece.text for piece in template.pieces(messages, self.eos)) + template.opening()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to feed a model so that it answers.
+
+    Attributes:
+      text: the rendered prompt.
+      input_ids: `[T]` int32, with the tokenizer's beginning-of-sequence token where training has it.
+    """
+
+    text: str
+    input_ids: np.ndarray
+
+
+def render_prompt(
+    tokenizer: Any,
+    messages: str | Iterable[Message | Mapping[str, str]],
+    template: str | None = None,
+) -> Prompt:
+    """Renders messages up to the point where the assistant's answer begins.
+
+    Args:
+      tokenizer: a fast `transformers` tokenizer.
+      messages: one user's text, or messages (also as `{"role": ..., "content": ...}`).
+      template: as for `Renderer`.
+    """
+    if isinstance(messages, str):
+        messages = [Message("user", messages)]
+    turns = [m if isinstance(m, Message) else Message(_role(m["role"]), m["content"]) for m in messages]
+    text = Renderer(tokenizer, template).prompt(turns)
+    return Prompt(text, tokenize([Rendered(text, (Piece(text, Segment.TEMPLATE),))], tokenizer)[0].input_ids)
+
+
+def _role(name: str) -> str:
+    if name not in ROLES:
+        raise InputError(f"unknown role {name!r}: expected one of {', '.join(ROLES)}")
+    return ROLES[name]

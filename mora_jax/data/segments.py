@@ -1,0 +1,71 @@
+"""What a token is: the label that the renderer gives every stretch of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Segment(IntEnum):
+    """The part of a conversation that a token belongs to; loss modes map it to a weight."""
+
+    PADDING = 0
+    BOS = 1
+    TEMPLATE = 2
+    SYSTEM = 3
+    USER = 4
+    TOOL = 5
+    ASSISTANT = 6
+    END_OF_TURN = 7
+
+    @property
+    def label(self) -> str:
+        """The name in lower case, as JSON and the command line show it."""
+        return self.name.lower()
+
+
+#: Segments that hold a message's own words (everything else comes from the template or the tokenizer).
+CONTENT = (Segment.SYSTEM, Segment.USER, Segment.TOOL, Segment.ASSISTANT)
+#: Segments that instruct, and those that the model is to produce.
+INSTRUCTION = (Segment.SYSTEM, Segment.USER, Segment.TOOL)
+RESPONSE = (Segment.ASSISTANT, Segment.END_OF_TURN)
+
+ROLE_SEGMENT = {
+    "system": Segment.SYSTEM,
+    "user": Segment.USER,
+    "tool": Segment.TOOL,
+    "assistant": Segment.ASSISTANT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of rendered text that belongs to one segment."""
+
+    text: str
+    segment: Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as one string, with the segment of every character.
+
+    Attributes:
+      text: what is tokenised, once.
+      pieces: consecutive stretches whose texts join to `text`.
+      source: where the conversation came from, for messages to the user.
+    """
+
+    text: str
+    pieces: tuple[Piece, ...]
+    source: str = ""
+
+    @classmethod
+    def join(cls, pieces: Iterable[Piece], source: str = "") -> Rendered:
+        """Joins consecutive pieces; empty ones are left out."""
+        kept = tuple(piece for piece in pieces if piece.text)
+        return cls("".join(piece.text for piece in kept), kept, source)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{piece.segment.label:>12} {piece.text!r}" for piece in self.pieces)

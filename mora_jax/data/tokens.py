@@ -1,0 +1,146 @@
+"""Rendered text to tokens: one pass of the tokenizer, and a segment for every token from its offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mora_jax.data.segments import Rendered, Segment
+from mora_jax.errors import InputError
+
+#: Which segment a token with characters of several belongs to, highest first. An end-of-turn token that swallows
+#: the space before it still ends the turn; an answer's first characters are trained even where the tokenizer
+#: joins them to the header; words win over the template's text.
+_PRECEDENCE = (
+    Segment.END_OF_TURN,
+    Segment.ASSISTANT,
+    Segment.USER,
+    Segment.SYSTEM,
+    Segment.TOOL,
+    Segment.TEMPLATE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of one conversation, before any cut.
+
+    Attributes:
+      input_ids: `[T]` int32.
+      segments: `[T]` int8, values of `Segment`.
+      seams: tokens that join an answer's characters with others (a single leading space aside). The ids of the
+        prompt alone are then no beginning of these ids.
+    """
+
+    input_ids: np.ndarray
+    segments: np.ndarray
+    seams: int
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its beginning-of-sequence token before a text."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return False
+    return (
+        tokenizer("a")["input_ids"][:1] == [bos] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    )
+
+
+def tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[Tokens]:
+    """Tokenises rendered conversations, each as one string.
+
+    Special tokens in the text are recognised wherever they stand, as `apply_chat_template` does: in a user's words
+    they get the special id too, and stay the user's in the segments. The beginning-of-sequence token is taken from
+    the text if that begins with it, and put in front once if not and the tokenizer adds one by itself.
+
+    Args:
+      rendered: what `Renderer.render` gives.
+      tokenizer: a fast `transformers` tokenizer.
+
+    Returns:
+      Tokens in the same order.
+
+    Raises:
+      InputError: for a tokenizer without character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            "the tokenizer is a slow one without character offsets: save it with its tokenizer.json"
+        )
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    encodings = tokenizer(
+        [item.text for item in rendered],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    rows = zip(rendered, encodings["input_ids"], encodings["offset_mapping"], strict=True)
+    return [_label(item, ids, offsets, tokenizer, bos) for item, ids, offsets in rows]
+
+
+def _label(
+    item: Rendered, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any, bos: int | None
+) -> Tokens:
+    input_ids = np.array(ids, np.int32)
+    segments, seams = _segments(item, offsets)
+    has_bos = (
+        bool(tokenizer.bos_token)
+        and item.text.startswith(tokenizer.bos_token)
+        and ids[0] == tokenizer.bos_token_id
+    )
+    if has_bos:
+        segments[0] = Segment.BOS
+    elif bos is not None:
+        input_ids = np.concatenate([np.array([bos], np.int32), input_ids])
+        segments = np.concatenate([np.array([Segment.BOS], np.int8), segments])
+    return Tokens(input_ids, segments, seams)
+
+
+def _segments(item: Rendered, offsets: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """The segment of each token, and how many tokens join an answer to something else."""
+    if not offsets:
+        return np.zeros(0, np.int8), 0
+    starts, stops = np.array(offsets, np.int64).T
+    # Tokenizers that trim offsets give tokens of mere space no width: they stand between the tokens beside them.
+    empty = starts >= stops
+    if empty.any():
+        before = np.concatenate([[0], np.maximum.accumulate(stops)[:-1]])
+        starts = np.where(empty, np.minimum(before, np.maximum(stops - 1, 0)), starts)
+        stops = np.maximum(stops, starts + 1)
+    labels = np.array([piece.segment for piece in item.pieces], np.int8)
+    edges = np.cumsum([len(piece.text) for piece in item.pieces])
+    last_piece = len(labels) - 1
+    first = np.minimum(np.searchsorted(edges, starts, side="right"), last_piece)
+    last = np.minimum(np.searchsorted(edges, stops - 1, side="right"), last_piece)
+    segments = labels[first]
+    seams = 0
+    for token in np.flatnonzero(first != last):
+        segments[token], seam = _straddling(
+            item, edges, int(first[token]), int(last[token]), int(starts[token]), int(stops[token])
+        )
+        seams += seam
+    return segments, seams
+
+
+def _straddling(
+    item: Rendered, edges: np.ndarray, first: int, last: int, start: int, stop: int
+) -> tuple[Segment, bool]:
+    """The segment of a token over several pieces: of its characters that are no space, if it has any."""
+    inside: dict[Segment, str] = {}
+    for index in range(first, last + 1):
+        piece = item.pieces[index]
+        left, right = max(start, int(edges[index]) - len(piece.text)), min(stop, int(edges[index]))
+        inside[piece.segment] = inside.get(piece.segment, "") + item.text[left:right]
+    candidates = {segment for segment, text in inside.items() if text.strip()} or set(inside)
+    chosen = next(segment for segment in _PRECEDENCE if segment in candidates)
+    others = [
+        text for segment, text in inside.items() if segment not in (Segment.ASSISTANT, Segment.END_OF_TURN)
+    ]
+    seam = Segment.ASSISTANT in inside and "".join(others) not in ("", " ")
+    return chosen, seam

@@ -1,0 +1,227 @@
+"""Where the words of each message stand in what a tokenizer's own chat template renders.
+
+A template is a program: it may strip, reorder, merge or drop what it is given. It is therefore never parsed, and
+its markers are never searched for. It is run on stand-ins, and what it does to them is compared with what it
+does to the real messages:
+
+1. Every content is replaced by a unique word. What stands between these words is the template's own text (the
+   layout, kept per sequence of roles). The real rendering must equal the layout with the real contents, plain or
+   stripped, in place of the words, character for character.
+2. Where it does not (a template that looks into the contents, such as one that takes the reasoning out), every
+   character of the contents is replaced by a character of its own from the private planes, except for tags and
+   space, and each is found again in the rendering.
+
+If neither explains the whole rendering, the template cannot be tracked and `Untrackable` is raised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+#: One rendering: the contents of all messages, in the place of their own, to the text.
+RenderContents = Callable[[Sequence[str]], str]
+
+
+class Untrackable(ValueError):
+    """A rendering in which the messages cannot be located."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Characters `[start, stop)` of a rendering that are words of message `message`."""
+
+    start: int
+    stop: int
+    message: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a template writes around the contents.
+
+    Attributes:
+      literals: the template's text before each content and after the last; one more than `order`.
+      order: which message each gap between literals holds.
+    """
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+
+
+_STRIPS: tuple[Callable[[str], str], ...] = (
+    lambda text: text,
+    str.strip,
+    str.lstrip,
+    str.rstrip,
+    lambda text: text.strip("\n"),
+    lambda text: text.lstrip("\n"),
+    lambda text: text.rstrip("\n"),
+)
+
+
+def stand_in(index: int) -> str:
+    """A word that no template holds, with nothing in it that a template could strip or look for."""
+    return f"Qz{index}xMessage{index}xzQ"
+
+
+_STAND_IN = re.compile(r"Qz(\d+)xMessage\1xzQ")
+
+
+def find_layout(render: RenderContents, contents: Sequence[str], keep: Sequence[bool]) -> Layout:
+    """Renders stand-ins and reads the template's own text around them.
+
+    Args:
+      render: runs the template.
+      contents: the real contents.
+      keep: for each message, whether its real content is rendered instead of a stand-in (and not located).
+    """
+    text = render(
+        [
+            content if kept else stand_in(i)
+            for i, (content, kept) in enumerate(zip(contents, keep, strict=True))
+        ]
+    )
+    parts = _STAND_IN.split(text)
+    return Layout(tuple(parts[::2]), tuple(int(number) for number in parts[1::2]))
+
+
+def match_layout(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
+    """The spans of the contents if the text is the layout filled with them, else None."""
+    for strip in _STRIPS[:2]:
+        spans = _fill(layout, [strip(content) for content in contents], text)
+        if spans is not None:
+            return spans
+    return _fill_mixed(layout, contents, text)
+
+
+def _fill(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
+    spans, at = [], 0
+    for literal, message in zip(layout.literals, layout.order, strict=False):
+        at += len(literal)
+        spans.append(Span(at, at + len(contents[message]), message))
+        at += len(contents[message])
+    if at + len(layout.literals[-1]) != len(text):
+        return None
+    parts = [layout.literals[0]]
+    for literal, message in zip(layout.literals[1:], layout.order, strict=True):
+        parts += (contents[message], literal)
+    return spans if "".join(parts) == text else None
+
+
+def _fill_mixed(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
+    """As `_fill`, where each message may be stripped in its own way: a walk over the few ways that fit."""
+    literals, order = layout.literals, layout.order
+    if not text.startswith(literals[0]):
+        return None
+
+    def steps(gap: int, at: int) -> Iterator[Span]:
+        content = contents[order[gap]]
+        for words in dict.fromkeys(strip(content) for strip in _STRIPS):
+            stop = at + len(words)
+            if text.startswith(words, at) and text.startswith(literals[gap + 1], stop):
+                yield Span(at, stop, order[gap])
+
+    spans: list[Span] = []
+    pending = [steps(0, len(literals[0]))] if order else []
+    dead: set[tuple[int, int]] = set()
+    while pending:
+        span = next(pending[-1], None)
+        if span is None:
+            pending.pop()
+            if spans:
+                spans.pop()
+            continue
+        gap, at = len(pending), span.stop + len(literals[len(pending)])
+        if gap == len(order):
+            if at == len(text):
+                return [*spans, span]
+        elif (gap, at) not in dead:
+            dead.add((gap, at))
+            spans.append(span)
+            pending.append(steps(gap, at))
+    return None
+
+
+# Left as they are, because templates look for them: tags and space.
+_KEPT = re.compile(r"<[^<>\n]{1,64}>|\[/?[A-Za-z_]{1,32}\]|\s+")
+_PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+_PRIVATE_SIZE = sum(map(len, _PRIVATE))
+
+
+def _private(index: int) -> str:
+    first, second = _PRIVATE
+    return chr(first[index] if index < len(first) else second[index - len(first)])
+
+
+def _private_index(character: str) -> int | None:
+    code = ord(character)
+    first, second = _PRIVATE
+    if code in first:
+        return code - first.start
+    return len(first) + code - second.start if code in second else None
+
+
+def trace(render: RenderContents, contents: Sequence[str], text: str) -> list[Span]:
+    """Locates the contents character by character, in a rendering that depends on what they say.
+
+    Raises:
+      Untrackable: if the template treats the coded contents in another way than the real ones.
+    """
+    places = [(i, j) for i, content in enumerate(contents) for j in _coded_places(content)]
+    step = -(-len(places) // _PRIVATE_SIZE) or 1
+    places = places[::step]
+    coded = [list(content) for content in contents]
+    for code, (i, j) in enumerate(places):
+        coded[i][j] = _private(code)
+    rendered = render(["".join(characters) for characters in coded])
+    if len(rendered) != len(text):
+        raise Untrackable("its output depends on the words of the messages")
+    origin: list[tuple[int, int] | None] = [None] * len(text)
+    for k, (seen, real) in enumerate(zip(rendered, text, strict=True)):
+        code_seen = _private_index(seen)
+        place = places[code_seen] if code_seen is not None and code_seen < len(places) else None
+        if place is not None and contents[place[0]][place[1]] == real:
+            origin[k] = place
+        elif seen != real:
+            raise Untrackable("its output depends on the words of the messages")
+    _grow(origin, contents, text)
+    return list(_runs(origin, text))
+
+
+def _coded_places(content: str) -> Iterator[int]:
+    at = 0
+    for kept in _KEPT.finditer(content):
+        yield from range(at, kept.start())
+        at = kept.end()
+    yield from range(at, len(content))
+
+
+def _grow(origin: list[tuple[int, int] | None], contents: Sequence[str], text: str) -> None:
+    """Takes in the kept characters (tags, space) that stand beside located ones in content and text alike."""
+    for positions, step in ((range(len(text)), 1), (range(len(text) - 1, -1, -1), -1)):
+        for k in positions:
+            before = origin[k - step] if 0 <= k - step < len(text) else None
+            if origin[k] is None and before is not None:
+                i, j = before[0], before[1] + step
+                if 0 <= j < len(contents[i]) and contents[i][j] == text[k]:
+                    origin[k] = (i, j)
+
+
+def _runs(origin: Sequence[tuple[int, int] | None], text: str) -> Iterator[Span]:
+    """Runs of one message, without the space at their edges, which may be the template's as well."""
+    start = 0
+    for stop in range(1, len(origin) + 1):
+        first = origin[start]
+        if stop < len(origin) and first is not None:
+            here = origin[stop]
+            if here is not None and here[0] == first[0]:
+                continue
+        if first is not None:
+            words = text[start:stop]
+            left = start + len(words) - len(words.lstrip())
+            right = start + len(words.rstrip())
+            if left < right:
+                yield Span(left, right, first[0])
+        start = stop
