@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +29,8 @@ def load_pretrained(
 
     Args:
         path: a HuggingFace model folder with safetensors weights, or a hub id.
-        dtype: "float32" or "bfloat16": compute dtype and storage of the weights. None: bfloat16 where it is fast.
+        dtype: "float32" or "bfloat16": compute dtype and storage of the weights; None: bfloat16 where it
+            is fast.
         unroll: layers per iteration of the scan; None for the backend's default.
         remat: "none", "dots" or "full".
 
@@ -56,11 +56,13 @@ def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig
     head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
     if not config.tie_embeddings or head not in files or embedding not in files:
         return config
-    if files.shapes[head] == files.shapes[embedding] and np.array_equal(files.read(head), files.read(embedding)):
+    if files.shapes[head] == files.shapes[embedding] and np.array_equal(
+        files.read(head), files.read(embedding)
+    ):
         return config
     warnings.warn(
-        f"{files.folder}: config.json ties {head} to {embedding}, but the file has different values for both; "
-        "they are kept apart",
+        f"{files.folder}: config.json ties {head} to {embedding}, but the file has different values for "
+        "both; they are kept apart",
         stacklevel=3,
     )
     source = config.hf_config | {"tie_word_embeddings": False}
@@ -93,12 +95,14 @@ def _check(pieces: list[Piece], files: TensorFiles, stored_as: dict[str, str]) -
         raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {_first(missing)}")
     extra = sorted(name for name in set(files.shapes) - set(names) if not _harmless(name))
     if extra:
-        raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {_first(extra)}")
+        raise InputError(
+            f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {_first(extra)}"
+        )
     for piece, name in zip(pieces, names, strict=True):
         if files.shapes[name] != piece.shape:
             raise InputError(
-                f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but config.json implies "
-                f"{list(piece.shape)}"
+                f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but config.json "
+                f"implies {list(piece.shape)}"
             )
 
 

@@ -28,13 +28,14 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _download(repository: str) -> Path:
-    import httpx  # the hub client's own transport, whose errors it passes on
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=_WANTED))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HfHubHTTPError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{repository} is not a local folder, and could not be fetched from the hub (that needs network): {cause}"
+            f"{repository} is not a local folder, and could not be fetched from the hub (that needs "
+            f"network): {cause}"
         ) from None

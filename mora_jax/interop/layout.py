@@ -1,4 +1,4 @@
-"""Which HuggingFace tensor lies where in the decoder's stacked and fused parameters. One plan serves both ways."""
+"""Which HuggingFace tensor lies where in the decoder's stacked and fused parameters, for both ways."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -51,11 +51,19 @@ def tensor_plan(model: Decoder) -> list[Entry]:
     """Every base parameter of a decoder with its HuggingFace tensors, in the order of the forward pass."""
     config = model.config
     table = (config.vocab_size, config.hidden_size)
-    entries = [Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))]
+    entries = [
+        Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))
+    ]
     block = model.layers
-    norms = (block.attention_norm, block.self_attn.q_norm, block.self_attn.k_norm, block.post_attention_norm)
-    norms += (block.mlp_norm, block.post_mlp_norm)
-    for norm in norms:
+    attention = block.self_attn
+    for norm in (
+        block.attention_norm,
+        attention.q_norm,
+        attention.k_norm,
+        block.post_attention_norm,
+        block.mlp_norm,
+        block.post_mlp_norm,
+    ):
         if norm is not None:
             entries.append(_norm(norm, config.num_layers))
     for projection in (
@@ -76,7 +84,9 @@ def _norm(norm: RMSNorm, num_layers: int | None) -> Entry:
     if num_layers is None:
         return Entry(norm.weight, (Piece(f"{norm.path}.weight", (), (size,), (size,)),))
     names = [norm.path.format(layer=layer) for layer in range(num_layers)]
-    return Entry(norm.weight, tuple(Piece(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names)))
+    return Entry(
+        norm.weight, tuple(Piece(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names))
+    )
 
 
 def _projection(projection: Projection) -> Iterator[Entry]:
@@ -90,7 +100,9 @@ def _projection(projection: Projection) -> Iterator[Entry]:
             path = projection.module_path(part.name, layer)
             size, region = projection.part_features(part.name), (projection.in_features, *shape)
             file_shape = (size, projection.in_features)
-            kernels.append(Piece(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True))
+            kernels.append(
+                Piece(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True)
+            )
             biases.append(Piece(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
     yield Entry(projection.kernel, tuple(kernels))
     if projection.bias is not None:

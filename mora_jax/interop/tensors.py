@@ -33,8 +33,8 @@ class TensorFiles:
                 piece = handle.get_slice(name)
                 if piece.get_dtype() not in _READABLE:
                     raise InputError(
-                        f"{file}: tensor {name} has dtype {piece.get_dtype()}; only floating-point checkpoints in "
-                        "float32, float16 or bfloat16 can be read"
+                        f"{file}: tensor {name} has dtype {piece.get_dtype()}; only checkpoints in float32, "
+                        "float16 or bfloat16 can be read"
                     )
                 self._handles[name] = handle
                 self.shapes[name] = tuple(piece.get_shape())
@@ -51,7 +51,9 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except FileNotFoundError:
-        raise InputError(f"{file} does not exist, but the index names it: download the folder again") from None
+        raise InputError(
+            f"{file} does not exist, but the index names it: download the folder again"
+        ) from None
     except SafetensorError as error:
         raise InputError(f"{file} is not a complete safetensors file ({error}): download it again") from None
     except OSError as error:
@@ -74,12 +76,14 @@ def open_checkpoint(folder: Path) -> TensorFiles:
         files = TensorFiles(folder, [folder / file for file in sorted(set(weight_map.values()))])
         absent = [name for name in weight_map if name not in files]
         if absent:
-            raise InputError(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}")
+            raise InputError(
+                f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}"
+            )
         return files
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise InputError(
-            f"{folder} has only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded: convert "
-            "them to safetensors first (load with transformers, then save_pretrained)"
+            f"{folder} has only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded: "
+            "convert them to safetensors first (load with transformers, then save_pretrained)"
         )
     raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")

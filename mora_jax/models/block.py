@@ -26,16 +26,18 @@ class Layout:
     """Who sees whom, and where everything stands; the same for all layers of a kind.
 
     Attributes:
-        segments, positions: int32 `[B, T]` of the queries.
-        kv_segments, kv_positions: int32 `[B, S]` of the keys.
+        segments: int32 `[B, T]` of the queries.
+        kv_segments: int32 `[B, S]` of the keys.
+        positions, kv_positions: int32 of the same shapes where order is by position (with a cache); None
+            where it is by index.
         cos, sin: float32 `[B, T, head_dim / 2]`.
         window: how many positions back a query sees; None for all.
     """
 
     segments: jax.Array
-    positions: jax.Array
     kv_segments: jax.Array
-    kv_positions: jax.Array
+    positions: jax.Array | None
+    kv_positions: jax.Array | None
     cos: jax.Array
     sin: jax.Array
     window: int | jax.Array | None
@@ -43,7 +45,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class CacheSlot:
-    """Where a layer writes its new keys and values: `[layer, :, length:length + T]` of `[L, B, S, G, H]` arrays."""
+    """Where a layer writes keys and values: `[layer, :, length:length + T]` of `[L, B, S, G, H]` arrays."""
 
     keys: jax.Array
     values: jax.Array
@@ -177,7 +179,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """All layers at once: every leaf has a leading `[L]`. Called with the leaves of one layer, sliced by a scan."""
+    """All layers at once: every leaf has a leading `[L]`. A scan slices it and calls one layer."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         """Makes `config.num_layers` stacked layers."""
@@ -186,11 +188,17 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.attention_norm = _norm(config, names.attention_norm)
         self.mlp_norm = _norm(config, names.mlp_norm)
-        self.post_attention_norm = _norm(config, names.post_attention_norm) if names.post_attention_norm else None
+        self.post_attention_norm = (
+            _norm(config, names.post_attention_norm) if names.post_attention_norm else None
+        )
         self.post_mlp_norm = _norm(config, names.post_mlp_norm) if names.post_mlp_norm else None
 
     def __call__(
-        self, x: jax.Array, layout: Layout, slot: CacheSlot | None = None, dropout_key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        slot: CacheSlot | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` through one layer; also the cache slot after this layer's write."""
         mixed, slot = self.self_attn(self.attention_norm(x), layout, slot, dropout_key)

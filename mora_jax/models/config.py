@@ -11,8 +11,8 @@ from mora_jax.models.rope import Rope
 class TensorNames:
     """The HuggingFace names of the tensors that a family may name differently.
 
-    Projections are always `self_attn.{q,k,v,o}_proj` and `mlp.{gate,up,down}_proj` below `layer`. A norm whose name
-    is None does not exist in the family.
+    Projections are always `self_attn.{q,k,v,o}_proj` and `mlp.{gate,up,down}_proj` below `layer`. A norm
+    whose name is None does not exist in the family.
     """
 
     embedding: str = "model.embed_tokens"
@@ -35,9 +35,9 @@ class DecoderConfig:
         ropes: the distinct rotary tables of the model.
         layer_ropes: for each layer, the index of its table in `ropes`.
         norm_offset: what is added to every norm weight (1.0 in Gemma).
-        embedding_scale: what embeddings are multiplied by, rounded to the compute dtype first; None for no scaling.
+        embedding_scale: what embeddings are multiplied by, rounded to the compute dtype first, or None.
         attention_scale: what the attention scores are multiplied by.
-        source: the HuggingFace `config.json` it was read from, as JSON text (kept whole for `save_pretrained`).
+        source: the HuggingFace `config.json` it was read from, as JSON text; `save_pretrained` writes it.
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""The decoder: one configurable transformer for all families, its layers stacked and run by `jax.lax.scan`."""
+"""The decoder: one configurable transformer for all families, layers stacked and run by `jax.lax.scan`."""
 
 import dataclasses
 import functools
@@ -43,9 +43,9 @@ class Decoder(nnx.Module):
 
     Attributes:
         config: its description.
-        dtype: the compute dtype, the dtype of the residual stream and of the frozen weights (norms are float32).
+        dtype: dtype of the computation, the residual stream and the frozen weights (norms are float32).
         unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
-        remat: what the backward pass computes again: "none", "dots" (everything but matrix products) or "full".
+        remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
         layers: one `Block` whose leaves have a leading `[L]`.
     """
 
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
         unroll: int | None = None,
         remat: str = "none",
     ):
-        """Makes the parameters: random (normal, `config.initializer_range`) with `rngs`, else zeros to be filled."""
+        """Makes the parameters: normal (`config.initializer_range`) from `rngs`, else zeros to be filled."""
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
         if unroll is not None and unroll < 1:
@@ -71,7 +71,12 @@ class Decoder(nnx.Module):
         scale = 0.0 if rngs is None else config.initializer_range
         draws = nnx.Rngs(0) if rngs is None else rngs
         self.embed_tokens = TokenEmbedding(
-            config.vocab_size, config.hidden_size, scale=scale, path=config.names.embedding, dtype=dtype, rngs=draws
+            config.vocab_size,
+            config.hidden_size,
+            scale=scale,
+            path=config.names.embedding,
+            dtype=dtype,
+            rngs=draws,
         )
         self.layers = Block(config, dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(
@@ -95,9 +100,9 @@ class Decoder(nnx.Module):
 
         Args:
             input_ids: int `[B, T]`. Concrete ids outside the embedding are refused; traced ones give NaN.
-            segment_ids: int `[B, T]`; 0 is padding, equal positive numbers see each other causally. A 0/1 attention
-                mask is valid. None: every row is one segment.
-            positions: int `[B, T]`; None: they restart with each segment.
+            segment_ids: int `[B, T]`; 0 is padding, equal positive numbers see each other causally. A 0/1
+                attention mask is valid. None: every row is one segment.
+            positions: int `[B, T]`, the rotary angles' positions; None: they restart with each segment.
             dropout_key: turns on the adapters' dropout.
 
         Returns:
@@ -151,7 +156,8 @@ class Decoder(nnx.Module):
         used = cache.length
         if not isinstance(used, jax.core.Tracer) and int(used) + input_ids.shape[1] > cache.max_length:
             raise ValueError(
-                f"the cache has {cache.max_length} slots, {int(used)} in use: no room for {input_ids.shape[1]} tokens"
+                f"the cache has {cache.max_length} slots, {int(used)} in use: no room for "
+                f"{input_ids.shape[1]} tokens"
             )
         graphdef, state = nnx.split(self)
         return _extend(graphdef, state, cache, input_ids, positions, segment_ids)
@@ -162,7 +168,7 @@ class Decoder(nnx.Module):
         for name, value in (("segment_ids", segment_ids), ("positions", positions)):
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(
-                    f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
+                    f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {value.shape}"
                 )
         if not isinstance(input_ids, jax.core.Tracer):
             check_token_ids(input_ids, self.config.vocab_size)
@@ -187,7 +193,7 @@ class Decoder(nnx.Module):
         same_window = len(set(config.windows)) == 1
         windows = None if same_window else jnp.asarray([window or _NO_WINDOW for window in config.windows])
         ropes = None if same_rope else jnp.asarray(config.layer_ropes)
-        length = None if cache is None else cache.length
+        length = jnp.zeros((), jnp.int32) if cache is None else cache.length
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             x, stored = carry
@@ -198,14 +204,18 @@ class Decoder(nnx.Module):
                 sin=layout.sin[0 if same_rope else rope],
                 window=config.windows[0] if same_window else window,
             )
-            slot = None if stored is None else CacheSlot(*stored, layer=layer, length=length)
+            slot = None if stored is None else CacheSlot(stored[0], stored[1], layer, length)
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
             x, slot = nnx.merge(graphdef, leaves)(x, here, slot, key)
             return (x, None if slot is None else (slot.keys, slot.values)), None
 
         if self.remat != "none":
             policies = jax.checkpoint_policies
-            policy = policies.nothing_saveable if self.remat == "full" else policies.dots_with_no_batch_dims_saveable
+            policy = (
+                policies.nothing_saveable
+                if self.remat == "full"
+                else policies.dots_with_no_batch_dims_saveable
+            )
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         stored = None if cache is None else (cache.keys, cache.values)
         xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
@@ -234,7 +244,7 @@ class Decoder(nnx.Module):
             implied = default_positions(segments) if positions is None else segments
         places = implied if positions is None else positions.astype(jnp.int32)
         cos, sin = tables(self.config.ropes, self.config.head_dim, places)
-        layout = Layout(segments, places, segments, places, cos, sin, window=None)
+        layout = Layout(segments, segments, None, None, cos, sin, window=None)
         x, _ = self._run_layers(self._embed(input_ids), layout, dropout_key=dropout_key)
         return self.norm(x)
 
@@ -254,7 +264,7 @@ class Decoder(nnx.Module):
             positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
         )
         cos, sin = tables(self.config.ropes, self.config.head_dim, positions)
-        layout = Layout(segments, positions, cache.segments, cache.positions, cos, sin, window=None)
+        layout = Layout(segments, cache.segments, positions, cache.positions, cos, sin, window=None)
         x, written = self._run_layers(self._embed(input_ids), layout, cache=cache)
         assert written is not None
         columns = jnp.arange(shape[1])
@@ -263,8 +273,8 @@ class Decoder(nnx.Module):
         return self.head().logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
 
 
-# Compiled once per structure and shape. Inside somebody else's `jax.jit` these are inlined; called eagerly they keep
-# the scan from being compiled anew for every call.
+# Compiled once per structure and shape. Inside somebody else's `jax.jit` these are inlined; called eagerly
+# they keep the scan from being compiled anew for every call.
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef: Any, state: Any, *args: Any) -> jax.Array:
     model = nnx.merge(graphdef, state)

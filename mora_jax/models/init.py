@@ -25,7 +25,7 @@ def init_decoder(
     """Makes a decoder to pretrain.
 
     Args:
-        config: a `DecoderConfig`, a HuggingFace config as a dict, or the path of a `config.json` or its folder.
+        config: a `DecoderConfig`, a HuggingFace config as a dict, or the path of a `config.json` or a folder.
         rngs: where the weights are drawn from.
         dtype: compute dtype and storage of the weights.
         unroll: layers per iteration of the scan; None for the backend's default.

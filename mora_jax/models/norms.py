@@ -14,7 +14,14 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(
-        self, size: int, *, eps: float, offset: float, path: str, axis: str = "embed", num_layers: int | None = None
+        self,
+        size: int,
+        *,
+        eps: float,
+        offset: float,
+        path: str,
+        axis: str = "embed",
+        num_layers: int | None = None,
     ):
         """Makes the identity: a weight that is 1 after `offset` has been added."""
         shape: tuple[int, ...] = (size,) if num_layers is None else (num_layers, size)

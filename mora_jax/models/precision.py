@@ -20,7 +20,7 @@ def default_dtype() -> jnp.dtype:
 
 
 def read_dtype(dtype: Any) -> jnp.dtype:
-    """The compute dtype that `dtype` names; None for the default. Raises InputError for anything but `NAMES`."""
+    """The compute dtype that `dtype` names, None for the default; InputError for anything but `NAMES`."""
     if dtype is None:
         return default_dtype()
     try:

@@ -79,7 +79,11 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     """A linear ramp over the dimensions from unscaled (fast) to divided by the factor (slow)."""
 
     def dimension(rotations: float) -> float:
-        return head_dim * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            head_dim
+            * math.log(rope.original_positions / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
@@ -91,7 +95,9 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 
-def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
+def yarn_attention_factor(
+    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
     """The factor on cos and sin that yarn implies when a config does not state it."""
 
     def scaled(weight: float) -> float:

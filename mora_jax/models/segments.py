@@ -8,8 +8,8 @@ import numpy as np
 def default_positions(segment_ids: jax.Array) -> jax.Array:
     """How many earlier tokens of the row belong to the same segment as each token.
 
-    For contiguous segments this restarts at 0 with each of them. It is also right for a padding mask with holes and
-    for left padding: padding never counts.
+    For contiguous segments this restarts at 0 with each of them. It is also right for a padding mask with
+    holes and for left padding: padding never counts.
 
     Args:
         segment_ids: int `[B, T]`.
@@ -25,8 +25,8 @@ def default_positions(segment_ids: jax.Array) -> jax.Array:
 def check_token_ids(input_ids: np.ndarray | jax.Array, vocab_size: int) -> None:
     """Raises ValueError when an id has no row in an embedding of `vocab_size` rows.
 
-    Needs concrete ids: call it on data before it goes into a compiled function, where an id outside the embedding
-    gives NaN instead.
+    Needs concrete ids: call it on data before it goes into a compiled function, where an id outside the
+    embedding gives NaN instead.
     """
     ids = np.asarray(input_ids)
     if not np.issubdtype(ids.dtype, np.integer):

@@ -8,7 +8,7 @@ _MISSING = object()
 
 
 class Fields:
-    """A `config.json` as a mapping from names to checked values. A null counts as absent, except in `nullable`."""
+    """A `config.json` as checked values by name. A null counts as absent, except in `nullable_…`."""
 
     def __init__(self, values: dict[str, Any], where: str = "config.json"):
         """Takes the parsed JSON object; `where` begins every error message."""
