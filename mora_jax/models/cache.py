@@ -45,6 +45,6 @@ def empty_cache(config: DecoderConfig, batch_size: int, max_length: int, dtype: 
         keys=jnp.zeros(shape, dtype),
         values=jnp.zeros(shape, dtype),
         segments=slots,
-        positions=slots,
+        positions=jnp.zeros_like(slots),  # its own buffer, so that the whole cache can be donated
         length=jnp.zeros((), dtype=jnp.int32),
     )

@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(
             config.hidden_size, eps=config.norm_eps, offset=config.norm_offset, path=config.names.final_norm
         )
-        self.lm_head = None
+        self.lm_head = nnx.data(None)
         if not config.tie_embeddings:
             shape = (config.vocab_size, config.hidden_size)
             kernel = nnx.initializers.normal(scale)(draws.params(), shape, dtype)
