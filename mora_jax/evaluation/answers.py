@@ -1,0 +1,108 @@
+"""Prompts in, text out: the chat template, the tokens that end an answer, and decoding around `Generator`."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mora_jax.data.conversation import Conversation, Message
+from mora_jax.data.rendering import Renderer, render_prompt
+from mora_jax.data.segments import Segment
+from mora_jax.data.tokens import tokenize
+from mora_jax.evaluation.generate import GREEDY, Generator, Sampling
+from mora_jax.evaluation.text_stream import decode_stream
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.init import read_json
+
+Chat = str | Sequence[Message | Mapping[str, str]]
+
+
+def find_stop_ids(
+    model: Decoder,
+    tokenizer: Any,
+    *,
+    template: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> frozenset[int]:
+    """Returns the tokens that end an answer.
+
+    These are the tokenizer's end-of-sequence token, those of config.json and generation_config.json, and the
+    special token that the chat template writes after an answer.
+
+    Args:
+        model: its config holds the content of config.json.
+        tokenizer: a transformers tokenizer.
+        template: as for `mora_jax.data.Renderer`.
+        folder: the model's folder, for generation_config.json.
+    """
+    found: set[int] = set()
+    sources = [{"eos_token_id": tokenizer.eos_token_id}, model.config.hf_config]
+    if folder is not None and (Path(folder) / "generation_config.json").exists():
+        sources.append(read_json(Path(folder) / "generation_config.json"))
+    for source in sources:
+        ids = source.get("eos_token_id")
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    turns = (Message("user", "Question"), Message("assistant", "Answer"))
+    tokens = tokenize([Renderer(tokenizer, template).render(Conversation(turns))], tokenizer)[0]
+    closing = tokens.input_ids[tokens.segments == Segment.END_OF_TURN][:1]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    found.update(int(token) for token in closing if token in special)
+    return frozenset(found)
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: Any,
+    prompt: Chat,
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    template: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Iterator[str]:
+    """Yields the answer to a prompt, piece by piece.
+
+    Args:
+        model: a decoder, with or without adapters.
+        tokenizer: its transformers tokenizer.
+        prompt: a user's text, or messages.
+        max_new_tokens: at most so many tokens are made.
+        sampling: how tokens are drawn.
+        template: as for `mora_jax.data.Renderer`.
+        folder: the model's folder, for generation_config.json.
+    """
+    prompt_ids = render_prompt(tokenizer, prompt, template).input_ids
+    generator = Generator(model, find_stop_ids(model, tokenizer, template=template, folder=folder), sampling)
+    return decode_stream(tokenizer, generator.stream(prompt_ids, max_new_tokens))
+
+
+def generate_batch(
+    model: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[Chat],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    sampling: Sampling = GREEDY,
+    template: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> list[str]:
+    """Returns the answers to many prompts, in their order.
+
+    Batches are made of prompts of similar length, padded to few shapes, so few functions are compiled.
+    Arguments are as for `stream_text`.
+    """
+    generator = Generator(model, find_stop_ids(model, tokenizer, template=template, folder=folder), sampling)
+    ids = [render_prompt(tokenizer, prompt, template).input_ids for prompt in prompts]
+    order = np.argsort([len(prompt) for prompt in ids], kind="stable")
+    answers = [""] * len(ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        # The last batch is filled up with its own last prompt, to keep the compiled shape.
+        filled = [*rows, *[rows[-1]] * (min(batch_size, len(order)) - len(rows))]
+        tokens = generator.batch([ids[row] for row in filled], max_new_tokens)
+        for row, answer in zip(rows, tokens, strict=False):
+            answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
+    return answers

@@ -1,0 +1,64 @@
+"""Token ids to text while they arrive, without ever showing half a character."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """Decodes tokens one by one.
+
+    A token may be part of a character, and may be decoded differently at the start of a text. So each new
+    token is decoded behind the ones before it, and text is given out only when it ends in a whole character.
+    """
+
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
+        """Takes a transformers tokenizer."""
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._start = 0  # tokens before are no longer needed as context
+        self._given = 0  # tokens whose text was given out
+
+    def push(self, token: int) -> str:
+        """Adds a token and returns the text that is complete with it; may be empty."""
+        self._ids.append(int(token))
+        text = self._new_text()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return text
+
+    def end(self) -> str:
+        """Returns what was held back, without an unfinished character."""
+        text = self._new_text().rstrip(REPLACEMENT)
+        self._start = self._given = len(self._ids)
+        return text
+
+    def _new_text(self) -> str:
+        known = self._decode(self._ids[self._start : self._given])
+        whole = self._decode(self._ids[self._start :])
+        return whole[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+
+
+def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Yields the text of tokens as they arrive, special tokens left out."""
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        if text := stream.push(token):
+            yield text
+    if text := stream.end():
+        yield text
+
+
+def token_pieces(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """Returns each token's text, special ones included; a character of several tokens stands at its last."""
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    pieces = [stream.push(token) for token in ids]
+    if pieces:
+        pieces[-1] += stream.end()
+    return pieces

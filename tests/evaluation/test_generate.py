@@ -1,0 +1,112 @@
+"""Generation: the cache must give what whole forwards give."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mora_jax.errors import InputError
+from mora_jax.evaluation import generate
+from mora_jax.evaluation.generate import Generator, Sampling, choose
+
+PROMPT = [10, 200, 31, 7, 7, 99]
+
+
+def by_whole_forwards(model, prompt, count, stop_ids=()):
+    ids = list(prompt)
+    padded = np.zeros((1, 128), np.int32)
+    for _ in range(count):
+        padded[0, : len(ids)] = ids
+        token = int(jnp.argmax(model(jnp.asarray(padded))[0, len(ids) - 1]))
+        if token in stop_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def test_greedy_stream_equals_argmax_of_whole_forwards(model):
+    expected = by_whole_forwards(model, PROMPT, 12)
+    assert list(Generator(model).stream(PROMPT, 12)) == expected
+    assert len(set(expected)) > 3, "a constant answer would prove little"
+
+
+def test_batch_equals_streams_for_prompts_of_many_lengths(model):
+    prompts = [PROMPT, PROMPT[:2], list(range(1, 30)), [5]]
+    generator = Generator(model)
+    answers = generator.batch(prompts, 12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.tolist() == by_whole_forwards(model, prompt, 12)
+
+
+def test_stop_tokens_end_an_answer_and_are_not_part_of_it(model):
+    free = by_whole_forwards(model, PROMPT, 12)
+    stop = next(token for place, token in enumerate(free) if place > 1 and token not in free[:place])
+    expected = free[: free.index(stop)]
+    generator = Generator(model, stop_ids=[stop])
+    assert list(generator.stream(PROMPT, 12)) == expected
+    both = generator.batch([PROMPT, PROMPT[:3]], 12)
+    assert both[0].tolist() == expected
+    assert both[1].tolist() == by_whole_forwards(model, PROMPT[:3], 12, [stop])
+
+
+def test_one_compilation_for_all_prompts_of_a_bucket(model):
+    generator = Generator(model)
+    list(generator.stream(PROMPT, 3))
+    before = generate._next._cache_size()
+    for length in (1, 20, generate.BUCKET):
+        list(generator.stream(list(range(length)), 5))
+    assert generate._next._cache_size() == before
+
+
+def test_the_context_ends_an_answer(model):
+    prompt = [3] * 125
+    assert len(list(Generator(model).stream(prompt, 10))) == 3
+    assert len(Generator(model).batch([prompt], 10)[0]) == 3
+
+
+@pytest.mark.parametrize("prompt, words", [([], "no tokens"), ([3] * 128, "128"), ([261], "261")])
+def test_bad_prompts_are_refused(model, prompt, words):
+    with pytest.raises(InputError, match=words):
+        list(Generator(model).stream(prompt, 4))
+    with pytest.raises(InputError, match=words):
+        Generator(model).batch([prompt], 4)
+
+
+def test_bad_numbers_are_refused(model):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(Generator(model).stream(PROMPT, 0))
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=-1)
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=float("nan"))
+    with pytest.raises(ValueError, match="top_p"):
+        Sampling(top_p=0)
+
+
+def test_sampling_follows_the_seed(model):
+    answers = [
+        list(Generator(model, sampling=Sampling(3.0, 1.0, seed)).stream(PROMPT, 12)) for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_draws_have_the_probabilities_of_the_softmax():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    rows = jnp.broadcast_to(logits, (20_000, 4))
+    drawn = choose(rows, jax.random.key(0), jnp.float32(1.0), jnp.float32(1.0), greedy=False)
+    shares = np.bincount(np.asarray(drawn), minlength=4) / len(drawn)
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.02)
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
+def test_top_p_keeps_the_likeliest(top_p, kept):
+    rows = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1])), (2_000, 4))
+    drawn = choose(rows, jax.random.key(0), jnp.float32(1.0), jnp.float32(top_p), greedy=False)
+    assert set(np.asarray(drawn).tolist()) == kept
+
+
+def test_a_changed_model_needs_a_new_generator_and_then_shows(model):
+    graphdef, state = nnx.split(model)
+    other = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf * 1.7, state))
+    assert list(Generator(other).stream(PROMPT, 12)) == by_whole_forwards(other, PROMPT, 12)
