@@ -1,4 +1,6 @@
-"""Data: files to conversations, to rendered text, to tokens with weights, to batches. Knows no model, imports no jax.
+"""Data: files to conversations, to rendered text, to tokens with weights, to batches.
+
+Knows no model and imports no jax.
 
 Step by step:
 

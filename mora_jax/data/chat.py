@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,20 @@ from mora_jax.data.tracking import Layout, Span, Untrackable, find_layout, match
 from mora_jax.errors import InputError
 
 _MAX_LAYOUTS = 4096
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chat template writes around an answer.
+
+    Attributes:
+      lead: between the end of the generation prompt and the answer (nearly always nothing); None if the
+        generation prompt is not how the rendering of the answered conversation begins.
+      closing: after the answer, up to and with its end-of-turn token; empty if there is none.
+    """
+
+    lead: str | None
+    closing: str
 
 
 class ChatTemplate:
@@ -72,7 +87,7 @@ class ChatTemplate:
         for keep in [[False] * len(roles), blank] if any(blank) else [blank]:
             key = (*roles, *(content for content, kept in zip(contents, keep, strict=True) if kept), *keep)
             layout = self._layouts.get(key)
-            # A layout that does not fit may be out of date (templates can write the time), so it is made anew.
+            # A layout that does not fit may be out of date (templates can write the time): made anew.
             for fresh in (False, True) if layout else (True,):
                 if fresh:
                     if len(self._layouts) >= _MAX_LAYOUTS:
@@ -85,32 +100,63 @@ class ChatTemplate:
         return trace(render, contents, text)
 
     @cached_property
-    def closing(self) -> str:
-        """What the template writes after the last answer, up to and with its end-of-turn token; may be empty."""
-        roles = ["user", "assistant"]
-        after = self._render(roles, [stand_in(0), stand_in(1)], False, "").rpartition(stand_in(1))[2]
-        tokenizer = self._tokenizer
-        special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
-        found = [(after.index(token), len(token)) for token in special if token and token in after]
+    def frame(self) -> Frame:
+        """What the template writes around an answer, seen on a short conversation of stand-ins."""
+        for roles in (["user", "assistant"], ["system", "user", "assistant"]):
+            words = [stand_in(index) for index in range(len(roles))]
+            try:
+                prompt = self._render(roles[:-1], words[:-1], True, "")
+                whole = self._render(roles, words, False, "")
+            except InputError:
+                continue
+            before, _, after = whole.rpartition(words[-1])
+            lead = before.removeprefix(prompt) if before.startswith(prompt) else None
+            return Frame(lead, self._closing(after))
+        raise InputError("the tokenizer's chat template refuses a user message and its answer")
+
+    def _closing(self, after: str) -> str:
+        """The text up to and with its first special token; without outer space if it has none."""
+        special = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
+        found = [(after.index(token), -len(token)) for token in special if token and token in after]
         if not found:
             return after.rstrip()
-        start, length = min(found, key=lambda place: (place[0], -place[1]))
-        return after[: start + length]
+        start, length = min(found)
+        return after[: start - length]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the template."""
+        lead = self.frame.lead
+        if lead is None:
+            return ["the chat template's generation prompt is not how it begins an answer in training"]
+        if lead.strip():
+            return [
+                f"the chat template writes {lead!r} between its generation prompt and an answer: not trained"
+            ]
+        return []
 
     def _pieces(self, spans: list[Span], roles: Sequence[str], text: str) -> list[Piece]:
         pieces, at = [], 0
-        last_of = {span.message: index for index, span in enumerate(spans)}
+        lead = self.frame.lead if self.frame.lead and not self.frame.lead.strip() else ""
+        first_of: dict[int, int] = {}
+        last_of: dict[int, int] = {}
         for index, span in enumerate(spans):
-            pieces.append(Piece(text[at : span.start], Segment.TEMPLATE))
-            pieces.append(Piece(text[span.start : span.stop], ROLE_SEGMENT[roles[span.message]]))
+            first_of.setdefault(span.message, index)
+            last_of[span.message] = index
+        for index, span in enumerate(spans):
+            start, answers = span.start, roles[span.message] == "assistant"
+            if answers and lead and first_of[span.message] == index and text[at:start].endswith(lead):
+                start -= len(lead)  # Space after the generation prompt: the model has to produce it.
+            pieces.append(Piece(text[at:start], Segment.TEMPLATE))
+            pieces.append(Piece(text[start : span.stop], ROLE_SEGMENT[roles[span.message]]))
             at = span.stop
-            if roles[span.message] == "assistant" and last_of[span.message] == index:
+            if answers and last_of[span.message] == index:
                 end = self._end_of_turn(text, at)
                 pieces.append(Piece(text[at:end], Segment.END_OF_TURN))
                 at = end
         rest = text[at:]
         eos = self._tokenizer.eos_token
-        if roles and roles[-1] == "assistant" and not self.closing and eos:
+        if roles[-1:] == ["assistant"] and not self.frame.closing and eos:
             pieces.append(Piece(rest + eos, Segment.END_OF_TURN))
         else:
             pieces.append(Piece(rest, Segment.TEMPLATE))
@@ -118,10 +164,11 @@ class ChatTemplate:
 
     def _end_of_turn(self, text: str, at: int) -> int:
         """Where the closing that begins at `at` ends; `at` itself if there is none."""
-        if self.closing and text.startswith(self.closing, at):
-            return at + len(self.closing)
+        closing = self.frame.closing
+        if closing and text.startswith(closing, at):
+            return at + len(closing)
         # Where a traced answer's outer space was left to the template, the closing comes after it.
-        bare = self.closing.lstrip()
+        bare = closing.lstrip()
         start = at + len(text[at:]) - len(text[at:].lstrip())
         return start + len(bare) if bare and text.startswith(bare, start) else at
 

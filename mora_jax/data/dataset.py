@@ -91,7 +91,7 @@ class EncodedDataset:
 
     @property
     def batch_length(self) -> int:
-        """A length into which every example fits: the longest, up to a multiple of 64 (at most `max_length`)."""
+        """A length for every example: the longest, rounded up to a multiple of 64 (at most `max_length`)."""
         longest = max(map(len, self.examples))
         return min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, self.max_length)
 
@@ -106,8 +106,8 @@ class EncodedDataset:
           length: tokens a row; None: `batch_length`.
 
         Returns:
-          `input_ids` int32 `[B, T]`, `segment_ids` int32 `[B, T]` (1 for tokens, 0 for padding) and `weights` float32
-          `[B, T]`.
+          `input_ids` int32 `[B, T]`, `segment_ids` int32 `[B, T]` (1 for tokens, 0 for padding) and `weights`
+          float32 `[B, T]`.
         """
         batch_size = len(indices) if batch_size is None else batch_size
         length = self.batch_length if length is None else length

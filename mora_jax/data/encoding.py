@@ -11,7 +11,7 @@ import numpy as np
 
 from mora_jax.data.conversation import Conversation
 from mora_jax.data.rendering import Renderer
-from mora_jax.data.segments import RESPONSE, Segment
+from mora_jax.data.segments import RESPONSE
 from mora_jax.data.tokens import Tokens, tokenize
 from mora_jax.data.weights import token_weights, weight_table
 from mora_jax.errors import InputError
@@ -158,8 +158,3 @@ def encode(
         )
         for conversation, row in zip(conversations, rows, strict=True)
     ]
-
-
-def count(segments: np.ndarray, kinds: Iterable[Segment]) -> int:
-    """How many of the tokens belong to the given segments."""
-    return int(np.isin(segments, list(kinds)).sum())

@@ -65,8 +65,8 @@ def check_text(value: Any, key: str, source: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{source}: `{key}` holds a lone surrogate \\u{ord(value[error.start]):04x} at character {error.start},"
-            " which is half a character; repair or drop the row"
+            f"{source}: `{key}` holds a lone surrogate \\u{ord(value[error.start]):04x} at character"
+            f" {error.start}, which is half a character; repair or drop the row"
         ) from None
     return value
 
@@ -86,7 +86,7 @@ def _text(row: Row, *keys: str, source: str, default: str | None = None) -> str:
 def _list(value: Any, key: str, source: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise InputError(
-            f"{source}: `{key}` should be a list that is not empty and is {_found(value) if value else 'empty'}"
+            f"{source}: `{key}` should be a filled list and is {_found(value) if value else 'empty'}"
         )
     return value
 
@@ -125,7 +125,7 @@ def _content(value: Any, key: str, source: str) -> str:
         here = f"{key}[{index}]"
         if not isinstance(part, dict) or part.get("type", "text") != "text":
             raise InputError(
-                f'{source}: `{here}` should be a part {{"type": "text", "text": ...}}; only text can be trained'
+                f'{source}: `{here}` should be {{"type": "text", "text": ...}}: only text can be trained'
             )
         texts.append(check_text(part.get("text"), f"{here}.text", source))
     return "".join(texts)
@@ -134,7 +134,8 @@ def _content(value: Any, key: str, source: str) -> str:
 def _message(item: Any, key: str, role_key: str, content_key: str, source: str) -> Message:
     if not isinstance(item, dict):
         raise InputError(
-            f"{source}: `{key}` should be an object with `{role_key}` and `{content_key}` and is {_found(item)}"
+            f"{source}: `{key}` should be an object with `{role_key}` and `{content_key}`,"
+            f" and is {_found(item)}"
         )
     role = item.get(role_key)
     if role is None:
@@ -143,7 +144,8 @@ def _message(item: Any, key: str, role_key: str, content_key: str, source: str) 
         raise InputError(f"{source}: `{key}.{role_key}` is {role!r}; expected one of {', '.join(ROLES)}")
     if item.get("tool_calls"):
         raise InputError(
-            f"{source}: `{key}.tool_calls` cannot be trained on; write the call into `{content_key}` or drop the row"
+            f"{source}: `{key}.tool_calls` cannot be trained on; write the call into"
+            f" `{content_key}` or drop the row"
         )
     if item.get("weight") not in (None, 1):
         raise InputError(

@@ -31,8 +31,8 @@ def inspect_data(
     Returns:
       An object that JSON can hold: `format`, `rows`, `kept`, `dropped` (by cause), `truncated`, `tokens`,
       `trained_tokens`, `trained_fraction`, `ratio` (instruction tokens for each response token), `lengths`,
-      `recommended_max_length`, `template`, `mode`, `notes`, and `examples`: a list of `input_ids`, `weights` and
-      `segments` (names), where `weights[i]` is the weight of predicting token i.
+      `recommended_max_length`, `template`, `mode`, `notes`, and `examples`: a list of `input_ids`, `weights`
+      and `segments` (names), where `weights[i]` is the weight of predicting token i.
     """
     rows = load_rows(paths, format)
     dataset = EncodedDataset.build(rows, tokenizer, **settings)

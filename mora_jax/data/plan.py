@@ -10,8 +10,8 @@ import numpy as np
 class BatchPlan:
     """Epochs of shuffled examples, cut into batches.
 
-    Every epoch is a new order of all examples; its last batch may be short. Nothing is remembered between calls:
-    `indices(step)` depends on the arguments below and on the step alone.
+    Every epoch is a new order of all examples; its last batch may be short. Nothing is remembered between
+    calls: `indices(step)` depends on the arguments below and on the step alone.
 
     Args:
       num_examples: how many there are, at least 1.

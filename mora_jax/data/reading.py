@@ -1,7 +1,7 @@
 """Containers: files to numbered rows (dicts). What the keys of a row mean is `formats.py`'s matter.
 
-Parquet goes through `datasets`. JSON and CSV do not: its readers guess types from the values, so that an answer
-"2011-01-01" comes back as a datetime and "007" as 7, and their errors know neither the file's row nor its key.
+Parquet goes through `datasets`. JSON and CSV do not: its readers guess types from the values, so that an
+answer "2011-01-01" comes back as a datetime and "007" as 7, and their errors know neither row nor key.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _parse(text: str, path: Path, number: int) -> Any:
 
 
 def _read_lines(path: Path, data: bytes) -> Iterator[NumberedRow]:
-    # Only "\n" ends a line: `str.splitlines` would also cut at U+2028 and others, which JSON strings may hold.
+    # Only "\n" ends a line: `str.splitlines` would also cut at U+2028, which JSON strings may hold.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             yield number, _parse(_decode(line, path, number), path, number)
@@ -136,14 +136,13 @@ def _read_text(path: Path, data: bytes) -> Iterator[NumberedRow]:
 
 def _read_parquet(path: Path, data: bytes) -> Iterator[NumberedRow]:
     del data  # `datasets` opens the file itself, and streams it.
-    import pyarrow
     from datasets import load_dataset
 
     try:
         yield from enumerate(
             load_dataset("parquet", data_files=str(path), split="train", streaming=True), start=1
         )
-    except pyarrow.ArrowException as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 

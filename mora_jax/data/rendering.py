@@ -52,6 +52,8 @@ class Renderer:
             )
         self.template = template
         self._chat = ChatTemplate(tokenizer) if template == OWN else None
+        if self._chat is not None:
+            self.notes += self._chat.notes
         self.eos: str = tokenizer.eos_token or ""
         if not self.eos:
             self.notes.append(
@@ -69,7 +71,7 @@ class Renderer:
         return Rendered.join(pieces, conversation.source)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text after which the model answers: the beginning of what `render` gives with an answer added."""
+        """The text after which the model answers: how `render` begins if an answer is added."""
         if self._chat is not None:
             return self._chat.render(messages, prompt=True)
         template = TEMPLATES[self.template]

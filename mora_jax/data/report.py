@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.data.encoding import CAUSES, Encoded, count
-from mora_jax.data.segments import CONTENT, INSTRUCTION, RESPONSE
+from mora_jax.data.encoding import CAUSES, Encoded
+from mora_jax.data.segments import CONTENT, INSTRUCTION, RESPONSE, Segment
 
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
@@ -78,15 +78,16 @@ class Report:
     def of(cls, rows: Iterable[Encoded], special_ids: Iterable[int] = (), **settings: Any) -> Report:
         """Counts encoded rows."""
         report = cls(**settings)
-        special = np.array(sorted(special_ids), np.int64)
+        special = set(special_ids)
+        is_content = np.isin(list(Segment), CONTENT)
         lengths = []
         for row in rows:
             report.rows += 1
             tokens = row.tokens
             lengths.append(len(tokens.input_ids))
             report.seam_rows += tokens.seams > 0
-            suspects = np.isin(tokens.input_ids, special)
-            report.special_rows += bool(np.isin(tokens.segments[suspects], CONTENT).any())
+            words = tokens.input_ids[is_content[tokens.segments]]
+            report.special_rows += not special.isdisjoint(words.tolist())
             if row.example is None:
                 assert row.cause is not None
                 report.dropped[row.cause] = report.dropped.get(row.cause, 0) + 1
@@ -96,8 +97,9 @@ class Report:
             report.truncated += len(example) < lengths[-1]
             report.tokens += len(example)
             report.trained_tokens += int(np.count_nonzero(example.weights))
-            report.instruction_tokens += count(example.segments, INSTRUCTION)
-            report.response_tokens += count(example.segments, RESPONSE)
+            by_segment = np.bincount(example.segments, minlength=len(Segment))
+            report.instruction_tokens += int(by_segment[list(INSTRUCTION)].sum())
+            report.response_tokens += int(by_segment[list(RESPONSE)].sum())
         report.lengths = np.array(lengths, np.int32)
         return report
 

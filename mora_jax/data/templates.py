@@ -1,4 +1,4 @@
-"""Built-in chat templates. Each gives the pieces of a conversation directly, so nothing has to be searched for.
+"""Built-in chat templates. Each gives the pieces of a conversation directly: nothing has to be searched for.
 
 A template is one entry in `TEMPLATES`: most are headers and footers around each message (`TurnTemplate`). The
 tokenizer adds its own beginning-of-sequence token; `eos` stands for its end-of-sequence text.
@@ -83,10 +83,13 @@ class TurnTemplate:
 class AlpacaTemplate:
     """The prompt of Stanford's Alpaca, byte for byte; the answer follows "### Response:" at once, then EOS.
 
-    A system message takes the place of the preamble. Further turns follow after a blank line, without the preamble.
+    A system message takes the place of the preamble. Further turns follow a blank line, without preamble.
     """
 
-    PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    PREAMBLE = (
+        "Below is an instruction that describes a task."
+        " Write a response that appropriately completes the request."
+    )
     PREAMBLE_WITH_INPUT = (
         "Below is an instruction that describes a task, paired with an input that provides further context."
         " Write a response that appropriately completes the request."

@@ -11,9 +11,9 @@ import numpy as np
 from mora_jax.data.segments import Rendered, Segment
 from mora_jax.errors import InputError
 
-#: Which segment a token with characters of several belongs to, highest first. An end-of-turn token that swallows
-#: the space before it still ends the turn; an answer's first characters are trained even where the tokenizer
-#: joins them to the header; words win over the template's text.
+#: Which segment a token with characters of several belongs to, highest first. An end-of-turn token that
+#: swallows the space before it still ends the turn; an answer's first characters are trained even where the
+#: tokenizer joins them to the header; words win over the template's text.
 _PRECEDENCE = (
     Segment.END_OF_TURN,
     Segment.ASSISTANT,
@@ -31,8 +31,8 @@ class Tokens:
     Attributes:
       input_ids: `[T]` int32.
       segments: `[T]` int8, values of `Segment`.
-      seams: tokens that join an answer's characters with others (a single leading space aside). The ids of the
-        prompt alone are then no beginning of these ids.
+      seams: tokens that join an answer's characters with others. The ids of the prompt alone are then no
+        beginning of these ids.
     """
 
     input_ids: np.ndarray
@@ -53,9 +53,9 @@ def adds_bos(tokenizer: Any) -> bool:
 def tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[Tokens]:
     """Tokenises rendered conversations, each as one string.
 
-    Special tokens in the text are recognised wherever they stand, as `apply_chat_template` does: in a user's words
-    they get the special id too, and stay the user's in the segments. The beginning-of-sequence token is taken from
-    the text if that begins with it, and put in front once if not and the tokenizer adds one by itself.
+    Special tokens in the text are recognised wherever they stand, as `apply_chat_template` does: in a user's
+    words they get the special id too, and stay the user's in the segments. The beginning-of-sequence token is
+    taken from the text if that begins with it, and put in front if not and the tokenizer adds one itself.
 
     Args:
       rendered: what `Renderer.render` gives.
@@ -107,7 +107,7 @@ def _segments(item: Rendered, offsets: list[tuple[int, int]]) -> tuple[np.ndarra
     if not offsets:
         return np.zeros(0, np.int8), 0
     starts, stops = np.array(offsets, np.int64).T
-    # Tokenizers that trim offsets give tokens of mere space no width: they stand between the tokens beside them.
+    # Tokenizers that trim offsets give tokens of mere space no width: they stand between their neighbours.
     empty = starts >= stops
     if empty.any():
         before = np.concatenate([[0], np.maximum.accumulate(stops)[:-1]])
@@ -139,8 +139,5 @@ def _straddling(
         inside[piece.segment] = inside.get(piece.segment, "") + item.text[left:right]
     candidates = {segment for segment, text in inside.items() if text.strip()} or set(inside)
     chosen = next(segment for segment in _PRECEDENCE if segment in candidates)
-    others = [
-        text for segment, text in inside.items() if segment not in (Segment.ASSISTANT, Segment.END_OF_TURN)
-    ]
-    seam = Segment.ASSISTANT in inside and "".join(others) not in ("", " ")
+    seam = Segment.ASSISTANT in inside and not inside.keys() <= {Segment.ASSISTANT, Segment.END_OF_TURN}
     return chosen, seam

@@ -1,15 +1,15 @@
 """Where the words of each message stand in what a tokenizer's own chat template renders.
 
-A template is a program: it may strip, reorder, merge or drop what it is given. It is therefore never parsed, and
-its markers are never searched for. It is run on stand-ins, and what it does to them is compared with what it
-does to the real messages:
+A template is a program: it may strip, reorder, merge or drop what it is given. It is therefore never parsed,
+and its markers are never searched for. It is run on stand-ins, and what it does to them is compared with what
+it does to the real messages:
 
 1. Every content is replaced by a unique word. What stands between these words is the template's own text (the
-   layout, kept per sequence of roles). The real rendering must equal the layout with the real contents, plain or
-   stripped, in place of the words, character for character.
-2. Where it does not (a template that looks into the contents, such as one that takes the reasoning out), every
-   character of the contents is replaced by a character of its own from the private planes, except for tags and
-   space, and each is found again in the rendering.
+   layout, kept per sequence of roles). The real rendering must equal the layout with the real contents, plain
+   or stripped, in place of the words, character for character.
+2. Where it does not (a template that looks into the contents, such as one that takes reasoning out), every
+   character of the contents but tags and space is replaced by a character of its own from the private planes,
+   and each is found again in the rendering.
 
 If neither explains the whole rendering, the template cannot be tracked and `Untrackable` is raised.
 """

@@ -14,7 +14,7 @@ def _instructed(weight: float) -> dict[Segment, float]:
     return {Segment.SYSTEM: weight, Segment.USER: weight, Segment.TOOL: weight}
 
 
-#: Mode -> prompt weight -> weight of each segment. Segments that are not named weigh 0, so BOS and padding always do.
+#: Mode -> prompt weight -> weight of each segment. What is not named weighs 0: BOS and padding always do.
 MODES = {
     "masked": lambda w: _ANSWER,
     "unmasked": lambda w: _ANSWER | _instructed(1.0),
