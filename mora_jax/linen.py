@@ -17,8 +17,8 @@ Example:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -165,16 +165,18 @@ class MoRADense(nn.Module):
 
 
 def _targeted(config: Config, path: tuple[str, ...]) -> bool:
-    """Whether the config's targets name the layer at `path`."""
-    joined = ".".join(path)
-    if config.targets == "all-linear":
-        return True
-    if isinstance(config.targets, str):
-        return re.fullmatch(config.targets, joined) is not None
-    return any(joined == name or joined.endswith("." + name) for name in config.targets)
+    """Whether the config's targets name the layer at `path`; the rule is that of `mora_jax.attach`."""
+    targets, joined = config.targets, ".".join(path)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return path[-1:] != ("lm_head",)
+    if isinstance(targets, str) and not re.fullmatch(r"\w+", targets):
+        return re.fullmatch(targets, joined) is not None
+    names = (targets,) if isinstance(targets, str) else targets
+    return any(joined == name or joined.endswith("." + name) for name in names)
 
 
-def adapted(config: Config, *, deterministic: bool | None = None) -> AbstractContextManager[None]:
+@contextmanager
+def adapted(config: Config, *, deterministic: bool | None = None) -> Iterator[None]:
     """Puts adapters on the `nn.Dense` layers of models that run inside the context; their code stays as it
     is.
 
@@ -186,6 +188,9 @@ def adapted(config: Config, *, deterministic: bool | None = None) -> AbstractCon
         config: `LoRAConfig` or `MoRAConfig`. `targets` are matched with module paths such as
             `Block_0.Dense_1`; "all-linear" takes every `nn.Dense`.
         deterministic: True switches the adapters' dropout off; needed where `config.dropout` > 0.
+
+    Raises:
+        ValueError: at the end, when there were layers and no target named one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -199,17 +204,29 @@ def adapted(config: Config, *, deterministic: bool | None = None) -> AbstractCon
         {'layers_0': {'m': (4, 4)}, 'layers_2': {'m': (3, 3)}}
     """
 
+    seen: list[str] = []
+    found = False
+
     def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y = call(*args, **kwargs)
         module = context.module
         if not isinstance(module, nn.Dense) or context.method_name != "__call__":
             return y
-        if isinstance(module.parent, (LoRADense, MoRADense)) or not _targeted(config, module.path):
+        if isinstance(module.parent, (LoRADense, MoRADense)):
             return y
+        nonlocal found
+        seen.append(".".join(module.path))
+        if not _targeted(config, module.path):
+            return y
+        found = True
         inputs = args[0] if args else kwargs["inputs"]
         return y + _update(module, config, inputs, y.dtype, deterministic)
 
-    return nn.intercept_methods(intercept)
+    with nn.intercept_methods(intercept):
+        yield
+    if seen and not found:
+        could = f"layers that could have matched: {', '.join(dict.fromkeys(seen))}"
+        raise ValueError(f"targets {config.targets!r} match no layer; {could}")
 
 
 def _delta_weight(config: Config, kernel: Array, factors: Mapping[str, Array], where: str) -> Array:

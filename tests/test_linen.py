@@ -391,9 +391,12 @@ def test_interception_leaves_params_alone_and_equals_the_layers(name):
 
 def test_interception_targets_dropout_and_layers_that_have_adapters_already():
     x = inputs(4, IN)
-    for targets in (("Dense_1",), r".*_1"):
+    for targets in (("Dense_1",), "Dense_1", r".*_1"):
         with adapted(LoRAConfig(rank=2, targets=targets)):
             assert set(TwoLayers().init(jax.random.key(0), x)["adapters"]) == {"Dense_1"}
+    could = "targets 'q_proj' match no layer; layers that could have matched: Dense_0, Dense_1"
+    with pytest.raises(ValueError, match=could), adapted(LoRAConfig(targets="q_proj")):
+        TwoLayers().init(jax.random.key(0), x)
     with adapted(LoRAConfig(rank=2, dropout=0.5), deterministic=False):
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
         variables = randomized(TwoLayers().init(rngs, x))
