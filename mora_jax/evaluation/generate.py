@@ -7,7 +7,7 @@ batch inside one compiled loop.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ GREEDY = Sampling()
 class Generator:
     """Generates with one model, as it is when the generator is made; later changes don't show."""
 
-    def __init__(self, model: Decoder, stop_ids: Sequence[int] = (), sampling: Sampling = GREEDY) -> None:
+    def __init__(self, model: Decoder, stop_ids: Iterable[int] = (), sampling: Sampling = GREEDY) -> None:
         """Takes the model apart for the compiled functions.
 
         Args:

@@ -13,10 +13,9 @@ class TextStream:
     token is decoded behind the ones before it, and text is given out only when it ends in a whole character.
     """
 
-    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
-        """Takes a transformers tokenizer."""
+    def __init__(self, tokenizer: Any) -> None:
+        """Takes a transformers tokenizer; special tokens are left out of the text."""
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
         self._ids: list[int] = []
         self._start = 0  # tokens before are no longer needed as context
         self._given = 0  # tokens whose text was given out
@@ -42,7 +41,7 @@ class TextStream:
         return whole[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
@@ -53,12 +52,3 @@ def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
             yield text
     if text := stream.end():
         yield text
-
-
-def token_pieces(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Returns each token's text, special ones included; a character of several tokens stands at its last."""
-    stream = TextStream(tokenizer, skip_special_tokens=False)
-    pieces = [stream.push(token) for token in ids]
-    if pieces:
-        pieces[-1] += stream.end()
-    return pieces

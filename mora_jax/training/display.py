@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
 
+# An example's tokens as `mora_jax.data.describe_example` gives them: (text, weight, segment).
+Pieces = Sequence[tuple[str, float, str]]
+
+
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
     """What is known before the first step.
@@ -27,7 +31,7 @@ class RunInfo:
         steps: steps of the whole run.
         first_step: steps that are already done, more than 0 when a run is resumed.
         out: the run directory.
-        first_example: the first example's tokens as (text, weight).
+        first_example: the first example, from `mora_jax.data.describe_example`.
         notes: remarks such as rows that were dropped.
     """
 
@@ -43,7 +47,7 @@ class RunInfo:
     steps: int
     first_step: int = 0
     out: str = ""
-    first_example: Sequence[tuple[str, float]] = ()
+    first_example: Pieces = ()
     notes: Sequence[str] = ()
 
     def rows(self) -> list[tuple[str, str]]:

@@ -1,53 +1,17 @@
 """The display of a run on a terminal: a panel, the first example with its trained tokens marked, a bar."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from mora_jax.training.display import Display, RunInfo, duration, printable, summary_words
-
-TRAINED = "bold green underline"  # readable without colour too
-PARTLY = "yellow underline"
-SHOWN_LINES = 16
-
-
-def token_text(pieces: Sequence[tuple[str, float]]) -> Text:
-    """Returns tokens as one text in which those that carry loss are marked.
-
-    Args:
-        pieces: (text, weight) of each token; a weight between 0 and 1 gets its own colour.
-    """
-    text = Text()
-    for piece, weight in pieces:
-        style = TRAINED if weight >= 1 else PARTLY if weight > 0 else "dim"
-        text.append(printable(piece), style=style)
-    return text
-
-
-def legend(partly: bool) -> Text:
-    """Returns the key to `token_text`, with or without the colour of weights between 0 and 1."""
-    middle = (("carries a part", PARTLY), "  ") if partly else ()
-    return Text.assemble(("carries loss", TRAINED), "  ", *middle, ("carries none", "dim"))
-
-
-def window(lines: Sequence[Text], size: int = SHOWN_LINES) -> list[Text]:
-    """Returns at most `size` of an example's lines, so that the first trained one is among them."""
-    marked = (TRAINED, PARTLY)
-    trained = [place for place, line in enumerate(lines) if any(span.style in marked for span in line.spans)]
-    start = max(0, min(trained[0] - size // 2, len(lines) - size)) if trained else 0
-    shown = list(lines[start : start + size])
-    if start:
-        shown.insert(0, Text(f"... {start} lines before", style="italic"))
-    after = len(lines) - start - size
-    if after > 0:
-        shown.append(Text(f"... {after} lines after", style="italic"))
-    return shown
+from mora_jax.training.example_text import example_panel
 
 
 class LiveDisplay(Display):
@@ -70,7 +34,7 @@ class LiveDisplay(Display):
             table.add_row(name, Text(printable(words)))
         self.console.print(Panel(table, title="mora-jax train", title_align="left", border_style="cyan"))
         if info.first_example:
-            self._example(info.first_example)
+            self.console.print(example_panel(info.first_example, "first example", self.console))
         for words in info.notes:
             self.console.print(Text(f"note: {words}", style="yellow"))
         self.progress = Progress(
@@ -87,22 +51,6 @@ class LiveDisplay(Display):
             "", total=self.steps, completed=info.first_step, place=place, words="compiling"
         )
         self.progress.start()
-
-    def _example(self, pieces: Sequence[tuple[str, float]]) -> None:
-        text = token_text(pieces)
-        text.rstrip()
-        body = window(list(text.wrap(self.console, self.console.width - 4)))
-        partly = any(0 < weight < 1 for _, weight in pieces)
-        self.console.print(
-            Panel(
-                Group(*body),
-                title="first example",
-                title_align="left",
-                subtitle=legend(partly),
-                subtitle_align="left",
-                border_style="cyan",
-            )
-        )
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Moves the bar."""

@@ -2,24 +2,22 @@
 
 import pytest
 
-from mora_jax.evaluation.text_stream import REPLACEMENT, decode_stream, token_pieces
+from mora_jax.evaluation.text_stream import REPLACEMENT, TextStream, decode_stream
 
 
 @pytest.mark.parametrize(
     "text", ["plain words", "naïve café", "日本語 and 🙂🏽 faces", "", " leading", "\n\ntwo\n"]
 )
 def test_pieces_join_to_the_text_and_hold_no_broken_character(tokenizer, text):
-    ids = tokenizer(text)["input_ids"]
-    pieces = list(decode_stream(tokenizer, ids))
+    pieces = list(decode_stream(tokenizer, tokenizer(text)["input_ids"]))
     assert "".join(pieces) == text
     assert all(REPLACEMENT not in piece for piece in pieces)
-    assert "".join(token_pieces(tokenizer, ids)) == text
-    assert len(token_pieces(tokenizer, ids)) == len(ids)
 
 
 def test_text_is_given_out_as_soon_as_it_is_whole(tokenizer):
-    ids = tokenizer("aé")["input_ids"]
-    assert token_pieces(tokenizer, ids) == ["a", "", "é"]
+    stream = TextStream(tokenizer)
+    assert [stream.push(token) for token in tokenizer("aé")["input_ids"]] == ["a", "", "é"]
+    assert stream.end() == ""
 
 
 def test_an_unfinished_character_is_dropped_at_the_end(tokenizer):
@@ -27,7 +25,6 @@ def test_an_unfinished_character_is_dropped_at_the_end(tokenizer):
     assert "".join(decode_stream(tokenizer, ids)) == "ok"
 
 
-def test_special_tokens_show_in_pieces_only(tokenizer):
+def test_special_tokens_do_not_show(tokenizer):
     ids = tokenizer("<|user|>hi<|end|>")["input_ids"]
     assert "".join(decode_stream(tokenizer, ids)) == "hi"
-    assert token_pieces(tokenizer, ids) == ["<|user|>", "h", "i", "<|end|>"]

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mora_jax.training.display import Display, RunInfo, duration, make_display, printable, summary_words
-from mora_jax.training.live_display import LiveDisplay, token_text, window
+from mora_jax.training.example_text import example_lines, token_text, window
+from mora_jax.training.live_display import LiveDisplay
 
 INFO = RunInfo(
     model="base",
@@ -21,7 +22,12 @@ INFO = RunInfo(
     trained_fraction=0.25,
     examples=9,
     steps=4,
-    first_example=[("Say \x1b[31m", 0.0), ("[bold]half", 0.5), (" yes", 1.0), ("\n", 0.0)],
+    first_example=[
+        ("Say \x1b[31m", 0.0, "user"),
+        ("[bold]half", 0.5, "user"),
+        (" yes", 1.0, "assistant"),
+        ("\n", 0.0, "template"),
+    ],
     notes=["2 rows dropped"],
 )
 SUMMARY = {"final_loss": 1.5, "eval_perplexity": None, "wall_seconds": 61.0}
@@ -75,7 +81,7 @@ def test_terminal_shows_panel_example_and_bar(width):
 def test_trained_tokens_are_readable_without_colour():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, no_color=True, _environ={})
-    console.print(token_text([("no", 0.0), ("yes", 1.0)]))
+    console.print(token_text([("no", 0.0, "user"), ("yes", 1.0, "assistant")]))
     assert re.search(r"\x1b\[1;4myes", stream.getvalue())
 
 
@@ -89,7 +95,7 @@ def test_closing_twice_and_before_the_start_is_fine():
 
 def test_long_examples_show_the_first_trained_line():
     lines = [Text(f"line {number}") for number in range(100)]
-    lines[70] = token_text([("answer", 1.0)])
+    lines[70] = token_text([("answer", 1.0, "assistant")])
     shown = [line.plain for line in window(lines, 10)]
     assert shown[0] == "... 65 lines before"
     assert "answer" in shown
@@ -114,6 +120,15 @@ def test_display_follows_the_terminal(monkeypatch, stream, term, kind):
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("TERM", term)
     assert type(make_display()) is kind
+
+
+def test_plain_examples_show_runs_of_weight_and_segment():
+    pieces = [("a", 0.0, "user"), ("b\n", 0.0, "user"), ("c", 1.0, "assistant"), ("d", 0.5, "system")]
+    assert list(example_lines(pieces)) == [
+        "    0  user         'ab\\n'",
+        "    1  assistant    'c'",
+        "  0.5  system       'd'",
+    ]
 
 
 def test_words():

@@ -1,0 +1,86 @@
+"""An example for the eye: which of its tokens carry loss."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+
+from mora_jax.training.display import Pieces, printable
+
+TRAINED = "bold green underline"  # readable without colour too
+PARTLY = "yellow underline"
+SHOWN_LINES = 16
+
+
+def token_text(pieces: Pieces) -> Text:
+    """Returns tokens as one text in which those that carry loss are marked.
+
+    Args:
+        pieces: a weight between 0 and 1 gets its own colour.
+    """
+    text = Text()
+    for piece, weight, _ in pieces:
+        style = TRAINED if weight >= 1 else PARTLY if weight > 0 else "dim"
+        text.append(printable(piece), style=style)
+    return text
+
+
+def legend(partly: bool) -> Text:
+    """Returns the key to `token_text`, with or without the colour of weights between 0 and 1."""
+    middle = (("carries a part", PARTLY), "  ") if partly else ()
+    return Text.assemble(("carries loss", TRAINED), "  ", *middle, ("carries none", "dim"))
+
+
+def window(lines: Sequence[Text], size: int = SHOWN_LINES) -> list[Text]:
+    """Returns at most `size` of an example's lines, so that the first trained one is among them."""
+    marked = (TRAINED, PARTLY)
+    trained = [place for place, line in enumerate(lines) if any(span.style in marked for span in line.spans)]
+    start = max(0, min(trained[0] - size // 2, len(lines) - size)) if trained else 0
+    shown = list(lines[start : start + size])
+    if start:
+        shown.insert(0, Text(f"... {start} lines before", style="italic"))
+    after = len(lines) - start - size
+    if after > 0:
+        shown.append(Text(f"... {after} lines after", style="italic"))
+    return shown
+
+
+def example_panel(pieces: Pieces, title: str, console: Console, size: int | None = SHOWN_LINES) -> Panel:
+    """Returns a panel with an example's text, its trained tokens marked.
+
+    Args:
+        pieces: the example, from `mora_jax.data.describe_example`.
+        title: of the panel.
+        console: where it will be printed.
+        size: lines shown at most; None for all.
+    """
+    text = token_text(pieces)
+    text.rstrip()
+    lines = list(text.wrap(console, console.width - 4))
+    partly = any(0 < weight < 1 for _, weight, _ in pieces)
+    return Panel(
+        Group(*(lines if size is None else window(lines, size))),
+        title=title,
+        title_align="left",
+        subtitle=legend(partly),
+        subtitle_align="left",
+        border_style="cyan",
+    )
+
+
+def example_lines(pieces: Pieces) -> Iterator[str]:
+    """Yields an example as plain lines: weight, segment and text of each run of tokens that share both."""
+    for (weight, segment), run in itertools.groupby(pieces, key=lambda piece: piece[1:]):
+        yield f"{weight:5.3g}  {segment:12} {''.join(text for text, _, _ in run)!r}"
+
+
+def print_examples(examples: Iterable[Pieces]) -> None:
+    """Prints examples to stdout: in panels on a terminal, as plain lines elsewhere."""
+    console = Console(highlight=False)
+    for number, pieces in enumerate(examples, 1):
+        if console.is_terminal:
+            console.print(example_panel(pieces, f"example {number}", console, size=None))
+        else:
+            print(f"\nexample {number}", *example_lines(pieces), sep="\n")
