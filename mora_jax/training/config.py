@@ -160,8 +160,8 @@ class Config:
 
 def sections() -> dict[str, type]:
     """Returns the sections' names and dataclasses."""
-    hints = typing.get_type_hints(Config)
-    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+    hints = typing.get_type_hints(Config).items()
+    return {name: hint for name, hint in hints if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
 
 
 def keys() -> dict[str, Key]:

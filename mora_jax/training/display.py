@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
-
 # An example's tokens as `mora_jax.data.describe_example` gives them: (text, weight, segment).
 Pieces = Sequence[tuple[str, float, str]]
 

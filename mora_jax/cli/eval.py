@@ -1,0 +1,49 @@
+"""Score a model on a data file: perplexity and next-token accuracy over the tokens that carry loss."""
+
+import argparse
+import json
+
+from mora_jax.cli.options import add_data, add_key, add_model
+
+HELP = "perplexity and accuracy on a data file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    add_model(parser)
+    add_data(parser)
+    add_key(parser, "--batch-size", "train.batch_size", help="Rows computed at once")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    from mora_jax.cli.models import load
+    from mora_jax.data import load_rows
+    from mora_jax.data.dataset import EncodedDataset
+    from mora_jax.evaluation.scoring import score
+
+    rows = load_rows(args.data, args.format)
+    model, tokenizer = load(args.model, args.adapter, args.dtype)
+    dataset = EncodedDataset.build(
+        rows,
+        tokenizer,
+        args.template,
+        args.loss_mode,
+        args.prompt_weight,
+        args.max_length,
+        truncation=args.truncation,
+        vocab_size=model.config.vocab_size,
+    )
+    scores = score(model, dataset, batch_size=args.batch_size)
+    result = {
+        **scores.to_dict(),
+        "examples": len(dataset),
+        "dropped": dataset.report.dropped,
+        "loss_mode": args.loss_mode,
+        "template": dataset.report.template,
+        "model": args.model,
+        "adapter": args.adapter,
+    }
+    print(json.dumps(result) if args.json else str(scores))
+    return 0

@@ -1,0 +1,137 @@
+"""Entry point of `mora-jax`: parsing, exit codes and what a stranger sees of an error.
+
+Exit codes: 0 success; 2 bad input, with one line that starts `error:`; 130 after SIGINT and 143 after
+SIGTERM; 1, with a traceback, only for a bug. Nothing here imports jax: commands do that when they run.
+"""
+
+import argparse
+import errno
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from mora_jax.cli import eval as eval_command
+from mora_jax.cli import generate, inspect, merge, train
+from mora_jax.cli.options import take_overrides
+from mora_jax.errors import InputError
+
+COMMANDS = {"train": train, "eval": eval_command, "generate": generate, "merge": merge, "inspect": inspect}
+EXIT_INPUT, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATE = 2, 130, 141, 143
+# What the user's disk and paths can do to any command; every other OSError is a bug.
+DISK_ERRNOS = {
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are input errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the parser's complaint."""
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+class ShowVersion(argparse.Action):
+    """Prints the installed version and exits."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> NoReturn:
+        """Does so when the option is met."""
+        print(importlib.metadata.version("mora-jax"))
+        raise SystemExit(0)
+
+
+def build_parser() -> Parser:
+    """Returns the parser of all commands."""
+    parser = Parser(
+        prog="mora-jax",
+        description="Fine-tune language models with LoRA and MoRA in JAX.",
+        epilog="`mora-jax COMMAND --help` shows a command's options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        print(end="", flush=True)
+        return code
+    except InputError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        _drop_stdout()
+        return EXIT_PIPE
+    except OSError as error:
+        if error.errno not in DISK_ERRNOS:
+            raise
+        _drop_stdout()
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPT
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(argv: Sequence[str]) -> int:
+    rest, overrides = take_overrides(argv)
+    parser = build_parser()
+    try:
+        args = parser.parse_args(rest)
+        if args.command is None:
+            raise InputError(f"no command given; choose one of {', '.join(COMMANDS)} (see mora-jax --help)")
+        if overrides and args.command != "train":
+            raise InputError(f"--config.{overrides[0][0]}: only train takes configuration keys")
+        args.overrides = overrides
+        return args.run(args)
+    except SystemExit as stop:  # --help and --version, and the handler of SIGTERM
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    # SystemExit runs every `finally` on its way, so that no half-written folder is left behind.
+    raise SystemExit(EXIT_TERMINATE)
+
+
+def _drop_stdout() -> None:
+    # Nobody can take what is still buffered; keep the interpreter from complaining about it at exit.
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Loading what `--model` and `--adapter` name."""
+
+from pathlib import Path
+from typing import Any
+
+from mora_jax.errors import InputError
+
+
+def load(path: str, adapter: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """Loads a model with its tokenizer and, if one is given, an adapter.
+
+    Args:
+        path: a HuggingFace folder or hub id.
+        adapter: an adapter folder, or a run directory that holds one.
+        dtype: compute dtype, or None for the machine's default.
+
+    Raises:
+        InputError: when either can't be loaded, or there is no tokenizer.
+    """
+    from mora_jax.interop import load_adapter, load_pretrained
+
+    folder = None if adapter is None else adapter_folder(adapter)
+    model, tokenizer = load_pretrained(path, dtype=dtype)
+    if tokenizer is None:
+        raise InputError(
+            f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights"
+        )
+    if folder is not None:
+        load_adapter(model, folder)
+    return model, tokenizer
+
+
+def adapter_folder(path: str) -> str:
+    """Returns the adapter folder itself, also for the run directory around it."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return str(folder)
+    raise InputError(f"{path} is no adapter: there is no adapter_config.json in it or in its folder adapter/")

@@ -1,0 +1,122 @@
+"""Options that several commands share, and the `--config.section.key=value` overrides of `train`."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.training.config import keys
+from mora_jax.training.config_key import Allowed, Key
+
+OVERRIDE = "--config."
+
+
+class KeyAction(argparse.Action):
+    """Stores an option's text as a value of a configuration key, with that key's checks and errors."""
+
+    def __init__(self, *args: Any, key: Key, **kwargs: Any) -> None:
+        """Takes the key beside argparse's own arguments."""
+        super().__init__(*args, **kwargs)
+        self.key = key
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Checks and stores the value."""
+        setattr(namespace, self.dest, self.key.parse(values, option_string or self.dest))
+
+
+def add_key(parser: argparse.ArgumentParser, flag: str, name: str, *, help: str = "", **changes: Any) -> None:
+    """Adds an option that stands for a configuration key: same type, range, default and words.
+
+    Args:
+        parser: where to add it.
+        flag: the option, such as "--loss-mode".
+        name: the dotted key, such as "loss.mode".
+        help: a sentence in place of the key's own.
+        **changes: argparse arguments, such as `default` or `required`.
+    """
+    add_value(parser, flag, keys()[name], help=help, **changes)
+
+
+def add_number(
+    parser: argparse.ArgumentParser, flag: str, type_: type, default: Any, doc: str, **limits: Any
+) -> None:
+    """Adds a number option with a range (see `Allowed`)."""
+    options = (type_, type(None)) if default is None else (type_,)
+    add_value(parser, flag, Key(flag, options, default, Allowed(doc, **limits)))
+
+
+def add_value(
+    parser: argparse.ArgumentParser, flag: str, key: Key, *, help: str = "", **changes: Any
+) -> None:
+    """Adds an option whose value a `Key` checks."""
+    default = changes.pop("default", key.default)
+    words = f"{(help or key.allowed.doc).rstrip('.')} ({key.describe()}; default: {_shown(default)})"
+    metavar = flag.rpartition("-")[2].upper()
+    changes.setdefault("metavar", metavar)
+    # A '%' in help would be argparse's formatting.
+    parser.add_argument(
+        flag, action=KeyAction, key=key, default=default, help=words.replace("%", "%%"), **changes
+    )
+
+
+def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False) -> None:
+    """Adds `--model`, `--adapter` and `--dtype`."""
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model"
+    )
+    parser.add_argument(
+        "--adapter",
+        required=adapter_required,
+        metavar="A",
+        help="adapter folder, or a run directory that holds one",
+    )
+    add_key(parser, "--dtype", "model.dtype")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which examples are read and which of their tokens carry loss."""
+    data = dataclasses.replace(keys()["data.train"], name="--data", default=None)
+    parser.add_argument(
+        "--data", action=KeyAction, key=data, required=True, metavar="FILE", help="data file or files"
+    )
+    add_key(parser, "--format", "data.format")
+    add_key(parser, "--template", "data.template")
+    add_key(parser, "--max-length", "data.max_length")
+    add_key(parser, "--truncation", "data.truncation")
+    add_key(parser, "--loss-mode", "loss.mode")
+    add_key(parser, "--prompt-weight", "loss.prompt_weight")
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separates `--config.key=value` and `--config.key value` from the other arguments.
+
+    A key without a value is a switch that is turned on.
+
+    Returns:
+        The other arguments, and the (key, text) pairs in order.
+    """
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        position += 1
+        if not argument.startswith(OVERRIDE):
+            rest.append(argument)
+            continue
+        name, equals, text = argument.removeprefix(OVERRIDE).partition("=")
+        if not name:
+            raise InputError(f"{argument}: a key must follow '{OVERRIDE}', as in {OVERRIDE}train.steps=50")
+        if not equals:
+            following = argv[position] if position < len(argv) else None
+            if following is not None and not following.startswith("--"):
+                text, position = following, position + 1
+            else:
+                text = "true"
+        overrides.append((name, text))
+    return rest, overrides
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)

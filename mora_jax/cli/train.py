@@ -1,0 +1,58 @@
+"""Fine-tune a model: LoRA, MoRA or full, with masked, unmasked or weighted instruction loss.
+
+A config file is a Python file with get_config() returning an ml_collections.ConfigDict; it sets only what it
+changes. Every key below can be set by --config.KEY=VALUE, whether or not the file names it.
+"""
+
+import argparse
+import sys
+import textwrap
+
+from mora_jax.cli.options import OVERRIDE
+from mora_jax.errors import InputError
+from mora_jax.training.config import keys
+
+HELP = "fine-tune a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.usage = (
+        "mora-jax train [--config FILE] [--config.KEY=VALUE ...] [--overwrite]\n"
+        "       mora-jax train --resume RUN"
+    )
+    parser.add_argument("--config", metavar="FILE", help="config file, such as configs/smollm2_dolly.py")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="continue the run in this directory from its last checkpoint"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a run that is already in config.out"
+    )
+    lines = ["configuration keys:"]
+    for name, key in keys().items():
+        default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.default}"
+        lines.append(f"  {name}")
+        words = f"{key.allowed.doc} ({key.describe()}; {default})"
+        lines += textwrap.wrap(words, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    parser.epilog = "\n".join(lines).replace("%", "%%")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    from mora_jax.training.config_file import load_config
+
+    if args.resume is not None:
+        for given, flag in (
+            (args.config, "--config"),
+            (args.overwrite, "--overwrite"),
+            (args.overrides, OVERRIDE),
+        ):
+            if given:
+                raise InputError(
+                    f"--resume continues with the run's own configuration; {flag} can't be given too"
+                )
+    else:
+        config, note = load_config(args.config, args.overrides)
+        if note:
+            print(f"warning: {note}", file=sys.stderr)
+    raise NotImplementedError(config)
