@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 Array = jax.Array
 
@@ -71,42 +72,54 @@ class Delta(Protocol):
 def adapted_dot(delta: Delta | None, x: Array, kernel: Array, bias: Array | None, params: Any) -> Array:
     """One adapted projection, `x @ kernel + bias + delta(x)`, as one function with its own backward.
 
-    The kernel is frozen: no gradient is computed for it. Sums are taken in float32 and rounded once.
+    Sums are taken in float32 and rounded once. A kernel that nothing differentiates (the usual case: it is frozen)
+    costs no gradient and keeps no activation for one; a trained float32 kernel is used in the dtype of `x`.
 
     Args:
-        delta: the adapter's static part, or None for a frozen projection alone.
+        delta: the adapter's static part, or None for a plain product.
         x: `[N, in]` in the compute dtype.
-        kernel: `[in, out]` in the compute dtype.
+        kernel: `[in, out]` in the compute dtype, or a float32 master.
         bias: `[out]` or None.
         params: the adapter's arrays (float32 masters), any pytree.
 
     Returns:
         `[N, out]` in the dtype of `x`.
     """
-    return _adapted_dot_fwd(delta, x, kernel, bias, params)[0]
+    y = dot32(x, kernel.astype(x.dtype))
+    if delta is not None:
+        y = y + delta.forward(x, params)[0]
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
 
 
 def _adapted_dot_fwd(delta, x, kernel, bias, params):
-    y = dot32(x, kernel)
+    # With symbolic zeros each argument says whether anything differentiates it.
+    kept_x = x.value if kernel.perturbed else None
+    x, kernel, params = x.value, kernel.value, jax.tree.map(lambda leaf: leaf.value, params)
+    y = dot32(x, kernel.astype(x.dtype))
     residuals = None
     if delta is not None:
         added, residuals = delta.forward(x, params)
         y = y + added
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype), (kernel, bias, residuals)
+        y = y + bias.value.astype(jnp.float32)
+    bias_like = jnp.zeros((0,), bias.value.dtype) if bias is not None and bias.perturbed else None
+    return y.astype(x.dtype), (kept_x, kernel, bias_like, residuals)
 
 
 def _adapted_dot_bwd(delta, saved, dy):
-    kernel, bias, residuals = saved
-    dx = dot32_nt(dy, kernel)
+    kept_x, kernel, bias_like, residuals = saved
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    dx = dot32_nt(dy, kernel.astype(dy.dtype))
     dparams = None
     if delta is not None:
         dx_added, dparams = delta.backward(residuals, dy)
         dx = dx + dx_added
-    # The bias may be trained (full fine-tuning of biases); where it isn't, this sum is dead code.
-    dbias = None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
-    return dx.astype(dy.dtype), None, dbias, dparams
+    dkernel = None if kept_x is None else dot32_tn(kept_x, dy).astype(kernel.dtype)
+    dbias = None if bias_like is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias_like.dtype)
+    return dx.astype(dy.dtype), dkernel, dbias, dparams
 
 
-adapted_dot.defvjp(_adapted_dot_fwd, _adapted_dot_bwd)
+adapted_dot.defvjp(_adapted_dot_fwd, _adapted_dot_bwd, symbolic_zeros=True)
