@@ -48,6 +48,7 @@ def load_pretrained(
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
     model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat))
     _fill(tensor_plan(model), files, _head_for_embedding(config, files))
+    model.name_or_path, model.folder = os.fspath(path), str(folder)
     return model, load_tokenizer(folder)
 
 

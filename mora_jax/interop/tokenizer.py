@@ -9,7 +9,16 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.models.init import read_json
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -18,7 +27,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     Raises:
         InputError: when the files are there but cannot be read.
     """
-    if not any((folder / name).exists() for name in _FILES):
+    if not any((folder / name).exists() for name in _VOCABULARIES):
         return None
     if (folder / "tokenizer.json").exists():
         read_json(folder / "tokenizer.json")

@@ -47,6 +47,8 @@ class Decoder(nnx.Module):
         unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
         remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
         layers: one `Block` whose leaves have a leading `[L]`.
+        name_or_path: what the model was loaded from (a folder or a hub id); None for a fresh one.
+        folder: the local folder with its files; None for a fresh one.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.unroll = unroll
         self.remat = remat
+        self.name_or_path: str | None = None
+        self.folder: str | None = None
         scale = 0.0 if rngs is None else config.initializer_range
         draws = nnx.Rngs(0) if rngs is None else rngs
         self.embed_tokens = TokenEmbedding(

@@ -11,6 +11,11 @@ from mora_jax.models.families.fields import Fields
 FAMILIES: tuple[ModuleType, ...] = (llama,)
 
 
+def family_of(config: DecoderConfig) -> ModuleType:
+    """The family module that `config` came from."""
+    return next(family for family in FAMILIES if family.MODEL_TYPE == config.family)
+
+
 def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderConfig:
     """The decoder that a HuggingFace config describes.
 
