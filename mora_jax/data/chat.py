@@ -82,37 +82,47 @@ class ChatTemplate:
         def render(stand_ins: Sequence[str]) -> str:
             return self._render(roles, stand_ins, False, source)
 
+        first: dict[tuple[str, str], int] = {}
+        groups = [first.setdefault(turn, i) for i, turn in enumerate(zip(roles, contents, strict=True))]
         # Templates may leave out a turn that says nothing, so blank contents are tried as they are too.
         blank = [not content.strip() for content in contents]
         for keep in [[False] * len(roles), blank] if any(blank) else [blank]:
-            key = (*roles, *(content for content, kept in zip(contents, keep, strict=True) if kept), *keep)
+            key = (
+                *roles,
+                *groups,
+                *(content for content, kept in zip(contents, keep, strict=True) if kept),
+                *keep,
+            )
             layout = self._layouts.get(key)
             # A layout that does not fit may be out of date (templates can write the time): made anew.
             for fresh in (False, True) if layout else (True,):
                 if fresh:
                     if len(self._layouts) >= _MAX_LAYOUTS:
                         self._layouts.clear()
-                    layout = self._layouts[key] = find_layout(render, contents, keep)
+                    layout = self._layouts[key] = find_layout(render, contents, groups, keep)
                 assert layout is not None
                 spans = match_layout(layout, contents, text)
                 if spans is not None:
                     return spans
-        return trace(render, contents, text)
+        return trace(render, contents, groups, text)
 
     @cached_property
     def frame(self) -> Frame:
         """What the template writes around an answer, seen on a short conversation of stand-ins."""
+        refusal: InputError | None = None
         for roles in (["user", "assistant"], ["system", "user", "assistant"]):
             words = [stand_in(index) for index in range(len(roles))]
             try:
                 prompt = self._render(roles[:-1], words[:-1], True, "")
                 whole = self._render(roles, words, False, "")
-            except InputError:
+            except InputError as error:
+                refusal = refusal or error
                 continue
             before, _, after = whole.rpartition(words[-1])
             lead = before.removeprefix(prompt) if before.startswith(prompt) else None
             return Frame(lead, self._closing(after))
-        raise InputError("the tokenizer's chat template refuses a user message and its answer")
+        assert refusal is not None
+        raise refusal
 
     def _closing(self, after: str) -> str:
         """The text up to and with its first special token; without outer space if it has none."""

@@ -59,6 +59,25 @@ class Renderer:
             self.notes.append(
                 "the tokenizer has no end-of-sequence token: nothing ends an answer but the template"
             )
+        self.notes += self._seam_notes()
+
+    def _seam_notes(self) -> list[str]:
+        """Tells if the end of a prompt is split into other tokens before a plain word than on its own."""
+        asked = Message("user", "Hello")
+        try:
+            prompt = self.prompt([asked])
+            whole = self.render(Conversation((asked, Message("assistant", "Yes"))))
+        except InputError:
+            return []  # A template that wants other roles; rows it refuses are reported as they come.
+        alone, trained = tokenize(
+            [Rendered(prompt, (Piece(prompt, Segment.TEMPLATE),)), whole], self.tokenizer
+        )
+        length = len(alone.input_ids)
+        if not whole.text.startswith(prompt) or np.array_equal(trained.input_ids[:length], alone.input_ids):
+            return []
+        return [
+            "the tokenizer splits the end of the prompt otherwise where no answer follows (as in generation)"
+        ]
 
     def render(self, conversation: Conversation) -> Rendered:
         """Renders a whole conversation, or plain text with an end-of-sequence token after it."""

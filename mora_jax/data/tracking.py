@@ -17,7 +17,7 @@ If neither explains the whole rendering, the template cannot be tracked and `Unt
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 #: One rendering: the contents of all messages, in the place of their own, to the text.
@@ -69,22 +69,30 @@ def stand_in(index: int) -> str:
 _STAND_IN = re.compile(r"Qz(\d+)xMessage\1xzQ")
 
 
-def find_layout(render: RenderContents, contents: Sequence[str], keep: Sequence[bool]) -> Layout:
+def find_layout(
+    render: RenderContents, contents: Sequence[str], groups: Sequence[int], keep: Sequence[bool]
+) -> Layout:
     """Renders stand-ins and reads the template's own text around them.
 
     Args:
       render: runs the template.
       contents: the real contents.
+      groups: for each message the first one that equals it. Equal messages get equal stand-ins, because
+        templates compare messages ("is this the last question?").
       keep: for each message, whether its real content is rendered instead of a stand-in (and not located).
     """
-    text = render(
-        [
-            content if kept else stand_in(i)
-            for i, (content, kept) in enumerate(zip(contents, keep, strict=True))
-        ]
-    )
+    text = render([contents[i] if keep[i] else stand_in(group) for i, group in enumerate(groups)])
     parts = _STAND_IN.split(text)
-    return Layout(tuple(parts[::2]), tuple(int(number) for number in parts[1::2]))
+    return Layout(tuple(parts[::2]), tuple(_members(map(int, parts[1::2]), groups)))
+
+
+def _members(seen: Iterable[int], groups: Sequence[int]) -> Iterator[int]:
+    """Which of the equal messages each sighting of a group is: one after the other."""
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    for group in seen:
+        yield members[group].pop(0) if len(members[group]) > 1 else members[group][0]
 
 
 def match_layout(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
@@ -163,19 +171,25 @@ def _private_index(character: str) -> int | None:
     return len(first) + code - second.start if code in second else None
 
 
-def trace(render: RenderContents, contents: Sequence[str], text: str) -> list[Span]:
+def trace(render: RenderContents, contents: Sequence[str], groups: Sequence[int], text: str) -> list[Span]:
     """Locates the contents character by character, in a rendering that depends on what they say.
+
+    Args:
+      render: runs the template.
+      contents: the real contents.
+      groups: as for `find_layout`; equal messages get equal codes.
+      text: the real rendering.
 
     Raises:
       Untrackable: if the template treats the coded contents in another way than the real ones.
     """
-    places = [(i, j) for i, content in enumerate(contents) for j in _coded_places(content)]
+    places = [(i, j) for i in sorted(set(groups)) for j in _coded_places(contents[i])]
     step = -(-len(places) // _PRIVATE_SIZE) or 1
     places = places[::step]
     coded = [list(content) for content in contents]
     for code, (i, j) in enumerate(places):
         coded[i][j] = _private(code)
-    rendered = render(["".join(characters) for characters in coded])
+    rendered = render(["".join(coded[group]) for group in groups])
     if len(rendered) != len(text):
         raise Untrackable("its output depends on the words of the messages")
     origin: list[tuple[int, int] | None] = [None] * len(text)
@@ -187,7 +201,20 @@ def trace(render: RenderContents, contents: Sequence[str], text: str) -> list[Sp
         elif seen != real:
             raise Untrackable("its output depends on the words of the messages")
     _grow(origin, contents, text)
-    return list(_runs(origin, text))
+    runs = list(_runs(origin, text))
+    # A run that does not begin after the one before in its group is the next of the equal messages.
+    turns: dict[int, tuple[int, int]] = {}
+    spans = []
+    for start, stop in runs:
+        place = origin[start]
+        assert place is not None
+        group, at = place
+        turn, before = turns.get(group, (0, -1))
+        turn += at <= before
+        turns[group] = (turn, at)
+        equal = [i for i, other in enumerate(groups) if other == group]
+        spans.append(Span(start, stop, equal[min(turn, len(equal) - 1)]))
+    return spans
 
 
 def _coded_places(content: str) -> Iterator[int]:
@@ -209,19 +236,19 @@ def _grow(origin: list[tuple[int, int] | None], contents: Sequence[str], text: s
                     origin[k] = (i, j)
 
 
-def _runs(origin: Sequence[tuple[int, int] | None], text: str) -> Iterator[Span]:
+def _runs(origin: Sequence[tuple[int, int] | None], text: str) -> Iterator[tuple[int, int]]:
     """Runs of one message, without the space at their edges, which may be the template's as well."""
     start = 0
     for stop in range(1, len(origin) + 1):
         first = origin[start]
         if stop < len(origin) and first is not None:
             here = origin[stop]
-            if here is not None and here[0] == first[0]:
+            if here is not None and here[0] == first[0] and here[1] > first[1]:
                 continue
         if first is not None:
             words = text[start:stop]
             left = start + len(words) - len(words.lstrip())
             right = start + len(words.rstrip())
             if left < right:
-                yield Span(left, right, first[0])
+                yield left, right
         start = stop

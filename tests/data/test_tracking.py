@@ -1,0 +1,298 @@
+"""Chat templates of every manner, tracked; random conversations against an oracle that composes the text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mora_jax.data import Conversation, Message, Renderer, Segment, encode, render_prompt
+from mora_jax.errors import InputError
+
+T, S, U, A, E = Segment.TEMPLATE, Segment.SYSTEM, Segment.USER, Segment.ASSISTANT, Segment.END_OF_TURN
+OWN = {"system": S, "user": U, "assistant": A}
+
+
+# Oracles: what each template of conftest.py writes, put together from what its family documents. Each gives
+# (text, segment) pairs; they share no code with the package and never see a rendering.
+
+
+def chatml(messages, tokenizer):
+    if messages[0].role != "system":
+        yield "<|im_start|>system\nYou are helpful.<|im_end|>\n", T
+    for m in messages:
+        yield f"<|im_start|>{m.role}\n", T
+        yield m.content, OWN[m.role]
+        yield "<|im_end|>", E if m.role == "assistant" else T
+        yield "\n", T
+
+
+def llama2(messages, tokenizer):
+    yield tokenizer.bos_token or "", T
+    system = messages[0] if messages[0].role == "system" else None
+    rest = messages[1:] if system else messages
+    for i, m in enumerate(rest):
+        if m.role == "user":
+            yield "[INST] ", T
+            if system and i == 0:
+                yield "<<SYS>>\n", T
+                yield system.content, S
+                yield "\n<</SYS>>\n\n", T
+            yield m.content.strip(), U
+            yield " [/INST]", T
+        else:
+            yield " " + m.content.strip(), A
+            yield " " + tokenizer.eos_token, E
+
+
+def llama3(messages, tokenizer):
+    for m in messages:
+        yield f"<|start_header_id|>{m.role}<|end_header_id|>\n\n", T
+        yield m.content.strip(), OWN[m.role]
+        yield "<|eot_id|>", E if m.role == "assistant" else T
+
+
+def mistral(messages, tokenizer):
+    yield tokenizer.bos_token or "", T
+    system = messages[0] if messages[0].role == "system" else None
+    rest = messages[1:] if system else messages
+    last = [m for m in rest if m.role == "user"][-1]
+    for m in rest:
+        if m.role == "user":
+            yield "[INST] ", T
+            if system and m == last:
+                yield system.content, S
+                yield "\n\n", T
+            yield m.content, U
+            yield "[/INST]", T
+        else:
+            yield " " + m.content, A
+            yield tokenizer.eos_token, E
+
+
+def headers_only(messages, tokenizer):
+    for m in messages:
+        yield f"<|{m.role}|>\n", T
+        yield m.content, OWN[m.role]
+    if messages[-1].role == "assistant":
+        yield tokenizer.eos_token, E
+
+
+ORACLES = {
+    "chatml": chatml,
+    "llama2": llama2,
+    "llama3": llama3,
+    "mistral": mistral,
+    "headers_only": headers_only,
+}
+
+_SNIPPETS = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "<s>",
+    "</s>",
+    "[INST]",
+    " [/INST] ",
+    "<|user|>",
+    "<|eot_id|>",
+    "### Response:",
+    "{{ messages }}",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "\r\n",
+    "\u200d",
+    "\u200f\u202eשלום\u202c",
+    "👩‍👩‍👧",
+    "\ufeff",
+    "\u2028",
+    "e\u0301",
+    "\U000e0041",
+    "\U00100000",
+    ":",
+    '"',
+    "12",
+    "a",
+    "The answer",
+]
+_letters = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+words = st.lists(st.one_of(st.sampled_from(_SNIPPETS), _letters), max_size=6).map("".join)
+_random = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+
+
+@st.composite
+def conversations(draw):
+    system = [Message("system", draw(words))] if draw(st.booleans()) else []
+    turns = []
+    for _ in range(draw(st.integers(1, 3))):
+        turns += [Message("user", draw(words)), Message("assistant", draw(words))]
+    if draw(st.integers(0, 4)) == 0:
+        turns.pop()
+    return tuple(system + turns)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_trimmed", "metaspace", "word_piece"])
+@pytest.mark.parametrize("chat", ORACLES)
+@_random
+@given(messages=conversations())
+def test_against_the_oracle(kind, chat, make_tokenizer, messages):
+    tokenizer = make_tokenizer(kind, chat)
+    expected = [(text, segment) for text, segment in ORACLES[chat](list(messages), tokenizer) if text]
+    characters = [segment for text, segment in expected for _ in text]
+    rendered = Renderer(tokenizer).render(Conversation(messages))
+    assert rendered.text == "".join(text for text, _ in expected)
+    found = [piece.segment for piece in rendered.pieces for _ in piece.text]
+    # Space between two stretches may be either's where a template strips; nothing else may differ.
+    differing = {i for i, (a, b) in enumerate(zip(found, characters, strict=True)) if a != b}
+    assert not differing, [(rendered.text[i], found[i], characters[i]) for i in sorted(differing)]
+    [example] = encode([Conversation(messages)], tokenizer)
+    check_tokens(example, rendered.text, characters, tokenizer)
+
+
+def check_tokens(example, text, characters, tokenizer):
+    """A token's segment is that of one of its characters; all visible characters of answers have weight 1."""
+    plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    extra = len(example) - len(plain["input_ids"])
+    assert extra in (0, 1)
+    assert example.input_ids[extra:].tolist() == plain["input_ids"]
+    for t, (start, stop) in enumerate(plain["offset_mapping"]):
+        segment, weight = Segment(example.segments[t + extra]), example.weights[t + extra]
+        if (segment == Segment.BOS and t == 0) or start == stop:
+            continue
+        inside = characters[start:stop]
+        assert segment in inside
+        visible = {s for s, c in zip(inside, text[start:stop], strict=True) if not c.isspace()}
+        if t + extra > 0:
+            assert weight == (1 if segment in (A, E) else 0)
+            if A in visible or E in visible:
+                assert weight == 1
+            elif visible:
+                assert weight == 0
+
+
+@pytest.mark.parametrize("chat", [*ORACLES, "gemma", "thinking"])
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_prompt_is_the_beginning_of_the_training_text(chat, kind, make_tokenizer):
+    if (kind, chat) == ("byte_level", "llama3"):
+        chat = "chatml"  # This tokenizer splits "\\n\\n" in two where a word follows: see the next test.
+    tokenizer = make_tokenizer(kind, chat)
+    asked = (Message("user", "Name it."), Message("assistant", "Yes."), Message("user", "And 12?"))
+    row = Conversation((*asked, Message("assistant", "42")))
+    [example] = encode([row], tokenizer)
+    prompt = render_prompt(tokenizer, asked)
+    np.testing.assert_array_equal(example.input_ids[: len(prompt.input_ids)], prompt.input_ids)
+    assert example.weights[len(prompt.input_ids)] == 1
+    assert example.weights[len(prompt.input_ids) - 1] == 0
+
+
+def test_a_prompt_whose_end_is_split_otherwise_is_reported(make_tokenizer):
+    [note] = Renderer(make_tokenizer("byte_level", "llama3")).notes
+    assert "splits the end of the prompt otherwise" in note
+    assert Renderer(make_tokenizer("byte_level", "chatml")).notes == []
+
+
+def test_reasoning_that_the_template_cuts_out_of_earlier_answers(make_tokenizer):
+    tokenizer = make_tokenizer("byte_level", "thinking")
+    thought = "<think>\nHm, <b>12</b>.\n</think>\n\nYes. "
+    messages = (
+        Message("user", "a"),
+        Message("assistant", thought),
+        Message("user", ""),
+        Message("assistant", thought),
+    )
+    rendered = Renderer(tokenizer).render(Conversation(messages))
+    assert [(piece.text, piece.segment) for piece in rendered.pieces] == [
+        ("<|im_start|>user\n", T),
+        ("a", U),
+        ("<|im_end|>\n<|im_start|>assistant\n", T),
+        ("Yes.", A),
+        (" <|im_end|>", E),
+        ("\n<|im_start|>assistant\n", T),
+        ("<think>\nHm, <b>12</b>.\n</think>\n\nYes.", A),
+        (" <|im_end|>", E),
+        ("\n", T),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+@_random
+@given(messages=conversations())
+def test_thinking_template_never_trains_what_is_not_an_answers(kind, make_tokenizer, messages):
+    tokenizer = make_tokenizer(kind, "thinking")
+    rendered = Renderer(tokenizer).render(Conversation(messages))
+    answers = "".join(m.content for m in messages if m.role == "assistant")
+    asked = "".join(m.content for m in messages if m.role != "assistant")
+    for piece in rendered.pieces:
+        assert piece.segment != A or piece.text.strip() in answers
+        assert piece.segment not in (U, S) or piece.text.strip() in asked
+
+
+def test_a_blank_answer_still_ends(make_tokenizer):
+    tokenizer = make_tokenizer("byte_level", "chatml")
+    rendered = Renderer(tokenizer).render(Conversation((Message("user", "a"), Message("assistant", ""))))
+    assert [piece.text for piece in rendered.pieces if piece.segment == E] == ["<|im_end|>"]
+
+
+def test_empty_system_is_kept_as_the_template_has_it(make_tokenizer):
+    tokenizer = make_tokenizer("byte_level", "chatml")
+    messages = (Message("system", ""), Message("user", "a"), Message("assistant", "b"))
+    rendered = Renderer(tokenizer).render(Conversation(messages))
+    assert rendered.text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\na<|im_end|>")
+    assert S not in {piece.segment for piece in rendered.pieces}
+
+
+def test_a_thousand_turns_each_stripped_in_another_way(make_tokenizer):
+    chat = (
+        "{% for m in messages %}{{ m['role'] + ':' }}{% if loop.index is odd %}{{ m['content'] | trim }}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    )
+    messages = tuple(Message(("user", "assistant")[i % 2], f" {i} ") for i in range(1000))
+    rendered = Renderer(make_tokenizer("byte_level", chat)).render(Conversation(messages))
+    assert [piece.text for piece in rendered.pieces if piece.segment == U][:2] == ["0", "2"]
+    assert [piece.text for piece in rendered.pieces if piece.segment == A][:2] == [" 1 ", " 3 "]
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ("{{ m['content'] | upper }}", "row 3: .*cannot be tracked"),
+        ("{{ m['content'] | length }}", "does not show the words of message 2"),
+        ("{{ m['content'] * 2 }}", "repeats message 2"),
+        ("{{ m['content'] }", "syntax error"),
+        ("{{ raise_exception('no') }}", "refuses"),
+        ("{{ m['content'] + m['wrong'] }}", "refuses"),
+    ],
+)
+def test_templates_that_cannot_be_used(chat, message, make_tokenizer):
+    tokenizer = make_tokenizer("byte_level", "{% for m in messages %}" + chat + "{% endfor %}")
+    row = Conversation((Message("user", "Who?"), Message("assistant", "You!")), source="row 3")
+    with pytest.raises(InputError, match=message):
+        Renderer(tokenizer).render(row)
+
+
+def test_roles_that_a_template_refuses_are_named(make_tokenizer):
+    tokenizer = make_tokenizer("metaspace", "gemma")
+    row = Conversation(
+        (Message("system", "s"), Message("user", "u"), Message("assistant", "a")), source="f.json, row 7"
+    )
+    with pytest.raises(InputError, match=r"f\.json, row 7: .*refuses .*System role not supported"):
+        Renderer(tokenizer).render(row)
+
+
+def test_a_template_that_writes_the_time_is_tracked_again(make_tokenizer):
+    chat = "{}{{% for m in messages %}}{{{{ m['content'] + '<|im_end|>' }}}}{{% endfor %}}"
+    tokenizer = make_tokenizer("byte_level", chat.format("9:59 "))
+    renderer = Renderer(tokenizer)
+    row = Conversation((Message("user", "a"), Message("assistant", "b")))
+    assert renderer.render(row).text == "9:59 a<|im_end|>b<|im_end|>"
+    tokenizer.chat_template = chat.format("10:00 ")
+    rendered = renderer.render(row)
+    assert rendered.text == "10:00 a<|im_end|>b<|im_end|>"
+    assert [piece.segment for piece in rendered.pieces] == [T, U, T, A, E]
