@@ -53,8 +53,8 @@ class Format:
 
 
 def _found(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", int: "a number"}
-    return names.get(type(value), "a number" if isinstance(value, float) else type(value).__name__)
+    names = {type(None): "missing or null", dict: "an object", list: "a list", bool: "a boolean", str: "text"}
+    return names.get(type(value), "a number")
 
 
 def check_text(value: Any, key: str, source: str) -> str:
@@ -85,9 +85,8 @@ def _text(row: Row, *keys: str, source: str, default: str | None = None) -> str:
 
 def _list(value: Any, key: str, source: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise InputError(
-            f"{source}: `{key}` should be a filled list and is {_found(value) if value else 'empty'}"
-        )
+        found = "empty" if value == [] else _found(value)
+        raise InputError(f"{source}: `{key}` should be a filled list and is {found}")
     return value
 
 

@@ -93,8 +93,8 @@ class Renderer:
         """The text after which the model answers: how `render` begins if an answer is added."""
         if self._chat is not None:
             return self._chat.render(messages, prompt=True)
-        template = TEMPLATES[self.template]
-        return "".join(piece.text for piece in template.pieces(messages, self.eos)) + template.opening()
+        pieces = TEMPLATES[self.template].pieces(messages, self.eos, prompt=True)
+        return "".join(piece.text for piece in pieces)
 
 
 @dataclass(frozen=True)

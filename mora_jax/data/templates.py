@@ -17,12 +17,8 @@ from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
 class Template(Protocol):
     """What a built-in template can do."""
 
-    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
-        """The stretches of a whole conversation."""
-        ...
-
-    def opening(self) -> str:
-        """What stands before an answer: the generation prompt."""
+    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
+        """The stretches of a conversation; with `prompt` it goes on to where an answer begins."""
         ...
 
 
@@ -57,10 +53,7 @@ class TurnTemplate:
     def _header(self, role: str) -> str:
         return self.header.replace("{role}", self.names.get(role, role))
 
-    def opening(self) -> str:
-        return self._header("assistant")
-
-    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
+    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
         joins = self.system_joins_user and len(messages) > 1
         for index, message in enumerate(messages):
             joined = joins and index == 1 and messages[0].role == "system"
@@ -76,8 +69,10 @@ class TurnTemplate:
                 yield Piece(answer_footer.replace("{eos}", eos), Segment.END_OF_TURN)
             else:
                 yield _template(self.footer.replace("{eos}", eos))
-            if self.final_gap or index + 1 < len(messages):
+            if self.final_gap or prompt or index + 1 < len(messages):
                 yield _template(self.gap)
+        if prompt:
+            yield _template(self._header("assistant"))
 
 
 class AlpacaTemplate:
@@ -95,11 +90,8 @@ class AlpacaTemplate:
         " Write a response that appropriately completes the request."
     )
 
-    def opening(self) -> str:
-        # The heading belongs to the instruction, so that a prompt ends in it already.
-        return ""
-
-    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
+    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
+        del prompt  # The heading of the answer belongs to the instruction: a prompt ends in it already.
         started = False
         for index, message in enumerate(messages):
             if message.role == "assistant":
@@ -128,10 +120,8 @@ class AlpacaTemplate:
 class PlainTemplate:
     """The messages one after the other with nothing between them; EOS after each answer."""
 
-    def opening(self) -> str:
-        return ""
-
-    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
+    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
+        del prompt  # Nothing stands before an answer.
         for message in messages:
             yield Piece(message.text, ROLE_SEGMENT[message.role])
             if message.role == "assistant":
