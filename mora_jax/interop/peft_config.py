@@ -148,8 +148,8 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
         )
     if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
         raise InputError(
-            f"{where}: init_lora_weights {values['init_lora_weights']!r} changes the base weights; convert it "
-            "to plain LoRA first (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{where}: init_lora_weights {values['init_lora_weights']!r} changes the base weights; convert "
+            "it to plain LoRA first (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
     unknown = sorted(set(values) - _KNOWN)
     if unknown:

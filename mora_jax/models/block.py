@@ -102,10 +102,8 @@ class Attention(nnx.Module):
             rngs=rngs,
             init_std=config.initializer_range,
         )
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            self.q_norm = _norm(config, "self_attn.q_norm", size=config.head_dim, axis="head_dim")
-            self.k_norm = _norm(config, "self_attn.k_norm", size=config.head_dim, axis="head_dim")
+        self.q_norm = _head_norm(config, "self_attn.q_norm") if config.qk_norm else None
+        self.k_norm = _head_norm(config, "self_attn.k_norm") if config.qk_norm else None
         self.scale = config.attention_scale
         self.softcap = config.attention_softcap
 
@@ -209,6 +207,10 @@ class Block(nnx.Module):
         if self.post_mlp_norm is not None:
             out = self.post_mlp_norm(out)
         return x + out, slot
+
+
+def _head_norm(config: DecoderConfig, name: str) -> RMSNorm:
+    return _norm(config, name, size=config.head_dim, axis="head_dim")
 
 
 def _norm(config: DecoderConfig, name: str, *, size: int | None = None, axis: str = "embed") -> RMSNorm:

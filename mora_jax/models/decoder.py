@@ -86,8 +86,9 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(
             config.hidden_size, eps=config.norm_eps, offset=config.norm_offset, path=config.names.final_norm
         )
-        self.lm_head = nnx.data(None)
-        if not config.tie_embeddings:
+        if config.tie_embeddings:
+            self.lm_head = None
+        else:
             shape = (config.vocab_size, config.hidden_size)
             kernel = nnx.initializers.normal(scale)(draws.params(), shape, dtype)
             self.lm_head = nnx.Param(kernel, axes=("vocab", "embed"))

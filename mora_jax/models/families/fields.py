@@ -34,6 +34,13 @@ class Fields:
             raise self.bad(name, "a positive whole number")
         return value
 
+    def whole(self, name: str, default: Any = _MISSING) -> int:
+        """A whole number, 0 or more."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.bad(name, "a whole number, 0 or more")
+        return value
+
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A positive number."""
         value = self._get(name, default)

@@ -1,0 +1,211 @@
+"""Every family computes what transformers computes, from tiny random checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+
+import mora_jax as mj
+from mora_jax.models import read_config
+from tests.models.tiny import SIZES, hf_folder, hf_logits, hf_model, random_ids
+
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 8,
+}
+LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4}
+
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
+    "llama-no-grouping": ("llama", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
+    "llama-linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+    ),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-yarn-mscale": ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}}),
+    "llama-yarn-factor": ("llama", {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "mistral-no-window": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", WINDOW | {"max_window_layers": 1}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-window": (
+        "qwen3",
+        {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "max_window_layers": 0,
+            "attention_bias": True,
+        },
+    ),
+    "qwen3-yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma2-caps": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-no-caps": ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", GEMMA | {"sliding_window_pattern": 2}),
+    "gemma3-scaled": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0},
+                "sliding_attention": LOCAL,
+            },
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+}
+
+
+def ours(folder, **options):
+    return mj.load_pretrained(folder, dtype="float32", unroll=1, **options)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_agree_with_transformers(name, tmp_path):
+    model_type, fields = CASES[name]
+    reference = hf_model(model_type, **fields)
+    model = ours(hf_folder(tmp_path, reference))
+    ids = random_ids(2, 20)
+    mask = np.ones_like(ids)
+    mask[1, :6] = 0  # padding on the left
+    found, expected = np.asarray(model(ids, mask)), hf_logits(reference, ids, mask)
+    seen = mask.astype(bool)
+    np.testing.assert_allclose(found[seen], expected[seen], atol=2e-4, rtol=1e-4)
+    np.testing.assert_array_equal(found[seen].argmax(-1), expected[seen].argmax(-1))
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    "model_type, fields, old",
+    [
+        (
+            "llama",
+            {"rope_parameters": LLAMA3},
+            {"rope_theta": 5000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}, {"rope_theta": 300.0}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+            {"rope_scaling": {"type": "linear", "factor": 3.0}},
+        ),
+        (
+            "gemma3_text",
+            GEMMA
+            | {
+                "sliding_window_pattern": 3,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0},
+                    "sliding_attention": LOCAL,
+                },
+            },
+            {
+                "layer_types": None,
+                "sliding_window_pattern": 3,
+                "rope_theta": 9000.0,
+                "rope_local_base_freq": 100.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+    ],
+    ids=["llama3", "theta", "linear", "gemma3"],
+)
+def test_the_older_spelling_of_rope_settings(model_type, fields, old, tmp_path):
+    reference = hf_model(model_type, **fields)
+    model = ours(hf_folder(tmp_path, reference, {"rope_parameters": None} | old))
+    ids = random_ids(1, 20)
+    np.testing.assert_allclose(np.asarray(model(ids)), hf_logits(reference, ids), atol=2e-4, rtol=1e-4)
+
+
+def test_sliding_windows_really_slide(tmp_path):
+    reference = hf_model("mistral", sliding_window=5, num_hidden_layers=1)
+    model = ours(hf_folder(tmp_path, reference))
+    ids = random_ids(1, 12)
+    changed = ids.copy()
+    changed[0, 0] = (changed[0, 0] + 1) % SIZES["vocab_size"]
+    same = np.isclose(np.asarray(model(ids)), np.asarray(model(changed)), atol=1e-6).all(-1)[0]
+    np.testing.assert_array_equal(same, [False] * 5 + [True] * 7)
+
+
+def base_config(**fields) -> dict:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 64}
+    return json.loads(json.dumps(SIZES | config | fields))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"architectures": ["BertModel"]},
+            "'BertModel' is not supported; supported are LlamaForCausalLM, Mi",
+        ),
+        ({"architectures": None, "model_type": "mamba"}, "architecture 'mamba' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": 3}, "rope_scaling must be an object, found 3"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "do not exist in this family"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not supported"),
+        ({"hidden_act": "laplace"}, "hidden_act 'laplace' is not supported; supported are gelu"),
+        (
+            {"num_key_value_heads": 3},
+            r"\(4\) is not a multiple of num_key_value_heads \(3\)",
+        ),
+        ({"hidden_size": 30}, r"hidden_size \(30\) is not a multiple of num_attention_heads \(4\)"),
+        ({"head_dim": 5}, r"head_dim \(5\) must be even"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, found 0"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number, found 'small'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, found 1"),
+        ({"quantization_config": {"bits": 4}}, "the checkpoint is quantized"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 3},
+            "sliding_attention but there is no sliding_window",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]},
+            "one entry for each of the 3",
+        ),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked"] * 3}, "layer_types has chunked"),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True},
+            "use_bidirectional_attention",
+        ),
+        ({"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"rope_theta": 1.0}}, "alone"),
+    ],
+    ids=str,
+)
+def test_configs_that_are_refused(fields, message):
+    with pytest.raises(mj.InputError, match=message) as caught:
+        read_config(base_config(**fields), "folder/config.json")
+    assert str(caught.value).startswith("folder/config.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_type_is_enough():
+    assert read_config(base_config(architectures=None)).family == "llama"
