@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
     add_data(parser)
-    add_key(parser, "--batch-size", "train.batch_size", help="Rows computed at once")
+    add_key(parser, "--batch-size", "train.batch_size", help="Rows computed at once", default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.evaluation.scoring import score
 
     rows = load_rows(args.data, args.format)
-    model, tokenizer = load(args.model, args.adapter, args.dtype)
+    model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1)
     dataset = EncodedDataset.build(
         rows,
         tokenizer,

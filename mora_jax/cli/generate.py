@@ -25,11 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
+    import jax
+
     from mora_jax.cli.models import load
     from mora_jax.evaluation import Sampling, stream_text
-    from mora_jax.interop.hub import local_folder
 
-    model, tokenizer = load(args.model, args.adapter, args.dtype)
+    # Measured with 135 M parameters, one row at a time on CPU: float32 is five times faster a token than
+    # bfloat16, and one layer at a time compiles ten times faster than all of them unrolled.
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    model, tokenizer = load(args.model, args.adapter, dtype, unroll=1)
     messages = [{"role": "user", "content": args.prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
@@ -40,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_p, args.seed),
         template=args.template,
-        folder=local_folder(args.model),
     )
     for piece in pieces:
         print(piece, end="", flush=True)

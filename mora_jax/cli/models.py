@@ -6,13 +6,14 @@ from typing import Any
 from mora_jax.errors import InputError
 
 
-def load(path: str, adapter: str | None, dtype: str | None) -> tuple[Any, Any]:
+def load(path: str, adapter: str | None, dtype: str | None, unroll: int | None = None) -> tuple[Any, Any]:
     """Loads a model with its tokenizer and, if one is given, an adapter.
 
     Args:
         path: a HuggingFace folder or hub id.
         adapter: an adapter folder, or a run directory that holds one.
         dtype: compute dtype, or None for the machine's default.
+        unroll: layers an iteration of the layer scan, or None for the backend's default.
 
     Raises:
         InputError: when either can't be loaded, or there is no tokenizer.
@@ -20,7 +21,7 @@ def load(path: str, adapter: str | None, dtype: str | None) -> tuple[Any, Any]:
     from mora_jax.interop import load_adapter, load_pretrained
 
     folder = None if adapter is None else adapter_folder(adapter)
-    model, tokenizer = load_pretrained(path, dtype=dtype)
+    model, tokenizer = load_pretrained(path, dtype=dtype, unroll=unroll)
     if tokenizer is None:
         raise InputError(
             f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights"

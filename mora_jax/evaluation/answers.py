@@ -1,6 +1,5 @@
 """Prompts in, text out: the chat template, the tokens that end an answer, and decoding around `Generator`."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,21 @@ from mora_jax.models.init import read_json
 Chat = str | Sequence[Message | Mapping[str, str]]
 
 
-def find_stop_ids(
-    model: Decoder,
-    tokenizer: Any,
-    *,
-    template: str | None = None,
-    folder: str | os.PathLike[str] | None = None,
-) -> frozenset[int]:
+def find_stop_ids(model: Decoder, tokenizer: Any, template: str | None = None) -> frozenset[int]:
     """Returns the tokens that end an answer.
 
     These are the tokenizer's end-of-sequence token, those of config.json and generation_config.json, and the
     special token that the chat template writes after an answer.
 
     Args:
-        model: its config holds the content of config.json.
+        model: its config holds the content of config.json, its folder may hold generation_config.json.
         tokenizer: a transformers tokenizer.
         template: as for `mora_jax.data.Renderer`.
-        folder: the model's folder, for generation_config.json.
     """
     found: set[int] = set()
     sources = [{"eos_token_id": tokenizer.eos_token_id}, model.config.hf_config]
-    if folder is not None and (Path(folder) / "generation_config.json").exists():
-        sources.append(read_json(Path(folder) / "generation_config.json"))
+    if model.folder is not None and (Path(model.folder) / "generation_config.json").exists():
+        sources.append(read_json(Path(model.folder) / "generation_config.json"))
     for source in sources:
         ids = source.get("eos_token_id")
         found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
@@ -60,7 +52,6 @@ def stream_text(
     max_new_tokens: int = 256,
     sampling: Sampling = GREEDY,
     template: str | None = None,
-    folder: str | os.PathLike[str] | None = None,
 ) -> Iterator[str]:
     """Yields the answer to a prompt, piece by piece.
 
@@ -71,10 +62,9 @@ def stream_text(
         max_new_tokens: at most so many tokens are made.
         sampling: how tokens are drawn.
         template: as for `mora_jax.data.Renderer`.
-        folder: the model's folder, for generation_config.json.
     """
     prompt_ids = render_prompt(tokenizer, prompt, template).input_ids
-    generator = Generator(model, find_stop_ids(model, tokenizer, template=template, folder=folder), sampling)
+    generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
     return decode_stream(tokenizer, generator.stream(prompt_ids, max_new_tokens))
 
 
@@ -87,14 +77,13 @@ def generate_batch(
     batch_size: int = 32,
     sampling: Sampling = GREEDY,
     template: str | None = None,
-    folder: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     """Returns the answers to many prompts, in their order.
 
     Batches are made of prompts of similar length, padded to few shapes, so few functions are compiled.
     Arguments are as for `stream_text`.
     """
-    generator = Generator(model, find_stop_ids(model, tokenizer, template=template, folder=folder), sampling)
+    generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
     ids = [render_prompt(tokenizer, prompt, template).input_ids for prompt in prompts]
     order = np.argsort([len(prompt) for prompt in ids], kind="stable")
     answers = [""] * len(ids)

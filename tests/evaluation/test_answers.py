@@ -6,12 +6,13 @@ from mora_jax.evaluation import Sampling, generate_batch, stream_text
 from mora_jax.evaluation.answers import find_stop_ids
 
 
-def test_stop_tokens_come_from_tokenizer_configs_and_template(model, tokenizer, tmp_path):
+def test_stop_tokens_come_from_tokenizer_configs_and_template(model, tokenizer, tmp_path, monkeypatch):
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert find_stop_ids(model, tokenizer) == {256, end}
-    assert find_stop_ids(model, tokenizer, template="plain") == {256}
+    assert find_stop_ids(model, tokenizer, "plain") == {256}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert find_stop_ids(model, tokenizer, folder=tmp_path) == {256, end, 7, 9}
+    monkeypatch.setattr(model, "folder", str(tmp_path))
+    assert find_stop_ids(model, tokenizer) == {256, end, 7, 9}
 
 
 def test_batches_give_the_streamed_answers_in_order(model, tokenizer):
