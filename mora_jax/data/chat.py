@@ -24,11 +24,13 @@ class Frame:
     Attributes:
       lead: between the end of the generation prompt and the answer (nearly always nothing); None if the
         generation prompt is not how the rendering of the answered conversation begins.
-      closing: after the answer, up to and with its end-of-turn token; empty if there is none.
+      closing: after the last answer, up to and with its end-of-turn token; empty if there is none.
+      inner_closing: the same after earlier answers, where it is the one that closes questions too.
     """
 
     lead: str | None
     closing: str
+    inner_closing: str
 
 
 class ChatTemplate:
@@ -104,34 +106,46 @@ class ChatTemplate:
                 spans = match_layout(layout, contents, text)
                 if spans is not None:
                     return spans
-        return trace(render, contents, groups, text)
+        return trace(render, contents, groups, text, str(self._tokenizer.chat_template))
 
     @cached_property
     def frame(self) -> Frame:
         """What the template writes around an answer, seen on a short conversation of stand-ins."""
-        refusal: InputError | None = None
-        for roles in (["user", "assistant"], ["system", "user", "assistant"]):
-            words = [stand_in(index) for index in range(len(roles))]
+        try:
+            return self._frame([])
+        except InputError as refusal:
             try:
-                prompt = self._render(roles[:-1], words[:-1], True, "")
-                whole = self._render(roles, words, False, "")
-            except InputError as error:
-                refusal = refusal or error
-                continue
-            before, _, after = whole.rpartition(words[-1])
-            lead = before.removeprefix(prompt) if before.startswith(prompt) else None
-            return Frame(lead, self._closing(after))
-        assert refusal is not None
-        raise refusal
+                return self._frame(["system"])  # A template may demand one.
+            except InputError:
+                raise refusal from None
+
+    def _frame(self, opening: list[str]) -> Frame:
+        roles = [*opening, "user", "assistant"]
+        words = [stand_in(index) for index in range(len(roles) + 2)]
+        question, answer = words[len(opening) : len(roles)]
+        prompt = self._render(roles[:-1], words[: len(roles) - 1], True, "")
+        whole = self._render(roles, words[: len(roles)], False, "")
+        before, _, after = whole.rpartition(answer)
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else None
+        try:
+            longer = self._render([*roles, "user", "assistant"], words, False, "")
+        except InputError:  # The template takes one question only.
+            return Frame(lead, self._closing(after), "")
+        turn, _, rest = longer.partition(question)[2].partition(answer)
+        inner = rest.partition(words[-2])[0]
+        inner = inner[: self._first_special(inner)]
+        return Frame(lead, self._closing(after), inner if turn.startswith(inner) else "")
+
+    def _first_special(self, text: str) -> int:
+        """Where the first special token in a text ends; 0 if there is none."""
+        special = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
+        found = [(text.index(token), -len(token)) for token in special if token and token in text]
+        start, length = min(found, default=(0, 0))
+        return start - length
 
     def _closing(self, after: str) -> str:
         """The text up to and with its first special token; without outer space if it has none."""
-        special = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
-        found = [(after.index(token), -len(token)) for token in special if token and token in after]
-        if not found:
-            return after.rstrip()
-        start, length = min(found)
-        return after[: start - length]
+        return after[: self._first_special(after)] or after.rstrip()
 
     @property
     def notes(self) -> list[str]:
@@ -174,13 +188,15 @@ class ChatTemplate:
 
     def _end_of_turn(self, text: str, at: int) -> int:
         """Where the closing that begins at `at` ends; `at` itself if there is none."""
-        closing = self.frame.closing
-        if closing and text.startswith(closing, at):
-            return at + len(closing)
-        # Where a traced answer's outer space was left to the template, the closing comes after it.
-        bare = closing.lstrip()
-        start = at + len(text[at:]) - len(text[at:].lstrip())
-        return start + len(bare) if bare and text.startswith(bare, start) else at
+        for closing in (self.frame.closing, self.frame.inner_closing):
+            if closing and text.startswith(closing, at):
+                return at + len(closing)
+            # Where a traced answer's outer space was left to the template, the closing comes after it.
+            bare = closing.lstrip()
+            start = len(text) - len(text[at:].lstrip())
+            if bare and text.startswith(bare, start):
+                return start + len(bare)
+        return at
 
 
 def _check(spans: list[Span], roles: Sequence[str], contents: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ it does to the real messages:
    layout, kept per sequence of roles). The real rendering must equal the layout with the real contents, plain
    or stripped, in place of the words, character for character.
 2. Where it does not (a template that looks into the contents, such as one that takes reasoning out), every
-   character of the contents but tags and space is replaced by a character of its own from the private planes,
-   and each is found again in the rendering.
+   character of the contents is replaced by a character of its own from the private planes, but for space and
+   for tags that the template may look for, and each is found again in the rendering.
 
 If neither explains the whole rendering, the template cannot be tracked and `Untrackable` is raised.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 #: One rendering: the contents of all messages, in the place of their own, to the text.
 RenderContents = Callable[[Sequence[str]], str]
@@ -152,7 +153,7 @@ def _fill_mixed(layout: Layout, contents: Sequence[str], text: str) -> list[Span
     return None
 
 
-# Left as they are, because templates look for them: tags and space.
+# Left as they are, because templates look for them: space, and tags that the template's source holds.
 _KEPT = re.compile(r"<[^<>\n]{1,64}>|\[/?[A-Za-z_]{1,32}\]|\s+")
 _PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 _PRIVATE_SIZE = sum(map(len, _PRIVATE))
@@ -171,7 +172,9 @@ def _private_index(character: str) -> int | None:
     return len(first) + code - second.start if code in second else None
 
 
-def trace(render: RenderContents, contents: Sequence[str], groups: Sequence[int], text: str) -> list[Span]:
+def trace(
+    render: RenderContents, contents: Sequence[str], groups: Sequence[int], text: str, program: str
+) -> list[Span]:
     """Locates the contents character by character, in a rendering that depends on what they say.
 
     Args:
@@ -179,11 +182,12 @@ def trace(render: RenderContents, contents: Sequence[str], groups: Sequence[int]
       contents: the real contents.
       groups: as for `find_layout`; equal messages get equal codes.
       text: the real rendering.
+      program: the template's source.
 
     Raises:
       Untrackable: if the template treats the coded contents in another way than the real ones.
     """
-    places = [(i, j) for i in sorted(set(groups)) for j in _coded_places(contents[i])]
+    places = [(i, j) for i in sorted(set(groups)) for j in _coded_places(contents[i], program)]
     step = -(-len(places) // _PRIVATE_SIZE) or 1
     places = places[::step]
     coded = [list(content) for content in contents]
@@ -200,7 +204,7 @@ def trace(render: RenderContents, contents: Sequence[str], groups: Sequence[int]
             origin[k] = place
         elif seen != real:
             raise Untrackable("its output depends on the words of the messages")
-    _grow(origin, contents, text)
+    _fill_gaps(origin, places, contents, text)
     runs = list(_runs(origin, text))
     # A run that does not begin after the one before in its group is the next of the equal messages.
     turns: dict[int, tuple[int, int]] = {}
@@ -217,23 +221,43 @@ def trace(render: RenderContents, contents: Sequence[str], groups: Sequence[int]
     return spans
 
 
-def _coded_places(content: str) -> Iterator[int]:
+def _coded_places(content: str, program: str) -> Iterator[int]:
+    """The characters to replace: all but space, and tags that the template may look for."""
     at = 0
-    for kept in _KEPT.finditer(content):
-        yield from range(at, kept.start())
-        at = kept.end()
+    for found in _KEPT.finditer(content):
+        if found[0].isspace() or found[0][:-1] in program:
+            yield from range(at, found.start())
+            at = found.end()
     yield from range(at, len(content))
 
 
-def _grow(origin: list[tuple[int, int] | None], contents: Sequence[str], text: str) -> None:
-    """Takes in the kept characters (tags, space) that stand beside located ones in content and text alike."""
-    for positions, step in ((range(len(text)), 1), (range(len(text) - 1, -1, -1), -1)):
-        for k in positions:
-            before = origin[k - step] if 0 <= k - step < len(text) else None
-            if origin[k] is None and before is not None:
-                i, j = before[0], before[1] + step
-                if 0 <= j < len(contents[i]) and contents[i][j] == text[k]:
-                    origin[k] = (i, j)
+def _fill_gaps(
+    origin: list[tuple[int, int] | None],
+    places: Sequence[tuple[int, int]],
+    contents: Sequence[str],
+    text: str,
+) -> None:
+    """Takes in what was not coded (tags, space), where it stands whole between located characters.
+
+    The ends of a content count as located. A gap of which a part is missing stays the template's: what looks
+    like its rest may be the template's own text.
+    """
+    coded: dict[int, list[int]] = {}
+    for i, j in places:
+        coded.setdefault(i, []).append(j)
+    following = {(i, a): b for i, js in coded.items() for a, b in pairwise([*js, len(contents[i])])}
+    for k, place in enumerate(list(origin)):
+        if place is None:
+            continue
+        i, j = place
+        if j == coded[i][0] and text.endswith(contents[i][:j], 0, k):
+            origin[k - j : k] = [(i, at) for at in range(j)]
+        end = following[place]
+        gap = contents[i][j + 1 : end]
+        after = k + 1 + len(gap)
+        closed = end == len(contents[i]) or (after < len(origin) and origin[after] == (i, end))
+        if closed and text.startswith(gap, k + 1):
+            origin[k + 1 : after] = [(i, at) for at in range(j + 1, end)]
 
 
 def _runs(origin: Sequence[tuple[int, int] | None], text: str) -> Iterator[tuple[int, int]]:

@@ -234,6 +234,54 @@ def test_thinking_template_never_trains_what_is_not_an_answers(kind, make_tokeni
         assert piece.segment not in (U, S) or piece.text.strip() in asked
 
 
+def test_text_of_the_template_that_looks_like_the_rest_of_a_cut_is_left_to_it(make_tokenizer):
+    """The ">" of the header is not that of the "</think>" which the template cut away."""
+    chat = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[-1] }}"
+        "{{ '<|eot_id|>' }}{% endfor %}"
+    )
+    messages = (Message("user", "a"), Message("assistant", "<think>b</think>c"))
+    rendered = Renderer(make_tokenizer("byte_level", chat)).render(Conversation(messages))
+    assert [(piece.text, piece.segment) for piece in rendered.pieces] == [
+        ("<|user|>", T),
+        ("a", U),
+        ("<|eot_id|><|assistant|>", T),
+        ("c", A),
+        ("<|eot_id|>", E),
+    ]
+
+
+def test_tags_are_found_beside_those_that_the_template_cuts(make_tokenizer):
+    tokenizer = make_tokenizer("byte_level", "thinking")
+    turns = [("user", "a"), ("assistant", "<b>x</think><i>"), ("user", "c"), ("assistant", "<b></b>")]
+    rendered = Renderer(tokenizer).render(Conversation(tuple(Message(*turn) for turn in turns)))
+    assert [piece.text for piece in rendered.pieces if piece.segment == A] == ["<i>", "<b></b>"]
+
+
+def test_earlier_answers_that_end_otherwise_than_the_last(make_tokenizer):
+    chat = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{{ '<|endoftext|>' if loop.last else '<|eot_id|>' }}{% endfor %}"
+    )
+    messages = tuple(Message(role, role[0]) for role in ("user", "assistant") * 2)
+    rendered = Renderer(make_tokenizer("byte_level", chat)).render(Conversation(messages))
+    assert [p.text for p in rendered.pieces if p.segment == E] == ["<|eot_id|>", "<|endoftext|>"]
+
+
+def test_a_template_that_demands_a_system_message_or_takes_one_question(make_tokenizer):
+    chat = (
+        "{% if messages[0]['role'] != 'system' or messages | length > 3 %}"
+        "{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
+    )
+    renderer = Renderer(make_tokenizer("byte_level", chat))
+    messages = tuple(Message(role, role[0]) for role in ("system", "user", "assistant"))
+    rendered = renderer.render(Conversation(messages))
+    assert [p.text for p in rendered.pieces if p.segment == E] == ["<|eot_id|>"]
+    with pytest.raises(InputError, match="refuses the roles user, assistant: no"):
+        renderer.render(Conversation(messages[1:]))
+
+
 def test_a_blank_answer_still_ends(make_tokenizer):
     tokenizer = make_tokenizer("byte_level", "chatml")
     rendered = Renderer(tokenizer).render(Conversation((Message("user", "a"), Message("assistant", ""))))
