@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.models.init import read_json
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (
@@ -29,14 +28,21 @@ def load_tokenizer(folder: Path) -> Any | None:
     """
     if not any((folder / name).exists() for name in _VOCABULARIES):
         return None
-    if (folder / "tokenizer.json").exists():
-        read_json(folder / "tokenizer.json")
+    _check_json(folder / "tokenizer.json")
     auto = _auto_tokenizer()
     try:
         return auto.from_pretrained(str(folder), use_fast=True, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}: the tokenizer cannot be loaded: {cause}") from None
+
+
+def _check_json(file: Path) -> None:
+    """Refuses a file that was cut off: the tokenizers library raises nothing that can be told from a bug."""
+    if file.exists():
+        text = file.read_bytes().strip()
+        if not (text.startswith(b"{") and text.endswith(b"}")):
+            raise InputError(f"{file} is not a complete JSON file: download it again")
 
 
 def _auto_tokenizer() -> Any:

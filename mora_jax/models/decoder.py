@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mora_jax.models.block import Block, CacheSlot, Layout
 from mora_jax.models.cache import Cache, empty_cache
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.embedding import TokenEmbedding
+from mora_jax.models.embedding import TokenEmbedding, normal
 from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import tables
 from mora_jax.models.segments import check_token_ids, default_positions
@@ -90,8 +91,7 @@ class Decoder(nnx.Module):
             self.lm_head = None
         else:
             shape = (config.vocab_size, config.hidden_size)
-            kernel = nnx.initializers.normal(scale)(draws.params(), shape, dtype)
-            self.lm_head = nnx.Param(kernel, axes=("vocab", "embed"))
+            self.lm_head = nnx.Param(normal(scale, draws.params(), shape, dtype), axes=("vocab", "embed"))
 
     def __call__(
         self,
@@ -113,9 +113,9 @@ class Decoder(nnx.Module):
         Returns:
             float32 `[B, T, V]`; finite, but without meaning, at padding.
         """
-        self._check(input_ids, segment_ids, positions)
+        arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        return _logits(graphdef, state, input_ids, segment_ids, positions, dropout_key)
+        return _logits(graphdef, state, *arrays, dropout_key)
 
     def hidden(
         self,
@@ -126,9 +126,9 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """The states after the final norm, `[B, T, D]` in the compute dtype. Arguments as in `__call__`."""
-        self._check(input_ids, segment_ids, positions)
+        arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        return _hidden(graphdef, state, input_ids, segment_ids, positions, dropout_key)
+        return _hidden(graphdef, state, *arrays, dropout_key)
 
     def head(self) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
@@ -157,7 +157,7 @@ class Decoder(nnx.Module):
         Returns:
             float32 logits `[B, V]` of the last token of each row that is not padding, and the cache after it.
         """
-        self._check(input_ids, segment_ids, positions)
+        input_ids, segment_ids, positions = self._checked(input_ids, segment_ids, positions)
         used = cache.length
         if not isinstance(used, jax.core.Tracer) and int(used) + input_ids.shape[1] > cache.max_length:
             raise ValueError(
@@ -167,7 +167,12 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self)
         return _extend(graphdef, state, cache, input_ids, positions, segment_ids)
 
-    def _check(self, input_ids: Any, segment_ids: Any, positions: Any) -> None:
+    def _checked(self, input_ids: Any, segment_ids: Any, positions: Any) -> tuple[Any, Any, Any]:
+        """The arguments as arrays, shapes and concrete ids checked."""
+        input_ids, segment_ids, positions = (
+            np.asarray(value) if isinstance(value, (list, tuple)) else value
+            for value in (input_ids, segment_ids, positions)
+        )
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}")
         for name, value in (("segment_ids", segment_ids), ("positions", positions)):
@@ -177,6 +182,7 @@ class Decoder(nnx.Module):
                 )
         if not isinstance(input_ids, jax.core.Tracer):
             check_token_ids(input_ids, self.config.vocab_size)
+        return input_ids, segment_ids, positions
 
     def _embed(self, input_ids: jax.Array) -> jax.Array:
         x = self.embed_tokens(input_ids)

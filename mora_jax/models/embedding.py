@@ -1,8 +1,16 @@
 """The token embedding."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+def normal(scale: float, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal numbers drawn in float32, so that one key gives one model in every dtype."""
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 class TokenEmbedding(nnx.Embed):
@@ -22,7 +30,7 @@ class TokenEmbedding(nnx.Embed):
             features,
             dtype=dtype,
             param_dtype=dtype,
-            embedding_init=nnx.initializers.normal(scale),
+            embedding_init=functools.partial(normal, scale),
             embedding_metadata={"axes": ("vocab", "embed")},
             rngs=rngs,
         )

@@ -12,6 +12,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
+from mora_jax.models.precision import read_dtype
 
 
 def init_decoder(
@@ -35,7 +36,7 @@ def init_decoder(
         config = read_json(Path(config) / "config.json" if Path(config).is_dir() else Path(config))
     if isinstance(config, dict):
         config = read_config(config)
-    return Decoder(config, dtype=dtype, rngs=rngs, unroll=unroll, remat=remat)
+    return Decoder(config, dtype=read_dtype(dtype), rngs=rngs, unroll=unroll, remat=remat)
 
 
 def read_json(path: Path) -> dict[str, Any]:

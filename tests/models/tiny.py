@@ -20,6 +20,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
+LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"]}
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

@@ -1,0 +1,150 @@
+"""Saved models: transformers loads them, and so do we."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors import safe_open
+
+import mora_jax as mj
+from mora_jax.models import init_decoder
+from tests.interop.test_base import write_tokenizer
+from tests.models.tiny import LLAMA, fill_randomly, hf_folder, hf_logits, hf_model, random_ids
+
+IDS = random_ids(2, 9)
+CASES = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2}),
+}
+
+
+def fresh(dtype: str = "float32"):
+    return init_decoder(LLAMA, nnx.Rngs(0), dtype=dtype, unroll=1)
+
+
+def torch_logits(folder: Path) -> np.ndarray:
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values())
+    return hf_logits(model.eval(), IDS)
+
+
+def load(folder: Path):
+    return mj.load_pretrained(folder, dtype="float32", unroll=1)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_models_load_in_transformers(name, tmp_path):
+    model_type, fields = CASES[name]
+    model = load(hf_folder(tmp_path / "base", hf_model(model_type, **fields)))
+    mj.attach(model, mj.MoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    expected = np.asarray(model(IDS))
+    mj.merge(model)
+    mj.save_pretrained(model, tmp_path / "merged")
+    np.testing.assert_allclose(torch_logits(tmp_path / "merged"), expected, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(load(tmp_path / "merged")(IDS)), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_nothing_is_lost_in_float32(tmp_path):
+    model = load(hf_folder(tmp_path / "base", hf_model("llama")))
+    mj.save_pretrained(model, tmp_path / "copy")
+    with safe_open(tmp_path / "base" / "model.safetensors", "np") as one:
+        with safe_open(tmp_path / "copy" / "model.safetensors", "np") as two:
+            assert set(one.keys()) == set(two.keys())
+            assert two.metadata() == {"format": "pt"}
+            for name in one.keys():
+                np.testing.assert_array_equal(one.get_tensor(name), two.get_tensor(name))
+
+
+def test_files_that_come_along(tmp_path):
+    base = hf_folder(
+        tmp_path / "base", hf_model("llama"), {"keep": {"me": 1}, "dtype": None, "torch_dtype": "float32"}
+    )
+    write_tokenizer(base)
+    (base / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (base / "notes.txt").write_text("not mine to copy")
+    model, tokenizer = mj.load_pretrained(base, dtype="float32")
+    mj.save_pretrained(model, tmp_path / "a", dtype="bfloat16")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    settings = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == settings | {"model.safetensors"}
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["keep"] == {"me": 1}
+    assert config["torch_dtype"] == "bfloat16"
+    assert "dtype" not in config
+    assert (tmp_path / "a" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
+    mj.save_pretrained(model, tmp_path / "b", tokenizer)
+    assert mj.load_pretrained(tmp_path / "b")[1]("b a")["input_ids"] == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes(dtype, tmp_path):
+    model = fresh()
+    mj.save_pretrained(model, tmp_path / "out", dtype=dtype)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["torch_dtype"], config["model_type"]) == (dtype, "llama")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert str(found.dtype) == f"torch.{dtype}"
+    np.testing.assert_allclose(
+        torch_logits(tmp_path / "out"), np.asarray(model(IDS)), atol=0.3 if "3" not in dtype else 1e-4
+    )
+
+
+def test_shards(tmp_path):
+    model = fresh()
+    mj.save_pretrained(model, tmp_path / "out", max_shard_bytes=30_000)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    np.testing.assert_allclose(torch_logits(tmp_path / "out"), np.asarray(model(IDS)), atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(load(tmp_path / "out")(IDS)), np.asarray(model(IDS)))
+
+
+def test_full_fine_tuning_is_saved(tmp_path):
+    model = fresh("bfloat16")
+    mj.attach(model, mj.FullConfig(), rngs=nnx.Rngs(0))
+    mj.save_pretrained(model, tmp_path / "out")
+    assert load(tmp_path / "out").layers.mlp.down_proj.kernel.shape == (3, 48, 32)
+
+
+class TestRefusals:
+    def test_adapters(self, tmp_path):
+        model = fresh()
+        mj.attach(model, mj.LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+        with pytest.raises(mj.InputError, match=r"unmerged adapters: call merge\(model\) first"):
+            mj.save_pretrained(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_used_folders(self, tmp_path):
+        model = fresh()
+        (tmp_path / "used").mkdir()
+        (tmp_path / "used" / "file").touch()
+        with pytest.raises(mj.InputError, match=r"used is not empty \(file\)"):
+            mj.save_pretrained(model, tmp_path / "used")
+        with pytest.raises(mj.InputError, match="file is a file"):
+            mj.save_pretrained(model, tmp_path / "used" / "file")
+        (tmp_path / "empty").mkdir()
+        mj.save_pretrained(model, tmp_path / "empty")
+
+    def test_dtypes(self, tmp_path):
+        model = fresh()
+        for bad in ("int8", "float64", "tiny"):
+            with pytest.raises(
+                mj.InputError, match=f"saved in one of float32, bfloat16, float16, not '{bad}'"
+            ):
+                mj.save_pretrained(model, tmp_path / "out", dtype=bad)
+        model.norm.weight[...] = model.norm.weight[...] + 1e6
+        with pytest.raises(mj.InputError, match="model.norm.weight has values that float16 cannot hold"):
+            mj.save_pretrained(model, tmp_path / "out", dtype="float16")
+        assert list(tmp_path.iterdir()) == []  # nothing half-written
