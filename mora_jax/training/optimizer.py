@@ -1,0 +1,44 @@
+"""AdamW with clipping, warm-up and a schedule, for whatever tree is trained."""
+
+from __future__ import annotations
+
+import optax
+
+from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.state import weight_masks
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each step, counted from 0.
+
+    It rises linearly over `warmup_steps` (the first step already has 1 / warmup_steps of the peak) and then stays,
+    falls linearly, or falls along a cosine; both reach 0 one step after the last.
+
+    Args:
+        config: the section `optimizer`.
+        steps: the run's steps.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(1, steps - warmup)
+    if config.schedule == "constant":
+        decay = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(peak, 0.0, rest)
+    elif config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, rest)
+    else:
+        raise ValueError(f"schedule must be constant, linear or cosine, not {config.schedule!r}")
+    if warmup == 0:
+        return decay
+    rise = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; weight decay leaves norms and biases alone."""
+    adamw = optax.adamw(
+        make_schedule(config, steps), weight_decay=config.weight_decay, mask=weight_masks, mu_dtype="float32"
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -1,0 +1,76 @@
+"""What a training step carries, as plain pytrees: flat dictionaries from a dotted path to an array.
+
+Flax state objects are flattened in Python on every call of a compiled function; a dictionary of arrays isn't, and it
+is what checkpoints hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+Arrays = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in training.
+
+    Attributes:
+        step: int32, optimiser steps done.
+        adapters: the trainable float32 arrays by path.
+        optimizer: optax's state for them.
+        key: typed PRNG key; each step folds its number in, so a resumed run draws what an unbroken one would have.
+    """
+
+    step: Array
+    adapters: Arrays
+    optimizer: Any
+    key: Array
+
+
+class Structure:
+    """The structure of a split model: turns flat dictionaries of arrays back into a model, under a trace as well."""
+
+    def __init__(self, graphdef: nnx.GraphDef, *states: nnx.State):
+        self._graphdef = graphdef
+        self._templates = [dict(nnx.to_flat_state(state)) for state in states]
+
+    def model(self, *arrays: Arrays) -> nnx.Module:
+        """A model with the given arrays, in the order in which the states were given."""
+        states = [
+            nnx.from_flat_state(
+                {path: variable.replace(values[dotted(path)]) for path, variable in template.items()}
+            )
+            for template, values in zip(self._templates, arrays, strict=True)
+        ]
+        return nnx.merge(self._graphdef, *states)
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """`("layers", "mlp", 0)` → `"layers.mlp.0"`."""
+    return ".".join(str(part) for part in path)
+
+
+def flat_arrays(state: nnx.State) -> Arrays:
+    """A flat dictionary of the arrays of a state, by dotted path."""
+    return {dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def decays(name: str, array: Array) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    last = name.rpartition(".")[2]
+    return array.ndim >= 2 and "norm" not in name and last != "bias"
+
+
+def weight_masks(adapters: Arrays) -> dict[str, bool]:
+    """Which arrays weight decay applies to."""
+    return {name: decays(name, array) for name, array in adapters.items()}
+
+
+def initial_state(adapters: Arrays, optimizer: Any, seed: int) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), adapters, optimizer.init(adapters), jax.random.key(seed))
