@@ -31,7 +31,7 @@ help:
 	@sed -n 's/^# \(make .*\)/  \1/p' Makefile
 
 demo: $(VENV)/.installed-plots
-	$(BIN)/mora-jax demo
+	$(BIN)/mora-jax demo --out runs/demo $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
