@@ -4,6 +4,7 @@ import argparse
 import json
 
 from mora_jax.cli.options import add_data, add_key, add_model
+from mora_jax.cli.progress import progress
 
 HELP = "perplexity and accuracy on a data file"
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         truncation=args.truncation,
         vocab_size=model.config.vocab_size,
     )
-    scores = score(model, dataset, batch_size=args.batch_size)
+    with progress("scoring") as report:
+        scores = score(model, dataset, batch_size=args.batch_size, progress=report)
     result = {
         **scores.to_dict(),
         "examples": len(dataset),

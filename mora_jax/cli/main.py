@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _terminate)
+    format_warning, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPT
     finally:
         signal.signal(signal.SIGTERM, previous)
+        warnings.formatwarning = format_warning
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -123,9 +126,18 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _drop_stdout() -> None:
-    # Nobody can take what is still buffered; keep the interpreter from complaining about it at exit.
-    if sys.stdout is not None:
+    # Where nobody can take what is still buffered, keep the interpreter from complaining about it at exit.
+    try:
+        print(end="", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    # The place in the code means nothing to whoever runs a command.
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _fail(message: str) -> int:

@@ -1,0 +1,147 @@
+"""eval, generate, merge and inspect on a tiny model: results on stdout, refusals, no folder left behind."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from transformers import AutoModelForCausalLM
+
+from mora_jax import LoRAConfig, MoRAConfig, attach, load_pretrained, save_adapter
+from mora_jax.adapters.variables import AdapterParam
+from mora_jax.evaluation import generate_batch
+
+
+def write_adapter(model_dir, out, config):
+    """Saves an adapter with random values for the tiny model."""
+    model, _ = load_pretrained(model_dir, dtype="float32", unroll=1)
+    attach(model, config, rngs=nnx.Rngs(0))
+    adapters = nnx.state(model, AdapterParam)
+    key = jax.random.key(1)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(key, leaf.shape), adapters))
+    save_adapter(model, out)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def adapters(model_dir, tmp_path_factory):
+    """LoRA in a folder of its own, MoRA inside a run directory."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "lora": write_adapter(model_dir, folder / "lora", LoRAConfig(rank=2, alpha=4)),
+        "mora": write_adapter(model_dir, folder / "run" / "adapter", MoRAConfig(rank=2, kind="rotation")),
+        "run": str(folder / "run"),
+    }
+
+
+def test_eval_prints_one_json_object(run, model_dir, data_file, adapters):
+    results = []
+    for extra in ([], ["--adapter", adapters["lora"]], ["--adapter", adapters["run"]]):
+        code, out, err = run("eval", "--model", model_dir, "--data", data_file, "--json", *extra)
+        assert code == 0
+        assert err == ""
+        assert out.count("\n") == 1
+        results.append(json.loads(out))
+    assert {"perplexity", "nll", "tokens", "accuracy"} <= set(results[0])
+    assert results[0]["perplexity"] == pytest.approx(np.exp(results[0]["nll"]))
+    assert len({round(result["nll"], 4) for result in results}) == 3, "adapters must count"
+    assert len({result["tokens"] for result in results}) == 1
+
+
+def test_eval_takes_loss_mode_and_data_options(run, model_dir, data_file):
+    base = ["eval", "--model", model_dir, "--data", data_file, "--json"]
+    masked, full = (json.loads(run(*base, "--loss-mode", mode)[1]) for mode in ("masked", "full"))
+    assert full["tokens"] > masked["tokens"]
+    weighted = json.loads(run(*base, "--loss-mode", "weighted", "--prompt-weight", "0")[1])
+    assert weighted["nll"] == pytest.approx(masked["nll"])
+    code, out, _ = run(*base[:-1], "--template", "plain", "--max-length", "32")
+    assert code == 0
+    assert out.startswith("perplexity ")
+
+
+def test_generate_prints_the_answer_alone(run, model_dir, adapters):
+    base = ["generate", "--model", model_dir, "--prompt", "Hello", "--max-new-tokens", "12"]
+    code, out, err = run(*base)
+    assert (code, err) == (0, "")
+    model, tokenizer = load_pretrained(model_dir, dtype="float32")
+    assert out.rstrip("\n") == generate_batch(model, tokenizer, ["Hello"], max_new_tokens=12)[0].rstrip(
+        "\ufffd\n"
+    )
+    adapted = run(*base, "--adapter", adapters["mora"])[1]
+    system = run(*base, "--system", "Be brief")[1]
+    sampled = [run(*base, "--temperature", "2", "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert len({out, adapted, system}) == 3
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+def test_merged_folder_gives_the_adapted_logits_in_transformers(run, model_dir, adapters, tmp_path, method):
+    out = tmp_path / "merged"
+    code, printed, _ = run("merge", "--model", model_dir, "--adapter", adapters[method], "--out", out)
+    assert (code, printed) == (0, "")
+    ids = jnp.arange(20)[None] * 7 % 250
+    from mora_jax import load_adapter
+
+    model, _ = load_pretrained(model_dir, dtype="float32", unroll=1)
+    load_adapter(model, adapters[method])
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(model(ids))
+    import torch
+
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(np.asarray(ids))).logits.numpy()
+    np.testing.assert_allclose(theirs, ours, atol=1e-3 * np.abs(ours).max())
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_merge_writes_the_dtype_that_is_asked_for(run, model_dir, adapters, tmp_path):
+    out = tmp_path / "merged"
+    assert (
+        run(
+            "merge", "--model", model_dir, "--adapter", adapters["lora"], "--out", out, "--dtype", "bfloat16"
+        )[0]
+        == 0
+    )
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_inspect_shows_text_or_json(run, model_dir, data_file):
+    code, out, err = run("inspect", "--model", model_dir, "--data", data_file, "--examples", "2")
+    assert (code, err) == (0, "")
+    assert "12 read, 12 kept" in out
+    assert "example 2" in out
+    assert "    1  assistant    'redred'" in out
+    code, out, _ = run("inspect", "--model", model_dir, "--data", data_file, "--json")
+    found = json.loads(out)
+    assert found["rows"] == 12
+    assert len(found["examples"]) == 1
+
+
+def test_refusals(fails, model_dir, data_file, adapters, tmp_path):
+    absent, text = tmp_path / "absent", tmp_path / "text.txt"
+    text.write_text("not a model")
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"instruction": "x"')
+    bad_adapter = tmp_path / "bad"
+    bad_adapter.mkdir()
+    (bad_adapter / "adapter_config.json").write_text("{")
+    data, model = ["--data", data_file], ["--model", model_dir]
+    assert str(absent) in fails("eval", "--model", absent, *data)
+    assert str(text) in fails("eval", "--model", text, *data)
+    assert str(absent) in fails("eval", *model, "--data", absent)
+    assert str(broken) in fails("eval", *model, "--data", broken)
+    assert str(absent) in fails("eval", *model, *data, "--adapter", absent)
+    assert "adapter_config.json" in fails("eval", *model, *data, "--adapter", bad_adapter)
+    assert "max_length" in fails("eval", *model, *data, "--max-length", "4")
+    assert "template" in fails("eval", *model, *data, "--template", "nope")
+    assert "messages" in fails("eval", *model, *data, "--format", "messages")
+    assert "the model's context 128" in fails("generate", *model, "--prompt", "x" * 200)
+    assert str(absent) in fails("generate", "--model", absent, "--prompt", "x")
+    assert "exists already" in fails("merge", *model, "--adapter", adapters["lora"], "--out", bad_adapter)
+    out = tmp_path / "merged"
+    assert str(absent) in fails("merge", *model, "--adapter", absent, "--out", out)
+    fails("merge", *model, "--adapter", bad_adapter, "--out", out)
+    assert "tokenizer" in fails("inspect", "--model", bad_adapter, *data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "broken.json", "text.txt"]
