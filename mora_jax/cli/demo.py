@@ -1,10 +1,10 @@
-"""Fine-tune the embedded model with every method, print one table and draw the curves."""
+"""Fine-tune the embedded model with every method, masked and unmasked; print a table, draw a plot."""
 
 import argparse
 
 from mora_jax.demo.options import add_arguments as add_arguments
 
-HELP = "fine-tune a small embedded model with every method and compare"
+HELP = "compare all methods on the embedded model"
 
 
 def run(args: argparse.Namespace) -> int:

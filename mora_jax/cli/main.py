@@ -16,11 +16,18 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mora_jax.cli import eval as eval_command
-from mora_jax.cli import generate, inspect, merge, train
+from mora_jax.cli import demo, generate, inspect, merge, train
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
 
-COMMANDS = {"train": train, "eval": eval_command, "generate": generate, "merge": merge, "inspect": inspect}
+COMMANDS = {
+    "train": train,
+    "eval": eval_command,
+    "generate": generate,
+    "merge": merge,
+    "inspect": inspect,
+    "demo": demo,
+}
 EXIT_INPUT, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATE = 2, 130, 141, 143
 # What the user's disk and paths can do to any command; every other OSError is a bug.
 DISK_ERRNOS = {

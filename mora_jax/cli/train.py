@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from mora_jax.training.config_file import load_config
+    from mora_jax.training.display import make_display
 
     if args.resume is not None:
         for given, flag in (
@@ -51,8 +52,12 @@ def run(args: argparse.Namespace) -> int:
                 raise InputError(
                     f"--resume continues with the run's own configuration; {flag} can't be given too"
                 )
-    else:
-        config, note = load_config(args.config, args.overrides)
-        if note:
-            print(f"warning: {note}", file=sys.stderr)
-    raise NotImplementedError(config)
+        from mora_jax.training.loop import resume
+
+        return resume(args.resume, make_display())
+    config, note = load_config(args.config, args.overrides)
+    if note:
+        print(f"warning: {note}", file=sys.stderr)
+    from mora_jax.training.loop import train
+
+    return train(config, make_display(), overwrite=args.overwrite)
