@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from mora_jax.cli import eval as eval_command
 from mora_jax.cli import demo, generate, inspect, merge, train
+from mora_jax.cli import eval as eval_command
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
 
