@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import FullConfig, MoRAConfig
 from mora_jax.adapters.layers import ADAPTED, Adapted
 from mora_jax.adapters.mora import unused_inputs
@@ -96,20 +97,41 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
             raise ValueError(f"{place.title} carries an adapter already; merge it before attaching another")
         if place.is_embedding and not method.on_embeddings:
             raise ValueError(f"{place.title} is an embedding, for which {method.method} has no form; leave it out of targets")
-    matches = []
     for place, mask in selected:
-        adapter = _put(place, mask, method, config, rngs)
-        size = sum(v.size for v in jax.tree.leaves(nnx.state(adapter, AdapterParam)))
-        layers = sum(mask)
-        matches.append(
-            Match(place.title, layers, place.in_features, place.out_features, size * layers // len(mask))
-        )
+        _put(place, mask, method, config, rngs)
+    return report_of(model)
+
+
+def report_of(model: nnx.Module) -> AttachReport:
+    """The report on the adapters that `model` carries, wherever they came from.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    matches, warnings, methods = [], [], []
+    for place in places(model):
+        if not has_adapter(place):
+            continue
+        adapter = adapter_at(place)
+        size = sum(array.size for array in jax.tree.leaves(nnx.state(adapter, AdapterParam)))
+        active = int(np.count_nonzero(np.asarray(adapter.scaling[...])))
+        trainable = size * active // len(place.paths)
+        matches.append(Match(place.title, active, place.in_features, place.out_features, trainable))
+        warnings += _warnings(adapter.config, place)
+        methods.append(adapter.method)
+    if not matches:
+        raise ValueError("the model carries no adapter")
     trainable = sum(match.trainable for match in matches)
     total = _count(model, nnx.Not(AdapterParam)) + trainable
-    return AttachReport(method.method, tuple(matches), trainable, total, _warnings(config, selected))
+    return AttachReport("+".join(dict.fromkeys(methods)), tuple(matches), trainable, total, tuple(warnings))
 
 
-def _put(place: Place, mask: tuple[bool, ...], method, config, rngs: nnx.Rngs):
+def adapter_at(place: Place) -> Adapter:
+    """The adapter of a place that has one."""
+    return place.layer.adapters[place.part] if isinstance(place.layer, Projection) else place.layer.adapter
+
+
+def _put(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: Any, rngs: nnx.Rngs) -> None:
     if isinstance(place.layer, Projection):
         projection = place.layer
         adapter = method(
@@ -122,7 +144,7 @@ def _put(place: Place, mask: tuple[bool, ...], method, config, rngs: nnx.Rngs):
             axes=projection.part_axes(place.part),
         )
         projection.add_adapter(place.part, adapter)
-        return adapter
+        return
     if place.is_embedding:
         adapter = method.for_embedding(place.in_features, place.out_features, config, rngs=rngs)
     else:
@@ -130,7 +152,6 @@ def _put(place: Place, mask: tuple[bool, ...], method, config, rngs: nnx.Rngs):
     # The layer keeps its identity, so every reference to it in the user's model sees the adapter.
     place.layer.__class__ = ADAPTED[type(place.layer)]
     place.layer.put_adapter(adapter, rngs)
-    return adapter
 
 
 def _count(model: nnx.Module, *filters) -> int:
@@ -138,18 +159,16 @@ def _count(model: nnx.Module, *filters) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def _warnings(config: Any, selected: list[tuple[Place, tuple[bool, ...]]]) -> tuple[str, ...]:
+def _warnings(config: Any, place: Place) -> list[str]:
     if not isinstance(config, MoRAConfig):
-        return ()
-    texts = []
-    for place, _ in selected:
-        unused = unused_inputs(place.in_features, place.out_features, config.rank, config.kind)
-        if unused:
-            texts.append(
-                f"{config.kind} at rank {config.rank} ignores {unused} of the {place.in_features} inputs of {place.title}"
-                + (" (in > out, as in the authors' code)" if config.kind != "truncation" else "")
-            )
-    return tuple(texts)
+        return []
+    unused = unused_inputs(place.in_features, place.out_features, config.rank, config.kind)
+    if not unused:
+        return []
+    why = "" if config.kind == "truncation" else " (in > out, as in the authors' code)"
+    return [
+        f"{config.kind} at rank {config.rank} ignores {unused} of the {place.in_features} inputs of {place.title}{why}"
+    ]
 
 
 def _train_everything(model: nnx.Module) -> AttachReport:
@@ -202,10 +221,7 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
     for place in places(model):
         if not has_adapter(place):
             continue
-        if isinstance(place.layer, Projection):
-            adapter = place.layer.adapters[place.part]
-        else:
-            adapter = place.layer.adapter
+        adapter = adapter_at(place)
         arrays = {name: np.asarray(value) for name, value in adapter.params().items()}
         for i, path in enumerate(place.paths):
             params = {name: value[i] for name, value in arrays.items()} if place.stacked else arrays
@@ -230,8 +246,7 @@ def fill_adapter(model: nnx.Module, path: str, params: dict[str, np.ndarray]) ->
     for place in places(model):
         if path not in place.paths or not has_adapter(place):
             continue
-        projection = isinstance(place.layer, Projection)
-        adapter = place.layer.adapters[place.part] if projection else place.layer.adapter
+        adapter = adapter_at(place)
         for name, array in params.items():
             variable = getattr(adapter, name, None)
             if not isinstance(variable, nnx.Variable):

@@ -39,25 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.training.config_file import load_config
+    if args.resume is not None:
+        others = (
+            (args.config, "--config"),
+            (args.overwrite, "--overwrite"),
+            (args.overrides, OVERRIDE + "KEY"),
+        )
+        for given, flag in others:
+            if given:
+                raise InputError(
+                    f"{flag} can't be given with --resume, which goes on as the run's config.json says"
+                )
+    else:
+        from mora_jax.training.config_file import load_config
+
+        config, note = load_config(args.config, args.overrides)
+        if note:
+            print(f"warning: {note}", file=sys.stderr)
+    from mora_jax.training import loop
     from mora_jax.training.display import make_display
 
     if args.resume is not None:
-        for given, flag in (
-            (args.config, "--config"),
-            (args.overwrite, "--overwrite"),
-            (args.overrides, OVERRIDE),
-        ):
-            if given:
-                raise InputError(
-                    f"--resume continues with the run's own configuration; {flag} can't be given too"
-                )
-        from mora_jax.training.loop import resume
-
-        return resume(args.resume, make_display())
-    config, note = load_config(args.config, args.overrides)
-    if note:
-        print(f"warning: {note}", file=sys.stderr)
-    from mora_jax.training.loop import train
-
-    return train(config, make_display(), overwrite=args.overwrite)
+        return loop.resume(args.resume, make_display())
+    return loop.train(config, make_display(), overwrite=args.overwrite)

@@ -1,0 +1,231 @@
+"""The training loop: batches in, metrics and checkpoints out, a result at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from mora_jax.adapters.partition import partition
+from mora_jax.errors import InputError
+from mora_jax.evaluation.scoring import score
+from mora_jax.interop import save_adapter, save_pretrained
+from mora_jax.models.decoder import Decoder
+from mora_jax.training.checkpoint import Checkpoints
+from mora_jax.training.config import Config
+from mora_jax.training.display import Display
+from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.run_directory import RunDirectory
+from mora_jax.training.setup import Setup, prepare
+from mora_jax.training.sharding import JitRunner, PmapRunner, make_mesh
+from mora_jax.training.state import Structure, TrainState, flat_arrays, initial_state
+from mora_jax.training.step import StepMetrics, make_step
+from mora_jax.training.stopping import StopSignals
+
+
+def train(config: Config, display: Display | None = None, *, overwrite: bool = False) -> int:
+    """Trains from the start, as `config` says.
+
+    Args:
+        config: the whole run.
+        display: what the user sees; plain lines on stderr by default.
+        overwrite: replace a run that is in `config.out`.
+
+    Returns:
+        The process's exit code: 0, or 130 or 143 after a signal (the state is saved then).
+
+    Raises:
+        InputError: anything the user has to mend; nothing was written then.
+    """
+    directory = RunDirectory(config.out or "")
+    directory.check_free(overwrite)
+    setup = prepare(config)
+    directory.create(config, overwrite)
+    return Trainer(setup, directory, display or Display()).run()
+
+
+def resume(out: str, display: Display | None = None) -> int:
+    """Continues a run from its newest checkpoint (from the start if it has none); returns as `train`.
+
+    Raises:
+        InputError: there is no run, or what it was trained on can't be read any more.
+    """
+    directory = RunDirectory(out)
+    config = directory.read_config()
+    shown = display or Display()
+    if directory.summary.is_file():
+        shown.note(f"{directory.path} is finished; nothing to resume")
+        return 0
+    return Trainer(prepare(config), directory, shown).run()
+
+
+class Trainer:
+    """One run in this process.
+
+    Args:
+        setup: what to train on what.
+        directory: where it is recorded.
+        display: what the user sees.
+    """
+
+    def __init__(self, setup: Setup, directory: RunDirectory, display: Display):
+        self.setup, self.directory, self.display = setup, directory, display
+        self.config = config = setup.config
+        graphdef, adapters, frozen = partition(setup.model)
+        self.structure = Structure(graphdef, adapters, frozen)
+        optimizer = make_optimizer(config.optimizer, setup.plan.steps)
+        schedule = make_schedule(config.optimizer, setup.plan.steps)
+        pmap, count = config.mesh.pmap, setup.devices
+        step = make_step(
+            self.structure,
+            optimizer,
+            schedule,
+            shards=1 if pmap else count,
+            dropout=setup.dropout,
+            axis_name="data" if pmap else None,
+        )
+        self.runner: Any = PmapRunner(step, count) if pmap else JitRunner(step, make_mesh(count))
+        self.frozen = self.runner.place(flat_arrays(frozen))
+        self.state: TrainState = self.runner.place(initial_state(flat_arrays(adapters), optimizer, config.seed))
+        self.busy_seconds = 0.0
+        self.tokens = 0
+        self.last_loss = math.nan
+        self.evaluated: dict[str, Any] = {}
+
+    def run(self) -> int:
+        """Trains to the end, or to the border of the step in which a signal came; returns the exit code."""
+        started = time.perf_counter()
+        plan, settings = self.setup.plan, self.config.train
+        self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
+        with (
+            StopSignals() as signals,
+            self.display,
+            Checkpoints(self.directory.checkpoints, settings.keep, self._identity()) as checkpoints,
+        ):
+            first = checkpoints.latest_step() or 0
+            if first:
+                self.state = self.runner.place(checkpoints.restore(self.runner.whole(self.state)))
+            self.directory.rewind_metrics(first)
+            self.display.start(self.setup.info(first))
+            pending: tuple[int, StepMetrics] | None = None
+            mark = time.perf_counter()
+            for step in range(first, plan.steps):
+                batch = self.runner.place_batch(self._batch(step))
+                compiling = self.runner.compile_seconds
+                self.state, metrics = self.runner(self.state, self.frozen, batch)
+                # Compiling is reported on its own; it is no part of any step's time.
+                mark += self.runner.compile_seconds - compiling
+                # Metrics are read a step late, so the device always has the next step in its queue.
+                mark = self._report(pending, mark)
+                pending = (step + 1, metrics)
+                done, last = step + 1, step + 1 == plan.steps
+                evaluate = last or (settings.eval_every and done % settings.eval_every == 0)
+                save = settings.save_every and (last or done % settings.save_every == 0)
+                if evaluate or save or signals.received:
+                    mark = self._report(pending, mark)
+                    pending = None
+                    if evaluate and self.setup.evaluation is not None:
+                        self._evaluate(done)
+                    if (save or signals.received) and not (last and signals.received):
+                        checkpoints.save(self.runner.whole(self.state))
+                    mark = time.perf_counter()
+                if signals.received and not last:
+                    self.display.note(f"stopped after step {done}; continue with --resume {self.directory.path}")
+                    return signals.exit_code
+            self._finish(started)
+            return 0
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        """The rows of a step as `[micro-batches, rows, T]`."""
+        dataset, settings = self.setup.train, self.config.train
+        batch = dataset.batch(self.setup.plan.indices(step), settings.batch_size, dataset.batch_length)
+        micro = self.setup.micro_batch
+        return {name: value.reshape(-1, micro, value.shape[-1]) for name, value in batch.items()}
+
+    def _report(self, pending: tuple[int, StepMetrics] | None, mark: float) -> float:
+        """Waits for a step's metrics and records them; returns the time at which they were there."""
+        if pending is None:
+            return mark
+        step, on_device = pending
+        metrics = jax.device_get(on_device)
+        now = time.perf_counter()
+        seconds, tokens = now - mark, int(metrics.tokens)
+        self.busy_seconds += seconds
+        self.tokens += tokens
+        self.last_loss = float(metrics.loss)
+        if not math.isfinite(self.last_loss):
+            raise InputError(
+                f"the loss is {self.last_loss} at step {step}: lower optimizer.learning_rate "
+                f"(now {self.config.optimizer.learning_rate:g}) or set optimizer.warmup_steps"
+            )
+        if step % self.config.train.log_every == 0 or step == self.setup.plan.steps:
+            row = {
+                "step": step,
+                "loss": self.last_loss,
+                "learning_rate": float(metrics.learning_rate),
+                "grad_norm": float(metrics.grad_norm),
+                "tokens": tokens,
+                "trained_tokens": int(metrics.trained_tokens),
+                "tokens_per_second": tokens / seconds,
+            }
+            self.directory.append_metrics([row])
+            self.display.step(row)
+        return now
+
+    def _model(self) -> Decoder:
+        """The model as trained so far."""
+        adapters = self.runner.whole(self.state).adapters
+        return self.structure.model(adapters, self.runner.whole(self.frozen))
+
+    def _evaluate(self, step: int) -> None:
+        scores = score(self._model(), self.setup.evaluation, batch_size=self.setup.micro_batch)
+        self.evaluated = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
+        self.evaluated |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
+        self.directory.append_metrics([self.evaluated])
+        self.display.evaluation(self.evaluated)
+
+    def _identity(self) -> dict[str, Any]:
+        section = self.config.adapter
+        shapes = {name: list(array.shape) for name, array in self.runner.whole(self.state).adapters.items()}
+        return {"base": self.config.model.path, "method": section.method, "arrays": shapes}
+
+    def _finish(self, started: float) -> None:
+        """Writes the adapter (or the model, for full fine-tuning) and the summary."""
+        model = self._model()
+        if self.config.adapter.method == "full":
+            save_pretrained(model, self.directory.model, self.setup.tokenizer)
+        else:
+            save_adapter(model, self.directory.adapter, base_model_name_or_path=self.config.model.path)
+        summary = {
+            "method": self.config.adapter.method,
+            "trainable_parameters": self.setup.attached.trainable,
+            "total_parameters": self.setup.attached.total,
+            "steps": self.setup.plan.steps,
+            "compilations": self.runner.compilations,
+            "compile_seconds": self.runner.compile_seconds,
+            "tokens_per_second": self.tokens / self.busy_seconds if self.busy_seconds else 0.0,
+            "final_loss": None if math.isnan(self.last_loss) else self.last_loss,
+            "eval_loss": self.evaluated.get("eval_loss"),
+            "eval_perplexity": self.evaluated.get("eval_perplexity"),
+            "wall_seconds": time.perf_counter() - started,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.directory.write_json("summary.json", summary)
+        self.display.finish(summary)
+
+
+def peak_memory_bytes() -> int:
+    """The device's own statistic where it has one, else the peak resident size of this process."""
+    stats = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
