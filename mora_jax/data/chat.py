@@ -73,11 +73,12 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(
-                f"the tokenizer's chat template has a syntax error, line {error.lineno}: {error}"
+                f"the tokenizer's chat template has a syntax error, line {error.lineno}: {error.message}"
             ) from None
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"{_at(source)}the tokenizer's chat template refuses the roles {', '.join(roles)}: {error}"
+                f"{_at(source)}the tokenizer's chat template refuses the roles {', '.join(roles)}: {reason}"
             ) from None
 
     def _locate(self, roles: list[str], contents: list[str], text: str, source: str) -> list[Span]:

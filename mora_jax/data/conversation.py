@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The conversations of one or more files.
+class Rows(Sequence[Conversation]):
+    """The conversations of one or more files: a sequence of them.
 
     Attributes:
       conversations: in the order of the files.
@@ -53,15 +54,16 @@ class Rows:
 
     conversations: list[Conversation]
     format: str
-    files: tuple[str, ...] = field(default=())
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def __iter__(self) -> Iterator[Conversation]:
-        return iter(self.conversations)
-
-    def __getitem__(self, index: int) -> Conversation:
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
         return self.conversations[index]
 
     def __str__(self) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.data.conversation import Conversation
-from mora_jax.data.encoding import CAUSES, Encoded, Encoder, Example
+from mora_jax.data.conversation import Conversation, Rows
+from mora_jax.data.encoding import CAUSES, Encoder, Example
 from mora_jax.data.loading import load_rows
 from mora_jax.data.rendering import Renderer
 from mora_jax.data.report import Report
@@ -65,23 +65,21 @@ class EncodedDataset:
         """
         renderer = Renderer(tokenizer, template)
         encoder = Encoder(renderer, mode, prompt_weight, max_length, truncation, vocab_size)
-        encoded = list(encoder.encode(rows))
-        return cls._of(encoded, encoder)
-
-    @classmethod
-    def _of(cls, encoded: list[Encoded], encoder: Encoder) -> EncodedDataset:
-        renderer = encoder.renderer
-        report = Report.of(
-            encoded,
-            renderer.tokenizer.all_special_ids,
+        report = Report(
+            format=rows.format if isinstance(rows, Rows) else "",
             template=renderer.template,
-            mode=encoder.mode,
+            mode=mode,
             notes=list(renderer.notes),
         )
-        examples = [row.example for row in encoded if row.example is not None]
+        special = frozenset(tokenizer.all_special_ids)
+        examples = []
+        for row in encoder.encode(rows):
+            report.add(row, special)
+            if row.example is not None:
+                examples.append(row.example)
         if not examples:
             raise InputError(_nothing_left(report, encoder))
-        return cls(examples, report, encoder.max_length)
+        return cls(examples, report, max_length)
 
     def __len__(self) -> int:
         return len(self.examples)

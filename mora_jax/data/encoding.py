@@ -112,9 +112,10 @@ class Encoder:
         if self.truncation == "drop" and len(row.input_ids) > self.max_length:
             return Encoded(None, "too_long", row)
         weights = token_weights(row.segments, self.mode, self.prompt_weight)
-        kept = slice(0, self.max_length)
-        if weights[kept].any():
-            return Encoded(Example(row.input_ids[kept], row.segments[kept], weights[kept], source), None, row)
+        if weights[: self.max_length].any():
+            return Encoded(
+                _cut(Example(row.input_ids, row.segments, weights, source), self.max_length), None, row
+            )
         if weights.any():
             return Encoded(None, "answer_cut_off", row)
         answered = np.isin(row.segments, RESPONSE).any()
@@ -128,6 +129,18 @@ class Encoder:
                 f"{source}: token {token!r} has id {worst}, outside the model's {self.vocab_size} embeddings;"
                 " use the tokenizer that belongs to the model"
             )
+
+
+def _cut(example: Example, length: int) -> Example:
+    if len(example) <= length:
+        return example
+    # Copies, because views would keep the whole of a long row in memory.
+    return Example(
+        example.input_ids[:length].copy(),
+        example.segments[:length].copy(),
+        example.weights[:length].copy(),
+        example.source,
+    )
 
 
 def encode(

@@ -100,13 +100,24 @@ def _read_lines(path: Path, data: bytes) -> Iterator[NumberedRow]:
 
 
 def _read_json(path: Path, data: bytes) -> Iterator[NumberedRow]:
-    if data.lstrip()[:1] != b"[":
+    first_line = data.lstrip().split(b"\n", 1)[0]
+    if not first_line.startswith(b"[") and _is_json(first_line):
         yield from _read_lines(path, data)
         return
     rows = _parse(_decode(data, path, 1), path, 1)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of rows, [...], or one row a line")
     if not rows:
         raise InputError(f"{path} holds an empty list")
     yield from enumerate(rows, start=1)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_csv(path: Path, data: bytes) -> Iterator[NumberedRow]:

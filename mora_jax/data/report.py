@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from mora_jax.data.encoding import CAUSES, Encoded
-from mora_jax.data.segments import CONTENT, INSTRUCTION, RESPONSE, Segment
+from mora_jax.data.segments import CONTENT, INSTRUCTION, Segment
 
+_IS_CONTENT = np.isin(list(Segment), CONTENT)
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -25,11 +24,12 @@ class Report:
       truncated: kept examples that lost their end.
       tokens: tokens of all examples.
       trained_tokens: tokens whose weight is not 0.
-      instruction_tokens: of system, user and tool messages.
-      response_tokens: of answers, with the ends of their turns.
+      instruction_tokens: of system, user and tool messages, in all rows before any cut.
+      response_tokens: of answers, in all rows before any cut.
       seam_rows: rows in which a token joins an answer's characters to others.
       special_rows: rows whose own words hold a special token's text.
       lengths: tokens of every row before any cut.
+      format: the name of the rows' format, if they come from files.
       template: the name of the template.
       mode: the loss mode.
       notes: what a user should know.
@@ -45,7 +45,8 @@ class Report:
     response_tokens: int = 0
     seam_rows: int = 0
     special_rows: int = 0
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    lengths: list[int] = field(default_factory=list)
+    format: str = ""
     template: str = ""
     mode: str = "masked"
     notes: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Report:
     def quantiles(self) -> dict[str, int]:
         """Lengths before any cut."""
         names = ("shortest", "median", "p90", "p99", "longest")
-        if not len(self.lengths):
+        if not self.lengths:
             return dict.fromkeys(names, 0)
         values = np.quantile(self.lengths, _QUANTILES, method="higher")
         return {name: int(value) for name, value in zip(names, values, strict=True)}
@@ -74,45 +75,35 @@ class Report:
         """The multiple of 64 into which 99 of 100 rows fit whole."""
         return max(64, -(-self.quantiles["p99"] // 64) * 64)
 
-    @classmethod
-    def of(cls, rows: Iterable[Encoded], special_ids: Iterable[int] = (), **settings: Any) -> Report:
-        """Counts encoded rows."""
-        report = cls(**settings)
-        special = set(special_ids)
-        is_content = np.isin(list(Segment), CONTENT)
-        lengths = []
-        for row in rows:
-            report.rows += 1
-            tokens = row.tokens
-            lengths.append(len(tokens.input_ids))
-            report.seam_rows += tokens.seams > 0
-            words = tokens.input_ids[is_content[tokens.segments]]
-            report.special_rows += not special.isdisjoint(words.tolist())
-            if row.example is None:
-                assert row.cause is not None
-                report.dropped[row.cause] = report.dropped.get(row.cause, 0) + 1
-                continue
-            example = row.example
-            report.kept += 1
-            report.truncated += len(example) < lengths[-1]
-            report.tokens += len(example)
-            report.trained_tokens += int(np.count_nonzero(example.weights))
-            by_segment = np.bincount(example.segments, minlength=len(Segment))
-            report.instruction_tokens += int(by_segment[list(INSTRUCTION)].sum())
-            report.response_tokens += int(by_segment[list(RESPONSE)].sum())
-        report.lengths = np.array(lengths, np.int32)
-        return report
+    def add(self, row: Encoded, special_ids: frozenset[int] = frozenset()) -> None:
+        """Counts one encoded row."""
+        tokens, example = row.tokens, row.example
+        self.rows += 1
+        self.lengths.append(len(tokens.input_ids))
+        self.seam_rows += tokens.seams > 0
+        words = tokens.input_ids[_IS_CONTENT[tokens.segments]]
+        self.special_rows += not special_ids.isdisjoint(words.tolist())
+        by_segment = np.bincount(tokens.segments, minlength=len(Segment))
+        self.instruction_tokens += int(by_segment[list(INSTRUCTION)].sum())
+        self.response_tokens += int(by_segment[Segment.ASSISTANT])
+        if example is None:
+            assert row.cause is not None
+            self.dropped[row.cause] = self.dropped.get(row.cause, 0) + 1
+            return
+        self.kept += 1
+        self.truncated += len(example) < len(tokens.input_ids)
+        self.tokens += len(example)
+        self.trained_tokens += int(np.count_nonzero(example.weights))
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values, ready to print."""
         shape = ", ".join(f"{name} {value}" for name, value in self.quantiles.items())
         dropped = ", ".join(f"{n} {CAUSES[cause]}" for cause, n in self.dropped.items()) or "none"
         ratio = (
-            "no response"
-            if self.ratio is None
-            else f"{self.ratio:.2f} instruction tokens for a response token"
+            "no response" if self.ratio is None else f"{self.ratio:.2f} instruction tokens a response token"
         )
-        lines = [
+        lines = [("format", self.format)] if self.format else []
+        lines += [
             ("rows", f"{self.rows} read, {self.kept} kept, {self.truncated} of them cut"),
             ("dropped", dropped),
             ("template", self.template),

@@ -65,7 +65,8 @@ def test_counts_of_the_report(tokenizer):
     assert report.tokens == len(segments)
     assert report.trained_tokens == response
     assert report.trained_fraction == pytest.approx(response / len(segments))
-    assert report.ratio == pytest.approx((segments == Segment.USER).sum() / response)
+    ratio = (segments == Segment.USER).sum() / (segments == Segment.ASSISTANT).sum()
+    assert report.ratio == pytest.approx(ratio)
     assert report.quantiles["longest"] == max(map(len, dataset.examples))
     assert report.recommended_max_length == 64
     text = str(report)

@@ -171,6 +171,8 @@ GOOD = b'{"instruction": "i", "output": "o"}\n'
         ("a.csv", b"instruction,output\n", "holds no rows"),
         ("a.json", b"[]", "empty list"),
         ("a.json", b"{}", r"row 1: no known format has the keys \(none\)"),
+        ("a.json", b'{\n"instruction": "i"\n}', r"expected a list of rows, \[...\], or one row a line"),
+        ("a.json", b"3\n", "row 1: a row should be an object"),
         (
             "a.json",
             b'[{"instruction": "i", "output": "o"},',

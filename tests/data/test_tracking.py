@@ -120,7 +120,7 @@ _SNIPPETS = [
 _letters = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 words = st.lists(st.one_of(st.sampled_from(_SNIPPETS), _letters), max_size=6).map("".join)
 _random = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
