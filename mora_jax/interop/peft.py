@@ -168,7 +168,10 @@ def _stored(files: TensorFiles) -> dict[str, dict[str, str]]:
         if match is None:
             raise InputError(f"{files.folder}: tensor {name} is neither lora_A nor lora_B of a module")
         path = match["path"].removeprefix(_PREFIX)
-        stored.setdefault(path, {})[match["factor"][-1].lower()] = name
+        factors, factor = stored.setdefault(path, {}), match["factor"][-1].lower()
+        if factor in factors:
+            raise InputError(f"{files.folder}: tensors {factors[factor]} and {name} are the same factor")
+        factors[factor] = name
     return stored
 
 

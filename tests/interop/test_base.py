@@ -1,4 +1,4 @@
-"""Loading base models: real weights, sharded files, dtypes, tokenizers, one clear line for each bad folder."""
+"""Loading base models: real weights, shards, dtypes, tokenizers, and one clear line for each bad folder."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
-from tests.models.tiny import hf_folder, hf_logits, hf_model, random_ids
+from tests.models.tiny import random_ids
+from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
 
 IDS = random_ids(2, 9)
 

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.interop.peft_config import MORA_TYPES
-from tests.models.tiny import fill_randomly, hf_folder, hf_logits, hf_model, random_ids
+from tests.models.tiny import fill_randomly, random_ids
+from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
 
 # PEFT 0.21 asks transformers for a property whose name transformers 5 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -253,6 +254,41 @@ def test_tensors_that_do_not_fit(base, tmp_path):
     rename(tmp_path / "adapter", lambda name: name.replace("lora_A.weight", "lora_magnitude_vector"))
     with pytest.raises(mj.InputError, match="neither lora_A nor lora_B"):
         mj.load_adapter(load(base), tmp_path / "adapter")
+
+
+def test_one_factor_stored_twice(base, tmp_path):
+    mj.save_adapter(adapted(base, mj.LoRAConfig(rank=2)), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name.removeprefix("base_model.model."): t for name, t in tensors.items()}, path)
+    with pytest.raises(mj.InputError, match="are the same factor"):
+        mj.load_adapter(load(base), tmp_path / "adapter")
+
+
+class Words(nnx.Module):
+    """A model of somebody else's."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.table = nnx.Embed(11, 6, rngs=rngs)
+        self.body = nnx.List([nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)])
+        self.out = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.out(self.body[1](self.body[0](self.table(ids))))
+
+
+def test_models_of_other_people(tmp_path):
+    ids = np.arange(11)
+    model = Words(nnx.Rngs(0))
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("table", "body.1", "out")), rngs=nnx.Rngs(1))
+    fill_randomly(model)
+    mj.save_adapter(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.table.lora_embedding_A"].shape == (2, 11)
+    assert tensors["base_model.model.body.1.lora_A.weight"].shape == (2, 6)
+    second = Words(nnx.Rngs(0))
+    mj.load_adapter(second, tmp_path / "adapter")
+    np.testing.assert_allclose(second(ids), model(ids), rtol=1e-6)
 
 
 def test_mora_with_two_different_matrices(base, tmp_path):

@@ -14,7 +14,8 @@ from safetensors import safe_open
 import mora_jax as mj
 from mora_jax.models import init_decoder
 from tests.interop.test_base import write_tokenizer
-from tests.models.tiny import LLAMA, fill_randomly, hf_folder, hf_logits, hf_model, random_ids
+from tests.models.tiny import LLAMA, fill_randomly, random_ids
+from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
 
 IDS = random_ids(2, 9)
 CASES = {

@@ -7,7 +7,8 @@ import pytest
 
 import mora_jax as mj
 from mora_jax.models import read_config
-from tests.models.tiny import SIZES, hf_folder, hf_logits, hf_model, random_ids
+from tests.models.tiny import SIZES, random_ids
+from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
 
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 LLAMA3 = {
