@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,40 +30,41 @@ class Renderer:
         else `alpaca`.
 
     Attributes:
+      tokenizer: as given.
       template: the name of the template in use.
-      notes: what a user should be told about the choice.
+      eos: the text of the tokenizer's end-of-sequence token; empty if it has none.
 
     Raises:
       InputError: for an unknown name, or `tokenizer` where it has no chat template.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None):
-        self.tokenizer = tokenizer
-        self.notes: list[str] = []
         has_own = bool(tokenizer.chat_template)
-        if template is None:
-            template = OWN if has_own else "alpaca"
-            if not has_own:
-                self.notes.append("the tokenizer has no chat template: the built-in `alpaca` is used")
-        if template != OWN and template not in TEMPLATES:
+        if template is not None and template != OWN and template not in TEMPLATES:
             raise InputError(f"unknown template {template!r}: choose one of {', '.join((OWN, *TEMPLATES))}")
         if template == OWN and not has_own:
-            raise InputError(
-                f"the tokenizer has no chat template: set data.template to one of {', '.join(TEMPLATES)}"
-            )
-        self.template = template
-        self._chat = ChatTemplate(tokenizer) if template == OWN else None
-        if self._chat is not None:
-            self.notes += self._chat.notes
+            known = ", ".join(TEMPLATES)
+            raise InputError(f"the tokenizer has no chat template: set data.template to one of {known}")
+        self.tokenizer = tokenizer
+        self.template = template or (OWN if has_own else "alpaca")
         self.eos: str = tokenizer.eos_token or ""
-        if not self.eos:
-            self.notes.append(
-                "the tokenizer has no end-of-sequence token: nothing ends an answer but the template"
-            )
-        self.notes += self._seam_notes()
+        self._fell_back = template is None and not has_own
+        self._chat = ChatTemplate(tokenizer) if self.template == OWN else None
 
-    def _seam_notes(self) -> list[str]:
-        """Tells if the end of a prompt is split into other tokens before a plain word than on its own."""
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a user should be told about the template, with this tokenizer."""
+        notes = []
+        if self._fell_back:
+            notes.append("the tokenizer has no chat template: the built-in `alpaca` is used")
+        if not self.eos:
+            notes.append("the tokenizer has no end-of-sequence token: only the template can end an answer")
+        if self._chat is not None:
+            notes += self._chat.notes
+        return notes + self._trial_notes()
+
+    def _trial_notes(self) -> list[str]:
+        """What is to be said about template and tokenizer together, seen on a short conversation."""
         asked = Message("user", "Hello")
         try:
             prompt = self.prompt([asked])
@@ -72,12 +74,15 @@ class Renderer:
         alone, trained = tokenize(
             [Rendered(prompt, (Piece(prompt, Segment.TEMPLATE),)), whole], self.tokenizer
         )
+        notes = []
         length = len(alone.input_ids)
-        if not whole.text.startswith(prompt) or np.array_equal(trained.input_ids[:length], alone.input_ids):
-            return []
-        return [
-            "the tokenizer splits the end of the prompt otherwise where no answer follows (as in generation)"
-        ]
+        if whole.text.startswith(prompt) and not np.array_equal(trained.input_ids[:length], alone.input_ids):
+            notes.append("the tokenizer splits the end of a prompt in another way where no answer follows it")
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        ends = trained.input_ids[trained.segments == Segment.END_OF_TURN]
+        if self.eos and special.isdisjoint(ends.tolist()):
+            notes.append("the template ends answers with plain text, at which generation does not stop")
+        return notes
 
     def render(self, conversation: Conversation) -> Rendered:
         """Renders a whole conversation, or plain text with an end-of-sequence token after it."""

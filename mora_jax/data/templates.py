@@ -54,14 +54,14 @@ class TurnTemplate:
         return self.header.replace("{role}", self.names.get(role, role))
 
     def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
-        joins = self.system_joins_user and len(messages) > 1
+        joins = self.system_joins_user and [message.role for message in messages[:2]] == ["system", "user"]
         for index, message in enumerate(messages):
-            joined = joins and index == 1 and messages[0].role == "system"
-            if not joined:
-                yield _template(self._header("user" if joins and message.role == "system" else message.role))
+            if not (joins and index == 1):
+                as_user = self.system_joins_user and message.role == "system"
+                yield _template(self._header("user" if as_user else message.role))
             text = message.text.strip() if self.strip else message.text
             yield Piece(text, ROLE_SEGMENT[message.role])
-            if joins and index == 0 and message.role == "system":
+            if joins and index == 0:
                 yield _template("\n\n")
                 continue
             if message.role == "assistant":
