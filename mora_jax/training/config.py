@@ -50,7 +50,7 @@ class AdapterConfig:
         "all-linear", "Layers to adapt: a list of names, one regex for the whole path, or all-linear."
     )
     kind: str = key("sharing", "How MoRA compresses and decompresses.", choices=KINDS)
-    path: str | None = key(None, "An adapter folder to start from.")
+    path: str | None = key(None, "An adapter folder to start from; it says rank, targets and the rest.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +278,10 @@ def unused(config: Config, given: Collection[str]) -> str | None:
     method, groups = config.adapter.method, []
     unread = {field.name for field in dataclasses.fields(AdapterConfig)} - METHOD_KEYS[method] - {"method"}
     groups.append((f"adapter.method={method}", [f"adapter.{name}" for name in unread]))
+    if config.adapter.path is not None and "path" in METHOD_KEYS[method]:
+        # The adapter's folder says all this.
+        said = METHOD_KEYS[method] - {"path"}
+        groups.append(("adapter.path", [f"adapter.{name}" for name in said]))
     if config.loss.mode != "weighted":
         groups.append((f"loss.mode={config.loss.mode}", ["loss.prompt_weight"]))
     if config.train.steps is not None:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
-# An example's tokens as `mora_jax.data.describe_example` gives them: (text, weight, segment).
-Pieces = Sequence[tuple[str, float, str]]
+# An example's tokens: text, and the weight of predicting it.
+Pieces = Sequence[tuple[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RunInfo:
         steps: steps of the whole run.
         first_step: steps that are already done, more than 0 when a run is resumed.
         out: the run directory.
-        first_example: the first example, from `mora_jax.data.describe_example`.
+        first_example: the first example's tokens.
         notes: remarks such as rows that were dropped.
     """
 
@@ -88,7 +88,8 @@ class Display:
         for name, words in info.rows():
             self.note(f"{name:8}{printable(words)}")
         for words in info.notes:
-            self.note(f"note: {words}")
+            self.note(f"note: {printable(words)}")
+        self.note("compiling the training step")
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Shows a logged step: a row of metrics.jsonl."""
@@ -138,11 +139,13 @@ def summary_words(summary: Mapping[str, Any]) -> str:
         ("final_loss", "loss {:.4f}"),
         ("eval_perplexity", "eval perplexity {:.3f}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
-        ("compile_seconds", "{:.1f} s compiling"),
     )
     parts = [words.format(summary[name]) for name, words in formats if summary.get(name) is not None]
-    took = f" in {duration(summary['wall_seconds'])}" if summary.get("wall_seconds") is not None else ""
-    return ", ".join(parts) + took
+    if summary.get("wall_seconds") is not None:
+        compiling = summary.get("compile_seconds")
+        share = f" ({duration(compiling)} compiling)" if compiling is not None else ""
+        parts.append(f"took {duration(summary['wall_seconds'])}{share}")
+    return ", ".join(parts)
 
 
 def _step_words(row: Mapping[str, Any]) -> str:

@@ -9,6 +9,9 @@ from rich.text import Text
 
 from mora_jax.training.display import Pieces, printable
 
+# Tokens as `mora_jax.data.describe_example` gives them: text, weight and name of the segment.
+Described = Sequence[tuple[str, float, str]]
+
 TRAINED = "bold green underline"  # readable without colour too
 PARTLY = "yellow underline"
 SHOWN_LINES = 16
@@ -21,7 +24,7 @@ def token_text(pieces: Pieces) -> Text:
         pieces: a weight between 0 and 1 gets its own colour.
     """
     text = Text()
-    for piece, weight, _ in pieces:
+    for piece, weight in pieces:
         style = TRAINED if weight >= 1 else PARTLY if weight > 0 else "dim"
         text.append(printable(piece), style=style)
     return text
@@ -51,7 +54,7 @@ def example_panel(pieces: Pieces, title: str, console: Console, size: int | None
     """Returns a panel with an example's text, its trained tokens marked.
 
     Args:
-        pieces: the example, from `mora_jax.data.describe_example`.
+        pieces: the example's tokens.
         title: of the panel.
         console: where it will be printed.
         size: lines shown at most; None for all.
@@ -59,7 +62,7 @@ def example_panel(pieces: Pieces, title: str, console: Console, size: int | None
     text = token_text(pieces)
     text.rstrip()
     lines = list(text.wrap(console, console.width - 4))
-    partly = any(0 < weight < 1 for _, weight, _ in pieces)
+    partly = any(0 < weight < 1 for _, weight in pieces)
     return Panel(
         Group(*(lines if size is None else window(lines, size))),
         title=title,
@@ -70,17 +73,18 @@ def example_panel(pieces: Pieces, title: str, console: Console, size: int | None
     )
 
 
-def example_lines(pieces: Pieces) -> Iterator[str]:
+def example_lines(described: Described) -> Iterator[str]:
     """Yields an example as plain lines: weight, segment and text of each run of tokens that share both."""
-    for (weight, segment), run in itertools.groupby(pieces, key=lambda piece: piece[1:]):
+    for (weight, segment), run in itertools.groupby(described, key=lambda piece: piece[1:]):
         yield f"{weight:5.3g}  {segment:12} {''.join(text for text, _, _ in run)!r}"
 
 
-def print_examples(examples: Iterable[Pieces]) -> None:
+def print_examples(examples: Iterable[Described]) -> None:
     """Prints examples to stdout: in panels on a terminal, as plain lines elsewhere."""
     console = Console(highlight=False)
-    for number, pieces in enumerate(examples, 1):
+    for number, described in enumerate(examples, 1):
         if console.is_terminal:
+            pieces = [(text, weight) for text, weight, _ in described]
             console.print(example_panel(pieces, f"example {number}", console, size=None))
         else:
-            print(f"\nexample {number}", *example_lines(pieces), sep="\n")
+            print(f"\nexample {number}", *example_lines(described), sep="\n")

@@ -36,7 +36,7 @@ class LiveDisplay(Display):
         if info.first_example:
             self.console.print(example_panel(info.first_example, "first example", self.console))
         for words in info.notes:
-            self.console.print(Text(f"note: {words}", style="yellow"))
+            self.console.print(Text(f"note: {printable(words)}", style="yellow"))
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[place]}"),

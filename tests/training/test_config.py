@@ -265,6 +265,7 @@ def test_json_with_foreign_content_is_refused():
         ([("adapter.kind", "rotation")], ["adapter.kind", "adapter.method=lora"]),
         ([("adapter.method", "mora"), ("adapter.alpha", "4")], ["adapter.alpha", "adapter.method=mora"]),
         ([("adapter.method", "full"), ("adapter.rank", "4")], ["adapter.rank", "adapter.method=full"]),
+        ([("adapter.path", "folder"), ("adapter.rank", "4")], ["adapter.rank", "adapter.path"]),
         ([("loss.prompt_weight", "0.5")], ["loss.prompt_weight", "loss.mode=masked"]),
         ([("train.steps", "5"), ("train.epochs", "2")], ["train.epochs", "train.steps"]),
         ([("data.eval", "e.json"), ("data.eval_fraction", "0.1")], ["data.eval_fraction"]),

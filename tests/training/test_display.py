@@ -23,10 +23,10 @@ INFO = RunInfo(
     examples=9,
     steps=4,
     first_example=[
-        ("Say \x1b[31m", 0.0, "user"),
-        ("[bold]half", 0.5, "user"),
-        (" yes", 1.0, "assistant"),
-        ("\n", 0.0, "template"),
+        ("Say \x1b[31m", 0.0),
+        ("[bold]half", 0.5),
+        (" yes", 1.0),
+        ("\n", 0.0),
     ],
     notes=["2 rows dropped"],
 )
@@ -81,7 +81,7 @@ def test_terminal_shows_panel_example_and_bar(width):
 def test_trained_tokens_are_readable_without_colour():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, no_color=True, _environ={})
-    console.print(token_text([("no", 0.0, "user"), ("yes", 1.0, "assistant")]))
+    console.print(token_text([("no", 0.0), ("yes", 1.0)]))
     assert re.search(r"\x1b\[1;4myes", stream.getvalue())
 
 
@@ -95,7 +95,7 @@ def test_closing_twice_and_before_the_start_is_fine():
 
 def test_long_examples_show_the_first_trained_line():
     lines = [Text(f"line {number}") for number in range(100)]
-    lines[70] = token_text([("answer", 1.0, "assistant")])
+    lines[70] = token_text([("answer", 1.0)])
     shown = [line.plain for line in window(lines, 10)]
     assert shown[0] == "... 65 lines before"
     assert "answer" in shown
@@ -135,4 +135,4 @@ def test_words():
     assert [duration(seconds) for seconds in (-1, 0, 59.6, 3723)] == ["0:00", "0:00", "1:00", "1:02:03"]
     assert printable("a\tb\x07é\n") == "a\\tb\\x07é\n"
     assert summary_words({}) == ""
-    assert summary_words(SUMMARY) == "loss 1.5000 in 1:01"
+    assert summary_words(SUMMARY) == "loss 1.5000, took 1:01"
