@@ -1,8 +1,8 @@
 """Loading a folder's tokenizer."""
 
-import importlib.util
-import logging
-import warnings
+import importlib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,14 @@ def _check_json(file: Path) -> None:
 
 
 def _auto_tokenizer() -> Any:
-    """`transformers.AutoTokenizer`, without the notice that it prints where torch is missing."""
-    if importlib.util.find_spec("torch") is not None:
-        from transformers import AutoTokenizer
+    """`transformers.AutoTokenizer`, without the advice to install torch that the first import prints."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    if "transformers" not in sys.modules and name not in os.environ:
+        os.environ[name] = "1"
+        try:
+            importlib.import_module("transformers")
+        finally:
+            del os.environ[name]
+    from transformers import AutoTokenizer
 
-        return AutoTokenizer
-    root = logging.getLogger("transformers")
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers import AutoTokenizer
-    finally:
-        root.setLevel(level)
     return AutoTokenizer

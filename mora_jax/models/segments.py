@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax.errors import InputError
+
 
 def default_positions(segment_ids: jax.Array) -> jax.Array:
     """How many earlier tokens of the row belong to the same segment as each token.
@@ -23,7 +25,7 @@ def default_positions(segment_ids: jax.Array) -> jax.Array:
 
 
 def check_token_ids(input_ids: np.ndarray | jax.Array, vocab_size: int) -> None:
-    """Raises ValueError when an id has no row in an embedding of `vocab_size` rows.
+    """Raises InputError when an id has no row in an embedding of `vocab_size` rows.
 
     Needs concrete ids: call it on data before it goes into a compiled function, where an id outside the
     embedding gives NaN instead.
@@ -33,4 +35,4 @@ def check_token_ids(input_ids: np.ndarray | jax.Array, vocab_size: int) -> None:
         raise ValueError(f"token ids must be integers, got {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         bad = ids.max() if ids.max() >= vocab_size else ids.min()
-        raise ValueError(f"token id {bad} is outside the embedding: ids go from 0 to {vocab_size - 1}")
+        raise InputError(f"token id {bad} is outside the embedding: ids go from 0 to {vocab_size - 1}")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -284,3 +286,11 @@ def test_smollm2():
     found, expected = np.asarray(model(ids)), hf_logits(reference, ids)
     np.testing.assert_allclose(found, expected, atol=2e-3)
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_the_first_import_of_transformers_is_silent():
+    code = "from mora_jax.interop.tokenizer import _auto_tokenizer; _auto_tokenizer()"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout + result.stderr == ""
