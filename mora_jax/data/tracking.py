@@ -187,9 +187,7 @@ def trace(
     Raises:
       Untrackable: if the template treats the coded contents in another way than the real ones.
     """
-    places = [(i, j) for i in sorted(set(groups)) for j in _coded_places(contents[i], program)]
-    step = -(-len(places) // _PRIVATE_SIZE) or 1
-    places = places[::step]
+    places = _choose_places(contents, sorted(set(groups)), program)
     coded = [list(content) for content in contents]
     for code, (i, j) in enumerate(places):
         coded[i][j] = _private(code)
@@ -221,14 +219,32 @@ def trace(
     return spans
 
 
-def _coded_places(content: str, program: str) -> Iterator[int]:
-    """The characters to replace: all but space, and tags that the template may look for."""
+def _regions(content: str, program: str) -> Iterator[list[int]]:
+    """The characters to replace, between tags that the template may look for; space is none of them."""
+    region: list[int] = []
     at = 0
     for found in _KEPT.finditer(content):
-        if found[0].isspace() or found[0][:-1] in program:
-            yield from range(at, found.start())
+        space = found[0].isspace()
+        if space or found[0][:-1] in program:
+            region.extend(range(at, found.start()))
             at = found.end()
-    yield from range(at, len(content))
+            if not space:
+                yield region
+                region = []
+    region.extend(range(at, len(content)))
+    yield region
+
+
+def _choose_places(contents: Sequence[str], which: Iterable[int], program: str) -> list[tuple[int, int]]:
+    """All characters of all regions; of very long contents some, but the first and last of each region."""
+    regions = [(i, region) for i in which for region in _regions(contents[i], program) if region]
+    step = -(-sum(len(region) for _, region in regions) // (_PRIVATE_SIZE // 2)) or 1
+    if step > 1:
+        regions = [(i, sorted({*region[::step], region[-1]})) for i, region in regions]
+    places = [(i, j) for i, region in regions for j in region]
+    if len(places) > _PRIVATE_SIZE:
+        raise Untrackable("it looks into messages that are too long to follow")
+    return places
 
 
 def _fill_gaps(

@@ -258,6 +258,14 @@ def test_tags_are_found_beside_those_that_the_template_cuts(make_tokenizer):
     assert [piece.text for piece in rendered.pieces if piece.segment == A] == ["<i>", "<b></b>"]
 
 
+def test_a_very_long_answer_is_followed_to_the_character(make_tokenizer):
+    long = "wörd 日本 <b>" * 30_000
+    turns = [("user", "a"), ("assistant", f"<think>x</think>\n\n{long}"), ("user", "b"), ("assistant", "c")]
+    tokenizer = make_tokenizer("byte_level", "thinking")
+    rendered = Renderer(tokenizer).render(Conversation(tuple(Message(*turn) for turn in turns)))
+    assert [piece.text for piece in rendered.pieces if piece.segment == A] == [long, "c"]
+
+
 def test_earlier_answers_that_end_otherwise_than_the_last(make_tokenizer):
     chat = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
