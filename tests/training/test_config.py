@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import Config, check_warmup, keys, unused
+from mora_jax.training.config import KINDS, METHOD_KEYS, Config, check_warmup, keys, unused
 from mora_jax.training.config_file import load_config, read_config_file
 from mora_jax.training.config_key import split_list
 
@@ -308,3 +308,13 @@ def test_lists_split_outside_brackets_only():
 def test_configuration_needs_no_backend():
     code = "import mora_jax.training.config_file, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_methods_kinds_and_their_keys_are_those_of_the_adapters():
+    from mora_jax.adapters.mora import KINDS as ADAPTER_KINDS
+    from mora_jax.adapters.registry import CONFIGS
+
+    assert set(METHOD_KEYS) == set(CONFIGS)
+    for method, config in CONFIGS.items():
+        assert METHOD_KEYS[method] - {"path"} == {field.name for field in dataclasses.fields(config)}
+    assert set(KINDS) == set(ADAPTER_KINDS)
