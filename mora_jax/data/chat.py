@@ -10,11 +10,11 @@ from typing import Any
 import jinja2
 
 from mora_jax.data.conversation import Message
+from mora_jax.data.layout import stand_in
 from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
-from mora_jax.data.tracking import Layout, Span, Untrackable, find_layout, match_layout, stand_in, trace
+from mora_jax.data.spans import Span, Untrackable
+from mora_jax.data.tracking import Tracker
 from mora_jax.errors import InputError
-
-_MAX_LAYOUTS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._tracker = Tracker()
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False, source: str = "") -> str:
         """The text of the messages; with `prompt` it ends where the answer begins."""
@@ -57,8 +57,13 @@ class ChatTemplate:
         roles = [message.role for message in messages]
         contents = [message.text for message in messages]
         text = self._render(roles, contents, False, source)
+
+        def render(stand_ins: Sequence[str]) -> str:
+            return self._render(roles, stand_ins, False, source)
+
         try:
-            spans = self._locate(roles, contents, text, source)
+            program = str(self._tokenizer.chat_template)
+            spans = self._tracker.locate(render, roles, contents, text, program)
             _check(spans, roles, contents)
         except Untrackable as error:
             raise InputError(
@@ -80,34 +85,6 @@ class ChatTemplate:
             raise InputError(
                 f"{_at(source)}the tokenizer's chat template refuses the roles {', '.join(roles)}: {reason}"
             ) from None
-
-    def _locate(self, roles: list[str], contents: list[str], text: str, source: str) -> list[Span]:
-        def render(stand_ins: Sequence[str]) -> str:
-            return self._render(roles, stand_ins, False, source)
-
-        first: dict[tuple[str, str], int] = {}
-        groups = [first.setdefault(turn, i) for i, turn in enumerate(zip(roles, contents, strict=True))]
-        # Templates may leave out a turn that says nothing, so blank contents are tried as they are too.
-        blank = [not content.strip() for content in contents]
-        for keep in [[False] * len(roles), blank] if any(blank) else [blank]:
-            key = (
-                *roles,
-                *groups,
-                *(content for content, kept in zip(contents, keep, strict=True) if kept),
-                *keep,
-            )
-            layout = self._layouts.get(key)
-            # A layout that does not fit may be out of date (templates can write the time): made anew.
-            for fresh in (False, True) if layout else (True,):
-                if fresh:
-                    if len(self._layouts) >= _MAX_LAYOUTS:
-                        self._layouts.clear()
-                    layout = self._layouts[key] = find_layout(render, contents, groups, keep)
-                assert layout is not None
-                spans = match_layout(layout, contents, text)
-                if spans is not None:
-                    return spans
-        return trace(render, contents, groups, text, str(self._tokenizer.chat_template))
 
     @cached_property
     def frame(self) -> Frame:

@@ -2,293 +2,71 @@
 
 A template is a program: it may strip, reorder, merge or drop what it is given. It is therefore never parsed,
 and its markers are never searched for. It is run on stand-ins, and what it does to them is compared with what
-it does to the real messages:
-
-1. Every content is replaced by a unique word. What stands between these words is the template's own text (the
-   layout, kept per sequence of roles). The real rendering must equal the layout with the real contents, plain
-   or stripped, in place of the words, character for character.
-2. Where it does not (a template that looks into the contents, such as one that takes reasoning out), every
-   character of the contents is replaced by a character of its own from the private planes, but for space and
-   for tags that the template may look for, and each is found again in the rendering.
-
-If neither explains the whole rendering, the template cannot be tracked and `Untrackable` is raised.
+it does to the real messages: as a whole first (`layout.py`), character by character where that does not
+explain the rendering (`tracing.py`). If neither does, the template cannot be tracked.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-#: One rendering: the contents of all messages, in the place of their own, to the text.
-RenderContents = Callable[[Sequence[str]], str]
+from mora_jax.data.layout import Layout, find_layout, match_layout
+from mora_jax.data.spans import RenderContents, Span
+from mora_jax.data.tracing import trace
 
-
-class Untrackable(ValueError):
-    """A rendering in which the messages cannot be located."""
+_MAX_LAYOUTS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Characters `[start, stop)` of a rendering that are words of message `message`."""
+class Tracker:
+    """Locates messages in renderings of one template; remembers its layouts, one a sequence of roles."""
 
-    start: int
-    stop: int
-    message: int
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
 
+    def locate(
+        self, render: RenderContents, roles: Sequence[str], contents: Sequence[str], text: str, program: str
+    ) -> list[Span]:
+        """Where each content stands.
 
-@dataclass(frozen=True)
-class Layout:
-    """What a template writes around the contents.
+        Args:
+          render: runs the template on these roles with other contents.
+          roles: of the messages.
+          contents: of the messages.
+          text: what the template made of them.
+          program: the template's source.
 
-    Attributes:
-      literals: the template's text before each content and after the last; one more than `order`.
-      order: which message each gap between literals holds.
-    """
+        Returns:
+          Spans in the order of the text.
 
-    literals: tuple[str, ...]
-    order: tuple[int, ...]
+        Raises:
+          Untrackable: if the rendering cannot be explained.
+        """
+        first: dict[tuple[str, str], int] = {}
+        groups = [first.setdefault(turn, i) for i, turn in enumerate(zip(roles, contents, strict=True))]
+        # Templates may leave out a turn that says nothing, so blank contents are tried as they are too.
+        blank = [not content.strip() for content in contents]
+        for keep in [[False] * len(roles), blank] if any(blank) else [blank]:
+            for layout in self._find(render, roles, contents, groups, keep):
+                spans = match_layout(layout, contents, text)
+                if spans is not None:
+                    return spans
+        return trace(render, contents, groups, text, program)
 
-
-_STRIPS: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    str.strip,
-    str.lstrip,
-    str.rstrip,
-    lambda text: text.strip("\n"),
-    lambda text: text.lstrip("\n"),
-    lambda text: text.rstrip("\n"),
-)
-
-
-def stand_in(index: int) -> str:
-    """A word that no template holds, with nothing in it that a template could strip or look for."""
-    return f"Qz{index}xMessage{index}xzQ"
-
-
-_STAND_IN = re.compile(r"Qz(\d+)xMessage\1xzQ")
-
-
-def find_layout(
-    render: RenderContents, contents: Sequence[str], groups: Sequence[int], keep: Sequence[bool]
-) -> Layout:
-    """Renders stand-ins and reads the template's own text around them.
-
-    Args:
-      render: runs the template.
-      contents: the real contents.
-      groups: for each message the first one that equals it. Equal messages get equal stand-ins, because
-        templates compare messages ("is this the last question?").
-      keep: for each message, whether its real content is rendered instead of a stand-in (and not located).
-    """
-    text = render([contents[i] if keep[i] else stand_in(group) for i, group in enumerate(groups)])
-    parts = _STAND_IN.split(text)
-    return Layout(tuple(parts[::2]), tuple(_members(map(int, parts[1::2]), groups)))
-
-
-def _members(seen: Iterable[int], groups: Sequence[int]) -> Iterator[int]:
-    """Which of the equal messages each sighting of a group is: one after the other."""
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
-    for group in seen:
-        yield members[group].pop(0) if len(members[group]) > 1 else members[group][0]
-
-
-def match_layout(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
-    """The spans of the contents if the text is the layout filled with them, else None."""
-    for strip in _STRIPS[:2]:
-        spans = _fill(layout, [strip(content) for content in contents], text)
-        if spans is not None:
-            return spans
-    return _fill_mixed(layout, contents, text)
-
-
-def _fill(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
-    spans, at = [], 0
-    for literal, message in zip(layout.literals, layout.order, strict=False):
-        at += len(literal)
-        spans.append(Span(at, at + len(contents[message]), message))
-        at += len(contents[message])
-    if at + len(layout.literals[-1]) != len(text):
-        return None
-    parts = [layout.literals[0]]
-    for literal, message in zip(layout.literals[1:], layout.order, strict=True):
-        parts += (contents[message], literal)
-    return spans if "".join(parts) == text else None
-
-
-def _fill_mixed(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
-    """As `_fill`, where each message may be stripped in its own way: a walk over the few ways that fit."""
-    literals, order = layout.literals, layout.order
-    if not text.startswith(literals[0]):
-        return None
-
-    def steps(gap: int, at: int) -> Iterator[Span]:
-        content = contents[order[gap]]
-        for words in dict.fromkeys(strip(content) for strip in _STRIPS):
-            stop = at + len(words)
-            if text.startswith(words, at) and text.startswith(literals[gap + 1], stop):
-                yield Span(at, stop, order[gap])
-
-    spans: list[Span] = []
-    pending = [steps(0, len(literals[0]))] if order else []
-    dead: set[tuple[int, int]] = set()
-    while pending:
-        span = next(pending[-1], None)
-        if span is None:
-            pending.pop()
-            if spans:
-                spans.pop()
-            continue
-        gap, at = len(pending), span.stop + len(literals[len(pending)])
-        if gap == len(order):
-            if at == len(text):
-                return [*spans, span]
-        elif (gap, at) not in dead:
-            dead.add((gap, at))
-            spans.append(span)
-            pending.append(steps(gap, at))
-    return None
-
-
-# Left as they are, because templates look for them: space, and tags that the template's source holds.
-_KEPT = re.compile(r"<[^<>\n]{1,64}>|\[/?[A-Za-z_]{1,32}\]|\s+")
-_PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-_PRIVATE_SIZE = sum(map(len, _PRIVATE))
-
-
-def _private(index: int) -> str:
-    first, second = _PRIVATE
-    return chr(first[index] if index < len(first) else second[index - len(first)])
-
-
-def _private_index(character: str) -> int | None:
-    code = ord(character)
-    first, second = _PRIVATE
-    if code in first:
-        return code - first.start
-    return len(first) + code - second.start if code in second else None
-
-
-def trace(
-    render: RenderContents, contents: Sequence[str], groups: Sequence[int], text: str, program: str
-) -> list[Span]:
-    """Locates the contents character by character, in a rendering that depends on what they say.
-
-    Args:
-      render: runs the template.
-      contents: the real contents.
-      groups: as for `find_layout`; equal messages get equal codes.
-      text: the real rendering.
-      program: the template's source.
-
-    Raises:
-      Untrackable: if the template treats the coded contents in another way than the real ones.
-    """
-    places = _choose_places(contents, sorted(set(groups)), program)
-    coded = [list(content) for content in contents]
-    for code, (i, j) in enumerate(places):
-        coded[i][j] = _private(code)
-    rendered = render(["".join(coded[group]) for group in groups])
-    if len(rendered) != len(text):
-        raise Untrackable("its output depends on the words of the messages")
-    origin: list[tuple[int, int] | None] = [None] * len(text)
-    for k, (seen, real) in enumerate(zip(rendered, text, strict=True)):
-        code_seen = _private_index(seen)
-        place = places[code_seen] if code_seen is not None and code_seen < len(places) else None
-        if place is not None and contents[place[0]][place[1]] == real:
-            origin[k] = place
-        elif seen != real:
-            raise Untrackable("its output depends on the words of the messages")
-    _fill_gaps(origin, places, contents, text)
-    runs = list(_runs(origin, text))
-    # A run that does not begin after the one before in its group is the next of the equal messages.
-    turns: dict[int, tuple[int, int]] = {}
-    spans = []
-    for start, stop in runs:
-        place = origin[start]
-        assert place is not None
-        group, at = place
-        turn, before = turns.get(group, (0, -1))
-        turn += at <= before
-        turns[group] = (turn, at)
-        equal = [i for i, other in enumerate(groups) if other == group]
-        spans.append(Span(start, stop, equal[min(turn, len(equal) - 1)]))
-    return spans
-
-
-def _regions(content: str, program: str) -> Iterator[list[int]]:
-    """The characters to replace, between tags that the template may look for; space is none of them."""
-    region: list[int] = []
-    at = 0
-    for found in _KEPT.finditer(content):
-        space = found[0].isspace()
-        if space or found[0][:-1] in program:
-            region.extend(range(at, found.start()))
-            at = found.end()
-            if not space:
-                yield region
-                region = []
-    region.extend(range(at, len(content)))
-    yield region
-
-
-def _choose_places(contents: Sequence[str], which: Iterable[int], program: str) -> list[tuple[int, int]]:
-    """All characters of all regions; of very long contents some, but the first and last of each region."""
-    regions = [(i, region) for i in which for region in _regions(contents[i], program) if region]
-    step = -(-sum(len(region) for _, region in regions) // (_PRIVATE_SIZE // 2)) or 1
-    if step > 1:
-        regions = [(i, sorted({*region[::step], region[-1]})) for i, region in regions]
-    places = [(i, j) for i, region in regions for j in region]
-    if len(places) > _PRIVATE_SIZE:
-        raise Untrackable("it looks into messages that are too long to follow")
-    return places
-
-
-def _fill_gaps(
-    origin: list[tuple[int, int] | None],
-    places: Sequence[tuple[int, int]],
-    contents: Sequence[str],
-    text: str,
-) -> None:
-    """Takes in what was not coded (tags, space), where it stands whole between located characters.
-
-    The ends of a content count as located. A gap of which a part is missing stays the template's: what looks
-    like its rest may be the template's own text.
-    """
-    coded: dict[int, list[int]] = {}
-    for i, j in places:
-        coded.setdefault(i, []).append(j)
-    following = {(i, a): b for i, js in coded.items() for a, b in pairwise([*js, len(contents[i])])}
-    for k, place in enumerate(list(origin)):
-        if place is None:
-            continue
-        i, j = place
-        if j == coded[i][0] and text.endswith(contents[i][:j], 0, k):
-            origin[k - j : k] = [(i, at) for at in range(j)]
-        end = following[place]
-        gap = contents[i][j + 1 : end]
-        after = k + 1 + len(gap)
-        closed = end == len(contents[i]) or (after < len(origin) and origin[after] == (i, end))
-        if closed and text.startswith(gap, k + 1):
-            origin[k + 1 : after] = [(i, at) for at in range(j + 1, end)]
-
-
-def _runs(origin: Sequence[tuple[int, int] | None], text: str) -> Iterator[tuple[int, int]]:
-    """Runs of one message, without the space at their edges, which may be the template's as well."""
-    start = 0
-    for stop in range(1, len(origin) + 1):
-        first = origin[start]
-        if stop < len(origin) and first is not None:
-            here = origin[stop]
-            if here is not None and here[0] == first[0] and here[1] > first[1]:
-                continue
-        if first is not None:
-            words = text[start:stop]
-            left = start + len(words) - len(words.lstrip())
-            right = start + len(words.rstrip())
-            if left < right:
-                yield left, right
-        start = stop
+    def _find(
+        self,
+        render: RenderContents,
+        roles: Sequence[str],
+        contents: Sequence[str],
+        groups: Sequence[int],
+        keep: Sequence[bool],
+    ) -> Iterator[Layout]:
+        """The layout as remembered, then a new one: templates can write the time."""
+        kept = (content for content, is_kept in zip(contents, keep, strict=True) if is_kept)
+        key = (*roles, *groups, *keep, *kept)
+        if key in self._layouts:
+            yield self._layouts[key]
+        if len(self._layouts) >= _MAX_LAYOUTS:
+            self._layouts.clear()
+        self._layouts[key] = find_layout(render, contents, groups, keep)
+        yield self._layouts[key]
