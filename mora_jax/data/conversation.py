@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
+from mora_jax.data.segments import ROLE_SEGMENT
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -20,6 +22,10 @@ class Message:
     role: str
     content: str
     context: str = ""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLE_SEGMENT:
+            raise ValueError(f"unknown role {self.role!r}: expected one of {', '.join(ROLE_SEGMENT)}")
 
     @property
     def text(self) -> str:

@@ -130,7 +130,10 @@ def _content(value: Any, key: str, source: str) -> str:
     return "".join(texts)
 
 
-def _message(item: Any, key: str, role_key: str, content_key: str, source: str) -> Message:
+def read_message(
+    item: Any, key: str, source: str, role_key: str = "role", content_key: str = "content"
+) -> Message:
+    """One message from an object; `key` and `source` say in errors where it is."""
     if not isinstance(item, dict):
         raise InputError(
             f"{source}: `{key}` should be an object with `{role_key}` and `{content_key}`,"
@@ -157,7 +160,7 @@ def _turns(
     value: Any, key: str, source: str, role_key: str = "role", content_key: str = "content"
 ) -> list[Message]:
     items = _list(value, key, source)
-    return [_message(item, f"{key}[{i}]", role_key, content_key, source) for i, item in enumerate(items)]
+    return [read_message(item, f"{key}[{i}]", source, role_key, content_key) for i, item in enumerate(items)]
 
 
 def _messages(row: Row, source: str) -> Iterator[Conversation]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mora_jax.data.chat import ChatTemplate
 from mora_jax.data.conversation import Conversation, Message
-from mora_jax.data.formats import ROLES
+from mora_jax.data.formats import read_message
 from mora_jax.data.segments import Piece, Rendered, Segment
 from mora_jax.data.templates import TEMPLATES
 from mora_jax.data.tokens import tokenize
@@ -126,15 +126,15 @@ def render_prompt(
       tokenizer: a fast `transformers` tokenizer.
       messages: one user's text, or messages (also as `{"role": ..., "content": ...}`).
       template: as for `Renderer`.
+
+    Raises:
+      InputError: for messages that cannot be used.
     """
     if isinstance(messages, str):
-        messages = [Message("user", messages)]
-    turns = [m if isinstance(m, Message) else Message(_role(m["role"]), m["content"]) for m in messages]
+        messages = [{"role": "user", "content": messages}]
+    turns = [
+        item if isinstance(item, Message) else read_message(dict(item), f"messages[{index}]", "prompt")
+        for index, item in enumerate(messages)
+    ]
     text = Renderer(tokenizer, template).prompt(turns)
     return Prompt(text, tokenize([Rendered(text, (Piece(text, Segment.TEMPLATE),))], tokenizer)[0].input_ids)
-
-
-def _role(name: str) -> str:
-    if name not in ROLES:
-        raise InputError(f"unknown role {name!r}: expected one of {', '.join(ROLES)}")
-    return ROLES[name]

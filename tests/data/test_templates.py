@@ -176,8 +176,21 @@ def test_names_that_are_none(make_tokenizer):
         Renderer(make_tokenizer("metaspace"), "alpacca")
     with pytest.raises(InputError, match="no chat template"):
         Renderer(make_tokenizer("metaspace"), "tokenizer")
-    with pytest.raises(InputError, match="unknown role 'bot'"):
-        render_prompt(make_tokenizer("metaspace"), [{"role": "bot", "content": "a"}])
+    with pytest.raises(ValueError, match="unknown role 'bot'"):
+        Message("bot", "a")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "bot", "content": "a"}], r"prompt: `messages\[0\].role` is 'bot'; expected one of"),
+        ([{"content": "a"}], r"prompt: `messages\[0\]` has no `role`"),
+        ("a\udcff", r"prompt: `messages\[0\].content` holds a lone surrogate"),
+    ],
+)
+def test_prompts_that_cannot_be_used(messages, message, make_tokenizer):
+    with pytest.raises(InputError, match=message):
+        render_prompt(make_tokenizer("metaspace"), messages)
 
 
 def test_a_prompt_from_one_text(make_tokenizer):
