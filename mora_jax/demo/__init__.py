@@ -1,0 +1,33 @@
+"""A small embedded base model, an instruction set, and the demo that fine-tunes one on the other.
+
+`python -m mora_jax.demo` runs it. Importing this package starts nothing; it gives the
+paths of what is embedded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+PARTS = ("train", "held_out")
+
+
+def model_path() -> str:
+    """The folder of the embedded base model, in HuggingFace's layout.
+
+    >>> import json, pathlib
+    >>> json.loads((pathlib.Path(model_path()) / "config.json").read_text())["model_type"]
+    'llama'
+    """
+    return str(ASSETS / "model")
+
+
+def data_path(part: str = "train") -> str:
+    """The file of one part of the embedded instruction set: `train` or `held_out`.
+
+    >>> data_path("held_out").endswith("instructions_held_out.jsonl")
+    True
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
+    return str(ASSETS / f"instructions_{part}.jsonl")

@@ -1,0 +1,277 @@
+"""The demo's instruction set: twelve kinds of question whose answers can be checked.
+
+Each question asks about some *content* (a list of words, a fact, one word). The
+held-out part asks only about contents that the training part never shows, in any
+wording. For the questions about lists and facts the pretraining corpus leaves the
+held-out contents out as well (see :func:`reserved`), so that an answer can't have
+been read anywhere. The questions about single words (opposites, kinds, capitals,
+first letters, sequences) ask for knowledge that the corpus states, but in a form
+that the base model has never met.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mora_jax.demo import world
+
+SEED = 7
+HELD_OUT_PER_TASK = 20
+
+Content = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One instruction with the one right answer to it."""
+
+    task: str
+    content: Content
+    instruction: str
+    output: str
+
+    def row(self) -> dict[str, object]:
+        """The row of the data files: chat messages, and the task beside them."""
+        return {
+            "messages": [
+                {"role": "user", "content": self.instruction},
+                {"role": "assistant", "content": self.output},
+            ],
+            "task": self.task,
+        }
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question.
+
+    Attributes:
+      draw: makes one content at random, or `None` where `contents` lists them all.
+      contents: every content there is, for tasks with few of them.
+      answer: content -> answer.
+      show: content -> what stands in the wording.
+      wordings: the ways to ask.
+      rows: number of training rows.
+    """
+
+    name: str
+    answer: Callable[[Content], str]
+    show: Callable[[Content], str]
+    wordings: tuple[str, ...]
+    draw: Callable[[random.Random], Content] | None = None
+    contents: tuple[Content, ...] = ()
+    rows: int = 240
+
+
+def _list(low: int, high: int) -> Callable[[random.Random], Content]:
+    def draw(rng: random.Random) -> Content:
+        return tuple(rng.sample(world.NOUNS, rng.randint(low, high)))
+
+    return draw
+
+
+def _member(rng: random.Random) -> Content:
+    words = rng.sample(world.NOUNS, rng.randint(3, 5) + 1)
+    return (rng.choice(words[1:]) if rng.random() < 0.5 else words[0], *words[1:])
+
+
+def _fact(rng: random.Random) -> Content:
+    """(name, object, colour) asked for, then the other (name, object, colour)."""
+    names, goods = rng.sample(world.NAMES, 2), rng.sample(world.GOODS, 2)
+    colours = rng.sample(world.COLOURS, 2)
+    return (names[0], goods[0], colours[0], names[1], goods[1], colours[1])
+
+
+def show_fact(content: Content) -> str:
+    """Both facts as sentences, in an order that doesn't tell which one is asked for."""
+    sentences = [f"{n} has a {c} {g}." for n, g, c in (content[:3], content[3:])]
+    return " ".join(sorted(sentences))
+
+
+def _windows() -> tuple[Content, ...]:
+    """Every run of three in a sequence, with the one that follows it."""
+    return tuple(tuple(order[i : i + 4]) for order in world.SEQUENCES.values() for i in range(len(order) - 3))
+
+
+def _words(words: tuple[str, ...]) -> tuple[Content, ...]:
+    return tuple((word,) for word in words)
+
+
+TASKS: tuple[Task, ...] = (
+    Task(
+        "repeat",
+        world.join,
+        world.join,
+        ("Repeat these words: {}", "Write this list again: {}", "Copy the list: {}"),
+        draw=_list(2, 5),
+    ),
+    Task(
+        "reverse",
+        lambda c: world.join(c[::-1]),
+        world.join,
+        ("Reverse the list: {}", "Write these words backwards: {}", "Turn this list round: {}"),
+        draw=_list(3, 4),
+    ),
+    Task(
+        "sort",
+        lambda c: world.join(sorted(c)),
+        world.join,
+        ("Sort by the alphabet: {}", "Put these words in alphabetical order: {}"),
+        draw=_list(3, 4),
+    ),
+    Task(
+        "first",
+        lambda c: c[0],
+        world.join,
+        ("What is the first word of this list: {}", "Give me the first of these: {}"),
+        draw=_list(3, 5),
+    ),
+    Task(
+        "last",
+        lambda c: c[-1],
+        world.join,
+        ("What is the last word of this list: {}", "Give me the last of these: {}"),
+        draw=_list(3, 5),
+    ),
+    Task(
+        "count",
+        lambda c: world.NUMBERS[len(c) - 1],
+        world.join,
+        ("How many words are there: {}", "Count the words: {}"),
+        draw=_list(2, 5),
+    ),
+    Task(
+        "member",
+        lambda c: "yes" if c[0] in c[1:] else "no",
+        lambda c: f"{c[0]} in the list {world.join(c[1:])}",
+        ("Is {}?", "Yes or no: is {}?"),
+        draw=_member,
+    ),
+    Task(
+        "fact",
+        lambda c: c[2],
+        lambda c: f"{show_fact(c)} What colour is the {c[1]} of {c[0]}?",
+        ("{}", "Read this and answer. {}"),
+        draw=_fact,
+    ),
+    Task(
+        "next",
+        lambda c: c[3],
+        lambda c: world.join(c[:3]),
+        ("What comes next: {}", "Go on with one more: {}"),
+        contents=_windows(),
+    ),
+    Task(
+        "opposite",
+        lambda c: world.OPPOSITE[c[0]],
+        lambda c: c[0],
+        ("What is the opposite of {}?", "Give me the opposite word for {}."),
+        contents=_words(tuple(world.OPPOSITE)),
+    ),
+    Task(
+        "kind",
+        lambda c: world.KIND_OF[c[0]],
+        lambda c: world.article(c[0]),
+        ("What kind of thing is {}?", "Say what {} is."),
+        contents=_words(world.NOUNS),
+    ),
+    Task(
+        "capitals",
+        lambda c: c[0].upper(),
+        lambda c: c[0],
+        ("Write {} in capitals.", "Make {} upper case."),
+        contents=_words(world.NOUNS),
+    ),
+)
+
+
+def subject(task: Task, content: Content) -> tuple[str, ...]:
+    """What must not be shared between the parts.
+
+    Lists count as sets of words, so that a held-out list isn't met in another order;
+    of a fact it is the statement that is asked for; else the content itself.
+    """
+    if task.name == "fact":
+        return content[:3]
+    if task.name == "member":
+        return tuple(sorted(set(content[1:])))
+    if task.draw is not None:
+        return tuple(sorted(content))
+    return content
+
+
+def _contents(task: Task, rng: random.Random) -> Iterator[Content]:
+    """Contents with subjects that differ from each other, in random order."""
+    if task.draw is None:
+        yield from rng.sample(task.contents, len(task.contents))
+        return
+    seen: set[tuple[str, ...]] = set()
+    while True:
+        content = task.draw(rng)
+        if subject(task, content) not in seen:
+            seen.add(subject(task, content))
+            yield content
+
+
+def _ask(task: Task, content: Content, wording: str) -> Question:
+    return Question(task.name, content, wording.format(task.show(content)), task.answer(content))
+
+
+def build(seed: int = SEED) -> tuple[list[Question], list[Question]]:
+    """Draws the instruction set.
+
+    Returns:
+      The training questions in random order, and the held-out ones by task. No
+      subject of a held-out question belongs to a training question of the same task,
+      and no list of a held-out question to any training question.
+    """
+    held_out: list[Question] = []
+    sources: list[tuple[Task, Iterator[Content], random.Random]] = []
+    for task in TASKS:
+        rng = random.Random(f"{seed}/{task.name}")
+        contents = _contents(task, rng)
+        for _ in range(HELD_OUT_PER_TASK):
+            held_out.append(_ask(task, next(contents), rng.choice(task.wordings)))
+        sources.append((task, contents, rng))
+
+    lists, _facts = reserved(held_out)
+    train: list[Question] = []
+    for task, contents, rng in sources:
+        rows: list[Question] = []
+        for content in contents:
+            if task.draw is not None and task.name != "fact" and frozenset(subject(task, content)) in lists:
+                continue
+            if task.name == "fact" and any(f in _facts for f in (content[:3], content[3:])):
+                continue
+            # Few contents are asked in every wording, many in one each.
+            wordings = task.wordings if task.draw is None else (rng.choice(task.wordings),)
+            rows += [_ask(task, content, wording) for wording in wordings]
+            if len(rows) >= task.rows:
+                break
+        train += rows[: task.rows]
+    random.Random(seed).shuffle(train)
+    return train, held_out
+
+
+def reserved(held_out: list[Question]) -> tuple[set[frozenset[str]], set[Content]]:
+    """What the pretraining corpus must leave out: (word lists as sets, facts)."""
+    by_name = {task.name: task for task in TASKS}
+    lists: set[frozenset[str]] = set()
+    facts: set[Content] = set()
+    for question in held_out:
+        task = by_name[question.task]
+        if task.name == "fact":
+            facts.add(question.content[:3])
+        elif task.draw is not None:
+            lists.add(frozenset(subject(task, question.content)))
+    return lists, facts
+
+
+def write(questions: list[Question], path: Path) -> None:
+    """Writes one JSON object a line."""
+    lines = [json.dumps(question.row(), ensure_ascii=False) for question in questions]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

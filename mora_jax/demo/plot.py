@@ -1,0 +1,118 @@
+"""The demo's picture: held-out loss over the training, and what was gained and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mora_jax.demo.cells import MODES, Curve
+from mora_jax.demo.table import Row
+
+#: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
+STYLES: tuple[tuple[str, Any, str], ...] = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", (0, (5, 2)), "s"),
+    ("#009E73", (0, (1, 1)), "^"),
+    ("#000000", (0, (4, 1, 1, 1)), "D"),
+)
+
+
+def draw(rows: Sequence[Row], curves: Mapping[tuple[str, str], Curve], path: Path) -> None:
+    """Writes the picture as PNG.
+
+    Args:
+      rows: the table's lines, the base model first.
+      curves: by (method, loss mode).
+      path: where to.
+    """
+    # A figure of its own, not pyplot: nothing global, no display needed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    methods = list(dict.fromkeys(row.method for row in rows if row.before))
+    styles = {method: STYLES[i % len(STYLES)] for i, method in enumerate(methods)}
+    low = min(min(curve.held_out_loss) for curve in curves.values())
+    high = max(max(curve.held_out_loss) for curve in curves.values())
+    for panel, mode in zip(panels[:2], MODES, strict=True):
+        _draw_curves(panel, mode, curves, styles)
+        panel.set_ylim(low / 1.2, high * 1.2)
+        _plain_ticks(panel.yaxis)
+    _draw_trade(panels[2], rows, styles)
+    handles = [
+        Line2D([], [], color=colour, linestyle=dash, marker=marker, label=method)
+        for method, (colour, dash, marker) in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Writes a logarithmic axis in plain numbers, at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _draw_curves(
+    panel: Any, mode: str, curves: Mapping[tuple[str, str], Curve], styles: Mapping[str, Any]
+) -> None:
+    for (method, curve_mode), curve in curves.items():
+        if curve_mode == mode:
+            colour, dash, marker = styles[method]
+            panel.plot(
+                curve.steps,
+                curve.held_out_loss,
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                markersize=5,
+            )
+    panel.set_yscale("log")
+    panel.set_title(f"Trained with {mode} loss")
+    panel.set_xlabel("optimiser step")
+    panel.set_ylabel("loss on held-out answers (nats a token)")
+    panel.grid(alpha=0.3)
+
+
+def _draw_trade(panel: Any, rows: Sequence[Row], styles: Mapping[str, Any]) -> None:
+    from matplotlib.lines import Line2D
+
+    base = rows[0].scores
+    panel.axvline(base.base_perplexity, color="0.6", linewidth=1, zorder=0)
+    panel.plot(base.base_perplexity, 100 * base.exact_match, "*", color="#CC79A7", markersize=15)
+    for row in rows[1:]:
+        colour, _dash, marker = styles[row.method]
+        panel.plot(
+            row.scores.base_perplexity,
+            100 * row.scores.exact_match,
+            marker=marker,
+            markersize=9,
+            linestyle="none",
+            color=colour,
+            markerfacecolor=colour if row.mode == "masked" else "white",
+            markeredgewidth=1.6,
+        )
+    panel.set_xscale("log")
+    _plain_ticks(panel.xaxis)
+    panel.set_ylim(-4, 104)
+    panel.set_title("Learned against forgotten")
+    panel.set_xlabel("perplexity of base text (grey line: before fine-tuning)")
+    panel.set_ylabel("exact match on held-out questions (%)")
+    panel.grid(alpha=0.3)
+    kinds = (
+        ("*", "#CC79A7", "#CC79A7", "base model"),
+        ("o", "0.3", "0.3", "filled: masked loss"),
+        ("o", "0.3", "white", "hollow: unmasked loss"),
+    )
+    handles = [
+        Line2D([], [], linestyle="none", marker=m, color=c, markerfacecolor=f, markersize=8, label=text)
+        for m, c, f, text in kinds
+    ]
+    panel.legend(handles=handles, frameon=False, fontsize=9, loc="best")

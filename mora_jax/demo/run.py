@@ -1,0 +1,126 @@
+"""Runs the demo: every cell from the same start, one table, one plot."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from mora_jax.data import EncodedDataset, load_rows
+from mora_jax.demo import data_path, model_path
+from mora_jax.demo.cells import METHODS, MODES, Curve, Method, Trainer
+from mora_jax.demo.measure import Judge
+from mora_jax.demo.options import STEPS
+from mora_jax.demo.plot import draw
+from mora_jax.demo.table import Row, print_table
+from mora_jax.interop import load_pretrained
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Results:
+    """Everything that the run measured."""
+
+    rows: list[Row]
+    curves: dict[tuple[str, str], Curve]
+    seconds: dict[tuple[str, str], float]
+
+
+def run(
+    *,
+    methods: Sequence[Method] = METHODS,
+    steps: int = STEPS,
+    seed: int = 0,
+    questions: int | None = None,
+    say: Say = lambda line: None,
+) -> Results:
+    """Fine-tunes with every method in both loss modes and measures each.
+
+    Args:
+      methods: the rows of the table, each twice.
+      steps: optimiser steps of a cell.
+      seed: of initial adapters and of the order of the data.
+      questions: held-out questions of each task; None: all.
+      say: takes lines about the progress.
+    """
+    begun = time.perf_counter()
+    base, tokenizer = load_pretrained(model_path(), dtype="float32")
+    judge = Judge(base, tokenizer, questions=questions)
+    before = judge(base)
+    total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(base, nnx.Param)))
+    say(f"base model: {total:,} parameters, held-out exact match {before.exact_match:.1%}")
+    results = Results([Row("base model", "-", 0, before)], {}, {})
+    rows = load_rows(data_path("train"))
+    datasets = {mode: EncodedDataset.build(rows, tokenizer, mode=mode) for mode in MODES}
+    for method in methods:
+        started = time.perf_counter()
+        trainer = Trainer(method, steps=steps, seed=seed)
+        for mode in MODES:
+            trained = trainer.run(datasets[mode], held_out_loss=judge.response_loss)
+            scores = judge(trained.model)
+            seconds = time.perf_counter() - started
+            key = (method.name, mode)
+            results.rows.append(Row(*key, trained.trainable, scores, before, trained.tokens_per_second))
+            results.curves[key], results.seconds[key] = trained.curve, seconds
+            say(f"{method.name}, {mode}: exact match {scores.exact_match:.1%} after {seconds:.1f} s")
+            started = time.perf_counter()
+    say(f"all cells: {time.perf_counter() - begun:.0f} s")
+    return results
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Runs the demo with parsed options; returns the exit code."""
+    say = _Progress()
+    results = run(steps=args.steps, seed=args.seed, say=say)
+    title = f"Held-out questions: {len(results.rows[0].scores.answers)}; {args.steps} steps a cell"
+    print_table(results.rows, title)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_figures(results, args.out / "results.json")
+    if importlib.util.find_spec("matplotlib") is None:
+        say("no plot: matplotlib is not installed; pip install 'mora-jax[plots]' brings it")
+    else:
+        draw(results.rows, results.curves, args.out / "curves.png")
+        say(f"plot: {args.out / 'curves.png'}; all figures: {args.out / 'results.json'}")
+    return 0
+
+
+def write_figures(results: Results, path: Path) -> None:
+    """Writes every figure of the run as JSON, the answers included."""
+    rows = []
+    for row in results.rows:
+        entry = {
+            "method": row.method,
+            "loss": row.mode,
+            "trainable_parameters": row.trainable,
+            "tokens_per_second": row.tokens_per_second,
+            **dataclasses.asdict(row.scores),
+        }
+        curve = results.curves.get((row.method, row.mode))
+        if curve is not None:
+            entry["curve"] = dataclasses.asdict(curve)
+            entry["wall_seconds"] = results.seconds[row.method, row.mode]
+        rows.append(entry)
+    # Beside the target first, so that an interrupted run leaves no half a file.
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+class _Progress:
+    """Lines on stderr with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.perf_counter() - self._start:5.1f} s] {line}", file=sys.stderr, flush=True)
