@@ -54,12 +54,12 @@ class Rows(Sequence[Conversation]):
 
     Attributes:
       conversations: in the order of the files.
-      format: the name of the format they were read as.
+      format: the name of the format they were read as; empty if they come from no file.
       files: the paths.
     """
 
     conversations: list[Conversation]
-    format: str
+    format: str = ""
     files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -73,4 +73,6 @@ class Rows(Sequence[Conversation]):
         return self.conversations[index]
 
     def __str__(self) -> str:
-        return f"{len(self)} rows of format `{self.format}` from {', '.join(self.files) or 'memory'}"
+        return (
+            f"{len(self)} rows of format `{self.format or 'none'}` from {', '.join(self.files) or 'memory'}"
+        )

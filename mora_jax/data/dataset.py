@@ -145,9 +145,7 @@ def load_examples(
     return EncodedDataset.build(load_rows(paths, format), tokenizer, **settings)
 
 
-def split_rows(
-    rows: Sequence[Conversation], fraction: float, seed: int = 0
-) -> tuple[list[Conversation], list[Conversation]]:
+def split_rows(rows: Sequence[Conversation], fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
     """Sets a part of the rows aside for evaluation.
 
     Args:
@@ -165,9 +163,10 @@ def split_rows(
         raise InputError(f"eval_fraction {fraction} of {len(rows)} rows leaves nothing to train on")
     chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held_out].tolist())
     parts: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for index in range(len(rows)):
-        parts[index in chosen].append(rows[index])
-    return parts
+    for index, row in enumerate(rows):
+        parts[index in chosen].append(row)
+    origin = (rows.format, rows.files) if isinstance(rows, Rows) else ("", ())
+    return Rows(parts[0], *origin), Rows(parts[1], *origin)
 
 
 def _nothing_left(report: Report, encoder: Encoder) -> str:

@@ -13,6 +13,7 @@ from mora_jax.data import (
     Conversation,
     EncodedDataset,
     Message,
+    Rows,
     Segment,
     describe_example,
     inspect_data,
@@ -150,7 +151,8 @@ def test_split_is_the_same_for_the_same_seed():
     assert (len(train), len(held_out)) == (15, 5)
     assert sorted([*train, *held_out], key=rows.index) == rows
     assert (train, held_out) == split_rows(rows, 0.25, seed=3)
-    assert held_out != split_rows(rows, 0.25, seed=4)[1]
+    assert list(held_out) != list(split_rows(rows, 0.25, seed=4)[1])
+    assert split_rows(Rows(rows, "alpaca", ("f",)), 0.25)[1].format == "alpaca"
     assert len(split_rows(rows, 0.001)[1]) == 1
 
 
