@@ -65,7 +65,8 @@ class AttachReport:
         ]
         rule = "─" * max(len(line) for line in lines)
         lines = [lines[0], rule, *lines[1:], rule] if self.matches else []
-        lines.append(f"{self.method}: {self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)")
+        share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
+        lines.append(f"{self.method}: {share}")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
@@ -96,7 +97,9 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
         if has_adapter(place):
             raise ValueError(f"{place.title} carries an adapter already; merge it before attaching another")
         if place.is_embedding and not method.on_embeddings:
-            raise ValueError(f"{place.title} is an embedding, for which {method.method} has no form; leave it out of targets")
+            raise ValueError(
+                f"{place.title} is an embedding, for which {method.method} has no form; leave it out of targets"
+            )
     for place, mask in selected:
         _put(place, mask, method, config, rngs)
     return report_of(model)
@@ -185,7 +188,8 @@ def _train_everything(model: nnx.Module) -> AttachReport:
                 array = value[...]
                 if not jnp.issubdtype(array.dtype, jnp.floating):
                     continue
-                metadata = {k: v for k, v in value.get_metadata().items() if k not in ("hijax", "ref", "eager_sharding")}
+                axes = value.get_metadata().get("axes")
+                metadata = {} if axes is None else {"axes": axes}
                 masters[id(value)] = FullParam(array.astype(jnp.float32), **metadata)
                 trainable += array.size
             setattr(node, name, masters[id(value)])

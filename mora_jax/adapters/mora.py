@@ -2,15 +2,15 @@
 
 `y = x W + decompress(compress(x) Mᵀ)`, where compression and decompression have no parameters. The kinds:
 
-| kind                 | compress                         | decompress          | where                                   |
-|----------------------|----------------------------------|---------------------|-----------------------------------------|
-| `sharing`            | strided groups, cyclic padding   | tile                | equation 6, reference type 1            |
-| `grouped`            | contiguous groups                | repeat each entry   | ReMoRA, reference type 2                |
-| `grouped_tile`       | contiguous groups                | tile                | ReMoRA, reference type 3                |
-| `strided_interleave` | strided groups, cyclic padding   | repeat each entry   | ReMoRA, reference type 4                |
-| `rotation`           | blocks, block k rotated by kθ    | concatenate, tile   | equation 9, reference type 6            |
-| `decouple`           | blocks                           | concatenate, tile   | equation 8                              |
-| `truncation`         | the first q features             | zeros after         | equations 4 and 5                       |
+| kind                 | compress                         | decompress          | where                          |
+|----------------------|----------------------------------|---------------------|--------------------------------|
+| `sharing`            | strided groups, cyclic padding   | tile                | equation 6, reference type 1   |
+| `grouped`            | contiguous groups                | repeat each entry   | ReMoRA, reference type 2       |
+| `grouped_tile`       | contiguous groups                | tile                | ReMoRA, reference type 3       |
+| `strided_interleave` | strided groups, cyclic padding   | repeat each entry   | ReMoRA, reference type 4       |
+| `rotation`           | blocks, block k rotated by kθ    | concatenate, tile   | equation 9, reference type 6   |
+| `decouple`           | blocks                           | concatenate, tile   | equation 8                     |
+| `truncation`         | the first q features             | zeros after         | equations 4 and 5              |
 
 M starts at zero, so a fresh adapter changes nothing. Neither alpha nor 1/rank scales MoRA. Where paper and the authors'
 code differ (rounding of q, pairing in the rotation, cyclic padding), files made by the authors' code decide.

@@ -166,7 +166,7 @@ class Projection(nnx.Module):
         self.adapters[name] = adapter
 
     def merge_adapters(self) -> None:
-        """Folds every adapter into the kernel, layer by layer: summed in float32, rounded once to the kernel's dtype."""
+        """Folds every adapter into the kernel, layer by layer: summed in float32, rounded once."""
         for name, adapter in list(self.adapters.items()):
             index = (..., *self.part_slice(name))
             shape = self.layout.part_shape(self._index(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flax import nnx
 
@@ -19,6 +20,7 @@ class Place:
 
     Attributes:
         paths: its module path; for a stacked projection one a layer, in HuggingFace's names.
+        aliases: the other paths of a module that the model uses in several places.
         layer: the module that holds it.
         part: its name inside a `Projection`, else None.
         in_features, out_features: its sizes.
@@ -29,6 +31,7 @@ class Place:
     part: str | None
     in_features: int
     out_features: int
+    aliases: tuple[str, ...] = ()
 
     @property
     def is_embedding(self) -> bool:
@@ -48,7 +51,9 @@ class Place:
 
 def places(model: nnx.Module) -> Iterator[Place]:
     """Every matrix of `model` that could carry an adapter, in the order of the module tree, shared modules once."""
-    for path, node in nnx.iter_graph(model):
+    names: dict[int, list[str]] = {}
+    _collect_paths(model, (), (), names)
+    for _, node in nnx.iter_graph(model):
         if isinstance(node, Projection):
             for part in node.parts:
                 layers = [None] if node.num_layers is None else range(node.num_layers)
@@ -57,7 +62,28 @@ def places(model: nnx.Module) -> Iterator[Place]:
         elif type(node) in ADAPTED or isinstance(node, Adapted):
             shape = matrix_shape(node)
             if shape is not None:
-                yield Place((".".join(str(name) for name in path),), node, None, *shape)
+                first, *others = sorted(names[id(node)], key=lambda path: (path.count("."), path))
+                yield Place((first,), node, None, *shape, aliases=tuple(others))
+
+
+def _collect_paths(node: Any, path: tuple[str, ...], above: tuple[int, ...], names: dict[int, list[str]]) -> None:
+    """Notes every way that leads to each module; `above` keeps a module that refers to its owner from looping."""
+    if isinstance(node, nnx.Module):
+        if id(node) in above:
+            return
+        names.setdefault(id(node), []).append(".".join(path))
+        above = (*above, id(node))
+    if isinstance(node, nnx.List | list | tuple):
+        children: Any = enumerate(node)
+    elif isinstance(node, nnx.Module):
+        children = vars(node).items()
+    elif isinstance(node, dict):
+        children = node.items()
+    else:
+        return
+    for name, child in children:
+        if isinstance(child, nnx.Module | list | tuple | dict):
+            _collect_paths(child, (*path, str(name)), above, names)
 
 
 def has_adapter(place: Place) -> bool:
@@ -103,6 +129,8 @@ def select(model: nnx.Module, targets: Targets) -> list[tuple[Place, tuple[bool,
     for place in places(model):
         seen.append(place)
         mask = tuple(bool(matches(place, path)) for path in place.paths)
+        if any(matches(place, path) for path in place.aliases):
+            mask = (True,)
         if any(mask):
             found.append((place, mask))
     could = ", ".join(place.title for place in seen) or "none: the model has no linear layer"
@@ -110,6 +138,7 @@ def select(model: nnx.Module, targets: Targets) -> list[tuple[Place, tuple[bool,
         raise ValueError(f"targets {targets!r} match no layer; layers that could have matched: {could}")
     if not isinstance(targets, str):
         for name in targets:
-            if not any(path == name or path.endswith("." + name) for place in seen for path in place.paths):
+            paths = (path for place in seen for path in (*place.paths, *place.aliases))
+            if not any(path == name or path.endswith("." + name) for path in paths):
                 raise ValueError(f"target {name!r} matches no layer; layers that could have matched: {could}")
     return found

@@ -110,7 +110,7 @@ class OptimizerConfig:
     """Section `optimizer`."""
 
     name: str = key("adamw", "The optimizer.", choices=("adamw",))
-    learning_rate: float = key(2e-4, "Peak learning rate.", above=0)
+    learning_rate: float = key(2e-4, "Peak learning rate.", above=0, at_most=10)
     schedule: str = key(
         "linear", "Course of the learning rate after warm-up.", choices=("constant", "linear", "cosine")
     )

@@ -82,6 +82,9 @@ class Display:
         """Leaves the terminal as it was."""
         self.close()
 
+    def loading(self, words: str) -> None:
+        """Says what happens before the start, where that can be taken away again."""
+
     def start(self, info: RunInfo) -> None:
         """Shows what is about to be trained."""
         self.steps = info.steps

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -23,9 +24,16 @@ class LiveDisplay(Display):
         self.console = Console(stderr=True, highlight=False) if console is None else console
         self.progress: Progress | None = None
         self.first: tuple[int, float] | None = None
+        self.status: Status | None = None
+
+    def loading(self, words: str) -> None:
+        """Shows a line with a spinner until the start."""
+        self.status = self.console.status(Text(printable(words)))
+        self.status.start()
 
     def start(self, info: RunInfo) -> None:
         """Draws the panel and starts the bar."""
+        self.close()
         self.steps = info.steps
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
@@ -74,6 +82,9 @@ class LiveDisplay(Display):
 
     def close(self) -> None:
         """Takes the bar away and shows the cursor again."""
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

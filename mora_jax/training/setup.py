@@ -159,12 +159,12 @@ def encode_data(
         held_out = load_rows(section.eval, section.format)
     elif section.eval_fraction > 0:
         rows, held_out = split_rows(rows, section.eval_fraction, config.seed)
-    shared = dict(
-        template=section.template,
-        max_length=section.max_length,
-        truncation=section.truncation,
-        vocab_size=vocab_size,
-    )
+    shared: dict[str, Any] = {
+        "template": section.template,
+        "max_length": section.max_length,
+        "truncation": section.truncation,
+        "vocab_size": vocab_size,
+    }
     weight = mode.prompt_weight if mode.mode == "weighted" else 0.0
     train = EncodedDataset.build(rows, tokenizer, mode=mode.mode, prompt_weight=weight, **shared)
     evaluation = None
