@@ -73,6 +73,9 @@ def open_checkpoint(folder: Path) -> TensorFiles:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise InputError(f"{index} has no weight_map of tensor names to files")
+        outside = sorted({file for file in weight_map.values() if Path(file).name != file})
+        if outside:
+            raise InputError(f"{index} names files outside the folder: {', '.join(outside[:3])}")
         files = TensorFiles(folder, [folder / file for file in sorted(set(weight_map.values()))])
         absent = [name for name in weight_map if name not in files]
         if absent:

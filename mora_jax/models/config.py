@@ -66,7 +66,7 @@ class DecoderConfig:
     final_softcap: float | None = None
     initializer_range: float = 0.02
     names: TensorNames = TensorNames()
-    source: str = "{}"
+    source: str = dataclasses.field(default="{}", repr=False)
 
     @property
     def q_per_kv(self) -> int:

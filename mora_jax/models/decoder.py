@@ -227,7 +227,8 @@ class Decoder(nnx.Module):
                 if self.remat == "full"
                 else policies.dots_with_no_batch_dims_saveable
             )
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            # Inside a loop nothing is merged across forward and backward; without one XLA would undo this.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=self._unroll() == config.num_layers)
         stored = None if cache is None else (cache.keys, cache.values)
         xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
         (x, stored), _ = jax.lax.scan(body, (x, stored), xs, unroll=self._unroll())

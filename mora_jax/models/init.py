@@ -32,10 +32,12 @@ def init_decoder(
         unroll: layers per iteration of the scan; None for the backend's default.
         remat: "none", "dots" or "full".
     """
+    where = "config"
     if isinstance(config, (str, os.PathLike)):
-        config = read_json(Path(config) / "config.json" if Path(config).is_dir() else Path(config))
+        path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+        config, where = read_json(path), str(path)
     if isinstance(config, dict):
-        config = read_config(config)
+        config = read_config(config, where)
     return Decoder(config, dtype=read_dtype(dtype), rngs=rngs, unroll=unroll, remat=remat)
 
 

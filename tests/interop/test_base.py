@@ -75,6 +75,10 @@ def test_an_index_without_a_map(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(mj.InputError, match="has no weight_map"):
         load(folder)
+    weight_map = {"model.norm.weight": "../model.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(mj.InputError, match="names files outside the folder"):
+        load(folder)
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])

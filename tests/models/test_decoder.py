@@ -1,5 +1,7 @@
 """The decoder by itself: segments, positions, dtypes, errors. test_families checks what it computes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +194,17 @@ def test_random_weights_follow_the_config_and_the_key():
     assert abs(float(kernel.std()) - LLAMA["initializer_range"]) < 0.01
     close(init_decoder(LLAMA, nnx.Rngs(0))(IDS), first(IDS))
     assert not np.allclose(init_decoder(LLAMA, nnx.Rngs(1))(IDS), first(IDS), atol=1e-2)
+
+
+def test_configs_come_from_files_too(tmp_path, model):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert init_decoder(path, nnx.Rngs(0)).config == model.config
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"hidden_size": 0}))
+    with pytest.raises(mj.InputError, match=f"^{tmp_path}/config.json: hidden_size must be"):
+        init_decoder(tmp_path, nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="nowhere does not exist"):
+        init_decoder(tmp_path / "nowhere", nnx.Rngs(0))
 
 
 def test_the_head_gives_the_logits(model):
