@@ -13,12 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     parser.add_argument("--system", metavar="TEXT", help="a system message before it")
     add_number(parser, "--max-new-tokens", int, 256, "Most tokens of the answer.", at_least=1)
-    add_number(
-        parser, "--temperature", float, 0.0, "0 takes the likeliest token; larger is freer.", at_least=0
-    )
-    add_number(
-        parser, "--top-p", float, 1.0, "Draws among the likeliest tokens of this share.", above=0, at_most=1
-    )
+    add_number(parser, "--temperature", float, 0.0, "0 takes the likeliest token; larger is freer.", at_least=0)
+    add_number(parser, "--top-p", float, 1.0, "Draws among the likeliest tokens of this share.", above=0, at_most=1)
     add_key(parser, "--seed", "seed", help="Equal seeds give equal draws")
     add_key(parser, "--template", "data.template")
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": demo,
 }
 EXIT_INPUT, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATE = 2, 130, 141, 143
+SMALLER = "choose fewer rows at once, shorter rows, or a smaller rank or model"
 # What the user's disk and paths can do to any command; every other OSError is a bug.
 DISK_ERRNOS = {
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
@@ -47,9 +48,7 @@ class Parser(argparse.ArgumentParser):
 class ShowVersion(argparse.Action):
     """Prints the installed version and exits."""
 
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> NoReturn:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         """Does so when the option is met."""
         print(importlib.metadata.version("mora-jax"))
         raise SystemExit(0)
@@ -105,6 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _drop_stdout()
         return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}; {SMALLER}")
+    except RuntimeError as error:
+        # Backends have no class of their own for it.
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        first = str(error).splitlines()[0].rstrip(".")
+        return _fail(f"out of memory: {first}; {SMALLER}")
     except KeyboardInterrupt:
         return EXIT_INTERRUPT
     finally:

@@ -12,9 +12,7 @@ HELP = "fold an adapter into its base model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model"
-    )
+    parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
     parser.add_argument("--adapter", required=True, metavar="A", help="adapter folder, or a run directory")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist yet")
     add_key(parser, "--dtype", "model.dtype", help="Dtype of the written weights", default="float32")

@@ -23,9 +23,7 @@ def load(path: str, adapter: str | None, dtype: str | None, unroll: int | None =
     folder = None if adapter is None else adapter_folder(adapter)
     model, tokenizer = load_pretrained(path, dtype=dtype, unroll=unroll)
     if tokenizer is None:
-        raise InputError(
-            f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights"
-        )
+        raise InputError(f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if folder is not None:
         load_adapter(model, folder)
     return model, tokenizer

@@ -38,33 +38,25 @@ def add_key(parser: argparse.ArgumentParser, flag: str, name: str, *, help: str 
     add_value(parser, flag, keys()[name], help=help, **changes)
 
 
-def add_number(
-    parser: argparse.ArgumentParser, flag: str, type_: type, default: Any, doc: str, **limits: Any
-) -> None:
+def add_number(parser: argparse.ArgumentParser, flag: str, type_: type, default: Any, doc: str, **limits: Any) -> None:
     """Adds a number option with a range (see `Allowed`)."""
     options = (type_, type(None)) if default is None else (type_,)
     add_value(parser, flag, Key(flag, options, default, Allowed(doc, **limits)))
 
 
-def add_value(
-    parser: argparse.ArgumentParser, flag: str, key: Key, *, help: str = "", **changes: Any
-) -> None:
+def add_value(parser: argparse.ArgumentParser, flag: str, key: Key, *, help: str = "", **changes: Any) -> None:
     """Adds an option whose value a `Key` checks."""
     default = changes.pop("default", key.default)
     words = f"{(help or key.allowed.doc).rstrip('.')} ({key.describe()}; default: {_shown(default)})"
     metavar = flag.rpartition("-")[2].upper()
     changes.setdefault("metavar", metavar)
     # A '%' in help would be argparse's formatting.
-    parser.add_argument(
-        flag, action=KeyAction, key=key, default=default, help=words.replace("%", "%%"), **changes
-    )
+    parser.add_argument(flag, action=KeyAction, key=key, default=default, help=words.replace("%", "%%"), **changes)
 
 
 def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False) -> None:
     """Adds `--model`, `--adapter` and `--dtype`."""
-    parser.add_argument(
-        "--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model"
-    )
+    parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
     parser.add_argument(
         "--adapter",
         required=adapter_required,
@@ -77,9 +69,7 @@ def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which examples are read and which of their tokens carry loss."""
     data = dataclasses.replace(keys()["data.train"], name="--data", default=None)
-    parser.add_argument(
-        "--data", action=KeyAction, key=data, required=True, metavar="FILE", help="data file or files"
-    )
+    parser.add_argument("--data", action=KeyAction, key=data, required=True, metavar="FILE", help="data file or files")
     add_key(parser, "--format", "data.format")
     add_key(parser, "--template", "data.template")
     add_key(parser, "--max-length", "data.max_length")

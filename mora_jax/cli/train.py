@@ -18,16 +18,11 @@ HELP = "fine-tune a model"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.usage = (
-        "mora-jax train [--config FILE] [--config.KEY=VALUE ...] [--overwrite]\n"
-        "       mora-jax train --resume RUN"
+        "mora-jax train [--config FILE] [--config.KEY=VALUE ...] [--overwrite]\n       mora-jax train --resume RUN"
     )
     parser.add_argument("--config", metavar="FILE", help="config file, such as configs/smollm2_dolly.py")
-    parser.add_argument(
-        "--resume", metavar="RUN", help="continue the run in this directory from its last checkpoint"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a run that is already in config.out"
-    )
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this directory from its last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in config.out")
     lines = ["configuration keys:"]
     for name, key in keys().items():
         default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.default}"
@@ -47,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for given, flag in others:
             if given:
-                raise InputError(
-                    f"{flag} can't be given with --resume, which goes on as the run's config.json says"
-                )
+                raise InputError(f"{flag} can't be given with --resume, which goes on as the run's config.json says")
     else:
         from mora_jax.training.config_file import load_config
 
@@ -59,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.training import loop
     from mora_jax.training.display import make_display
 
-    if args.resume is not None:
-        return loop.resume(args.resume, make_display())
-    return loop.train(config, make_display(), overwrite=args.overwrite)
+    with make_display() as display:
+        if args.resume is not None:
+            display.loading(f"loading the run in {args.resume}")
+            return loop.resume(args.resume, display)
+        display.loading(f"loading {config.model.path}")
+        return loop.train(config, display, overwrite=args.overwrite)

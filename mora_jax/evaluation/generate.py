@@ -75,7 +75,7 @@ class Generator:
         """
         ids, segments = self._pad([prompt_ids])
         count = self._room([prompt_ids], max_new_tokens)
-        cache = self.model.init_cache(1, ids.shape[1] + _round_up(max_new_tokens))
+        cache = self.model.init_cache(1, ids.shape[1] + _round_up(count))
         key = jax.random.key(self.sampling.seed)
         draw = (jnp.float32(self.sampling.temperature), jnp.float32(self.sampling.top_p))
         token: Any = jnp.asarray(ids)
@@ -112,9 +112,9 @@ class Generator:
         key = jax.random.key(self.sampling.seed)
         greedy = self.sampling.temperature == 0
         model = (self._graphdef, self._state)
-        tokens = _complete(*model, ids, segments, stops, key, *draw, greedy, max_new_tokens)
+        tokens = _complete(*model, ids, segments, stops, key, *draw, greedy, count)
         # -1 follows a row's last token, and nothing else does.
-        return [row[row >= 0][:count] for row in np.asarray(tokens)]
+        return [row[row >= 0] for row in np.asarray(tokens)]
 
     def _pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         lengths = [len(prompt) for prompt in prompts]
@@ -135,15 +135,11 @@ class Generator:
             raise ValueError(f"max_new_tokens must be at least 1, got {wanted}")
         context, longest = self.model.config.max_positions, max(len(prompt) for prompt in prompts)
         if longest >= context:
-            raise InputError(
-                f"the prompt has {longest} tokens, the model's context {context}; shorten the prompt"
-            )
+            raise InputError(f"the prompt has {longest} tokens, the model's context {context}; shorten the prompt")
         return min(wanted, context - longest)
 
 
-def choose(
-    logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool
-) -> jax.Array:
+def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
     """Returns the next token of each row.
 
     Args:

@@ -72,9 +72,7 @@ def score(
     graphdef, state = nnx.split(model)
     sums = np.zeros(4)
     done = 0
-    for rows, length in batches(
-        [len(example) for example in dataset.examples], batch_size, dataset.max_length
-    ):
+    for rows, length in batches([len(example) for example in dataset.examples], batch_size, dataset.max_length):
         batch = dataset.batch(rows, batch_size, length)
         sums += np.array([float(value) for value in _score(graphdef, state, batch)])
         done += len(rows)

@@ -33,9 +33,7 @@ class ModelConfig:
     unroll: int | None = key(
         None, "Layers unrolled in one step of the layer scan; none chooses by backend.", at_least=1
     )
-    remat: str = key(
-        "none", "What the backward pass computes again to save memory.", choices=("none", "dots", "full")
-    )
+    remat: str = key("none", "What the backward pass computes again to save memory.", choices=("none", "dots", "full"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +112,7 @@ class OptimizerConfig:
     schedule: str = key(
         "linear", "Course of the learning rate after warm-up.", choices=("constant", "linear", "cosine")
     )
-    warmup_steps: int = key(
-        0, "Steps over which the learning rate rises; at most the run's steps.", at_least=0
-    )
+    warmup_steps: int = key(0, "Steps over which the learning rate rises; at most the run's steps.", at_least=0)
     weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
     clip_norm: float | None = key(1.0, "Largest global gradient norm; none: no clipping.", above=0)
 
@@ -254,9 +250,7 @@ def check_together(config: Config) -> None:
     train = config.train
     micro = train.micro_batch_size
     if micro is not None and train.batch_size % micro:
-        raise InputError(
-            f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}"
-        )
+        raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
     if train.steps is not None:
         check_warmup(config, train.steps)
 

@@ -53,9 +53,7 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
     try:
         source = Path(path).read_bytes()
     except OSError as error:
-        raise InputError(
-            f"config file {path}: can't be read ({error.strerror}); give --config a Python file"
-        ) from None
+        raise InputError(f"config file {path}: can't be read ({error.strerror}); give --config a Python file") from None
     module = types.ModuleType(MODULE_NAME)
     module.__file__ = path
     sys.modules[MODULE_NAME] = module  # dataclasses and pickling in the file look their module up there

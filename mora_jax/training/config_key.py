@@ -69,9 +69,7 @@ class Allowed:
     def describe(self) -> str:
         """Returns the range in words, empty when every value of the type will do."""
         if self.choices is not None:
-            return ("one of " if len(self.choices) > 1 else "") + ", ".join(
-                str(choice) for choice in self.choices
-            )
+            return ("one of " if len(self.choices) > 1 else "") + ", ".join(str(choice) for choice in self.choices)
         named = (
             ("at least", self.at_least),
             ("above", self.above),

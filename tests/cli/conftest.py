@@ -9,10 +9,7 @@ import pytest
 from mora_jax.cli.main import main
 from tests.evaluation import tiny
 
-ROWS = [
-    {"instruction": f"Say the word {word}", "input": "", "output": word * 2}
-    for word in ("red", "blue", "green")
-]
+ROWS = [{"instruction": f"Say the word {word}", "input": "", "output": word * 2} for word in ("red", "blue", "green")]
 
 
 @pytest.fixture(scope="session")

@@ -66,9 +66,7 @@ def test_generate_prints_the_answer_alone(run, model_dir, adapters):
     code, out, err = run(*base)
     assert (code, err) == (0, "")
     model, tokenizer = load_pretrained(model_dir, dtype="float32")
-    assert out.rstrip("\n") == generate_batch(model, tokenizer, ["Hello"], max_new_tokens=12)[0].rstrip(
-        "\ufffd\n"
-    )
+    assert out.rstrip("\n") == generate_batch(model, tokenizer, ["Hello"], max_new_tokens=12)[0].rstrip("\ufffd\n")
     adapted = run(*base, "--adapter", adapters["mora"])[1]
     system = run(*base, "--system", "Be brief")[1]
     sampled = [run(*base, "--temperature", "2", "--seed", seed)[1] for seed in (1, 1, 2)]
@@ -99,10 +97,7 @@ def test_merged_folder_gives_the_adapted_logits_in_transformers(run, model_dir, 
 def test_merge_writes_the_dtype_that_is_asked_for(run, model_dir, adapters, tmp_path):
     out = tmp_path / "merged"
     assert (
-        run(
-            "merge", "--model", model_dir, "--adapter", adapters["lora"], "--out", out, "--dtype", "bfloat16"
-        )[0]
-        == 0
+        run("merge", "--model", model_dir, "--adapter", adapters["lora"], "--out", out, "--dtype", "bfloat16")[0] == 0
     )
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 

@@ -23,9 +23,7 @@ def test_help_goes_to_stdout_and_imports_nothing_heavy(arguments):
         f"heavy = [name for name in {QUIET_IMPORTS} if name in sys.modules];"
         "sys.exit(code or ' '.join(heavy) or 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage: mora-jax" in done.stdout
 
@@ -93,6 +91,15 @@ def test_disk_errors_are_input_errors_and_bugs_are_not(monkeypatch, capsys, tmp_
     monkeypatch.setattr(COMMANDS["inspect"], "run", broken)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "--model", "x", "--data", "y"])
+
+
+@pytest.mark.parametrize("error", [MemoryError("238 GiB"), RuntimeError("RESOURCE_EXHAUSTED: 238 GiB\nmore")])
+def test_too_little_memory_is_said_in_one_line(monkeypatch, fails, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(COMMANDS["inspect"], "run", run)
+    assert "238 GiB; choose fewer rows" in fails("inspect", "--model", "x", "--data", "y")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

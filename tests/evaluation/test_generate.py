@@ -85,9 +85,7 @@ def test_bad_numbers_are_refused(model):
 
 
 def test_sampling_follows_the_seed(model):
-    answers = [
-        list(Generator(model, sampling=Sampling(3.0, 1.0, seed)).stream(PROMPT, 12)) for seed in (1, 1, 2)
-    ]
+    answers = [list(Generator(model, sampling=Sampling(3.0, 1.0, seed)).stream(PROMPT, 12)) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
 

@@ -28,9 +28,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path):
     for prompt in ([5, 17, 80, 3], [9] * 11):
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            expected = theirs.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
-            )
+            expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
         answer = list(Generator(ours).stream(prompt, 20))
         assert answer == expected[0, len(prompt) :].tolist()
         assert len(set(answer)) > 3, "a constant answer would prove little"

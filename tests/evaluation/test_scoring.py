@@ -10,9 +10,7 @@ from mora_jax.evaluation.scoring import DatasetScores, batches, score
 def conversations():
     words = ["hi", "a longer instruction, " * 4, "naïve?", "x" * 70, "one more"]
     return [
-        Conversation(
-            (Message("user", text), Message("assistant", text[::-1][: 9 * place + 3])), source=str(place)
-        )
+        Conversation((Message("user", text), Message("assistant", text[::-1][: 9 * place + 3])), source=str(place))
         for place, text in enumerate(words)
     ]
 

@@ -5,9 +5,7 @@ import pytest
 from mora_jax.evaluation.text_stream import REPLACEMENT, TextStream, decode_stream
 
 
-@pytest.mark.parametrize(
-    "text", ["plain words", "naïve café", "日本語 and 🙂🏽 faces", "", " leading", "\n\ntwo\n"]
-)
+@pytest.mark.parametrize("text", ["plain words", "naïve café", "日本語 and 🙂🏽 faces", "", " leading", "\n\ntwo\n"])
 def test_pieces_join_to_the_text_and_hold_no_broken_character(tokenizer, text):
     pieces = list(decode_stream(tokenizer, tokenizer(text)["input_ids"]))
     assert "".join(pieces) == text

@@ -17,9 +17,7 @@ REQUIRED = (("model.path", "base"), ("data.train", "rows.json"), ("out", "run"))
 
 def config_file(tmp_path, body, name="config.py"):
     path = tmp_path / name
-    path.write_text(
-        "import ml_collections\n\n\ndef get_config():\n" + "".join(f"    {line}\n" for line in body)
-    )
+    path.write_text("import ml_collections\n\n\ndef get_config():\n" + "".join(f"    {line}\n" for line in body))
     return str(path)
 
 
@@ -135,6 +133,7 @@ def test_override_values(name, text, value):
         ("train.micro_batch_size", "8", ["must divide train.batch_size=4"]),
         ("optimizer.learning_rate", "inf", ["finite"]),
         ("optimizer.learning_rate", "-1", ["above 0"]),
+        ("optimizer.learning_rate", "1e30", ["at most 10"]),
         ("optimizer.schedule", "cosin", ["did you mean 'cosine'"]),
         ("optimizer.name", "sgd", ["adamw"]),
         ("mesh.fsdp", "2", ["must be 1", "got 2"]),
@@ -244,9 +243,7 @@ def test_required_keys_are_named_together():
 
 
 def test_json_round_trip():
-    config, _ = load_config(
-        None, (*REQUIRED, ("adapter.targets", "q_proj,v_proj"), ("optimizer.clip_norm", "none"))
-    )
+    config, _ = load_config(None, (*REQUIRED, ("adapter.targets", "q_proj,v_proj"), ("optimizer.clip_norm", "none")))
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -39,6 +39,7 @@ def row(step):
 
 def run(display):
     with display:
+        display.loading("loading base")
         display.start(INFO)
         for step in (1, 2, 3, 4):
             display.step(row(step))
