@@ -445,3 +445,29 @@ def test_trained_auto_named_tree_loads():
     np.testing.assert_array_equal(
         Adapted().apply({**fresh, "params": params}, x), TwoLayers().apply({"params": trained}, x)
     )
+
+
+def test_one_layer_called_twice_in_setup_and_under_remat():
+    class Shared(nn.Module):
+        def setup(self):
+            self.layer = nn.remat(MoRADense)(IN, 2, "rotation")
+
+        def __call__(self, x):
+            return self.layer(self.layer(x))
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(IN)
+            return layer(layer(x))
+
+    x = inputs(4, IN)
+    variables = randomized(Shared().init(jax.random.key(0), x))
+    assert set(variables["adapters"]) == {"layer"}
+    config = MoRAConfig(rank=2, kind="rotation")
+    merged = {"Dense_0": merge(variables, config)["layer"]}
+    expected = Plain().apply({"params": merged}, x)
+    np.testing.assert_allclose(Shared().apply(variables, x), expected, rtol=1e-4, atol=1e-4)
+    intercepted = {collection: {"Dense_0": tree["layer"]} for collection, tree in variables.items()}
+    with adapted(config):
+        np.testing.assert_allclose(Plain().apply(intercepted, x), expected, rtol=1e-4, atol=1e-4)
