@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -315,3 +316,14 @@ def test_methods_kinds_and_their_keys_are_those_of_the_adapters():
     for method, config in CONFIGS.items():
         assert METHOD_KEYS[method] - {"path"} == {field.name for field in dataclasses.fields(config)}
     assert set(KINDS) == set(ADAPTER_KINDS)
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_hold_no_unused_key(path):
+    assert path.name in path.read_text().split('"""')[1], "the docstring must state the command"
+    config, note = load_config(str(path), REQUIRED)
+    assert note is None
+    assert config.out == "run"
