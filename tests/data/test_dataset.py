@@ -219,10 +219,3 @@ def test_nothing_here_imports_jax_or_torch():
     code = f"import sys, mora_jax.data; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_a_folder_without_tokenizer(tmp_path):
-    from mora_jax.data import load_tokenizer
-
-    with pytest.raises(InputError, match="cannot load a tokenizer"):
-        load_tokenizer(tmp_path)
