@@ -108,7 +108,7 @@ class Adapter(nnx.Module):
 
     def params(self) -> dict[str, Array]:
         """The arrays by name, `scaling` among them."""
-        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Variable)}
+        return {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Variable)}
 
     def delta_weight(self) -> Array:
         """The update as float32 kernels `[*layers, in, out]`."""

@@ -134,8 +134,9 @@ def adapter_at(place: Place) -> Adapter:
     return place.layer.adapters[place.part] if isinstance(place.layer, Projection) else place.layer.adapter
 
 
-def _put(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: Any, rngs: nnx.Rngs) -> None:
+def _put(place: Place, mask: tuple[bool, ...], method: Any, config: Any, rngs: nnx.Rngs) -> None:
     if isinstance(place.layer, Projection):
+        assert place.part is not None, "a place in a projection is one of its parts"
         projection = place.layer
         adapter = method(
             place.in_features,
@@ -264,7 +265,7 @@ def fill_adapter(model: nnx.Module, path: str, params: dict[str, np.ndarray]) ->
     raise ValueError(f"no adapter at {path!r}")
 
 
-def adapted_layers(model: nnx.Module) -> Iterator[nnx.Module]:
+def adapted_layers(model: nnx.Module) -> Iterator[Any]:
     """The modules that hold adapters: `Projection`s with any, and adapted layers."""
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Adapted) or (isinstance(node, Projection) and len(node.adapters)):

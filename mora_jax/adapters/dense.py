@@ -78,33 +78,38 @@ def adapted_dot(delta: Delta | None, x: Array, kernel: Array, bias: Array | None
     Args:
         delta: the adapter's static part, or None for a plain product.
         x: `[N, in]` in the compute dtype.
-        kernel: `[in, out]` in the compute dtype, or a float32 master.
-        bias: `[out]` or None.
+        kernel: `[in, out]`, or `[in, *axes]` with the output split in axes, in the compute dtype or a float32 master.
+        bias: of the kernel's output shape, or None.
         params: the adapter's arrays (float32 masters), any pytree.
 
     Returns:
         `[N, out]` in the dtype of `x`.
     """
-    y = dot32(x, kernel.astype(x.dtype))
+    y = dot32(x, _matrix(kernel, x))
     if delta is not None:
         y = y + delta.forward(x, params)[0]
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + bias.reshape(-1).astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _matrix(kernel: Array, x: Array) -> Array:
+    return kernel.reshape(kernel.shape[0], -1).astype(x.dtype)
 
 
 def _adapted_dot_fwd(delta, x, kernel, bias, params):
     # With symbolic zeros each argument says whether anything differentiates it.
     kept_x = x.value if kernel.perturbed else None
     x, kernel, params = x.value, kernel.value, jax.tree.map(lambda leaf: leaf.value, params)
-    y = dot32(x, kernel.astype(x.dtype))
+    y = dot32(x, _matrix(kernel, x))
     residuals = None
     if delta is not None:
         added, residuals = delta.forward(x, params)
         y = y + added
     if bias is not None:
-        y = y + bias.value.astype(jnp.float32)
-    bias_like = jnp.zeros((0,), bias.value.dtype) if bias is not None and bias.perturbed else None
+        y = y + bias.value.reshape(-1).astype(jnp.float32)
+    bias_like = bias.value if bias is not None and bias.perturbed else None
+    # Residuals are the arguments themselves, not reshaped or cast: whoever runs the backward may have them still.
     return y.astype(x.dtype), (kept_x, kernel, bias_like, residuals)
 
 
@@ -112,13 +117,16 @@ def _adapted_dot_bwd(delta, saved, dy):
     kept_x, kernel, bias_like, residuals = saved
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
-    dx = dot32_nt(dy, kernel.astype(dy.dtype))
+    dx = dot32_nt(dy, _matrix(kernel, dy))
     dparams = None
     if delta is not None:
         dx_added, dparams = delta.backward(residuals, dy)
         dx = dx + dx_added
-    dkernel = None if kept_x is None else dot32_tn(kept_x, dy).astype(kernel.dtype)
-    dbias = None if bias_like is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias_like.dtype)
+    dkernel = dbias = None
+    if kept_x is not None:
+        dkernel = dot32_tn(kept_x, dy).reshape(kernel.shape).astype(kernel.dtype)
+    if bias_like is not None:
+        dbias = jnp.sum(dy, axis=0, dtype=jnp.float32).reshape(bias_like.shape).astype(bias_like.dtype)
     return dx.astype(dy.dtype), dkernel, dbias, dparams
 
 

@@ -7,6 +7,7 @@ Each is a subclass of the layer that it adapts and keeps that layer's variables,
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,11 @@ class Adapted:
     """
 
     # A mixin without slots, listed after the plain class: the layouts agree, so a layer can change between the two.
-    __slots__ = ()
-    adapter: Adapter
+    if not TYPE_CHECKING:
+        __slots__ = ()
+    adapter: Any  # an Adapter, with arrays named by its method
     adapter_dropout: nnx.Dropout | None
+    kernel: Any  # the plain layer's
 
     def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
         """Adds `adapter` to a layer that has none."""
@@ -115,7 +118,9 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
         return (y + update.transpose(*permutation)).astype(y.dtype)
 
     def add_to_kernel(self, delta: Array) -> None:
-        contracted, free = einsum_axes(self.einsum_str, self.kernel.shape)
+        axes = einsum_axes(self.einsum_str, self.kernel.shape)
+        assert axes is not None, "only products with a matrix get adapters"
+        contracted, free = axes
         order = (*contracted, *free)
         kernel = self.kernel[...]
         shaped = delta.reshape([kernel.shape[a] for a in order])

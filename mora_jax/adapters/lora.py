@@ -175,7 +175,8 @@ class FusedLoRA:
         dhidden = (dot32_nt(dy, lora_b) * scaling).astype(x.dtype)
         da = dot32_tn(x, dhidden)
         db = dot32_tn(hidden, dy)
-        gradients, start = [], 0
+        gradients: list[dict[str, Array | None] | None] = []
+        start = 0
         for i, p in enumerate(params):
             if p is None:
                 gradients.append(None)

@@ -32,7 +32,8 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         >>> updates, _ = optimizer.update(gradients, optimizer.init(adapters), adapters)
         >>> adapters = optax.apply_updates(adapters, updates)
     """
-    graphdef, adapters, frozen = nnx.split(model, AdapterParam, ...)
+    graphdef, *states = nnx.split(model, AdapterParam, ...)
+    adapters, frozen = states
     if not adapters:
         raise ValueError("the model has nothing to train; call attach(model, config, rngs=…) first")
     return graphdef, adapters, frozen

@@ -89,8 +89,8 @@ class Projection(nnx.Module):
         """
         flat = x.reshape(-1, self.in_features)
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
-        kernel = self.kernel[...].reshape(self.in_features, -1)
-        bias = None if self.bias is None else self.bias[...].reshape(-1)
+        kernel = self.kernel.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
         found = tuple(self.adapters.get(part.name) for part in self.parts)
         if all(adapter is None for adapter in found):
             y = adapted_dot(None, flat, kernel, bias, None)
@@ -140,7 +140,7 @@ class Projection(nnx.Module):
         rest = [i for i in range(len(self.layout.out_shape)) if i != self.layout.part_axis or len(self.parts) == 1]
         return self.axes[0], self.axes[1 + rest[0]]
 
-    def module_path(self, name: str, layer: int | None) -> str:
+    def module_path(self, name: str, layer: int | str | None) -> str:
         """HuggingFace's path of one part in one layer, such as `model.layers.3.self_attn.q_proj`."""
         return self.path.format(layer=layer, name=name)
 

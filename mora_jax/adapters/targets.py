@@ -27,7 +27,7 @@ class Place:
     """
 
     paths: tuple[str, ...]
-    layer: nnx.Module
+    layer: Any
     part: str | None
     in_features: int
     out_features: int
@@ -45,7 +45,7 @@ class Place:
     def title(self) -> str:
         """One path for the whole stack, `*` in place of the layer."""
         if isinstance(self.layer, Projection):
-            return self.layer.module_path(self.part, "*")
+            return self.layer.module_path(self.part or "", "*")
         return self.paths[0] or "(the model itself)"
 
 

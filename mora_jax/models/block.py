@@ -1,7 +1,7 @@
 """One decoder layer: attention and MLP with their norms, every matrix product in a `Projection` slot."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,9 @@ from flax import nnx
 from mora_jax.adapters.projection import Part, Projection
 from mora_jax.models.attention import attention
 from mora_jax.models.config import DecoderConfig
+from mora_jax.models.gating import gated
 from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import rotate
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nnx.silu,
-    "gelu": lambda x: nnx.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nnx.gelu(x, approximate=True),
-    "relu": nnx.relu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +36,15 @@ class Layout:
     sin: jax.Array
     window: int | jax.Array | None
 
+    def arrays(self) -> dict[str, jax.Array | None]:
+        """All but the window, as a pytree."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "window"}
+
+    @classmethod
+    def of(cls, arrays: dict[str, Any]) -> "Layout":
+        """The inverse of `arrays`; sees every place before it."""
+        return cls(**arrays, window=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheSlot:
@@ -64,6 +67,23 @@ class CacheSlot:
     def read(self) -> tuple[jax.Array, jax.Array]:
         """This layer's keys and values, `[B, S, G, H]` each."""
         return self.keys[self.layer], self.values[self.layer]
+
+
+@jax.custom_vjp
+def split_heads(fused: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[B, T, G, N + 2, H]` → queries `[B, T, G, N, H]`, keys and values `[B, T, G, H]`.
+
+    Its own backward joins the three; autodiff would pad each to the whole and add them up.
+    """
+    return fused[:, :, :, :-2], fused[:, :, :, -2], fused[:, :, :, -1]
+
+
+def _join_heads(_: None, parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array]:
+    query, key, value = parts
+    return (jnp.concatenate([query, key[:, :, :, None], value[:, :, :, None]], axis=3),)
+
+
+split_heads.defvjp(lambda fused: (split_heads(fused), None), _join_heads)
 
 
 def _fold(dropout_key: jax.Array | None, index: int) -> jax.Array | None:
@@ -112,7 +132,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
         fused = self.qkv_proj(x, dropout_key=_fold(dropout_key, 0))  # [B, T, G, N + 2, H]
-        query, key, value = fused[:, :, :, :-2], fused[:, :, :, -2], fused[:, :, :, -1]
+        query, key, value = split_heads(fused)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, layout.cos, layout.sin)
@@ -172,8 +192,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """`x [B, T, D]` to `[B, T, D]`."""
         fused = self.gate_up_proj(x, dropout_key=_fold(dropout_key, 2))  # [B, T, 2, M]
-        gated = ACTIVATIONS[self.activation](fused[..., 0, :]) * fused[..., 1, :]
-        return self.down_proj(gated, dropout_key=_fold(dropout_key, 3))
+        return self.down_proj(gated(self.activation, fused), dropout_key=_fold(dropout_key, 3))
 
 
 class Block(nnx.Module):
@@ -186,9 +205,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.attention_norm = _norm(config, names.attention_norm)
         self.mlp_norm = _norm(config, names.mlp_norm)
-        self.post_attention_norm = (
-            _norm(config, names.post_attention_norm) if names.post_attention_norm else None
-        )
+        self.post_attention_norm = _norm(config, names.post_attention_norm) if names.post_attention_norm else None
         self.post_mlp_norm = _norm(config, names.post_mlp_norm) if names.post_mlp_norm else None
 
     def __call__(

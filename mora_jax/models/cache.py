@@ -36,9 +36,7 @@ class Cache:
 def empty_cache(config: DecoderConfig, batch_size: int, max_length: int, dtype: jnp.dtype) -> Cache:
     """A cache with `max_length` free slots for each of `batch_size` rows."""
     if batch_size < 1 or max_length < 1:
-        raise ValueError(
-            f"a cache needs at least one row and one slot, got {batch_size} rows of {max_length}"
-        )
+        raise ValueError(f"a cache needs at least one row and one slot, got {batch_size} rows of {max_length}")
     shape = (config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim)
     slots = jnp.zeros((batch_size, max_length), dtype=jnp.int32)
     return Cache(

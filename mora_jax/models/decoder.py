@@ -16,6 +16,7 @@ from mora_jax.models.embedding import TokenEmbedding, normal
 from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import tables
 from mora_jax.models.segments import check_token_ids, default_positions
+from mora_jax.models.stack import run_stack
 
 _NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 REMAT = ("none", "dots", "full")
@@ -161,8 +162,7 @@ class Decoder(nnx.Module):
         used = cache.length
         if not isinstance(used, jax.core.Tracer) and int(used) + input_ids.shape[1] > cache.max_length:
             raise ValueError(
-                f"the cache has {cache.max_length} slots, {int(used)} in use: no room for "
-                f"{input_ids.shape[1]} tokens"
+                f"the cache has {cache.max_length} slots, {int(used)} in use: no room for {input_ids.shape[1]} tokens"
             )
         graphdef, state = nnx.split(self)
         return _extend(graphdef, state, cache, input_ids, positions, segment_ids)
@@ -177,9 +177,7 @@ class Decoder(nnx.Module):
             raise ValueError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}")
         for name, value in (("segment_ids", segment_ids), ("positions", positions)):
             if value is not None and value.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {value.shape}"
-                )
+                raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {value.shape}")
         if not isinstance(input_ids, jax.core.Tracer):
             check_token_ids(input_ids, self.config.vocab_size)
         return input_ids, segment_ids, positions
@@ -204,36 +202,35 @@ class Decoder(nnx.Module):
         same_window = len(set(config.windows)) == 1
         windows = None if same_window else jnp.asarray([window or _NO_WINDOW for window in config.windows])
         ropes = None if same_rope else jnp.asarray(config.layer_ropes)
-        length = jnp.zeros((), jnp.int32) if cache is None else cache.length
-
-        def body(carry: Any, xs: Any) -> tuple[Any, None]:
-            x, stored = carry
-            layer, leaves, window, rope = xs
-            here = dataclasses.replace(
-                layout,
-                cos=layout.cos[0 if same_rope else rope],
-                sin=layout.sin[0 if same_rope else rope],
-                window=config.windows[0] if same_window else window,
-            )
-            slot = None if stored is None else CacheSlot(stored[0], stored[1], layer, length)
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
-            x, slot = nnx.merge(graphdef, leaves)(x, here, slot, key)
-            return (x, None if slot is None else (slot.keys, slot.values)), None
-
-        if self.remat != "none":
-            policies = jax.checkpoint_policies
-            policy = (
-                policies.nothing_saveable
-                if self.remat == "full"
-                else policies.dots_with_no_batch_dims_saveable
-            )
-            # Inside a loop nothing is merged across forward and backward; without one XLA would undo this.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=self._unroll() == config.num_layers)
-        stored = None if cache is None else (cache.keys, cache.values)
+        if same_rope:
+            layout = dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0])
         xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
-        (x, stored), _ = jax.lax.scan(body, (x, stored), xs, unroll=self._unroll())
-        if cache is None or stored is None:
-            return x, None
+
+        def layer_layout(layout: Layout, window: Any, rope: Any) -> Layout:
+            layout = dataclasses.replace(layout, window=config.windows[0] if same_window else window)
+            if same_rope:
+                return layout
+            return dataclasses.replace(layout, cos=layout.cos[rope], sin=layout.sin[rope])
+
+        if cache is None:
+
+            def body(x: jax.Array, layer: Any, shared: Any) -> jax.Array:
+                index, leaves, window, rope = layer
+                arrays, dropout_key = shared
+                here = layer_layout(Layout.of(arrays), window, rope)
+                key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+                return nnx.merge(graphdef, leaves)(x, here, None, key)[0]
+
+            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropout_key)), None
+
+        def extend(carry: Any, layer: Any) -> tuple[Any, None]:
+            x, (keys, values) = carry
+            index, leaves, window, rope = layer
+            slot = CacheSlot(keys, values, index, cache.length)
+            x, slot = nnx.merge(graphdef, leaves)(x, layer_layout(layout, window, rope), slot, None)
+            return (x, (slot.keys, slot.values)), None
+
+        (x, stored), _ = jax.lax.scan(extend, (x, (cache.keys, cache.values)), xs, unroll=self._unroll())
         return x, dataclasses.replace(cache, keys=stored[0], values=stored[1])
 
     def _unroll(self) -> int:

@@ -21,9 +21,7 @@ class TokenEmbedding(nnx.Embed):
         path: HuggingFace module path.
     """
 
-    def __init__(
-        self, vocab_size: int, features: int, *, scale: float, path: str, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, vocab_size: int, features: int, *, scale: float, path: str, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Draws a normal table with standard deviation `scale`."""
         super().__init__(
             vocab_size,
@@ -38,7 +36,5 @@ class TokenEmbedding(nnx.Embed):
 
     def __call__(self, inputs: jax.Array, out_sharding: None = None) -> jax.Array:
         """Rows of `inputs [...]`: `[..., D]`. An id without a row gives NaN, never another token's row."""
-        rows = (
-            self.embedding[...].at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
+        rows = self.embedding[...].at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(self.dtype)

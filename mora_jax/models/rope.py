@@ -79,11 +79,7 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     """A linear ramp over the dimensions from unscaled (fast) to divided by the factor (slow)."""
 
     def dimension(rotations: float) -> float:
-        return (
-            head_dim
-            * math.log(rope.original_positions / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        return head_dim * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
@@ -95,9 +91,7 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 
-def yarn_attention_factor(
-    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
-) -> float:
+def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
     """The factor on cos and sin that yarn implies when a config does not state it."""
 
     def scaled(weight: float) -> float:
@@ -125,8 +119,11 @@ def tables(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array) -> tupl
     return jnp.cos(angles) * factors, jnp.sin(angles) * factors
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (j, j + H/2) of the last axis, in float32, and returns the dtype of `x`.
+
+    Linear in `x`: its backward is the rotation by the opposite angles and keeps nothing but the tables.
 
     Args:
         x: `[B, T, ..., H]`.
@@ -138,3 +135,15 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(tables: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None, None]:
+    cos, sin = tables
+    return rotate(dy, cos, -sin), None, None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -184,6 +184,7 @@ class Trainer:
         return self.structure.model(adapters, self.runner.whole(self.frozen))
 
     def _evaluate(self, step: int) -> None:
+        assert self.setup.evaluation is not None
         scores = score(self._model(), self.setup.evaluation, batch_size=self.setup.micro_batch)
         self.evaluated = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
         self.evaluated |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}

@@ -110,6 +110,7 @@ def prepare(config: Config) -> Setup:
     Raises:
         InputError: whatever the user has to mend, in one line.
     """
+    assert config.model.path is not None, "the configuration demands it"
     model, tokenizer = load_pretrained(
         config.model.path, dtype=config.model.dtype, unroll=config.model.unroll, remat=config.model.remat
     )

@@ -39,7 +39,7 @@ class Structure:
         self._graphdef = graphdef
         self._templates = [dict(nnx.to_flat_state(state)) for state in states]
 
-    def model(self, *arrays: Arrays) -> nnx.Module:
+    def model(self, *arrays: Arrays) -> Any:
         """A model with the given arrays, in the order in which the states were given."""
         states = [
             nnx.from_flat_state(

@@ -1,0 +1,168 @@
+"""Run a stack of layers with a backward of its own, which never copies what it can read again.
+
+`jax.lax.scan` differentiated by JAX stacks every residual of a layer, the layer's own frozen weights among them: a
+copy of the whole base model in every step. Here the forward pass keeps only what a layer computed; weights, and what
+all layers share, are read again in the backward pass from where they are. When every layer is unrolled (the default
+on CPU) there is no loop and nothing is stacked at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+Array = jax.Array
+Body = Callable[[Array, Any, Any], Array]
+
+
+class _Plan:
+    """How one layer's pullback is put together again: found while the forward pass is traced, used in the backward.
+
+    Attributes:
+        tree: structure of the pullback.
+        sources: for each of its leaves ("saved", i), ("layer", i) or ("shared", i).
+    """
+
+    def __init__(self) -> None:
+        self.tree: Any = None
+        self.sources: tuple[tuple[str, int], ...] = ()
+
+    def take_apart(self, pullback: Any, layer: list[Any], shared: list[Any]) -> list[Array]:
+        """The leaves that have to be saved; the others are the layer's or the shared arrays themselves."""
+        known = {id(leaf): ("shared", i) for i, leaf in enumerate(shared)}
+        known |= {id(leaf): ("layer", i) for i, leaf in enumerate(layer)}
+        leaves, self.tree = jax.tree.flatten(pullback)
+        saved: list[Array] = []
+        sources = []
+        for leaf in leaves:
+            if id(leaf) not in known:
+                known[id(leaf)] = ("saved", len(saved))
+                saved.append(leaf)
+            sources.append(known[id(leaf)])
+        self.sources = tuple(sources)
+        return saved
+
+    def put_together(self, saved: list[Array], layer: list[Any], shared: list[Any]) -> Any:
+        """The pullback."""
+        parts = {"saved": saved, "layer": layer, "shared": shared}
+        return jax.tree.unflatten(self.tree, [parts[name][i] for name, i in self.sources])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def run_stack(body: Body, unroll: int, remat: str, x: Array, layers: Any, shared: Any) -> Array:
+    """`x` through `body(x, layer, shared)` for each layer in turn.
+
+    Args:
+        body: one layer, a pure function of its arguments.
+        unroll: layers an iteration of the loop; all of them for no loop.
+        remat: "none" keeps what the layers' backward needs, "full" only each layer's input, "dots" also the products.
+        x: the input of the first layer; every layer keeps its shape and dtype.
+        layers: any pytree of arrays `[L, …]`; arrays that nothing differentiates get no gradient.
+        shared: any pytree of arrays that every layer reads; they get no gradient.
+
+    Returns:
+        The output of the last layer.
+    """
+    leaves, tree = jax.tree.flatten(layers)
+    count = leaves[0].shape[0]
+    if unroll >= count:
+        for i in range(count):
+            x = body(x, jax.tree.unflatten(tree, [leaf[i] for leaf in leaves]), shared)
+        return x
+    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers, unroll=unroll)[0]
+
+
+def _forward(body: Body, unroll: int, remat: str, x: Any, layers: Any, shared: Any) -> tuple[Array, Any]:
+    primals, tree = jax.tree.flatten(layers)
+    active = tuple(primal.perturbed for primal in primals)
+    leaves = [primal.value for primal in primals]
+    x, shared = x.value, jax.tree.map(lambda primal: primal.value, shared)
+    layer_fn = _pullback_of(body, remat, tree, active)
+    plan = _Plan()
+
+    def step(x: Array, layer: list[Array]) -> tuple[Array, list[Array]]:
+        if remat == "full":
+            return body(x, jax.tree.unflatten(tree, layer), shared), [x]
+        y, pullback = layer_fn(x, layer, shared)
+        return y, plan.take_apart(pullback, layer, jax.tree.leaves(shared))
+
+    count = leaves[0].shape[0]
+    if unroll >= count:
+        saved: Any = []
+        for i in range(count):
+            x, kept = step(x, [leaf[i] for leaf in leaves])
+            saved.append(kept)
+    else:
+        x, saved = jax.lax.scan(step, x, leaves, unroll=unroll)
+    return x, (_Static((plan, tree, active)), saved, leaves, shared)
+
+
+def _backward(body: Body, unroll: int, remat: str, residuals: Any, dy: Any) -> tuple[Any, Any, None]:
+    static, saved, leaves, shared = residuals
+    plan, tree, active = static.value
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    layer_fn = _pullback_of(body, remat, tree, active)
+    count = leaves[0].shape[0]
+
+    def step(dy: Array, kept: list[Array], layer: list[Array]) -> tuple[Array, list[Array]]:
+        if remat == "full":
+            # The barrier keeps the compiler from sharing this with the forward pass and saving it after all.
+            (x,) = kept if unroll < count else jax.lax.optimization_barrier(tuple(kept))
+            pullback = layer_fn(x, layer, shared)[1]
+        else:
+            pullback = plan.put_together(kept, layer, jax.tree.leaves(shared))
+        return pullback(dy)
+
+    if unroll >= count:
+        columns: list[list[Array]] = []
+        for i in reversed(range(count)):
+            dy, gradients = step(dy, saved[i], [leaf[i] for leaf in leaves])
+            columns.append(gradients)
+        stacked = [jnp.stack(column) for column in zip(*reversed(columns), strict=True)]
+    else:
+        dy, stacked = jax.lax.scan(
+            lambda dy, pair: step(dy, *pair), dy, (saved, leaves), reverse=True, unroll=unroll
+        )
+    found = iter(stacked)
+    return dy, jax.tree.unflatten(tree, [next(found) if on else None for on in active]), None
+
+
+def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...]) -> Callable[..., Any]:
+    """A layer as `(x, leaves, shared) → (y, pullback)`, differentiated by `x` and the active leaves."""
+
+    def layer_fn(x: Array, layer: list[Array], shared: Any) -> Any:
+        def on_active(x: Array, trained: list[Array]) -> Array:
+            values = iter(trained)
+            merged = [next(values) if on else leaf for on, leaf in zip(active, layer, strict=True)]
+            return body(x, jax.tree.unflatten(tree, merged), shared)
+
+        if remat == "dots":
+            on_active = jax.checkpoint(on_active, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        trained = [leaf for on, leaf in zip(active, layer, strict=True) if on]
+        return jax.vjp(on_active, x, trained)
+
+    return layer_fn
+
+
+@jax.tree_util.register_pytree_node_class
+class _Static:
+    """Carries Python values from the forward to the backward pass, beside the arrays."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def tree_flatten(self) -> tuple[tuple[()], Any]:
+        return (), self.value
+
+    @classmethod
+    def tree_unflatten(cls, value: Any, children: tuple[()]) -> _Static:
+        return cls(value)
+
+
+run_stack.defvjp(_forward, _backward, symbolic_zeros=True)
