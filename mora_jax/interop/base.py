@@ -57,9 +57,7 @@ def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig
     head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
     if not config.tie_embeddings or head not in files or embedding not in files:
         return config
-    if files.shapes[head] == files.shapes[embedding] and np.array_equal(
-        files.read(head), files.read(embedding)
-    ):
+    if files.shapes[head] == files.shapes[embedding] and np.array_equal(files.read(head), files.read(embedding)):
         return config
     warnings.warn(
         f"{files.folder}: config.json ties {head} to {embedding}, but the file has different values for "
@@ -96,9 +94,7 @@ def _check(pieces: list[Piece], files: TensorFiles, stored_as: dict[str, str]) -
         raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {_first(missing)}")
     extra = sorted(name for name in set(files.shapes) - set(names) if not _harmless(name))
     if extra:
-        raise InputError(
-            f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {_first(extra)}"
-        )
+        raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {_first(extra)}")
     for piece, name in zip(pieces, names, strict=True):
         if files.shapes[name] != piece.shape:
             raise InputError(

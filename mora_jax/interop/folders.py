@@ -26,9 +26,7 @@ def new_folder(out: str | os.PathLike[str], *, replace: frozenset[str] = frozens
         raise InputError(f"{target} is a file; give a folder that does not exist yet")
     found = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if set(found) - replace:
-        raise InputError(
-            f"{target} is not empty ({', '.join(found[:3])}); give a folder that does not exist yet"
-        )
+        raise InputError(f"{target} is not empty ({', '.join(found[:3])}); give a folder that does not exist yet")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

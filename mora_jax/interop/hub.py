@@ -36,6 +36,5 @@ def _download(repository: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{repository} is not a local folder, and could not be fetched from the hub (that needs "
-            f"network): {cause}"
+            f"{repository} is not a local folder, and could not be fetched from the hub (that needs network): {cause}"
         ) from None

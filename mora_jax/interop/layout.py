@@ -51,9 +51,7 @@ def tensor_plan(model: Decoder) -> list[Entry]:
     """Every base parameter of a decoder with its HuggingFace tensors, in the order of the forward pass."""
     config = model.config
     table = (config.vocab_size, config.hidden_size)
-    entries = [
-        Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))
-    ]
+    entries = [Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))]
     block = model.layers
     attention = block.self_attn
     for norm in (
@@ -84,9 +82,7 @@ def _norm(norm: RMSNorm, num_layers: int | None) -> Entry:
     if num_layers is None:
         return Entry(norm.weight, (Piece(f"{norm.path}.weight", (), (size,), (size,)),))
     names = [norm.path.format(layer=layer) for layer in range(num_layers)]
-    return Entry(
-        norm.weight, tuple(Piece(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names))
-    )
+    return Entry(norm.weight, tuple(Piece(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names)))
 
 
 def _projection(projection: Projection) -> Iterator[Entry]:
@@ -100,9 +96,7 @@ def _projection(projection: Projection) -> Iterator[Entry]:
             path = projection.module_path(part.name, layer)
             size, region = projection.part_features(part.name), (projection.in_features, *shape)
             file_shape = (size, projection.in_features)
-            kernels.append(
-                Piece(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True)
-            )
+            kernels.append(Piece(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True))
             biases.append(Piece(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
     yield Entry(projection.kernel, tuple(kernels))
     if projection.bias is not None:

@@ -39,9 +39,7 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.(?P<factor>lora_[AB]|lora_embedding_[AB])(\.default)?(\.weight)?")
 
 
-def save_adapter(
-    model: nnx.Module, out: str | os.PathLike[str], *, base_model_name_or_path: str | None = None
-) -> None:
+def save_adapter(model: nnx.Module, out: str | os.PathLike[str], *, base_model_name_or_path: str | None = None) -> None:
     """Writes the adapters of a model as a PEFT folder.
 
     Args:
@@ -54,9 +52,7 @@ def save_adapter(
     """
     entries = list(adapters_of(model))
     if not entries:
-        raise InputError(
-            "the model has no adapter to save: attach one, or save the model with save_pretrained"
-        )
+        raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
     methods = sorted({entry.method for entry in entries})
     if len(methods) > 1:
         raise InputError(f"one folder holds one method, but the model has adapters of {', '.join(methods)}")
@@ -100,9 +96,7 @@ def _tensors(entry: AdapterEntry) -> dict[str, np.ndarray]:
     if entry.method == "mora":
         matrix = np.ascontiguousarray(entry.params["m"], dtype=np.float32)
         return {f"{path}.lora_A.weight": matrix, f"{path}.lora_B.weight": matrix.copy()}
-    names = (
-        ("lora_embedding_A", "lora_embedding_B") if entry.is_embedding else ("lora_A.weight", "lora_B.weight")
-    )
+    names = ("lora_embedding_A", "lora_embedding_B") if entry.is_embedding else ("lora_A.weight", "lora_B.weight")
     return {
         f"{path}.{name}": np.ascontiguousarray(entry.params[factor].T, dtype=np.float32)
         for name, factor in zip(names, ("lora_a", "lora_b"), strict=True)
@@ -180,9 +174,7 @@ def _is_target(file: AdapterFile, place: Place, path: str) -> bool:
     return file.matches(path) and not (place.is_embedding and everything)
 
 
-def _check_claims(
-    stored: dict[str, dict[str, str]], chosen: list[tuple[Place, list[int]]], file: AdapterFile
-) -> None:
+def _check_claims(stored: dict[str, dict[str, str]], chosen: list[tuple[Place, list[int]]], file: AdapterFile) -> None:
     """Every tensor belongs to a target, and every target has its tensors."""
     claimed = [place.paths[layer] for place, layers in chosen for layer in layers]
     if not claimed:
@@ -190,8 +182,7 @@ def _check_claims(
     extra = [path for path in stored if path not in set(claimed)]
     if extra:
         raise InputError(
-            f"{file.where}: the tensors of {len(extra)} modules belong to no target that the model has: "
-            f"{_first(extra)}"
+            f"{file.where}: the tensors of {len(extra)} modules belong to no target that the model has: {_first(extra)}"
         )
     needed = {"a"} if file.kind is not None else {"a", "b"}
     missing = [
@@ -212,9 +203,7 @@ def _configs(
         paths = [place.paths[layer] for layer in layers]
         ranks = sorted({file.config(path).rank for path in paths})
         if len(ranks) > 1:
-            raise InputError(
-                f"{file.where}: ranks that differ by layer are not supported ({place.title} has {ranks})"
-            )
+            raise InputError(f"{file.where}: ranks that differ by layer are not supported ({place.title} has {ranks})")
         groups.setdefault(ranks[0], []).extend(paths)
     possible = [path for place in all_places for path in place.paths]
     return [
@@ -235,9 +224,7 @@ def _values(
             side = square_rank(place.in_features, place.out_features, config.rank, config.kind)
             matrix = _read(files, names["a"], (side, side))
             if "b" in names and not np.array_equal(matrix, _read(files, names["b"], (side, side))):
-                raise InputError(
-                    f"{files.folder}: {names['a']} and {names['b']} differ, but MoRA has one matrix"
-                )
+                raise InputError(f"{files.folder}: {names['a']} and {names['b']} differ, but MoRA has one matrix")
             values[layer] = {"m": matrix}
             continue
         factor_a = _read(files, names["a"], (config.rank, place.in_features))

@@ -143,9 +143,7 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
         if values.get(name):
             raise InputError(f"{where}: {name} is set, which is not supported")
     if values.get("bias", "none") != "none":
-        raise InputError(
-            f"{where}: bias {values['bias']!r} is not supported; adapters must leave biases alone"
-        )
+        raise InputError(f"{where}: bias {values['bias']!r} is not supported; adapters must leave biases alone")
     if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
         raise InputError(
             f"{where}: init_lora_weights {values['init_lora_weights']!r} changes the base weights; convert "
@@ -161,9 +159,7 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
 def _kind(values: dict[str, Any], where: str) -> str | None:
     if KIND_FIELD in values:
         if values[KIND_FIELD] not in KINDS:
-            raise InputError(
-                f"{where}: {KIND_FIELD} must be one of {', '.join(KINDS)}, found {values[KIND_FIELD]!r}"
-            )
+            raise InputError(f"{where}: {KIND_FIELD} must be one of {', '.join(KINDS)}, found {values[KIND_FIELD]!r}")
         return values[KIND_FIELD]
     if not values.get("use_mora"):
         return None
@@ -180,22 +176,17 @@ def _check_types(values: dict[str, Any], where: str) -> None:
 
     def numbers(patterns: Any, kinds: tuple[type[float], ...]) -> bool:
         return isinstance(patterns, dict) and all(
-            isinstance(value, kinds) and not isinstance(value, bool) and value > 0
-            for value in patterns.values()
+            isinstance(value, kinds) and not isinstance(value, bool) and value > 0 for value in patterns.values()
         )
 
     def strings(value: Any) -> bool:
-        return isinstance(value, str) or (
-            isinstance(value, list) and all(isinstance(item, str) for item in value)
-        )
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
     require("r", numbers({"r": values.get("r", 8)}, (int,)), "a positive whole number")
     require("lora_alpha", numbers({"": values.get("lora_alpha", 8)}, (int, float)), "a positive number")
     dropout = values.get("lora_dropout", 0.0)
     require("lora_dropout", isinstance(dropout, (int, float)) and 0 <= dropout < 1, "a number in [0, 1)")
-    require(
-        "rank_pattern", numbers(values.get("rank_pattern") or {}, (int,)), "names with positive whole numbers"
-    )
+    require("rank_pattern", numbers(values.get("rank_pattern") or {}, (int,)), "names with positive whole numbers")
     require(
         "alpha_pattern",
         numbers(values.get("alpha_pattern") or {}, (int, float)),
@@ -238,9 +229,7 @@ def lora_fields(
     }
 
 
-def mora_fields(
-    config: MoRAConfig, *, targets: list[str], ranks: dict[str, int], base: str | None
-) -> dict[str, Any]:
+def mora_fields(config: MoRAConfig, *, targets: list[str], ranks: dict[str, int], base: str | None) -> dict[str, Any]:
     """The fields of a MoRA's `adapter_config.json`: PEFT 0.9's for LoRA, `use_mora` and `mora_type`.
 
     A kind that the authors' code does not have is named in a field of its own and claims no `mora_type`, so

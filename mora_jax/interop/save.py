@@ -45,9 +45,7 @@ def save_pretrained(
         InputError: when the model has adapters, the dtype is another one or too narrow, or `out` is in use.
     """
     if next(iter(adapters_of(model)), None) is not None:
-        raise InputError(
-            "the model has unmerged adapters: call merge(model) first, or save them with save_adapter"
-        )
+        raise InputError("the model has unmerged adapters: call merge(model) first, or save them with save_adapter")
     target = _dtype(dtype)
     with new_folder(out) as folder:
         text = json.dumps(_config(model.config, target.name), indent=2)
@@ -91,9 +89,7 @@ def _tensors(model: Decoder, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
             with np.errstate(over="ignore"):
                 stored = np.ascontiguousarray(tensor.astype(dtype))
             if dtype == np.float16 and not np.isfinite(stored).all():
-                raise InputError(
-                    f"tensor {piece.name} has values that float16 cannot hold; save in another dtype"
-                )
+                raise InputError(f"tensor {piece.name} has values that float16 cannot hold; save in another dtype")
             yield piece.name, stored
 
 

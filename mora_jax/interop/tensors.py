@@ -51,9 +51,7 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except FileNotFoundError:
-        raise InputError(
-            f"{file} does not exist, but the index names it: download the folder again"
-        ) from None
+        raise InputError(f"{file} does not exist, but the index names it: download the folder again") from None
     except SafetensorError as error:
         raise InputError(f"{file} is not a complete safetensors file ({error}): download it again") from None
     except OSError as error:
@@ -79,9 +77,7 @@ def open_checkpoint(folder: Path) -> TensorFiles:
         files = TensorFiles(folder, [folder / file for file in sorted(set(weight_map.values()))])
         absent = [name for name in weight_map if name not in files]
         if absent:
-            raise InputError(
-                f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}"
-            )
+            raise InputError(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}")
         return files
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:

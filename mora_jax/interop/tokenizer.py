@@ -31,9 +31,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     _check_json(folder / "tokenizer.json")
     auto = _auto_tokenizer()
     try:
-        return auto.from_pretrained(
-            str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
-        )
+        return auto.from_pretrained(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}: the tokenizer cannot be loaded: {cause}") from None

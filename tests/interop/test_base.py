@@ -119,9 +119,7 @@ class TestTiedHeads:
 
     def test_a_copy_of_the_embedding_is_ignored(self, tied):
         before = logits(tied)
-        change(
-            tied, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
-        )
+        change(tied, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
         assert load(tied).lm_head is None
         np.testing.assert_array_equal(logits(tied), before)
 
@@ -153,23 +151,17 @@ class TestBadWeights:
 
     def test_extra(self, folder):
         change(folder, lambda tensors: tensors | {"model.extra.weight": np.ones(3, np.float32)})
-        with pytest.raises(
-            mj.InputError, match="1 tensors do not belong to the architecture: model.extra.weight"
-        ):
+        with pytest.raises(mj.InputError, match="1 tensors do not belong to the architecture: model.extra.weight"):
             load(folder)
 
     def test_biases_that_the_config_denies(self, tmp_path):
         folder = hf_folder(tmp_path / "b", hf_model("llama", attention_bias=True), {"attention_bias": False})
-        with pytest.raises(
-            mj.InputError, match=r"12 tensors do not belong to the architecture: .*k_proj.bias"
-        ):
+        with pytest.raises(mj.InputError, match=r"12 tensors do not belong to the architecture: .*k_proj.bias"):
             load(folder)
 
     def test_shapes(self, folder):
         change(folder, lambda tensors: tensors | {"model.norm.weight": np.ones(31, np.float32)})
-        with pytest.raises(
-            mj.InputError, match=r"model.norm.weight has shape \[31\], but config.json implies \[32\]"
-        ):
+        with pytest.raises(mj.InputError, match=r"model.norm.weight has shape \[31\], but config.json implies \[32\]"):
             load(folder)
 
     def test_integers(self, folder):
@@ -190,17 +182,13 @@ class TestBadWeights:
 
     def test_none(self, folder):
         (folder / "model.safetensors").unlink()
-        with pytest.raises(
-            mj.InputError, match="has no model.safetensors and no model.safetensors.index.json"
-        ):
+        with pytest.raises(mj.InputError, match="has no model.safetensors and no model.safetensors.index.json"):
             load(folder)
 
 
 class TestBadFolders:
     def test_no_folder(self, tmp_path):
-        with pytest.raises(
-            mj.InputError, match=r"nowhere is not a folder \(a hub id looks like owner/name\)"
-        ):
+        with pytest.raises(mj.InputError, match=r"nowhere is not a folder \(a hub id looks like owner/name\)"):
             load(tmp_path / "nowhere")
         with pytest.raises(mj.InputError, match="nowhere is not a folder"):
             load("nowhere")
@@ -211,9 +199,7 @@ class TestBadFolders:
 
     def test_a_hub_id_without_network(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(
-            mj.InputError, match="owner/name is not a local folder, and could not be fetched"
-        ) as error:
+        with pytest.raises(mj.InputError, match="owner/name is not a local folder, and could not be fetched") as error:
             load("owner/name")
         assert "\n" not in str(error.value)
 
@@ -222,9 +208,7 @@ class TestBadFolders:
         with pytest.raises(mj.InputError, match="config.json does not exist"):
             load(folder)
 
-    @pytest.mark.parametrize(
-        "text, message", [("{", "is not valid JSON"), ("[1]", "must hold a JSON object")]
-    )
+    @pytest.mark.parametrize("text, message", [("{", "is not valid JSON"), ("[1]", "must hold a JSON object")])
     def test_bad_config(self, folder, text, message):
         (folder / "config.json").write_text(text)
         with pytest.raises(mj.InputError, match=f"config.json {message}") as error:
@@ -234,9 +218,7 @@ class TestBadFolders:
     def test_a_bad_value_names_the_file(self, folder):
         values = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": "two"}
         (folder / "config.json").write_text(json.dumps(values))
-        with pytest.raises(
-            mj.InputError, match=r"model/config.json: num_hidden_layers must be a positive whole"
-        ):
+        with pytest.raises(mj.InputError, match=r"model/config.json: num_hidden_layers must be a positive whole"):
             load(folder)
 
 
@@ -263,9 +245,7 @@ def test_weights_exist_once(folder):
     before = np.asarray(model(IDS))
     shutil.rmtree(folder)
     np.testing.assert_array_equal(np.asarray(model(IDS)), before)
-    assert all(
-        isinstance(node[...], jnp.ndarray) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)
-    )
+    assert all(isinstance(node[...], jnp.ndarray) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param))
 
 
 @pytest.mark.shared
@@ -294,7 +274,5 @@ def test_smollm2():
 
 def test_the_first_import_of_transformers_is_silent():
     code = "from mora_jax.interop.tokenizer import _auto_tokenizer; _auto_tokenizer()"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout + result.stderr == ""

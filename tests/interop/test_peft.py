@@ -66,9 +66,7 @@ def rename(folder: Path, change) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name}, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "targets", ["all-linear", ("q_proj", "down_proj"), r".*\.1\..*_proj", r".*\.[02]\.mlp\..*"]
-)
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r".*\.1\..*_proj", r".*\.[02]\.mlp\..*"])
 def test_real_peft_reads_our_lora(base, tmp_path, targets):
     model = adapted(base, mj.LoRAConfig(rank=3, alpha=7.0, targets=targets))
     mj.save_adapter(model, tmp_path / "adapter")
@@ -157,9 +155,7 @@ def test_the_authors_fields_and_matrices(base, tmp_path):
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     entry = next(iter(adapters_of(model)))
     stored = tensors[f"base_model.model.{entry.path}.lora_A.weight"]
-    np.testing.assert_array_equal(
-        stored, entry.params["m"]
-    )  # a compressed input a gives M a, as in torch's Linear
+    np.testing.assert_array_equal(stored, entry.params["m"])  # a compressed input a gives M a, as in torch's Linear
 
 
 @pytest.mark.parametrize("part", ["_A", "_A and no prefix", "default"])

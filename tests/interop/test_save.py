@@ -66,9 +66,7 @@ def test_nothing_is_lost_in_float32(tmp_path):
 
 
 def test_files_that_come_along(tmp_path):
-    base = hf_folder(
-        tmp_path / "base", hf_model("llama"), {"keep": {"me": 1}, "dtype": None, "torch_dtype": "float32"}
-    )
+    base = hf_folder(tmp_path / "base", hf_model("llama"), {"keep": {"me": 1}, "dtype": None, "torch_dtype": "float32"})
     write_tokenizer(base)
     (base / "generation_config.json").write_text('{"eos_token_id": 3}')
     (base / "notes.txt").write_text("not mine to copy")
@@ -141,9 +139,7 @@ class TestRefusals:
     def test_dtypes(self, tmp_path):
         model = fresh()
         for bad in ("int8", "float64", "tiny"):
-            with pytest.raises(
-                mj.InputError, match=f"saved in one of float32, bfloat16, float16, not '{bad}'"
-            ):
+            with pytest.raises(mj.InputError, match=f"saved in one of float32, bfloat16, float16, not '{bad}'"):
                 mj.save_pretrained(model, tmp_path / "out", dtype=bad)
         model.norm.weight[...] = model.norm.weight[...] + 1e6
         with pytest.raises(mj.InputError, match="model.norm.weight has values that float16 cannot hold"):

@@ -37,7 +37,5 @@ def test_names():
     assert precision.read_dtype("float32") == jnp.float32
     assert precision.read_dtype(jnp.bfloat16) == jnp.bfloat16
     for bad in ("float16", "int8", "fast"):
-        with pytest.raises(
-            mj.InputError, match=f"dtype '{bad}' is not supported; give one of float32, bfloat16"
-        ):
+        with pytest.raises(mj.InputError, match=f"dtype '{bad}' is not supported; give one of float32, bfloat16"):
             precision.read_dtype(bad)

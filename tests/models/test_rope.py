@@ -1,5 +1,6 @@
 """Rotary tables. That the variants agree with transformers is checked in test_families."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +10,7 @@ from mora_jax.models.rope import Rope, inverse_frequencies, rotate, tables, yarn
 
 def test_plain_frequencies():
     np.testing.assert_allclose(inverse_frequencies(Rope(100.0), 4), [1.0, 0.1], rtol=1e-6)
-    np.testing.assert_allclose(
-        inverse_frequencies(Rope(100.0, "linear", factor=4.0), 4), [0.25, 0.025], rtol=1e-6
-    )
+    np.testing.assert_allclose(inverse_frequencies(Rope(100.0, "linear", factor=4.0), 4), [0.25, 0.025], rtol=1e-6)
 
 
 def test_llama3_keeps_short_waves_and_stretches_long_ones():
@@ -45,3 +44,11 @@ def test_rotation_of_pairs():
     complex_y = complex_x * np.exp(1j * 3 * np.array([1.0, 0.1]))
     np.testing.assert_allclose(y[0, 1], np.concatenate([complex_y.real, complex_y.imag], -1), atol=1e-5)
     np.testing.assert_allclose(rotate(jnp.asarray(x), cos[1], sin[1])[:, 0], 2 * x[:, 0], rtol=1e-6)
+
+
+def test_the_backward_turns_back():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 5, 4)), jnp.float32)
+    cos, sin = (table[0] for table in tables((Rope(100.0),), 4, jnp.array([[0, 1, 2], [5, 6, 7]])))
+    _, pull = jax.vjp(lambda x: rotate(x, cos, sin), x)
+    np.testing.assert_allclose(pull(rotate(x, cos, sin))[0], x, atol=1e-6)
+    assert {leaf.shape for leaf in jax.tree.leaves(pull)} == {cos.shape}

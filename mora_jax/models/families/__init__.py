@@ -35,6 +35,4 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
                 raise InputError(f"{where}: the checkpoint is quantized; give the unquantized one")
             return family.read(Fields(values, where))
     supported = ", ".join(family.ARCHITECTURE for family in FAMILIES)
-    raise InputError(
-        f"{where}: architecture {named or model_type!r} is not supported; supported are {supported}"
-    )
+    raise InputError(f"{where}: architecture {named or model_type!r} is not supported; supported are {supported}")

@@ -23,8 +23,7 @@ def read_activation(fields: Fields, name: str = "hidden_act", default: str = "si
     value = fields.text(name, default)
     if value not in _ACTIVATIONS:
         raise InputError(
-            f"{fields.where}: {name} {value!r} is not supported; supported are "
-            f"{', '.join(sorted(_ACTIVATIONS))}"
+            f"{fields.where}: {name} {value!r} is not supported; supported are {', '.join(sorted(_ACTIVATIONS))}"
         )
     return _ACTIVATIONS[value]
 
@@ -39,8 +38,7 @@ def layer_types(fields: Fields, default: list[str]) -> list[str]:
     unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
     if unknown:
         raise InputError(
-            f"{fields.where}: layer_types has {', '.join(unknown)}; supported are full_attention and "
-            "sliding_attention"
+            f"{fields.where}: layer_types has {', '.join(unknown)}; supported are full_attention and sliding_attention"
         )
     return types
 
@@ -52,9 +50,7 @@ def windows_of(fields: Fields, types: list[str], window: int | None) -> tuple[in
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def read_common(
-    fields: Fields, family: str, *, head_dim: int | None = None, **family_fields: Any
-) -> DecoderConfig:
+def read_common(fields: Fields, family: str, *, head_dim: int | None = None, **family_fields: Any) -> DecoderConfig:
     """A `DecoderConfig` as a plain Llama-like family has it, with a family's own fields laid over.
 
     Args:
@@ -68,13 +64,10 @@ def read_common(
     hidden = fields.integer("hidden_size")
     if heads % kv_heads:
         raise InputError(
-            f"{fields.where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads "
-            f"({kv_heads})"
+            f"{fields.where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
         )
     if head_dim is None and fields.values.get("head_dim") is None and hidden % heads:
-        raise InputError(
-            f"{fields.where}: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads})"
-        )
+        raise InputError(f"{fields.where}: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads})")
     head_dim = fields.integer("head_dim", head_dim or hidden // heads)
     if head_dim % 2:
         raise InputError(f"{fields.where}: head_dim ({head_dim}) must be even for rotary embeddings")

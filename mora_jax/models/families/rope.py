@@ -10,9 +10,7 @@ def read_rope(fields: Fields, default_theta: float = 10_000.0) -> Rope:
     table = fields.table("rope_scaling") or fields.table("rope_parameters") or Fields({}, fields.where)
     nested = [name for name, value in table.values.items() if isinstance(value, dict)]
     if nested:
-        raise InputError(
-            f"{table.where}: settings per layer type ({', '.join(nested)}) do not exist in this family"
-        )
+        raise InputError(f"{table.where}: settings per layer type ({', '.join(nested)}) do not exist in this family")
     return rope_of(table, fields, fields.number("rope_theta", default_theta))
 
 
@@ -30,9 +28,7 @@ def rope_of(table: Fields, fields: Fields, theta: float) -> Rope:
     kind = table.text("rope_type", table.text("type", "default"))
     theta = table.number("rope_theta", theta)
     if kind not in KINDS:
-        raise InputError(
-            f"{table.where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}"
-        )
+        raise InputError(f"{table.where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}")
     for place in (table, fields):
         if place.number("partial_rotary_factor", 1.0) != 1.0:
             raise InputError(f"{place.where}: partial_rotary_factor other than 1 is not supported")
