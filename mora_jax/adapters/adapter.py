@@ -132,10 +132,11 @@ class PartwiseDelta:
         parts = []
         for i, (method, config) in enumerate(zip(self.methods, self.configs, strict=True)):
             features = self.layout.part_features(i)
-            if method is None:
+            arrays = params[i]
+            if method is None or arrays is None:
                 parts.append(jnp.zeros((x.shape[0], features), jnp.float32))
             else:
-                parts.append(method.delta(config, features, x, params[i]))
+                parts.append(method.delta(config, features, x, arrays))
         return self.layout.join(parts)
 
     def forward(self, x: Array, params: Any) -> tuple[Array, Any]:

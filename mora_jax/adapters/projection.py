@@ -8,6 +8,7 @@ kernel with a leading layer axis; the decoder scans over layers and calls it on 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ class Projection(nnx.Module):
         self.kernel = nnx.Param(kernel, axes=(*names, *axes))
         bias = nnx.Param(jnp.zeros((*stack, *out_shape), dtype), axes=(*names, *axes[1:])) if use_bias else None
         self.bias = nnx.data(bias)
-        self.adapters = nnx.Dict()
+        self.adapters: Any = nnx.Dict()
 
     def __call__(self, x: Array, *, dropout_key: Array | None = None) -> Array:
         """`x [..., in]` → `[..., *out_shape]` in the dtype of `x`, on leaves without layer axis.

@@ -226,9 +226,10 @@ class Decoder(nnx.Module):
         def extend(carry: Any, layer: Any) -> tuple[Any, None]:
             x, (keys, values) = carry
             index, leaves, window, rope = layer
-            slot = CacheSlot(keys, values, index, cache.length)
-            x, slot = nnx.merge(graphdef, leaves)(x, layer_layout(layout, window, rope), slot, None)
-            return (x, (slot.keys, slot.values)), None
+            slot: Any = CacheSlot(keys, values, index, cache.length)
+            x, written = nnx.merge(graphdef, leaves)(x, layer_layout(layout, window, rope), slot, None)
+            assert written is not None
+            return (x, (written.keys, written.values)), None
 
         (x, stored), _ = jax.lax.scan(extend, (x, (cache.keys, cache.values)), xs, unroll=self._unroll())
         return x, dataclasses.replace(cache, keys=stored[0], values=stored[1])
