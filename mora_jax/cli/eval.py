@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 from mora_jax.cli.options import add_data, add_key, add_model
 from mora_jax.cli.progress import progress
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         truncation=args.truncation,
         vocab_size=model.config.vocab_size,
     )
+    for note in dataset.report.notes:
+        print(f"note: {note}", file=sys.stderr)
     with progress("scoring") as report:
         scores = score(model, dataset, batch_size=args.batch_size, progress=report)
     result = {

@@ -1,6 +1,5 @@
 """Loading what `--model` and `--adapter` name."""
 
-from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
@@ -11,7 +10,7 @@ def load(path: str, adapter: str | None, dtype: str | None, unroll: int | None =
 
     Args:
         path: a HuggingFace folder or hub id.
-        adapter: an adapter folder, or a run directory that holds one.
+        adapter: an adapter folder, a run directory that holds one, or a hub id.
         dtype: compute dtype, or None for the machine's default.
         unroll: layers an iteration of the layer scan, or None for the backend's default.
 
@@ -30,8 +29,15 @@ def load(path: str, adapter: str | None, dtype: str | None, unroll: int | None =
 
 
 def adapter_folder(path: str) -> str:
-    """Returns the adapter folder itself, also for the run directory around it."""
-    for folder in (Path(path), Path(path) / "adapter"):
+    """Returns the adapter folder itself, also for the run directory around it, or a hub id's local copy.
+
+    Raises:
+        InputError: when there is no adapter.
+    """
+    from mora_jax.interop.hub import local_folder
+
+    found = local_folder(path)
+    for folder in (found, found / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return str(folder)
     raise InputError(f"{path} is no adapter: there is no adapter_config.json in it or in its folder adapter/")

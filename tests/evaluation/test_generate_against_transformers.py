@@ -9,6 +9,8 @@ from mora_jax.interop import load_pretrained
 
 def test_greedy_tokens_equal_those_of_transformers(tmp_path):
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its idle threads would spin on the cores that jax uses
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=32,
@@ -25,10 +27,15 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path):
     theirs = LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     ours, _ = load_pretrained(tmp_path, dtype="float32", unroll=1)
-    for prompt in ([5, 17, 80, 3], [9] * 11):
+    prompts = ([5, 17, 80, 3], [9] * 11)
+    answers = []
+    for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+            mask = torch.ones_like(ids)
+            answers.append(theirs.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
+    torch.set_num_threads(threads)
+    for prompt, expected in zip(prompts, answers, strict=True):
         answer = list(Generator(ours).stream(prompt, 20))
         assert answer == expected[0, len(prompt) :].tolist()
         assert len(set(answer)) > 3, "a constant answer would prove little"
