@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 import sys
 
 from mora_jax.cli.options import add_data, add_key, add_model
 from mora_jax.cli.progress import progress
+from mora_jax.errors import InputError
 
 HELP = "perplexity and accuracy on a data file"
 
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     with progress("scoring") as report:
         scores = score(model, dataset, batch_size=args.batch_size, progress=report)
+    if not math.isfinite(scores.nll):
+        raise InputError(f"{args.model} gives a loss of {scores.nll} on {', '.join(args.data)}; try --dtype float32")
     result = {
         **scores.to_dict(),
         "examples": len(dataset),

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.cli.models import load
     from mora_jax.evaluation import Sampling, stream_text
 
-    # Measured with 135 M parameters, one row at a time on CPU: float32 is five times faster a token than
+    # Measured with 135 M parameters, one row at a time on CPU: float32 is many times faster a token than
     # bfloat16, and one layer at a time compiles ten times faster than all of them unrolled.
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     model, tokenizer = load(args.model, args.adapter, dtype, unroll=1)

@@ -12,6 +12,9 @@ from mora_jax.errors import InputError
 from mora_jax.training.config_key import Key, key, nearest
 
 KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
+# Repeated from mora_jax.adapters and mora_jax.data, which import too much for a command's --help; a test compares.
+FORMATS = ("alpaca", "messages", "sharegpt", "prompt_completion", "self_instruct", "question_answer", "text")
+TEMPLATES = ("tokenizer", "alpaca", "plain", "chatml", "llama3", "tulu", "zephyr", "phi3", "gemma")
 # The keys of the section `adapter` that each method reads.
 METHOD_KEYS: Mapping[str, frozenset[str]] = {
     "lora": frozenset({"rank", "alpha", "dropout", "targets", "path"}),
@@ -63,10 +66,12 @@ class DataConfig:
     format: str | None = key(
         None,
         "File format; none recognises it.",
-        choices=("alpaca", "messages", "prompt_completion", "text"),
+        choices=FORMATS,
     )
     template: str | None = key(
-        None, "Chat template: a built-in name; none takes the tokenizer's own, or alpaca where it has none."
+        None,
+        "Chat template; none takes the tokenizer's own, or alpaca where it has none.",
+        choices=TEMPLATES,
     )
     max_length: int = key(512, "Longest example in tokens.", at_least=2)
     truncation: str = key("right", "What happens to longer examples.", choices=("right", "drop"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import KINDS, METHOD_KEYS, Config, check_warmup, keys, unused
+from mora_jax.training.config import FORMATS, KINDS, METHOD_KEYS, TEMPLATES, Config, check_warmup, keys, unused
 from mora_jax.training.config_file import load_config, read_config_file
 from mora_jax.training.config_key import split_list
 
@@ -316,6 +316,14 @@ def test_methods_kinds_and_their_keys_are_those_of_the_adapters():
     for method, config in CONFIGS.items():
         assert METHOD_KEYS[method] - {"path"} == {field.name for field in dataclasses.fields(config)}
     assert set(KINDS) == set(ADAPTER_KINDS)
+
+
+def test_formats_and_templates_are_those_of_the_data_package():
+    from mora_jax.data import FORMATS as DATA_FORMATS
+    from mora_jax.data import TEMPLATES as DATA_TEMPLATES
+
+    assert set(FORMATS) == set(DATA_FORMATS)
+    assert set(TEMPLATES) == {"tokenizer", *DATA_TEMPLATES}
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
