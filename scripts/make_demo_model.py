@@ -169,6 +169,10 @@ def finish(trained: Path, folder: Path) -> None:
     save_pretrained(model, folder, dtype="float16")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(trained.parent.parent / "start" / name, folder / name)
+    # The template stands in tokenizer_config.json.
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for file in folder.iterdir():
+        file.chmod(0o644)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"model: {folder}, {size / 1e6:.2f} MB")
 

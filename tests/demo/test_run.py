@@ -1,0 +1,90 @@
+"""The demo from end to end on a tiny budget."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mora_jax.cli.main import main
+from mora_jax.demo import cells, run
+from mora_jax.demo.measure import Scores
+from mora_jax.demo.table import COLUMNS, Row
+
+
+@pytest.fixture
+def two_methods(monkeypatch):
+    """LoRA and full only, three questions of each task."""
+    small = [method for method in cells.METHODS if method.name in ("LoRA", "full")]
+    complete = run.run
+
+    def shortened(**settings):
+        return complete(methods=small, questions=3, **settings)
+
+    monkeypatch.setattr(run, "run", shortened)
+
+
+def test_from_end_to_end(two_methods, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["demo", "--steps", "26", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 2 + 1 + 2 * 2
+    assert all(column in lines[1] for column in COLUMNS)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in sorted(out.iterdir())] == ["curves.png", "results.json"]
+
+    base, *tuned = json.loads((out / "results.json").read_text())
+    assert base["exact_match"] <= 0.1
+    assert [(row["method"], row["loss"]) for row in tuned] == [
+        (method, mode) for method in ("LoRA", "full") for mode in ("masked", "unmasked")
+    ]
+    for row in tuned:
+        assert len(row["answers"]) == 3 * 12
+        assert row["trainable_parameters"] > 0
+        assert row["tokens_per_second"] > 0
+        assert row["curve"]["steps"] == [0, 25, 26]
+        # It starts where the base model is, and learns.
+        assert row["curve"]["held_out_loss"][0] == pytest.approx(tuned[0]["curve"]["held_out_loss"][0])
+        assert row["response_perplexity"] < 0.5 * base["response_perplexity"]
+
+
+def test_without_matplotlib_it_says_so(monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    scores = Scores(0.0, 0.0, {}, 9.0, 2.0, ("x",))
+    results = run.Results([Row("base model", "-", 0, scores)], {}, {})
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    monkeypatch.setattr(run, "run", lambda **settings: results)
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", "many"])
+def test_bad_steps_are_one_line(steps, capsys):
+    assert main(["demo", f"--steps={steps}"]) == 2
+    assert capsys.readouterr().err.startswith("error:")
+
+
+def test_methods_have_about_equal_parameters():
+    trainable = {
+        method.name: cells.Trainer(method, steps=1).trainable
+        for method in cells.METHODS
+        if method.name != "full"
+    }
+    assert max(trainable.values()) < 1.06 * min(trainable.values())
+
+
+def test_help_imports_no_jax():
+    code = (
+        "import sys; from mora_jax.cli.main import main\n"
+        "main(['demo', '--help'])\n"
+        "assert not {'jax', 'flax', 'matplotlib'} & sys.modules.keys()"
+    )
+    assert (
+        "--steps"
+        in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
