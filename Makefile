@@ -25,6 +25,9 @@ BIN := $(VENV)/bin
 # What the environment depends on besides pyproject.toml: the interpreter, and the folder (scripts hold its path).
 IDENTITY := $(BASE) $(shell "$(BASE)" -c 'import sys; print(*sys.version.split())' 2>/dev/null) $(CURDIR)
 
+# Most of a test's time goes into compiling on one core. A worker takes up to 2 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
@@ -34,10 +37,10 @@ demo: $(VENV)/.installed-plots
 	$(BIN)/mora-jax demo --out runs/demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-notebook
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

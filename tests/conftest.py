@@ -20,46 +20,45 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 REQUIRE_SHARED = os.environ.get("MORA_JAX_REQUIRE_SHARED") == "1"
 
-_shared_passed = pytest.StashKey[set[str]]()
-_shared_selected = pytest.StashKey[set[str]]()
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepares the two sets that tell whether the `shared` tests did run."""
-    config.stash[_shared_passed] = set()
-    config.stash[_shared_selected] = set()
+    """Watches the `shared` tests, in the process that hears of every test where there are several."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SharedTests())
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips `shared` tests where the folder is absent, unless the environment demands that they run."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips `shared` tests where the folder is absent."""
+    if SHARED.is_dir():
+        return
     for item in items:
-        if item.get_closest_marker("shared") is None:
-            continue
-        config.stash[_shared_selected].add(item.nodeid)
-        if not SHARED.is_dir() and not REQUIRE_SHARED:
+        if item.get_closest_marker("shared") is not None:
             item.add_marker(pytest.mark.skip(reason="no folder shared/ beside the repository"))
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
-    """Notes which `shared` tests went through."""
-    outcome = yield
-    report = outcome.get_result()
-    if report.when == "call" and report.passed and item.get_closest_marker("shared") is not None:
-        item.config.stash[_shared_passed].add(item.nodeid)
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+class SharedTests:
     """Fails a run that was told to run the `shared` tests and left one out."""
-    config = session.config
-    if not REQUIRE_SHARED or exitstatus != pytest.ExitCode.OK or config.option.collectonly:
-        return
-    missing = config.stash[_shared_selected] - config.stash[_shared_passed]
-    if missing:
-        for nodeid in sorted(missing):
-            print(f"\nshared test did not run: {nodeid}")
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def __init__(self) -> None:
+        self.left_out: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notes the `shared` tests that were skipped."""
+        if report.skipped and "shared" in report.keywords:
+            self.left_out.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Turns what was left out into a failure."""
+        if REQUIRE_SHARED and self.left_out and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Says what was left out."""
+        if REQUIRE_SHARED and self.left_out:
+            terminalreporter.write_line(
+                "MORA_JAX_REQUIRE_SHARED=1, but these tests did not run: " + ", ".join(sorted(self.left_out)), red=True
+            )
 
 
 @pytest.fixture(scope="session")
