@@ -132,6 +132,19 @@ def test_unroll_and_remat_change_nothing():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
+def test_dropout_acts_on_the_adapters_alone(model):
+    mine = init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
+    mj.attach(mine, mj.LoRAConfig(rank=2, dropout=0.5), rngs=nnx.Rngs(1))
+    close(mine(IDS, dropout_key=jax.random.key(0)), model(IDS))
+    fill_randomly(mine)
+    plain, dropped, again, other = (
+        np.asarray(mine(IDS, dropout_key=key)) for key in (None, *map(jax.random.key, (0, 0, 1)))
+    )
+    np.testing.assert_array_equal(dropped, again)
+    for different in (plain, other):
+        assert not np.allclose(dropped, different, atol=1e-2)
+
+
 def test_eager_calls_compile_once(model):
     model(IDS)
     before = decoder._logits._cache_size()
