@@ -172,6 +172,41 @@ def test_other_spellings_of_keys(base, tmp_path, part):
     assert_same_adapters(second, model)
 
 
+def test_several_ranks_and_alphas(base, tmp_path):
+    model = load(base)
+    mj.attach(model, mj.LoRAConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj")), rngs=nnx.Rngs(0))
+    mj.attach(model, mj.LoRAConfig(rank=4, alpha=9.5, targets=(r"model.layers.1.mlp.up_proj",)), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    mj.save_adapter(model, tmp_path / "adapter")
+    torch_model = peft.PeftModel.from_pretrained(hf_model("llama"), str(tmp_path / "adapter")).eval()
+    np.testing.assert_allclose(logits(model), hf_logits(torch_model, IDS), atol=1e-4)
+    second = load(base)
+    mj.load_adapter(second, tmp_path / "adapter")
+    assert_same_adapters(second, model)
+
+
+def test_several_ranks_of_mora(base, tmp_path):
+    model = load(base)
+    mj.attach(model, mj.MoRAConfig(rank=2, targets=("q_proj",)), rngs=nnx.Rngs(0))
+    mj.attach(model, mj.MoRAConfig(rank=4, targets=("down_proj",)), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    mj.save_adapter(model, tmp_path / "adapter")
+    second = load(base)
+    mj.load_adapter(second, tmp_path / "adapter")
+    assert_same_adapters(second, model)
+
+
+def test_mixtures_that_one_folder_cannot_hold(base, tmp_path):
+    model = load(base)
+    mj.attach(model, mj.MoRAConfig(rank=2, targets=("q_proj",)), rngs=nnx.Rngs(0))
+    mj.attach(model, mj.MoRAConfig(rank=2, kind="rotation", targets=("k_proj",)), rngs=nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="one kind of MoRA, but the model has rotation, sharing"):
+        mj.save_adapter(model, tmp_path / "adapter")
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("v_proj",)), rngs=nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="one method, but the model has adapters of lora, mora"):
+        mj.save_adapter(model, tmp_path / "adapter")
+
+
 def test_partial_layers_return(base, tmp_path):
     model = adapted(base, mj.LoRAConfig(rank=2, targets=r".*\.1\.self_attn\.[qv]_proj"))
     mj.save_adapter(model, tmp_path / "adapter")
