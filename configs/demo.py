@@ -1,6 +1,8 @@
-"""The embedded model on the embedded instructions, by the ordinary trainer (`make demo` compares all methods).
+"""LoRA on the embedded model and instructions, by the ordinary trainer (`make demo` compares all methods).
 
-    mora-jax train --config configs/demo.py --config.out=runs/demo_lora
+Run it from anywhere with `mora-jax train --config configs/demo.py --config.out=runs/demo_lora`.
+
+Scores a perplexity of about 2.6 on the held-out answers (measured, seed 0); 40 seconds of CPU time.
 """
 
 import ml_collections
