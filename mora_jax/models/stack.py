@@ -126,9 +126,7 @@ def _backward(body: Body, unroll: int, remat: str, residuals: Any, dy: Any) -> t
             columns.append(gradients)
         stacked = [jnp.stack(column) for column in zip(*reversed(columns), strict=True)]
     else:
-        dy, stacked = jax.lax.scan(
-            lambda dy, pair: step(dy, *pair), dy, (saved, leaves), reverse=True, unroll=unroll
-        )
+        dy, stacked = jax.lax.scan(lambda dy, pair: step(dy, *pair), dy, (saved, leaves), reverse=True, unroll=unroll)
     found = iter(stacked)
     return dy, jax.tree.unflatten(tree, [next(found) if on else None for on in active]), None
 
