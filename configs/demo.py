@@ -2,7 +2,7 @@
 
 Run it from anywhere with `mora-jax train --config configs/demo.py --config.out=runs/demo_lora`.
 
-Scores a perplexity of about 2.6 on the held-out answers (measured, seed 0); 40 seconds of CPU time.
+150 steps take about 40 seconds of CPU time.
 """
 
 import ml_collections
