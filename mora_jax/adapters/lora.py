@@ -82,9 +82,7 @@ def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> 
         ValueError: the shapes don't fit.
     """
     _check(lora_a, lora_b)
-    product = jnp.matmul(
-        lora_a.astype(jnp.float32), lora_b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    product = jnp.matmul(lora_a.astype(jnp.float32), lora_b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return product * scaling
 
 

@@ -134,9 +134,7 @@ def _scores(options: _Options, query: Array, key: Array) -> Array:
 
 def _product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     """Batched product over axes 0 and 1 with float32 accumulation."""
-    return lax.dot_general(
-        a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -178,9 +176,7 @@ def _backward(options, saved, dout):
         do_flat = do.reshape(b, g, -1, h)
         p_flat = p.astype(query.dtype).reshape(b, g, -1, p.shape[-1])
         dp = _product(do_flat, v, 3, 3).reshape(p.shape)
-        mean = jnp.sum(
-            do.astype(jnp.float32) * out[:, :, :, rows].astype(jnp.float32), axis=-1, keepdims=True
-        )
+        mean = jnp.sum(do.astype(jnp.float32) * out[:, :, :, rows].astype(jnp.float32), axis=-1, keepdims=True)
         ds = p * (dp - mean) * options.scale
         if options.softcap is not None:
             ds = ds * (1.0 - jnp.square(scores / options.softcap))

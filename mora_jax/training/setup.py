@@ -146,9 +146,7 @@ def put_adapter(model: Decoder, config: Config) -> AttachReport:
     return report_of(model)
 
 
-def encode_data(
-    config: Config, tokenizer: Any, vocab_size: int
-) -> tuple[EncodedDataset, EncodedDataset | None]:
+def encode_data(config: Config, tokenizer: Any, vocab_size: int) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Training and evaluation data as tokens with weights.
 
     Evaluation always scores responses (the masked loss), so that runs of different loss modes compare.

@@ -42,9 +42,7 @@ class Structure:
     def model(self, *arrays: Arrays) -> Any:
         """A model with the given arrays, in the order in which the states were given."""
         states = [
-            nnx.from_flat_state(
-                {path: variable.replace(values[dotted(path)]) for path, variable in template.items()}
-            )
+            nnx.from_flat_state({path: variable.replace(values[dotted(path)]) for path, variable in template.items()})
             for template, values in zip(self._templates, arrays, strict=True)
         ]
         return nnx.merge(self._graphdef, *states)

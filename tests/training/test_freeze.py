@@ -48,9 +48,7 @@ def test_linen_adapters_learn_and_params_stay(layer, wrap):
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
     jax.tree.map(np.testing.assert_array_equal, trained["params"], variables["params"])
-    for before, after in zip(
-        jax.tree.leaves(variables["adapters"]), jax.tree.leaves(trained["adapters"]), strict=True
-    ):
+    for before, after in zip(jax.tree.leaves(variables["adapters"]), jax.tree.leaves(trained["adapters"]), strict=True):
         assert not np.array_equal(before, after)
 
 

@@ -45,9 +45,9 @@ def test_value_and_gradients(softcap, shards, chunk):
 def test_no_weight_gives_zero_and_finite_gradients():
     hidden, kernel, targets, weights = case()
     hidden[0, 0] = np.inf  # not looked at
-    value, gradients = jax.value_and_grad(
-        lambda h, k: weighted_loss(h, k, targets, 0 * weights, chunk=5), (0, 1)
-    )(hidden, kernel)
+    value, gradients = jax.value_and_grad(lambda h, k: weighted_loss(h, k, targets, 0 * weights, chunk=5), (0, 1))(
+        hidden, kernel
+    )
     assert value == 0
     assert all(not np.any(gradient) for gradient in gradients)
 

@@ -1,0 +1,243 @@
+"""The loop: what a run leaves behind, and that a run which was cut short ends as if it had not been."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mora_jax.errors import InputError
+from mora_jax.training import loop
+from mora_jax.training.config import Config, lay_over
+from mora_jax.training.display import Display
+from mora_jax.training.step import make_step
+from tests.evaluation import tiny
+
+WORDS = ("red", "blue", "green", "black", "grey")
+ROWS = [{"instruction": f"Say {word}", "input": "", "output": word} for word in WORDS]
+SUMMARY = {
+    "method",
+    "trainable_parameters",
+    "total_parameters",
+    "compilations",
+    "compile_seconds",
+    "tokens_per_second",
+    "final_loss",
+    "eval_perplexity",
+    "wall_seconds",
+    "peak_memory_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save_folder(folder / "model")
+    (folder / "rows.json").write_text(json.dumps(ROWS * 2))
+    return folder
+
+
+def config(inputs: Path, out: Path, **settings) -> Config:
+    values = {
+        "model.path": str(inputs / "model"),
+        "model.dtype": "float32",
+        "model.unroll": 1,
+        "data.train": str(inputs / "rows.json"),
+        "out": str(out),
+        "train.steps": 6,
+        "train.save_every": 2,
+        "adapter.rank": 2,
+        "adapter.dropout": 0.1,
+        "mesh.data": 1,
+        **{name.replace("__", "."): value for name, value in settings.items()},
+    }
+    return lay_over(Config(), [(name, value, "test") for name, value in values.items()])
+
+
+class Interrupting(Display):
+    """Raises a signal, or an error, when a step is shown."""
+
+    def __init__(self, step: int, action):
+        super().__init__(io.StringIO())
+        self.at, self.action = step, action
+
+    def step(self, row):
+        super().step(row)
+        if row["step"] == self.at:
+            self.action()
+
+
+def metrics(out: Path) -> list[dict]:
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def quiet() -> Display:
+    return Display(io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def unbroken(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert loop.train(config(inputs, out), quiet()) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+    assert {path.name for path in unbroken.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "adapter",
+        "checkpoints",
+    }
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    assert summary["compilations"] == 1 and summary["method"] == "lora"
+    assert summary["peak_memory_bytes"] > 10**7 and summary["compile_seconds"] > 0
+    rows = metrics(unbroken)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(rows[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens"}
+    assert summary["final_loss"] == rows[-1]["loss"]
+    weights = load_file(unbroken / "adapter" / "adapter_model.safetensors")
+    assert sum(value.size for value in weights.values()) == summary["trainable_parameters"]
+    assert any(np.abs(value).max() > 0 for name, value in weights.items() if "lora_B" in name)
+    fields = json.loads((unbroken / "adapter" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"].endswith("model")
+    assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def same_as(unbroken: Path, out: Path) -> None:
+    assert metrics(out) == metrics(unbroken)
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_killed_run_resumes_bit_for_bit(inputs, unbroken, tmp_path, step):
+    def die():
+        raise MemoryError("as good as a kill: nothing after this line runs")
+
+    with pytest.raises(MemoryError):
+        loop.train(config(inputs, tmp_path / "run"), Interrupting(step, die))
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert loop.resume(str(tmp_path / "run"), quiet()) == 0
+    same_as(unbroken, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_border_of_the_step(inputs, unbroken, tmp_path, number, code):
+    display = Interrupting(3, lambda: os.kill(os.getpid(), number))
+    assert loop.train(config(inputs, tmp_path / "run", train__save_every=0), display) == code
+    assert "--resume" in display.stream.getvalue()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
+    resumed = quiet()
+    assert loop.resume(str(tmp_path / "run"), resumed) == 0
+    assert "step 4/6" not in resumed.stream.getvalue() and "step 5/6" in resumed.stream.getvalue()
+    same_as(unbroken, tmp_path / "run")
+    again = quiet()
+    assert loop.resume(str(tmp_path / "run"), again) == 0
+    assert "finished" in again.stream.getvalue()
+
+
+def test_full_fine_tuning_leaves_a_model(inputs, tmp_path):
+    settings = {"adapter__method": "full", "train__save_every": 0, "data__eval_fraction": 0.2, "train__eval_every": 3}
+    out = tmp_path / "run"
+    assert loop.train(config(inputs, out, **settings), quiet()) == 0
+    assert (out / "model" / "config.json").is_file() and (out / "model" / "tokenizer.json").is_file()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["trainable_parameters"] == summary["total_parameters"]
+    evaluations = [row for row in metrics(out) if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [3, 6]
+    assert evaluations[-1]["eval_perplexity"] == summary["eval_perplexity"]
+    np.testing.assert_allclose(np.exp(evaluations[-1]["eval_loss"]), evaluations[-1]["eval_perplexity"], rtol=1e-6)
+
+
+def test_epochs_end_with_a_short_batch_and_one_compilation(inputs, tmp_path):
+    settings = {"train__steps": None, "train__epochs": 2, "train__save_every": 0, "train__log_every": 2}
+    out = tmp_path / "run"
+    assert loop.train(config(inputs, out, **settings), quiet()) == 0
+    assert [row["step"] for row in metrics(out)] == [2, 4, 6]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["compilations"] == 1  # 10 rows in batches of 4, twice
+    tokens = [row["tokens"] for row in metrics(out)]
+    assert tokens[-1] < tokens[0]
+
+
+def test_starting_from_an_adapter(inputs, unbroken, tmp_path):
+    settings = {"adapter__path": str(unbroken / "adapter"), "adapter__dropout": 0.0, "train__steps": 1}
+    out = tmp_path / "run"
+    assert loop.train(config(inputs, out, **settings), quiet()) == 0
+    fresh = tmp_path / "fresh"
+    assert loop.train(config(inputs, fresh, adapter__dropout=0.0, train__steps=1), quiet()) == 0
+    assert metrics(out)[0]["loss"] != metrics(fresh)[0]["loss"]
+    with pytest.raises(InputError, match=r"holds a lora adapter, but adapter\.method is mora"):
+        loop.train(config(inputs, tmp_path / "x", **settings, adapter__method="mora"), quiet())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_used_directory_is_refused_or_replaced(inputs, unbroken, tmp_path):
+    with pytest.raises(InputError, match="holds a run already .* --resume"):
+        loop.train(config(inputs, unbroken), quiet())
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "summary.json").write_text("{}")
+    (out / "mine.txt").write_text("kept")
+    assert loop.train(config(inputs, out, train__steps=1), quiet(), overwrite=True) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 1
+    assert (out / "mine.txt").read_text() == "kept"
+
+
+def test_nothing_is_written_when_the_input_is_bad(inputs, tmp_path):
+    out = tmp_path / "run"
+    for settings, words in [
+        ({"adapter__targets": ("nope",)}, "match no layer"),
+        ({"data__train": str(tmp_path / "absent.json")}, "absent.json"),
+        ({"mesh__data": 3}, "3 devices can't share 4 rows"),
+        ({"train__steps": None, "optimizer__warmup_steps": 50}, "warmup_steps=50 must be at most the run's 3 steps"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            loop.train(config(inputs, out, **settings), quiet())
+        assert not out.exists()
+    with pytest.raises(InputError, match="holds no run"):
+        loop.resume(str(out), quiet())
+
+
+def test_a_diverging_run_says_so(inputs, tmp_path, monkeypatch):
+    def broken(*args, **settings):
+        step = make_step(*args, **settings)
+
+        def diverging(state, frozen, batch):
+            state, metrics = step(state, frozen, batch)
+            return state, metrics._replace(loss=jnp.where(state.step > 2, jnp.nan, metrics.loss))
+
+        return diverging
+
+    monkeypatch.setattr(loop, "make_step", broken)
+    with pytest.raises(InputError, match="the loss is nan at step 3: lower optimizer.learning_rate"):
+        loop.train(config(inputs, tmp_path / "run"), quiet())
+
+
+def test_pmap_gives_the_same_losses(inputs, tmp_path):
+    losses = []
+    for name, settings in {"jit": {}, "pmap": {"mesh__pmap": True}}.items():
+        settings |= {"mesh__data": 2, "adapter__dropout": 0.0, "train__steps": 3}
+        assert loop.train(config(inputs, tmp_path / name, **settings), quiet()) == 0
+        losses.append([row["loss"] for row in metrics(tmp_path / name)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_the_first_example_is_shown_with_its_weights(inputs, tmp_path):
+    setup = loop.prepare(config(inputs, tmp_path / "run"))
+    info = setup.info(0)
+    trained = "".join(text for text, weight in info.first_example if weight > 0)
+    assert any(trained.startswith(row["output"]) for row in ROWS)
+    assert info.method == "lora, rank 2, alpha 16" and info.matched == 14
+    assert dataclasses.replace(info, steps=1).trainable == setup.attached.trainable
