@@ -10,7 +10,7 @@ from typing import Any
 from mora_jax.errors import InputError
 
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -30,15 +30,18 @@ def load_tokenizer(path: str | Path) -> Any:
         raise InputError(f"no such model folder: {path}")
     try:
         return _auto_tokenizer().from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        # The tokenizers library raises bare Exceptions for a file of the wrong form; any other kind is a bug.
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError | ImportError):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot load a tokenizer from {path}: {reason}") from None
 
 
 def _check_folder(folder: Path) -> None:
-    if not any((folder / name).exists() for name in _VOCABULARIES):
+    if not any((folder / name).exists() for name in VOCABULARIES):
         raise InputError(
-            f"cannot load a tokenizer from {folder}: there is none of {', '.join(_VOCABULARIES)}"
+            f"cannot load a tokenizer from {folder}: there is none of {', '.join(VOCABULARIES)}"
         )
     file = folder / "tokenizer.json"
     if file.exists():

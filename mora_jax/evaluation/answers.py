@@ -38,7 +38,7 @@ def find_stop_ids(model: Decoder, tokenizer: Any, template: str | None = None) -
         found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     turns = (Message("user", "Question"), Message("assistant", "Answer"))
     tokens = tokenize([Renderer(tokenizer, template).render(Conversation(turns))], tokenizer)[0]
-    closing = tokens.input_ids[tokens.segments == Segment.END_OF_TURN][:1]
+    closing = tokens.input_ids[tokens.segments == Segment.END_OF_TURN]
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     found.update(int(token) for token in closing if token in special)
     return frozenset(found)

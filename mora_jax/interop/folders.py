@@ -34,7 +34,11 @@ def new_folder(out: str | os.PathLike[str], *, replace: frozenset[str] = frozens
         raise InputError(f"{target} cannot be made: {error.strerror}") from None
     try:
         yield beside
-        os.chmod(beside, 0o777 & ~_umask())
+        # Temporary folders, and files by safetensors, are for their owner alone.
+        mask = _umask()
+        os.chmod(beside, 0o777 & ~mask)
+        for file in beside.iterdir():
+            os.chmod(file, 0o666 & ~mask)
         if target.exists():
             old = beside.with_name(beside.name + ".old")
             target.rename(old)

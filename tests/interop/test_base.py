@@ -235,7 +235,13 @@ class TestTokenizers:
         write_tokenizer(folder)
         file = folder / "tokenizer.json"
         file.write_text(file.read_text()[:-20])
-        with pytest.raises(mj.InputError, match="tokenizer.json is not a complete JSON file"):
+        with pytest.raises(mj.InputError, match="tokenizer.json is broken JSON"):
+            load(folder)
+
+    def test_of_another_form(self, folder):
+        write_tokenizer(folder)
+        (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}')
+        with pytest.raises(mj.InputError, match="cannot load a tokenizer from"):
             load(folder)
 
 

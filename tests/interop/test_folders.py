@@ -66,3 +66,15 @@ def test_places_that_cannot_be_used(tmp_path):
         pass
     with pytest.raises(mj.InputError, match=r"is not empty \(file\)"), new_folder(tmp_path):
         pass
+
+
+def test_others_may_read_it(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("whole")
+            os.chmod(folder / "file", 0o600)  # as the safetensors library leaves its files
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "out" / "file").stat().st_mode) == 0o644
