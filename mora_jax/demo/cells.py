@@ -40,10 +40,10 @@ class Method:
 
 # LoRA and MoRA of the same rank: MoRA's square matrix holds about as many numbers as LoRA's two.
 METHODS = (
-    Method("LoRA", LoRAConfig(rank=RANK, alpha=2.0 * RANK), 1e-2),
+    Method("LoRA", LoRAConfig(rank=RANK, alpha=2.0 * RANK), 4e-3),
     Method("MoRA sharing", MoRAConfig(rank=RANK, kind="sharing"), 3e-3),
     Method("MoRA rotation", MoRAConfig(rank=RANK, kind="rotation"), 3e-3),
-    Method("full", FullConfig(), 2e-3),
+    Method("full", FullConfig(), 1e-3),
 )
 
 
@@ -81,9 +81,7 @@ class Trainer:
         graphdef, trainable, frozen = partition(model)
         self._structure = Structure(graphdef, trainable, frozen)
         self._start, self._frozen = flat_arrays(trainable), flat_arrays(frozen)
-        settings = OptimizerConfig(
-            learning_rate=method.learning_rate, schedule="linear", warmup_steps=min(10, steps)
-        )
+        settings = OptimizerConfig(learning_rate=method.learning_rate, schedule="linear", warmup_steps=min(10, steps))
         self._optimizer = make_optimizer(settings, steps)
         step = make_step(self._structure, self._optimizer, make_schedule(settings, steps))
         self._step = jax.jit(step, donate_argnums=0)

@@ -1,12 +1,11 @@
 """The demo's instruction set: twelve kinds of question whose answers can be checked.
 
-Each question asks about some *content* (a list of words, a fact, one word). The
-held-out part asks only about contents that the training part never shows, in any
-wording. For the questions about lists and facts the pretraining corpus leaves the
-held-out contents out as well (see :func:`reserved`), so that an answer can't have
-been read anywhere. The questions about single words (opposites, kinds, capitals,
-first letters, sequences) ask for knowledge that the corpus states, but in a form
-that the base model has never met.
+Each question asks about some *content* (a list of words, a fact, one word). The held-out
+part asks only about contents that the training part never shows, in any wording. The
+questions about lists and facts can't have been read anywhere: the pretraining corpus
+leaves their contents out (see :func:`reserved`). The questions about single words
+(opposites, kinds, capitals, what comes next) ask for what the corpus does state; there
+the base model knows the answer, and learns from other words that it is asked for one.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Task:
     Attributes:
       draw: makes one content at random, or `None` where `contents` lists them all.
       contents: every content there is, for tasks with few of them.
-      answer: content -> answer.
+      answer: content -> answer, without the full stop that ends it.
       show: content -> what stands in the wording.
       wordings: the ways to ask.
       rows: number of training rows.
@@ -92,6 +91,12 @@ def show_fact(content: Content) -> str:
     return " ".join(sorted(sentences))
 
 
+def show_list(words: Content) -> str:
+    """The list as somebody's sentence; whose depends on the words alone."""
+    name = world.NAMES[sum(map(ord, "".join(words))) % len(world.NAMES)]
+    return f"{name} wrote: {world.join(words)}."
+
+
 def _windows() -> tuple[Content, ...]:
     """Every run of three in a sequence, with the one that follows it."""
     return tuple(tuple(order[i : i + 4]) for order in world.SEQUENCES.values() for i in range(len(order) - 3))
@@ -105,85 +110,79 @@ TASKS: tuple[Task, ...] = (
     Task(
         "repeat",
         world.join,
-        world.join,
-        ("Repeat these words: {}", "Write this list again: {}", "Copy the list: {}"),
+        show_list,
+        ("{} Again:", "{} Again?", "{} Say it: Again."),
         draw=_list(2, 5),
     ),
     Task(
         "reverse",
         lambda c: world.join(c[::-1]),
-        world.join,
-        ("Reverse the list: {}", "Write these words backwards: {}", "Turn this list round: {}"),
+        show_list,
+        ("{} Backwards:", "{} Backwards?", "{} Say it: Backwards."),
         draw=_list(3, 4),
     ),
     Task(
         "sort",
         lambda c: world.join(sorted(c)),
-        world.join,
-        ("Sort by the alphabet: {}", "Put these words in alphabetical order: {}"),
+        show_list,
+        ("{} Sorted:", "{} Sorted?"),
         draw=_list(3, 4),
     ),
-    Task(
-        "first",
-        lambda c: c[0],
-        world.join,
-        ("What is the first word of this list: {}", "Give me the first of these: {}"),
-        draw=_list(3, 5),
-    ),
-    Task(
-        "last",
-        lambda c: c[-1],
-        world.join,
-        ("What is the last word of this list: {}", "Give me the last of these: {}"),
-        draw=_list(3, 5),
-    ),
+    Task("first", lambda c: c[0], show_list, ("{} First:", "{} First?"), draw=_list(3, 5)),
+    Task("last", lambda c: c[-1], show_list, ("{} Last:", "{} Last?"), draw=_list(3, 5)),
     Task(
         "count",
         lambda c: world.NUMBERS[len(c) - 1],
-        world.join,
-        ("How many words are there: {}", "Count the words: {}"),
+        show_list,
+        ("{} There are:", "{} There are?"),
         draw=_list(2, 5),
     ),
     Task(
         "member",
         lambda c: "yes" if c[0] in c[1:] else "no",
-        lambda c: f"{c[0]} in the list {world.join(c[1:])}",
-        ("Is {}?", "Yes or no: is {}?"),
+        lambda c: f"{show_list(c[1:])} Has {c[0]}",
+        ("{}:", "{}?"),
         draw=_member,
     ),
     Task(
         "fact",
         lambda c: c[2],
-        lambda c: f"{show_fact(c)} What colour is the {c[1]} of {c[0]}?",
-        ("{}", "Read this and answer. {}"),
+        lambda c: f"{show_fact(c)} The {c[1]} of {c[0]} is",
+        ("{}:", "{}?"),
         draw=_fact,
     ),
     Task(
         "next",
         lambda c: c[3],
-        lambda c: world.join(c[:3]),
-        ("What comes next: {}", "Go on with one more: {}"),
+        lambda c: f"{world.join(c[:3])}. After {c[2]} comes",
+        ("They go {}:", "In this order: {}:", "They go {}?", "In this order: {}?"),
         contents=_windows(),
     ),
     Task(
         "opposite",
         lambda c: world.OPPOSITE[c[0]],
         lambda c: c[0],
-        ("What is the opposite of {}?", "Give me the opposite word for {}."),
+        (
+            "The opposite of {} is:",
+            "The opposite of {} is?",
+            "The opposite of {}:",
+            "The opposite of {}?",
+            "Say the opposite of {}.",
+        ),
         contents=_words(tuple(world.OPPOSITE)),
     ),
     Task(
         "kind",
-        lambda c: world.KIND_OF[c[0]],
-        lambda c: world.article(c[0]),
-        ("What kind of thing is {}?", "Say what {} is."),
+        lambda c: world.article(world.KIND_OF[c[0]]),
+        lambda c: world.article(c[0]).capitalize(),
+        ("{} is:", "{} is?", "{}:", "{}?"),
         contents=_words(world.NOUNS),
     ),
     Task(
         "capitals",
         lambda c: c[0].upper(),
         lambda c: c[0],
-        ("Write {} in capitals.", "Make {} upper case."),
+        ("In capitals {} is:", "In capitals {} is?", "In capitals {}:", "In capitals {}?"),
         contents=_words(world.NOUNS),
     ),
 )
@@ -218,7 +217,7 @@ def _contents(task: Task, rng: random.Random) -> Iterator[Content]:
 
 
 def _ask(task: Task, content: Content, wording: str) -> Question:
-    return Question(task.name, content, wording.format(task.show(content)), task.answer(content))
+    return Question(task.name, content, wording.format(task.show(content)), task.answer(content) + ".")
 
 
 def build(seed: int = SEED) -> tuple[list[Question], list[Question]]:

@@ -60,9 +60,7 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def _draw_curves(
-    panel: Any, mode: str, curves: Mapping[tuple[str, str], Curve], styles: Mapping[str, Any]
-) -> None:
+def _draw_curves(panel: Any, mode: str, curves: Mapping[tuple[str, str], Curve], styles: Mapping[str, Any]) -> None:
     for (method, curve_mode), curve in curves.items():
         if curve_mode == mode:
             colour, dash, marker = styles[method]

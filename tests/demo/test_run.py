@@ -54,9 +54,7 @@ def test_without_matplotlib_it_says_so(monkeypatch, tmp_path, capsys):
     find = importlib.util.find_spec
     scores = Scores(0.0, 0.0, {}, 9.0, 2.0, ("x",))
     results = run.Results([Row("base model", "-", 0, scores)], {}, {})
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     monkeypatch.setattr(run, "run", lambda **settings: results)
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert "matplotlib is not installed" in capsys.readouterr().err
@@ -71,9 +69,7 @@ def test_bad_steps_are_one_line(steps, capsys):
 
 def test_methods_have_about_equal_parameters():
     trainable = {
-        method.name: cells.Trainer(method, steps=1).trainable
-        for method in cells.METHODS
-        if method.name != "full"
+        method.name: cells.Trainer(method, steps=1).trainable for method in cells.METHODS if method.name != "full"
     }
     assert max(trainable.values()) < 1.06 * min(trainable.values())
 
@@ -84,7 +80,4 @@ def test_help_imports_no_jax():
         "main(['demo', '--help'])\n"
         "assert not {'jax', 'flax', 'matplotlib'} & sys.modules.keys()"
     )
-    assert (
-        "--steps"
-        in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    )
+    assert "--steps" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
