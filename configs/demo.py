@@ -18,5 +18,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.train = (demo.data_path("train"),)
     config.data.eval = (demo.data_path("held_out"),)
     config.train = ml_collections.ConfigDict({"steps": 150, "batch_size": 32, "log_every": 10})
-    config.optimizer = ml_collections.ConfigDict({"learning_rate": 1e-2, "warmup_steps": 10})
+    config.optimizer = ml_collections.ConfigDict({"learning_rate": 4e-3, "warmup_steps": 10})
     return config

@@ -96,7 +96,7 @@ class Trainer:
         dataset: EncodedDataset,
         *,
         held_out_loss: Callable[[Any], float],
-        watch_every: int = 25,
+        watch_every: int = 30,
         report: Callable[[int], None] = lambda step: None,
     ) -> Trained:
         """Trains on `dataset` and watches the loss on the held-out answers.

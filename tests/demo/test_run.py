@@ -27,7 +27,7 @@ def two_methods(monkeypatch):
 
 def test_from_end_to_end(two_methods, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["demo", "--steps", "26", "--out", str(out)]) == 0
+    assert main(["demo", "--steps", "31", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert len(lines) == 2 + 1 + 2 * 2
@@ -44,7 +44,7 @@ def test_from_end_to_end(two_methods, tmp_path, capsys):
         assert len(row["answers"]) == 3 * 12
         assert row["trainable_parameters"] > 0
         assert row["tokens_per_second"] > 0
-        assert row["curve"]["steps"] == [0, 25, 26]
+        assert row["curve"]["steps"] == [0, 30, 31]
         # It starts where the base model is, and learns.
         assert row["curve"]["held_out_loss"][0] == pytest.approx(tuned[0]["curve"]["held_out_loss"][0])
         assert row["response_perplexity"] < 0.5 * base["response_perplexity"]
