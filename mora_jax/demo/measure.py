@@ -60,7 +60,7 @@ class Judge:
         rows = load_rows(data_path("held_out"))
         self.questions = [held_out[i] for i in keep]
         self.responses = EncodedDataset.build([rows[i] for i in keep], tokenizer, mode="masked")
-        # The curves look at every second answer, six times a cell: enough to see, half the time.
+        # The curves look at every second answer only, to save time.
         self.watched = EncodedDataset.build([rows[i] for i in keep[::2]], tokenizer, mode="masked")
         start = corpus.HELD_OUT_FROM
         texts = list(corpus.Corpus().documents(start, start + BASE_DOCUMENTS))

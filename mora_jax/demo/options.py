@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-STEPS = 150
+STEPS = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
