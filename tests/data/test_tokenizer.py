@@ -21,7 +21,8 @@ def test_a_folder_is_loaded(make_tokenizer, tmp_path):
     assert loaded.chat_template == made.chat_template
 
 
-def test_nothing_is_printed(make_tokenizer, tmp_path):
+def test_nothing_is_printed(make_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)  # the command line sets it
     make_tokenizer("metaspace").save_pretrained(tmp_path)
     code = f"from mora_jax.data import load_tokenizer; load_tokenizer({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
