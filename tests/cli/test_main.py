@@ -114,7 +114,12 @@ def test_signals_give_their_exit_codes_and_run_cleanup(monkeypatch, capsys, numb
 
     monkeypatch.setattr(COMMANDS["inspect"], "run", run)
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["inspect", "--model", "x", "--data", "y"]) == code
+    # A shell starts its background jobs with SIGINT ignored, and the tests may be one.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["inspect", "--model", "x", "--data", "y"]) == code
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert cleaned == [True]
     assert signal.getsignal(signal.SIGTERM) is before
     assert "Traceback" not in capsys.readouterr().err
