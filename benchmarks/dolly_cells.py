@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 
 from mora_jax.evaluation.answers import generate_batch
+from mora_jax.evaluation.scoring import score
 from mora_jax.interop import load_adapter, load_pretrained
+from mora_jax.training.config_file import load_config
+from mora_jax.training.setup import prepare
 
 PROMPTS = (
     "What is the capital of Japan, and what is it known for?",
@@ -31,10 +34,10 @@ METHODS = {
 MODES = ("masked", "unmasked")
 
 
-def train(args: argparse.Namespace, name: str, mode: str, out: Path) -> None:
-    """Runs one cell with the command line."""
+def settings(args: argparse.Namespace, name: str, mode: str, out: Path) -> list[str]:
+    """A cell's configuration, as `key=value`."""
     keys, rate = METHODS[name]
-    settings = [
+    return [
         f"model.path={args.model}",
         f"data.train={args.data}",
         f"out={out}",
@@ -48,8 +51,21 @@ def train(args: argparse.Namespace, name: str, mode: str, out: Path) -> None:
         "optimizer.warmup_steps=5",
         "seed=0",
     ]
+
+
+def train(args: argparse.Namespace, name: str, mode: str, out: Path) -> None:
+    """Runs one cell with the command line."""
     command = [sys.executable, "-m", "mora_jax.cli.main", "train", "--overwrite"]
-    subprocess.run([*command, *(f"--config.{setting}" for setting in settings)], check=True)
+    subprocess.run([*command, *(f"--config.{setting}" for setting in settings(args, name, mode, out))], check=True)
+
+
+def base_perplexity(args: argparse.Namespace) -> float:
+    """Of the held-out answers, before any training: a fresh adapter changes nothing."""
+    pairs = [setting.split("=", 1) for setting in settings(args, "lora", "masked", args.out / "base")]
+    config, _ = load_config(None, [(name, value) for name, value in pairs])
+    setup = prepare(config)
+    assert setup.evaluation is not None
+    return score(setup.model, setup.evaluation, batch_size=4).perplexity
 
 
 def answers(args: argparse.Namespace, out: Path | None) -> list[str]:
@@ -71,6 +87,8 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def table(args: argparse.Namespace, cells: dict[tuple[str, str], Path]) -> str:
     """One Markdown row a cell."""
     lines = [
+        f"Held-out response perplexity of the base: {base_perplexity(args):.3f}.",
+        "",
         "| method | loss on | trained parameters | final loss | held-out response perplexity | tokens/s | peak GB |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -90,9 +108,11 @@ def plot(cells: dict[tuple[str, str], Path], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(MODES), figsize=(10, 4), sharey=True, layout="constrained")
-    styles = {"lora": "-", "mora-sharing": "--", "mora-rotation": "-.", "full": ":"}
-    for axis, mode in zip(axes, MODES, strict=True):
+    modes = [mode for mode in MODES if any(cell[1] == mode for cell in cells)]
+    figure, grid = plt.subplots(1, len(modes), squeeze=False, figsize=(10, 4), sharey=True, layout="constrained")
+    styles = {"lora": "C0-", "mora-sharing": "C1--", "mora-rotation": "C2-.", "full": "k:"}
+    axes = grid[0]
+    for axis, mode in zip(axes, modes, strict=True):
         for name in METHODS:
             if (name, mode) not in cells:
                 continue
@@ -115,12 +135,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--report", action="store_true", help="train nothing; report the cells that are finished")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
     cells = {}
-    for mode in MODES:
-        for name in METHODS:
+    for mode in args.modes:
+        for name in args.methods:
             out = args.out / f"{name}-{mode}"
             if not (out / "summary.json").is_file():
+                if args.report:
+                    continue
                 train(args, name, mode, out)
             cells[name, mode] = out
     parts = [table(args, cells)]

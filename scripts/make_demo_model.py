@@ -1,7 +1,7 @@
 """Makes everything that the demo embeds, from nothing: instructions, corpus, tokenizer, base model.
 
     python scripts/make_demo_model.py                       # the whole, into mora_jax/demo/assets
-    python scripts/make_demo_model.py --out /tmp/assets     # elsewhere
+    python scripts/make_demo_model.py --out assets          # elsewhere
     python scripts/make_demo_model.py --no-weights          # all but the pretraining, seconds
 
 The base model is a Llama of under a million parameters, pretrained from random weights by
