@@ -242,29 +242,6 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
                 )
 
 
-def fill_adapter(model: nnx.Module, path: str, params: dict[str, np.ndarray]) -> None:
-    """Writes arrays (as in `AdapterEntry.params`) into the adapter of one matrix.
-
-    Raises:
-        ValueError: no adapter at `path`, an unknown name, or a shape that doesn't fit.
-    """
-    for place in places(model):
-        if path not in place.paths or not has_adapter(place):
-            continue
-        adapter = adapter_at(place)
-        for name, array in params.items():
-            variable = getattr(adapter, name, None)
-            if not isinstance(variable, nnx.Variable):
-                raise ValueError(f"the adapter at {path} has no array {name!r}")
-            shape = variable.shape[1:] if place.stacked else variable.shape
-            if tuple(array.shape) != tuple(shape):
-                raise ValueError(f"{name} of {path} must have the shape {tuple(shape)}, not {tuple(array.shape)}")
-            index = place.paths.index(path) if place.stacked else ...
-            variable[...] = variable[...].at[index].set(jnp.asarray(array, jnp.float32))
-        return
-    raise ValueError(f"no adapter at {path!r}")
-
-
 def adapted_layers(model: nnx.Module) -> Iterator[Any]:
     """The modules that hold adapters: `Projection`s with any, and adapted layers."""
     for _, node in nnx.iter_graph(model):

@@ -224,6 +224,7 @@ class Trainer:
 def peak_memory_bytes() -> int:
     """The device's own statistic where it has one, else the peak resident size of this process."""
     stats = None
+    # A backend without the statistic returns None or raises, depending on its plugin.
     with contextlib.suppress(NotImplementedError, AttributeError):
         stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.attach import adapters_of, fill_adapter
+from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.layers import einsum_axes
 from mora_jax.adapters.projection import Part, Projection
 
@@ -157,20 +157,6 @@ def test_some_layers_of_a_stack():
         expected[layer, :, 1] += params["scaling"] * params["lora_a"] @ params["lora_b"]
     mj.merge(projection)
     np.testing.assert_allclose(projection.kernel[...], expected, atol=1e-5)
-
-
-def test_fill_adapter_writes_one_layer():
-    projection = stack()
-    mj.attach(projection, mj.MoRAConfig(rank=1), rngs=nnx.Rngs(1))
-    m = np.arange(9.0).reshape(3, 3)
-    fill_adapter(projection, "model.layers.1.mlp.gate_proj", {"m": m})
-    found = {entry.path: entry.params["m"] for entry in adapters_of(projection)}
-    np.testing.assert_array_equal(found.pop("model.layers.1.mlp.gate_proj"), m)
-    assert not any(np.any(value) for value in found.values())
-    with pytest.raises(ValueError, match=r"must have the shape \(3, 3\), not \(2, 2\)"):
-        fill_adapter(projection, "model.layers.1.mlp.gate_proj", {"m": m[:2, :2]})
-    with pytest.raises(ValueError, match="no adapter at 'x'"):
-        fill_adapter(projection, "x", {"m": m})
 
 
 def test_rotation_says_which_inputs_it_ignores():
