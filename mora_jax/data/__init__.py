@@ -13,21 +13,22 @@ Step by step:
     batch = dataset.batch(plan.indices(0), 4, dataset.batch_length)
 """
 
-from mora_jax.data.conversation import Conversation, Message, Rows
-from mora_jax.data.dataset import EncodedDataset, load_examples, split_rows
+from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
+from mora_jax.data.dataset import EncodedDataset, Example, split_rows
 from mora_jax.data.describe import describe_example, token_texts
-from mora_jax.data.encoding import Encoder, Example, encode
+from mora_jax.data.encoding import RowEncoder
 from mora_jax.data.formats import FORMATS
 from mora_jax.data.inspecting import inspect_data
 from mora_jax.data.loading import load_rows
 from mora_jax.data.plan import BatchPlan
 from mora_jax.data.rendering import Prompt, Renderer, render_prompt
 from mora_jax.data.report import Report
+from mora_jax.data.rows import Rows
 from mora_jax.data.segments import Piece, Rendered, Segment
 from mora_jax.data.templates import TEMPLATES
 from mora_jax.data.tokenizer import load_tokenizer
 from mora_jax.data.tokens import Tokens, tokenize
-from mora_jax.data.weights import MODES, token_weights, weight_table
+from mora_jax.data.weights import MODES, LossWeights, token_weights
 
 __all__ = [
     "FORMATS",
@@ -36,7 +37,7 @@ __all__ = [
     "BatchPlan",
     "Conversation",
     "EncodedDataset",
-    "Encoder",
+    "RowEncoder",
     "Example",
     "Message",
     "Piece",
@@ -48,9 +49,7 @@ __all__ = [
     "Segment",
     "Tokens",
     "describe_example",
-    "encode",
     "inspect_data",
-    "load_examples",
     "load_rows",
     "load_tokenizer",
     "render_prompt",
@@ -58,5 +57,8 @@ __all__ = [
     "token_texts",
     "token_weights",
     "tokenize",
-    "weight_table",
+    "LossWeights",
+    "Passage",
+    "Row",
+    "TokenRow",
 ]

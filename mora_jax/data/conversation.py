@@ -1,10 +1,14 @@
-"""Conversations: what every data format is turned into before it is rendered."""
+"""Rows: what every data format is turned into before it is rendered.
+
+Most rows are conversations. A row may also bring its own parts (`Passage`) or its own token ids (`TokenRow`);
+these say themselves what is trained, and no template touches them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import overload
+from typing import Any
 
 from mora_jax.data.segments import ROLE_SEGMENT
 
@@ -17,11 +21,20 @@ class Message:
       role: `system`, `user`, `assistant` or `tool`.
       content: the words of the turn.
       context: the `input` of an Alpaca row, which some templates place on its own.
+      weight: what the turn's words and its end count, whatever the loss mode says; None leaves it to the mode.
+      name: of the speaker or the tool, for templates that show it.
+      reasoning: what the assistant thought before it answered (`reasoning_content`), for templates that show it.
+      tool_calls: the assistant's calls, each as `{"type": "function", "function": {"name": ..., "arguments":
+        {...}}}`, for templates that show them.
     """
 
     role: str
     content: str
     context: str = ""
+    weight: float | None = None
+    name: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLE_SEGMENT:
@@ -32,47 +45,70 @@ class Message:
         """The content, then a blank line and the context if there is one."""
         return f"{self.content}\n\n{self.context}" if self.context else self.content
 
+    def __str__(self) -> str:
+        extra = f" (+{len(self.tool_calls)} tool calls)" if self.tool_calls else ""
+        return f"{self.role:>10}: {self.text}{extra}"
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row of data: either messages, or plain text that is learned as it stands.
+    """A row of messages, or plain text that is learned as it stands.
 
     Attributes:
       messages: the turns; empty for plain text.
       text: the plain text, or None.
       source: file and row, for messages to the user.
+      weight: what the whole row counts beside the others.
+      tools: descriptions of the tools that the assistant may call, for templates that show them.
     """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     source: str = ""
-
-
-@dataclass(frozen=True)
-class Rows(Sequence[Conversation]):
-    """The conversations of one or more files: a sequence of them.
-
-    Attributes:
-      conversations: in the order of the files.
-      format: the name of the format they were read as; empty if they come from no file.
-      files: the paths.
-    """
-
-    conversations: list[Conversation]
-    format: str = ""
-    files: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.conversations)
-
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        return self.conversations[index]
+    weight: float = 1.0
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{len(self)} rows of format `{self.format or 'none'}` from {', '.join(self.files) or 'memory'}"
-        )
+        return self.text if self.text is not None else "\n".join(map(str, self.messages))
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A row of texts that are joined as they stand, each with its weight: no template, no end added.
+
+    Attributes:
+      parts: `(text, weight)`; weight 0 is not trained.
+      source: file and row.
+      weight: what the whole row counts beside the others.
+    """
+
+    parts: tuple[tuple[str, float], ...]
+    source: str = ""
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return "\n".join(f"{weight:>10g}: {text}" for text, weight in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row that was tokenised elsewhere.
+
+    Attributes:
+      input_ids: `[T]`.
+      weights: `[T]`, the weight of predicting each token; None: every token is trained.
+      source: file and row.
+      weight: what the whole row counts beside the others.
+    """
+
+    input_ids: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    source: str = ""
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        trained = len(self.input_ids) if self.weights is None else sum(w != 0 for w in self.weights)
+        return f"{len(self.input_ids)} tokens, {trained} of them trained"
+
+
+Row = Conversation | Passage | TokenRow

@@ -1,41 +1,102 @@
-"""The encoded data set: examples, what became of the rows, and padded batches."""
+"""The encoded data set: examples with their weights, what became of the rows, and padded or packed batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 
-from mora_jax.data.conversation import Conversation, Rows
-from mora_jax.data.encoding import CAUSES, Encoder, Example
-from mora_jax.data.loading import load_rows
-from mora_jax.data.rendering import Renderer
-from mora_jax.data.report import Report
+from mora_jax.data.conversation import Row
+from mora_jax.data.cutting import TRUNCATIONS, Cut
+from mora_jax.data.encoding import RowEncoder
+from mora_jax.data.normalize import normalize
+from mora_jax.data.plan import padded_length
+from mora_jax.data.report import Counted, Report, count
+from mora_jax.data.rows import Rows
+from mora_jax.data.scanning import Fates, find_examples, flat_weights
+from mora_jax.data.segments import INSTRUCTION, RESPONSE
+from mora_jax.data.store import FlatRows, TokenStore
+from mora_jax.data.token_cache import build_store
+from mora_jax.data.weights import LossWeights, token_weights
 from mora_jax.errors import InputError
 
-_LENGTH_STEP = 64
 
-
-class EncodedDataset:
-    """Examples that a model can be trained on.
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example, ready to train on.
 
     Attributes:
-      examples: the kept rows.
-      report: counts over all rows.
-      max_length: no example is longer.
+      input_ids: `[T]` int32.
+      segments: `[T]` int8, values of `Segment`.
+      weights: `[T]` float32; `weights[t]` is the weight of predicting token t, so the first is 0.
+      weight: what the example counts beside the others.
+      source: file and row.
     """
 
-    def __init__(self, examples: Sequence[Example], report: Report, max_length: int):
-        self.examples = list(examples)
-        self.report = report
-        self.max_length = max_length
+    input_ids: np.ndarray
+    segments: np.ndarray
+    weights: np.ndarray
+    weight: float = 1.0
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __str__(self) -> str:
+        trained = int(np.count_nonzero(self.weights))
+        return f"{len(self)} tokens, {trained} of them trained ({self.source or 'no source'})"
+
+
+class EncodedDataset(Sequence[Example]):
+    """Examples that a model can be trained on: a sequence of them.
+
+    The tokens are the store's; weights and cuts are made anew for each example that is asked for, so that data sets
+    of several loss modes share one store, and memory holds a few numbers an example.
+
+    Args:
+      store: rows of tokens.
+      loss: which tokens count, and how much.
+      max_length: the most tokens of an example, at least 2.
+      truncation: a key of `cutting.TRUNCATIONS`.
+      rows: which rows of the store; None: all.
+      vocab_size: the model's number of ids; larger ids are refused. None: not checked.
+      special_ids: ids of special tokens; rows whose own words hold one are counted.
+
+    Attributes:
+      report: counts over all rows.
+      lengths: `[N]` int32, tokens of each example.
+      max_length: no example is longer.
+
+    Raises:
+      InputError: for unusable settings, for an id outside the vocabulary, and if no row is left.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        loss: LossWeights = LossWeights(),
+        max_length: int = 512,
+        truncation: str = "right",
+        *,
+        rows: np.ndarray | None = None,
+        vocab_size: int | None = None,
+        special_ids: Iterable[int] = (),
+    ):
+        if max_length < 2:
+            raise InputError(f"max_length is {max_length}: it must be at least 2, to predict one token from another")
+        if truncation not in TRUNCATIONS:
+            raise InputError(f"unknown truncation {truncation!r}: choose one of {', '.join(TRUNCATIONS)}")
+        self.store, self.loss, self.max_length, self.truncation = store, loss, max_length, truncation
+        self._scan(rows, vocab_size, np.array(sorted(special_ids), np.int32))
+        if not len(self.lengths):
+            raise InputError(self.report.nothing_left(max_length))
 
     @classmethod
     def build(
         cls,
-        rows: Iterable[Conversation],
+        rows: Iterable[Row],
         tokenizer: Any,
         template: str | None = None,
         mode: str = "masked",
@@ -45,16 +106,16 @@ class EncodedDataset:
         truncation: str = "right",
         vocab_size: int | None = None,
     ) -> EncodedDataset:
-        """Encodes conversations.
+        """Encodes rows in memory.
 
         Args:
-          rows: `N` conversations, such as `load_rows` gives.
+          rows: `N` rows, such as `load_rows` gives.
           tokenizer: a fast `transformers` tokenizer.
-          template: a built-in template's name, `tokenizer`, or None: the tokenizer's own, else `alpaca`.
-          mode: `masked`, `unmasked`, `full` or `weighted`.
-          prompt_weight: weight of instruction tokens in `weighted`, in [0, 1].
+          template: a built-in template's name, `tokenizer`, a Jinja file, or None: the tokenizer's own, else `alpaca`.
+          mode: a loss mode, see `weights.MODES`.
+          prompt_weight: weight of instruction tokens in `weighted` and `wit`, in [0, 1].
           max_length: the most tokens of an example.
-          truncation: `right` cuts the end of longer rows off, `drop` leaves them out.
+          truncation: see `cutting.TRUNCATIONS`.
           vocab_size: the model's number of ids; larger ones are refused.
 
         Returns:
@@ -63,123 +124,170 @@ class EncodedDataset:
         Raises:
           InputError: for unusable settings or rows, and if no row is left.
         """
-        renderer = Renderer(tokenizer, template)
-        encoder = Encoder(renderer, mode, prompt_weight, max_length, truncation, vocab_size)
-        report = Report(
-            format=rows.format if isinstance(rows, Rows) else "",
-            template=renderer.template,
-            mode=mode,
-            notes=list(renderer.notes),
+        loss = LossWeights(mode, prompt_weight)
+        encoder = RowEncoder(tokenizer, template)
+        facts = {
+            "format": rows.format if isinstance(rows, Rows) else "",
+            "template": encoder.renderer.template,
+            "notes": list(encoder.renderer.notes),
+        }
+        store = build_store(encoder, ((row.source, row) for row in rows), facts)
+        return cls(
+            store, loss, max_length, truncation, vocab_size=vocab_size, special_ids=tokenizer.all_special_ids
         )
-        special = frozenset(tokenizer.all_special_ids)
-        examples = []
-        for row in encoder.encode(rows):
-            report.add(row, special)
-            if row.example is not None:
-                examples.append(row.example)
-        if not examples:
-            raise InputError(_nothing_left(report, encoder))
-        return cls(examples, report, max_length)
+
+    def _scan(self, rows: np.ndarray | None, vocab_size: int | None, special: np.ndarray) -> None:
+        """One pass over the store: which rows become which examples, and the report."""
+        facts = self.store.facts
+        chosen = np.ones(len(self.store), bool)
+        if rows is not None:
+            chosen[:] = False
+            chosen[rows] = True
+        fates = Fates()
+        if rows is None and facts.get("skipped"):
+            fates.dropped["bad_row"] = facts["skipped"]
+        found: list[np.ndarray] = []
+        counted: list[Counted] = []
+        first = 0
+        for flat in self.store.flat():
+            here = chosen[first : first + len(flat)]
+            if here.any():
+                self._check_ids(flat, first, vocab_size)
+                weights = flat_weights(flat, self.loss)
+                examples = find_examples(flat, weights, here, self.max_length, self.truncation, fates)
+                found.append(examples + np.array([first, 0, 0, 0]))
+                counted.append(count(flat, here, special))
+            first += len(flat)
+        table = np.concatenate(found) if found else np.zeros((0, 4), np.int64)
+        self._rows, self._cuts = table[:, 0], table[:, 1:].astype(np.int32)
+        self.lengths = self._cuts[:, 0] + self._cuts[:, 2] - self._cuts[:, 1]
+        known = {name: facts.get(name, "") for name in ("format", "template")}
+        notes = list(facts.get("notes", ()))
+        self.report = Report.of(counted, fates, kept=len(table), mode=self.loss.mode, notes=notes, **known)
+
+    def _check_ids(self, flat: FlatRows, first: int, vocab_size: int | None) -> None:
+        if vocab_size is None or not len(flat.input_ids) or int(flat.input_ids.max()) < vocab_size:
+            return
+        at = int(flat.input_ids.argmax())
+        row = int(np.searchsorted(flat.offsets, at, side="right")) - 1
+        raise InputError(
+            f"{self.store.source(first + row)}: token id {flat.input_ids[at]} is outside the model's {vocab_size}"
+            " embeddings; use the tokenizer that belongs to the model"
+        )
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        row, piece = int(self._rows[index]), Cut(*self._cuts[index].tolist())
+        tokens = self.store[row]
+        weights = piece.take(token_weights(tokens, self.loss)).copy()
+        weights[:1] = 0.0
+        return Example(
+            piece.take(tokens.input_ids), piece.take(tokens.segments), weights, tokens.weight, self.store.source(row)
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def batch_length(self) -> int:
         """A length for every example: the longest, rounded up to a multiple of 64 (at most `max_length`)."""
-        longest = max(map(len, self.examples))
-        return min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, self.max_length)
+        return padded_length(int(self.lengths.max()), self.max_length)
+
+    def with_loss(self, loss: LossWeights, rows: np.ndarray | None = None, **changes: Any) -> EncodedDataset:
+        """The same tokens under another loss mode, or other rows of the same store."""
+        return EncodedDataset(self.store, loss, self.max_length, self.truncation, rows=rows, **changes)
 
     def batch(
-        self, indices: Sequence[int] | np.ndarray, batch_size: int | None = None, length: int | None = None
+        self,
+        rows: Sequence[int] | np.ndarray | Sequence[np.ndarray],
+        batch_size: int | None = None,
+        length: int | None = None,
+        *,
+        how: str = "token",
+        extra: Sequence[str] = (),
     ) -> dict[str, np.ndarray]:
-        """Pads examples to one shape.
+        """Lays examples into rows of one shape.
 
         Args:
-          indices: which examples, at most `batch_size`.
-          batch_size: rows; a short batch is filled with empty rows. None: as many as indices.
+          rows: for each row an example, or the examples that are packed into it; at most `batch_size` rows.
+          batch_size: rows; a short batch is filled with empty rows. None: as many as `rows`.
           length: tokens a row; None: `batch_length`.
+          how: the normaliser that weights and counts are made for, see `normalize`.
+          extra: further weights `[B, T]` to give along: `response` and `prompt`, 1 for each such token but the first
+            of an example.
 
         Returns:
-          `input_ids` int32 `[B, T]`, `segment_ids` int32 `[B, T]` (1 for tokens, 0 for padding) and `weights`
-          float32 `[B, T]`.
+          `input_ids`, `segment_ids` (1, 2, ... for the examples of a row, 0 for padding) and `positions` (from 0 in
+          each example), int32 `[B, T]`; `weights` float32 `[B, T]`, `counts` float32 `[B]`, and what `extra` names
+          as `response_weights` and `prompt_weights`.
         """
-        batch_size = len(indices) if batch_size is None else batch_size
+        batch_size = len(rows) if batch_size is None else batch_size
         length = self.batch_length if length is None else length
-        chosen = [self.examples[int(index)] for index in indices]
-        longest = max(map(len, chosen), default=0)
-        if len(chosen) > batch_size or longest > length:
-            raise ValueError(
-                f"{len(chosen)} examples of up to {longest} tokens do not fit [{batch_size}, {length}]"
-            )
-        batch = {
-            "input_ids": np.zeros((batch_size, length), np.int32),
-            "segment_ids": np.zeros((batch_size, length), np.int32),
-            "weights": np.zeros((batch_size, length), np.float32),
-        }
-        for row, example in enumerate(chosen):
-            used = slice(0, len(example))
-            batch["input_ids"][row, used] = example.input_ids
-            batch["segment_ids"][row, used] = 1
-            batch["weights"][row, used] = example.weights
+        if len(rows) > batch_size:
+            raise ValueError(f"{len(rows)} rows do not fit a batch of {batch_size}")
+        shape = (batch_size, length)
+        batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "positions")}
+        batch["weights"] = np.zeros(shape, np.float32)
+        batch["counts"] = np.zeros(batch_size, np.float32)
+        for name in extra:
+            batch[f"{name}_weights"] = np.zeros(shape, np.float32)
+        for row, members in enumerate(rows):
+            start, count = 0, 0.0
+            for number, index in enumerate(np.atleast_1d(members), start=1):
+                example = self[int(index)]
+                used = slice(start, start + len(example))
+                if used.stop > length:
+                    raise ValueError(f"{used.stop} tokens do not fit a row of {length}")
+                batch["input_ids"][row, used] = example.input_ids
+                batch["segment_ids"][row, used] = number
+                batch["positions"][row, used] = np.arange(len(example))
+                weights, part = normalize(example.weights, example.segments, example.weight, how)
+                batch["weights"][row, used] = weights
+                for name in extra:
+                    batch[f"{name}_weights"][row, used] = _indicator(example, name)
+                start, count = used.stop, count + part
+            batch["counts"][row] = count
         return batch
 
     def __str__(self) -> str:
         return str(self.report)
 
 
-def load_examples(
-    paths: str | Path | Iterable[str | Path], tokenizer: Any, *, format: str | None = None, **settings: Any
-) -> EncodedDataset:
-    """Reads data files and encodes them: `load_rows`, then `EncodedDataset.build`.
-
-    Args:
-      paths: one file or several.
-      tokenizer: a fast `transformers` tokenizer.
-      format: see `load_rows`.
-      **settings: see `EncodedDataset.build`.
-    """
-    return EncodedDataset.build(load_rows(paths, format), tokenizer, **settings)
+_EXTRA = {"response": RESPONSE, "prompt": INSTRUCTION}
 
 
-def split_rows(rows: Sequence[Conversation], fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
+def _indicator(example: Example, name: str) -> np.ndarray:
+    """1 for the tokens of a kind, but the first of the example, which nothing predicts."""
+    chosen = np.isin(example.segments, _EXTRA[name]).astype(np.float32)
+    chosen[:1] = 0.0
+    return chosen
+
+
+def split_rows(count: int, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Sets a part of the rows aside for evaluation.
 
     Args:
-      rows: `N` conversations.
+      count: how many rows there are.
       fraction: the share to set aside, in (0, 1); at least one row.
       seed: the same seed gives the same split.
 
     Returns:
-      Rows to train on and rows to evaluate on, each in their old order.
+      Numbers of the rows to train on and of those to evaluate on, each in order.
     """
     if not 0.0 < fraction < 1.0:
         raise InputError(f"eval_fraction is {fraction}: it must lie between 0 and 1")
-    held_out = max(1, round(fraction * len(rows)))
-    if held_out >= len(rows):
-        raise InputError(f"eval_fraction {fraction} of {len(rows)} rows leaves nothing to train on")
-    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held_out].tolist())
-    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for index, row in enumerate(rows):
-        parts[index in chosen].append(row)
-    origin = (rows.format, rows.files) if isinstance(rows, Rows) else ("", ())
-    return Rows(parts[0], *origin), Rows(parts[1], *origin)
-
-
-def _nothing_left(report: Report, encoder: Encoder) -> str:
-    if not report.rows:
-        return "there are no rows to encode"
-    causes = ", ".join(f"{n} {CAUSES[cause]}" for cause, n in report.dropped.items())
-    advice = {
-        "too_long": f"raise max_length (now {encoder.max_length}; half of the rows need at most"
-        f" {report.quantiles['median']}) or set truncation to `right`",
-        "answer_cut_off": f"raise max_length (now {encoder.max_length}; half of the rows need at most"
-        f" {report.quantiles['median']})",
-        "no_answer": "give the rows an assistant's turn, or set loss mode to `unmasked`",
-        "no_weight": "give the rows an answer of at least one token, or set loss mode to `full`",
-    }
-    main = max(report.dropped, key=lambda cause: report.dropped[cause])
-    return f"none of the {report.rows} rows can be trained on ({causes}): {advice[main]}"
+    held_out = max(1, round(fraction * count))
+    if held_out >= count:
+        raise InputError(f"eval_fraction {fraction} of {count} rows leaves nothing to train on")
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

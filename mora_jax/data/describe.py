@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mora_jax.data.encoding import Example
+from mora_jax.data.dataset import Example
 from mora_jax.data.segments import Segment
 
 _REPLACEMENT = "\ufffd"

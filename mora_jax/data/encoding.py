@@ -1,173 +1,163 @@
-"""Conversations to examples: tokens, segments and the weight of predicting each token, cut to length."""
+"""Rows to tokens: chunk by chunk, in this process or in several, so that memory holds a few chunks only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 
-from mora_jax.data.conversation import Conversation
+from mora_jax.data.conversation import Row
 from mora_jax.data.rendering import Renderer
-from mora_jax.data.segments import RESPONSE
-from mora_jax.data.tokens import Tokens, tokenize
-from mora_jax.data.weights import token_weights, weight_table
+from mora_jax.data.row_tokens import tokenize_rows
+from mora_jax.data.store import make_batch
+from mora_jax.data.tokens import Tokens
 from mora_jax.errors import InputError
 
-#: What happens to a row that is longer than `max_length`: its end is cut off, or it is left out.
-TRUNCATIONS = ("right", "drop")
-
-#: Why a row is left out, in words.
-CAUSES = {
-    "too_long": "longer than max_length",
-    "answer_cut_off": "nothing trained within max_length",
-    "no_answer": "no answer to train on",
-    "no_weight": "no token with a weight",
-}
-
 # Rows that are handed to the tokenizer at once: enough to use every core, little enough to keep in memory.
-_CHUNK = 512
+CHUNK = 512
+# Chunks that one process encodes before others are started: starting one costs seconds.
+ALONE = 16
+# Reasons of skipped rows that are kept.
+_REASONS = 5
+
+#: Where a row comes from, and the row as it was read.
+RawRow = tuple[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row, ready to train on.
-
-    Attributes:
-      input_ids: `[T]` int32.
-      segments: `[T]` int8, values of `Segment`.
-      weights: `[T]` float32; `weights[t]` is the weight of predicting token t, so the first is 0.
-      source: file and row.
-    """
-
-    input_ids: np.ndarray
-    segments: np.ndarray
-    weights: np.ndarray
-    source: str = ""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Encoded:
-    """What became of a row: an example, or the cause of its loss.
+    """What became of a chunk.
 
     Attributes:
-      example: the example, cut to length; None if the row is dropped.
-      cause: a key of `CAUSES` if the row is dropped.
-      tokens: the row before the cut.
+      batch: the rows' tokens.
+      skipped: how many rows broke the format or the template.
+      reasons: why, for the first of them.
+      fell_back: how many rows the fallback template rendered.
     """
 
-    example: Example | None
-    cause: str | None
-    tokens: Tokens
+    batch: pa.RecordBatch
+    skipped: int = 0
+    reasons: list[str] = field(default_factory=list)
+    fell_back: int = 0
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """The settings by which conversations become examples.
-
-    Attributes:
-      renderer: tokenizer and template.
-      mode: loss mode, see `weights.MODES`.
-      prompt_weight: for the mode `weighted`.
-      max_length: the most tokens of an example, at least 2.
-      truncation: one of `TRUNCATIONS`.
-      vocab_size: the model's number of ids; larger ids are refused. None: not checked.
-    """
-
-    renderer: Renderer
-    mode: str = "masked"
-    prompt_weight: float = 0.0
-    max_length: int = 512
-    truncation: str = "right"
-    vocab_size: int | None = None
-
-    def __post_init__(self) -> None:
-        weight_table(self.mode, self.prompt_weight)
-        if self.max_length < 2:
-            raise InputError(
-                f"max_length is {self.max_length}: it must be at least 2, to predict one token from another"
-            )
-        if self.truncation not in TRUNCATIONS:
-            raise InputError(
-                f"unknown truncation {self.truncation!r}: choose one of {', '.join(TRUNCATIONS)}"
-            )
-
-    def encode(self, conversations: Iterable[Conversation]) -> Iterator[Encoded]:
-        """Encodes conversations, lazily and in order."""
-        remaining = iter(conversations)
-        while chunk := list(islice(remaining, _CHUNK)):
-            tokens = tokenize(
-                [self.renderer.render(conversation) for conversation in chunk], self.renderer.tokenizer
-            )
-            for conversation, row in zip(chunk, tokens, strict=True):
-                self._check_ids(row.input_ids, conversation.source)
-                yield self._weigh(row, conversation.source)
-
-    def _weigh(self, row: Tokens, source: str) -> Encoded:
-        if self.truncation == "drop" and len(row.input_ids) > self.max_length:
-            return Encoded(None, "too_long", row)
-        weights = token_weights(row.segments, self.mode, self.prompt_weight)
-        if weights[: self.max_length].any():
-            return Encoded(
-                _cut(Example(row.input_ids, row.segments, weights, source), self.max_length), None, row
-            )
-        if weights.any():
-            return Encoded(None, "answer_cut_off", row)
-        answered = np.isin(row.segments, RESPONSE).any()
-        return Encoded(None, "no_weight" if answered else "no_answer", row)
-
-    def _check_ids(self, input_ids: np.ndarray, source: str) -> None:
-        if self.vocab_size is not None and len(input_ids) and int(input_ids.max()) >= self.vocab_size:
-            worst = int(input_ids.max())
-            token = self.renderer.tokenizer.convert_ids_to_tokens(worst)
-            raise InputError(
-                f"{source}: token {token!r} has id {worst}, outside the model's {self.vocab_size} embeddings;"
-                " use the tokenizer that belongs to the model"
-            )
+def no_conversion(source: str, row: Row) -> list[Row]:
+    """For rows that are converted already."""
+    del source
+    return [row]
 
 
-def _cut(example: Example, length: int) -> Example:
-    if len(example) <= length:
-        return example
-    # Copies, because views would keep the whole of a long row in memory.
-    return Example(
-        example.input_ids[:length].copy(),
-        example.segments[:length].copy(),
-        example.weights[:length].copy(),
-        example.source,
-    )
-
-
-def encode(
-    conversations: Sequence[Conversation],
-    tokenizer: Any,
-    template: str | None = None,
-    *,
-    mode: str = "masked",
-    prompt_weight: float = 0.0,
-) -> list[Example]:
-    """Encodes conversations without any cut or drop: for a look at what becomes of them.
+class RowEncoder:
+    """Raw rows to tokens. Can be sent to another process.
 
     Args:
-      conversations: `[N]`.
       tokenizer: a fast `transformers` tokenizer.
-      template: as for `Renderer`.
-      mode: see `weights.MODES`.
-      prompt_weight: for the mode `weighted`.
-
-    Returns:
-      `[N]` examples.
+      template: see `Renderer`.
+      fallback: see `Renderer`.
+      convert: `(source, raw row)` -> rows; None for rows that are converted already.
+      skip: whether rows that break the format are counted and left out, instead of raised.
     """
-    renderer = Renderer(tokenizer, template)
-    rows = tokenize([renderer.render(conversation) for conversation in conversations], tokenizer)
-    return [
-        Example(
-            row.input_ids, row.segments, token_weights(row.segments, mode, prompt_weight), conversation.source
-        )
-        for conversation, row in zip(conversations, rows, strict=True)
-    ]
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        fallback: str | None = None,
+        convert: Callable[[str, Any], Iterable[Row]] | None = None,
+        *,
+        skip: bool = False,
+    ):
+        self._arguments = (tokenizer, template, fallback, convert, skip)
+        self.renderer = Renderer(tokenizer, template, fallback)
+        self._convert = convert or no_conversion
+        self._skip = skip
+
+    def __reduce__(self) -> Any:
+        *positional, skip = self._arguments
+        return _make_encoder, (tuple(positional), skip)
+
+    def __call__(self, chunk: list[RawRow]) -> Encoded:
+        """Encodes a chunk.
+
+        Raises:
+          InputError: for the first row that cannot be used, unless such rows are skipped.
+        """
+        rows: list[Row] = []
+        errors: list[InputError] = []
+        for source, raw in chunk:
+            try:
+                rows.extend(self._convert(source, raw))
+            except InputError as error:
+                if not self._skip:
+                    raise
+                errors.append(error)
+        before = self.renderer.fell_back
+        kept: list[tuple[Tokens, str]] = []
+        for row, result in zip(rows, tokenize_rows(rows, self.renderer), strict=True):
+            if isinstance(result, Tokens):
+                kept.append((result, row.source))
+            elif self._skip:
+                errors.append(result)
+            else:
+                raise result
+        reasons = [str(error) for error in errors[:_REASONS]]
+        return Encoded(make_batch(kept), len(errors), reasons, self.renderer.fell_back - before)
+
+
+def _make_encoder(arguments: tuple[Any, ...], skip: bool) -> RowEncoder:
+    return RowEncoder(*arguments, skip=skip)
+
+
+def encode_chunks(encoder: RowEncoder, rows: Iterable[RawRow], workers: int = 1) -> Iterator[Encoded]:
+    """Encodes rows in their order.
+
+    Args:
+      encoder: what to do with a chunk.
+      rows: as they are read; only a few chunks of them are held.
+      workers: processes. More than one are started only when many rows come.
+    """
+    chunks = iter(_chunked(rows))
+    for chunk in islice(chunks, ALONE if workers > 1 else None):
+        yield encoder(chunk)
+    first = next(chunks, None)
+    if first is None:
+        return
+    # Not forked: a copy of a process with JAX's threads in it can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
+        pending: deque[Future[Encoded]] = deque([pool.submit(_work, first)])
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_work, chunk))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _chunked(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, CHUNK)):
+        yield chunk
+
+
+_worker: RowEncoder | None = None
+
+
+def _start_worker(encoder: RowEncoder) -> None:
+    global _worker
+    _worker = encoder
+
+
+def _work(chunk: list[RawRow]) -> Encoded:
+    assert _worker is not None, "the pool's initializer sets it"
+    return _worker(chunk)

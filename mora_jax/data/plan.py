@@ -3,77 +3,160 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+
+from mora_jax.data.packing import pack
+
+# Batches among whose examples those of like length are brought together.
+_BUCKET_WINDOW = 64
+#: Lengths that rows are padded to are multiples of this.
+LENGTH_STEP = 64
+
+
+def padded_length(longest: int, limit: int) -> int:
+    """A multiple of `LENGTH_STEP` that holds `longest` tokens, at most `limit`."""
+    return min(-(-longest // LENGTH_STEP) * LENGTH_STEP, limit)
 
 
 class BatchPlan:
     """Epochs of shuffled examples, cut into batches.
 
-    Every epoch is a new order of all examples; its last batch may be short. Nothing is remembered between
-    calls: `indices(step)` depends on the arguments below and on the step alone.
+    Every epoch is a new order of all examples; its last batch may be short. A row of a batch is one example, or a
+    pack of several. Nothing is remembered between calls: `rows(step)` depends on the arguments below and on the step
+    alone.
 
     Args:
-      num_examples: how many there are, at least 1.
-      batch_size: examples a batch, at least 1.
+      examples: how many there are, at least 1, or the length of each.
+      batch_size: rows a batch, at least 1.
       seed: of the shuffling.
       steps: how many batches in all; wins over `epochs`.
       epochs: how many passes over the examples (may be a fraction); 1 if neither is given.
       shuffle: False keeps the order of the data.
+      max_length: no example is longer; needed for packs and buckets.
+      packing: whether rows are packed (packing.py).
+      bucketing: whether the examples of a batch are of like length.
 
     Attributes:
       steps: how many batches in all.
-      steps_per_epoch: batches in a pass over the examples.
+      steps_per_epoch: batches in the first pass over the examples; packs of other passes can be a few more or less.
     """
 
     def __init__(
         self,
-        num_examples: int,
+        examples: int | Sequence[int] | np.ndarray,
         batch_size: int,
         seed: int = 0,
         steps: int | None = None,
         epochs: float | None = None,
         *,
         shuffle: bool = True,
+        max_length: int | None = None,
+        packing: bool = False,
+        bucketing: bool = False,
     ):
-        if num_examples < 1 or batch_size < 1:
-            raise ValueError(f"num_examples={num_examples} and batch_size={batch_size} must be at least 1")
+        self.num_examples = examples if isinstance(examples, int) else len(examples)
+        if self.num_examples < 1 or batch_size < 1:
+            raise ValueError(f"num_examples={self.num_examples} and batch_size={batch_size} must be at least 1")
         if (steps is not None and steps < 0) or (epochs is not None and epochs < 0):
             raise ValueError(f"steps={steps} and epochs={epochs} must not be negative")
-        self.num_examples = num_examples
+        if packing and bucketing:
+            raise ValueError("packs are of one length already: choose packing or bucketing")
+        if packing or bucketing:
+            if isinstance(examples, int) or max_length is None:
+                raise ValueError("packing and bucketing need the examples' lengths and max_length")
+            self._lengths = np.asarray(examples)
+            if self._lengths.max() > max_length:
+                raise ValueError(f"an example has {self._lengths.max()} tokens, more than max_length={max_length}")
+        self._max_length = max_length or 0
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.steps_per_epoch = math.ceil(num_examples / batch_size)
-        passes = 1.0 if epochs is None else epochs
-        self.steps = math.ceil(passes * self.steps_per_epoch - 1e-9) if steps is None else steps
-        self._order: tuple[int, np.ndarray] | None = None
+        self.packing = packing
+        self.bucketing = bucketing
+        # Where each epoch begins, as far as is known.
+        self._starts = [0]
+        self._rows: tuple[int, list[np.ndarray] | np.ndarray] | None = None
+        self.steps_per_epoch = self._start_of(1)
+        self.steps = self._count(1.0 if epochs is None else epochs) if steps is None else steps
 
     def __len__(self) -> int:
         return self.steps
 
     def epoch(self, step: int) -> int:
         """The pass over the data that a step belongs to, from 0."""
-        return step // self.steps_per_epoch
+        if not self.packing:
+            return step // self.steps_per_epoch
+        epoch = 0
+        while self._start_of(epoch + 1) <= step:
+            epoch += 1
+        return epoch
 
-    def indices(self, step: int) -> np.ndarray:
-        """The examples of a batch.
+    def rows(self, step: int) -> list[np.ndarray]:
+        """The rows of a batch.
 
         Args:
           step: from 0, below `steps`.
 
         Returns:
-          `[B]` int64 with B at most `batch_size`.
+          At most `batch_size` rows, each the numbers of its examples.
         """
         if not 0 <= step < self.steps:
             raise ValueError(f"step {step} is outside the plan's {self.steps} steps")
-        start = step % self.steps_per_epoch * self.batch_size
-        return self._epoch_order(self.epoch(step))[start : start + self.batch_size]
+        epoch = self.epoch(step)
+        start = (step - self._start_of(epoch)) * self.batch_size
+        return [np.atleast_1d(row) for row in self._epoch_rows(epoch)[start : start + self.batch_size]]
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_examples)
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
-            self._order = (epoch, order)
-        return self._order[1]
+    def indices(self, step: int) -> np.ndarray:
+        """All examples of a batch, `[E]` int64."""
+        return np.concatenate(self.rows(step))
+
+    def length(self, step: int, fixed: int) -> int:
+        """The tokens that the rows of a batch are padded to: `fixed`, unless buckets are asked for."""
+        if not self.bucketing:
+            return fixed
+        longest = int(self._lengths[self.indices(step)].max())
+        length = LENGTH_STEP
+        while length < longest:
+            length *= 2  # Few lengths: the step is compiled once for each.
+        return min(length, fixed)
+
+    def _count(self, epochs: float) -> int:
+        whole = math.floor(epochs)
+        part = (epochs - whole) * (self._start_of(whole + 1) - self._start_of(whole)) if epochs > whole else 0.0
+        return self._start_of(whole) + math.ceil(part - 1e-9)
+
+    def _start_of(self, epoch: int) -> int:
+        """The first step of an epoch."""
+        if not self.packing:
+            return epoch * math.ceil(self.num_examples / self.batch_size)
+        while len(self._starts) <= epoch:
+            rows = len(self._epoch_rows(len(self._starts) - 1))
+            self._starts.append(self._starts[-1] + math.ceil(rows / self.batch_size))
+        return self._starts[epoch]
+
+    def _epoch_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
+        if self._rows is None or self._rows[0] != epoch:
+            self._rows = (epoch, self._make_rows(epoch))
+        return self._rows[1]
+
+    def _make_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(self.num_examples) if self.shuffle else np.arange(self.num_examples)
+        if self.packing:
+            packs = pack(self._lengths, order, self._max_length)
+            # A window's packs come out by length: mix them, or batches would be of long or of short examples.
+            return [packs[i] for i in random.permutation(len(packs))] if self.shuffle else packs
+        return self._by_length(order, random) if self.bucketing else order
+
+    def _by_length(self, order: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Sorts within windows of many batches, then mixes the batches; a short batch stays the last."""
+        window = _BUCKET_WINDOW * self.batch_size
+        parts = [order[start : start + window] for start in range(0, len(order), window)]
+        order = np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])
+        whole = len(order) // self.batch_size
+        batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)
+        if self.shuffle:
+            batches = batches[random.permutation(whole)]
+        return np.concatenate([batches.reshape(-1), order[whole * self.batch_size :]])

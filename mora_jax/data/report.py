@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from mora_jax.data.encoding import CAUSES, Encoded
-from mora_jax.data.segments import CONTENT, INSTRUCTION, Segment
+from mora_jax.data.scanning import Fates
+from mora_jax.data.segments import ANSWER, CONTENT, INSTRUCTION, Segment
+from mora_jax.data.store import FlatRows
+
+#: Why a row is left out, in words.
+CAUSES = {
+    "too_long": "longer than max_length",
+    "answer_cut_off": "nothing trained within max_length",
+    "no_answer": "no answer to train on",
+    "no_weight": "no token with a weight",
+    "bad_row": "not of the format",
+}
+#: An answer of so few tokens hardly says anything.
+NEAR_EMPTY = 2
 
 _IS_CONTENT = np.isin(list(Segment), CONTENT)
+_IS_ANSWER = np.isin(list(Segment), ANSWER)
+_IS_INSTRUCTION = np.isin(list(Segment), INSTRUCTION)
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -18,17 +34,21 @@ class Report:
     """Counts over the rows of a data set. Tokens are those of the kept examples, after any cut.
 
     Attributes:
-      rows: conversations read.
+      rows: rows read, with those that broke the format.
       kept: examples.
-      dropped: rows left out, by cause (keys of `encoding.CAUSES`).
-      truncated: kept examples that lost their end.
+      dropped: rows left out, by cause (keys of `CAUSES`).
+      truncated: rows that lost a part.
+      split: rows that became several examples.
       tokens: tokens of all examples.
       trained_tokens: tokens whose weight is not 0.
       instruction_tokens: of system, user and tool messages, in all rows before any cut.
       response_tokens: of answers, in all rows before any cut.
       seam_rows: rows in which a token joins an answer's characters to others.
       special_rows: rows whose own words hold a special token's text.
-      lengths: tokens of every row before any cut.
+      near_empty: rows that are answered with `NEAR_EMPTY` tokens or fewer.
+      lengths: `[N]`, tokens of every row before any cut.
+      ratios: `[N]`, instruction tokens for each response token, of the rows that have an answer.
+      prompts: `[N]`, equal for rows with the same instruction; 0 for rows without.
       format: the name of the rows' format, if they come from files.
       template: the name of the template.
       mode: the loss mode.
@@ -39,17 +59,33 @@ class Report:
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
+    split: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     instruction_tokens: int = 0
     response_tokens: int = 0
     seam_rows: int = 0
     special_rows: int = 0
-    lengths: list[int] = field(default_factory=list)
+    near_empty: int = 0
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    ratios: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    prompts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     format: str = ""
     template: str = ""
     mode: str = "masked"
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parts: Sequence[Counted], fates: Fates, **known: Any) -> Report:
+        """Sums up what `count` said of batches of rows, and what became of them."""
+        report = cls(**known, **vars(fates))
+        for name in ("rows", "instruction_tokens", "response_tokens", "seam_rows", "special_rows", "near_empty"):
+            setattr(report, name, sum(getattr(part, name) for part in parts))
+        report.rows += report.dropped.get("bad_row", 0)
+        for name in ("lengths", "ratios", "prompts"):
+            if parts:
+                setattr(report, name, np.concatenate([getattr(part, name) for part in parts]))
+        return report
 
     @property
     def trained_fraction(self) -> float:
@@ -65,7 +101,7 @@ class Report:
     def quantiles(self) -> dict[str, int]:
         """Lengths before any cut."""
         names = ("shortest", "median", "p90", "p99", "longest")
-        if not self.lengths:
+        if not len(self.lengths):
             return dict.fromkeys(names, 0)
         values = np.quantile(self.lengths, _QUANTILES, method="higher")
         return {name: int(value) for name, value in zip(names, values, strict=True)}
@@ -75,25 +111,27 @@ class Report:
         """The multiple of 64 into which 99 of 100 rows fit whole."""
         return max(64, -(-self.quantiles["p99"] // 64) * 64)
 
-    def add(self, row: Encoded, special_ids: frozenset[int] = frozenset()) -> None:
-        """Counts one encoded row."""
-        tokens, example = row.tokens, row.example
-        self.rows += 1
-        self.lengths.append(len(tokens.input_ids))
-        self.seam_rows += tokens.seams > 0
-        words = tokens.input_ids[_IS_CONTENT[tokens.segments]]
-        self.special_rows += not special_ids.isdisjoint(words.tolist())
-        by_segment = np.bincount(tokens.segments, minlength=len(Segment))
-        self.instruction_tokens += int(by_segment[list(INSTRUCTION)].sum())
-        self.response_tokens += int(by_segment[Segment.ASSISTANT])
-        if example is None:
-            assert row.cause is not None
-            self.dropped[row.cause] = self.dropped.get(row.cause, 0) + 1
-            return
-        self.kept += 1
-        self.truncated += len(example) < len(tokens.input_ids)
-        self.tokens += len(example)
-        self.trained_tokens += int(np.count_nonzero(example.weights))
+    @property
+    def duplicated(self) -> int:
+        """Rows whose instruction an earlier row has too."""
+        asked = self.prompts[self.prompts != 0]
+        return len(asked) - len(np.unique(asked))
+
+    def nothing_left(self, max_length: int) -> str:
+        """Why no row is left, with the setting to change."""
+        if not self.rows:
+            return "there are no rows to encode"
+        causes = ", ".join(f"{n} {CAUSES[cause]}" for cause, n in self.dropped.items())
+        needed = f"raise max_length (now {max_length}; half of the rows need at most {self.quantiles['median']})"
+        advice = {
+            "too_long": f"{needed} or set truncation to `prompt_first`",
+            "answer_cut_off": f"{needed} or set truncation to `prompt_first`",
+            "no_answer": "give the rows an assistant's turn, or set loss mode to `unmasked`",
+            "no_weight": "give the rows an answer of at least one token and a weight above 0, or set loss mode to `full`",
+            "bad_row": "mend the rows, or name their format and columns",
+        }
+        main = max(self.dropped, key=lambda cause: self.dropped[cause])
+        return f"none of the {self.rows} rows can be trained on ({causes}): {advice[main]}"
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values, ready to print."""
@@ -104,7 +142,7 @@ class Report:
         )
         lines = [("format", self.format)] if self.format else []
         lines += [
-            ("rows", f"{self.rows} read, {self.kept} kept, {self.truncated} of them cut"),
+            ("rows", f"{self.rows} read, {self.kept} examples kept, {self.truncated} rows cut, {self.split} split"),
             ("dropped", dropped),
             ("template", self.template),
             ("loss mode", self.mode),
@@ -122,3 +160,50 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(f"{name:>10}  {value}" for name, value in self.lines())
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counts over some rows, before any cut; see `Report`."""
+
+    rows: int
+    instruction_tokens: int
+    response_tokens: int
+    seam_rows: int
+    special_rows: int
+    near_empty: int
+    lengths: np.ndarray
+    ratios: np.ndarray
+    prompts: np.ndarray
+
+
+def count(flat: FlatRows, chosen: np.ndarray, special_ids: np.ndarray) -> Counted:
+    """Counts over a batch of rows.
+
+    Args:
+      flat: the rows.
+      chosen: `[R]` bool, those to count.
+      special_ids: ids of special tokens.
+    """
+    segments = flat.segments.astype(np.intp)
+    instructions = _per_row(flat, _IS_INSTRUCTION[segments])[chosen]
+    answers = _per_row(flat, _IS_ANSWER[segments])[chosen]
+    special = _per_row(flat, _IS_CONTENT[segments] & np.isin(flat.input_ids, special_ids))[chosen]
+    answered = answers > 0
+    return Counted(
+        rows=int(chosen.sum()),
+        instruction_tokens=int(instructions.sum()),
+        response_tokens=int(answers.sum()),
+        seam_rows=int(np.count_nonzero(flat.seams[chosen])),
+        special_rows=int(np.count_nonzero(special)),
+        near_empty=int(np.count_nonzero(answered & (answers <= NEAR_EMPTY))),
+        lengths=flat.lengths[chosen].astype(np.int32),
+        ratios=(instructions[answered] / answers[answered]).astype(np.float32),
+        prompts=flat.prompts[chosen],
+    )
+
+
+def _per_row(flat: FlatRows, marked: np.ndarray) -> np.ndarray:
+    """How many tokens of each row are marked."""
+    sums = np.concatenate([[0], np.cumsum(marked)])
+    return sums[flat.offsets[1:]] - sums[flat.offsets[:-1]]

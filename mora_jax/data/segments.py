@@ -18,18 +18,26 @@ class Segment(IntEnum):
     TOOL = 5
     ASSISTANT = 6
     END_OF_TURN = 7
+    REASONING = 8
+    TOOL_CALL = 9
+    HEADER = 10
+    CLOSING = 11
 
     @property
     def label(self) -> str:
-        """The name in lower case, as JSON and the command line show it."""
-        return self.name.lower()
+        """The name in lower case, as JSON and the command line show it; all of the template's text is one."""
+        return Segment.TEMPLATE.name.lower() if self in TEMPLATE_TEXT else self.name.lower()
 
 
-#: Segments that hold a message's own words (everything else comes from the template or the tokenizer).
-CONTENT = (Segment.SYSTEM, Segment.USER, Segment.TOOL, Segment.ASSISTANT)
+#: What the template writes: what belongs to no turn, what opens a turn, what closes a turn of anyone but the
+#: assistant (whose end, END_OF_TURN, the model has to produce).
+TEMPLATE_TEXT = (Segment.TEMPLATE, Segment.HEADER, Segment.CLOSING)
 #: Segments that instruct, and those that the model is to produce.
 INSTRUCTION = (Segment.SYSTEM, Segment.USER, Segment.TOOL)
-RESPONSE = (Segment.ASSISTANT, Segment.END_OF_TURN)
+ANSWER = (Segment.ASSISTANT, Segment.REASONING, Segment.TOOL_CALL)
+RESPONSE = (*ANSWER, Segment.END_OF_TURN)
+#: Segments that hold a message's own words (everything else comes from the template or the tokenizer).
+CONTENT = (*INSTRUCTION, *ANSWER)
 
 ROLE_SEGMENT = {
     "system": Segment.SYSTEM,
@@ -41,10 +49,17 @@ ROLE_SEGMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of rendered text that belongs to one segment."""
+    """A stretch of rendered text that belongs to one segment.
+
+    Attributes:
+      text: the characters.
+      segment: what they are.
+      turn: the number of the message that they say, open or close, from 0; -1 for none.
+    """
 
     text: str
     segment: Segment
+    turn: int = -1
 
 
 @dataclass(frozen=True, slots=True)

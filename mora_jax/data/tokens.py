@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.data.segments import Rendered, Segment
+from mora_jax.data.segments import ANSWER, RESPONSE, Rendered, Segment
 from mora_jax.errors import InputError
 
 #: Which segment a token with characters of several belongs to, highest first. An end-of-turn token that
@@ -17,27 +17,42 @@ from mora_jax.errors import InputError
 _PRECEDENCE = (
     Segment.END_OF_TURN,
     Segment.ASSISTANT,
+    Segment.REASONING,
+    Segment.TOOL_CALL,
     Segment.USER,
     Segment.SYSTEM,
     Segment.TOOL,
+    Segment.CLOSING,
+    Segment.HEADER,
     Segment.TEMPLATE,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of one conversation, before any cut.
+    """The tokens of one row, before any cut.
 
     Attributes:
       input_ids: `[T]` int32.
       segments: `[T]` int8, values of `Segment`.
+      turns: `[T]` int16, the number of the message that a token says, opens or closes, from 0; -1 for none.
       seams: tokens that join an answer's characters with others. The ids of the prompt alone are then no
         beginning of these ids.
+      turn_weights: for each message what it counts, NaN where the loss mode decides; empty if it always does.
+      weights: `[T]` float32, the weights that the data gives each token; None if it gives none.
+      weight: what the whole row counts beside the others.
     """
 
     input_ids: np.ndarray
     segments: np.ndarray
-    seams: int
+    turns: np.ndarray
+    seams: int = 0
+    turn_weights: tuple[float, ...] = ()
+    weights: np.ndarray | None = None
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -88,24 +103,27 @@ def _label(
     item: Rendered, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any, bos: int | None
 ) -> Tokens:
     input_ids = np.array(ids, np.int32)
-    segments, seams = _segments(item, offsets)
+    owners, seams = _owners(item, offsets)
+    segments = np.array([piece.segment for piece in item.pieces], np.int8)[owners]
+    turns = np.array([piece.turn for piece in item.pieces], np.int16)[owners]
     has_bos = (
         bool(tokenizer.bos_token)
         and item.text.startswith(tokenizer.bos_token)
         and ids[0] == tokenizer.bos_token_id
     )
     if has_bos:
-        segments[0] = Segment.BOS
+        segments[0], turns[0] = Segment.BOS, -1
     elif bos is not None:
         input_ids = np.concatenate([np.array([bos], np.int32), input_ids])
         segments = np.concatenate([np.array([Segment.BOS], np.int8), segments])
-    return Tokens(input_ids, segments, seams)
+        turns = np.concatenate([np.array([-1], np.int16), turns])
+    return Tokens(input_ids, segments, turns, seams)
 
 
-def _segments(item: Rendered, offsets: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """The segment of each token, and how many tokens join an answer to something else."""
+def _owners(item: Rendered, offsets: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """The piece that each token belongs to, and how many tokens join an answer to something else."""
     if not offsets:
-        return np.zeros(0, np.int8), 0
+        return np.zeros(0, np.intp), 0
     starts, stops = np.array(offsets, np.int64).T
     # Tokenizers that trim offsets give tokens of mere space no width: they stand between their neighbours.
     empty = starts >= stops
@@ -113,31 +131,31 @@ def _segments(item: Rendered, offsets: list[tuple[int, int]]) -> tuple[np.ndarra
         before = np.concatenate([[0], np.maximum.accumulate(stops)[:-1]])
         starts = np.where(empty, np.minimum(before, np.maximum(stops - 1, 0)), starts)
         stops = np.maximum(stops, starts + 1)
-    labels = np.array([piece.segment for piece in item.pieces], np.int8)
     edges = np.cumsum([len(piece.text) for piece in item.pieces])
-    last_piece = len(labels) - 1
+    last_piece = len(edges) - 1
     first = np.minimum(np.searchsorted(edges, starts, side="right"), last_piece)
     last = np.minimum(np.searchsorted(edges, stops - 1, side="right"), last_piece)
-    segments = labels[first]
+    owners = first.copy()
     seams = 0
     for token in np.flatnonzero(first != last):
-        segments[token], seam = _straddling(
+        owners[token], seam = _straddling(
             item, edges, int(first[token]), int(last[token]), int(starts[token]), int(stops[token])
         )
         seams += seam
-    return segments, seams
+    return owners, seams
 
 
 def _straddling(
     item: Rendered, edges: np.ndarray, first: int, last: int, start: int, stop: int
-) -> tuple[Segment, bool]:
-    """The segment of a token over several pieces: of its characters that are no space, if it has any."""
-    inside: dict[Segment, str] = {}
+) -> tuple[int, bool]:
+    """The piece of a token over several: of its characters that are no space, if it has any."""
+    inside: dict[int, str] = {}
     for index in range(first, last + 1):
         piece = item.pieces[index]
         left, right = max(start, int(edges[index]) - len(piece.text)), min(stop, int(edges[index]))
-        inside[piece.segment] = inside.get(piece.segment, "") + item.text[left:right]
-    candidates = {segment for segment, text in inside.items() if text.strip()} or set(inside)
-    chosen = next(segment for segment in _PRECEDENCE if segment in candidates)
-    seam = Segment.ASSISTANT in inside and not inside.keys() <= {Segment.ASSISTANT, Segment.END_OF_TURN}
+        inside[index] = item.text[left:right]
+    candidates = [index for index, text in inside.items() if text.strip()] or list(inside)
+    chosen = min(candidates, key=lambda index: _PRECEDENCE.index(item.pieces[index].segment))
+    segments = {item.pieces[index].segment for index in inside}
+    seam = not segments.isdisjoint(ANSWER) and not segments <= set(RESPONSE)
     return chosen, seam
