@@ -166,6 +166,11 @@ class Projection(nnx.Module):
         self._index(name)
         self.adapters[name] = adapter
 
+    def remove_adapters(self) -> None:
+        """Takes every adapter off; the kernel stays as it is."""
+        for name in list(self.adapters):
+            del self.adapters[name]
+
     def merge_adapters(self) -> None:
         """Folds every adapter into the kernel, layer by layer: summed in float32, rounded once."""
         for name, adapter in list(self.adapters.items()):

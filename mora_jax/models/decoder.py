@@ -125,11 +125,17 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         *,
         dropout_key: jax.Array | None = None,
+        embedding_noise: jax.Array | None = None,
     ) -> jax.Array:
-        """The states after the final norm, `[B, T, D]` in the compute dtype. Arguments as in `__call__`."""
+        """The states after the final norm, `[B, T, D]` in the compute dtype.
+
+        Args:
+            input_ids, segment_ids, positions, dropout_key: as in `__call__`.
+            embedding_noise: float32 `[B, T, D]`, added to the looked-up embeddings before the family scales them.
+        """
         arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        return _hidden(graphdef, state, *arrays, dropout_key)
+        return _hidden(graphdef, state, *arrays, dropout_key, embedding_noise)
 
     def head(self) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
@@ -182,8 +188,10 @@ class Decoder(nnx.Module):
             check_token_ids(input_ids, self.config.vocab_size)
         return input_ids, segment_ids, positions
 
-    def _embed(self, input_ids: jax.Array) -> jax.Array:
+    def _embed(self, input_ids: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         x = self.embed_tokens(input_ids)
+        if noise is not None:
+            x = (x.astype(jnp.float32) + noise).astype(x.dtype)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, dtype=x.dtype)
         return x
@@ -245,6 +253,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None,
         positions: jax.Array | None,
         dropout_key: jax.Array | None,
+        noise: jax.Array | None = None,
     ) -> jax.Array:
         if segment_ids is None:
             segments = jnp.ones(input_ids.shape, dtype=jnp.int32)
@@ -255,7 +264,7 @@ class Decoder(nnx.Module):
         places = implied if positions is None else positions.astype(jnp.int32)
         cos, sin = tables(self.config.ropes, self.config.head_dim, places)
         layout = Layout(segments, segments, None, None, cos, sin, window=None)
-        x, _ = self._run_layers(self._embed(input_ids), layout, dropout_key=dropout_key)
+        x, _ = self._run_layers(self._embed(input_ids, noise), layout, dropout_key=dropout_key)
         return self.norm(x)
 
     def _extend(

@@ -1,13 +1,14 @@
-"""Segment ids, the positions they imply, and checks on token ids."""
+"""Segment ids, what they imply for each token, and checks on token ids."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mora_jax.errors import InputError
 
 
-def default_positions(segment_ids: jax.Array) -> jax.Array:
+def default_positions(segment_ids: jax.Array | np.ndarray) -> jax.Array:
     """How many earlier tokens of the row belong to the same segment as each token.
 
     For contiguous segments this restarts at 0 with each of them. It is also right for a padding mask with
@@ -19,9 +20,44 @@ def default_positions(segment_ids: jax.Array) -> jax.Array:
     Returns:
         int32 `[B, T]`.
     """
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    earlier = jnp.tri(segment_ids.shape[1], k=-1, dtype=bool)
-    return jnp.sum(same & earlier, axis=-1, dtype=jnp.int32)
+    places, first, _, order = _runs(segment_ids)
+    return _unsorted(order, places - first)
+
+
+def segment_lengths(segment_ids: jax.Array | np.ndarray) -> jax.Array:
+    """How many tokens of the row belong to the same segment as each token, itself included.
+
+    Args:
+        segment_ids: int `[B, T]`.
+
+    Returns:
+        int32 `[B, T]`; at padding the number of padding tokens.
+    """
+    _, first, last, order = _runs(segment_ids)
+    return _unsorted(order, last - first + 1)
+
+
+def _runs(segment_ids: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Each row sorted by segment, so that a segment is one run, whatever lay between its tokens.
+
+    Returns:
+        int32 `[B, T]` each, by place in the sorted row: the place, the first and the last place of its run,
+        and where its token stood.
+    """
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)
+    places = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+    ids, order = lax.sort((segment_ids, places), dimension=1, num_keys=1, is_stable=True)
+    border = ids[:, 1:] != ids[:, :-1]
+    opens = jnp.pad(border, ((0, 0), (1, 0)), constant_values=True)[:, : ids.shape[1]]
+    closes = jnp.pad(border, ((0, 0), (0, 1)), constant_values=True)[:, : ids.shape[1]]
+    first = lax.cummax(jnp.where(opens, places, 0), axis=1)
+    last = lax.cummin(jnp.where(closes, places, ids.shape[1] - 1), axis=1, reverse=True)
+    return places, first, last, order
+
+
+def _unsorted(order: jax.Array, values: jax.Array) -> jax.Array:
+    """Values by place in the sorted row, back at their tokens; a sort spreads over devices, a scatter may not."""
+    return lax.sort((order, values), dimension=1, num_keys=1)[1]
 
 
 def check_token_ids(input_ids: np.ndarray | jax.Array, vocab_size: int) -> None:

@@ -98,7 +98,7 @@ class JitRunner(Runner):
 
     def __init__(self, step: StepFunction, mesh: Mesh):
         self._whole = NamedSharding(mesh, PartitionSpec())
-        self._rows = NamedSharding(mesh, spec(None, "batch", None))
+        self._rows = NamedSharding(mesh, spec(None, "batch"))
         jitted = jax.jit(
             step,
             donate_argnums=(0,),
@@ -112,7 +112,7 @@ class JitRunner(Runner):
         return jax.device_put(tree, self._whole)
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch `[micro-batches, rows, T]`, its rows spread over the devices."""
+        """A batch `[micro-batches, rows, …]`, its rows spread over the devices."""
         return jax.device_put(batch, self._rows)
 
     def whole(self, tree: Any) -> Any:
@@ -142,11 +142,11 @@ class PmapRunner(Runner):
         return jax.tree.map(copies, tree)
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch `[micro-batches, rows, T]` → `[devices, micro-batches, rows / devices, T]`."""
+        """A batch `[micro-batches, rows, …]` → `[devices, micro-batches, rows / devices, …]`."""
 
         def split(x):
-            micro, rows, length = x.shape
-            return x.reshape(micro, self.count, rows // self.count, length).swapaxes(0, 1)
+            micro, rows, *rest = x.shape
+            return x.reshape(micro, self.count, rows // self.count, *rest).swapaxes(0, 1)
 
         return jax.device_put({name: split(value) for name, value in batch.items()}, self._sharding)
 

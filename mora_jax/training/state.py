@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax.adapters.variables import FullParam
+
 Array = jax.Array
 Arrays = dict[str, Array]
 
@@ -38,6 +40,11 @@ class Structure:
     def __init__(self, graphdef: nnx.GraphDef, *states: nnx.State):
         self._graphdef = graphdef
         self._templates = [dict(nnx.to_flat_state(state)) for state in states]
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether base weights are trained themselves, so that no frozen base is left."""
+        return any(isinstance(variable, FullParam) for template in self._templates for variable in template.values())
 
     def model(self, *arrays: Arrays) -> Any:
         """A model with the given arrays, in the order in which the states were given."""

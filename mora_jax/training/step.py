@@ -9,23 +9,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mora_jax.adapters.detach import detach
+from mora_jax.training.kl import weighted_kl
 from mora_jax.training.loss import next_token_targets, weighted_loss
+from mora_jax.training.neftune import embedding_noise
 from mora_jax.training.state import Arrays, Structure, TrainState
 
 Array = jax.Array
 Batch = dict[str, Array]
+
+_NOISE = 2**31  # folded into the key for NEFTune; dropout folds in small numbers
 
 
 class StepMetrics(NamedTuple):
     """Scalars of one step, on the device.
 
     Attributes:
-        loss: weighted mean of the negative log-likelihood over the whole step, in nats.
+        loss: what is minimised, in nats: Σ weight · negative log-likelihood over the whole step, divided by the
+            normaliser, plus the KL term where there is one.
         grad_norm: global norm of its gradient, before clipping.
         learning_rate: of this step.
         tokens: tokens that are not padding.
         trained_tokens: tokens that carry loss.
-        weight: sum of the weights, the normaliser.
+        normalizer: what the sum of losses was divided by; 0 for a step without anything to train on.
+        kl: mean divergence from the base, in nats a token, before `kl_weight`; 0 without that term.
     """
 
     loss: Array
@@ -33,7 +40,8 @@ class StepMetrics(NamedTuple):
     learning_rate: Array
     tokens: Array
     trained_tokens: Array
-    weight: Array
+    normalizer: Array
+    kl: Array
 
 
 StepFunction = Callable[[TrainState, Arrays, Batch], tuple[TrainState, StepMetrics]]
@@ -47,67 +55,138 @@ def make_step(
     shards: int = 1,
     dropout: bool = False,
     axis_name: str | None = None,
+    divisor: float | None = None,
+    neftune_alpha: float = 0.0,
+    kl_weight: float = 0.0,
 ) -> StepFunction:
-    """The pure step: gradients of the trainable tree alone, summed over micro-batches and divided once.
+    """The pure step: gradients of the trainable tree alone, summed over micro-batches and devices.
 
-    The normaliser is the sum of weights over the whole step, all micro-batches and devices, so any split of the same
-    rows gives the same update. A step whose weights are all 0 has loss 0 and gradient 0.
+    Weights are divided by their normaliser, which runs over the whole step, all micro-batches and devices, before
+    anything is summed: any split of the same rows gives the same update. A step whose normaliser or whose weights
+    are 0 has loss 0 and gradient 0.
 
     Args:
         structure: of the model, split into trainable and frozen arrays.
         optimizer, schedule: from optimizer.py; the schedule is only reported.
-        shards: devices among which the rows of a micro-batch are laid (see loss.py).
+        shards: devices among which the rows of a micro-batch are laid (see chunks.py).
         dropout: whether adapters' dropout is on.
         axis_name: the mapped axis to sum over, under `jax.pmap`.
+        divisor: a fixed normaliser; None: the sum of `counts`, or without them of the weights.
+        neftune_alpha: strength of the noise on the embeddings (see neftune.py); 0 for none.
+        kl_weight: factor on the mean divergence from the base (see kl.py); 0 for no such term. The base is the same
+            model without its adapters, dropout and noise, run once more forward.
 
     Returns:
-        `step(state, frozen, batch) → (state, metrics)`; `batch` holds `input_ids`, `segment_ids` (0 is padding) and
-        `weights` (of predicting token t), each `[micro-batches, rows, T]`.
-    """
+        `step(state, frozen, batch) → (state, metrics)`. `batch` holds, each `[micro-batches, rows, T]`:
 
-    def loss_sum(adapters: Arrays, frozen: Arrays, rows: Batch, key: Array | None) -> Array:
+        - `input_ids`, `segment_ids`: tokens, and the example of each (0 is padding).
+        - `weights`: of predicting token t. Those of padding and of an example's first token are left out.
+        - `positions`, optional: of the rotary angles; they restart with each example anyway.
+        - `kl_weights`, with a `kl_weight`: of the divergence in predicting token t.
+
+        and `counts`, optional, float `[micro-batches, rows]`: what each row adds to the normaliser. Other keys are
+        not looked at.
+
+    Raises:
+        ValueError: `kl_weight` where the base itself is trained, so that there is none to compare with; a divisor
+            that is not positive.
+    """
+    if kl_weight and structure.trains_base:
+        raise ValueError("full fine-tuning keeps no frozen base, so there is no divergence from it: use kl_weight=0")
+    if divisor is not None and not divisor > 0:
+        raise ValueError(f"divisor must be positive, got {divisor}")
+
+    def objective(adapters: Arrays, frozen: Arrays, rows: Batch, keys: Keys) -> tuple[Array, Array]:
+        """Loss and KL of one micro-batch; their weights are divided already, so that both are shares of the step's."""
         model = structure.model(adapters, frozen)
-        hidden = model.hidden(rows["input_ids"], rows["segment_ids"], dropout_key=key)
+        inputs = rows["input_ids"], rows["segment_ids"], rows.get("positions")
+        noise = None
+        if keys.noise is not None:
+            width = model.config.hidden_size
+            noise = embedding_noise(keys.noise, rows["numbers"], rows["segment_ids"], width, neftune_alpha)
+        hidden = model.hidden(*inputs, dropout_key=keys.dropout, embedding_noise=noise)
         head = model.head()
-        targets, weights = next_token_targets(rows["input_ids"], rows["weights"])
-        return weighted_loss(hidden, head.kernel, targets, weights, softcap=head.softcap, shards=shards)
+        shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards}
+        loss = weighted_loss(hidden, head.kernel, rows["targets"], rows["weights"], **shared)
+        if not kl_weight:
+            return loss, jnp.zeros((), jnp.float32)
+        detach(model)
+        kl = weighted_kl(hidden, model.hidden(*inputs), head.kernel, rows["kl_weights"], **shared)
+        return loss + kl_weight * kl, kl
 
     def total(x: Array) -> Array:
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
+    def row_numbers(micro_batches: int, rows: int) -> Array:
+        """The number of each row in the whole step, `[micro-batches, rows]` on this device."""
+        if axis_name is None:
+            return jnp.arange(micro_batches * rows).reshape(micro_batches, rows)
+        devices = jax.lax.psum(1, axis_name)
+        number = jnp.arange(micro_batches)[:, None] * devices + jax.lax.axis_index(axis_name)
+        return number * rows + jnp.arange(rows)
+
     def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        key = jax.random.fold_in(state.key, state.step) if dropout else None
-        if key is not None and axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        count = batch["input_ids"].shape[0]
+        ids, segments = batch["input_ids"], batch["segment_ids"]
+        targets, weights = next_token_targets(ids, batch["weights"], segments)
+        if divisor is None:
+            normalizer = total(jnp.sum(batch.get("counts", weights), dtype=jnp.float32))
+        else:
+            normalizer = jnp.asarray(divisor, jnp.float32)
+        rows = {"input_ids": ids, "segment_ids": segments, "targets": targets}
+        rows["weights"] = weights * _inverse(normalizer)
+        if "positions" in batch:
+            rows["positions"] = batch["positions"]
+        if kl_weight:
+            _, kl_weights = next_token_targets(ids, batch["kl_weights"], segments)
+            rows["kl_weights"] = kl_weights * _inverse(total(jnp.sum(kl_weights)))
+        count = ids.shape[0]
+        if neftune_alpha:
+            rows["numbers"] = row_numbers(*ids.shape[:2])
+
+        key = jax.random.fold_in(state.key, state.step)
+        dropout_key, noise_key = key if dropout else None, jax.random.fold_in(key, _NOISE) if neftune_alpha else None
+        if dropout_key is not None and axis_name is not None:
+            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
+        value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
         def micro(carry, indexed):
             index, rows = indexed
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-            loss, gradient = jax.value_and_grad(loss_sum)(state.adapters, frozen, rows, micro_key)
-            return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradient)), None
+            micro_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            found = value_and_grad(state.adapters, frozen, rows, Keys(micro_key, noise_key))
+            return jax.tree.map(jnp.add, carry, found), None
 
         if count == 1:
-            rows = {name: value[0] for name, value in batch.items()}
-            loss, gradient = jax.value_and_grad(loss_sum)(state.adapters, frozen, rows, key)
+            rows = {name: value[0] for name, value in rows.items()}
+            sums = value_and_grad(state.adapters, frozen, rows, Keys(dropout_key, noise_key))
         else:
-            zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.adapters))
-            (loss, gradient), _ = jax.lax.scan(micro, zero, (jnp.arange(count), batch))
+            zero = jnp.zeros((), jnp.float32)
+            start = ((zero, zero), jax.tree.map(jnp.zeros_like, state.adapters))
+            sums, _ = jax.lax.scan(micro, start, (jnp.arange(count), rows))
 
-        carried = batch["weights"][..., 1:]
-        weight = total(jnp.sum(carried, dtype=jnp.float32))
-        scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
-        gradient = jax.tree.map(lambda g: total(g) * scale, gradient)
+        (loss, kl), gradient = jax.tree.map(total, sums)
         metrics = StepMetrics(
-            loss=total(loss) * scale,
+            loss=loss,
             grad_norm=optax.tree.norm(gradient),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-            tokens=total(jnp.sum(batch["segment_ids"] > 0)),
-            trained_tokens=total(jnp.sum(carried > 0)),
-            weight=weight,
+            tokens=total(jnp.sum(segments > 0)),
+            trained_tokens=total(jnp.sum(weights > 0)),
+            normalizer=normalizer,
+            kl=kl,
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters)
         adapters: Any = optax.apply_updates(state.adapters, updates)
         return TrainState(state.step + 1, adapters, optimizer_state, state.key), metrics
 
     return step
+
+
+class Keys(NamedTuple):
+    """What a micro-batch draws from; None turns a kind of noise off."""
+
+    dropout: Array | None
+    noise: Array | None
+
+
+def _inverse(normalizer: Array) -> Array:
+    """1 / normalizer, and 0 for 0: nothing to train on is no division by zero."""
+    return jnp.where(normalizer > 0, 1.0 / jnp.where(normalizer > 0, normalizer, 1.0), 0.0)

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from mora_jax.training.loss import chunk_size, next_token_targets, score, weighted_loss
+from mora_jax.training.chunks import chunk_size
+from mora_jax.training.loss import next_token_targets, score, weighted_loss
 
 
 def case(seed: int = 0):
