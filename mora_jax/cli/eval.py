@@ -23,22 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from mora_jax.cli.models import load
-    from mora_jax.data import load_rows
-    from mora_jax.data.dataset import EncodedDataset
+    from mora_jax.cli.options import read_data
     from mora_jax.evaluation.scoring import score
 
-    rows = load_rows(args.data, args.format)
     model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1)
-    dataset = EncodedDataset.build(
-        rows,
-        tokenizer,
-        args.template,
-        args.loss_mode,
-        args.prompt_weight,
-        args.max_length,
-        truncation=args.truncation,
-        vocab_size=model.config.vocab_size,
-    )
+    dataset = read_data(args, tokenizer, model.config.vocab_size)
     for note in dataset.report.notes:
         print(f"note: {note}", file=sys.stderr)
     with progress("scoring") as report:

@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mora_jax.errors import InputError
 from mora_jax.training.config import keys
 from mora_jax.training.config_key import Allowed, Key
+
+if TYPE_CHECKING:
+    from mora_jax.data.dataset import EncodedDataset
 
 OVERRIDE = "--config."
 
@@ -70,12 +73,42 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which examples are read and which of their tokens carry loss."""
     data = dataclasses.replace(keys()["data.train"], name="--data", default=None)
     parser.add_argument("--data", action=KeyAction, key=data, required=True, metavar="FILE", help="data file or files")
-    add_key(parser, "--format", "data.format")
-    add_key(parser, "--template", "data.template")
+    for name in ("format", "columns", "roles", "on_error", "split", "subset", "max_rows", "template", "fallback"):
+        add_key(parser, "--" + name.replace("_", "-"), f"data.{name}")
+    parser.add_argument("--streaming", action="store_true", help="read a hub data set without downloading it first")
     add_key(parser, "--max-length", "data.max_length")
     add_key(parser, "--truncation", "data.truncation")
+    add_key(parser, "--cache", "data.cache")
     add_key(parser, "--loss-mode", "loss.mode")
     add_key(parser, "--prompt-weight", "loss.prompt_weight")
+    add_key(parser, "--loss-roles", "loss.roles")
+    add_key(parser, "--end-of-turn", "loss.end_of_turn")
+    add_key(parser, "--headers", "loss.headers")
+
+
+def read_data(args: argparse.Namespace, tokenizer: Any, vocab_size: int | None = None) -> "EncodedDataset":
+    """The data set that the options of `add_data` describe.
+
+    Raises:
+        InputError: for data or options that can't be used.
+    """
+    from mora_jax.data.dataset import EncodedDataset
+    from mora_jax.training.config import DataConfig, LossConfig
+    from mora_jax.training.data_settings import data_source, loss_weights
+
+    shared = {field.name for field in dataclasses.fields(DataConfig)} & vars(args).keys()
+    section = dataclasses.replace(DataConfig(), **{name: getattr(args, name) for name in shared})
+    loss = LossConfig(
+        args.loss_mode, args.prompt_weight, args.loss_roles, args.end_of_turn, args.headers
+    )
+    return EncodedDataset(
+        data_source(section, args.data, args.split).load(tokenizer),
+        loss_weights(loss),
+        section.max_length,
+        section.truncation,
+        vocab_size=vocab_size,
+        special_ids=tokenizer.all_special_ids,
+    )
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

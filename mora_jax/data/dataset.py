@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -16,10 +17,10 @@ from mora_jax.data.plan import padded_length
 from mora_jax.data.report import Counted, Report, count
 from mora_jax.data.rows import Rows
 from mora_jax.data.scanning import Fates, find_examples, flat_weights
-from mora_jax.data.segments import INSTRUCTION, RESPONSE
+from mora_jax.data.segments import INSTRUCTION
 from mora_jax.data.store import FlatRows, TokenStore
 from mora_jax.data.token_cache import build_store
-from mora_jax.data.weights import LossWeights, token_weights
+from mora_jax.data.weights import LossWeights, response_tokens, token_weights
 from mora_jax.errors import InputError
 
 
@@ -203,6 +204,14 @@ class EncodedDataset(Sequence[Example]):
         """A length for every example: the longest, rounded up to a multiple of 64 (at most `max_length`)."""
         return padded_length(int(self.lengths.max()), self.max_length)
 
+    def fingerprint(self) -> str:
+        """A hash of the examples: their rows, cuts, instructions, and the mode."""
+        parts = (self._rows, self._cuts, self.report.prompts)
+        digest = hashlib.sha256(repr(self.loss).encode())
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()[:32]
+
     def with_loss(self, loss: LossWeights, rows: np.ndarray | None = None, **changes: Any) -> EncodedDataset:
         """The same tokens under another loss mode, or other rows of the same store."""
         return EncodedDataset(self.store, loss, self.max_length, self.truncation, rows=rows, **changes)
@@ -214,7 +223,7 @@ class EncodedDataset(Sequence[Example]):
         length: int | None = None,
         *,
         how: str = "token",
-        extra: Sequence[str] = (),
+        extra: Mapping[str, str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Lays examples into rows of one shape.
 
@@ -223,13 +232,13 @@ class EncodedDataset(Sequence[Example]):
           batch_size: rows; a short batch is filled with empty rows. None: as many as `rows`.
           length: tokens a row; None: `batch_length`.
           how: the normaliser that weights and counts are made for, see `normalize`.
-          extra: further weights `[B, T]` to give along: `response` and `prompt`, 1 for each such token but the first
-            of an example.
+          extra: further arrays `[B, T]` to give along, by name: `trained` marks response tokens that carry loss,
+            `prompt` those of instructions, but never the first of an example.
 
         Returns:
           `input_ids`, `segment_ids` (1, 2, ... for the examples of a row, 0 for padding) and `positions` (from 0 in
-          each example), int32 `[B, T]`; `weights` float32 `[B, T]`, `counts` float32 `[B]`, and what `extra` names
-          as `response_weights` and `prompt_weights`.
+          each example), int32 `[B, T]`; `weights` float32 `[B, T]`, `counts` float32 `[B]`, and what `extra` names,
+          float32 with 1 for a marked token.
         """
         batch_size = len(rows) if batch_size is None else batch_size
         length = self.batch_length if length is None else length
@@ -239,8 +248,9 @@ class EncodedDataset(Sequence[Example]):
         batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "positions")}
         batch["weights"] = np.zeros(shape, np.float32)
         batch["counts"] = np.zeros(batch_size, np.float32)
-        for name in extra:
-            batch[f"{name}_weights"] = np.zeros(shape, np.float32)
+        kinds = extra or {}
+        for name in kinds:
+            batch[name] = np.zeros(shape, np.float32)
         for row, members in enumerate(rows):
             start, count = 0, 0.0
             for number, index in enumerate(np.atleast_1d(members), start=1):
@@ -253,8 +263,8 @@ class EncodedDataset(Sequence[Example]):
                 batch["positions"][row, used] = np.arange(len(example))
                 weights, part = normalize(example.weights, example.segments, example.weight, how)
                 batch["weights"][row, used] = weights
-                for name in extra:
-                    batch[f"{name}_weights"][row, used] = _indicator(example, name)
+                for name, kind in kinds.items():
+                    batch[name][row, used] = _marked(example, kind)
                 start, count = used.stop, count + part
             batch["counts"][row] = count
         return batch
@@ -263,14 +273,16 @@ class EncodedDataset(Sequence[Example]):
         return str(self.report)
 
 
-_EXTRA = {"response": RESPONSE, "prompt": INSTRUCTION}
-
-
-def _indicator(example: Example, name: str) -> np.ndarray:
+def _marked(example: Example, kind: str) -> np.ndarray:
     """1 for the tokens of a kind, but the first of the example, which nothing predicts."""
-    chosen = np.isin(example.segments, _EXTRA[name]).astype(np.float32)
-    chosen[:1] = 0.0
-    return chosen
+    if kind == "trained":
+        chosen = response_tokens(example.segments) & (example.weights > 0)
+    elif kind == "prompt":
+        chosen = np.isin(example.segments, INSTRUCTION)
+    else:
+        raise ValueError(f"unknown kind of tokens {kind!r}: trained or prompt")
+    chosen[:1] = False
+    return chosen.astype(np.float32)
 
 
 def split_rows(count: int, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

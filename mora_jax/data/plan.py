@@ -63,10 +63,10 @@ class BatchPlan:
             raise ValueError(f"steps={steps} and epochs={epochs} must not be negative")
         if packing and bucketing:
             raise ValueError("packs are of one length already: choose packing or bucketing")
+        self._lengths = np.zeros(examples, np.int32) if isinstance(examples, int) else np.asarray(examples)
         if packing or bucketing:
             if isinstance(examples, int) or max_length is None:
                 raise ValueError("packing and bucketing need the examples' lengths and max_length")
-            self._lengths = np.asarray(examples)
             if self._lengths.max() > max_length:
                 raise ValueError(f"an example has {self._lengths.max()} tokens, more than max_length={max_length}")
         self._max_length = max_length or 0
@@ -77,7 +77,7 @@ class BatchPlan:
         self.bucketing = bucketing
         # Where each epoch begins, as far as is known.
         self._starts = [0]
-        self._rows: tuple[int, list[np.ndarray] | np.ndarray] | None = None
+        self._rows: dict[int, list[np.ndarray] | np.ndarray] = {}
         self.steps_per_epoch = self._start_of(1)
         self.steps = self._count(1.0 if epochs is None else epochs) if steps is None else steps
 
@@ -122,6 +122,22 @@ class BatchPlan:
             length *= 2  # Few lengths: the step is compiled once for each.
         return min(length, fixed)
 
+    def padding(self, fixed: int, steps: int = 256) -> float:
+        """The share of padding in the first steps' tokens.
+
+        Args:
+          fixed: see `length`.
+          steps: how many steps are looked at.
+        """
+        looked_at = range(min(steps, self.steps))
+        used = sum(int(self._lengths[self.indices(step)].sum()) for step in looked_at)
+        room = sum(len(self.rows(step)) * self.length(step, fixed) for step in looked_at)
+        return 1.0 - used / room if room else 0.0
+
+    def __str__(self) -> str:
+        kind = "packs of" if self.packing else "rows of like length, of" if self.bucketing else "rows of"
+        return f"{self.steps} steps of {self.batch_size} {kind} {self.num_examples} examples"
+
     def _count(self, epochs: float) -> int:
         whole = math.floor(epochs)
         part = (epochs - whole) * (self._start_of(whole + 1) - self._start_of(whole)) if epochs > whole else 0.0
@@ -137,9 +153,13 @@ class BatchPlan:
         return self._starts[epoch]
 
     def _epoch_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
-        if self._rows is None or self._rows[0] != epoch:
-            self._rows = (epoch, self._make_rows(epoch))
-        return self._rows[1]
+        rows = self._rows.get(epoch)
+        if rows is None:
+            rows = self._make_rows(epoch)
+            # Two epochs are kept, because threads that make batches ahead stand on both sides of a border.
+            kept = {number: self._rows[number] for number in list(self._rows)[-1:]}
+            self._rows = {**kept, epoch: rows}
+        return rows
 
     def _make_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
         random = np.random.default_rng([self.seed, epoch])

@@ -145,4 +145,4 @@ def _copies(arrays: Arrays) -> Arrays:
 
 def padded_length(dataset: EncodedDataset) -> int:
     """The longest example, rounded up to a multiple of 8."""
-    return -(-max(map(len, dataset.examples)) // 8) * 8
+    return -(-int(dataset.lengths.max()) // 8) * 8

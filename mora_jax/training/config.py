@@ -13,8 +13,20 @@ from mora_jax.training.config_key import Key, key, nearest
 
 KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
 # Repeated from mora_jax.adapters and mora_jax.data, which import too much for a command's --help; a test compares.
-FORMATS = ("alpaca", "messages", "sharegpt", "prompt_completion", "self_instruct", "question_answer", "text")
-TEMPLATES = ("tokenizer", "alpaca", "plain", "chatml", "llama3", "tulu", "zephyr", "phi3", "gemma")
+FORMATS = (
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "self_instruct",
+    "alpaca",
+    "question_answer",
+    "segments",
+    "tokens",
+    "text",
+)
+TEMPLATES = ("alpaca", "plain", "chatml", "llama2", "llama3", "mistral", "tulu", "zephyr", "phi3", "gemma")
+MODES = ("masked", "unmasked", "full", "weighted", "last_turn", "im_paper", "wit")
+ROLES = ("system", "user", "assistant", "tool")
 # The keys of the section `adapter` that each method reads.
 METHOD_KEYS: Mapping[str, frozenset[str]] = {
     "lora": frozenset({"rank", "alpha", "dropout", "targets", "path"}),
@@ -58,23 +70,45 @@ class AdapterConfig:
 class DataConfig:
     """Section `data`: the examples."""
 
-    train: tuple[str, ...] | None = key(None, "Training file or files. Required.")
-    eval: tuple[str, ...] | None = key(None, "Evaluation file or files.")
+    train: tuple[str, ...] | None = key(
+        None, "Training data: files, globs, a folder, or the id of a data set on the hub. Required."
+    )
+    eval: tuple[str, ...] | None = key(None, "Evaluation data, named in the same ways.")
     eval_fraction: float = key(
         0.0, "Share of the training rows to hold out when data.eval isn't set.", at_least=0, below=1
     )
-    format: str | None = key(
-        None,
-        "File format; none recognises it.",
-        choices=FORMATS,
+    split: str = key("train", "Which split of a hub data set (or of a folder saved by datasets) is trained on.")
+    eval_split: str = key("validation", "Which split data.eval means there.")
+    subset: str | None = key(None, "Which subset (configuration) of a hub data set.")
+    streaming: bool = key(False, "Read a hub data set without downloading it first.")
+    max_rows: int | None = key(None, "Read no more than so many rows of each data set.", at_least=1)
+    format: str | None = key(None, "Format of the rows; none recognises it.", choices=FORMATS)
+    columns: tuple[str, ...] | None = key(
+        None, "Keys under other names, as OURS=THEIRS: instruction=question,output=reply."
     )
+    roles: tuple[str, ...] | None = key(None, "Roles under other names, as THEIRS=OURS: bot=assistant.")
+    on_error: str = key("raise", "A row that breaks the format: stop, or count it and go on.", choices=("raise", "skip"))
     template: str | None = key(
         None,
-        "Chat template; none takes the tokenizer's own, or alpaca where it has none.",
-        choices=TEMPLATES,
+        f"Chat template: tokenizer (its own), {', '.join(TEMPLATES)}, or a Jinja file; none takes the tokenizer's own, "
+        "or alpaca where it has none.",
+    )
+    fallback: str | None = key(
+        None, "Built-in template for rows whose own one can't be tracked; none refuses them.", choices=TEMPLATES
     )
     max_length: int = key(512, "Longest example in tokens.", at_least=2)
-    truncation: str = key("right", "What happens to longer examples.", choices=("right", "drop"))
+    truncation: str = key(
+        "right",
+        "Longer examples: right or left cuts that end, prompt_first keeps the last answer, split makes several, "
+        "drop leaves them out.",
+        choices=("right", "left", "prompt_first", "split", "drop"),
+    )
+    packing: bool = key(False, "Several examples in one row, each seeing only itself.")
+    bucketing: bool = key(False, "Batches of examples of like length, padded to few lengths.")
+    workers: int | None = key(None, "Processes that tokenise; none: one a core, up to 16.", at_least=1)
+    cache: str | None = key(
+        None, "Folder where tokens are kept between runs; none: the user's cache folder; off: nowhere."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +117,33 @@ class LossConfig:
 
     mode: str = key(
         "masked",
-        "masked: responses; unmasked: instructions too; full: every token; weighted: see prompt_weight.",
-        choices=("masked", "unmasked", "full", "weighted"),
+        "masked: responses; unmasked: instructions too; full: every token; weighted: see prompt_weight; last_turn: "
+        "the last response; im_paper, wit: as these papers' code.",
+        choices=MODES,
     )
-    prompt_weight: float = key(0.1, "Weight of instruction tokens in mode weighted.", at_least=0, at_most=1)
-    normalize: str = key(
-        "token", "The loss is divided by the sum of the weights of the whole step.", choices=("token",)
+    prompt_weight: float = key(
+        0.1, "Weight of instruction tokens in modes weighted and wit.", at_least=0, at_most=1
     )
+    roles: tuple[str, ...] = key(("assistant",), "Whose turns masked and last_turn train.")
+    end_of_turn: str | None = key(
+        None,
+        "Which ends of turns are trained: of trained turns, all, of the last trained turn, none; unset, as the mode says.",
+        choices=("turn", "all", "last", "none"),
+    )
+    headers: str | None = key(
+        None,
+        "Which headers of turns are trained: none, of trained turns, all; unset, as the mode says.",
+        choices=("none", "turn", "all"),
+    )
+    normalize: str | None = key(
+        None,
+        "What the loss of a step is divided by: token: sum of weights; example: examples; response: response tokens; "
+        "nonzero: tokens of any weight; constant; unset: as the mode says (token; im_paper example; wit nonzero).",
+        choices=("token", "example", "response", "nonzero", "constant"),
+    )
+    constant: float | None = key(None, "The divisor of normalize=constant.", above=0)
+    kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)
+    kl_tokens: str = key("response", "The tokens on which it is taken.", choices=("response", "prompt"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +158,9 @@ class TrainSection:
     )
     log_every: int = key(1, "Steps between logged rows.", at_least=1)
     eval_every: int = key(0, "Steps between evaluations; 0: only at the end.", at_least=0)
+    neftune_alpha: float = key(
+        0.0, "NEFTune: noise on the embeddings in training, scaled by each example's length; 0: none.", at_least=0
+    )
     save_every: int = key(0, "Steps between checkpoints; 0: none.", at_least=0)
     keep: int = key(2, "Checkpoints kept.", at_least=1)
 
@@ -258,6 +315,19 @@ def check_together(config: Config) -> None:
         raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
     if train.steps is not None:
         check_warmup(config, train.steps)
+    _check_data_and_loss(config)
+
+
+def _check_data_and_loss(config: Config) -> None:
+    loss, data = config.loss, config.data
+    if loss.normalize == "constant" and loss.constant is None:
+        raise InputError("config: loss.normalize=constant needs loss.constant, the number to divide by")
+    if unknown := [role for role in loss.roles if role not in ROLES]:
+        raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLES)}")
+    if loss.kl_weight and config.adapter.method == "full":
+        raise InputError("config: loss.kl_weight needs an adapter method: full fine-tuning keeps no frozen base")
+    if data.packing and data.bucketing:
+        raise InputError("config: data.packing fills rows of one length; set data.bucketing=false with it")
 
 
 def check_warmup(config: Config, steps: int) -> None:
@@ -281,8 +351,17 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         # The adapter's folder says all this.
         said = METHOD_KEYS[method] - {"path"}
         groups.append(("adapter.path", [f"adapter.{name}" for name in said]))
-    if config.loss.mode != "weighted":
-        groups.append((f"loss.mode={config.loss.mode}", ["loss.prompt_weight"]))
+    mode = config.loss.mode
+    if mode not in ("weighted", "wit"):
+        groups.append((f"loss.mode={mode}", ["loss.prompt_weight"]))
+    if mode not in ("masked", "last_turn"):
+        groups.append((f"loss.mode={mode}", ["loss.roles"]))
+    if config.loss.normalize != "constant":
+        groups.append((f"loss.normalize={config.loss.normalize or 'unset'}", ["loss.constant"]))
+    if config.loss.kl_weight == 0:
+        groups.append(("loss.kl_weight=0", ["loss.kl_tokens"]))
+    if config.data.eval is None:
+        groups.append(("no data.eval", ["data.eval_split"]))
     if config.train.steps is not None:
         groups.append(("train.steps", ["train.epochs"]))
     if config.data.eval is not None:

@@ -27,6 +27,7 @@ class RunInfo:
         loss_mode: which tokens carry loss.
         trained_fraction: share of the tokens that carry loss, in [0, 1].
         examples: training examples.
+        padding: share of the rows' tokens that is padding, in [0, 1].
         steps: steps of the whole run.
         first_step: steps that are already done, more than 0 when a run is resumed.
         out: the run directory.
@@ -44,6 +45,7 @@ class RunInfo:
     trained_fraction: float
     examples: int
     steps: int
+    padding: float = 0.0
     first_step: int = 0
     out: str = ""
     first_example: Pieces = ()
@@ -61,7 +63,7 @@ class RunInfo:
                 f"{self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.2%})",
             ),
             ("loss", f"{self.loss_mode}: {self.trained_fraction:.1%} of the tokens carry loss"),
-            ("data", f"{self.examples:,} examples, {self.steps:,} steps{resumed}"),
+            ("data", f"{self.examples:,} examples, {self.steps:,} steps, {self.padding:.1%} padding{resumed}"),
             ("out", self.out),
         ]
 

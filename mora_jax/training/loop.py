@@ -10,9 +10,9 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from mora_jax.adapters.partition import partition
+from mora_jax.data.pipeline import Batch, BatchIterator
 from mora_jax.errors import InputError
 from mora_jax.evaluation.scoring import score
 from mora_jax.interop import save_adapter, save_pretrained
@@ -89,11 +89,15 @@ class Trainer:
             shards=1 if pmap else count,
             dropout=setup.dropout,
             axis_name="data" if pmap else None,
+            divisor=config.loss.constant if setup.normalize == "constant" else None,
+            neftune_alpha=config.train.neftune_alpha,
+            kl_weight=config.loss.kl_weight,
         )
         self.runner: Any = PmapRunner(step, count) if pmap else JitRunner(step, make_mesh(count))
         self.frozen = self.runner.place(flat_arrays(frozen))
         self.state: TrainState = self.runner.place(initial_state(flat_arrays(adapters), optimizer, config.seed))
         self.busy_seconds = 0.0
+        self.wait_seconds = 0.0
         self.tokens = 0
         self.last_loss = math.nan
         self.evaluated: dict[str, Any] = {}
@@ -107,16 +111,18 @@ class Trainer:
             StopSignals() as signals,
             self.display,
             Checkpoints(self.directory.checkpoints, settings.keep, self._identity()) as checkpoints,
+            contextlib.ExitStack() as context,
         ):
             first = checkpoints.latest_step() or 0
             if first:
                 self.state = self.runner.place(checkpoints.restore(self.runner.whole(self.state)))
+            batches = context.enter_context(contextlib.closing(BatchIterator(self.setup.batches, first)))
             self.directory.rewind_metrics(first)
             self.display.start(self.setup.info(first))
             pending: tuple[int, StepMetrics] | None = None
             mark = time.perf_counter()
             for step in range(first, plan.steps):
-                batch = self.runner.place_batch(self._batch(step))
+                batch = self.runner.place_batch(self._next(batches))
                 compiling = self.runner.compile_seconds
                 self.state, metrics = self.runner(self.state, self.frozen, batch)
                 # Compiling is reported on its own; it is no part of any step's time.
@@ -141,12 +147,12 @@ class Trainer:
             self._finish(started)
             return 0
 
-    def _batch(self, step: int) -> dict[str, np.ndarray]:
-        """The rows of a step as `[micro-batches, rows, T]`."""
-        dataset, settings = self.setup.train, self.config.train
-        batch = dataset.batch(self.setup.plan.indices(step), settings.batch_size, dataset.batch_length)
-        micro = self.setup.micro_batch
-        return {name: value.reshape(-1, micro, value.shape[-1]) for name, value in batch.items()}
+    def _next(self, batches: BatchIterator) -> Batch:
+        """The next batch; the time that the loop had to wait for it is summed up."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.wait_seconds += time.perf_counter() - start
+        return batch
 
     def _report(self, pending: tuple[int, StepMetrics] | None, mark: float) -> float:
         """Waits for a step's metrics and records them; returns the time at which they were there."""
@@ -174,6 +180,8 @@ class Trainer:
                 "trained_tokens": int(metrics.trained_tokens),
                 "tokens_per_second": tokens / seconds,
             }
+            if self.config.loss.kl_weight:
+                row["kl"] = float(metrics.kl)
             self.directory.append_metrics([row])
             self.display.step(row)
         return now
@@ -188,13 +196,15 @@ class Trainer:
         scores = score(self._model(), self.setup.evaluation, batch_size=self.setup.micro_batch)
         self.evaluated = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
         self.evaluated |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
+        self.evaluated |= {"eval_prompt_loss": scores.prompt_nll}
         self.directory.append_metrics([self.evaluated])
         self.display.evaluation(self.evaluated)
 
     def _identity(self) -> dict[str, Any]:
         section = self.config.adapter
         shapes = {name: list(array.shape) for name, array in self.runner.whole(self.state).adapters.items()}
-        return {"base": self.config.model.path, "method": section.method, "arrays": shapes}
+        data = f"{self.setup.train.fingerprint()} in {self.setup.plan}"
+        return {"base": self.config.model.path, "method": section.method, "arrays": shapes, "data": data}
 
     def _finish(self, started: float) -> None:
         """Writes the adapter (or the model, for full fine-tuning) and the summary."""
@@ -211,6 +221,9 @@ class Trainer:
             "compilations": self.runner.compilations,
             "compile_seconds": self.runner.compile_seconds,
             "tokens_per_second": self.tokens / self.busy_seconds if self.busy_seconds else 0.0,
+            "data_wait_seconds": self.wait_seconds,
+            "trained_fraction": self.setup.train.report.trained_fraction,
+            "padding": self.setup.plan.padding(self.setup.batches.length),
             "final_loss": None if math.isnan(self.last_loss) else self.last_loss,
             "eval_loss": self.evaluated.get("eval_loss"),
             "eval_perplexity": self.evaluated.get("eval_perplexity"),

@@ -9,13 +9,26 @@ from flax import nnx
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
 from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
-from mora_jax.data import BatchPlan, EncodedDataset, describe_example, load_rows, split_rows
+from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
+from mora_jax.data.pipeline import BatchSource
+from mora_jax.data.report import CAUSES
+from mora_jax.data.weights import MODES, LossWeights
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.config import AdapterConfig, Config, check_warmup
+from mora_jax.training.data_settings import data_source, loss_weights
 from mora_jax.training.display import RunInfo
 from mora_jax.training.sharding import device_count
+
+#: What a normaliser divides by, in words.
+DIVISORS = {
+    "token": "the sum of weights",
+    "example": "the number of examples",
+    "response": "the number of response tokens",
+    "nonzero": "the number of tokens with a weight",
+    "constant": "a constant",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,19 @@ class Setup:
         return self.config.train.micro_batch_size or self.config.train.batch_size
 
     @property
+    def normalize(self) -> str:
+        """The normaliser: the one asked for, else the loss mode's."""
+        return self.config.loss.normalize or MODES[self.config.loss.mode].normalize
+
+    @property
+    def batches(self) -> BatchSource:
+        """The batches by step."""
+        loss = self.config.loss
+        kind = {"response": "trained", "prompt": "prompt"}[loss.kl_tokens]
+        extra = {"kl_weights": kind} if loss.kl_weight else None
+        return BatchSource(self.train, self.plan, self.micro_batch, self.normalize, extra)
+
+    @property
     def dropout(self) -> bool:
         return any(entry.config.dropout > 0 for entry in adapters_of(self.model))
 
@@ -54,10 +80,12 @@ class Setup:
         config, report = self.config, self.train.report
         notes = [*report.notes, *self.attached.warnings]
         if report.dropped:
-            causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in report.dropped.items())
-            notes.append(f"{report.rows - report.kept} of {report.rows} rows dropped: {causes}")
+            causes = ", ".join(f"{count} {CAUSES[cause]}" for cause, count in report.dropped.items())
+            notes.append(f"{sum(report.dropped.values())} of {report.rows} rows dropped: {causes}")
         if report.truncated:
-            notes.append(f"{report.truncated} examples were cut to {self.train.max_length} tokens")
+            notes.append(f"{report.truncated} rows were cut to {self.train.max_length} tokens")
+        if report.split:
+            notes.append(f"{report.split} rows were split into examples of {self.train.max_length} tokens or fewer")
         if self.devices > 1:
             notes.append(f"{self.devices} devices share each micro-batch of {self.micro_batch} rows")
         shown = describe_example(self.train[int(self.plan.indices(0)[0])], self.tokenizer)
@@ -68,9 +96,10 @@ class Setup:
             matched=sum(match.layers for match in self.attached.matches),
             trainable=self.attached.trainable,
             total=self.attached.total,
-            loss_mode=describe_mode(config),
+            loss_mode=f"{describe_mode(config)}, divided by {DIVISORS[self.normalize]}",
             trained_fraction=report.trained_fraction,
             examples=len(self.train),
+            padding=self.plan.padding(self.batches.length),
             steps=self.plan.steps,
             first_step=first_step,
             out=str(config.out),
@@ -90,9 +119,13 @@ def describe_method(config: AdapterConfig) -> str:
 
 def describe_mode(config: Config) -> str:
     """The loss mode with its weight where it has one."""
-    if config.loss.mode == "weighted":
-        return f"weighted (prompt {config.loss.prompt_weight:g})"
-    return config.loss.mode
+    loss = config.loss
+    words = loss.mode
+    if loss.mode in ("weighted", "wit"):
+        words += f" (prompt {loss.prompt_weight:g})"
+    if loss.roles != ("assistant",) and MODES[loss.mode].roles:
+        words += f" (turns of {', '.join(loss.roles)})"
+    return words
 
 
 def adapter_config(config: AdapterConfig) -> LoRAConfig | MoRAConfig | FullConfig:
@@ -121,7 +154,14 @@ def prepare(config: Config) -> Setup:
     train, evaluation = encode_data(config, tokenizer, model.config.vocab_size)
     attached = put_adapter(model, config)
     plan = BatchPlan(
-        len(train), config.train.batch_size, config.seed, steps=config.train.steps, epochs=config.train.epochs
+        train.lengths,
+        config.train.batch_size,
+        config.seed,
+        steps=config.train.steps,
+        epochs=config.train.epochs,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        bucketing=config.data.bucketing,
     )
     check_warmup(config, plan.steps)
     devices = device_count(config.mesh, config.train.micro_batch_size or config.train.batch_size)
@@ -151,22 +191,20 @@ def encode_data(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Encode
 
     Evaluation always scores responses (the masked loss), so that runs of different loss modes compare.
     """
-    section, mode = config.data, config.loss
-    rows = load_rows(section.train or (), section.format)
-    held_out = None
-    if section.eval is not None:
-        held_out = load_rows(section.eval, section.format)
-    elif section.eval_fraction > 0:
-        rows, held_out = split_rows(rows, section.eval_fraction, config.seed)
-    shared: dict[str, Any] = {
-        "template": section.template,
-        "max_length": section.max_length,
-        "truncation": section.truncation,
+    data = config.data
+    store = data_source(data, data.train or (), data.split).load(tokenizer)
+    rows, held_out, held_out_store = None, None, store
+    if data.eval is not None:
+        held_out_store = data_source(data, data.eval, data.eval_split).load(tokenizer)
+    elif data.eval_fraction > 0:
+        rows, held_out = split_rows(len(store), data.eval_fraction, config.seed)
+    settings: dict[str, Any] = {
+        "max_length": data.max_length,
+        "truncation": data.truncation,
         "vocab_size": vocab_size,
+        "special_ids": tokenizer.all_special_ids,
     }
-    weight = mode.prompt_weight if mode.mode == "weighted" else 0.0
-    train = EncodedDataset.build(rows, tokenizer, mode=mode.mode, prompt_weight=weight, **shared)
-    evaluation = None
-    if held_out is not None:
-        evaluation = EncodedDataset.build(held_out, tokenizer, mode="masked", **shared)
-    return train, evaluation
+    train = EncodedDataset(store, loss_weights(config.loss), rows=rows, **settings)
+    if data.eval is None and held_out is None:
+        return train, None
+    return train, EncodedDataset(held_out_store, LossWeights(), rows=held_out, **settings)

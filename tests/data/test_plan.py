@@ -50,3 +50,58 @@ def test_negative_lengths_and_steps_outside():
         BatchPlan(1, 1, steps=-1)
     with pytest.raises(ValueError, match="step 2 is outside the plan's 2 steps"):
         BatchPlan(2, 1, epochs=1).indices(2)
+
+
+LENGTHS = np.random.default_rng(0).integers(3, 60, 200)
+
+
+def test_packed_epochs_hold_every_example_once_and_know_their_steps():
+    plan = BatchPlan(LENGTHS, 4, seed=2, epochs=3, max_length=64, packing=True)
+    seen: dict[int, list[int]] = {}
+    for step in range(plan.steps):
+        rows = plan.rows(step)
+        assert 1 <= len(rows) <= 4
+        assert all(LENGTHS[members].sum() <= 64 for members in rows)
+        seen.setdefault(plan.epoch(step), []).extend(np.concatenate(rows).tolist())
+    assert sorted(seen) == [0, 1, 2]
+    assert all(sorted(examples) == list(range(200)) for examples in seen.values())
+    assert seen[0] != seen[1]
+    assert plan.padding(64) < 0.1 < BatchPlan(LENGTHS, 4, epochs=1).padding(64)
+
+
+def test_any_packed_step_can_be_asked_for_in_any_order():
+    def plan():
+        return BatchPlan(LENGTHS, 4, seed=2, steps=120, max_length=64, packing=True)
+
+    one, other = plan(), plan()
+    expected = [[members.tolist() for members in one.rows(step)] for step in range(120)]
+    for step in np.random.default_rng(0).permutation(120).tolist():
+        assert [members.tolist() for members in other.rows(step)] == expected[step]
+
+
+def test_buckets_are_batches_of_like_length():
+    plan = BatchPlan(LENGTHS, 8, seed=1, epochs=1, max_length=64, bucketing=True)
+    examples = np.concatenate([plan.indices(step) for step in range(plan.steps)])
+    assert sorted(examples.tolist()) == list(range(200))
+    spread = np.mean([np.ptp(LENGTHS[plan.indices(step)]) for step in range(plan.steps)])
+    mixed = BatchPlan(LENGTHS, 8, seed=1, epochs=1)
+    assert spread < 5 < np.mean([np.ptp(LENGTHS[mixed.indices(step)]) for step in range(plan.steps)])
+    order = [int(LENGTHS[plan.indices(step)].max()) for step in range(plan.steps)]
+    assert order != sorted(order)
+
+
+def test_buckets_have_few_lengths():
+    lengths = np.array([10, 70, 130, 500, 900] * 20)
+    plan = BatchPlan(lengths, 4, epochs=1, max_length=1000, bucketing=True)
+    assert {plan.length(step, 1000) for step in range(plan.steps)} <= {64, 128, 256, 512, 1000}
+    for step in range(plan.steps):
+        assert lengths[plan.indices(step)].max() <= plan.length(step, 1000)
+
+
+def test_plans_that_cannot_be():
+    with pytest.raises(ValueError, match="choose packing or bucketing"):
+        BatchPlan(LENGTHS, 4, max_length=64, packing=True, bucketing=True)
+    with pytest.raises(ValueError, match="need the examples' lengths"):
+        BatchPlan(10, 4, packing=True)
+    with pytest.raises(ValueError, match="more than max_length=32"):
+        BatchPlan(LENGTHS, 4, max_length=32, packing=True)

@@ -1,0 +1,95 @@
+"""Batches, made ahead of the training step by threads. Built on grain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from mora_jax.data.dataset import EncodedDataset
+from mora_jax.data.plan import BatchPlan
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """The batches of a plan, by step: a random-access source for grain.
+
+    Attributes:
+      dataset: the examples.
+      plan: which of them make up which batch.
+      micro_batch: rows computed at once, over all processes; divides the plan's batch.
+      normalize: see `normalize.normalize`.
+      extra: see `EncodedDataset.batch`.
+      process_index, process_count: this process's share: of each micro-batch the rows
+        `[index * micro / count, (index + 1) * micro / count)`.
+    """
+
+    dataset: EncodedDataset
+    plan: BatchPlan
+    micro_batch: int
+    normalize: str = "token"
+    extra: Mapping[str, str] | None = None
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.plan.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch={self.micro_batch} must divide the batch of {self.plan.batch_size} rows")
+        if self.micro_batch % self.process_count:
+            raise ValueError(f"{self.process_count} processes can't share {self.micro_batch} rows evenly")
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """The arrays of a step, `[micro-batches, rows of this process, ...]`."""
+        length = self.plan.length(step, self.length)
+        micros = self.plan.batch_size // self.micro_batch
+        share = self.micro_batch // self.process_count
+        mine = np.arange(self.plan.batch_size).reshape(micros, self.process_count, share)[:, self.process_index]
+        rows = self.plan.rows(step)
+        empty = np.zeros(0, np.int64)
+        chosen = [rows[i] if i < len(rows) else empty for i in mine.ravel().tolist()]
+        batch = self.dataset.batch(chosen, len(chosen), length, how=self.normalize, extra=self.extra)
+        return {name: value.reshape(micros, share, *value.shape[1:]) for name, value in batch.items()}
+
+    @property
+    def length(self) -> int:
+        """Tokens a row: of a pack the limit, else what the longest example needs."""
+        return self.dataset.max_length if self.plan.packing else self.dataset.batch_length
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches in the order of the steps, a few made ahead.
+
+    Args:
+      source: the batches.
+      start: the first step.
+      threads: how many make batches at the same time.
+      ahead: how many batches may wait.
+    """
+
+    def __init__(self, source: BatchSource, start: int = 0, *, threads: int = 2, ahead: int = 4):
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._inner = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        self.set_state({"next_index": start})
+
+    def __next__(self) -> Batch:
+        return next(self._inner)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the iterator stands: the number of the next step. Any number of processes can go on from it."""
+        return self._inner.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state that `get_state` gave."""
+        self._inner.set_state(state)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._inner.close()

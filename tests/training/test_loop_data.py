@@ -1,0 +1,148 @@
+"""What the data settings do in a run: packs, buckets, normalisers, noise, divergence; any of them resumes exactly."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mora_jax.errors import InputError
+from mora_jax.training import loop
+from mora_jax.training.config import check_together
+from mora_jax.training.display import Display
+from tests.evaluation import tiny
+from tests.training.test_loop import Interrupting, config, metrics, quiet
+
+WORDS = ("red", "blue", "green", "black", "grey")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save_folder(folder / "model")
+    rows = [{"instruction": f"Say {word}", "output": f"{word} " * (count + 1)} for word in WORDS for count in range(4)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def summary(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+SETTINGS = {
+    "packing": {"data__packing": True, "data__max_length": 192, "loss__normalize": "example"},
+    "bucketing": {"data__bucketing": True, "loss__mode": "weighted", "loss__normalize": "response"},
+    "micro": {"train__micro_batch_size": 2, "data__truncation": "split", "data__max_length": 96},
+    "noise": {"train__neftune_alpha": 5.0, "loss__mode": "im_paper"},
+    "divergence": {"loss__kl_weight": 0.5, "loss__kl_tokens": "prompt", "loss__mode": "wit"},
+    "constant": {"loss__normalize": "constant", "loss__constant": 10.0, "loss__roles": ("user",)},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_killed_run_resumes_bit_for_bit(name, inputs, tmp_path):
+    settings = {"train__save_every": 1, "train__keep": 1, **SETTINGS[name]}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert loop.train(config(inputs, whole, **settings), quiet()) == 0
+
+    def die():
+        raise MemoryError("as good as a kill: nothing after this line runs")
+
+    with pytest.raises(MemoryError):
+        loop.train(config(inputs, broken, **settings), Interrupting(3, die))
+    assert loop.resume(str(broken), quiet()) == 0
+    assert metrics(broken) == metrics(whole)
+    file = "adapter/adapter_model.safetensors"
+    assert (broken / file).read_bytes() == (whole / file).read_bytes()
+    assert all(np.isfinite(row["loss"]) for row in metrics(whole))
+    if name == "divergence":
+        assert metrics(whole)[0]["kl"] == pytest.approx(0, abs=1e-6) < metrics(whole)[-1]["kl"]
+
+
+def test_a_run_with_other_data_is_not_continued(inputs, tmp_path):
+    rows = inputs / "own.json"
+    rows.write_text((inputs / "rows.json").read_text())
+    out = tmp_path / "run"
+
+    def die():
+        raise MemoryError("as good as a kill")
+
+    with pytest.raises(MemoryError):
+        loop.train(config(inputs, out, data__train=(str(rows),)), Interrupting(4, die))
+    rows.write_text(rows.read_text().replace("Say grey", "Say grau"))
+    with pytest.raises(InputError, match="the checkpoint was written with data .* this run has"):
+        loop.resume(str(out), quiet())
+
+
+def test_packs_waste_little_and_count_each_example_once(inputs, tmp_path):
+    settings = {"train__steps": None, "train__batch_size": 2, "adapter__dropout": 0.0, "train__save_every": 0}
+    packed, alone = tmp_path / "packed", tmp_path / "alone"
+    assert loop.train(config(inputs, packed, data__packing=True, data__max_length=256, **settings), quiet()) == 0
+    assert loop.train(config(inputs, alone, data__max_length=256, **settings), quiet()) == 0
+    one, other = (sum(row["trained_tokens"] for row in metrics(out)) for out in (packed, alone))
+    assert one == other
+    assert summary(packed)["padding"] < summary(alone)["padding"]
+    assert summary(packed)["steps"] < summary(alone)["steps"]
+    assert summary(packed)["compilations"] == 1
+    assert summary(packed)["data_wait_seconds"] >= 0
+    assert 0 < summary(packed)["trained_fraction"] < 1
+
+
+def test_what_is_shown_names_mode_and_normaliser(inputs, tmp_path):
+    display = quiet()
+    settings = {"loss__mode": "weighted", "loss__prompt_weight": 0.3, "loss__normalize": "response"}
+    loop.train(config(inputs, tmp_path / "run", train__steps=1, **settings), display)
+    shown = display.stream.getvalue()
+    assert "weighted (prompt 0.3), divided by the number of response tokens" in shown
+    assert "% padding" in shown
+
+
+def test_evaluation_scores_responses_and_tells_instructions_apart(inputs, tmp_path):
+    out = tmp_path / "run"
+    settings = {"loss__mode": "full", "data__eval_fraction": 0.2, "train__save_every": 0}
+    loop.train(config(inputs, out, **settings), quiet())
+    [row] = [row for row in metrics(out) if "eval_loss" in row]
+    assert row["eval_prompt_loss"] > 0
+    assert row["eval_tokens"] < sum(row["trained_tokens"] for row in metrics(out) if "trained_tokens" in row)
+
+
+def test_noise_is_off_in_evaluation(inputs, tmp_path):
+    """A learning rate of next to nothing: the evaluation then is the base model's, with noise or without."""
+    found = []
+    for alpha in (0.0, 50.0):
+        out = tmp_path / str(alpha)
+        settings = {"data__eval_fraction": 0.2, "optimizer__learning_rate": 1e-12, "train__neftune_alpha": alpha}
+        loop.train(config(inputs, out, train__save_every=0, adapter__dropout=0.0, **settings), quiet())
+        rows = metrics(out)
+        found.append((rows[0]["loss"], rows[-1]["eval_loss"]))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    assert found[0][0] != pytest.approx(found[1][0], rel=1e-4)
+
+
+def test_modes_share_the_tokens(inputs, tmp_path, monkeypatch):
+    """The second run, of another mode, finds the tokens of the first."""
+    monkeypatch.setenv("MORA_JAX_CACHE", str(tmp_path / "cache"))
+    for mode in ("masked", "full"):
+        loop.prepare(config(inputs, tmp_path / mode, loss__mode=mode))
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def test_settings_that_exclude_each_other(inputs, tmp_path):
+    for settings, words in [
+        ({"loss__normalize": "constant"}, "needs loss.constant"),
+        ({"loss__kl_weight": 0.1, "adapter__method": "full"}, "needs an adapter method"),
+        ({"data__packing": True, "data__bucketing": True}, "data.bucketing=false"),
+        ({"loss__roles": ("bot",)}, "unknown role 'bot'"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            check_together(config(inputs, tmp_path / "run", **settings))
+
+
+def test_rows_that_are_skipped_are_reported(inputs, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"instruction": "Say red", "output": "red"})] * 8 + ['{"instruction": "no answer"}']
+    path.write_text("\n".join(lines))
+    display = Display(io.StringIO())
+    loop.train(config(inputs, tmp_path / "run", data__train=str(path), data__on_error="skip", train__steps=1), display)
+    assert "1 of 9 rows dropped: 1 not of the format" in display.stream.getvalue()
