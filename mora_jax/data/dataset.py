@@ -162,9 +162,12 @@ class EncodedDataset(Sequence[Example]):
         table = np.concatenate(found) if found else np.zeros((0, 4), np.int64)
         self._rows, self._cuts = table[:, 0], table[:, 1:].astype(np.int32)
         self.lengths = self._cuts[:, 0] + self._cuts[:, 2] - self._cuts[:, 1]
-        known = {name: facts.get(name, "") for name in ("format", "template")}
-        notes = list(facts.get("notes", ()))
-        self.report = Report.of(counted, fates, kept=len(table), mode=self.loss.mode, notes=notes, **known)
+        known = {name: facts[name] for name in ("format", "template", "files", "notes") if name in facts}
+        if rows is None:
+            known |= {name: facts[name] for name in ("reasons", "fell_back") if name in facts}
+        self.report = Report.of(
+            counted, fates, kept=len(table), mode=self.loss.mode, max_length=self.max_length, **known
+        )
 
     def _check_ids(self, flat: FlatRows, first: int, vocab_size: int | None) -> None:
         if vocab_size is None or not len(flat.input_ids) or int(flat.input_ids.max()) < vocab_size:

@@ -46,12 +46,18 @@ class Report:
       seam_rows: rows in which a token joins an answer's characters to others.
       special_rows: rows whose own words hold a special token's text.
       near_empty: rows that are answered with `NEAR_EMPTY` tokens or fewer.
+      trained_before: tokens with a weight before any cut, of the rows that have some.
       lengths: `[N]`, tokens of every row before any cut.
       ratios: `[N]`, instruction tokens for each response token, of the rows that have an answer.
       prompts: `[N]`, equal for rows with the same instruction; 0 for rows without.
       format: the name of the rows' format, if they come from files.
       template: the name of the template.
       mode: the loss mode.
+      max_length: the most tokens of an example; 0 if it isn't known.
+      by_segment: `[len(Segment)]`, tokens of each segment in all rows before any cut.
+      files: where the rows come from.
+      reasons: what was wrong with the first rows that broke the format.
+      fell_back: rows that the fallback template rendered.
       notes: what a user should know.
     """
 
@@ -62,6 +68,7 @@ class Report:
     split: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    trained_before: int = 0
     instruction_tokens: int = 0
     response_tokens: int = 0
     seam_rows: int = 0
@@ -73,6 +80,11 @@ class Report:
     format: str = ""
     template: str = ""
     mode: str = "masked"
+    max_length: int = 0
+    by_segment: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.int64))
+    files: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    fell_back: int = 0
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -82,6 +94,7 @@ class Report:
         for name in ("rows", "instruction_tokens", "response_tokens", "seam_rows", "special_rows", "near_empty"):
             setattr(report, name, sum(getattr(part, name) for part in parts))
         report.rows += report.dropped.get("bad_row", 0)
+        report.by_segment = sum((part.by_segment for part in parts), report.by_segment)
         for name in ("lengths", "ratios", "prompts"):
             if parts:
                 setattr(report, name, np.concatenate([getattr(part, name) for part in parts]))
@@ -96,6 +109,11 @@ class Report:
     def ratio(self) -> float | None:
         """Instruction tokens for each response token; None if there is no response."""
         return self.instruction_tokens / self.response_tokens if self.response_tokens else None
+
+    @property
+    def median_ratio(self) -> float | None:
+        """The median of the rows' own ratios; None if no row has a response."""
+        return float(np.median(self.ratios)) if len(self.ratios) else None
 
     @property
     def quantiles(self) -> dict[str, int]:
@@ -117,6 +135,43 @@ class Report:
         asked = self.prompts[self.prompts != 0]
         return len(asked) - len(np.unique(asked))
 
+    @property
+    def duplicated_share(self) -> float:
+        """The share of such rows among those with an instruction."""
+        asked = int(np.count_nonzero(self.prompts))
+        return self.duplicated / asked if asked else 0.0
+
+    @property
+    def over_length(self) -> int:
+        """Rows longer than `max_length`."""
+        return int(np.count_nonzero(self.lengths > self.max_length)) if self.max_length else 0
+
+    @property
+    def over_length_share(self) -> float:
+        """The share of such rows."""
+        return self.over_length / len(self.lengths) if len(self.lengths) else 0.0
+
+    @property
+    def lost_share(self) -> float:
+        """The share of the tokens with a weight that `max_length` takes away."""
+        return 1.0 - self.trained_tokens / self.trained_before if self.trained_before else 0.0
+
+    def histogram(self, bins: int = 16) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths before any cut, in classes of one width; the last class also holds all that are longer.
+
+        Args:
+          bins: the most classes.
+
+        Returns:
+          The classes' lower ends `[bins]` and how many rows are in each `[bins]`.
+        """
+        width = 1
+        while width * bins <= self.quantiles["p99"]:
+            width *= 2
+        used = self.quantiles["p99"] // width + 1
+        classes = np.minimum(self.lengths // width, used - 1)
+        return np.arange(used) * width, np.bincount(classes, minlength=used)
+
     def nothing_left(self, max_length: int) -> str:
         """Why no row is left, with the setting to change."""
         if not self.rows:
@@ -135,11 +190,7 @@ class Report:
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values, ready to print."""
-        shape = ", ".join(f"{name} {value}" for name, value in self.quantiles.items())
         dropped = ", ".join(f"{n} {CAUSES[cause]}" for cause, n in self.dropped.items()) or "none"
-        ratio = (
-            "no response" if self.ratio is None else f"{self.ratio:.2f} instruction tokens a response token"
-        )
         lines = [("format", self.format)] if self.format else []
         lines += [
             ("rows", f"{self.rows} read, {self.kept} examples kept, {self.truncated} rows cut, {self.split} split"),
@@ -147,16 +198,34 @@ class Report:
             ("template", self.template),
             ("loss mode", self.mode),
             ("tokens", f"{self.tokens}, {self.trained_fraction:.1%} of them trained"),
-            ("ratio", ratio),
-            ("lengths", shape),
+            ("ratio", self._ratio_words()),
+            ("lengths", ", ".join(f"{name} {value}" for name, value in self.quantiles.items())),
+            ("max length", self._length_words()),
+            ("repeated", f"{self.duplicated} rows ask what an earlier row asks ({self.duplicated_share:.1%})"),
+            ("near-empty", f"{self.near_empty} answers of at most {NEAR_EMPTY} tokens"),
         ]
         if self.seam_rows:
-            lines.append(
-                ("seams", f"{self.seam_rows} rows with a token that joins an answer to what is around it")
-            )
+            lines.append(("seams", f"{self.seam_rows} rows with a token that joins an answer to what is around it"))
         if self.special_rows:
             lines.append(("special", f"{self.special_rows} rows whose own words hold a special token"))
+        if self.fell_back:
+            lines.append(("fallback", f"{self.fell_back} rows rendered by the fallback template"))
+        lines += [("bad row", reason) for reason in self.reasons]
         return lines + [("note", note) for note in self.notes]
+
+    def _ratio_words(self) -> str:
+        if self.ratio is None or self.median_ratio is None:
+            return "no response"
+        return f"{self.ratio:.2f} instruction tokens a response token, {self.median_ratio:.2f} in the median row"
+
+    def _length_words(self) -> str:
+        advice = f"{self.recommended_max_length} recommended (99 of 100 rows fit)"
+        if not self.max_length:
+            return advice
+        return (
+            f"{self.max_length}: {self.over_length_share:.1%} of the rows are longer, which costs"
+            f" {self.lost_share:.1%} of the trained tokens; {advice}"
+        )
 
     def __str__(self) -> str:
         return "\n".join(f"{name:>10}  {value}" for name, value in self.lines())
@@ -172,6 +241,7 @@ class Counted:
     seam_rows: int
     special_rows: int
     near_empty: int
+    by_segment: np.ndarray
     lengths: np.ndarray
     ratios: np.ndarray
     prompts: np.ndarray
@@ -197,6 +267,7 @@ def count(flat: FlatRows, chosen: np.ndarray, special_ids: np.ndarray) -> Counte
         seam_rows=int(np.count_nonzero(flat.seams[chosen])),
         special_rows=int(np.count_nonzero(special)),
         near_empty=int(np.count_nonzero(answered & (answers <= NEAR_EMPTY))),
+        by_segment=np.bincount(segments[np.repeat(chosen, flat.lengths)], minlength=len(Segment)),
         lengths=flat.lengths[chosen].astype(np.int32),
         ratios=(instructions[answered] / answers[answered]).astype(np.float32),
         prompts=flat.prompts[chosen],

@@ -21,6 +21,7 @@ class Fates:
       split: rows that became several examples.
       tokens: tokens of the examples.
       trained_tokens: those whose weight is not 0.
+      trained_before: tokens with a weight before any cut, of the rows that have some.
     """
 
     dropped: dict[str, int] = field(default_factory=dict)
@@ -28,6 +29,7 @@ class Fates:
     split: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    trained_before: int = 0
 
     def drop(self, cause: str) -> None:
         """Counts a row that is left out."""
@@ -84,6 +86,7 @@ def find_examples(
     examples = [(row, 0, 0, int(lengths[row])) for row in np.flatnonzero(whole).tolist()]
     fates.tokens += int(lengths[whole].sum())
     fates.trained_tokens += int(trained[whole].sum())
+    fates.trained_before += int(trained[chosen & usable].sum())
     for row in np.flatnonzero(chosen & ~whole).tolist():
         if not usable[row]:
             fates.drop("no_weight" if answers[row] else "no_answer")
