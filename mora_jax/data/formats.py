@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mora_jax.data.conversation import Conversation, Message
+from mora_jax.data.checks import check_list, check_object, check_text, found, shown
+from mora_jax.data.conversation import Conversation, Message, Row
+from mora_jax.data.mapping import Mapping
+from mora_jax.data.messages import read_message, read_turns
+from mora_jax.data.prepared import read_segments, read_tokens
+from mora_jax.data.tool_calls import read_tools
 from mora_jax.errors import InputError
 
-Row = Mapping[str, Any]
+__all__ = ["FORMATS", "Format", "RawRow", "detect_format", "find_format", "read_message", "recognise"]
 
-#: Spellings of roles in the wild, and the four that the rest of the package knows.
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
+#: A row as a file holds it, under our names.
+RawRow = dict[str, Any]
+Convert = Callable[[RawRow, str, Mapping], Iterator[Row]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows with certain keys become conversations.
+    """How rows with certain keys become conversations, passages or token ids.
 
     Attributes:
       name: as a user writes it in `config.data.format`.
       keys: sets of keys; a row that has all of one set is of this format.
-      convert: `(row, source)` -> conversations (nearly always one).
+      convert: `(row, source, mapping)` -> rows (nearly always one). The columns are mapped already.
     """
 
     name: str
     keys: tuple[frozenset[str], ...]
-    convert: Callable[[Row, str], Iterator[Conversation]]
+    convert: Convert
 
-    def matches(self, row: Row) -> bool:
-        """Whether the row has the keys of this format, with a value."""
-        present = {key for key, value in row.items() if value is not None}
+    def matches(self, row: RawRow, filled: bool = True) -> bool:
+        """Whether the row has the keys of this format; with a value, if `filled`."""
+        present = {key for key, value in row.items() if value is not None or not filled}
         return any(keys <= present for keys in self.keys)
 
     @property
@@ -52,30 +46,12 @@ class Format:
         return " or ".join(" + ".join(f"`{key}`" for key in sorted(keys)) for keys in self.keys)
 
 
-def _found(value: Any) -> str:
-    names = {type(None): "missing or null", dict: "an object", list: "a list", bool: "a boolean", str: "text"}
-    return names.get(type(value), "a number")
-
-
-def check_text(value: Any, key: str, source: str) -> str:
-    """Returns the value if it is text that can be encoded, else raises `InputError`."""
-    if not isinstance(value, str):
-        raise InputError(f"{source}: `{key}` should be text and is {_found(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{source}: `{key}` holds a lone surrogate \\u{ord(value[error.start]):04x} at character"
-            f" {error.start}, which is half a character; repair or drop the row"
-        ) from None
-    return value
-
-
-def _text(row: Row, *keys: str, source: str, default: str | None = None) -> str:
-    """The text under the first of the keys that the row has; null counts as absent."""
-    for key in keys:
-        if row.get(key) is not None:
-            return check_text(row[key], key, source)
+def _text(row: RawRow, *keys: str, source: str, default: str | None = None) -> str:
+    """The text under the first of the keys that holds one that is not empty; null counts as absent."""
+    given = [key for key in keys if row.get(key) is not None]
+    if given:
+        key = next((key for key in given if row[key] != ""), given[0])
+        return check_text(row[key], key, source)
     if default is not None:
         return default
     missing = " or ".join(f"`{key}`" for key in keys)
@@ -83,136 +59,84 @@ def _text(row: Row, *keys: str, source: str, default: str | None = None) -> str:
     raise InputError(f"{source}: {missing} {state}; expected text")
 
 
-def _list(value: Any, key: str, source: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        found = "empty" if value == [] else _found(value)
-        raise InputError(f"{source}: `{key}` should be a filled list and is {found}")
-    return value
-
-
-def _system(row: Row, source: str) -> list[Message]:
+def _system(row: RawRow, source: str) -> list[Message]:
     text = _text(row, "system", source=source, default="")
     return [Message("system", text)] if text else []
 
 
-def _alpaca(row: Row, source: str) -> Iterator[Conversation]:
+def _tools(row: RawRow, source: str) -> tuple[dict[str, Any], ...]:
+    return read_tools(row.get("tools"), "tools", source)
+
+
+def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    del mapping
     messages = _system(row, source)
     history = row.get("history")
-    for turn, pair in enumerate(_list(history, "history", source) if history else []):
+    for turn, pair in enumerate(check_list(history, "history", source) if history else []):
         key = f"history[{turn}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError(f"{source}: `{key}` should be a pair of texts, [instruction, answer]")
-        messages.append(Message("user", check_text(pair[0], key, source)))
-        messages.append(Message("assistant", check_text(pair[1], key, source)))
-    messages.append(
-        Message(
-            "user",
-            _text(row, "instruction", source=source),
-            _text(row, "input", "context", source=source, default=""),
-        )
-    )
+        messages.append(Message("user", check_text(pair[0], f"{key}[0]", source)))
+        messages.append(Message("assistant", check_text(pair[1], f"{key}[1]", source)))
+    instruction = _text(row, "instruction", source=source)
+    context = _text(row, "input", "context", source=source, default="")
+    messages.append(Message("user", instruction, context))
     messages.append(Message("assistant", _text(row, "output", "response", source=source)))
     yield Conversation(tuple(messages), source=source)
 
 
-def _content(value: Any, key: str, source: str) -> str:
-    """The content of a message: text, or a list of text parts."""
-    if not isinstance(value, list):
-        return check_text(value, key, source)
-    texts = []
-    for index, part in enumerate(value):
-        here = f"{key}[{index}]"
-        if not isinstance(part, dict) or part.get("type", "text") != "text":
-            raise InputError(
-                f'{source}: `{here}` should be {{"type": "text", "text": ...}}: only text can be trained'
-            )
-        texts.append(check_text(part.get("text"), f"{here}.text", source))
-    return "".join(texts)
+def _messages(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    turns = read_turns(row.get("messages"), "messages", source, mapping)
+    yield Conversation((*_system(row, source), *turns), source=source, tools=_tools(row, source))
 
 
-def read_message(
-    item: Any, key: str, source: str, role_key: str = "role", content_key: str = "content"
-) -> Message:
-    """One message from an object; `key` and `source` say in errors where it is."""
-    if not isinstance(item, dict):
-        raise InputError(
-            f"{source}: `{key}` should be an object with `{role_key}` and `{content_key}`,"
-            f" and is {_found(item)}"
-        )
-    role = item.get(role_key)
-    if role is None:
-        raise InputError(f"{source}: `{key}` has no `{role_key}`; expected one of {', '.join(ROLES)}")
-    if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{source}: `{key}.{role_key}` is {role!r}; expected one of {', '.join(ROLES)}")
-    if item.get("tool_calls"):
-        raise InputError(
-            f"{source}: `{key}.tool_calls` cannot be trained on; write the call into"
-            f" `{content_key}` or drop the row"
-        )
-    if item.get("weight") not in (None, 1):
-        raise InputError(
-            f"{source}: `{key}.weight` is {item['weight']!r}; weights of single messages are not supported"
-        )
-    return Message(ROLES[role], _content(item.get(content_key), f"{key}.{content_key}", source))
+def _sharegpt(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    turns = read_turns(row.get("conversations"), "conversations", source, mapping)
+    yield Conversation((*_system(row, source), *turns), source=source, tools=_tools(row, source))
 
 
-def _turns(
-    value: Any, key: str, source: str, role_key: str = "role", content_key: str = "content"
-) -> list[Message]:
-    items = _list(value, key, source)
-    return [read_message(item, f"{key}[{i}]", source, role_key, content_key) for i, item in enumerate(items)]
-
-
-def _messages(row: Row, source: str) -> Iterator[Conversation]:
-    yield Conversation(tuple(_turns(row.get("messages"), "messages", source)), source=source)
-
-
-def _sharegpt(row: Row, source: str) -> Iterator[Conversation]:
-    turns = _turns(row.get("conversations"), "conversations", source, "from", "value")
-    yield Conversation((*_system(row, source), *turns), source=source)
-
-
-def _prompt_completion(row: Row, source: str) -> Iterator[Conversation]:
+def _prompt_completion(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     messages = _system(row, source)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = row.get(key)
         messages += (
-            _turns(value, key, source)
+            read_turns(value, key, source, mapping)
             if isinstance(value, list)
             else [Message(role, _text(row, key, source=source))]
         )
-    yield Conversation(tuple(messages), source=source)
+    yield Conversation(tuple(messages), source=source, tools=_tools(row, source))
 
 
-def _question_answer(row: Row, source: str) -> Iterator[Conversation]:
+def _question_answer(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    del mapping
     question = Message("user", _text(row, "question", "query", source=source))
     answer = Message("assistant", _text(row, "answer", "response", source=source))
     yield Conversation((*_system(row, source), question, answer), source=source)
 
 
-def _self_instruct(row: Row, source: str) -> Iterator[Conversation]:
+def _self_instruct(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     instruction = _text(row, "instruction", source=source)
-    for index, instance in enumerate(_list(row.get("instances"), "instances", source)):
-        here = f"{source}, `instances[{index}]`"
-        if not isinstance(instance, dict):
-            raise InputError(
-                f"{here} should be an object with `input` and `output` and is {_found(instance)}"
-            )
-        yield from _alpaca({"instruction": instruction, **instance}, here)
+    for index, item in enumerate(check_list(row.get("instances"), "instances", source)):
+        instance = check_object(item, f"instances[{index}]", source, "`input` and `output`")
+        yield from _alpaca({"instruction": instruction, **instance}, f"{source}, `instances[{index}]`", mapping)
 
 
-def _plain(row: Row, source: str) -> Iterator[Conversation]:
+def _plain(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    del mapping
     yield Conversation(text=_text(row, "text", source=source), source=source)
 
 
-def _format(name: str, convert: Callable[[Row, str], Iterator[Conversation]], *keys: str) -> Format:
+def _format(name: str, convert: Convert, *keys: str) -> Format:
     return Format(name, tuple(frozenset(alternative.split("+")) for alternative in keys), convert)
 
 
-#: In the order in which a row is compared with them: those whose keys say most come first.
+#: In the order in which a row is compared with them: those whose keys say most come first. Rows that were
+#: tokenised often keep the columns that they were made from.
 FORMATS = {
     entry.name: entry
     for entry in (
+        _format("tokens", read_tokens, "input_ids"),
+        _format("segments", read_segments, "segments"),
         _format("messages", _messages, "messages"),
         _format("sharegpt", _sharegpt, "conversations"),
         _format("prompt_completion", _prompt_completion, "prompt+completion"),
@@ -231,14 +155,36 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def detect_format(row: Any, source: str) -> Format:
-    """The first format whose keys the row has."""
+def recognise(row: Any) -> Format | None:
+    """The first format whose keys the row has, with values; None if it is of none."""
     if not isinstance(row, dict):
-        raise InputError(f"{source}: a row should be an object with keys and is {_found(row)}")
+        return None
+    return next((candidate for candidate in FORMATS.values() if candidate.matches(row)), None)
+
+
+def detect_format(rows: Sequence[tuple[str, Any]]) -> Format:
+    """The format of the first row of which one is recognised.
+
+    Args:
+      rows: the first rows, under our names, each with its source.
+
+    Raises:
+      InputError: if none is recognised; it speaks of the first row.
+    """
+    for _, row in rows:
+        if chosen := recognise(row):
+            return chosen
+    source, row = rows[0]
+    if not isinstance(row, dict):
+        raise InputError(f"{source}: a row should be an object with keys and is {found(row)}")
     for candidate in FORMATS.values():
-        if candidate.matches(row):
+        # All keys of a format and null in one of them: its own check says which.
+        if candidate.matches(row, filled=False):
             return candidate
+    keys = [shown(key) for key in row]
+    names = ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
     wanted = "; ".join(f"{entry.name}: {entry.wanted}" for entry in FORMATS.values())
     raise InputError(
-        f"{source}: no known format has the keys {', '.join(map(repr, row)) or '(none)'}; known are {wanted}"
+        f"{source}: no known format has the keys {names or '(none)'}; known are {wanted}; columns can be renamed in"
+        ' data.columns, such as "instruction=question"'
     )

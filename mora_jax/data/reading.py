@@ -1,4 +1,4 @@
-"""Containers: files to numbered rows (dicts). What the keys of a row mean is `formats.py`'s matter.
+"""Data files to numbered rows (dicts), one row at a time. What the keys of a row mean is `formats.py`'s matter.
 
 Parquet goes through `datasets`. JSON and CSV do not: its readers guess types from the values, so that an
 answer "2011-01-01" comes back as a datetime and "007" as 7, and their errors know neither row nor key.
@@ -7,161 +7,188 @@ answer "2011-01-01" comes back as a datetime and "007" as 7, and their errors kn
 from __future__ import annotations
 
 import csv
-import gzip
-import io
-import json
-import zlib
+import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from mora_jax.data.arrow_rows import read_parquet
+from mora_jax.data.files import TextReader, decode, open_bytes, read_lines
+from mora_jax.data.json_list import ListReader, parse
 from mora_jax.errors import InputError
 
-#: A row's number in its file, counted from 1 (lines for files of lines), and its keys and values.
+#: A row's number in its file, counted from 1 (lines for files of lines), and its keys and values. A row that
+#: cannot be read, where the next one can, comes as the error.
 NumberedRow = tuple[int, Any]
 
 
-def read_rows(path: str | Path) -> Iterator[NumberedRow]:
-    """Reads one file, row by row.
+@dataclass(frozen=True)
+class DataFile:
+    """One file.
 
-    Args:
-      path: a .json, .jsonl, .jsonl.gz, .csv, .parquet or .txt file. A .json file may hold lines too.
-
-    Yields:
-      `(number, row)`.
+    Attributes:
+      path: a .json, .jsonl, .ndjson, .csv or .txt file, or one of these in .gz, or a .parquet file. A .json file
+        may hold lines too.
 
     Raises:
-      InputError: for a path, an encoding or a syntax that cannot be read.
+      InputError: if the ending of the name is none of these.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give the data file itself")
-    if not path.exists():
-        raise InputError(f"no such data file: {path}")
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    packed = suffixes[-1:] == [".gz"]
-    kind = (suffixes[:-1] if packed else suffixes)[-1:]
-    reader = _READERS.get(kind[0] if kind else "")
-    if reader is None:
-        raise InputError(
-            f"{path}: cannot tell the kind of file from its name; known endings: {', '.join(_READERS)}, .gz"
-        )
-    if kind == [".parquet"]:
-        if packed:
-            raise InputError(f"{path}: a .parquet file is compressed inside; unpack the .gz first")
-        yield from _read_parquet(path, b"")
-        return
-    yield from reader(path, _bytes(path, packed))
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        kind, packed = self._kind
+        if kind not in READERS:
+            raise InputError(
+                f"{self.path}: cannot tell the kind of file from its name; known endings: {', '.join(READERS)}, .gz"
+            )
+        if kind == ".parquet" and packed:
+            raise InputError(f"{self.path}: a .parquet file is compressed inside; unpack the .gz first")
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return str(self.path)
+
+    @property
+    def _kind(self) -> tuple[str, bool]:
+        before, last = ["", "", *(suffix.lower() for suffix in self.path.suffixes)][-2:]
+        return (before, True) if last == ".gz" else (last, False)
+
+    def rows(self) -> Iterator[NumberedRow]:
+        """Reads the file, row by row.
+
+        Raises:
+          InputError: for a file, an encoding or a syntax that cannot be read.
+        """
+        return READERS[self._kind[0]](self.path)
+
+    def digest(self) -> str:
+        """SHA-256 of how the file is read, and of its bytes."""
+        try:
+            with open(self.path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror or error}") from None
+        return f"{self._kind} {content}"
 
 
-def _bytes(path: Path, packed: bool) -> bytes:
+def _json_or_error(line: bytes, path: Path, number: int) -> Any:
     try:
-        data = path.read_bytes()
-        if packed:
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: broken gzip data ({error})") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
+        return parse(decode(line, path, number), path, number)
+    except InputError as error:
+        return error
+
+
+def _text_or_error(line: bytes, path: Path, number: int) -> Any:
+    try:
+        return {"text": decode(line, path, number).removesuffix("\n").removesuffix("\r")}
+    except InputError as error:
+        return error
+
+
+def _read_json_lines(path: Path) -> Iterator[NumberedRow]:
+    with open_bytes(path) as file:
+        if _first_byte(file) == b"[":
+            raise InputError(f"{path} begins with a list, [...], where one row a line is expected: name it .json")
+        yield from _rows_of_lines(file, path)
+
+
+def _rows_of_lines(file: IO[bytes], path: Path) -> Iterator[NumberedRow]:
+    number = 0
+    for number, line in read_lines(file):
+        yield number, _json_or_error(line, path, number)
+    if not number:
         raise InputError(f"{path} is empty")
-    return data
 
 
-def _decode(data: bytes, path: Path, number: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number += data.count(b"\n", 0, error.start)
-        raise InputError(
-            f"{path}, line {number}: not valid UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        ) from None
+def _read_json(path: Path) -> Iterator[NumberedRow]:
+    with open_bytes(path) as file:
+        first = _first_byte(file)
+        if not first:
+            raise InputError(f"{path} is empty")
+        if first == b"[":
+            rows: Iterator[NumberedRow] = iter(ListReader(TextReader(file, path).read, path))
+            empty = f"{path} holds an empty list"
+        else:
+            rows = _rows_of_lines(file, path)
+            empty = f"{path} is empty"
+        row = next(rows, None)
+        if row is None:
+            raise InputError(empty)
+        if first == b"{" and isinstance(row[1], InputError):
+            raise InputError(f"{path}: expected a list of rows, [...], or one row a line ({row[1]})")
+        if isinstance(row[1], InputError):
+            raise row[1]
+        yield row
+        yield from rows
 
 
-def _parse(text: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        cut = not text[error.pos :].strip()
-        reason = "the file ends in the middle of a value" if cut else error.msg
-        raise InputError(
-            f"{path}, line {number + error.lineno - 1}, column {error.colno}: broken JSON ({reason})"
-        ) from None
-    except RecursionError:
-        raise InputError(f"{path}, line {number}: JSON nested too deeply to read") from None
+def _first_byte(file: IO[bytes]) -> bytes:
+    """The first byte that is no space, without moving on; empty if there is none."""
+    start = file.tell()
+    while piece := file.read(1 << 16):
+        if piece.strip():
+            break
+    file.seek(start)
+    return piece.lstrip()[:1]
 
 
-def _read_lines(path: Path, data: bytes) -> Iterator[NumberedRow]:
-    # Only "\n" ends a line: `str.splitlines` would also cut at U+2028, which JSON strings may hold.
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield number, _parse(_decode(line, path, number), path, number)
+def _read_csv(path: Path) -> Iterator[NumberedRow]:
+    with open_bytes(path) as file:
+        texts = (decode(line, path, number) for number, line in enumerate(file, start=1))
+        table = csv.reader(texts, strict=True)
+        names: list[str] | None = []
+        while names is not None and not any(name.strip() for name in names):
+            names = _next_fields(table, path)
+        if names is None:
+            raise InputError(f"{path} is empty")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"{path}: the header names the column {twice[0]!r} twice; rename one")
+        number = 0
+        while (fields := _next_fields(table, path)) is not None:
+            number += 1
+            if not fields:
+                continue
+            if len(fields) == len(names):
+                yield number, dict(zip(names, fields, strict=True))
+            else:
+                yield (
+                    number,
+                    InputError(
+                        f"{path}, row {number}: {len(fields)} fields where the header names {len(names)} columns"
+                    ),
+                )
 
 
-def _read_json(path: Path, data: bytes) -> Iterator[NumberedRow]:
-    first_line = data.lstrip().split(b"\n", 1)[0]
-    if not first_line.startswith(b"[") and _is_json(first_line):
-        yield from _read_lines(path, data)
-        return
-    rows = _parse(_decode(data, path, 1), path, 1)
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a list of rows, [...], or one row a line")
-    if not rows:
-        raise InputError(f"{path} holds an empty list")
-    yield from enumerate(rows, start=1)
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_csv(path: Path, data: bytes) -> Iterator[NumberedRow]:
-    table = csv.reader(io.StringIO(_decode(data, path, 1), newline=""), strict=True)
+def _next_fields(table: Any, path: Path) -> list[str] | None:
+    # The limit on a field, 128 KiB, belongs to the whole process; it is put back before anyone else reads.
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        names = next(table)
-        for number, fields in enumerate(table, start=1):
-            if len(fields) != len(names) and fields:
-                raise InputError(
-                    f"{path}, row {number}: {len(fields)} fields where the header names {len(names)} columns"
-                )
-            if fields:
-                yield number, dict(zip(names, fields, strict=True))
+        return next(table, None)
     except csv.Error as error:
         raise InputError(f"{path}, line {table.line_num}: broken CSV ({error})") from None
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_text(path: Path, data: bytes) -> Iterator[NumberedRow]:
+def _read_text(path: Path) -> Iterator[NumberedRow]:
     """One row a line, as `datasets` reads text files; blank lines are none."""
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield number, {"text": _decode(line, path, number).removesuffix("\r")}
+    number = 0
+    with open_bytes(path) as file:
+        for number, line in read_lines(file):
+            yield number, _text_or_error(line, path, number)
+    if not number:
+        raise InputError(f"{path} is empty")
 
 
-def _read_parquet(path: Path, data: bytes) -> Iterator[NumberedRow]:
-    del data  # `datasets` opens the file itself, and streams it.
-    from datasets import load_dataset
-
-    try:
-        yield from enumerate(
-            load_dataset("parquet", data_files=str(path), split="train", streaming=True), start=1
-        )
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-
-
-_READERS: dict[str, Callable[[Path, bytes], Iterator[NumberedRow]]] = {
+#: How to read a file, by the ending of its name.
+READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
     ".json": _read_json,
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
     ".csv": _read_csv,
     ".txt": _read_text,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
 }
