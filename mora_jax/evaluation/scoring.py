@@ -1,13 +1,14 @@
-"""Perplexity and next-token accuracy of a model on a data set, normalised as the training loss is.
+"""Perplexity and next-token accuracy of a model on a data set.
 
 Every token counts with its weight over the whole data set, never as a mean of batch means. The logits of a
-batch never exist (see mora_jax/training/loss.py).
+batch never exist (see mora_jax/training/loss.py). Instructions are scored beside the tokens that carry loss, whatever
+the loss mode: only then do runs of different modes compare.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,28 +31,35 @@ class DatasetScores:
         accuracy: share of these tokens that were the likeliest next token.
         tokens: number of tokens whose weight is not 0.
         weight: sum of their weights.
+        prompt_nll: mean negative log-likelihood of instruction tokens, in nats; None where there are none.
+        prompt_tokens: number of instruction tokens, the first of an example left out.
     """
 
     nll: float
     accuracy: float
     tokens: int
     weight: float
+    prompt_nll: float | None = None
+    prompt_tokens: int = 0
 
     @property
     def perplexity(self) -> float:
         """exp of the mean, kept finite."""
         return math.exp(min(self.nll, 700.0))
 
-    def to_dict(self) -> dict[str, float | int]:
-        """Returns all scores, ready for JSON."""
+    def to_dict(self) -> dict[str, float | int | None]:
+        """All scores, ready for JSON."""
         return {"perplexity": self.perplexity, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
         """One line for people."""
-        return (
+        text = (
             f"perplexity {self.perplexity:.4f}, nll {self.nll:.4f} nats a token, "
             f"accuracy {self.accuracy:.2%} on {self.tokens:,} tokens"
         )
+        if self.prompt_nll is None:
+            return text
+        return f"{text}; instructions: nll {self.prompt_nll:.4f} on {self.prompt_tokens:,} tokens"
 
 
 def score(
@@ -70,19 +78,26 @@ def score(
         progress: called with (rows done, all rows) after each batch.
     """
     graphdef, state = nnx.split(model)
-    sums = np.zeros(4)
+    sums = np.zeros(6)
     done = 0
-    for rows, length in batches([len(example) for example in dataset.examples], batch_size, dataset.max_length):
-        batch = dataset.batch(rows, batch_size, length)
+    for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
+        batch = dataset.batch(rows, batch_size, length, extra={"prompt_weights": "prompt"})
         sums += np.array([float(value) for value in _score(graphdef, state, batch)])
         done += len(rows)
         if progress is not None:
             progress(done, len(dataset))
-    nll, weight, correct, tokens = sums
-    return DatasetScores(float(nll / weight), float(correct / tokens), int(tokens), float(weight))
+    nll, weight, correct, tokens, prompt_nll, prompt_tokens = sums.tolist()
+    return DatasetScores(
+        nll / weight,
+        correct / tokens,
+        int(tokens),
+        weight,
+        prompt_nll / prompt_tokens if prompt_tokens else None,
+        int(prompt_tokens),
+    )
 
 
-def batches(lengths: list[int], batch_size: int, longest: int) -> Iterator[tuple[np.ndarray, int]]:
+def batches(lengths: Sequence[int] | np.ndarray, batch_size: int, longest: int) -> Iterator[tuple[np.ndarray, int]]:
     """Groups rows of similar length into batches of few shapes.
 
     Lengths are 64, 128, 256 ...; what doesn't fill a batch of its length goes into the next longer one.
@@ -108,9 +123,14 @@ def batches(lengths: list[int], batch_size: int, longest: int) -> Iterator[tuple
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graphdef: Any, state: Any, batch: dict[str, jax.Array]) -> loss.Scores:
+def _score(graphdef: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """Sums over a batch: NLL, weight, right ones and tokens of what carries loss; NLL and tokens of instructions."""
     model = nnx.merge(graphdef, state)
     head = model.head()
-    targets, weights = loss.next_token_targets(batch["input_ids"], batch["weights"])
-    hidden = model.hidden(batch["input_ids"], batch["segment_ids"])
-    return loss.score(hidden, head.kernel, targets, weights, softcap=head.softcap)
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    hidden = model.hidden(ids, segments, batch["positions"])
+    answers, prompts = (
+        loss.score(hidden, head.kernel, *loss.next_token_targets(ids, batch[name], segments), softcap=head.softcap)
+        for name in ("weights", "prompt_weights")
+    )
+    return (*answers, prompts.nll, prompts.tokens)
