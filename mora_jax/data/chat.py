@@ -1,193 +1,182 @@
-"""A tokenizer's own chat template (Jinja), rendered once for each conversation and split into pieces."""
+"""A chat template in Jinja: each conversation is rendered once and split into pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import jinja2
-
-from mora_jax.data.conversation import Message
-from mora_jax.data.layout import stand_in
+from mora_jax.data.answers import Answer, CallsNotShown, find_answer
+from mora_jax.data.conversation import Conversation, Message
+from mora_jax.data.frame import Frame, find_frame, special_tokens
+from mora_jax.data.jinja_template import JinjaTemplate, at
+from mora_jax.data.labelling import Words, label
 from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
 from mora_jax.data.spans import Span, Untrackable
-from mora_jax.data.tracking import Tracker
+from mora_jax.data.tracking import Located, Tracker
 from mora_jax.errors import InputError
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What a chat template writes around an answer.
-
-    Attributes:
-      lead: between the end of the generation prompt and the answer (nearly always nothing); None if the
-        generation prompt is not how the rendering of the answered conversation begins.
-      closing: after the last answer, up to and with its end-of-turn token; empty if there is none.
-      inner_closing: the same after earlier answers, where it is the one that closes questions too.
-    """
-
-    lead: str | None
-    closing: str
-    inner_closing: str
-
-
 class ChatTemplate:
-    """Renders conversations with `tokenizer.chat_template` and says what each character is.
+    """Renders conversations with a Jinja template and says what each character is.
 
     Args:
-      tokenizer: a `transformers` tokenizer with a chat template.
+      template: the template with its tokenizer.
+      unshown: counts rows of which the template leaves out `tools` or `reasoning`.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, template: JinjaTemplate, unshown: Counter[str]):
+        self._template = template
         self._tracker = Tracker()
+        self._shows_tools: dict[tuple[str, ...], bool] = {}
+        self._unshown = unshown
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False, source: str = "") -> str:
-        """The text of the messages; with `prompt` it ends where the answer begins."""
-        return self._render([m.role for m in messages], [m.text for m in messages], prompt, source)
+    @property
+    def name(self) -> str:
+        """What to call it in messages to the user."""
+        return self._template.name
 
-    def pieces(self, messages: Sequence[Message], source: str = "") -> list[Piece]:
+    @property
+    def program(self) -> str:
+        """The template's source."""
+        return self._template.program
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of the messages up to where an answer begins."""
+        contents = [words.text for words in _words(messages)]
+        return self._template.render(_turns(messages, contents), tools, prompt=True)
+
+    def pieces(self, conversation: Conversation) -> list[Piece]:
         """The stretches of a whole conversation.
 
         Raises:
-          InputError: if the template refuses the messages, or cannot be tracked.
+          InputError: if the template refuses the messages.
+          Untrackable: if the messages cannot be located in what it renders.
         """
-        roles = [message.role for message in messages]
-        contents = [message.text for message in messages]
-        text = self._render(roles, contents, False, source)
+        messages, tools, source = conversation.messages, conversation.tools, conversation.source
 
-        def render(stand_ins: Sequence[str]) -> str:
-            return self._render(roles, stand_ins, False, source)
+        def render(messages: Sequence[Message], contents: Sequence[str], prompt: bool = False) -> str:
+            return self._template.render(_turns(messages, contents), tools, prompt=prompt, source=source)
 
+        words = list(_words(messages))
+        contents = [one.text for one in words]
+        text = render(messages, contents)
+        located = self._tracker.locate(
+            lambda given: render(messages, given),
+            [f"{one.role} {one.segment.name}" for one in words],
+            contents,
+            text,
+            self.program,
+            _extras(conversation),
+        )
+        _check(located.spans, words)
         try:
-            program = str(self._tokenizer.chat_template)
-            spans = self._tracker.locate(render, roles, contents, text, program)
-            _check(spans, roles, contents)
-        except Untrackable as error:
+            answers = self._answers(messages, words, located, render)
+        except CallsNotShown:
             raise InputError(
-                f"{_at(source)}the tokenizer's chat template cannot be tracked, {error};"
-                " choose a built-in one by data.template"
+                f"{at(source)}{self.name} does not show tool calls;"
+                " set data.template=chatml, the built-in one that writes them"
             ) from None
-        return self._pieces(spans, roles, text)
+        self._count_unshown(conversation, words, located.spans, text)
+        eos = self._template.tokenizer.eos_token or ""
+        return label(text, located.spans, words, answers, self.frame, eos)
 
-    def _render(self, roles: Sequence[str], contents: Sequence[str], prompt: bool, source: str) -> str:
-        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        try:
-            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(
-                f"the tokenizer's chat template has a syntax error, line {error.lineno}: {error.message}"
-            ) from None
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{_at(source)}the tokenizer's chat template refuses the roles {', '.join(roles)}: {reason}"
-            ) from None
+    def _answers(
+        self, messages: Sequence[Message], words: Sequence[Words], located: Located, render: Any
+    ) -> dict[int, Answer]:
+        """Where the turns stand that hold more than words."""
+        rich = [i for i, message in enumerate(messages) if message.tool_calls or message.reasoning]
+        if not rich:
+            return {}
+        closings, specials = self.frame.answer_closings, special_tokens(self._template.tokenizer)
+        owners, contents = [one.turn for one in words], [one.text for one in words]
+        return {
+            turn: find_answer(turn, messages, owners, contents, located, render, closings, specials) for turn in rich
+        }
+
+    def _count_unshown(
+        self, conversation: Conversation, words: Sequence[Words], spans: Sequence[Span], text: str
+    ) -> None:
+        shown = {span.content for span in spans}
+        if any(one.segment == Segment.REASONING and i not in shown for i, one in enumerate(words)):
+            self._unshown["reasoning"] += 1
+        if conversation.tools:
+            roles = tuple(message.role for message in conversation.messages)
+            if roles not in self._shows_tools:
+                turns = _turns(conversation.messages, [one.text for one in words])
+                without = self._template.render(turns, source=conversation.source)
+                self._shows_tools[roles] = text != without
+            self._unshown["tools"] += not self._shows_tools[roles]
 
     @cached_property
     def frame(self) -> Frame:
-        """What the template writes around an answer, seen on a short conversation of stand-ins."""
-        try:
-            return self._frame([])
-        except InputError as refusal:
-            try:
-                return self._frame(["system"])  # A template may demand one.
-            except InputError:
-                raise refusal from None
-
-    def _frame(self, opening: list[str]) -> Frame:
-        roles = [*opening, "user", "assistant"]
-        words = [stand_in(index) for index in range(len(roles) + 2)]
-        question, answer = words[len(opening) : len(roles)]
-        prompt = self._render(roles[:-1], words[: len(roles) - 1], True, "")
-        whole = self._render(roles, words[: len(roles)], False, "")
-        before, _, after = whole.rpartition(answer)
-        lead = before.removeprefix(prompt) if before.startswith(prompt) else None
-        try:
-            longer = self._render([*roles, "user", "assistant"], words, False, "")
-        except InputError:  # The template takes one question only.
-            return Frame(lead, self._closing(after), "")
-        turn, _, rest = longer.partition(question)[2].partition(answer)
-        inner = rest.partition(words[-2])[0]
-        inner = inner[: self._first_special(inner)]
-        return Frame(lead, self._closing(after), inner if turn.startswith(inner) else "")
-
-    def _first_special(self, text: str) -> int:
-        """Where the first special token in a text ends; 0 if there is none."""
-        special = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
-        found = [(text.index(token), -len(token)) for token in special if token and token in text]
-        start, length = min(found, default=(0, 0))
-        return start - length
-
-    def _closing(self, after: str) -> str:
-        """The text up to and with its first special token; without outer space if it has none."""
-        return after[: self._first_special(after)] or after.rstrip()
+        """What the template writes around messages."""
+        return find_frame(self._template)
 
     @property
     def notes(self) -> list[str]:
         """What a user should know about the template."""
-        lead = self.frame.lead
-        if lead is None:
-            return ["the chat template's generation prompt is not how it begins an answer in training"]
-        if lead.strip():
-            return [
-                f"the chat template writes {lead!r} between its generation prompt and an answer: not trained"
-            ]
-        return []
-
-    def _pieces(self, spans: list[Span], roles: Sequence[str], text: str) -> list[Piece]:
-        pieces, at = [], 0
-        lead = self.frame.lead if self.frame.lead and not self.frame.lead.strip() else ""
-        first_of: dict[int, int] = {}
-        last_of: dict[int, int] = {}
-        for index, span in enumerate(spans):
-            first_of.setdefault(span.message, index)
-            last_of[span.message] = index
-        for index, span in enumerate(spans):
-            start, answers = span.start, roles[span.message] == "assistant"
-            if answers and lead and first_of[span.message] == index and text[at:start].endswith(lead):
-                start -= len(lead)  # Space after the generation prompt: the model has to produce it.
-            pieces.append(Piece(text[at:start], Segment.TEMPLATE))
-            pieces.append(Piece(text[start : span.stop], ROLE_SEGMENT[roles[span.message]]))
-            at = span.stop
-            if answers and last_of[span.message] == index:
-                end = self._end_of_turn(text, at)
-                pieces.append(Piece(text[at:end], Segment.END_OF_TURN))
-                at = end
-        rest = text[at:]
-        eos = self._tokenizer.eos_token
-        if roles[-1:] == ["assistant"] and not self.frame.closing and eos:
-            pieces.append(Piece(rest + eos, Segment.END_OF_TURN))
-        else:
-            pieces.append(Piece(rest, Segment.TEMPLATE))
-        return pieces
-
-    def _end_of_turn(self, text: str, at: int) -> int:
-        """Where the closing that begins at `at` ends; `at` itself if there is none."""
-        for closing in (self.frame.closing, self.frame.inner_closing):
-            if closing and text.startswith(closing, at):
-                return at + len(closing)
-            # Where a traced answer's outer space was left to the template, the closing comes after it.
-            bare = closing.lstrip()
-            start = len(text) - len(text[at:].lstrip())
-            if bare and text.startswith(bare, start):
-                return start + len(bare)
-        return at
+        frame = self.frame
+        notes = []
+        if frame.lead is None:
+            notes.append("the chat template's generation prompt is not how it begins an answer in training")
+        elif frame.lead.strip():
+            notes.append(
+                f"the chat template writes {frame.lead!r} between its generation prompt and an answer: not trained"
+            )
+        if frame.cuts_thoughts:
+            notes.append(
+                "the chat template leaves the reasoning of earlier answers out: only the last is trained on it"
+            )
+        if frame.rewrites:
+            notes.append("the chat template renders a turn in another way when more turns follow")
+        return notes
 
 
-def _check(spans: list[Span], roles: Sequence[str], contents: Sequence[str]) -> None:
+def _words(messages: Sequence[Message]) -> Iterator[Words]:
+    """All texts of the messages: what each says, then what it thought before."""
+    for turn, message in enumerate(messages):
+        yield Words(turn, message.role, ROLE_SEGMENT[message.role], message.text or "")
+        if message.reasoning:
+            yield Words(turn, message.role, Segment.REASONING, message.reasoning)
+
+
+def _turns(messages: Sequence[Message], contents: Sequence[str]) -> list[dict[str, Any]]:
+    """Messages as `apply_chat_template` takes them, with these texts."""
+    given = iter(contents)
+    turns = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": next(given)}
+        if message.reasoning:
+            turn["reasoning_content"] = next(given)
+        if message.name:
+            turn["name"] = message.name
+        if message.tool_calls:
+            turn["tool_calls"] = [dict(call) for call in message.tool_calls]
+        turns.append(turn)
+    return turns
+
+
+def _extras(conversation: Conversation) -> str | None:
+    """What a rendering depends on besides roles and texts; None if hardly two rows have it in common."""
+    messages = conversation.messages
+    if any(message.tool_calls for message in messages):
+        return None
+    names = [message.name for message in messages]
+    return repr((names, conversation.tools)) if conversation.tools or any(names) else ""
+
+
+def _check(spans: Sequence[Span], words: Sequence[Words]) -> None:
     """Refuses renderings in which an answer is missing, or comes twice."""
-    for index, (role, content) in enumerate(zip(roles, contents, strict=True)):
-        if role != "assistant":
+    shown = Counter[int]()
+    for span in spans:
+        shown[span.content] += span.stop - span.start
+    for index, one in enumerate(words):
+        if one.role != "assistant":
             continue
-        own = [span for span in spans if span.message == index]
-        if not own and content.strip():
-            raise Untrackable(f"it does not show the words of message {index + 1} ({role})")
-        if sum(span.stop - span.start for span in own) > len(content):
-            raise Untrackable(f"it repeats message {index + 1} ({role})")
-
-
-def _at(source: str) -> str:
-    return f"{source}: " if source else ""
+        where = f"message {one.turn + 1} ({one.role})"
+        if one.segment == Segment.ASSISTANT and not shown[index] and one.text.strip():
+            raise Untrackable(f"it does not show the words of {where}")
+        if shown[index] > len(one.text):
+            raise Untrackable(f"it repeats {where}")

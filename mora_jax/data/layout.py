@@ -20,7 +20,7 @@ class Layout:
 
     Attributes:
       literals: the template's text before each content and after the last; one more than `order`.
-      order: which message each gap between literals holds.
+      order: which content each gap between literals holds.
     """
 
     literals: tuple[str, ...]
@@ -46,9 +46,7 @@ def stand_in(index: int) -> str:
 _STAND_IN = re.compile(r"Qz(\d+)xMessage\1xzQ")
 
 
-def find_layout(
-    render: RenderContents, contents: Sequence[str], groups: Sequence[int], keep: Sequence[bool]
-) -> Layout:
+def find_layout(render: RenderContents, contents: Sequence[str], groups: Sequence[int], keep: Sequence[bool]) -> Layout:
     """Renders stand-ins and reads the template's own text around them.
 
     Args:

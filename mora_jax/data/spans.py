@@ -1,11 +1,11 @@
-"""What locating messages in a rendering yields, and how a rendering is asked for."""
+"""What locating words in a rendering yields, and how a rendering is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-#: One rendering: the contents of all messages, in the place of their own, to the text.
+#: One rendering: all contents, in the place of a conversation's own, to the text.
 RenderContents = Callable[[Sequence[str]], str]
 
 
@@ -15,8 +15,8 @@ class Untrackable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters `[start, stop)` of a rendering that are words of message `message`."""
+    """Characters `[start, stop)` of a rendering that are those of content number `content`."""
 
     start: int
     stop: int
-    message: int
+    content: int

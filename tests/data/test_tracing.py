@@ -12,7 +12,7 @@ def traced(template, contents, program=""):
     """The stretches of the rendering that are a message's, with the message."""
     groups = [contents.index(content) for content in contents]
     text = template(contents)
-    return [(text[s.start : s.stop], s.message) for s in trace(template, contents, groups, text, program)]
+    return [(text[s.start : s.stop], s.content) for s in trace(template, contents, groups, text, program)]
 
 
 def without_thoughts(contents):
