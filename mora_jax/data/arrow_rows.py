@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from mora_jax.data.checks import one_line
 from mora_jax.errors import InputError
 
-#: Rows of a Parquet file that are in memory at once.
+#: Rows that are turned into Python objects at once.
 _BATCH = 1000
 
 
@@ -32,9 +32,13 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from None
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    for number, row in enumerate(rows, start=1):
-        yield number, {key: _without_nulls(value) for key, value in row.items()}
+def _numbered(dataset: Any) -> Iterator[tuple[int, Any]]:
+    # Table by table: several times as fast as row by row.
+    number = 0
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
+        for row in table.to_pylist():
+            number += 1
+            yield number, {key: _without_nulls(value) for key, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -87,8 +91,7 @@ class SavedFolder:
             raise InputError(
                 f"{self.path} has no split {self.split!r}: it was saved without splits, leave data.split empty"
             )
-        # A saved data set may ask for tensors, or for some of its columns only.
-        return loaded.with_format(None)
+        return loaded
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """Numbered rows; they are mapped into memory as they are read."""
