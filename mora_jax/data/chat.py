@@ -169,7 +169,7 @@ def _extras(conversation: Conversation) -> str | None:
 
 def _check(spans: Sequence[Span], words: Sequence[Words]) -> None:
     """Refuses renderings in which an answer is missing, or comes twice."""
-    shown = Counter[int]()
+    shown = [0] * len(words)
     for span in spans:
         shown[span.content] += span.stop - span.start
     for index, one in enumerate(words):

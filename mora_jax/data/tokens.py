@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,7 @@ def adds_bos(tokenizer: Any) -> bool:
     bos = tokenizer.bos_token_id
     if bos is None:
         return False
-    return (
-        tokenizer("a")["input_ids"][:1] == [bos] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
-    )
+    return tokenizer("a")["input_ids"][:1] == [bos] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
 
 
 def tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[Tokens]:
@@ -83,35 +82,29 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[Tokens]:
       InputError: for a tokenizer without character offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(
-            "the tokenizer is a slow one without character offsets: save it with its tokenizer.json"
-        )
+        raise InputError("the tokenizer is a slow one without character offsets: save it with its tokenizer.json")
+    if not rendered:
+        return []
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-    encodings = tokenizer(
+    # Offsets are asked for row by row: as one list of tuples for all rows they would cost as much as the ids.
+    batch = tokenizer(
         [item.text for item in rendered],
         add_special_tokens=False,
-        return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
-    rows = zip(rendered, encodings["input_ids"], encodings["offset_mapping"], strict=True)
-    return [_label(item, ids, offsets, tokenizer, bos) for item, ids, offsets in rows]
+    rows = zip(rendered, batch["input_ids"], batch.encodings, strict=True)
+    return [_label(item, ids, encoding.offsets, tokenizer, bos) for item, ids, encoding in rows]
 
 
-def _label(
-    item: Rendered, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any, bos: int | None
-) -> Tokens:
+def _label(item: Rendered, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any, bos: int | None) -> Tokens:
     input_ids = np.array(ids, np.int32)
     owners, seams = _owners(item, offsets)
     segments = np.array([piece.segment for piece in item.pieces], np.int8)[owners]
     turns = np.array([piece.turn for piece in item.pieces], np.int16)[owners]
-    has_bos = (
-        bool(tokenizer.bos_token)
-        and item.text.startswith(tokenizer.bos_token)
-        and ids[0] == tokenizer.bos_token_id
-    )
-    if has_bos:
+    written = tokenizer.bos_token
+    if written and item.text.startswith(written) and ids[0] == tokenizer.bos_token_id:
         segments[0], turns[0] = Segment.BOS, -1
     elif bos is not None:
         input_ids = np.concatenate([np.array([bos], np.int32), input_ids])
@@ -124,30 +117,28 @@ def _owners(item: Rendered, offsets: list[tuple[int, int]]) -> tuple[np.ndarray,
     """The piece that each token belongs to, and how many tokens join an answer to something else."""
     if not offsets:
         return np.zeros(0, np.intp), 0
-    starts, stops = np.array(offsets, np.int64).T
+    flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+    starts, stops = flat[::2], flat[1::2]
     # Tokenizers that trim offsets give tokens of mere space no width: they stand between their neighbours.
     empty = starts >= stops
     if empty.any():
         before = np.concatenate([[0], np.maximum.accumulate(stops)[:-1]])
         starts = np.where(empty, np.minimum(before, np.maximum(stops - 1, 0)), starts)
         stops = np.maximum(stops, starts + 1)
-    edges = np.cumsum([len(piece.text) for piece in item.pieces])
+    edges = np.array(list(accumulate([len(piece.text) for piece in item.pieces])))
     last_piece = len(edges) - 1
-    first = np.minimum(np.searchsorted(edges, starts, side="right"), last_piece)
-    last = np.minimum(np.searchsorted(edges, stops - 1, side="right"), last_piece)
-    owners = first.copy()
+    owners = np.minimum(np.searchsorted(edges, starts, side="right"), last_piece)
+    last = np.minimum(np.searchsorted(edges, stops, side="left"), last_piece)
     seams = 0
-    for token in np.flatnonzero(first != last):
+    for token in np.flatnonzero(owners != last):
         owners[token], seam = _straddling(
-            item, edges, int(first[token]), int(last[token]), int(starts[token]), int(stops[token])
+            item, edges, int(owners[token]), int(last[token]), int(starts[token]), int(stops[token])
         )
         seams += seam
     return owners, seams
 
 
-def _straddling(
-    item: Rendered, edges: np.ndarray, first: int, last: int, start: int, stop: int
-) -> tuple[int, bool]:
+def _straddling(item: Rendered, edges: np.ndarray, first: int, last: int, start: int, stop: int) -> tuple[int, bool]:
     """The piece of a token over several: of its characters that are no space, if it has any."""
     inside: dict[int, str] = {}
     for index in range(first, last + 1):
