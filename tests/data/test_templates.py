@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mora_jax.data import TEMPLATES, Conversation, Message, Renderer, Segment, encode, render_prompt
+from mora_jax.data import TEMPLATES, Conversation, Message, Renderer, Segment, render_prompt
+from mora_jax.data.segments import TEMPLATE_TEXT
 from mora_jax.errors import InputError
+from tests.data.encoded import encode
 
 WITH_INPUT = """\
 Below is an instruction that describes a task, paired with an input that provides further context. \
@@ -40,7 +42,7 @@ def test_alpaca_is_the_well_known_text(make_tokenizer):
     )
     rendered = render(tokenizer, "alpaca", Message("user", "I", "X"), answer)
     assert rendered.text == WITH_INPUT.format(instruction="I", input="X") + "O</s>"
-    assert [(p.text, p.segment) for p in rendered.pieces if p.segment != Segment.TEMPLATE] == [
+    assert [(p.text, p.segment) for p in rendered.pieces if p.segment not in TEMPLATE_TEXT] == [
         ("I", Segment.USER),
         ("X", Segment.USER),
         ("O", Segment.ASSISTANT),
@@ -78,8 +80,7 @@ GOLDEN = {
     ),
     "tulu": "<|system|>\ns\n<|user|>\nu\n\nx\n<|assistant|>\na</s>\n<|user|>\nv\n<|assistant|>\nb</s>",
     "zephyr": (
-        "<|system|>\ns </s>\n<|user|>\nu\n\nx</s>\n<|assistant|>\n a</s>\n"
-        "<|user|>\nv</s>\n<|assistant|>\nb</s>\n"
+        "<|system|>\ns </s>\n<|user|>\nu\n\nx</s>\n<|assistant|>\n a</s>\n<|user|>\nv</s>\n<|assistant|>\nb</s>\n"
     ),
     "phi3": (
         "<|system|>\ns <|end|>\n<|user|>\nu\n\nx<|end|>\n<|assistant|>\n a<|end|>\n"
@@ -89,10 +90,11 @@ GOLDEN = {
         "<start_of_turn>user\ns\n\nu\n\nx<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
         "<start_of_turn>user\nv<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
     ),
+    "llama2": ("[INST] <<SYS>>\ns \n<</SYS>>\n\nu\n\nx [/INST] a </s>[INST] v [/INST] b </s>"),
+    "mistral": "[INST] s \n\nu\n\nx [/INST]  a</s>[INST] v [/INST] b</s>",
     "plain": "s u\n\nx a</s>vb</s>",
     "alpaca": (
-        "s \n\n### Instruction:\nu\n\n### Input:\nx\n\n### Response: a</s>\n\n"
-        "### Instruction:\nv\n\n### Response:b</s>"
+        "s \n\n### Instruction:\nu\n\n### Input:\nx\n\n### Response: a</s>\n\n### Instruction:\nv\n\n### Response:b</s>"
     ),
 }
 

@@ -7,76 +7,80 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mora_jax.data import Conversation, Message, Renderer, Segment, encode, render_prompt
+from mora_jax.data import Conversation, Message, Renderer, Segment, render_prompt
 from mora_jax.errors import InputError
+from tests.data.encoded import encode
 
-T, S, U, A, E = Segment.TEMPLATE, Segment.SYSTEM, Segment.USER, Segment.ASSISTANT, Segment.END_OF_TURN
+B, T, H, C = Segment.BOS, Segment.TEMPLATE, Segment.HEADER, Segment.CLOSING
+S, U, A, E = Segment.SYSTEM, Segment.USER, Segment.ASSISTANT, Segment.END_OF_TURN
 OWN = {"system": S, "user": U, "assistant": A}
 
 
 # Oracles: what each template of conftest.py writes, put together from what its family documents. Each gives
-# (text, segment) pairs; they share no code with the package and never see a rendering.
+# (text, segment, turn); they share no code with the package and never see a rendering.
 
 
 def chatml(messages, tokenizer):
     if messages[0].role != "system":
-        yield "<|im_start|>system\nYou are helpful.<|im_end|>\n", T
-    for m in messages:
-        yield f"<|im_start|>{m.role}\n", T
-        yield m.content, OWN[m.role]
-        yield "<|im_end|>", E if m.role == "assistant" else T
-        yield "\n", T
+        yield "<|im_start|>system\nYou are helpful.<|im_end|>", T, -1
+        yield "\n", H, 0
+    for i, m in enumerate(messages):
+        yield ("\n" if i else "") + f"<|im_start|>{m.role}\n", H, i
+        yield m.content, OWN[m.role], i
+        yield "<|im_end|>", E if m.role == "assistant" else C, i
+    yield "\n", T, -1
 
 
 def llama2(messages, tokenizer):
-    yield tokenizer.bos_token or "", T
+    bos = tokenizer.bos_token or ""
     system = messages[0] if messages[0].role == "system" else None
-    rest = messages[1:] if system else messages
-    for i, m in enumerate(rest):
-        if m.role == "user":
-            yield "[INST] ", T
-            if system and i == 0:
-                yield "<<SYS>>\n", T
-                yield system.content, S
-                yield "\n<</SYS>>\n\n", T
-            yield m.content.strip(), U
-            yield " [/INST]", T
+    yield bos, H if system else T, 0 if system else -1
+    for i, m in enumerate(messages):
+        if m.role == "system":
+            yield "[INST] <<SYS>>\n", H, i
+            yield m.content, S, i
+        elif m.role == "user":
+            yield "\n<</SYS>>\n\n" if system and i == 1 else "[INST] ", H, i
+            yield m.content.strip(), U, i
+            yield " [/INST]", C, i
         else:
-            yield " " + m.content.strip(), A
-            yield " " + tokenizer.eos_token, E
+            yield " " + m.content.strip(), A, i
+            yield " " + tokenizer.eos_token, E, i
 
 
 def llama3(messages, tokenizer):
-    for m in messages:
-        yield f"<|start_header_id|>{m.role}<|end_header_id|>\n\n", T
-        yield m.content.strip(), OWN[m.role]
-        yield "<|eot_id|>", E if m.role == "assistant" else T
+    for i, m in enumerate(messages):
+        yield f"<|start_header_id|>{m.role}<|end_header_id|>\n\n", H, i
+        yield m.content.strip(), OWN[m.role], i
+        yield "<|eot_id|>", E if m.role == "assistant" else C, i
 
 
 def mistral(messages, tokenizer):
-    yield tokenizer.bos_token or "", T
     system = messages[0] if messages[0].role == "system" else None
-    rest = messages[1:] if system else messages
-    last = [m for m in rest if m.role == "user"][-1]
-    for m in rest:
+    last = [m for m in messages if m.role == "user"][-1]
+    rest = [(i, m) for i, m in enumerate(messages) if m is not system]
+    said = system is not None and rest[0][1] == last
+    yield tokenizer.bos_token or "", H if said else T, 0 if said else -1
+    for i, m in rest:
         if m.role == "user":
-            yield "[INST] ", T
-            if system and m == last:
-                yield system.content, S
-                yield "\n\n", T
-            yield m.content, U
-            yield "[/INST]", T
+            inside = system is not None and m == last
+            yield "[INST] ", H, 0 if inside else i
+            if inside:
+                yield system.content, S, 0
+                yield "\n\n", H, i
+            yield m.content, U, i
+            yield "[/INST]", C, i
         else:
-            yield " " + m.content, A
-            yield tokenizer.eos_token, E
+            yield " " + m.content, A, i
+            yield tokenizer.eos_token, E, i
 
 
 def headers_only(messages, tokenizer):
-    for m in messages:
-        yield f"<|{m.role}|>\n", T
-        yield m.content, OWN[m.role]
+    for i, m in enumerate(messages):
+        yield f"<|{m.role}|>\n", H, i
+        yield m.content, OWN[m.role], i
     if messages[-1].role == "assistant":
-        yield tokenizer.eos_token, E
+        yield tokenizer.eos_token, E, len(messages) - 1
 
 
 ORACLES = {
@@ -144,14 +148,14 @@ def conversations(draw):
 @given(messages=conversations())
 def test_against_the_oracle(kind, chat, make_tokenizer, messages):
     tokenizer = make_tokenizer(kind, chat)
-    expected = [(text, segment) for text, segment in ORACLES[chat](list(messages), tokenizer) if text]
-    characters = [segment for text, segment in expected for _ in text]
+    expected = list(ORACLES[chat](list(messages), tokenizer))
+    characters = [(segment, turn) for text, segment, turn in expected for _ in text]
     rendered = Renderer(tokenizer).render(Conversation(messages))
-    assert rendered.text == "".join(text for text, _ in expected)
-    found = [piece.segment for piece in rendered.pieces for _ in piece.text]
-    # Space between two stretches may be either's where a template strips; nothing else may differ.
-    differing = {i for i, (a, b) in enumerate(zip(found, characters, strict=True)) if a != b}
-    assert not differing, [(rendered.text[i], found[i], characters[i]) for i in sorted(differing)]
+    assert rendered.text == "".join(text for text, _, _ in expected)
+    found = [(piece.segment, piece.turn) for piece in rendered.pieces for _ in piece.text]
+    differing = [i for i, (a, b) in enumerate(zip(found, characters, strict=True)) if a != b]
+    assert not differing, [(rendered.text[i], found[i], characters[i]) for i in differing]
+    characters = [segment for segment, _ in characters]
     [example] = encode([Conversation(messages)], tokenizer)
     check_tokens(example, rendered.text, characters, tokenizer)
 
@@ -208,17 +212,21 @@ def test_reasoning_that_the_template_cuts_out_of_earlier_answers(make_tokenizer)
         Message("assistant", thought),
     )
     rendered = Renderer(tokenizer).render(Conversation(messages))
-    assert [(piece.text, piece.segment) for piece in rendered.pieces] == [
-        ("<|im_start|>user\n", T),
-        ("a", U),
-        ("<|im_end|>\n<|im_start|>assistant\n", T),
-        ("Yes.", A),
-        (" <|im_end|>", E),
-        ("\n<|im_start|>assistant\n", T),
-        ("<think>\nHm, <b>12</b>.\n</think>\n\nYes.", A),
-        (" <|im_end|>", E),
-        ("\n", T),
+    assert [(piece.text, piece.segment, piece.turn) for piece in rendered.pieces] == [
+        ("<|im_start|>user\n", H, 0),
+        ("a", U, 0),
+        ("<|im_end|>", C, 0),
+        ("\n<|im_start|>assistant\n", H, 1),
+        ("Yes.", A, 1),
+        (" <|im_end|>", E, 1),
+        ("\n<|im_start|>assistant\n", H, 3),
+        ("<think>\nHm, <b>12</b>.\n</think>\n\nYes.", A, 3),
+        (" <|im_end|>", E, 3),
+        ("\n", T, -1),
     ]
+    told = "the chat template leaves the reasoning of earlier answers out: only the last is trained on it"
+    assert told in Renderer(tokenizer).notes
+    assert Renderer(make_tokenizer("byte_level", "chatml")).notes == []
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
@@ -243,9 +251,10 @@ def test_text_of_the_template_that_looks_like_the_rest_of_a_cut_is_left_to_it(ma
     messages = (Message("user", "a"), Message("assistant", "<think>b</think>c"))
     rendered = Renderer(make_tokenizer("byte_level", chat)).render(Conversation(messages))
     assert [(piece.text, piece.segment) for piece in rendered.pieces] == [
-        ("<|user|>", T),
+        ("<|user|>", H),
         ("a", U),
-        ("<|eot_id|><|assistant|>", T),
+        ("<|eot_id|>", C),
+        ("<|assistant|>", H),
         ("c", A),
         ("<|eot_id|>", E),
     ]
@@ -351,4 +360,4 @@ def test_a_template_that_writes_the_time_is_tracked_again(make_tokenizer):
     tokenizer.chat_template = chat.format("10:00 ")
     rendered = renderer.render(row)
     assert rendered.text == "10:00 a<|im_end|>b<|im_end|>"
-    assert [piece.segment for piece in rendered.pieces] == [T, U, T, A, E]
+    assert [piece.segment for piece in rendered.pieces] == [H, U, C, A, E]
