@@ -1,11 +1,17 @@
-"""Show what a data file becomes: which tokens carry loss, how long rows are, what is dropped and why."""
+"""Show what a data file becomes: which tokens carry loss, how long rows are, what is dropped and why, and which loss
+mode the literature supports for such data."""
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 from mora_jax.cli.options import add_data, add_number
+from mora_jax.errors import InputError
 
 HELP = "show which tokens of a data file carry loss"
+# Columns where there is no terminal to ask.
+_WIDTH = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,29 +20,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add_number(parser, "--examples", int, 1, "Encoded examples to show.", at_least=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write report and examples as a web page")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.data import EncodedDataset, describe_example, inspect_data, load_rows, load_tokenizer
+    from rich.console import Console
+
+    from mora_jax.cli.options import read_data
+    from mora_jax.data import load_tokenizer
+    from mora_jax.data.describe import describe_example
+    from mora_jax.data.inspecting import inspect_dataset
+    from mora_jax.data.page import make_page, write_page
+    from mora_jax.data.terminal import report_view
     from mora_jax.interop.hub import local_folder
     from mora_jax.training.example_text import print_examples
 
-    settings = {
-        "template": args.template,
-        "mode": args.loss_mode,
-        "prompt_weight": args.prompt_weight,
-        "max_length": args.max_length,
-        "truncation": args.truncation,
-    }
-    if args.json:
-        tokenizer = load_tokenizer(local_folder(args.model))
-        found = inspect_data(args.data, tokenizer, format=args.format, examples=args.examples, **settings)
-        print(json.dumps(found))
-        return 0
-    rows = load_rows(args.data, args.format)
+    if args.html is not None and not args.html.absolute().parent.is_dir():
+        raise InputError(f"--html {args.html}: there is no folder {args.html.absolute().parent}; make it first")
     tokenizer = load_tokenizer(local_folder(args.model))
-    dataset = EncodedDataset.build(rows, tokenizer, **settings)
-    print(dataset.report)
-    print_examples(describe_example(example, tokenizer) for example in dataset.examples[: args.examples])
+    dataset = read_data(args, tokenizer)
+    if args.html is not None:
+        write_page(args.html, make_page(dataset, tokenizer, args.examples, recognised=args.format is None))
+        print(f"wrote {args.html}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(inspect_dataset(dataset, args.examples)))
+        return 0
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    view = report_view(dataset, tokenizer, console, recognised=args.format is None)
+    if console.is_terminal:
+        console.print(view)
+    else:
+        with console.capture() as captured:
+            console.print(view)
+        # Tables fill their lines with spaces.
+        print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
+    shown = ((example.source, describe_example(example, tokenizer)) for example in dataset[: args.examples])
+    print_examples(shown, console)
     return 0

@@ -65,7 +65,7 @@ CHAT_MASKED = (
     "a large chat mixture"
 )
 
-LIMITS = (
+LIMITS: tuple[str, ...] = (
     "the published evidence is of single runs and mixed (unmasked better in 7 of WIT's 15 settings); cells of WIT "
     "that differ by a constant factor alone lie 2 to 6 points apart, so smaller differences show nothing",
     "it comes from full fine-tuning: no study was found that compares prompt loss under LoRA with full fine-tuning, "
@@ -74,7 +74,8 @@ LIMITS = (
     "isn't noticed",
 )
 OPPOSITE = (
-    f"{_WIT} finds the opposite direction: its best prompt weight rises with longer answers and falls with longer prompts"
+    f"{_WIT} finds the opposite direction: its best prompt weight rises with longer answers and falls with longer "
+    "prompts"
 )
 
 
@@ -102,7 +103,7 @@ class Advice:
     @property
     def text(self) -> str:
         """The advice in one line, which begins with the mode."""
-        return f"{self.mode}: {self.reason} (confidence: {self.confidence})"
+        return f"{self.mode}: {self.reason}; confidence: {self.confidence}"
 
     def __str__(self) -> str:
         lines = [self.text, *(f"  evidence: {line}" for line in self.evidence)]
@@ -155,7 +156,7 @@ def advise(
     if ratio < LONG_PROMPTS / 12:
         reason = f"{shape}: answers are long beside their prompts, where loss on prompts gained nothing"
         return Advice("masked", None, "moderate", reason, (IM_SHORT_PROMPTS, WIT_MIXED, CHAT_MASKED), limits)
-    reason = f"{shape}: answers aren't short beside their prompts (that begins at about {LONG_PROMPTS:g})"
+    reason = f"{shape}: answers aren't short beside their prompts, which begins at about {LONG_PROMPTS:g}"
     return Advice("masked", None, "moderate", reason, (IM_BETWEEN, WIT_MIXED, CHAT_MASKED), limits)
 
 

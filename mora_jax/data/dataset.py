@@ -157,7 +157,7 @@ class EncodedDataset(Sequence[Example]):
                 weights = flat_weights(flat, self.loss)
                 examples = find_examples(flat, weights, here, self.max_length, self.truncation, fates)
                 found.append(examples + np.array([first, 0, 0, 0]))
-                counted.append(count(flat, here, special))
+                counted.append(count(flat, weights, here, special))
             first += len(flat)
         table = np.concatenate(found) if found else np.zeros((0, 4), np.int64)
         self._rows, self._cuts = table[:, 0], table[:, 1:].astype(np.int32)

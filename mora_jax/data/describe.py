@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mora_jax.data.dataset import Example
+from mora_jax.data.normalize import normalize
 from mora_jax.data.segments import Segment
 
 _REPLACEMENT = "\ufffd"
@@ -23,14 +26,11 @@ def token_texts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
     ids = [int(token) for token in input_ids]
 
     def decode(start: int, stop: int) -> str:
-        return tokenizer.decode(
-            ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     texts = []
-    context = done = (
-        0  # Tokens before `done` are told; those from `context` on are decoded again for their spaces.
-    )
+    # Tokens before `done` are told; those from `context` on are decoded again for their spaces.
+    context = done = 0
     for stop in range(1, len(ids) + 1):
         told, text = decode(context, done), decode(context, stop)
         if text.endswith(_REPLACEMENT) and stop < len(ids) and stop - done < 4:
@@ -41,6 +41,11 @@ def token_texts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
     return texts
 
 
+def training_weights(example: Example) -> np.ndarray:
+    """The weights of an example's tokens as the normaliser `token` sums them: `[T]`, with the row's own weight."""
+    return normalize(example.weights, example.segments, example.weight, "token")[0]
+
+
 def describe_example(example: Example, tokenizer: Any) -> list[tuple[str, float, str]]:
     """Tokens to be shown in colours.
 
@@ -49,8 +54,8 @@ def describe_example(example: Example, tokenizer: Any) -> list[tuple[str, float,
       tokenizer: the tokenizer that encoded it.
 
     Returns:
-      For each token its text, the weight of predicting it, and the name of its segment.
+      For each token its text, the weight of predicting it (see `training_weights`), and the name of its segment.
     """
     texts = token_texts(example.input_ids.tolist(), tokenizer)
     names = [Segment(segment).label for segment in example.segments.tolist()]
-    return list(zip(texts, example.weights.tolist(), names, strict=True))
+    return list(zip(texts, training_weights(example).tolist(), names, strict=True))

@@ -55,6 +55,7 @@ class Report:
       mode: the loss mode.
       max_length: the most tokens of an example; 0 if it isn't known.
       by_segment: `[len(Segment)]`, tokens of each segment in all rows before any cut.
+      weight_by_segment: `[len(Segment)]`, the sum of their weights.
       files: where the rows come from.
       reasons: what was wrong with the first rows that broke the format.
       fell_back: rows that the fallback template rendered.
@@ -82,6 +83,7 @@ class Report:
     mode: str = "masked"
     max_length: int = 0
     by_segment: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.int64))
+    weight_by_segment: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.float64))
     files: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     fell_back: int = 0
@@ -94,7 +96,8 @@ class Report:
         for name in ("rows", "instruction_tokens", "response_tokens", "seam_rows", "special_rows", "near_empty"):
             setattr(report, name, sum(getattr(part, name) for part in parts))
         report.rows += report.dropped.get("bad_row", 0)
-        report.by_segment = sum((part.by_segment for part in parts), report.by_segment)
+        for name in ("by_segment", "weight_by_segment"):
+            setattr(report, name, sum((getattr(part, name) for part in parts), getattr(report, name)))
         for name in ("lengths", "ratios", "prompts"):
             if parts:
                 setattr(report, name, np.concatenate([getattr(part, name) for part in parts]))
@@ -163,14 +166,15 @@ class Report:
           bins: the most classes.
 
         Returns:
-          The classes' lower ends `[bins]` and how many rows are in each `[bins]`.
+          The classes' lower ends and how many rows are in each; both have one entry a class.
         """
+        low, high = self.quantiles["shortest"], self.quantiles["p99"]
         width = 1
-        while width * bins <= self.quantiles["p99"]:
+        while high // width - low // width >= bins:
             width *= 2
-        used = self.quantiles["p99"] // width + 1
-        classes = np.minimum(self.lengths // width, used - 1)
-        return np.arange(used) * width, np.bincount(classes, minlength=used)
+        first, last = low // width, high // width
+        classes = np.clip(self.lengths // width, first, last) - first
+        return np.arange(first, last + 1) * width, np.bincount(classes, minlength=last - first + 1)
 
     def nothing_left(self, max_length: int) -> str:
         """Why no row is left, with the setting to change."""
@@ -182,7 +186,7 @@ class Report:
             "too_long": f"{needed} or set truncation to `prompt_first`",
             "answer_cut_off": f"{needed} or set truncation to `prompt_first`",
             "no_answer": "give the rows an assistant's turn, or set loss mode to `unmasked`",
-            "no_weight": "give the rows an answer of at least one token and a weight above 0, or set loss mode to `full`",
+            "no_weight": "give the rows an answer and a weight above 0, or set loss mode to `full`",
             "bad_row": "mend the rows, or name their format and columns",
         }
         main = max(self.dropped, key=lambda cause: self.dropped[cause])
@@ -242,16 +246,18 @@ class Counted:
     special_rows: int
     near_empty: int
     by_segment: np.ndarray
+    weight_by_segment: np.ndarray
     lengths: np.ndarray
     ratios: np.ndarray
     prompts: np.ndarray
 
 
-def count(flat: FlatRows, chosen: np.ndarray, special_ids: np.ndarray) -> Counted:
+def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: np.ndarray) -> Counted:
     """Counts over a batch of rows.
 
     Args:
       flat: the rows.
+      weights: `[T]`, see `flat_weights`.
       chosen: `[R]` bool, those to count.
       special_ids: ids of special tokens.
     """
@@ -260,6 +266,8 @@ def count(flat: FlatRows, chosen: np.ndarray, special_ids: np.ndarray) -> Counte
     answers = _per_row(flat, _IS_ANSWER[segments])[chosen]
     special = _per_row(flat, _IS_CONTENT[segments] & np.isin(flat.input_ids, special_ids))[chosen]
     answered = answers > 0
+    looked_at = np.repeat(chosen, flat.lengths)
+    kinds, kinds_count = segments[looked_at], len(Segment)
     return Counted(
         rows=int(chosen.sum()),
         instruction_tokens=int(instructions.sum()),
@@ -267,7 +275,8 @@ def count(flat: FlatRows, chosen: np.ndarray, special_ids: np.ndarray) -> Counte
         seam_rows=int(np.count_nonzero(flat.seams[chosen])),
         special_rows=int(np.count_nonzero(special)),
         near_empty=int(np.count_nonzero(answered & (answers <= NEAR_EMPTY))),
-        by_segment=np.bincount(segments[np.repeat(chosen, flat.lengths)], minlength=len(Segment)),
+        by_segment=np.bincount(kinds, minlength=kinds_count),
+        weight_by_segment=np.bincount(kinds, weights[looked_at], minlength=kinds_count),
         lengths=flat.lengths[chosen].astype(np.int32),
         ratios=(instructions[answered] / answers[answered]).astype(np.float32),
         prompts=flat.prompts[chosen],

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from mora_jax.training.display import Pieces, printable
@@ -79,12 +80,35 @@ def example_lines(described: Described) -> Iterator[str]:
         yield f"{weight:5.3g}  {segment:12} {''.join(text for text, _, _ in run)!r}"
 
 
-def print_examples(examples: Iterable[Described]) -> None:
-    """Prints examples to stdout: in panels on a terminal, as plain lines elsewhere."""
-    console = Console(highlight=False)
-    for number, described in enumerate(examples, 1):
+def example_table(described: Described) -> Table:
+    """Returns an example as a table: weight, segment and text of each run of tokens that share both.
+
+    The text is marked by weight; the numbers say the same without colour or underline.
+    """
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", min_width=5)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for (weight, segment), run in itertools.groupby(described, key=lambda piece: piece[1:]):
+        # A line's end is part of its token, and would not be seen at the end of a run.
+        text = token_text([(piece.replace("\n", "↵\n"), piece_weight) for piece, piece_weight, _ in run])
+        text.rstrip()
+        table.add_row(f"{weight:.3g}", segment, text)
+    return table
+
+
+def print_examples(examples: Iterable[tuple[str, Described]], console: Console) -> None:
+    """Prints examples: as tables with marked tokens on a terminal, as plain lines elsewhere.
+
+    Args:
+        examples: where each comes from, and its tokens.
+        console: where to print.
+    """
+    for number, (source, described) in enumerate(examples, 1):
+        trained = sum(weight > 0 for _, weight, _ in described)
+        title = f"example {number}: {source or 'a row'}, {len(described)} tokens, {trained} trained"
         if console.is_terminal:
-            pieces = [(text, weight) for text, weight, _ in described]
-            console.print(example_panel(pieces, f"example {number}", console, size=None))
+            console.print(Text(f"\n{title}", style="bold"), example_table(described), sep="\n")
+            console.print(legend(any(0 < weight < 1 for _, weight, _ in described)))
         else:
-            print(f"\nexample {number}", *example_lines(described), sep="\n")
+            print(f"\n{title}", *example_lines(described), sep="\n", file=console.file)

@@ -1,4 +1,4 @@
-"""eval, generate, merge and inspect on a tiny model: results on stdout, refusals, no folder left behind."""
+"""eval, generate and merge on a tiny model: results on stdout, refusals, no folder left behind."""
 
 import json
 
@@ -100,18 +100,6 @@ def test_merge_writes_the_dtype_that_is_asked_for(run, model_dir, adapters, tmp_
         run("merge", "--model", model_dir, "--adapter", adapters["lora"], "--out", out, "--dtype", "bfloat16")[0] == 0
     )
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
-def test_inspect_shows_text_or_json(run, model_dir, data_file):
-    code, out, err = run("inspect", "--model", model_dir, "--data", data_file, "--examples", "2")
-    assert (code, err) == (0, "")
-    assert "12 read, 12 kept" in out
-    assert "example 2" in out
-    assert "    1  assistant    'redred'" in out
-    code, out, _ = run("inspect", "--model", model_dir, "--data", data_file, "--json")
-    found = json.loads(out)
-    assert found["rows"] == 12
-    assert len(found["examples"]) == 1
 
 
 def test_refusals(fails, model_dir, data_file, adapters, tmp_path):
