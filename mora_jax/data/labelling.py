@@ -141,9 +141,9 @@ def _opening(
 ) -> Iterator[Piece]:
     """The template's text before a stretch: at the very beginning, what no message asked for is set apart."""
     gap = text[at : stretch.start]
-    if at == 0 and frame.header and stretch.segment == Segment.USER:
+    if at == 0 and any(map(str.isalnum, frame.header)) and stretch.segment == Segment.USER:
         for header in (frame.header, frame.header.lstrip()):
-            if header and gap.endswith(header) and len(gap) > len(header):
+            if gap.endswith(header) and len(gap) > len(header):
                 yield Piece(gap[: -len(header)], Segment.TEMPLATE)
                 gap = header
                 break
