@@ -79,8 +79,11 @@ class SavedFolder:
 
         try:
             loaded = load_from_disk(str(self.path))
-        except (ValueError, OSError, KeyError) as error:
-            raise InputError(f"{self.path}: not a readable folder of `datasets` ({one_line(error)})") from None
+        except (ValueError, OSError, LookupError, AttributeError, TypeError) as error:
+            # `datasets` checks nothing in a folder's metadata: a wrong kind of value or no rows fail as they may.
+            raise InputError(
+                f"{self.path}: not a readable folder of `datasets` with rows in it ({one_line(error)})"
+            ) from None
         if isinstance(loaded, DatasetDict):
             splits = list(loaded)
             chosen = self.split or (splits[0] if len(splits) == 1 else "train")

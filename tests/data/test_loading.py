@@ -1,22 +1,19 @@
-"""Files of every format and container, and the one line that each kind of broken file gives."""
+"""Rows from files: detection, mapping, what is skipped, and what changes the fingerprint."""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import pickle
+import tracemalloc
 
 import pytest
 
-from mora_jax.data import FORMATS, Message, load_rows
+from mora_jax.data import Message, load_rows
+from mora_jax.data.loading import open_rows
+from mora_jax.data.mapping import Mapping
 from mora_jax.errors import InputError
-
-
-def user(content, context=""):
-    return Message("user", content, context)
-
-
-def assistant(content):
-    return Message("assistant", content)
 
 
 def write_lines(path, rows):
@@ -24,264 +21,240 @@ def write_lines(path, rows):
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "messages"),
-    [
-        ("alpaca", {"instruction": "i", "output": "o"}, [user("i"), assistant("o")]),
-        ("alpaca", {"instruction": "i", "input": "", "output": "o"}, [user("i"), assistant("o")]),
-        ("alpaca", {"instruction": "i", "input": None, "output": "o"}, [user("i"), assistant("o")]),
-        ("alpaca", {"instruction": "i", "context": "c", "response": "o"}, [user("i", "c"), assistant("o")]),
-        (
-            "alpaca",
-            {"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["a", "b"]]},
-            [Message("system", "s"), user("a"), assistant("b"), user("i", "x"), assistant("o")],
-        ),
-        (
-            "messages",
-            {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "u"}]},
-            [Message("system", "s"), user("u")],
-        ),
-        (
-            "messages",
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}, {"text": "v"}]}]},
-            [user("uv")],
-        ),
-        (
-            "messages",
-            {"messages": [{"role": "assistant", "content": "a", "weight": 1, "tool_calls": None}]},
-            [assistant("a")],
-        ),
-        (
-            "sharegpt",
-            {
-                "conversations": [
-                    {"from": "human", "value": "u"},
-                    {"from": "gpt", "value": "a"},
-                    {"from": "observation", "value": "t"},
-                ]
-            },
-            [user("u"), assistant("a"), Message("tool", "t")],
-        ),
-        ("prompt_completion", {"prompt": "p", "completion": "c"}, [user("p"), assistant("c")]),
-        (
-            "prompt_completion",
-            {
-                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
-                "completion": [{"role": "assistant", "content": "a"}],
-            },
-            [Message("system", "s"), user("u"), assistant("a")],
-        ),
-        ("question_answer", {"question": "q", "answer": "a"}, [user("q"), assistant("a")]),
-        ("question_answer", {"query": "q", "response": "a"}, [user("q"), assistant("a")]),
-        (
-            "self_instruct",
-            {"instruction": "i", "instances": [{"input": "x", "output": "o"}]},
-            [user("i", "x"), assistant("o")],
-        ),
-    ],
-)
-def test_formats_are_detected(name, row, messages, tmp_path):
-    rows = load_rows(write_lines(tmp_path / "a.jsonl", [row]))
-    assert rows.format == name
-    assert list(rows[0].messages) == messages
-    assert rows[0].text is None
-    assert rows[0].source.startswith(f"{tmp_path / 'a.jsonl'}, row 1")
+def alpaca(count):
+    return [{"instruction": f"i{i}", "input": "", "output": f"o{i}"} for i in range(count)]
 
 
-def test_a_row_may_become_several_conversations(tmp_path):
-    instances = [{"input": "x", "output": "o"}, {"input": "y", "output": "p"}]
-    path = write_lines(tmp_path / "a.jsonl", [{"instruction": "i", "instances": instances}])
-    assert [row.messages[-1].content for row in load_rows(path)] == ["o", "p"]
+def answers(rows):
+    return [row.messages[-1].content for row in rows]
 
 
-def test_plain_text_of_rows_and_of_files(tmp_path):
-    rows = load_rows(write_lines(tmp_path / "a.jsonl", [{"text": "one\ntwo"}]))
-    assert (rows.format, rows[0].text) == ("text", "one\ntwo")
-    (tmp_path / "a.txt").write_bytes("one\u2028still one\r\n\n  two \n".encode())
-    assert [row.text for row in load_rows(tmp_path / "a.txt")] == ["one\u2028still one", "  two "]
+def test_rows_are_read_when_they_are_asked_for_and_anew_each_time(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [*alpaca(3), {"instruction": "i"}])
+    stream = open_rows(path)
+    assert stream.format == "alpaca"
+    assert stream.files == (str(path),)
+    assert answers(itertools.islice(stream, 3)) == ["o0", "o1", "o2"]
+    with pytest.raises(InputError, match=rf"{path}, row 4: `output` or `response` is missing"):
+        list(stream)
+    write_lines(path, alpaca(2))
+    assert answers(stream) == answers(stream) == ["o0", "o1"]
 
 
-def test_alpaca_with_a_text_column_is_alpaca(tmp_path):
-    path = write_lines(
-        tmp_path / "a.jsonl", [{"instruction": "i", "input": "", "output": "o", "text": "all"}]
-    )
-    assert load_rows(path).format == "alpaca"
+def test_several_files_are_one_stream(tmp_path):
+    write_lines(tmp_path / "b.jsonl", alpaca(2))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(alpaca(1)).encode()))
+    rows = load_rows(tmp_path)
+    assert answers(rows) == ["o0", "o0", "o1"]
+    assert rows.files == (str(tmp_path / "a.json.gz"), str(tmp_path / "b.jsonl"))
+    assert rows[2].source == f"{tmp_path / 'b.jsonl'}, row 2"
+    assert str(rows) == f"3 rows of format `alpaca` from {tmp_path / 'a.json.gz'}, {tmp_path / 'b.jsonl'}"
 
 
-def test_a_format_that_is_asked_for(tmp_path):
-    path = write_lines(
-        tmp_path / "a.jsonl", [{"instruction": "i", "input": "", "output": "o", "text": "all"}]
-    )
-    rows = load_rows(path, format="text")
-    assert (rows.format, rows[0].text) == ("text", "all")
-    with pytest.raises(InputError, match=r"a\.jsonl, row 1: `messages` .*null"):
+@pytest.mark.parametrize("format", [None, "alpaca", "text"])
+def test_a_format_is_recognised_or_asked_for(format, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [alpaca(1)[0] | {"text": "all"}])
+    rows = load_rows(path, format)
+    assert rows.format == (format or "alpaca")
+    assert rows[0].text == ("all" if format == "text" else None)
+    with pytest.raises(InputError, match=r"a\.jsonl, row 1: `messages` should be a filled list and is missing or null"):
         load_rows(path, format="messages")
-    with pytest.raises(InputError, match="unknown data format 'alpacca'.*" + ", ".join(FORMATS)):
-        load_rows(path, format="alpacca")
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_containers_hold_the_same(newline, mark, tmp_path):
-    rows = [{"instruction": "Wann?", "output": "2011-01-01"}, {"instruction": "ü\u2028", "output": "007"}]
-    lines = mark + newline.join(json.dumps(row, ensure_ascii=False) for row in rows) + newline
-    table = mark + newline.join(["instruction,output", "Wann?,2011-01-01", '"ü\u2028",007']) + newline
-    files = {
-        "a.json": (mark + json.dumps(rows, indent=1).replace("\n", newline)).encode(),
-        "lines.json": lines.encode(),
-        "a.jsonl": lines.encode(),
-        "a.jsonl.gz": gzip.compress(lines.encode()),
-        "a.csv": table.encode(),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-        loaded = load_rows(tmp_path / name)
-        assert loaded.format == "alpaca"
-        assert [[m.content for m in row.messages] for row in loaded] == [
-            ["Wann?", "2011-01-01"],
-            ["ü\u2028", "007"],
-        ]
+def test_one_of_the_first_rows_decides(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"instruction": "i", "output": None}, *alpaca(1)])
+    assert open_rows(path).format == "alpaca"
+    with pytest.raises(InputError, match="row 1: `output` or `response` is null; expected text"):
+        load_rows(path)
+    write_lines(path, [*({"id": i} for i in range(19)), *alpaca(1)])
+    assert open_rows(path).format == "alpaca"
+    write_lines(path, [*({"id": i} for i in range(20)), *alpaca(1)])
+    with pytest.raises(InputError, match="row 1: no known format has the keys 'id'"):
+        load_rows(path)
+    path.write_text('{"id": 1}\noops\n')
+    with pytest.raises(InputError, match="row 1: no known format has the keys 'id'"):
+        load_rows(path)
 
 
-def test_parquet_and_several_files(tmp_path):
-    from datasets import Dataset
-
-    Dataset.from_list([{"question": "q", "answer": "12"}]).to_parquet(tmp_path / "a.parquet")
-    write_lines(tmp_path / "b.jsonl", [{"question": "r", "answer": "b"}])
-    rows = load_rows([tmp_path / "a.parquet", tmp_path / "b.jsonl"])
-    assert [row.messages[0].content for row in rows] == ["q", "r"]
-    assert rows.files == (str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl"))
-    assert "2 rows of format `question_answer`" in str(rows)
+def test_rows_of_mixed_formats(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [*alpaca(2), {"prompt": "p", "completion": "c"}])
+    with pytest.raises(InputError, match=r"a\.jsonl, row 3: mixed formats: this row is of format `prompt_completion`"):
+        load_rows(path)
+    write_lines(tmp_path / "b.jsonl", [{"text": "t"}])
+    with pytest.raises(InputError, match=r"b\.jsonl, row 1: mixed formats"):
+        load_rows([write_lines(path, alpaca(2)), tmp_path / "b.jsonl"])
 
 
-def test_a_line_of_a_megabyte(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "wörd " * 200_000}])
-    assert len(load_rows(path)[0].text) == 1_000_000
+def test_other_names(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        [{"dialog": [{"who": "visitor", "said": "u"}, {"who": "bot", "said": "a"}], "weight": "70 kg"}],
+    )
+    mapping = Mapping.parse(
+        ("conversations=dialog", "from=who", "value=said", "ignore=weight"), ("visitor=user", "bot=assistant")
+    )
+    rows = load_rows(path, mapping=mapping)
+    assert rows.format == "sharegpt"
+    assert rows[0].messages == (Message("user", "u"), Message("assistant", "a"))
+    with pytest.raises(InputError, match="no known format has the keys 'dialog', 'weight'.*data.columns"):
+        load_rows(path)
+    write_lines(path, [{"question": "q", "reply": None}])
+    columns = Mapping.parse(("instruction=question", "output=reply"))
+    for format in (None, "alpaca"):
+        with pytest.raises(InputError, match=r"row 1: `output` .* is null; .*\(`output` is `reply` in the data\)"):
+            load_rows(path, format, mapping=columns)
 
 
-GOOD = b'{"instruction": "i", "output": "o"}\n'
+BROKEN = b"""oops
+{"instruction": "i", "output": "o1"}
+{"instruction": "i", "output": null}
+\xff
+{"text": "t"}
+[1]
+{"instruction": "i", "output": "o2", "weight": -1}
+{"instruction": "i", "output": "\\ud800"}
+{"instruction": "i", "output": "o3"}
+"""
+
+
+def test_rows_that_break_the_format_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(BROKEN)
+    stream = open_rows(path, on_error="skip")
+    assert answers(stream) == answers(stream) == ["o1", "o3"]
+    assert stream.skipped.count == 7
+    assert len(stream.skipped.reasons) == 5
+    assert stream.skipped.reasons[0] == f"{path}, line 1, column 1: broken JSON (Expecting value)"
+    assert all(str(path) in reason for reason in stream.skipped.reasons)
+    rows = load_rows(path, on_error="skip")
+    assert rows.skipped == stream.skipped
+    assert str(rows).endswith(f"; 7 rows skipped, the first because of: {stream.skipped.reasons[0]}")
+    with pytest.raises(InputError, match="line 1, column 1: broken JSON"):
+        load_rows(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("content", "message"),
     [
-        ("a.json", b"", "is empty"),
-        ("a.jsonl", b" \n \n", "is empty"),
-        ("a.txt", b"\xef\xbb\xbf\n", "is empty"),
-        ("a.csv", b"instruction,output\n", "holds no rows"),
-        ("a.json", b"[]", "empty list"),
-        ("a.json", b"{}", r"row 1: no known format has the keys \(none\)"),
-        ("a.json", b'{\n"instruction": "i"\n}', r"expected a list of rows, \[...\], or one row a line"),
-        ("a.json", b"3\n", "row 1: a row should be an object"),
-        (
-            "a.json",
-            b'[{"instruction": "i", "output": "o"},',
-            r"line 1, column 38: broken JSON \(the file ends",
-        ),
-        (
-            "a.json",
-            b'[{"instruction": "i"\n "output": "o"}]',
-            r"line 2, column 2: broken JSON \(Expecting ',' deli",
-        ),
-        ("a.jsonl", GOOD + b'{"instruction": "i", "outp', r"line 2, column 22: broken JSON"),
-        ("a.jsonl", GOOD + GOOD[:-2] + b"\xff\xfe", r"line 2: not valid UTF-8 \(byte 0xff\)"),
-        ("a.json", b"[\n\n" + GOOD[:-3] + b'\xe9"}]', r"line 3: not valid UTF-8 \(byte 0xe9\)"),
-        ("a.jsonl", "ü".encode("utf-16"), "not valid UTF-8"),
-        ("a.jsonl", b"3\n", "row 1: a row should be an object with keys and is a number"),
-        ("a.jsonl", GOOD + b'["i", "o"]\n', "row 2: a row should be an object"),
-        ("a.jsonl", GOOD + b'{"category": "qa"}\n', "row 2: `instruction` is missing; expected text"),
-        (
-            "a.jsonl",
-            GOOD + b'{"prompt": "p", "completion": "c"}\n',
-            "row 2: mixed formats.*`prompt_completion`",
-        ),
-        ("a.jsonl", GOOD + b'{"instruction": "i"}\n', "row 2: `output` or `response` is missing"),
-        ("a.jsonl", GOOD + b'{"instruction": "i", "output": null}\n', "row 2: .*`output`.* is null"),
-        (
-            "a.jsonl",
-            GOOD + b'{"instruction": 5, "output": "o"}\n',
-            "row 2: `instruction` should be text and is a num",
-        ),
-        (
-            "a.jsonl",
-            GOOD + b'{"instruction": {"a": 1}, "output": "o"}\n',
-            "`instruction` should be .* an object",
-        ),
-        (
-            "a.jsonl",
-            b'{"instruction": "i", "output": "\\ud800!"}\n',
-            r"row 1: `output` .*lone surrogate \\ud800 at",
-        ),
-        (
-            "a.jsonl",
-            b'{"instruction": "i", "output": "o", "history": [["a"]]}\n',
-            r"`history\[0\]` should be a pair",
-        ),
-        ("a.jsonl", b'{"messages": []}\n', "row 1: `messages` should be a filled list and is empty"),
-        ("a.jsonl", b'{"messages": "hi"}\n', "row 1: `messages` should be a filled list and is text"),
-        (
-            "a.jsonl",
-            b'{"messages": [{"content": "hi"}]}\n',
-            r"row 1: `messages\[0\]` has no `role`; expected one of",
-        ),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "bot", "content": "hi"}]}\n',
-            r"`messages\[0\].role` is 'bot'; expected",
-        ),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": [], "content": "hi"}]}\n',
-            r"`messages\[0\].role` is \[\]; expected",
-        ),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "user"}]}\n',
-            r"`messages\[0\].content` should be text and is missing or null",
-        ),
-        ("a.jsonl", b'{"messages": [null]}\n', r"`messages\[0\]` should be an object .* is missing or null"),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n',
-            "only text can be trained",
-        ),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}\n',
-            r"`messages\[0\].tool_calls` cannot be trained on",
-        ),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}\n',
-            r"`messages\[0\].weight` is 0",
-        ),
-        ("a.jsonl", b'{"foo": 1}\n', "no known format has the keys 'foo'; known are messages: `messages`"),
-        ("a.jsonl.gz", b"not gzip", "broken gzip data"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:-12], "broken gzip data"),
-        ("a.parquet", b"not parquet", "not a readable parquet file"),
-        ("a.csv", b'instruction,output\n"a,b\n', "broken CSV"),
-        ("a.csv", b"instruction,output\na,b,c\n", "row 1: 3 fields where the header names 2 columns"),
-        ("a.docx", b"x", r"known endings: \.json"),
-        ("a", b"x", r"known endings: \.json"),
-        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        ("oops\nno\n", "no row can be used: 2 rows skipped, the first because of: .*line 1, column 1: broken JSON"),
+        ('{"instruction": "i", "output": null}\n', "no row can be used: 1 row skipped, .* row 1: `output`"),
+        ('{"id": 1}\n', "row 1: no known format"),
+        ("", "is empty"),
     ],
 )
-def test_broken_files(name, content, message, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(content)
+def test_an_error_where_every_row_is_skipped(content, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        load_rows(path)
-    assert str(path) in str(caught.value)
+        load_rows(tmp_path / "a.jsonl", on_error="skip")
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_are_no_files(tmp_path):
-    with pytest.raises(InputError, match="no such data file"):
-        load_rows(tmp_path / "a.json")
-    with pytest.raises(InputError, match="is a folder"):
-        load_rows(tmp_path)
-    with pytest.raises(InputError, match="no data file given"):
-        load_rows([])
+def test_what_cannot_be_read_is_an_error_though_rows_are_skipped(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(alpaca(2))[:-1])
+    with pytest.raises(InputError, match="the file ends in the middle"):
+        load_rows(tmp_path / "a.json", on_error="skip")
+    (tmp_path / "a.csv").write_text("instruction,output\n")
+    for on_error in ("raise", "skip"):
+        with pytest.raises(InputError, match=r"a\.csv holds no rows"):
+            load_rows(tmp_path / "a.csv", on_error=on_error)
+
+
+def test_raw_rows_and_a_converter_for_other_processes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(BROKEN)
+    stream = open_rows(path, on_error="skip", mapping=Mapping.parse((), ("bot=user",)))
+    convert = pickle.loads(pickle.dumps(stream.converter))
+    assert convert == stream.converter
+    raw = pickle.loads(pickle.dumps(list(stream.raw())))
+    assert [source for source, _ in raw] == [f"{path}, row {i}" for i in range(1, 10)]
+    rows, errors = [], 0
+    for source, row in raw:
+        try:
+            rows += convert(source, row)
+        except InputError:
+            errors += 1
+    assert rows == list(stream)
+    assert errors == stream.skipped.count == 7
+    with pytest.raises(InputError, match="line 1, column 1"):
+        list(open_rows(path).raw())
+
+
+def test_no_more_rows_than_asked_for(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [*alpaca(3), {"instruction": "i"}])
+    assert answers(open_rows([path, path], max_rows=3)) == ["o0", "o1", "o2"]
+    write_lines(path, alpaca(3))
+    assert answers(load_rows([path, path], max_rows=4)) == ["o0", "o1", "o2", "o0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "alpacca"}, "unknown data format 'alpacca'"),
+        ({"on_error": "ignore"}, "unknown on_error 'ignore': choose one of raise, skip"),
+        ({"max_rows": 0}, "max_rows is 0: it must be at least 1"),
+        ({"paths": []}, "no data file given"),
+        ({"paths": "absent.json"}, "no such data file: absent.json"),
+    ],
+)
+def test_settings_that_do_not_exist(settings, message, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", alpaca(1))
+    with pytest.raises(InputError, match=message):
+        open_rows(**{"paths": path, **settings})
+
+
+def test_the_fingerprint_is_of_the_data_and_what_is_made_of_it(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", alpaca(3))
+    same = write_lines(tmp_path / "b.jsonl", alpaca(3))
+    prints = {
+        name: open_rows(**({"paths": path} | settings)).fingerprint()
+        for name, settings in {
+            "plain": {},
+            "format": {"format": "alpaca"},
+            "skip": {"on_error": "skip"},
+            "columns": {"mapping": Mapping.parse(("input=x",))},
+            "roles": {"mapping": Mapping.parse((), ("x=user",))},
+            "max_rows": {"max_rows": 2},
+            "twice": {"paths": [path, path]},
+            "other": {"paths": write_lines(tmp_path / "c.jsonl", alpaca(4))},
+        }.items()
+    }
+    assert len(set(prints.values())) == len(prints)
+    assert open_rows(same).fingerprint() == prints["plain"]
+    assert len(prints["plain"]) == 64
+
+
+def test_a_saved_folder_and_hub_data(tmp_path, monkeypatch):
+    import datasets
+
+    data = datasets.Dataset.from_list([{"text": "a", "weight": 2.0}, {"text": "b", "weight": None}])
+    data.save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
+    for path, name in ((tmp_path / "saved", str(tmp_path / "saved")), ("owner/name", "owner/name (train)")):
+        rows = load_rows(path)
+        assert [(row.text, row.weight) for row in rows] == [("a", 2.0), ("b", 1.0)]
+        assert (rows.format, rows.files, rows[1].source) == ("text", (name,), f"{name}, row 2")
+        assert open_rows(path).fingerprint() == open_rows(path).fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "jsonl.gz", "json.gz", "txt"])
+def test_memory_does_not_grow_with_the_file(kind, tmp_path):
+    def peak(count):
+        path = tmp_path / f"{count}.{kind}"
+        rows = [{"text": f"row {i} " * 20} for i in range(count)]
+        lines = "\n".join(json.dumps(row) for row in rows)
+        texts = {"json": json.dumps(rows), "csv": "\n".join(["text", *(row["text"] for row in rows)])}
+        data = texts.get(kind.removesuffix(".gz"), lines).encode()
+        path.write_bytes(gzip.compress(data, 1) if kind.endswith("gz") else data)
+        del rows, lines, texts, data
+        tracemalloc.start()
+        assert sum(1 for _ in open_rows(path)) == count
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(100)  # What is made once.
+    small, large = peak(10_000), peak(40_000)
+    assert large < 1.2 * small + 100_000
 
 
 @pytest.mark.shared
