@@ -2,29 +2,33 @@
 
 Knows no model and imports no jax.
 
-Step by step:
+Step by step, each value printable:
 
     rows = load_rows("dolly.json")                              # conversations
     rendered = Renderer(tokenizer).render(rows[0])              # text, and what each stretch of it is
-    [tokens] = tokenize([rendered], tokenizer)                  # ids and segments
-    weights = token_weights(tokens.segments, "masked")          # what each prediction counts
+    [tokens] = tokenize([rendered], tokenizer)                  # ids, segments and turns
+    weights = token_weights(tokens, LossWeights("masked"))      # what each prediction counts
     dataset = EncodedDataset.build(rows, tokenizer)             # all of it for all rows
-    plan = BatchPlan(len(dataset), batch_size=4, seed=0, steps=50)
-    batch = dataset.batch(plan.indices(0), 4, dataset.batch_length)
+    plan = BatchPlan(dataset.lengths, batch_size=4, seed=0, steps=50)
+    batch = dataset.batch(plan.rows(0))                         # see describe_batch
 """
 
+from mora_jax.data.advice import Advice, advise, advise_on
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
 from mora_jax.data.dataset import EncodedDataset, Example, split_rows
-from mora_jax.data.describe import describe_example, token_texts
+from mora_jax.data.describe import describe_batch, describe_example, token_texts
 from mora_jax.data.encoding import RowEncoder
 from mora_jax.data.formats import FORMATS
-from mora_jax.data.inspecting import inspect_data
+from mora_jax.data.inspecting import inspect_data, inspect_dataset
 from mora_jax.data.loading import load_rows
+from mora_jax.data.page import make_page, write_page
+from mora_jax.data.pipeline import BatchIterator, BatchSource
 from mora_jax.data.plan import BatchPlan
 from mora_jax.data.rendering import Prompt, Renderer, render_prompt
 from mora_jax.data.report import Report
 from mora_jax.data.rows import Rows
 from mora_jax.data.segments import Piece, Rendered, Segment
+from mora_jax.data.sources import Source
 from mora_jax.data.templates import TEMPLATES
 from mora_jax.data.tokenizer import load_tokenizer
 from mora_jax.data.tokens import Tokens, tokenize
@@ -34,31 +38,41 @@ __all__ = [
     "FORMATS",
     "MODES",
     "TEMPLATES",
+    "Advice",
+    "BatchIterator",
     "BatchPlan",
+    "BatchSource",
     "Conversation",
     "EncodedDataset",
-    "RowEncoder",
     "Example",
+    "LossWeights",
     "Message",
+    "Passage",
     "Piece",
     "Prompt",
     "Rendered",
     "Renderer",
     "Report",
+    "Row",
+    "RowEncoder",
     "Rows",
     "Segment",
+    "Source",
+    "TokenRow",
     "Tokens",
+    "advise",
+    "advise_on",
+    "describe_batch",
     "describe_example",
     "inspect_data",
+    "inspect_dataset",
     "load_rows",
     "load_tokenizer",
+    "make_page",
     "render_prompt",
     "split_rows",
     "token_texts",
     "token_weights",
     "tokenize",
-    "LossWeights",
-    "Passage",
-    "Row",
-    "TokenRow",
+    "write_page",
 ]

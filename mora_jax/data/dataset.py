@@ -17,7 +17,7 @@ from mora_jax.data.plan import padded_length
 from mora_jax.data.report import Counted, Report, count
 from mora_jax.data.rows import Rows
 from mora_jax.data.scanning import Fates, find_examples, flat_weights
-from mora_jax.data.segments import INSTRUCTION
+from mora_jax.data.segments import INSTRUCTION, Segment, runs
 from mora_jax.data.store import FlatRows, TokenStore
 from mora_jax.data.token_cache import build_store
 from mora_jax.data.weights import LossWeights, response_tokens, token_weights
@@ -47,7 +47,10 @@ class Example:
 
     def __str__(self) -> str:
         trained = int(np.count_nonzero(self.weights))
-        return f"{len(self)} tokens, {trained} of them trained ({self.source or 'no source'})"
+        lines = [f"{len(self)} tokens, {trained} of them trained ({self.source or 'no source'})"]
+        for (weight, segment), part in runs(zip(self.weights.tolist(), self.segments.tolist(), strict=True)):
+            lines.append(f"{weight:>8.3g}  {Segment(segment).label:12} {part.stop - part.start:4} tokens")
+        return "\n".join(lines)
 
 
 class EncodedDataset(Sequence[Example]):
@@ -133,9 +136,7 @@ class EncodedDataset(Sequence[Example]):
             "notes": list(encoder.renderer.notes),
         }
         store = build_store(encoder, ((row.source, row) for row in rows), facts)
-        return cls(
-            store, loss, max_length, truncation, vocab_size=vocab_size, special_ids=tokenizer.all_special_ids
-        )
+        return cls(store, loss, max_length, truncation, vocab_size=vocab_size, special_ids=tokenizer.all_special_ids)
 
     def _scan(self, rows: np.ndarray | None, vocab_size: int | None, special: np.ndarray) -> None:
         """One pass over the store: which rows become which examples, and the report."""
@@ -248,7 +249,9 @@ class EncodedDataset(Sequence[Example]):
         if len(rows) > batch_size:
             raise ValueError(f"{len(rows)} rows do not fit a batch of {batch_size}")
         shape = (batch_size, length)
-        batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "positions")}
+        batch: dict[str, np.ndarray] = {
+            name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "positions")
+        }
         batch["weights"] = np.zeros(shape, np.float32)
         batch["counts"] = np.zeros(batch_size, np.float32)
         kinds = extra or {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,3 +59,19 @@ def describe_example(example: Example, tokenizer: Any) -> list[tuple[str, float,
     texts = token_texts(example.input_ids.tolist(), tokenizer)
     names = [Segment(segment).label for segment in example.segments.tolist()]
     return list(zip(texts, training_weights(example).tolist(), names, strict=True))
+
+
+def describe_batch(batch: Mapping[str, np.ndarray]) -> str:
+    """A batch in words: its arrays, and what each row holds.
+
+    Args:
+      batch: what `EncodedDataset.batch` gives, or with a leading axis of micro-batches.
+    """
+    lines = [f"{name:>12}  {array.dtype.name:8} {list(array.shape)}" for name, array in batch.items()]
+    length = batch["segment_ids"].shape[-1]
+    rows = (batch[name].reshape(-1, length) for name in ("segment_ids", "weights"))
+    for number, (segment_ids, weights) in enumerate(zip(*rows, strict=True)):
+        padding, trained = int((segment_ids == 0).sum()), int(np.count_nonzero(weights))
+        examples = f"{int(segment_ids.max(initial=0))} examples"
+        lines.append(f"{f'row {number}':>12}  {examples}, {trained} of {length} tokens trained, {padding} padding")
+    return "\n".join(lines)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
+
+Label = TypeVar("Label", bound=Hashable)
 
 
 class Segment(IntEnum):
@@ -84,3 +88,16 @@ class Rendered:
 
     def __str__(self) -> str:
         return "\n".join(f"{piece.segment.label:>12} {piece.text!r}" for piece in self.pieces)
+
+
+def runs(labels: Iterable[Label]) -> Iterator[tuple[Label, slice]]:
+    """Stretches of equal labels.
+
+    >>> list(runs("aab"))
+    [('a', slice(0, 2, None)), ('b', slice(2, 3, None))]
+    """
+    start = 0
+    for label, members in itertools.groupby(labels):
+        stop = start + sum(1 for _ in members)
+        yield label, slice(start, stop)
+        start = stop

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.data.segments import ANSWER, RESPONSE, Rendered, Segment
+from mora_jax.data.segments import ANSWER, RESPONSE, Rendered, Segment, runs
 from mora_jax.errors import InputError
 
 #: Which segment a token with characters of several belongs to, highest first. An end-of-turn token that
@@ -27,6 +27,9 @@ _PRECEDENCE = (
     Segment.HEADER,
     Segment.TEMPLATE,
 )
+
+# Ids of a stretch that are printed.
+_SHOWN_IDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,15 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} tokens"]
+        for (segment, turn), part in runs(zip(self.segments.tolist(), self.turns.tolist(), strict=True)):
+            ids = self.input_ids[part].tolist()
+            shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (", ..." if len(ids) > _SHOWN_IDS else "")
+            where = f"turn {turn}" if turn >= 0 else ""
+            lines.append(f"{Segment(segment).name.lower():>12}  {where:7}  {len(ids):4} ids: {shown}")
+        return "\n".join(lines)
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -104,6 +104,16 @@ class LossWeights:
             weights = weights | others if Segment.ASSISTANT in trained else others
         return {segment: weights.get(segment, 0.0) for segment in Segment}
 
+    def __str__(self) -> str:
+        mode = MODES[self.mode]
+        lines = [f"{self.mode}: {mode.doc}", *(f"{s.name.lower():>12}  {w:g}" for s, w in self.table.items())]
+        ends = self.end_of_turn or ("turn" if mode.roles else None)
+        if ends is not None:
+            lines.append(f"ends of turns: {ends}")
+        if self.headers is not None:
+            lines.append(f"headers: {self.headers}")
+        return "\n".join(lines)
+
 
 def token_weights(tokens: Tokens, loss: LossWeights = LossWeights()) -> np.ndarray:
     """Weights of predicting each token.
