@@ -117,7 +117,10 @@ class ChatTemplate:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the template."""
-        frame = self.frame
+        try:
+            frame = self.frame
+        except Untrackable as error:
+            return [f"the chat template cannot be tracked, {error}"]
         notes = []
         if frame.lead is None:
             notes.append("the chat template's generation prompt is not how it begins an answer in training")

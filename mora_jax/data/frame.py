@@ -7,6 +7,7 @@ from typing import Any
 
 from mora_jax.data.jinja_template import JinjaTemplate
 from mora_jax.data.layout import stand_in
+from mora_jax.data.spans import Untrackable
 from mora_jax.errors import InputError
 
 
@@ -44,6 +45,7 @@ def find_frame(template: JinjaTemplate) -> Frame:
 
     Raises:
       InputError: if the template refuses a question and an answer, alone and after a system message.
+      Untrackable: if it does not show them as they are.
     """
     marks = _Marks(template.tokenizer)
     try:
@@ -66,6 +68,8 @@ def _find(opening: list[str], template: JinjaTemplate, marks: _Marks) -> Frame:
     asked = words[: len(roles) - 1]
     prompt = render(roles[:-1], asked, prompt=True)
     whole = render(roles, words[: len(roles)])
+    if question not in whole or answer not in whole:
+        raise Untrackable("its output depends on the words of the messages")
     before, _, after = whole.rpartition(answer)
     lead = before.removeprefix(prompt) if before.startswith(prompt) else None
     closing = marks.closing(after)

@@ -65,7 +65,7 @@ def label(
     at = 0
     for stretch in stretches:
         if stretch.start > at:
-            pieces += _opening(text, at, stretch, words, spans, frame)
+            pieces += _opening(text[at : stretch.start], stretch, frame, first=at == 0)
         pieces.append(Piece(text[stretch.start : stretch.stop], stretch.segment, stretch.turn))
         at = stretch.stop
     rest = text[at:]
@@ -136,12 +136,9 @@ def _rest(turn: int, answer: Answer, spans: Sequence[Span], words: Sequence[Word
         yield _Stretch(answer.end, answer.stop, Segment.END_OF_TURN, turn)
 
 
-def _opening(
-    text: str, at: int, stretch: _Stretch, words: Sequence[Words], spans: Sequence[Span], frame: Frame
-) -> Iterator[Piece]:
-    """The template's text before a stretch: at the very beginning, what no message asked for is set apart."""
-    gap = text[at : stretch.start]
-    if at == 0 and any(map(str.isalnum, frame.header)) and stretch.segment == Segment.USER:
+def _opening(gap: str, stretch: _Stretch, frame: Frame, *, first: bool) -> Iterator[Piece]:
+    """The template's text before a stretch: before a first question, what no message asked for is set apart."""
+    if first and any(map(str.isalnum, frame.header)) and stretch.segment == Segment.USER:
         for header in (frame.header, frame.header.lstrip()):
             if gap.endswith(header) and len(gap) > len(header):
                 yield Piece(gap[: -len(header)], Segment.TEMPLATE)
