@@ -163,7 +163,9 @@ class EncodedDataset(Sequence[Example]):
         table = np.concatenate(found) if found else np.zeros((0, 4), np.int64)
         self._rows, self._cuts = table[:, 0], table[:, 1:].astype(np.int32)
         self.lengths = self._cuts[:, 0] + self._cuts[:, 2] - self._cuts[:, 1]
-        known = {name: facts[name] for name in ("format", "template", "files", "notes") if name in facts}
+        known: dict[str, Any] = {
+            name: facts[name] for name in ("format", "template", "files", "notes") if name in facts
+        }
         if rows is None:
             known |= {name: facts[name] for name in ("reasons", "fell_back") if name in facts}
         self.report = Report.of(

@@ -14,6 +14,12 @@ from mora_jax.data.segments import Segment
 _REPLACEMENT = "\ufffd"
 
 
+def visible(text: str) -> str:
+    """The text with a sign before each line's end, and control characters written out."""
+    signs = {"\n": "↵\n", "\t": "⇥"}
+    return "".join(char if char.isprintable() else signs.get(char, ascii(char)[1:-1]) for char in text)
+
+
 def token_texts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text that each token adds; together they are the decoded text.
 

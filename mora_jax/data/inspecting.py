@@ -11,7 +11,7 @@ import numpy as np
 
 from mora_jax.data.advice import advise_on
 from mora_jax.data.dataset import EncodedDataset
-from mora_jax.data.describe import training_weights
+from mora_jax.data.describe import training_weights, visible
 from mora_jax.data.report import NEAR_EMPTY, Report
 from mora_jax.data.segments import ANSWER, INSTRUCTION, Segment
 from mora_jax.data.sources import OFF, Source
@@ -172,6 +172,6 @@ def repeated_prompts(dataset: EncodedDataset, tokenizer: Any, most: int = 3) -> 
         answers = np.flatnonzero(np.isin(tokens.segments, ANSWER))
         before = slice(0, answers[0] if len(answers) else len(tokens))
         asked = tokens.input_ids[before][np.isin(tokens.segments[before], INSTRUCTION)]
-        text = " ".join(tokenizer.decode(asked[: 2 * _SHOWN].tolist()).split())
+        text = visible(" ".join(tokenizer.decode(asked[: 2 * _SHOWN].tolist()).split()))
         told.append((text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...", int(counts[place])))
     return told

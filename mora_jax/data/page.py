@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from mora_jax.data.advice import advise_on
 from mora_jax.data.dataset import EncodedDataset, Example
-from mora_jax.data.describe import describe_example
+from mora_jax.data.describe import describe_example, visible
 from mora_jax.data.inspecting import loss_words, repeated_prompts, segment_table
 from mora_jax.data.report import Report
 from mora_jax.data.terminal import fates, ratio_words
@@ -61,12 +61,6 @@ def write_page(path: str | os.PathLike[str], page: str) -> None:
         beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def visible(text: str) -> str:
-    """The text with a sign before each line's end, and control characters written out."""
-    signs = {"\n": "↵\n", "\t": "⇥"}
-    return "".join(char if char.isprintable() else signs.get(char, ascii(char)[1:-1]) for char in text)
 
 
 @cache

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mora_jax.data.advice import Advice, advise_on
 from mora_jax.data.dataset import EncodedDataset
+from mora_jax.data.describe import visible
 from mora_jax.data.inspecting import loss_words, repeated_prompts, segment_table
 from mora_jax.data.report import CAUSES, NEAR_EMPTY, Report
 
@@ -65,7 +66,7 @@ def _facts(report: Report, loss: str, recognised: bool) -> Table:
     rows += [("bad row", reason) for reason in report.reasons]
     rows += [("note", note) for note in report.notes]
     for name, words in rows:
-        table.add_row(name, Text(words))
+        table.add_row(name, Text(visible(words)))
     return table
 
 
