@@ -55,11 +55,13 @@ class SavedFolder:
 
     Args:
       path: the folder.
-      split: which of several splits; None: `train`, or the only one.
+      split: which of several splits; None: `train`, or the only one. As for a file, it says nothing about a
+        folder that was saved without splits.
     """
 
     def __init__(self, path: Path, split: str | None = None):
-        self.path, self.split = path, split
+        self.path = path
+        self.split = split if (path / "dataset_dict.json").is_file() else None
 
     @staticmethod
     def is_one(path: Path) -> bool:
@@ -90,10 +92,6 @@ class SavedFolder:
             if chosen not in loaded:
                 raise InputError(f"{self.path} has no split {chosen!r}: set data.split to one of {', '.join(splits)}")
             loaded = loaded[chosen]
-        elif self.split not in (None, str(loaded.split)):
-            raise InputError(
-                f"{self.path} has no split {self.split!r}: it was saved without splits, leave data.split empty"
-            )
         return loaded
 
     def rows(self) -> Iterator[tuple[int, Any]]:

@@ -28,6 +28,7 @@ def saved(tmp_path_factory):
     ("name", "split", "count"),
     [
         ("one", None, 2500),
+        ("one", "validation", 2500),
         ("formatted", None, 2500),
         ("many", None, 2500),
         ("many", "test", 3),
@@ -52,8 +53,6 @@ def test_digests_of_saved_folders(saved, tmp_path):
 def test_splits_that_are_not_there(saved, tmp_path):
     with pytest.raises(InputError, match=r"many has no split 'dev': set data.split to one of train, test"):
         list(SavedFolder(saved / "many", "dev").rows())
-    with pytest.raises(InputError, match=r"one has no split 'dev': it was saved without splits"):
-        list(SavedFolder(saved / "one", "dev").rows())
     DatasetDict(a=Dataset.from_list(ROWS[:1]), b=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "ab")
     with pytest.raises(InputError, match=r"ab has no split 'train': set data.split to one of a, b"):
         list(SavedFolder(tmp_path / "ab").rows())
