@@ -79,6 +79,17 @@ def test_targets_and_weights_shift_together():
     assert shifted.tolist() == [[0.0, 1.0, 0.5, 0.0]]
 
 
+def test_no_token_is_predicted_from_another_example_or_at_padding():
+    ids = np.arange(8)[None]
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0, 3]])
+    targets, shifted = next_token_targets(ids, np.ones((1, 8), np.float32), segments)
+    # Tokens 1 and 2 of the first example, token 4 of the second.
+    assert shifted.tolist() == [[1, 1, 0, 1, 0, 0, 0, 0]]
+    assert targets[0, [0, 1, 3]].tolist() == [1, 2, 4]
+    mask = segments > 0
+    assert next_token_targets(ids, np.ones((1, 8), np.float32), mask)[1].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+
+
 def test_shards_must_share_the_rows():
     hidden, kernel, targets, weights = case()
     with pytest.raises(ValueError, match="3 shards can't share 4 rows"):
