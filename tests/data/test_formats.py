@@ -6,10 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mora_jax.data import Conversation, Message, Passage, TokenRow
 from mora_jax.data.formats import FORMATS, detect_format, find_format, recognise
 from mora_jax.data.loading import Converter
+from mora_jax.data.mapping import COLUMNS, ROLES, Mapping
 from mora_jax.errors import InputError
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -234,3 +237,49 @@ def test_a_format_that_does_not_exist():
     with pytest.raises(InputError, match="unknown data format 'alpacca': choose one of " + ", ".join(FORMATS)):
         find_format("alpacca")
     assert all(find_format(name).name == name for name in FORMATS)
+
+
+def attempt(function):
+    """What a function gives, or the `InputError` that it raises."""
+    try:
+        return function()
+    except InputError as error:
+        return error
+
+
+KEYS = st.sampled_from([*COLUMNS, "function_call", "function", "arguments", "type", "id"])
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-101, 3)
+    | st.floats()
+    | st.text(st.characters(), max_size=3)
+    | st.sampled_from([*ROLES, "[", "[1]", "{}", '[{"name": "f"}]', "\ud800", 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=20,
+)
+ROWS = st.dictionaries(KEYS, ANYTHING, max_size=6)
+MAPPING = Mapping.parse(("instruction=query", "from=role", "ignore=id"), ("tool=function_call",))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.sampled_from(sorted(FORMATS)), ROWS | ANYTHING, st.sampled_from([Mapping(), MAPPING]), st.booleans())
+def test_any_row_is_read_or_refused_in_one_line(name, row, mapping, guessed):
+    before = repr(row)
+    results = attempt(lambda: Converter(name, guessed, mapping)("r", row))
+    if isinstance(results, InputError):
+        assert str(results).startswith("r")
+        assert "\n" not in str(results)
+    else:
+        assert results
+        for result in results:
+            str(result).encode()
+            assert 0 <= result.weight < float("inf")
+    assert repr(row) == before
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.just("r"), ROWS), min_size=1, max_size=3))
+def test_any_rows_are_of_a_format_or_of_none(rows):
+    result = attempt(lambda: detect_format(rows))
+    assert str(result).startswith("r: no known format") if isinstance(result, InputError) else result.name in FORMATS

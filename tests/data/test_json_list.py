@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_jax.data.files import TextReader
@@ -30,6 +30,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
+@settings(deadline=None)
 @given(
     st.lists(JSON, max_size=6),
     st.sampled_from([None, 0, 2]),
@@ -44,6 +45,7 @@ def test_any_list_in_pieces_of_any_size(rows, indent, ascii_only, piece, space):
     assert list(ListReader(TextReader(data, PATH).read, PATH, piece)) == list(enumerate(rows, start=1))
 
 
+@settings(deadline=None)
 @given(st.lists(JSON, min_size=1, max_size=4), st.integers(1, 40), st.data())
 def test_a_list_that_was_cut_is_never_read_as_whole(rows, piece, data):
     text = json.dumps(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_jax.data import Passage, TokenRow
@@ -45,6 +45,7 @@ def test_broken_segments(segments, message):
         list(read_segments({"segments": segments}, "r", Mapping()))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_labels_say_which_ids_are_trained(data):
     ids = data.draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mora_jax.data.reading import READERS, DataFile
@@ -74,6 +74,7 @@ def test_text_files(tmp_path):
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
+@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}), min_size=1, max_size=5))
 def test_any_text_comes_back(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
@@ -179,6 +180,42 @@ def test_a_row_that_cannot_be_read_does_not_hide_the_next(name, content, message
     assert isinstance(error, InputError)
     with pytest.raises(InputError, match=f"{name}, {message}"):
         raise error
+
+
+PIECES = [
+    b'{"text": "a"}',
+    b"[",
+    b"]",
+    b",",
+    b"\n",
+    b"\r",
+    b'"',
+    b"{",
+    b"\xff",
+    b"\x00",
+    b" ",
+    b"1e",
+    b"\\",
+    b"\xef\xbb\xbf",
+]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=12).map(b"".join))
+@example(b"\x1f\x8b")
+def test_any_bytes_are_rows_or_bad_input(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("bytes")
+    for name in ("a.json", "a.jsonl", "a.csv", "a.txt", "a.json.gz"):
+        (folder / name).write_bytes(content)
+        errors = []
+        try:
+            rows = rows_of(folder / name)
+        except InputError as error:
+            errors.append(error)
+        else:
+            assert rows or name == "a.csv"
+            errors += [row for _, row in rows if isinstance(row, InputError)]
+        assert not any("\n" in str(error) for error in errors)
 
 
 def test_utf16_is_no_utf8(tmp_path):
