@@ -1,7 +1,7 @@
 """The best approximation of an update by a product of two thin factors, with its error (Eckart and Young, 1936).
 
-An update is a Flax kernel `[in, out]`; its factors are `a [in, r]` and `b [r, out]`, and the update is `a @ b`. Sums are
-taken in float64: a squared singular value must not drown in the rounding of the largest.
+An update is a Flax kernel `[in, out]`; its factors are `a [in, r]` and `b [r, out]`, and the update is `a @ b`. Sums
+are taken in float64: a squared singular value must not drown in the rounding of the largest.
 """
 
 from __future__ import annotations

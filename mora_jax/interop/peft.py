@@ -7,30 +7,21 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from mora_jax.adapters.adapter import Adapter
-from mora_jax.adapters.attach import AdapterEntry, adapters_of, attach
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig
-from mora_jax.adapters.layers import Adapted
+from mora_jax.adapters.attach import AdapterEntry, adapters_of
+from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.mora import square_rank
-from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.errors import InputError
 from mora_jax.interop.folders import new_folder
 from mora_jax.interop.hub import local_folder
-from mora_jax.interop.peft_config import (
-    AdapterFile,
-    lora_fields,
-    mora_fields,
-    read_adapter_config,
-    short_targets,
-)
+from mora_jax.interop.install import Filling, first, install, short_targets
+from mora_jax.interop.peft_config import AdapterFile, lora_fields, mora_fields, read_adapter_config
 from mora_jax.interop.tensors import TensorFiles
 from mora_jax.models.init import read_json
 
@@ -129,12 +120,10 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str]) -> None:
     ]
     chosen = [(place, layers) for place, layers in chosen if layers]
     _check_claims(stored, chosen, file)
-    configs = _configs(chosen, file, all_places)
-    filled = [(place, _values(place, layers, stored, files, file)) for place, layers in chosen]
-    for config in configs:
-        attach(model, config, rngs=nnx.Rngs(0))
-    for place, values in filled:
-        _fill(place, values)
+    fillings: dict[str, Filling] = {}
+    for place, layers in chosen:
+        fillings |= _fillings(place, layers, stored, files, file)
+    install(model, fillings)
 
 
 def _open(folder: Path) -> TensorFiles:
@@ -182,7 +171,7 @@ def _check_claims(stored: dict[str, dict[str, str]], chosen: list[tuple[Place, l
     extra = [path for path in stored if path not in set(claimed)]
     if extra:
         raise InputError(
-            f"{file.where}: the tensors of {len(extra)} modules belong to no target that the model has: {_first(extra)}"
+            f"{file.where}: the tensors of {len(extra)} modules belong to no target that the model has: {first(extra)}"
         )
     needed = {"a"} if file.kind is not None else {"a", "b"}
     missing = [
@@ -191,32 +180,14 @@ def _check_claims(stored: dict[str, dict[str, str]], chosen: list[tuple[Place, l
         if needed - set(stored.get(path, ()))
     ]
     if missing:
-        raise InputError(f"{file.where}: {len(missing)} targets lack tensors: {_first(missing)}")
+        raise InputError(f"{file.where}: {len(missing)} targets lack tensors: {first(missing)}")
 
 
-def _configs(
-    chosen: list[tuple[Place, list[int]]], file: AdapterFile, all_places: list[Place]
-) -> list[LoRAConfig | MoRAConfig]:
-    """As few configurations as there are ranks; scalings are filled in afterwards, layer by layer."""
-    groups: dict[int, list[str]] = {}
-    for place, layers in chosen:
-        paths = [place.paths[layer] for layer in layers]
-        ranks = sorted({file.config(path).rank for path in paths})
-        if len(ranks) > 1:
-            raise InputError(f"{file.where}: ranks that differ by layer are not supported ({place.title} has {ranks})")
-        groups.setdefault(ranks[0], []).extend(paths)
-    possible = [path for place in all_places for path in place.paths]
-    return [
-        dataclasses.replace(file.config(paths[0]), targets=tuple(short_targets(paths, possible)))
-        for paths in groups.values()
-    ]
-
-
-def _values(
+def _fillings(
     place: Place, layers: list[int], stored: dict[str, dict[str, str]], files: TensorFiles, file: AdapterFile
-) -> dict[int, dict[str, np.ndarray]]:
-    """The checked arrays of a place by layer, in this library's orientation."""
-    values = {}
+) -> dict[str, Filling]:
+    """The checked arrays of a place by path, in this library's orientation."""
+    fillings = {}
     for layer in layers:
         path = place.paths[layer]
         config, names = file.config(path), stored[path]
@@ -225,13 +196,13 @@ def _values(
             matrix = _read(files, names["a"], (side, side))
             if "b" in names and not np.array_equal(matrix, _read(files, names["b"], (side, side))):
                 raise InputError(f"{files.folder}: {names['a']} and {names['b']} differ, but MoRA has one matrix")
-            values[layer] = {"m": matrix}
+            fillings[path] = Filling(config, {"m": matrix})
             continue
         factor_a = _read(files, names["a"], (config.rank, place.in_features))
         factor_b = _read(files, names["b"], (place.out_features, config.rank))
         scaling = np.asarray(config.alpha / config.rank, np.float32)
-        values[layer] = {"lora_a": factor_a.T, "lora_b": factor_b.T, "scaling": scaling}
-    return values
+        fillings[path] = Filling(config, {"lora_a": factor_a.T, "lora_b": factor_b.T, "scaling": scaling})
+    return fillings
 
 
 def _read(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -241,24 +212,3 @@ def _read(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.ndarray:
             f"config imply {list(shape)}"
         )
     return files.read(name).astype(np.float32)
-
-
-def _fill(place: Place, values: dict[int, dict[str, np.ndarray]]) -> None:
-    """Writes the arrays of all layers of a place at once."""
-    adapter = _adapter(place)
-    for name in next(iter(values.values())):
-        variable = getattr(adapter, name)
-        array = np.array(variable[...])
-        for layer, arrays in values.items():
-            array[layer if place.stacked else ...] = arrays[name]
-        variable.set_value(jnp.asarray(array))
-
-
-def _adapter(place: Place) -> Adapter:
-    if isinstance(place.layer, Projection):
-        return place.layer.adapters[place.part]
-    return cast(Adapted, place.layer).adapter
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

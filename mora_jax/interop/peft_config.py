@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
@@ -274,14 +273,3 @@ def _shared_fields(
 def _plain(value: float) -> int | float:
     """A whole number as int, as PEFT writes it."""
     return int(value) if float(value).is_integer() else float(value)
-
-
-def short_targets(adapted: Iterable[str], possible: Iterable[str]) -> list[str]:
-    """The shortest list of PEFT targets that names exactly the `adapted` paths among the `possible` ones."""
-    adapted, possible = set(adapted), set(possible)
-    targets = set()
-    for path in adapted:
-        name = path.rpartition(".")[2]
-        same = {other for other in possible if other == name or other.endswith("." + name)}
-        targets.add(name if same <= adapted else path)
-    return sorted(targets)
