@@ -28,7 +28,7 @@ class Words:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Stretch:
     start: int
     stop: int
