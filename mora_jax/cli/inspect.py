@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.interop.hub import local_folder
     from mora_jax.training.example_text import print_examples
 
-    if args.html is not None and not args.html.absolute().parent.is_dir():
-        raise InputError(f"--html {args.html}: there is no folder {args.html.absolute().parent}; make it first")
+    if args.html is not None:
+        _check_page(args.html)
     tokenizer = load_tokenizer(local_folder(args.model))
     dataset = read_data(args, tokenizer)
     if args.html is not None:
@@ -58,3 +58,11 @@ def run(args: argparse.Namespace) -> int:
     shown = ((example.source, describe_example(example, tokenizer)) for example in dataset[: args.examples])
     print_examples(shown, console)
     return 0
+
+
+def _check_page(path: Path) -> None:
+    """Refuses a place where no page can be written, before the work begins."""
+    if path.is_dir():
+        raise InputError(f"--html {path}: is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--html {path}: there is no folder {path.absolute().parent}; make it first")

@@ -105,7 +105,7 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
         "fell_back": report.fell_back,
         "template": report.template,
         "mode": report.mode,
-        "loss": asdict(dataset.loss),
+        "loss": asdict(dataset.loss) | {"roles": list(dataset.loss.roles)},
         "notes": report.notes,
         "advice": advice.text,
         "advice_details": {

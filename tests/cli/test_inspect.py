@@ -1,0 +1,56 @@
+"""inspect: tables or one JSON object on stdout, a page beside, and refusals."""
+
+import json
+
+import pytest
+
+
+def test_report_and_examples_as_text(run, model_dir, data_file):
+    code, out, err = run("inspect", "--model", model_dir, "--data", data_file, "--examples", "2")
+    assert (code, err) == (0, "")
+    assert "format  alpaca (recognised from the first rows" in out
+    assert "Advice on the loss mode" in out
+    assert "example 2: " in out and "example 3" not in out
+    assert "    1  assistant    'redred'" in out
+    assert "\x1b" not in out
+    assert not any(line.endswith(" ") for line in out.splitlines())
+
+
+def test_one_object(run, model_dir, data_file):
+    base = ["inspect", "--model", model_dir, "--data", data_file, "--json"]
+    code, out, err = run(*base, "--loss-mode", "weighted", "--prompt-weight", "0.5", "--examples", "3")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    found = json.loads(out)
+    assert (found["rows"], found["kept"], found["mode"]) == (12, 12, "weighted")
+    assert len(found["examples"]) == 3
+    assert {0.0, 0.5, 1.0} == {weight for example in found["examples"] for weight in example["weights"]}
+    assert json.loads(run(*base)[1])["mode"] == "masked"
+    assert "as asked" not in out
+
+
+def test_page_beside_either(run, model_dir, data_file, tmp_path):
+    path = tmp_path / "page.html"
+    base = ["inspect", "--model", model_dir, "--data", data_file, "--html", path, "--examples", "2"]
+    code, out, err = run(*base, "--json")
+    assert (code, err) == (0, f"wrote {path}\n")
+    assert json.loads(out)["rows"] == 12
+    page = path.read_text(encoding="utf-8")
+    assert page.count('<section class="example">') == 2
+    code, out, _ = run(*base, "--format", "alpaca")
+    assert code == 0 and "alpaca (as asked)" in out
+    assert [found.name for found in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_refusals_leave_nothing(fails, model_dir, data_file, tmp_path):
+    base = ["inspect", "--model", model_dir, "--data", data_file]
+    assert "make it first" in fails(*base, "--html", tmp_path / "absent" / "page.html")
+    assert str(tmp_path) in fails(*base, "--html", tmp_path)
+    assert "max_length" in fails(*base, "--html", tmp_path / "page.html", "--max-length", "2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["last_turn", "im_paper", "wit", "full"])
+def test_modes(run, model_dir, data_file, mode):
+    code, out, _ = run("inspect", "--model", model_dir, "--data", data_file, "--loss-mode", mode, "--json")
+    assert code == 0
+    assert json.loads(out)["trained_fraction"] > 0
