@@ -131,9 +131,9 @@ def describe_mode(config: Config) -> str:
 def adapter_config(config: AdapterConfig) -> LoRAConfig | MoRAConfig | FullConfig:
     """The section `adapter` as the method's own configuration."""
     if config.method == "lora":
-        return LoRAConfig(config.rank, config.alpha, config.dropout, config.targets)
+        return LoRAConfig(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets)
     if config.method == "mora":
-        return MoRAConfig(config.rank, config.kind, config.dropout, config.targets)
+        return MoRAConfig(rank=config.rank, kind=config.kind, dropout=config.dropout, targets=config.targets)
     return FullConfig()
 
 

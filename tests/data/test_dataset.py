@@ -184,7 +184,7 @@ def test_split_rows_train_every_token_once(tokenizer):
 def test_a_pack_holds_its_examples_one_after_the_other(tokenizer):
     dataset = EncodedDataset.build(ROWS[:2], tokenizer)
     first, second = dataset[0], dataset[1]
-    batch = dataset.batch([np.array([1, 0])], 2, 64)
+    batch = dataset.batch([np.array([1, 0])], 2, 128)
     total = len(first) + len(second)
     np.testing.assert_array_equal(batch["input_ids"][0, :total], [*second.input_ids, *first.input_ids])
     assert batch["segment_ids"][0, :total].tolist() == [1] * len(second) + [2] * len(first)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import FORMATS, KINDS, METHOD_KEYS, TEMPLATES, Config, check_warmup, keys, unused
+from mora_jax.training.config import FORMATS, KINDS, METHOD_KEYS, MODES, TEMPLATES, Config, check_warmup, keys, unused
 from mora_jax.training.config_file import load_config, read_config_file
 from mora_jax.training.config_key import split_list
 
@@ -109,7 +109,7 @@ def test_override_values(name, text, value):
         ("adapter.zzz", "8", ["keys of adapter", "rank"]),
         ("adapter", "8", ["section", "rank"]),
         ("model.quantize", "nf4", ["unknown key"]),
-        ("data.packing", "true", ["unknown key"]),
+        ("data.packin", "true", ["unknown key", "data.packing"]),
         ("adapter.rank", "0", ["adapter.rank", "at least 1", "0"]),
         ("adapter.rank", "8.5", ["adapter.rank", "integer", "8.5"]),
         ("adapter.rank", "", ["adapter.rank", "integer"]),
@@ -127,7 +127,7 @@ def test_override_values(name, text, value):
         ("data.eval_fraction", "-0.1", ["at least 0"]),
         ("loss.mode", "mask", ["masked, unmasked, full, weighted"]),
         ("loss.prompt_weight", "1.5", ["at most 1"]),
-        ("loss.normalize", "example", ["token"]),
+        ("loss.normalize", "exampl", ["token"]),
         ("train.steps", "0", ["at least 1"]),
         ("train.keep", "0", ["at least 1"]),
         ("train.micro_batch_size", "3", ["must divide train.batch_size=4"]),
@@ -143,7 +143,7 @@ def test_override_values(name, text, value):
         ("mesh.pmap", "maybe", ["true or false"]),
         ("seed", "-1", ["at least 0"]),
         ("out", "", ["out"]),
-        ("data.format", "csv", ["alpaca, messages"]),
+        ("data.format", "csv", ["messages, sharegpt"]),
     ],
 )
 def test_bad_overrides_name_key_value_and_what_is_allowed(name, text, words):
@@ -320,10 +320,12 @@ def test_methods_kinds_and_their_keys_are_those_of_the_adapters():
 
 def test_formats_and_templates_are_those_of_the_data_package():
     from mora_jax.data import FORMATS as DATA_FORMATS
+    from mora_jax.data import MODES as DATA_MODES
     from mora_jax.data import TEMPLATES as DATA_TEMPLATES
 
     assert set(FORMATS) == set(DATA_FORMATS)
-    assert set(TEMPLATES) == {"tokenizer", *DATA_TEMPLATES}
+    assert set(TEMPLATES) == set(DATA_TEMPLATES)
+    assert set(MODES) == set(DATA_MODES)
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
