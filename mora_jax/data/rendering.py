@@ -123,7 +123,7 @@ class Renderer:
         if isinstance(row, Passage):
             parts = enumerate(row.parts)
             return Rendered.join(
-                (Piece(text, Segment.ASSISTANT if weight else Segment.USER, i) for i, (text, weight) in parts),
+                (Piece(text, Segment.ASSISTANT if weight > 0 else Segment.USER, i) for i, (text, weight) in parts),
                 row.source,
             )
         try:
