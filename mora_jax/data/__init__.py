@@ -20,7 +20,8 @@ from mora_jax.data.describe import describe_batch, describe_example, token_texts
 from mora_jax.data.encoding import RowEncoder
 from mora_jax.data.formats import FORMATS
 from mora_jax.data.inspecting import inspect_data, inspect_dataset
-from mora_jax.data.loading import load_rows
+from mora_jax.data.loading import RowStream, load_rows, open_rows
+from mora_jax.data.mapping import Mapping
 from mora_jax.data.page import make_page, write_page
 from mora_jax.data.pipeline import BatchIterator, BatchSource
 from mora_jax.data.plan import BatchPlan
@@ -66,7 +67,10 @@ __all__ = [
     "describe_example",
     "inspect_data",
     "inspect_dataset",
+    "Mapping",
+    "RowStream",
     "load_rows",
+    "open_rows",
     "load_tokenizer",
     "make_page",
     "render_prompt",

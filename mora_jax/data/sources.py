@@ -78,9 +78,9 @@ class Source:
             "template": encoder.renderer.template,
             "notes": list(encoder.renderer.notes),
         }
-        folder = default_folder() if self.cache is None else Path(self.cache).expanduser()
+        folder: Path | None = default_folder() if self.cache is None else Path(self.cache).expanduser()
         key = None
-        if self.cache == OFF or not writable(folder):
+        if self.cache == OFF or folder is None or not writable(folder):
             folder = None
         else:
             key = fingerprint(

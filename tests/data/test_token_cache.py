@@ -24,7 +24,8 @@ def tokenizer(make_tokenizer):
 
 
 def conversation(number: int) -> Conversation:
-    return Conversation((Message("user", f"What is {number}?"), Message("assistant", str(number))), source=f"row {number}")
+    turns = (Message("user", f"What is {number}?"), Message("assistant", str(number)))
+    return Conversation(turns, source=f"row {number}")
 
 
 def raw(count: int, start: int = 0):
