@@ -2,6 +2,7 @@
 # make test       the tests
 # make test-all   the tests with the slow ones and the notebooks
 # make lint       ruff and mypy
+# make docs       the site of docs/, into build/site
 #
 # Each makes and fills .venv where it is missing or stale. PYTHON= names the interpreter; without it the first
 # of the candidates below that runs, is 3.11 or newer and can make environments is taken.
@@ -9,7 +10,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint clean FORCE
+.PHONY: help demo test test-all lint docs clean FORCE
 
 CANDIDATES := python3.13 python3.12 python3.11 python3 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -45,6 +46,9 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-notebook
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist

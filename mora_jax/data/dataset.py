@@ -48,8 +48,9 @@ class Example:
     def __str__(self) -> str:
         trained = int(np.count_nonzero(self.weights))
         lines = [f"{len(self)} tokens, {trained} of them trained ({self.source or 'no source'})"]
-        for (weight, segment), part in runs(zip(self.weights.tolist(), self.segments.tolist(), strict=True)):
-            lines.append(f"{weight:>8.3g}  {Segment(segment).label:12} {part.stop - part.start:4} tokens")
+        labels = [Segment(segment).label for segment in self.segments.tolist()]
+        for (weight, label), part in runs(zip(self.weights.tolist(), labels, strict=True)):
+            lines.append(f"{weight:>8.3g}  {label:12} {part.stop - part.start:4} tokens")
         return "\n".join(lines)
 
 

@@ -1,0 +1,101 @@
+"""The pages in docs/: what they run prints what they say, and the names in them exist."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import mora_jax.data
+from mora_jax.data.cutting import TRUNCATIONS
+from mora_jax.data.formats import FORMATS
+from mora_jax.data.normalize import NORMALIZERS
+from mora_jax.data.report import CAUSES
+from mora_jax.data.templates import TEMPLATES
+from mora_jax.data.weights import ENDS, HEADERS, MODES
+from mora_jax.training.config import keys, sections
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+# A block of Python and, if it prints, what it prints.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def run_blocks(text: str) -> list[tuple[str, str]]:
+    """What the blocks of a page should print, and what they do print."""
+    scope: dict[str, object] = {}
+    results = []
+    for number, match in enumerate(BLOCK.finditer(text), start=1):
+        code, expected = match.groups()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, f"block {number}", "exec"), scope)
+        results.append((expected or "", printed.getvalue()))
+    return results
+
+
+def test_walkthrough_prints_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = run_blocks(read("walkthrough.md"))
+    assert len(results) == 8
+    for expected, printed in results:
+        assert printed == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_configuration_keys_exist(page):
+    names = "|".join(sections())
+    named = set(re.findall(rf"`(?:--config\.)?((?:{names})\.[a-z_]+)", page.read_text(encoding="utf-8")))
+    assert named <= keys().keys()
+
+
+@pytest.mark.parametrize(
+    "page, names",
+    [
+        ("loss.md", (*MODES, *NORMALIZERS, *ENDS, *HEADERS)),
+        ("formats.md", FORMATS),
+        ("templates.md", TEMPLATES),
+        ("batches.md", (*TRUNCATIONS, *CAUSES)),
+    ],
+)
+def test_every_choice_is_documented(page, names):
+    text = read(page)
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_weights_of_the_table_are_those_of_the_code():
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\| `(\w+)` \|", read("loss.md"), re.MULTILINE)
+    assert {mode for mode, *_ in rows} == set(MODES)
+    for mode, answers, instructions, template, normalize in rows:
+        assert normalize == MODES[mode].normalize
+        table = MODES[mode].table(0.25)
+        for cell, segment in ((answers, "ASSISTANT"), (instructions, "USER"), (template, "HEADER")):
+            said = 0.25 if "prompt_weight" in cell else float(cell.split()[0])
+            assert table.get(mora_jax.data.Segment[segment], 0.0) == said, (mode, segment)
+
+
+def test_reference_names_what_is_public():
+    named = set(re.findall(r"^::: mora_jax\.data\.(\w+)$", read("reference.md"), re.MULTILINE))
+    public = set(mora_jax.data.__all__)
+    assert named <= public
+    # Tables of names are documented on the pages about them, and the encoder belongs to `Source`.
+    assert public - named == {"FORMATS", "MODES", "TEMPLATES", "Row", "RowEncoder", "advise_on"}
+
+
+def test_settings_of_a_source_are_keys_of_the_configuration():
+    fields = {field.name for field in dataclasses.fields(mora_jax.data.Source)} - {"paths"}
+    assert {f"data.{name}" for name in fields} <= keys().keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+\.md)", page.read_text(encoding="utf-8")):
+        assert (DOCS / target).is_file()
