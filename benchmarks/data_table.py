@@ -2,7 +2,7 @@
 
     python benchmarks/data_table.py --data a.json b.jsonl --model SmolLM2-135M-Instruct stories260K
 
-prints a markdown table to stdout. Rows are not cut, unless `--max-length` says so.
+prints two markdown tables to stdout. Rows are not cut, unless `--max-length` says so.
 """
 
 from __future__ import annotations
@@ -19,34 +19,41 @@ from mora_jax.errors import InputError
 PROMPT_WEIGHT = 0.1
 
 
-def table_row(path: Path, model: Path, max_length: int, truncation: str) -> list[str]:
-    """The cells of one file and one tokenizer."""
+def measure(path: Path, model: Path, max_length: int, truncation: str) -> tuple[list[str], list[str]]:
+    """The cells of one file and one tokenizer, in the table of files and in that of modes."""
     tokenizer = load_tokenizer(str(model))
     store = Source((str(path),), cache="off", workers=1).load(tokenizer)
-    shares = []
-    for mode in MODES:
-        report = EncodedDataset(store, LossWeights(mode, PROMPT_WEIGHT), max_length, truncation).report
-        shares.append(f"{report.trained_fraction:.1%}")
-    masked = EncodedDataset(store, LossWeights(), max_length, truncation).report
+    reports = {
+        mode: EncodedDataset(store, LossWeights(mode, PROMPT_WEIGHT), max_length, truncation).report for mode in MODES
+    }
+    masked = reports["masked"]
     ratio, median = ("none" if value is None else f"{value:.2f}" for value in (masked.ratio, masked.median_ratio))
-    facts = [masked.format, f"{masked.rows:,}", f"{masked.kept:,}", ratio, median]
-    return [path.name, model.name, *facts, str(masked.recommended_max_length), *shares]
+    facts = [masked.format, f"{masked.rows:,}", f"{masked.kept:,}", ratio, median, str(masked.recommended_max_length)]
+    shares = [f"{report.trained_fraction:.1%}" for report in reports.values()]
+    name = [path.name, model.name]
+    return name + facts, name + shares
+
+
+def table(names: list[str], words: int, rows: list[list[str]]) -> str:
+    """A markdown table whose first columns are words and whose others are numbers."""
+    rule = ["---"] * words + ["---:"] * (len(names) - words)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (names, rule, *rows))
 
 
 def main() -> int:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", type=Path, required=True, metavar="FILE")
     parser.add_argument("--model", nargs="+", type=Path, required=True, metavar="DIR", help="tokenizer folders")
     parser.add_argument("--max-length", type=int, default=1 << 20, metavar="N")
     parser.add_argument("--truncation", default="right")
     args = parser.parse_args()
-    names = ["file", "tokenizer", "format", "rows", "kept", "ratio", "median", "99 % fit", *MODES]
-    print("| " + " | ".join(names) + " |")
-    print("| --- | --- | --- |" + " ---: |" * (len(names) - 3))
-    for path in args.data:
-        for model in args.model:
-            print("| " + " | ".join(table_row(path, model, args.max_length, args.truncation)) + " |", flush=True)
+    pairs = [(path, model) for path in args.data for model in args.model]
+    measured = [measure(path, model, args.max_length, args.truncation) for path, model in pairs]
+    facts, shares = zip(*measured, strict=True)
+    print(table(["file", "tokenizer", "format", "rows", "kept", "ratio", "median", "99 % fit"], 3, list(facts)))
+    print()
+    print(table(["file", "tokenizer", *MODES], 2, list(shares)))
     return 0
 
 
