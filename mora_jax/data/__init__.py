@@ -1,6 +1,6 @@
 """Data: files to conversations, to rendered text, to tokens with weights, to batches.
 
-Knows no model and imports no jax.
+Knows no model and imports no jax; `mora_jax.data.pipeline`, whose grain does, has to be imported by that name.
 
 Step by step, each value printable:
 
@@ -23,7 +23,6 @@ from mora_jax.data.inspecting import inspect_data, inspect_dataset
 from mora_jax.data.loading import RowStream, load_rows, open_rows
 from mora_jax.data.mapping import Mapping
 from mora_jax.data.page import make_page, write_page
-from mora_jax.data.pipeline import BatchIterator, BatchSource
 from mora_jax.data.plan import BatchPlan
 from mora_jax.data.rendering import Prompt, Renderer, render_prompt
 from mora_jax.data.report import Report
@@ -40,9 +39,7 @@ __all__ = [
     "MODES",
     "TEMPLATES",
     "Advice",
-    "BatchIterator",
     "BatchPlan",
-    "BatchSource",
     "Conversation",
     "EncodedDataset",
     "Example",
