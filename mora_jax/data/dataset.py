@@ -13,6 +13,7 @@ from mora_jax.data.conversation import Row
 from mora_jax.data.cutting import TRUNCATIONS, Cut
 from mora_jax.data.encoding import RowEncoder
 from mora_jax.data.normalize import normalize
+from mora_jax.data.oddities import notes
 from mora_jax.data.plan import padded_length
 from mora_jax.data.report import Counted, Report, count
 from mora_jax.data.rows import Rows
@@ -147,8 +148,10 @@ class EncodedDataset(Sequence[Example]):
             chosen[:] = False
             chosen[rows] = True
         fates = Fates()
-        if rows is None and facts.get("skipped"):
-            fates.dropped["bad_row"] = facts["skipped"]
+        counts = facts.get("counts", {})
+        if counts.get("skipped"):
+            # Of the whole store, also where only a part of its rows is chosen: a bad row belongs to no part.
+            fates.dropped["bad_row"] = counts["skipped"]
         found: list[np.ndarray] = []
         counted: list[Counted] = []
         first = 0
@@ -165,10 +168,9 @@ class EncodedDataset(Sequence[Example]):
         self._rows, self._cuts = table[:, 0], table[:, 1:].astype(np.int32)
         self.lengths = self._cuts[:, 0] + self._cuts[:, 2] - self._cuts[:, 1]
         known: dict[str, Any] = {
-            name: facts[name] for name in ("format", "template", "files", "notes") if name in facts
+            name: facts[name] for name in ("format", "template", "files", "reasons") if name in facts
         }
-        if rows is None:
-            known |= {name: facts[name] for name in ("reasons", "fell_back") if name in facts}
+        known |= {"fell_back": counts.get("fell_back", 0), "notes": [*facts.get("notes", ()), *notes(counts)]}
         self.report = Report.of(
             counted, fates, kept=len(table), mode=self.loss.mode, max_length=self.max_length, **known
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from mora_jax.data.conversation import Row
+from mora_jax.data.oddities import oddities
 from mora_jax.data.rendering import Renderer
 from mora_jax.data.row_tokens import tokenize_rows
 from mora_jax.data.store import make_batch
@@ -36,15 +37,14 @@ class Encoded:
 
     Attributes:
       batch: the rows' tokens.
-      skipped: how many rows broke the format or the template.
-      reasons: why, for the first of them.
-      fell_back: how many rows the fallback template rendered.
+      reasons: why rows were skipped, for the first of them.
+      counts: rows that were `skipped`, that `fell_back` to another template, of which the template leaves out
+        `tools` or `reasoning`, or that are odd (see `oddities.ODDITIES`).
     """
 
     batch: pa.RecordBatch
-    skipped: int = 0
     reasons: list[str] = field(default_factory=list)
-    fell_back: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def no_conversion(source: str, row: Row) -> list[Row]:
@@ -97,7 +97,8 @@ class RowEncoder:
                 if not self._skip:
                     raise
                 errors.append(error)
-        before = self.renderer.fell_back
+        renderer = self.renderer
+        before = Counter(renderer.unshown, fell_back=renderer.fell_back)
         kept: list[tuple[Tokens, str]] = []
         for row, result in zip(rows, tokenize_rows(rows, self.renderer), strict=True):
             if isinstance(result, Tokens):
@@ -107,7 +108,12 @@ class RowEncoder:
             else:
                 raise result
         reasons = [str(error) for error in errors[:_REASONS]]
-        return Encoded(make_batch(kept), len(errors), reasons, self.renderer.fell_back - before)
+        counts = Counter(renderer.unshown, fell_back=renderer.fell_back)
+        counts.subtract(before)
+        counts["skipped"] = len(errors)
+        for row in rows:
+            counts.update(oddities(row))
+        return Encoded(make_batch(kept), reasons, +counts)
 
 
 def _make_encoder(arguments: tuple[Any, ...], skip: bool) -> RowEncoder:

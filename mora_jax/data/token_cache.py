@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mora_jax.data.store import TokenStore, write
 from mora_jax.errors import InputError
 
 #: Raise it when the same rows become other tokens or another layout.
-VERSION = 1
+VERSION = 2
 _REASONS = 5
 
 
@@ -113,16 +114,14 @@ class _Collected:
 
     def __init__(self, chunks: Iterable[Encoded]):
         self._chunks = chunks
-        self.skipped = 0
-        self.fell_back = 0
+        self.counts: Counter[str] = Counter()
         self.reasons: list[str] = []
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
         for chunk in self._chunks:
-            self.skipped += chunk.skipped
-            self.fell_back += chunk.fell_back
+            self.counts += chunk.counts
             self.reasons = (self.reasons + chunk.reasons)[:_REASONS]
             yield chunk.batch
 
     def facts(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "reasons": self.reasons, "fell_back": self.fell_back}
+        return {"reasons": self.reasons, "counts": dict(self.counts)}

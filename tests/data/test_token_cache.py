@@ -49,7 +49,7 @@ def test_found_again_without_reading(tokenizer, tmp_path):
 
     again = build_store(encoder, unreadable(), {}, folder=tmp_path, key="k")
     assert same(first, again) and len(again) == 1100
-    assert again.facts["format"] == "x" and again.facts["skipped"] == 0
+    assert again.facts["format"] == "x" and again.facts["counts"] == {}
     assert same(first, build_store(encoder, raw(1100), {}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k", "k.lock"]
 
@@ -117,7 +117,7 @@ def test_bad_rows_raise_or_are_counted(tokenizer):
     with pytest.raises(InputError, match="row 1: odd"):
         build_store(RowEncoder(tokenizer, convert=convert), rows, {})
     store = build_store(RowEncoder(tokenizer, convert=convert, skip=True), rows, {})
-    assert (len(store), store.facts["skipped"]) == (5, 5)
+    assert (len(store), store.facts["counts"]) == (5, {"skipped": 5})
     assert store.facts["reasons"][0] == "row 1: odd"
     report = EncodedDataset(store).report
     assert (report.rows, report.kept, report.dropped) == (10, 5, {"bad_row": 5})
