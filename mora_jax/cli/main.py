@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from mora_jax.cli import demo, generate, inspect, merge, train
+from mora_jax.cli import convert, demo, generate, inspect, merge, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": eval_command,
     "generate": generate,
     "merge": merge,
+    "convert": convert,
     "inspect": inspect,
     "demo": demo,
 }

@@ -52,6 +52,23 @@ def load_pretrained(
     return model, load_tokenizer(folder)
 
 
+def load_shapes(path: str | os.PathLike[str]) -> Decoder:
+    """The model of a folder without its weights: structure, names and shapes, for work on adapters alone.
+
+    Raises:
+        InputError: when the folder cannot be used; the message says why.
+    """
+    folder = local_folder(path)
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = open_checkpoint(folder)
+    config = _with_real_tying(config, files)
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=None))
+    pieces = [piece for entry in tensor_plan(model) for piece in entry.pieces]
+    _check(pieces, files, _head_for_embedding(config, files))
+    model.name_or_path, model.folder = os.fspath(path), str(folder)
+    return model
+
+
 def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:
     """Unties a head that the config calls tied but whose stored weights differ, as transformers does."""
     head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"

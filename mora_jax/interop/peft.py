@@ -61,11 +61,15 @@ def save_adapter(model: nnx.Module, out: str | os.PathLike[str], *, base_model_n
 
 
 def _fields(entries: list[AdapterEntry], model: nnx.Module, base: str | None) -> dict[str, Any]:
-    """The config's fields; ranks and alphas that differ from the commonest go into the patterns."""
+    """The config's fields; ranks below the highest and alphas that differ go into the patterns.
+
+    `r` is the highest rank, and `lora_alpha` gives the commonest scaling there: loaders that read no patterns make
+    room by the one and scale by the other.
+    """
     targets = short_targets(
         (entry.path for entry in entries), (path for place in places(model) for path in place.paths)
     )
-    rank = collections.Counter(entry.config.rank for entry in entries).most_common(1)[0][0]
+    rank = max(entry.config.rank for entry in entries)
     ranks = {entry.path: entry.config.rank for entry in entries if entry.config.rank != rank}
     dropout = max(entry.config.dropout for entry in entries)
     config = dataclasses.replace(entries[0].config, rank=rank, dropout=dropout)
@@ -75,8 +79,9 @@ def _fields(entries: list[AdapterEntry], model: nnx.Module, base: str | None) ->
             raise InputError(f"one folder holds one kind of MoRA, but the model has {', '.join(kinds)}")
         return mora_fields(config, targets=targets, ranks=ranks, base=base)
     # From the scaling that is really used, which may differ by layer.
-    alpha_of = {entry.path: round(float(entry.params["scaling"]) * entry.config.rank, 6) for entry in entries}
-    alpha = collections.Counter(alpha_of.values()).most_common(1)[0][0]
+    scalings = {entry.path: float(entry.params["scaling"]) for entry in entries}
+    alpha_of = {entry.path: round(scalings[entry.path] * entry.config.rank, 6) for entry in entries}
+    alpha = round(collections.Counter(scalings.values()).most_common(1)[0][0] * rank, 6)
     alphas = {path: value for path, value in alpha_of.items() if value != alpha}
     return lora_fields(config, targets=targets, alpha=alpha, ranks=ranks, alphas=alphas, base=base)
 
@@ -94,7 +99,7 @@ def _tensors(entry: AdapterEntry) -> dict[str, np.ndarray]:
     }
 
 
-def load_adapter(model: nnx.Module, path: str | os.PathLike[str]) -> None:
+def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False) -> None:
     """Attaches the adapter in a PEFT folder to a model and fills it with the folder's values.
 
     Nothing is changed when the folder does not fit the model.
@@ -102,6 +107,7 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: a model without adapters; changed in place.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
+        strict: refuse an adapter that names another base model, instead of warning.
 
     Raises:
         InputError: when the folder is incomplete, does not fit, or means something that is not supported.
@@ -112,7 +118,7 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str]) -> None:
     all_places = list(places(model))
     if any(has_adapter(place) for place in all_places):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
-    _warn_of_other_base(model, file)
+    _check_base(model, file, strict)
     stored = _stored(files)
     chosen = [
         (place, [index for index, where in enumerate(place.paths) if _is_target(file, place, where)])
@@ -137,10 +143,14 @@ def _open(folder: Path) -> TensorFiles:
     raise InputError(f"{folder} has no {WEIGHTS_NAME}")
 
 
-def _warn_of_other_base(model: nnx.Module, file: AdapterFile) -> None:
+def _check_base(model: nnx.Module, file: AdapterFile, strict: bool) -> None:
     wanted, have = file.values.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
-    if wanted and have and Path(wanted).name != Path(have).name:
-        warnings.warn(f"{file.where}: the adapter was made for {wanted}, the model is {have}", stacklevel=3)
+    if not wanted or not have or Path(wanted).name == Path(have).name:
+        return
+    message = f"{file.where}: the adapter was made for {wanted}, the model is {have}"
+    if strict:
+        raise InputError(f"{message}; give that model, or load without strict")
+    warnings.warn(message, stacklevel=4)
 
 
 def _stored(files: TensorFiles) -> dict[str, dict[str, str]]:

@@ -107,14 +107,12 @@ class AdapterFile:
 
     def config(self, path: str) -> LoRAConfig | MoRAConfig:
         """Rank and alpha at `path`, as a configuration whose target is `path`."""
-        rank = _pattern(self.values.get("rank_pattern"), path, self.values.get("r", 8))
+        rank = pattern_value(self.values.get("rank_pattern"), path, self.values.get("r", 8))
         dropout = self.values.get("lora_dropout", 0.0)
         if self.kind is not None:
             return MoRAConfig(rank=rank, kind=self.kind, dropout=dropout, targets=(path,))
-        alpha = _pattern(self.values.get("alpha_pattern"), path, self.values.get("lora_alpha", 8))
-        if self.values.get("use_rslora"):
-            alpha = alpha * math.sqrt(rank)  # so that alpha / rank is what the file means, alpha / √rank
-        return LoRAConfig(rank=rank, alpha=float(alpha), dropout=dropout, targets=(path,))
+        alpha = scaling_at(self.values, path) * rank
+        return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, targets=(path,))
 
 
 def _named(names: str | list[str], path: str) -> bool:
@@ -123,7 +121,15 @@ def _named(names: str | list[str], path: str) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
 
 
-def _pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+def scaling_at(values: dict[str, Any], path: str) -> float:
+    """The factor on LoRA's update at `path`, as PEFT means it."""
+    rank = pattern_value(values.get("rank_pattern"), path, values.get("r", 8))
+    alpha = pattern_value(values.get("alpha_pattern"), path, values.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of `path`."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value

@@ -1,0 +1,113 @@
+"""Turn an adapter into another method or layout, extract one from a full fine-tune, or check an exported folder.
+
+  mora-jax convert --model M --adapter A --to lora --out DIR [--rank R]
+  mora-jax convert --model M --adapter A --to mora --out DIR [--kind K] [--rank R]
+  mora-jax convert --model M --adapter A --to peft --out DIR [--rank R]
+  mora-jax convert --from-diff BASE TUNED --rank R --out DIR [--to mora --kind K]
+  mora-jax convert --check vllm DIR
+
+lora: exact where the method's update has low rank (LoRA; MoRA of every kind but rotation and decouple); with --rank the
+nearest LoRA of that rank, its relative Frobenius error printed. Without --rank a lossy result is refused.
+mora: the least-squares MoRA, its error printed; a MoRA of the same kind comes out as it was, in its authors' layout.
+peft: a folder that PEFT loads; methods that PEFT has keep their form, the others become LoRA.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mora_jax.cli.options import add_key, add_number
+from mora_jax.errors import InputError
+
+HELP = "turn an adapter into another method or layout, or extract one from a fine-tune"
+TARGETS = ("lora", "mora", "peft")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("--model", metavar="M", help="HuggingFace folder or hub id of the base model")
+    parser.add_argument("--adapter", metavar="A", help="adapter folder, or a run directory that holds one")
+    parser.add_argument(
+        "--from-diff", nargs=2, metavar=("BASE", "TUNED"), help="two models whose difference to extract"
+    )
+    parser.add_argument("--to", choices=TARGETS, help="what to write (default with --from-diff: lora)")
+    parser.add_argument("--out", metavar="DIR", help="folder to write; must not exist yet")
+    add_number(parser, "--rank", int, None, "Rank to come down to; accepts the error that this makes", at_least=1)
+    add_key(parser, "--kind", "adapter.kind", help="Kind of MoRA to fit")
+    add_key(parser, "--targets", "adapter.targets", help="Matrices to extract with --from-diff")
+    parser.add_argument("--strict", action="store_true", help="refuse an adapter that names another base model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--check", nargs=2, metavar=("ENGINE", "DIR"), help="check a written folder for vllm; no --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    if args.check:
+        return _check(*args.check)
+    _check_arguments(args)
+    if args.from_diff:
+        model, conversion = _difference(args)
+    else:
+        model, conversion = _convert(args)
+    from mora_jax.interop import save_adapter
+
+    save_adapter(model, args.out)
+    if conversion is not None:
+        print(json.dumps(conversion.to_dict()) if args.json else conversion)
+        if conversion.left_out:
+            share = f"{conversion.left_out_share:.3g}"
+            print(f"warning: {share} of the change is in tensors that the adapter leaves out", file=sys.stderr)
+    print(f"wrote {args.out}", file=sys.stderr)
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.from_diff and (args.model or args.adapter):
+        raise InputError("--from-diff names both models; leave --model and --adapter away")
+    if args.from_diff and args.to == "peft":
+        raise InputError("--from-diff writes lora (a PEFT folder) or mora; leave --to peft away")
+    wanted = ("out",) if args.from_diff else ("model", "adapter", "to", "out")
+    absent = [f"--{name}" for name in wanted if getattr(args, name) is None]
+    if absent:
+        raise InputError(f"{', '.join(absent)} missing (see mora-jax convert --help)")
+    if Path(args.out).exists():
+        raise InputError(f"--out {args.out} exists already; give a folder that doesn't, or remove it")
+
+
+def _difference(args: argparse.Namespace) -> tuple[Any, Any]:
+    from mora_jax.interop.difference import adapter_from_difference
+
+    base, tuned = args.from_diff
+    kind = args.kind if args.to == "mora" else None
+    return adapter_from_difference(base, tuned, rank=args.rank, kind=kind, targets=args.targets)
+
+
+def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
+    from mora_jax.cli.models import adapter_folder
+    from mora_jax.interop.base import load_shapes
+    from mora_jax.interop.convert import convert_to_lora, convert_to_mora, peft_knows
+    from mora_jax.interop.peft import load_adapter
+
+    model = load_shapes(args.model)
+    load_adapter(model, adapter_folder(args.adapter), strict=args.strict)
+    if args.to == "mora":
+        return model, convert_to_mora(model, kind=args.kind, rank=args.rank)
+    if args.to == "peft" and args.rank is None and peft_knows(model):
+        return model, None
+    return model, convert_to_lora(model, rank=args.rank)
+
+
+def _check(engine: str, folder: str) -> int:
+    if engine != "vllm":
+        raise InputError(f"--check knows vllm, not {engine!r}")
+    from mora_jax.interop.vllm import check_folder
+
+    findings = check_folder(folder)
+    for finding in findings:
+        print(finding)
+    if findings:
+        raise InputError(f"{folder}: vLLM would refuse or misread it, {len(findings)} findings above")
+    print(f"{folder}: nothing that vLLM refuses", file=sys.stderr)
+    return 0

@@ -1,0 +1,104 @@
+"""Updates of weight matrices, whatever holds them: an adapter, or the difference of two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.attach import AdapterEntry, adapters_of
+from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.registry import adapter_class
+from mora_jax.interop.mora_maps import BLOCK_KINDS, exact_factors, exact_rank
+
+
+@dataclass(frozen=True)
+class Update:
+    """The change of one matrix, read or computed only when it is asked for.
+
+    Attributes:
+        path: module path.
+        in_features, out_features: sizes of the matrix.
+        is_embedding: whether it is an embedding table.
+        what: the method and kind that it comes from, for messages.
+        kernel: gives the dense change, float32 `[in, out]`.
+        product: gives `a [in, k]` and `b [k, out]`, whose product times `scaling` is the change; None where the change
+            has full rank.
+        exact_rank: the smallest rank of a LoRA that is exact whatever the values; None where the change has full rank.
+        rank: of the adapter that it comes from; 0 for none.
+        scaling: the factor on `product`.
+        dropout: of the adapter that it comes from.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    is_embedding: bool
+    what: str
+    kernel: Callable[[], np.ndarray]
+    product: Callable[[], tuple[np.ndarray, np.ndarray]] | None
+    exact_rank: int | None
+    rank: int = 0
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+
+def updates_of(model: nnx.Module) -> Iterator[Update]:
+    """The updates of the adapters of `model`, one a matrix and layer."""
+    for entry in adapters_of(model):
+        yield _update(entry)
+
+
+def _update(entry: AdapterEntry) -> Update:
+    config, params = entry.config, entry.params
+    sizes = entry.in_features, entry.out_features
+    product: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    exact, scaling, what = None, 1.0, entry.method
+
+    def kernel() -> np.ndarray:
+        arrays = {name: jnp.asarray(value) for name, value in params.items()}
+        return np.asarray(adapter_class(config).dense(config, *sizes, arrays))
+
+    if isinstance(config, LoRAConfig):
+        exact, scaling = params["lora_a"].shape[1], float(params["scaling"])
+
+        def factors() -> tuple[np.ndarray, np.ndarray]:
+            return params["lora_a"], params["lora_b"]
+
+        product = factors
+
+    elif isinstance(config, MoRAConfig):
+        what = f"MoRA of kind {config.kind}"
+        if config.kind not in BLOCK_KINDS:
+            exact = exact_rank(*sizes, config.rank, config.kind)
+
+            def lifted() -> tuple[np.ndarray, np.ndarray]:
+                return _thin(exact_factors(params["m"] * params["scaling"], *sizes, config.kind))
+
+            product = lifted
+
+    return Update(
+        entry.path,
+        *sizes,
+        entry.is_embedding,
+        what,
+        kernel,
+        product,
+        exact,
+        config.rank,
+        scaling,
+        config.dropout,
+    )
+
+
+def _thin(factors: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The same product with an inner size of at most the smaller outer one."""
+    assert factors is not None, "asked only of kinds that are products"
+    a, b = factors
+    (n_in, inner), n_out = a.shape, b.shape[1]
+    if inner <= min(n_in, n_out):
+        return a, b
+    return (np.eye(n_in, dtype=np.float32), a @ b) if n_in <= n_out else (a @ b, np.eye(n_out, dtype=np.float32))

@@ -1,0 +1,117 @@
+"""`mora-jax convert` on a tiny model: what it writes and prints, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax as mj
+from tests.models.tiny import fill_randomly
+
+IDS = np.arange(8)[None]
+
+
+def write(model_dir, out, config):
+    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    mj.attach(model, config, rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    mj.save_adapter(model, out)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def adapters(model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "lora": write(model_dir, folder / "lora", mj.LoRAConfig(rank=4)),
+        "sharing": write(model_dir, folder / "run" / "adapter", mj.MoRAConfig(rank=1)),
+        "rotation": write(model_dir, folder / "rotation", mj.MoRAConfig(rank=1, kind="rotation")),
+        "run": str(folder / "run"),
+    }
+
+
+def logits(model_dir, adapter):
+    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    mj.load_adapter(model, adapter)
+    return np.asarray(model(IDS))
+
+
+@pytest.mark.parametrize("to", ["lora", "peft"])
+def test_exact_lora_of_a_run_directory(run, model_dir, adapters, tmp_path, to):
+    out = tmp_path / "out"
+    code, table, err = run("convert", "--model", model_dir, "--adapter", adapters["run"], "--to", to, "--out", out)
+    assert code == 0
+    assert "relative Frobenius error 0 in total" in table
+    assert err == f"wrote {out}\n"
+    assert not json.loads((out / "adapter_config.json").read_text()).get("use_mora")
+    np.testing.assert_allclose(logits(model_dir, out), logits(model_dir, adapters["sharing"]), atol=1e-4)
+
+
+def test_peft_keeps_what_peft_has(run, model_dir, adapters, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["convert", "--model", model_dir, "--adapter", adapters["lora"], "--to", "peft", "--out", out]
+    assert run(*arguments) == (0, "", f"wrote {out}\n")
+    np.testing.assert_array_equal(logits(model_dir, out), logits(model_dir, adapters["lora"]))
+
+
+def test_a_rank_accepts_the_error_and_json_states_it(run, model_dir, adapters, tmp_path):
+    arguments = ["convert", "--model", model_dir, "--adapter", adapters["rotation"], "--to", "lora"]
+    code, out, _ = run(*arguments, "--rank", 2, "--out", tmp_path / "out", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert 0.1 < result["relative_error"] < 1
+    assert {row["size"] for row in result["matrices"]} == {2}
+    assert run("convert", "--check", "vllm", tmp_path / "out")[0] == 0
+
+
+def test_mora_in_its_authors_layout(run, model_dir, adapters, tmp_path):
+    arguments = ["convert", "--model", model_dir, "--adapter", adapters["rotation"], "--to", "mora"]
+    code, out, _ = run(*arguments, "--kind", "rotation", "--out", tmp_path / "out")
+    assert code == 0
+    fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (fields["use_mora"], fields["mora_type"], fields["r"]) == (True, 6, 1)
+    np.testing.assert_allclose(logits(model_dir, tmp_path / "out"), logits(model_dir, adapters["rotation"]), atol=1e-4)
+
+
+def test_an_adapter_out_of_two_models(run, model_dir, adapters, tmp_path):
+    model, tokenizer = mj.load_pretrained(model_dir, dtype="float32", unroll=1)
+    mj.load_adapter(model, adapters["lora"])
+    expected = np.asarray(model(IDS))
+    mj.merge(model)
+    mj.save_pretrained(model, tmp_path / "tuned", tokenizer)
+    arguments = ["convert", "--from-diff", model_dir, tmp_path / "tuned", "--rank", "4"]
+    code, table, err = run(*arguments, "--out", tmp_path / "out")
+    assert code == 0
+    assert err == f"wrote {tmp_path / 'out'}\n"
+    assert "LoRA of rank 4, 14 matrices" in table
+    np.testing.assert_allclose(logits(model_dir, tmp_path / "out"), expected, atol=1e-4)
+    code, _, err = run(*arguments, "--targets", "q_proj", "--out", tmp_path / "some")
+    assert code == 0
+    assert "of the change is in tensors that the adapter leaves out" in err
+
+
+def test_refusals(fails, run, model_dir, adapters, tmp_path):
+    out = tmp_path / "out"
+    base = ["convert", "--model", model_dir, "--adapter", adapters["rotation"]]
+    assert "at rank 8" in fails(*base, "--to", "lora", "--out", out)
+    assert "have full rank" in fails(*base, "--to", "peft", "--out", out)
+    assert "--to, --out missing" in fails(*base)
+    assert "invalid choice: 'vera'" in fails(*base, "--to", "vera", "--out", out)
+    assert "exists already" in fails(*base, "--to", "lora", "--rank", "2", "--out", tmp_path)
+    assert "--rank must be" in fails(*base, "--to", "lora", "--rank", "0", "--out", out)
+    assert "--kind must be" in fails(*base, "--to", "mora", "--kind", "spiral", "--out", out)
+    assert "leave --model and --adapter" in fails(*base, "--from-diff", model_dir, model_dir, "--out", out)
+    assert "is a LoRA" not in fails("convert", "--check", "tgi", adapters["lora"])
+    assert "full rank" in fails("convert", "--from-diff", model_dir, model_dir, "--out", out)
+    path = tmp_path / "other"
+    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    mj.attach(model, mj.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
+    mj.save_adapter(model, path, base_model_name_or_path="somebody/else")
+    strict = ["convert", "--model", model_dir, "--adapter", path, "--to", "lora", "--out", out, "--strict"]
+    assert "was made for somebody/else" in fails(*strict)
+    assert not out.exists()
+    code, found, err = run("convert", "--check", "vllm", adapters["rotation"])
+    assert code == 2
+    assert "it is a MoRA, which vLLM does not have" in found
+    assert err.startswith("error: ")

@@ -1,0 +1,161 @@
+"""Conversions: exact where they can be, nearest elsewhere, with the error stated and never silently lossy."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import peft
+import pytest
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.mora import KINDS, square_rank
+from mora_jax.adapters.registry import adapter_class
+from mora_jax.interop.base import load_shapes
+from mora_jax.interop.convert import convert_to_lora, convert_to_mora
+from tests.models.tiny import fill_randomly, random_ids
+from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+IDS = random_ids(2, 9)
+LOW_RANK = [kind for kind in KINDS if kind not in ("rotation", "decouple")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return hf_folder(tmp_path_factory.mktemp("base"), hf_model("llama"))
+
+
+def shapes_with(folder: Path, config) -> mj.models.Decoder:
+    """The model without its weights, with a random adapter."""
+    model = load_shapes(folder)
+    mj.attach(model, config, rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    return model
+
+
+def kernels(model) -> dict[str, np.ndarray]:
+    return {
+        entry.path: np.asarray(
+            adapter_class(entry.config).dense(
+                entry.config, entry.in_features, entry.out_features, jax.tree.map(jax.numpy.asarray, entry.params)
+            )
+        )
+        for entry in adapters_of(model)
+    }
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_mora_of_low_rank_becomes_an_exact_lora(base, kind, rank):
+    model = shapes_with(base, mj.MoRAConfig(rank=rank, kind=kind))
+    before = kernels(model)
+    conversion = convert_to_lora(model)
+    after = kernels(model)
+    assert set(after) == set(before)
+    for path, kernel in before.items():
+        np.testing.assert_allclose(after[path], kernel, atol=1e-5)
+    assert conversion.error == 0
+    for entry, row in zip(adapters_of(model), conversion.rows, strict=True):
+        n_in, n_out = entry.in_features, entry.out_features
+        assert entry.method == "lora"
+        assert entry.config.rank == row.size == min(square_rank(n_in, n_out, rank, kind), n_in, n_out)
+        np.testing.assert_allclose(row.norm, np.linalg.norm(before[entry.path]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rotation", "decouple"])
+def test_full_rank_is_refused_with_the_errors_of_some_ranks(base, kind):
+    model = shapes_with(base, mj.MoRAConfig(rank=1, kind=kind))
+    before = kernels(model)
+    rest, whole = 0.0, 0.0
+    for kernel in before.values():
+        values = np.linalg.svd(kernel, compute_uv=False)
+        rest, whole = rest + (values[8:] ** 2).sum(), whole + (values**2).sum()
+    with pytest.raises(mj.InputError, match=f"kind {kind}: 21 of 21 updates have full rank") as caught:
+        convert_to_lora(model)
+    assert f"{np.sqrt(rest / whole):.3g} at rank 8" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {entry.method for entry in adapters_of(model)} == {"mora"}, "nothing has changed"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [mj.MoRAConfig(rank=2, kind="rotation"), mj.MoRAConfig(rank=4), mj.LoRAConfig(rank=6, alpha=15.0)],
+    ids=lambda config: f"{type(config).__name__}",
+)
+def test_a_given_rank_is_the_nearest_one_with_its_error(base, config):
+    model = shapes_with(base, config)
+    before = kernels(model)
+    conversion = convert_to_lora(model, rank=3)
+    after = kernels(model)
+    left = {path: np.linalg.norm(after[path] - before[path]) for path in before}
+    for row in conversion.rows:
+        values = np.linalg.svd(before[row.path], compute_uv=False)
+        np.testing.assert_allclose(left[row.path], np.linalg.norm(values[3:]), atol=1e-4)
+        np.testing.assert_allclose([row.norm, row.error], [np.linalg.norm(values), left[row.path]], atol=1e-4)
+        assert row.size == 3
+    whole = np.sqrt(sum(np.linalg.norm(kernel) ** 2 for kernel in before.values()))
+    np.testing.assert_allclose(conversion.error, np.linalg.norm(list(left.values())) / whole, rtol=1e-3)
+    assert 0.01 < conversion.error < 1
+    assert f"error {conversion.error:.3g} in total" in str(conversion)
+
+
+def test_a_larger_rank_changes_nothing(base):
+    model = shapes_with(base, mj.LoRAConfig(rank=2, alpha=7.0, dropout=0.25))
+    before = kernels(model)
+    conversion = convert_to_lora(model, rank=8)
+    assert conversion.error == 0
+    for path, kernel in kernels(model).items():
+        np.testing.assert_allclose(kernel, before[path], atol=1e-6)
+    assert {(entry.config.rank, entry.config.dropout) for entry in adapters_of(model)} == {(8, 0.25)}
+
+
+@pytest.mark.parametrize("kind", ["sharing", "rotation", "grouped_tile"])
+def test_mora_comes_back_from_its_own_update(base, kind):
+    model = shapes_with(base, mj.MoRAConfig(rank=2, kind=kind))
+    before = kernels(model)
+    convert_to_lora(model, rank=48)
+    conversion = convert_to_mora(model, kind=kind, rank=2)
+    assert conversion.error < 1e-5
+    for path, kernel in kernels(model).items():
+        np.testing.assert_allclose(kernel, before[path], atol=1e-4)
+    assert {(entry.method, entry.config.kind, entry.config.rank) for entry in adapters_of(model)} == {("mora", kind, 2)}
+
+
+def test_the_fit_to_a_lora_states_its_error(base):
+    model = shapes_with(base, mj.LoRAConfig(rank=2, targets=("q_proj", "down_proj")))
+    before = kernels(model)
+    conversion = convert_to_mora(model)
+    after = kernels(model)
+    assert {entry.config.rank for entry in adapters_of(model)} == {2}
+    for row in conversion.rows:
+        np.testing.assert_allclose(row.error, np.linalg.norm(after[row.path] - before[row.path]), rtol=1e-4)
+        assert 0.1 < row.relative < 1
+
+
+def test_an_embedding_has_no_mora(tmp_path):
+    model = nnx.Dict(table=nnx.Embed(5, 4, rngs=nnx.Rngs(0)))
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("table",)), rngs=nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="table is an embedding, for which MoRA has no form"):
+        convert_to_mora(model)
+    assert convert_to_lora(model, rank=4).rows[0].size == 4
+
+
+def test_models_without_adapters_are_refused(base):
+    for convert in (convert_to_lora, convert_to_mora):
+        with pytest.raises(mj.InputError, match="no adapter to convert"):
+            convert(load_shapes(base))
+
+
+def test_real_peft_loads_lifted_mora(base, tmp_path):
+    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    mj.attach(model, mj.MoRAConfig(rank=1), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    expected = np.asarray(model(IDS))
+    convert_to_lora(model)
+    np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=1e-4)
+    mj.save_adapter(model, tmp_path / "lifted")
+    loaded = peft.PeftModel.from_pretrained(hf_model("llama"), str(tmp_path / "lifted")).eval()
+    np.testing.assert_allclose(hf_logits(loaded, IDS), expected, atol=1e-4)
