@@ -155,6 +155,8 @@ def _turns(messages: Sequence[Message], contents: Sequence[str]) -> list[dict[st
             turn["reasoning_content"] = next(given)
         if message.name:
             turn["name"] = message.name
+        if message.tool_call_id:
+            turn["tool_call_id"] = message.tool_call_id
         if message.tool_calls:
             turn["tool_calls"] = [dict(call) for call in message.tool_calls]
         turns.append(turn)

@@ -26,6 +26,7 @@ class Message:
       reasoning: what the assistant thought before it answered (`reasoning_content`), for templates that show it.
       tool_calls: the assistant's calls, each as `{"type": "function", "function": {"name": ..., "arguments":
         {...}}}`, for templates that show them.
+      tool_call_id: which call a tool's result answers, for templates that show it.
     """
 
     role: str
@@ -35,6 +36,7 @@ class Message:
     name: str = ""
     reasoning: str = ""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in ROLE_SEGMENT:

@@ -24,8 +24,8 @@ def read_message(
     """One message from an object.
 
     Args:
-      item: the object, with a role and a content; it may have `name`, `reasoning_content`, `tool_calls`, and
-        `weight` or `train`.
+      item: the object, with a role and a content; it may have `name`, `reasoning_content`, `tool_calls`,
+        `tool_call_id`, and `weight` or `train`.
       key: where it is in the row, for errors.
       source: where the row is, for errors.
       role_key: the key of the role.
@@ -56,6 +56,7 @@ def read_message(
         name=check_text(item.get("name") or "", f"{key}.name", source),
         reasoning=reasoning,
         tool_calls=calls,
+        tool_call_id=check_text(item.get("tool_call_id") or "", f"{key}.tool_call_id", source),
     )
 
 

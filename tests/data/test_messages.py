@@ -155,3 +155,22 @@ def test_no_tools_and_no_calls(nothing):
 def test_broken_tools(tools, message):
     with pytest.raises(InputError, match=message):
         read_tools(tools, "tools", "s")
+
+
+def test_the_call_that_a_result_answers_reaches_the_template(make_tokenizer):
+    from mora_jax.data import Conversation
+    from mora_jax.data.rendering import Renderer
+
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'tool' %}{{ ' for ' + m['tool_call_id'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    items = [
+        {"role": "user", "content": "a"},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "b"},
+    ]
+    messages = tuple(read_message(item, "m", "row") for item in items)
+    text = Renderer(make_tokenizer("byte_level", template)).render(Conversation(messages)).text
+    assert "<|tool|>42 for c1<|im_end|>" in text
