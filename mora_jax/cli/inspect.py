@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         _check_page(args.html)
     tokenizer = load_tokenizer(local_folder(args.model))
-    dataset = read_data(args, tokenizer)
+    dataset = read_data(args, tokenizer, len(tokenizer))
     if args.html is not None:
         write_page(args.html, make_page(dataset, tokenizer, args.examples, recognised=args.format is None))
         print(f"wrote {args.html}", file=sys.stderr)
