@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LoRAConfig": "mora_jax.adapters.config",
+    "RsLoRAConfig": "mora_jax.adapters.config",
+    "DoRAConfig": "mora_jax.adapters.config",
     "MoRAConfig": "mora_jax.adapters.config",
+    "BitFitConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
     "LoRALinear": "mora_jax.adapters.lora",
     "MoRALinear": "mora_jax.adapters.mora",
@@ -20,6 +23,8 @@ _HOMES = {
     "attach": "mora_jax.adapters.attach",
     "partition": "mora_jax.adapters.partition",
     "merge": "mora_jax.adapters.merge",
+    "unmerge": "mora_jax.adapters.merge",
+    "detach": "mora_jax.adapters.detach",
     "load_pretrained": "mora_jax.interop",
     "save_pretrained": "mora_jax.interop",
     "load_adapter": "mora_jax.interop",
@@ -32,11 +37,16 @@ __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
     from mora_jax.adapters.attach import attach as attach
+    from mora_jax.adapters.config import BitFitConfig as BitFitConfig
+    from mora_jax.adapters.config import DoRAConfig as DoRAConfig
     from mora_jax.adapters.config import FullConfig as FullConfig
     from mora_jax.adapters.config import LoRAConfig as LoRAConfig
     from mora_jax.adapters.config import MoRAConfig as MoRAConfig
+    from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig
+    from mora_jax.adapters.detach import detach as detach
     from mora_jax.adapters.lora import LoRALinear as LoRALinear
     from mora_jax.adapters.merge import merge as merge
+    from mora_jax.adapters.merge import unmerge as unmerge
     from mora_jax.adapters.mora import MoRALinear as MoRALinear
     from mora_jax.adapters.partition import partition as partition
     from mora_jax.adapters.variables import AdapterParam as AdapterParam

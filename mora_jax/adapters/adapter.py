@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.dense import Delta
-from mora_jax.adapters.variables import AdapterState
+from mora_jax.adapters.magnitude import column_norms, magnitude_gain
+from mora_jax.adapters.variables import AdapterParam, AdapterState
 
 Array = jax.Array
 
@@ -62,61 +64,165 @@ class Layout:
 class Adapter(nnx.Module):
     """The arrays of one adapter on one matrix, or on a stack of matrices when they carry a leading layer axis.
 
-    A method is a subclass that creates its `AdapterParam`s in `__init__` and says in `delta` and `dense` what they do;
-    both are pure functions of a dictionary of arrays without layer axis.
+    With it a matrix W computes `gain ⊙ ((scale ⊙ x) W + delta(scale ⊙ x)) + bias + added bias`. A method is a subclass
+    that creates its `AdapterParam`s in `__init__` and says in pure functions of a dictionary of arrays without layer
+    axis what they do: `delta` and `dense` where it adds to the kernel, `output_gain`, `input_gain` and `added_bias`
+    where it does that. Layers of a stack that are left out have scaling 0, gain 1 and no bias.
 
     Attributes:
         in_features, out_features: sizes of the matrix that is adapted.
         config: the method's frozen configuration.
-        on_embeddings: whether the method has a form for embedding tables; it then has a `for_embedding` constructor.
+        additive: whether the method adds to the kernel, so that it has `delta` and `dense`.
+        on_embeddings: whether the method has a form for embedding tables; it then has `for_embedding`.
         layers: `()`, or `(L,)` for a stack.
         scaling: float32 `[*layers]`; 0 for layers of a stack that are not adapted.
+        bias: `[*layers, out]`, what is added to the layer's bias; only where biases are trained.
+        magnitude: `[*layers, out]`, DoRA's; only where the configuration asks for it.
     """
 
     method: ClassVar[str]
+    additive: ClassVar[bool] = True
     on_embeddings: ClassVar[bool] = False
 
-    def __init__(self, in_features: int, out_features: int, config: Any, *, num_layers=None, layer_mask=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: Any,
+        *,
+        num_layers: int | None = None,
+        layer_mask: Any = None,
+        axes: tuple[str, str] = ("embed", "mlp"),
+    ):
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
         self.layers = () if num_layers is None else (num_layers,)
+        self.axes = tuple(axes)
         scaling = jnp.full(self.layers, self.scale(config), jnp.float32)
         if layer_mask is not None:
             scaling = jnp.where(jnp.asarray(layer_mask), scaling, 0.0)
-        self.scaling = AdapterState(scaling, axes=("layers",) * len(self.layers))
+        self.scaling = AdapterState(scaling, axes=self.stacked())
+
+    def stacked(self, *axes: str) -> tuple[str, ...]:
+        """Logical axes of an array of this adapter: those given, behind that of the stack."""
+        return (*("layers",) * len(self.layers), *axes)
 
     @staticmethod
     def scale(config: Any) -> float:
         """The factor on the update."""
         return 1.0
 
+    def start(self, kernel: Callable[[], Array]) -> None:
+        """Takes from the base what the method starts from; `kernel()` is `[*layers, in, out]`."""
+        if getattr(self.config, "use_dora", False):
+            self.magnitude = AdapterParam(column_norms(kernel()), axes=self.stacked(self.axes[1]))
+
+    def train_bias(self) -> None:
+        """Adds a trained bias that starts at zero."""
+        self.bias = AdapterParam(
+            jnp.zeros((*self.layers, self.out_features), jnp.float32), axes=self.stacked(self.axes[1])
+        )
+
     @staticmethod
     def delta(config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         """`x [N, in]` → the update, float32 `[N, out]`; products in the dtype of `x`, sums in float32."""
-        raise NotImplementedError  # abstract: each method's file defines it
+        raise NotImplementedError  # abstract: each additive method's file defines it
 
     @staticmethod
     def dense(config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         """The update as a float32 kernel `[in, out]`."""
-        raise NotImplementedError  # abstract: each method's file defines it
+        raise NotImplementedError  # abstract: each additive method's file defines it
+
+    @classmethod
+    def output_gain(cls, config: Any, params: dict[str, Array], kernel: Callable[[], Array]) -> Array | None:
+        """The factor on every output, float32 `[out]`, or None; `kernel()` is the base's `[in, out]`."""
+        if "magnitude" not in params:
+            return None
+        base = kernel()
+        gain = magnitude_gain(params["magnitude"], base, cls.dense(config, base.shape[0], base.shape[1], params))
+        return jnp.where(params["scaling"] != 0, gain, 1.0)
+
+    @classmethod
+    def input_gain(cls, config: Any, params: dict[str, Array]) -> Array | None:
+        """The factor on every input, float32 `[in]`, or None."""
+        return None
+
+    @classmethod
+    def added_bias(cls, config: Any, params: dict[str, Array]) -> Array | None:
+        """What is added to the bias, float32 `[out]`, or None."""
+        bias = params.get("bias")
+        return None if bias is None else jnp.where(params["scaling"] != 0, bias, 0.0)
 
     @classmethod
     def fuse(cls, layout: Layout, configs: tuple[Any | None, ...]) -> Delta | None:
         """A faster joint form for several matrices with one input, or None; `configs[i]` is None for a bare part."""
         return None
 
+    @property
+    def only_adds(self) -> bool:
+        """Whether the adapter adds to the kernel and does nothing else."""
+        return self.additive and not hasattr(self, "magnitude") and not hasattr(self, "bias")
+
     def params(self) -> dict[str, Array]:
         """The arrays by name, `scaling` among them."""
         return {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Variable)}
 
+    def map_layers(self, one: Callable[..., Any], *arrays: Any) -> Any:
+        """`one(params, *arrays)` for each layer of a stack, results stacked; once for a single matrix."""
+        if not self.layers:
+            return one(self.params(), *arrays)
+        return jax.lax.map(lambda operands: one(*operands), (self.params(), *arrays))
+
     def delta_weight(self) -> Array:
-        """The update as float32 kernels `[*layers, in, out]`."""
+        """The update as float32 kernels `[*layers, in, out]`; zero for a method that adds nothing to the kernel."""
+        if not self.additive:
+            return jnp.zeros((*self.layers, self.in_features, self.out_features), jnp.float32)
+        return self.map_layers(lambda p: self.dense(self.config, self.in_features, self.out_features, p))
 
-        def one(params):
-            return self.dense(self.config, self.in_features, self.out_features, params)
+    def bias_change(self) -> Array | None:
+        """What merging adds to the bias, `[*layers, out]`, or None."""
+        if self.added_bias(self.config, self._first()) is None:
+            return None
+        return self.map_layers(lambda p: self.added_bias(self.config, p))
 
-        return jax.lax.map(one, self.params()) if self.scaling[...].ndim else one(self.params())
+    def gains(self, kernel: Array) -> tuple[Array | None, Array | None]:
+        """Factors on outputs `[*layers, out]` and on inputs `[*layers, in]` over the base's `[*layers, in, out]`."""
+        return self.map_layers(
+            lambda p, w: (self.output_gain(self.config, p, lambda: w), self.input_gain(self.config, p)), kernel
+        )
+
+    def merged(self, kernel: Array, gains: tuple[Array | None, Array | None]) -> Array:
+        """The kernel that does what the base's `[*layers, in, out]` and the adapter do, summed in float32."""
+
+        def one(p, w, gains):
+            outputs, inputs = gains
+            total = w.astype(jnp.float32)
+            if self.additive:
+                total = total + self.dense(self.config, self.in_features, self.out_features, p)
+            total = total if outputs is None else total * outputs
+            total = total if inputs is None else total * inputs[:, None]
+            return total.astype(w.dtype)
+
+        return self.map_layers(one, kernel, gains)
+
+    def unmerged(self, kernel: Array, gains: tuple[Array | None, Array | None]) -> Array:
+        """The inverse of `merged`, up to rounding; `gains` are those that were merged, none of them 0."""
+
+        def one(p, w, gains):
+            outputs, inputs = gains
+            total = w.astype(jnp.float32)
+            total = total if inputs is None else total / inputs[:, None]
+            total = total if outputs is None else total / outputs
+            if self.additive:
+                total = total - self.dense(self.config, self.in_features, self.out_features, p)
+            return total.astype(w.dtype)
+
+        return self.map_layers(one, kernel, gains)
+
+    def _first(self) -> dict[str, Array]:
+        """The arrays of one layer, to see which there are."""
+        return {name: value[0] if self.layers else value for name, value in self.params().items()}
 
 
 @dataclass(frozen=True)

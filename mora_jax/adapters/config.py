@@ -2,14 +2,20 @@
 
 `targets` is the same for every method: a sequence of layer names (`("q_proj", "v_proj")`; a name matches the last
 components of a module path), one regular expression that must match the whole path (`r".*attn.*"`), or `"all-linear"`
-(every linear layer but the output head).
+(every linear layer but the output head). `layers_to_transform` keeps some numbered layers of those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 Targets = str | tuple[str, ...]
+Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+BIASES = ("none", "lora_only", "all")
 
 
 def _freeze_targets(targets) -> Targets:
@@ -23,16 +29,68 @@ def _freeze_targets(targets) -> Targets:
     return names
 
 
-def _check(config) -> None:
-    if isinstance(config.rank, bool) or not isinstance(config.rank, int) or config.rank < 1:
-        raise ValueError(f"rank must be a positive integer, not {config.rank!r}")
-    if not 0.0 <= config.dropout < 1.0:
-        raise ValueError(f"dropout must lie in [0, 1), not {config.dropout!r}")
-    object.__setattr__(config, "targets", _freeze_targets(config.targets))
+def _check_rank(rank: Any, name: str = "rank") -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{name} must be a positive integer, not {rank!r}")
+
+
+def _check_positive(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, not {value!r}")
+
+
+def _freeze_pattern(pattern: Pattern, name: str, check) -> tuple[tuple[str, Any], ...]:
+    """A pattern as pairs, which can be hashed; keys are regular expressions."""
+    pairs = tuple((key, value) for key, value in (pattern.items() if isinstance(pattern, Mapping) else pattern))
+    for key, value in pairs:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{name} {key!r} is no regular expression: {error}") from None
+        check(value, f"{name}[{key!r}]")
+    return pairs
+
+
+def _names(names: Any, what: str) -> tuple[str, ...]:
+    given = (names,) if isinstance(names, str) else tuple(names or ())
+    if not all(isinstance(name, str) and name for name in given):
+        raise ValueError(f"{what} must be module names, not {names!r}")
+    return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What every method has.
+
+    Attributes:
+        layers_to_transform: numbers of the layers that are adapted, one number or several; None for all. The number
+            of a layer is the first number in its module path; layers without one are left out.
+        modules_to_save: names of modules (`"lm_head"`, `"embed_tokens"`, `"norm"`) that are trained whole, as
+            float32 masters, and never adapted.
+    """
+
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+
+    # Every subclass has the field `targets`.
+    dropout: ClassVar[float] = 0.0
+    bias: ClassVar[str] = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", _freeze_targets(self.targets))  # type: ignore[attr-defined]
+        object.__setattr__(self, "modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout!r}")
+        layers = self.layers_to_transform
+        if layers is not None:
+            numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+            if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError(f"layers_to_transform must be layer numbers, not {layers!r}")
+            object.__setattr__(self, "layers_to_transform", numbers)
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(CommonConfig):
     """LoRA (Hu et al., 2021, arXiv 2106.09685): a product of two thin factors, scaled by alpha / rank.
 
     Attributes:
@@ -40,38 +98,98 @@ class LoRAConfig:
         alpha: numerator of the scaling alpha / rank.
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers, see the module's docstring.
+        rank_pattern, alpha_pattern: other ranks and alphas for some layers, by the end of a module path or a regular
+            expression for it; the first key that matches counts. Layers of one stack may have different ranks.
+        bias: which existing biases are trained too: `"none"`, `"lora_only"` (of adapted layers) or `"all"`.
+        use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude (see `magnitude.py`).
     """
 
     rank: int = 8
     alpha: float = 16.0
-    dropout: float = 0.0
+    dropout: float = 0.0  # type: ignore[misc]  # a class variable where a method has none
     targets: Targets = "all-linear"
+    rank_pattern: Pattern = field(default=(), kw_only=True)
+    alpha_pattern: Pattern = field(default=(), kw_only=True)
+    bias: str = field(default="none", kw_only=True)  # type: ignore[misc]  # as dropout
+    use_dora: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
-        _check(self)
+        _check_rank(self.rank)
+        super().__post_init__()
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {self.bias!r}")
+        ranks = _freeze_pattern(self.rank_pattern, "rank_pattern", _check_rank)
+        alphas = _freeze_pattern(self.alpha_pattern, "alpha_pattern", _check_positive)
+        object.__setattr__(self, "rank_pattern", ranks)
+        object.__setattr__(self, "alpha_pattern", alphas)
 
 
 @dataclass(frozen=True)
-class MoRAConfig:
+class RsLoRAConfig(LoRAConfig):
+    """Rank-stabilised LoRA (Kalajdzievski, 2023, arXiv 2312.03732): LoRA scaled by alpha / √rank.
+
+    With alpha / rank the update of a high rank learns ever more slowly; with alpha / √rank its size does not depend
+    on the rank. The attributes are those of `LoRAConfig`.
+    """
+
+
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """DoRA (Liu et al., 2024, arXiv 2402.09353): LoRA changes directions, a trained vector holds the magnitudes.
+
+    The attributes are those of `LoRAConfig`. `use_dora=True` puts the same magnitude on `RsLoRAConfig` and
+    `MoRAConfig`.
+    """
+
+    use_dora: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_dora:
+            raise ValueError("DoRA without its magnitude is LoRA; use LoRAConfig")
+
+
+@dataclass(frozen=True)
+class MoRAConfig(CommonConfig):
     """MoRA (Jiang et al., 2024, arXiv 2405.12130): a square matrix between fixed compression and decompression.
+
+    MoRA has no alpha and no factor that depends on the rank, so there is no rank-stabilised form of it.
 
     Attributes:
         rank: the LoRA rank whose parameter count the square matrix takes; its side follows from `square_rank`.
         kind: how inputs are compressed and outputs restored, one of `mora_jax.adapters.mora.KINDS`.
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers, see the module's docstring.
+        rank_pattern: as in `LoRAConfig`, but layers of one stack have one rank: it fixes the square's side.
+        use_dora: as in `LoRAConfig`.
     """
 
     rank: int = 8
     kind: str = "sharing"
-    dropout: float = 0.0
+    dropout: float = 0.0  # type: ignore[misc]  # a class variable where a method has none
     targets: Targets = "all-linear"
+    rank_pattern: Pattern = field(default=(), kw_only=True)
+    use_dora: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         from mora_jax.adapters.mora import check_kind
 
-        _check(self)
+        _check_rank(self.rank)
+        super().__post_init__()
         check_kind(self.kind)
+        ranks = _freeze_pattern(self.rank_pattern, "rank_pattern", _check_rank)
+        object.__setattr__(self, "rank_pattern", ranks)
+
+
+@dataclass(frozen=True)
+class BitFitConfig(CommonConfig):
+    """BitFit (Ben Zaken et al., 2021, arXiv 2106.10199): the biases alone are trained.
+
+    Attributes:
+        targets: whose biases, see the module's docstring; a layer without a bias gets one that starts at zero.
+    """
+
+    targets: Targets = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -79,4 +197,4 @@ class FullConfig:
     """Full fine-tuning: every parameter of the model is trained as a float32 master."""
 
 
-AdapterConfig = LoRAConfig | MoRAConfig | FullConfig
+AdapterConfig = CommonConfig | FullConfig

@@ -6,15 +6,17 @@ Each is a subclass of the layer that it adapts and keeps that layer's variables,
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter, Layout, PartwiseDelta
-from mora_jax.adapters.dense import adapted_dot
+from mora_jax.adapters.adapter import Adapter, Layout
+from mora_jax.adapters.product import adapted_product, scale_features
 
 Array = jax.Array
 
@@ -32,7 +34,6 @@ class Adapted:
         __slots__ = ()
     adapter: Any  # an Adapter, with arrays named by its method
     adapter_dropout: nnx.Dropout | None
-    kernel: Any  # the plain layer's
 
     def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
         """Adds `adapter` to a layer that has none."""
@@ -47,23 +48,27 @@ class Adapted:
         self.__class__ = plain_class(type(self))
         return adapter
 
+    @property
+    def dropping(self) -> bool:
+        return self.adapter_dropout is not None and not self.adapter_dropout.deterministic
+
+    def product(self, x: Array, matrix: Array, bias: Array | None) -> Array:
+        """The adapted product: `x [..., in]`, `matrix [in, out]` and `bias [out]` in one dtype → `[..., out]`."""
+        adapter = self.adapter
+        layout = Layout((adapter.out_features,), 0, (adapter.out_features,))
+        dropout = self.adapter_dropout
+        drop = (lambda _, x: dropout(x)) if dropout is not None and self.dropping else None
+        y = adapted_product(layout, (adapter,), x.reshape(-1, x.shape[-1]), matrix, bias, drop)
+        return y.reshape(*x.shape[:-1], adapter.out_features)
+
     def update(self, x: Array) -> Array:
-        """What the adapter adds for `x [..., in]`: float32 `[..., out]`."""
+        """What an additive adapter adds to the product for `x [..., in]`: float32 `[..., out]`."""
         adapter = self.adapter
         if self.adapter_dropout is not None:
             x = self.adapter_dropout(x)
         flat = x.reshape(-1, adapter.in_features)
         y = adapter.delta(adapter.config, adapter.out_features, flat, adapter.params())
         return y.reshape(*x.shape[:-1], adapter.out_features)
-
-    @property
-    def dropping(self) -> bool:
-        return self.adapter_dropout is not None and not self.adapter_dropout.deterministic
-
-    def add_to_kernel(self, delta: Array) -> None:
-        """Adds a float32 update `[in, out]` to the kernel: summed in float32, rounded once."""
-        kernel = self.kernel[...]
-        self.kernel[...] = (kernel.astype(jnp.float32) + delta.reshape(kernel.shape)).astype(kernel.dtype)
 
 
 def plain_class(adapted: type) -> type:
@@ -76,56 +81,84 @@ class AdaptedLinear(nnx.Linear, Adapted):
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
         custom = self.precision is not None or self.dot_general is not jax.lax.dot_general
-        if custom or out_sharding is not None or self.preferred_element_type is not None or self.dropping:
-            # A layer with a product of its own keeps it.
-            y = nnx.Linear.__call__(self, inputs, out_sharding)
-            return (y + self.update(inputs.astype(y.dtype))).astype(y.dtype)
+        if custom or out_sharding is not None or self.preferred_element_type is not None:
+            return self._around(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        adapter = self.adapter
-        layout = Layout((self.out_features,), 0, (self.out_features,))
-        delta = adapter.fuse(layout, (adapter.config,)) or PartwiseDelta(layout, (type(adapter),), (adapter.config,))
-        y = adapted_dot(delta, x.reshape(-1, x.shape[-1]), kernel, bias, (adapter.params(),))
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return self.product(x, kernel, bias)
+
+    def _around(self, inputs: Array, out_sharding) -> Array:
+        """A layer with a product of its own keeps it; the rest of the general form is put around it."""
+        adapter, params = self.adapter, self.adapter.params()
+        scale = adapter.input_gain(adapter.config, params)
+        if scale is not None:
+            inputs = scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
+        plain = nnx.Linear.__call__(self, inputs, out_sharding)
+        y = plain.astype(jnp.float32)
+        gain = adapter.output_gain(adapter.config, params, lambda: self.kernel[...])
+        update = self.update(inputs.astype(plain.dtype)) if adapter.additive else None
+        if gain is not None:
+            without_bias = y if self.bias is None else y - self.bias[...].astype(jnp.float32)
+            y = y + (gain - 1.0) * without_bias
+            update = None if update is None else update * gain
+        y = y if update is None else y + update
+        added = adapter.added_bias(adapter.config, params)
+        return (y if added is None else y + added).astype(plain.dtype)
 
 
 class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
     """`nnx.LinearGeneral` with an adapter on the matrix that its contracted and its new axes form."""
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
-        y = nnx.LinearGeneral.__call__(self, inputs, out_sharding)
         axes = [a % inputs.ndim for a in self.axis]
         kept = [a for a in range(inputs.ndim) if a not in axes]
-        x = inputs.astype(y.dtype).transpose(*kept, *axes)
-        x = x.reshape(*(inputs.shape[a] for a in kept), -1)
-        return (y + self.update(x).reshape(y.shape)).astype(y.dtype)
+
+        def flat(x):
+            return x.transpose(*kept, *axes).reshape(*(inputs.shape[a] for a in kept), -1)
+
+        if self.adapter.only_adds:
+            y = nnx.LinearGeneral.__call__(self, inputs, out_sharding)
+            return (y + self.update(flat(inputs.astype(y.dtype))).reshape(y.shape)).astype(y.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        x = flat(x)
+        y = self.product(x, kernel.reshape(x.shape[-1], -1), None if bias is None else bias.reshape(-1))
+        return y.reshape(*x.shape[:-1], *self.out_features)
 
 
 class AdaptedEinsum(nnx.Einsum, Adapted):
     """`nnx.Einsum` with an adapter, where the einsum is a product with a matrix (see `einsum_matrix`)."""
 
     def __call__(self, inputs: Array, einsum_str: str | None = None, out_sharding=None) -> Array:
-        y = nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding)
         spec = (einsum_str or self.einsum_str).replace(" ", "")
-        matrix = einsum_matrix(spec, self.kernel.shape, inputs.ndim)
-        if matrix is None:
+        found = einsum_matrix(spec, self.kernel.shape, inputs.ndim)
+        if found is None:
             raise ValueError(f"einsum {spec!r} is no product with a matrix, so it can't carry an adapter")
-        to_in, to_out, permutation = matrix
-        x = inputs.astype(y.dtype).transpose(*to_in)
-        leading = x.shape[: x.ndim - len(to_out[0])]
-        kernel_out = [self.kernel.shape[a] for a in to_out[1]]
-        update = self.update(x.reshape(*leading, -1)).reshape(*leading, *kernel_out)
-        return (y + update.transpose(*permutation)).astype(y.dtype)
+        to_in, (contracted, free), permutation = found
+        sizes = [self.kernel.shape[a] for a in free]
 
-    def add_to_kernel(self, delta: Array) -> None:
-        axes = einsum_axes(self.einsum_str, self.kernel.shape)
-        assert axes is not None, "only products with a matrix get adapters"
-        contracted, free = axes
-        order = (*contracted, *free)
-        kernel = self.kernel[...]
-        shaped = delta.reshape([kernel.shape[a] for a in order])
-        inverse = [order.index(a) for a in range(kernel.ndim)]
-        self.kernel[...] = (kernel.astype(jnp.float32) + shaped.transpose(*inverse)).astype(kernel.dtype)
+        def flat(x):
+            x = x.transpose(*to_in)
+            return x.reshape(*x.shape[: x.ndim - len(contracted)], -1)
+
+        def restored(y):
+            return y.reshape(*y.shape[:-1], *sizes).transpose(*permutation)
+
+        if self.adapter.only_adds:
+            y = nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding)
+            return (y + restored(self.update(flat(inputs.astype(y.dtype))))).astype(y.dtype)
+        x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
+        x, matrix = flat(x), kernel.transpose(*contracted, *free).reshape(-1, math.prod(sizes))
+        return restored(self.product(x, matrix, _einsum_bias(self, x.ndim - 1, permutation, sizes)))
+
+
+def _einsum_bias(layer: nnx.Einsum, kept: int, permutation: list[int], sizes: list[int]) -> Array | None:
+    """The bias `[out]` in the order of the kernel's free axes; in the layer it has the order of the output."""
+    if layer.bias is None:
+        return None
+    order = [axis - kept for axis in permutation if axis >= kept]
+    bias = layer.bias[...].reshape([sizes[axis] for axis in order])
+    return bias.transpose([order.index(axis) for axis in range(len(order))]).reshape(-1)
 
 
 def einsum_axes(spec: str | None, kernel_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -176,28 +209,36 @@ def einsum_matrix(spec: str, kernel_shape: tuple[int, ...], ndim: int):
 
 
 class AdaptedEmbed(nnx.Embed, Adapted):
-    """`nnx.Embed` with LoRA: row v of the table becomes `E[v] + scaling · A[v] B`.
+    """`nnx.Embed` with an adapter: row v of the table becomes `gain ⊙ (E[v] + update[v])`.
 
-    As in PEFT, A starts at zero and B is normal. `attend` (a tied output head) uses the adapted table too, so that
-    lookup, head and a merged table agree.
+    As in PEFT, LoRA's A starts at zero and its B is normal, and dropout does not act on token ids. `attend` (a tied
+    output head) uses the adapted table too, so that lookup, head and a merged table agree.
     """
 
+    def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
+        self.adapter = adapter
+        self.adapter_dropout = None
+
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
-        y = nnx.Embed.__call__(self, inputs)
-        p = self.adapter.params()
-        rows = jnp.take(p["lora_a"], inputs, axis=0)
-        if self.dropping:
-            raise ValueError("dropout has no meaning on token ids; use dropout=0 for embeddings")
-        return (y + (rows @ p["lora_b"]) * p["scaling"]).astype(y.dtype)
+        y = super().__call__(inputs, out_sharding)
+        adapter, p = self.adapter, self.adapter.params()
+        total = y.astype(jnp.float32) + adapter.rows(inputs, y.dtype, p)
+        gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
+        return (total if gain is None else total * gain).astype(y.dtype)
 
     def attend(self, query: Array, out_sharding=None) -> Array:
-        y = nnx.Embed.attend(self, query)
-        p = self.adapter.params()
-        return (y + ((query @ p["lora_b"].T) @ p["lora_a"].T) * p["scaling"]).astype(y.dtype)
+        adapter, p = self.adapter, self.adapter.params()
+        gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
+        query = query if gain is None else (query * gain).astype(query.dtype)
+        y = super().attend(query, out_sharding)
+        return (y + adapter.scores(query.astype(y.dtype), p)).astype(y.dtype)
 
-    def add_to_kernel(self, delta: Array) -> None:
-        table = self.embedding[...]
-        self.embedding[...] = (table.astype(jnp.float32) + delta).astype(table.dtype)
+    def table(self) -> Array:
+        """The adapted table, float32 `[V, D]`."""
+        adapter, p, base = self.adapter, self.adapter.params(), self.embedding[...]
+        total = base.astype(jnp.float32) + adapter.dense(adapter.config, *base.shape, p)
+        gain = adapter.output_gain(adapter.config, p, lambda: base)
+        return total if gain is None else total * gain
 
 
 ADAPTED: dict[type, type] = {
@@ -206,6 +247,23 @@ ADAPTED: dict[type, type] = {
     nnx.Einsum: AdaptedEinsum,
     nnx.Embed: AdaptedEmbed,
 }
+
+
+@functools.cache
+def adapted_class(plain: Any) -> type | None:
+    """The adapted form of a layer class, or None; subclasses of `nnx.Embed` have one, others only themselves."""
+    if plain in ADAPTED or not issubclass(plain, nnx.Embed):
+        return ADAPTED.get(plain)
+    return types.new_class(f"Adapted{plain.__name__}", (AdaptedEmbed, plain))
+
+
+def turn_adapted(layer: Any) -> None:
+    """Makes a plain layer, in place, one of the adapted class, which is still to be given its adapter."""
+    kind: Any = type(layer)
+    form = adapted_class(kind)
+    if form is None:
+        raise TypeError(f"{kind.__name__} has no adapted form")
+    layer.__class__ = form
 
 
 def matrix_shape(layer: nnx.Module) -> tuple[int, int] | None:
@@ -226,3 +284,65 @@ def matrix_shape(layer: nnx.Module) -> tuple[int, int] | None:
         shape = layer.kernel.shape
         return math.prod(shape[a] for a in contracted), math.prod(shape[a] for a in free)
     return None
+
+
+def _free_order(layer: Any) -> list[int]:
+    """The axes of a layer's kernel, contracted ones first."""
+    if not isinstance(layer, nnx.Einsum):
+        return list(range(layer.kernel.ndim))
+    axes = einsum_axes(layer.einsum_str, layer.kernel.shape)
+    assert axes is not None, "only products with a matrix get adapters"
+    return [*axes[0], *axes[1]]
+
+
+def matrix_of(layer: Any) -> Array:
+    """The matrix `[in, out]` of a layer that has one, in the layer's dtype."""
+    if isinstance(layer, nnx.Embed):
+        return layer.embedding[...]
+    shape = matrix_shape(layer)
+    assert shape is not None, "only products with a matrix get adapters"
+    return layer.kernel[...].transpose(*_free_order(layer)).reshape(shape)
+
+
+def put_matrix(layer: Any, matrix: Array) -> None:
+    """Writes the matrix of a layer, laid out as `matrix_of` gives it."""
+    if isinstance(layer, nnx.Embed):
+        layer.embedding[...] = matrix
+        return
+    order, shape = _free_order(layer), layer.kernel.shape
+    shaped = matrix.reshape([shape[a] for a in order])
+    layer.kernel[...] = shaped.transpose([order.index(a) for a in range(len(order))])
+
+
+def add_to_bias(layer: Any, change: Array) -> None:
+    """Adds `change [out]`, in the order of `matrix_of`, to the bias of a layer; makes one where there is none."""
+    kernel = layer.kernel[...]
+    if isinstance(layer, nnx.Einsum):
+        axes = einsum_axes(layer.einsum_str, kernel.shape)
+        assert axes is not None, "only products with a matrix get adapters"
+        right, _, output = layer.einsum_str.replace(" ", "").partition(",")[2].partition("->")
+        order = sorted(range(len(axes[1])), key=lambda i: output.index(right[axes[1][i]]))
+        shape = tuple(kernel.shape[a] for a in axes[1])
+        change = change.reshape(shape).transpose(order)
+    elif isinstance(layer, nnx.LinearGeneral):
+        change = change.reshape(layer.out_features)
+    if layer.bias is None:
+        layer.bias = nnx.Param(change.astype(kernel.dtype))
+        _say_bias(layer, change.shape)
+        return
+    bias = layer.bias[...]
+    layer.bias[...] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
+
+
+def drop_bias(layer: Any) -> None:
+    """Takes away a bias that `add_to_bias` made."""
+    layer.bias = nnx.data(None)
+    _say_bias(layer, None)
+
+
+def _say_bias(layer: Any, shape: tuple[int, ...] | None) -> None:
+    """Keeps what a layer says about its bias true."""
+    if isinstance(layer, nnx.Einsum):
+        layer.bias_shape = shape
+    else:
+        layer.use_bias = shape is not None

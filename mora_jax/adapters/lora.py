@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter, Layout, positive
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.dense import Delta, dot32, dot32_nt, dot32_tn, trained_dot
 from mora_jax.adapters.layers import AdaptedLinear
-from mora_jax.adapters.variables import AdapterParam
+from mora_jax.adapters.variables import AdapterParam, AdapterState
 
 Array = jax.Array
 
@@ -86,6 +87,12 @@ def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> 
     return product * scaling
 
 
+def _scaling(params: dict[str, Array]) -> Array:
+    """The factor on the hidden features: `[]`, or `[rank]` where layers of a stack have their own ranks."""
+    mask = params.get("rank_mask")
+    return params["scaling"] if mask is None else params["scaling"] * mask
+
+
 class LoRA(Adapter):
     """LoRA's factors for one matrix, or for one matrix a layer when they carry a leading layer axis."""
 
@@ -104,11 +111,15 @@ class LoRA(Adapter):
         layer_mask: Array | None = None,
         axes: tuple[str, str] = ("embed", "mlp"),
     ):
-        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask)
+        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask, axes=axes)
         lora_a, lora_b = init(rngs.params(), in_features, out_features, config.rank, layers=self.layers)
-        prefix = ("layers",) * len(self.layers)
-        self.lora_a = AdapterParam(lora_a, axes=(*prefix, axes[0], "rank"))
-        self.lora_b = AdapterParam(lora_b, axes=(*prefix, "rank", axes[1]))
+        self.lora_a = AdapterParam(lora_a, axes=self.stacked(axes[0], "rank"))
+        self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", axes[1]))
+
+    def limit_ranks(self, ranks: np.ndarray) -> None:
+        """Gives each layer of a stack its own rank: what lies beyond it has no effect and gets no gradient."""
+        used = np.arange(self.config.rank) < np.asarray(ranks)[:, None]
+        self.rank_mask = AdapterState(jnp.asarray(used, jnp.float32), axes=self.stacked("rank"))
 
     @classmethod
     def for_embedding(cls, num_embeddings: int, features: int, config: LoRAConfig, *, rngs: nnx.Rngs) -> LoRA:
@@ -118,17 +129,32 @@ class LoRA(Adapter):
         adapter.lora_b[...] = jax.random.normal(rngs.params(), adapter.lora_b.shape, jnp.float32)
         return adapter
 
+    def rows(self, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
+        """What is added to looked-up rows of an embedding table, float32 `[..., D]`."""
+        picked = (jnp.take(params["lora_a"], ids, axis=0) * _scaling(params)).astype(dtype)
+        flat = trained_dot(picked.reshape(-1, picked.shape[-1]), params["lora_b"])
+        return flat.reshape(*ids.shape, self.out_features)
+
+    def scores(self, query: Array, params: dict[str, Array]) -> Array:
+        """What is added to products of `query [..., D]` with every row of an embedding table, float32 `[..., V]`."""
+        flat = query.reshape(-1, query.shape[-1])
+        hidden = (trained_dot(flat, params["lora_b"].T) * _scaling(params)).astype(query.dtype)
+        return trained_dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], self.in_features)
+
     @staticmethod
     def scale(config: LoRAConfig) -> float:
         return config.alpha / config.rank
 
     @staticmethod
     def delta(config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
-        return _delta(x, params["lora_a"], params["lora_b"], params["scaling"])
+        return _delta(x, params["lora_a"], params["lora_b"], _scaling(params))
 
     @staticmethod
     def dense(config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
-        return delta_weight(params["lora_a"], params["lora_b"], params["scaling"])
+        scaling = _scaling(params)
+        if scaling.ndim:
+            return delta_weight(params["lora_a"] * scaling, params["lora_b"])
+        return delta_weight(params["lora_a"], params["lora_b"], scaling)
 
     @classmethod
     def fuse(cls, layout: Layout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
@@ -150,7 +176,7 @@ class FusedLoRA:
         """A `[in, R]`, B `[R, features]` in `dtype` and the scaling `[R]`, R the sum of the ranks."""
         used = [p for p in params if p is not None]
         lora_a = jnp.concatenate([p["lora_a"].astype(dtype) for p in used], axis=1)
-        scaling = jnp.concatenate([jnp.broadcast_to(p["scaling"], p["lora_a"].shape[1:]) for p in used])
+        scaling = jnp.concatenate([jnp.broadcast_to(_scaling(p), p["lora_a"].shape[1:]) for p in used])
         if len(params) == 1:
             return lora_a, used[0]["lora_b"].astype(dtype), scaling
         rows = []
@@ -182,7 +208,7 @@ class FusedLoRA:
             rows = slice(start, start + p["lora_b"].shape[0])
             start = rows.stop
             part = self.layout.take(db[rows].reshape(-1, *self.layout.out_shape), i)
-            gradients.append({"lora_a": da[:, rows], "lora_b": part, "scaling": None})
+            gradients.append(dict.fromkeys(p) | {"lora_a": da[:, rows], "lora_b": part})
         return dot32_nt(dhidden, lora_a), tuple(gradients)
 
 

@@ -1,28 +1,121 @@
-"""Fold adapters into the weights that they adapt."""
+"""Fold adapters into the weights that they adapt, and take them out again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.attach import adapted_layers
+from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.detach import take_adapter
+from mora_jax.adapters.layers import add_to_bias, drop_bias, put_matrix, turn_adapted
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.report import adapter_at
+from mora_jax.adapters.targets import Place, has_adapter, places
+from mora_jax.adapters.trained import kept, restore
 
 
-def merge(model: nnx.Module) -> None:
+@dataclass(frozen=True)
+class Merged:
+    """What was folded into one place, enough to take it out again.
+
+    Attributes:
+        paths: the place's paths.
+        part: its name in a projection, else None.
+        adapter: the adapter.
+        dropout: the layer's dropout, if any.
+        gains: factors on outputs `[*layers, out]` and inputs `[*layers, in]` that were multiplied in, or None.
+        had_bias: whether the layer had a bias before.
+    """
+
+    paths: tuple[str, ...]
+    part: str | None
+    adapter: Adapter
+    dropout: Any
+    gains: tuple[Any, Any]
+    had_bias: bool
+
+
+def merge(model: nnx.Module) -> tuple[Merged, ...]:
     """Folds every adapter of `model` into its base layer, in place; the layers are plain again afterwards.
 
-    The sum is taken in float32 and rounded once to the dtype of the weight.
+    The kernel becomes `gain ⊙ (W + ΔW)`, taken in float32 and rounded once to the dtype of the weight; modules that
+    were trained whole get their trained values, in the dtype they had.
+
+    Returns:
+        What `unmerge` needs to take the adapters out again.
 
     Raises:
         ValueError: the model has no adapter.
     """
-    layers = list(adapted_layers(model))
-    if not layers:
+    found = [place for place in places(model) if has_adapter(place)]
+    if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")
-    for layer in layers:
-        if isinstance(layer, Projection):
-            layer.merge_adapters()
-        else:
-            delta = layer.adapter.delta_weight()
-            layer.add_to_kernel(delta)
-            layer.take_adapter()
+    biased = {id(place.layer): place.has_bias for place in found}  # before the first part of a layer gives it one
+    merged = tuple(_merge(place, biased[id(place.layer)]) for place in found)
+    restore(model, trained=True)
+    return merged
+
+
+def _merge(place: Place, had_bias: bool) -> Merged:
+    adapter, layer = adapter_at(place), place.layer
+    dropout = getattr(layer, "adapter_dropout", None)
+    gains = adapter.gains(place.kernel())
+    weight, change = adapter.merged(place.kernel(), gains), adapter.bias_change()
+    take_adapter(place)
+    _write(place, weight, change)
+    return Merged(place.paths, place.part, adapter, dropout, gains, had_bias)
+
+
+def _write(place: Place, weight: Any, change: Any) -> None:
+    if isinstance(place.layer, Projection):
+        assert place.part is not None, "a place in a projection is one of its parts"
+        place.layer.put_part_weight(place.part, weight)
+        if change is not None:
+            place.layer.add_to_part_bias(place.part, change)
+        return
+    put_matrix(place.layer, weight)
+    if change is not None:
+        add_to_bias(place.layer, change)
+
+
+def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
+    """Takes adapters out of the weights that `merge` folded them into, and puts them back beside them.
+
+    The update is subtracted and gains are divided out, in float32, so weights come back up to rounding. Modules that
+    were trained whole keep their trained values, frozen.
+
+    Args:
+        model: a model whose weights are as `merge` left them.
+        merged: what `merge` returned.
+
+    Raises:
+        ValueError: a place that the model lacks or that carries an adapter, or a gain of 0, which can't be undone.
+    """
+    by_path = {(place.paths, place.part): place for place in places(model)}
+    for entry in merged:
+        place = by_path.get((entry.paths, entry.part))
+        if place is None or has_adapter(place):
+            raise ValueError(f"{entry.paths[0]} is not as merging left it: absent, or adapted again")
+        if any(gain is not None and not bool(jnp.all(gain != 0)) for gain in entry.gains):
+            raise ValueError(f"{entry.paths[0]}: a gain of 0 was merged, which can't be divided out again")
+    for entry in merged:
+        _unmerge(by_path[entry.paths, entry.part], entry)
+
+
+def _unmerge(place: Place, entry: Merged) -> None:
+    change = entry.adapter.bias_change()
+    weight = entry.adapter.unmerged(place.kernel(), entry.gains)
+    _write(place, weight, None if change is None or not entry.had_bias else -change)
+    if isinstance(place.layer, Projection):
+        assert place.part is not None, "a place in a projection is one of its parts"
+        place.layer.add_adapter(place.part, entry.adapter)
+        if change is not None and not entry.had_bias:
+            place.layer.bias = nnx.data(None)
+        return
+    if change is not None and not entry.had_bias:
+        drop_bias(place.layer)
+    turn_adapted(place.layer)
+    place.layer.adapter, place.layer.adapter_dropout = entry.adapter, entry.dropout

@@ -248,10 +248,10 @@ class MoRA(Adapter):
         layer_mask: Array | None = None,
         axes: tuple[str, str] = ("embed", "mlp"),
     ):
-        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask)
+        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask, axes=axes)
         q = square_rank(in_features, out_features, config.rank, config.kind)
-        prefix = ("layers",) * len(self.layers)
-        self.m = AdapterParam(jnp.zeros((*self.layers, q, q), jnp.float32), axes=(*prefix, "square_out", "square_in"))
+        zeros = jnp.zeros((*self.layers, q, q), jnp.float32)
+        self.m = AdapterParam(zeros, axes=self.stacked("square_out", "square_in"))
 
     @staticmethod
     def delta(config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter, Layout, PartwiseDelta
-from mora_jax.adapters.dense import adapted_dot
+from mora_jax.adapters.adapter import Adapter, Layout
+from mora_jax.adapters.product import adapted_product
 
 Array = jax.Array
 
@@ -93,34 +93,16 @@ class Projection(nnx.Module):
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         found = tuple(self.adapters.get(part.name) for part in self.parts)
-        if all(adapter is None for adapter in found):
-            y = adapted_dot(None, flat, kernel, bias, None)
-            return y.reshape(*x.shape[:-1], *self.layout.out_shape)
-        methods = tuple(None if a is None else type(a) for a in found)
-        configs = tuple(None if a is None else a.config for a in found)
-        params = tuple(None if a is None else a.params() for a in found)
-        if dropout_key is not None and any(c is not None and c.dropout > 0 for c in configs):
-            y = adapted_dot(None, flat, kernel, bias, None).astype(jnp.float32)
-            y = (y + self._dropped(flat, methods, configs, params, dropout_key)).astype(x.dtype)
-            return y.reshape(*x.shape[:-1], *self.layout.out_shape)
-        kinds = {m for m in methods if m is not None}
-        delta = kinds.pop().fuse(self.layout, configs) if len(kinds) == 1 else None
-        y = adapted_dot(delta or PartwiseDelta(self.layout, methods, configs), flat, kernel, bias, params)
-        return y.reshape(*x.shape[:-1], *self.layout.out_shape)
+        dropout = None
+        if dropout_key is not None and any(a is not None and a.config.dropout > 0 for a in found):
 
-    def _dropped(self, x: Array, methods, configs, params, key: Array) -> Array:
-        """The updates with dropout on their inputs, float32 `[N, features]`."""
-        parts = []
-        for i, (method, config) in enumerate(zip(methods, configs, strict=True)):
-            features = self.layout.part_features(i)
-            if method is None:
-                parts.append(jnp.zeros((x.shape[0], features), jnp.float32))
-                continue
-            keep = 1.0 - config.dropout
-            mask = jax.random.bernoulli(jax.random.fold_in(key, i), keep, x.shape)
-            dropped = jnp.where(mask, x / keep, 0).astype(x.dtype)
-            parts.append(method.delta(config, features, dropped, params[i]))
-        return self.layout.join(parts)
+            def dropout(i: int, x: Array) -> Array:
+                keep = 1.0 - found[i].config.dropout
+                mask = jax.random.bernoulli(jax.random.fold_in(dropout_key, i), keep, x.shape)
+                return jnp.where(mask, x / keep, 0).astype(x.dtype)
+
+        y = adapted_product(self.layout, found, flat, kernel, bias, dropout)
+        return y.reshape(*x.shape[:-1], *self.layout.out_shape)
 
     def _index(self, name: str) -> int:
         names = [part.name for part in self.parts]
@@ -171,18 +153,20 @@ class Projection(nnx.Module):
         for name in list(self.adapters):
             del self.adapters[name]
 
-    def merge_adapters(self) -> None:
-        """Folds every adapter into the kernel, layer by layer: summed in float32, rounded once."""
-        for name, adapter in list(self.adapters.items()):
-            index = (..., *self.part_slice(name))
-            shape = self.layout.part_shape(self._index(name))
+    def put_part_weight(self, name: str, weight: Array) -> None:
+        """Writes the kernel of one part, laid out as `part_weight` gives it."""
+        shape = self.layout.part_shape(self._index(name))
+        kernel = self.kernel[...]
+        shaped = weight.reshape(*kernel.shape[: kernel.ndim - len(shape)], *shape)
+        self.kernel[...] = kernel.at[(..., *self.part_slice(name))].set(shaped.astype(kernel.dtype))
 
-            def one(operands, adapter=adapter, index=index, shape=shape):
-                kernel, params = operands
-                delta = adapter.dense(adapter.config, adapter.in_features, adapter.out_features, params)
-                total = kernel[index].astype(jnp.float32) + delta.reshape(self.in_features, *shape)
-                return kernel.at[index].set(total.astype(kernel.dtype))
-
-            operands = (self.kernel[...], adapter.params())
-            self.kernel[...] = one(operands) if self.num_layers is None else jax.lax.map(one, operands)
-            del self.adapters[name]
+    def add_to_part_bias(self, name: str, change: Array) -> None:
+        """Adds `change [*layers, features of the part]` to the bias; makes one where there is none."""
+        stack = () if self.num_layers is None else (self.num_layers,)
+        if self.bias is None:
+            zeros = jnp.zeros((*stack, *self.layout.out_shape), self.kernel.dtype)
+            self.bias = nnx.Param(zeros, axes=(*("layers",) * len(stack), *self.axes[1:]))
+        bias = self.bias[...]
+        index = (..., *self.part_slice(name))
+        total = bias[index].astype(jnp.float32) + change.reshape(*stack, *self.layout.part_shape(self._index(name)))
+        self.bias[...] = bias.at[index].set(total.astype(bias.dtype))

@@ -1,16 +1,42 @@
-"""Which adapter class a configuration stands for. A new method is one file and one line here."""
+"""The methods by name: configuration and adapter class. A new method is one file and one line here."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from mora_jax.adapters.adapter import Adapter
-from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
+from mora_jax.adapters.bitfit import BitFit
+from mora_jax.adapters.config import BitFitConfig, DoRAConfig, FullConfig, LoRAConfig, MoRAConfig, RsLoRAConfig
+from mora_jax.adapters.dora import DoRA
 from mora_jax.adapters.lora import LoRA
 from mora_jax.adapters.mora import MoRA
+from mora_jax.adapters.rslora import RsLoRA
 
-METHODS: dict[type, type[Adapter]] = {LoRAConfig: LoRA, MoRAConfig: MoRA}
-CONFIGS: dict[str, type] = {"lora": LoRAConfig, "mora": MoRAConfig, "full": FullConfig}
+
+class Method(NamedTuple):
+    """A method: its configuration, and its adapter class (None for full fine-tuning, which has none)."""
+
+    config: type
+    adapter: type[Adapter] | None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the configuration can be given."""
+        return tuple(field.name for field in dataclasses.fields(self.config) if field.init)
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(LoRAConfig, LoRA),
+    "rslora": Method(RsLoRAConfig, RsLoRA),
+    "dora": Method(DoRAConfig, DoRA),
+    "mora": Method(MoRAConfig, MoRA),
+    "bitfit": Method(BitFitConfig, BitFit),
+    "full": Method(FullConfig, None),
+}
+CONFIGS: dict[str, type] = {name: method.config for name, method in METHODS.items()}
+METHOD_KEYS: dict[str, tuple[str, ...]] = {name: method.keys for name, method in METHODS.items()}
 
 
 def adapter_class(config: Any) -> type[Adapter]:
@@ -19,8 +45,23 @@ def adapter_class(config: Any) -> type[Adapter]:
     Raises:
         TypeError: `config` is no adapter configuration.
     """
-    try:
-        return METHODS[type(config)]
-    except KeyError:
-        known = ", ".join(kind.__name__ for kind in (*METHODS, FullConfig))
-        raise TypeError(f"config must be one of {known}, not {type(config).__name__}") from None
+    for method in METHODS.values():
+        if method.config is type(config) and method.adapter is not None:
+            return method.adapter
+    known = ", ".join(kind.__name__ for kind in CONFIGS.values())
+    raise TypeError(f"config must be one of {known}, not {type(config).__name__}")
+
+
+def config_from(values: Mapping[str, Any]) -> Any:
+    """The configuration that a dictionary with the key `method` describes.
+
+    Keys that the method does not know are left out, and so are values that are None.
+
+    Raises:
+        ValueError: an unknown method, or a value that the method refuses.
+    """
+    name = values.get("method")
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+    method = METHODS[name]
+    return method.config(**{key: values[key] for key in method.keys if values.get(key) is not None})

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from flax import nnx
 
+from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import Targets
-from mora_jax.adapters.layers import ADAPTED, Adapted, matrix_shape, plain_class
+from mora_jax.adapters.layers import Adapted, adapted_class, matrix_of, matrix_shape, plain_class
 from mora_jax.adapters.projection import Projection
 
 
@@ -42,6 +44,24 @@ class Place:
         return isinstance(self.layer, Projection) and self.layer.num_layers is not None
 
     @property
+    def adapter(self) -> Adapter | None:
+        """The adapter on it, or None."""
+        if isinstance(self.layer, Projection):
+            return self.layer.adapters.get(self.part)
+        return self.layer.adapter if isinstance(self.layer, Adapted) else None
+
+    @property
+    def has_bias(self) -> bool:
+        return getattr(self.layer, "bias", None) is not None
+
+    def kernel(self) -> jax.Array:
+        """The base's matrix, `[*layers, in, out]`."""
+        if isinstance(self.layer, Projection):
+            assert self.part is not None, "a place in a projection is one of its parts"
+            return self.layer.part_weight(self.part)
+        return matrix_of(self.layer)
+
+    @property
     def title(self) -> str:
         """One path for the whole stack, `*` in place of the layer."""
         if isinstance(self.layer, Projection):
@@ -59,10 +79,13 @@ def places(model: nnx.Module) -> Iterator[Place]:
                 layers = [None] if node.num_layers is None else range(node.num_layers)
                 paths = tuple(node.module_path(part.name, layer) for layer in layers)
                 yield Place(paths, node, part.name, node.in_features, node.part_features(part.name))
-        elif type(node) in ADAPTED or isinstance(node, Adapted):
+        elif isinstance(node, nnx.Module) and (isinstance(node, Adapted) or adapted_class(type(node)) is not None):
             shape = matrix_shape(node)
             if shape is not None:
                 first, *others = sorted(names[id(node)], key=lambda path: (path.count("."), path))
+                own = getattr(node, "path", None)  # the decoder's embedding knows its name in files
+                if isinstance(own, str):
+                    first, others = own, [first, *others]
                 yield Place((first,), node, None, *shape, aliases=tuple(others))
 
 
@@ -87,9 +110,12 @@ def _collect_paths(node: Any, path: tuple[str, ...], above: tuple[int, ...], nam
 
 
 def has_adapter(place: Place) -> bool:
-    if isinstance(place.layer, Projection):
-        return place.part in place.layer.adapters
-    return isinstance(place.layer, Adapted)
+    return place.adapter is not None
+
+
+def layer_number(path: str) -> int | None:
+    """The number of the layer that a module path lies in: its first component that is a number, behind a name."""
+    return next((int(name) for name in path.split(".")[1:] if name.isdecimal()), None)
 
 
 def layer_kind(place: Place) -> type:
@@ -118,27 +144,37 @@ def matcher(targets: Targets):
     return lambda place, path: any(path == name or path.endswith("." + name) for name in names)
 
 
-def select(model: nnx.Module, targets: Targets) -> list[tuple[Place, tuple[bool, ...]]]:
-    """The places that `targets` picks, each with one truth value a path.
+def select(model: nnx.Module, config: Any) -> list[tuple[Place, tuple[bool, ...]]]:
+    """The places that a configuration picks, each with one truth value a path.
 
     Raises:
-        ValueError: nothing matches (lists what could have matched), or a name of a list matches nothing.
+        ValueError: nothing matches (lists what could have matched), or a name of a list or a layer number matches
+            nothing.
     """
+    targets, layers, saved = config.targets, config.layers_to_transform, config.modules_to_save
     matches = matcher(targets)
     found, seen = [], []
+
+    def picked(place: Place, path: str) -> bool:
+        in_layer = layers is None or layer_number(path) in layers
+        return bool(matches(place, path)) and in_layer and not set(path.split(".")) & set(saved)
+
     for place in places(model):
         seen.append(place)
-        mask = tuple(bool(matches(place, path)) for path in place.paths)
-        if any(matches(place, path) for path in place.aliases):
+        mask = tuple(picked(place, path) for path in place.paths)
+        if any(picked(place, path) for path in place.aliases):
             mask = (True,)
         if any(mask):
             found.append((place, mask))
     could = ", ".join(place.title for place in seen) or "none: the model has no linear layer"
+    paths = [path for place in seen for path in (*place.paths, *place.aliases)]
+    absent = sorted(set(layers or ()) - {layer_number(path) for path in paths})
+    if absent:
+        raise ValueError(f"layers_to_transform names layer {absent[0]}, which the model does not have")
     if not found:
         raise ValueError(f"targets {targets!r} match no layer; layers that could have matched: {could}")
     if not isinstance(targets, str):
         for name in targets:
-            paths = (path for place in seen for path in (*place.paths, *place.aliases))
             if not any(path == name or path.endswith("." + name) for path in paths):
                 raise ValueError(f"target {name!r} matches no layer; layers that could have matched: {could}")
     return found

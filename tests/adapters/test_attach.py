@@ -103,7 +103,7 @@ def test_attaching_twice_is_refused():
     mj.attach(model, mj.LoRAConfig(targets=("first",)), rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="carries an adapter already"):
         mj.attach(model, mj.LoRAConfig(), rngs=nnx.Rngs(1))
-    with pytest.raises(TypeError, match="must be one of LoRAConfig, MoRAConfig, FullConfig, not dict"):
+    with pytest.raises(TypeError, match="must be one of LoRAConfig, .*FullConfig, not dict"):
         mj.attach(model, {"rank": 2}, rngs=nnx.Rngs(1))
     mj.merge(model)
     with pytest.raises(ValueError, match="no adapter to merge"):

@@ -1,0 +1,188 @@
+"""One adapted projection in its general form: `y = gain ⊙ ((scale ⊙ x) W + delta(scale ⊙ x)) + bias`.
+
+Methods that only add (LoRA, MoRA) take `adapted_dot`, whose backward is written out; a gain on outputs or inputs, or a
+trained bias, is put around it here, for several matrices with one input as for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from mora_jax.adapters.adapter import Adapter, Layout, PartwiseDelta
+from mora_jax.adapters.dense import Delta, adapted_dot, dot32, dot32_nt, dot32_tn
+
+Array = jax.Array
+Dropout = Callable[[int, Array], Array]
+
+
+def adapted_product(
+    layout: Layout,
+    adapters: tuple[Adapter | None, ...],
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    dropout: Dropout | None = None,
+) -> Array:
+    """The output of matrices that share one input, each with its adapter or without.
+
+    Args:
+        layout: how the matrices lie in the output.
+        adapters: one a matrix, on leaves without layer axis; None for a bare matrix.
+        x: `[N, in]` in the compute dtype.
+        kernel: `[in, *layout.out_shape]`.
+        bias: `[*layout.out_shape]` or None.
+        dropout: `(number of the part, x) → x` for the adapters' inputs; None without dropout.
+
+    Returns:
+        `[N, layout.features]` in the dtype of `x`.
+    """
+    params = tuple(None if a is None else a.params() for a in adapters)
+    scales = [None if a is None else a.input_gain(a.config, p or {}) for a, p in zip(adapters, params, strict=True)]
+    if any(scale is not None for scale in scales):
+        if len(adapters) > 1:
+            return _one_by_one(layout, adapters, x, kernel, bias, dropout)
+        x = scale_features(x, scales[0])
+    gain = _gain(layout, adapters, params, kernel)
+    bias = _bias(layout, adapters, params, bias)
+    methods = tuple(type(a) if a is not None and a.additive else None for a in adapters)
+    configs = tuple(a.config if a is not None and a.additive else None for a in adapters)
+    given = tuple(p if method is not None else None for p, method in zip(params, methods, strict=True))
+    if dropout is not None:
+        y = adapted_dot(None, x, kernel, bias if gain is None else None, None).astype(jnp.float32)
+        y = y + _dropped(layout, methods, configs, given, x, dropout)
+        if gain is not None:
+            y = y * gain
+            y = y if bias is None else y + bias.reshape(-1).astype(jnp.float32)
+        return y.astype(x.dtype)
+    kinds = {method for method in methods if method is not None}
+    delta: Delta | None = kinds.pop().fuse(layout, configs) if len(kinds) == 1 else None
+    if delta is None and any(method is not None for method in methods):
+        delta = PartwiseDelta(layout, methods, configs)
+    arrays = None if delta is None else given
+    if gain is None:
+        return adapted_dot(delta, x, kernel, bias, arrays)
+    return scaled_dot(delta, x, kernel, bias, gain, arrays)
+
+
+def _one_by_one(layout, adapters, x, kernel, bias, dropout) -> Array:
+    """Matrices whose inputs are scaled differently are as many products."""
+    parts = []
+    for i, adapter in enumerate(adapters):
+        alone = Layout((layout.part_features(i),), 0, (layout.part_features(i),))
+        part_bias = None if bias is None else layout.take(bias, i)
+        drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
+        parts.append(adapted_product(alone, (adapter,), x, layout.take(kernel, i), part_bias, drop))
+    return layout.join(parts)
+
+
+def _gain(layout: Layout, adapters, params, kernel: Array) -> Array | None:
+    """The gains of all parts, float32 `[features]`; None where no part has one."""
+    gains = [
+        None if a is None else a.output_gain(a.config, p, partial(layout.take, kernel, i))
+        for i, (a, p) in enumerate(zip(adapters, params, strict=True))
+    ]
+    if all(gain is None for gain in gains):
+        return None
+    ones = [jnp.ones((layout.part_features(i),), jnp.float32) if g is None else g for i, g in enumerate(gains)]
+    return layout.join(ones)
+
+
+def _bias(layout: Layout, adapters, params, bias: Array | None) -> Array | None:
+    """The layer's bias with what adapters add to it; flat float32 where they add anything."""
+    added = [None if a is None else a.added_bias(a.config, p) for a, p in zip(adapters, params, strict=True)]
+    if all(value is None for value in added):
+        return bias
+    zeros = [jnp.zeros((layout.part_features(i),), jnp.float32) if b is None else b for i, b in enumerate(added)]
+    total = layout.join(zeros)
+    return total if bias is None else bias.reshape(-1).astype(jnp.float32) + total
+
+
+def _dropped(layout: Layout, methods, configs, params, x: Array, dropout: Dropout) -> Array:
+    """The updates with dropout on their inputs, float32 `[N, features]`."""
+    parts = []
+    for i, (method, config) in enumerate(zip(methods, configs, strict=True)):
+        features = layout.part_features(i)
+        if method is None:
+            parts.append(jnp.zeros((x.shape[0], features), jnp.float32))
+        else:
+            parts.append(method.delta(config, features, dropout(i, x) if config.dropout > 0 else x, params[i]))
+    return layout.join(parts)
+
+
+@jax.custom_vjp
+def scale_features(x: Array, gain: Array) -> Array:
+    """`x [N, in]` times a trained `gain [in]`, in the dtype of `x`; the gain's gradient is summed in float32."""
+    return (x.astype(jnp.float32) * gain).astype(x.dtype)
+
+
+def _scale_features_fwd(x, gain):
+    return scale_features(x, gain), (x, gain)
+
+
+def _scale_features_bwd(residuals, dy):
+    x, gain = residuals
+    dy = dy.astype(jnp.float32)
+    return (dy * gain).astype(x.dtype), jnp.sum(dy * x.astype(jnp.float32), axis=0)
+
+
+scale_features.defvjp(_scale_features_fwd, _scale_features_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scaled_dot(delta: Delta | None, x: Array, kernel: Array, bias: Array | None, gain: Array, params: Any) -> Array:
+    """`gain ⊙ (x @ kernel + delta(x)) + bias`, with the promises of `adapted_dot`; `gain` is float32 `[out]`."""
+    return _finish(_sum(delta, x, kernel, params)[0], gain, bias).astype(x.dtype)
+
+
+def _sum(delta, x, kernel, params):
+    y = dot32(x, kernel.reshape(kernel.shape[0], -1).astype(x.dtype))
+    if delta is None:
+        return y, None
+    added, residuals = delta.forward(x, params)
+    return y + added, residuals
+
+
+def _finish(y, gain, bias):
+    y = y * gain
+    return y if bias is None else y + bias.reshape(-1).astype(jnp.float32)
+
+
+def _scaled_dot_fwd(delta, x, kernel, bias, gain, params):
+    kept_x = x.value if kernel.perturbed else None
+    bias_value = None if bias is None else bias.value
+    params = jax.tree.map(lambda leaf: leaf.value, params)
+    y, residuals = _sum(delta, x.value, kernel.value, params)
+    # The gain's gradient needs the product before the gain; in the compute dtype, as a layer's output would be kept.
+    product = y.astype(x.value.dtype) if gain.perturbed else None
+    bias_like = bias_value if bias is not None and bias.perturbed else None
+    out = _finish(y, gain.value, bias_value).astype(x.value.dtype)
+    return out, (kept_x, kernel.value, bias_like, gain.value, product, residuals)
+
+
+def _scaled_dot_bwd(delta, saved, dy):
+    kept_x, kernel, bias_like, gain, product, residuals = saved
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    dy32 = dy.astype(jnp.float32)
+    inner = (dy32 * gain).astype(dy.dtype)
+    dx = dot32_nt(inner, kernel.reshape(kernel.shape[0], -1).astype(dy.dtype))
+    dparams = dkernel = dbias = dgain = None
+    if delta is not None:
+        dx_added, dparams = delta.backward(residuals, inner)
+        dx = dx + dx_added
+    if kept_x is not None:
+        dkernel = dot32_tn(kept_x, inner).reshape(kernel.shape).astype(kernel.dtype)
+    if bias_like is not None:
+        dbias = jnp.sum(dy32, axis=0).reshape(bias_like.shape).astype(bias_like.dtype)
+    if product is not None:
+        dgain = jnp.sum(dy32 * product.astype(jnp.float32), axis=0)
+    return dx.astype(dy.dtype), dkernel, dbias, dgain, dparams
+
+
+scaled_dot.defvjp(_scaled_dot_fwd, _scaled_dot_bwd, symbolic_zeros=True)

@@ -1,0 +1,195 @@
+"""What a model carries: a report for people, and one entry a layer for files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.config import MoRAConfig
+from mora_jax.adapters.layers import Adapted
+from mora_jax.adapters.mora import unused_inputs
+from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.targets import Place, has_adapter, places
+from mora_jax.adapters.trained import kept
+from mora_jax.adapters.variables import AdapterParam
+
+
+@dataclass(frozen=True)
+class Match:
+    """One line of a report: a matrix (or a stack of them), its sizes, and what is trained on it.
+
+    For a module that is trained whole, `layers`, `in_features` and `out_features` are 0.
+    """
+
+    path: str
+    layers: int
+    in_features: int
+    out_features: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did; prints as a table.
+
+    Attributes:
+        method: name of the method.
+        matches: the adapted layers, and the modules that are trained whole.
+        trainable, total: numbers of parameters, adapters included in both.
+        warnings: what a user should know, one sentence each.
+    """
+
+    method: str
+    matches: tuple[Match, ...]
+    trainable: int
+    total: int
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "layers", "in", "out", "trainable")]
+        for m in self.matches:
+            layers, inputs, outputs = (str(n) if m.layers else "" for n in (m.layers, m.in_features, m.out_features))
+            rows.append((m.path, layers, inputs, outputs, f"{m.trainable:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]).rstrip()
+            for row in rows
+        ]
+        rule = "─" * max(len(line) for line in lines)
+        lines = [lines[0], rule, *lines[1:], rule] if self.matches else []
+        share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
+        lines.append(f"{self.method}: {share}")
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def report_of(model: nnx.Module) -> AttachReport:
+    """The report on the adapters that `model` carries, wherever they came from.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    matches, warnings, methods = [], [], []
+    for place in places(model):
+        if not has_adapter(place):
+            continue
+        adapter = adapter_at(place)
+        active = int(np.count_nonzero(np.asarray(adapter.scaling[...])))
+        matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
+        warnings += _warnings(adapter.config, place)
+        methods.append(adapter.method)
+    if not matches:
+        raise ValueError("the model carries no adapter")
+    seen: set[int] = set()
+    for paths, module, values in kept(model):
+        masters = [getattr(module, name) for name in values]
+        size = sum(master[...].size for master in masters if id(master) not in seen)
+        seen.update(id(master) for master in masters)
+        matches.append(Match(", ".join(paths), 0, 0, 0, size))
+    trainable = sum(match.trainable for match in matches)
+    total = count(model, nnx.Not(AdapterParam)) + trainable
+    return AttachReport("+".join(dict.fromkeys(methods)), tuple(matches), trainable, total, tuple(warnings))
+
+
+def _trainable(adapter: Adapter) -> int:
+    """Trained numbers that have an effect: none in layers that are left out, or beyond a layer's rank."""
+    state = nnx.state(adapter, AdapterParam)
+    active = np.atleast_1d(np.asarray(adapter.scaling[...]) != 0)
+    total = 0
+    for path, variable in nnx.to_flat_state(state):
+        total += _used(str(path[-1]), variable.get_value().size // len(active), adapter, active)
+    return total
+
+
+def _used(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
+    mask = getattr(adapter, "rank_mask", None)
+    if mask is None or name not in ("lora_a", "lora_b"):
+        return size * int(active.sum())
+    ranks = np.asarray(mask[...]).sum(-1).astype(int)
+    return int((ranks * active).sum()) * (size // mask.shape[-1])
+
+
+def count(model: nnx.Module, *filters) -> int:
+    """How many numbers the parameters of a model have."""
+    state = nnx.state(model, nnx.All(nnx.Param, *filters))
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def adapter_at(place: Place) -> Adapter:
+    """The adapter of a place that has one."""
+    assert place.adapter is not None, f"{place.title} carries no adapter"
+    return place.adapter
+
+
+def _warnings(config: Any, place: Place) -> list[str]:
+    if not isinstance(config, MoRAConfig):
+        return []
+    unused = unused_inputs(place.in_features, place.out_features, config.rank, config.kind)
+    if not unused:
+        return []
+    why = "" if config.kind == "truncation" else " (in > out, as in the authors' code)"
+    return [
+        f"{config.kind} at rank {config.rank} ignores {unused} of the {place.in_features} inputs of {place.title}{why}"
+    ]
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapted matrix of one layer, without the stacking and fusing of memory.
+
+    Attributes:
+        path: module path; HuggingFace's for the decoder's layers.
+        method: name of the method.
+        config: the method's configuration, with the rank of this layer.
+        in_features, out_features: sizes of the matrix.
+        is_embedding: whether the matrix is an embedding table.
+        params: arrays by name (`lora_a [in, r]`, `lora_b [r, out]`, `m [q, q]`, `scaling []`, `magnitude [out]`,
+            `bias [out]`, …), as numpy.
+    """
+
+    path: str
+    method: str
+    config: Any
+    in_features: int
+    out_features: int
+    is_embedding: bool
+    params: dict[str, np.ndarray]
+
+
+def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
+    """Every adapted matrix of `model`, one entry a layer; layers that a stacked adapter leaves out don't occur."""
+    for place in places(model):
+        if not has_adapter(place):
+            continue
+        adapter = adapter_at(place)
+        arrays = {name: np.asarray(value) for name, value in adapter.params().items()}
+        for i, path in enumerate(place.paths):
+            params = {name: value[i] for name, value in arrays.items()} if place.stacked else dict(arrays)
+            if params["scaling"] == 0:
+                continue
+            config = adapter.config
+            mask = params.pop("rank_mask", None)
+            if mask is not None:
+                rank = int(mask.sum())
+                params |= {"lora_a": params["lora_a"][:, :rank], "lora_b": params["lora_b"][:rank]}
+                config = dataclasses.replace(config, rank=rank)
+            sizes = place.in_features, place.out_features
+            yield AdapterEntry(path, adapter.method, config, *sizes, place.is_embedding, params)
+
+
+def adapted_layers(model: nnx.Module) -> Iterator[Any]:
+    """The modules that hold adapters: `Projection`s with any, and adapted layers."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Adapted) or (isinstance(node, Projection) and len(node.adapters)):
+            yield node

@@ -1,0 +1,77 @@
+"""What each method means, as dense matrices written by loops in float64: the oracle of the conformance test.
+
+`FORMULAS[method](base, params, config, fixed)` gives kernel `[in, out]` and added bias `[out]` of one adapted matrix.
+`fixed` are the parameters at which constants of the gradient (DoRA's norm) are taken. `COUNTS[method](in, out, config)`
+is the number of trained parameters.
+"""
+
+import math
+
+import numpy as np
+
+from tests.adapters import oracle
+
+
+def product(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """`scale · A B`, element by element."""
+    result = np.zeros((a.shape[0], b.shape[1]))
+    for i in range(a.shape[0]):
+        for o in range(b.shape[1]):
+            for r in range(a.shape[1]):
+                result[i, o] += scale * a[i, r] * b[r, o]
+    return result
+
+
+def with_magnitude(base, delta, fixed_delta, params):
+    """DoRA's columns: direction of base + delta, length of the magnitude, the norm held at `fixed_delta`."""
+    if "magnitude" not in params:
+        return base + delta
+    result = np.zeros_like(base)
+    for o in range(base.shape[1]):
+        norm = math.sqrt(sum((base[i, o] + fixed_delta[i, o]) ** 2 for i in range(base.shape[0])))
+        for i in range(base.shape[0]):
+            result[i, o] = params["magnitude"][o] * (base[i, o] + delta[i, o]) / norm
+    return result
+
+
+def lora_like(scale):
+    def formula(base, params, config, fixed):
+        delta, held = (product(p["lora_a"], p["lora_b"], scale(config)) for p in (params, fixed))
+        return with_magnitude(base, delta, held, params), params.get("bias", 0.0)
+
+    return formula
+
+
+def mora(base, params, config, fixed):
+    delta, held = (oracle.dense(p["m"], *base.shape, config.kind).T for p in (params, fixed))
+    return with_magnitude(base, delta, held, params), params.get("bias", 0.0)
+
+
+def bitfit(base, params, config, fixed):
+    return base, params["bias"]
+
+
+def lora_count(i, o, config):
+    return config.rank * (i + o) + (o if config.use_dora else 0)
+
+
+def mora_count(i, o, config):
+    q = int(math.sqrt((i + o) * config.rank) + 0.5)
+    return (q - q % 2 if config.kind == "rotation" else q) ** 2 + (o if config.use_dora else 0)
+
+
+over_rank = lora_like(lambda config: config.alpha / config.rank)
+FORMULAS = {
+    "lora": over_rank,
+    "rslora": lora_like(lambda config: config.alpha / math.sqrt(config.rank)),
+    "dora": over_rank,
+    "mora": mora,
+    "bitfit": bitfit,
+}
+COUNTS = {
+    "lora": lora_count,
+    "rslora": lora_count,
+    "dora": lora_count,
+    "mora": mora_count,
+    "bitfit": lambda i, o, config: o,
+}
