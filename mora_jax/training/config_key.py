@@ -1,7 +1,7 @@
 """One configuration key: its type, its range, and how a value or a piece of text becomes one of its values.
 
 A key is a dataclass field made with `key(default, doc, ...)`. The field's annotation is its type: `int`,
-`float`, `bool`, `str`, `tuple[str, ...]`, any of them `| None`, or `str | tuple[str, ...]`.
+`float`, `bool`, `str`, `tuple[str, ...]`, `tuple[int, ...]`, any of them `| None`, or `str | tuple[str, ...]`.
 """
 
 import dataclasses
@@ -18,12 +18,14 @@ from mora_jax.errors import InputError
 NONE_WORDS = ("none", "null")
 BOOL_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 TEXTS = tuple[str, ...]
+INTS = tuple[int, ...]
 TYPE_NAMES = {
     int: "an integer",
     float: "a number",
     bool: "true or false",
     str: "a text",
     TEXTS: "a list of texts",
+    INTS: "a list of integers",
 }
 
 
@@ -56,7 +58,7 @@ class Allowed:
         if isinstance(value, str):
             return bool(value.strip())
         if isinstance(value, tuple):
-            return all(part.strip() for part in value)
+            return all(part.strip() if isinstance(part, str) else self.admits(part) for part in value)
         if self.extra is not None and value == self.extra:
             return True
         return (
@@ -160,6 +162,11 @@ class Key:
                     raise
                 raise self.refuse(text, origin) from None
         parts = split_list(text)
+        if INTS in self.types:
+            try:
+                return self.check(tuple(int(part) for part in parts), origin)
+            except ValueError as error:
+                raise error if isinstance(error, InputError) else self.refuse(text, origin) from None
         return self.check(parts[0] if len(parts) == 1 else parts if TEXTS in self.types else text, origin)
 
     def _typed(self, value: Any, origin: str) -> Any:
@@ -170,6 +177,10 @@ class Key:
                 return value
         elif isinstance(value, numbers.Integral) and int in self.types:
             return int(value)
+        elif INTS in self.types:
+            numbered = (value,) if isinstance(value, numbers.Integral) else value
+            if isinstance(numbered, (list, tuple)) and numbered and all(type(part) is int for part in numbered):
+                return tuple(numbered)
         elif isinstance(value, numbers.Real) and float in self.types:
             if not math.isfinite(value):
                 raise self.refuse(value, origin, " (not finite)")

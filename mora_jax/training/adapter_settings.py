@@ -1,0 +1,37 @@
+"""The section `adapter` of a configuration, as the adapters room takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mora_jax.adapters.registry import config_from
+from mora_jax.errors import InputError
+from mora_jax.training.config import METHOD_KEYS, AdapterConfig
+
+
+def adapter_config(section: AdapterConfig) -> Any:
+    """The section as the method's own configuration.
+
+    Raises:
+        InputError: a value that the method refuses.
+    """
+    values: dict[str, Any] = {name: getattr(section, name) for name in METHOD_KEYS[section.method] - {"path"}}
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        if values.get(name):
+            values[name] = tuple(_pair(text, name, kind) for text in values[name])
+    if section.method == "dora":
+        values["use_dora"] = True
+    try:
+        return config_from({"method": section.method, **values})
+    except ValueError as error:
+        raise InputError(f"adapter: {error}") from None
+
+
+def _pair(text: str, name: str, kind: type) -> tuple[str, Any]:
+    """One entry of a pattern: a regular expression may hold "=", its value can't."""
+    pattern, _, value = text.rpartition("=")
+    try:
+        return pattern, kind(value)
+    except ValueError:
+        example = r"q_proj=16" if kind is int else r"q_proj=32.0"
+        raise InputError(f'adapter.{name}: {text!r} should read "REGEX=NUMBER", such as "{example}"') from None
