@@ -86,12 +86,13 @@ def _difference(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
     from mora_jax.cli.models import adapter_folder
-    from mora_jax.interop.base import load_shapes
+    from mora_jax.interop.base import load_pretrained, load_shapes
     from mora_jax.interop.convert import convert_to_lora, convert_to_mora, peft_knows
-    from mora_jax.interop.peft import load_adapter
+    from mora_jax.interop.peft import load_adapter, needs_base
 
-    model = load_shapes(args.model)
-    load_adapter(model, adapter_folder(args.adapter), strict=args.strict)
+    folder = adapter_folder(args.adapter)
+    model = load_pretrained(args.model, dtype="float32")[0] if needs_base(folder) else load_shapes(args.model)
+    load_adapter(model, folder, strict=args.strict)
     if args.to == "mora":
         return model, convert_to_mora(model, kind=args.kind, rank=args.rank)
     if args.to == "peft" and args.rank is None and peft_knows(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ class Filling(NamedTuple):
     """What one matrix gets.
 
     Attributes:
-        config: the method and its sizes; `targets` is of no matter.
+        config: the method and its sizes, `targets` being of no matter; None where another path's method brings the
+            adapter (a bias beside LoRA).
         values: arrays by name, as in `AdapterEntry.params`; those of the adapter that are not named keep their start.
     """
 
@@ -27,52 +29,65 @@ class Filling(NamedTuple):
     values: Mapping[str, np.ndarray]
 
 
-def install(model: nnx.Module, fillings: Mapping[str, Filling]) -> None:
+def install(model: nnx.Module, fillings: Mapping[str, Filling], *, modules_to_save: tuple[str, ...] = ()) -> None:
     """Attaches an adapter to every path of `fillings` and gives it its values.
 
     Args:
         model: a model without adapters; changed in place.
         fillings: by module path.
+        modules_to_save: names of modules that become trained whole.
 
     Raises:
-        InputError: the model has adapters, lacks a path, or a stack can't hold ranks that differ by layer.
+        InputError: the model has adapters, lacks a path, or can't hold what is asked for.
     """
     found = list(places(model))
     if any(has_adapter(place) for place in found):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
-    wanted = [(place, [i for i, path in enumerate(place.paths) if path in fillings]) for place in found]
-    wanted = [(place, layers) for place, layers in wanted if layers]
     possible = [path for place in found for path in place.paths]
     absent = sorted(set(fillings) - set(possible))
     if absent:
         raise InputError(f"the model has no {first(absent)}")
-    for config, paths in _groups(wanted, fillings):
-        attach(model, dataclasses.replace(config, targets=tuple(short_targets(paths, possible))), rngs=nnx.Rngs(0))
-    for place, layers in wanted:
-        _fill(place, {layer: fillings[place.paths[layer]].values for layer in layers})
+    for config in _configs(fillings, possible):
+        changes = dataclasses.replace(config, modules_to_save=modules_to_save)
+        try:
+            attach(model, changes, rngs=nnx.Rngs(0))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        modules_to_save = ()
+    for place in found:
+        layers = {i: fillings[path].values for i, path in enumerate(place.paths) if path in fillings}
+        if layers:
+            _fill(place, layers)
 
 
-def _groups(wanted: list[tuple[Place, list[int]]], fillings: Mapping[str, Filling]) -> Iterable[tuple[Any, list[str]]]:
-    """As few configurations as there are ranks; scalings are filled in afterwards, layer by layer."""
-    groups: dict[Any, tuple[Any, list[str]]] = {}
-    for place, layers in wanted:
-        configs = [fillings[place.paths[layer]].config for layer in layers]
-        ranks = sorted({config.rank for config in configs})
-        if len(ranks) > 1:
-            raise InputError(f"ranks that differ by layer are not supported ({place.title} has {ranks})")
-        key = (type(configs[0]), ranks[0], getattr(configs[0], "kind", None))
-        groups.setdefault(key, (configs[0], []))[1].extend(place.paths[layer] for layer in layers)
-    return groups.values()
+def _configs(fillings: Mapping[str, Filling], possible: list[str]) -> list[Any]:
+    """As few configurations as there are methods; scalings are filled in afterwards, layer by layer."""
+    groups: dict[Any, list[str]] = {}
+    for path, (config, _) in fillings.items():
+        if config is not None:
+            same = {"alpha": 1.0} if hasattr(config, "alpha") else {}
+            groups.setdefault(dataclasses.replace(config, rank=1, targets=("any",), **same), []).append(path)
+    configs = []
+    for config, paths in groups.items():
+        ranks = {path: fillings[path].config.rank for path in paths}
+        rank = max(ranks.values())
+        pattern = {re.escape(path): value for path, value in ranks.items() if value != rank}
+        targets = tuple(short_targets(paths, possible))
+        configs.append(dataclasses.replace(config, rank=rank, rank_pattern=pattern, targets=targets))
+    return configs
 
 
 def _fill(place: Place, values: dict[int, Mapping[str, np.ndarray]]) -> None:
-    """Writes the arrays of all layers of a place at once."""
+    """Writes the arrays of all layers of a place at once; what is smaller than its place (a lower rank) is padded."""
     adapter = adapter_at(place)
-    for name in next(iter(values.values())):
+    for name in dict.fromkeys(name for arrays in values.values() for name in arrays):
         variable = getattr(adapter, name)
         array = np.array(variable[...])
         for layer, arrays in values.items():
-            array[layer if place.stacked else ...] = arrays[name]
+            if name in arrays:
+                index = (layer,) if place.stacked else ()
+                array[index] = 0
+                array[(*index, *(slice(size) for size in np.shape(arrays[name])))] = arrays[name]
         variable.set_value(jnp.asarray(array))
 
 

@@ -73,7 +73,7 @@ def tensor_plan(model: Decoder) -> list[Entry]:
         entries.extend(_projection(projection))
     entries.append(_norm(model.norm, None))
     if model.lm_head is not None:
-        entries.append(Entry(model.lm_head, (Piece(f"{config.names.head}.weight", (), table, table),)))
+        entries.append(Entry(model.lm_head.kernel, (Piece(f"{config.names.head}.weight", (), table, table),)))
     return entries
 
 

@@ -1,102 +1,30 @@
-"""Adapters as PEFT folders, and MoRA in its authors' layout of them."""
+"""Adapters out of PEFT folders, and MoRA out of its authors' layout of them."""
 
-import collections
-import dataclasses
-import json
+from __future__ import annotations
+
 import os
-import re
 import warnings
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
-from mora_jax.adapters.attach import AdapterEntry, adapters_of
 from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.mora import square_rank
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.errors import InputError
-from mora_jax.interop.folders import new_folder
+from mora_jax.interop.base_values import base_bias, base_names, put_trained_weights
 from mora_jax.interop.hub import local_folder
-from mora_jax.interop.install import Filling, first, install, short_targets
-from mora_jax.interop.peft_config import AdapterFile, lora_fields, mora_fields, read_adapter_config
+from mora_jax.interop.install import Filling, first, install
+from mora_jax.interop.layout import tensor_plan
+from mora_jax.interop.peft_config import AdapterFile, keep_extra_fields, read_adapter_config, scaling_at
+from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, WEIGHTS_NAME, Stored, stored_tensors
 from mora_jax.interop.tensors import TensorFiles
+from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<path>.+)\.(?P<factor>lora_[AB]|lora_embedding_[AB])(\.default)?(\.weight)?")
-
-
-def save_adapter(model: nnx.Module, out: str | os.PathLike[str], *, base_model_name_or_path: str | None = None) -> None:
-    """Writes the adapters of a model as a PEFT folder.
-
-    Args:
-        model: a model with LoRA or with MoRA adapters.
-        out: the folder; must not exist, or be empty, or hold an earlier adapter and nothing else.
-        base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
-
-    Raises:
-        InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
-    """
-    entries = list(adapters_of(model))
-    if not entries:
-        raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
-    methods = sorted({entry.method for entry in entries})
-    if len(methods) > 1:
-        raise InputError(f"one folder holds one method, but the model has adapters of {', '.join(methods)}")
-    if methods[0] not in ("lora", "mora"):
-        raise InputError(f"adapters of the method {methods[0]} have no PEFT folder format here")
-    base = base_model_name_or_path or getattr(model, "name_or_path", None)
-    fields = _fields(entries, model, base)
-    tensors: dict[str, np.ndarray] = {}
-    for entry in entries:
-        tensors |= _tensors(entry)
-    with new_folder(out, replace=frozenset({CONFIG_NAME, WEIGHTS_NAME})) as folder:
-        text = json.dumps(fields, indent=2, sort_keys=True)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-
-
-def _fields(entries: list[AdapterEntry], model: nnx.Module, base: str | None) -> dict[str, Any]:
-    """The config's fields; ranks below the highest and alphas that differ go into the patterns.
-
-    `r` is the highest rank, and `lora_alpha` gives the commonest scaling there: loaders that read no patterns make
-    room by the one and scale by the other.
-    """
-    targets = short_targets(
-        (entry.path for entry in entries), (path for place in places(model) for path in place.paths)
-    )
-    rank = max(entry.config.rank for entry in entries)
-    ranks = {entry.path: entry.config.rank for entry in entries if entry.config.rank != rank}
-    dropout = max(entry.config.dropout for entry in entries)
-    config = dataclasses.replace(entries[0].config, rank=rank, dropout=dropout)
-    if isinstance(config, MoRAConfig):
-        kinds = sorted({entry.config.kind for entry in entries})
-        if len(kinds) > 1:
-            raise InputError(f"one folder holds one kind of MoRA, but the model has {', '.join(kinds)}")
-        return mora_fields(config, targets=targets, ranks=ranks, base=base)
-    # From the scaling that is really used, which may differ by layer.
-    scalings = {entry.path: float(entry.params["scaling"]) for entry in entries}
-    alpha_of = {entry.path: round(scalings[entry.path] * entry.config.rank, 6) for entry in entries}
-    alpha = round(collections.Counter(scalings.values()).most_common(1)[0][0] * rank, 6)
-    alphas = {path: value for path, value in alpha_of.items() if value != alpha}
-    return lora_fields(config, targets=targets, alpha=alpha, ranks=ranks, alphas=alphas, base=base)
-
-
-def _tensors(entry: AdapterEntry) -> dict[str, np.ndarray]:
-    """The tensors of one adapted matrix under their names in files."""
-    path = _PREFIX + entry.path
-    if entry.method == "mora":
-        matrix = np.ascontiguousarray(entry.params["m"], dtype=np.float32)
-        return {f"{path}.lora_A.weight": matrix, f"{path}.lora_B.weight": matrix.copy()}
-    names = ("lora_embedding_A", "lora_embedding_B") if entry.is_embedding else ("lora_A.weight", "lora_B.weight")
-    return {
-        f"{path}.{name}": np.ascontiguousarray(entry.params[factor].T, dtype=np.float32)
-        for name, factor in zip(names, ("lora_a", "lora_b"), strict=True)
-    }
+Chosen = dict[str, tuple[Place, int]]
 
 
 def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False) -> None:
@@ -119,17 +47,27 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: boo
     if any(has_adapter(place) for place in all_places):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
     _check_base(model, file, strict)
-    stored = _stored(files)
-    chosen = [
-        (place, [index for index, where in enumerate(place.paths) if _is_target(file, place, where)])
-        for place in all_places
-    ]
-    chosen = [(place, layers) for place, layers in chosen if layers]
-    _check_claims(stored, chosen, file)
-    fillings: dict[str, Filling] = {}
-    for place, layers in chosen:
-        fillings |= _fillings(place, layers, stored, files, file)
-    install(model, fillings)
+    stored = stored_tensors(files)
+    _drop_tied_head(model, stored, files, file)
+    everything = {path: (place, layer) for place in all_places for layer, path in enumerate(place.paths)}
+    chosen = {path: where for path, where in everything.items() if _is_target(file, where[0], path)}
+    _check_factors(stored, chosen, file)
+    fillings = {path: _filling(path, place, stored.factors[path], files, file) for path, (place, _) in chosen.items()}
+    _add_biases(fillings, stored, everything, files, file)
+    _check_frozen(stored, chosen, files)
+    whole = _whole_weights(model, stored, files, file)
+    modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in whole})
+    install(model, fillings, modules_to_save=tuple(modules))
+    if whole:
+        assert isinstance(model, Decoder), "checked with the names"
+        put_trained_weights(model, whole)
+    keep_extra_fields(model, file)
+
+
+def needs_base(path: str | os.PathLike[str]) -> bool:
+    """Whether an adapter can only be read beside the values of its base: magnitudes, biases, modules trained whole."""
+    values = read_json(local_folder(path) / CONFIG_NAME)
+    return bool(values.get("use_dora") or values.get("modules_to_save") or values.get("bias", "none") != "none")
 
 
 def _open(folder: Path) -> TensorFiles:
@@ -153,19 +91,27 @@ def _check_base(model: nnx.Module, file: AdapterFile, strict: bool) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _stored(files: TensorFiles) -> dict[str, dict[str, str]]:
-    """For each module path the names of its tensors by factor."""
-    stored: dict[str, dict[str, str]] = {}
-    for name in sorted(files.shapes):
-        match = _KEY.fullmatch(name)
-        if match is None:
-            raise InputError(f"{files.folder}: tensor {name} is neither lora_A nor lora_B of a module")
-        path = match["path"].removeprefix(_PREFIX)
-        factors, factor = stored.setdefault(path, {}), match["factor"][-1].lower()
-        if factor in factors:
-            raise InputError(f"{files.folder}: tensors {factors[factor]} and {name} are the same factor")
-        factors[factor] = name
-    return stored
+def _drop_tied_head(model: nnx.Module, stored: Stored, files: TensorFiles, file: AdapterFile) -> None:
+    """With a tied head PEFT trains the table alone, or stores the head's share of it too; here they are one."""
+    if not isinstance(model, Decoder) or not model.config.tie_embeddings:
+        return
+    table, head = model.config.names.embedding, model.config.names.head
+    if table not in stored.factors and table not in stored.weights:
+        return
+    if not file.values.get("ensure_weight_tying"):
+        raise InputError(
+            f"{file.where}: it trains {table}, to which the model ties its head; without ensure_weight_tying PEFT "
+            "leaves the head as it was, which is not supported"
+        )
+    factors, given = stored.factors.pop(head, {}), stored.factors.get(table, {})
+    pairs = [(factors[one], given[other]) for one, other in (("a", "b"), ("b", "a")) if one in factors]
+    same = all(np.array_equal(files.read(one), files.read(other).T) for one, other in pairs)
+    whole = stored.weights.pop(head, None)
+    if whole is not None and table in stored.weights:
+        same = same and np.array_equal(files.read(whole), files.read(stored.weights[table]))
+    if not same:
+        raise InputError(f"{files.folder}: the tensors of {head} are not those of {table}, to which the model ties it")
+    stored.frozen.pop(head, None)
 
 
 def _is_target(file: AdapterFile, place: Place, path: str) -> bool:
@@ -173,46 +119,119 @@ def _is_target(file: AdapterFile, place: Place, path: str) -> bool:
     return file.matches(path) and not (place.is_embedding and everything)
 
 
-def _check_claims(stored: dict[str, dict[str, str]], chosen: list[tuple[Place, list[int]]], file: AdapterFile) -> None:
-    """Every tensor belongs to a target, and every target has its tensors."""
-    claimed = [place.paths[layer] for place, layers in chosen for layer in layers]
-    if not claimed:
+def _check_factors(stored: Stored, chosen: Chosen, file: AdapterFile) -> None:
+    """Every factor belongs to a target, and every target has its factors."""
+    if not chosen:
         raise InputError(f"{file.where}: target_modules {file.values.get('target_modules')!r} match no layer")
-    extra = [path for path in stored if path not in set(claimed)]
+    extra = [path for path in stored.factors if path not in chosen]
     if extra:
         raise InputError(
             f"{file.where}: the tensors of {len(extra)} modules belong to no target that the model has: {first(extra)}"
         )
     needed = {"a"} if file.kind is not None else {"a", "b"}
-    missing = [
-        f"{path} ({', '.join(f'lora_{f.upper()}' for f in sorted(needed - set(stored.get(path, ()))))})"
-        for path in claimed
-        if needed - set(stored.get(path, ()))
-    ]
+    allowed = {"a", "b"}
+    if file.values.get("use_dora"):
+        needed, allowed = needed | {"magnitude"}, allowed | {"magnitude"}
+    missing, unwanted = [], []
+    for path in chosen:
+        have = set(stored.factors.get(path, ()))
+        if needed - have:
+            missing.append(f"{path} ({', '.join(_short(kind) for kind in sorted(needed - have))})")
+        unwanted += [stored.factors[path][kind] for kind in sorted(have - allowed)]
     if missing:
         raise InputError(f"{file.where}: {len(missing)} targets lack tensors: {first(missing)}")
+    if unwanted:
+        raise InputError(f"{file.where}: use_dora is not set, but there is {first(unwanted)}")
 
 
-def _fillings(
-    place: Place, layers: list[int], stored: dict[str, dict[str, str]], files: TensorFiles, file: AdapterFile
-) -> dict[str, Filling]:
-    """The checked arrays of a place by path, in this library's orientation."""
-    fillings = {}
-    for layer in layers:
-        path = place.paths[layer]
-        config, names = file.config(path), stored[path]
-        if isinstance(config, MoRAConfig):
-            side = square_rank(place.in_features, place.out_features, config.rank, config.kind)
-            matrix = _read(files, names["a"], (side, side))
-            if "b" in names and not np.array_equal(matrix, _read(files, names["b"], (side, side))):
-                raise InputError(f"{files.folder}: {names['a']} and {names['b']} differ, but MoRA has one matrix")
-            fillings[path] = Filling(config, {"m": matrix})
+def _short(kind: str) -> str:
+    return FACTORS[kind].partition(".")[0]
+
+
+def _filling(path: str, place: Place, names: dict[str, str], files: TensorFiles, file: AdapterFile) -> Filling:
+    """The checked arrays of one target, in this library's orientation."""
+    config = file.config(path)
+    values: dict[str, np.ndarray] = {}
+    if isinstance(config, MoRAConfig):
+        side = square_rank(place.in_features, place.out_features, config.rank, config.kind)
+        values["m"] = _read(files, names["a"], (side, side))
+        if "b" in names and not np.array_equal(values["m"], _read(files, names["b"], (side, side))):
+            raise InputError(f"{files.folder}: {names['a']} and {names['b']} differ, but MoRA has one matrix")
+    else:
+        values["lora_a"] = _read(files, names["a"], (config.rank, place.in_features)).T
+        values["lora_b"] = _read(files, names["b"], (place.out_features, config.rank)).T
+        values["scaling"] = np.asarray(scaling_at(file.values, path), np.float32)
+    if "magnitude" in names:
+        values["magnitude"] = _read(files, names["magnitude"], (place.out_features,))
+    return Filling(config, values)
+
+
+def _add_biases(
+    fillings: dict[str, Filling], stored: Stored, everything: Chosen, files: TensorFiles, file: AdapterFile
+) -> None:
+    """Adds the change of every stored bias; adapters hold changes, files hold biases."""
+    for path, name in stored.biases.items():
+        if file.saves(path):
             continue
-        factor_a = _read(files, names["a"], (config.rank, place.in_features))
-        factor_b = _read(files, names["b"], (place.out_features, config.rank))
-        scaling = np.asarray(config.alpha / config.rank, np.float32)
-        fillings[path] = Filling(config, {"lora_a": factor_a.T, "lora_b": factor_b.T, "scaling": scaling})
-    return fillings
+        wanted = file.bias == "all" or (file.bias == "lora_only" and path in fillings)
+        place, layer = everything.get(path, (None, 0))
+        if not wanted or place is None or not place.has_bias:
+            why = f"bias is {file.bias!r}" if not wanted else "the model has no such bias"
+            raise InputError(f"{files.folder}: tensor {name} belongs to nothing: {why}")
+        change = _read(files, name, (place.out_features,)) - base_bias(place, layer)
+        before = fillings.get(path, Filling(None, {}))
+        fillings[path] = before._replace(values=dict(before.values) | {"bias": change})
+    if file.bias == "none":
+        return
+    expected = [
+        path
+        for path, (place, _) in everything.items()
+        if place.has_bias and not place.is_embedding and (file.bias == "all" or path in fillings)
+    ]
+    missing = [path for path in expected if path not in stored.biases]
+    if missing:
+        raise InputError(f"{file.where}: bias is {file.bias!r}, but the biases of {len(missing)} modules are missing")
+
+
+def _check_frozen(stored: Stored, chosen: Chosen, files: TensorFiles) -> None:
+    """PEFT puts the table itself beside an adapter on embeddings; another table than ours is another base."""
+    for path, name in stored.frozen.items():
+        if path not in chosen:
+            raise InputError(f"{files.folder}: tensor {name} belongs to no target that the model has")
+        kernel = chosen[path][0].kernel()
+        table = _read(files, name, tuple(kernel.shape) if chosen[path][0].is_embedding else kernel.shape[::-1])
+        if isinstance(kernel, jax.Array):
+            ours = np.asarray(kernel, np.float32)
+            if not np.allclose(ours if chosen[path][0].is_embedding else ours.T, table, rtol=1e-2, atol=1e-3):
+                raise InputError(f"{files.folder}: tensor {name} is not the base model's: the base was trained too")
+
+
+def _whole_weights(model: nnx.Module, stored: Stored, files: TensorFiles, file: AdapterFile) -> dict[str, np.ndarray]:
+    """The tensors of modules that are trained whole, by name in base checkpoints."""
+    given = {f"{path}.weight": name for path, name in stored.weights.items()}
+    given |= {f"{path}.bias": name for path, name in stored.biases.items() if file.saves(path)}
+    saved = file.values.get("modules_to_save")
+    known = set(base_names(model))
+    extra = [stored for name, stored in given.items() if name not in known or not file.saves(name.rpartition(".")[0])]
+    if extra:
+        why = f"modules_to_save is {saved}" if saved else "modules_to_save is not set"
+        raise InputError(f"{files.folder}: {len(extra)} tensors belong to nothing ({why}): {first(extra)}")
+    missing = sorted(name for name in known if file.saves(name.rpartition(".")[0]) and name not in given)
+    if missing or (saved and not given):
+        raise InputError(f"{file.where}: modules_to_save is {saved}, but there is no tensor {first(missing)}".rstrip())
+    if not given:
+        return {}
+    assert isinstance(model, Decoder), "only its names are known"
+    values: dict[str, np.ndarray] = {}
+    for entry in tensor_plan(model):
+        pieces = [piece for piece in entry.pieces if piece.name in given]
+        if pieces and len(pieces) < len(entry.pieces):
+            raise InputError(
+                f"{file.where}: modules_to_save {saved} names {pieces[0].name}, which is stored together with others "
+                "that are not named"
+            )
+        values |= {piece.name: _read(files, given[piece.name], piece.shape) for piece in pieces}
+    return values
 
 
 def _read(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.ndarray:

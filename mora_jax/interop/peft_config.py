@@ -1,12 +1,15 @@
 """`adapter_config.json`: PEFT's fields for LoRA, and the MoRA authors' two more."""
 
 import dataclasses
+import json
 import math
 import re
 import warnings
 from typing import Any
 
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from flax import nnx
+
+from mora_jax.adapters.config import BIASES, DoRAConfig, LoRAConfig, MoRAConfig, RsLoRAConfig
 from mora_jax.adapters.mora import KINDS
 from mora_jax.errors import InputError
 
@@ -17,16 +20,13 @@ KIND_FIELD = "mora_jax_kind"  # for the kinds that the authors' format has no nu
 _REFUSED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "lora_bias",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
 )
 _KNOWN = {
@@ -40,6 +40,7 @@ _KNOWN = {
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
+    "fan_in_fan_out",  # says how the base is stored; the factors are stored alike
     "inference_mode",
     "init_lora_weights",
     "layers_pattern",
@@ -50,6 +51,7 @@ _KNOWN = {
     "lora_ga_config",
     "megatron_config",
     "megatron_core",
+    "modules_to_save",
     "mora_type",
     "peft_type",
     "peft_version",
@@ -60,12 +62,14 @@ _KNOWN = {
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_mora",
     "use_rslora",
     "velora_config",
 }
 # Starts that leave the base weights alone; the others subtract something from them.
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_EXTRA = "peft_fields"  # the attribute of a model that holds them, as JSON
 _DEFAULT_TARGETS = ["q_proj", "v_proj"]
 
 
@@ -85,6 +89,8 @@ class AdapterFile:
 
     def matches(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`."""
+        if self.saves(path):
+            return False
         targets = self.values.get("target_modules")
         excluded = self.values.get("exclude_modules")
         if excluded and _named(excluded, path):
@@ -106,13 +112,34 @@ class AdapterFile:
         return False
 
     def config(self, path: str) -> LoRAConfig | MoRAConfig:
-        """Rank and alpha at `path`, as a configuration whose target is `path`."""
+        """The configuration at `path`, which is its target."""
         rank = pattern_value(self.values.get("rank_pattern"), path, self.values.get("r", 8))
         dropout = self.values.get("lora_dropout", 0.0)
+        use_dora = bool(self.values.get("use_dora"))
         if self.kind is not None:
-            return MoRAConfig(rank=rank, kind=self.kind, dropout=dropout, targets=(path,))
-        alpha = scaling_at(self.values, path) * rank
-        return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, targets=(path,))
+            return MoRAConfig(rank=rank, kind=self.kind, dropout=dropout, targets=(path,), use_dora=use_dora)
+        alpha = float(pattern_value(self.values.get("alpha_pattern"), path, self.values.get("lora_alpha", 8)))
+        plain = DoRAConfig if use_dora else LoRAConfig
+        method = RsLoRAConfig if self.values.get("use_rslora") else plain
+        bias = self.values.get("bias", "none")
+        return method(rank=rank, alpha=alpha, dropout=dropout, targets=(path,), bias=bias, use_dora=use_dora)
+
+    @property
+    def bias(self) -> str:
+        """Which biases the file holds: "none", "lora_only" or "all"."""
+        return self.values.get("bias", "none")
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """Fields of a newer PEFT."""
+        return {name: value for name, value in self.values.items() if name not in _KNOWN}
+
+    def saves(self, path: str) -> bool:
+        """Whether PEFT trains the module at `path`, or one around it, whole."""
+        names = self.values.get("modules_to_save") or []
+        parts = path.split(".")
+        above = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        return any(module.endswith(name) for name in names for module in above)
 
 
 def _named(names: str | list[str], path: str) -> bool:
@@ -147,18 +174,19 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
     for name in _REFUSED:
         if values.get(name):
             raise InputError(f"{where}: {name} is set, which is not supported")
-    if values.get("bias", "none") != "none":
-        raise InputError(f"{where}: bias {values['bias']!r} is not supported; adapters must leave biases alone")
     if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
         raise InputError(
             f"{where}: init_lora_weights {values['init_lora_weights']!r} changes the base weights; convert "
             "it to plain LoRA first (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    unknown = sorted(set(values) - _KNOWN)
-    if unknown:
-        warnings.warn(f"{where}: unknown fields are ignored: {', '.join(unknown)}", stacklevel=3)
     _check_types(values, where)
-    return AdapterFile(_kind(values, where), values, where)
+    file = AdapterFile(_kind(values, where), values, where)
+    if file.unknown:
+        names = ", ".join(sorted(file.unknown))
+        warnings.warn(f"{where}: unknown fields are kept, but have no effect: {names}", stacklevel=3)
+    if file.kind is not None and file.bias != "none":
+        raise InputError(f"{where}: bias {file.bias!r} beside MoRA is not supported")
+    return file
 
 
 def _kind(values: dict[str, Any], where: str) -> str | None:
@@ -191,6 +219,9 @@ def _check_types(values: dict[str, Any], where: str) -> None:
     require("lora_alpha", numbers({"": values.get("lora_alpha", 8)}, (int, float)), "a positive number")
     dropout = values.get("lora_dropout", 0.0)
     require("lora_dropout", isinstance(dropout, (int, float)) and 0 <= dropout < 1, "a number in [0, 1)")
+    saved = values.get("modules_to_save")
+    require("modules_to_save", saved is None or (isinstance(saved, list) and strings(saved)), "a list of names")
+    require("bias", values.get("bias", "none") in BIASES, f"one of {', '.join(BIASES)}")
     require("rank_pattern", numbers(values.get("rank_pattern") or {}, (int,)), "names with positive whole numbers")
     require(
         "alpha_pattern",
@@ -217,6 +248,17 @@ def _check_regexes(where: str, name: str, value: Any) -> None:
             raise InputError(f"{where}: {name} {value!r} is not a regular expression: {error}") from None
 
 
+def keep_extra_fields(model: nnx.Module, file: AdapterFile) -> None:
+    """Notes the fields of a newer PEFT on the model, to be written back when its adapter is saved."""
+    if file.unknown or extra_fields(model):
+        setattr(model, _EXTRA, json.dumps(file.unknown, sort_keys=True))
+
+
+def extra_fields(model: nnx.Module) -> dict[str, Any]:
+    """Fields that `keep_extra_fields` noted."""
+    return json.loads(getattr(model, _EXTRA, "{}"))
+
+
 def lora_fields(
     config: LoRAConfig,
     *,
@@ -229,8 +271,10 @@ def lora_fields(
     """The fields of a LoRA's `adapter_config.json`; the ones that PEFT 0.21 knows, and those alone."""
     return _shared_fields(config, targets, alpha, ranks, base) | {
         "alpha_pattern": {path: _plain(value) for path, value in alphas.items()},
+        "bias": config.bias,
         "exclude_modules": None,
         "lora_bias": False,
+        "use_rslora": isinstance(config, RsLoRAConfig),
     }
 
 
@@ -264,14 +308,13 @@ def _shared_fields(
         "lora_dropout": config.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": None,
         "peft_type": "LORA",
         "r": config.rank,
         "rank_pattern": ranks,
         "revision": None,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "use_rslora": False,
     }
 

@@ -239,11 +239,13 @@ def test_a_model_without_adapter_has_nothing_to_save(base, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"use_dora": True}, "use_dora is set"),
+        ({"use_dora": True}, r"targets lack tensors: .*\(lora_magnitude_vector\)"),
         ({"lora_bias": True}, "lora_bias is set"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], but there is no tensor lm_head.weight"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
-        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"bias": "some"}, "bias must be one of none, lora_only, all, found 'some'"),
+        ({"use_mora": True, "bias": "all"}, "bias 'all' beside MoRA is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base weights"),
         ({"peft_type": "IA3"}, "peft_type must be LORA, found 'IA3'"),
         ({"use_mora": True, "mora_type": 5}, r"mora_type must be one of \[1, 2, 3, 4, 6\], found 5"),
@@ -280,7 +282,7 @@ def test_configs_that_are_refused(base, tmp_path, fields, message):
 def test_unknown_fields_are_warned_of_once(base, tmp_path):
     mj.save_adapter(adapted(base, mj.LoRAConfig(rank=2)), tmp_path / "adapter")
     edit(tmp_path / "adapter", novelty=1, another=None)
-    with pytest.warns(UserWarning, match="unknown fields are ignored: another, novelty") as caught:
+    with pytest.warns(UserWarning, match="unknown fields are kept, but have no effect: another, novelty") as caught:
         mj.load_adapter(load(base), tmp_path / "adapter")
     assert len(caught) == 1
 
@@ -295,6 +297,9 @@ def test_another_base_is_warned_of(base, tmp_path):
 def test_tensors_that_do_not_fit(base, tmp_path):
     mj.save_adapter(adapted(base, mj.LoRAConfig(rank=2)), tmp_path / "adapter")
     rename(tmp_path / "adapter", lambda name: name.replace("lora_A.weight", "lora_magnitude_vector"))
+    with pytest.raises(mj.InputError, match=r"targets lack tensors: .*\(lora_A\)"):
+        mj.load_adapter(load(base), tmp_path / "adapter")
+    rename(tmp_path / "adapter", lambda name: name.replace("lora_magnitude_vector", "lora_C"))
     with pytest.raises(mj.InputError, match="neither lora_A nor lora_B"):
         mj.load_adapter(load(base), tmp_path / "adapter")
 
