@@ -11,6 +11,7 @@ from flax import nnx
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.bitfit import BitFit
 from mora_jax.adapters.config import FullConfig
+from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import turn_adapted
 from mora_jax.adapters.patterns import resolve
 from mora_jax.adapters.projection import Projection
@@ -68,6 +69,8 @@ def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: 
         raise ValueError(
             f"{place.title} is an embedding, for which {method.method} has no form; leave it out of targets"
         )
+    if isinstance(place.layer, OutputHead) and method is BitFit:
+        raise ValueError(f"{place.title} has no bias, and logits get none; leave it out of targets")
     ranks = resolve(config, method, place.paths, mask).ranks
     if ranks is not None and not hasattr(method, "limit_ranks"):
         raise ValueError(
@@ -100,8 +103,9 @@ def _add(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
         assert place.part is not None, "a place in a projection is one of its parts"
         place.layer.add_adapter(place.part, adapter)
         return
-    # The layer keeps its identity, so every reference to it in the user's model sees the adapter.
-    turn_adapted(place.layer)
+    if not isinstance(place.layer, OutputHead):
+        # The layer keeps its identity, so every reference to it in the user's model sees the adapter.
+        turn_adapted(place.layer)
     place.layer.put_adapter(adapter, rngs)
 
 

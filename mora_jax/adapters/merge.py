@@ -10,6 +10,7 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.detach import take_adapter
+from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import add_to_bias, drop_bias, put_matrix, turn_adapted
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.report import adapter_at
@@ -76,6 +77,9 @@ def _write(place: Place, weight: Any, change: Any) -> None:
         if change is not None:
             place.layer.add_to_part_bias(place.part, change)
         return
+    if isinstance(place.layer, OutputHead):
+        place.layer.kernel[...] = weight.T
+        return
     put_matrix(place.layer, weight)
     if change is not None:
         add_to_bias(place.layer, change)
@@ -117,5 +121,8 @@ def _unmerge(place: Place, entry: Merged) -> None:
         return
     if change is not None and not entry.had_bias:
         drop_bias(place.layer)
+    if isinstance(place.layer, OutputHead):
+        place.layer.adapter = entry.adapter
+        return
     turn_adapted(place.layer)
     place.layer.adapter, place.layer.adapter_dropout = entry.adapter, entry.dropout

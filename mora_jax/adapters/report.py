@@ -13,6 +13,7 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import MoRAConfig
+from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.mora import unused_inputs
 from mora_jax.adapters.projection import Projection
@@ -189,7 +190,8 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
 
 
 def adapted_layers(model: nnx.Module) -> Iterator[Any]:
-    """The modules that hold adapters: `Projection`s with any, and adapted layers."""
+    """The modules that hold adapters: `Projection`s with any, adapted layers, an adapted head."""
     for _, node in nnx.iter_graph(model):
-        if isinstance(node, Adapted) or (isinstance(node, Projection) and len(node.adapters)):
+        adapted_head = isinstance(node, OutputHead) and node.adapter is not None
+        if isinstance(node, Adapted) or adapted_head or (isinstance(node, Projection) and len(node.adapters)):
             yield node

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import Targets
+from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import Adapted, adapted_class, matrix_of, matrix_shape, plain_class
 from mora_jax.adapters.projection import Projection
 
@@ -48,7 +49,7 @@ class Place:
         """The adapter on it, or None."""
         if isinstance(self.layer, Projection):
             return self.layer.adapters.get(self.part)
-        return self.layer.adapter if isinstance(self.layer, Adapted) else None
+        return self.layer.adapter if isinstance(self.layer, Adapted | OutputHead) else None
 
     @property
     def has_bias(self) -> bool:
@@ -59,6 +60,8 @@ class Place:
         if isinstance(self.layer, Projection):
             assert self.part is not None, "a place in a projection is one of its parts"
             return self.layer.part_weight(self.part)
+        if isinstance(self.layer, OutputHead):
+            return self.layer.kernel[...].T
         return matrix_of(self.layer)
 
     @property
@@ -79,6 +82,9 @@ def places(model: nnx.Module) -> Iterator[Place]:
                 layers = [None] if node.num_layers is None else range(node.num_layers)
                 paths = tuple(node.module_path(part.name, layer) for layer in layers)
                 yield Place(paths, node, part.name, node.in_features, node.part_features(part.name))
+        elif isinstance(node, OutputHead):
+            vocab, features = node.kernel.shape
+            yield Place((node.path,), node, None, features, vocab)
         elif isinstance(node, nnx.Module) and (isinstance(node, Adapted) or adapted_class(type(node)) is not None):
             shape = matrix_shape(node)
             if shape is not None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.head import OutputHead
 from mora_jax.models.block import Block, CacheSlot, Layout
 from mora_jax.models.cache import Cache, empty_cache
 from mora_jax.models.config import DecoderConfig
@@ -92,7 +93,7 @@ class Decoder(nnx.Module):
             self.lm_head = None
         else:
             shape = (config.vocab_size, config.hidden_size)
-            self.lm_head = nnx.Param(normal(scale, draws.params(), shape, dtype), axes=("vocab", "embed"))
+            self.lm_head = OutputHead(normal(scale, draws.params(), shape, dtype), path=config.names.head)
 
     def __call__(
         self,
@@ -139,8 +140,8 @@ class Decoder(nnx.Module):
 
     def head(self) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
-        kernel = self.embed_tokens.embedding if self.lm_head is None else self.lm_head
-        return Head(kernel[...], self.config.final_softcap)
+        kernel = self.embed_tokens.table() if self.lm_head is None else self.lm_head.table()
+        return Head(kernel, self.config.final_softcap)
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `max_length` tokens (padding included) in each of `batch_size` rows."""

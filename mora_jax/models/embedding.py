@@ -38,3 +38,7 @@ class TokenEmbedding(nnx.Embed):
         """Rows of `inputs [...]`: `[..., D]`. An id without a row gives NaN, never another token's row."""
         rows = self.embedding[...].at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(self.dtype)
+
+    def table(self) -> jax.Array:
+        """The table `[V, D]` that a tied output head multiplies with."""
+        return self.embedding[...]
