@@ -174,7 +174,8 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
         if not has_adapter(place):
             continue
         adapter = adapter_at(place)
-        arrays = {name: np.asarray(value) for name, value in adapter.params().items()}
+        # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
+        arrays = {name: np.asarray(value.copy()) for name, value in adapter.params().items()}
         for i, path in enumerate(place.paths):
             params = {name: value[i] for name, value in arrays.items()} if place.stacked else dict(arrays)
             if params["scaling"] == 0:
