@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,6 +14,9 @@ from flax import nnx
 from mora_jax.adapters.attach import AdapterEntry, adapters_of
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.registry import adapter_class
+from mora_jax.adapters.targets import Place, places
+from mora_jax.errors import InputError
+from mora_jax.interop.base_values import trained_weights
 from mora_jax.interop.mora_maps import BLOCK_KINDS, exact_factors, exact_rank
 
 
@@ -47,29 +52,39 @@ class Update:
 
 
 def updates_of(model: nnx.Module) -> Iterator[Update]:
-    """The updates of the adapters of `model`, one a matrix and layer."""
+    """The updates of the adapters of `model`, one a matrix and layer.
+
+    Raises:
+        InputError: an adapter does what no update of a matrix does.
+    """
+    if next(trained_weights(model), None) is not None:
+        raise InputError("modules that are trained whole can't be converted with an adapter; merge the adapter instead")
+    where = {path: (place, layer) for place in places(model) for layer, path in enumerate(place.paths)}
     for entry in adapters_of(model):
-        yield _update(entry)
+        if "bias" in entry.params:
+            raise InputError(f"{entry.path} trains its bias, which can't be converted; merge the adapter instead")
+        yield _update(entry, *where[entry.path])
 
 
-def _update(entry: AdapterEntry) -> Update:
+def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
     config, params = entry.config, entry.params
     sizes = entry.in_features, entry.out_features
     product: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
     exact, scaling, what = None, 1.0, entry.method
 
     def kernel() -> np.ndarray:
-        arrays = {name: jnp.asarray(value) for name, value in params.items()}
-        return np.asarray(adapter_class(config).dense(config, *sizes, arrays))
+        return _change_of_kernel(config, {name: jnp.asarray(value) for name, value in params.items()}, place, layer)
 
-    if isinstance(config, LoRAConfig):
+    if "magnitude" in params:
+        # The gain multiplies the base too, so the change has full rank.
+        what = f"{entry.method} with a magnitude"
+    elif isinstance(config, LoRAConfig):
         exact, scaling = params["lora_a"].shape[1], float(params["scaling"])
 
         def factors() -> tuple[np.ndarray, np.ndarray]:
             return params["lora_a"], params["lora_b"]
 
         product = factors
-
     elif isinstance(config, MoRAConfig):
         what = f"MoRA of kind {config.kind}"
         if config.kind not in BLOCK_KINDS:
@@ -80,18 +95,24 @@ def _update(entry: AdapterEntry) -> Update:
 
             product = lifted
 
-    return Update(
-        entry.path,
-        *sizes,
-        entry.is_embedding,
-        what,
-        kernel,
-        product,
-        exact,
-        config.rank,
-        scaling,
-        config.dropout,
-    )
+    rank = getattr(config, "rank", 0)
+    return Update(entry.path, *sizes, entry.is_embedding, what, kernel, product, exact, rank, scaling, config.dropout)
+
+
+def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, layer: int) -> np.ndarray:
+    """The merged kernel minus the base's, float32 `[in, out]`; the base is read only where a gain multiplies it."""
+    method = adapter_class(config)
+    sizes = place.in_features, place.out_features
+    change = method.dense(config, *sizes, params) if method.additive else jnp.zeros(sizes, jnp.float32)
+    inputs = method.input_gain(config, params)
+    if "magnitude" not in params and inputs is None:
+        return np.asarray(change)
+    base = (place.kernel()[layer] if place.stacked else place.kernel()).astype(jnp.float32)
+    outputs = method.output_gain(config, params, lambda: base)
+    total = base + change
+    total = total if outputs is None else total * outputs
+    total = total if inputs is None else total * inputs[:, None]
+    return np.asarray(total - base)
 
 
 def _thin(factors: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:

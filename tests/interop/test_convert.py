@@ -102,6 +102,33 @@ def test_a_given_rank_is_the_nearest_one_with_its_error(base, config):
     assert f"error {conversion.error:.3g} in total" in str(conversion)
 
 
+@pytest.mark.parametrize("config", [mj.DoRAConfig(rank=2), mj.MoRAConfig(rank=2, use_dora=True)], ids=["dora", "mora"])
+def test_a_magnitude_changes_the_base_too(base, config):
+    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    mj.attach(model, config, rngs=nnx.Rngs(0))
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, mj.AdapterParam):
+            noise = np.random.default_rng(node.size).standard_normal(node.shape)
+            node.set_value(node[...] + 0.1 * noise.astype(np.float32))
+    expected = np.asarray(model(IDS))
+    with pytest.raises(mj.InputError, match=r"with a magnitude: 21 of 21 updates have full rank"):
+        convert_to_lora(model)
+    conversion = convert_to_lora(model, rank=32)
+    assert conversion.error < 1e-5
+    np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=1e-3)
+
+
+def test_what_no_update_of_a_matrix_can_hold(base):
+    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    mj.attach(model, mj.LoRAConfig(rank=2, modules_to_save=("norm",)), rngs=nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="modules that are trained whole can't be converted"):
+        convert_to_lora(model)
+    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    mj.attach(model, mj.BitFitConfig(), rngs=nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="trains its bias, which can't be converted"):
+        convert_to_mora(model)
+
+
 def test_a_larger_rank_changes_nothing(base):
     model = shapes_with(base, mj.LoRAConfig(rank=2, alpha=7.0, dropout=0.25))
     before = kernels(model)
