@@ -71,6 +71,9 @@ READ = {
     "table trained whole": ("llama", {"modules_to_save": ["embed_tokens"]}),
     "matrices trained whole": ("llama", {"modules_to_save": ["o_proj"], "target_modules": "all-linear"}),
     "table": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    "head trained whole": ("llama", {"modules_to_save": ["lm_head"]}),
+    "both ends trained whole": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "fan in, fan out": ("llama", {"fan_in_fan_out": True}),
 }
 
