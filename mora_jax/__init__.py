@@ -14,6 +14,8 @@ _HOMES = {
     "LoRAConfig": "mora_jax.adapters.config",
     "RsLoRAConfig": "mora_jax.adapters.config",
     "DoRAConfig": "mora_jax.adapters.config",
+    "PiSSAConfig": "mora_jax.adapters.config",
+    "OLoRAConfig": "mora_jax.adapters.config",
     "MoRAConfig": "mora_jax.adapters.config",
     "BitFitConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import FullConfig as FullConfig
     from mora_jax.adapters.config import LoRAConfig as LoRAConfig
     from mora_jax.adapters.config import MoRAConfig as MoRAConfig
+    from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
+    from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig
     from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig
     from mora_jax.adapters.detach import detach as detach
     from mora_jax.adapters.lora import LoRALinear as LoRALinear

@@ -54,7 +54,7 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
     if config.modules_to_save:
         train_modules(model, config.modules_to_save)
     for place, mask in selected:
-        adapter = _put(place, mask, method, config, rngs)
+        adapter = put_adapter(place, mask, method, config, rngs)
         if config.bias != "none" and place.has_bias:
             adapter.train_bias()
     if config.bias == "all":
@@ -78,7 +78,8 @@ def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: 
         )
 
 
-def _put(place: Place, mask: tuple[bool, ...], method: Any, config: Any, rngs: nnx.Rngs) -> Adapter:
+def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, rngs: nnx.Rngs) -> Adapter:
+    """Puts an adapter of class `method` on one place, on the layers that `mask` names."""
     resolved = resolve(config, method, place.paths, mask)
     sizes = place.in_features, place.out_features
     options: dict[str, Any] = {}
@@ -113,7 +114,7 @@ def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs) -> None:
     """`bias="all"`: those of layers without an adapter, too."""
     for place in list(places(model)):
         if not has_adapter(place) and place.has_bias and not place.is_embedding:
-            _put(place, (True,) * len(place.paths), BitFit, BitFit.only(config), rngs)
+            put_adapter(place, (True,) * len(place.paths), BitFit, BitFit.only(config), rngs)
     train_biases(model)
 
 

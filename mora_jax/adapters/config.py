@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
 BIASES = ("none", "lora_only", "all")
 
 
@@ -102,6 +103,8 @@ class LoRAConfig(CommonConfig):
             expression for it; the first key that matches counts. Layers of one stack may have different ranks.
         bias: which existing biases are trained too: `"none"`, `"lora_only"` (of adapted layers) or `"all"`.
         use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude (see `magnitude.py`).
+        init: where the factors start: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"olora"` or `"eva"`
+            (see `starts.py`).
     """
 
     rank: int = 8
@@ -112,10 +115,13 @@ class LoRAConfig(CommonConfig):
     alpha_pattern: Pattern = field(default=(), kw_only=True)
     bias: str = field(default="none", kw_only=True)  # type: ignore[misc]  # as dropout
     use_dora: bool = field(default=False, kw_only=True)
+    init: str = field(default="kaiming", kw_only=True)
 
     def __post_init__(self):
         _check_rank(self.rank)
         super().__post_init__()
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {self.bias!r}")
         ranks = _freeze_pattern(self.rank_pattern, "rank_pattern", _check_rank)
@@ -147,6 +153,26 @@ class DoRAConfig(LoRAConfig):
         super().__post_init__()
         if not self.use_dora:
             raise ValueError("DoRA without its magnitude is LoRA; use LoRAConfig")
+
+
+@dataclass(frozen=True)
+class PiSSAConfig(LoRAConfig):
+    """PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the kernel's principal singular vectors.
+
+    The attributes are those of `LoRAConfig`.
+    """
+
+    init: str = field(default="pissa", kw_only=True)
+
+
+@dataclass(frozen=True)
+class OLoRAConfig(LoRAConfig):
+    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): LoRA that starts from the kernel's QR decomposition.
+
+    The attributes are those of `LoRAConfig`.
+    """
+
+    init: str = field(default="olora", kw_only=True)
 
 
 @dataclass(frozen=True)

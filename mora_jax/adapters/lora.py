@@ -7,7 +7,9 @@ adapter changes nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters import starts
 from mora_jax.adapters.adapter import Adapter, Layout, positive
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.dense import Delta, dot32, dot32_nt, dot32_tn, trained_dot
@@ -93,6 +96,20 @@ def _scaling(params: dict[str, Array]) -> Array:
     return params["scaling"] if mask is None else params["scaling"] * mask
 
 
+def _initial(params: dict[str, Array] | None) -> dict[str, Array] | None:
+    """The factors that the update is counted from, in place of the trained ones; None where it starts at zero."""
+    if params is None or "initial_a" not in params:
+        return None
+    return params | {"lora_a": params["initial_a"], "lora_b": params["initial_b"]}
+
+
+def _dense(params: dict[str, Array]) -> Array:
+    scaling = _scaling(params)
+    if scaling.ndim:
+        return delta_weight(params["lora_a"] * scaling, params["lora_b"])
+    return delta_weight(params["lora_a"], params["lora_b"], scaling)
+
+
 class LoRA(Adapter):
     """LoRA's factors for one matrix, or for one matrix a layer when they carry a leading layer axis."""
 
@@ -113,6 +130,14 @@ class LoRA(Adapter):
     ):
         super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask, axes=axes)
         lora_a, lora_b = init(rngs.params(), in_features, out_features, config.rank, layers=self.layers)
+        if config.init == "gaussian":
+            lora_a = jax.random.normal(rngs.params(), lora_a.shape, jnp.float32) / config.rank
+        elif config.init == "orthogonal":
+            if config.rank % 2:
+                raise ValueError(f"orthogonal halves its rank, which must be even, not {config.rank}")
+            keys = jax.random.split(rngs.params(), self.layers) if self.layers else rngs.params()
+            draw = partial(starts.orthogonal, in_features=in_features, out_features=out_features, rank=config.rank)
+            lora_a, lora_b = jax.lax.map(draw, keys) if self.layers else draw(keys)
         self.lora_a = AdapterParam(lora_a, axes=self.stacked(axes[0], "rank"))
         self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", axes[1]))
 
@@ -128,6 +153,23 @@ class LoRA(Adapter):
         adapter.lora_a[...] = jnp.zeros_like(adapter.lora_a[...])
         adapter.lora_b[...] = jax.random.normal(rngs.params(), adapter.lora_b.shape, jnp.float32)
         return adapter
+
+    def start(self, kernel: Callable[[], Array]) -> None:
+        init = self.config.init
+        if init in starts.FROM_BASE:
+            rank = self.config.rank
+            if rank > min(self.in_features, self.out_features):
+                raise ValueError(
+                    f"{init} takes its start from a kernel of {self.in_features} by {self.out_features}, which has no "
+                    f"rank {rank}"
+                )
+            find = starts.pissa if init == "pissa" else starts.olora
+            lora_a, lora_b = self.map_layers(lambda p, w: find(w, rank, p["scaling"]), kernel())
+            self.lora_a[...], self.lora_b[...] = lora_a, lora_b
+            # Copies: what is trained is donated to the step, what is frozen is not.
+            self.initial_a = AdapterState(jnp.copy(lora_a), axes=self.stacked(self.axes[0], "rank"))
+            self.initial_b = AdapterState(jnp.copy(lora_b), axes=self.stacked("rank", self.axes[1]))
+        super().start(kernel)
 
     def rows(self, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
         """What is added to looked-up rows of an embedding table, float32 `[..., D]`."""
@@ -147,14 +189,14 @@ class LoRA(Adapter):
 
     @staticmethod
     def delta(config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
-        return _delta(x, params["lora_a"], params["lora_b"], _scaling(params))
+        y = _delta(x, params["lora_a"], params["lora_b"], _scaling(params))
+        first = _initial(params)
+        return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], _scaling(params))
 
     @staticmethod
     def dense(config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
-        scaling = _scaling(params)
-        if scaling.ndim:
-            return delta_weight(params["lora_a"] * scaling, params["lora_b"])
-        return delta_weight(params["lora_a"], params["lora_b"], scaling)
+        first = _initial(params)
+        return _dense(params) if first is None else _dense(params) - _dense(first)
 
     @classmethod
     def fuse(cls, layout: Layout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
@@ -188,15 +230,28 @@ class FusedLoRA:
                 rows.append(self.layout.join(blocks))
         return lora_a, jnp.concatenate(rows, axis=0), scaling
 
-    def forward(self, x: Array, params):
+    def _product(self, x: Array, params) -> tuple[Array, Array]:
         lora_a, lora_b, scaling = self._factors(params, x.dtype)
         hidden = (dot32(x, lora_a) * scaling).astype(x.dtype)
-        return dot32(hidden, lora_b), (x, hidden, params)
+        return dot32(hidden, lora_b), hidden
+
+    def forward(self, x: Array, params):
+        y, hidden = self._product(x, params)
+        first = tuple(_initial(p) for p in params)
+        if any(p is not None for p in first):
+            # As a product of its own, so that a fresh update cancels to the last bit.
+            y = y - self._product(x, first)[0]
+        return y, (x, hidden, params)
 
     def backward(self, residuals, dy: Array):
         x, hidden, params = residuals
         lora_a, lora_b, scaling = self._factors(params, x.dtype)
         dhidden = (dot32_nt(dy, lora_b) * scaling).astype(x.dtype)
+        dx = dot32_nt(dhidden, lora_a)
+        first = tuple(_initial(p) for p in params)
+        if any(p is not None for p in first):
+            first_a, first_b, scaling = self._factors(first, x.dtype)
+            dx = dx - dot32_nt((dot32_nt(dy, first_b) * scaling).astype(x.dtype), first_a)
         da = dot32_tn(x, dhidden)
         db = dot32_tn(hidden, dy)
         gradients: list[dict[str, Array | None] | None] = []
@@ -209,7 +264,7 @@ class FusedLoRA:
             start = rows.stop
             part = self.layout.take(db[rows].reshape(-1, *self.layout.out_shape), i)
             gradients.append(dict.fromkeys(p) | {"lora_a": da[:, rows], "lora_b": part})
-        return dot32_nt(dhidden, lora_a), tuple(gradients)
+        return dx, tuple(gradients)
 
 
 class LoRALinear(AdaptedLinear):

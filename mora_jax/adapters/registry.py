@@ -8,10 +8,21 @@ from typing import Any, NamedTuple
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.bitfit import BitFit
-from mora_jax.adapters.config import BitFitConfig, DoRAConfig, FullConfig, LoRAConfig, MoRAConfig, RsLoRAConfig
+from mora_jax.adapters.config import (
+    BitFitConfig,
+    DoRAConfig,
+    FullConfig,
+    LoRAConfig,
+    MoRAConfig,
+    OLoRAConfig,
+    PiSSAConfig,
+    RsLoRAConfig,
+)
 from mora_jax.adapters.dora import DoRA
 from mora_jax.adapters.lora import LoRA
 from mora_jax.adapters.mora import MoRA
+from mora_jax.adapters.olora import OLoRA
+from mora_jax.adapters.pissa import PiSSA
 from mora_jax.adapters.rslora import RsLoRA
 
 
@@ -31,6 +42,8 @@ METHODS: dict[str, Method] = {
     "lora": Method(LoRAConfig, LoRA),
     "rslora": Method(RsLoRAConfig, RsLoRA),
     "dora": Method(DoRAConfig, DoRA),
+    "pissa": Method(PiSSAConfig, PiSSA),
+    "olora": Method(OLoRAConfig, OLoRA),
     "mora": Method(MoRAConfig, MoRA),
     "bitfit": Method(BitFitConfig, BitFit),
     "full": Method(FullConfig, None),

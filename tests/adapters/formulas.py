@@ -37,6 +37,9 @@ def with_magnitude(base, delta, fixed_delta, params):
 def lora_like(scale):
     def formula(base, params, config, fixed):
         delta, held = (product(p["lora_a"], p["lora_b"], scale(config)) for p in (params, fixed))
+        if "initial_a" in params:
+            first = product(params["initial_a"], params["initial_b"], scale(config))
+            delta, held = delta - first, held - first
         return with_magnitude(base, delta, held, params), params.get("bias", 0.0)
 
     return formula
@@ -65,6 +68,8 @@ FORMULAS = {
     "lora": over_rank,
     "rslora": lora_like(lambda config: config.alpha / math.sqrt(config.rank)),
     "dora": over_rank,
+    "pissa": over_rank,
+    "olora": over_rank,
     "mora": mora,
     "bitfit": bitfit,
 }
@@ -72,6 +77,8 @@ COUNTS = {
     "lora": lora_count,
     "rslora": lora_count,
     "dora": lora_count,
+    "pissa": lora_count,
+    "olora": lora_count,
     "mora": mora_count,
     "bitfit": lambda i, o, config: o,
 }

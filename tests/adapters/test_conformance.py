@@ -31,10 +31,12 @@ CASES = {name: registered(name) for name in METHODS if name != "full"} | {
     "mora rotation": mj.MoRAConfig(rank=2, kind="rotation"),
     "mora with magnitude": mj.MoRAConfig(rank=2, use_dora=True),
     "rslora with magnitude": mj.RsLoRAConfig(rank=2, use_dora=True),
+    "pissa with magnitude": mj.PiSSAConfig(rank=2, alpha=3.0, use_dora=True),
+    "orthogonal": mj.LoRAConfig(rank=2, init="orthogonal"),
     "lora with biases": mj.LoRAConfig(rank=2, bias="lora_only"),
 }
-# A norm is computed in two orders, once at the start and once in the forward pass.
-ROUNDED = {name for name, config in CASES.items() if getattr(config, "use_dora", False)}
+# A norm is computed in two orders, once at the start and once in the forward pass; orthogonal factors cancel.
+ROUNDED = {name for name, config in CASES.items() if getattr(config, "use_dora", False)} | {"orthogonal"}
 
 
 def linear(dtype, bias):
