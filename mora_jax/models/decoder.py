@@ -17,7 +17,8 @@ from mora_jax.models.embedding import TokenEmbedding, normal
 from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import tables
 from mora_jax.models.segments import check_token_ids, default_positions
-from mora_jax.models.stack import run_stack
+from mora_jax.models.spread import Spread
+from mora_jax.models.stack import Places, run_stack
 
 _NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 REMAT = ("none", "dots", "full")
@@ -50,6 +51,7 @@ class Decoder(nnx.Module):
         unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
         remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
         layers: one `Block` whose leaves have a leading `[L]`.
+        spread: how arrays lie on a mesh of devices; None for one device, or where the compiler decides.
         name_or_path: what the model was loaded from (a folder or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
     """
@@ -73,6 +75,7 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.unroll = unroll
         self.remat = remat
+        self.spread: Spread | None = None
         self.name_or_path: str | None = None
         self.folder: str | None = None
         scale = 0.0 if rngs is None else config.initializer_range
@@ -140,7 +143,10 @@ class Decoder(nnx.Module):
 
     def head(self) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
+        parameter = self.embed_tokens.embedding if self.lm_head is None else self.lm_head.kernel
         kernel = self.embed_tokens.table() if self.lm_head is None else self.lm_head.table()
+        if self.spread is not None:
+            kernel = self.spread.gathered(kernel, parameter.get_metadata()["axes"])
         return Head(kernel, self.config.final_softcap)
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
@@ -190,7 +196,12 @@ class Decoder(nnx.Module):
         return input_ids, segment_ids, positions
 
     def _embed(self, input_ids: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        x = self.embed_tokens(input_ids)
+        if self.spread is None:
+            x = self.embed_tokens(input_ids)
+        else:
+            axes = self.embed_tokens.embedding.get_metadata()["axes"]
+            shape = self.config.vocab_size, self.config.hidden_size
+            x = self.spread.looked_up(axes, shape, input_ids, self.embed_tokens)
         if noise is not None:
             x = (x.astype(jnp.float32) + noise).astype(x.dtype)
         if self.config.embedding_scale is not None:
@@ -214,6 +225,7 @@ class Decoder(nnx.Module):
         if same_rope:
             layout = dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0])
         xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
+        spread = self.spread
 
         def layer_layout(layout: Layout, window: Any, rope: Any) -> Layout:
             layout = dataclasses.replace(layout, window=config.windows[0] if same_window else window)
@@ -228,9 +240,12 @@ class Decoder(nnx.Module):
                 arrays, dropout_key = shared
                 here = layer_layout(Layout.of(arrays), window, rope)
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-                return nnx.merge(graphdef, leaves)(x, here, None, key)[0]
+                if spread is None:
+                    return nnx.merge(graphdef, leaves)(x, here, None, key)[0]
+                return spread.rows(nnx.merge(graphdef, leaves)(spread.rows(x), here, None, key)[0])
 
-            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropout_key)), None
+            places = _places(spread, xs) if spread is not None and spread.cuts_weights else None
+            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropout_key), places), None
 
         def extend(carry: Any, layer: Any) -> tuple[Any, None]:
             x, (keys, values) = carry
@@ -291,6 +306,17 @@ class Decoder(nnx.Module):
         last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
         hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
         return self.head().logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
+
+
+def _places(spread: Spread, xs: Any) -> Places:
+    """Where one layer's share of each leaf of `xs` lies: stacked parameters by their axes, nothing else."""
+    stored: list[Any] = []
+    used: list[Any] = []
+    for leaf in jax.tree.leaves(xs, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        axes = (leaf.get_metadata().get("axes") or ())[1:] if isinstance(leaf, nnx.Variable) else ()
+        stored.append(spread.stored(axes, leaf.shape[1:]) if axes else None)
+        used.append(spread.used(axes, leaf.shape[1:]) if axes else None)
+    return Places(tuple(stored), tuple(used))
 
 
 # Compiled once per structure and shape. Inside somebody else's `jax.jit` these are inlined; called eagerly

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,41 @@ from jax.custom_derivatives import SymbolicZero
 
 Array = jax.Array
 Body = Callable[[Array, Any, Any], Array]
+
+
+class Places(NamedTuple):
+    """Where the leaves of one layer lie on a mesh; None for a leaf that nobody places.
+
+    Attributes:
+        stored: their sharding in the stack, and that of their gradients.
+        used: their sharding while the layer computes. They are gathered layer by layer, forward and backward.
+    """
+
+    stored: tuple[Any, ...]
+    used: tuple[Any, ...]
+
+    def gather(self, layer: list[Any]) -> list[Any]:
+        """The leaves of a layer as it uses them."""
+        return [_constrained(leaf, sharding) for leaf, sharding in zip(layer, self.used, strict=True)]
+
+    def scatter(self, gradients: list[Any], active: tuple[bool, ...]) -> list[Any]:
+        """Gradients of the active leaves, back to where the leaves are stored."""
+        shardings = [sharding for sharding, on in zip(self.stored, active, strict=True) if on]
+        return [_constrained(leaf, sharding) for leaf, sharding in zip(gradients, shardings, strict=True)]
+
+
+def _constrained(leaf: Any, sharding: Any) -> Any:
+    return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _gathered(places: Places | None, x: Array, layer: list[Any], *, unrolled: bool) -> tuple[Array, list[Any]]:
+    """The leaves as the layer uses them. Without a loop a barrier on `x` keeps them from being gathered all at once,
+    or in the forward pass for the backward."""
+    if places is None:
+        return x, layer
+    if unrolled:
+        x, layer = jax.lax.optimization_barrier((x, layer))
+    return x, places.gather(layer)
 
 
 class _Plan:
@@ -53,8 +88,9 @@ class _Plan:
         return jax.tree.unflatten(self.tree, [parts[name][i] for name, i in self.sources])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def run_stack(body: Body, unroll: int, remat: str, x: Array, layers: Any, shared: Any) -> Array:
+def run_stack(
+    body: Body, unroll: int, remat: str, x: Array, layers: Any, shared: Any, places: Places | None = None
+) -> Array:
     """`x` through `body(x, layer, shared)` for each layer in turn.
 
     Args:
@@ -64,20 +100,34 @@ def run_stack(body: Body, unroll: int, remat: str, x: Array, layers: Any, shared
         x: the input of the first layer; every layer keeps its shape and dtype.
         layers: any pytree of arrays `[L, …]`; arrays that nothing differentiates get no gradient.
         shared: any pytree of arrays that every layer reads; they get no gradient.
+        places: where the leaves of `layers` lie on a mesh, in their order; None without one.
 
     Returns:
         The output of the last layer.
     """
+    return _run(body, unroll, remat, places, x, layers, shared)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _run(body: Body, unroll: int, remat: str, places: Places | None, x: Array, layers: Any, shared: Any) -> Array:
     leaves, tree = jax.tree.flatten(layers)
     count = leaves[0].shape[0]
-    if unroll >= count:
+    unrolled = unroll >= count
+
+    def step(x: Array, layer: list[Any]) -> tuple[Array, None]:
+        x, layer = _gathered(places, x, layer, unrolled=unrolled)
+        return body(x, jax.tree.unflatten(tree, layer), shared), None
+
+    if unrolled:
         for i in range(count):
-            x = body(x, jax.tree.unflatten(tree, [leaf[i] for leaf in leaves]), shared)
+            x, _ = step(x, [leaf[i] for leaf in leaves])
         return x
-    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers, unroll=unroll)[0]
+    return jax.lax.scan(step, x, leaves, unroll=unroll)[0]
 
 
-def _forward(body: Body, unroll: int, remat: str, x: Any, layers: Any, shared: Any) -> tuple[Array, Any]:
+def _forward(
+    body: Body, unroll: int, remat: str, places: Places | None, x: Any, layers: Any, shared: Any
+) -> tuple[Array, Any]:
     primals, tree = jax.tree.flatten(layers)
     active = tuple(primal.perturbed for primal in primals)
     leaves = [primal.value for primal in primals]
@@ -85,14 +135,17 @@ def _forward(body: Body, unroll: int, remat: str, x: Any, layers: Any, shared: A
     layer_fn = _pullback_of(body, remat, tree, active)
     plan = _Plan()
 
+    count = leaves[0].shape[0]
+    unrolled = unroll >= count
+
     def step(x: Array, layer: list[Array]) -> tuple[Array, list[Array]]:
+        x, layer = _gathered(places, x, layer, unrolled=unrolled)
         if remat == "full":
             return body(x, jax.tree.unflatten(tree, layer), shared), [x]
         y, pullback = layer_fn(x, layer, shared)
         return y, plan.take_apart(pullback, layer, jax.tree.leaves(shared))
 
-    count = leaves[0].shape[0]
-    if unroll >= count:
+    if unrolled:
         saved: Any = []
         for i in range(count):
             x, kept = step(x, [leaf[i] for leaf in leaves])
@@ -102,24 +155,29 @@ def _forward(body: Body, unroll: int, remat: str, x: Any, layers: Any, shared: A
     return x, (_Static((plan, tree, active)), saved, leaves, shared)
 
 
-def _backward(body: Body, unroll: int, remat: str, residuals: Any, dy: Any) -> tuple[Any, Any, None]:
+def _backward(
+    body: Body, unroll: int, remat: str, places: Places | None, residuals: Any, dy: Any
+) -> tuple[Any, Any, None]:
     static, saved, leaves, shared = residuals
     plan, tree, active = static.value
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
     layer_fn = _pullback_of(body, remat, tree, active)
     count = leaves[0].shape[0]
+    unrolled = unroll >= count
 
     def step(dy: Array, kept: list[Array], layer: list[Array]) -> tuple[Array, list[Array]]:
+        dy, layer = _gathered(places, dy, layer, unrolled=unrolled)
         if remat == "full":
             # The barrier keeps the compiler from sharing this with the forward pass and saving it after all.
-            (x,) = kept if unroll < count else jax.lax.optimization_barrier(tuple(kept))
+            (x,) = kept if not unrolled else jax.lax.optimization_barrier(tuple(kept))
             pullback = layer_fn(x, layer, shared)[1]
         else:
             pullback = plan.put_together(kept, layer, jax.tree.leaves(shared))
-        return pullback(dy)
+        dx, gradients = pullback(dy)
+        return dx, gradients if places is None else places.scatter(gradients, active)
 
-    if unroll >= count:
+    if unrolled:
         columns: list[list[Array]] = []
         for i in reversed(range(count)):
             dy, gradients = step(dy, saved[i], [leaf[i] for leaf in leaves])
@@ -163,4 +221,4 @@ class _Static:
         return cls(value)
 
 
-run_stack.defvjp(_forward, _backward, symbolic_zeros=True)
+_run.defvjp(_forward, _backward, symbolic_zeros=True)

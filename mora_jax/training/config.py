@@ -181,11 +181,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Section `mesh`: how the devices are used. Only data parallelism so far."""
+    """Section `mesh`: how the devices are used. Rows of a batch are shared by data × fsdp devices."""
 
-    data: int = key(-1, "Devices along the data axis; -1: all of them.", at_least=1, extra=-1)
-    fsdp: int = key(1, "Devices along the fsdp axis.", choices=(1,))
-    tensor: int = key(1, "Devices along the tensor axis.", choices=(1,))
+    data: int = key(-1, "Devices that share rows, each with its own weights; -1: the rest.", at_least=1, extra=-1)
+    fsdp: int = key(1, "Devices that share rows and cut the weights between them; -1: the rest.", at_least=1, extra=-1)
+    tensor: int = key(1, "Devices that cut heads, MLP and vocabulary between them; -1: the rest.", at_least=1, extra=-1)
     context: int = key(1, "Devices along the context axis.", choices=(1,))
     pmap: bool = key(False, "Use jax.pmap instead of jax.jit over a mesh.")
 
@@ -313,6 +313,11 @@ def check_together(config: Config) -> None:
     micro = train.micro_batch_size
     if micro is not None and train.batch_size % micro:
         raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
+    mesh = config.mesh
+    if mesh.pmap and (mesh.fsdp, mesh.tensor) != (1, 1):
+        raise InputError(
+            f"config: mesh.pmap shares rows only; set mesh.fsdp and mesh.tensor (now {mesh.fsdp}, {mesh.tensor}) to 1"
+        )
     if train.steps is not None:
         check_warmup(config, train.steps)
     _check_data_and_loss(config)

@@ -20,10 +20,12 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.training.checkpoint import Checkpoints
 from mora_jax.training.config import Config
 from mora_jax.training.display import Display
+from mora_jax.training.mesh import make_mesh
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.run_directory import RunDirectory
+from mora_jax.training.runner import JitRunner, PmapRunner
 from mora_jax.training.setup import Setup, prepare
-from mora_jax.training.sharding import JitRunner, PmapRunner, make_mesh
+from mora_jax.training.sharding import Placement
 from mora_jax.training.state import Structure, TrainState, flat_arrays, initial_state
 from mora_jax.training.step import StepMetrics, make_step
 from mora_jax.training.stopping import StopSignals
@@ -81,19 +83,24 @@ class Trainer:
         self.structure = Structure(graphdef, adapters, frozen)
         optimizer = make_optimizer(config.optimizer, setup.plan.steps)
         schedule = make_schedule(config.optimizer, setup.plan.steps)
-        pmap, count = config.mesh.pmap, setup.devices
+        pmap, mesh = config.mesh.pmap, make_mesh(*setup.mesh)
+        self.placement = None if pmap else Placement.of(mesh, adapters, frozen)
         step = make_step(
             self.structure,
             optimizer,
             schedule,
-            shards=1 if pmap else count,
+            placement=self.placement,
             dropout=setup.dropout,
             axis_name="data" if pmap else None,
             divisor=config.loss.constant if setup.normalize == "constant" else None,
             neftune_alpha=config.train.neftune_alpha,
             kl_weight=config.loss.kl_weight,
         )
-        self.runner: Any = PmapRunner(step, count) if pmap else JitRunner(step, make_mesh(count))
+        self.runner: Any
+        if self.placement is None:
+            self.runner = PmapRunner(step, mesh.size)
+        else:
+            self.runner = JitRunner(step, mesh, self.placement.table(adapters, frozen))
         self.frozen = self.runner.place(flat_arrays(frozen))
         self.state: TrainState = self.runner.place(initial_state(flat_arrays(adapters), optimizer, config.seed))
         self.busy_seconds = 0.0
@@ -119,6 +126,8 @@ class Trainer:
             batches = context.enter_context(contextlib.closing(BatchIterator(self.setup.batches, first)))
             self.directory.rewind_metrics(first)
             self.display.start(self.setup.info(first))
+            for note in self.placement.notes() if self.placement is not None else ():
+                self.display.note(note)
             pending: tuple[int, StepMetrics] | None = None
             mark = time.perf_counter()
             for step in range(first, plan.steps):
@@ -189,7 +198,9 @@ class Trainer:
     def _model(self) -> Decoder:
         """The model as trained so far."""
         adapters = self.runner.whole(self.state).adapters
-        return self.structure.model(adapters, self.runner.whole(self.frozen))
+        model = self.structure.model(adapters, self.runner.whole(self.frozen))
+        model.spread = self.placement if self.placement is not None and self.placement.mesh.size > 1 else None
+        return model
 
     def _evaluate(self, step: int) -> None:
         assert self.setup.evaluation is not None

@@ -19,7 +19,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.training.config import AdapterConfig, Config, check_warmup
 from mora_jax.training.data_settings import data_source, loss_weights
 from mora_jax.training.display import RunInfo
-from mora_jax.training.sharding import device_count
+from mora_jax.training.mesh import mesh_shape
 
 #: What a normaliser divides by, in words.
 DIVISORS = {
@@ -41,7 +41,7 @@ class Setup:
         attached: what is trained.
         train, evaluation: the encoded data; `evaluation` is None without evaluation data.
         plan: which examples make up which batch.
-        devices: how many share a micro-batch.
+        mesh: devices along `data`, `fsdp` and `tensor`.
     """
 
     config: Config
@@ -51,7 +51,7 @@ class Setup:
     train: EncodedDataset
     evaluation: EncodedDataset | None
     plan: BatchPlan
-    devices: int
+    mesh: tuple[int, int, int]
 
     @property
     def micro_batch(self) -> int:
@@ -86,8 +86,11 @@ class Setup:
             notes.append(f"{report.truncated} rows were cut to {self.train.max_length} tokens")
         if report.split:
             notes.append(f"{report.split} rows were split into examples of {self.train.max_length} tokens or fewer")
-        if self.devices > 1:
-            notes.append(f"{self.devices} devices share each micro-batch of {self.micro_batch} rows")
+        data, fsdp, tensor = self.mesh
+        if data * fsdp > 1:
+            notes.append(f"{data * fsdp} devices share each micro-batch of {self.micro_batch} rows")
+        if fsdp * tensor > 1:
+            notes.append(f"{fsdp * tensor} devices hold one copy of the weights (fsdp {fsdp} × tensor {tensor})")
         shown = describe_example(self.train[int(self.plan.indices(0)[0])], self.tokenizer)
         return RunInfo(
             model=str(config.model.path),
@@ -164,8 +167,8 @@ def prepare(config: Config) -> Setup:
         bucketing=config.data.bucketing,
     )
     check_warmup(config, plan.steps)
-    devices = device_count(config.mesh, config.train.micro_batch_size or config.train.batch_size)
-    return Setup(config, model, tokenizer, attached, train, evaluation, plan, devices)
+    mesh = mesh_shape(config.mesh, config.train.micro_batch_size or config.train.batch_size)
+    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh)
 
 
 def put_adapter(model: Decoder, config: Config) -> AttachReport:

@@ -1,159 +1,183 @@
-"""Where arrays live: the mesh, the table from logical axes to mesh axes, and the two ways to run a step on it."""
+"""Where arrays live: the table from logical axes to mesh axes, and what follows from it for every array.
+
+Every parameter names its logical axes (`axes` in its metadata). Three things follow for it:
+
+- *stored*: matrices are cut along `fsdp` and `tensor`, so no device holds the whole base. Gradients and optimizer
+  states lie like the parameters they belong to.
+- *used*: inside the layer that needs it a matrix is gathered along `fsdp` and stays cut along `tensor`.
+- rows of a batch are cut along `data` and `fsdp`, and so is the residual stream.
+"""
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.lax import with_sharding_constraint as constrain
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax.errors import InputError
-from mora_jax.training.config import MeshConfig
-from mora_jax.training.state import Arrays, TrainState
-from mora_jax.training.step import Batch, StepFunction, StepMetrics
+from mora_jax.training.state import dotted
 
-# Logical axis of an array → mesh axis. Weights are on every device so far; rows of a batch are spread.
-RULES: dict[str, str | None] = {
-    "batch": "data",
-    "layers": None,
-    "embed": None,
-    "vocab": None,
-    "heads": None,
-    "kv_heads": None,
-    "q_per_kv": None,
-    "head_dim": None,
-    "mlp": None,
-    "gate_up": None,
-    "rank": None,
-    "square_in": None,
-    "square_out": None,
+Array = jax.Array
+Axes = tuple[str | None, ...]
+
+# Logical axis of an array → mesh axes. A LoRA rank is never cut; the square matrix of MoRA is cut along `fsdp` in
+# storage alone, where it pays: its optimizer state is as large as LoRA's.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "layers": (),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "q_per_kv": (),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "gate_up": (),
+    "rank": (),
+    "square_in": (),
+    "square_out": ("fsdp",),
 }
+_GATHERED = "fsdp"  # the mesh axis along which a layer gathers its weights
+_ADAPTER_AXES = frozenset({"rank", "square_in", "square_out"})
 
 
-def spec(*axes: str | None) -> PartitionSpec:
-    """The partition of an array with these logical axes; None for an axis that is never spread."""
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+@dataclass(frozen=True)
+class Placement:
+    """A mesh, and which logical axes of a model stay whole on it. Hashable, so that a compiled function can hold it.
 
-
-def device_count(config: MeshConfig, batch_rows: int) -> int:
-    """How many devices share a micro-batch.
-
-    Args:
-        config: the section `mesh`.
-        batch_rows: rows of a micro-batch.
-
-    Raises:
-        InputError: more devices asked for than there are, or rows that they can't share evenly.
+    Attributes:
+        mesh: with the axes `data`, `fsdp` and `tensor`.
+        undivided: logical axes that don't divide over their mesh axis, with the size that doesn't.
     """
-    available = jax.device_count()
-    count = available if config.data == -1 else config.data
-    if count > available:
-        raise InputError(f"mesh.data={count} asks for more devices than the {available} there are")
-    if batch_rows % count:
-        if config.data == -1:
-            # Nobody asked for a number: the most devices that share the rows evenly.
-            return max(n for n in range(1, available + 1) if batch_rows % n == 0)
-        raise InputError(
-            f"mesh.data={count} devices can't share {batch_rows} rows of a micro-batch evenly; "
-            f"change train.batch_size, train.micro_batch_size or mesh.data"
-        )
-    return count
 
+    mesh: Mesh
+    undivided: tuple[tuple[str, int], ...] = ()
 
-def make_mesh(count: int) -> Mesh:
-    """A mesh of `count` devices along `data`; the axes for weights have length 1."""
-    devices = np.array(jax.devices()[:count]).reshape(count, 1, 1)
-    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    @classmethod
+    def of(cls, mesh: Mesh, *states: nnx.State) -> Placement:
+        """For the states of a split model (their arrays may be shapes alone).
 
-
-class Runner:
-    """A step with the cache of its compiled forms, one for each set of shapes."""
-
-    def __init__(self, step: Any):
-        self._step = step
-        self._compiled: dict[Any, Any] = {}
-        self.compile_seconds = 0.0
-
-    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Runs the step, compiling it first for a batch shape that is new. `state` is donated."""
-        signature = tuple((name, value.shape) for name, value in batch.items())
-        compiled = self._compiled.get(signature)
-        if compiled is None:
-            start = time.perf_counter()
-            compiled = self._compiled[signature] = self._step.lower(state, frozen, batch).compile()
-            self.compile_seconds += time.perf_counter() - start
-        return compiled(state, frozen, batch)
+        An axis is cut along `tensor` in every array that has it or in none: query heads of a kernel and of the
+        adapter beside it would else lie on different devices.
+        """
+        sizes: dict[str, int] = {}
+        for _, axes, shape in _described(states):
+            for axis, size in zip(axes, shape, strict=True):
+                if axis is not None and "tensor" in RULES.get(axis, ()):
+                    sizes[axis] = math.gcd(sizes.get(axis, 0), size)
+        return cls(mesh, tuple(sorted((axis, n) for axis, n in sizes.items() if n % mesh.shape["tensor"])))
 
     @property
-    def compilations(self) -> int:
-        """How often the step was traced and compiled: the size of its cache. A compiled step can't trace again."""
-        return len(self._compiled)
+    def row_shards(self) -> int:
+        """Devices among which the rows of a micro-batch are laid."""
+        return math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether weights are cut at all, and not only rows."""
+        return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
+
+    def notes(self) -> list[str]:
+        """What the mesh can't cut, in words."""
+        tensor = self.mesh.shape["tensor"]
+        return [
+            f"{axis} ({size}) doesn't divide over mesh.tensor={tensor}: every device of that axis computes all of it"
+            for axis, size in self.undivided
+        ]
+
+    def sharding(self, *entries: Any) -> NamedSharding:
+        """A sharding on this mesh."""
+        return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+    def batch(self, dimension: int = 0) -> NamedSharding:
+        """Of an array whose axis `dimension` is the rows of a batch."""
+        return self.sharding(*(None,) * dimension, RULES["batch"])
+
+    def used(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """Of a parameter where it is computed with: gathered along `fsdp`."""
+        return self.sharding(*self._cut(axes, shape, "tensor"))
+
+    def stored(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """Of a parameter where it is kept, of its gradient and its optimizer state.
+
+        A matrix whose own axis doesn't divide is cut along another that does, the width first.
+        """
+        return self.sharding(*self._stored(axes, shape))
+
+    def _stored(self, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+        entries = self._cut(axes, shape, "tensor")
+        if sum(axis != "layers" for axis in axes) < 2:
+            return entries  # vectors are small, and needed whole
+        entries = [tensor + fsdp for tensor, fsdp in zip(entries, self._cut(axes, shape, _GATHERED), strict=True)]
+        if not _ADAPTER_AXES.intersection(axes):
+            for name in ("tensor", _GATHERED):
+                wanted = any(name in RULES.get(axis or "", ()) for axis in axes)
+                if wanted and not any(name in entry for entry in entries):
+                    self._cut_elsewhere(entries, axes, shape, name)
+        return entries
+
+    def _cut(self, axes: Axes, shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:
+        """For each axis of an array `(name,)` where the table cuts it along that mesh axis, else `()`."""
+        entries: list[tuple[str, ...]] = [()] * len(axes)
+        undivided = {axis for axis, _ in self.undivided}
+        count = self.mesh.shape[name]
+        for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+            if axis is not None and name in RULES.get(axis, ()) and axis not in undivided and size % count == 0:
+                entries[i] = (name,)
+                break
+        return entries
+
+    def _cut_elsewhere(self, entries: list[tuple[str, ...]], axes: Axes, shape: tuple[int, ...], name: str) -> None:
+        order = sorted(range(len(axes)), key=lambda i: (axes[i] != "embed", -shape[i]))
+        for i in order:
+            count = math.prod(self.mesh.shape[axis] for axis in (*entries[i], name))
+            if axes[i] != "layers" and shape[i] % count == 0:
+                entries[i] = (*entries[i], name)
+                return
+
+    def rows(self, x: Array) -> Array:
+        """Keeps `x [B, …]` cut by rows and whole otherwise; rows that can't be shared evenly stay as they are."""
+        return x if x.shape[0] % self.row_shards else constrain(x, self.batch())
+
+    def gathered(self, array: Array, axes: Axes) -> Array:
+        """A stored parameter where it is used; its gradient goes back to where it is stored."""
+        return _gathered(self.used(axes, array.shape), self.stored(axes, array.shape), array)
+
+    def looked_up(self, axes: Axes, shape: tuple[int, int], ids: Array, table: Callable[[Array], Array]) -> Array:
+        """`table(ids)`, `[B, T, D]` by rows, for a stored embedding `[V, D]` that is never gathered along D.
+
+        Every device looks its columns up for all the rows of its `fsdp` group; the group then exchanges columns for
+        rows.
+        """
+        columns = self._stored(axes, shape)[1]
+        groups = tuple(axis for axis in RULES["batch"] if axis not in columns)
+        if not columns or ids.shape[0] % self.row_shards:
+            return self.rows(table(ids))
+        found = table(constrain(ids, self.sharding(groups)))
+        return self.rows(constrain(found, self.sharding(groups, None, columns)))
+
+    def table(self, *states: nnx.State) -> dict[str, NamedSharding]:
+        """The stored sharding of every array of a split model, by dotted path."""
+        return {name: self.stored(axes, shape) for name, axes, shape in _described(states)}
 
 
-class JitRunner(Runner):
-    """The step under `jax.jit` over a mesh: rows spread along `data`, everything else on every device."""
-
-    def __init__(self, step: StepFunction, mesh: Mesh):
-        self._whole = NamedSharding(mesh, PartitionSpec())
-        self._rows = NamedSharding(mesh, spec(None, "batch"))
-        jitted = jax.jit(
-            step,
-            donate_argnums=(0,),
-            in_shardings=(self._whole, self._whole, self._rows),
-            out_shardings=(self._whole, self._whole),
-        )
-        super().__init__(jitted)
-
-    def place(self, tree: Any) -> Any:
-        """State or frozen arrays, on every device."""
-        return jax.device_put(tree, self._whole)
-
-    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch `[micro-batches, rows, …]`, its rows spread over the devices."""
-        return jax.device_put(batch, self._rows)
-
-    def whole(self, tree: Any) -> Any:
-        """The tree without what `place` added: nothing, arrays of `jit` are whole."""
-        return tree
+def _described(states: tuple[nnx.State, ...]) -> Iterator[tuple[str, Axes, tuple[int, ...]]]:
+    """Dotted path, logical axes and shape of every array; an array without names has no axis that is ever cut."""
+    for state in states:
+        for path, variable in nnx.to_flat_state(state):
+            shape = tuple(variable.get_value().shape)
+            yield dotted(path), variable.get_metadata().get("axes") or (None,) * len(shape), shape
 
 
-class PmapRunner(Runner):
-    """The same pure step under `jax.pmap`: every array has a leading device axis.
+def _gathered(used: NamedSharding, stored: NamedSharding, array: Array) -> Array:
+    @jax.custom_vjp
+    def gather(array):
+        return constrain(array, used)
 
-    For code that is built around `pmap`. `jit` over a mesh does the same and more; choose it for anything new.
-    """
-
-    def __init__(self, step: StepFunction, count: int):
-        self.count = count
-        self._devices = jax.devices()[:count]
-        mesh = Mesh(np.array(self._devices), ("data",), axis_types=(AxisType.Auto,))
-        self._sharding = NamedSharding(mesh, PartitionSpec("data"))
-        super().__init__(jax.pmap(step, axis_name="data", devices=self._devices, donate_argnums=(0,)))
-
-    def place(self, tree: Any) -> Any:
-        """State or frozen arrays, one copy a device along a new leading axis."""
-
-        def copies(x):
-            return jax.device_put(jnp.broadcast_to(x[None], (self.count, *x.shape)), self._sharding)
-
-        return jax.tree.map(copies, tree)
-
-    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch `[micro-batches, rows, …]` → `[devices, micro-batches, rows / devices, …]`."""
-
-        def split(x):
-            micro, rows, *rest = x.shape
-            return x.reshape(micro, self.count, rows // self.count, *rest).swapaxes(0, 1)
-
-        return jax.device_put({name: split(value) for name, value in batch.items()}, self._sharding)
-
-    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        state, metrics = super().__call__(state, frozen, batch)
-        return state, self.whole(metrics)
-
-    def whole(self, tree: Any) -> Any:
-        """The tree without the device axis: every device holds the same."""
-        return jax.tree.map(lambda x: x[0], tree)
+    gather.defvjp(lambda array: (constrain(array, used), None), lambda _, slope: (constrain(slope, stored),))
+    return gather(array)

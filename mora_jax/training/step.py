@@ -13,6 +13,7 @@ from mora_jax.adapters.detach import detach
 from mora_jax.training.kl import weighted_kl
 from mora_jax.training.loss import next_token_targets, weighted_loss
 from mora_jax.training.neftune import embedding_noise
+from mora_jax.training.sharding import Placement
 from mora_jax.training.state import Arrays, Structure, TrainState
 
 Array = jax.Array
@@ -52,7 +53,8 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    shards: int = 1,
+    shards: int | None = None,
+    placement: Placement | None = None,
     dropout: bool = False,
     axis_name: str | None = None,
     divisor: float | None = None,
@@ -68,7 +70,8 @@ def make_step(
     Args:
         structure: of the model, split into trainable and frozen arrays.
         optimizer, schedule: from optimizer.py; the schedule is only reported.
-        shards: devices among which the rows of a micro-batch are laid (see chunks.py).
+        shards: devices among which the rows of a micro-batch are laid (see chunks.py); None: those of `placement`.
+        placement: where arrays lie on a mesh (see sharding.py); None where all weights are on every device.
         dropout: whether adapters' dropout is on.
         axis_name: the mapped axis to sum over, under `jax.pmap`.
         divisor: a fixed normaliser; None: the sum of `counts`, or without them of the weights.
@@ -95,10 +98,14 @@ def make_step(
         raise ValueError("full fine-tuning keeps no frozen base, so there is no divergence from it: use kl_weight=0")
     if divisor is not None and not divisor > 0:
         raise ValueError(f"divisor must be positive, got {divisor}")
+    if shards is None:
+        shards = 1 if placement is None else placement.row_shards
+    spread = placement if placement is not None and placement.mesh.size > 1 else None
 
     def objective(adapters: Arrays, frozen: Arrays, rows: Batch, keys: Keys) -> tuple[Array, Array]:
         """Loss and KL of one micro-batch; their weights are divided already, so that both are shares of the step's."""
         model = structure.model(adapters, frozen)
+        model.spread = spread
         inputs = rows["input_ids"], rows["segment_ids"], rows.get("positions")
         noise = None
         if keys.noise is not None:

@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.training.config import MeshConfig, OptimizerConfig
+from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.mesh import make_mesh
 from mora_jax.training.optimizer import make_optimizer, make_schedule
-from mora_jax.training.sharding import JitRunner, PmapRunner, device_count, make_mesh
+from mora_jax.training.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from mora_jax.training.step import make_step
 from tests.models.tiny import LLAMA, fill_randomly
@@ -173,13 +173,3 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     updates, _ = optimizer.update(zero, optimizer.init(arrays), arrays)
     moved = {name for name, value in updates.items() if np.any(value)}
     assert moved == {"layers.mlp.down_proj.kernel"}
-
-
-def test_devices_that_share_a_micro_batch():
-    assert device_count(MeshConfig(), 8) == 4
-    assert device_count(MeshConfig(), 6) == 3  # the most that share the rows evenly
-    assert device_count(MeshConfig(data=2), 6) == 2
-    with pytest.raises(InputError, match="mesh.data=4 devices can't share 6 rows"):
-        device_count(MeshConfig(data=4), 6)
-    with pytest.raises(InputError, match="mesh.data=9 asks for more devices than the 4 there are"):
-        device_count(MeshConfig(data=9), 9)

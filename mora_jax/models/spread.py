@@ -1,0 +1,43 @@
+"""What a decoder asks of whoever lays its arrays over several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+Array = jax.Array
+Axes = tuple[str | None, ...]
+
+
+class Spread(Protocol):
+    """Where arrays lie on a mesh while a decoder computes. Hashable: it is part of a compiled function's key.
+
+    `axes` are the logical names of an array's axes, as its metadata has them.
+    """
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether weights are cut at all, and not only rows."""
+        ...
+
+    def rows(self, x: Array) -> Array:
+        """`x [B, …]` with its rows cut over the devices that share the batch, and whole otherwise."""
+        ...
+
+    def stored(self, axes: Axes, shape: tuple[int, ...]) -> Any:
+        """The sharding of a parameter where it is kept, and of its gradient."""
+        ...
+
+    def used(self, axes: Axes, shape: tuple[int, ...]) -> Any:
+        """The sharding of a parameter where it is computed with."""
+        ...
+
+    def gathered(self, array: Array, axes: Axes) -> Array:
+        """A stored parameter as it is used; its gradient goes back to where it is stored."""
+        ...
+
+    def looked_up(self, axes: Axes, shape: tuple[int, int], ids: Array, table: Callable[[Array], Array]) -> Array:
+        """`table(ids)` by rows, `[B, T, D]`, for a stored embedding of `axes` and `shape` `[V, D]`."""
+        ...

@@ -1,0 +1,144 @@
+"""The two ways to run a step on several devices: `jax.jit` over a mesh, and `jax.pmap`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mora_jax.training.sharding import Placement
+from mora_jax.training.state import Arrays, TrainState
+from mora_jax.training.step import Batch, StepFunction, StepMetrics
+
+
+class Runner:
+    """A step with the cache of its compiled forms, one for each set of shapes."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+
+    def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        """The step, traced for these arguments (arrays, or shapes with shardings) and not compiled yet."""
+        raise NotImplementedError  # abstract: each way to run a step defines it
+
+    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Runs the step, compiling it first for a batch shape that is new. `state` is donated."""
+        signature = tuple((name, value.shape) for name, value in batch.items())
+        compiled = self._compiled.get(signature)
+        if compiled is None:
+            start = time.perf_counter()
+            compiled = self._compiled[signature] = self.lower(state, frozen, batch).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return compiled(state, frozen, batch)
+
+    @property
+    def compilations(self) -> int:
+        """How often the step was traced and compiled: the size of its cache. A compiled step can't trace again."""
+        return len(self._compiled)
+
+
+class JitRunner(Runner):
+    """The step under `jax.jit` over a mesh.
+
+    Args:
+        step: the pure step, made for `placement` where `shardings` are given.
+        mesh: the mesh; rows of a batch are cut along `data` and `fsdp`.
+        shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
+            None everything, is on every device.
+    """
+
+    def __init__(self, step: StepFunction, mesh: Mesh, shardings: dict[str, NamedSharding] | None = None):
+        super().__init__()
+        self._step = step
+        self._shardings = shardings or {}
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._rows = Placement(mesh).batch(1)
+
+    def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        places = jax.tree.map(lambda array: array.sharding, state)
+        jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=(places, self._whole))
+        return jitted.lower(state, frozen, batch)
+
+    def places(self, tree: Any) -> Any:
+        """The sharding of every leaf of a state or of a dictionary of arrays (or shapes).
+
+        A leaf of an optimizer's state lies like the parameter under whose name it stands if it has its shape.
+        """
+
+        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+            found = self._shardings.get(names[-1]) if names else None
+            return self._whole if found is None or not _fits(found, leaf.shape) else found
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    def place(self, tree: Any) -> Any:
+        """State or frozen arrays, cut as the table says."""
+        return jax.device_put(tree, self.places(tree))
+
+    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
+        """A batch `[micro-batches, rows, …]`, its rows spread over the devices."""
+        return jax.device_put(batch, self._rows)
+
+    def whole(self, tree: Any) -> Any:
+        """The tree without what `place` added: nothing, arrays of `jit` have their own shapes."""
+        return tree
+
+
+def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be cut so; factored moments, say, have another."""
+    if len(sharding.spec) > len(shape):
+        return False
+    for size, entry in zip(shape, sharding.spec, strict=False):
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        if size % int(np.prod([sharding.mesh.shape[axis] for axis in axes], dtype=int)):
+            return False
+    return True
+
+
+class PmapRunner(Runner):
+    """The same pure step under `jax.pmap`: every array has a leading device axis.
+
+    For code that is built around `pmap`. `jit` over a mesh does the same and more; choose it for anything new.
+    """
+
+    def __init__(self, step: StepFunction, count: int):
+        super().__init__()
+        self.count = count
+        self._devices = jax.devices()[:count]
+        mesh = Mesh(np.array(self._devices), ("data",), axis_types=(AxisType.Auto,))
+        self._sharding = NamedSharding(mesh, PartitionSpec("data"))
+        self._step = jax.pmap(step, axis_name="data", devices=self._devices, donate_argnums=(0,))
+
+    def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        return self._step.lower(state, frozen, batch)
+
+    def place(self, tree: Any) -> Any:
+        """State or frozen arrays, one copy a device along a new leading axis."""
+
+        def copies(x):
+            return jax.device_put(jnp.broadcast_to(x[None], (self.count, *x.shape)), self._sharding)
+
+        return jax.tree.map(copies, tree)
+
+    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
+        """A batch `[micro-batches, rows, …]` → `[devices, micro-batches, rows / devices, …]`."""
+
+        def split(x):
+            micro, rows, *rest = x.shape
+            return x.reshape(micro, self.count, rows // self.count, *rest).swapaxes(0, 1)
+
+        return jax.device_put({name: split(value) for name, value in batch.items()}, self._sharding)
+
+    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        state, metrics = super().__call__(state, frozen, batch)
+        return state, self.whole(metrics)
+
+    def whole(self, tree: Any) -> Any:
+        """The tree without the device axis: every device holds the same."""
+        return jax.tree.map(lambda x: x[0], tree)
