@@ -16,7 +16,10 @@ _HOMES = {
     "DoRAConfig": "mora_jax.adapters.config",
     "PiSSAConfig": "mora_jax.adapters.config",
     "OLoRAConfig": "mora_jax.adapters.config",
+    "LoRAPlusConfig": "mora_jax.adapters.config",
+    "LoRAFAConfig": "mora_jax.adapters.config",
     "MoRAConfig": "mora_jax.adapters.config",
+    "IA3Config": "mora_jax.adapters.config",
     "BitFitConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
     "LoRALinear": "mora_jax.adapters.lora",
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import BitFitConfig as BitFitConfig
     from mora_jax.adapters.config import DoRAConfig as DoRAConfig
     from mora_jax.adapters.config import FullConfig as FullConfig
+    from mora_jax.adapters.config import IA3Config as IA3Config
     from mora_jax.adapters.config import LoRAConfig as LoRAConfig
+    from mora_jax.adapters.config import LoRAFAConfig as LoRAFAConfig
+    from mora_jax.adapters.config import LoRAPlusConfig as LoRAPlusConfig
     from mora_jax.adapters.config import MoRAConfig as MoRAConfig
     from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
     from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig

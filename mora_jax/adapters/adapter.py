@@ -149,10 +149,10 @@ class Adapter(nnx.Module):
         return None
 
     @classmethod
-    def added_bias(cls, config: Any, params: dict[str, Array]) -> Array | None:
-        """What is added to the bias, float32 `[out]`, or None."""
-        bias = params.get("bias")
-        return None if bias is None else jnp.where(params["scaling"] != 0, bias, 0.0)
+    def added_bias(cls, config: Any, params: dict[str, Array], bias: Array | None) -> Array | None:
+        """What is added to the layer's `bias [out]` (None: it has none), float32 `[out]`, or None."""
+        added = params.get("bias")
+        return None if added is None else jnp.where(params["scaling"] != 0, added, 0.0)
 
     @classmethod
     def fuse(cls, layout: Layout, configs: tuple[Any | None, ...]) -> Delta | None:
@@ -180,11 +180,9 @@ class Adapter(nnx.Module):
             return jnp.zeros((*self.layers, self.in_features, self.out_features), jnp.float32)
         return self.map_layers(lambda p: self.dense(self.config, self.in_features, self.out_features, p))
 
-    def bias_change(self) -> Array | None:
-        """What merging adds to the bias, `[*layers, out]`, or None."""
-        if self.added_bias(self.config, self._first()) is None:
-            return None
-        return self.map_layers(lambda p: self.added_bias(self.config, p))
+    def bias_change(self, bias: Array | None) -> Array | None:
+        """What merging adds to the layer's `bias [*layers, out]`, in that shape, or None."""
+        return self.map_layers(lambda p, bias: self.added_bias(self.config, p, bias), bias)
 
     def gains(self, kernel: Array) -> tuple[Array | None, Array | None]:
         """Factors on outputs `[*layers, out]` and on inputs `[*layers, in]` over the base's `[*layers, in, out]`."""
@@ -219,10 +217,6 @@ class Adapter(nnx.Module):
             return total.astype(w.dtype)
 
         return self.map_layers(one, kernel, gains)
-
-    def _first(self) -> dict[str, Array]:
-        """The arrays of one layer, to see which there are."""
-        return {name: value[0] if self.layers else value for name, value in self.params().items()}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
@@ -73,9 +73,18 @@ class CommonConfig:
     layers_to_transform: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
 
-    # Every subclass has the field `targets`.
-    dropout: ClassVar[float] = 0.0
-    bias: ClassVar[str] = "none"
+    # Of methods without such a field. Not annotated: an annotation would fix their place among a subclass's fields.
+    dropout = 0.0
+    bias = "none"
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """How many times the learning rate arrays of some names get."""
+        return {}
+
+    def at_path(self, path: str) -> CommonConfig:
+        """The configuration for one module path."""
+        return self
 
     def __post_init__(self):
         object.__setattr__(self, "targets", _freeze_targets(self.targets))  # type: ignore[attr-defined]
@@ -109,11 +118,11 @@ class LoRAConfig(CommonConfig):
 
     rank: int = 8
     alpha: float = 16.0
-    dropout: float = 0.0  # type: ignore[misc]  # a class variable where a method has none
+    dropout: float = 0.0
     targets: Targets = "all-linear"
     rank_pattern: Pattern = field(default=(), kw_only=True)
     alpha_pattern: Pattern = field(default=(), kw_only=True)
-    bias: str = field(default="none", kw_only=True)  # type: ignore[misc]  # as dropout
+    bias: str = field(default="none", kw_only=True)
     use_dora: bool = field(default=False, kw_only=True)
     init: str = field(default="kaiming", kw_only=True)
 
@@ -176,6 +185,32 @@ class OLoRAConfig(LoRAConfig):
 
 
 @dataclass(frozen=True)
+class LoRAPlusConfig(LoRAConfig):
+    """LoRA+ (Hayou et al., 2024, arXiv 2402.12354): LoRA whose B has a higher learning rate than A.
+
+    The other attributes are those of `LoRAConfig`.
+
+    Attributes:
+        lr_ratio: learning rate of B, of magnitudes and of biases over that of A.
+    """
+
+    lr_ratio: float = field(default=16.0, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self.lr_ratio, "lr_ratio")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return dict.fromkeys(("lora_b", "magnitude", "bias"), self.lr_ratio)
+
+
+@dataclass(frozen=True)
+class LoRAFAConfig(LoRAConfig):
+    """LoRA-FA (Zhang et al., 2023, arXiv 2308.03303): LoRA with A frozen; the attributes are those of `LoRAConfig`."""
+
+
+@dataclass(frozen=True)
 class MoRAConfig(CommonConfig):
     """MoRA (Jiang et al., 2024, arXiv 2405.12130): a square matrix between fixed compression and decompression.
 
@@ -192,7 +227,7 @@ class MoRAConfig(CommonConfig):
 
     rank: int = 8
     kind: str = "sharing"
-    dropout: float = 0.0  # type: ignore[misc]  # a class variable where a method has none
+    dropout: float = 0.0
     targets: Targets = "all-linear"
     rank_pattern: Pattern = field(default=(), kw_only=True)
     use_dora: bool = field(default=False, kw_only=True)
@@ -205,6 +240,28 @@ class MoRAConfig(CommonConfig):
         check_kind(self.kind)
         ranks = _freeze_pattern(self.rank_pattern, "rank_pattern", _check_rank)
         object.__setattr__(self, "rank_pattern", ranks)
+
+
+@dataclass(frozen=True)
+class IA3Config(CommonConfig):
+    """(IA)³ (Liu et al., 2022, arXiv 2205.05638): learned vectors rescale keys, values and feed-forward inputs.
+
+    Attributes:
+        targets: which layers, see the module's docstring.
+        feedforward: names of those layers whose inputs are scaled; outputs are scaled of the others.
+    """
+
+    targets: Targets = ("k_proj", "v_proj", "down_proj")
+    feedforward: tuple[str, ...] = field(default=("down_proj",), kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = (self.feedforward,) if isinstance(self.feedforward, str) else tuple(self.feedforward)
+        object.__setattr__(self, "feedforward", names)
+
+    def at_path(self, path: str) -> IA3Config:
+        found = any(path == name or path.endswith("." + name) for name in self.feedforward)
+        return replace(self, feedforward=self.feedforward if found else ())
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class AdaptedLinear(nnx.Linear, Adapted):
             y = y + (gain - 1.0) * without_bias
             update = None if update is None else update * gain
         y = y if update is None else y + update
-        added = adapter.added_bias(adapter.config, params)
+        added = adapter.added_bias(adapter.config, params, None if self.bias is None else self.bias[...])
         return (y if added is None else y + added).astype(plain.dtype)
 
 
@@ -320,10 +320,7 @@ def add_to_bias(layer: Any, change: Array) -> None:
     if isinstance(layer, nnx.Einsum):
         axes = einsum_axes(layer.einsum_str, kernel.shape)
         assert axes is not None, "only products with a matrix get adapters"
-        right, _, output = layer.einsum_str.replace(" ", "").partition(",")[2].partition("->")
-        order = sorted(range(len(axes[1])), key=lambda i: output.index(right[axes[1][i]]))
-        shape = tuple(kernel.shape[a] for a in axes[1])
-        change = change.reshape(shape).transpose(order)
+        change = change.reshape([kernel.shape[a] for a in axes[1]]).transpose(_output_order(layer, axes[1]))
     elif isinstance(layer, nnx.LinearGeneral):
         change = change.reshape(layer.out_features)
     if layer.bias is None:
@@ -332,6 +329,26 @@ def add_to_bias(layer: Any, change: Array) -> None:
         return
     bias = layer.bias[...]
     layer.bias[...] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
+
+
+def bias_of(layer: Any) -> Array | None:
+    """The bias `[out]` of a layer, in the order of `matrix_of`."""
+    if layer.bias is None:
+        return None
+    bias = layer.bias[...]
+    if isinstance(layer, nnx.Einsum):
+        axes = einsum_axes(layer.einsum_str, layer.kernel.shape)
+        assert axes is not None, "only products with a matrix get adapters"
+        order = _output_order(layer, axes[1])
+        bias = bias.reshape([layer.kernel.shape[axes[1][i]] for i in order])
+        bias = bias.transpose([order.index(i) for i in range(len(order))])
+    return bias.reshape(-1)
+
+
+def _output_order(layer: nnx.Einsum, free: tuple[int, ...]) -> list[int]:
+    """Which of the kernel's free axes comes when in the output."""
+    right, _, output = (layer.einsum_str or "").replace(" ", "").partition(",")[2].partition("->")
+    return sorted(range(len(free)), key=lambda i: output.index(right[free[i]]))
 
 
 def drop_bias(layer: Any) -> None:

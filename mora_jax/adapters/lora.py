@@ -138,7 +138,7 @@ class LoRA(Adapter):
             keys = jax.random.split(rngs.params(), self.layers) if self.layers else rngs.params()
             draw = partial(starts.orthogonal, in_features=in_features, out_features=out_features, rank=config.rank)
             lora_a, lora_b = jax.lax.map(draw, keys) if self.layers else draw(keys)
-        self.lora_a = AdapterParam(lora_a, axes=self.stacked(axes[0], "rank"))
+        self.lora_a: nnx.Variable = AdapterParam(lora_a, axes=self.stacked(axes[0], "rank"))
         self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", axes[1]))
 
     def limit_ranks(self, ranks: np.ndarray) -> None:
@@ -213,6 +213,7 @@ class FusedLoRA:
 
     layout: Layout
     present: tuple[bool, ...]
+    frozen_a: bool = False
 
     def _factors(self, params, dtype) -> tuple[Array, Array, Array]:
         """A `[in, R]`, B `[R, features]` in `dtype` and the scaling `[R]`, R the sum of the ranks."""
@@ -241,18 +242,19 @@ class FusedLoRA:
         if any(p is not None for p in first):
             # As a product of its own, so that a fresh update cancels to the last bit.
             y = y - self._product(x, first)[0]
-        return y, (x, hidden, params)
+        return y, (None if self.frozen_a else x, hidden, params)
 
     def backward(self, residuals, dy: Array):
         x, hidden, params = residuals
-        lora_a, lora_b, scaling = self._factors(params, x.dtype)
-        dhidden = (dot32_nt(dy, lora_b) * scaling).astype(x.dtype)
+        dtype = hidden.dtype
+        lora_a, lora_b, scaling = self._factors(params, dtype)
+        dhidden = (dot32_nt(dy, lora_b) * scaling).astype(dtype)
         dx = dot32_nt(dhidden, lora_a)
         first = tuple(_initial(p) for p in params)
         if any(p is not None for p in first):
-            first_a, first_b, scaling = self._factors(first, x.dtype)
-            dx = dx - dot32_nt((dot32_nt(dy, first_b) * scaling).astype(x.dtype), first_a)
-        da = dot32_tn(x, dhidden)
+            first_a, first_b, scaling = self._factors(first, dtype)
+            dx = dx - dot32_nt((dot32_nt(dy, first_b) * scaling).astype(dtype), first_a)
+        da = None if x is None else dot32_tn(x, dhidden)
         db = dot32_tn(hidden, dy)
         gradients: list[dict[str, Array | None] | None] = []
         start = 0
@@ -263,7 +265,7 @@ class FusedLoRA:
             rows = slice(start, start + p["lora_b"].shape[0])
             start = rows.stop
             part = self.layout.take(db[rows].reshape(-1, *self.layout.out_shape), i)
-            gradients.append(dict.fromkeys(p) | {"lora_a": da[:, rows], "lora_b": part})
+            gradients.append(dict.fromkeys(p) | {"lora_a": None if da is None else da[:, rows], "lora_b": part})
         return dx, tuple(gradients)
 
 

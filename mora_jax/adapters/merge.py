@@ -28,6 +28,7 @@ class Merged:
         adapter: the adapter.
         dropout: the layer's dropout, if any.
         gains: factors on outputs `[*layers, out]` and inputs `[*layers, in]` that were multiplied in, or None.
+        bias_change: what was added to the bias, `[*layers, out]`, or None.
         had_bias: whether the layer had a bias before.
     """
 
@@ -36,6 +37,7 @@ class Merged:
     adapter: Adapter
     dropout: Any
     gains: tuple[Any, Any]
+    bias_change: Any
     had_bias: bool
 
 
@@ -64,10 +66,12 @@ def _merge(place: Place, had_bias: bool) -> Merged:
     adapter, layer = adapter_at(place), place.layer
     dropout = getattr(layer, "adapter_dropout", None)
     gains = adapter.gains(place.kernel())
-    weight, change = adapter.merged(place.kernel(), gains), adapter.bias_change()
+    # A bias that the merge of another part has just made is none that the adapter knew.
+    change = adapter.bias_change(place.bias() if had_bias else None)
+    weight = adapter.merged(place.kernel(), gains)
     take_adapter(place)
     _write(place, weight, change)
-    return Merged(place.paths, place.part, adapter, dropout, gains, had_bias)
+    return Merged(place.paths, place.part, adapter, dropout, gains, change, had_bias)
 
 
 def _write(place: Place, weight: Any, change: Any) -> None:
@@ -110,7 +114,7 @@ def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
 
 
 def _unmerge(place: Place, entry: Merged) -> None:
-    change = entry.adapter.bias_change()
+    change = entry.bias_change
     weight = entry.adapter.unmerged(place.kernel(), entry.gains)
     _write(place, weight, None if change is None or not entry.had_bias else -change)
     if isinstance(place.layer, Projection):

@@ -18,7 +18,8 @@ def value_at(pattern: tuple[tuple[str, Any], ...], path: str, default: Any) -> A
 
 
 def config_at(config: Any, path: str) -> Any:
-    """The configuration that counts for one module path: its own rank and alpha, and no pattern."""
+    """The configuration that counts for one module path: its own settings, and no pattern."""
+    config = config.at_path(path)
     changes: dict[str, Any] = {}
     for name in ("rank", "alpha"):
         if hasattr(config, f"{name}_pattern"):

@@ -95,7 +95,10 @@ def _gain(layout: Layout, adapters, params, kernel: Array) -> Array | None:
 
 def _bias(layout: Layout, adapters, params, bias: Array | None) -> Array | None:
     """The layer's bias with what adapters add to it; flat float32 where they add anything."""
-    added = [None if a is None else a.added_bias(a.config, p) for a, p in zip(adapters, params, strict=True)]
+    added = [
+        None if a is None else a.added_bias(a.config, p, None if bias is None else layout.take(bias, i))
+        for i, (a, p) in enumerate(zip(adapters, params, strict=True))
+    ]
     if all(value is None for value in added):
         return bias
     zeros = [jnp.zeros((layout.part_features(i),), jnp.float32) if b is None else b for i, b in enumerate(added)]

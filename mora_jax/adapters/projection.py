@@ -69,6 +69,8 @@ class Projection(nnx.Module):
         self.axes = tuple(axes)
         self.num_layers = num_layers
         self.path = path
+        # The axis of `out_shape` that stands first in the kernel of a call, for kernels cut over devices along it.
+        self.lead = 0
         stack = () if num_layers is None else (num_layers,)
         names = ("layers",) * len(stack)
         shape = (*stack, in_features, *out_shape)
@@ -85,13 +87,18 @@ class Projection(nnx.Module):
         """`x [..., in]` → `[..., *out_shape]` in the dtype of `x`, on leaves without layer axis.
 
         Args:
-            x: input in the compute dtype.
+            x: input in the compute dtype. With `lead` the kernel comes as `[in, lead axis, other axes]`: flattened,
+                it is then cut into blocks of whole columns, as a mesh cuts it.
             dropout_key: turns the adapters' dropout on; each part draws its own mask.
         """
         flat = x.reshape(-1, self.in_features)
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
+        layout, lead = self.layout, self.lead
+        if lead:
+            layout = _led_by(layout, lead)
+            bias = None if bias is None else jnp.moveaxis(bias, lead, 0)
         found = tuple(self.adapters.get(part.name) for part in self.parts)
         dropout = None
         if dropout_key is not None and any(a is not None and a.config.dropout > 0 for a in found):
@@ -101,8 +108,9 @@ class Projection(nnx.Module):
                 mask = jax.random.bernoulli(jax.random.fold_in(dropout_key, i), keep, x.shape)
                 return jnp.where(mask, x / keep, 0).astype(x.dtype)
 
-        y = adapted_product(self.layout, found, flat, kernel, bias, dropout)
-        return y.reshape(*x.shape[:-1], *self.layout.out_shape)
+        y = adapted_product(layout, found, flat, kernel, bias, dropout)
+        y = y.reshape(*x.shape[:-1], *layout.out_shape)
+        return jnp.moveaxis(y, x.ndim - 1, x.ndim - 1 + lead) if lead else y
 
     def _index(self, name: str) -> int:
         names = [part.name for part in self.parts]
@@ -170,3 +178,9 @@ class Projection(nnx.Module):
         index = (..., *self.part_slice(name))
         total = bias[index].astype(jnp.float32) + change.reshape(*stack, *self.layout.part_shape(self._index(name)))
         self.bias[...] = bias.at[index].set(total.astype(bias.dtype))
+
+
+def _led_by(layout: Layout, lead: int) -> Layout:
+    """The layout with the axis `lead` of its output moved to the front."""
+    order = [lead, *(i for i in range(len(layout.out_shape)) if i != lead)]
+    return Layout(tuple(layout.out_shape[i] for i in order), order.index(layout.part_axis), layout.sizes)

@@ -12,14 +12,20 @@ from mora_jax.adapters.config import (
     BitFitConfig,
     DoRAConfig,
     FullConfig,
+    IA3Config,
     LoRAConfig,
+    LoRAFAConfig,
+    LoRAPlusConfig,
     MoRAConfig,
     OLoRAConfig,
     PiSSAConfig,
     RsLoRAConfig,
 )
 from mora_jax.adapters.dora import DoRA
+from mora_jax.adapters.ia3 import IA3
 from mora_jax.adapters.lora import LoRA
+from mora_jax.adapters.lora_fa import LoRAFA
+from mora_jax.adapters.lora_plus import LoRAPlus
 from mora_jax.adapters.mora import MoRA
 from mora_jax.adapters.olora import OLoRA
 from mora_jax.adapters.pissa import PiSSA
@@ -44,7 +50,10 @@ METHODS: dict[str, Method] = {
     "dora": Method(DoRAConfig, DoRA),
     "pissa": Method(PiSSAConfig, PiSSA),
     "olora": Method(OLoRAConfig, OLoRA),
+    "lora_plus": Method(LoRAPlusConfig, LoRAPlus),
+    "lora_fa": Method(LoRAFAConfig, LoRAFA),
     "mora": Method(MoRAConfig, MoRA),
+    "ia3": Method(IA3Config, IA3),
     "bitfit": Method(BitFitConfig, BitFit),
     "full": Method(FullConfig, None),
 }

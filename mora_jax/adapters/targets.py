@@ -13,7 +13,7 @@ from flax import nnx
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import Targets
 from mora_jax.adapters.head import OutputHead
-from mora_jax.adapters.layers import Adapted, adapted_class, matrix_of, matrix_shape, plain_class
+from mora_jax.adapters.layers import Adapted, adapted_class, bias_of, matrix_of, matrix_shape, plain_class
 from mora_jax.adapters.projection import Projection
 
 
@@ -63,6 +63,15 @@ class Place:
         if isinstance(self.layer, OutputHead):
             return self.layer.kernel[...].T
         return matrix_of(self.layer)
+
+    def bias(self) -> jax.Array | None:
+        """The base's bias, `[*layers, out]`, or None."""
+        if not self.has_bias:
+            return None
+        if isinstance(self.layer, Projection):
+            assert self.part is not None, "a place in a projection is one of its parts"
+            return self.layer.part_bias(self.part)
+        return bias_of(self.layer)
 
     @property
     def title(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import optax
 
 from mora_jax.training.config import OptimizerConfig
@@ -34,11 +37,33 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay leaves norms and biases alone."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, rates: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; weight decay leaves norms and biases alone.
+
+    Args:
+        config: the section `optimizer`.
+        steps: the run's steps.
+        rates: how many times the learning rate arrays of some names get, as an adapter configuration's `rates`.
+    """
     adamw = optax.adamw(
         make_schedule(config, steps), weight_decay=config.weight_decay, mask=weight_masks, mu_dtype="float32"
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    stages = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    stages.append(adamw)
+    if rates:
+        stages.append(scale_rates(rates))
+    return stages[0] if len(stages) == 1 else optax.chain(*stages)
+
+
+def scale_rates(rates: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of arrays by the last component of their name: a learning rate of their own.
+
+    After the optimizer, so that moments and the norm for clipping are those of one optimizer over all arrays.
+    """
+
+    def scaled(updates: dict[str, Any], params: Any = None) -> dict[str, Any]:
+        return {name: value * rates.get(name.rpartition(".")[2], 1.0) for name, value in updates.items()}
+
+    return optax.stateless(scaled)

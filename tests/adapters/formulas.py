@@ -1,6 +1,6 @@
 """What each method means, as dense matrices written by loops in float64: the oracle of the conformance test.
 
-`FORMULAS[method](base, params, config, fixed)` gives kernel `[in, out]` and added bias `[out]` of one adapted matrix.
+`FORMULAS[method](base, bias, params, config, fixed)` gives the kernel `[in, out]` and what is added to the bias `[out]`.
 `fixed` are the parameters at which constants of the gradient (DoRA's norm) are taken. `COUNTS[method](in, out, config)`
 is the number of trained parameters.
 """
@@ -35,7 +35,7 @@ def with_magnitude(base, delta, fixed_delta, params):
 
 
 def lora_like(scale):
-    def formula(base, params, config, fixed):
+    def formula(base, bias, params, config, fixed):
         delta, held = (product(p["lora_a"], p["lora_b"], scale(config)) for p in (params, fixed))
         if "initial_a" in params:
             first = product(params["initial_a"], params["initial_b"], scale(config))
@@ -45,13 +45,21 @@ def lora_like(scale):
     return formula
 
 
-def mora(base, params, config, fixed):
+def mora(base, bias, params, config, fixed):
     delta, held = (oracle.dense(p["m"], *base.shape, config.kind).T for p in (params, fixed))
     return with_magnitude(base, delta, held, params), params.get("bias", 0.0)
 
 
-def bitfit(base, params, config, fixed):
+def bitfit(base, bias, params, config, fixed):
     return base, params["bias"]
+
+
+def ia3(base, bias, params, config, fixed):
+    result = np.zeros_like(base)
+    for i in range(base.shape[0]):
+        for o in range(base.shape[1]):
+            result[i, o] = base[i, o] * params["ia3_l"][i if config.feedforward else o]
+    return result, 0.0 if config.feedforward else (params["ia3_l"] - 1.0) * bias
 
 
 def lora_count(i, o, config):
@@ -70,7 +78,10 @@ FORMULAS = {
     "dora": over_rank,
     "pissa": over_rank,
     "olora": over_rank,
+    "lora_plus": over_rank,
+    "lora_fa": over_rank,
     "mora": mora,
+    "ia3": ia3,
     "bitfit": bitfit,
 }
 COUNTS = {
@@ -79,6 +90,9 @@ COUNTS = {
     "dora": lora_count,
     "pissa": lora_count,
     "olora": lora_count,
+    "lora_plus": lora_count,
+    "lora_fa": lambda i, o, config: config.rank * o + (o if config.use_dora else 0),
     "mora": mora_count,
+    "ia3": lambda i, o, config: i if config.feedforward else o,
     "bitfit": lambda i, o, config: o,
 }

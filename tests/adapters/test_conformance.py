@@ -22,7 +22,7 @@ LEFT_OUT = 1
 
 def registered(name, **more):
     """The configuration of a method by name, small."""
-    small = {"rank": 2, "alpha": 3.0}
+    small = {"rank": 2, "alpha": 3.0, "targets": "all-linear"}
     keys = METHODS[name].keys
     return METHODS[name].config(**{key: value for key, value in small.items() if key in keys}, **more)
 
@@ -32,6 +32,8 @@ CASES = {name: registered(name) for name in METHODS if name != "full"} | {
     "mora with magnitude": mj.MoRAConfig(rank=2, use_dora=True),
     "rslora with magnitude": mj.RsLoRAConfig(rank=2, use_dora=True),
     "pissa with magnitude": mj.PiSSAConfig(rank=2, alpha=3.0, use_dora=True),
+    "lora_fa with magnitude": mj.LoRAFAConfig(rank=2, use_dora=True),
+    "ia3 on inputs": mj.IA3Config(targets="all-linear", feedforward=("", "q_proj", "k_proj")),
     "orthogonal": mj.LoRAConfig(rank=2, init="orthogonal"),
     "lora with biases": mj.LoRAConfig(rank=2, bias="lora_only"),
 }
@@ -133,7 +135,7 @@ def by_formula(model, base, x, params, fixed):
         if entry is not None:
             formula = FORMULAS[entry.method]
             inner = to_inner(model, kernel)
-            kernel, added = formula(inner, params[path], entry.config, fixed[path])
+            kernel, added = formula(inner, to_inner(model, bias), params[path], entry.config, fixed[path])
             kernel, bias = to_outputs(model, kernel), bias + to_outputs(model, np.zeros(len(bias)) + added)
         outputs[path] = x @ kernel + bias
     return outputs

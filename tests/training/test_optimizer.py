@@ -1,0 +1,37 @@
+"""Learning rates of their own for some arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mora_jax as mj
+from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.optimizer import make_optimizer, scale_rates
+
+PARAMS = {"q.lora_a": jnp.ones((3, 2)), "q.lora_b": jnp.ones((2, 4)), "q.bias": jnp.ones(4)}
+GRADIENTS = jax.tree.map(lambda x: x * 0.3, PARAMS)
+
+
+def test_lora_plus_is_two_optimizers_with_one_clip():
+    config = OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.1, clip_norm=0.5)
+    found = make_optimizer(config, 10, mj.LoRAPlusConfig(lr_ratio=8.0).rates)
+    ours = found.update(GRADIENTS, found.init(PARAMS), PARAMS)[0]
+    norm = float(optax.tree.norm(GRADIENTS))
+    for name, rate, decay in (("q.lora_a", 0.01, 0.1), ("q.lora_b", 0.08, 0.1), ("q.bias", 0.08, 0.0)):
+        alone = optax.adamw(rate, weight_decay=decay)
+        clipped, param = GRADIENTS[name] * 0.5 / norm, PARAMS[name]
+        np.testing.assert_allclose(ours[name], alone.update(clipped, alone.init(param), param)[0], rtol=1e-5)
+
+
+def test_other_arrays_keep_their_rate():
+    assert mj.LoRAConfig().rates == {}
+    updates, _ = scale_rates({"lora_b": 4.0}).update(GRADIENTS, optax.EmptyState())
+    np.testing.assert_allclose(updates["q.lora_b"], 1.2)
+    np.testing.assert_allclose(updates["q.lora_a"], 0.3)
+
+
+def test_a_ratio_is_positive():
+    with pytest.raises(ValueError, match="lr_ratio must be a positive number, not 0"):
+        mj.LoRAPlusConfig(lr_ratio=0)
