@@ -19,6 +19,7 @@ _HOMES = {
     "LoRAPlusConfig": "mora_jax.adapters.config",
     "LoRAFAConfig": "mora_jax.adapters.config",
     "MoRAConfig": "mora_jax.adapters.config",
+    "VeRAConfig": "mora_jax.adapters.config",
     "IA3Config": "mora_jax.adapters.config",
     "BitFitConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
     from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig
     from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig
+    from mora_jax.adapters.config import VeRAConfig as VeRAConfig
     from mora_jax.adapters.detach import detach as detach
     from mora_jax.adapters.lora import LoRALinear as LoRALinear
     from mora_jax.adapters.merge import merge as merge

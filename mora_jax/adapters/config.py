@@ -243,6 +243,29 @@ class MoRAConfig(CommonConfig):
 
 
 @dataclass(frozen=True)
+class VeRAConfig(CommonConfig):
+    """VeRA (Kopiczko et al., 2023, arXiv 2310.11454): two trained vectors around random factors that layers share.
+
+    Attributes:
+        rank: inner size of the frozen factors; far higher than LoRA's.
+        dropout: probability of dropping a feature at the input of the adapter path.
+        targets: which layers, see the module's docstring.
+        d_initial: what the inner vector starts from.
+        projection_prng_key: seed of the frozen factors.
+    """
+
+    rank: int = 256
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+    d_initial: float = field(default=0.1, kw_only=True)
+    projection_prng_key: int = field(default=0, kw_only=True)
+
+    def __post_init__(self):
+        _check_rank(self.rank)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
 class IA3Config(CommonConfig):
     """(IA)³ (Liu et al., 2022, arXiv 2205.05638): learned vectors rescale keys, values and feed-forward inputs.
 

@@ -20,6 +20,7 @@ from mora_jax.adapters.config import (
     OLoRAConfig,
     PiSSAConfig,
     RsLoRAConfig,
+    VeRAConfig,
 )
 from mora_jax.adapters.dora import DoRA
 from mora_jax.adapters.ia3 import IA3
@@ -30,6 +31,7 @@ from mora_jax.adapters.mora import MoRA
 from mora_jax.adapters.olora import OLoRA
 from mora_jax.adapters.pissa import PiSSA
 from mora_jax.adapters.rslora import RsLoRA
+from mora_jax.adapters.vera import VeRA
 
 
 class Method(NamedTuple):
@@ -53,6 +55,7 @@ METHODS: dict[str, Method] = {
     "lora_plus": Method(LoRAPlusConfig, LoRAPlus),
     "lora_fa": Method(LoRAFAConfig, LoRAFA),
     "mora": Method(MoRAConfig, MoRA),
+    "vera": Method(VeRAConfig, VeRA),
     "ia3": Method(IA3Config, IA3),
     "bitfit": Method(BitFitConfig, BitFit),
     "full": Method(FullConfig, None),

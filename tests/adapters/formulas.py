@@ -1,6 +1,6 @@
 """What each method means, as dense matrices written by loops in float64: the oracle of the conformance test.
 
-`FORMULAS[method](base, bias, params, config, fixed)` gives the kernel `[in, out]` and what is added to the bias `[out]`.
+`FORMULAS[method](base, bias, params, config, fixed)` gives the kernel `[in, out]` and the addition to the bias `[out]`.
 `fixed` are the parameters at which constants of the gradient (DoRA's norm) are taken. `COUNTS[method](in, out, config)`
 is the number of trained parameters.
 """
@@ -62,6 +62,11 @@ def ia3(base, bias, params, config, fixed):
     return result, 0.0 if config.feedforward else (params["ia3_l"] - 1.0) * bias
 
 
+def vera(base, bias, params, config, fixed):
+    delta = product(params["vera_a"] * params["vera_d"], params["vera_b"], 1.0)
+    return base + delta * params["vera_b_scale"], 0.0
+
+
 def lora_count(i, o, config):
     return config.rank * (i + o) + (o if config.use_dora else 0)
 
@@ -81,6 +86,7 @@ FORMULAS = {
     "lora_plus": over_rank,
     "lora_fa": over_rank,
     "mora": mora,
+    "vera": vera,
     "ia3": ia3,
     "bitfit": bitfit,
 }
@@ -93,6 +99,7 @@ COUNTS = {
     "lora_plus": lora_count,
     "lora_fa": lambda i, o, config: config.rank * o + (o if config.use_dora else 0),
     "mora": mora_count,
+    "vera": lambda i, o, config: config.rank + o,
     "ia3": lambda i, o, config: i if config.feedforward else o,
     "bitfit": lambda i, o, config: o,
 }

@@ -34,6 +34,11 @@ CASES = {
         lora(use_dora=True, use_rslora=True),
         FACTORS | MAGNITUDE,
     ),
+    "vera": (
+        mj.VeRAConfig(rank=RANK),
+        peft.VeraConfig(r=RANK, target_modules=["layer"]),
+        {"vera_d": ("vera_lambda_d.default", False), "vera_b_scale": ("vera_lambda_b.default", False)},
+    ),
     "ia3": (
         mj.IA3Config(targets="all-linear", feedforward=()),
         peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),
@@ -74,11 +79,15 @@ def test_outputs_and_gradients_agree(case):
     config, their_config, tensors = CASES[case]
     ours, theirs = Ours(), peft.get_peft_model(Theirs(), their_config)
     mj.attach(ours, config, rngs=nnx.Rngs(1))
+    if case == "vera":
+        layer = theirs.base_model.model.layer
+        ours.layer.adapter.vera_a[...] = jnp.asarray(layer.vera_A["default"].numpy().T)
+        ours.layer.adapter.vera_b[...] = jnp.asarray(layer.vera_B["default"].numpy().T)
     parameters = {name.removeprefix("base_model.model.layer."): value for name, value in theirs.named_parameters()}
     for i, (name, (suffix, transposed)) in enumerate(tensors.items()):
         variable = getattr(ours.layer.adapter, name)
         start = parameters[suffix].detach().numpy()
-        if name in ("magnitude", "ia3_l"):
+        if name in ("magnitude", "ia3_l", "vera_d", "vera_b_scale"):
             np.testing.assert_allclose(variable[...], start.reshape(-1), rtol=1e-5)
         value = np.asarray(variable[...]) * (name != "lora_a") + draw(10 + i, *variable.shape)
         variable[...] = jnp.asarray(value)
