@@ -20,6 +20,7 @@ _HOMES = {
     "LoRAFAConfig": "mora_jax.adapters.config",
     "MoRAConfig": "mora_jax.adapters.config",
     "VeRAConfig": "mora_jax.adapters.config",
+    "AdaLoRAConfig": "mora_jax.adapters.config",
     "IA3Config": "mora_jax.adapters.config",
     "BitFitConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
@@ -43,6 +44,7 @@ __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
     from mora_jax.adapters.attach import attach as attach
+    from mora_jax.adapters.config import AdaLoRAConfig as AdaLoRAConfig
     from mora_jax.adapters.config import BitFitConfig as BitFitConfig
     from mora_jax.adapters.config import DoRAConfig as DoRAConfig
     from mora_jax.adapters.config import FullConfig as FullConfig

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from mora_jax.adapters.adalora import AdaLoRA
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.bitfit import BitFit
 from mora_jax.adapters.config import (
+    AdaLoRAConfig,
     BitFitConfig,
     DoRAConfig,
     FullConfig,
@@ -56,6 +58,7 @@ METHODS: dict[str, Method] = {
     "lora_fa": Method(LoRAFAConfig, LoRAFA),
     "mora": Method(MoRAConfig, MoRA),
     "vera": Method(VeRAConfig, VeRA),
+    "adalora": Method(AdaLoRAConfig, AdaLoRA),
     "ia3": Method(IA3Config, IA3),
     "bitfit": Method(BitFitConfig, BitFit),
     "full": Method(FullConfig, None),

@@ -67,6 +67,10 @@ def vera(base, bias, params, config, fixed):
     return base + delta * params["vera_b_scale"], 0.0
 
 
+def adalora(base, bias, params, config, fixed):
+    return base + product(params["lora_a"] * params["lora_e"], params["lora_b"], config.alpha / config.rank), 0.0
+
+
 def lora_count(i, o, config):
     return config.rank * (i + o) + (o if config.use_dora else 0)
 
@@ -87,6 +91,7 @@ FORMULAS = {
     "lora_fa": over_rank,
     "mora": mora,
     "vera": vera,
+    "adalora": adalora,
     "ia3": ia3,
     "bitfit": bitfit,
 }
@@ -100,6 +105,7 @@ COUNTS = {
     "lora_fa": lambda i, o, config: config.rank * o + (o if config.use_dora else 0),
     "mora": mora_count,
     "vera": lambda i, o, config: config.rank + o,
+    "adalora": lambda i, o, config: config.rank * (i + o + 1),
     "ia3": lambda i, o, config: i if config.feedforward else o,
     "bitfit": lambda i, o, config: o,
 }

@@ -39,6 +39,15 @@ CASES = {
         peft.VeraConfig(r=RANK, target_modules=["layer"]),
         {"vera_d": ("vera_lambda_d.default", False), "vera_b_scale": ("vera_lambda_b.default", False)},
     ),
+    "adalora": (
+        mj.AdaLoRAConfig(RANK, 6.0, target_rank=2),
+        peft.AdaLoraConfig(init_r=RANK, target_r=2, lora_alpha=6, total_step=10, target_modules=["layer"]),
+        {
+            "lora_a": ("lora_A.default", True),
+            "lora_e": ("lora_E.default", False),
+            "lora_b": ("lora_B.default", True),
+        },
+    ),
     "ia3": (
         mj.IA3Config(targets="all-linear", feedforward=()),
         peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),
@@ -87,9 +96,9 @@ def test_outputs_and_gradients_agree(case):
     for i, (name, (suffix, transposed)) in enumerate(tensors.items()):
         variable = getattr(ours.layer.adapter, name)
         start = parameters[suffix].detach().numpy()
-        if name in ("magnitude", "ia3_l", "vera_d", "vera_b_scale"):
+        if name in ("magnitude", "ia3_l", "vera_d", "vera_b_scale", "lora_e"):
             np.testing.assert_allclose(variable[...], start.reshape(-1), rtol=1e-5)
-        value = np.asarray(variable[...]) * (name != "lora_a") + draw(10 + i, *variable.shape)
+        value = np.asarray(variable[...]) + draw(10 + i, *variable.shape)
         variable[...] = jnp.asarray(value)
         parameters[suffix].data = torch.tensor((value.T if transposed else value).reshape(start.shape).copy())
     x, slopes = draw(2, 5, IN), draw(3, 5, OUT)

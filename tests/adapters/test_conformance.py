@@ -22,7 +22,7 @@ LEFT_OUT = 1
 
 def registered(name, **more):
     """The configuration of a method by name, small."""
-    small = {"rank": 2, "alpha": 3.0, "targets": "all-linear"}
+    small = {"rank": 2, "target_rank": 1, "alpha": 3.0, "targets": "all-linear"}
     keys = METHODS[name].keys
     return METHODS[name].config(**{key: value for key, value in small.items() if key in keys}, **more)
 
