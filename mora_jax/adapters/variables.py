@@ -15,5 +15,9 @@ class FullParam(AdapterParam):
     """A base weight that is trained itself (full fine-tuning): a float32 master, cast to the compute dtype at use."""
 
 
+# Arrays of adapters that hold one number a feature; a stack's leading axis doesn't make matrices of them.
+VECTORS = frozenset({"bias", "magnitude", "ia3_l", "vera_d", "vera_b_scale", "lora_e"})
+
+
 class AdapterState(nnx.Variable):
     """An array that an adapter reads and the optimizer never sees: scalings and layer masks."""

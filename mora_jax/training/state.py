@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.variables import FullParam
+from mora_jax.adapters.variables import VECTORS, FullParam
 
 Array = jax.Array
 Arrays = dict[str, Array]
@@ -66,9 +66,9 @@ def flat_arrays(state: nnx.State) -> Arrays:
 
 
 def decays(name: str, array: Array) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases."""
+    """Whether weight decay applies: to matrices, not to norms, biases and other vectors, stacked or not."""
     last = name.rpartition(".")[2]
-    return array.ndim >= 2 and "norm" not in name and last != "bias"
+    return array.ndim >= 2 and "norm" not in name and last not in VECTORS
 
 
 def weight_masks(adapters: Arrays) -> dict[str, bool]:

@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import mora_jax as mj
+from mora_jax.models import init_decoder
 from mora_jax.training.config import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, scale_rates
+from mora_jax.training.state import flat_arrays, weight_masks
+from tests.models.tiny import LLAMA
 
 PARAMS = {"q.lora_a": jnp.ones((3, 2)), "q.lora_b": jnp.ones((2, 4)), "q.bias": jnp.ones(4)}
 GRADIENTS = jax.tree.map(lambda x: x * 0.3, PARAMS)
@@ -30,6 +34,15 @@ def test_other_arrays_keep_their_rate():
     updates, _ = scale_rates({"lora_b": 4.0}).update(GRADIENTS, optax.EmptyState())
     np.testing.assert_allclose(updates["q.lora_b"], 1.2)
     np.testing.assert_allclose(updates["q.lora_a"], 0.3)
+
+
+@pytest.mark.parametrize("config", [mj.DoRAConfig(), mj.VeRAConfig(rank=3), mj.IA3Config(), mj.BitFitConfig()])
+def test_weights_of_a_stack_decay_and_vectors_do_not(config):
+    model = init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
+    mj.attach(model, config, rngs=nnx.Rngs(1))
+    arrays = flat_arrays(mj.partition(model)[1])
+    decaying = {name.rpartition(".")[2] for name, decays in weight_masks(arrays).items() if decays}
+    assert decaying == ({"lora_a", "lora_b"} if isinstance(config, mj.DoRAConfig) else set())
 
 
 def test_a_ratio_is_positive():
