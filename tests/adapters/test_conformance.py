@@ -174,7 +174,9 @@ def test_starts_as_the_base_and_leaves_it_untouched(case, place):
     x, base = draw(9, TOKENS, IN), make(place)
     plain = np.asarray(run(base, x))
     model, _ = attached(case, place)
-    np.testing.assert_allclose(run(model, x), plain, rtol=0, atol=2e-6 if case in ROUNDED else 0)
+    # An einsum with more than an addition is computed as the product with a matrix that it is.
+    rounded = case in ROUNDED or (place == "einsum" and not model.adapter.only_adds)
+    np.testing.assert_allclose(run(model, x), plain, rtol=0, atol=2e-6 if rounded else 0)
     fill(model)
     assert np.abs(np.asarray(run(model, x)) - plain).max() > 0.05
     mj.detach(model)
