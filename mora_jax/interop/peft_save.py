@@ -22,6 +22,7 @@ from mora_jax.interop.folders import new_folder
 from mora_jax.interop.install import short_targets
 from mora_jax.interop.peft_config import extra_fields, lora_fields, mora_fields
 from mora_jax.interop.peft_names import CONFIG_NAME, EMBEDDING_FACTORS, FACTORS, PREFIX, WEIGHTS_NAME
+from mora_jax.interop.plain import plain_lora
 from mora_jax.interop.stream import write_float32
 from mora_jax.models.decoder import Decoder
 
@@ -33,7 +34,8 @@ def save_adapter(model: nnx.Module, out: str | os.PathLike[str], *, base_model_n
     its adapters in one memory twice.
 
     Args:
-        model: a model with LoRA (rsLoRA, DoRA) or with MoRA adapters.
+        model: a model with adapters of MoRA, or of LoRA and its relatives (PiSSA and OLoRA become LoRA of twice the
+            rank).
         out: the folder; must not exist, or be empty, or hold an earlier adapter and nothing else.
         base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
 
@@ -82,7 +84,9 @@ def _main_entries(entries: list[AdapterEntry]) -> list[AdapterEntry]:
     if len(methods) > 1:
         raise InputError(f"one folder holds one method, but the model has adapters of {', '.join(methods)}")
     if not main or not isinstance(main[0].config, LoRAConfig | MoRAConfig):
-        raise InputError(f"PEFT has no folder format for {entries[0].method} as it is here; merge it instead")
+        raise InputError(
+            f"{entries[0].method} can't be written as a PEFT folder: convert it to LoRA with a rank, or merge it"
+        )
     if len(main) < len(entries) and main[0].config.bias != "all":
         raise InputError(f"one folder holds one method, but the model has adapters of bitfit, {methods[0]}")
     return main
@@ -91,7 +95,7 @@ def _main_entries(entries: list[AdapterEntry]) -> list[AdapterEntry]:
 def _gathered(model: nnx.Module) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
     """Each adapted matrix with its tensors under their names in files."""
     where = {path: (place, layer) for place in places(model) for layer, path in enumerate(place.paths)}
-    for entry in adapters_of(model):
+    for entry in map(plain_lora, adapters_of(model)):
         path, params = PREFIX + entry.path, entry.params
         names = EMBEDDING_FACTORS if entry.is_embedding else FACTORS
         tensors: dict[str, np.ndarray] = {}

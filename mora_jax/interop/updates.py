@@ -18,6 +18,7 @@ from mora_jax.adapters.targets import Place, places
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import trained_weights
 from mora_jax.interop.mora_maps import BLOCK_KINDS, exact_factors, exact_rank
+from mora_jax.interop.plain import plain_lora
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ def updates_of(model: nnx.Module) -> Iterator[Update]:
     for entry in adapters_of(model):
         if "bias" in entry.params:
             raise InputError(f"{entry.path} trains its bias, which can't be converted; merge the adapter instead")
-        yield _update(entry, *where[entry.path])
+        place, layer = where[entry.path]
+        if entry.method == "ia3" and place.has_bias:
+            raise InputError(f"{entry.path} scales its bias, which can't be converted; merge the adapter instead")
+        yield _update(plain_lora(entry), place, layer)
 
 
 def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:

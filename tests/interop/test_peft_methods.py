@@ -101,6 +101,9 @@ WRITTEN = {
     "dora": ("llama", mj.DoRAConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj"))),
     "patterns": ("llama", mj.LoRAConfig(rank=2, rank_pattern={r"layers\.1\..*": 5}, alpha_pattern={"up_proj": 3})),
     "all biases": ("qwen2", mj.LoRAConfig(rank=2, targets=("q_proj",), bias="all")),
+    "pissa": ("llama", mj.PiSSAConfig(rank=3, alpha=5.0)),
+    "olora with ranks": ("llama", mj.OLoRAConfig(rank=2, rank_pattern={r"layers\.1\..*": 4})),
+    "lora_plus": ("llama", mj.LoRAPlusConfig(rank=3, alpha=5.0)),
     "norms": ("llama", mj.LoRAConfig(rank=2, modules_to_save=("norm", "post_attention_layernorm"))),
 }
 
