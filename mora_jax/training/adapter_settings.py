@@ -19,8 +19,6 @@ def adapter_config(section: AdapterConfig) -> Any:
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         if values.get(name):
             values[name] = tuple(_pair(text, name, kind) for text in values[name])
-    if section.method == "dora":
-        values["use_dora"] = True
     try:
         return config_from({"method": section.method, **values})
     except ValueError as error:

@@ -28,9 +28,17 @@ TEMPLATES = ("alpaca", "plain", "chatml", "llama2", "llama3", "mistral", "tulu",
 MODES = ("masked", "unmasked", "full", "weighted", "last_turn", "im_paper", "wit")
 ROLES = ("system", "user", "assistant", "tool")
 # The keys of the section `adapter` that each method reads.
+_COMMON = frozenset({"targets", "layers_to_transform", "modules_to_save", "path"})
+_LORA = _COMMON | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init"}
 METHOD_KEYS: Mapping[str, frozenset[str]] = {
-    "lora": frozenset({"rank", "alpha", "dropout", "targets", "path"}),
-    "mora": frozenset({"rank", "kind", "dropout", "targets", "path"}),
+    "lora": _LORA,
+    "rslora": _LORA,
+    "dora": _LORA - {"use_dora"},
+    "pissa": _LORA - {"init"},
+    "olora": _LORA - {"init"},
+    "lora_plus": _LORA | {"lr_ratio"},
+    "lora_fa": _LORA,
+    "mora": _COMMON | {"rank", "kind", "dropout", "rank_pattern", "use_dora"},
     "full": frozenset(),
 }
 
@@ -56,13 +64,29 @@ class AdapterConfig:
     """Section `adapter`: what is trained."""
 
     method: str = key("lora", "The fine-tuning method.", choices=tuple(METHOD_KEYS))
-    rank: int = key(8, "LoRA rank r; MoRA gets the square matrix with about as many parameters.", at_least=1)
+    rank: int | None = key(
+        None,
+        "Rank r; MoRA gets the square matrix with about as many parameters; none: the method's own, 8.",
+        at_least=1,
+    )
     alpha: float = key(16.0, "LoRA scaling: the update is multiplied by alpha / rank.", above=0)
     dropout: float = key(0.0, "Dropout on the adapter's input.", at_least=0, below=1)
-    targets: str | tuple[str, ...] = key(
-        "all-linear", "Layers to adapt: a list of names, one regex for the whole path, or all-linear."
+    targets: str | tuple[str, ...] | None = key(
+        None,
+        "Layers to adapt: a list of names, one regex for the whole path, or all-linear; none: the method's own, "
+        "all-linear.",
     )
     kind: str = key("sharing", "How MoRA compresses and decompresses.", choices=KINDS)
+    rank_pattern: tuple[str, ...] | None = key(None, "Other ranks for some layers, as REGEX=RANK.")
+    alpha_pattern: tuple[str, ...] | None = key(None, "Other alphas for some layers, as REGEX=ALPHA.")
+    bias: str = key("none", "Biases that are trained too.", choices=("none", "lora_only", "all"))
+    use_dora: bool = key(False, "Whether columns get DoRA's trained magnitude, as in method dora.")
+    init: str = key(
+        "kaiming", "How LoRA's factors start.", choices=("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+    )
+    lr_ratio: float = key(16.0, "How many times A's learning rate B gets, in lora_plus.", above=0)
+    layers_to_transform: tuple[int, ...] | None = key(None, "Numbers of the layers to adapt; none: all.", at_least=0)
+    modules_to_save: tuple[str, ...] | None = key(None, "Modules that are trained whole, such as lm_head.")
     path: str | None = key(None, "An adapter folder to start from; it says rank, targets and the rest.")
 
 
@@ -87,7 +111,9 @@ class DataConfig:
         None, "Keys under other names, as OURS=THEIRS: instruction=question,output=reply."
     )
     roles: tuple[str, ...] | None = key(None, "Roles under other names, as THEIRS=OURS: bot=assistant.")
-    on_error: str = key("raise", "A row that breaks the format: stop, or count it and go on.", choices=("raise", "skip"))
+    on_error: str = key(
+        "raise", "A row that breaks the format: stop, or count it and go on.", choices=("raise", "skip")
+    )
     template: str | None = key(
         None,
         f"Chat template: tokenizer (its own), {', '.join(TEMPLATES)}, or a Jinja file; none takes the tokenizer's own, "
@@ -121,13 +147,11 @@ class LossConfig:
         "the last response; im_paper, wit: as these papers' code.",
         choices=MODES,
     )
-    prompt_weight: float = key(
-        0.1, "Weight of instruction tokens in modes weighted and wit.", at_least=0, at_most=1
-    )
+    prompt_weight: float = key(0.1, "Weight of instruction tokens in modes weighted and wit.", at_least=0, at_most=1)
     roles: tuple[str, ...] = key(("assistant",), "Whose turns masked and last_turn train.")
     end_of_turn: str | None = key(
         None,
-        "Which ends of turns are trained: of trained turns, all, of the last trained turn, none; unset, as the mode says.",
+        "Which ends of turns are trained: of trained turns, all, the last trained one, none; unset, as the mode says.",
         choices=("turn", "all", "last", "none"),
     )
     headers: str | None = key(

@@ -17,6 +17,7 @@ from mora_jax.errors import InputError
 from mora_jax.evaluation.scoring import score
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
+from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.checkpoint import Checkpoints
 from mora_jax.training.config import Config
 from mora_jax.training.display import Display
@@ -81,7 +82,8 @@ class Trainer:
         self.config = config = setup.config
         graphdef, adapters, frozen = partition(setup.model)
         self.structure = Structure(graphdef, adapters, frozen)
-        optimizer = make_optimizer(config.optimizer, setup.plan.steps)
+        rates = getattr(adapter_config(config.adapter), "rates", None)
+        optimizer = make_optimizer(config.optimizer, setup.plan.steps, rates)
         schedule = make_schedule(config.optimizer, setup.plan.steps)
         pmap, mesh = config.mesh.pmap, make_mesh(*setup.mesh)
         self.placement = None if pmap else Placement.of(mesh, adapters, frozen)

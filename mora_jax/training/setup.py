@@ -8,7 +8,6 @@ from typing import Any
 from flax import nnx
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
-from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.pipeline import BatchSource
 from mora_jax.data.report import CAUSES
@@ -16,6 +15,7 @@ from mora_jax.data.weights import MODES, LossWeights
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.models.decoder import Decoder
+from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.config import AdapterConfig, Config, check_warmup
 from mora_jax.training.data_settings import data_source, loss_weights
 from mora_jax.training.display import RunInfo
@@ -113,11 +113,12 @@ class Setup:
 
 def describe_method(config: AdapterConfig) -> str:
     """The method with its settings, in a few words."""
-    if config.method == "lora":
-        return f"lora, rank {config.rank}, alpha {config.alpha:g}"
-    if config.method == "mora":
-        return f"mora {config.kind}, rank {config.rank}"
-    return config.method
+    found = adapter_config(config)
+    words = f"mora {config.kind}" if config.method == "mora" else config.method
+    for name in ("rank", "alpha"):
+        if hasattr(found, name):
+            words += f", {name} {getattr(found, name):g}"
+    return words
 
 
 def describe_mode(config: Config) -> str:
@@ -129,15 +130,6 @@ def describe_mode(config: Config) -> str:
     if loss.roles != ("assistant",) and MODES[loss.mode].roles:
         words += f" (turns of {', '.join(loss.roles)})"
     return words
-
-
-def adapter_config(config: AdapterConfig) -> LoRAConfig | MoRAConfig | FullConfig:
-    """The section `adapter` as the method's own configuration."""
-    if config.method == "lora":
-        return LoRAConfig(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets)
-    if config.method == "mora":
-        return MoRAConfig(rank=config.rank, kind=config.kind, dropout=config.dropout, targets=config.targets)
-    return FullConfig()
 
 
 def prepare(config: Config) -> Setup:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mora_jax.adapters.config import BitFitConfig, DoRAConfig, FullConfig, LoRAConfig, MoRAConfig
+from mora_jax.adapters.config import DoRAConfig, FullConfig, LoRAConfig, MoRAConfig
 from mora_jax.errors import InputError
 from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, lay_over
@@ -18,7 +18,8 @@ def test_every_method_has_its_configuration():
     assert adapter_config(section(rank=4, alpha=2.0)) == LoRAConfig(rank=4, alpha=2.0)
     assert adapter_config(section(method="mora", kind="rotation")) == MoRAConfig(rank=8, kind="rotation")
     assert adapter_config(section(method="dora")) == DoRAConfig(rank=8, alpha=16.0)
-    assert isinstance(adapter_config(section(method="bitfit")), BitFitConfig)
+    assert adapter_config(section(method="lora_plus", lr_ratio=4.0)).lr_ratio == 4.0
+    assert adapter_config(section(method="pissa")).init == "pissa"
     assert adapter_config(section(method="full")) == FullConfig()
 
 

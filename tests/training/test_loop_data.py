@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mora_jax.errors import InputError
+from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.training import loop
-from mora_jax.training.config import check_together
+from mora_jax.training.config import METHOD_KEYS, check_together
 from mora_jax.training.display import Display
 from tests.evaluation import tiny
 from tests.training.test_loop import Interrupting, config, metrics, quiet
@@ -147,3 +148,17 @@ def test_rows_that_are_skipped_are_reported(inputs, tmp_path):
     display = Display(io.StringIO())
     loop.train(config(inputs, tmp_path / "run", data__train=str(path), data__on_error="skip", train__steps=1), display)
     assert "1 of 9 rows dropped: 1 not of the format" in display.stream.getvalue()
+
+
+@pytest.mark.parametrize("method", sorted(set(METHOD_KEYS) - {"lora", "mora", "full"}))
+def test_every_method_trains_and_leaves_an_adapter_that_loads(method, inputs, tmp_path):
+    out = tmp_path / "run"
+    settings = {"adapter__method": method, "adapter__dropout": 0.0, "train__steps": 3, "train__save_every": 0}
+    if method == "bitfit":
+        settings["optimizer__learning_rate"] = 1e-2
+    assert loop.train(config(inputs, out, **settings), quiet()) == 0
+    model, _ = load_pretrained(inputs / "model", dtype="float32", unroll=1)
+    ids = np.arange(12)[None] % 200
+    before = model(ids)
+    load_adapter(model, out / "adapter")
+    assert np.abs(model(ids) - before).max() > 0
