@@ -98,7 +98,7 @@ class RowEncoder:
                     raise
                 errors.append(error)
         renderer = self.renderer
-        before = Counter(renderer.unshown, fell_back=renderer.fell_back)
+        before = _rendered(renderer)
         kept: list[tuple[Tokens, str]] = []
         for row, result in zip(rows, tokenize_rows(rows, self.renderer), strict=True):
             if isinstance(result, Tokens):
@@ -108,12 +108,16 @@ class RowEncoder:
             else:
                 raise result
         reasons = [str(error) for error in errors[:_REASONS]]
-        counts = Counter(renderer.unshown, fell_back=renderer.fell_back)
-        counts.subtract(before)
+        counts = _rendered(renderer) - before
         counts["skipped"] = len(errors)
         for row in rows:
             counts.update(oddities(row))
         return Encoded(make_batch(kept), reasons, +counts)
+
+
+def _rendered(renderer: Renderer) -> Counter[str]:
+    """What the renderer has counted so far."""
+    return renderer.unshown + Counter({"fell_back": renderer.fell_back})
 
 
 def _make_encoder(arguments: tuple[Any, ...], skip: bool) -> RowEncoder:
