@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.head import OutputHead
+from mora_jax.adapters.projection import Projection
 from mora_jax.models.block import Block, CacheSlot, Layout
 from mora_jax.models.cache import Cache, empty_cache
 from mora_jax.models.config import DecoderConfig
@@ -217,6 +218,9 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """`x [B, T, D]` through the stack. `layout.cos` and `layout.sin` are `[R, B, T, H / 2]` here."""
         config = self.config
+        spread = self.spread if cache is None and self.spread is not None and self.spread.cuts_weights else None
+        if spread is not None:
+            _lead(spread, self.layers)
         graphdef, leaves = nnx.split(self.layers)
         same_rope = len(config.ropes) == 1
         same_window = len(set(config.windows)) == 1
@@ -225,7 +229,6 @@ class Decoder(nnx.Module):
         if same_rope:
             layout = dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0])
         xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
-        spread = self.spread
 
         def layer_layout(layout: Layout, window: Any, rope: Any) -> Layout:
             layout = dataclasses.replace(layout, window=config.windows[0] if same_window else window)
@@ -244,7 +247,7 @@ class Decoder(nnx.Module):
                     return nnx.merge(graphdef, leaves)(x, here, None, key)[0]
                 return spread.rows(nnx.merge(graphdef, leaves)(spread.rows(x), here, None, key)[0])
 
-            places = _places(spread, xs) if spread is not None and spread.cuts_weights else None
+            places = None if spread is None else _places(spread, xs)
             return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropout_key), places), None
 
         def extend(carry: Any, layer: Any) -> tuple[Any, None]:
@@ -312,11 +315,20 @@ def _places(spread: Spread, xs: Any) -> Places:
     """Where one layer's share of each leaf of `xs` lies: stacked parameters by their axes, nothing else."""
     stored: list[Any] = []
     used: list[Any] = []
+    leads: list[int] = []
     for leaf in jax.tree.leaves(xs, is_leaf=lambda node: isinstance(node, nnx.Variable)):
         axes = (leaf.get_metadata().get("axes") or ())[1:] if isinstance(leaf, nnx.Variable) else ()
         stored.append(spread.stored(axes, leaf.shape[1:]) if axes else None)
         used.append(spread.used(axes, leaf.shape[1:]) if axes else None)
-    return Places(tuple(stored), tuple(used))
+        leads.append(spread.lead(axes, leaf.shape[1:]) if axes else 1)
+    return Places(tuple(stored), tuple(used), tuple(leads))
+
+
+def _lead(spread: Spread, layers: Block) -> None:
+    """Tells the projections whose kernels are cut along an axis that isn't their first to expect it in front."""
+    for _, node in nnx.iter_graph(layers):
+        if isinstance(node, Projection):
+            node.lead = spread.lead(node.axes, (node.in_features, *node.layout.out_shape)) - 1
 
 
 # Compiled once per structure and shape. Inside somebody else's `jax.jit` these are inlined; called eagerly

@@ -34,6 +34,10 @@ class Spread(Protocol):
         """The sharding of a parameter where it is computed with."""
         ...
 
+    def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
+        """Which axis of a kernel `[in, …]` of several output axes has to come first among them: the one that is cut."""
+        ...
+
     def gathered(self, array: Array, axes: Axes) -> Array:
         """A stored parameter as it is used; its gradient goes back to where it is stored."""
         ...

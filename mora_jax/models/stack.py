@@ -26,23 +26,31 @@ class Places(NamedTuple):
     Attributes:
         stored: their sharding in the stack, and that of their gradients.
         used: their sharding while the layer computes. They are gathered layer by layer, forward and backward.
+        leads: the axis that the layer wants in the place of axis 1; 1 for leaves that it takes as they are.
     """
 
     stored: tuple[Any, ...]
     used: tuple[Any, ...]
+    leads: tuple[int, ...]
 
     def gather(self, layer: list[Any]) -> list[Any]:
         """The leaves of a layer as it uses them."""
-        return [_constrained(leaf, sharding) for leaf, sharding in zip(layer, self.used, strict=True)]
+        leaves = zip(layer, self.used, self.leads, strict=True)
+        return [_moved(_constrained(leaf, sharding), lead, 1) for leaf, sharding, lead in leaves]
 
     def scatter(self, gradients: list[Any], active: tuple[bool, ...]) -> list[Any]:
         """Gradients of the active leaves, back to where the leaves are stored."""
-        shardings = [sharding for sharding, on in zip(self.stored, active, strict=True) if on]
-        return [_constrained(leaf, sharding) for leaf, sharding in zip(gradients, shardings, strict=True)]
+        places = [place for *place, on in zip(self.stored, self.leads, active, strict=True) if on]
+        leaves = zip(gradients, places, strict=True)
+        return [_constrained(_moved(leaf, 1, lead), sharding) for leaf, (sharding, lead) in leaves]
 
 
 def _constrained(leaf: Any, sharding: Any) -> Any:
     return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _moved(leaf: Any, source: int, target: int) -> Any:
+    return leaf if source == target else jnp.moveaxis(leaf, source, target)
 
 
 def _gathered(places: Places | None, x: Array, layer: list[Any], *, unrolled: bool) -> tuple[Array, list[Any]]:

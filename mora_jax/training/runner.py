@@ -37,6 +37,11 @@ class Runner:
         return compiled(state, frozen, batch)
 
     @property
+    def compiled(self) -> list[Any]:
+        """The compiled forms, oldest first; each tells its memory, its cost and its text."""
+        return list(self._compiled.values())
+
+    @property
     def compilations(self) -> int:
         """How often the step was traced and compiled: the size of its cache. A compiled step can't trace again."""
         return len(self._compiled)

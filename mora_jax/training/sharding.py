@@ -109,6 +109,13 @@ class Placement:
         """
         return self.sharding(*self._stored(axes, shape))
 
+    def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
+        """Which axis of a kernel `[in, …]` has to stand at place 1 for its flattened columns to be cut in blocks."""
+        if len(axes) < 3:
+            return 1
+        cut = self._cut(axes, shape, "tensor")
+        return next((i for i, entry in enumerate(cut) if i > 1 and entry), 1)
+
     def _stored(self, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
         entries = self._cut(axes, shape, "tensor")
         if sum(axis != "layers" for axis in axes) < 2:

@@ -1,0 +1,108 @@
+"""Short runs of a tiny decoder on any mesh, for comparison with one device. `python -m tests.training.meshed` prints
+losses as JSON, for meshes larger than the devices of the tests."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
+from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.mesh import make_mesh
+from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.runner import JitRunner
+from mora_jax.training.sharding import Placement
+from mora_jax.training.state import Structure, TrainState, flat_arrays, initial_state
+from mora_jax.training.step import make_step
+from tests.models.tiny import LLAMA, fill_randomly
+
+METHODS = {
+    "lora": mj.LoRAConfig(rank=2),
+    "mora": mj.MoRAConfig(rank=2, kind="rotation"),
+    "full": mj.FullConfig(),
+}
+EVEN = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
+#: Two key/value heads and 97 tokens divide by nothing; in the other every size divides by 8.
+SIZES = {"odd": LLAMA, "even": LLAMA | EVEN}
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01)
+ROWS, LENGTH, STEPS = 16, 16, 6
+
+
+class Run(NamedTuple):
+    """What a run left behind."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    state: TrainState
+    frozen: dict[str, jax.Array]
+    compiled: Any
+    placement: Placement
+
+
+def batches(packed: bool) -> list[dict[str, np.ndarray]]:
+    """Ragged rows of one example, or with `packed` of two."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(STEPS):
+        ends = rng.integers(3, LENGTH + 1, (ROWS, 1))
+        places = np.arange(LENGTH)[None]
+        segments = (places < ends).astype(np.int32)
+        if packed:
+            segments += ((places >= ends // 2) & (places < ends)).astype(np.int32)
+        weights = (rng.random((ROWS, LENGTH)) * (rng.random((ROWS, LENGTH)) > 0.4)).astype(np.float32)
+        ids = rng.integers(0, 96, (ROWS, LENGTH)).astype(np.int32)
+        made.append({"input_ids": ids, "segment_ids": segments, "weights": weights})
+    return made
+
+
+@functools.cache
+def run(
+    method: str,
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    *,
+    sizes: str = "odd",
+    packed: bool = True,
+    micro_batches: int = 1,
+    unroll: int = 1,
+) -> Run:
+    """Trains a few steps."""
+    model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0), unroll=unroll)
+    mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
+    if method != "full":
+        fill_randomly(model)
+    graphdef, adapters, frozen = mj.partition(model)
+    devices = make_mesh(*mesh)
+    placement = Placement.of(devices, adapters, frozen)
+    optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
+    step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, placement=placement)
+    runner = JitRunner(step, devices, placement.table(adapters, frozen))
+    state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
+    held = runner.place(flat_arrays(frozen))
+    found = []
+    for batch in batches(packed):
+        split = {name: value.reshape(micro_batches, -1, LENGTH) for name, value in batch.items()}
+        state, metrics = runner(state, held, runner.place_batch(split))
+        found.append([float(metrics.loss), float(metrics.grad_norm)])
+    assert runner.compilations == 1
+    losses, norms = np.array(found).T
+    return Run(losses, norms, state, held, runner.compiled[0], placement)
+
+
+if __name__ == "__main__":
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([run(method, tuple(mesh), **options).losses.tolist() for method, mesh, options in cases]))
