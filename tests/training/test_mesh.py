@@ -48,9 +48,7 @@ def test_refused_with_the_sizes(sizes, rows, words):
 def test_pmap_shares_rows_only():
     given = {"model.path": "m", "data.train": ("d",), "out": "o", "mesh.pmap": True, "mesh.fsdp": 2}
     config = lay_over(Config(), [(name, value, "test") for name, value in given.items()])
-    with pytest.raises(
-        InputError, match=r"mesh.pmap shares rows only; .* \(now 2, 1\) to 1"
-    ):
+    with pytest.raises(InputError, match=r"mesh.pmap shares rows only; .* \(now 2, 1\) to 1"):
         check_together(config)
 
 
