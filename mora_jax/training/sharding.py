@@ -166,7 +166,10 @@ class Placement:
         if not columns or ids.shape[0] % self.row_shards:
             return self.rows(table(ids))
         found = table(constrain(ids, self.sharding(groups)))
-        return self.rows(constrain(found, self.sharding(groups, None, columns)))
+        found = constrain(found, self.sharding(groups, None, columns))
+        # Columns cut along `tensor` too come together first: the partitioner can't do both exchanges in one.
+        shared = tuple(axis for axis in columns if axis in RULES["batch"])
+        return self.rows(constrain(found, self.sharding(groups, None, shared)))
 
     def table(self, *states: nnx.State) -> dict[str, NamedSharding]:
         """The stored sharding of every array of a split model, by dotted path."""
