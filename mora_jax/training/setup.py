@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from flax import nnx
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
+from mora_jax.adapters.variables import FullParam
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.pipeline import BatchSource
 from mora_jax.data.report import CAUSES
@@ -148,6 +150,8 @@ def prepare(config: Config) -> Setup:
         )
     train, evaluation = encode_data(config, tokenizer, model.config.vocab_size)
     attached = put_adapter(model, config)
+    if config.loss.kl_weight:
+        check_divergence(model)
     plan = BatchPlan(
         train.lengths,
         config.train.batch_size,
@@ -179,6 +183,15 @@ def put_adapter(model: Decoder, config: Config) -> AttachReport:
             f"set adapter.method={entries[0].method}"
         )
     return report_of(model)
+
+
+def check_divergence(model: Decoder) -> None:
+    """Refuses what leaves no frozen base, or another output head than the base's, to take a divergence from."""
+    if jax.tree.leaves(nnx.state(model, FullParam)):
+        raise InputError("config: loss.kl_weight needs a frozen base: train no biases and no adapter.modules_to_save")
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    if getattr(head, "adapter", None) is not None:
+        raise InputError("config: loss.kl_weight needs the base's output head: leave it out of adapter.targets")
 
 
 def encode_data(config: Config, tokenizer: Any, vocab_size: int) -> tuple[EncodedDataset, EncodedDataset | None]:

@@ -141,6 +141,21 @@ def test_settings_that_exclude_each_other(inputs, tmp_path):
             check_together(config(inputs, tmp_path / "run", **settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter__modules_to_save": ("norm",)}, "needs a frozen base"),
+        ({"adapter__targets": ("q_proj", "HEAD")}, "needs the base's output head"),
+    ],
+)
+def test_a_divergence_needs_a_frozen_base_and_its_head(settings, words, inputs, tmp_path):
+    tied = load_pretrained(inputs / "model", dtype="float32", unroll=1)[0].lm_head is None
+    head = "embed_tokens" if tied else "lm_head"
+    settings = {name: tuple(head if part == "HEAD" else part for part in value) for name, value in settings.items()}
+    with pytest.raises(InputError, match=words):
+        loop.prepare(config(inputs, tmp_path / "run", adapter__dropout=0.0, loss__kl_weight=0.1, **settings))
+
+
 def test_rows_that_are_skipped_are_reported(inputs, tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"instruction": "Say red", "output": "red"})] * 8 + ['{"instruction": "no answer"}']
