@@ -19,6 +19,8 @@ _HOMES = {
     "LoRAPlusConfig": "mora_jax.adapters.config",
     "LoRAFAConfig": "mora_jax.adapters.config",
     "MoRAConfig": "mora_jax.adapters.config",
+    "ReLoRAConfig": "mora_jax.adapters.config",
+    "ReMoRAConfig": "mora_jax.adapters.config",
     "VeRAConfig": "mora_jax.adapters.config",
     "AdaLoRAConfig": "mora_jax.adapters.config",
     "IA3Config": "mora_jax.adapters.config",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import MoRAConfig as MoRAConfig
     from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
     from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig
+    from mora_jax.adapters.config import ReLoRAConfig as ReLoRAConfig
+    from mora_jax.adapters.config import ReMoRAConfig as ReMoRAConfig
     from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig
     from mora_jax.adapters.config import VeRAConfig as VeRAConfig
     from mora_jax.adapters.detach import detach as detach

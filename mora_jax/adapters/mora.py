@@ -35,8 +35,9 @@ from mora_jax.adapters.variables import AdapterParam
 Array = jax.Array
 
 KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
-_STRIDED = ("sharing", "strided_interleave")
-_TILED = ("sharing", "grouped_tile")
+STRIDED = ("sharing", "strided_interleave")
+TILED = ("sharing", "grouped_tile")
+SHARED = ("sharing", "grouped", "grouped_tile", "strided_interleave")  # kinds with one M for groups of both sides
 _BLOCKS = ("rotation", "decouple")
 
 
@@ -141,10 +142,18 @@ def _delta(x: Array, m: Array, out_features: int, kind: str) -> Array:
             blocks = _rotate(blocks.astype(jnp.float32)).astype(x.dtype)
         y = trained_dot(blocks.reshape(-1, q), m.T).reshape(n, -1)
         return _tile(y, out_features)
-    x32 = x.astype(jnp.float32)
-    compressed = _blocks(x32, q).sum(1) if kind in _STRIDED else _group_sums(x32, q)
-    y = trained_dot(compressed.astype(x.dtype), m.T)
-    return _tile(y, out_features) if kind in _TILED else _interleave(y, out_features)
+    y = trained_dot(compress(x.astype(jnp.float32), q, kind).astype(x.dtype), m.T)
+    return decompress(y, out_features, kind)
+
+
+def compress(x: Array, q: int, kind: str) -> Array:
+    """Sums of groups of features, for the kinds that share rows and columns: `[N, in]` → `[N, q]`."""
+    return _blocks(x, q).sum(1) if kind in STRIDED else _group_sums(x, q)
+
+
+def decompress(y: Array, out_features: int, kind: str) -> Array:
+    """Tiled or repeated entries, for the kinds that share rows and columns: `[N, q]` → `[N, out]`."""
+    return _tile(y, out_features) if kind in TILED else _interleave(y, out_features)
 
 
 def apply(x: Array, m: Array, out_features: int, kind: str = "sharing") -> Array:
@@ -213,8 +222,8 @@ def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sha
         block_of_column = (columns % (count * q)) // q
         values = rotated[(rows // q)[:, None], (rows % q)[:, None], (columns % q)[None, :]]
         return _fold_rows(jnp.where((rows // q)[:, None] == block_of_column[None, :], values, 0.0), in_features)
-    wide = mt[:, columns % q] if kind in _TILED else mt[:, _repeat_counts(out_features, q)]
-    if kind in _STRIDED:
+    wide = mt[:, columns % q] if kind in TILED else mt[:, _repeat_counts(out_features, q)]
+    if kind in STRIDED:
         padded = -(-in_features // q) * q
         return _fold_rows(wide[np.arange(padded) % q], in_features)
     return wide[_repeat_counts(in_features, q)]

@@ -21,6 +21,8 @@ from mora_jax.adapters.config import (
     MoRAConfig,
     OLoRAConfig,
     PiSSAConfig,
+    ReLoRAConfig,
+    ReMoRAConfig,
     RsLoRAConfig,
     VeRAConfig,
 )
@@ -32,6 +34,8 @@ from mora_jax.adapters.lora_plus import LoRAPlus
 from mora_jax.adapters.mora import MoRA
 from mora_jax.adapters.olora import OLoRA
 from mora_jax.adapters.pissa import PiSSA
+from mora_jax.adapters.relora import ReLoRA
+from mora_jax.adapters.remora import ReMoRA
 from mora_jax.adapters.rslora import RsLoRA
 from mora_jax.adapters.vera import VeRA
 
@@ -60,6 +64,8 @@ METHODS: dict[str, Method] = {
     "vera": Method(VeRAConfig, VeRA),
     "adalora": Method(AdaLoRAConfig, AdaLoRA),
     "ia3": Method(IA3Config, IA3),
+    "relora": Method(ReLoRAConfig, ReLoRA),
+    "remora": Method(ReMoRAConfig, ReMoRA),
     "bitfit": Method(BitFitConfig, BitFit),
     "full": Method(FullConfig, None),
 }

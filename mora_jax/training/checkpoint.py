@@ -1,4 +1,7 @@
-"""Checkpoints of what training changes: adapters, optimizer state, step and key. The base model is never written."""
+"""Checkpoints of what training changes: adapters, optimizer state, step and key.
+
+Of the base model only what restarts have changed is written (see restarts.py); otherwise it is on disk already.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from mora_jax.errors import InputError
-from mora_jax.training.state import TrainState
+from mora_jax.training.state import Arrays, TrainState
 
 
 class Checkpoints:
@@ -41,21 +44,26 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def save(self, state: TrainState) -> None:
-        """Writes the state, in the background, unless this step is written already."""
+    def save(self, state: TrainState, base: Arrays | None = None) -> None:
+        """Writes the state, in the background, unless this step is written already.
+
+        Args:
+            state: all of it.
+            base: frozen arrays that are no longer those of the base model's folder.
+        """
         step = int(state.step)
         with _quiet():
             if self._inner.latest is not None and self._inner.latest.step >= step:
                 return
-            self._inner.save_async(step, _plain(state), force=True, custom_metadata=self._identity)
+            self._inner.save_async(step, _plain(state, base), force=True, custom_metadata=self._identity)
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
         latest = self._inner.latest
         return None if latest is None else int(latest.step)
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, in the shapes, dtypes and places of `like`.
+    def restore(self, like: TrainState, base: Arrays | None = None) -> tuple[TrainState, Arrays]:
+        """The newest checkpoint's state and changed base, in the shapes, dtypes and places of `like` and `base`.
 
         Raises:
             InputError: it belongs to another model, method or set of layers.
@@ -68,9 +76,9 @@ class Checkpoints:
                         f"the checkpoint was written with {name} {found[name]!r}, this run has {value!r}; "
                         f"resume with the run's own settings"
                     )
-            plain = self._inner.load(abstract_state=jax.tree.map(_abstract, _plain(like)))
+            plain = self._inner.load(abstract_state=jax.tree.map(_abstract, _plain(like, base)))
         key = jax.random.wrap_key_data(plain["key"], impl=jax.random.key_impl(like.key))
-        return TrainState(plain["step"], plain["adapters"], plain["optimizer"], key)
+        return TrainState(plain["step"], plain["adapters"], plain["optimizer"], key), plain.get("base", {})
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -78,9 +86,10 @@ class Checkpoints:
             self._inner.close()
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
+def _plain(state: TrainState, base: Arrays | None) -> dict[str, Any]:
     """The state as arrays that any storage knows; a typed key becomes its bits."""
-    return {**state._asdict(), "key": jax.random.key_data(state.key)}
+    plain = {**state._asdict(), "key": jax.random.key_data(state.key)}
+    return plain | {"base": base} if base else plain
 
 
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:

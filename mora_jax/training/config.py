@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mora_jax.errors import InputError
+from mora_jax.training.adapter_keys import KINDS as KINDS
+from mora_jax.training.adapter_keys import METHOD_KEYS, RESTARTED, RESULT_IS_MODEL, AdapterConfig, check_adapter
 from mora_jax.training.config_key import Key, key, nearest
 
-KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
-# Repeated from mora_jax.adapters and mora_jax.data, which import too much for a command's --help; a test compares.
+# Repeated from mora_jax.data, which imports too much for a command's --help; a test compares.
 FORMATS = (
     "messages",
     "sharegpt",
@@ -27,20 +28,6 @@ FORMATS = (
 TEMPLATES = ("alpaca", "plain", "chatml", "llama2", "llama3", "mistral", "tulu", "zephyr", "phi3", "gemma")
 MODES = ("masked", "unmasked", "full", "weighted", "last_turn", "im_paper", "wit")
 ROLES = ("system", "user", "assistant", "tool")
-# The keys of the section `adapter` that each method reads.
-_COMMON = frozenset({"targets", "layers_to_transform", "modules_to_save", "path"})
-_LORA = _COMMON | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init"}
-METHOD_KEYS: Mapping[str, frozenset[str]] = {
-    "lora": _LORA,
-    "rslora": _LORA,
-    "dora": _LORA - {"use_dora"},
-    "pissa": _LORA - {"init"},
-    "olora": _LORA - {"init"},
-    "lora_plus": _LORA | {"lr_ratio"},
-    "lora_fa": _LORA,
-    "mora": _COMMON | {"rank", "kind", "dropout", "rank_pattern", "use_dora"},
-    "full": frozenset(),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,37 +44,6 @@ class ModelConfig:
         None, "Layers unrolled in one step of the layer scan; none chooses by backend.", at_least=1
     )
     remat: str = key("none", "What the backward pass computes again to save memory.", choices=("none", "dots", "full"))
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """Section `adapter`: what is trained."""
-
-    method: str = key("lora", "The fine-tuning method.", choices=tuple(METHOD_KEYS))
-    rank: int | None = key(
-        None,
-        "Rank r; MoRA gets the square matrix with about as many parameters; none: the method's own, 8.",
-        at_least=1,
-    )
-    alpha: float = key(16.0, "LoRA scaling: the update is multiplied by alpha / rank.", above=0)
-    dropout: float = key(0.0, "Dropout on the adapter's input.", at_least=0, below=1)
-    targets: str | tuple[str, ...] | None = key(
-        None,
-        "Layers to adapt: a list of names, one regex for the whole path, or all-linear; none: the method's own, "
-        "all-linear.",
-    )
-    kind: str = key("sharing", "How MoRA compresses and decompresses.", choices=KINDS)
-    rank_pattern: tuple[str, ...] | None = key(None, "Other ranks for some layers, as REGEX=RANK.")
-    alpha_pattern: tuple[str, ...] | None = key(None, "Other alphas for some layers, as REGEX=ALPHA.")
-    bias: str = key("none", "Biases that are trained too.", choices=("none", "lora_only", "all"))
-    use_dora: bool = key(False, "Whether columns get DoRA's trained magnitude, as in method dora.")
-    init: str = key(
-        "kaiming", "How LoRA's factors start.", choices=("kaiming", "gaussian", "orthogonal", "pissa", "olora")
-    )
-    lr_ratio: float = key(16.0, "How many times A's learning rate B gets, in lora_plus.", above=0)
-    layers_to_transform: tuple[int, ...] | None = key(None, "Numbers of the layers to adapt; none: all.", at_least=0)
-    modules_to_save: tuple[str, ...] | None = key(None, "Modules that are trained whole, such as lm_head.")
-    path: str | None = key(None, "An adapter folder to start from; it says rank, targets and the rest.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +154,7 @@ class OptimizerConfig:
     schedule: str = key(
         "linear", "Course of the learning rate after warm-up.", choices=("constant", "linear", "cosine")
     )
+    min_ratio: float = key(0.0, "Share of the peak at which linear and cosine end.", at_least=0, at_most=1)
     warmup_steps: int = key(0, "Steps over which the learning rate rises; at most the run's steps.", at_least=0)
     weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
     clip_norm: float | None = key(1.0, "Largest global gradient norm; none: no clipping.", above=0)
@@ -344,6 +301,7 @@ def check_together(config: Config) -> None:
         )
     if train.steps is not None:
         check_warmup(config, train.steps)
+    check_adapter(config.adapter)
     _check_data_and_loss(config)
 
 
@@ -353,17 +311,24 @@ def _check_data_and_loss(config: Config) -> None:
         raise InputError("config: loss.normalize=constant needs loss.constant, the number to divide by")
     if unknown := [role for role in loss.roles if role not in ROLES]:
         raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLES)}")
-    if loss.kl_weight and config.adapter.method == "full":
-        raise InputError("config: loss.kl_weight needs an adapter method: full fine-tuning keeps no frozen base")
+    if loss.kl_weight and config.adapter.method in RESULT_IS_MODEL:
+        raise InputError(
+            f"config: loss.kl_weight needs a base that stays frozen, and adapter.method={config.adapter.method} "
+            f"changes it"
+        )
     if data.packing and data.bucketing:
         raise InputError("config: data.packing fills rows of one length; set data.bucketing=false with it")
 
 
 def check_warmup(config: Config, steps: int) -> None:
-    """Refuses a warm-up longer than the run; for the caller who turned epochs into steps."""
-    warmup = config.optimizer.warmup_steps
+    """Refuses a warm-up longer than the run, and restarts that it never reaches; for when its steps are known."""
+    warmup, every = config.optimizer.warmup_steps, config.adapter.restart_every
     if warmup > steps:
         raise InputError(f"config: optimizer.warmup_steps={warmup} must be at most the run's {steps} steps")
+    if config.adapter.method in RESTARTED and every >= steps:
+        raise InputError(
+            f"config: adapter.restart_every={every} must be less than the run's {steps} steps, or nothing restarts"
+        )
 
 
 def unused(config: Config, given: Collection[str]) -> str | None:

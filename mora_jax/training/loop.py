@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from mora_jax.adapters.merge import merge
 from mora_jax.adapters.partition import partition
 from mora_jax.data.pipeline import Batch, BatchIterator
 from mora_jax.errors import InputError
@@ -19,15 +20,16 @@ from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.checkpoint import Checkpoints
-from mora_jax.training.config import Config
+from mora_jax.training.config import RESULT_IS_MODEL, Config
 from mora_jax.training.display import Display
 from mora_jax.training.mesh import make_mesh
 from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.restarts import Restarter, Restarts
 from mora_jax.training.run_directory import RunDirectory
 from mora_jax.training.runner import JitRunner, PmapRunner
 from mora_jax.training.setup import Setup, prepare
 from mora_jax.training.sharding import Placement
-from mora_jax.training.state import Structure, TrainState, flat_arrays, initial_state
+from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
 from mora_jax.training.step import StepMetrics, make_step
 from mora_jax.training.stopping import StopSignals
 
@@ -82,9 +84,11 @@ class Trainer:
         self.config = config = setup.config
         graphdef, adapters, frozen = partition(setup.model)
         self.structure = Structure(graphdef, adapters, frozen)
-        rates = getattr(adapter_config(config.adapter), "rates", None)
-        optimizer = make_optimizer(config.optimizer, setup.plan.steps, rates)
-        schedule = make_schedule(config.optimizer, setup.plan.steps)
+        method = adapter_config(config.adapter)
+        restarts = Restarts.of(method, setup.plan.steps)
+        rates = getattr(method, "rates", None)
+        optimizer = make_optimizer(config.optimizer, setup.plan.steps, rates, restarts=restarts)
+        schedule = make_schedule(config.optimizer, setup.plan.steps, restarts)
         pmap, mesh = config.mesh.pmap, make_mesh(*setup.mesh)
         self.placement = None if pmap else Placement.of(mesh, adapters, frozen)
         step = make_step(
@@ -105,6 +109,10 @@ class Trainer:
             self.runner = JitRunner(step, mesh, self.placement.table(adapters, frozen))
         self.frozen = self.runner.place(flat_arrays(frozen))
         self.state: TrainState = self.runner.place(initial_state(flat_arrays(adapters), optimizer, config.seed))
+        self.restarter: Restarter | None = None
+        if restarts is not None:
+            whole = self.runner.whole((self.state, self.frozen))
+            self.restarter = Restarter(self.structure, restarts, *whole)
         self.busy_seconds = 0.0
         self.wait_seconds = 0.0
         self.tokens = 0
@@ -124,7 +132,8 @@ class Trainer:
         ):
             first = checkpoints.latest_step() or 0
             if first:
-                self.state = self.runner.place(checkpoints.restore(self.runner.whole(self.state)))
+                state, base = checkpoints.restore(self.runner.whole(self.state), self._base(first))
+                self.state, self.frozen = self.runner.place(state), self.frozen | self.runner.place(base)
             batches = context.enter_context(contextlib.closing(BatchIterator(self.setup.batches, first)))
             self.directory.rewind_metrics(first)
             self.display.start(self.setup.info(first))
@@ -144,19 +153,36 @@ class Trainer:
                 done, last = step + 1, step + 1 == plan.steps
                 evaluate = last or (settings.eval_every and done % settings.eval_every == 0)
                 save = settings.save_every and (last or done % settings.save_every == 0)
-                if evaluate or save or signals.received:
+                restart = self.restarter is not None and self.restarter.restarts.due(done)
+                if evaluate or save or restart or signals.received:
                     mark = self._report(pending, mark)
                     pending = None
+                    if restart:
+                        self._restart(done)
                     if evaluate and self.setup.evaluation is not None:
                         self._evaluate(done)
                     if (save or signals.received) and not (last and signals.received):
-                        checkpoints.save(self.runner.whole(self.state))
+                        checkpoints.save(self.runner.whole(self.state), self._base(done))
                     mark = time.perf_counter()
                 if signals.received and not last:
                     self.display.note(f"stopped after step {done}; continue with --resume {self.directory.path}")
                     return signals.exit_code
             self._finish(started)
             return 0
+
+    def _restart(self, done: int) -> None:
+        """Folds the adapters into the base and starts them anew."""
+        assert self.restarter is not None, "only runs with restarts get here"
+        state, frozen = self.restarter(*self.runner.whole((self.state, self.frozen)))
+        self.state, self.frozen = self.runner.place(state), self.runner.place(frozen)
+        number = self.restarter.restarts.count(done)
+        self.display.note(f"restart {number} after step {done}: adapters merged into the base and started anew")
+
+    def _base(self, done: int) -> Arrays:
+        """The frozen arrays that restarts have changed in the first `done` steps; none before the first restart."""
+        if self.restarter is None or self.restarter.restarts.count(done) == 0:
+            return {}
+        return self.restarter.base(self.runner.whole(self.frozen))
 
     def _next(self, batches: BatchIterator) -> Batch:
         """The next batch; the time that the loop had to wait for it is summed up."""
@@ -217,12 +243,17 @@ class Trainer:
         section = self.config.adapter
         shapes = {name: list(array.shape) for name, array in self.runner.whole(self.state).adapters.items()}
         data = f"{self.setup.train.fingerprint()} in {self.setup.plan}"
-        return {"base": self.config.model.path, "method": section.method, "arrays": shapes, "data": data}
+        identity = {"base": self.config.model.path, "method": section.method, "arrays": shapes, "data": data}
+        if self.restarter is not None:
+            identity["restarts"] = f"{self.restarter.restarts}"
+        return identity
 
     def _finish(self, started: float) -> None:
-        """Writes the adapter (or the model, for full fine-tuning) and the summary."""
+        """Writes the adapter, or the model where its base is not that of old, and the summary."""
         model = self._model()
-        if self.config.adapter.method == "full":
+        if self.config.adapter.method in RESULT_IS_MODEL:
+            if self.restarter is not None:
+                merge(model)
             save_pretrained(model, self.directory.model, self.setup.tokenizer)
         else:
             save_adapter(model, self.directory.adapter, base_model_name_or_path=self.config.model.path)
@@ -233,6 +264,7 @@ class Trainer:
             "steps": self.setup.plan.steps,
             "compilations": self.runner.compilations,
             "compile_seconds": self.runner.compile_seconds,
+            **self._restarts(),
             "tokens_per_second": self.tokens / self.busy_seconds if self.busy_seconds else 0.0,
             "data_wait_seconds": self.wait_seconds,
             "trained_fraction": self.setup.train.report.trained_fraction,
@@ -245,6 +277,14 @@ class Trainer:
         }
         self.directory.write_json("summary.json", summary)
         self.display.finish(summary)
+
+    def _restarts(self) -> dict[str, Any]:
+        """What the summary says of restarts, of runs that have them."""
+        if self.restarter is None:
+            return {}
+        steps = self.setup.plan.steps
+        count = self.restarter.restarts.count(steps)
+        return {"restarts": count, "restart_compile_seconds": self.restarter.compile_seconds}
 
 
 def peak_memory_bytes() -> int:

@@ -8,37 +8,43 @@ from typing import Any
 import optax
 
 from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.restarts import Restarts
 from mora_jax.training.state import weight_masks
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None = None) -> optax.Schedule:
     """The learning rate of each step, counted from 0.
 
     It rises linearly over `warmup_steps` (the first step already has 1 / warmup_steps of the peak) and then stays,
-    falls linearly, or falls along a cosine; both reach 0 one step after the last.
+    falls linearly, or falls along a cosine; both reach `min_ratio` of the peak one step after the last.
 
     Args:
         config: the section `optimizer`.
         steps: the run's steps.
+        restarts: those after which it rises again from zero (ReLoRA's jagged schedule); None without.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(1, steps - warmup)
     if config.schedule == "constant":
         decay = optax.constant_schedule(peak)
     elif config.schedule == "linear":
-        decay = optax.linear_schedule(peak, 0.0, rest)
+        decay = optax.linear_schedule(peak, config.min_ratio * peak, rest)
     elif config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, rest)
+        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.min_ratio)
     else:
         raise ValueError(f"schedule must be constant, linear or cosine, not {config.schedule!r}")
-    if warmup == 0:
-        return decay
-    rise = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)
-    return optax.join_schedules([rise, decay], [warmup])
+    if warmup:
+        rise = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)
+        decay = optax.join_schedules([rise, decay], [warmup])
+    return decay if restarts is None else restarts.rewarm(decay, warmup)
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, rates: Mapping[str, float] | None = None
+    config: OptimizerConfig,
+    steps: int,
+    rates: Mapping[str, float] | None = None,
+    *,
+    restarts: Restarts | None = None,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; weight decay leaves norms and biases alone.
 
@@ -46,9 +52,10 @@ def make_optimizer(
         config: the section `optimizer`.
         steps: the run's steps.
         rates: how many times the learning rate arrays of some names get, as an adapter configuration's `rates`.
+        restarts: see `make_schedule`.
     """
     adamw = optax.adamw(
-        make_schedule(config, steps), weight_decay=config.weight_decay, mask=weight_masks, mu_dtype="float32"
+        make_schedule(config, steps, restarts), weight_decay=config.weight_decay, mask=weight_masks, mu_dtype="float32"
     )
     stages = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     stages.append(adamw)

@@ -18,7 +18,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adapter_settings import adapter_config
-from mora_jax.training.config import AdapterConfig, Config, check_warmup
+from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, check_warmup
 from mora_jax.training.data_settings import data_source, loss_weights
 from mora_jax.training.display import RunInfo
 from mora_jax.training.mesh import mesh_shape
@@ -120,6 +120,8 @@ def describe_method(config: AdapterConfig) -> str:
     for name in ("rank", "alpha"):
         if hasattr(found, name):
             words += f", {name} {getattr(found, name):g}"
+    if hasattr(found, "restart_every"):
+        words += f", started anew every {found.restart_every} steps"
     return words
 
 
@@ -171,7 +173,7 @@ def put_adapter(model: Decoder, config: Config) -> AttachReport:
     """Attaches what the configuration asks for, or loads the adapter that it starts from."""
     section = config.adapter
     try:
-        if section.path is None or section.method == "full":
+        if section.path is None or "path" not in METHOD_KEYS[section.method]:
             return attach(model, adapter_config(section), rngs=nnx.Rngs(config.seed))
         load_adapter(model, section.path)
     except ValueError as error:

@@ -1,0 +1,90 @@
+"""The section `adapter` of the configuration: its keys, and which of them each method reads."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from mora_jax.errors import InputError
+from mora_jax.training.config_key import key
+
+# Repeated from mora_jax.adapters, which imports too much for a command's --help; a test compares.
+KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
+RESTARTED_KINDS = ("sharing", "grouped", "grouped_tile", "strided_interleave")
+# The keys of the section `adapter` that each method reads.
+_COMMON = frozenset({"targets", "layers_to_transform", "modules_to_save", "path"})
+_LORA = _COMMON | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init"}
+_RESTARTS = frozenset({"restart_every", "restart_warmup", "prune"})
+METHOD_KEYS: Mapping[str, frozenset[str]] = {
+    "lora": _LORA,
+    "rslora": _LORA,
+    "dora": _LORA - {"use_dora"},
+    "pissa": _LORA - {"init"},
+    "olora": _LORA - {"init"},
+    "lora_plus": _LORA | {"lr_ratio"},
+    "lora_fa": _LORA,
+    "mora": _COMMON | {"rank", "kind", "dropout", "rank_pattern", "use_dora"},
+    "relora": _LORA - {"path", "init"} | _RESTARTS,
+    "remora": _COMMON - {"path"} | {"rank", "kinds", "dropout", "rank_pattern", "use_dora"} | _RESTARTS,
+    "full": frozenset(),
+}
+RESTARTED = ("relora", "remora")
+# Methods that change the base itself, so that their result is a whole model.
+RESULT_IS_MODEL = (*RESTARTED, "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Section `adapter`: what is trained."""
+
+    method: str = key("lora", "The fine-tuning method.", choices=tuple(METHOD_KEYS))
+    rank: int | None = key(
+        None,
+        "Rank r; MoRA gets the square matrix with about as many parameters; none: the method's own, 8.",
+        at_least=1,
+    )
+    alpha: float = key(16.0, "LoRA scaling: the update is multiplied by alpha / rank.", above=0)
+    dropout: float = key(0.0, "Dropout on the adapter's input.", at_least=0, below=1)
+    targets: str | tuple[str, ...] | None = key(
+        None,
+        "Layers to adapt: a list of names, one regex for the whole path, or all-linear; none: the method's own, "
+        "all-linear.",
+    )
+    kind: str = key("sharing", "How MoRA compresses and decompresses.", choices=KINDS)
+    rank_pattern: tuple[str, ...] | None = key(None, "Other ranks for some layers, as REGEX=RANK.")
+    alpha_pattern: tuple[str, ...] | None = key(None, "Other alphas for some layers, as REGEX=ALPHA.")
+    bias: str = key("none", "Biases that are trained too.", choices=("none", "lora_only", "all"))
+    use_dora: bool = key(False, "Whether columns get DoRA's trained magnitude, as in method dora.")
+    init: str = key(
+        "kaiming", "How LoRA's factors start.", choices=("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+    )
+    lr_ratio: float = key(16.0, "How many times A's learning rate B gets, in lora_plus.", above=0)
+    layers_to_transform: tuple[int, ...] | None = key(None, "Numbers of the layers to adapt; none: all.", at_least=0)
+    modules_to_save: tuple[str, ...] | None = key(None, "Modules that are trained whole, such as lm_head.")
+    kinds: tuple[str, ...] = key(RESTARTED_KINDS, f"ReMoRA's kinds in turn, of {', '.join(RESTARTED_KINDS)}.")
+    restart_every: int = key(
+        1000, "relora, remora: steps after which adapters are merged and started anew.", at_least=1
+    )
+    restart_warmup: int = key(50, "Steps over which the learning rate rises again after a restart.", at_least=0)
+    prune: float | None = key(
+        None,
+        "Share of the optimizer's moments that a restart sets to zero, the smallest; none: 0.99 (relora), 1 (remora).",
+        at_least=0,
+        at_most=1,
+    )
+    path: str | None = key(None, "An adapter folder to start from; it says rank, targets and the rest.")
+
+
+def check_adapter(adapter: AdapterConfig) -> None:
+    """Refuses keys that are fine alone and impossible together.
+
+    Raises:
+        InputError: naming the keys and what is allowed.
+    """
+    if unknown := [kind for kind in adapter.kinds if kind not in RESTARTED_KINDS]:
+        raise InputError(
+            f"config: adapter.kinds: {unknown[0]!r} is none of ReMoRA's kinds; choose from {', '.join(RESTARTED_KINDS)}"
+        )
+    if adapter.method in RESTARTED and adapter.restart_warmup > adapter.restart_every:
+        raise InputError(
+            f"config: adapter.restart_warmup={adapter.restart_warmup} must be at most "
+            f"adapter.restart_every={adapter.restart_every}"
+        )
