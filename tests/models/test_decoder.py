@@ -164,7 +164,7 @@ def test_bfloat16_keeps_its_dtypes(model):
         if isinstance(value, nnx.Param)
     }
     assert dtypes == {("Projection", "bfloat16"), ("TokenEmbedding", "bfloat16"), ("RMSNorm", "float32")} | {
-        ("Decoder", "bfloat16")
+        ("OutputHead", "bfloat16")
     }
     difference = np.abs(np.asarray(half(IDS)) - np.asarray(model(IDS)))
     assert difference.max() < 0.1 * np.abs(np.asarray(model(IDS))).max()
