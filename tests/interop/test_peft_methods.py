@@ -191,7 +191,7 @@ BIAS = "base_model.model.model.layers.1.self_attn.{}_proj{}.bias"
         ({"use_qalora": True}, None, "use_qalora is set, which is not supported"),
         ({"peft_type": "LOHA"}, None, "peft_type must be LORA, found 'LOHA'"),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_refusals(bases, lora, fields, change, message):
     edit(lora, **fields)
