@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder to write; must not exist yet")
     add_number(parser, "--rank", int, None, "Rank to come down to; accepts the error that this makes", at_least=1)
     add_key(parser, "--kind", "adapter.kind", help="Kind of MoRA to fit")
-    add_key(parser, "--targets", "adapter.targets", help="Matrices to extract with --from-diff")
+    add_key(parser, "--targets", "adapter.targets", help="Matrices to extract with --from-diff", default="all-linear")
     parser.add_argument("--strict", action="store_true", help="refuse an adapter that names another base model")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", nargs=2, metavar=("ENGINE", "DIR"), help="check a written folder for vllm; no --out")

@@ -70,7 +70,7 @@ def test_a_run_writes_its_directory_and_nothing_to_stdout(run, fails, options, t
         (["--config.adapter.path=/nowhere/adapter"], "/nowhere/adapter"),
         (["--config.optimizer.warmup_steps=3"], "warmup_steps"),
         (["--config.mesh.data=64"], "mesh.data=64"),
-        (["--config.mesh.tensor=2"], "mesh.tensor"),
+        (["--config.mesh.tensor=64"], "mesh.tensor=64"),
         (["--config.train.steps=many"], "--config.train.steps must be an integer"),
         (["--config.bogus=1"], "bogus"),
         (["--config=/nowhere/config.py"], "/nowhere/config.py"),
