@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,6 +76,8 @@ class BatchPlan:
         self.shuffle = shuffle
         self.packing = packing
         self.bucketing = bucketing
+        # Threads that make batches ahead share what is found out about epochs.
+        self._lock = threading.RLock()
         # Where each epoch begins, as far as is known.
         self._starts = [0]
         self._rows: dict[int, list[np.ndarray] | np.ndarray] = {}
@@ -147,19 +150,19 @@ class BatchPlan:
         """The first step of an epoch."""
         if not self.packing:
             return epoch * math.ceil(self.num_examples / self.batch_size)
-        while len(self._starts) <= epoch:
-            rows = len(self._epoch_rows(len(self._starts) - 1))
-            self._starts.append(self._starts[-1] + math.ceil(rows / self.batch_size))
-        return self._starts[epoch]
+        with self._lock:
+            while len(self._starts) <= epoch:
+                rows = len(self._epoch_rows(len(self._starts) - 1))
+                self._starts.append(self._starts[-1] + math.ceil(rows / self.batch_size))
+            return self._starts[epoch]
 
     def _epoch_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
-        rows = self._rows.get(epoch)
-        if rows is None:
-            rows = self._make_rows(epoch)
-            # Two epochs are kept, because threads that make batches ahead stand on both sides of a border.
-            kept = {number: self._rows[number] for number in list(self._rows)[-1:]}
-            self._rows = {**kept, epoch: rows}
-        return rows
+        with self._lock:
+            if epoch not in self._rows:
+                # Two epochs are kept, because threads that make batches ahead stand on both sides of a border.
+                kept = dict(list(self._rows.items())[-1:])
+                self._rows = {**kept, epoch: self._make_rows(epoch)}
+            return self._rows[epoch]
 
     def _make_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
         random = np.random.default_rng([self.seed, epoch])

@@ -262,9 +262,9 @@ def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: 
       special_ids: ids of special tokens.
     """
     segments = flat.segments.astype(np.intp)
-    instructions = _per_row(flat, _IS_INSTRUCTION[segments])[chosen]
-    answers = _per_row(flat, _IS_ANSWER[segments])[chosen]
-    special = _per_row(flat, _IS_CONTENT[segments] & np.isin(flat.input_ids, special_ids))[chosen]
+    instructions = flat.per_row(_IS_INSTRUCTION[segments])[chosen]
+    answers = flat.per_row(_IS_ANSWER[segments])[chosen]
+    special = flat.per_row(_IS_CONTENT[segments] & np.isin(flat.input_ids, special_ids))[chosen]
     answered = answers > 0
     looked_at = np.repeat(chosen, flat.lengths)
     kinds, kinds_count = segments[looked_at], len(Segment)
@@ -281,9 +281,3 @@ def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: 
         ratios=(instructions[answered] / answers[answered]).astype(np.float32),
         prompts=flat.prompts[chosen],
     )
-
-
-def _per_row(flat: FlatRows, marked: np.ndarray) -> np.ndarray:
-    """How many tokens of each row are marked."""
-    sums = np.concatenate([[0], np.cumsum(marked)])
-    return sums[flat.offsets[1:]] - sums[flat.offsets[:-1]]

@@ -79,8 +79,8 @@ def find_examples(
       `[E, 4]` int64: the row of each example, and its `Cut`.
     """
     lengths = flat.lengths
-    trained = _per_row(flat, weights > 0)
-    answers = _per_row(flat, response_tokens(flat.segments))
+    trained = flat.per_row(weights > 0)
+    answers = flat.per_row(response_tokens(flat.segments))
     usable = (flat.weight > 0) & (trained > 0)
     whole = chosen & usable & (lengths <= max_length)
     examples = [(row, 0, 0, int(lengths[row])) for row in np.flatnonzero(whole).tolist()]
@@ -108,9 +108,3 @@ def _count_cuts(fates: Fates, cuts: list[Cut], truncation: str) -> None:
         fates.split += 1
     else:
         fates.truncated += 1
-
-
-def _per_row(flat: FlatRows, marked: np.ndarray) -> np.ndarray:
-    """How many tokens of each row are marked."""
-    sums = np.concatenate([[0], np.cumsum(marked)])
-    return sums[flat.offsets[1:]] - sums[flat.offsets[:-1]]

@@ -102,6 +102,11 @@ class FlatRows:
         """`[R]`, tokens of each row."""
         return np.diff(self.offsets)
 
+    def per_row(self, marked: np.ndarray) -> np.ndarray:
+        """How many tokens of each row are marked: `[T]` bool -> `[R]`."""
+        sums = np.concatenate([[0], np.cumsum(marked)])
+        return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
+
 
 class TokenStore:
     """Rows of tokens, in memory or in a memory-mapped file.

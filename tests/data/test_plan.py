@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -105,3 +107,14 @@ def test_plans_that_cannot_be():
         BatchPlan(10, 4, packing=True)
     with pytest.raises(ValueError, match="more than max_length=32"):
         BatchPlan(LENGTHS, 4, max_length=32, packing=True)
+
+
+def test_threads_see_one_plan():
+    """Steps of many epochs, asked for by several threads at once, as the prefetching does."""
+    settings = {"seed": 2, "steps": 400, "max_length": 64, "packing": True}
+    expected = BatchPlan(LENGTHS, 4, **settings)
+    rows = [[members.tolist() for members in expected.rows(step)] for step in range(400)]
+    shared = BatchPlan(LENGTHS, 4, **settings)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(shared.rows, range(400)))
+    assert [[members.tolist() for members in step] for step in found] == rows
