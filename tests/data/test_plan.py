@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -109,12 +110,19 @@ def test_plans_that_cannot_be():
         BatchPlan(LENGTHS, 4, max_length=32, packing=True)
 
 
-def test_threads_see_one_plan():
+def test_threads_see_one_plan(monkeypatch):
     """Steps of many epochs, asked for by several threads at once, as the prefetching does."""
-    settings = {"seed": 2, "steps": 400, "max_length": 64, "packing": True}
+    settings = {"seed": 2, "steps": 100, "max_length": 64, "packing": True}
     expected = BatchPlan(LENGTHS, 4, **settings)
-    rows = [[members.tolist() for members in expected.rows(step)] for step in range(400)]
+    rows = [[members.tolist() for members in expected.rows(step)] for step in range(100)]
+    make = BatchPlan._make_rows
+
+    def slow(plan, epoch):
+        time.sleep(0.005)  # Long enough for the other threads to come in between.
+        return make(plan, epoch)
+
+    monkeypatch.setattr(BatchPlan, "_make_rows", slow)
     shared = BatchPlan(LENGTHS, 4, **settings)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(shared.rows, range(400)))
-    assert [[members.tolist() for members in step] for step in found] == rows
+        found = list(pool.map(shared.rows, reversed(range(100))))
+    assert [[members.tolist() for members in step] for step in reversed(found)] == rows
