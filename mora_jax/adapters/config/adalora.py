@@ -1,0 +1,51 @@
+"""AdaLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mora_jax.adapters.config.common import CommonConfig, Targets, check_rank
+
+
+@dataclass(frozen=True)
+class AdaLoRAConfig(CommonConfig):
+    """AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): a budget of singular values goes to where they matter.
+
+    Attributes:
+        rank: inner size of every update at the start.
+        alpha: numerator of the scaling alpha / rank.
+        dropout: probability of dropping a feature at the input of the adapter path.
+        targets: which layers, see the module's docstring.
+        target_rank: mean rank that is left at the end.
+        tinit, tfinal: steps at the start with the whole budget, and at the end with the final one.
+        total_steps: of the training run.
+        delta_t: steps between two allocations.
+        beta1, beta2: smoothing of importances and of their uncertainty.
+        orth_weight: factor on the orthogonality penalty in the loss.
+    """
+
+    rank: int = 12
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+    target_rank: int = field(default=8, kw_only=True)
+    tinit: int = field(default=0, kw_only=True)
+    tfinal: int = field(default=0, kw_only=True)
+    total_steps: int = field(default=1000, kw_only=True)
+    delta_t: int = field(default=1, kw_only=True)
+    beta1: float = field(default=0.85, kw_only=True)
+    beta2: float = field(default=0.85, kw_only=True)
+    orth_weight: float = field(default=0.5, kw_only=True)
+
+    def __post_init__(self):
+        for name in ("rank", "target_rank", "total_steps", "delta_t"):
+            check_rank(getattr(self, name), name)
+        super().__post_init__()
+        if self.target_rank > self.rank:
+            raise ValueError(f"target_rank is {self.target_rank}, more than rank {self.rank}")
+        if min(self.tinit, self.tfinal) < 0 or self.tinit + self.tfinal > self.total_steps:
+            plateaus = self.tinit + self.tfinal
+            raise ValueError(f"tinit + tfinal is {plateaus}, more than total_steps {self.total_steps}, or one is < 0")
+        for name in ("beta1", "beta2"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in (0, 1), not {getattr(self, name)!r}")

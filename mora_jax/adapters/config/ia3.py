@@ -1,0 +1,29 @@
+"""(IA)³."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from mora_jax.adapters.config.common import CommonConfig, Targets
+
+
+@dataclass(frozen=True)
+class IA3Config(CommonConfig):
+    """(IA)³ (Liu et al., 2022, arXiv 2205.05638): learned vectors rescale keys, values and feed-forward inputs.
+
+    Attributes:
+        targets: which layers, see the module's docstring.
+        feedforward: names of those layers whose inputs are scaled; outputs are scaled of the others.
+    """
+
+    targets: Targets = ("k_proj", "v_proj", "down_proj")
+    feedforward: tuple[str, ...] = field(default=("down_proj",), kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = (self.feedforward,) if isinstance(self.feedforward, str) else tuple(self.feedforward)
+        object.__setattr__(self, "feedforward", names)
+
+    def at_path(self, path: str) -> IA3Config:
+        found = any(path == name or path.endswith("." + name) for name in self.feedforward)
+        return replace(self, feedforward=self.feedforward if found else ())

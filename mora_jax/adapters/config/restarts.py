@@ -1,0 +1,73 @@
+"""ReLoRA and ReMoRA, which merge and start anew during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from mora_jax.adapters.config.lora import LoRAConfig
+from mora_jax.adapters.config.mora import MoRAConfig
+
+
+@dataclass(frozen=True)
+class ReLoRAConfig(LoRAConfig):
+    """ReLoRA (Lialin et al., 2023, arXiv 2307.05695): LoRA that is merged into the base and started anew, repeatedly.
+
+    The sum of low-rank updates has a higher rank than each. The attributes are those of `LoRAConfig`, and:
+
+    Attributes:
+        restart_every: steps between restarts.
+        prune: share of the optimizer's moments that a restart sets to zero, the smallest in magnitude of each matrix.
+        restart_warmup: steps over which the learning rate rises again after a restart.
+    """
+
+    restart_every: int = field(default=1000, kw_only=True)
+    prune: float = field(default=0.99, kw_only=True)
+    restart_warmup: int = field(default=50, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init != "kaiming":
+            raise ValueError(f"ReLoRA draws its factors anew at each restart, as init='kaiming', not {self.init!r}")
+        _check_restarts(self)
+
+
+@dataclass(frozen=True)
+class ReMoRAConfig(MoRAConfig):
+    """ReMoRA (Jiang et al., 2024, arXiv 2405.12130, section 5.3): MoRA merged and started anew with another kind.
+
+    One kind can only reach updates that its groups allow; the next kind groups differently.
+
+    Attributes:
+        rank, dropout, targets, rank_pattern, use_dora: as in `MoRAConfig`.
+        kinds: the kinds in turn, the first again after the last: of those that share one M among groups
+            (`mora_jax.adapters.mora.SHARED`), which have the same side q.
+        restart_every, restart_warmup: as in `ReLoRAConfig`.
+        prune: as in `ReLoRAConfig`; the authors reset all of the moments.
+    """
+
+    kind: ClassVar[str] = "sharing"  # type: ignore[misc]  # for sizes and reports alone: all kinds agree in them
+    kinds: tuple[str, ...] = field(default=("sharing", "grouped", "grouped_tile", "strided_interleave"), kw_only=True)
+    restart_every: int = field(default=1000, kw_only=True)
+    prune: float = field(default=1.0, kw_only=True)
+    restart_warmup: int = field(default=50, kw_only=True)
+
+    def __post_init__(self):
+        from mora_jax.adapters.mora import SHARED
+
+        super().__post_init__()
+        _check_restarts(self)
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+        if not kinds or any(kind not in SHARED for kind in kinds):
+            raise ValueError(f"kinds must be some of {', '.join(SHARED)}, not {self.kinds!r}")
+        object.__setattr__(self, "kinds", kinds)
+
+
+def _check_restarts(config: ReLoRAConfig | ReMoRAConfig) -> None:
+    every, warmup, prune = config.restart_every, config.restart_warmup, config.prune
+    if type(every) is not int or every < 1:
+        raise ValueError(f"restart_every must be a positive integer, not {every!r}")
+    if type(warmup) is not int or not 0 <= warmup <= every:
+        raise ValueError(f"restart_warmup must be an integer from 0 to restart_every={every}, not {warmup!r}")
+    if isinstance(prune, bool) or not isinstance(prune, (int, float)) or not 0 <= prune <= 1:
+        raise ValueError(f"prune must be a share from 0 to 1, not {prune!r}")
