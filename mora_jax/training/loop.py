@@ -12,25 +12,20 @@ from typing import Any
 import jax
 
 from mora_jax.adapters.merge import merge
-from mora_jax.adapters.partition import partition
 from mora_jax.data.pipeline import Batch, BatchIterator
 from mora_jax.errors import InputError
 from mora_jax.evaluation.scoring import score
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
-from mora_jax.training.adapter_settings import adapter_config
+from mora_jax.training.assembly import assemble
 from mora_jax.training.checkpoint import Checkpoints
 from mora_jax.training.config import RESULT_IS_MODEL, Config
 from mora_jax.training.display import Display
-from mora_jax.training.mesh import make_mesh
-from mora_jax.training.optimizer import make_optimizer, make_schedule
-from mora_jax.training.restarts import Restarter, Restarts
+from mora_jax.training.restarts import Restarter
 from mora_jax.training.run_directory import RunDirectory
-from mora_jax.training.runner import JitRunner, PmapRunner
 from mora_jax.training.setup import Setup, prepare
-from mora_jax.training.sharding import Placement
-from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
-from mora_jax.training.step import StepMetrics, make_step
+from mora_jax.training.state import Arrays, TrainState
+from mora_jax.training.step import StepMetrics
 from mora_jax.training.stopping import StopSignals
 
 
@@ -82,33 +77,11 @@ class Trainer:
     def __init__(self, setup: Setup, directory: RunDirectory, display: Display):
         self.setup, self.directory, self.display = setup, directory, display
         self.config = config = setup.config
-        graphdef, adapters, frozen = partition(setup.model)
-        self.structure = Structure(graphdef, adapters, frozen)
-        method = adapter_config(config.adapter)
-        restarts = Restarts.of(method, setup.plan.steps)
-        rates = getattr(method, "rates", None)
-        optimizer = make_optimizer(config.optimizer, setup.plan.steps, rates, restarts=restarts)
-        schedule = make_schedule(config.optimizer, setup.plan.steps, restarts)
-        pmap, mesh = config.mesh.pmap, make_mesh(*setup.mesh)
-        self.placement = None if pmap else Placement.of(mesh, adapters, frozen)
-        step = make_step(
-            self.structure,
-            optimizer,
-            schedule,
-            placement=self.placement,
-            dropout=setup.dropout,
-            axis_name="data" if pmap else None,
-            divisor=config.loss.constant if setup.normalize == "constant" else None,
-            neftune_alpha=config.train.neftune_alpha,
-            kl_weight=config.loss.kl_weight,
-        )
-        self.runner: Any
-        if self.placement is None:
-            self.runner = PmapRunner(step, mesh.size)
-        else:
-            self.runner = JitRunner(step, mesh, self.placement.table(adapters, frozen))
-        self.frozen = self.runner.place(flat_arrays(frozen))
-        self.state: TrainState = self.runner.place(initial_state(flat_arrays(adapters), optimizer, config.seed))
+        made = assemble(setup.model, config, setup.plan.steps, setup.mesh)
+        self.structure, self.placement, restarts = made.structure, made.placement, made.restarts
+        self.runner: Any = made.runner
+        self.frozen = self.runner.place(made.frozen)
+        self.state: TrainState = self.runner.place(made.initial_state(config.seed))
         self.restarter: Restarter | None = None
         if restarts is not None:
             whole = self.runner.whole((self.state, self.frozen))

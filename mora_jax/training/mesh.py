@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -59,8 +62,11 @@ def _plural(count: int) -> str:
     return f"{count} device" if count == 1 else f"{count} devices"
 
 
-def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of the first `data` × `fsdp` × `tensor` devices; `tensor` neighbours lie closest to each other."""
+def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first `data` × `fsdp` × `tensor` devices; `tensor` neighbours lie closest to each other.
+
+    `devices` are those of this run, or others, which may be only described.
+    """
     count = data * fsdp * tensor
-    devices = np.array(jax.devices()[:count]).reshape(data, fsdp, tensor)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    found = jax.devices() if devices is None else devices
+    return Mesh(np.array(found[:count]).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)

@@ -73,10 +73,6 @@ class Setup:
         extra = {"kl_weights": kind} if loss.kl_weight else None
         return BatchSource(self.train, self.plan, self.micro_batch, self.normalize, extra)
 
-    @property
-    def dropout(self) -> bool:
-        return any(entry.config.dropout > 0 for entry in adapters_of(self.model))
-
     def info(self, first_step: int) -> RunInfo:
         """What is shown before the first step."""
         config, report = self.config, self.train.report

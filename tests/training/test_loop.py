@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mora_jax.errors import InputError
-from mora_jax.training import loop
+from mora_jax.training import assembly, loop
 from mora_jax.training.config import Config, lay_over
 from mora_jax.training.display import Display
 from mora_jax.training.step import make_step
@@ -220,7 +220,7 @@ def test_a_diverging_run_says_so(inputs, tmp_path, monkeypatch):
 
         return diverging
 
-    monkeypatch.setattr(loop, "make_step", broken)
+    monkeypatch.setattr(assembly, "make_step", broken)
     with pytest.raises(InputError, match="the loss is nan at step 3: lower optimizer.learning_rate"):
         loop.train(config(inputs, tmp_path / "run"), quiet())
 
