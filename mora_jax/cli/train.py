@@ -5,6 +5,7 @@ changes. Every key below can be set by --config.KEY=VALUE, whether or not the fi
 """
 
 import argparse
+import re
 import sys
 import textwrap
 
@@ -18,11 +19,20 @@ HELP = "fine-tune a model"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.usage = (
-        "mora-jax train [--config FILE] [--config.KEY=VALUE ...] [--overwrite]\n       mora-jax train --resume RUN"
+        "mora-jax train [--config FILE] [--config.KEY=VALUE ...] [--profile [FIRST:LAST]] [--overwrite]\n"
+        "       mora-jax train --resume RUN [--profile [FIRST:LAST]]"
     )
     parser.add_argument("--config", metavar="FILE", help="config file, such as configs/smollm2_dolly.py")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this directory from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in config.out")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="",
+        metavar="FIRST:LAST",
+        help="write an XProf trace of these steps, both included and counted as in metrics.jsonl, into the run "
+        "directory; without a range, of three steps after warming up",
+    )
     lines = ["configuration keys:"]
     for name, key in keys().items():
         default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.default}"
@@ -32,8 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(lines).replace("%", "%%")
 
 
+def profile_keys(text: str | None) -> dict[str, int]:
+    """The configuration keys that `--profile` stands for: none without it.
+
+    Raises:
+        InputError: it is no range of steps.
+    """
+    if text is None:
+        return {}
+    if not text:
+        return {"log.profile_steps": 3}
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise InputError(f"--profile must be FIRST:LAST, two steps from 1 on in order, such as 10:12; got {text!r}")
+    return {"log.profile_first": first, "log.profile_steps": last - first + 1}
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
+    profile = profile_keys(args.profile)
     if args.resume is not None:
         others = (
             (args.config, "--config"),
@@ -46,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         from mora_jax.training.config_file import load_config
 
-        config, note = load_config(args.config, args.overrides)
+        overrides = [*args.overrides, *((name, str(value)) for name, value in profile.items())]
+        config, note = load_config(args.config, overrides)
         if note:
             print(f"warning: {note}", file=sys.stderr)
     from mora_jax.training import loop
@@ -55,6 +84,6 @@ def run(args: argparse.Namespace) -> int:
     with make_display() as display:
         if args.resume is not None:
             display.loading(f"loading the run in {args.resume}")
-            return loop.resume(args.resume, display)
+            return loop.resume(args.resume, display, profile=profile)
         display.loading(f"loading {config.model.path}")
         return loop.train(config, display, overwrite=args.overwrite)

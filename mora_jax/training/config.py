@@ -146,6 +146,23 @@ class TrainSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Section `log`: what is recorded beside metrics.jsonl."""
+
+    tensorboard: bool = key(False, "Write metrics for TensorBoard too, into the run directory.")
+    wandb: str | None = key(None, "Project of Weights & Biases to log to; none: no logging there.")
+    wandb_mode: str = key(
+        "offline",
+        "offline: into the run directory, for wandb sync; online: to the server at once.",
+        choices=("offline", "online"),
+    )
+    profile_steps: int = key(0, "Steps to trace for XProf, into the run directory; 0: none.", at_least=0)
+    profile_first: int | None = key(
+        None, "First step to trace; none: the third one of the process, after compiling and warming up.", at_least=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Section `optimizer`."""
 
@@ -184,6 +201,7 @@ class Config:
     train: TrainSection = TrainSection()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, ready for JSON."""
@@ -356,6 +374,10 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         groups.append(("loss.kl_weight=0", ["loss.kl_tokens"]))
     if config.data.eval is None:
         groups.append(("no data.eval", ["data.eval_split"]))
+    if config.log.wandb is None:
+        groups.append(("no log.wandb", ["log.wandb_mode"]))
+    if config.log.profile_steps == 0:
+        groups.append(("log.profile_steps=0", ["log.profile_first"]))
     if config.train.steps is not None:
         groups.append(("train.steps", ["train.epochs"]))
     if config.data.eval is not None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
-import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,8 +18,12 @@ from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.assembly import assemble
 from mora_jax.training.checkpoint import Checkpoints
-from mora_jax.training.config import RESULT_IS_MODEL, Config
+from mora_jax.training.config import RESULT_IS_MODEL, Config, lay_over
 from mora_jax.training.display import Display
+from mora_jax.training.observe.flops import StepFlops
+from mora_jax.training.observe.observer import Observer
+from mora_jax.training.observe.profile import check_profile
+from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.restarts import Restarter
 from mora_jax.training.run_directory import RunDirectory
 from mora_jax.training.setup import Setup, prepare
@@ -45,13 +48,20 @@ def train(config: Config, display: Display | None = None, *, overwrite: bool = F
     """
     directory = RunDirectory(config.out or "")
     directory.check_free(overwrite)
+    check_writers(config)
     setup = prepare(config)
+    check_profile(config, setup.plan.steps)
     directory.create(config, overwrite)
     return Trainer(setup, directory, display or Display()).run()
 
 
-def resume(out: str, display: Display | None = None) -> int:
+def resume(out: str, display: Display | None = None, *, profile: Mapping[str, int] | None = None) -> int:
     """Continues a run from its newest checkpoint (from the start if it has none); returns as `train`.
+
+    Args:
+        out: the run's directory.
+        display: as for `train`.
+        profile: keys `log.profile_*` for this process alone, in place of the run's own.
 
     Raises:
         InputError: there is no run, or what it was trained on can't be read any more.
@@ -62,7 +72,12 @@ def resume(out: str, display: Display | None = None) -> int:
     if directory.summary.is_file():
         shown.note(f"{directory.path} is finished; nothing to resume")
         return 0
-    return Trainer(prepare(config), directory, shown).run()
+    if profile:
+        config = lay_over(config, [(name, value, "--profile") for name, value in profile.items()])
+    check_writers(config)
+    setup = prepare(config)
+    check_profile(config, setup.plan.steps)
+    return Trainer(setup, directory, shown).run()
 
 
 class Trainer:
@@ -86,9 +101,10 @@ class Trainer:
         if restarts is not None:
             whole = self.runner.whole((self.state, self.frozen))
             self.restarter = Restarter(self.structure, restarts, *whole)
-        self.busy_seconds = 0.0
-        self.wait_seconds = 0.0
-        self.tokens = 0
+        lengths, kl = setup.train.lengths, config.loss.kl_weight > 0
+        flops = StepFlops.of(setup.model.config, made.adapters, made.frozen, lengths, kl=kl)
+        devices, steps = self.runner.devices, setup.plan.steps
+        self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
         self.last_loss = math.nan
         self.evaluated: dict[str, Any] = {}
 
@@ -110,33 +126,35 @@ class Trainer:
             batches = context.enter_context(contextlib.closing(BatchIterator(self.setup.batches, first)))
             self.directory.rewind_metrics(first)
             self.display.start(self.setup.info(first))
+            context.enter_context(self.observer.open(first))
             for note in self.placement.notes() if self.placement is not None else ():
                 self.display.note(note)
             pending: tuple[int, StepMetrics] | None = None
-            mark = time.perf_counter()
             for step in range(first, plan.steps):
-                batch = self.runner.place_batch(self._next(batches))
-                compiling = self.runner.compile_seconds
-                self.state, metrics = self.runner(self.state, self.frozen, batch)
-                # Compiling is reported on its own; it is no part of any step's time.
-                mark += self.runner.compile_seconds - compiling
-                # Metrics are read a step late, so the device always has the next step in its queue.
-                mark = self._report(pending, mark)
+                with self.observer.step(step + 1):
+                    batch = self.runner.place_batch(self._next(batches))
+                    self.state, metrics = self.runner(self.state, self.frozen, batch)
+                    self.observer.sent(step + 1, self.runner.compilation_log)
+                    # Metrics are read a step late, so the device always has the next step in its queue.
+                    self._report(pending)
                 pending = (step + 1, metrics)
                 done, last = step + 1, step + 1 == plan.steps
                 evaluate = last or (settings.eval_every and done % settings.eval_every == 0)
                 save = settings.save_every and (last or done % settings.save_every == 0)
                 restart = self.restarter is not None and self.restarter.restarts.due(done)
-                if evaluate or save or restart or signals.received:
-                    mark = self._report(pending, mark)
+                trace_ends = self.observer.ends_trace(done)
+                if evaluate or save or restart or trace_ends or signals.received:
+                    self._report(pending)
                     pending = None
+                    if trace_ends:
+                        self.observer.end_trace()
                     if restart:
                         self._restart(done)
                     if evaluate and self.setup.evaluation is not None:
                         self._evaluate(done)
                     if (save or signals.received) and not (last and signals.received):
                         checkpoints.save(self.runner.whole(self.state), self._base(done))
-                    mark = time.perf_counter()
+                    self.observer.clock.restart()
                 if signals.received and not last:
                     self.display.note(f"stopped after step {done}; continue with --resume {self.directory.path}")
                     return signals.exit_code
@@ -158,22 +176,22 @@ class Trainer:
         return self.restarter.base(self.runner.whole(self.frozen))
 
     def _next(self, batches: BatchIterator) -> Batch:
-        """The next batch; the time that the loop had to wait for it is summed up."""
-        start = time.perf_counter()
+        """The next batch; the time that the loop had to wait for it is counted."""
+        asked = time.perf_counter()
         batch = next(batches)
-        self.wait_seconds += time.perf_counter() - start
+        self.observer.clock.waited_for_data(asked)
         return batch
 
-    def _report(self, pending: tuple[int, StepMetrics] | None, mark: float) -> float:
-        """Waits for a step's metrics and records them; returns the time at which they were there."""
+    def _report(self, pending: tuple[int, StepMetrics] | None) -> None:
+        """Waits for a step's metrics and records them."""
         if pending is None:
-            return mark
+            return
         step, on_device = pending
+        asked = time.perf_counter()
         metrics = jax.device_get(on_device)
-        now = time.perf_counter()
-        seconds, tokens = now - mark, int(metrics.tokens)
-        self.busy_seconds += seconds
-        self.tokens += tokens
+        self.observer.clock.waited_for_device(asked)
+        counts = int(metrics.tokens), int(metrics.trained_tokens)
+        times = self.observer.lap(*counts)
         self.last_loss = float(metrics.loss)
         if not math.isfinite(self.last_loss):
             raise InputError(
@@ -186,15 +204,14 @@ class Trainer:
                 "loss": self.last_loss,
                 "learning_rate": float(metrics.learning_rate),
                 "grad_norm": float(metrics.grad_norm),
-                "tokens": tokens,
-                "trained_tokens": int(metrics.trained_tokens),
-                "tokens_per_second": tokens / seconds,
+                "tokens": counts[0],
+                "trained_tokens": counts[1],
+                **self.observer.measures(times, *counts),
             }
             if self.config.loss.kl_weight:
                 row["kl"] = float(metrics.kl)
-            self.directory.append_metrics([row])
+            self.observer.write(row)
             self.display.step(row)
-        return now
 
     def _model(self) -> Decoder:
         """The model as trained so far."""
@@ -209,7 +226,7 @@ class Trainer:
         self.evaluated = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
         self.evaluated |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
         self.evaluated |= {"eval_prompt_loss": scores.prompt_nll}
-        self.directory.append_metrics([self.evaluated])
+        self.observer.write(self.evaluated)
         self.display.evaluation(self.evaluated)
 
     def _identity(self) -> dict[str, Any]:
@@ -238,16 +255,15 @@ class Trainer:
             "compilations": self.runner.compilations,
             "compile_seconds": self.runner.compile_seconds,
             **self._restarts(),
-            "tokens_per_second": self.tokens / self.busy_seconds if self.busy_seconds else 0.0,
-            "data_wait_seconds": self.wait_seconds,
+            **self.observer.summary(),
             "trained_fraction": self.setup.train.report.trained_fraction,
             "padding": self.setup.plan.padding(self.setup.batches.length),
             "final_loss": None if math.isnan(self.last_loss) else self.last_loss,
             "eval_loss": self.evaluated.get("eval_loss"),
             "eval_perplexity": self.evaluated.get("eval_perplexity"),
             "wall_seconds": time.perf_counter() - started,
-            "peak_memory_bytes": peak_memory_bytes(),
         }
+        self.observer.finish(summary)
         self.directory.write_json("summary.json", summary)
         self.display.finish(summary)
 
@@ -258,15 +274,3 @@ class Trainer:
         steps = self.setup.plan.steps
         count = self.restarter.restarts.count(steps)
         return {"restarts": count, "restart_compile_seconds": self.restarter.compile_seconds}
-
-
-def peak_memory_bytes() -> int:
-    """The device's own statistic where it has one, else the peak resident size of this process."""
-    stats = None
-    # A backend without the statistic returns None or raises, depending on its plugin.
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,19 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.training.config import Config
 
-CONTENTS = ("config.json", "metrics.jsonl", "summary.json", "adapter", "model", "checkpoints")
+CONTENTS = (
+    "config.json",
+    "metrics.jsonl",
+    "compile.jsonl",
+    "summary.json",
+    "adapter",
+    "model",
+    "checkpoints",
+    "profile",
+    "tensorboard",
+    "wandb",
+    "wandb.json",
+)
 
 
 class RunDirectory:
@@ -44,6 +56,14 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuses a path that can't become a run's folder, before anything is computed.
@@ -117,6 +137,11 @@ class RunDirectory:
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to `metrics.jsonl`."""
         with self.metrics.open("a", encoding="utf-8") as file:
+            file.writelines(_line(row) for row in rows)
+
+    def append_compilations(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows to `compile.jsonl`, which keeps those of every process that worked on the run."""
+        with (self.path / "compile.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(_line(row) for row in rows)
 
 

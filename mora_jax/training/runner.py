@@ -10,17 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mora_jax.training.observe.compile_log import Compilation, shape_words
 from mora_jax.training.sharding import Placement
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import Batch, StepFunction, StepMetrics
 
 
 class Runner:
-    """A step with the cache of its compiled forms, one for each set of shapes."""
+    """A step with the cache of its compiled forms, one for each set of shapes.
+
+    Attributes:
+        devices: those that it runs on, of all processes.
+        compilation_log: every compilation, oldest first.
+    """
+
+    devices: list[jax.Device]
 
     def __init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
-        self.compile_seconds = 0.0
+        self.compilation_log: list[Compilation] = []
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         """The step, traced for these arguments (arrays, or shapes with shardings) and not compiled yet."""
@@ -31,10 +39,23 @@ class Runner:
         signature = tuple((name, value.shape) for name, value in batch.items())
         compiled = self._compiled.get(signature)
         if compiled is None:
-            start = time.perf_counter()
-            compiled = self._compiled[signature] = self.lower(state, frozen, batch).compile()
-            self.compile_seconds += time.perf_counter() - start
+            compiled = self._compiled[signature] = self._compile(state, frozen, batch)
         return compiled(state, frozen, batch)
+
+    def _compile(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        started, start = time.time(), time.perf_counter()
+        lowered = self.lower(state, frozen, batch)
+        middle = time.perf_counter()
+        compiled = lowered.compile()
+        shapes = {name: shape_words(value) for name, value in batch.items()}
+        times = middle - start, time.perf_counter() - middle
+        self.compilation_log.append(Compilation(started, *times, shapes, compiled))
+        return compiled
+
+    @property
+    def compile_seconds(self) -> float:
+        """What all compilations took, tracing included."""
+        return sum(one.lower_seconds + one.seconds for one in self.compilation_log)
 
     @property
     def compiled(self) -> list[Any]:
@@ -61,6 +82,7 @@ class JitRunner(Runner):
         super().__init__()
         self._step = step
         self._shardings = shardings or {}
+        self.devices = list(mesh.devices.flat)
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._rows = Placement(mesh).batch(1)
 
@@ -115,10 +137,10 @@ class PmapRunner(Runner):
     def __init__(self, step: StepFunction, count: int):
         super().__init__()
         self.count = count
-        self._devices = jax.devices()[:count]
-        mesh = Mesh(np.array(self._devices), ("data",), axis_types=(AxisType.Auto,))
+        self.devices = jax.devices()[:count]
+        mesh = Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
         self._sharding = NamedSharding(mesh, PartitionSpec("data"))
-        self._step = jax.pmap(step, axis_name="data", devices=self._devices, donate_argnums=(0,))
+        self._step = jax.pmap(step, axis_name="data", devices=self.devices, donate_argnums=(0,))
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         return self._step.lower(state, frozen, batch)

@@ -1,0 +1,1 @@
+"""What a run tells of itself: writers of metrics, times, utilisation, memory, compilations and traces."""

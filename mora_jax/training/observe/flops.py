@@ -1,0 +1,118 @@
+"""Floating-point operations of a training step, by two named conventions, and the utilisation that follows.
+
+PaLM's convention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts 6N + 12·L·H·Q·T a token: N weights that
+multiply activations, each with one multiplication and one addition (2N) forward, for the gradient of the activations
+and for the gradient of the weights; L layers, H heads of size Q, T tokens in sight. Remat's second forward pass,
+optimizer and elementwise work don't count, nor does a causal mask halve the attention.
+
+Adapters need less: frozen weights have no gradient, so `needed` counts 2N + 2N + 2·(trained N) + 12·L·H·Q·T, and the
+output head only for tokens that carry loss, the only ones whose logits are computed. Where every weight is trained
+and every token carries loss, it is PaLM's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mora_jax.accelerators import by_device_kind
+from mora_jax.models.config import DecoderConfig
+from mora_jax.training.state import decays
+
+#: The convention of `mfu`, in words.
+CONVENTION = "4N + 2N_trained + 12LHQT a token, head for tokens with loss; against dense bf16 peak"
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """What decides the FLOPs of a step, for the whole run, all devices together.
+
+    Attributes:
+        body: N without the output head: numbers in matrices that multiply activations, adapters' too.
+        body_trained: those of them that are trained.
+        head: numbers in the output head; where embeddings are tied, the embedding.
+        head_trained: those of them that are trained.
+        attention: forward FLOPs of scores and values a token: 4·H·Q·(tokens in sight), summed over layers.
+        kl: whether the frozen base runs forward once more, for a divergence from it.
+    """
+
+    body: int
+    body_trained: int
+    head: int
+    head_trained: int
+    attention: float
+    kl: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        config: DecoderConfig,
+        trained: Mapping[str, jax.Array],
+        frozen: Mapping[str, jax.Array],
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        kl: bool = False,
+    ) -> StepFlops:
+        """Counts a model's weights.
+
+        Args:
+            config: of the decoder.
+            trained, frozen: its arrays (or their shapes) by dotted path, as `partition` splits them.
+            lengths: tokens of each training example; a token sees no other example than its own.
+            kl: see the attribute.
+        """
+        body = {True: 0, False: 0}
+        head = {True: 0, False: 0}
+        for arrays, is_trained in ((trained, True), (frozen, False)):
+            for name, array in arrays.items():
+                if not decays(name, array):
+                    continue  # vectors: no matrix product
+                first = name.partition(".")[0]
+                if first == "lm_head" or (first == "embed_tokens" and config.tie_embeddings):
+                    head[is_trained] += array.size
+                elif first != "embed_tokens":  # the rows of an embedding are looked up
+                    body[is_trained] += array.size
+        sights = sum(span(lengths, window) for window in config.windows)
+        attention = 4 * config.num_heads * config.head_dim * sights
+        return cls(sum(body.values()), body[True], sum(head.values()), head[True], attention, kl)
+
+    def needed(self, tokens: int, trained_tokens: int) -> float:
+        """FLOPs that a step needs.
+
+        Args:
+            tokens: all that are not padding.
+            trained_tokens: those that carry loss.
+        """
+        body = 4 * self.body + 2 * self.body_trained + 3 * self.attention
+        head = 4 * self.head + 2 * self.head_trained
+        if self.kl:
+            body += 2 * (self.body - self.body_trained) + self.attention
+            head += 2 * self.head
+        return tokens * body + trained_tokens * head
+
+    def palm(self, tokens: int) -> float:
+        """FLOPs of a step that would train every weight on every token, by PaLM's convention."""
+        return tokens * (6 * (self.body + self.head) + 3 * self.attention)
+
+
+def span(lengths: Sequence[int] | np.ndarray, window: int | None = None) -> float:
+    """Tokens in sight of a token, on average: the T of PaLM's formula for examples of any length.
+
+    Args:
+        lengths: tokens of each example.
+        window: how far a layer sees; None: the whole example.
+    """
+    own = np.asarray(lengths, np.float64)
+    seen = own if window is None else np.minimum(own, window)
+    return float((own * seen).sum() / max(own.sum(), 1.0))
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """Peak dense bfloat16 FLOP/s of devices together; None where one of them is not in the table."""
+    found = [by_device_kind(device.device_kind) for device in devices]
+    known = [entry.bf16_flops for entry in found if entry is not None]
+    return sum(known) if len(known) == len(found) else None

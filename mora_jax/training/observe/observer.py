@@ -1,0 +1,168 @@
+"""Everything that watches a run, behind the few calls that the loop makes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mora_jax.training.config import Config
+from mora_jax.training.display import Display
+from mora_jax.training.observe.compile_log import Compilation, CompileLog
+from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
+from mora_jax.training.observe.memory import device_memory, peak_memory_bytes, planned_memory
+from mora_jax.training.observe.profile import Profile, profiled
+from mora_jax.training.observe.timing import StepClock, StepTimes
+from mora_jax.training.observe.writers import Writer, open_writers
+from mora_jax.training.run_directory import RunDirectory
+
+
+class Observer:
+    """Times, utilisation, memory, compilations, traces and the writers of one run in this process.
+
+    Only process 0 writes.
+
+    Args:
+        config: of the run.
+        directory: where it is recorded.
+        display: gets notes.
+        flops: what a step costs.
+        devices: those of the mesh, of all processes.
+        steps: of the whole run.
+
+    Attributes:
+        clock: splits the time of steps.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        display: Display,
+        *,
+        flops: StepFlops,
+        devices: Sequence[jax.Device],
+        steps: int,
+    ):
+        self._config, self._directory, self._display, self._steps = config, directory, display, steps
+        self._flops, self._peak = flops, peak_flops(devices)
+        mine = jax.process_index()
+        self._devices = [device for device in devices if device.process_index == mine]
+        self._writes = mine == 0
+        self._writers: list[Writer] = []
+        self._compile_log = CompileLog(directory.append_compilations if self._writes else lambda rows: None)
+        self._profile = Profile(directory.profile, range(0), display.note)
+        self._planned: dict[str, int] | None = None
+        self._traced = False
+        self._compilations: Sequence[Compilation] = ()
+        self._summary: Mapping[str, Any] | None = None
+        self._tokens, self._needed, self._palm = 0, 0.0, 0.0
+        self.clock = StepClock()
+
+    @contextlib.contextmanager
+    def open(self, first_step: int) -> Iterator[None]:
+        """Watches while the context lasts: a run of which `first_step` steps are done."""
+        steps = profiled(self._config.log, first_step, self._steps) if self._writes else range(0)
+        self._profile = Profile(self._directory.profile, steps, self._display.note)
+        if self._config.log.profile_steps and self._writes and not steps:
+            self._display.note(f"note: nothing to trace: step {first_step} is done already")
+        with self._compile_log, contextlib.ExitStack() as stack:
+            if self._writes:
+                self._writers = open_writers(self._config, self._directory, first_step)
+                stack.callback(self._close_writers)
+            stack.callback(self._profile.stop)
+            self.clock.restart()
+            yield
+
+    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
+        """Marks what is done in its context as part of a step, for whatever traces; starts the run's own trace."""
+        self._profile.before(number)
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def sent(self, number: int, compilations: Sequence[Compilation]) -> None:
+        """A step was sent to the device, which took the compilations so far."""
+        self._compilations = compilations
+        for one in self._compile_log.take(compilations):
+            seconds = one.lower_seconds + one.seconds
+            # Compiling is reported on its own; it is no part of any step's time.
+            self.clock.exclude(seconds)
+            self._planned = planned_memory(one.compiled)
+            again = "" if one is compilations[0] else f" again for step {number}, with a batch of other shapes"
+            size = f"; it takes {bytes_words(self._planned['total'])} a device" if self._planned else ""
+            self._display.note(f"compiled the training step{again} in {seconds:.1f} s{size}")
+
+    def ends_trace(self, number: int) -> bool:
+        """Whether the trace ends with this step: it has to be done on the device before `end_trace`."""
+        return self._profile.ends(number)
+
+    def end_trace(self) -> None:
+        """Writes the trace."""
+        self._profile.stop()
+        self._traced = True
+
+    def lap(self, tokens: int, trained_tokens: int) -> StepTimes:
+        """A step is done on the device."""
+        self._tokens += tokens
+        self._needed += self._flops.needed(tokens, trained_tokens)
+        self._palm += self._flops.palm(tokens)
+        return self.clock.lap()
+
+    def measures(self, times: StepTimes, tokens: int, trained_tokens: int) -> dict[str, Any]:
+        """What a row of `metrics.jsonl` says of the machine; `mfu` is None where the devices' peak isn't known."""
+        needed = self._flops.needed(tokens, trained_tokens)
+        return {
+            "tokens_per_second": tokens / times.step,
+            "mfu": self._share(needed, times.step),
+            **times.row(),
+            **device_memory(self._devices),
+        }
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Adds a row to `metrics.jsonl` and to whatever else is written."""
+        if self._writes:
+            self._directory.append_metrics([row])
+        for writer in self._writers:
+            writer.write(row)
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says of the machine: of the steps of this process."""
+        self._compile_log.take(self._compilations)
+        total = self.clock.total
+        opened = {writer.name: writer.how_to_open for writer in self._writers}
+        if self._traced:
+            opened["trace"] = self._profile.how_to_open
+        return {
+            "tokens_per_second": self._tokens / total.step if total.step else 0.0,
+            "mfu": self._share(self._needed, total.step),
+            "mfu_convention": CONVENTION,
+            "mfu_palm": self._share(self._palm, total.step),
+            "flops_per_token": self._needed / self._tokens if self._tokens else None,
+            "flops_per_token_palm": self._flops.palm(1),
+            "peak_flops": self._peak,
+            **total.row(),
+            "other_compile_seconds": self._compile_log.other_seconds,
+            "step_memory_bytes": self._planned,
+            "peak_memory_bytes": peak_memory_bytes(self._devices),
+            "open": opened,
+        }
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Gives the whole summary to the writers, when they are closed."""
+        self._summary = summary
+
+    def _close_writers(self) -> None:
+        for writer in self._writers:
+            writer.close(self._summary)
+
+    def _share(self, flops: float, seconds: float) -> float | None:
+        return flops / seconds / self._peak if self._peak and seconds else None
+
+
+def bytes_words(number: float) -> str:
+    """`3.2 GB`, `12 MB`: in powers of 1000, as makers of memory count."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
