@@ -78,7 +78,8 @@ class Checkpoints:
                     )
             plain = self._inner.load(abstract_state=jax.tree.map(_abstract, _plain(like, base)))
         key = jax.random.wrap_key_data(plain["key"], impl=jax.random.key_impl(like.key))
-        return TrainState(plain["step"], plain["adapters"], plain["optimizer"], key), plain.get("base", {})
+        base = plain.pop("base", {})
+        return TrainState(**{**plain, "key": key}), base
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -143,6 +143,11 @@ class TrainSection:
     )
     save_every: int = key(0, "Steps between checkpoints; 0: none.", at_least=0)
     keep: int = key(2, "Checkpoints kept.", at_least=1)
+    max_skipped: int = key(
+        3,
+        "Updates in a row left out for a loss or gradient that is not finite, at which the run stops.",
+        at_least=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import jax
 
 from mora_jax.adapters.merge import merge
 from mora_jax.data.pipeline import Batch, BatchIterator
-from mora_jax.errors import InputError
 from mora_jax.evaluation.scoring import score
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
@@ -20,6 +19,7 @@ from mora_jax.training.assembly import assemble
 from mora_jax.training.checkpoint import Checkpoints
 from mora_jax.training.config import RESULT_IS_MODEL, Config, lay_over
 from mora_jax.training.display import Display
+from mora_jax.training.nonfinite import NonFinite
 from mora_jax.training.observe.flops import StepFlops
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.observe.profile import check_profile
@@ -27,6 +27,7 @@ from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.restarts import Restarter
 from mora_jax.training.run_directory import RunDirectory
 from mora_jax.training.setup import Setup, prepare
+from mora_jax.training.spikes import Spikes
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepMetrics
 from mora_jax.training.stopping import StopSignals
@@ -105,6 +106,8 @@ class Trainer:
         flops = StepFlops.of(setup.model.config, made.adapters, made.frozen, lengths, kl=kl)
         devices, steps = self.runner.devices, setup.plan.steps
         self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
+        self.nonfinite = NonFinite(config.train.max_skipped, config.optimizer.learning_rate)
+        self.spikes = Spikes()
         self.last_loss = math.nan
         self.evaluated: dict[str, Any] = {}
 
@@ -192,20 +195,21 @@ class Trainer:
         self.observer.clock.waited_for_device(asked)
         counts = int(metrics.tokens), int(metrics.trained_tokens)
         times = self.observer.lap(*counts)
-        self.last_loss = float(metrics.loss)
-        if not math.isfinite(self.last_loss):
-            raise InputError(
-                f"the loss is {self.last_loss} at step {step}: lower optimizer.learning_rate "
-                f"(now {self.config.optimizer.learning_rate:g}) or set optimizer.warmup_steps"
-            )
+        loss, grad_norm, skipped = float(metrics.loss), float(metrics.grad_norm), int(metrics.skipped)
+        skip = self.nonfinite.note(step, loss, grad_norm, skipped, int(metrics.skipped_in_row))
+        for note in (skip, self.spikes.note(step, loss) if counts[1] else None):
+            if note:
+                self.display.note(note)
+        self.last_loss = loss if math.isfinite(loss) else self.last_loss
         if step % self.config.train.log_every == 0 or step == self.setup.plan.steps:
             row = {
                 "step": step,
-                "loss": self.last_loss,
+                "loss": loss,
                 "learning_rate": float(metrics.learning_rate),
-                "grad_norm": float(metrics.grad_norm),
+                "grad_norm": grad_norm,
                 "tokens": counts[0],
                 "trained_tokens": counts[1],
+                "skipped": skipped,
                 **self.observer.measures(times, *counts),
             }
             if self.config.loss.kl_weight:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.variables import VECTORS, FullParam
+from mora_jax.training.nonfinite import Skips
 
 Array = jax.Array
 Arrays = dict[str, Array]
@@ -26,12 +27,14 @@ class TrainState(NamedTuple):
         adapters: the trainable float32 arrays by path.
         optimizer: optax's state for them.
         key: typed PRNG key; each step folds its number in, so a resumed run draws what an unbroken one would have.
+        skips: updates left out because they were not finite.
     """
 
     step: Array
     adapters: Arrays
     optimizer: Any
     key: Array
+    skips: Skips
 
 
 class Structure:
@@ -78,4 +81,5 @@ def weight_masks(adapters: Arrays) -> dict[str, bool]:
 
 def initial_state(adapters: Arrays, optimizer: Any, seed: int) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), adapters, optimizer.init(adapters), jax.random.key(seed))
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, adapters, optimizer.init(adapters), jax.random.key(seed), Skips.none())

@@ -13,6 +13,7 @@ from mora_jax.adapters.detach import detach
 from mora_jax.training.kl import weighted_kl
 from mora_jax.training.loss import next_token_targets, weighted_loss
 from mora_jax.training.neftune import embedding_noise
+from mora_jax.training.nonfinite import chosen
 from mora_jax.training.sharding import Placement
 from mora_jax.training.state import Arrays, Structure, TrainState
 
@@ -34,6 +35,8 @@ class StepMetrics(NamedTuple):
         trained_tokens: tokens that carry loss.
         normalizer: what the sum of losses was divided by; 0 for a step without anything to train on.
         kl: mean divergence from the base, in nats a token, before `kl_weight`; 0 without that term.
+        skipped: updates left out so far because loss or gradient was not finite, this one included.
+        skipped_in_row: how many of them are the last steps without a break.
     """
 
     loss: Array
@@ -43,6 +46,8 @@ class StepMetrics(NamedTuple):
     trained_tokens: Array
     normalizer: Array
     kl: Array
+    skipped: Array
+    skipped_in_row: Array
 
 
 StepFunction = Callable[[TrainState, Arrays, Batch], tuple[TrainState, StepMetrics]]
@@ -65,7 +70,7 @@ def make_step(
 
     Weights are divided by their normaliser, which runs over the whole step, all micro-batches and devices, before
     anything is summed: any split of the same rows gives the same update. A step whose normaliser or whose weights
-    are 0 has loss 0 and gradient 0.
+    are 0 has loss 0 and gradient 0. One whose loss or gradient is not finite changes nothing (see nonfinite.py).
 
     Args:
         structure: of the model, split into trainable and frozen arrays.
@@ -171,18 +176,25 @@ def make_step(
             sums, _ = jax.lax.scan(micro, start, (jnp.arange(count), rows))
 
         (loss, kl), gradient = jax.tree.map(total, sums)
+        grad_norm = optax.tree.norm(gradient)
+        taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        skips = state.skips.after(taken)
         metrics = StepMetrics(
             loss=loss,
-            grad_norm=optax.tree.norm(gradient),
+            grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             tokens=total(jnp.sum(segments > 0)),
             trained_tokens=total(jnp.sum(weights > 0)),
             normalizer=normalizer,
             kl=kl,
+            skipped=skips.total,
+            skipped_in_row=skips.in_row,
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters)
         adapters: Any = optax.apply_updates(state.adapters, updates)
-        return TrainState(state.step + 1, adapters, optimizer_state, state.key), metrics
+        adapters = chosen(taken, adapters, state.adapters)
+        optimizer_state = chosen(taken, optimizer_state, state.optimizer)
+        return TrainState(state.step + 1, adapters, optimizer_state, state.key, skips), metrics
 
     return step
 

@@ -123,7 +123,7 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert summary["peak_memory_bytes"] > 10**7 and summary["compile_seconds"] > 0
     rows = metrics(unbroken)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert set(rows[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens"}
+    assert set(rows[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "skipped"}
     assert summary["final_loss"] == rows[-1]["loss"]
     weights = load_file(unbroken / "adapter" / "adapter_model.safetensors")
     assert sum(value.size for value in weights.values()) == summary["trainable_parameters"]
@@ -235,13 +235,20 @@ def test_a_diverging_run_says_so(inputs, tmp_path, monkeypatch):
 
         def diverging(state, frozen, batch):
             state, metrics = step(state, frozen, batch)
-            return state, metrics._replace(loss=jnp.where(state.step > 2, jnp.nan, metrics.loss))
+            bad = jnp.maximum(state.step - 2, 0)
+            metrics = metrics._replace(loss=jnp.where(bad > 0, jnp.nan, metrics.loss))
+            return state, metrics._replace(skipped=bad, skipped_in_row=bad)
 
         return diverging
 
     monkeypatch.setattr(assembly, "make_step", broken)
-    with pytest.raises(InputError, match="the loss is nan at step 3: lower optimizer.learning_rate"):
-        loop.train(config(inputs, tmp_path / "run"), quiet())
+    shown = quiet()
+    with pytest.raises(InputError, match="the loss is nan at step 5, number 3 in a row .*: lower optimizer.learning_r"):
+        loop.train(config(inputs, tmp_path / "run"), shown)
+    assert (
+        "step 4: the loss is nan; the update is skipped (2 in a row of at most 3, 2 in all)" in shown.stream.getvalue()
+    )
+    assert [(row["loss"], row["skipped"]) for row in metrics(tmp_path / "run")][2:] == [(None, 1), (None, 2)]
 
 
 def test_pmap_gives_the_same_losses(inputs, tmp_path):
