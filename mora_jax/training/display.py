@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
+from mora_jax.training.summary_table import summary_rows
+
 # An example's tokens: text, and the weight of predicting it.
 Pieces = Sequence[tuple[str, float]]
 
@@ -112,6 +114,8 @@ class Display:
         """Shows how the run ended: the content of summary.json."""
         self.close()
         self.note(f"done: {summary_words(summary)}")
+        for name, words in summary_rows(summary):
+            self.note(f"{name}: {words}")
 
     def close(self) -> None:
         """Ends whatever is live."""

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mora_jax.training.display import Display, RunInfo, duration, printable, summary_words
 from mora_jax.training.example_text import example_panel
+from mora_jax.training.summary_table import summary_rows
 
 
 class LiveDisplay(Display):
@@ -79,6 +80,13 @@ class LiveDisplay(Display):
         """Takes the bar away and says how the run ended."""
         self.close()
         self.console.print(Text.assemble(("done ", "bold green"), summary_words(summary)))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, words in summary_rows(summary):
+            table.add_row(name, Text(printable(words)))
+        if table.row_count:
+            self.console.print(table)
 
     def close(self) -> None:
         """Takes the bar away and shows the cursor again."""

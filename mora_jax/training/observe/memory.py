@@ -19,13 +19,14 @@ def device_memory(devices: Sequence[jax.Device]) -> dict[str, int | None]:
     return {"device_bytes": max(used, default=None), "device_peak_bytes": max(peak, default=None)}
 
 
-def peak_memory_bytes(devices: Sequence[jax.Device]) -> int:
+def peak_memory(devices: Sequence[jax.Device]) -> dict[str, Any]:
     """The most on one device where devices have the statistic, else the peak resident size of this process."""
     peak = device_memory(devices)["device_peak_bytes"]
     if peak is not None:
-        return peak
+        return {"peak_memory_bytes": peak, "peak_memory_of": "device"}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_bytes": resident * scale, "peak_memory_of": "process"}
 
 
 def planned_memory(compiled: Any) -> dict[str, int] | None:

@@ -12,11 +12,12 @@ from mora_jax.training.config import Config
 from mora_jax.training.display import Display
 from mora_jax.training.observe.compile_log import Compilation, CompileLog
 from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
-from mora_jax.training.observe.memory import device_memory, peak_memory_bytes, planned_memory
+from mora_jax.training.observe.memory import device_memory, peak_memory, planned_memory
 from mora_jax.training.observe.profile import Profile, profiled
 from mora_jax.training.observe.timing import StepClock, StepTimes
 from mora_jax.training.observe.writers import Writer, open_writers
 from mora_jax.training.run_directory import RunDirectory
+from mora_jax.training.summary_table import bytes_words
 
 
 class Observer:
@@ -144,7 +145,7 @@ class Observer:
             **total.row(),
             "other_compile_seconds": self._compile_log.other_seconds,
             "step_memory_bytes": self._planned,
-            "peak_memory_bytes": peak_memory_bytes(self._devices),
+            **peak_memory(self._devices),
             "open": opened,
         }
 
@@ -158,11 +159,3 @@ class Observer:
 
     def _share(self, flops: float, seconds: float) -> float | None:
         return flops / seconds / self._peak if self._peak and seconds else None
-
-
-def bytes_words(number: float) -> str:
-    """`3.2 GB`, `12 MB`: in powers of 1000, as makers of memory count."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"
