@@ -10,6 +10,7 @@ from rich.text import Text
 from mora_jax.training.display import Display, RunInfo, duration, make_display, printable, summary_words
 from mora_jax.training.example_text import example_lines, token_text, window
 from mora_jax.training.live_display import LiveDisplay
+from mora_jax.training.summary_table import summary_rows
 
 INFO = RunInfo(
     model="base",
@@ -137,3 +138,43 @@ def test_words():
     assert printable("a\tb\x07é\n") == "a\\tb\\x07é\n"
     assert summary_words({}) == ""
     assert summary_words(SUMMARY) == "loss 1.5000, took 1:01"
+
+
+MEASURED = {
+    "wall_seconds": 100.0,
+    "step_seconds": 80.0,
+    "device_seconds": 72.0,
+    "data_wait_seconds": 2.0,
+    "host_seconds": 6.0,
+    "compile_seconds": 9.0,
+    "other_compile_seconds": 1.0,
+    "tokens_per_second": 1000.0,
+    "flops_per_token": 4e9,
+    "mfu": 0.4,
+    "mfu_convention": "4N",
+    "peak_memory_bytes": 3_210_000_000,
+    "peak_memory_of": "device",
+    "step_memory_bytes": {"total": 2_500_000},
+    "open": {"TensorBoard": "tensorboard --logdir runs/x/tensorboard"},
+}
+
+
+def test_the_table_at_the_end():
+    rows = dict(summary_rows(MEASURED))
+    assert rows == {
+        "time": "80.0 s of steps, 9.0 s compiling the step, 1.0 s compiling the rest, "
+        "10.0 s evaluating, saving and else",
+        "steps": "90.0% waiting for the device, 2.5% waiting for data, 7.5% the loop itself",
+        "compute": "4 TFLOP/s, MFU 40.0% (4N)",
+        "memory": "at most 3.21 GB in this device; the compiled step takes 2.5 MB a device",
+        "TensorBoard": "tensorboard --logdir runs/x/tensorboard",
+    }
+    unknown = dict(summary_rows(MEASURED | {"mfu": None}))
+    assert unknown["compute"] == "4 TFLOP/s; no MFU, as this device's peak isn't known"
+    assert summary_rows(SUMMARY) == []
+    stream = io.StringIO()
+    Display(stream).finish(MEASURED)
+    assert "\nmemory: at most 3.21 GB" in stream.getvalue()
+    console = Console(file=stream, force_terminal=True, width=100, _environ={})
+    LiveDisplay(console).finish(MEASURED)
+    assert "MFU 40.0%" in stream.getvalue().rpartition("done")[2]

@@ -95,9 +95,7 @@ def test_wandb_has_one_run_with_each_step_once(watched):
     assert run == run_id
     losses = {}
     for record in records:
-        items = {
-            (item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
-        }
+        items = {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
         if "train/loss" in items:
             step = record.history.step.num
             assert step not in losses
