@@ -64,21 +64,23 @@ def open_checkpoint(folder: Path) -> TensorFiles:
     Raises:
         InputError: when there are none, or only pickled ones, or a shard is missing or broken.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return TensorFiles(folder, [single])
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise InputError(f"{index} has no weight_map of tensor names to files")
-        outside = sorted({file for file in weight_map.values() if Path(file).name != file})
-        if outside:
-            raise InputError(f"{index} names files outside the folder: {', '.join(outside[:3])}")
-        files = TensorFiles(folder, [folder / file for file in sorted(set(weight_map.values()))])
-        absent = [name for name in weight_map if name not in files]
-        if absent:
-            raise InputError(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}")
-        return files
+    files = TensorFiles(folder, checkpoint_files(folder))
+    absent = [name for name in _weight_map(folder) if name not in files]
+    if absent:
+        raise InputError(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}")
+    return files
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a HuggingFace model folder.
+
+    Raises:
+        InputError: when there are none, or only pickled ones.
+    """
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if (folder / "model.safetensors.index.json").exists():
+        return [folder / file for file in sorted(set(_weight_map(folder).values()))]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise InputError(
@@ -86,3 +88,17 @@ def open_checkpoint(folder: Path) -> TensorFiles:
             "convert them to safetensors first (load with transformers, then save_pretrained)"
         )
     raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index's table of tensor names to files; empty where one file holds all."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index} has no weight_map of tensor names to files")
+    outside = sorted({file for file in weight_map.values() if Path(file).name != file})
+    if outside:
+        raise InputError(f"{index} names files outside the folder: {', '.join(outside[:3])}")
+    return weight_map

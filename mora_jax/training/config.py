@@ -142,7 +142,10 @@ class TrainSection:
         0.0, "NEFTune: noise on the embeddings in training, scaled by each example's length; 0: none.", at_least=0
     )
     save_every: int = key(0, "Steps between checkpoints; 0: none.", at_least=0)
-    keep: int = key(2, "Checkpoints kept.", at_least=1)
+    keep: int = key(2, "Newest checkpoints kept.", at_least=1)
+    keep_best: int = key(
+        0, "Checkpoints with the lowest evaluation loss written and kept besides; the best one is exported.", at_least=0
+    )
     max_skipped: int = key(
         3,
         "Updates in a row left out for a loss or gradient that is not finite, at which the run stops.",
@@ -388,7 +391,7 @@ def unused(config: Config, given: Collection[str]) -> str | None:
     if config.data.eval is not None:
         groups.append(("data.eval", ["data.eval_fraction"]))
     elif config.data.eval_fraction == 0:
-        groups.append(("no evaluation data", ["train.eval_every"]))
+        groups.append(("no evaluation data", ["train.eval_every", "train.keep_best"]))
     order = list(keys())
     parts = []
     for reason, names in groups:

@@ -10,21 +10,21 @@ from typing import Any
 
 import jax
 
-from mora_jax.adapters.merge import merge
 from mora_jax.data.pipeline import Batch, BatchIterator
 from mora_jax.evaluation.scoring import score
-from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.assembly import assemble
 from mora_jax.training.checkpoint import Checkpoints
-from mora_jax.training.config import RESULT_IS_MODEL, Config, lay_over
+from mora_jax.training.config import Config, lay_over
 from mora_jax.training.display import Display
+from mora_jax.training.identity import run_identity
 from mora_jax.training.nonfinite import NonFinite
 from mora_jax.training.observe.flops import StepFlops
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.observe.profile import check_profile
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.restarts import Restarter
+from mora_jax.training.result import result_name, write_result
 from mora_jax.training.run_directory import RunDirectory
 from mora_jax.training.setup import Setup, prepare
 from mora_jax.training.spikes import Spikes
@@ -119,15 +119,16 @@ class Trainer:
         with (
             StopSignals() as signals,
             self.display,
-            Checkpoints(self.directory.checkpoints, settings.keep, self._identity()) as checkpoints,
+            self._checkpoints() as checkpoints,
             contextlib.ExitStack() as context,
         ):
-            first = checkpoints.latest_step() or 0
-            if first:
-                state, base = checkpoints.restore(self.runner.whole(self.state), self._base(first))
-                self.state, self.frozen = self.runner.place(state), self.frozen | self.runner.place(base)
+            found = checkpoints.newest(self.runner.whole(self.state), self._base)
+            first = 0 if found is None else found.step
+            if found is not None:
+                self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
+                del found
             batches = context.enter_context(contextlib.closing(BatchIterator(self.setup.batches, first)))
-            self.directory.rewind_metrics(first)
+            self._remember(self.directory.rewind_metrics(first))
             self.display.start(self.setup.info(first))
             context.enter_context(self.observer.open(first))
             for note in self.placement.notes() if self.placement is not None else ():
@@ -155,14 +156,34 @@ class Trainer:
                         self._restart(done)
                     if evaluate and self.setup.evaluation is not None:
                         self._evaluate(done)
-                    if (save or signals.received) and not (last and signals.received):
-                        checkpoints.save(self.runner.whole(self.state), self._base(done))
+                    eval_loss = self.evaluated["eval_loss"] if self.evaluated.get("step") == done else None
+                    wanted = save or signals.received or checkpoints.is_best(eval_loss)
+                    if wanted and not (last and signals.received):
+                        wait = bool(last or signals.received)
+                        state, base = self.runner.whole(self.state), self._base(done)
+                        checkpoints.save(state, base, eval_loss=eval_loss, wait=wait)
                     self.observer.clock.restart()
                 if signals.received and not last:
                     self.display.note(f"stopped after step {done}; continue with --resume {self.directory.path}")
                     return signals.exit_code
-            self._finish(started)
+            self._finish(started, checkpoints)
             return 0
+
+    def _checkpoints(self) -> Checkpoints:
+        adapters = self.runner.whole(self.state).adapters
+        identity = run_identity(self.setup, adapters, self.restarter and self.restarter.restarts)
+        settings = self.config.train
+        best = settings.keep_best if self.setup.evaluation is not None else 0
+        return Checkpoints(self.directory.checkpoints, settings.keep, identity, keep_best=best, note=self.display.note)
+
+    def _remember(self, rows: list[dict[str, Any]]) -> None:
+        """Takes up what the rows of the steps before a resumption say."""
+        for row in rows:
+            if row.get("loss") is not None:
+                self.last_loss = row["loss"]
+                self.spikes.note(row["step"], row["loss"])
+            if "eval_loss" in row:
+                self.evaluated = row
 
     def _restart(self, done: int) -> None:
         """Folds the adapters into the base and starts them anew."""
@@ -173,8 +194,11 @@ class Trainer:
         self.display.note(f"restart {number} after step {done}: adapters merged into the base and started anew")
 
     def _base(self, done: int) -> Arrays:
-        """The frozen arrays that restarts have changed in the first `done` steps; none before the first restart."""
-        if self.restarter is None or self.restarter.restarts.count(done) == 0:
+        """The frozen arrays that restarts have changed in the first `done` steps.
+
+        None before the first restart, except where the best checkpoint may have to bring back what was then.
+        """
+        if self.restarter is None or not (self.config.train.keep_best or self.restarter.restarts.count(done)):
             return {}
         return self.restarter.base(self.runner.whole(self.frozen))
 
@@ -233,24 +257,27 @@ class Trainer:
         self.observer.write(self.evaluated)
         self.display.evaluation(self.evaluated)
 
-    def _identity(self) -> dict[str, Any]:
-        section = self.config.adapter
-        shapes = {name: list(array.shape) for name, array in self.runner.whole(self.state).adapters.items()}
-        data = f"{self.setup.train.fingerprint()} in {self.setup.plan}"
-        identity = {"base": self.config.model.path, "method": section.method, "arrays": shapes, "data": data}
-        if self.restarter is not None:
-            identity["restarts"] = f"{self.restarter.restarts}"
-        return identity
+    def _write_result(self, name: str) -> None:
+        """Writes the adapter or the model as trained so far into a folder of the run."""
+        restarted = self.restarter is not None
+        write_result(self._model(), self.directory.path / name, self.config, self.setup.tokenizer, restarted=restarted)
 
-    def _finish(self, started: float) -> None:
-        """Writes the adapter, or the model where its base is not that of old, and the summary."""
-        model = self._model()
-        if self.config.adapter.method in RESULT_IS_MODEL:
-            if self.restarter is not None:
-                merge(model)
-            save_pretrained(model, self.directory.model, self.setup.tokenizer)
-        else:
-            save_adapter(model, self.directory.adapter, base_model_name_or_path=self.config.model.path)
+    def _write_best(self, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Writes what the best checkpoint gives, where it isn't the last; returns what the summary says of it."""
+        best = checkpoints.best()
+        if best is None:
+            return {}
+        (step, loss), name = best, result_name(self.config)
+        if step != self.setup.plan.steps:
+            found = checkpoints.restore(step, self.runner.whole(self.state), self._base(step))
+            self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
+            name = self.directory.best.name
+            self._write_result(name)
+        return {"best_step": step, "best_eval_loss": loss, "best": name}
+
+    def _finish(self, started: float, checkpoints: Checkpoints) -> None:
+        """Writes the result and the summary."""
+        self._write_result(result_name(self.config))
         summary = {
             "method": self.config.adapter.method,
             "trainable_parameters": self.setup.attached.trainable,
@@ -265,6 +292,7 @@ class Trainer:
             "final_loss": None if math.isnan(self.last_loss) else self.last_loss,
             "eval_loss": self.evaluated.get("eval_loss"),
             "eval_perplexity": self.evaluated.get("eval_perplexity"),
+            **self._write_best(checkpoints),
             "wall_seconds": time.perf_counter() - started,
         }
         self.observer.finish(summary)

@@ -20,6 +20,7 @@ CONTENTS = (
     "summary.json",
     "adapter",
     "model",
+    "best",
     "checkpoints",
     "profile",
     "tensorboard",
@@ -49,6 +50,10 @@ class RunDirectory:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
 
     @property
     def metrics(self) -> Path:
@@ -128,12 +133,13 @@ class RunDirectory:
                 break
         return rows
 
-    def rewind_metrics(self, step: int) -> None:
-        """Forgets rows of steps after `step`: a resumed run computes them again."""
+    def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Forgets rows of steps after `step`, which a resumed run computes again; returns the others."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         beside = self.path / ".metrics.jsonl.tmp"
         beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
         beside.replace(self.metrics)
+        return rows
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to `metrics.jsonl`."""

@@ -1,0 +1,36 @@
+"""What a run is for: the adapter, or the model where its base is not that of old."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mora_jax.adapters.merge import merge
+from mora_jax.interop import save_adapter, save_pretrained
+from mora_jax.models.decoder import Decoder
+from mora_jax.training.config import RESULT_IS_MODEL, Config
+
+
+def result_name(config: Config) -> str:
+    """The name of its folder in the run's."""
+    return "model" if config.adapter.method in RESULT_IS_MODEL else "adapter"
+
+
+def write_result(model: Decoder, out: Path, config: Config, tokenizer: Any, *, restarted: bool) -> None:
+    """Writes it, in place of what a run that was killed at its end may have left there.
+
+    Args:
+        model: as trained; merged in place where the method has restarts.
+        out: the folder.
+        config: of the run.
+        tokenizer: goes with a model.
+        restarted: whether the method folds its adapters into the base.
+    """
+    if config.adapter.method not in RESULT_IS_MODEL:
+        save_adapter(model, out, base_model_name_or_path=config.model.path)
+        return
+    if restarted:
+        merge(model)
+    shutil.rmtree(out, ignore_errors=True)
+    save_pretrained(model, out, tokenizer)
