@@ -25,6 +25,7 @@ from mora_jax.adapters.report import adapters_of as adapters_of
 from mora_jax.adapters.report import count, report_of
 from mora_jax.adapters.targets import Place, has_adapter, places, select
 from mora_jax.adapters.trained import Masters, train_biases, train_modules
+from mora_jax.adapters.variables import AdapterParam
 
 
 def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
@@ -45,6 +46,12 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
         ValueError: nothing matches, or a layer that matches can't carry this method or carries an adapter already.
         TypeError: `config` is no adapter configuration.
     """
+    add_adapters(model, config, rngs=rngs)
+    return report_of(model) if not isinstance(config, FullConfig) else _report_of_everything(model)
+
+
+def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> None:
+    """`attach` without its report: it reads no values, so that under `nnx.eval_shape` shapes are enough."""
     if isinstance(config, FullConfig):
         return _train_everything(model)
     method = adapter_class(config)
@@ -59,7 +66,6 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
             adapter.train_bias()
     if config.bias == "all":
         _train_other_biases(model, config, rngs)
-    return report_of(model)
 
 
 def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: Any) -> None:
@@ -118,7 +124,7 @@ def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs) -> None:
     train_biases(model)
 
 
-def _train_everything(model: nnx.Module) -> AttachReport:
+def _train_everything(model: nnx.Module) -> None:
     """Turns every `nnx.Param` into a trained float32 master. Shared parameters stay shared."""
     masters, trainable = Masters(keep=False), 0
     for _, node in nnx.iter_graph(model):
@@ -126,4 +132,7 @@ def _train_everything(model: nnx.Module) -> AttachReport:
             trainable += masters.train_all(node)
     if not trainable:
         raise ValueError("the model has no parameters to train")
-    return AttachReport("full", (), trainable, count(model))
+
+
+def _report_of_everything(model: nnx.Module) -> AttachReport:
+    return AttachReport("full", (), count(model, AdapterParam), count(model))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from mora_jax.cli import convert, demo, generate, inspect, merge, train
+from mora_jax.cli import convert, demo, generate, inspect, merge, plan, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": merge,
     "convert": convert,
     "inspect": inspect,
+    "plan": plan,
     "demo": demo,
 }
 EXIT_INPUT, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATE = 2, 130, 141, 143
@@ -127,8 +128,8 @@ def _run(argv: Sequence[str]) -> int:
         args = parser.parse_args(rest)
         if args.command is None:
             raise InputError(f"no command given; choose one of {', '.join(COMMANDS)} (see mora-jax --help)")
-        if overrides and args.command != "train":
-            raise InputError(f"--config.{overrides[0][0]}: only train takes configuration keys")
+        if overrides and args.command not in ("train", "plan"):
+            raise InputError(f"--config.{overrides[0][0]}: only train and plan take configuration keys")
         args.overrides = overrides
         return args.run(args)
     except SystemExit as stop:  # --help and --version, and the handler of SIGTERM

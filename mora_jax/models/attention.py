@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mora_jax.models.target import backend
+
 Array = jax.Array
 
 _MASKED = -1e30  # finite, so that rows without a visible key stay finite
@@ -33,7 +35,7 @@ class _Options:
 
 def query_block() -> int:
     """Queries a block: what fits the caches of a CPU, or keeps a matrix unit busy elsewhere."""
-    return 128 if jax.default_backend() == "cpu" else 512
+    return 128 if backend() == "cpu" else 512
 
 
 def attention(

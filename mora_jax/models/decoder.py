@@ -20,6 +20,7 @@ from mora_jax.models.rope import tables
 from mora_jax.models.segments import check_token_ids, default_positions
 from mora_jax.models.spread import Spread
 from mora_jax.models.stack import Places, run_stack
+from mora_jax.models.target import backend
 
 _NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 REMAT = ("none", "dots", "full")
@@ -264,7 +265,7 @@ class Decoder(nnx.Module):
     def _unroll(self) -> int:
         if self.unroll is not None:
             return min(self.unroll, self.config.num_layers)
-        return self.config.num_layers if jax.default_backend() == "cpu" else 1
+        return self.config.num_layers if backend() == "cpu" else 1
 
     def _hidden(
         self,

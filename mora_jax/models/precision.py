@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mora_jax.errors import InputError
+from mora_jax.models.target import backend
 
 NAMES = ("float32", "bfloat16")
 _FAST_FLAGS = {"amx_bf16", "avx512_bf16"}
@@ -14,7 +14,7 @@ _FAST_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 def default_dtype() -> jnp.dtype:
     """bfloat16 where its matrix products are fast: on accelerators, and on CPUs with instructions for it."""
-    if jax.default_backend() != "cpu" or _cpu_flags() & _FAST_FLAGS:
+    if backend() != "cpu" or _cpu_flags() & _FAST_FLAGS:
         return jnp.dtype("bfloat16")
     return jnp.dtype("float32")
 

@@ -9,7 +9,8 @@ import jax
 import optax
 
 from mora_jax.adapters.partition import partition
-from mora_jax.adapters.report import adapters_of
+from mora_jax.adapters.report import adapter_at
+from mora_jax.adapters.targets import has_adapter, places
 from mora_jax.data.weights import MODES
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adapter_settings import adapter_config
@@ -77,7 +78,7 @@ def assemble(
         optimizer,
         make_schedule(config.optimizer, steps, restarts),
         placement=placement,
-        dropout=any(entry.config.dropout > 0 for entry in adapters_of(model)),
+        dropout=any(adapter_at(place).config.dropout > 0 for place in places(model) if has_adapter(place)),
         axis_name="data" if pmap else None,
         divisor=config.loss.constant if normalize == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,

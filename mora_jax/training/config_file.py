@@ -8,7 +8,7 @@ file names it.
 import contextlib
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from mora_jax.training.config import Config, check_together, find_key, flatten, 
 MODULE_NAME = "mora_jax_config_file"
 
 
-def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> tuple[Config, str | None]:
+def load_config(
+    path: str | None, overrides: Sequence[tuple[str, str]] = (), defaults: Mapping[str, Any] | None = None
+) -> tuple[Config, str | None]:
     """Reads a configuration.
 
     Args:
         path: the config file, or None for the defaults alone.
         overrides: (dotted key, text) pairs from the command line; later ones win.
+        defaults: values of dotted keys where neither sets them, instead of the usual ones.
 
     Returns:
         The checked configuration, and one line about keys that this run ignores (None when there are none).
@@ -37,7 +40,8 @@ def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> 
     for name, text in overrides:
         origin = f"--config.{name}"
         settings.append((name, find_key(name, origin).parse(text, origin), origin))
-    config = lay_over(Config(), settings)
+    first = [(name, value, "defaults") for name, value in (defaults or {}).items()]
+    config = lay_over(Config(), first + settings)
     check_together(config)
     return config, unused(config, {name for name, _, _ in settings})
 

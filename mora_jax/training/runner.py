@@ -87,9 +87,13 @@ class JitRunner(Runner):
         self._rows = Placement(mesh).batch(1)
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        return self.trace(state, frozen, batch).lower()
+
+    def trace(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        """The step, traced and not lowered yet: it tells its operations."""
         places = jax.tree.map(lambda array: array.sharding, state)
         jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=(places, self._whole))
-        return jitted.lower(state, frozen, batch)
+        return jitted.trace(state, frozen, batch)
 
     def places(self, tree: Any) -> Any:
         """The sharding of every leaf of a state or of a dictionary of arrays (or shapes).

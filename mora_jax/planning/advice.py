@@ -1,0 +1,97 @@
+"""From a configuration and chips to what is reported: the plan asked for, the one advised, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mora_jax.planning.compiling import CompilerError, has_libtpu
+from mora_jax.planning.plan import Plan, by_formula, compiled
+from mora_jax.planning.recommend import recommend
+from mora_jax.planning.topology import Topology, larger
+from mora_jax.training.config import Config, lay_over
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is reported.
+
+    Attributes:
+        asked: the configuration as it is.
+        advised: the fastest way that fits; None where none does.
+        tried: how many ways were looked at by formula and fit.
+        smallest: where none fits, the smallest slice or host of the kind that would hold it; None where none does.
+        notes: what the reader has to know.
+    """
+
+    asked: Plan
+    advised: Plan | None
+    tried: int
+    smallest: str | None
+    notes: tuple[str, ...]
+
+
+def advise(config: Config, values: dict[str, Any], topology: Topology, tries: int, note: Note) -> Advice:
+    """Looks at a configuration and at the other ways to run it.
+
+    Args:
+        config: of the run.
+        values: the model's HuggingFace config.
+        topology: the chips.
+        tries: how many ways may be compiled besides the configuration's own; 0 compiles nothing.
+        note: is told what takes a while.
+
+    Raises:
+        InputError: the configuration doesn't fit these chips, whatever their memory.
+    """
+    notes: list[str] = []
+    asked = by_formula(config, values, topology)
+    compiler = bool(tries) and topology.tpu is not None and has_libtpu()
+    if not compiler:
+        notes.append(_why_formula(tries, topology))
+
+    def checked(plan: Plan) -> Plan:
+        note(f"compiling for {topology.tpu}, mesh {plan.mesh}, remat {plan.config.model.remat}: a minute or two")
+        try:
+            return compiled(plan, values)
+        except CompilerError as error:
+            notes.append(f"the compiler failed, so this is by formula: {error}")
+            return plan
+
+    if compiler:
+        asked = checked(asked)
+    note("trying other meshes, micro-batches and remat by formula")
+    ways = recommend(config, values, topology)
+    advised = None
+    for way in ways[: tries if compiler else 1]:
+        if way.settings() == asked.settings():
+            way = asked
+        elif compiler:
+            way = checked(way)
+        if way.fits:
+            advised = way
+            break
+    smallest = None if ways else _smallest(config, values, topology)
+    return Advice(asked, advised, len(ways), smallest, tuple(notes))
+
+
+def _why_formula(tries: int, topology: Topology) -> str:
+    if topology.tpu is None:
+        return "memory is by formula: no compiler for GPUs without a GPU"
+    if not tries:
+        return "memory is by formula, as asked for"
+    return "memory is by formula: libtpu, the TPU's compiler, is not installed (pip install 'mora-jax[plan]')"
+
+
+def _smallest(config: Config, values: dict[str, Any], topology: Topology) -> str | None:
+    """The smallest larger slice that holds the run with every array cut over all chips, one row a chip."""
+    for other in larger(topology):
+        settings: dict[str, Any] = {"mesh.data": 1, "mesh.fsdp": other.chips, "mesh.tensor": 1, "model.remat": "full"}
+        settings |= {"train.batch_size": other.chips, "train.micro_batch_size": other.chips}
+        plan = by_formula(lay_over(config, [(name, value, "plan") for name, value in settings.items()]), values, other)
+        if plan.fits:
+            return other.name
+    return None

@@ -1,0 +1,79 @@
+"""Compiles one step for TPUs that this machine needn't have: a process of its own, since libtpu stays loaded.
+
+    python -m mora_jax.planning.compile_worker < task.json
+
+The task is a JSON object: `config` (as `Config.to_dict`), `decoder` (a HuggingFace config), `topology` (as libtpu calls
+it), `mesh` (devices along each axis). The answer is the last line of stdout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from typing import Any
+
+# libtpu asks the machine about itself unless it is told not to; read before jax is imported.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
+
+import jax
+from jax.experimental import topologies
+
+from mora_jax.models.families import read_config
+from mora_jax.models.target import compiling_for
+from mora_jax.planning.abstract import abstract_model, assemble_abstract
+from mora_jax.planning.collectives import Loops, collectives
+from mora_jax.training.chunks import chunk_size
+from mora_jax.training.config import Config, flatten, lay_over
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def compile_step(task: dict[str, Any]) -> dict[str, Any]:
+    """Compiles the step of a task and says what the compiler says of it."""
+    config = lay_over(Config(), [(name, value, "plan") for name, value in flatten(task["config"])])
+    decoder = read_config(task["decoder"], "the model")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"]).devices
+    with compiling_for("tpu"):
+        made, arguments = assemble_abstract(abstract_model(decoder, config), config, tuple(task["mesh"]), devices)
+        lowered = made.runner.lower(*arguments)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"fits": False, "seconds": time.perf_counter() - start} | _needed(str(error))
+    memory: Any = compiled.memory_analysis()
+    micro, rows, length = arguments[2]["input_ids"].shape
+    shards = made.placement.row_shards if made.placement is not None else 1
+    tokens = rows // shards * length
+    chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
+    found = collectives(compiled.as_text(), len(devices), Loops(decoder.num_layers, micro, chunks))
+    return {
+        "fits": True,
+        "seconds": time.perf_counter() - start,
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temp": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        "collectives": [dataclasses.asdict(entry) for entry in found],
+    }
+
+
+def _needed(message: str) -> dict[str, Any]:
+    """What the compiler says of a program that doesn't fit."""
+    if found := _USED.search(message):
+        used, limit = (float(found[i]) * _UNITS[found[i + 1].upper()] for i in (1, 3))
+        return {"total": used, "limit": limit}
+    return {"message": message.splitlines()[0][:300]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_step(json.load(sys.stdin))))

@@ -1,0 +1,241 @@
+"""Memory and traffic of a step by formula, for chips whose compiler isn't here.
+
+Per chip:
+
+- *weights, adapters, optimizer, batch*: exact, from every array's shape and the sharding that training gives it;
+- *activations*: what the forward pass keeps for the backward pass, read from the traced step (see traced.py);
+- *temp*: the gradients of what is trained (twice with several micro-batches), and the larger of two moments. In a
+  layer's backward pass: what is alive in the layer, and under `fsdp` the weights of two layers gathered (this one and
+  the next). In the loss: what is alive there. The output head is gathered before and stays.
+
+Along `tensor` everything but the residual stream is cut. What compilers pad arrays to (8 × 128 on TPUs), and how they
+order operations, is not in it: `docs/plan.md` has a table of how far off that leaves it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from mora_jax.adapters.partition import partition
+from mora_jax.adapters.variables import AdapterParam
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
+from mora_jax.models.target import compiling_for
+from mora_jax.planning.abstract import abstract_batch, abstract_model, assemble_abstract, optimizer_shapes
+from mora_jax.planning.collectives import Collective
+from mora_jax.planning.traced import Traced, read_traced
+from mora_jax.training.adapter_keys import AdapterConfig
+from mora_jax.training.chunks import chunk_size
+from mora_jax.training.config import Config, ModelConfig, lay_over
+from mora_jax.training.mesh import AXES
+from mora_jax.training.runner import JitRunner
+from mora_jax.training.sharding import Placement
+from mora_jax.training.state import dotted, flat_arrays
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each chip.
+
+    Attributes:
+        weights: of frozen arrays.
+        adapters: of what is trained: with full fine-tuning the whole model, as float32.
+        optimizer: its moments.
+        batch: of one step.
+        activations: kept between the forward and the backward pass.
+        temp: everything else that is alive at the fullest moment; under a compiler its own figure less `activations`.
+        padding: what the compiler's layouts add to the arguments; 0 by formula.
+    """
+
+    weights: float
+    adapters: float
+    optimizer: float
+    batch: float
+    activations: float
+    temp: float
+    padding: float = 0.0
+
+    @property
+    def arguments(self) -> float:
+        """Of what is there before the step starts."""
+        return self.weights + self.adapters + self.optimizer + self.batch + self.padding
+
+    @property
+    def total(self) -> float:
+        """At the fullest moment."""
+        return self.arguments + self.activations + self.temp
+
+
+@dataclass(frozen=True)
+class Reckoned:
+    """One step on each chip, by formula.
+
+    Attributes:
+        memory: see `Memory`.
+        flops, bytes: of matrix products, in a whole step on one chip.
+        collectives: of a step.
+        trainable, parameters: numbers that are trained, and that the model has, over all chips.
+    """
+
+    memory: Memory
+    flops: float
+    bytes: float
+    collectives: tuple[Collective, ...]
+    trainable: int
+    parameters: int
+
+
+def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backend: str) -> Reckoned:
+    """The formula for a model and a mesh.
+
+    Args:
+        config: of the run.
+        values: the model's HuggingFace config.
+        mesh: devices along each of its axes.
+        backend: what the step is for, `tpu` or `gpu`.
+    """
+    decoder = read_config(values, "the model")
+    axes = dict(zip(AXES, mesh, strict=True))
+    fsdp, tensor, data = axes["fsdp"], axes["tensor"], axes["data"]
+    with compiling_for(backend):
+        model = _model(config.model, config.adapter, _text(values), backend)
+        _, adapters, frozen = partition(model)
+        abstract = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        placement = Placement.of(abstract, adapters, frozen)
+        runner = JitRunner(_no_step, abstract, placement.table(adapters, frozen))
+        trained, kept = flat_arrays(adapters), flat_arrays(frozen)
+        batch = abstract_batch(config)
+    micro, rows, length = batch["input_ids"].shape
+    local = rows // (data * fsdp)
+    traced = _traced(config, values, local, backend)
+    width = jnp.dtype(model.dtype).itemsize
+    layers = _gathered(placement, (adapters, frozen), width)
+    head = decoder.vocab_size * decoder.hidden_size * width / tensor
+    gradients = _held(runner, trained) * (2 if micro > 1 else 1)
+    stream = decoder.num_layers * local * length * decoder.hidden_size * width
+    saved = min(stream, traced.saved) + max(0.0, traced.saved - stream) / tensor
+    cut = fsdp > 1
+    backward = traced.layer / tensor + (2 * layers / decoder.num_layers if cut else 0)
+    memory = Memory(
+        weights=_held(runner, kept),
+        adapters=_held(runner, trained),
+        optimizer=_held(runner, optimizer_shapes(config, trained)),
+        batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / (data * fsdp),
+        activations=saved,
+        temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0),
+    )
+    moved = _collectives(decoder, axes, micro, local * length, layers, head, trained, width, config)
+    trainable = sum(math.prod(array.shape) for array in trained.values())
+    parameters = trainable + sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, _frozen_parameter)))
+    return Reckoned(memory, micro * traced.flops / tensor, micro * traced.bytes / tensor, moved, trainable, parameters)
+
+
+def _no_step(*_: Any) -> Any:
+    raise AssertionError("this runner only tells where arrays lie")
+
+
+def _frozen_parameter(path: Any, value: Any) -> bool:
+    return isinstance(value, nnx.Param) and not isinstance(value, AdapterParam)
+
+
+def _size(shape: tuple[int, ...], dtype: Any) -> float:
+    # Typed keys have a dtype that numpy doesn't know.
+    return math.prod(shape) * getattr(dtype, "itemsize", 8)
+
+
+def _held(runner: JitRunner, tree: Any) -> float:
+    """Bytes of a tree on each chip."""
+    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(runner.places(tree))
+    return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in zip(leaves, places, strict=True))
+
+
+def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> float:
+    """Bytes of all layers' matrices as layers use them: whole along `fsdp`, cut along `tensor`."""
+    total = 0.0
+    for state in states:
+        for path, variable in nnx.to_flat_state(state):
+            axes, shape = variable.get_metadata().get("axes") or (), tuple(variable.get_value().shape)
+            if dotted(path).startswith("layers.") and len(axes) > 2:
+                used = placement.used(axes[1:], shape[1:]).shard_shape(shape[1:])
+                total += shape[0] * math.prod(used) * width
+    return total
+
+
+def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> Traced:
+    """A micro-batch of `rows` on one device: everything in it grows evenly with the rows."""
+    one, two = (_traced_rows(_for_trace(config), _text(values), count, backend) for count in (1, 2))
+
+    def grown(name: str) -> float:
+        first, second = getattr(one, name), getattr(two, name)
+        return first + (rows - 1) * (second - first)
+
+    return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "layer", "head")))
+
+
+def _for_trace(config: Config) -> Config:
+    """The configuration without what a micro-batch doesn't depend on, so that like ones are traced once."""
+    settings: list[tuple[str, Any, str]] = [("out", None, ""), ("train.micro_batch_size", None, "")]
+    settings += [(f"mesh.{axis}", 1, "") for axis in AXES]
+    return lay_over(config, settings)
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _model(model: ModelConfig, adapter: AdapterConfig, values: str, backend: str) -> Decoder:
+    """The shapes, once for all meshes and batches."""
+    with compiling_for(backend):
+        return abstract_model(read_config(json.loads(values), "the model"), Config(model=model, adapter=adapter))
+
+
+@functools.lru_cache(maxsize=256)
+def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced:
+    decoder = read_config(json.loads(values), "the model")
+    config = lay_over(config, [("train.batch_size", rows, "")])
+    with compiling_for(backend):
+        made, arguments = assemble_abstract(
+            _model(config.model, config.adapter, values, backend), config, (1,) * len(AXES)
+        )
+        assert isinstance(made.runner, JitRunner), "pmap is refused before"
+        program = made.runner.trace(*arguments).jaxpr
+    tokens = rows * config.data.max_length
+    return read_traced(program, decoder.num_layers, -(-tokens // chunk_size(decoder.vocab_size, tokens)))
+
+
+def _collectives(
+    decoder: DecoderConfig,
+    axes: dict[str, int],
+    micro: int,
+    tokens: int,
+    layers: float,
+    head: float,
+    trained: dict[str, Any],
+    width: int,
+    config: Config,
+) -> tuple[Collective, ...]:
+    """Gathers of weights along `fsdp`, forward and backward; sums of gradients; sums of activations along `tensor`."""
+    fsdp, tensor, sharing = axes["fsdp"], axes["tensor"], axes["data"] * axes["fsdp"]
+    count, found = decoder.num_layers, []
+    if fsdp > 1:
+        size = (micro * 2 * layers + head) * (fsdp - 1) / fsdp
+        found.append(Collective("all-gather", micro * 2 * count + 1, size))
+    if sharing > 1:
+        gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
+        found.append(Collective("all-reduce", micro * count, 2 * micro * gradient * (sharing - 1) / sharing))
+    if tensor > 1:
+        passes = 4 if config.model.remat == "none" else 6
+        size = micro * passes * count * tokens * decoder.hidden_size * width * 2 * (tensor - 1) / tensor
+        found.append(Collective("all-reduce", micro * passes * count, size))
+    return tuple(found)

@@ -1,0 +1,167 @@
+"""What one device computes and keeps in a step, read from the traced program: nothing is compiled, nothing runs.
+
+Matrix products are counted as they stand in the program, those that remat repeats and the halves of attention that are
+never computed included. Memory is followed through the program in its own order: results of matrix products, gathers,
+concatenations and loops are held until their last use, and what lies between them is fused into its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend import core
+
+#: Operations that compilers fuse into those around them; their results are never held.
+_FUSED = frozenset(
+    """
+    abs add add_any and broadcast_in_dim clamp convert_element_type copy copy_p cos div eq erf exp exp2
+    expand_dims ge gt integer_pow iota is_finite le log log1p logistic lt max min mul name ne neg not
+    optimization_barrier or pad pow random_bits random_fold_in random_unwrap random_wrap rem reshape reshard
+    rev rsqrt select_n sharding_constraint sign sin slice split sqrt square squeeze stop_gradient sub tanh
+    transpose xor
+    """.split()
+)
+_LOOPS = ("scan", "while")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One device's share of a micro-batch.
+
+    Attributes:
+        flops: of its matrix products.
+        bytes: operands and results of its matrix products.
+        saved: bytes that the forward pass keeps for the backward pass, over all layers.
+        layer: most bytes alive at once inside a layer.
+        head: most bytes alive at once in the vocabulary loss.
+    """
+
+    flops: float
+    bytes: float
+    saved: float
+    layer: float
+    head: float
+
+
+def read_traced(program: core.ClosedJaxpr, layers: int, chunks: int) -> Traced:
+    """What a traced step of one micro-batch on one device does.
+
+    Args:
+        program: the step.
+        layers: of the model: a scan as long as this is the stack's.
+        chunks: how often the loop of the vocabulary loss runs.
+    """
+    flops, moved = _products(program.jaxpr, chunks)
+    saved, layer, head = 0.0, 0.0, 0.0
+    for step in _flat(program.jaxpr):
+        if step.name == "scan" and step.equation.params["length"] == layers:
+            layer = max(layer, _peak(step.inner[0]))
+            if not step.equation.params["reverse"]:
+                kept = step.equation.outvars[step.equation.params["num_carry"] :]
+                saved = max(saved, sum(map(_bytes, kept)))
+        elif step.name == "while":
+            head = max(head, sum(map(_bytes, step.equation.outvars)) + max(map(_peak, step.inner)))
+    return Traced(flops, moved, saved, layer, head)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An equation of a program whose calls are written out: operands and results as variables of the whole program."""
+
+    name: str
+    operands: tuple[Any, ...]
+    results: tuple[Any, ...]
+    equation: core.JaxprEqn
+    inner: tuple[core.Jaxpr, ...]
+
+
+def _flat(jaxpr: core.Jaxpr, names: dict[Any, Any] | None = None) -> Iterator[_Step]:
+    """The equations of a program, with those of the functions that it calls in their place; loops stay loops."""
+    names = {} if names is None else names
+
+    def named(variable: Any) -> Any:
+        return None if isinstance(variable, core.Literal) else names.get(variable, variable)
+
+    for equation in jaxpr.eqns:
+        operands = tuple(named(variable) for variable in equation.invars)
+        inner = tuple(_inner(equation))
+        name = equation.primitive.name
+        if len(inner) == 1 and name not in _LOOPS and len(inner[0].invars) == len(equation.invars):
+            called: dict[Any, Any] = dict(zip(inner[0].invars, operands, strict=True))
+            yield from _flat(inner[0], called)
+            for outside, inside in zip(equation.outvars, inner[0].outvars, strict=True):
+                names[outside] = None if isinstance(inside, core.Literal) else called.get(inside, inside)
+        else:
+            yield _Step(name, operands, tuple(equation.outvars), equation, inner)
+    if names is not None:
+        names.update(
+            {variable: named(variable) for variable in jaxpr.outvars if not isinstance(variable, core.Literal)}
+        )
+
+
+def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def _products(jaxpr: core.Jaxpr, chunks: int) -> tuple[float, float]:
+    """FLOPs and bytes of the matrix products of a program."""
+    flops, moved = 0.0, 0.0
+    for step in _flat(jaxpr):
+        if step.name == "dot_general":
+            left, right = (variable.aval for variable in step.equation.invars)
+            (contracted, _), _ = step.equation.params["dimension_numbers"]
+            out = step.equation.outvars[0].aval
+            flops += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
+            moved += sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in (left, right, out))
+        elif step.inner:
+            found = [_products(inner, chunks) for inner in step.inner]
+            times = {"scan": step.equation.params.get("length", 1), "while": chunks}.get(step.name, 1)
+            most = max(found)
+            flops, moved = flops + times * most[0], moved + times * most[1]
+    return flops, moved
+
+
+def _peak(jaxpr: core.Jaxpr) -> float:
+    """Most bytes alive at once of the arrays that a program makes; those that it is given don't count."""
+    steps = list(_flat(jaxpr))
+    roots: dict[Any, frozenset[Any]] = {}  # what has to be held for a variable to be had
+    last: dict[Any, int] = {}
+    made: list[list[Any]] = []
+    for i, step in enumerate(steps):
+        needed = frozenset().union(*(roots.get(variable, frozenset()) for variable in step.operands))
+        if step.name in _FUSED and not step.inner:
+            roots.update(dict.fromkeys(step.results, needed))
+            made.append([])
+            continue
+        last.update(dict.fromkeys(needed, i))
+        roots.update({variable: frozenset([variable]) for variable in step.results})
+        last.update(dict.fromkeys(step.results, i))
+        made.append(list(step.results))
+    for variable in jaxpr.outvars:
+        if not isinstance(variable, core.Literal):
+            last.update(dict.fromkeys(roots.get(variable, frozenset()), len(steps)))
+    most, held = 0.0, 0.0
+    ends: dict[int, float] = {}
+    for i, results in enumerate(made):
+        for variable in results:
+            size = _bytes(variable)
+            held += size
+            ends[last[variable]] = ends.get(last[variable], 0.0) + size
+        inside = max(map(_peak, steps[i].inner), default=0.0)
+        most = max(most, held + inside)
+        held -= ends.pop(i, 0.0)
+    return most
+
+
+def _bytes(variable: Any) -> float:
+    aval = variable.aval
+    itemsize = getattr(aval.dtype, "itemsize", 4)
+    return math.prod(aval.shape) * itemsize
