@@ -15,6 +15,7 @@ from mora_jax.cli.options import add_number
 HELP = "say whether a run fits, and what it costs"
 # Columns where there is no terminal to ask.
 _WIDTH = 110
+_UNNAMED = "a model that nobody named"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.training.config_file import load_config
 
     topology = read_topology(args.accelerator)
-    unread = {"data.train": ("unread",), "out": "unread", "model.path": args.model or ""}
+    unread = {"data.train": ("unread",), "out": "unread", "model.path": args.model or _UNNAMED}
     config, note = load_config(args.config, args.overrides, unread)
     if note:
         print(f"warning: {note}", file=sys.stderr)
     model = args.model or config.model.path
-    if not model:
+    if model is None or model == _UNNAMED:
         raise InputError("no model: give --model, such as --model llama3-8b, or --config.model.path")
     values = read_model(model)
     check_plannable(config)

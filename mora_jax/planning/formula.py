@@ -110,7 +110,8 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
     with compiling_for(backend):
         model = _model(config.model, config.adapter, _text(values), backend)
         _, adapters, frozen = partition(model)
-        abstract = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        # It has the axes of a mesh and no devices, which is all that shapes of shards need.
+        abstract: Any = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         placement = Placement.of(abstract, adapters, frozen)
         runner = JitRunner(_no_step, abstract, placement.table(adapters, frozen))
         trained, kept = flat_arrays(adapters), flat_arrays(frozen)

@@ -116,9 +116,9 @@ def _products(jaxpr: core.Jaxpr, chunks: int) -> tuple[float, float]:
     flops, moved = 0.0, 0.0
     for step in _flat(jaxpr):
         if step.name == "dot_general":
-            left, right = (variable.aval for variable in step.equation.invars)
+            left, right = (_aval(variable) for variable in step.equation.invars)
             (contracted, _), _ = step.equation.params["dimension_numbers"]
-            out = step.equation.outvars[0].aval
+            out = _aval(step.equation.outvars[0])
             flops += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
             moved += sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in (left, right, out))
         elif step.inner:
@@ -161,7 +161,12 @@ def _peak(jaxpr: core.Jaxpr) -> float:
     return most
 
 
+def _aval(variable: Any) -> Any:
+    """Shape and dtype of a variable."""
+    return variable.aval
+
+
 def _bytes(variable: Any) -> float:
-    aval = variable.aval
+    aval = _aval(variable)
     itemsize = getattr(aval.dtype, "itemsize", 4)
     return math.prod(aval.shape) * itemsize
