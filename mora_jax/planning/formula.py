@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from mora_jax.adapters.partition import partition
 from mora_jax.adapters.variables import AdapterParam
@@ -38,7 +38,7 @@ from mora_jax.training.adapter_keys import AdapterConfig
 from mora_jax.training.chunks import chunk_size
 from mora_jax.training.config import Config, ModelConfig, lay_over
 from mora_jax.training.mesh import AXES
-from mora_jax.training.runner import JitRunner
+from mora_jax.training.runner import JitRunner, places
 from mora_jax.training.sharding import Placement
 from mora_jax.training.state import dotted, flat_arrays
 
@@ -113,24 +113,28 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
         # It has the axes of a mesh and no devices, which is all that shapes of shards need.
         abstract: Any = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         placement = Placement.of(abstract, adapters, frozen)
-        runner = JitRunner(_no_step, abstract, placement.table(adapters, frozen))
+        shardings = placement.table(adapters, frozen)
         trained, kept = flat_arrays(adapters), flat_arrays(frozen)
         batch = abstract_batch(config)
+
+    def held(tree: Any) -> float:
+        return _bytes_held(tree, shardings, placement.sharding())
+
     micro, rows, length = batch["input_ids"].shape
     local = rows // (data * fsdp)
     traced = _traced(config, values, local, backend)
     width = jnp.dtype(model.dtype).itemsize
     layers = _gathered(placement, (adapters, frozen), width)
     head = decoder.vocab_size * decoder.hidden_size * width / tensor
-    gradients = _held(runner, trained) * (2 if micro > 1 else 1)
+    gradients = held(trained) * (2 if micro > 1 else 1)
     stream = decoder.num_layers * local * length * decoder.hidden_size * width
     saved = min(stream, traced.saved) + max(0.0, traced.saved - stream) / tensor
     cut = fsdp > 1
     backward = traced.layer / tensor + (2 * layers / decoder.num_layers if cut else 0)
     memory = Memory(
-        weights=_held(runner, kept),
-        adapters=_held(runner, trained),
-        optimizer=_held(runner, optimizer_shapes(config, trained)),
+        weights=held(kept),
+        adapters=held(trained),
+        optimizer=held(optimizer_shapes(config, trained)),
         batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / (data * fsdp),
         activations=saved,
         temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0),
@@ -139,10 +143,6 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
     trainable = sum(math.prod(array.shape) for array in trained.values())
     parameters = trainable + sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, _frozen_parameter)))
     return Reckoned(memory, micro * traced.flops / tensor, micro * traced.bytes / tensor, moved, trainable, parameters)
-
-
-def _no_step(*_: Any) -> Any:
-    raise AssertionError("this runner only tells where arrays lie")
 
 
 def _frozen_parameter(path: Any, value: Any) -> bool:
@@ -154,10 +154,10 @@ def _size(shape: tuple[int, ...], dtype: Any) -> float:
     return math.prod(shape) * getattr(dtype, "itemsize", 8)
 
 
-def _held(runner: JitRunner, tree: Any) -> float:
+def _bytes_held(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> float:
     """Bytes of a tree on each chip."""
-    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(runner.places(tree))
-    return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in zip(leaves, places, strict=True))
+    found = zip(jax.tree.leaves(tree), jax.tree.leaves(places(tree, shardings, whole)), strict=True)
+    return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in found)
 
 
 def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> float:

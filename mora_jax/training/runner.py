@@ -96,17 +96,8 @@ class JitRunner(Runner):
         return jitted.trace(state, frozen, batch)
 
     def places(self, tree: Any) -> Any:
-        """The sharding of every leaf of a state or of a dictionary of arrays (or shapes).
-
-        A leaf of an optimizer's state lies like the parameter under whose name it stands if it has its shape.
-        """
-
-        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-            found = self._shardings.get(names[-1]) if names else None
-            return self._whole if found is None or not _fits(found, leaf.shape) else found
-
-        return jax.tree_util.tree_map_with_path(place, tree)
+        """The sharding of every leaf of a state or of a dictionary of arrays (or shapes); see `places`."""
+        return places(tree, self._shardings, self._whole)
 
     def place(self, tree: Any) -> Any:
         """State or frozen arrays, cut as the table says."""
@@ -119,6 +110,25 @@ class JitRunner(Runner):
     def whole(self, tree: Any) -> Any:
         """The tree without what `place` added: nothing, arrays of `jit` have their own shapes."""
         return tree
+
+
+def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> Any:
+    """The sharding of every leaf of a state or of a dictionary of arrays (or shapes).
+
+    A leaf of an optimizer's state lies like the parameter under whose name it stands if it has its shape.
+
+    Args:
+        tree: the state or the arrays.
+        shardings: of trained and frozen arrays by dotted path (`Placement.table`).
+        whole: what the others get.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        found = shardings.get(names[-1]) if names else None
+        return whole if found is None or not _fits(found, leaf.shape) else found
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
