@@ -101,11 +101,12 @@ def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, 
     if resolved.ranks is not None:
         adapter.limit_ranks(resolved.ranks)
     adapter.start(place.kernel)
-    _add(place, adapter, rngs)
+    add_adapter(place, adapter, rngs)
     return adapter
 
 
-def _add(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
+def add_adapter(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
+    """Puts an adapter on a place that has none."""
     if isinstance(place.layer, Projection):
         assert place.part is not None, "a place in a projection is one of its parts"
         place.layer.add_adapter(place.part, adapter)

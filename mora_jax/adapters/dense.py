@@ -56,6 +56,30 @@ def _trained_dot_bwd(residuals, dy):
 trained_dot.defvjp(_trained_dot_fwd, _trained_dot_bwd)
 
 
+@jax.custom_vjp
+def row_dot(x: Array, w: Array) -> Array:
+    """`x [B, T, in]` by each row's own `w [B, in, out]`: `trained_dot` row by row, float32 `[B, T, out]`."""
+    return _batched(x, w.astype(x.dtype), 2, 1)
+
+
+def _batched(x: Array, w: Array, left: int, right: int) -> Array:
+    """Contracts axis `left` of `x` with axis `right` of `w`, row by row."""
+    return lax.dot_general(x, w, (((left,), (right,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _row_dot_fwd(x, w):
+    return row_dot(x, w), (x, w)
+
+
+def _row_dot_bwd(residuals, dy):
+    x, w = residuals
+    dy = dy.astype(x.dtype)
+    return _batched(dy, w.astype(x.dtype), 2, 2).astype(x.dtype), _batched(x, dy, 1, 1).astype(w.dtype)
+
+
+row_dot.defvjp(_row_dot_fwd, _row_dot_bwd)
+
+
 class Delta(Protocol):
     """What an adapter adds to a frozen product, as a pair of pure functions; hashable, since it is static under jit."""
 

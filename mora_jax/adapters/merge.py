@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.bank import refuse_banks
 from mora_jax.adapters.detach import take_adapter
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import add_to_bias, drop_bias, put_matrix, turn_adapted
@@ -51,8 +52,9 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
         What `unmerge` needs to take the adapters out again.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or several named ones.
     """
+    refuse_banks(model, "merge")
     found = [place for place in places(model) if has_adapter(place)]
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")

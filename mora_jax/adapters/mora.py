@@ -19,6 +19,7 @@ code differ (rounding of q, pairing in the rotation, cyclic padding), files made
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -129,21 +130,34 @@ def _used_blocks(in_features: int, out_features: int, q: int) -> int:
 
 
 def _delta(x: Array, m: Array, out_features: int, kind: str) -> Array:
-    """`x [N, in]` → float32 `[N, out]`: sums and rotations in float32, the product with M in the dtype of `x`."""
+    """`x [N, in]` → float32 `[N, out]`."""
+    return update(x, m.shape[0], out_features, kind, lambda sums: trained_dot(sums, m.T[: sums.shape[-1]]))
+
+
+def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Array], Array]) -> Array:
+    """What a kind makes of a product with M: sums and rotations in float32, the product in the dtype of `x`.
+
+    Args:
+        x: `[N, in]`.
+        q: side of M.
+        out_features: size of the output.
+        kind: one of `KINDS`.
+        product: `[K, n]` → float32 `[K, q]`, the product with the first n rows of Mᵀ. K is N or a multiple of it,
+            what belongs to one of the N then standing together.
+
+    Returns:
+        float32 `[N, out]`.
+    """
     n, in_features = x.shape
-    q = m.shape[0]
     if kind == "truncation":
-        kept = min(q, in_features)
-        y = trained_dot(x[:, :kept], m.T[:kept])[:, :out_features]
+        y = product(x[:, : min(q, in_features)])[:, :out_features]
         return jnp.pad(y, ((0, 0), (0, out_features - y.shape[1])))
     if kind in _BLOCKS:
         blocks = _blocks(x, q)[:, : _used_blocks(in_features, out_features, q)]
         if kind == "rotation" and blocks.shape[1] > 1:
             blocks = _rotate(blocks.astype(jnp.float32)).astype(x.dtype)
-        y = trained_dot(blocks.reshape(-1, q), m.T).reshape(n, -1)
-        return _tile(y, out_features)
-    y = trained_dot(compress(x.astype(jnp.float32), q, kind).astype(x.dtype), m.T)
-    return decompress(y, out_features, kind)
+        return _tile(product(blocks.reshape(-1, q)).reshape(n, -1), out_features)
+    return decompress(product(compress(x.astype(jnp.float32), q, kind).astype(x.dtype)), out_features, kind)
 
 
 def compress(x: Array, q: int, kind: str) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.bank import refuse_banks
 from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import Adapted
@@ -86,7 +87,9 @@ def report_of(model: nnx.Module) -> AttachReport:
         if not has_adapter(place):
             continue
         adapter = adapter_at(place)
-        active = int(np.count_nonzero(np.asarray(adapter.scaling[...])))
+        # A bank has a scaling for each of its slots, too.
+        scaling = np.asarray(adapter.scaling[...]).reshape(*adapter.layers, -1)
+        active = int(np.count_nonzero(scaling.any(-1)))
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
         warnings += _warnings(adapter.config, place)
         methods.append(adapter.method)
@@ -106,7 +109,7 @@ def report_of(model: nnx.Module) -> AttachReport:
 def _trainable(adapter: Adapter) -> int:
     """Trained numbers that have an effect: none in layers that are left out, or beyond a layer's rank."""
     state = nnx.state(adapter, AdapterParam)
-    active = np.atleast_1d(np.asarray(adapter.scaling[...]) != 0)
+    active = np.asarray(adapter.scaling[...]).reshape(-1) != 0
     total = 0
     for path, variable in nnx.to_flat_state(state):
         total += _used(str(path[-1]), variable.get_value().size // len(active), adapter, active)
@@ -169,7 +172,12 @@ class AdapterEntry:
 
 
 def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
-    """Every adapted matrix of `model`, one entry a layer; layers that a stacked adapter leaves out don't occur."""
+    """Every adapted matrix of `model`, one entry a layer; layers that a stacked adapter leaves out don't occur.
+
+    Raises:
+        ValueError: the model has several named adapters.
+    """
+    refuse_banks(model, "take")
     for place in places(model):
         if not has_adapter(place):
             continue

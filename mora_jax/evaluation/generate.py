@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.bank import banks, checked_ids, choose_rows
 from mora_jax.errors import InputError
 from mora_jax.models.cache import Cache
 from mora_jax.models.decoder import Decoder
@@ -90,12 +91,16 @@ class Generator:
             yield number
             token, mask = token[:, None], None
 
-    def batch(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
+    def batch(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, adapter_ids: Any = None
+    ) -> list[np.ndarray]:
         """Answers several prompts at once.
 
         Args:
             prompts: int `[T_i]` each.
             max_new_tokens: at most so many are made for each.
+            adapter_ids: int, one a prompt: which of several named adapters answers it, -1 for the base alone; None:
+                the active one.
 
         Returns:
             int32 `[N_i]` each, without the stop token.
@@ -112,7 +117,9 @@ class Generator:
         key = jax.random.key(self.sampling.seed)
         greedy = self.sampling.temperature == 0
         model = (self._graphdef, self._state)
-        tokens = _complete(*model, ids, segments, stops, key, *draw, greedy, count)
+        if adapter_ids is not None:
+            adapter_ids = checked_ids(list(banks(self.model)), adapter_ids, len(prompts))
+        tokens = _complete(*model, ids, segments, stops, key, *draw, greedy, count, adapter_ids)
         # -1 follows a row's last token, and nothing else does.
         return [row[row >= 0] for row in np.asarray(tokens)]
 
@@ -196,9 +203,11 @@ def _complete(
     top_p: jax.Array,
     greedy: bool,
     count: int,
+    adapter_ids: jax.Array | None,
 ) -> jax.Array:
     """Returns int32 `[B, count]`: each row's answer, then -1 from its stop token on."""
     model = nnx.merge(graphdef, state)
+    choose_rows(model, adapter_ids, len(ids))
     batch, length = ids.shape
 
     def draw(logits: jax.Array, step: jax.Array | int) -> jax.Array:

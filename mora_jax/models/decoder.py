@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.bank import banks, checked_ids, choose_rows
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.projection import Projection
 from mora_jax.models.block import Block, CacheSlot, Layout
@@ -107,6 +108,7 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         *,
         dropout_key: jax.Array | None = None,
+        adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
         """The logits of every token.
 
@@ -116,13 +118,15 @@ class Decoder(nnx.Module):
                 attention mask is valid. None: every row is one segment.
             positions: int `[B, T]`, the rotary angles' positions; None: they restart with each segment.
             dropout_key: turns on the adapters' dropout.
+            adapter_ids: int `[B]`, which of several named adapters each row uses (see `mj.NamedAdapters`), -1 for the
+                base alone; None: the active one.
 
         Returns:
             float32 `[B, T, V]`; finite, but without meaning, at padding.
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        return _logits(graphdef, state, *arrays, dropout_key)
+        return _logits(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropout_key)
 
     def hidden(
         self,
@@ -132,16 +136,17 @@ class Decoder(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
         embedding_noise: jax.Array | None = None,
+        adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
         """The states after the final norm, `[B, T, D]` in the compute dtype.
 
         Args:
-            input_ids, segment_ids, positions, dropout_key: as in `__call__`.
+            input_ids, segment_ids, positions, dropout_key, adapter_ids: as in `__call__`.
             embedding_noise: float32 `[B, T, D]`, added to the looked-up embeddings before the family scales them.
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        return _hidden(graphdef, state, *arrays, dropout_key, embedding_noise)
+        return _hidden(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropout_key, embedding_noise)
 
     def head(self) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
@@ -161,6 +166,8 @@ class Decoder(nnx.Module):
         input_ids: jax.Array,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        *,
+        adapter_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Reads more tokens: the prompt first, then one token at a time.
 
@@ -169,6 +176,7 @@ class Decoder(nnx.Module):
             input_ids: int `[B, T]`.
             positions: int `[B, T]`; None: they go on from the tokens of the row that are not padding.
             segment_ids: int `[B, T]`, 0 for padding (on either side); None: no padding.
+            adapter_ids: as in `__call__`.
 
         Returns:
             float32 logits `[B, V]` of the last token of each row that is not padding, and the cache after it.
@@ -180,7 +188,11 @@ class Decoder(nnx.Module):
                 f"the cache has {cache.max_length} slots, {int(used)} in use: no room for {input_ids.shape[1]} tokens"
             )
         graphdef, state = nnx.split(self)
-        return _extend(graphdef, state, cache, input_ids, positions, segment_ids)
+        rows = self._rows(adapter_ids, input_ids)
+        return _extend(graphdef, state, rows, cache, input_ids, positions, segment_ids)
+
+    def _rows(self, adapter_ids: Any, input_ids: Any) -> Any:
+        return None if adapter_ids is None else checked_ids(list(banks(self)), adapter_ids, len(input_ids))
 
     def _checked(self, input_ids: Any, segment_ids: Any, positions: Any) -> tuple[Any, Any, Any]:
         """The arguments as arrays, shapes and concrete ids checked."""
@@ -335,16 +347,23 @@ def _lead(spread: Spread, layers: Block) -> None:
 # Compiled once per structure and shape. Inside somebody else's `jax.jit` these are inlined; called eagerly
 # they keep the scan from being compiled anew for every call.
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef: Any, state: Any, *args: Any) -> jax.Array:
-    model = nnx.merge(graphdef, state)
+def _logits(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> jax.Array:
+    model = _merged(graphdef, state, adapter_ids, args[0])
     return model.head().logits(model._hidden(*args))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hidden(graphdef: Any, state: Any, *args: Any) -> jax.Array:
-    return nnx.merge(graphdef, state)._hidden(*args)
+def _hidden(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> jax.Array:
+    return _merged(graphdef, state, adapter_ids, args[0])._hidden(*args)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _extend(graphdef: Any, state: Any, *args: Any) -> tuple[jax.Array, Cache]:
-    return nnx.merge(graphdef, state)._extend(*args)
+def _extend(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> tuple[jax.Array, Cache]:
+    return _merged(graphdef, state, adapter_ids, args[1])._extend(*args)
+
+
+def _merged(graphdef: Any, state: Any, adapter_ids: Any, input_ids: jax.Array) -> Decoder:
+    """The model whose rows use those adapters."""
+    model = nnx.merge(graphdef, state)
+    choose_rows(model, adapter_ids, len(input_ids))
+    return model

@@ -1,0 +1,232 @@
+"""Several adapters of one form on one matrix, in numbered slots; which slot a row of the batch uses is data.
+
+A bank of N slots holds the factors of its adapters stacked, `[N, …]` behind the layer axis. A forward pass picks the
+factors of every row (`[B, …]`, B rows) and multiplies row by row; no update is ever made dense. Writing or clearing a
+slot, and choosing slots, change arrays and no structure, so nothing is compiled again. Slot −1 is the base alone.
+
+LoRA of a lower rank is padded with zeros to the bank's, which is exact, and each slot has its own scaling. MoRA's
+square can't be padded: its side and kind fix what it multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.dense import row_dot, trained_dot
+from mora_jax.adapters.mora import square_rank, update
+from mora_jax.adapters.variables import AdapterParam, AdapterState
+
+Array = jax.Array
+NO_SLOT = -1
+
+
+class Bank(Adapter):
+    """The slots of one matrix, or of a stack of matrices.
+
+    Rows of a batch lie along the first axis of a layer's input.
+
+    Attributes:
+        slots: how many there are, N.
+        scaling: float32 `[*layers, N]`; 0 where an adapter leaves the matrix alone, and for empty slots.
+        chosen: int32 `[*layers]`, the slot of all rows, or `[*layers, B]`, the slot of each.
+    """
+
+    factors: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: Any,
+        *,
+        slots: int,
+        num_layers: int | None = None,
+        axes: tuple[str, str] = ("embed", "mlp"),
+    ):
+        super().__init__(in_features, out_features, config, num_layers=num_layers, axes=axes)
+        self.slots = slots
+        self.scaling = AdapterState(jnp.zeros((*self.layers, slots), jnp.float32), axes=self.stacked("slots"))
+        self.chosen = AdapterState(jnp.full(self.layers, NO_SLOT, jnp.int32), axes=self.stacked())
+
+    def _factor(self, *shape: int, axes: tuple[str, str]) -> AdapterParam:
+        zeros = jnp.zeros((*self.layers, self.slots, *shape), jnp.float32)
+        return AdapterParam(zeros, axes=self.stacked("slots", *axes))
+
+    def arrays(self) -> dict[str, nnx.Variable]:
+        """What a slot holds, by name: `[*layers, N, …]`."""
+        return {name: getattr(self, name) for name in (*self.factors, "scaling")}
+
+    def read(self, slot: int) -> dict[str, np.ndarray]:
+        """The arrays of one slot, `[*layers, …]`."""
+        axis = len(self.layers)
+        return {name: np.asarray(value[...].take(slot, axis)) for name, value in self.arrays().items()}
+
+    def write(self, slot: int, values: Mapping[str, np.ndarray]) -> None:
+        """Fills one slot with arrays `[*layers, …]`; names that are absent become zero."""
+        for name, variable in self.arrays().items():
+            array = variable[...]
+            axis = len(self.layers)
+            value = values.get(name)
+            if value is None:
+                value = np.zeros(array.shape[:axis] + array.shape[axis + 1 :], np.float32)
+            variable.set_value(_put(array, jnp.asarray(value, jnp.float32), slot, axis))
+
+    def choose(self, ids: Array) -> None:
+        """Says which slot all rows use, `[]`, or each row, `[B]`."""
+        rows = ("rows",) * ids.ndim
+        self.chosen = AdapterState(jnp.broadcast_to(ids, (*self.layers, *ids.shape)), axes=self.stacked(*rows))
+
+    @property
+    def rows(self) -> int | None:
+        """For how many rows slots are chosen; None where all rows use one."""
+        return None if self.chosen.ndim == len(self.layers) else self.chosen.shape[-1]
+
+    @staticmethod
+    def pick(params: dict[str, Array], name: str) -> Array:
+        """The factor `name` of the chosen slot, `[…]`, or of each row's, `[B, …]`; zeros for the base alone."""
+        stored = params[name]
+        return stored.at[params["chosen"]].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    @staticmethod
+    def pick_scaling(params: dict[str, Array]) -> Array:
+        """`[]` or `[B]`. A slot that there isn't gives NaN: never the base by mistake."""
+        chosen, stored = params["chosen"], params["scaling"]
+        return jnp.where(chosen < stored.shape[0], Bank.pick(params, "scaling"), jnp.nan)
+
+
+@partial(jax.jit, static_argnums=3)
+def _put(array: Array, value: Array, slot: Any, axis: int) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(array, value, slot, axis)
+
+
+def dot(x: Array, w: Array) -> Array:
+    """`x [N, in]` by one matrix `[in, out]`, or by each row's `[B, in, out]`, as float32 `[N, out]`."""
+    if w.ndim == 2:
+        return trained_dot(x, w)
+    return row_dot(_by_row(x, w.shape[0]), w).reshape(len(x), -1)
+
+
+def _by_row(x: Array, rows: int) -> Array:
+    """`[N, features]` → `[B, N / B, features]`."""
+    if len(x) % rows:
+        raise ValueError(f"slots are chosen for {rows} rows, which don't divide {len(x)} inputs of a layer")
+    return x.reshape(rows, -1, x.shape[-1])
+
+
+def _scaled(x: Array, scaling: Array) -> Array:
+    return x * scaling if scaling.ndim == 0 else (_by_row(x, len(scaling)) * scaling[:, None, None]).reshape(x.shape)
+
+
+class LoRABank(Bank):
+    """Slots of LoRA: `lora_a [*layers, N, in, rank]` and `lora_b [*layers, N, rank, out]`."""
+
+    method: ClassVar[str] = "lora"
+    factors: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+    config: LoRAConfig
+
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig, **options: Any):
+        super().__init__(in_features, out_features, config, **options)
+        self.lora_a = self._factor(in_features, config.rank, axes=(self.axes[0], "rank"))
+        self.lora_b = self._factor(config.rank, out_features, axes=("rank", self.axes[1]))
+
+    @staticmethod
+    def delta(config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        hidden = _scaled(dot(x, Bank.pick(params, "lora_a")), Bank.pick_scaling(params))
+        return dot(hidden.astype(x.dtype), Bank.pick(params, "lora_b"))
+
+
+class MoRABank(Bank):
+    """Slots of MoRA of one kind: `m [*layers, N, q, q]`."""
+
+    method: ClassVar[str] = "mora"
+    factors: ClassVar[tuple[str, ...]] = ("m",)
+    config: MoRAConfig
+
+    def __init__(self, in_features: int, out_features: int, config: MoRAConfig, **options: Any):
+        super().__init__(in_features, out_features, config, **options)
+        q = square_rank(in_features, out_features, config.rank, config.kind)
+        self.m = self._factor(q, q, axes=("square_out", "square_in"))
+
+    @staticmethod
+    def delta(config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        scaling = Bank.pick_scaling(params)
+        picked = Bank.pick(params, "m") * scaling.reshape(*scaling.shape, 1, 1)
+        turned = jnp.swapaxes(picked, -1, -2)
+        q = turned.shape[-1]
+        return update(x, q, out_features, config.kind, lambda sums: dot(sums, turned[..., : sums.shape[-1], :]))
+
+
+def banks(model: nnx.Module) -> Iterator[Bank]:
+    """Every bank of `model`."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Bank):
+            yield node
+
+
+def refuse_banks(model: nnx.Module, what: str) -> None:
+    """Raises `ValueError` where `model` has banks, of whose adapters it is not clear which to `what`."""
+    if any(True for _ in banks(model)):
+        raise ValueError(f"the model carries several named adapters; {what} one of them by its name")
+
+
+def use(model: nnx.Module, ids: Any) -> None:
+    """Chooses, in place, which slots of the banks of `model` the rows of a batch use.
+
+    Inside a compiled function it acts on the model that `nnx.merge` made there, and `ids` may be one of the
+    function's arguments.
+
+    Args:
+        model: a model with banks.
+        ids: int, `[B]` for the slot of each row, `[]` for one slot of all rows; −1 for the base alone.
+
+    Raises:
+        ValueError: the model has no bank, `ids` has another shape, or there is no such slot.
+    """
+    found = list(banks(model))
+    ids = checked_ids(found, ids)
+    for bank in found:
+        bank.choose(ids)
+
+
+def checked_ids(found: list[Bank], ids: Any, rows: int | None = None) -> Array:
+    """`ids` as an int32 array.
+
+    Args:
+        found: the banks of a model.
+        ids: as in `use`.
+        rows: of the batch, which then must be as many.
+
+    Raises:
+        ValueError: as `use`; ids that a compiled function gets are not looked at.
+    """
+    if not found:
+        raise ValueError("adapter ids need a model with named adapters (mj.NamedAdapters), and this one has none")
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim > 1 or (rows is not None and ids.shape != (rows,)):
+        wanted = "[B] or []" if rows is None else f"[{rows}], one for each row"
+        raise ValueError(f"adapter ids must be integers {wanted}, not {ids.dtype} {list(ids.shape)}")
+    if not isinstance(ids, jax.core.Tracer):
+        bad = [int(slot) for slot in np.ravel(ids) if not NO_SLOT <= slot < found[0].slots]
+        if bad:
+            raise ValueError(f"adapter id {bad[0]} is none of the {found[0].slots} slots; {NO_SLOT} is the base alone")
+    return jnp.asarray(ids, jnp.int32)
+
+
+def choose_rows(model: nnx.Module, ids: Any, rows: int) -> None:
+    """`use(model, ids)` for a batch of `rows` rows; with None, what was chosen before must fit such a batch."""
+    if ids is not None:
+        use(model, ids)
+        return
+    for bank in banks(model):
+        if bank.rows not in (None, rows):
+            raise ValueError(f"adapters are active for {bank.rows} rows, but the batch has {rows}")
