@@ -38,6 +38,7 @@ _HOMES = {
     "save_pretrained": "mora_jax.interop",
     "load_adapter": "mora_jax.interop",
     "save_adapter": "mora_jax.interop",
+    "NamedAdapters": "mora_jax.interop.named",
     "InputError": "mora_jax.errors",
 }
 _ROOMS = ("adapters", "linen", "models", "interop", "data", "training", "evaluation", "demo")
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from mora_jax.interop import load_pretrained as load_pretrained
     from mora_jax.interop import save_adapter as save_adapter
     from mora_jax.interop import save_pretrained as save_pretrained
+    from mora_jax.interop.named import NamedAdapters as NamedAdapters
 
 
 def __getattr__(name: str):

@@ -80,6 +80,13 @@ class Bank(Adapter):
                 value = np.zeros(array.shape[:axis] + array.shape[axis + 1 :], np.float32)
             variable.set_value(_put(array, jnp.asarray(value, jnp.float32), slot, axis))
 
+    def copy_from(self, other: Bank) -> None:
+        """Takes the contents of a bank of the same matrix that has no more slots and no higher rank."""
+        theirs = other.arrays()
+        for name, variable in self.arrays().items():
+            array = theirs[name][...]
+            variable.set_value(variable[...].at[tuple(slice(size) for size in array.shape)].set(array))
+
     def choose(self, ids: Array) -> None:
         """Says which slot all rows use, `[]`, or each row, `[B]`."""
         rows = ("rows",) * ids.ndim

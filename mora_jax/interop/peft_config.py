@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -250,8 +251,13 @@ def _check_regexes(where: str, name: str, value: Any) -> None:
 
 def keep_extra_fields(model: nnx.Module, file: AdapterFile) -> None:
     """Notes the fields of a newer PEFT on the model, to be written back when its adapter is saved."""
-    if file.unknown or extra_fields(model):
-        setattr(model, _EXTRA, json.dumps(file.unknown, sort_keys=True))
+    put_extra_fields(model, file.unknown)
+
+
+def put_extra_fields(model: nnx.Module, fields: Mapping[str, Any]) -> None:
+    """Makes `fields` those that a model's adapter is saved with, beside its own."""
+    if fields or extra_fields(model):
+        setattr(model, _EXTRA, json.dumps(dict(fields), sort_keys=True))
 
 
 def extra_fields(model: nnx.Module) -> dict[str, Any]:
