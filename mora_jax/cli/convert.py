@@ -4,11 +4,14 @@
   mora-jax convert --model M --adapter A --to mora --out DIR [--kind K] [--rank R]
   mora-jax convert --model M --adapter A --to peft --out DIR [--rank R]
   mora-jax convert --from-diff BASE TUNED --rank R --out DIR [--to mora --kind K]
+  mora-jax convert --model M --adapter A --adapter B --combine cat|svd|linear|sum --weights W W --out DIR [--rank R]
   mora-jax convert --check vllm DIR
 
 lora: exact where the method's update has low rank (LoRA; MoRA of every kind but rotation and decouple); with --rank the
 nearest LoRA of that rank, its relative Frobenius error printed. Without --rank a lossy result is refused.
 mora: the least-squares MoRA, its error printed; a MoRA of the same kind comes out as it was, in its authors' layout.
+combine: one adapter out of several, its error against the weighted sum of their updates printed. Of LoRA: cat (exact,
+the ranks add up), svd (the nearest of a rank) or linear (as in PEFT); of MoRA of one kind: sum (exact).
 peft: a folder that PEFT loads; methods that PEFT has keep their form, the others become LoRA.
 """
 
@@ -18,21 +21,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mora_jax.cli.options import add_key, add_number
+from mora_jax.cli.options import ADAPTER, add_key, add_number
 from mora_jax.errors import InputError
 
 HELP = "turn an adapter into another method or layout, or extract one from a fine-tune"
 TARGETS = ("lora", "mora", "peft")
+COMBINATIONS = ("linear", "cat", "svd", "sum")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("--model", metavar="M", help="HuggingFace folder or hub id of the base model")
-    parser.add_argument("--adapter", metavar="A", help="adapter folder, or a run directory that holds one")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]A", help=f"{ADAPTER}; several with --combine"
+    )
     parser.add_argument(
         "--from-diff", nargs=2, metavar=("BASE", "TUNED"), help="two models whose difference to extract"
     )
     parser.add_argument("--to", choices=TARGETS, help="what to write (default with --from-diff: lora)")
+    parser.add_argument("--combine", choices=COMBINATIONS, help="how to make one adapter of several")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="the adapters' weights for --combine")
     parser.add_argument("--out", metavar="DIR", help="folder to write; must not exist yet")
     add_number(parser, "--rank", int, None, "Rank to come down to; accepts the error that this makes", at_least=1)
     add_key(parser, "--kind", "adapter.kind", help="Kind of MoRA to fit")
@@ -49,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     if args.from_diff:
         model, conversion = _difference(args)
+    elif args.combine:
+        model, conversion = _combine(args)
     else:
         model, conversion = _convert(args)
     from mora_jax.interop import save_adapter
@@ -68,10 +78,16 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--from-diff names both models; leave --model and --adapter away")
     if args.from_diff and args.to == "peft":
         raise InputError("--from-diff writes lora (a PEFT folder) or mora; leave --to peft away")
-    wanted = ("out",) if args.from_diff else ("model", "adapter", "to", "out")
-    absent = [f"--{name}" for name in wanted if getattr(args, name) is None]
+    if args.combine and (args.to or args.from_diff):
+        raise InputError("--combine keeps the adapters' method; leave --to and --from-diff away")
+    if len(args.adapter) > 1 and not args.combine:
+        raise InputError("several adapters are for --combine; give one --adapter")
+    wanted = ("out",) if args.from_diff else ("model", "adapter", "weights" if args.combine else "to", "out")
+    absent = [f"--{name}" for name in wanted if not getattr(args, name)]
     if absent:
         raise InputError(f"{', '.join(absent)} missing (see mora-jax convert --help)")
+    if args.combine and len(args.weights) != len(args.adapter):
+        raise InputError(f"--weights has {len(args.weights)} numbers for {len(args.adapter)} adapters; give one each")
     if Path(args.out).exists():
         raise InputError(f"--out {args.out} exists already; give a folder that doesn't, or remove it")
 
@@ -90,7 +106,7 @@ def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
     from mora_jax.interop.convert import convert_to_lora, convert_to_mora, peft_knows
     from mora_jax.interop.peft import load_adapter, needs_base
 
-    folder = adapter_folder(args.adapter)
+    folder = adapter_folder(args.adapter[0])
     model = load_pretrained(args.model, dtype="float32")[0] if needs_base(folder) else load_shapes(args.model)
     load_adapter(model, folder, strict=args.strict)
     if args.to == "mora":
@@ -98,6 +114,24 @@ def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.to == "peft" and args.rank is None and peft_knows(model):
         return model, None
     return model, convert_to_lora(model, rank=args.rank)
+
+
+def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
+    from mora_jax.cli.models import named_adapters
+    from mora_jax.interop.base import load_pretrained, load_shapes
+    from mora_jax.interop.combine import combine
+    from mora_jax.interop.fillings import read_adapter
+    from mora_jax.interop.install import install
+    from mora_jax.interop.peft import needs_base
+
+    folders = named_adapters(args.adapter)
+    whole = any(needs_base(folder) for folder in folders.values())
+    model = load_pretrained(args.model, dtype="float32")[0] if whole else load_shapes(args.model)
+    adapters = {name: read_adapter(model, folder, strict=args.strict)[0] for name, folder in folders.items()}
+    weights = dict(zip(folders, args.weights, strict=True))
+    fillings, conversion = combine(model, adapters, weights, args.combine, args.rank)
+    install(model, fillings)
+    return model, conversion
 
 
 def _check(engine: str, folder: str) -> int:

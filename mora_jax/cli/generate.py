@@ -1,15 +1,29 @@
-"""Answer a prompt: the text streams to stdout while it is made."""
+"""Answer a prompt: the text streams to stdout while it is made.
+
+With several adapters all answer at once, as rows of one batch, each under its name in brackets:
+
+  mora-jax generate --model M --adapter poet=runs/1 --adapter coder=runs/2 --prompt P
+"""
 
 import argparse
+from typing import Any
 
-from mora_jax.cli.options import add_key, add_model, add_number
+from mora_jax.cli.options import ADAPTER, add_key, add_number
 
 HELP = "answer a prompt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    add_model(parser)
+    parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]A",
+        help=f"{ADAPTER}; several of one method may be given",
+    )
+    add_key(parser, "--dtype", "model.dtype")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     parser.add_argument("--system", metavar="TEXT", help="a system message before it")
     add_number(parser, "--max-new-tokens", int, 256, "Most tokens of the answer.", at_least=1)
@@ -23,25 +37,41 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     import jax
 
-    from mora_jax.cli.models import load
+    from mora_jax.cli.models import load, named_adapters
     from mora_jax.evaluation import Sampling, stream_text
 
     # Measured with 135 M parameters, one row at a time on CPU: float32 is many times faster a token than
     # bfloat16, and one layer at a time compiles ten times faster than all of them unrolled.
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    model, tokenizer = load(args.model, args.adapter, dtype, unroll=1)
+    adapters = named_adapters(args.adapter)
+    only = next(iter(adapters.values())) if len(adapters) == 1 else None
+    model, tokenizer = load(args.model, only, dtype, unroll=1)
     messages = [{"role": "user", "content": args.prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    pieces = stream_text(
-        model,
-        tokenizer,
-        messages,
-        max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(args.temperature, args.top_p, args.seed),
-        template=args.template,
-    )
-    for piece in pieces:
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": Sampling(args.temperature, args.top_p, args.seed),
+        "template": args.template,
+    }
+    if len(adapters) > 1:
+        _answer_together(model, tokenizer, messages, adapters, options)
+        return 0
+    for piece in stream_text(model, tokenizer, messages, **options):
         print(piece, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def _answer_together(model: Any, tokenizer: Any, messages: list, adapters: dict[str, str], options: dict) -> None:
+    """Prints what each adapter answers."""
+    from mora_jax.evaluation import generate_batch
+    from mora_jax.interop.named import NamedAdapters
+
+    named = NamedAdapters(model, slots=len(adapters))
+    for name, folder in adapters.items():
+        named.load(folder, name)
+    prompts = [messages] * len(adapters)
+    answers = generate_batch(model, tokenizer, prompts, adapter_ids=named.ids(named.names), **options)
+    for name, answer in zip(adapters, answers, strict=True):
+        print(f"[{name}]\n{answer}\n")

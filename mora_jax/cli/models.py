@@ -1,5 +1,7 @@
 """Loading what `--model` and `--adapter` name."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
@@ -41,3 +43,24 @@ def adapter_folder(path: str) -> str:
         if (folder / "adapter_config.json").is_file():
             return str(folder)
     raise InputError(f"{path} is no adapter: there is no adapter_config.json in it or in its folder adapter/")
+
+
+def named_adapters(texts: Iterable[str]) -> dict[str, str]:
+    """Adapter folders by name, of texts `NAME=PATH` or `PATH`; a path alone is named after its folder.
+
+    Raises:
+        InputError: there is no adapter, or two have one name.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = "", text
+        folder = adapter_folder(path)
+        # A run directory holds its adapter in a folder that is always called the same.
+        place = Path(path if Path(path).name != "adapter" else Path(path).absolute().parent)
+        name = name or place.name or place.absolute().name
+        if name in found:
+            raise InputError(f"two adapters are called {name!r}; name them, as in --adapter NAME={path}")
+        found[name] = folder
+    return found

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mora_jax.data.dataset import EncodedDataset
 
 OVERRIDE = "--config."
+ADAPTER = "adapter folder, or a run directory that holds one"
 
 
 class KeyAction(argparse.Action):
@@ -57,15 +58,10 @@ def add_value(parser: argparse.ArgumentParser, flag: str, key: Key, *, help: str
     parser.add_argument(flag, action=KeyAction, key=key, default=default, help=words.replace("%", "%%"), **changes)
 
 
-def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `--model`, `--adapter` and `--dtype`."""
     parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
-    parser.add_argument(
-        "--adapter",
-        required=adapter_required,
-        metavar="A",
-        help="adapter folder, or a run directory that holds one",
-    )
+    parser.add_argument("--adapter", metavar="A", help=ADAPTER)
     add_key(parser, "--dtype", "model.dtype")
 
 

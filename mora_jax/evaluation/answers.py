@@ -77,11 +77,12 @@ def generate_batch(
     batch_size: int = 32,
     sampling: Sampling = GREEDY,
     template: str | None = None,
+    adapter_ids: Sequence[int] | np.ndarray | None = None,
 ) -> list[str]:
     """Returns the answers to many prompts, in their order.
 
     Batches are made of prompts of similar length, padded to few shapes, so few functions are compiled.
-    Arguments are as for `stream_text`.
+    Arguments are as for `stream_text`; `adapter_ids`, one a prompt, is as for `Generator.batch`.
     """
     generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
     ids = [render_prompt(tokenizer, prompt, template).input_ids for prompt in prompts]
@@ -91,7 +92,8 @@ def generate_batch(
         rows = order[start : start + batch_size]
         # The last batch is filled up with its own last prompt, to keep the compiled shape.
         filled = [*rows, *[rows[-1]] * (min(batch_size, len(order)) - len(rows))]
-        tokens = generator.batch([ids[row] for row in filled], max_new_tokens)
+        chosen = None if adapter_ids is None else np.asarray(adapter_ids)[filled]
+        tokens = generator.batch([ids[row] for row in filled], max_new_tokens, chosen)
         for row, answer in zip(rows, tokens, strict=False):
             answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
     return answers

@@ -74,6 +74,19 @@ def test_generate_prints_the_answer_alone(run, model_dir, adapters):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_generate_with_several_adapters_gives_the_answer_of_each(run, fails, model_dir, adapters, tmp_path):
+    base = ["generate", "--model", model_dir, "--prompt", "Hello", "--max-new-tokens", "12"]
+    other = write_adapter(model_dir, tmp_path / "a=b", LoRAConfig(rank=4, alpha=6, targets=("v_proj", "up_proj")))
+    alone = [run(*base, "--adapter", folder)[1] for folder in (adapters["lora"], other)]
+    code, out, err = run(*base, "--adapter", adapters["lora"], "--adapter", f"other={other}")
+    assert (code, err) == (0, "")
+    assert out == f"[lora]\n{alone[0]}\n[other]\n{alone[1]}\n"
+    assert alone[0] != alone[1]
+    lora = ["--adapter", adapters["lora"]]
+    assert "lora is LoRA, run is MoRA of kind rotation" in fails(*base, *lora, "--adapter", adapters["run"])
+    assert "two adapters are called 'lora'" in fails(*base, *lora, *lora)
+
+
 @pytest.mark.parametrize("method", ["lora", "mora"])
 def test_merged_folder_gives_the_adapted_logits_in_transformers(run, model_dir, adapters, tmp_path, method):
     out = tmp_path / "merged"

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
+from mora_jax.adapters.attach import adapted_layers
 from tests.models.tiny import fill_randomly
 
 IDS = np.arange(8)[None]
@@ -89,6 +90,35 @@ def test_an_adapter_out_of_two_models(run, model_dir, adapters, tmp_path):
     code, _, err = run(*arguments, "--targets", "q_proj", "--out", tmp_path / "some")
     assert code == 0
     assert "of the change is in tensors that the adapter leaves out" in err
+
+
+def test_one_adapter_of_several(run, fails, model_dir, adapters, tmp_path):
+    other = write(model_dir, tmp_path / "other", mj.LoRAConfig(rank=2, alpha=5.0, targets=("q_proj", "up_proj")))
+    arguments = ["convert", "--model", model_dir, "--adapter", adapters["lora"], "--adapter", f"second={other}"]
+    code, table, err = run(*arguments, "--combine", "cat", "--weights", "1", "-0.5", "--out", tmp_path / "cat")
+    assert (code, err) == (0, f"wrote {tmp_path / 'cat'}\n")
+    assert "cat of 1 lora and -0.5 second, 14 matrices: relative Frobenius error 0 in total" in table
+    # The sum by merging one adapter after the other, the second with its alpha halved and negated.
+    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    mj.load_adapter(model, adapters["lora"])
+    mj.merge(model)
+    mj.load_adapter(model, other)
+    for layer in adapted_layers(model):
+        for adapter in layer.adapters.values():
+            adapter.scaling[...] *= -0.5
+    np.testing.assert_allclose(logits(model_dir, tmp_path / "cat"), model(IDS), atol=1e-4)
+    code, out, _ = run(*arguments, "--combine", "svd", "--weights", "1", "1", "--json", "--out", tmp_path / "svd")
+    result = json.loads(out)
+    assert 0.05 < result["relative_error"] < 1
+    assert {row["size"] for row in result["matrices"]} == {4}
+    out = ["--out", tmp_path / "no"]
+    assert "--weights missing" in fails(*arguments, "--combine", "cat", *out)
+    assert "1 numbers for 2 adapters" in fails(*arguments, "--combine", "cat", "--weights", "1", *out)
+    assert "several adapters are for --combine" in fails(*arguments, "--to", "lora", *out)
+    assert "leave --to and --from-diff away" in fails(*arguments, "--combine", "cat", "--to", "lora", *out)
+    mixed = [*arguments[:5], "--adapter", adapters["sharing"], "--combine", "cat", "--weights", "1", "1"]
+    assert "lora is LoRA, run is MoRA of kind sharing" in fails(*mixed, *out)
+    assert not (tmp_path / "no").exists()
 
 
 def test_refusals(fails, run, model_dir, adapters, tmp_path):

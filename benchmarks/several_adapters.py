@@ -1,0 +1,138 @@
+"""What a batch whose rows use different adapters costs, beside one adapter and beside the base alone.
+
+    python benchmarks/several_adapters.py --model SmolLM2-135M-Instruct [--rows 8] [--adapters 4] [--rank 8]
+
+Four contestants a method take turns in one process, one measurement each a round: the base alone, one adapter attached
+as for training, the same adapter as the active one of several, and every row its own. The table gives medians of the
+rounds as tokens a second, and as a share of the base's speed.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.adapters.bank import choose_rows
+from mora_jax.adapters.variables import AdapterParam
+
+METHODS: dict[str, Callable[[int], Any]] = {
+    "LoRA": lambda rank: mj.LoRAConfig(rank=rank),
+    "MoRA sharing": lambda rank: mj.MoRAConfig(rank=rank, kind="sharing"),
+    "MoRA rotation": lambda rank: mj.MoRAConfig(rank=rank, kind="rotation"),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(graphdef: Any, state: Any, ids: Any, rows: Any) -> Any:
+    """Reads prompts `[B, T]`: the next tokens `[B]`, and the cache with as much room again."""
+    model = nnx.merge(graphdef, state)
+    choose_rows(model, rows, len(ids))
+    logits, cache = model.extend(model.init_cache(len(ids), 2 * ids.shape[1]), ids)
+    return jnp.argmax(logits, axis=-1), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def decode(graphdef: Any, state: Any, token: Any, cache: Any, rows: Any, steps: int) -> Any:
+    """Makes `steps` tokens for each row."""
+    model = nnx.merge(graphdef, state)
+    choose_rows(model, rows, len(token))
+
+    def step(_: Any, carry: Any) -> Any:
+        token, cache = carry
+        logits, cache = model.extend(cache, token[:, None])
+        return jnp.argmax(logits, axis=-1), cache
+
+    return jax.lax.fori_loop(0, steps, step, (token, cache))
+
+
+class Contestant:
+    """A model, as it is now, and which adapter each row uses."""
+
+    def __init__(self, model: nnx.Module, rows: Any = None):
+        self.graphdef, self.state = nnx.split(model)
+        self.rows = rows
+        self.seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+
+    def measure(self, ids: Any, steps: int) -> None:
+        """One prefill and one decode; the first call compiles and is thrown away by the caller."""
+        start = time.perf_counter()
+        token, cache = jax.block_until_ready(prefill(self.graphdef, self.state, ids, self.rows))
+        read = time.perf_counter()
+        jax.block_until_ready(decode(self.graphdef, self.state, token, cache, self.rows, steps))
+        self.seconds["prefill"].append(read - start)
+        self.seconds["decode"].append(time.perf_counter() - read)
+
+
+def adapted(folder: str, dtype: str | None, config: Any, seed: int) -> nnx.Module:
+    """The base with one random adapter."""
+    model, _ = mj.load_pretrained(folder, dtype=dtype, unroll=1)
+    mj.attach(model, config, rngs=nnx.Rngs(seed))
+    draws = np.random.default_rng(seed)
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, AdapterParam):
+            node.set_value(jnp.asarray(0.01 * draws.standard_normal(node.shape), jnp.float32))
+    return model
+
+
+def contestants(folder: str, dtype: str | None, config: Any, count: int, rows: int) -> dict[str, Contestant]:
+    """The four of one method."""
+    base, _ = mj.load_pretrained(folder, dtype=dtype, unroll=1)
+    found = {"base alone": Contestant(base)}
+    model, _ = mj.load_pretrained(folder, dtype=dtype, unroll=1)
+    named = mj.NamedAdapters(model, slots=count)
+    for seed in range(count):
+        source = adapted(folder, dtype, config, seed)
+        named.add(str(seed), source)
+        if seed == 0:
+            found["one attached"] = Contestant(source)
+    found["one active"] = Contestant(model)
+    found[f"{count} by row"] = Contestant(model, named.ids([str(row % count) for row in range(rows)]))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="HuggingFace folder")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--adapters", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a prompt, and most that are made")
+    parser.add_argument("--steps", type=int, default=32, help="tokens that are made")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype")
+    args = parser.parse_args(argv)
+    print(f"{args.rows} rows, prompts of {args.length} tokens, {args.steps} made, rank {args.rank}, {jax.devices()[0]}")
+    print("\n| method | contestant | prefill tokens/s | of base | decode tokens/s | of base |")
+    print("|---|---|---|---|---|---|")
+    for name in args.methods:
+        config = METHODS[name](args.rank)
+        found = contestants(args.model, args.dtype, config, args.adapters, args.rows)
+        ids = np.random.default_rng(0).integers(0, 1000, (args.rows, args.length)).astype(np.int32)
+        for one in found.values():
+            one.measure(ids, args.steps)
+            one.seconds = {"prefill": [], "decode": []}
+        for _ in range(args.rounds):
+            for one in found.values():
+                one.measure(ids, args.steps)
+        sizes = {"prefill": args.rows * args.length, "decode": args.rows * args.steps}
+        speeds = {
+            title: {part: sizes[part] / statistics.median(times) for part, times in one.seconds.items()}
+            for title, one in found.items()
+        }
+        for title, speed in speeds.items():
+            cells = [f"{speed[part]:.0f} | {speed[part] / speeds['base alone'][part]:.2f}" for part in sizes]
+            print(f"| {name} | {title} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
