@@ -99,3 +99,12 @@ def test_settings_of_a_source_are_keys_of_the_configuration():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+\.md)", page.read_text(encoding="utf-8")):
         assert (DOCS / target).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_several_adapters_prints_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = run_blocks(read("several_adapters.md"))
+    assert len(results) == 7
+    for expected, printed in results:
+        assert printed == expected

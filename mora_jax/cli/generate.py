@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _answer_together(model: Any, tokenizer: Any, messages: list, adapters: dict[str, str], options: dict) -> None:
     """Prints what each adapter answers."""
     from mora_jax.evaluation import generate_batch
+    from mora_jax.evaluation.text_stream import REPLACEMENT
     from mora_jax.interop.named import NamedAdapters
 
     named = NamedAdapters(model, slots=len(adapters))
@@ -74,4 +75,4 @@ def _answer_together(model: Any, tokenizer: Any, messages: list, adapters: dict[
     prompts = [messages] * len(adapters)
     answers = generate_batch(model, tokenizer, prompts, adapter_ids=named.ids(named.names), **options)
     for name, answer in zip(adapters, answers, strict=True):
-        print(f"[{name}]\n{answer}\n")
+        print(f"[{name}]\n{answer.rstrip(REPLACEMENT)}\n")
