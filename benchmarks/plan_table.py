@@ -32,17 +32,17 @@ SLICES = (
 #: The most telling first.
 COMPILED = (
     "llama3-8b lora v5e-8",
-    "llama3-70b lora v5e-64",
+    "smollm2-1.7b lora v5e-1",
     "llama3-8b lora v5e-1",
     "llama3-70b lora v5p-32",
-    "smollm2-1.7b lora v5e-1",
+    "llama3-70b lora v5e-64",
     "gemma3-27b lora v6e-8",
-    "qwen3-14b lora v5p-8",
+    "qwen3-14b lora v6e-8",
     "smollm2-1.7b full v5e-8",
     "llama3-8b mora v5e-8",
-    "qwen3-14b lora v6e-8",
-    "gemma3-27b lora v5p-8",
     "llama3-70b lora v6e-32",
+    "qwen3-14b lora v5p-8",
+    "gemma3-27b lora v5p-8",
     "qwen3-14b lora v5e-8",
     "gemma3-27b lora v5e-16",
     "llama3-8b lora v5p-8",
@@ -165,9 +165,10 @@ def check_table(known: dict[str, Any]) -> str:
         words = [name, gigabytes(own.arguments), "", gigabytes(own.activations + own.temp), "", gigabytes(plan.needed)]
         if answer.fits and answer.total:
             words[2], words[4] = gigabytes(answer.arguments), gigabytes(answer.temp + answer.outputs + answer.code)
-            sent = sum(entry.bytes for entry in answer.collectives)
+            listed = answer.collectives
+            sent = "" if listed is None else gigabytes(sum(entry.bytes for entry in listed))
             words += [gigabytes(answer.total), f"{plan.needed / answer.total - 1:+.0%}"]
-            words += [gigabytes(plan.estimate.sent), gigabytes(sent)]
+            words += [gigabytes(plan.estimate.sent), sent]
         else:
             total = "does not fit" if answer.total is None else f"{gigabytes(answer.total)}, does not fit"
             words += [total, "" if answer.total is None else f"{plan.needed / answer.total - 1:+.0%}", "", ""]

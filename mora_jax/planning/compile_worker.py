@@ -54,7 +54,9 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
     shards = made.placement.row_shards if made.placement is not None else 1
     tokens = rows // shards * length
     chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
-    found = collectives(compiled.as_text(), len(devices), Loops(decoder.num_layers, micro, chunks))
+    text = _text(compiled)
+    loops = Loops(decoder.num_layers, micro, chunks)
+    found = None if text is None else [dataclasses.asdict(one) for one in collectives(text, len(devices), loops)]
     return {
         "fits": True,
         "seconds": time.perf_counter() - start,
@@ -63,8 +65,17 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
         "temp": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
         "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        "collectives": [dataclasses.asdict(entry) for entry in found],
+        "collectives": found,
     }
+
+
+def _text(compiled: Any) -> str | None:
+    """The program's HLO; None where this jax can't read what a newer libtpu writes (its asynchronous updates)."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        print(f"no HLO: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
 
 
 def _needed(message: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Compiled:
         arguments, outputs, temp, code: the parts of it where it fits: weights, state and batch; results that don't
             take their place; everything in between; the program.
         host: bytes in the host's memory.
-        collectives: of a step.
+        collectives: of a step; None where the program can't be read.
     """
 
     fits: bool
@@ -36,7 +36,7 @@ class Compiled:
     temp: int = 0
     code: int = 0
     host: int = 0
-    collectives: tuple[Collective, ...] = ()
+    collectives: tuple[Collective, ...] | None = None
 
     @classmethod
     def read(cls, answer: dict[str, Any]) -> Compiled:
@@ -44,7 +44,8 @@ class Compiled:
         if not answer["fits"]:
             return cls(False, answer["seconds"], answer.get("total"))
         parts = {name: answer[name] for name in ("arguments", "outputs", "temp", "code")}
-        found = tuple(Collective(**entry) for entry in answer["collectives"])
+        listed = answer["collectives"]
+        found = None if listed is None else tuple(Collective(**entry) for entry in listed)
         return cls(True, answer["seconds"], sum(parts.values()), **parts, host=answer["host"], collectives=found)
 
 

@@ -130,7 +130,6 @@ def with_figures(plan: Plan, answer: Compiled) -> Plan:
         activations=min(own.activations, answer.temp),
         temp=answer.outputs + answer.code + max(0.0, answer.temp - own.activations),
     )
-    cost = estimate(plan.estimate.flops, plan.estimate.bytes, answer.collectives, plan.topology)
-    return dataclasses.replace(
-        plan, memory=memory, needed=memory.total, collectives=answer.collectives, estimate=cost, **common
-    )
+    found = plan.collectives if answer.collectives is None else answer.collectives
+    cost = estimate(plan.estimate.flops, plan.estimate.bytes, found, plan.topology)
+    return dataclasses.replace(plan, memory=memory, needed=memory.total, collectives=found, estimate=cost, **common)
