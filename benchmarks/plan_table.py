@@ -10,10 +10,13 @@ Memory is by formula, and the compiler's for the cells that `plan_cells.json` ho
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from mora_jax.planning.compiling import Compiled, CompilerError, ask
 from mora_jax.planning.plan import Plan, by_formula, with_figures
@@ -71,6 +74,7 @@ def configuration(method: str, chips: int) -> Config:
     return lay_over(Config(), [(name, value, "table") for name, value in settings.items()])
 
 
+@functools.cache
 def cell(name: str) -> Plan:
     """The plan of `MODEL METHOD SLICE` by formula."""
     model, method, slice_ = name.split()
@@ -184,8 +188,9 @@ def write(cells: Path, path: Path) -> None:
     path.write_text(
         f"""# What fits which TPU slice
 
-Written by {script}: rows of 2048 tokens, one a chip, bfloat16, `model.remat=full`, every array cut over all chips
-(`mesh.fsdp`). LoRA and MoRA (rotation) have rank 8 on every linear layer. `mora-jax plan` looks for better settings.
+Written by {script}. Rows of 2048 tokens, one a chip, bfloat16, `model.remat=full`,
+every array cut over all chips (`mesh.fsdp`). LoRA and MoRA (rotation) have rank 8 on every linear layer. These are not
+the best settings: `mora-jax plan` looks for better ones.
 
 ## GB on each chip
 
@@ -214,6 +219,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", type=int, default=0, metavar="N", help="cells to compile before the tables")
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # libtpu is for the compiling process
     for _ in range(options.compile):
         compile_cells(RESULTS / "plan_cells.json", 1)
     write(RESULTS / "plan_cells.json", RESULTS / "plan.md")

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
+    import jax
     from rich.console import Console
 
     from mora_jax.errors import InputError
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.planning.topology import read_topology
     from mora_jax.training.config_file import load_config
 
+    # Shapes are all that is worked with here: leave the machine's accelerators, if it has any, to others.
+    jax.config.update("jax_platforms", "cpu")
     topology = read_topology(args.accelerator)
     unread = {"data.train": ("unread",), "out": "unread", "model.path": args.model or _UNNAMED}
     config, note = load_config(args.config, args.overrides, unread)
