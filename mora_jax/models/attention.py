@@ -3,7 +3,8 @@
 Queries are taken in blocks. In a row that attends to itself a block looks only at the keys up to its own end (and,
 with a fixed window, from its window's start), so the masked half of the scores is never computed, and the largest
 array is one block of scores. Backward recomputes the probabilities (Dao et al., 2022, arXiv 2205.14135, without tiles
-of keys).
+of keys). For long rows a block of scores is large itself: there keys are taken in tiles too (tiles.py), by loops, so
+that neither memory nor the program grows with the number of blocks. Rows cut over devices go through a ring (ring.py).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from mora_jax.models.ring import Ring, ring_attention
+from mora_jax.models.tiles import MASKED, Tiling, product, scores_of, tiled_attention
 
 from mora_jax.models.target import backend
 
 Array = jax.Array
 
-_MASKED = -1e30  # finite, so that rows without a visible key stay finite
+LONG = 4096  # tokens of a row from which keys are taken in tiles
+_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def attention(
     window: int | Array | None = None,
     scale: float,
     softcap: float | None = None,
+    ring: Ring | None = None,
 ) -> Array:
     """Causal attention inside segments.
 
@@ -64,6 +69,7 @@ def attention(
         window: how many places back a query sees, itself included; None for all. May be traced (one a layer).
         scale: factor on the scores.
         softcap: scores become `softcap · tanh(scores / softcap)`; None for no cap.
+        ring: the devices that share each row, for folded rows (see ring.py); None for whole rows.
 
     Returns:
         `[B, T, G, N, H]` in the dtype of `query`; rows that see no key are 0.
@@ -76,11 +82,19 @@ def attention(
     by_index = q_positions is None
     if by_index and query.shape[1] != key.shape[1]:
         raise ValueError(f"without positions T and S must agree, not {query.shape[1]} and {key.shape[1]}")
+    if by_index and ring is not None:
+        return ring_attention(
+            ring, query, key, value, segments=q_segments, window=window, scale=scale, softcap=softcap, tile=_TILE
+        )
     if by_index:
         index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
         q_positions = kv_positions = index
     fixed = window if isinstance(window, int) else None
     moving = None if window is None or fixed is not None else jnp.asarray(window, jnp.int32)
+    if by_index and query.shape[1] > LONG:
+        tiling = Tiling(float(scale), softcap, fixed, _TILE, _TILE)
+        query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+        return tiled_attention(tiling, query, key, value, q_segments, moving).transpose(0, 3, 1, 2, 4)
     options = _Options(float(scale), softcap, fixed, by_index, query_block())
     places = (q_segments, kv_segments, q_positions, kv_positions, moving)
     # [B, G, N, T, H] and [B, G, S, H]: batch axes in front, as the products want them.
@@ -121,24 +135,6 @@ def _visible(options: _Options, places, queries: slice, keys: slice) -> Array:
     return seen[:, None, None]
 
 
-def _scores(options: _Options, query: Array, key: Array) -> Array:
-    """`[B, G, N, t, H]`, `[B, G, s, H]` → float32 `[B, G, N, t, s]`, scaled and capped."""
-    b, g, n, t, h = query.shape
-    raw = lax.dot_general(
-        query.reshape(b, g, n * t, h),
-        key,
-        (((3,), (3,)), ((0, 1), (0, 1))),
-        preferred_element_type=jnp.float32,
-    )
-    raw = raw.reshape(b, g, n, t, -1) * options.scale
-    return raw if options.softcap is None else options.softcap * jnp.tanh(raw / options.softcap)
-
-
-def _product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    """Batched product over axes 0 and 1 with float32 accumulation."""
-    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: _Options, query: Array, key: Array, value: Array, places) -> Array:
     return _forward(options, query, key, value, places)[0]
@@ -148,16 +144,16 @@ def _forward(options, query, key, value, places):
     b, g, n, _, h = query.shape
     outs, sums = [], []
     for rows, columns in _spans(options, query.shape[3], key.shape[2]):
-        scores = _scores(options, query[:, :, :, rows], key[:, :, columns])
-        scores = jnp.where(_visible(options, places, rows, columns), scores, _MASKED)
+        scores = scores_of(options, query[:, :, :, rows], key[:, :, columns])
+        scores = jnp.where(_visible(options, places, rows, columns), scores, MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.where(scores > 0.5 * _MASKED, jnp.exp(scores - top), 0.0)
+        weights = jnp.where(scores > 0.5 * MASKED, jnp.exp(scores - top), 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         flat = weights.astype(query.dtype).reshape(b, g, -1, weights.shape[-1])
-        mixed = _product(flat, value[:, :, columns], 3, 2).reshape(b, g, n, -1, h)
+        mixed = product(flat, value[:, :, columns], 3, 2).reshape(b, g, n, -1, h)
         outs.append((mixed / jnp.maximum(total, 1e-30)).astype(query.dtype))
         # log-sum-exp of a row; huge where nothing is visible, which makes its probabilities 0 in the backward.
-        sums.append(jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -_MASKED)[..., 0])
+        sums.append(jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -MASKED)[..., 0])
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3)
     return out, (query, key, value, out, sums, places)
 
@@ -172,20 +168,20 @@ def _backward(options, saved, dout):
     for (rows, columns), log_sum in zip(_spans(options, query.shape[3], keys), sums, strict=True):
         q, k, v = query[:, :, :, rows], key[:, :, columns], value[:, :, columns]
         do = dout[:, :, :, rows]
-        scores = _scores(options, q, k)
+        scores = scores_of(options, q, k)
         seen = _visible(options, places, rows, columns)
         p = jnp.where(seen, jnp.exp(scores - log_sum[..., None]), 0.0)
         do_flat = do.reshape(b, g, -1, h)
         p_flat = p.astype(query.dtype).reshape(b, g, -1, p.shape[-1])
-        dp = _product(do_flat, v, 3, 3).reshape(p.shape)
+        dp = product(do_flat, v, 3, 3).reshape(p.shape)
         mean = jnp.sum(do.astype(jnp.float32) * out[:, :, :, rows].astype(jnp.float32), axis=-1, keepdims=True)
         ds = p * (dp - mean) * options.scale
         if options.softcap is not None:
             ds = ds * (1.0 - jnp.square(scores / options.softcap))
         ds_flat = ds.astype(query.dtype).reshape(b, g, -1, ds.shape[-1])
-        dqueries.append(_product(ds_flat, k, 3, 2).reshape(q.shape).astype(query.dtype))
-        dk = _product(ds_flat, q.reshape(b, g, -1, h), 2, 2)
-        dv = _product(p_flat, do_flat, 2, 2)
+        dqueries.append(product(ds_flat, k, 3, 2).reshape(q.shape).astype(query.dtype))
+        dk = product(ds_flat, q.reshape(b, g, -1, h), 2, 2)
+        dv = product(p_flat, do_flat, 2, 2)
         if columns == slice(0, keys):
             dkey, dvalue = dkey + dk, dvalue + dv
         else:

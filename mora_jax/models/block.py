@@ -12,6 +12,7 @@ from mora_jax.models.attention import attention
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.gating import gated
 from mora_jax.models.norms import RMSNorm
+from mora_jax.models.ring import Ring
 from mora_jax.models.rope import rotate
 
 
@@ -26,6 +27,7 @@ class Layout:
             where it is by index.
         cos, sin: float32 `[B, T, head_dim / 2]`.
         window: how many positions back a query sees; None for all.
+        ring: the devices that share each row, whose shares are rows here (`Spread.fold`); None for whole rows.
     """
 
     segments: jax.Array
@@ -35,10 +37,12 @@ class Layout:
     cos: jax.Array
     sin: jax.Array
     window: int | jax.Array | None
+    ring: Ring | None = None
 
     def arrays(self) -> dict[str, jax.Array | None]:
-        """All but the window, as a pytree."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "window"}
+        """All but the window and the ring, as a pytree."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("window", "ring")]
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def of(cls, arrays: dict[str, Any]) -> "Layout":
@@ -151,6 +155,7 @@ class Attention(nnx.Module):
             window=layout.window,
             scale=self.scale,
             softcap=self.softcap,
+            ring=layout.ring,
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         return self.o_proj(mixed, dropout_key=_fold(dropout_key, 1)), slot

@@ -242,9 +242,11 @@ class Decoder(nnx.Module):
         if same_rope:
             layout = dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0])
         xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
+        ring, folded = layout.ring, layout.ring is not None
 
         def layer_layout(layout: Layout, window: Any, rope: Any) -> Layout:
-            layout = dataclasses.replace(layout, window=config.windows[0] if same_window else window)
+            seen = config.windows[0] if same_window else window
+            layout = dataclasses.replace(layout, window=seen, ring=ring)
             if same_rope:
                 return layout
             return dataclasses.replace(layout, cos=layout.cos[rope], sin=layout.sin[rope])
@@ -258,7 +260,8 @@ class Decoder(nnx.Module):
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
                 if spread is None:
                     return nnx.merge(graphdef, leaves)(x, here, None, key)[0]
-                return spread.rows(nnx.merge(graphdef, leaves)(spread.rows(x), here, None, key)[0])
+                x = spread.rows(x, folded=folded)
+                return spread.rows(nnx.merge(graphdef, leaves)(x, here, None, key)[0], folded=folded)
 
             places = None if spread is None else _places(spread, xs)
             return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropout_key), places), None
@@ -295,9 +298,14 @@ class Decoder(nnx.Module):
             implied = default_positions(segments) if positions is None else segments
         places = implied if positions is None else positions.astype(jnp.int32)
         cos, sin = tables(self.config.ropes, self.config.head_dim, places)
-        layout = Layout(segments, segments, None, None, cos, sin, window=None)
-        x, _ = self._run_layers(self._embed(input_ids, noise), layout, dropout_key=dropout_key)
-        return self.norm(x)
+        x, ring = self._embed(input_ids, noise), None
+        if self.spread is not None and (ring := self.spread.ring(x.shape[0])) is not None:
+            x, segments = self.spread.fold(x), self.spread.fold(segments)
+            cos, sin = jax.vmap(self.spread.fold)(cos), jax.vmap(self.spread.fold)(sin)
+        layout = Layout(segments, segments, None, None, cos, sin, window=None, ring=ring)
+        x, _ = self._run_layers(x, layout, dropout_key=dropout_key)
+        x = self.norm(x)
+        return x if ring is None or self.spread is None else self.spread.unfold(x, *input_ids.shape)
 
     def _extend(
         self, cache: Cache, input_ids: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None

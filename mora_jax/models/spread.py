@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import jax
 
+from mora_jax.models.ring import Ring
+
 Array = jax.Array
 Axes = tuple[str | None, ...]
 
@@ -22,8 +24,26 @@ class Spread(Protocol):
         """Whether weights are cut at all, and not only rows."""
         ...
 
-    def rows(self, x: Array) -> Array:
-        """`x [B, …]` with its rows cut over the devices that share the batch, and whole otherwise."""
+    def rows(self, x: Array, *, folded: bool = False) -> Array:
+        """`x [B, …]` with its rows cut over the devices that share the batch, and whole otherwise.
+
+        With `folded` the rows are those of `fold`.
+        """
+        ...
+
+    def ring(self, rows: int) -> Ring | None:
+        """The devices that share so many rows along their length; None where each row is whole."""
+        ...
+
+    def fold(self, x: Array) -> Array:
+        """`x [B, T, …]` as `[c · B, t, …]`: each row in c shares of t tokens, row `j · B + b` the j-th of row b.
+
+        t is even; what is missing is filled up with zeros at the end. Without a ring `x` itself.
+        """
+        ...
+
+    def unfold(self, x: Array, rows: int, length: int) -> Array:
+        """The inverse of `fold` of `rows` rows of `length` tokens."""
         ...
 
     def stored(self, axes: Axes, shape: tuple[int, ...]) -> Any:

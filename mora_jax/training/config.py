@@ -192,7 +192,9 @@ class MeshConfig:
     data: int = key(-1, "Devices that share rows, each with its own weights; -1: the rest.", at_least=1, extra=-1)
     fsdp: int = key(1, "Devices that share rows and cut the weights between them; -1: the rest.", at_least=1, extra=-1)
     tensor: int = key(1, "Devices that cut heads, MLP and vocabulary between them; -1: the rest.", at_least=1, extra=-1)
-    context: int = key(1, "Devices along the context axis.", choices=(1,))
+    context: int = key(
+        1, "Devices that share each row along its length, for long inputs; -1: the rest.", at_least=1, extra=-1
+    )
     pmap: bool = key(False, "Use jax.pmap instead of jax.jit over a mesh.")
 
 
@@ -321,9 +323,10 @@ def check_together(config: Config) -> None:
     if micro is not None and train.batch_size % micro:
         raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
     mesh = config.mesh
-    if mesh.pmap and (mesh.fsdp, mesh.tensor) != (1, 1):
+    if mesh.pmap and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1):
         raise InputError(
-            f"config: mesh.pmap shares rows only; set mesh.fsdp and mesh.tensor (now {mesh.fsdp}, {mesh.tensor}) to 1"
+            f"config: mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, "
+            f"{mesh.tensor}, {mesh.context}) to 1"
         )
     if train.steps is not None:
         check_warmup(config, train.steps)

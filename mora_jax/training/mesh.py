@@ -12,11 +12,11 @@ from jax.sharding import AxisType, Mesh
 from mora_jax.errors import InputError
 from mora_jax.training.config import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
 
-def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None) -> tuple[int, int, int]:
-    """Devices along `data`, `fsdp` and `tensor`; the axis that is -1 takes the rest.
+def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None) -> tuple[int, int, int, int]:
+    """Devices along `data`, `fsdp`, `tensor` and `context`; the axis that is -1 takes the rest.
 
     Where `mesh.data` is -1 nobody asked for a number: it is then the largest that shares the rows evenly, though that
     may leave devices idle.
@@ -31,7 +31,8 @@ def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None
     """
     available = jax.device_count() if available is None else available
     sizes = {name: getattr(config, name) for name in AXES}
-    asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    named = [name for name in AXES if name != "context" or config.context != 1]
+    asked = ", ".join(f"mesh.{name}={sizes[name]}" for name in named)
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         # -1 is the default of `data`; whoever gives another axis the rest means one device along `data`.
@@ -55,18 +56,23 @@ def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None
             f"{asked}: {sharing} devices can't share {batch_rows} rows of a micro-batch evenly (data × fsdp share "
             f"them); change train.batch_size, train.micro_batch_size or the mesh"
         )
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+    return sizes["data"], sizes["fsdp"], sizes["tensor"], sizes["context"]
 
 
 def _plural(count: int) -> str:
     return f"{count} device" if count == 1 else f"{count} devices"
 
 
-def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the first `data` × `fsdp` × `tensor` devices; `tensor` neighbours lie closest to each other.
+def make_mesh(
+    data: int, fsdp: int = 1, tensor: int = 1, context: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of the first `data` × `fsdp` × `tensor` × `context` devices.
 
-    `devices` are those of this run, or others, which may be only described.
+    Neighbours along `tensor` lie closest to each other, then those along `context`: they talk in every layer.
+
+    `devices` may be such as are only described, for compiling without them; None: those of this run.
     """
-    count = data * fsdp * tensor
+    count = data * fsdp * tensor * context
     found = jax.devices() if devices is None else devices
-    return Mesh(np.array(found[:count]).reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    grid = np.array(found[:count]).reshape(data, fsdp, context, tensor)
+    return Mesh(grid.swapaxes(2, 3), AXES, axis_types=(AxisType.Auto,) * 4)

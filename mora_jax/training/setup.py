@@ -43,7 +43,7 @@ class Setup:
         attached: what is trained.
         train, evaluation: the encoded data; `evaluation` is None without evaluation data.
         plan: which examples make up which batch.
-        mesh: devices along `data`, `fsdp` and `tensor`.
+        mesh: devices along `data`, `fsdp`, `tensor` and `context`.
     """
 
     config: Config
@@ -53,7 +53,7 @@ class Setup:
     train: EncodedDataset
     evaluation: EncodedDataset | None
     plan: BatchPlan
-    mesh: tuple[int, int, int]
+    mesh: tuple[int, int, int, int]
 
     @property
     def micro_batch(self) -> int:
@@ -84,11 +84,14 @@ class Setup:
             notes.append(f"{report.truncated} rows were cut to {self.train.max_length} tokens")
         if report.split:
             notes.append(f"{report.split} rows were split into examples of {self.train.max_length} tokens or fewer")
-        data, fsdp, tensor = self.mesh
+        data, fsdp, tensor, context = self.mesh
         if data * fsdp > 1:
             notes.append(f"{data * fsdp} devices share each micro-batch of {self.micro_batch} rows")
-        if fsdp * tensor > 1:
-            notes.append(f"{fsdp * tensor} devices hold one copy of the weights (fsdp {fsdp} × tensor {tensor})")
+        if context > 1:
+            notes.append(f"{context} devices share each row along its length")
+        if fsdp * tensor * context > 1:
+            sizes = f"fsdp {fsdp} × tensor {tensor}" + (f" × context {context}" if context > 1 else "")
+            notes.append(f"{fsdp * tensor * context} devices hold one copy of the weights ({sizes})")
         shown = describe_example(self.train[int(self.plan.indices(0)[0])], self.tokenizer)
         return RunInfo(
             model=str(config.model.path),

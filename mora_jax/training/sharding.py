@@ -2,10 +2,11 @@
 
 Every parameter names its logical axes (`axes` in its metadata). Three things follow for it:
 
-- *stored*: matrices are cut along `fsdp` and `tensor`, so no device holds the whole base. Gradients and optimizer
-  states lie like the parameters they belong to.
-- *used*: inside the layer that needs it a matrix is gathered along `fsdp` and stays cut along `tensor`.
-- rows of a batch are cut along `data` and `fsdp`, and so is the residual stream.
+- *stored*: matrices are cut along `fsdp`, `context` and `tensor`, so no device holds the whole base. Gradients and
+  optimizer states lie like the parameters they belong to.
+- *used*: inside the layer that needs it a matrix is gathered along `fsdp` and `context` and stays cut along `tensor`.
+- rows of a batch are cut along `data` and `fsdp`, and so is the residual stream. With `context` each row is cut along
+  its length as well: it is folded into that many shorter rows, which only attention puts together again (ring.py).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mora_jax.models.ring import Ring
 from mora_jax.training.state import dotted
 
 Array = jax.Array
@@ -30,7 +33,7 @@ Axes = tuple[str | None, ...]
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -40,9 +43,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "gate_up": (),
     "rank": (),
     "square_in": (),
-    "square_out": ("fsdp",),
+    "square_out": ("fsdp", "context"),
 }
-_GATHERED = "fsdp"  # the mesh axis along which a layer gathers its weights
+_GATHERED = ("fsdp", "context")  # the mesh axes along which a layer gathers its weights
+_CONTEXT = "context"
 _ADAPTER_AXES = frozenset({"rank", "square_in", "square_out"})
 
 
@@ -51,7 +55,7 @@ class Placement:
     """A mesh, and which logical axes of a model stay whole on it. Hashable, so that a compiled function can hold it.
 
     Attributes:
-        mesh: with the axes `data`, `fsdp` and `tensor`.
+        mesh: with the axes `data`, `fsdp`, `tensor` and `context`.
         undivided: logical axes that don't divide over their mesh axis, with the size that doesn't.
     """
 
@@ -80,7 +84,7 @@ class Placement:
     @property
     def cuts_weights(self) -> bool:
         """Whether weights are cut at all, and not only rows."""
-        return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
+        return math.prod(self.mesh.shape[axis] for axis in (*_GATHERED, "tensor")) > 1
 
     def notes(self) -> list[str]:
         """What the mesh can't cut, in words."""
@@ -120,13 +124,24 @@ class Placement:
         entries = self._cut(axes, shape, "tensor")
         if sum(axis != "layers" for axis in axes) < 2:
             return entries  # vectors are small, and needed whole
-        entries = [tensor + fsdp for tensor, fsdp in zip(entries, self._cut(axes, shape, _GATHERED), strict=True)]
+        gathered = [name for name in _GATHERED if name != _CONTEXT or self.mesh.shape[name] > 1]
+        for name in gathered:
+            where = [i for i, axis in enumerate(axes) if name in RULES.get(axis or "", ())]
+            self._add(entries, shape, name, where)
         if not _ADAPTER_AXES.intersection(axes):
-            for name in ("tensor", _GATHERED):
+            for name in ("tensor", *gathered):
                 wanted = any(name in RULES.get(axis or "", ()) for axis in axes)
                 if wanted and not any(name in entry for entry in entries):
-                    self._cut_elsewhere(entries, axes, shape, name)
+                    order = sorted(range(len(axes)), key=lambda i: (axes[i] != "embed", -shape[i]))
+                    self._add(entries, shape, name, [i for i in order if axes[i] != "layers"])
         return entries
+
+    def _add(self, entries: list[tuple[str, ...]], shape: tuple[int, ...], name: str, where: list[int]) -> None:
+        """Cuts the first of some axes that divides along one more mesh axis, if there is one."""
+        for i in where:
+            if shape[i] % math.prod(self.mesh.shape[axis] for axis in (*entries[i], name)) == 0:
+                entries[i] = (*entries[i], name)
+                return
 
     def _cut(self, axes: Axes, shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:
         """For each axis of an array `(name,)` where the table cuts it along that mesh axis, else `()`."""
@@ -139,17 +154,43 @@ class Placement:
                 break
         return entries
 
-    def _cut_elsewhere(self, entries: list[tuple[str, ...]], axes: Axes, shape: tuple[int, ...], name: str) -> None:
-        order = sorted(range(len(axes)), key=lambda i: (axes[i] != "embed", -shape[i]))
-        for i in order:
-            count = math.prod(self.mesh.shape[axis] for axis in (*entries[i], name))
-            if axes[i] != "layers" and shape[i] % count == 0:
-                entries[i] = (*entries[i], name)
-                return
+    def rows(self, x: Array, *, folded: bool = False) -> Array:
+        """Keeps `x [B, …]` cut by rows and whole otherwise; rows that can't be shared evenly stay as they are.
 
-    def rows(self, x: Array) -> Array:
-        """Keeps `x [B, …]` cut by rows and whole otherwise; rows that can't be shared evenly stay as they are."""
+        With `folded` these are the shorter rows of `fold`.
+        """
+        if folded:
+            return constrain(x, self.sharding((_CONTEXT, *RULES["batch"])))
         return x if x.shape[0] % self.row_shards else constrain(x, self.batch())
+
+    def ring(self, rows: int) -> Ring | None:
+        """The devices that share each of so many rows; None without the axis `context`, or for uneven rows."""
+        if self.mesh.shape[_CONTEXT] == 1 or rows % self.row_shards:
+            return None
+        whole = "kv_heads" in dict(self.undivided) or self.mesh.shape["tensor"] == 1
+        return Ring(self.mesh, _CONTEXT, (_CONTEXT, *RULES["batch"]), None if whole else "tensor")
+
+    def fold(self, x: Array) -> Array:
+        """See `Spread.fold`."""
+        ring = self.ring(x.shape[0])
+        if ring is None:
+            return x
+        rows, length, *rest = x.shape
+        share = -(-length // (2 * ring.size)) * 2
+        x = jnp.pad(x, [(0, 0), (0, ring.size * share - length), *((0, 0) for _ in rest)])
+        x = constrain(x, self.sharding(RULES["batch"], _CONTEXT))
+        x = x.reshape(rows, ring.size, share, *rest).swapaxes(0, 1)
+        return self.rows(x.reshape(ring.size * rows, share, *rest), folded=True)
+
+    def unfold(self, x: Array, rows: int, length: int) -> Array:
+        """See `Spread.unfold`."""
+        ring = self.ring(rows)
+        if ring is None:
+            return x
+        _, share, *rest = x.shape
+        x = self.rows(x, folded=True).reshape(ring.size, rows, share, *rest).swapaxes(0, 1)
+        x = constrain(x.reshape(rows, ring.size * share, *rest), self.sharding(RULES["batch"], _CONTEXT))
+        return x[:, :length]
 
     def gathered(self, array: Array, axes: Axes) -> Array:
         """A stored parameter where it is used; its gradient goes back to where it is stored."""
@@ -167,9 +208,14 @@ class Placement:
             return self.rows(table(ids))
         found = table(constrain(ids, self.sharding(groups)))
         found = constrain(found, self.sharding(groups, None, columns))
-        # Columns cut along `tensor` too come together first: the partitioner can't do both exchanges in one.
-        shared = tuple(axis for axis in columns if axis in RULES["batch"])
-        return self.rows(constrain(found, self.sharding(groups, None, shared)))
+        # One exchange after the other, the innermost cut first: the partitioner can't do several in one. Columns cut
+        # along `tensor` come together, those along `context` become a cut along the length, those of `fsdp` of rows.
+        columns = tuple(axis for axis in columns if axis != "tensor")
+        found = constrain(found, self.sharding(groups, None, columns))
+        columns = tuple(axis for axis in columns if axis != _CONTEXT)
+        along = (_CONTEXT,) if self.ring(ids.shape[0]) and found.shape[1] % self.mesh.shape[_CONTEXT] == 0 else ()
+        found = constrain(found, self.sharding(groups, along, columns))
+        return constrain(found, self.sharding(RULES["batch"], along))
 
     def table(self, *states: nnx.State) -> dict[str, NamedSharding]:
         """The stored sharding of every array of a split model, by dotted path."""

@@ -118,12 +118,14 @@ def make_step(
             noise = embedding_noise(keys.noise, rows["numbers"], rows["segment_ids"], width, neftune_alpha)
         hidden = model.hidden(*inputs, dropout_key=keys.dropout, embedding_noise=noise)
         head = model.head()
-        shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards}
-        loss = weighted_loss(hidden, head.kernel, rows["targets"], rows["weights"], **shared)
+        ring = None if spread is None else spread.ring(hidden.shape[0])
+        fold = spread.fold if spread is not None else lambda x: x
+        shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards * (1 if ring is None else ring.size)}
+        loss = weighted_loss(fold(hidden), head.kernel, fold(rows["targets"]), fold(rows["weights"]), **shared)
         if not kl_weight:
             return loss, jnp.zeros((), jnp.float32)
         detach(model)
-        kl = weighted_kl(hidden, model.hidden(*inputs), head.kernel, rows["kl_weights"], **shared)
+        kl = weighted_kl(fold(hidden), fold(model.hidden(*inputs)), head.kernel, fold(rows["kl_weights"]), **shared)
         return loss + kl_weight * kl, kl
 
     def total(x: Array) -> Array:

@@ -37,8 +37,18 @@ EVEN = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
-#: Two key/value heads and 97 tokens divide by nothing; in the other every size divides by 8.
-SIZES = {"odd": LLAMA, "even": LLAMA | EVEN}
+GEMMA = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "head_dim": 8,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+#: Two key/value heads and 97 tokens divide by nothing; in the second every size divides by 8; in the third layers see
+#: a window and the whole row in turn, and scores are capped.
+SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA}
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01)
 ROWS, LENGTH, STEPS = 16, 16, 6
 
@@ -73,7 +83,7 @@ def batches(packed: bool) -> list[dict[str, np.ndarray]]:
 @functools.cache
 def run(
     method: str,
-    mesh: tuple[int, int, int] = (1, 1, 1),
+    mesh: tuple[int, ...] = (1, 1, 1),
     *,
     sizes: str = "odd",
     packed: bool = True,
