@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from mora_jax.errors import InputError
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.layout import Entry, Piece, tensor_plan
+from mora_jax.interop.regions import Shardings, read_sharded
 from mora_jax.interop.tensors import TensorFiles, open_checkpoint
 from mora_jax.interop.tokenizer import load_tokenizer
 from mora_jax.models.config import DecoderConfig
@@ -23,7 +25,12 @@ from mora_jax.models.precision import read_dtype
 
 
 def load_pretrained(
-    path: str | os.PathLike[str], *, dtype: Any = None, unroll: int | None = None, remat: str = "none"
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    unroll: int | None = None,
+    remat: str = "none",
+    shardings: Callable[[Decoder], Shardings] | None = None,
 ) -> tuple[Decoder, Any | None]:
     """Loads a model and its tokenizer.
 
@@ -32,7 +39,9 @@ def load_pretrained(
         dtype: "float32" or "bfloat16": compute dtype and storage of the weights; None: bfloat16 where it
             is fast.
         unroll: layers per iteration of the scan; None for the backend's default.
-        remat: "none", "dots" or "full".
+        remat: "none", "dots", "full" or "offload".
+        shardings: from the model's shapes to where each parameter lies. They are read straight into their shards, so
+            that no process holds more of the base than its devices do. None: whole, on the default device.
 
     Returns:
         The model, and a transformers tokenizer or None when the folder has no tokenizer files.
@@ -47,7 +56,7 @@ def load_pretrained(
     compute = read_dtype(dtype)
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
     model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat))
-    _fill(tensor_plan(model), files, _head_for_embedding(config, files))
+    _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
     model.name_or_path, model.folder = os.fspath(path), str(folder)
     return model, load_tokenizer(folder)
 
@@ -93,10 +102,13 @@ def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, 
     return {}
 
 
-def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str]) -> None:
+def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shardings: Shardings | None) -> None:
     """Gives every parameter of the plan its values."""
     _check([piece for entry in plan for piece in entry.pieces], files, stored_as)
     for entry in plan:
+        if shardings is not None:
+            entry.parameter.set_value(read_sharded(entry, files, stored_as, shardings(entry.parameter)))
+            continue
         buffer = np.empty(entry.parameter.shape, dtype=entry.parameter.dtype)
         for piece in entry.pieces:
             piece.put(buffer, files.read(stored_as.get(piece.name, piece.name)))

@@ -46,6 +46,10 @@ class TensorFiles:
         """One tensor, in the dtype of the file."""
         return self._handles[name].get_tensor(name)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor, one slice (of step 1) an axis; nothing else of the file is read."""
+        return self._handles[name].get_slice(name)[index]
+
 
 def _open(file: Path) -> Any:
     try:

@@ -24,7 +24,7 @@ from mora_jax.models.stack import Places, run_stack
 from mora_jax.models.target import backend
 
 _NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "full", "offload")
 
 
 class Head(NamedTuple):
@@ -52,7 +52,8 @@ class Decoder(nnx.Module):
         config: its description.
         dtype: dtype of the computation, the residual stream and the frozen weights (norms are float32).
         unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
-        remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
+        remat: what the backward pass computes again: "none", "dots" (all but matrix products), "full", or
+            "offload" (full, and what is kept lies in the host's memory).
         layers: one `Block` whose leaves have a leading `[L]`.
         spread: how arrays lie on a mesh of devices; None for one device, or where the compiler decides.
         name_or_path: what the model was loaded from (a folder or a hub id); None for a fresh one.

@@ -30,7 +30,7 @@ def init_decoder(
         rngs: where the weights are drawn from.
         dtype: compute dtype and storage of the weights.
         unroll: layers per iteration of the scan; None for the backend's default.
-        remat: "none", "dots" or "full".
+        remat: "none", "dots", "full" or "offload".
     """
     where = "config"
     if isinstance(config, (str, os.PathLike)):

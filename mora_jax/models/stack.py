@@ -104,7 +104,8 @@ def run_stack(
     Args:
         body: one layer, a pure function of its arguments.
         unroll: layers an iteration of the loop; all of them for no loop.
-        remat: "none" keeps what the layers' backward needs, "full" only each layer's input, "dots" also the products.
+        remat: "none" keeps what the layers' backward needs, "full" only each layer's input, "dots" also the products;
+            "offload" only each layer's input, and that in the host's memory.
         x: the input of the first layer; every layer keeps its shape and dtype.
         layers: any pytree of arrays `[L, …]`; arrays that nothing differentiates get no gradient.
         shared: any pytree of arrays that every layer reads; they get no gradient.
@@ -148,8 +149,9 @@ def _forward(
 
     def step(x: Array, layer: list[Array]) -> tuple[Array, list[Array]]:
         x, layer = _gathered(places, x, layer, unrolled=unrolled)
-        if remat == "full":
-            return body(x, jax.tree.unflatten(tree, layer), shared), [x]
+        if remat in ("full", "offload"):
+            kept = x if remat == "full" else jax.device_put(x, jax.memory.Space.Host)
+            return body(x, jax.tree.unflatten(tree, layer), shared), [kept]
         y, pullback = layer_fn(x, layer, shared)
         return y, plan.take_apart(pullback, layer, jax.tree.leaves(shared))
 
@@ -176,7 +178,9 @@ def _backward(
 
     def step(dy: Array, kept: list[Array], layer: list[Array]) -> tuple[Array, list[Array]]:
         dy, layer = _gathered(places, dy, layer, unrolled=unrolled)
-        if remat == "full":
+        if remat in ("full", "offload"):
+            if remat == "offload":
+                kept = [jax.device_put(kept[0], jax.memory.Space.Device)]
             # The barrier keeps the compiler from sharing this with the forward pass and saving it after all.
             (x,) = kept if not unrolled else jax.lax.optimization_barrier(tuple(kept))
             pullback = layer_fn(x, layer, shared)[1]

@@ -88,7 +88,8 @@ def assemble(
     if placement is None:
         runner = PmapRunner(step, mesh.size)
     else:
-        runner = JitRunner(step, mesh, placement.table(adapters, frozen))
+        table = placement.table(adapters, frozen)
+        runner = JitRunner(step, mesh, table, offload=config.optimizer.offload)
     arrays = flat_arrays(adapters), flat_arrays(frozen)
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts)
 

@@ -43,7 +43,12 @@ class ModelConfig:
     unroll: int | None = key(
         None, "Layers unrolled in one step of the layer scan; none chooses by backend.", at_least=1
     )
-    remat: str = key("none", "What the backward pass computes again to save memory.", choices=("none", "dots", "full"))
+    remat: str = key(
+        "none",
+        "What the backward pass computes again to save memory: nothing, all but matrix products, everything; offload "
+        "is full with the layers' inputs in the host's memory.",
+        choices=("none", "dots", "full", "offload"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +188,7 @@ class OptimizerConfig:
     warmup_steps: int = key(0, "Steps over which the learning rate rises; at most the run's steps.", at_least=0)
     weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
     clip_norm: float | None = key(1.0, "Largest global gradient norm; none: no clipping.", above=0)
+    offload: bool = key(False, "Keep the optimizer's state in the host's memory; it comes to the device in each step.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +334,8 @@ def check_together(config: Config) -> None:
             f"config: mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, "
             f"{mesh.tensor}, {mesh.context}) to 1"
         )
+    if mesh.pmap and config.optimizer.offload:
+        raise InputError("config: optimizer.offload needs jit over a mesh; set mesh.pmap=false with it")
     if train.steps is not None:
         check_warmup(config, train.steps)
     check_adapter(config.adapter)

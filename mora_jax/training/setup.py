@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Sharding
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
 from mora_jax.adapters.variables import FullParam
@@ -21,7 +25,8 @@ from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, check_warmup
 from mora_jax.training.data_settings import data_source, loss_weights
 from mora_jax.training.display import RunInfo
-from mora_jax.training.mesh import mesh_shape
+from mora_jax.training.mesh import make_mesh, mesh_shape
+from mora_jax.training.sharding import Placement
 
 #: What a normaliser divides by, in words.
 DIVISORS = {
@@ -142,8 +147,13 @@ def prepare(config: Config) -> Setup:
         InputError: whatever the user has to mend, in one line.
     """
     assert config.model.path is not None, "the configuration demands it"
+    mesh = mesh_shape(config.mesh, config.train.micro_batch_size or config.train.batch_size)
     model, tokenizer = load_pretrained(
-        config.model.path, dtype=config.model.dtype, unroll=config.model.unroll, remat=config.model.remat
+        config.model.path,
+        dtype=config.model.dtype,
+        unroll=config.model.unroll,
+        remat=config.model.remat,
+        shardings=partial(base_shardings, mesh) if math.prod(mesh[1:]) > 1 else None,
     )
     if tokenizer is None:
         raise InputError(
@@ -164,8 +174,13 @@ def prepare(config: Config) -> Setup:
         bucketing=config.data.bucketing,
     )
     check_warmup(config, plan.steps)
-    mesh = mesh_shape(config.mesh, config.train.micro_batch_size or config.train.batch_size)
     return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh)
+
+
+def base_shardings(mesh: tuple[int, ...], model: Decoder) -> Callable[[nnx.Variable], Sharding]:
+    """Where each parameter of a base (of shapes alone) is stored on a mesh of these sizes."""
+    placement = Placement.of(make_mesh(*mesh), nnx.state(model))
+    return lambda variable: placement.stored(variable.get_metadata()["axes"], tuple(variable.shape))
 
 
 def put_adapter(model: Decoder, config: Config) -> AttachReport:

@@ -1,0 +1,87 @@
+"""Parameters of a decoder read from files region by region: what a device doesn't hold is never read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from mora_jax.interop.layout import Entry, Piece
+from mora_jax.interop.tensors import TensorFiles
+
+#: The sharding of each parameter of a model.
+Shardings = Callable[[nnx.Variable], Sharding]
+
+
+def read_sharded(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], sharding: Sharding) -> jax.Array:
+    """A parameter on its devices; each region is read when its device's turn comes, and let go of again.
+
+    Args:
+        entry: the parameter and the tensors that make it up.
+        files: where they are.
+        stored_as: names of tensors in files that differ from the entry's.
+        sharding: of the parameter.
+    """
+    last: dict[Any, np.ndarray] = {}
+
+    def read(index: Any) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in last:  # devices with copies of one region follow each other
+            last.clear()
+            last[key] = read_region(entry, files, stored_as, index)
+        return last[key]
+
+    return jax.make_array_from_callback(tuple(entry.parameter.shape), sharding, read)
+
+
+def read_region(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], index: tuple[slice, ...]) -> np.ndarray:
+    """The values of `parameter[index]`, in its dtype; of each tensor only the rows and columns needed are read."""
+    shape = tuple(entry.parameter.shape)
+    box = [range(size)[part] for part, size in zip(index, shape, strict=True)]
+    values = np.empty([len(part) for part in box], dtype=entry.parameter.dtype)
+    for piece in entry.pieces:
+        found = _shared(piece, shape, box)
+        if found is not None:
+            target, inner = found
+            values[target] = _read(piece, files, stored_as.get(piece.name, piece.name), inner)
+    return values
+
+
+def _shared(piece: Piece, shape: tuple[int, ...], box: list[range]) -> tuple[tuple[Any, ...], list[range]] | None:
+    """What a piece and a box of the parameter share: where that lies in the box, and in the piece's region."""
+    target: list[Any] = []
+    inner: list[range] = []
+    for i, (size, wanted) in enumerate(zip(shape, box, strict=True)):
+        part = piece.index[i] if i < len(piece.index) else slice(None)
+        if isinstance(part, int):
+            if part not in wanted:
+                return None
+            target.append(part - wanted.start)
+            continue
+        held = range(size)[part]
+        start, stop = max(held.start, wanted.start), min(held.stop, wanted.stop)
+        if start >= stop:
+            return None
+        target.append(slice(start - wanted.start, stop - wanted.start))
+        inner.append(range(start - held.start, stop - held.start))
+    return tuple(target), inner
+
+
+def _read(piece: Piece, files: TensorFiles, name: str, inner: list[range]) -> np.ndarray:
+    """Part of a tensor, laid out as the piece's region is."""
+    sizes = [len(part) for part in inner]
+    if not piece.matrix:
+        part = tuple(slice(part.start, part.stop) for part in inner)
+        if piece.shape == piece.region:
+            return files.read_part(name, part)
+        return files.read(name).reshape(piece.region)[part]
+    columns, outs = inner[0], inner[1:]
+    # The rows of a tensor [out, in] are the region's output axes, flattened: the smallest run that holds all wanted.
+    flat = np.arange(piece.shape[0]).reshape(piece.region[1:])[np.ix_(*outs)].ravel()
+    first, last = int(flat[0]), int(flat[-1]) + 1
+    rows = files.read_part(name, (slice(first, last), slice(columns.start, columns.stop)))
+    return (rows if len(flat) == last - first else rows[flat - first]).T.reshape(sizes)
