@@ -50,7 +50,7 @@ GEMMA = {
 #: a window and the whole row in turn, and scores are capped.
 SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA}
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01)
-ROWS, LENGTH, STEPS = 16, 16, 6
+ROWS, LENGTH, STEPS = 16, 16, 10
 
 
 class Run(NamedTuple):
@@ -89,9 +89,11 @@ def run(
     packed: bool = True,
     micro_batches: int = 1,
     unroll: int = 1,
+    remat: str = "none",
+    offload: bool = False,
 ) -> Run:
-    """Trains a few steps."""
-    model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0), unroll=unroll)
+    """Trains a few steps; `offload` is the optimizer's."""
+    model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0), unroll=unroll, remat=remat)
     mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
     if method != "full":
         fill_randomly(model)
@@ -100,7 +102,7 @@ def run(
     placement = Placement.of(devices, adapters, frozen)
     optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
     step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, placement=placement)
-    runner = JitRunner(step, devices, placement.table(adapters, frozen))
+    runner = JitRunner(step, devices, placement.table(adapters, frozen), offload=offload)
     state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
     held = runner.place(flat_arrays(frozen))
     found = []

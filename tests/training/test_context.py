@@ -11,7 +11,7 @@ from tests.training.test_sharding import assert_same_curve, eight_devices, gathe
 
 CASES = [
     ("lora", (1, 1, 1, 4), {}),
-    ("mora", (1, 2, 1, 2), {"sizes": "gemma"}),
+    pytest.param("mora", (1, 2, 1, 2), {"sizes": "gemma"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 1, 2, 2), {"sizes": "even", "packed": False}, marks=pytest.mark.slow),
 ]
 

@@ -1,0 +1,44 @@
+"""What lies in the host's memory between uses: the same training, and the places that were asked for."""
+
+import jax
+import numpy as np
+import pytest
+
+from mora_jax.errors import InputError
+from mora_jax.training.config import Config, check_together, lay_over
+from tests.training.meshed import run
+
+
+@pytest.fixture(scope="module")
+def spread():
+    return run("lora", (1, 2, 1), remat="offload", offload=True)
+
+
+def moments(state) -> list[jax.Array]:
+    leaves = jax.tree_util.tree_flatten_with_path(state.optimizer)[0]
+    return [leaf for path, leaf in leaves if any(isinstance(key, jax.tree_util.DictKey) for key in path)]
+
+
+def test_the_losses_are_those_without_offload(spread):
+    np.testing.assert_allclose(spread.losses, run("lora").losses, rtol=1e-5)
+
+
+def test_moments_lie_in_the_hosts_memory_and_nothing_else_does(spread):
+    found = moments(spread.state)
+    assert len(found) == 2 * len(spread.state.adapters)
+    assert {array.sharding.memory_kind for array in found} == {"pinned_host"}
+    rest = [*spread.state.adapters.values(), *spread.frozen.values(), spread.state.step]
+    assert {array.sharding.memory_kind for array in rest} == {"device"}
+
+
+def test_the_whole_state_is_donated():
+    """Outputs take the place of what they replace: the state exists once."""
+    plain = run("lora")
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(plain.state._replace(key=None)))
+    assert plain.compiled.memory_analysis().alias_size_in_bytes >= state
+
+
+def test_pmap_refuses():
+    given = {"model.path": "m", "data.train": ("d",), "out": "o", "mesh.pmap": True, "optimizer.offload": True}
+    with pytest.raises(InputError, match=r"optimizer.offload needs jit over a mesh; set mesh.pmap=false"):
+        check_together(lay_over(Config(), [(name, value, "test") for name, value in given.items()]))
