@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax.models.ring import Ring, ring_attention
-from mora_jax.models.tiles import MASKED, Tiling, product, scores_of, tiled_attention
-
 from mora_jax.models.target import backend
+from mora_jax.models.tiles import MASKED, Tiling, product, scores_of, tiled_attention
 
 Array = jax.Array
 

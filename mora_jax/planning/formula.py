@@ -106,7 +106,8 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
     """
     decoder = read_config(values, "the model")
     axes = dict(zip(AXES, mesh, strict=True))
-    fsdp, tensor, data = axes["fsdp"], axes["tensor"], axes["data"]
+    tensor, context = axes["tensor"], axes["context"]
+    sharing = axes["data"] * axes["fsdp"]
     with compiling_for(backend):
         model = _model(config.model, config.adapter, _text(values), backend)
         _, adapters, frozen = partition(model)
@@ -121,28 +122,35 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
         return _bytes_held(tree, shardings, placement.sharding())
 
     micro, rows, length = batch["input_ids"].shape
-    local = rows // (data * fsdp)
+    local = rows // sharing
     traced = _traced(config, values, local, backend)
     width = jnp.dtype(model.dtype).itemsize
     layers = _gathered(placement, (adapters, frozen), width)
     head = decoder.vocab_size * decoder.hidden_size * width / tensor
     gradients = held(trained) * (2 if micro > 1 else 1)
     stream = decoder.num_layers * local * length * decoder.hidden_size * width
-    saved = min(stream, traced.saved) + max(0.0, traced.saved - stream) / tensor
-    cut = fsdp > 1
-    backward = traced.layer / tensor + (2 * layers / decoder.num_layers if cut else 0)
+    saved = (min(stream, traced.saved) + max(0.0, traced.saved - stream) / tensor) / context
+    cut = axes["fsdp"] * context > 1
+    backward = traced.layer / tensor / context + (2 * layers / decoder.num_layers if cut else 0)
     memory = Memory(
         weights=held(kept),
         adapters=held(trained),
-        optimizer=held(optimizer_shapes(config, trained)),
-        batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / (data * fsdp),
-        activations=saved,
+        optimizer=0.0 if config.optimizer.offload else held(optimizer_shapes(config, trained)),
+        batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / sharing,
+        activations=0.0 if config.model.remat == "offload" else saved,
         temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0),
     )
-    moved = _collectives(decoder, axes, micro, local * length, layers, head, trained, width, config)
+    moved = _collectives(decoder, axes, micro, local * length // context, layers, head, trained, width, config)
     trainable = sum(math.prod(array.shape) for array in trained.values())
     parameters = trainable + sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, _frozen_parameter)))
-    return Reckoned(memory, micro * traced.flops / tensor, micro * traced.bytes / tensor, moved, trainable, parameters)
+    return Reckoned(
+        memory,
+        micro * traced.flops / tensor / context,
+        micro * traced.bytes / tensor / context,
+        moved,
+        trainable,
+        parameters,
+    )
 
 
 def _frozen_parameter(path: Any, value: Any) -> bool:
@@ -226,11 +234,13 @@ def _collectives(
     width: int,
     config: Config,
 ) -> tuple[Collective, ...]:
-    """Gathers of weights along `fsdp`, forward and backward; sums of gradients; sums of activations along `tensor`."""
-    fsdp, tensor, sharing = axes["fsdp"], axes["tensor"], axes["data"] * axes["fsdp"]
+    """Gathers of weights along `fsdp` and `context`, forward and backward; sums of gradients; sums of activations along
+    `tensor`; keys and values around the ring of `context`, forward and backward, there with their gradients."""
+    tensor, context, gathering = axes["tensor"], axes["context"], axes["fsdp"] * axes["context"]
+    sharing = axes["data"] * gathering
     count, found = decoder.num_layers, []
-    if fsdp > 1:
-        size = (micro * 2 * layers + head) * (fsdp - 1) / fsdp
+    if gathering > 1:
+        size = (micro * 2 * layers + head) * (gathering - 1) / gathering
         found.append(Collective("all-gather", micro * 2 * count + 1, size))
     if sharing > 1:
         gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
@@ -239,4 +249,11 @@ def _collectives(
         passes = 4 if config.model.remat == "none" else 6
         size = micro * passes * count * tokens * decoder.hidden_size * width * 2 * (tensor - 1) / tensor
         found.append(Collective("all-reduce", micro * passes * count, size))
+    if context > 1:
+        forward = 1 if config.model.remat == "none" else 2
+        turns = micro * count * context
+        keys = 2 * tokens * decoder.num_kv_heads * decoder.head_dim / tensor
+        found.append(
+            Collective("collective-permute", turns * (2 * forward + 4), turns * keys * (width * (forward + 1) + 4))
+        )
     return tuple(found)

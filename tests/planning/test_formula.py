@@ -29,7 +29,7 @@ MODEL = {
 LENGTH = 256
 
 
-def run_of(method: str, mesh: tuple[int, int, int], remat: str = "none", micro_batches: int = 1) -> Config:
+def run_of(method: str, mesh: tuple[int, ...], remat: str = "none", micro_batches: int = 1) -> Config:
     rows = 8
     settings = {
         "model.dtype": "float32",
@@ -39,12 +39,12 @@ def run_of(method: str, mesh: tuple[int, int, int], remat: str = "none", micro_b
         "data.max_length": LENGTH,
         "train.batch_size": rows * micro_batches,
         "train.micro_batch_size": rows,
-        **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True)),
+        **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"), mesh, strict=True)),
     }
     return lay_over(Config(), [(name, value, "test") for name, value in settings.items()])
 
 
-def compiled_and_reckoned(config: Config, mesh: tuple[int, int, int]):
+def compiled_and_reckoned(config: Config, mesh: tuple[int, ...]):
     # Both with the blocks of an accelerator.
     with compiling_for("tpu"):
         made, arguments = assemble_abstract(abstract_model(read_config(MODEL), config), config, mesh)
@@ -54,7 +54,7 @@ def compiled_and_reckoned(config: Config, mesh: tuple[int, int, int]):
 
 @pytest.mark.parametrize(
     "method, mesh, remat",
-    [("lora", (1, 4, 1), "full"), ("full", (1, 4, 1), "none"), ("mora", (2, 1, 2), "none")],
+    [("lora", (1, 4, 1, 1), "full"), ("full", (1, 4, 1, 1), "none"), ("mora", (2, 1, 2, 1), "none")],
 )
 def test_memory_and_gathers(method, mesh, remat):
     compiled, found = compiled_and_reckoned(run_of(method, mesh, remat), mesh)
@@ -70,8 +70,8 @@ def test_memory_and_gathers(method, mesh, remat):
 
 def test_flops_are_those_of_the_layers():
     """Against a count by hand, of LoRA on every matrix without remat."""
-    config = run_of("lora", (1, 1, 1))
-    found = reckon(config, MODEL, (1, 1, 1), "tpu")
+    config = run_of("lora", (1, 1, 1, 1))
+    found = reckon(config, MODEL, (1, 1, 1, 1), "tpu")
     width, wide, layers, rank, heads, kv, head = 128, 384, 6, 8, 8, 4, 16
     sizes = [(width, heads * head), (width, kv * head), (width, kv * head), (heads * head, width)]
     sizes += [(width, wide), (width, wide), (wide, width)]
@@ -84,7 +84,7 @@ def test_flops_are_those_of_the_layers():
     tokens = 8 * LENGTH
     least = 2 * tokens * (layers * (2 * base + 3 * adapters + attention) + 2 * vocabulary)
     assert found.flops == pytest.approx(least, rel=0.06)
-    more = reckon(run_of("lora", (1, 1, 1), "full", 2), MODEL, (1, 1, 1), "tpu")
+    more = reckon(run_of("lora", (1, 1, 1, 1), "full", 2), MODEL, (1, 1, 1, 1), "tpu")
     again = 2 * (found.flops + 2 * tokens * layers * (base + adapters + 2 * LENGTH * heads * head))
     assert more.flops == pytest.approx(again, rel=0.03)
 
