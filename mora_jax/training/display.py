@@ -87,7 +87,7 @@ class Display:
         self.close()
 
     def loading(self, words: str) -> None:
-        """Says what happens before the start, where that can be taken away again."""
+        """Says what happens before the start or between steps, where that can be taken away again."""
 
     def start(self, info: RunInfo) -> None:
         """Shows what is about to be trained."""

@@ -28,7 +28,10 @@ class LiveDisplay(Display):
         self.status: Status | None = None
 
     def loading(self, words: str) -> None:
-        """Shows a line with a spinner until the start."""
+        """Shows a line with a spinner until the start; after it, words at the bar until the next step."""
+        if self.progress is not None:
+            self.progress.update(self.task, words=words)
+            return
         self.status = self.console.status(Text(printable(words)))
         self.status.start()
 

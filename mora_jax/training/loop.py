@@ -250,6 +250,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         assert self.setup.evaluation is not None
+        self.display.loading("evaluating")
         scores = score(self._model(), self.setup.evaluation, batch_size=self.setup.micro_batch)
         self.evaluated = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
         self.evaluated |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
@@ -277,6 +278,7 @@ class Trainer:
 
     def _finish(self, started: float, checkpoints: Checkpoints) -> None:
         """Writes the result and the summary."""
+        self.display.loading("saving")
         self._write_result(result_name(self.config))
         summary = {
             "method": self.config.adapter.method,
@@ -294,6 +296,7 @@ class Trainer:
             "eval_perplexity": self.evaluated.get("eval_perplexity"),
             **self._write_best(checkpoints),
             "wall_seconds": time.perf_counter() - started,
+            "result": str(self.directory.path / result_name(self.config)),
         }
         self.observer.finish(summary)
         self.directory.write_json("summary.json", summary)

@@ -15,6 +15,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("steps", _steps(summary)),
         ("compute", _compute(summary)),
         ("memory", _memory(summary)),
+        ("result", summary.get("result", "")),
         *summary.get("open", {}).items(),
     ]
     return [(name, words) for name, words in rows if words]
@@ -35,8 +36,8 @@ def _time(summary: Mapping[str, Any]) -> str:
     others = summary["other_compile_seconds"]
     rest = max(summary["wall_seconds"] - steps - compiling - others, 0.0)
     return (
-        f"{steps:,.1f} s of steps, {compiling:,.1f} s compiling the step, {others:,.1f} s compiling the rest, "
-        f"{rest:,.1f} s evaluating, saving and else"
+        f"steps {steps:,.1f} s, compiling {compiling + others:,.1f} s (the step {compiling:,.1f} s), "
+        f"evaluating, saving and else {rest:,.1f} s"
     )
 
 
@@ -50,7 +51,8 @@ def _steps(summary: Mapping[str, Any]) -> str:
 def _compute(summary: Mapping[str, Any]) -> str:
     if not summary.get("flops_per_token"):
         return ""
-    rate = f"{summary['flops_per_token'] * summary['tokens_per_second'] / 1e12:,.3g} TFLOP/s"
+    flops = summary["flops_per_token"] * summary["tokens_per_second"]
+    rate = f"{flops / 1e12:,.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.3g} GFLOP/s"
     if summary.get("mfu") is None:
         return f"{rate}; no MFU, as this device's peak isn't known"
     return f"{rate}, MFU {summary['mfu']:.1%} ({summary['mfu_convention']})"

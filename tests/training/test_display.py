@@ -155,6 +155,7 @@ MEASURED = {
     "peak_memory_bytes": 3_210_000_000,
     "peak_memory_of": "device",
     "step_memory_bytes": {"total": 2_500_000},
+    "result": "runs/x/adapter",
     "open": {"TensorBoard": "tensorboard --logdir runs/x/tensorboard"},
 }
 
@@ -162,15 +163,15 @@ MEASURED = {
 def test_the_table_at_the_end():
     rows = dict(summary_rows(MEASURED))
     assert rows == {
-        "time": "80.0 s of steps, 9.0 s compiling the step, 1.0 s compiling the rest, "
-        "10.0 s evaluating, saving and else",
+        "time": "steps 80.0 s, compiling 10.0 s (the step 9.0 s), evaluating, saving and else 10.0 s",
         "steps": "90.0% waiting for the device, 2.5% waiting for data, 7.5% the loop itself",
         "compute": "4 TFLOP/s, MFU 40.0% (4N)",
         "memory": "at most 3.21 GB in this device; the compiled step takes 2.5 MB a device",
+        "result": "runs/x/adapter",
         "TensorBoard": "tensorboard --logdir runs/x/tensorboard",
     }
-    unknown = dict(summary_rows(MEASURED | {"mfu": None}))
-    assert unknown["compute"] == "4 TFLOP/s; no MFU, as this device's peak isn't known"
+    unknown = dict(summary_rows(MEASURED | {"mfu": None, "tokens_per_second": 10.0}))
+    assert unknown["compute"] == "40 GFLOP/s; no MFU, as this device's peak isn't known"
     assert summary_rows(SUMMARY) == []
     stream = io.StringIO()
     Display(stream).finish(MEASURED)

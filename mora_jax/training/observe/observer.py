@@ -133,7 +133,7 @@ class Observer:
         total = self.clock.total
         opened = {writer.name: writer.how_to_open for writer in self._writers}
         if self._traced:
-            opened["trace"] = self._profile.how_to_open
+            opened["XProf"] = self._profile.how_to_open
         return {
             "tokens_per_second": self._tokens / total.step if total.step else 0.0,
             "mfu": self._share(self._needed, total.step),

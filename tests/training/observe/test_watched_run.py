@@ -132,7 +132,7 @@ def test_the_parts_of_a_step_make_up_its_time(watched):
     resumed = sum(row["step_seconds"] for row in rows(out) if "loss" in row and row["step"] > 2)
     assert summary["step_seconds"] == pytest.approx(resumed)
     assert summary["flops_per_token"] > summary["trainable_parameters"] * 6
-    assert set(summary["open"]) == {"TensorBoard", "Weights & Biases", "trace"}
+    assert set(summary["open"]) == {"TensorBoard", "Weights & Biases", "XProf"}
 
 
 def test_the_compile_log_tells_what_and_for_what_shapes(watched):
