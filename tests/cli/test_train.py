@@ -75,6 +75,8 @@ def test_a_run_writes_its_directory_and_nothing_to_stdout(run, fails, options, t
         (["--config.bogus=1"], "bogus"),
         (["--config=/nowhere/config.py"], "/nowhere/config.py"),
         (["--config.out="], "--config.out"),
+        (["--profile", "5:4"], "--profile must be FIRST:LAST"),
+        (["--profile", "9:10"], "log.profile_first=9 must be at most the run's 2 steps"),
         (["--resume=/nowhere"], "--config.KEY"),
     ],
 )
