@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,10 @@ def advise(config: Config, values: dict[str, Any], topology: Topology, tries: in
     """
     notes: list[str] = []
     asked = by_formula(config, values, topology)
+    used = math.prod(asked.mesh)
+    if used < topology.chips:
+        rows = f"{asked.micro_batch} rows of a micro-batch can't be shared by more"
+        notes.append(f"as configured, {used} of the {topology.chips} chips work: {rows}")
     compiler = bool(tries) and topology.tpu is not None and has_libtpu()
     if not compiler:
         notes.append(_why_formula(tries, topology))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -58,7 +59,9 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
     chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
     text = _text(compiled)
     loops = Loops(decoder.num_layers, micro, chunks)
-    found = None if text is None else [dataclasses.asdict(one) for one in collectives(text, len(devices), loops)]
+    found = (
+        None if text is None else [dataclasses.asdict(one) for one in collectives(text, math.prod(task["mesh"]), loops)]
+    )
     return {
         "fits": True,
         "seconds": time.perf_counter() - start,
