@@ -52,7 +52,7 @@ def advise(config: Config, values: dict[str, Any], topology: Topology, tries: in
     asked = by_formula(config, values, topology)
     used = math.prod(asked.mesh)
     if used < topology.chips:
-        rows = f"{asked.micro_batch} rows of a micro-batch can't be shared by more"
+        rows = f"more can't share micro-batches of {asked.micro_batch} evenly"
         notes.append(f"as configured, {used} of the {topology.chips} chips work: {rows}")
     compiler = bool(tries) and topology.tpu is not None and has_libtpu()
     if not compiler:
@@ -94,8 +94,8 @@ def _why_formula(tries: int, topology: Topology) -> str:
 def _smallest(config: Config, values: dict[str, Any], topology: Topology) -> str | None:
     """The smallest larger slice that holds the run with every array cut over all chips, one row a chip."""
     for other in larger(topology):
-        settings: dict[str, Any] = {"mesh.data": 1, "mesh.fsdp": other.chips, "mesh.tensor": 1, "model.remat": "full"}
-        settings |= {"train.batch_size": other.chips, "train.micro_batch_size": other.chips}
+        settings: dict[str, Any] = {"mesh.data": 1, "mesh.fsdp": other.chips, "mesh.tensor": 1, "mesh.context": 1}
+        settings |= {"model.remat": "full", "train.batch_size": other.chips, "train.micro_batch_size": other.chips}
         plan = by_formula(lay_over(config, [(name, value, "plan") for name, value in settings.items()]), values, other)
         if plan.fits:
             return other.name
