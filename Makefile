@@ -1,7 +1,7 @@
 # make demo       fine-tune the embedded model with every method and print one table
 # make test       the tests
 # make test-all   the tests with the slow ones and the notebooks
-# make lint       ruff and mypy
+# make lint       ruff, mypy and shellcheck
 # make docs       the site of docs/, into build/site
 #
 # Each makes and fills .venv where it is missing or stale. PYTHON= names the interpreter; without it the first
@@ -46,6 +46,7 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-notebook
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck scripts/launch/*.sh scripts/launch/*.sbatch .ci/run
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict $(ARGS)

@@ -15,6 +15,7 @@ from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.bank import refuse_banks
 from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.head import OutputHead
+from mora_jax.adapters.host import host
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.mora import unused_inputs
 from mora_jax.adapters.projection import Projection
@@ -183,7 +184,7 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
             continue
         adapter = adapter_at(place)
         # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
-        arrays = {name: np.asarray(value.copy()) for name, value in adapter.params().items()}
+        arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
         for i, path in enumerate(place.paths):
             params = {name: value[i] for name, value in arrays.items()} if place.stacked else dict(arrays)
             if params["scaling"] == 0:

@@ -5,7 +5,6 @@ SIGTERM; 1, with a traceback, only for a bug. Nothing here imports jax: commands
 """
 
 import argparse
-import errno
 import importlib.metadata
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from mora_jax.cli import convert, demo, generate, inspect, merge, plan, train
 from mora_jax.cli import eval as eval_command
+from mora_jax.cli.failures import EXIT_TERMINATE, report
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
 
@@ -30,13 +30,6 @@ COMMANDS = {
     "plan": plan,
     "demo": demo,
 }
-EXIT_INPUT, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATE = 2, 130, 141, 143
-SMALLER = "choose fewer rows at once, shorter rows, or a smaller rank or model"
-# What the user's disk and paths can do to any command; every other OSError is a bug.
-DISK_ERRNOS = {
-    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP,
-}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,26 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)
         return code
-    except InputError as error:
-        return _fail(str(error))
-    except BrokenPipeError:
-        _drop_stdout()
-        return EXIT_PIPE
-    except OSError as error:
-        if error.errno not in DISK_ERRNOS:
+    except (Exception, KeyboardInterrupt) as error:
+        known = report(error)
+        if known is None:
             raise
-        _drop_stdout()
-        return _fail(": ".join(str(part) for part in (error.filename, error.strerror) if part))
-    except MemoryError as error:
-        return _fail(f"out of memory: {error}; {SMALLER}")
-    except RuntimeError as error:
-        # Backends have no class of their own for it.
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        first = str(error).splitlines()[0].rstrip(".")
-        return _fail(f"out of memory: {first}; {SMALLER}")
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPT
+        return known
     finally:
         signal.signal(signal.SIGTERM, previous)
         warnings.formatwarning = format_warning
@@ -141,24 +119,11 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(EXIT_TERMINATE)
 
 
-def _drop_stdout() -> None:
-    # Where nobody can take what is still buffered, keep the interpreter from complaining about it at exit.
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     # The place in the code means nothing to whoever runs a command.
     return f"warning: {' '.join(str(message).split())}\n"
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_INPUT
 
 
 if __name__ == "__main__":

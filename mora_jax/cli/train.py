@@ -6,10 +6,11 @@ changes. Every key below can be set by --config.KEY=VALUE, whether or not the fi
 
 import argparse
 import re
-import sys
 import textwrap
+from typing import Any
 
 from mora_jax.cli.options import OVERRIDE
+from mora_jax.cli.processes import add_processes, together
 from mora_jax.errors import InputError
 from mora_jax.training.config import keys
 
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.usage = (
         "mora-jax train [--config FILE] [--config.KEY=VALUE ...] [--profile [FIRST:LAST]] [--overwrite]\n"
-        "       mora-jax train --resume RUN [--profile [FIRST:LAST]]"
+        "       mora-jax train --resume RUN [--profile [FIRST:LAST]]\n"
+        "       mora-jax train ... --coordinator HOST:PORT --process-id I --process-count N"
     )
     parser.add_argument("--config", metavar="FILE", help="config file, such as configs/smollm2_dolly.py")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this directory from its last checkpoint")
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write an XProf trace of these steps, both included and counted as in metrics.jsonl, into the run "
         "directory; without a range, of three steps after warming up",
     )
+    add_processes(parser)
     lines = ["configuration keys:"]
     for name, key in keys().items():
         default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.default}"
@@ -71,19 +74,25 @@ def run(args: argparse.Namespace) -> int:
         for given, flag in others:
             if given:
                 raise InputError(f"{flag} can't be given with --resume, which goes on as the run's config.json says")
-    else:
-        from mora_jax.training.config_file import load_config
+        return together(args, args.resume, lambda display: _resume(args.resume, profile, display))
+    from mora_jax.training.config_file import load_config
 
-        overrides = [*args.overrides, *((name, str(value)) for name, value in profile.items())]
-        config, note = load_config(args.config, overrides)
-        if note:
-            print(f"warning: {note}", file=sys.stderr)
+    overrides = [*args.overrides, *((name, str(value)) for name, value in profile.items())]
+    config, note = load_config(args.config, overrides)
+    return together(args, config.out, lambda display: _train(config, note, display, args.overwrite))
+
+
+def _train(config: Any, note: str | None, display: Any, overwrite: bool) -> int:
     from mora_jax.training import loop
-    from mora_jax.training.display import make_display
 
-    with make_display() as display:
-        if args.resume is not None:
-            display.loading(f"loading the run in {args.resume}")
-            return loop.resume(args.resume, display, profile=profile)
-        display.loading(f"loading {config.model.path}")
-        return loop.train(config, display, overwrite=args.overwrite)
+    if note:
+        display.note(f"warning: {note}")
+    display.loading(f"loading {config.model.path}")
+    return loop.train(config, display, overwrite=overwrite)
+
+
+def _resume(out: str, profile: dict[str, int], display: Any) -> int:
+    from mora_jax.training import loop
+
+    display.loading(f"loading the run in {out}")
+    return loop.resume(out, display, profile=profile)

@@ -25,8 +25,7 @@ class BatchSource:
       micro_batch: rows computed at once, over all processes; divides the plan's batch.
       normalize: see `normalize.normalize`.
       extra: see `EncodedDataset.batch`.
-      process_index, process_count: this process's share: of each micro-batch the rows
-        `[index * micro / count, (index + 1) * micro / count)`.
+      rows: this process's share: which rows of each micro-batch it makes, ascending; None for all.
     """
 
     dataset: EncodedDataset
@@ -34,14 +33,13 @@ class BatchSource:
     micro_batch: int
     normalize: str = "token"
     extra: Mapping[str, str] | None = None
-    process_index: int = 0
-    process_count: int = 1
+    rows: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.plan.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch={self.micro_batch} must divide the batch of {self.plan.batch_size} rows")
-        if self.micro_batch % self.process_count:
-            raise ValueError(f"{self.process_count} processes can't share {self.micro_batch} rows evenly")
+        if self.rows is not None and not all(0 <= row < self.micro_batch for row in self.rows):
+            raise ValueError(f"rows {self.rows} are not all in a micro-batch of {self.micro_batch}")
 
     def __len__(self) -> int:
         return self.plan.steps
@@ -50,13 +48,13 @@ class BatchSource:
         """The arrays of a step, `[micro-batches, rows of this process, ...]`."""
         length = self.plan.length(step, self.length)
         micros = self.plan.batch_size // self.micro_batch
-        share = self.micro_batch // self.process_count
-        mine = np.arange(self.plan.batch_size).reshape(micros, self.process_count, share)[:, self.process_index]
+        share = np.arange(self.micro_batch) if self.rows is None else np.array(self.rows)
+        mine = np.arange(self.plan.batch_size).reshape(micros, self.micro_batch)[:, share]
         rows = self.plan.rows(step)
         empty = np.zeros(0, np.int64)
         chosen = [rows[i] if i < len(rows) else empty for i in mine.ravel().tolist()]
         batch = self.dataset.batch(chosen, len(chosen), length, how=self.normalize, extra=self.extra)
-        return {name: value.reshape(micros, share, *value.shape[1:]) for name, value in batch.items()}
+        return {name: value.reshape(micros, len(share), *value.shape[1:]) for name, value in batch.items()}
 
     @property
     def length(self) -> int:

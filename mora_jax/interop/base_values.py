@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.host import host
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.targets import Place
 from mora_jax.adapters.variables import FullParam
@@ -29,7 +30,7 @@ def base_bias(place: Place, layer: int) -> np.ndarray:
         bias = None if place.layer.bias is None else place.layer.bias[...].reshape(-1)
     if bias is None:
         return np.zeros(place.out_features, np.float32)
-    return np.asarray(bias[layer] if place.stacked else bias, np.float32)
+    return host(bias[layer] if place.stacked else bias).astype(np.float32, copy=False)
 
 
 def trained_weights(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
@@ -44,7 +45,7 @@ def trained_weights(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
         return
     for entry in tensor_plan(model):
         if isinstance(entry.parameter, FullParam):
-            values = np.asarray(entry.parameter[...])
+            values = host(entry.parameter[...])
             for piece in entry.pieces:
                 yield piece.name, piece.take(values)
 

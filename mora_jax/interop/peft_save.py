@@ -27,7 +27,13 @@ from mora_jax.interop.stream import write_float32
 from mora_jax.models.decoder import Decoder
 
 
-def save_adapter(model: nnx.Module, out: str | os.PathLike[str], *, base_model_name_or_path: str | None = None) -> None:
+def save_adapter(
+    model: nnx.Module,
+    out: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | None = None,
+    write: bool = True,
+) -> None:
     """Writes the adapters of a model as a PEFT folder.
 
     Tensors are gathered from the devices and written one after the other, so a model that was trained sharded never has
@@ -38,6 +44,7 @@ def save_adapter(model: nnx.Module, out: str | os.PathLike[str], *, base_model_n
             rank).
         out: the folder; must not exist, or be empty, or hold an earlier adapter and nothing else.
         base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
+        write: False on all processes but one of those that hold parts of the adapters: all have to call this.
 
     Raises:
         InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
@@ -54,6 +61,10 @@ def save_adapter(model: nnx.Module, out: str | os.PathLike[str], *, base_model_n
     fields = _fields(main, model, base) | {"modules_to_save": _saved_modules(model, list(whole))}
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
+    if not write:
+        for _ in _all_tensors(model):
+            pass  # gathered for the process that writes
+        return
     with new_folder(out, replace=frozenset({CONFIG_NAME, WEIGHTS_NAME})) as folder:
         text = json.dumps(extra_fields(model) | fields, indent=2, sort_keys=True)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

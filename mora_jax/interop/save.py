@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.host import host
 from mora_jax.errors import InputError
 from mora_jax.interop.folders import new_folder
 from mora_jax.interop.layout import tensor_plan
@@ -30,6 +31,7 @@ def save_pretrained(
     *,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
+    write: bool = True,
 ) -> None:
     """Writes a model as a folder that `transformers` loads: config, weights, tokenizer, generation settings.
 
@@ -40,6 +42,7 @@ def save_pretrained(
             model was loaded from.
         dtype: "float32", "bfloat16" or "float16" on disk; None for float32, which loses nothing.
         max_shard_bytes: weights beyond this are split into several files with an index.
+        write: False on all processes but one of those that hold parts of the model: all have to call this.
 
     Raises:
         InputError: when the model has adapters, the dtype is another one or too narrow, or `out` is in use.
@@ -47,6 +50,10 @@ def save_pretrained(
     if next(iter(adapters_of(model)), None) is not None:
         raise InputError("the model has unmerged adapters: call merge(model) first, or save them with save_adapter")
     target = _dtype(dtype)
+    if not write:
+        for _ in _tensors(model, target):
+            pass  # gathered for the process that writes
+        return
     with new_folder(out) as folder:
         text = json.dumps(_config(model.config, target.name), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -83,7 +90,7 @@ def _config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 def _tensors(model: Decoder, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor as files have it, one parameter's at a time."""
     for entry in tensor_plan(model):
-        parameter = np.asarray(entry.parameter[...])
+        parameter = host(entry.parameter[...])
         for piece in entry.pieces:
             tensor = piece.take(parameter)
             with np.errstate(over="ignore"):

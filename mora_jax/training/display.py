@@ -121,6 +121,13 @@ class Display:
         """Ends whatever is live."""
 
 
+class Silent(Display):
+    """The display of processes other than the first."""
+
+    def note(self, text: str) -> None:
+        """Shows nothing."""
+
+
 def make_display() -> Display:
     """Returns the display that suits stderr: live on a terminal, plain elsewhere."""
     if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":

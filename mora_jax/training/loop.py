@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from mora_jax.training.observe.flops import StepFlops
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.observe.profile import check_profile
 from mora_jax.training.observe.writers import check_writers
+from mora_jax.training.processes import Agreement, check_same, check_shared, is_main, several
 from mora_jax.training.restarts import Restarter
 from mora_jax.training.result import result_name, write_result
 from mora_jax.training.run_directory import RunDirectory
@@ -47,11 +49,13 @@ def train(config: Config, display: Display | None = None, *, overwrite: bool = F
     Raises:
         InputError: anything the user has to mend; nothing was written then.
     """
-    directory = RunDirectory(config.out or "")
+    directory = RunDirectory(config.out or "", writes=is_main())
     directory.check_free(overwrite)
     check_writers(config)
     setup = prepare(config)
     check_profile(config, setup.plan.steps)
+    check_same(setup.identity())
+    check_shared(directory.path)
     directory.create(config, overwrite)
     return Trainer(setup, directory, display or Display()).run()
 
@@ -67,7 +71,8 @@ def resume(out: str, display: Display | None = None, *, profile: Mapping[str, in
     Raises:
         InputError: there is no run, or what it was trained on can't be read any more.
     """
-    directory = RunDirectory(out)
+    directory = RunDirectory(out, writes=is_main())
+    check_shared(directory.path)
     config = directory.read_config()
     shown = display or Display()
     if directory.summary.is_file():
@@ -78,6 +83,7 @@ def resume(out: str, display: Display | None = None, *, profile: Mapping[str, in
     check_writers(config)
     setup = prepare(config)
     check_profile(config, setup.plan.steps)
+    check_same(setup.identity())
     return Trainer(setup, directory, shown).run()
 
 
@@ -115,9 +121,10 @@ class Trainer:
         """Trains to the end, or to the border of the step in which a signal came; returns the exit code."""
         started = time.perf_counter()
         plan, settings = self.setup.plan, self.config.train
-        self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
+        if self.directory.writes:
+            self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         with (
-            StopSignals() as signals,
+            StopSignals(Agreement() if several() else None) as signals,
             self.display,
             self._checkpoints() as checkpoints,
             contextlib.ExitStack() as context,
@@ -127,7 +134,8 @@ class Trainer:
             if found is not None:
                 self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
                 del found
-            batches = context.enter_context(contextlib.closing(BatchIterator(self.setup.batches, first)))
+            source = dataclasses.replace(self.setup.batches, rows=self.runner.share(self.setup.micro_batch))
+            batches = context.enter_context(contextlib.closing(BatchIterator(source, first)))
             self._remember(self.directory.rewind_metrics(first))
             self.display.start(self.setup.info(first))
             context.enter_context(self.observer.open(first))
@@ -143,6 +151,7 @@ class Trainer:
                     self._report(pending)
                 pending = (step + 1, metrics)
                 done, last = step + 1, step + 1 == plan.steps
+                signals.look()
                 evaluate = last or (settings.eval_every and done % settings.eval_every == 0)
                 save = settings.save_every and (last or done % settings.save_every == 0)
                 restart = self.restarter is not None and self.restarter.restarts.due(done)
@@ -261,7 +270,8 @@ class Trainer:
     def _write_result(self, name: str) -> None:
         """Writes the adapter or the model as trained so far into a folder of the run."""
         restarted = self.restarter is not None
-        write_result(self._model(), self.directory.path / name, self.config, self.setup.tokenizer, restarted=restarted)
+        out, write = self.directory.path / name, self.directory.writes
+        write_result(self._model(), out, self.config, self.setup.tokenizer, restarted=restarted, write=write)
 
     def _write_best(self, checkpoints: Checkpoints) -> dict[str, Any]:
         """Writes what the best checkpoint gives, where it isn't the last; returns what the summary says of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from mora_jax.training.config import MeshConfig
 AXES = ("data", "fsdp", "tensor", "context")
 
 
-def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None) -> tuple[int, int, int, int]:
+def mesh_shape(
+    config: MeshConfig, batch_rows: int, available: int | None = None, processes: int | None = None
+) -> tuple[int, int, int, int]:
     """Devices along `data`, `fsdp`, `tensor` and `context`; the axis that is -1 takes the rest.
 
     Where `mesh.data` is -1 nobody asked for a number: it is then the largest that shares the rows evenly, though that
@@ -25,11 +28,13 @@ def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None
         config: the section `mesh`.
         batch_rows: rows of a micro-batch, which `data` × `fsdp` devices share.
         available: devices there are; None: those of this run.
+        processes: that have them; None: those of this run. Several have to use all their devices.
 
     Raises:
         InputError: the sizes don't fit the devices, or the rows don't fit the sizes.
     """
     available = jax.device_count() if available is None else available
+    processes = jax.process_count() if processes is None else processes
     sizes = {name: getattr(config, name) for name in AXES}
     named = [name for name in AXES if name != "context" or config.context != 1]
     asked = ", ".join(f"mesh.{name}={sizes[name]}" for name in named)
@@ -50,6 +55,9 @@ def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None
     if open_axes == ["data"]:
         shared = [n for n in range(1, sizes["data"] + 1) if batch_rows % (n * sizes["fsdp"]) == 0]
         sizes["data"] = max(shared, default=sizes["data"])
+    if processes > 1 and (config.pmap or math.prod(sizes.values()) < available):
+        what = "mesh.pmap knows one process only" if config.pmap else f"{asked} leaves devices idle"
+        raise InputError(f"{what}, but {processes} processes with {available} devices take part")
     sharing = sizes["data"] * sizes["fsdp"]
     if batch_rows % sharing:
         raise InputError(

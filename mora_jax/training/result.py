@@ -17,7 +17,9 @@ def result_name(config: Config) -> str:
     return "model" if config.adapter.method in RESULT_IS_MODEL else "adapter"
 
 
-def write_result(model: Decoder, out: Path, config: Config, tokenizer: Any, *, restarted: bool) -> None:
+def write_result(
+    model: Decoder, out: Path, config: Config, tokenizer: Any, *, restarted: bool, write: bool = True
+) -> None:
     """Writes it, in place of what a run that was killed at its end may have left there.
 
     Args:
@@ -26,11 +28,13 @@ def write_result(model: Decoder, out: Path, config: Config, tokenizer: Any, *, r
         config: of the run.
         tokenizer: goes with a model.
         restarted: whether the method folds its adapters into the base.
+        write: False on processes that only take part in gathering.
     """
     if config.adapter.method not in RESULT_IS_MODEL:
-        save_adapter(model, out, base_model_name_or_path=config.model.path)
+        save_adapter(model, out, base_model_name_or_path=config.model.path, write=write)
         return
     if restarted:
         merge(model)
-    shutil.rmtree(out, ignore_errors=True)
-    save_pretrained(model, out, tokenizer)
+    if write:
+        shutil.rmtree(out, ignore_errors=True)
+    save_pretrained(model, out, tokenizer, write=write)

@@ -32,12 +32,14 @@ CONTENTS = (
 class RunDirectory:
     """A run's files; each is written beside and renamed, but for the metrics, which grow line by line.
 
-    Attributes:
+    Args:
         path: the folder.
+        writes: whether this process writes; of several only one does.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
         self.path = Path(path).expanduser()
+        self.writes = writes
 
     @property
     def checkpoints(self) -> Path:
@@ -88,6 +90,8 @@ class RunDirectory:
 
     def create(self, config: Config, overwrite: bool) -> None:
         """Makes the folder, removes an earlier run if that was asked for, and writes `config.json`."""
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         if overwrite:
             for name in CONTENTS:
@@ -117,6 +121,8 @@ class RunDirectory:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one JSON file, whole or not at all."""
+        if not self.writes:
+            return
         beside = self.path / f".{name}.tmp"
         beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         beside.replace(self.path / name)
@@ -136,6 +142,8 @@ class RunDirectory:
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
         """Forgets rows of steps after `step`, which a resumed run computes again; returns the others."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
+        if not self.writes:
+            return rows
         beside = self.path / ".metrics.jsonl.tmp"
         beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
         beside.replace(self.metrics)
@@ -143,6 +151,8 @@ class RunDirectory:
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to `metrics.jsonl`."""
+        if not self.writes:
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.writelines(_line(row) for row in rows)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.training.observe.compile_log import Compilation, shape_words
+from mora_jax.training.placing import put, put_rows, rows_here
 from mora_jax.training.sharding import Placement
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import Batch, StepFunction, StepMetrics
@@ -96,6 +97,8 @@ class JitRunner(Runner):
         self.devices = list(mesh.devices.flat)
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._rows = Placement(mesh).batch(1)
+        self._here: tuple[int, ...] | None = None
+        self._micro_batch = 0
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         return self.trace(state, frozen, batch).lower()
@@ -113,11 +116,16 @@ class JitRunner(Runner):
 
     def place(self, tree: Any) -> Any:
         """State or frozen arrays, cut as the table says."""
-        return jax.device_put(tree, self.places(tree))
+        return put(tree, self.places(tree))
+
+    def share(self, rows: int) -> tuple[int, ...] | None:
+        """Which of the rows of a micro-batch this process has to make for `place_batch`; None for all."""
+        self._here, self._micro_batch = rows_here(self._rows, rows), rows
+        return self._here
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch `[micro-batches, rows, …]`, its rows spread over the devices."""
-        return jax.device_put(batch, self._rows)
+        """A batch `[micro-batches, rows, …]` of this process's rows, spread over the devices."""
+        return put_rows(batch, self._rows, self._here, self._micro_batch)
 
     def whole(self, tree: Any) -> Any:
         """The tree without what `place` added: nothing, arrays of `jit` have their own shapes."""
@@ -219,6 +227,9 @@ class PmapRunner(Runner):
             return x.reshape(micro, self.count, rows // self.count, *rest).swapaxes(0, 1)
 
         return jax.device_put({name: split(value) for name, value in batch.items()}, self._sharding)
+
+    def share(self, rows: int) -> None:
+        """Which rows this process makes: all, there is one process."""
 
     def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
         state, metrics = super().__call__(state, frozen, batch)

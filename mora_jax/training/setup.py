@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +79,20 @@ class Setup:
         kind = {"response": "trained", "prompt": "prompt"}[loss.kl_tokens]
         extra = {"kl_weights": kind} if loss.kl_weight else None
         return BatchSource(self.train, self.plan, self.micro_batch, self.normalize, extra)
+
+    def identity(self) -> dict[str, str]:
+        """What all processes of a run must have alike, by what it is, in words."""
+        installed = {found.name: found.version for found in importlib.metadata.distributions()}
+        versions = [f"{name} {installed.get(name)}" for name in ("mora-jax", "jax", "jaxlib", "flax", "optax")]
+        evaluation = "" if self.evaluation is None else self.evaluation.fingerprint()
+        return {
+            "its configuration": json.dumps(self.config.to_dict(), sort_keys=True),
+            "its versions": f"{versions}",
+            "the number of its devices": f"{jax.local_device_count()}",
+            "its training data": f"{self.train.fingerprint()} in {self.plan}",
+            "its evaluation data": evaluation,
+            "its base model": f"{self.model.config}",
+        }
 
     def info(self, first_step: int) -> RunInfo:
         """What is shown before the first step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 
@@ -11,12 +12,18 @@ class StopSignals:
 
     A second SIGINT stops at once.
 
+    Args:
+        agree: where the run has several processes: gives the highest of their numbers (see processes.Agreement).
+
     Attributes:
-        received: the signal that came first, or None.
+        received: the signal that came first, or None. In a run of several processes one that any of them received
+            and that all know of, so that all stop at the same step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.received: int | None = None
+        self._own: int | None = None
+        self._agree = agree
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -33,10 +40,14 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def look(self) -> None:
+        """Brings `received` up to date; once at every step's border."""
+        self.received = self._own if self._agree is None else self._agree(self._own or 0) or None
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
+        if number == signal.SIGINT and self._own is not None:
             raise KeyboardInterrupt
-        self.received = number if self.received is None else self.received
+        self._own = number if self._own is None else self._own
 
     @property
     def exit_code(self) -> int:

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from mora_jax.cli import main as main_module
+from mora_jax.cli import failures
 from mora_jax.cli.main import COMMANDS, main
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
@@ -148,7 +148,7 @@ def run_shell(line):
 def test_a_reader_that_goes_away_is_no_error():
     done = run_shell("$MORA train --help | head -n 1 >/dev/null; echo ${PIPESTATUS[0]}")
     assert done.stderr == ""
-    assert done.stdout.strip() in ("0", str(main_module.EXIT_PIPE))
+    assert done.stdout.strip() in ("0", str(failures.EXIT_PIPE))
 
 
 def test_a_full_disk_is_an_error_without_traceback():

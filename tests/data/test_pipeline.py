@@ -50,7 +50,8 @@ def test_in_order_and_again_from_any_step(dataset, packing):
 def test_processes_share_each_micro_batch(dataset, packing, processes):
     whole = source(dataset, packing)
     parts = [
-        source(dataset, packing, process_index=index, process_count=processes) for index in range(processes)
+        source(dataset, packing, rows=tuple(range(first, first + 4 // processes)))
+        for first in range(0, 4, 4 // processes)
     ]
     for step in range(whole.plan.steps):
         pieces = [part[step] for part in parts]
@@ -68,5 +69,5 @@ def test_micro_batches_are_the_rows_in_order(dataset):
 def test_shares_that_cannot_be(dataset):
     with pytest.raises(ValueError, match="micro_batch=3 must divide the batch of 8 rows"):
         source(dataset, micro=3)
-    with pytest.raises(ValueError, match="3 processes can't share 4 rows evenly"):
-        source(dataset, process_count=3)
+    with pytest.raises(ValueError, match=r"rows \(3, 4\) are not all in a micro-batch of 4"):
+        source(dataset, rows=(3, 4))
