@@ -22,6 +22,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.adapters.bank import choose_rows
 from mora_jax.adapters.variables import AdapterParam
+from mora_jax.interop.fillings import bare
 
 METHODS: dict[str, Callable[[int], Any]] = {
     "LoRA": lambda rank: mj.LoRAConfig(rank=rank),
@@ -71,9 +72,9 @@ class Contestant:
         self.seconds["decode"].append(time.perf_counter() - read)
 
 
-def adapted(folder: str, dtype: str | None, config: Any, seed: int) -> nnx.Module:
+def adapted(base: nnx.Module, config: Any, seed: int) -> nnx.Module:
     """The base with one random adapter."""
-    model, _ = mj.load_pretrained(folder, dtype=dtype, unroll=1)
+    model = bare(base)
     mj.attach(model, config, rngs=nnx.Rngs(seed))
     draws = np.random.default_rng(seed)
     for _, node in nnx.iter_graph(model):
@@ -82,14 +83,13 @@ def adapted(folder: str, dtype: str | None, config: Any, seed: int) -> nnx.Modul
     return model
 
 
-def contestants(folder: str, dtype: str | None, config: Any, count: int, rows: int) -> dict[str, Contestant]:
-    """The four of one method."""
-    base, _ = mj.load_pretrained(folder, dtype=dtype, unroll=1)
+def contestants(base: nnx.Module, config: Any, count: int, rows: int) -> dict[str, Contestant]:
+    """The four of one method; they share the base's arrays."""
     found = {"base alone": Contestant(base)}
-    model, _ = mj.load_pretrained(folder, dtype=dtype, unroll=1)
+    model = bare(base)
     named = mj.NamedAdapters(model, slots=count)
     for seed in range(count):
-        source = adapted(folder, dtype, config, seed)
+        source = adapted(base, config, seed)
         named.add(str(seed), source)
         if seed == 0:
             found["one attached"] = Contestant(source)
@@ -114,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.rows} rows, prompts of {args.length} tokens, {args.steps} made, rank {args.rank}, {jax.devices()[0]}")
     print("\n| method | contestant | prefill tokens/s | of base | decode tokens/s | of base |")
     print("|---|---|---|---|---|---|")
+    base, _ = mj.load_pretrained(args.model, dtype=args.dtype, unroll=1)
     for name in args.methods:
         config = METHODS[name](args.rank)
-        found = contestants(args.model, args.dtype, config, args.adapters, args.rows)
+        found = contestants(base, config, args.adapters, args.rows)
         ids = np.random.default_rng(0).integers(0, 1000, (args.rows, args.length)).astype(np.int32)
         for one in found.values():
             one.measure(ids, args.steps)

@@ -138,7 +138,7 @@ def test_refusals():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A base folder, two adapter folders that PEFT wrote, and the model that wrote them."""
+    """Two adapters that PEFT wrote, under names here, and the model that wrote them."""
     root = tmp_path_factory.mktemp("trained")
     torch_model = hf_model("llama")
     hf_folder(root / "base", torch_model)
@@ -146,25 +146,26 @@ def trained(tmp_path_factory):
     model = peft.get_peft_model(torch_model, peft.LoraConfig(lora_alpha=2, **options), adapter_name="poet")
     model.add_adapter("coder", peft.LoraConfig(lora_alpha=6, use_rslora=True, **options))
     model.save_pretrained(root)
-    return root, model.eval()
+    named = mj.NamedAdapters(mj.load_pretrained(root / "base", dtype="float32", unroll=1)[0], slots=8, rank=8)
+    for name in ("poet", "coder"):
+        named.load(root / name)
+    return named, model.eval()
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
 def test_against_peft(trained, tmp_path, combination):
-    root, torch_model = trained
+    named, torch_model = trained
     weights = {"poet": 0.8, "coder": -0.5}
     name = f"mix-{combination}"
-    options = {"svd_rank": 3} if combination == "svd" else {}
+    rank = 3 if combination == "svd" else None
+    options = {} if rank is None else {"svd_rank": rank}
     torch_model.add_weighted_adapter(list(weights), list(weights.values()), name, combination, **options)
     torch_model.set_adapter(name)
     expected = hf_logits(torch_model, IDS)
-    named = mj.NamedAdapters(mj.load_pretrained(root / "base", dtype="float32", unroll=1)[0])
-    for one in weights:
-        named.load(root / one)
-    named.add_weighted("mix", weights, combination, rank=options.get("svd_rank"))
-    named.set_active("mix")
-    np.testing.assert_allclose(named.model(IDS), expected, atol=1e-4)
-    assert np.abs(named.model(IDS, adapter_ids=[-1, -1]) - expected).max() > 0.01
-    named.save("mix", tmp_path / "mix")
+    named.add_weighted(name, weights, combination, rank=rank)
+    ours = named.model(IDS, adapter_ids=named.ids([name] * len(IDS)))
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    assert np.abs(named.model(IDS, adapter_ids=[-1] * len(IDS)) - expected).max() > 0.01
+    named.save(name, tmp_path / "mix")
     again = peft.PeftModel.from_pretrained(hf_model("llama"), str(tmp_path / "mix"))
     np.testing.assert_allclose(hf_logits(again.eval(), IDS), expected, atol=1e-4)
