@@ -4,8 +4,8 @@
         --config.model.path=MODEL --config.data.train=DATA --config.train.steps=6000 --config.train.save_every=7
 
 What follows `--` goes to `mora-jax train`; the script sets `config.out`. The run is killed by SIGKILL, which no
-process can catch: half of the kills come at a random moment after its first step (or its only sign of life), the
-others at a random moment of its whole life, reading and compiling and writing the first files included. It goes on with
+process can catch: half of the kills come at a random moment after its first step, the others at a random moment of its
+whole life, reading and compiling and writing the first files included. It goes on with
 `mora-jax train --resume RUN` alone, and with the first command only where the kill came before there was a run.
 
 At the end, after a last resume that nobody disturbs:
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -59,19 +60,18 @@ class Process:
                 if line.startswith("step "):
                     self.stepping.set()
 
-    def finished(self, seconds: float | None) -> bool:
-        """Waits for the end, for that long at most."""
-        try:
-            self._child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        self._reader.join()
-        return True
+    def wait_until(self, moment: float, steps_for: float) -> None:
+        """Waits until a moment, until it has shown steps for some seconds, or for its end, whatever comes first."""
+        while self._child.poll() is None and time.monotonic() < moment:
+            if self.stepping.wait(0.01):
+                time.sleep(max(0.0, min(steps_for, moment - time.monotonic())))
+                return
 
-    def wait_for_steps(self) -> None:
-        """Waits for the first step, or the end."""
-        while not self.stepping.wait(0.02) and self._child.poll() is None:
-            pass
+    def wait(self) -> int:
+        """Waits for its end; returns its exit status."""
+        self._child.wait()
+        self._reader.join()
+        return self._child.returncode
 
     def kill(self) -> bool:
         """Kills it; returns whether there was anything left to kill."""
@@ -80,20 +80,15 @@ class Process:
         self._reader.join()
         return code == -9
 
-    @property
-    def code(self) -> int | None:
-        return self._child.poll()
-
 
 def complete(arguments: list[str], log: Path, environment: dict[str, str]) -> float:
     """Runs to the end; returns the seconds from the first step on."""
     process = Process(arguments, log, environment)
-    process.wait_for_steps()
+    process.wait_until(math.inf, 0.0)
     start = time.monotonic()
-    process.finished(None)
-    if process.code != 0:
+    if code := process.wait():
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        raise SystemExit(f"{' '.join(arguments)} ended with {process.code}:\n{tail}")
+        raise SystemExit(f"{' '.join(arguments)} ended with {code}:\n{tail}")
     return time.monotonic() - start
 
 
@@ -149,7 +144,7 @@ def main() -> int:
     training = complete([*args.settings, f"--config.out={unbroken}"], args.out / "unbroken.log", environment)
     startup = time.monotonic() - began - training
     print(f"unbroken: {startup:.1f} s until the first step, {training:.1f} s from there", flush=True)
-    # The mean progress of a life is then less than its share of the run.
+    # The mean progress of a life is less than its share of the run.
     window = 1.3 * training / args.kills
     kills: Counter[str] = Counter()
     lengths = []
@@ -157,14 +152,12 @@ def main() -> int:
         fresh = not (broken / "config.json").is_file()
         arguments = [*args.settings, f"--config.out={broken}"] if fresh else ["--resume", str(broken)]
         process = Process(arguments, log, environment)
-        if draw.random() < 0.5:
-            moment = draw.uniform(0, startup + window)
-        else:
-            process.wait_for_steps()
-            moment = time.monotonic() - process.began + draw.uniform(0, window)
-        if process.finished(moment - (time.monotonic() - process.began)) or not process.kill():
-            words = f"the run ended by itself, with {process.code}, after {sum(kills.values())} kills"
-            print(f"{words}: see {log}; choose more steps" if process.code == 0 else f"{words}: see {log}")
+        early = process.began + draw.uniform(0, startup) if draw.random() < 0.5 else math.inf
+        process.wait_until(early, draw.uniform(0, window))
+        if not process.kill():
+            code, count = process.wait(), sum(kills.values())
+            advice = "; choose more steps" if code == 0 else ""
+            print(f"the run ended by itself, with {code}, after {count} kills: see {log}{advice}")
             return 1
         kills["while it trained" if process.stepping.is_set() else "before its first step"] += 1
         lengths.append(time.monotonic() - process.began)

@@ -156,6 +156,9 @@ class TrainSection:
         "Updates in a row left out for a loss or gradient that is not finite, at which the run stops.",
         at_least=1,
     )
+    watchdog_seconds: float = key(
+        900.0, "Seconds after which a step that has not ended is reported with all stacks; 0: never.", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ from mora_jax.training.spikes import Spikes
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepMetrics
 from mora_jax.training.stopping import StopSignals
+from mora_jax.training.watchdog import Watchdog
 
 
 def train(config: Config, display: Display | None = None, *, overwrite: bool = False) -> int:
@@ -75,7 +76,7 @@ def resume(out: str, display: Display | None = None, *, profile: Mapping[str, in
     check_shared(directory.path)
     config = directory.read_config()
     shown = display or Display()
-    if directory.summary.is_file():
+    if directory.files.present(("summary.json",)):
         shown.note(f"{directory.path} is finished; nothing to resume")
         return 0
     if profile:
@@ -114,6 +115,8 @@ class Trainer:
         self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
         self.nonfinite = NonFinite(config.train.max_skipped, config.optimizer.learning_rate)
         self.spikes = Spikes()
+        self.watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
+        self.runner.while_compiling = self.watchdog.paused
         self.last_loss = math.nan
         self.evaluated: dict[str, Any] = {}
 
@@ -121,7 +124,8 @@ class Trainer:
         """Trains to the end, or to the border of the step in which a signal came; returns the exit code."""
         started = time.perf_counter()
         plan, settings = self.setup.plan, self.config.train
-        if self.directory.writes:
+        self.directory.files.note = self.display.note
+        if self.directory.writes and not self.directory.files.remote:
             self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         with (
             StopSignals(Agreement() if several() else None) as signals,
@@ -142,7 +146,10 @@ class Trainer:
             for note in self.placement.notes() if self.placement is not None else ():
                 self.display.note(note)
             pending: tuple[int, StepMetrics] | None = None
+            context.enter_context(self.watchdog)
+            context.callback(self.directory.files.flush)
             for step in range(first, plan.steps):
+                self.watchdog.begin(step + 1)
                 with self.observer.step(step + 1):
                     batch = self.runner.place_batch(self._next(batches))
                     self.state, metrics = self.runner(self.state, self.frozen, batch)
@@ -161,22 +168,29 @@ class Trainer:
                     pending = None
                     if trace_ends:
                         self.observer.end_trace()
-                    if restart:
-                        self._restart(done)
-                    if evaluate and self.setup.evaluation is not None:
-                        self._evaluate(done)
+                    with self.watchdog.paused():
+                        if restart:
+                            self._restart(done)
+                        if evaluate and self.setup.evaluation is not None:
+                            self._evaluate(done)
                     eval_loss = self.evaluated["eval_loss"] if self.evaluated.get("step") == done else None
                     wanted = save or signals.received or checkpoints.is_best(eval_loss)
                     if wanted and not (last and signals.received):
                         wait = bool(last or signals.received)
+                        self.directory.files.flush()
                         state, base = self.runner.whole(self.state), self._base(done)
                         checkpoints.save(state, base, eval_loss=eval_loss, wait=wait)
                     self.observer.clock.restart()
                 if signals.received and not last:
                     self.display.note(f"stopped after step {done}; continue with --resume {self.directory.path}")
                     return signals.exit_code
+            self.watchdog.begin(None)
             self._finish(started, checkpoints)
             return 0
+
+    def _report_hang(self, text: str) -> None:
+        self.display.note(text)
+        self.directory.append_hang(text)
 
     def _checkpoints(self) -> Checkpoints:
         adapters = self.runner.whole(self.state).adapters
@@ -270,8 +284,9 @@ class Trainer:
     def _write_result(self, name: str) -> None:
         """Writes the adapter or the model as trained so far into a folder of the run."""
         restarted = self.restarter is not None
-        out, write = self.directory.path / name, self.directory.writes
-        write_result(self._model(), out, self.config, self.setup.tokenizer, restarted=restarted, write=write)
+        write = self.directory.writes
+        with self.directory.files.folder(name, write=write) as out:
+            write_result(self._model(), out, self.config, self.setup.tokenizer, restarted=restarted, write=write)
 
     def _write_best(self, checkpoints: Checkpoints) -> dict[str, Any]:
         """Writes what the best checkpoint gives, where it isn't the last; returns what the summary says of it."""

@@ -1,4 +1,4 @@
-"""Keeps what orbax says to itself away from a run's stderr."""
+"""Keeps what orbax and clients of buckets say to themselves away from a run's stderr."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax and its coroutines report every file and every error a second time; a run's stderr is for the run."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "root")]
+    """They report every file and every error a second time; a run's stderr is for the run."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs", "root")]
     levels = [logger.level for logger in loggers]
     hook = sys.unraisablehook
     for logger in loggers:

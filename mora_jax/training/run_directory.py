@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.training.config import Config
+from mora_jax.training.files import open_files
 
 CONTENTS = (
     "config.json",
@@ -33,44 +32,49 @@ class RunDirectory:
     """A run's files; each is written beside and renamed, but for the metrics, which grow line by line.
 
     Args:
-        path: the folder.
+        path: the folder, local or in a bucket.
         writes: whether this process writes; of several only one does.
+
+    Attributes:
+        path: the folder; a `pathlib.Path`, or in a bucket an `epath.Path`.
+        files: reads and writes what is in it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
-        self.path = Path(path).expanduser()
+        self.files = open_files(path)
+        self.path = self.files.path
         self.writes = writes
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Any:
         return self.path / "checkpoints"
 
     @property
-    def adapter(self) -> Path:
+    def adapter(self) -> Any:
         return self.path / "adapter"
 
     @property
-    def model(self) -> Path:
+    def model(self) -> Any:
         return self.path / "model"
 
     @property
-    def best(self) -> Path:
+    def best(self) -> Any:
         return self.path / "best"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> Any:
         return self.path / "metrics.jsonl"
 
     @property
-    def summary(self) -> Path:
+    def summary(self) -> Any:
         return self.path / "summary.json"
 
     @property
-    def profile(self) -> Path:
+    def profile(self) -> Any:
         return self.path / "profile"
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> Any:
         return self.path / "tensorboard"
 
     def check_free(self, overwrite: bool) -> None:
@@ -79,9 +83,9 @@ class RunDirectory:
         Raises:
             InputError: it holds a run (names --resume), or is a file.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if not self.files.remote and self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; set config.out to a folder")
-        taken = [name for name in CONTENTS if (self.path / name).exists()]
+        taken = self.files.present(CONTENTS)
         if taken and not overwrite:
             raise InputError(
                 f"{self.path} holds a run already ({', '.join(taken)}); continue it with --resume {self.path}, "
@@ -92,14 +96,10 @@ class RunDirectory:
         """Makes the folder, removes an earlier run if that was asked for, and writes `config.json`."""
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.files.make()
         if overwrite:
             for name in CONTENTS:
-                target = self.path / name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
+                self.files.remove(name)
         self.write_json("config.json", config.to_dict())
 
     def read_config(self) -> Config:
@@ -109,10 +109,11 @@ class RunDirectory:
             InputError: there is no run here, or its configuration can't be read.
         """
         file = self.path / "config.json"
-        if not file.is_file():
-            raise InputError(f"{self.path} holds no run: {file} is missing")
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            text = self.files.read("config.json")
+            if text is None:
+                raise InputError(f"{self.path} holds no run: {file} is missing")
+            values = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} is damaged: {error}") from None
         if not isinstance(values, dict):
@@ -123,16 +124,12 @@ class RunDirectory:
         """Writes one JSON file, whole or not at all."""
         if not self.writes:
             return
-        beside = self.path / f".{name}.tmp"
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        beside.replace(self.path / name)
+        self.files.write(name, json.dumps(values, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows written so far; a last line that a killed run left unfinished is dropped."""
-        if not self.metrics.is_file():
-            return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        rows: list[dict[str, Any]] = []
+        for line in (self.files.read("metrics.jsonl") or "").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -142,24 +139,24 @@ class RunDirectory:
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
         """Forgets rows of steps after `step`, which a resumed run computes again; returns the others."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
-        if not self.writes:
-            return rows
-        beside = self.path / ".metrics.jsonl.tmp"
-        beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        beside.replace(self.metrics)
+        if self.writes:
+            self.files.write("metrics.jsonl", "".join(_line(row) for row in rows))
         return rows
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to `metrics.jsonl`."""
         if not self.writes:
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.writelines(_line(row) for row in rows)
+        self.files.append("metrics.jsonl", "".join(_line(row) for row in rows))
 
     def append_compilations(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to `compile.jsonl`, which keeps those of every process that worked on the run."""
-        with (self.path / "compile.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(_line(row) for row in rows)
+        self.files.append("compile.jsonl", "".join(_line(row) for row in rows))
+
+    def append_hang(self, report: str) -> None:
+        """Adds a report of a hung step to `hangs.txt`."""
+        self.files.append("hangs.txt", f"{report}\n\n")
+        self.files.flush()
 
 
 def _line(row: Mapping[str, Any]) -> str:

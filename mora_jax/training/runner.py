@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ class Runner:
     Attributes:
         devices: those that it runs on, of all processes.
         compilation_log: every compilation, oldest first.
+        while_compiling: a context that is entered for each.
     """
 
     devices: list[jax.Device]
@@ -32,6 +35,7 @@ class Runner:
     def __init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
         self.compilation_log: list[Compilation] = []
+        self.while_compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         """The step, traced for these arguments (arrays, or shapes with shardings) and not compiled yet."""
@@ -42,7 +46,8 @@ class Runner:
         signature = tuple((name, value.shape) for name, value in batch.items())
         compiled = self._compiled.get(signature)
         if compiled is None:
-            compiled = self._compiled[signature] = self._compile(state, frozen, batch)
+            with self.while_compiling():
+                compiled = self._compiled[signature] = self._compile(state, frozen, batch)
         return compiled(state, frozen, batch)
 
     def _compile(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:

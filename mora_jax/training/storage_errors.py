@@ -34,6 +34,8 @@ def reason(error: BaseException) -> str:
     """The error in a few words: what the system said, without the layers that passed it on."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, FileNotFoundError):
+        return "it isn't there"
     text = " ".join(str(error).split()).partition(" [")[0]
     return text.rpartition(": ")[2][:200] if "os_error_code" in str(error) else text[:200] or type(error).__name__
 
@@ -41,6 +43,8 @@ def reason(error: BaseException) -> str:
 def lasting(error: BaseException) -> bool:
     """Whether another try is pointless."""
     number = getattr(error, "errno", None)
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return True
     return number in _LASTING or any(word in str(error) for word in _LASTING_WORDS)
 
 

@@ -61,6 +61,11 @@ def check_writers(config: Config) -> None:
     for extra, (package, on) in wanted.items():
         if on and find_spec(package) is None:
             raise InputError(f"log.{extra} needs the package {package}: pip install 'mora-jax[{extra}]'")
+    log = config.log
+    local = {"tensorboard": log.tensorboard, "wandb": log.wandb, "profile_steps": log.profile_steps}
+    if "://" in (config.out or "") and any(local.values()):
+        names = ", ".join(f"log.{name}" for name, on in local.items() if on)
+        raise InputError(f"{names} needs a run directory on a disk, and {config.out} is in a bucket: leave it out")
     if config.log.wandb and config.log.wandb_mode == "online":
         from mora_jax.training.observe.weights_and_biases import check_login
 
