@@ -155,8 +155,9 @@ class RunDirectory:
 
     def append_hang(self, report: str) -> None:
         """Adds a report of a hung step to `hangs.txt`."""
-        self.files.append("hangs.txt", f"{report}\n\n")
-        self.files.flush()
+        if self.writes or not self.files.remote:  # in a bucket processes would overwrite each other's
+            self.files.append("hangs.txt", f"{report}\n\n")
+            self.files.flush()
 
 
 def _line(row: Mapping[str, Any]) -> str:
