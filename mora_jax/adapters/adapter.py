@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -112,6 +112,11 @@ class Adapter(nnx.Module):
     def scale(config: Any) -> float:
         """The factor on the update."""
         return 1.0
+
+    @classmethod
+    def suited(cls, config: Any, sizes: Iterable[tuple[int, int]]) -> Any:
+        """The configuration for layers of these sizes `(in, out)`, for methods in which layers share something."""
+        return config
 
     def start(self, kernel: Callable[[], Array]) -> None:
         """Takes from the base what the method starts from; `kernel()` is `[*layers, in, out]`."""

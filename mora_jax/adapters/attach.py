@@ -58,6 +58,7 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> None:
     selected = select(model, config)
     for place, mask in selected:
         _check(place, mask, method, config)
+    config = method.suited(config, [(place.in_features, place.out_features) for place, _ in selected])
     if config.modules_to_save:
         train_modules(model, config.modules_to_save)
     for place, mask in selected:

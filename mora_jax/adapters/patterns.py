@@ -44,11 +44,19 @@ class Resolved:
 
 
 def resolve(config: Any, method: Any, paths: tuple[str, ...], mask: tuple[bool, ...]) -> Resolved:
-    """The configuration of a place with these paths, of which `mask` says which are adapted."""
+    """The configuration of a place with these paths, of which `mask` says which are adapted.
+
+    Raises:
+        ValueError: the layers of a stack differ in what has no form by layer.
+    """
     used = [config_at(config, path) for path, on in zip(paths, mask, strict=True) if on]
     first = used[0]
     if all(other == first for other in used):
         return Resolved(first)
+    if not hasattr(first, "rank"):
+        named = [path for path, on in zip(paths, mask, strict=True) if on]
+        other = next(path for path, config in zip(named, used, strict=True) if config != first)
+        raise ValueError(f"{named[0]} and {other} lie in one stack, so feedforward has to name both or none")
     every = iter(used)
     by_layer = [next(every) if on else first for on in mask]
     ranks = np.array([layer.rank for layer in by_layer])

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import adapter_at, attach
+from mora_jax.adapters.starts import FROM_BASE
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.errors import InputError
 
@@ -47,6 +48,10 @@ def install(model: nnx.Module, fillings: Mapping[str, Filling], *, modules_to_sa
     absent = sorted(set(fillings) - set(possible))
     if absent:
         raise InputError(f"the model has no {first(absent)}")
+    for place in found:
+        settings = {_settings(fillings[path].config) for path in place.paths if path in fillings} - {None}
+        if len(settings) > 1:
+            raise InputError(f"{place.title} is one stack, whose layers have to agree in everything but their ranks")
     for config in _configs(fillings, possible):
         changes = dataclasses.replace(config, modules_to_save=modules_to_save)
         try:
@@ -61,20 +66,36 @@ def install(model: nnx.Module, fillings: Mapping[str, Filling], *, modules_to_sa
 
 
 def _configs(fillings: Mapping[str, Filling], possible: list[str]) -> list[Any]:
-    """As few configurations as there are methods; scalings are filled in afterwards, layer by layer."""
+    """As few configurations as there are methods, with patterns for what differs by layer."""
     groups: dict[Any, list[str]] = {}
     for path, (config, _) in fillings.items():
         if config is not None:
-            same = {"alpha": 1.0} if hasattr(config, "alpha") else {}
-            groups.setdefault(dataclasses.replace(config, rank=1, targets=("any",), **same), []).append(path)
+            groups.setdefault(_settings(config), []).append(path)
     configs = []
     for config, paths in groups.items():
-        ranks = {path: fillings[path].config.rank for path in paths}
-        rank = max(ranks.values())
-        pattern = {re.escape(path): value for path, value in ranks.items() if value != rank}
-        targets = tuple(short_targets(paths, possible))
-        configs.append(dataclasses.replace(config, rank=rank, rank_pattern=pattern, targets=targets))
+        changes: dict[str, Any] = {"targets": tuple(short_targets(paths, possible))}
+        for name in _varied(config):
+            values = {path: getattr(fillings[path].config, name) for path in paths}
+            # Scalings are filled in afterwards; only what is taken from the base has to know them before.
+            if name == "rank" or config.init in FROM_BASE:
+                changes[name] = max(values.values())
+                different = {re.escape(path): value for path, value in values.items() if value != changes[name]}
+                changes[f"{name}_pattern"] = different
+        configs.append(dataclasses.replace(config, **changes))
     return configs
+
+
+def _settings(config: Any) -> Any:
+    """A configuration without what may differ by layer."""
+    if config is None:
+        return None
+    settings = {name: 1.0 if name == "alpha" else 1 for name in _varied(config)}
+    return dataclasses.replace(config, targets=("any",), **settings)
+
+
+def _varied(config: Any) -> list[str]:
+    """The settings that may differ by layer."""
+    return [name for name in ("rank", "alpha") if hasattr(config, f"{name}_pattern")]
 
 
 def _fill(place: Place, values: dict[int, Mapping[str, np.ndarray]]) -> None:

@@ -10,15 +10,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.config import MoRAConfig
-from mora_jax.adapters.mora import square_rank
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import base_bias, base_names, put_trained_weights
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.install import Filling, first, install
 from mora_jax.interop.layout import tensor_plan
-from mora_jax.interop.peft_config import AdapterFile, keep_extra_fields, read_adapter_config, scaling_at
+from mora_jax.interop.peft_config import AdapterFile, format_of, keep_extra_fields, read_adapter_config
+from mora_jax.interop.peft_format import Target, read_tensor
 from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, WEIGHTS_NAME, Stored, stored_tensors
 from mora_jax.interop.tensors import TensorFiles
 from mora_jax.models.decoder import Decoder
@@ -52,7 +51,12 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: boo
     everything = {path: (place, layer) for place in all_places for layer, path in enumerate(place.paths)}
     chosen = {path: where for path, where in everything.items() if _is_target(file, where[0], path)}
     _check_factors(stored, chosen, file)
-    fillings = {path: _filling(path, place, stored.factors[path], files, file) for path, (place, _) in chosen.items()}
+    found = [place for place, _ in chosen.values()]
+    shared = file.format.shared(file.values, stored.shared, files, found)
+    fillings = {}
+    for path, (place, layer) in chosen.items():
+        target = Target(path, place, layer, stored.factors[path], files, shared)
+        fillings[path] = file.format.read(file.values, target)
     _add_biases(fillings, stored, everything, files, file)
     _check_frozen(stored, chosen, files)
     whole = _whole_weights(model, stored, files, file)
@@ -65,9 +69,13 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: boo
 
 
 def needs_base(path: str | os.PathLike[str]) -> bool:
-    """Whether an adapter can only be read beside the values of its base: magnitudes, biases, modules trained whole."""
-    values = read_json(local_folder(path) / CONFIG_NAME)
-    return bool(values.get("use_dora") or values.get("modules_to_save") or values.get("bias", "none") != "none")
+    """Whether an adapter, or the change that it makes, is only known beside the values of its base.
+
+    So it is with magnitudes, gains, biases, modules that are trained whole, and factors that start from the base.
+    """
+    where = local_folder(path) / CONFIG_NAME
+    values = read_json(where)
+    return format_of(values, str(where)).needs_base(values)
 
 
 def _open(folder: Path) -> TensorFiles:
@@ -128,10 +136,7 @@ def _check_factors(stored: Stored, chosen: Chosen, file: AdapterFile) -> None:
         raise InputError(
             f"{file.where}: the tensors of {len(extra)} modules belong to no target that the model has: {first(extra)}"
         )
-    needed = {"a"} if file.kind is not None else {"a", "b"}
-    allowed = {"a", "b"}
-    if file.values.get("use_dora"):
-        needed, allowed = needed | {"magnitude"}, allowed | {"magnitude"}
+    needed, allowed = file.format.tensors(file.values)
     missing, unwanted = [], []
     for path in chosen:
         have = set(stored.factors.get(path, ()))
@@ -141,29 +146,11 @@ def _check_factors(stored: Stored, chosen: Chosen, file: AdapterFile) -> None:
     if missing:
         raise InputError(f"{file.where}: {len(missing)} targets lack tensors: {first(missing)}")
     if unwanted:
-        raise InputError(f"{file.where}: use_dora is not set, but there is {first(unwanted)}")
+        raise InputError(f"{file.where}: by its config the adapter has no {first(unwanted)}")
 
 
 def _short(kind: str) -> str:
-    return FACTORS[kind].partition(".")[0]
-
-
-def _filling(path: str, place: Place, names: dict[str, str], files: TensorFiles, file: AdapterFile) -> Filling:
-    """The checked arrays of one target, in this library's orientation."""
-    config = file.config(path)
-    values: dict[str, np.ndarray] = {}
-    if isinstance(config, MoRAConfig):
-        side = square_rank(place.in_features, place.out_features, config.rank, config.kind)
-        values["m"] = _read(files, names["a"], (side, side))
-        if "b" in names and not np.array_equal(values["m"], _read(files, names["b"], (side, side))):
-            raise InputError(f"{files.folder}: {names['a']} and {names['b']} differ, but MoRA has one matrix")
-    else:
-        values["lora_a"] = _read(files, names["a"], (config.rank, place.in_features)).T
-        values["lora_b"] = _read(files, names["b"], (place.out_features, config.rank)).T
-        values["scaling"] = np.asarray(scaling_at(file.values, path), np.float32)
-    if "magnitude" in names:
-        values["magnitude"] = _read(files, names["magnitude"], (place.out_features,))
-    return Filling(config, values)
+    return FACTORS[kind].removesuffix(".weight")
 
 
 def _add_biases(
@@ -178,7 +165,7 @@ def _add_biases(
         if not wanted or place is None or not place.has_bias:
             why = f"bias is {file.bias!r}" if not wanted else "the model has no such bias"
             raise InputError(f"{files.folder}: tensor {name} belongs to nothing: {why}")
-        change = _read(files, name, (place.out_features,)) - base_bias(place, layer)
+        change = read_tensor(files, name, (place.out_features,)) - base_bias(place, layer)
         before = fillings.get(path, Filling(None, {}))
         fillings[path] = before._replace(values=dict(before.values) | {"bias": change})
     if file.bias == "none":
@@ -199,7 +186,7 @@ def _check_frozen(stored: Stored, chosen: Chosen, files: TensorFiles) -> None:
         if path not in chosen:
             raise InputError(f"{files.folder}: tensor {name} belongs to no target that the model has")
         kernel = chosen[path][0].kernel()
-        table = _read(files, name, tuple(kernel.shape) if chosen[path][0].is_embedding else kernel.shape[::-1])
+        table = read_tensor(files, name, tuple(kernel.shape) if chosen[path][0].is_embedding else kernel.shape[::-1])
         if isinstance(kernel, jax.Array):
             ours = np.asarray(kernel, np.float32)
             if not np.allclose(ours if chosen[path][0].is_embedding else ours.T, table, rtol=1e-2, atol=1e-3):
@@ -230,14 +217,5 @@ def _whole_weights(model: nnx.Module, stored: Stored, files: TensorFiles, file: 
                 f"{file.where}: modules_to_save {saved} names {pieces[0].name}, which is stored together with others "
                 "that are not named"
             )
-        values |= {piece.name: _read(files, given[piece.name], piece.shape) for piece in pieces}
+        values |= {piece.name: read_tensor(files, given[piece.name], piece.shape) for piece in pieces}
     return values
-
-
-def _read(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if files.shapes[name] != shape:
-        raise InputError(
-            f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but the base layer and the "
-            f"config imply {list(shape)}"
-        )
-    return files.read(name).astype(np.float32)

@@ -1,8 +1,9 @@
-"""`adapter_config.json`: PEFT's fields for LoRA, and the MoRA authors' two more."""
+"""`adapter_config.json`: the `peft_type`s that are known, which modules it names, and fields of newer versions."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,68 +11,25 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax.adapters.config import BIASES, DoRAConfig, LoRAConfig, MoRAConfig, RsLoRAConfig
-from mora_jax.adapters.mora import KINDS
 from mora_jax.errors import InputError
+from mora_jax.interop.peft_adalora import AdaloraFormat
+from mora_jax.interop.peft_bitfit import BitfitFormat
+from mora_jax.interop.peft_format import COMMON, Format, is_names, require, require_names
+from mora_jax.interop.peft_ia3 import Ia3Format
+from mora_jax.interop.peft_lora import LoraFormat
+from mora_jax.interop.peft_vera import VeraFormat
 
-MORA_TYPES = {1: "sharing", 2: "grouped", 3: "grouped_tile", 4: "strided_interleave", 6: "rotation"}
-KIND_FIELD = "mora_jax_kind"  # for the kinds that the authors' format has no number for
-
-# Fields that, when set, change the function in a way that is not supported here.
-_REFUSED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-)
-_KNOWN = {
-    *_REFUSED,
-    KIND_FIELD,
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",  # says how the base is stored; the factors are stored alike
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "modules_to_save",
-    "mora_type",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_mora",
-    "use_rslora",
-    "velora_config",
+FORMATS: dict[str, Format] = {
+    form.peft_type: form for form in (LoraFormat(), VeraFormat(), Ia3Format(), AdaloraFormat())
 }
-# Starts that leave the base weights alone; the others subtract something from them.
-_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-_EXTRA = "peft_fields"  # the attribute of a model that holds them, as JSON
-_DEFAULT_TARGETS = ["q_proj", "v_proj"]
+# What methods are written as; LORA where nothing else is said.
+_WRITTEN: dict[str, Format] = {
+    "vera": FORMATS["VERA"],
+    "ia3": FORMATS["IA3"],
+    "adalora": FORMATS["ADALORA"],
+    "bitfit": BitfitFormat(),
+}
+_EXTRA = "peft_fields"  # the attribute of a model that holds fields of newer versions, as JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +37,12 @@ class AdapterFile:
     """What an `adapter_config.json` says.
 
     Attributes:
-        kind: the MoRA kind; None for LoRA.
+        format: its `peft_type`.
         values: the file's fields.
         where: the file, for error messages.
     """
 
-    kind: str | None
+    format: Format
     values: dict[str, Any]
     where: str
 
@@ -97,43 +55,32 @@ class AdapterFile:
         if excluded and _named(excluded, path):
             return False
         if targets is None:
-            targets = _DEFAULT_TARGETS
+            targets = list(self.format.default_targets)
         if isinstance(targets, str) and targets.lower() == "all-linear":
             return path.rpartition(".")[2] not in ("lm_head", "embed_tokens")
         if not _named(targets, path):
             return False
         layers = self.values.get("layers_to_transform")
-        if layers is None or isinstance(targets, str):
+        if layers is None or layers == [] or isinstance(targets, str):
             return True
         patterns = self.values.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf".*?\.{pattern}\.(\d+)\.", path)
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
             if found:
                 return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
         return False
 
-    def config(self, path: str) -> LoRAConfig | MoRAConfig:
-        """The configuration at `path`, which is its target."""
-        rank = pattern_value(self.values.get("rank_pattern"), path, self.values.get("r", 8))
-        dropout = self.values.get("lora_dropout", 0.0)
-        use_dora = bool(self.values.get("use_dora"))
-        if self.kind is not None:
-            return MoRAConfig(rank=rank, kind=self.kind, dropout=dropout, targets=(path,), use_dora=use_dora)
-        alpha = float(pattern_value(self.values.get("alpha_pattern"), path, self.values.get("lora_alpha", 8)))
-        plain = DoRAConfig if use_dora else LoRAConfig
-        method = RsLoRAConfig if self.values.get("use_rslora") else plain
-        bias = self.values.get("bias", "none")
-        return method(rank=rank, alpha=alpha, dropout=dropout, targets=(path,), bias=bias, use_dora=use_dora)
-
     @property
     def bias(self) -> str:
-        """Which biases the file holds: "none", "lora_only" or "all"."""
-        return self.values.get("bias", "none")
+        """Which biases the file holds: "none", "lora_only" (of adapted layers) or "all"."""
+        bias = self.values.get("bias", "none")
+        return "lora_only" if bias == self.format.bias_name else bias
 
     @property
     def unknown(self) -> dict[str, Any]:
         """Fields of a newer PEFT."""
-        return {name: value for name, value in self.values.items() if name not in _KNOWN}
+        known = COMMON | self.format.fields
+        return {name: value for name, value in self.values.items() if name not in known}
 
     def saves(self, path: str) -> bool:
         """Whether PEFT trains the module at `path`, or one around it, whole."""
@@ -149,19 +96,16 @@ def _named(names: str | list[str], path: str) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
 
 
-def scaling_at(values: dict[str, Any], path: str) -> float:
-    """The factor on LoRA's update at `path`, as PEFT means it."""
-    rank = pattern_value(values.get("rank_pattern"), path, values.get("r", 8))
-    alpha = pattern_value(values.get("alpha_pattern"), path, values.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+def format_of(values: dict[str, Any], where: str) -> Format:
+    """The type of an `adapter_config.json`.
 
-
-def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of `path`."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    Raises:
+        InputError: PEFT has it, or not, but it is not supported here.
+    """
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise InputError(f"{where}: peft_type must be one of {', '.join(FORMATS)}, found {kind!r}")
+    return _WRITTEN["bitfit"] if kind == "LORA" and values.get("lora_bias") else FORMATS[kind]
 
 
 def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
@@ -170,83 +114,46 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
     Raises:
         InputError: for another kind of adapter, or a field that changes the function in an unsupported way.
     """
-    if values.get("peft_type") != "LORA":
-        raise InputError(f"{where}: peft_type must be LORA, found {values.get('peft_type')!r}")
-    for name in _REFUSED:
+    form = format_of(values, where)
+    for name in form.refused:
         if values.get(name):
             raise InputError(f"{where}: {name} is set, which is not supported")
-    if values.get("init_lora_weights", True) not in _HARMLESS_INITS:
-        raise InputError(
-            f"{where}: init_lora_weights {values['init_lora_weights']!r} changes the base weights; convert "
-            "it to plain LoRA first (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    _check_types(values, where)
-    file = AdapterFile(_kind(values, where), values, where)
+    form.check(values, where)
+    _check_common(values, where)
+    file = AdapterFile(form, values, where)
     if file.unknown:
         names = ", ".join(sorted(file.unknown))
         warnings.warn(f"{where}: unknown fields are kept, but have no effect: {names}", stacklevel=3)
-    if file.kind is not None and file.bias != "none":
-        raise InputError(f"{where}: bias {file.bias!r} beside MoRA is not supported")
     return file
 
 
-def _kind(values: dict[str, Any], where: str) -> str | None:
-    if KIND_FIELD in values:
-        if values[KIND_FIELD] not in KINDS:
-            raise InputError(f"{where}: {KIND_FIELD} must be one of {', '.join(KINDS)}, found {values[KIND_FIELD]!r}")
-        return values[KIND_FIELD]
-    if not values.get("use_mora"):
-        return None
-    number = values.get("mora_type", 1)
-    if number not in MORA_TYPES:
-        raise InputError(f"{where}: mora_type must be one of {sorted(MORA_TYPES)}, found {number!r}")
-    return MORA_TYPES[number]
-
-
-def _check_types(values: dict[str, Any], where: str) -> None:
-    def require(name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise InputError(f"{where}: {name} must be {wanted}, found {values.get(name)!r}")
-
-    def numbers(patterns: Any, kinds: tuple[type[float], ...]) -> bool:
-        return isinstance(patterns, dict) and all(
-            isinstance(value, kinds) and not isinstance(value, bool) and value > 0 for value in patterns.values()
-        )
-
-    def strings(value: Any) -> bool:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-
-    require("r", numbers({"r": values.get("r", 8)}, (int,)), "a positive whole number")
-    require("lora_alpha", numbers({"": values.get("lora_alpha", 8)}, (int, float)), "a positive number")
-    dropout = values.get("lora_dropout", 0.0)
-    require("lora_dropout", isinstance(dropout, (int, float)) and 0 <= dropout < 1, "a number in [0, 1)")
+def _check_common(values: dict[str, Any], where: str) -> None:
     saved = values.get("modules_to_save")
-    require("modules_to_save", saved is None or (isinstance(saved, list) and strings(saved)), "a list of names")
-    require("bias", values.get("bias", "none") in BIASES, f"one of {', '.join(BIASES)}")
-    require("rank_pattern", numbers(values.get("rank_pattern") or {}, (int,)), "names with positive whole numbers")
-    require(
-        "alpha_pattern",
-        numbers(values.get("alpha_pattern") or {}, (int, float)),
-        "names with positive numbers",
-    )
+    require(values, where, "modules_to_save", saved is None or is_names(saved), "a list of names")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        require(name, values.get(name) is None or strings(values[name]), "a list of names or a string")
-        _check_regexes(where, name, values.get(name))
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in values.get(name) or {}:
-            _check_regexes(where, name, key)
+        require_names(values, where, name)
     layers = values.get("layers_to_transform")
     indices = layers if isinstance(layers, list) else [layers]
     good = layers is None or all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
-    require("layers_to_transform", good, "a layer's number or a list of them")
+    require(values, where, "layers_to_transform", good, "a layer's number or a list of them")
 
 
-def _check_regexes(where: str, name: str, value: Any) -> None:
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise InputError(f"{where}: {name} {value!r} is not a regular expression: {error}") from None
+def format_for(method: str) -> Format:
+    """The type that a method is written as."""
+    return _WRITTEN.get(method, FORMATS["LORA"])
+
+
+def common_fields(form: Format, base: str | None) -> dict[str, Any]:
+    """The fields of every `adapter_config.json`, as PEFT writes them where nothing else is said."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "peft_type": form.peft_type,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def keep_extra_fields(model: nnx.Module, file: AdapterFile) -> None:
@@ -263,68 +170,3 @@ def put_extra_fields(model: nnx.Module, fields: Mapping[str, Any]) -> None:
 def extra_fields(model: nnx.Module) -> dict[str, Any]:
     """Fields that `keep_extra_fields` noted."""
     return json.loads(getattr(model, _EXTRA, "{}"))
-
-
-def lora_fields(
-    config: LoRAConfig,
-    *,
-    targets: list[str],
-    alpha: float,
-    ranks: dict[str, int],
-    alphas: dict[str, float],
-    base: str | None,
-) -> dict[str, Any]:
-    """The fields of a LoRA's `adapter_config.json`; the ones that PEFT 0.21 knows, and those alone."""
-    return _shared_fields(config, targets, alpha, ranks, base) | {
-        "alpha_pattern": {path: _plain(value) for path, value in alphas.items()},
-        "bias": config.bias,
-        "exclude_modules": None,
-        "lora_bias": False,
-        "use_rslora": isinstance(config, RsLoRAConfig),
-    }
-
-
-def mora_fields(config: MoRAConfig, *, targets: list[str], ranks: dict[str, int], base: str | None) -> dict[str, Any]:
-    """The fields of a MoRA's `adapter_config.json`: PEFT 0.9's for LoRA, `use_mora` and `mora_type`.
-
-    A kind that the authors' code does not have is named in a field of its own and claims no `mora_type`, so
-    their code refuses the file instead of computing something else.
-    """
-    fields = _shared_fields(config, targets, config.rank, ranks, base) | {"alpha_pattern": {}}
-    numbers = {kind: number for number, kind in MORA_TYPES.items()}
-    if config.kind in numbers:
-        return fields | {"use_mora": True, "mora_type": numbers[config.kind]}
-    return fields | {KIND_FIELD: config.kind}
-
-
-def _shared_fields(
-    config: LoRAConfig | MoRAConfig, targets: list[str], alpha: float, ranks: dict[str, int], base: str | None
-) -> dict[str, Any]:
-    return {
-        "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": _plain(alpha),
-        "lora_dropout": config.dropout,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "peft_type": "LORA",
-        "r": config.rank,
-        "rank_pattern": ranks,
-        "revision": None,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-        "use_dora": config.use_dora,
-        "use_rslora": False,
-    }
-
-
-def _plain(value: float) -> int | float:
-    """A whole number as int, as PEFT writes it."""
-    return int(value) if float(value).is_integer() else float(value)

@@ -12,13 +12,26 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # What the files call a value of an adapter, for matrices and for embedding tables, by its name here.
-FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-EMBEDDING_FACTORS = {"a": "lora_embedding_A", "b": "lora_embedding_B", "magnitude": "lora_magnitude_vector"}
+FACTORS = {
+    "a": "lora_A.weight",
+    "b": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+    "added": "lora_B.bias",
+    "e": "lora_E",
+    "d": "vera_lambda_d",
+    "b_scale": "vera_lambda_b",
+    "l": "ia3_l",
+}
+EMBEDDING_FACTORS = FACTORS | {"a": "lora_embedding_A", "b": "lora_embedding_B"}
+# Of those that all modules share, which stand beside the model.
+SHARED_PREFIX, SHARED = "base_model.", ("vera_A", "vera_B")
 
 _FACTOR = re.compile(
-    r"(?P<path>.+)\.(lora_(?P<matrix>[AB])|lora_embedding_(?P<table>[AB])|lora_(?P<vector>magnitude)_vector)"
-    r"(\.default)?(\.weight)?"
+    r"(?P<path>.+)\.(?P<name>lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd]|ia3_l)"
+    r"(\.default)?(\.(?P<leaf>weight|bias))?"
 )
+_KINDS = {name.removesuffix(".weight"): kind for table in (FACTORS, EMBEDDING_FACTORS) for kind, name in table.items()}
+_SHARED = re.compile(rf"((base_model\.)?(model\.)?)(?P<name>{'|'.join(SHARED)})(\.default)?")
 _BASE = re.compile(r"(?P<path>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
 
 
@@ -28,12 +41,14 @@ class Stored:
 
     Attributes:
         factors: for each module path, the file's names by `FACTORS`.
+        shared: the file's names of what all modules share, by `SHARED`.
         biases: for each module path, the file's name of its bias.
         weights: for each module path, the file's name of its whole weight.
         frozen: as `weights`, for the copies of base weights that PEFT saves beside adapters on embeddings.
     """
 
     factors: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
@@ -47,20 +62,28 @@ def stored_tensors(files: TensorFiles) -> Stored:
     """
     found = Stored()
     for name in sorted(files.shapes):
-        factor = _FACTOR.fullmatch(name)
-        if factor is not None:
-            kind = "magnitude" if factor["vector"] else (factor["matrix"] or factor["table"]).lower()
+        shared, factor = _SHARED.fullmatch(name), _FACTOR.fullmatch(name)
+        if shared is not None:
+            _put(found.shared, shared["name"], name, files)
+            continue
+        kind = None if factor is None else _kind(factor["name"], factor["leaf"])
+        if factor is not None and kind is not None:
             _put(found.factors.setdefault(factor["path"].removeprefix(PREFIX), {}), kind, name, files)
             continue
         base = _BASE.fullmatch(name)
-        if base is None:
-            raise InputError(f"{files.folder}: tensor {name} is neither lora_A nor lora_B of a module")
+        if base is None or factor is not None:
+            raise InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
         path = base["path"].removeprefix(PREFIX)
         if base["leaf"] == "bias":
             _put(found.biases, path, name, files)
         else:
             _put(found.frozen if base["inner"] else found.weights, path, name, files)
     return found
+
+
+def _kind(name: str, leaf: str | None) -> str | None:
+    """What a factor is called here; None for a bias that no method has."""
+    return _KINDS[name] if leaf != "bias" else _KINDS.get(f"{name}.bias")
 
 
 def _put(place: dict[str, str], key: str, name: str, files: TensorFiles) -> None:

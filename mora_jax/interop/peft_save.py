@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import AdapterEntry, adapters_of
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig, RsLoRAConfig
-from mora_jax.adapters.targets import places
+from mora_jax.adapters.attach import AdapterEntry, adapter_at, adapters_of
+from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import base_bias, base_names, trained_weights
 from mora_jax.interop.folders import new_folder
 from mora_jax.interop.install import short_targets
-from mora_jax.interop.peft_config import extra_fields, lora_fields, mora_fields
-from mora_jax.interop.peft_names import CONFIG_NAME, EMBEDDING_FACTORS, FACTORS, PREFIX, WEIGHTS_NAME
-from mora_jax.interop.plain import plain_lora
+from mora_jax.interop.peft_bitfit import BitfitFormat
+from mora_jax.interop.peft_config import common_fields, extra_fields, format_for
+from mora_jax.interop.peft_format import Format
+from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, PREFIX, SHARED_PREFIX, WEIGHTS_NAME
+from mora_jax.interop.plain import file_method, plain_lora
 from mora_jax.interop.stream import write_float32
 from mora_jax.models.decoder import Decoder
 
@@ -40,8 +39,8 @@ def save_adapter(
     its adapters in one memory twice.
 
     Args:
-        model: a model with adapters of MoRA, or of LoRA and its relatives (PiSSA and OLoRA become LoRA of twice the
-            rank).
+        model: a model with adapters of one method. PiSSA and OLoRA become LoRA of twice the rank, BitFit a LoRA that
+            is nothing but its own bias; AdaLoRA leaves out what it has pruned.
         out: the folder; must not exist, or be empty, or hold an earlier adapter and nothing else.
         base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
         write: False on all processes but one of those that hold parts of the adapters: all have to call this.
@@ -49,16 +48,20 @@ def save_adapter(
     Raises:
         InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
     """
+    form, adapted = _format(model)
     # Two passes over the model: names, sizes and scalings first, so that none of the arrays has to stay.
     shapes: dict[str, tuple[int, ...]] = {}
-    entries = []
-    for entry, tensors in _gathered(model):
+    main = []
+    for entry, tensors in _gathered(model, form):
         shapes |= {name: tensor.shape for name, tensor in tensors.items()}
-        entries.append(dataclasses.replace(entry, params={"scaling": entry.params["scaling"]}))
-    main = _main_entries(entries)
+        if _is_main(entry, form):
+            main.append(dataclasses.replace(entry, params=form.kept(entry)))
+    shared = {SHARED_PREFIX + name: tensor for name, tensor in form.shared_of(adapted).items()}
     whole = {PREFIX + name: tensor.shape for name, tensor in trained_weights(model)}
     base = base_model_name_or_path or getattr(model, "name_or_path", None)
-    fields = _fields(main, model, base) | {"modules_to_save": _saved_modules(model, list(whole))}
+    targets = short_targets((entry.path for entry in main), (path for place in places(model) for path in place.paths))
+    fields = common_fields(form, base) | form.written(main, targets)
+    fields |= {"modules_to_save": _saved_modules(model, list(whole))}
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
     if not write:
@@ -68,7 +71,8 @@ def save_adapter(
     with new_folder(out, replace=frozenset({CONFIG_NAME, WEIGHTS_NAME})) as folder:
         text = json.dumps(extra_fields(model) | fields, indent=2, sort_keys=True)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        write_float32(folder / WEIGHTS_NAME, shapes | whole, _all_tensors(model))
+        shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
+        write_float32(folder / WEIGHTS_NAME, shapes, _all_tensors(model, form, shared))
 
 
 def _tied(model: nnx.Module) -> TypeGuard[Decoder]:
@@ -79,84 +83,51 @@ def _trains_table(model: Decoder, entries: list[AdapterEntry], whole: Iterable[s
     return any(entry.is_embedding for entry in entries) or f"{PREFIX}{model.config.names.embedding}.weight" in whole
 
 
-def _all_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
-    for _, tensors in _gathered(model):
+def _all_tensors(model: nnx.Module, form: Format, shared: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    for _, tensors in _gathered(model, form):
         yield from tensors.items()
+    yield from shared.items()
     for name, tensor in trained_weights(model):
         yield PREFIX + name, tensor
 
 
-def _main_entries(entries: list[AdapterEntry]) -> list[AdapterEntry]:
-    """The entries of the one method that a folder holds; biases that are trained beside it are no method of theirs."""
-    if not entries:
+def _format(model: nnx.Module) -> tuple[Format, list[Place]]:
+    """The one format of a model's adapters, and the places that it is for; biases beside them have none of their own.
+
+    Raises:
+        InputError: there is no adapter, or there are several methods.
+    """
+    adapted = [place for place in places(model) if has_adapter(place)]
+    if not adapted:
         raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
-    main = [entry for entry in entries if entry.method != "bitfit"]
-    methods = sorted({entry.method for entry in main})
+    main = [place for place in adapted if adapter_at(place).method != "bitfit"] or adapted
+    methods = sorted({file_method(adapter_at(place)) for place in main})
+    if len(methods) == 1 and len(main) < len(adapted) and adapter_at(main[0]).config.bias != "all":
+        methods = ["bitfit", *methods]
     if len(methods) > 1:
         raise InputError(f"one folder holds one method, but the model has adapters of {', '.join(methods)}")
-    if not main or not isinstance(main[0].config, LoRAConfig | MoRAConfig):
-        raise InputError(
-            f"{entries[0].method} can't be written as a PEFT folder: convert it to LoRA with a rank, or merge it"
-        )
-    if len(main) < len(entries) and main[0].config.bias != "all":
-        raise InputError(f"one folder holds one method, but the model has adapters of bitfit, {methods[0]}")
-    return main
+    return format_for(methods[0]).for_model(main), main
 
 
-def _gathered(model: nnx.Module) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
+def _is_main(entry: AdapterEntry, form: Format) -> bool:
+    return entry.method != "bitfit" or isinstance(form, BitfitFormat)
+
+
+def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
     """Each adapted matrix with its tensors under their names in files."""
     where = {path: (place, layer) for place in places(model) for layer, path in enumerate(place.paths)}
     for entry in map(plain_lora, adapters_of(model)):
-        path, params = PREFIX + entry.path, entry.params
-        names = EMBEDDING_FACTORS if entry.is_embedding else FACTORS
-        tensors: dict[str, np.ndarray] = {}
-        if "m" in params:
-            tensors |= {f"{path}.{names['a']}": params["m"], f"{path}.{names['b']}": params["m"]}
-        if "lora_a" in params:
-            tensors |= {f"{path}.{names['a']}": params["lora_a"].T, f"{path}.{names['b']}": params["lora_b"].T}
-            if entry.is_embedding and _tied(model):
-                head = f"{PREFIX}{model.config.names.head}"
-                tensors |= {f"{head}.{FACTORS['a']}": params["lora_b"], f"{head}.{FACTORS['b']}": params["lora_a"]}
-        if "magnitude" in params:
-            tensors[f"{path}.{names['magnitude']}"] = params["magnitude"]
-        if "bias" in params:
-            inner = "bias" if entry.method == "bitfit" else "base_layer.bias"
-            tensors[f"{path}.{inner}"] = base_bias(*where[entry.path]) + params["bias"]
+        path, main = PREFIX + entry.path, _is_main(entry, form)
+        found = form.write(entry) if main else {}
+        names = form.names(entry)
+        tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
+        if entry.is_embedding and _tied(model):
+            head = f"{PREFIX}{model.config.names.head}"
+            tensors |= {f"{head}.{FACTORS['a']}": found["b"].T, f"{head}.{FACTORS['b']}": found["a"].T}
+        if "bias" in entry.params and "added" not in found:
+            inner = "base_layer.bias" if main else "bias"
+            tensors[f"{path}.{inner}"] = base_bias(*where[entry.path]) + entry.params["bias"]
         yield entry, tensors
-
-
-def _fields(entries: list[AdapterEntry], model: nnx.Module, base: str | None) -> dict[str, Any]:
-    """The config's fields; ranks below the highest and alphas that differ go into the patterns.
-
-    `r` is the highest rank, and `lora_alpha` gives the commonest scaling there: loaders that read no patterns make
-    room by the one and scale by the other.
-    """
-    targets = short_targets(
-        (entry.path for entry in entries), (path for place in places(model) for path in place.paths)
-    )
-    rank = max(entry.config.rank for entry in entries)
-    ranks = {entry.path: entry.config.rank for entry in entries if entry.config.rank != rank}
-    dropout = max(entry.config.dropout for entry in entries)
-    config = dataclasses.replace(entries[0].config, rank=rank, dropout=dropout)
-    if isinstance(config, MoRAConfig):
-        kinds = sorted({entry.config.kind for entry in entries})
-        if len(kinds) > 1:
-            raise InputError(f"one folder holds one kind of MoRA, but the model has {', '.join(kinds)}")
-        return mora_fields(config, targets=targets, ranks=ranks, base=base)
-    if len({entry.config.use_dora for entry in entries}) > 1:
-        raise InputError("one folder holds LoRA with or without DoRA's magnitude, but the model has both")
-    # From the scaling that is really used, which may differ by layer.
-    scalings = {entry.path: float(entry.params["scaling"]) for entry in entries}
-    power = 0.5 if isinstance(config, RsLoRAConfig) else 1.0
-    alpha_of = {entry.path: _alpha(scalings[entry.path], entry.config.rank, power) for entry in entries}
-    alpha = _alpha(collections.Counter(scalings.values()).most_common(1)[0][0], rank, power)
-    alphas = {path: value for path, value in alpha_of.items() if value != alpha}
-    return lora_fields(config, targets=targets, alpha=alpha, ranks=ranks, alphas=alphas, base=base)
-
-
-def _alpha(scaling: float, rank: int, power: float) -> float:
-    """The alpha of a scaling; rounded, since scalings are kept in float32."""
-    return round(scaling * math.pow(rank, power), 6)
 
 
 def _saved_modules(model: nnx.Module, names: list[str]) -> list[str] | None:

@@ -10,8 +10,16 @@ import dataclasses
 
 import numpy as np
 
+from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config import LoRAConfig, RsLoRAConfig
+
+
+def file_method(adapter: Adapter) -> str:
+    """What an adapter's method becomes in a file: LoRA's relatives are LoRA or rsLoRA there."""
+    if not isinstance(adapter.config, LoRAConfig):
+        return adapter.method
+    return "rslora" if isinstance(adapter.config, RsLoRAConfig) else "lora"
 
 
 def plain_lora(entry: AdapterEntry) -> AdapterEntry:

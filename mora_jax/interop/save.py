@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.host import host
 from mora_jax.errors import InputError
+from mora_jax.interop.added_biases import bias_fields, zero_biases
 from mora_jax.interop.folders import new_folder
 from mora_jax.interop.layout import tensor_plan
 from mora_jax.interop.tokenizer import TOKENIZER_FILES
@@ -45,7 +46,8 @@ def save_pretrained(
         write: False on all processes but one of those that hold parts of the model: all have to call this.
 
     Raises:
-        InputError: when the model has adapters, the dtype is another one or too narrow, or `out` is in use.
+        InputError: when the model has adapters, or biases that its family has no place for, when the dtype is another
+            one or too narrow, or `out` is in use.
     """
     if next(iter(adapters_of(model)), None) is not None:
         raise InputError("the model has unmerged adapters: call merge(model) first, or save them with save_adapter")
@@ -55,7 +57,7 @@ def save_pretrained(
             pass  # gathered for the process that writes
         return
     with new_folder(out) as folder:
-        text = json.dumps(_config(model.config, target.name), indent=2)
+        text = json.dumps(_config(model.config, target.name) | bias_fields(model), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         _write_weights(model, folder, target, max_shard_bytes)
         origin = None if model.folder is None else Path(model.folder)
@@ -98,6 +100,8 @@ def _tensors(model: Decoder, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
             if dtype == np.float16 and not np.isfinite(stored).all():
                 raise InputError(f"tensor {piece.name} has values that float16 cannot hold; save in another dtype")
             yield piece.name, stored
+    for name, zeros in zero_biases(model):
+        yield name, zeros.astype(dtype)
 
 
 def _write_weights(model: Decoder, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:

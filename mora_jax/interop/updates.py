@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import AdapterEntry, adapters_of
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.config import AdaLoRAConfig, LoRAConfig, MoRAConfig, VeRAConfig
 from mora_jax.adapters.registry import adapter_class
 from mora_jax.adapters.targets import Place, places
 from mora_jax.errors import InputError
@@ -89,6 +89,14 @@ def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
             return params["lora_a"], params["lora_b"]
 
         product = factors
+    elif isinstance(config, VeRAConfig | AdaLoRAConfig):
+        found = _thin(_around_diagonal(params))
+        exact, scaling = found[0].shape[1], float(params["scaling"])
+
+        def two() -> tuple[np.ndarray, np.ndarray]:
+            return found
+
+        product = two
     elif isinstance(config, MoRAConfig):
         what = f"MoRA of kind {config.kind}"
         if config.kind not in BLOCK_KINDS:
@@ -117,6 +125,15 @@ def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, l
     total = total if outputs is None else total * outputs
     total = total if inputs is None else total * inputs[:, None]
     return np.asarray(total - base)
+
+
+def _around_diagonal(params: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """VeRA's and AdaLoRA's update as a product, the vectors multiplied in; without triplets that were pruned."""
+    if "vera_a" in params:
+        return params["vera_a"] * params["vera_d"], params["vera_b"] * params["vera_b_scale"]
+    used = params["lora_e"] != 0
+    used[0] |= not used.any()
+    return (params["lora_a"] * params["lora_e"])[:, used], params["lora_b"][used]
 
 
 def _thin(factors: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from mora_jax.errors import InputError
 from mora_jax.interop.base import load_shapes
-from mora_jax.interop.peft_config import pattern_value, scaling_at
+from mora_jax.interop.peft_lora import pattern_value, scaling_at
 from mora_jax.interop.tokenizer import load_tokenizer
 from mora_jax.models.init import read_json
 

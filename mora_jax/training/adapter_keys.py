@@ -13,6 +13,7 @@ RESTARTED_KINDS = ("sharing", "grouped", "grouped_tile", "strided_interleave")
 _COMMON = frozenset({"targets", "layers_to_transform", "modules_to_save", "path"})
 _LORA = _COMMON | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init"}
 _RESTARTS = frozenset({"restart_every", "restart_warmup", "prune"})
+_BUDGET = frozenset({"target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_weight"})
 METHOD_KEYS: Mapping[str, frozenset[str]] = {
     "lora": _LORA,
     "rslora": _LORA,
@@ -24,8 +25,14 @@ METHOD_KEYS: Mapping[str, frozenset[str]] = {
     "mora": _COMMON | {"rank", "kind", "dropout", "rank_pattern", "use_dora"},
     "relora": _LORA - {"path", "init"} | _RESTARTS,
     "remora": _COMMON - {"path"} | {"rank", "kinds", "dropout", "rank_pattern", "use_dora"} | _RESTARTS,
+    "vera": _COMMON | {"rank", "dropout", "d_initial", "projection_prng_key", "bias"},
+    "adalora": _COMMON | {"rank", "alpha", "dropout", "bias"} | _BUDGET,
+    "ia3": _COMMON | {"feedforward"},
+    "bitfit": _COMMON,
     "full": frozenset(),
 }
+# Keys that say how a method is trained; an adapter to start from does not say them.
+HOW = _BUDGET | {"lr_ratio"}
 RESTARTED = ("relora", "remora")
 # Methods that change the base itself, so that their result is a whole model.
 RESULT_IS_MODEL = (*RESTARTED, "full")
@@ -38,7 +45,8 @@ class AdapterConfig:
     method: str = key("lora", "The fine-tuning method.", choices=tuple(METHOD_KEYS))
     rank: int | None = key(
         None,
-        "Rank r; MoRA gets the square matrix with about as many parameters; none: the method's own, 8.",
+        "Rank r; MoRA gets the square matrix with about as many parameters, adalora starts from it; none: the "
+        "method's own, 8 (vera 256, adalora 12).",
         at_least=1,
     )
     alpha: float = key(16.0, "LoRA scaling: the update is multiplied by alpha / rank.", above=0)
@@ -46,7 +54,7 @@ class AdapterConfig:
     targets: str | tuple[str, ...] | None = key(
         None,
         "Layers to adapt: a list of names, one regex for the whole path, or all-linear; none: the method's own, "
-        "all-linear.",
+        "all-linear (ia3: k_proj, v_proj, down_proj).",
     )
     kind: str = key("sharing", "How MoRA compresses and decompresses.", choices=KINDS)
     rank_pattern: tuple[str, ...] | None = key(None, "Other ranks for some layers, as REGEX=RANK.")
@@ -70,6 +78,18 @@ class AdapterConfig:
         at_least=0,
         at_most=1,
     )
+    d_initial: float = key(0.1, "vera: what the inner vector starts from.")
+    projection_prng_key: int = key(0, "vera: seed of the frozen factors, as in PEFT.", at_least=0)
+    feedforward: tuple[str, ...] | None = key(
+        None, "ia3: names of targets whose inputs are scaled, not their outputs; none: down_proj."
+    )
+    target_rank: int | None = key(None, "adalora: mean rank at the end; none: two thirds of rank.", at_least=1)
+    tinit: int = key(0, "adalora: steps at the start with all of the ranks.", at_least=0)
+    tfinal: int = key(0, "adalora: steps at the end in which ranks stay.", at_least=0)
+    delta_t: int = key(1, "adalora: steps between two allocations.", at_least=1)
+    beta1: float = key(0.85, "adalora: smoothing of importances.", above=0, below=1)
+    beta2: float = key(0.85, "adalora: smoothing of their uncertainty.", above=0, below=1)
+    orth_weight: float = key(0.5, "adalora: factor on the orthogonality penalty in the loss.", at_least=0)
     path: str | None = key(None, "An adapter folder to start from; it says rank, targets and the rest.")
 
 
@@ -82,6 +102,12 @@ def check_adapter(adapter: AdapterConfig) -> None:
     if unknown := [kind for kind in adapter.kinds if kind not in RESTARTED_KINDS]:
         raise InputError(
             f"config: adapter.kinds: {unknown[0]!r} is none of ReMoRA's kinds; choose from {', '.join(RESTARTED_KINDS)}"
+        )
+    targets = ("k_proj", "v_proj", "down_proj") if adapter.targets is None else adapter.targets
+    stray = [name for name in adapter.feedforward or () if not isinstance(targets, str) and name not in targets]
+    if adapter.method == "ia3" and stray:
+        raise InputError(
+            f"config: adapter.feedforward: {stray[0]!r} is none of adapter.targets, which are {', '.join(targets)}"
         )
     if adapter.method in RESTARTED and adapter.restart_warmup > adapter.restart_every:
         raise InputError(

@@ -9,13 +9,21 @@ from mora_jax.errors import InputError
 from mora_jax.training.config import METHOD_KEYS, AdapterConfig
 
 
-def adapter_config(section: AdapterConfig) -> Any:
+def adapter_config(section: AdapterConfig, steps: int | None = None) -> Any:
     """The section as the method's own configuration.
+
+    Args:
+        section: the section `adapter`.
+        steps: of the run, for methods with a schedule; None where the schedule is no matter.
 
     Raises:
         InputError: a value that the method refuses.
     """
     values: dict[str, Any] = {name: getattr(section, name) for name in METHOD_KEYS[section.method] - {"path"}}
+    if section.method == "adalora":
+        values["total_steps"] = section.tinit + section.tfinal + 1 if steps is None else steps
+        if section.target_rank is None and section.rank is not None:
+            values["target_rank"] = max(1, 2 * section.rank // 3)
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         if values.get(name):
             values[name] = tuple(_pair(text, name, kind) for text in values[name])

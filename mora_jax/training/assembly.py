@@ -17,6 +17,7 @@ from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.config import Config
 from mora_jax.training.mesh import make_mesh
 from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.rank_budget import RankBudget
 from mora_jax.training.restarts import Restarts
 from mora_jax.training.runner import JitRunner, PmapRunner
 from mora_jax.training.sharding import Placement
@@ -34,6 +35,7 @@ class Assembly(NamedTuple):
         placement: where arrays lie; None under `pmap`.
         runner: runs, or only lowers, the step.
         restarts: those of the method; None without.
+        budget: AdaLoRA's; None without.
     """
 
     structure: Structure
@@ -43,6 +45,7 @@ class Assembly(NamedTuple):
     placement: Placement | None
     runner: JitRunner | PmapRunner
     restarts: Restarts | None
+    budget: RankBudget | None
 
     def initial_state(self, seed: int) -> TrainState:
         """The state before the first step, not placed yet."""
@@ -67,9 +70,13 @@ def assemble(
     """
     graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
-    method = adapter_config(config.adapter)
+    method = adapter_config(config.adapter, steps)
     restarts = Restarts.of(method, steps)
     optimizer = make_optimizer(config.optimizer, steps, getattr(method, "rates", None), restarts=restarts)
+    arrays = flat_arrays(adapters), flat_arrays(frozen)
+    budget = RankBudget.of(method, *arrays)
+    if budget is not None:
+        optimizer = budget.around(optimizer)
     pmap, mesh = config.mesh.pmap, make_mesh(*mesh_shape, devices=devices)
     placement = None if pmap else Placement.of(mesh, adapters, frozen)
     normalize = config.loss.normalize or MODES[config.loss.mode].normalize
@@ -83,6 +90,7 @@ def assemble(
         divisor=config.loss.constant if normalize == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,
         kl_weight=config.loss.kl_weight,
+        penalty=None if budget is None else budget.penalty,
     )
     runner: JitRunner | PmapRunner
     if placement is None:
@@ -90,8 +98,7 @@ def assemble(
     else:
         table = placement.table(adapters, frozen)
         runner = JitRunner(step, mesh, table, offload=config.optimizer.offload)
-    arrays = flat_arrays(adapters), flat_arrays(frozen)
-    return Assembly(structure, *arrays, optimizer, placement, runner, restarts)
+    return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget)
 
 
 def shapes_in_place(runner: JitRunner, tree: Any) -> Any:

@@ -102,6 +102,7 @@ class Trainer:
         self.config = config = setup.config
         made = assemble(setup.model, config, setup.plan.steps, setup.mesh)
         self.structure, self.placement, restarts = made.structure, made.placement, made.restarts
+        self.budget = made.budget
         self.runner: Any = made.runner
         self.frozen = self.runner.place(made.frozen)
         self.state: TrainState = self.runner.place(made.initial_state(config.seed))
@@ -261,6 +262,8 @@ class Trainer:
             }
             if self.config.loss.kl_weight:
                 row["kl"] = float(metrics.kl)
+            if self.budget is not None:
+                row |= {"penalty": float(metrics.penalty), "mean_rank": self.budget.mean_rank(step)}
             self.observer.write(row)
             self.display.step(row)
 

@@ -140,6 +140,8 @@ def describe_method(config: AdapterConfig) -> str:
     for name in ("rank", "alpha"):
         if hasattr(found, name):
             words += f", {name} {getattr(found, name):g}"
+    if hasattr(found, "target_rank"):
+        words += f", mean rank {found.target_rank} at the end"
     if hasattr(found, "restart_every"):
         words += f", started anew every {found.restart_every} steps"
     return words
@@ -176,9 +178,6 @@ def prepare(config: Config) -> Setup:
             f"{config.model.path} has no tokenizer files; training on text needs them in the model's folder"
         )
     train, evaluation = encode_data(config, tokenizer, model.config.vocab_size)
-    attached = put_adapter(model, config)
-    if config.loss.kl_weight:
-        check_divergence(model)
     plan = BatchPlan(
         train.lengths,
         config.train.batch_size,
@@ -190,6 +189,9 @@ def prepare(config: Config) -> Setup:
         bucketing=config.data.bucketing,
     )
     check_warmup(config, plan.steps)
+    attached = put_adapter(model, config, plan.steps)
+    if config.loss.kl_weight:
+        check_divergence(model)
     return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh)
 
 
@@ -199,12 +201,12 @@ def base_shardings(mesh: tuple[int, ...], model: Decoder) -> Callable[[nnx.Varia
     return lambda variable: placement.stored(variable.get_metadata()["axes"], tuple(variable.shape))
 
 
-def put_adapter(model: Decoder, config: Config) -> AttachReport:
-    """Attaches what the configuration asks for, or loads the adapter that it starts from."""
+def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
+    """Attaches what the configuration asks for, or loads the adapter that it starts from; `steps` are the run's."""
     section = config.adapter
     try:
         if section.path is None or "path" not in METHOD_KEYS[section.method]:
-            return attach(model, adapter_config(section), rngs=nnx.Rngs(config.seed))
+            return attach(model, adapter_config(section, steps), rngs=nnx.Rngs(config.seed))
         load_adapter(model, section.path)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"adapter: {error}") from None

@@ -37,6 +37,7 @@ class StepMetrics(NamedTuple):
         kl: mean divergence from the base, in nats a token, before `kl_weight`; 0 without that term.
         skipped: updates left out so far because loss or gradient was not finite, this one included.
         skipped_in_row: how many of them are the last steps without a break.
+        penalty: what the loss got for the weights themselves; 0 without such a term.
     """
 
     loss: Array
@@ -48,6 +49,7 @@ class StepMetrics(NamedTuple):
     kl: Array
     skipped: Array
     skipped_in_row: Array
+    penalty: Array
 
 
 StepFunction = Callable[[TrainState, Arrays, Batch], tuple[TrainState, StepMetrics]]
@@ -65,6 +67,7 @@ def make_step(
     divisor: float | None = None,
     neftune_alpha: float = 0.0,
     kl_weight: float = 0.0,
+    penalty: Callable[[Arrays], Array] | None = None,
 ) -> StepFunction:
     """The pure step: gradients of the trainable tree alone, summed over micro-batches and devices.
 
@@ -83,6 +86,7 @@ def make_step(
         neftune_alpha: strength of the noise on the embeddings (see neftune.py); 0 for none.
         kl_weight: factor on the mean divergence from the base (see kl.py); 0 for no such term. The base is the same
             model without its adapters, dropout and noise, run once more forward.
+        penalty: a term of the loss that depends on the trained arrays alone; it counts once a step.
 
     Returns:
         `step(state, frozen, batch) → (state, metrics)`. `batch` holds, each `[micro-batches, rows, T]`:
@@ -178,6 +182,10 @@ def make_step(
             sums, _ = jax.lax.scan(micro, start, (jnp.arange(count), rows))
 
         (loss, kl), gradient = jax.tree.map(total, sums)
+        extra = jnp.zeros((), jnp.float32)
+        if penalty is not None:
+            extra, slope = jax.value_and_grad(penalty)(state.adapters)
+            loss, gradient = loss + extra, jax.tree.map(jnp.add, gradient, slope)
         grad_norm = optax.tree.norm(gradient)
         taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         skips = state.skips.after(taken)
@@ -191,6 +199,7 @@ def make_step(
             kl=kl,
             skipped=skips.total,
             skipped_in_row=skips.in_row,
+            penalty=extra,
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters)
         adapters: Any = optax.apply_updates(state.adapters, updates)

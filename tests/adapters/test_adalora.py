@@ -1,12 +1,18 @@
-"""AdaLoRA's penalty, budget and allocation, against loops."""
+"""AdaLoRA's penalty against loops, its budget and allocation against PEFT."""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
+from peft.tuners.adalora.layer import RankAllocator
+from peft.tuners.adalora.model import AdaLoraModel
 
 import mora_jax as mj
-from mora_jax.adapters.adalora import allocate, budget, orthogonality, start_importance
+from mora_jax.adapters.adalora import allocate, budget, existing, orthogonality, start_importance
 
 CONFIG = mj.AdaLoRAConfig(rank=4, target_rank=1, tinit=2, tfinal=3, total_steps=12, delta_t=2, beta1=0.8, beta2=0.7)
 
@@ -40,48 +46,72 @@ def test_orthogonality_is_the_mean_norm():
     assert np.isfinite(slope["lora_a"]).all() and orthogonality(perfect) < 1e-5
 
 
-def test_the_budget_falls_along_a_cubic():
-    found = [int(budget(CONFIG, jnp.asarray(step), 12)) for step in range(13)]
-    expected = [int(np.floor(3 + 9 * (1 - min(max(step - 2, 0), 7) / 7) ** 3 + 1e-6)) for step in range(13)]
-    assert found == expected
-    assert found[:3] == [12] * 3 and found[9:] == [3] * 4
+def test_triplets_that_do_not_exist_are_not_counted():
+    given = arrays(0)
+    given["v.lora_a"][:, 1] = 0
+    scalings = {"q.scaling": np.array([1.0, 0.0]), "v.scaling": np.array(1.0)}
+    exists = existing(given, scalings)
+    assert exists["q.lora_e"].tolist() == [[True] * 4, [False] * 4]
+    assert exists["v.lora_e"].tolist() == [True, False, True, True]
+    small = {name: value[0] if name.startswith("q") else value for name, value in given.items()}
+    small["v.lora_a"] = small["v.lora_a"][:, [0, 2, 3]]
+    small["v.lora_b"] = small["v.lora_b"][[0, 2, 3]]
+    small["v.lora_e"] = small["v.lora_e"][[0, 2, 3]]
+    np.testing.assert_allclose(orthogonality(given, exists), orthogonality(small), rtol=1e-5)
+    slope = jax.grad(orthogonality)(given, exists)
+    assert not slope["q.lora_a"][1].any() and slope["q.lora_a"][0].all()
+    assert (budget(CONFIG, exists, 0), budget(CONFIG, exists, 12)) == (7, 2)
+    assert [int(start_importance(given, exists).kept[name].sum()) for name in exists] == [4, 3]
 
 
-def test_allocation_keeps_the_most_important_triplets_without_recompiling():
-    adapters = {name: jnp.asarray(value) for name, value in arrays(0).items()}
-    state, traces = start_importance(adapters), []
+class Matrix(torch.nn.Module):
+    """One adapted matrix, its parameters named and laid out as in PEFT."""
+
+    def __init__(self, a, e, b):
+        super().__init__()
+        for name, value in (("lora_A", a.T), ("lora_E", e[:, None]), ("lora_B", b.T)):
+            setattr(self, name, torch.nn.ParameterDict({"default": torch.tensor(np.array(value))}))
+
+
+def matrices(values):
+    """The three matrices of `arrays`."""
+    stack = [[values[f"q.{name}"][i] for name in ("lora_a", "lora_e", "lora_b")] for i in range(2)]
+    return [*stack, [values[f"v.{name}"] for name in ("lora_a", "lora_e", "lora_b")]]
+
+
+def test_allocation_is_that_of_peft_without_recompiling():
+    total, values = CONFIG.total_steps, arrays(0)
+    model = torch.nn.ModuleList(Matrix(*given) for given in matrices(values))
+    settings = {"init_r": 4, "target_r": 1, "tinit": 2, "tfinal": 3, "total_step": total, "deltaT": 2}
+    config = peft.AdaLoraConfig(beta1=0.8, beta2=0.7, **settings)
+    theirs = SimpleNamespace(model=model, peft_config={"default": config}, trainable_adapter_name="default")
+    theirs.rankallocator = RankAllocator(model, config, "default")
+    adapters = {name: jnp.asarray(value) for name, value in values.items()}
+    state, traces, sizes = start_importance(adapters), [], []
 
     @jax.jit
     def step(state, adapters, gradients, number):
         traces.append(1)
         return allocate(CONFIG, state, adapters, gradients, number)
 
-    smooth = {name: np.zeros(value.shape) for name, value in adapters.items()}
-    spread = {name: np.zeros(value.shape) for name, value in adapters.items()}
-    for number in range(13):
-        gradients = arrays(100 + number)
-        values = {name: np.float64(value) for name, value in adapters.items()}
-        before = {name: np.asarray(mask) for name, mask in state.kept.items()}
+    for number in range(1, total + 1):
+        gradients, moves = arrays(100 + number), arrays(200 + number)
+        adapters = {name: value + 0.1 * moves[name] * ("lora" in name) for name, value in adapters.items()}
+        triples = zip(model, matrices(gradients), matrices(moves), strict=True)
+        for matrix, slopes, change in triples:
+            pairs = (("lora_A", 0, lambda x: x.T), ("lora_E", 1, lambda x: x[:, None]), ("lora_B", 2, lambda x: x.T))
+            for name, i, turned in pairs:
+                parameter = getattr(matrix, name)["default"]
+                parameter.data += 0.1 * torch.tensor(np.array(turned(change[i])))
+                parameter.grad = torch.tensor(np.array(turned(slopes[i])))
+        AdaLoraModel.update_and_allocate(theirs, number)
         state, adapters = step(state, adapters, gradients, jnp.asarray(number))
-        for name, value in values.items():
-            now = np.abs(value * gradients[name])
-            smooth[name] = 0.8 * smooth[name] + 0.2 * now
-            spread[name] = 0.7 * spread[name] + 0.3 * np.abs(now - smooth[name])
-        scores = {}
-        for prefix in ("q", "v"):
-            a, e, b = (smooth[f"{prefix}.{n}"] * spread[f"{prefix}.{n}"] for n in ("lora_a", "lora_e", "lora_b"))
-            scores[f"{prefix}.lora_e"] = e + a.mean(-2) + b.mean(-1)
-        masks = before
-        if number > 2 and number % 2 == 0 and number <= 9:
-            every = np.sort(np.concatenate([score.ravel() for score in scores.values()]))[::-1]
-            least = every[int(budget(CONFIG, jnp.asarray(number), 12)) - 1]
-            masks = {name: score >= least for name, score in scores.items()}
-        for name, mask in masks.items():
-            np.testing.assert_array_equal(state.kept[name], mask)
-            np.testing.assert_allclose(adapters[name], values[name] * mask, rtol=1e-5)
-        # Training goes on and moves what was zeroed.
-        adapters = adapters | {name: adapters[name] + 0.1 for name in masks}
-    assert sum(int(mask.sum()) for mask in state.kept.values()) == int(budget(CONFIG, jnp.asarray(8), 12)) < 12
+        expected = [matrix.lora_E["default"].detach().numpy()[:, 0] for matrix in model]
+        for ours, given in zip([*adapters["q.lora_e"], adapters["v.lora_e"]], expected, strict=True):
+            np.testing.assert_array_equal(ours == 0, given == 0)
+            np.testing.assert_allclose(ours, given, rtol=1e-5)
+        sizes.append(sum(int((value != 0).sum()) for value in expected))
+    assert sizes == [12, 12, 12, 6, 12, 3, 12, 3, 3, 3, 3, 3]
     np.testing.assert_array_equal(adapters["norm.weight"], arrays(0)["norm.weight"])
     assert len(traces) == 1
 
@@ -90,7 +120,10 @@ def test_allocation_keeps_the_most_important_triplets_without_recompiling():
     ("settings", "words"),
     [
         ({"target_rank": 13}, "target_rank is 13, more than rank 12"),
-        ({"tinit": 60, "tfinal": 60, "total_steps": 100}, r"tinit \+ tfinal is 120, more than total_steps 100"),
+        (
+            {"tinit": 60, "tfinal": 60, "total_steps": 100},
+            r"tinit \+ tfinal is 120, which must be less than total_steps 100",
+        ),
         ({"beta1": 1.0}, r"beta1 must lie in \(0, 1\), not 1.0"),
         ({"delta_t": 0}, "delta_t must be a positive integer"),
     ],

@@ -12,6 +12,7 @@ import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.mora import KINDS, square_rank
 from mora_jax.adapters.registry import adapter_class
+from mora_jax.adapters.targets import places
 from mora_jax.interop.base import load_shapes
 from mora_jax.interop.convert import convert_to_lora, convert_to_mora
 from tests.models.tiny import fill_randomly, random_ids
@@ -186,3 +187,36 @@ def test_real_peft_loads_lifted_mora(base, tmp_path):
     mj.save_adapter(model, tmp_path / "lifted")
     loaded = peft.PeftModel.from_pretrained(hf_model("llama"), str(tmp_path / "lifted")).eval()
     np.testing.assert_allclose(hf_logits(loaded, IDS), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [mj.VeRAConfig(rank=5), mj.VeRAConfig(rank=40), mj.AdaLoRAConfig(rank=4, alpha=6.0)])
+def test_products_around_a_diagonal_become_exact_loras(base, config):
+    model = shapes_with(base, config)
+    pruned = None
+    if isinstance(config, mj.AdaLoRAConfig):
+        for place in places(model):
+            if place.adapter is not None:
+                kept = np.arange(4) < 1 + len(place.part) % 4  # another rank for each matrix, one of them 1
+                place.adapter.lora_e[...] = place.adapter.lora_e[...] * kept
+                pruned = {**(pruned or {}), place.part: int(kept.sum())}
+    before = kernels(model)
+    conversion = convert_to_lora(model)
+    assert conversion.error == 0 and str(conversion).startswith("matrix")
+    for path, kernel in kernels(model).items():
+        np.testing.assert_allclose(kernel, before[path], atol=1e-5)
+    for entry in adapters_of(model):
+        rank = entry.config.rank
+        assert rank == (pruned[entry.path.rpartition(".")[2]] if pruned else min(config.rank, 16 if rank == 16 else 32))
+    assert before and max(np.abs(kernel).max() for kernel in before.values()) > 1e-2
+
+
+def test_ia3_has_full_rank(base):
+    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    mj.attach(model, mj.IA3Config(), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    expected = np.asarray(model(IDS))
+    with pytest.raises(mj.InputError, match=r"ia3: 9 of 9 updates have full rank, .* error is .* at rank 8"):
+        convert_to_lora(model)
+    conversion = convert_to_lora(model, rank=32)
+    assert conversion.error < 1e-5
+    np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=1e-3)

@@ -312,8 +312,7 @@ def test_methods_kinds_and_their_keys_are_those_of_the_adapters():
     from mora_jax.adapters.mora import KINDS as ADAPTER_KINDS
     from mora_jax.adapters.registry import CONFIGS
 
-    # The run's result is a PEFT folder, which cannot hold these so far; AdaLoRA's budget is for steps of one's own.
-    assert set(METHOD_KEYS) == set(CONFIGS) - {"vera", "ia3", "bitfit", "adalora"}
+    assert set(METHOD_KEYS) == set(CONFIGS)
     for method, read in METHOD_KEYS.items():
         assert read - {"path"} <= {field.name for field in dataclasses.fields(CONFIGS[method]) if field.init}
     assert set(KINDS) == set(ADAPTER_KINDS)

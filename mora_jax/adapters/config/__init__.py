@@ -7,11 +7,10 @@ components of a module path), one regular expression that must match the whole p
 
 from mora_jax.adapters.config.adalora import AdaLoRAConfig
 from mora_jax.adapters.config.bitfit import BitFitConfig
-from mora_jax.adapters.config.common import CommonConfig, Targets
+from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.full import FullConfig
 from mora_jax.adapters.config.ia3 import IA3Config
 from mora_jax.adapters.config.lora import (
-    BIASES,
     INITS,
     DoRAConfig,
     LoRAConfig,

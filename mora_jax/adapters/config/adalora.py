@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from mora_jax.adapters.config.common import CommonConfig, Targets, check_rank
+from mora_jax.adapters.config.common import CommonConfig, Targets, check_bias, check_rank
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class AdaLoRAConfig(CommonConfig):
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers, see the module's docstring.
         target_rank: mean rank that is left at the end.
-        tinit, tfinal: steps at the start with the whole budget, and at the end with the final one.
+        tinit, tfinal: steps at the start with the whole budget, and at the end with the final one; together fewer
+            than `total_steps`, so that ranks have time to fall.
         total_steps: of the training run.
         delta_t: steps between two allocations.
         beta1, beta2: smoothing of importances and of their uncertainty.
         orth_weight: factor on the orthogonality penalty in the loss.
+        bias: which existing biases are trained too, as in `LoRAConfig`.
     """
 
     rank: int = 12
@@ -36,6 +39,7 @@ class AdaLoRAConfig(CommonConfig):
     beta1: float = field(default=0.85, kw_only=True)
     beta2: float = field(default=0.85, kw_only=True)
     orth_weight: float = field(default=0.5, kw_only=True)
+    bias: str = field(default="none", kw_only=True)
 
     def __post_init__(self):
         for name in ("rank", "target_rank", "total_steps", "delta_t"):
@@ -43,9 +47,17 @@ class AdaLoRAConfig(CommonConfig):
         super().__post_init__()
         if self.target_rank > self.rank:
             raise ValueError(f"target_rank is {self.target_rank}, more than rank {self.rank}")
-        if min(self.tinit, self.tfinal) < 0 or self.tinit + self.tfinal > self.total_steps:
+        check_bias(self.bias)
+        if min(self.tinit, self.tfinal) < 0:
+            raise ValueError(f"tinit and tfinal must be at least 0, not {self.tinit} and {self.tfinal}")
+        if self.tinit + self.tfinal >= self.total_steps:
             plateaus = self.tinit + self.tfinal
-            raise ValueError(f"tinit + tfinal is {plateaus}, more than total_steps {self.total_steps}, or one is < 0")
+            raise ValueError(
+                f"tinit + tfinal is {plateaus}, which must be less than total_steps {self.total_steps}, so that ranks "
+                "have time to fall"
+            )
+        if not 0.0 <= self.orth_weight < math.inf:
+            raise ValueError(f"orth_weight must be at least 0, not {self.orth_weight!r}")
         for name in ("beta1", "beta2"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in (0, 1), not {getattr(self, name)!r}")

@@ -10,6 +10,7 @@ from typing import Any
 
 Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+BIASES = ("none", "lora_only", "all")
 
 
 def freeze_targets(targets) -> Targets:
@@ -31,6 +32,12 @@ def check_rank(rank: Any, name: str = "rank") -> None:
 def check_positive(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, not {value!r}")
+
+
+def check_bias(value: Any) -> None:
+    """Raises `ValueError` for what says nothing about which biases are trained."""
+    if value not in BIASES:
+        raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {value!r}")
 
 
 def freeze_pattern(pattern: Pattern, name: str, check) -> tuple[tuple[str, Any], ...]:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets, check_positive, check_rank, freeze_pattern
+from mora_jax.adapters.config.common import (
+    CommonConfig,
+    Pattern,
+    Targets,
+    check_bias,
+    check_positive,
+    check_rank,
+    freeze_pattern,
+)
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
-BIASES = ("none", "lora_only", "all")
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,7 @@ class LoRAConfig(CommonConfig):
         super().__post_init__()
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
-        if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {self.bias!r}")
+        check_bias(self.bias)
         ranks = freeze_pattern(self.rank_pattern, "rank_pattern", check_rank)
         alphas = freeze_pattern(self.alpha_pattern, "alpha_pattern", check_positive)
         object.__setattr__(self, "rank_pattern", ranks)

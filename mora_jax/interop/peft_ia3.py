@@ -1,0 +1,60 @@
+"""PEFT's IA3: one vector a target, on inputs for feed-forward modules and on outputs for the others."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from mora_jax.adapters.attach import AdapterEntry
+from mora_jax.adapters.config import IA3Config
+from mora_jax.interop.install import Filling
+from mora_jax.interop.peft_format import Format, Target, require, require_names
+
+_FEEDFORWARD = ("down_proj",)
+
+
+class Ia3Format(Format):
+    peft_type = "IA3"
+    fields = frozenset({"feedforward_modules", "init_ia3_weights"})
+    default_targets = ("k_proj", "v_proj", "down_proj")
+
+    def check(self, values: dict[str, Any], where: str) -> None:
+        require_names(values, where, "feedforward_modules")
+        require(values, where, "bias", values.get("bias", "none") == "none", "none, the only one that IA3 has")
+
+    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
+        return {"l"}, {"l"}
+
+    def needs_base(self, values: dict[str, Any]) -> bool:
+        return True  # what it changes is a multiple of the base
+
+    def read(self, values: dict[str, Any], target: Target) -> Filling:
+        inputs = _is_feedforward(values.get("feedforward_modules"), target.path)
+        name = (target.path.rpartition(".")[2],)
+        config = IA3Config(targets=(target.path,), feedforward=name if inputs else ())
+        shape = (1, target.place.in_features) if inputs else (target.place.out_features, 1)
+        return Filling(config, {"ia3_l": target.read("l", shape).reshape(-1)})
+
+    def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
+        return {"l": entry.params["ia3_l"].reshape((1, -1) if entry.config.feedforward else (-1, 1))}
+
+    def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
+        inputs = {entry.path: bool(entry.config.feedforward) for entry in entries}
+        named = [name for name in targets if any(on and _ends(path, name) for path, on in inputs.items())]
+        if any(_is_feedforward(named, path) != on for path, on in inputs.items()):
+            # Names alone don't tell the two apart (PEFT takes any path that ends so): whole paths do.
+            targets, named = sorted(inputs), sorted(path for path, on in inputs.items() if on)
+        return {"feedforward_modules": named, "init_ia3_weights": True, "target_modules": targets}
+
+
+def _is_feedforward(names: str | list[str] | None, path: str) -> bool:
+    """As PEFT tells it: a list names ends of paths, whole components or not."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path.endswith(name) for name in (_FEEDFORWARD if names is None else names))
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
