@@ -17,7 +17,7 @@ from mora_jax.data.normalize import NORMALIZERS
 from mora_jax.data.report import CAUSES
 from mora_jax.data.templates import TEMPLATES
 from mora_jax.data.weights import ENDS, HEADERS, MODES
-from mora_jax.training.config import keys, sections
+from mora_jax.training.config import METHOD_KEYS, keys, sections
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -64,6 +64,7 @@ def test_configuration_keys_exist(page):
         ("formats.md", FORMATS),
         ("templates.md", TEMPLATES),
         ("batches.md", (*TRUNCATIONS, *CAUSES)),
+        ("adapters.md", METHOD_KEYS),
     ],
 )
 def test_every_choice_is_documented(page, names):

@@ -19,6 +19,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*lora_bias=True.*:peft.utils.warning.PeftWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The following rank_pattern keys did not match:RuntimeWarning"
+    ),  # PEFT's own folder
     pytest.mark.filterwarnings("ignore:.*have invalid shape:peft.utils.warning.PeftWarning"),  # rank 0, PEFT's own
 ]
 
@@ -231,19 +234,19 @@ BROKEN = {
         "vera",
         {},
         cut("vera_A"),
-        r"vera_A has shape \[5, 63\], but it must be \[5, 64 or",
+        r"vera_A has shape \[5, 47\], but it must be \[5, 48 or",
     ),
-    "another rank of vera": ("vera", {"r": 4}, None, r"vera_A has shape \[5, 64\], but it must be \[4, 64 or more\]"),
+    "another rank of vera": ("vera", {"r": 4}, None, r"vera_A has shape \[5, 48\], but it must be \[4, 48 or more\]"),
     "no vector": ("vera", {}, without("1.self_attn.q_proj.vera_lambda_d"), r"1 targets lack tensors: .*vera_lambda_d"),
     "a bias of vera": ("vera", {"bias": "lora_only"}, None, "bias must be one of none, vera_only, all"),
     "a negative seed": ("vera", {"projection_prng_key": -2}, None, "projection_prng_key must be a whole number"),
     "no ia3_l": ("ia3", {}, without("2.mlp.down_proj.ia3_l"), r"1 targets lack tensors: .*down_proj \(ia3_l\)"),
-    "inputs for outputs": ("ia3", {"feedforward_modules": []}, None, r"ia3_l has shape \[1, 64\], .* imply \[32, 1\]"),
+    "inputs for outputs": ("ia3", {"feedforward_modules": []}, None, r"ia3_l has shape \[1, 48\], .* imply \[32, 1\]"),
     "a bias of ia3": ("ia3", {"bias": "all"}, None, "bias must be none"),
     "both in one stack": (
         "ia3",
         {"target_modules": ["k_proj"], "feedforward_modules": ["1.self_attn.k_proj"]},
-        lambda t: {n: v.T.copy() if "1.self_attn.k" in n else v for n, v in t.items() if "k_proj" in n},
+        lambda t: {n: np.ones((1, 32), np.float32) if "1.self" in n else v for n, v in t.items() if "k_proj" in n},
         "k_proj is one stack, whose layers have to agree in everything but their ranks",
     ),
     "no lora_E": ("adalora", {}, without("0.self_attn.q_proj.lora_E"), r"1 targets lack tensors: .*\(lora_E\)"),
