@@ -116,11 +116,10 @@ def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, l
     method = adapter_class(config)
     sizes = place.in_features, place.out_features
     change = method.dense(config, *sizes, params) if method.additive else jnp.zeros(sizes, jnp.float32)
-    inputs = method.input_gain(config, params)
-    if "magnitude" not in params and inputs is None:
+    if method.additive and "magnitude" not in params:
         return np.asarray(change)
     base = (place.kernel()[layer] if place.stacked else place.kernel()).astype(jnp.float32)
-    outputs = method.output_gain(config, params, lambda: base)
+    inputs, outputs = method.input_gain(config, params), method.output_gain(config, params, lambda: base)
     total = base + change
     total = total if outputs is None else total * outputs
     total = total if inputs is None else total * inputs[:, None]

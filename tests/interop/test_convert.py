@@ -189,7 +189,9 @@ def test_real_peft_loads_lifted_mora(base, tmp_path):
     np.testing.assert_allclose(hf_logits(loaded, IDS), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [mj.VeRAConfig(rank=5), mj.VeRAConfig(rank=40), mj.AdaLoRAConfig(rank=4, alpha=6.0)])
+@pytest.mark.parametrize(
+    "config", [mj.VeRAConfig(rank=5), mj.VeRAConfig(rank=40), mj.AdaLoRAConfig(4, 6.0, target_rank=2)]
+)
 def test_products_around_a_diagonal_become_exact_loras(base, config):
     model = shapes_with(base, config)
     pruned = None

@@ -98,3 +98,17 @@ def test_settings():
     assert adapter_config(AdapterConfig(method="adalora", rank=6), 40).target_rank == 4
     with pytest.raises(InputError, match=r"adapter: tinit \+ tfinal is 30, which must be less than total_steps 20"):
         adapter_config(AdapterConfig(method="adalora", tinit=10, tfinal=20), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adalora", "vera", "ia3", "bitfit"])
+def test_a_mesh_changes_nothing(inputs, tmp_path, method):
+    settings = (RUN if method == "adalora" else {}) | {"adapter__method": method, "adapter__dropout": 0.0}
+    losses = []
+    for name, mesh in {"one": {}, "cut": {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2}}.items():
+        run = {"train__log_every": 1, "train__save_every": 0} | settings | mesh
+        assert loop.train(config(inputs, tmp_path / name, **run), quiet()) == 0
+        losses.append([row["loss"] for row in metrics(tmp_path / name) if "loss" in row])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    one, cut = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "cut"))
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in cut.items()}
