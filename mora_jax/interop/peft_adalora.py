@@ -10,6 +10,7 @@ import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry, adapter_at
 from mora_jax.adapters.config import AdaLoRAConfig
+from mora_jax.adapters.host import host
 from mora_jax.adapters.targets import Place
 from mora_jax.errors import InputError
 from mora_jax.interop.install import Filling
@@ -91,8 +92,8 @@ class AdaloraFormat(Format):
         return FACTORS | {"a": "lora_A", "b": "lora_B"}
 
     def for_model(self, places: list[Place]) -> AdaloraFormat:
-        values = [adapter_at(place).params()["lora_e"] for place in places]
-        return AdaloraFormat(fresh=not any(bool((value != 0).any()) for value in values))
+        values = [host(adapter_at(place).params()["lora_e"]) for place in places]
+        return AdaloraFormat(fresh=not any(value.any() for value in values))
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         params, used = entry.params, self._left(entry)

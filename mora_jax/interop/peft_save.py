@@ -65,7 +65,7 @@ def save_adapter(
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
     if not write:
-        for _ in _all_tensors(model):
+        for _ in _all_tensors(model, form, shared):
             pass  # gathered for the process that writes
         return
     with new_folder(out, replace=frozenset({CONFIG_NAME, WEIGHTS_NAME})) as folder:

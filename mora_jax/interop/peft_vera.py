@@ -9,6 +9,7 @@ import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry, adapter_at
 from mora_jax.adapters.config import VeRAConfig
+from mora_jax.adapters.host import host
 from mora_jax.adapters.targets import Place
 from mora_jax.adapters.vera import projections
 from mora_jax.errors import InputError
@@ -96,21 +97,15 @@ class VeraFormat(Format):
         return {"b_scale": entry.params["vera_b_scale"], "d": entry.params["vera_d"]}
 
     def shared_of(self, places: list[Place]) -> dict[str, np.ndarray]:
-        """The factors of the widest place; every other has to have a piece of the same."""
-        left = max((self._factor(place, "vera_a") for place in places), key=lambda a: a.shape[-2])
-        right = max((self._factor(place, "vera_b") for place in places), key=lambda b: b.shape[-1])
+        """The factors of the widest places; every other has to have a piece of the same."""
+        left = _factor(max(places, key=lambda place: place.in_features), "vera_a")
+        right = _factor(max(places, key=lambda place: place.out_features), "vera_b")
+        left, right = (factor.reshape(-1, *factor.shape[-2:])[0] for factor in (left, right))
         for place in places:
-            a, b = (np.asarray(getattr(adapter_at(place), name)[...]) for name in ("vera_a", "vera_b"))
-            if not (a == left[: a.shape[-2]]).all() or not (b == right[:, : b.shape[-1]]).all():
-                raise InputError(
-                    f"{place.title} has other frozen factors than {places[0].title}; one folder holds one pair"
-                )
+            a, b = _factor(place, "vera_a"), _factor(place, "vera_b")
+            if not (a == left[: place.in_features]).all() or not (b == right[:, : place.out_features]).all():
+                raise InputError(f"{place.title} has frozen factors of its own; one folder holds one pair for all")
         return {"vera_A": left.T, "vera_B": right.T}
-
-    @staticmethod
-    def _factor(place: Place, name: str) -> np.ndarray:
-        factor = getattr(adapter_at(place), name)[...]
-        return np.asarray(factor[0] if place.stacked else factor)
 
     def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
         bias = same(entries, "bias")
@@ -126,3 +121,8 @@ class VeraFormat(Format):
             "target_modules": targets,
             "vera_dropout": max(entry.config.dropout for entry in entries),
         }
+
+
+def _factor(place: Place, name: str) -> np.ndarray:
+    """A frozen factor of a place, `[*layers, …]`."""
+    return host(adapter_at(place).params()[name])
