@@ -165,7 +165,13 @@ def summary_words(summary: Mapping[str, Any]) -> str:
 
 
 def _step_words(row: Mapping[str, Any]) -> str:
-    return f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
+    return f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  {speed_words(row)}"
+
+
+def speed_words(row: Mapping[str, Any]) -> str:
+    """Returns a step's speed: tokens a second and, of devices whose peak is known, their utilisation."""
+    words = f"{row['tokens_per_second']:,.0f} tokens/s"
+    return words if row.get("mfu") is None else f"{words} (MFU {row['mfu']:.0%})"
 
 
 def _evaluation_words(row: Mapping[str, Any]) -> str:

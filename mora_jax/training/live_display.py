@@ -11,7 +11,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from mora_jax.training.display import Display, RunInfo, duration, printable, summary_words
+from mora_jax.training.display import Display, RunInfo, duration, printable, speed_words, summary_words
 from mora_jax.training.example_text import example_panel
 from mora_jax.training.summary_table import summary_rows
 
@@ -71,7 +71,7 @@ class LiveDisplay(Display):
             self.first = (step, now)
         done = step - self.first[0]
         left = duration((now - self.first[1]) / done * (self.steps - step)) if done else "-:--"
-        words = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  {left} left"
+        words = f"loss {row['loss']:.4f}  {speed_words(row)}  {left} left"
         if self.progress is not None:
             self.progress.update(self.task, completed=step, place=f"step {step}/{self.steps}", words=words)
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mora_jax.training.display import Display, RunInfo, duration, make_display, printable, summary_words
+from mora_jax.training.display import Display, RunInfo, duration, make_display, printable, speed_words, summary_words
 from mora_jax.training.example_text import example_lines, token_text, window
 from mora_jax.training.live_display import LiveDisplay
 from mora_jax.training.summary_table import summary_rows
@@ -138,6 +138,8 @@ def test_words():
     assert printable("a\tb\x07é\n") == "a\\tb\\x07é\n"
     assert summary_words({}) == ""
     assert summary_words(SUMMARY) == "loss 1.5000, took 1:01"
+    assert speed_words(row(1)) == "1,234 tokens/s"
+    assert speed_words(row(1) | {"mfu": 0.412}) == "1,234 tokens/s (MFU 41%)"
 
 
 MEASURED = {

@@ -10,6 +10,7 @@ import jax
 
 from mora_jax.training.config import Config
 from mora_jax.training.display import Display
+from mora_jax.training.observe.background import Background
 from mora_jax.training.observe.compile_log import Compilation, CompileLog
 from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
 from mora_jax.training.observe.memory import device_memory, peak_memory, planned_memory
@@ -53,6 +54,7 @@ class Observer:
         self._devices = [device for device in devices if device.process_index == mine]
         self._writes = mine == 0
         self._writers: list[Writer] = []
+        self._background = Background(())
         self._compile_log = CompileLog(directory.append_compilations if self._writes else lambda rows: None)
         self._profile = Profile(directory.profile, range(0), display.note)
         self._planned: dict[str, int] | None = None
@@ -72,7 +74,8 @@ class Observer:
         with self._compile_log, contextlib.ExitStack() as stack:
             if self._writes:
                 self._writers = open_writers(self._config, self._directory, first_step)
-                stack.callback(self._close_writers)
+                self._background = Background(self._writers)
+                stack.callback(lambda: self._background.close(self._summary))
             stack.callback(self._profile.stop)
             self.clock.restart()
             yield
@@ -124,8 +127,7 @@ class Observer:
         """Adds a row to `metrics.jsonl` and to whatever else is written."""
         if self._writes:
             self._directory.append_metrics([row])
-        for writer in self._writers:
-            writer.write(row)
+        self._background.write(row)
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says of the machine: of the steps of this process."""
@@ -152,10 +154,6 @@ class Observer:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Gives the whole summary to the writers, when they are closed."""
         self._summary = summary
-
-    def _close_writers(self) -> None:
-        for writer in self._writers:
-            writer.close(self._summary)
 
     def _share(self, flops: float, seconds: float) -> float | None:
         return flops / seconds / self._peak if self._peak and seconds else None

@@ -1,5 +1,7 @@
 """The clock, the range of a trace, the names of plots, and the reasons for a second compilation."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from mora_jax.cli.train import profile_keys
 from mora_jax.errors import InputError
 from mora_jax.training.config import LogConfig
 from mora_jax.training.observe import timing
+from mora_jax.training.observe.background import Background
 from mora_jax.training.observe.compile_log import CompileLog
 from mora_jax.training.observe.profile import profiled
 from mora_jax.training.observe.timing import StepClock
@@ -72,6 +75,48 @@ def test_names_are_grouped_and_what_is_unknown_is_left_out():
         "memory/device_bytes": 7.0,
         "eval/loss": 2.0,
     }
+
+
+class Slow:
+    """A writer that takes its time, and breaks at one step."""
+
+    name, how_to_open = "slow", ""
+
+    def __init__(self, breaks_at=None):
+        self.breaks_at, self.seen, self.free = breaks_at, [], threading.Event()
+
+    def write(self, row):
+        self.free.wait(60)
+        if row["step"] == self.breaks_at:
+            raise OSError("no space left")
+        self.seen.append(row["step"])
+
+    def close(self, summary):
+        self.seen.append(summary)
+
+
+def test_nobody_waits_for_a_writer_and_nothing_is_lost():
+    writer = Slow()
+    background = Background([writer])
+    row = {"step": 1}
+    for row["step"] in (1, 2, 3):
+        background.write(row)  # the same dictionary: what was handed over stays as it was
+    assert writer.seen == []
+    writer.free.set()
+    background.close({"end": 1})
+    assert writer.seen == [1, 2, 3, {"end": 1}]
+
+
+def test_an_error_of_a_writer_reaches_the_run():
+    writer, other = Slow(breaks_at=1), Slow()
+    background = Background([writer, other])
+    background.write({"step": 1})
+    background.write({"step": 2})
+    writer.free.set()
+    other.free.set()
+    with pytest.raises(OSError, match="no space left"):
+        background.close(None)
+    assert writer.seen == other.seen == [2, None]
 
 
 class Doubling(Runner):
