@@ -35,6 +35,7 @@ class TensorBoardWriter:
         """Takes a row of `metrics.jsonl`, as one event: `add_scalar` for each number takes eight times as long."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(row).items()]
         self._inner.file_writer.add_summary(Summary(value=values), row["step"])
+        self._inner.flush()  # a killed run keeps what its checkpoints cover
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """Writes the summary as text, and the file to its end."""
