@@ -8,8 +8,9 @@ Per chip:
   layer's backward pass: what is alive in the layer, and under `fsdp` the weights of two layers gathered (this one and
   the next). In the loss: what is alive there. The output head is gathered before and stays.
 
-Along `tensor` everything but the residual stream is cut. What compilers pad arrays to (8 × 128 on TPUs), and how they
-order operations, is not in it: `docs/plan.md` has a table of how far off that leaves it.
+Along `tensor` everything but the residual stream is cut, along `context` everything. What is offloaded to the host
+counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations, is not in it:
+`benchmarks/results/plan.md` has a table of how far off that leaves it.
 """
 
 from __future__ import annotations
