@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import sys
 import time
 from typing import Any
@@ -30,11 +29,9 @@ from mora_jax.models.families import read_config
 from mora_jax.models.target import compiling_for
 from mora_jax.planning.abstract import abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Loops, collectives
+from mora_jax.planning.shortage import read_shortage
 from mora_jax.training.chunks import chunk_size
 from mora_jax.training.config import Config, flatten, lay_over
-
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def compile_step(task: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +48,7 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"fits": False, "seconds": time.perf_counter() - start} | _needed(str(error))
+        return {"fits": False, "seconds": time.perf_counter() - start} | read_shortage(str(error))
     memory: Any = compiled.memory_analysis()
     micro, rows, length = arguments[2]["input_ids"].shape
     shards = made.placement.row_shards if made.placement is not None else 1
@@ -81,14 +78,6 @@ def _text(compiled: Any) -> str | None:
     except jax.errors.JaxRuntimeError as error:
         print(f"no HLO: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
-
-
-def _needed(message: str) -> dict[str, Any]:
-    """What the compiler says of a program that doesn't fit."""
-    if found := _USED.search(message):
-        used, limit = (float(found[i]) * _UNITS[found[i + 1].upper()] for i in (1, 3))
-        return {"total": used, "limit": limit}
-    return {"message": message.splitlines()[0][:300]}
 
 
 if __name__ == "__main__":
