@@ -14,7 +14,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def read_shortage(message: str) -> dict[str, Any]:
-    """`total`, the bytes that the program needs, and `limit`, what a program can have; else the message's first line."""
+    """`total`, the bytes that it needs, and `limit`, what a program can have; else the message's first line."""
     found = next(filter(None, (words.search(message) for words in _WORDS)), None)
     if found is None:
         return {"message": message.splitlines()[0][:300]}

@@ -1,4 +1,4 @@
-"""Messages of libtpu, as it printed them."""
+"""Messages of libtpu: the newer as 0.0.52 prints it, the older as in reports of older versions."""
 
 import pytest
 
@@ -9,7 +9,7 @@ NEW = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
     "temporaries (18.15G) exceeds available HBM (15.75G). HLO module: jit_step."
 )
-OLD = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.50G of 31.25G hbm. Exceeded hbm capacity by 2.25G."
+OLD = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.50G of 31.25G hbm. Exceeded by 2.25G."
 
 
 @pytest.mark.parametrize("message, total, slice_", [(NEW, 18.15, "v5e-1"), (OLD, 33.5, "v6e-1")])
