@@ -6,10 +6,10 @@ TensorCores).
         --config.model.path=meta-llama/Meta-Llama-3-70B-Instruct \
         --config.data.train=train.jsonl --config.out=runs/llama3-70b_lora
 
-Needs 32 v5p chips (95 GiB each). Every host runs the same command. Planned, not measured (`mora-jax plan --config
-configs/tpu_v5p_64_llama3_70b_lora.py --model llama3-70b --accelerator v5p-64`, memory by formula): 61.9 of 101.7 GB on
-each chip; 3.7 to 8.3 s a step, 500 to 1,100 tokens/s a chip, 1.0 to 2.3 hours in all. What it scores depends on the
-data; no run of it has been seen.
+Needs 32 v5p chips (95 GiB each). Every host runs the same command (docs/tpu_vms.md). Planned, not measured (`mora-jax
+plan --config configs/tpu_v5p_64_llama3_70b_lora.py --model llama3-70b --accelerator v5p-64`, memory by formula): 61.9
+of 101.7 GB on each chip; 3.7 to 8.3 s a step, 500 to 1,100 tokens/s a chip, 1.0 to 2.3 hours in all. What it scores
+depends on the data; no run of it has been seen.
 """
 
 import ml_collections

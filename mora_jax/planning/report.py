@@ -48,6 +48,8 @@ def view(advice: Advice, model: str, price: float | None) -> Group:
     )
     parts: list[RenderableType] = [Text(head), _settings(plans), _memory(plans), _work(plans), _cost(plans, price)]
     parts.append(Text(f"\nAssumed: {ASSUMPTION}.\nquantisation: {_NO_QUANTISATION}"))
+    if any(plan.source == "compiled" and not plan.fits for plan in plans.values()):
+        parts.append(Text("note: of what doesn't fit the compiler says the total alone; the parts are by formula"))
     parts += [Text(f"note: {words}") for words in advice.notes]
     parts.append(Text(f"\n{verdict(advice)}", style="bold"))
     return Group(*parts)
@@ -93,7 +95,6 @@ def _settings(plans: dict[str, Plan]) -> Table:
 
 def _memory(plans: dict[str, Plan]) -> Table:
     table = _table("GB on each chip", plans)
-    # Where a program doesn't fit the compiler says its sum alone: the parts are the formula's.
     for name, words in _PARTS.items():
         table.add_row(words, *(f"{getattr(plan.memory, name) / _GB:.2f}" for plan in plans.values()))
     table.add_row("total", *(f"{plan.needed / _GB:.2f}" for plan in plans.values()), style="bold")
