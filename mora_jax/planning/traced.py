@@ -60,11 +60,16 @@ def read_traced(program: core.ClosedJaxpr, layers: int, chunks: int) -> Traced:
         if step.name == "scan" and step.equation.params["length"] == layers:
             layer = max(layer, _peak(step.inner[0]))
             if not step.equation.params["reverse"]:
-                kept = step.equation.outvars[step.equation.params["num_carry"] :]
-                saved = max(saved, sum(map(_bytes, kept)))
+                saved = max(saved, sum(map(_bytes, _stacked(step, layers))))
         elif step.name == "while":
             head = max(head, sum(map(_bytes, step.equation.outvars)) + max(map(_peak, step.inner)))
     return Traced(flops, moved, saved, layer, head)
+
+
+def _stacked(step: _Step, length: int) -> list[Any]:
+    """The results of a scan that it puts together from all its turns, told by their shapes; the others it carries."""
+    results = zip(step.equation.outvars, step.inner[0].outvars, strict=True)
+    return [whole for whole, turn in results if _aval(whole).shape == (length, *_aval(turn).shape)]
 
 
 @dataclass(frozen=True)
