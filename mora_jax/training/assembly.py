@@ -17,6 +17,7 @@ from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.config import Config
 from mora_jax.training.mesh import make_mesh
 from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.placing import put
 from mora_jax.training.rank_budget import RankBudget
 from mora_jax.training.restarts import Restarts
 from mora_jax.training.runner import JitRunner, PmapRunner
@@ -50,6 +51,16 @@ class Assembly(NamedTuple):
     def initial_state(self, seed: int) -> TrainState:
         """The state before the first step, not placed yet."""
         return initial_state(self.adapters, self.optimizer, seed)
+
+    def placed_state(self, seed: int) -> TrainState:
+        """The state before the first step, on its devices; the optimizer's part is made in its shards."""
+        if isinstance(self.runner, PmapRunner) or len(self.runner.devices) == 1:
+            return self.runner.place(self.initial_state(seed))
+        places = self.runner.places(jax.eval_shape(lambda: self.initial_state(seed)))
+        adapters = put(self.adapters, places.adapters)
+        optimizer = jax.jit(self.optimizer.init, out_shardings=places.optimizer)(adapters)
+        start = initial_state({}, optax.identity(), seed)._replace(adapters=adapters, optimizer=optimizer)
+        return put(start, places)
 
 
 def assemble(

@@ -105,7 +105,7 @@ class Trainer:
         self.budget = made.budget
         self.runner: Any = made.runner
         self.frozen = self.runner.place(made.frozen)
-        self.state: TrainState = self.runner.place(made.initial_state(config.seed))
+        self.state: TrainState = made.placed_state(config.seed)
         self.restarter: Restarter | None = None
         if restarts is not None:
             whole = self.runner.whole((self.state, self.frozen))

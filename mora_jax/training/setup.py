@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Sharding
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
 from mora_jax.adapters.variables import FullParam
@@ -27,8 +24,8 @@ from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, check_warmup
 from mora_jax.training.data_settings import data_source, loss_weights
 from mora_jax.training.display import RunInfo
-from mora_jax.training.mesh import make_mesh, mesh_shape
-from mora_jax.training.sharding import Placement
+from mora_jax.training.mesh import mesh_shape
+from mora_jax.training.spreading import base_shardings, is_spread, place_model
 
 #: What a normaliser divides by, in words.
 DIVISORS = {
@@ -171,7 +168,7 @@ def prepare(config: Config) -> Setup:
         dtype=config.model.dtype,
         unroll=config.model.unroll,
         remat=config.model.remat,
-        shardings=partial(base_shardings, mesh) if math.prod(mesh[1:]) > 1 else None,
+        shardings=partial(base_shardings, mesh) if is_spread(config.mesh, mesh) else None,
     )
     if tokenizer is None:
         raise InputError(
@@ -190,15 +187,11 @@ def prepare(config: Config) -> Setup:
     )
     check_warmup(config, plan.steps)
     attached = put_adapter(model, config, plan.steps)
+    if is_spread(config.mesh, mesh):
+        place_model(mesh, model)
     if config.loss.kl_weight:
         check_divergence(model)
     return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh)
-
-
-def base_shardings(mesh: tuple[int, ...], model: Decoder) -> Callable[[nnx.Variable], Sharding]:
-    """Where each parameter of a base (of shapes alone) is stored on a mesh of these sizes."""
-    placement = Placement.of(make_mesh(*mesh), nnx.state(model))
-    return lambda variable: placement.stored(variable.get_metadata()["axes"], tuple(variable.shape))
 
 
 def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:

@@ -8,7 +8,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.interop import tensors
 from mora_jax.models.init import init_decoder
-from mora_jax.training.setup import base_shardings
+from mora_jax.training.spreading import base_shardings
 from mora_jax.training.state import flat_arrays
 
 SIZES = {

@@ -48,8 +48,8 @@ def test_scores_of_whole_rows_never_exist():
 
 @pytest.mark.slow
 def test_context_beside_the_other_axes():
-    meshes = [(2, 1, 2, 2), (1, 2, 2, 2), (2, 1, 1, 4), (1, 1, 1, 8)]
-    cases = [("lora", mesh, {"sizes": sizes}) for mesh in meshes for sizes in ("odd", "even", "gemma")]
-    cases += [("mora", (1, 2, 1, 4), {"micro_batches": 2}), ("full", (1, 2, 1, 4), {"sizes": "gemma"})]
-    cases += [("full", mesh, {"sizes": "even", "packed": False, "micro_batches": 2}) for mesh in meshes]
+    meshes = [(2, 1, 2, 2), (1, 2, 2, 2), (2, 1, 1, 4), (1, 2, 1, 4)]
+    cases = [("lora", mesh, {"sizes": "odd"}) for mesh in meshes]
+    cases += [("mora", mesh, {"sizes": "gemma", "micro_batches": 2}) for mesh in meshes]
+    cases += [("full", mesh, {"sizes": "even", "packed": False}) for mesh in meshes]
     eight_devices(cases)
