@@ -18,33 +18,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling only: no chip that a process has to itself
+# Read before jax is imported: libtpu asks the machine about itself unless it is told not to.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 
-import mora_jax as mj
-from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.training.assembly import assemble, shapes_in_place
+from mora_jax.models.target import compiling_for
+from mora_jax.planning.abstract import abstract_model, assemble_abstract
+from mora_jax.planning.models import read_model
 from mora_jax.training.config import Config, lay_over
 
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 128256,
-}
 #: Topology, chips, rows of 131,072 tokens, and the mesh (data, fsdp, tensor, context).
 CASES = [
     ("v5e:8x8", 64, 1, (1, 1, 1, 64)),
@@ -56,29 +42,24 @@ CASES = [
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-def compiled_step(topology: str, rows: int, mesh: tuple[int, ...], length: int, settings: dict[str, Any]) -> Any:
-    """The training step, compiled for a topology."""
+def compiled_step(
+    name: str, topology: str, rows: int, mesh: tuple[int, ...], length: int, settings: dict[str, Any]
+) -> Any:
+    """The training step of a published model, compiled for a topology."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    given = {"model.path": "-", "data.train": ("-",), "out": "-", "adapter.rank": 16, **settings}
-    config = lay_over(Config(), [(name, value, "benchmark") for name, value in given.items()])
-
-    shapes, remat = read_config(LLAMA_3_8B, "config.json"), config.model.remat
-    model = nnx.eval_shape(lambda: Decoder(shapes, dtype=jnp.bfloat16, rngs=None, unroll=1, remat=remat))
-    mj.attach(model, mj.LoRAConfig(rank=16), rngs=nnx.Rngs(0))
-    made = assemble(model, config, 100, mesh, devices)
-    state = shapes_in_place(made.runner, jax.eval_shape(lambda: made.initial_state(0)))
-    frozen = shapes_in_place(made.runner, made.frozen)
-    places = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
-    sharding = made.placement.batch(1)
-    shape = (1, rows, length)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in places.items()}
-    return made.runner.lower(state, frozen, batch).compile()
+    given = {"model.dtype": "bfloat16", "data.max_length": length, "train.batch_size": rows, **settings}
+    config = lay_over(Config(), [(key, value, "benchmark") for key, value in given.items()])
+    decoder = read_config(read_model(name), name)
+    with compiling_for("tpu"):
+        made, arguments = assemble_abstract(abstract_model(decoder, config), config, mesh, devices)
+        lowered = made.runner.lower(*arguments)
+    return lowered.compile()
 
 
 def row(topology: str, chips: int, rows: int, mesh: tuple[int, ...], length: int) -> str:
     """One line of the table."""
     start = time.perf_counter()
-    compiled = compiled_step(topology, rows, mesh, length, {"model.remat": "full"})
+    compiled = compiled_step("llama3-8b", topology, rows, mesh, length, {"model.remat": "full", "adapter.rank": 16})
     memory = compiled.memory_analysis()
     counts = collections.Counter(COLLECTIVE.findall(compiled.as_text()))
     print(f"{topology} {mesh}: {time.perf_counter() - start:.0f} s to compile")
