@@ -1,19 +1,21 @@
 """Adapters that cross between PEFT + torch and this library, trained for real: same logits, same losses afterwards.
 
-    python benchmarks/peft_exchange.py --model SmolLM2-135M-Instruct --data dolly.json [--steps 30] [--more 5]
+    python benchmarks/peft_exchange.py --model SmolLM2-135M-Instruct --data dolly.json [--steps 30] [--more 30]
 
 - A LoRA and a DoRA are trained by PEFT in torch, imported here, and trained on by both sides on the same tokens.
 - A LoRA is trained here, loaded by PEFT, and trained on by both sides.
 - A MoRA of the kind `sharing` is trained here, lifted to an exact LoRA, and loaded by PEFT.
 
-Prints one row a crossing: the largest difference of the logits on rows that nobody trained on, their largest value, and
-both sides' losses of the steps after the crossing. All in float32. `--data` is a JSON list of rows with `instruction`,
-`input` and `output`. Needs torch and peft (the extra `test`).
+Writes one row a crossing (the largest difference of the logits on rows that nobody trained on, and their largest value)
+and the losses of both sides after it, step by step, into `--out`, a Markdown file. All in float32. `--data` is a JSON
+list of rows with `instruction`, `input` and `output`. Needs torch and peft (the extra `test`).
 """
 
 import argparse
 import json
 import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,30 @@ def batches(folder: str, data: Path, count: int, rows: int, length: int) -> list
         if len(ids) >= count * rows * length:
             break
     return list(np.array(ids[: count * rows * length]).reshape(count, rows, length))
+
+
+@dataclass
+class Crossing:
+    """One adapter that went from one side to the other.
+
+    Attributes:
+        title: what crossed, and which way.
+        before: losses before it, on the side that trained.
+        difference, largest: of the logits on rows that nobody trained on.
+        peft, here: losses after it.
+    """
+
+    title: str
+    before: list[float]
+    difference: float
+    largest: float
+    peft: list[float]
+    here: list[float]
+
+    @property
+    def apart(self) -> float:
+        """The largest relative difference of the losses after the crossing."""
+        return max((abs(a - b) / b for a, b in zip(self.here, self.peft, strict=True)), default=0.0)
 
 
 class Theirs:
@@ -104,15 +130,13 @@ class Ours:
 
 
 class Exchange:
-    """The crossings of one model, and the table of what they gave."""
+    """The crossings of one model."""
 
     def __init__(self, args: argparse.Namespace, work: Path):
         self.args, self.work = args, work
-        count = args.steps + args.more + 1
-        *self.train, self.held = batches(args.model, args.data, count, args.rows, args.length)
-        self.more = self.train[args.steps :]
-        self.train = self.train[: args.steps]
-        print(f"{'crossing':44} {'max |Δ logit|':>13} {'max |logit|':>11}   losses after it: PEFT / here", flush=True)
+        *rows, self.held = batches(args.model, args.data, args.steps + args.more + 1, args.rows, args.length)
+        self.train, self.more = rows[: args.steps], rows[args.steps :]
+        self.crossings: list[Crossing] = []
 
     def base(self) -> Any:
         """The base model in torch."""
@@ -125,16 +149,18 @@ class Exchange:
             mj.load_adapter(model, adapter)
         return model
 
-    def row(self, title: str, theirs: Theirs, ours: Any, *, more: bool = True) -> None:
-        """Compares logits, trains both on, and prints one row."""
+    def cross(self, title: str, before: list[float], theirs: Theirs, ours: Any, *, more: bool = True) -> None:
+        """Compares logits and trains both on."""
         expected, found = theirs.logits(self.held), np.asarray(ours(self.held))
-        losses = ""
+        crossing = Crossing(title, before, np.abs(found - expected).max(), np.abs(expected).max(), [], [])
+        print(f"{title}: {before[0]:.3f} to {before[-1]:.3f}, logits differ by {crossing.difference:.1e}", flush=True)
         if more:
             both = Ours(ours)
-            losses = "  ".join(f"{theirs.step(ids):.4f}/{both.step(ids):.4f}" for ids in self.more)
-        print(
-            f"{title:44} {np.abs(found - expected).max():13.2e} {np.abs(expected).max():11.1f}   {losses}", flush=True
-        )
+            for ids in self.more:
+                crossing.peft.append(theirs.step(ids))
+                crossing.here.append(both.step(ids))
+                print(f"  {crossing.peft[-1]:.5f} by PEFT, {crossing.here[-1]:.5f} here", flush=True)
+        self.note(crossing)
 
     def from_peft(self, title: str, **fields: Any) -> None:
         """PEFT trains, this library takes over."""
@@ -146,25 +172,60 @@ class Exchange:
         theirs.model.save_pretrained(folder)
         # A new optimizer on both sides: folders hold adapters, not the state of an optimizer.
         theirs = Theirs(PeftModel.from_pretrained(self.base(), str(folder), is_trainable=True))
-        self.row(f"{title} by PEFT, {losses[0]:.3f} to {losses[-1]:.3f}", theirs, self.here(folder))
+        self.cross(f"{title}, PEFT to here", losses, theirs, self.here(folder))
 
     def to_peft(self, title: str, config: Any, *, lift: bool = False) -> None:
         """This library trains, PEFT takes over."""
         model = self.here()
         mj.attach(model, config, rngs=nnx.Rngs(0))
         ours = Ours(model)
-        losses = [ours.step(ids) for ids in self.train[: self.args.ours]]
-        trained, folder = ours.trained(), self.work / title
-        title = f"{title} from here, {losses[0]:.3f} to {losses[-1]:.3f}"
+        losses = [ours.step(ids) for ids in self.train]
+        trained, folder = ours.trained(), self.work / f"{title} from here"
         before = np.asarray(trained(self.held))
         if lift:
-            title += f", error {convert_to_lora(trained).error:.1e}"
+            convert_to_lora(trained)
         mj.save_adapter(trained, folder)
         theirs = Theirs(PeftModel.from_pretrained(self.base(), str(folder), is_trainable=True))
-        if lift:
-            difference = np.abs(theirs.logits(self.held) - before).max()
-            print(f"  (PEFT's logits against those of the MoRA before it was lifted: {difference:.2e})", flush=True)
-        self.row(title, theirs, trained, more=not lift)
+        if not lift:
+            self.cross(f"{title}, here to PEFT", losses, theirs, trained)
+            return
+        expected = theirs.logits(self.held)
+        difference = np.abs(before - expected).max()
+        print(f"{title}: {losses[0]:.3f} to {losses[-1]:.3f}, logits differ by {difference:.1e}", flush=True)
+        self.note(Crossing(f"{title}, here to PEFT", losses, difference, np.abs(expected).max(), [], []))
+
+    def note(self, crossing: Crossing) -> None:
+        """Writes the report anew, so that an interrupted run leaves what it has."""
+        self.crossings.append(crossing)
+        self.args.out.write_text(report(self.crossings, self.args), encoding="utf-8")
+
+
+def report(crossings: list[Crossing], args: argparse.Namespace) -> str:
+    """The crossings as Markdown."""
+    name, tokens = Path(args.model).name, f"{args.rows} × {args.length}"
+    lines = [
+        f"Printed by `python benchmarks/peft_exchange.py --model {name} --data {args.data.name} --steps {args.steps} "
+        f"--more {args.more} --rows {args.rows} --length {args.length}`",
+        f"(jax {jax.__version__}, torch {torch.__version__.partition('+')[0]}, peft {version('peft')}; float32, "
+        f"rank {RANK}, all linear layers, AdamW at {RATE:g},",
+        f"{tokens} tokens a step; a new optimizer on both sides after the crossing).",
+        "",
+        f"| crossing | loss in {args.steps} steps before it | largest difference of logits | largest logit | "
+        f"largest relative difference of the {args.more} losses after it |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for c in crossings:
+        apart = f"{c.apart:.1e}" if c.peft else "not trained on"
+        change = f"{c.before[0]:.3f} to {c.before[-1]:.3f}"
+        lines.append(f"| {c.title} | {change} | {c.difference:.1e} | {c.largest:.1f} | {apart} |")
+    curves = [c for c in crossings if c.peft]
+    lines += ["", "Losses after the crossing, on the same tokens:", ""]
+    lines.append("| step | " + " | ".join(f"{c.title}: by PEFT | here" for c in curves) + " |")
+    lines.append("| ---: |" + " ---: | ---: |" * len(curves))
+    for step in range(args.more):
+        losses = " | ".join(f"{c.peft[step]:.5f} | {c.here[step]:.5f}" for c in curves)
+        lines.append(f"| {step + 1} | {losses} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -172,20 +233,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a HuggingFace folder")
     parser.add_argument("--data", required=True, type=Path, help="a JSON list of instruction, input and output")
-    parser.add_argument("--steps", type=int, default=30, help="steps of PEFT before a crossing")
-    parser.add_argument("--ours", type=int, default=10, help="steps here before a crossing")
-    parser.add_argument("--more", type=int, default=5, help="steps of both sides after it")
+    parser.add_argument("--steps", type=int, default=30, help="steps before a crossing")
+    parser.add_argument("--more", type=int, default=30, help="steps of both sides after it")
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peft_exchange.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as work:
         exchange = Exchange(args, Path(work))
         exchange.from_peft("LoRA")
+        exchange.to_peft("LoRA", mj.LoRAConfig(rank=RANK, alpha=2 * RANK))
+        exchange.to_peft("MoRA sharing lifted to LoRA", mj.MoRAConfig(rank=RANK), lift=True)
         exchange.from_peft("DoRA", use_dora=True)
-        exchange.to_peft("LoRA back", mj.LoRAConfig(rank=RANK, alpha=2 * RANK))
-        exchange.to_peft("MoRA sharing as LoRA", mj.MoRAConfig(rank=RANK), lift=True)
 
 
 if __name__ == "__main__":
