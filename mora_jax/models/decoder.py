@@ -157,6 +157,12 @@ class Decoder(nnx.Module):
             kernel = self.spread.gathered(kernel, parameter.get_metadata()["axes"])
         return Head(kernel, self.config.final_softcap)
 
+    @property
+    def has_adapted_head(self) -> bool:
+        """Whether an adapter is on the output projection, the tied table included."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return getattr(head, "adapter", None) is not None
+
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `max_length` tokens (padding included) in each of `batch_size` rows."""
         return empty_cache(self.config, batch_size, max_length, self.dtype)

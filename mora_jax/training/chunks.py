@@ -109,3 +109,9 @@ def pull_logits(options: Options, capped: Array, slope: Array, kernel: Array) ->
         slope = slope * (1.0 - jnp.square(capped / options.softcap))
     slope = slope.astype(kernel.dtype)
     return slope, lax.dot_general(slope, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def pull_kernel(slope: Array, hidden: Array) -> Array:
+    """The derivative by the kernel, float32 `[V, D]`, from that by the uncapped logits `[shards, chunk, V]`."""
+    flat, rows = slope.reshape(-1, slope.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    return lax.dot_general(flat, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

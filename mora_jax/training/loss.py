@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.training.chunks import Options, compact, logits, pull_logits, put, take, used_chunks
+from mora_jax.training.chunks import Options, compact, logits, pull_kernel, pull_logits, put, take, used_chunks
 
 Array = jax.Array
 
@@ -136,7 +136,6 @@ def _loss_fwd(options, hidden, kernel, targets, weights):
     head_trained = kernel.perturbed
     hidden, kernel, targets, weights = hidden.value, kernel.value, targets.value, weights.value
     used = kernel.astype(hidden.dtype)
-    width = hidden.shape[-1]
 
     def add(index, carry):
         total, dhidden, dkernel = carry
@@ -151,10 +150,7 @@ def _loss_fwd(options, hidden, kernel, targets, weights):
         slope, dh = pull_logits(options, z, (powers / norm - hot) * w[..., None], used)
         dhidden = put(options, index, dhidden, dh)
         if dkernel is not None:
-            flat_slope, flat_h = slope.reshape(-1, slope.shape[-1]), h.reshape(-1, width)
-            dkernel = dkernel + lax.dot_general(
-                flat_slope, flat_h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-            )
+            dkernel = dkernel + pull_kernel(slope, h)
         return total, dhidden, dkernel
 
     start = (

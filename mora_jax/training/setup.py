@@ -200,7 +200,7 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
     try:
         if section.path is None or "path" not in METHOD_KEYS[section.method]:
             return attach(model, adapter_config(section, steps), rngs=nnx.Rngs(config.seed))
-        load_adapter(model, section.path)
+        load_adapter(model, section.path, strict=section.strict)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"adapter: {error}") from None
     entries = list(adapters_of(model))
@@ -213,12 +213,9 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
 
 
 def check_divergence(model: Decoder) -> None:
-    """Refuses what leaves no frozen base, or another output head than the base's, to take a divergence from."""
+    """Refuses what leaves no frozen base to take a divergence from."""
     if jax.tree.leaves(nnx.state(model, FullParam)):
         raise InputError("config: loss.kl_weight needs a frozen base: train no biases and no adapter.modules_to_save")
-    head = model.embed_tokens if model.lm_head is None else model.lm_head
-    if getattr(head, "adapter", None) is not None:
-        raise InputError("config: loss.kl_weight needs the base's output head: leave it out of adapter.targets")
 
 
 def encode_data(config: Config, tokenizer: Any, vocab_size: int) -> tuple[EncodedDataset, EncodedDataset | None]:

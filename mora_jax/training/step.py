@@ -128,7 +128,9 @@ def make_step(
         loss = weighted_loss(fold(hidden), head.kernel, fold(rows["targets"]), fold(rows["weights"]), **shared)
         if not kl_weight:
             return loss, jnp.zeros((), jnp.float32)
+        adapted_head = model.has_adapted_head
         detach(model)
+        shared["base_kernel"] = model.head().kernel if adapted_head else None
         kl = weighted_kl(fold(hidden), fold(model.hidden(*inputs)), head.kernel, fold(rows["kl_weights"]), **shared)
         return loss + kl_weight * kl, kl
 

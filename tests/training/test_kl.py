@@ -81,6 +81,31 @@ def test_the_base_and_the_head_get_no_gradient():
     assert all(not np.any(gradient) for gradient in gradients)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_two_heads(softcap):
+    """The tuned one gets a gradient, the base's none."""
+    hidden, base, kernel, weights = case()
+    base_kernel = kernel + 0.3 * np.random.default_rng(5).normal(size=kernel.shape).astype(np.float32)
+
+    def ours(hidden, kernel, base_kernel):
+        options = {"softcap": softcap, "shards": 2, "chunk": 5}
+        return weighted_kl(hidden, base, kernel, weights, base_kernel=base_kernel, **options)
+
+    def plainly(hidden, kernel):
+        def log_probabilities(states, kernel):
+            logits = jnp.einsum("btd,vd->btv", states, kernel)
+            return jax.nn.log_softmax(logits if softcap is None else softcap * jnp.tanh(logits / softcap))
+
+        log_p, log_q = log_probabilities(hidden, kernel), log_probabilities(base, base_kernel)
+        return jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    value, found = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(hidden, kernel, base_kernel)
+    expected, wanted = jax.value_and_grad(plainly, (0, 1))(hidden, kernel)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for one, other in zip(found, (*wanted, 0 * kernel), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_no_divergence_from_itself():
     hidden, _, kernel, weights = case()
     value, gradient = jax.value_and_grad(weighted_kl)(hidden, hidden, kernel, weights, chunk=6)

@@ -27,6 +27,8 @@ CONFIGS = {
     "full": mj.FullConfig(),
     # One layer of two, and one of the three matrices that are fused.
     "partial": mj.LoRAConfig(rank=2, targets=r".*layers\.1\.self_attn\.v_proj"),
+    "head": mj.LoRAConfig(rank=2, targets=("lm_head", "q_proj")),
+    "tied table": mj.LoRAConfig(rank=2, targets=("embed_tokens", "q_proj")),
 }
 LENGTHS = [3, 16, 5, 2, 9, 11, 4, 14]
 LENGTH = 16
@@ -221,10 +223,12 @@ def divergence(model, base, batch, noise=None) -> float:
     return total / weight
 
 
-@pytest.mark.parametrize("method", ["lora", "mora", "partial"])
+@pytest.mark.parametrize("method", ["lora", "mora", "partial", "head", "tied table"])
 def test_divergence_from_the_model_before_it_got_adapters(method):
     family = {"architectures": ["Gemma2ForCausalLM"], "head_dim": 8, "final_logit_softcapping": 3.0}
     fields = family if method == "partial" else {}
+    if method == "tied table":
+        fields = {"tie_word_embeddings": True}
     model, base = model_for(method, **fields), base_model(**fields)
     batch = lay([examples([3, 10]), examples([12], seed=1)], LENGTH)
     plain, nll_gradient = run(model, batch)
