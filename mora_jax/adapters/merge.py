@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -52,16 +53,33 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
         What `unmerge` needs to take the adapters out again.
 
     Raises:
-        ValueError: the model has no adapter, or several named ones.
+        ValueError: the model has no adapter, or several named ones, or no values, or an adapter whose dropout is on or
+            whose values are no numbers. Nothing is changed then.
     """
     refuse_banks(model, "merge")
     found = [place for place in places(model) if has_adapter(place)]
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")
+    for place in found:
+        _check_whole(place)
     biased = {id(place.layer): place.has_bias for place in found}  # before the first part of a layer gives it one
     merged = tuple(_merge(place, biased[id(place.layer)]) for place in found)
     restore(model, trained=True)
     return merged
+
+
+def _check_whole(place: Place) -> None:
+    """Refuses an adapter whose merged form would be another function than the layer computes, or none."""
+    if getattr(place.layer, "dropping", False):
+        raise ValueError(
+            f"the dropout of the adapter on {place.title} is on, and a merged weight drops nothing: call model.eval() "
+            "before merging"
+        )
+    for name, array in adapter_at(place).params().items():
+        if isinstance(array, jax.ShapeDtypeStruct):
+            raise ValueError(f"the adapter on {place.title} has no values yet ({name} is a shape): load them first")
+        if not isinstance(array, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(array))):
+            raise ValueError(f"the adapter on {place.title} has values in {name} that are no finite numbers")
 
 
 def _merge(place: Place, had_bias: bool) -> Merged:
