@@ -1,9 +1,9 @@
-"""LoRA and MoRA for Flax Linen.
+"""LoRA, rsLoRA, DoRA and MoRA for Flax Linen.
 
 `LoRADense` and `MoRADense` stand where `flax.linen.Dense` stood. Kernel and bias stay in the collection
 `params` under the names of `nn.Dense`, so a trained tree loads; the factors are float32 in the collection
 `adapters`. A model that should stay as it is gets its adapters by interception, see `adapted`. Everything
-computed here is in `mora_jax.adapters.lora` and `mora_jax.adapters.mora`.
+computed here is in the adapters' own classes, see `mora_jax.adapters.registry`.
 
 Example:
     >>> import jax, jax.numpy as jnp
@@ -28,7 +28,9 @@ from flax import traverse_util
 from flax.linen.dtypes import promote_dtype
 
 from mora_jax.adapters import lora, mora
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.config import DoRAConfig, LoRAConfig, MoRAConfig, RsLoRAConfig
+from mora_jax.adapters.magnitude import column_norms
+from mora_jax.adapters.registry import adapter_class
 
 Array = jax.Array
 Config = LoRAConfig | MoRAConfig
@@ -36,34 +38,67 @@ Config = LoRAConfig | MoRAConfig
 COLLECTION = "adapters"
 
 
-def _update(
-    module: nn.Module, config: Config, inputs: Array, dtype: Any, deterministic: bool | None
-) -> Array:
-    """What the adapter adds, `[..., in]` → `[..., features]`; creates the factors on the first call."""
+def _check(config: Config) -> None:
+    """Refuses methods that take more from the base than its kernel's norms, or train in a way of their own."""
+    if type(config) not in (LoRAConfig, RsLoRAConfig, DoRAConfig, MoRAConfig) or config.bias != "none":
+        raise ValueError(f"Linen layers have LoRA, rsLoRA, DoRA and MoRA without biases, not {config}")
+    if getattr(config, "init", "kaiming") != "kaiming":
+        raise ValueError(f"the factors of Linen layers start as init='kaiming', not {config.init!r}")
+
+
+def _factors(module: nn.Module, config: Config, in_features: int, features: int) -> dict[str, Array]:
+    """The layer's adapter arrays by name; creates them on the first call."""
+    if isinstance(config, MoRAConfig):
+        q = mora.square_rank(in_features, features, config.rank, config.kind)
+        found = {"m": module.variable(COLLECTION, "m", jnp.zeros, (q, q), jnp.float32).value}
+    else:
+
+        def first() -> Array:
+            return lora.init(module.make_rng("params"), in_features, features, config.rank)[0]
+
+        shape = (config.rank, features)
+        found = {
+            "lora_a": module.variable(COLLECTION, "lora_a", first).value,
+            "lora_b": module.variable(COLLECTION, "lora_b", jnp.zeros, shape, jnp.float32).value,
+        }
+    if config.use_dora:
+        found["magnitude"] = module.variable(
+            COLLECTION, "magnitude", lambda: column_norms(_param(module, "kernel"))
+        ).value
+    return found
+
+
+def _param(module: nn.Module, name: str) -> Array:
+    return nn.meta.unbox(module.get_variable("params", name))
+
+
+def _scaled(config: Config, factors: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays as the adapters' own classes take them."""
+    return dict(factors) | {"scaling": jnp.float32(adapter_class(config).scale(config))}
+
+
+def _added(module: nn.Module, config: Config, inputs: Array, y: Array, deterministic: bool | None) -> Array:
+    """`inputs [..., in]` and the plain layer's `y [..., features]` → what the adapted layer gives."""
+    _check(config)
     in_features, features = inputs.shape[-1], module.features
-    x = inputs.astype(dtype)
+    x = inputs.astype(y.dtype)
     if config.dropout > 0.0:
         if deterministic is None:
             raise ValueError(f"dropout is {config.dropout}: deterministic must be True (no dropout) or False")
         if not deterministic:
             kept = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - config.dropout, x.shape)
-            x = jnp.where(kept, x / (1.0 - config.dropout), 0.0).astype(dtype)
-    if isinstance(config, LoRAConfig):
-        lora_a = module.variable(
-            COLLECTION,
-            "lora_a",
-            lambda: lora.init(module.make_rng("params"), in_features, features, config.rank)[0],
-        )
-        lora_b = module.variable(COLLECTION, "lora_b", jnp.zeros, (config.rank, features), jnp.float32)
-        return lora.apply(x, lora_a.value, lora_b.value, config.alpha / config.rank)
-    q = mora.square_rank(in_features, features, config.rank, config.kind)
-    m = module.variable(COLLECTION, "m", jnp.zeros, (q, q), jnp.float32)
-    return mora.apply(x, m.value, features, config.kind)
+            x = jnp.where(kept, x / (1.0 - config.dropout), 0.0).astype(y.dtype)
+    method, params = adapter_class(config), _scaled(config, _factors(module, config, in_features, features))
+    update = method.delta(config, features, x.reshape(-1, in_features), params).reshape(y.shape)
+    gain = method.output_gain(config, params, lambda: _param(module, "kernel"))
+    if gain is None:
+        return y + update.astype(y.dtype)
+    product = y.astype(jnp.float32)
+    bias = _param(module, "bias").astype(jnp.float32) if module.use_bias else 0.0
+    return (gain * (product - bias + update) + bias).astype(y.dtype)
 
 
-def _adapted_dense(
-    module: LoRADense | MoRADense, config: Config, inputs: Array, deterministic: bool | None
-) -> Array:
+def _adapted_dense(module: LoRADense | MoRADense, config: Config, inputs: Array, deterministic: bool | None) -> Array:
     # A real nn.Dense in the module's own scope: the same numbers as without adapter, whatever its fields say.
     base = nn.Dense(
         module.features,
@@ -82,7 +117,7 @@ def _adapted_dense(
     y = base(inputs)
     if deterministic is None:
         deterministic = module.deterministic
-    return y + _update(module, config, inputs, y.dtype, deterministic)
+    return _added(module, config, inputs, y, deterministic)
 
 
 class LoRADense(nn.Module):
@@ -99,6 +134,8 @@ class LoRADense(nn.Module):
         dropout: probability of dropping an input feature of the adapter path (never of the base path), with
             keys from the stream "dropout".
         deterministic: True switches dropout off. Needed, here or in the call, where `dropout` > 0.
+        use_rslora: scale by alpha / √rank, as rsLoRA.
+        use_dora: train a magnitude for each output too, `adapters/magnitude [features]`, as DoRA.
 
     The other attributes are those of `nn.Dense`. The factors are used in the dtype of the computation and
     accumulated in float32.
@@ -118,11 +155,14 @@ class LoRADense(nn.Module):
     promote_dtype: Any = promote_dtype
     dot_general: Any = None
     dot_general_cls: Any = None
+    use_rslora: bool = False
+    use_dora: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """`[..., in]` → `[..., features]`."""
-        config = LoRAConfig(rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+        method = RsLoRAConfig if self.use_rslora else LoRAConfig
+        config = method(rank=self.rank, alpha=self.alpha, dropout=self.dropout, use_dora=self.use_dora)
         return _adapted_dense(self, config, inputs, deterministic)
 
 
@@ -137,7 +177,7 @@ class MoRADense(nn.Module):
         features: size of the last axis of the output.
         rank: LoRA rank of equal parameter count.
         kind: one of `mora_jax.adapters.mora.KINDS`.
-        dropout, deterministic: as in `LoRADense`.
+        dropout, deterministic, use_dora: as in `LoRADense`.
 
     The other attributes are those of `nn.Dense`.
     """
@@ -156,11 +196,12 @@ class MoRADense(nn.Module):
     promote_dtype: Any = promote_dtype
     dot_general: Any = None
     dot_general_cls: Any = None
+    use_dora: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """`[..., in]` → `[..., features]`."""
-        config = MoRAConfig(rank=self.rank, kind=self.kind, dropout=self.dropout)
+        config = MoRAConfig(rank=self.rank, kind=self.kind, dropout=self.dropout, use_dora=self.use_dora)
         return _adapted_dense(self, config, inputs, deterministic)
 
 
@@ -185,8 +226,8 @@ def adapted(config: Config, *, deterministic: bool | None = None) -> Iterator[No
     traced, so open it inside the function.
 
     Args:
-        config: `LoRAConfig` or `MoRAConfig`. `targets` are matched with module paths such as
-            `Block_0.Dense_1`; "all-linear" takes every `nn.Dense`.
+        config: `LoRAConfig`, `RsLoRAConfig`, `DoRAConfig` or `MoRAConfig`. `targets` are matched with module paths
+            such as `Block_0.Dense_1`; "all-linear" takes every `nn.Dense`.
         deterministic: True switches the adapters' dropout off; needed where `config.dropout` > 0.
 
     Raises:
@@ -220,7 +261,7 @@ def adapted(config: Config, *, deterministic: bool | None = None) -> Iterator[No
             return y
         found = True
         inputs = args[0] if args else kwargs["inputs"]
-        return y + _update(module, config, inputs, y.dtype, deterministic)
+        return _added(module, config, inputs, y, deterministic)
 
     with nn.intercept_methods(intercept):
         yield
@@ -229,29 +270,33 @@ def adapted(config: Config, *, deterministic: bool | None = None) -> Iterator[No
         raise ValueError(f"targets {config.targets!r} match no layer; {could}")
 
 
-def _delta_weight(config: Config, kernel: Array, factors: Mapping[str, Array], where: str) -> Array:
-    """The dense update of one layer, float32 in the shape of `kernel` `[..., in, out]`."""
+def _merged(config: Config, kernel: Array, factors: Mapping[str, Array], where: str) -> Array:
+    """The kernel of one layer `[..., in, out]` with its adapter in it, in float32."""
+    _check(config)
     in_features, out_features = kernel.shape[-2:]
-    if isinstance(config, LoRAConfig):
-        expected = {"lora_a": (in_features, config.rank), "lora_b": (config.rank, out_features)}
-
-        def dense(values: Mapping[str, Array]) -> Array:
-            return lora.delta_weight(values["lora_a"], values["lora_b"], config.alpha / config.rank)
-    else:
+    if isinstance(config, MoRAConfig):
         q = mora.square_rank(in_features, out_features, config.rank, config.kind)
-        expected = {"m": (q, q)}
+        expected: dict[str, tuple[int, ...]] = {"m": (q, q)}
+    else:
+        expected = {"lora_a": (in_features, config.rank), "lora_b": (config.rank, out_features)}
+    if config.use_dora:
+        expected["magnitude"] = (out_features,)
+    for name in dict.fromkeys((*expected, *factors)):
+        found = factors[name].shape if name in factors else None
+        wanted = (*kernel.shape[:-2], *expected[name]) if name in expected else None
+        if found != wanted:
+            raise ValueError(f"{where}: {name} is {found}; {config} over {kernel.shape} asks for {wanted}")
+    method = adapter_class(config)
 
-        def dense(values: Mapping[str, Array]) -> Array:
-            return mora.delta_weight(values["m"], in_features, out_features, config.kind)
+    def one(kernel: Array, factors: Mapping[str, Array]) -> Array:
+        params = _scaled(config, factors)
+        total = kernel.astype(jnp.float32) + method.dense(config, in_features, out_features, params)
+        gain = method.output_gain(config, params, lambda: kernel)
+        return total if gain is None else total * gain
 
-    for name, shape in expected.items():
-        if factors[name].shape[-2:] != shape:
-            raise ValueError(
-                f"{where}: {name} is {factors[name].shape}; {config} over {kernel.shape} asks for {shape}"
-            )
     for _ in range(kernel.ndim - 2):  # axes that nn.scan or nn.vmap put in front
-        dense = jax.vmap(dense)
-    return dense(factors)
+        one = jax.vmap(one)
+    return one(kernel, dict(factors))
 
 
 def merge(variables: Mapping[str, Any], *configs: Config) -> dict[str, Any]:
@@ -285,7 +330,7 @@ def merge(variables: Mapping[str, Any], *configs: Config) -> dict[str, Any]:
         if boxed is None:
             raise ValueError(f"{where} has an adapter, but params hold no kernel for it")
         kernel = nn.meta.unbox(boxed)
-        merged = kernel.astype(jnp.float32) + _delta_weight(config, kernel, factors, where)
+        merged = _merged(config, kernel, factors, where)
         params[(*path, "kernel")] = nn.meta.replace_boxed(boxed, merged.astype(kernel.dtype))
     return traverse_util.unflatten_dict(params)
 

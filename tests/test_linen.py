@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.config import DoRAConfig, LoRAConfig, MoRAConfig, PiSSAConfig, RsLoRAConfig
 from mora_jax.adapters.mora import KINDS
 from mora_jax.linen import LoRADense, MoRADense, adapted, merge, rename_layers
 
@@ -20,9 +20,7 @@ def filled(tree, seed=0, scale=0.5):
     """The tree with random values in place of every array, so that no factor is zero."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        treedef, [jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype) for leaf in leaves]
-    )
+    return jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype) for leaf in leaves])
 
 
 def randomized(variables, seed=0):
@@ -89,6 +87,54 @@ def test_equals_dense_matrix_from_loops(name, leading):
     np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
 
 
+RELATIVES = {
+    "rslora": (LoRADense(OUT, RANK, ALPHA, use_rslora=True), RsLoRAConfig(rank=RANK, alpha=ALPHA)),
+    "dora": (LoRADense(OUT, RANK, ALPHA, use_dora=True), DoRAConfig(rank=RANK, alpha=ALPHA)),
+    "rslora and dora": (
+        LoRADense(OUT, RANK, ALPHA, use_rslora=True, use_dora=True, use_bias=False),
+        RsLoRAConfig(rank=RANK, alpha=ALPHA, use_dora=True),
+    ),
+    "sharing and dora": (MoRADense(OUT, 1, use_dora=True), MoRAConfig(rank=1, use_dora=True)),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_of_lora(name):
+    """Formulas by loops; a fresh layer is plain `nn.Dense`; merging and interception give the same."""
+    layer, config = RELATIVES[name]
+    x = inputs(4, IN)
+    fresh = layer.init(jax.random.key(0), x)
+    plain = nn.Dense(OUT, use_bias=layer.use_bias)
+    if layer.use_bias:
+        fresh["params"]["bias"] = jnp.arange(OUT, dtype=jnp.float32)
+    np.testing.assert_allclose(layer.apply(fresh, x), plain.apply({"params": fresh["params"]}, x), rtol=1e-5, atol=1e-5)
+    variables = randomized(fresh)
+    factors, kernel = variables["adapters"], np.float64(fresh["params"]["kernel"])
+    factor = np.sqrt(RANK) if isinstance(config, RsLoRAConfig) else 1.0
+    update = (
+        sharing_matrix(factors["m"]) if "m" in factors else factor * lora_matrix(factors["lora_a"], factors["lora_b"])
+    )
+    kernel = kernel + update
+    if config.use_dora:
+        for o in range(OUT):
+            kernel[:, o] *= float(factors["magnitude"][o]) / np.sqrt(sum(kernel[i, o] ** 2 for i in range(IN)))
+    expected = np.float64(x) @ kernel + np.float64(fresh["params"].get("bias", np.zeros(OUT)))
+    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(merge(variables, config)["kernel"], kernel, rtol=1e-4, atol=1e-5)
+    with adapted(config):
+        np.testing.assert_allclose(plain.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PiSSAConfig(), LoRAConfig(init="orthogonal"), LoRAConfig(bias="all")],
+    ids=["pissa", "orthogonal", "biases"],
+)
+def test_methods_without_a_linen_form(config):
+    with adapted(config), pytest.raises(ValueError, match="Linen layers"):
+        nn.Dense(OUT).init(jax.random.key(0), inputs(2, IN))
+
+
 def test_variables_have_the_names_of_dense_and_float32_factors():
     x = inputs(2, IN)
     layer = LoRADense(OUT, RANK, ALPHA, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -128,9 +174,7 @@ def test_the_fields_of_dense_are_used():
 
     x = inputs(2, IN)
     highest = jax.lax.Precision.HIGHEST
-    layer = LoRADense(
-        OUT, 2, 2.0, kernel_init=ones, bias_init=ones, dot_general=dot_general, precision=highest
-    )
+    layer = LoRADense(OUT, 2, 2.0, kernel_init=ones, bias_init=ones, dot_general=dot_general, precision=highest)
     variables = layer.init(jax.random.key(0), x)
     expected = np.tile(x.sum(-1, keepdims=True) + 1, OUT)
     np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5)
@@ -196,9 +240,7 @@ def test_merge_of_mixed_layers_and_back_to_the_plain_names():
     variables = randomized(model.init(jax.random.key(0), x))
     merged = merge(variables, LORA, MoRAConfig(rank=2, kind="rotation"))
     plain = {"Dense_0": merged["LoRADense_0"], "Dense_1": merged["MoRADense_0"]}
-    np.testing.assert_allclose(
-        TwoLayers().apply({"params": plain}, x), model.apply(variables, x), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(TwoLayers().apply({"params": plain}, x), model.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
 def test_merge_in_bfloat16_is_within_the_rounding_of_the_products():
@@ -289,9 +331,7 @@ def test_jit_vmap_and_scan():
     variables = randomized(layer.init(jax.random.key(0), x))
     expected = layer.apply(variables, x)
     np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        jax.vmap(layer.apply, in_axes=(None, 0))(variables, x), expected, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(jax.vmap(layer.apply, in_axes=(None, 0))(variables, x), expected, rtol=1e-5, atol=1e-6)
 
 
 class Residual(nn.Module):
@@ -307,9 +347,7 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("method", ["lora", "mora"])
 def test_scanned_stack_equals_its_layers_and_merges(method):
-    stack = nn.scan(
-        Residual, variable_axes={"params": 0, "adapters": 0}, split_rngs={"params": True}, length=3
-    )(method)
+    stack = nn.scan(Residual, variable_axes={"params": 0, "adapters": 0}, split_rngs={"params": True}, length=3)(method)
     x = inputs(5, IN)
     variables = randomized(stack.init(jax.random.key(0), x, None))
     (name,) = variables["params"]
@@ -329,9 +367,9 @@ def test_scanned_stack_equals_its_layers_and_merges(method):
 
 
 def test_vmapped_layer_has_its_own_factors_in_each_row():
-    rows = nn.vmap(
-        LoRADense, variable_axes={"params": 0, "adapters": 0}, split_rngs={"params": True}, in_axes=0
-    )(OUT, RANK, ALPHA)
+    rows = nn.vmap(LoRADense, variable_axes={"params": 0, "adapters": 0}, split_rngs={"params": True}, in_axes=0)(
+        OUT, RANK, ALPHA
+    )
     x = inputs(3, 4, IN)
     variables = randomized(rows.init(jax.random.key(0), x))
     y = rows.apply(variables, x)
