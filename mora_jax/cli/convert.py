@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mora_jax.cli.options import ADAPTER, add_key, add_number
+from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
 from mora_jax.errors import InputError
 
 HELP = "turn an adapter into another method or layout, or extract one from a fine-tune"
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--rank", int, None, "Rank to come down to; accepts the error that this makes", at_least=1)
     add_key(parser, "--kind", "adapter.kind", help="Kind of MoRA to fit")
     add_key(parser, "--targets", "adapter.targets", help="Matrices to extract with --from-diff", default="all-linear")
-    parser.add_argument("--strict", action="store_true", help="refuse an adapter that names another base model")
+    add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", nargs=2, metavar=("ENGINE", "DIR"), help="check a written folder for vllm; no --out")
 
@@ -108,7 +108,7 @@ def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
 
     folder = adapter_folder(args.adapter[0])
     model = load_pretrained(args.model, dtype="float32")[0] if needs_base(folder) else load_shapes(args.model)
-    load_adapter(model, folder, strict=args.strict)
+    load_adapter(model, folder, strict=args.strict, kind=args.adapter_kind)
     if args.to == "mora":
         return model, convert_to_mora(model, kind=args.kind, rank=args.rank)
     if args.to == "peft" and args.rank is None and peft_knows(model):

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.cli.options import read_data
     from mora_jax.evaluation.scoring import score
 
-    model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1)
+    model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1, strict=args.strict, kind=args.adapter_kind)
     dataset = read_data(args, tokenizer, model.config.vocab_size)
     for note in dataset.report.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -8,7 +8,7 @@ With several adapters all answer at once, as rows of one batch, each under its n
 import argparse
 from typing import Any
 
-from mora_jax.cli.options import ADAPTER, add_key, add_number
+from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
 
 HELP = "answer a prompt"
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]A",
         help=f"{ADAPTER}; several of one method may be given",
     )
+    add_adapter(parser)
     add_key(parser, "--dtype", "model.dtype")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     parser.add_argument("--system", metavar="TEXT", help="a system message before it")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     adapters = named_adapters(args.adapter)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None
-    model, tokenizer = load(args.model, only, dtype, unroll=1)
+    model, tokenizer = load(args.model, only, dtype, unroll=1, strict=args.strict, kind=args.adapter_kind)
     messages = [{"role": "user", "content": args.prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         "template": args.template,
     }
     if len(adapters) > 1:
-        _answer_together(model, tokenizer, messages, adapters, options)
+        _answer_together(model, tokenizer, messages, adapters, args.strict, options)
         return 0
     for piece in stream_text(model, tokenizer, messages, **options):
         print(piece, end="", flush=True)
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _answer_together(model: Any, tokenizer: Any, messages: list, adapters: dict[str, str], options: dict) -> None:
+def _answer_together(
+    model: Any, tokenizer: Any, messages: list, adapters: dict[str, str], strict: bool, options: dict
+) -> None:
     """Prints what each adapter answers."""
     from mora_jax.evaluation import generate_batch
     from mora_jax.evaluation.text_stream import REPLACEMENT
@@ -71,7 +74,7 @@ def _answer_together(model: Any, tokenizer: Any, messages: list, adapters: dict[
 
     named = NamedAdapters(model, slots=len(adapters))
     for name, folder in adapters.items():
-        named.load(folder, name)
+        named.load(folder, name, strict=strict)
     prompts = [messages] * len(adapters)
     answers = generate_batch(model, tokenizer, prompts, adapter_ids=named.ids(named.names), **options)
     for name, answer in zip(adapters, answers, strict=True):

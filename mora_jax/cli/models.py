@@ -7,7 +7,9 @@ from typing import Any
 from mora_jax.errors import InputError
 
 
-def load(path: str, adapter: str | None, dtype: str | None, unroll: int | None = None) -> tuple[Any, Any]:
+def load(
+    path: str, adapter: str | None, dtype: str | None, unroll: int | None = None, **reading: Any
+) -> tuple[Any, Any]:
     """Loads a model with its tokenizer and, if one is given, an adapter.
 
     Args:
@@ -15,6 +17,7 @@ def load(path: str, adapter: str | None, dtype: str | None, unroll: int | None =
         adapter: an adapter folder, a run directory that holds one, or a hub id.
         dtype: compute dtype, or None for the machine's default.
         unroll: layers an iteration of the layer scan, or None for the backend's default.
+        **reading: how the adapter is read: `strict` and `kind` of `mora_jax.load_adapter`.
 
     Raises:
         InputError: when either can't be loaded, or there is no tokenizer.
@@ -26,7 +29,7 @@ def load(path: str, adapter: str | None, dtype: str | None, unroll: int | None =
     if tokenizer is None:
         raise InputError(f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if folder is not None:
-        load_adapter(model, folder)
+        load_adapter(model, folder, **reading)
     return model, tokenizer
 
 

@@ -62,7 +62,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `--model`, `--adapter` and `--dtype`."""
     parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
     parser.add_argument("--adapter", metavar="A", help=ADAPTER)
+    add_adapter(parser)
     add_key(parser, "--dtype", "model.dtype")
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how an adapter is read: `--strict` and `--adapter-kind`."""
+    parser.add_argument("--strict", action="store_true", help="refuse an adapter that names another base model")
+    key = dataclasses.replace(keys()["adapter.kind"], default=None, types=(str, type(None)))
+    words = "Kind of a MoRA adapter whose file has an older one, as the MoRA authors' ReMoRA leaves it"
+    add_value(parser, "--adapter-kind", key, help=words)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +103,7 @@ def read_data(args: argparse.Namespace, tokenizer: Any, vocab_size: int | None =
 
     shared = {field.name for field in dataclasses.fields(DataConfig)} & vars(args).keys()
     section = dataclasses.replace(DataConfig(), **{name: getattr(args, name) for name in shared})
-    loss = LossConfig(
-        args.loss_mode, args.prompt_weight, args.loss_roles, args.end_of_turn, args.headers
-    )
+    loss = LossConfig(args.loss_mode, args.prompt_weight, args.loss_roles, args.end_of_turn, args.headers)
     return EncodedDataset(
         data_source(section, args.data, args.split).load(tokenizer),
         loss_weights(loss),

@@ -17,6 +17,7 @@ from mora_jax.interop.install import Filling
 from mora_jax.interop.peft import load_adapter
 from mora_jax.interop.peft_config import extra_fields
 from mora_jax.interop.plain import plain_lora
+from mora_jax.interop.restarted import has_other_base
 
 Fillings = Mapping[str, Filling]
 
@@ -57,6 +58,8 @@ def fillings_of(model: nnx.Module) -> Fillings:
     """
     if next(trained_weights(model), None) is not None:
         raise InputError("it trains modules whole (modules_to_save), which several adapters can't share; merge it")
+    if has_other_base(model):
+        raise InputError("it comes with a base of its own, which several adapters can't share; merge it")
     fillings: dict[str, Filling] = {}
     for entry in map(plain_lora, adapters_of(model)):
         for name, what in (("magnitude", "DoRA's magnitude"), ("bias", "a trained bias")):

@@ -37,8 +37,8 @@ def new_folder(out: str | os.PathLike[str], *, replace: frozenset[str] = frozens
         # Temporary folders, and files by safetensors, are for their owner alone.
         mask = _umask()
         os.chmod(beside, 0o777 & ~mask)
-        for file in beside.iterdir():
-            os.chmod(file, 0o666 & ~mask)
+        for path in beside.rglob("*"):
+            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
         if target.exists():
             old = beside.with_name(beside.name + ".old")
             target.rename(old)

@@ -19,6 +19,7 @@ from mora_jax.interop.layout import tensor_plan
 from mora_jax.interop.peft_config import AdapterFile, format_of, keep_extra_fields, read_adapter_config
 from mora_jax.interop.peft_format import Target, read_tensor
 from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, WEIGHTS_NAME, Stored, stored_tensors
+from mora_jax.interop.restarted import has_own_base, own_base, with_kind
 from mora_jax.interop.tensors import TensorFiles
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
@@ -26,7 +27,9 @@ from mora_jax.models.init import read_json
 Chosen = dict[str, tuple[Place, int]]
 
 
-def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False) -> None:
+def load_adapter(
+    model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False, kind: str | None = None
+) -> None:
     """Attaches the adapter in a PEFT folder to a model and fills it with the folder's values.
 
     Nothing is changed when the folder does not fit the model.
@@ -35,17 +38,21 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: boo
         model: a model without adapters; changed in place.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
         strict: refuse an adapter that names another base model, instead of warning.
+        kind: the kind of a MoRA adapter, where its file has an older one (see `mora_jax.interop.restarted`).
 
     Raises:
         InputError: when the folder is incomplete, does not fit, or means something that is not supported.
     """
     folder = local_folder(path)
-    file = read_adapter_config(read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
+    where = str(folder / CONFIG_NAME)
+    values = with_kind(read_json(folder / CONFIG_NAME), kind, where)
+    file = read_adapter_config(values, where)
     files = _open(folder)
     all_places = list(places(model))
     if any(has_adapter(place) for place in all_places):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
     _check_base(model, file, strict)
+    base = own_base(model, folder, files, kind_is_known=kind is not None or not values.get("use_mora"))
     stored = stored_tensors(files)
     _drop_tied_head(model, stored, files, file)
     everything = {path: (place, layer) for place in all_places for layer, path in enumerate(place.paths)}
@@ -61,6 +68,9 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: boo
     _check_frozen(stored, chosen, files)
     whole = _whole_weights(model, stored, files, file)
     modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in whole})
+    if base is not None:
+        assert isinstance(model, Decoder), "checked with its tensors"
+        base.put(model)
     install(model, fillings, modules_to_save=tuple(modules))
     if whole:
         assert isinstance(model, Decoder), "checked with the names"
@@ -71,8 +81,11 @@ def load_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: boo
 def needs_base(path: str | os.PathLike[str]) -> bool:
     """Whether an adapter, or the change that it makes, is only known beside the values of its base.
 
-    So it is with magnitudes, gains, biases, modules that are trained whole, and factors that start from the base.
+    So it is with magnitudes, gains, biases, modules that are trained whole, factors that start from the
+    base, and adapters that come with a base.
     """
+    if has_own_base(local_folder(path)):
+        return True
     where = local_folder(path) / CONFIG_NAME
     values = read_json(where)
     return format_of(values, str(where)).needs_base(values)

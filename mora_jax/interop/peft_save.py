@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,10 @@ from mora_jax.interop.peft_bitfit import BitfitFormat
 from mora_jax.interop.peft_config import common_fields, extra_fields, format_for
 from mora_jax.interop.peft_format import Format
 from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, PREFIX, SHARED_PREFIX, WEIGHTS_NAME
-from mora_jax.interop.plain import file_method, plain_lora
-from mora_jax.interop.stream import write_float32
+from mora_jax.interop.plain import file_method, plain
+from mora_jax.interop.restarted import BASE_FOLDER, has_other_base
+from mora_jax.interop.save import tensors_of, write_model
+from mora_jax.interop.stream import write_tensors
 from mora_jax.models.decoder import Decoder
 
 
@@ -36,7 +39,8 @@ def save_adapter(
     """Writes the adapters of a model as a PEFT folder.
 
     Tensors are gathered from the devices and written one after the other, so a model that was trained sharded never has
-    its adapters in one memory twice.
+    its adapters in one memory twice. With adapters of ReLoRA and ReMoRA, whose base changes, the base goes with them
+    (see `mora_jax.interop.restarted`).
 
     Args:
         model: a model with adapters of one method. PiSSA and OLoRA become LoRA of twice the rank, BitFit a LoRA that
@@ -65,18 +69,25 @@ def save_adapter(
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
     if not write:
-        for _ in _all_tensors(model, form, shared):
+        base_tensors = tensors_of(model) if _has_own_base(model) else ()
+        for _ in itertools.chain(_all_tensors(model, form, shared), base_tensors):
             pass  # gathered for the process that writes
         return
-    with new_folder(out, replace=frozenset({CONFIG_NAME, WEIGHTS_NAME})) as folder:
+    with new_folder(out, replace=frozenset({CONFIG_NAME, WEIGHTS_NAME, BASE_FOLDER})) as folder:
         text = json.dumps(extra_fields(model) | fields, indent=2, sort_keys=True)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
-        write_float32(folder / WEIGHTS_NAME, shapes, _all_tensors(model, form, shared))
+        write_tensors(folder / WEIGHTS_NAME, shapes, _all_tensors(model, form, shared))
+        if _has_own_base(model):
+            write_model(model, folder / BASE_FOLDER)
 
 
 def _tied(model: nnx.Module) -> TypeGuard[Decoder]:
     return isinstance(model, Decoder) and model.config.tie_embeddings
+
+
+def _has_own_base(model: nnx.Module) -> TypeGuard[Decoder]:
+    return isinstance(model, Decoder) and has_other_base(model)
 
 
 def _trains_table(model: Decoder, entries: list[AdapterEntry], whole: Iterable[str]) -> bool:
@@ -116,7 +127,7 @@ def _is_main(entry: AdapterEntry, form: Format) -> bool:
 def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
     """Each adapted matrix with its tensors under their names in files."""
     where = {path: (place, layer) for place in places(model) for layer, path in enumerate(place.paths)}
-    for entry in map(plain_lora, adapters_of(model)):
+    for entry in map(plain, adapters_of(model)):
         path, main = PREFIX + entry.path, _is_main(entry, form)
         found = form.write(entry) if main else {}
         names = form.names(entry)

@@ -2,6 +2,7 @@
 
 PiSSA and OLoRA train A and B from factors A₀ and B₀ that are subtracted again; the update `A B − A₀ B₀` is the product
 `[A A₀] [B; −B₀]` of twice the rank, which needs no other base. How a method trains its factors is no matter for files.
+ReMoRA is, at any moment, the MoRA of the kind whose turn it is.
 """
 
 from __future__ import annotations
@@ -12,11 +13,24 @@ import numpy as np
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.attach import AdapterEntry
-from mora_jax.adapters.config import LoRAConfig, RsLoRAConfig
+from mora_jax.adapters.config import LoRAConfig, MoRAConfig, ReMoRAConfig, RsLoRAConfig
+
+
+def plain(entry: AdapterEntry) -> AdapterEntry:
+    """The entry in the form of files; entries of methods that have but one come back as they are."""
+    config = entry.config
+    if not isinstance(config, ReMoRAConfig):
+        return plain_lora(entry)
+    kind = config.kinds[int(entry.params["turn"])]
+    same = {name: getattr(config, name) for name in ("rank", "dropout", "targets", "use_dora")}
+    params = {name: value for name, value in entry.params.items() if name != "turn"}
+    return dataclasses.replace(entry, method="mora", config=MoRAConfig(kind=kind, **same), params=params)
 
 
 def file_method(adapter: Adapter) -> str:
-    """What an adapter's method becomes in a file: LoRA's relatives are LoRA or rsLoRA there."""
+    """What an adapter's method becomes in a file: LoRA's relatives are LoRA or rsLoRA there, ReMoRA is MoRA."""
+    if isinstance(adapter.config, ReMoRAConfig):
+        return "mora"
     if not isinstance(adapter.config, LoRAConfig):
         return adapter.method
     return "rslora" if isinstance(adapter.config, RsLoRAConfig) else "lora"

@@ -1,5 +1,7 @@
 """Models as HuggingFace folders."""
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -7,16 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.host import host
 from mora_jax.errors import InputError
 from mora_jax.interop.added_biases import bias_fields, zero_biases
 from mora_jax.interop.folders import new_folder
-from mora_jax.interop.layout import tensor_plan
+from mora_jax.interop.layout import Entry, Piece, tensor_plan
+from mora_jax.interop.stream import write_tensors
 from mora_jax.interop.tokenizer import TOKENIZER_FILES
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -53,13 +56,11 @@ def save_pretrained(
         raise InputError("the model has unmerged adapters: call merge(model) first, or save them with save_adapter")
     target = _dtype(dtype)
     if not write:
-        for _ in _tensors(model, target):
+        for _ in tensors_of(model, target):
             pass  # gathered for the process that writes
         return
     with new_folder(out) as folder:
-        text = json.dumps(_config(model.config, target.name) | bias_fields(model), indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        _write_weights(model, folder, target, max_shard_bytes)
+        write_model(model, folder, dtype=target, max_shard_bytes=max_shard_bytes)
         origin = None if model.folder is None else Path(model.folder)
         copied = ("generation_config.json", *(() if tokenizer is not None else TOKENIZER_FILES))
         for name in copied:
@@ -67,6 +68,51 @@ def save_pretrained(
                 shutil.copyfile(origin / name, folder / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+
+
+def write_model(
+    model: Decoder, folder: Path, *, dtype: np.dtype | None = None, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes config and weights of the base into a folder; adapters are left out.
+
+    Tensors are gathered from the devices and written one layer's after the other, so a model that was trained sharded
+    is never in one memory as a whole.
+    """
+    target = _dtype(dtype)
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(_config(model.config, target.name) | bias_fields(model), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    shards = _shards(model, target.itemsize, max_shard_bytes)
+    tensors = tensors_of(model, target)
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    for file, shapes in zip(files, shards, strict=True):
+        write_tensors(folder / file, shapes, itertools.islice(tensors, len(shapes)), target)
+    if len(shards) > 1:
+        names = {name: file for file, shapes in zip(files, shards, strict=True) for name in shapes}
+        total = sum(_size(shape, target.itemsize) for shapes in shards for shape in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(model: Decoder, itemsize: int, max_shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of the tensors of each file, none larger than allowed unless a single tensor is."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for entry in tensor_plan(model):
+        for piece in entry.pieces:
+            nbytes = _size(piece.shape, itemsize)
+            if shards[-1] and size + nbytes > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][piece.name] = piece.shape
+            size += nbytes
+    return shards
+
+
+def _size(shape: tuple[int, ...], itemsize: int) -> int:
+    return itemsize * int(np.prod(shape, dtype=np.int64))
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -89,14 +135,12 @@ def _config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     return values | dict.fromkeys(spellings, dtype)
 
 
-def _tensors(model: Decoder, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as files have it, one parameter's at a time."""
+def tensors_of(model: Decoder, dtype: np.dtype | type = np.float32) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor as files have it, in the dtype of files."""
     for entry in tensor_plan(model):
-        parameter = host(entry.parameter[...])
-        for piece in entry.pieces:
-            tensor = piece.take(parameter)
+        for piece, tensor in _gathered(entry):
             with np.errstate(over="ignore"):
-                stored = np.ascontiguousarray(tensor.astype(dtype))
+                stored = tensor.astype(dtype)
             if dtype == np.float16 and not np.isfinite(stored).all():
                 raise InputError(f"tensor {piece.name} has values that float16 cannot hold; save in another dtype")
             yield piece.name, stored
@@ -104,36 +148,19 @@ def _tensors(model: Decoder, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
         yield name, zeros.astype(dtype)
 
 
-def _write_weights(model: Decoder, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:
-    """Writes the weights, in several files where they are larger than one may be."""
-    shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(held, folder / _part(len(shards)), metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in _tensors(model, dtype):
-        if held and size + tensor.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        held[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / _part(0)).rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / _part(number)).rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _gathered(entry: Entry) -> Iterator[tuple[Piece, np.ndarray]]:
+    """The tensors of one parameter; of a stack no more than one layer is brought from the devices at once."""
+    array = entry.parameter.get_value()
+    for layer, group in itertools.groupby(entry.pieces, key=lambda piece: piece.index[0] if piece.index else None):
+        if isinstance(layer, int):
+            part = host(_layer(array, layer))
+            yield from ((piece, dataclasses.replace(piece, index=piece.index[1:]).take(part)) for piece in group)
+        else:
+            # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
+            whole = host(array.copy())
+            yield from ((piece, piece.take(whole)) for piece in group)
 
 
-def _part(number: int) -> str:
-    return f"part-{number}.safetensors"
+@jax.jit
+def _layer(stack: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)

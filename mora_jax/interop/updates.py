@@ -18,7 +18,7 @@ from mora_jax.adapters.targets import Place, places
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import trained_weights
 from mora_jax.interop.mora_maps import BLOCK_KINDS, exact_factors, exact_rank
-from mora_jax.interop.plain import plain_lora
+from mora_jax.interop.plain import plain
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def updates_of(model: nnx.Module) -> Iterator[Update]:
         place, layer = where[entry.path]
         if entry.method == "ia3" and place.has_bias:
             raise InputError(f"{entry.path} scales its bias, which can't be converted; merge the adapter instead")
-        yield _update(plain_lora(entry), place, layer)
+        yield _update(plain(entry), place, layer)
 
 
 def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:

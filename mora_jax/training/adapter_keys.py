@@ -9,8 +9,10 @@ from mora_jax.training.config_key import key
 # Repeated from mora_jax.adapters, which imports too much for a command's --help; a test compares.
 KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
 RESTARTED_KINDS = ("sharing", "grouped", "grouped_tile", "strided_interleave")
+# What says which adapter a run starts from; methods know nothing of it.
+START = frozenset({"path", "strict"})
 # The keys of the section `adapter` that each method reads.
-_COMMON = frozenset({"targets", "layers_to_transform", "modules_to_save", "path"})
+_COMMON = START | {"targets", "layers_to_transform", "modules_to_save"}
 _LORA = _COMMON | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init"}
 _RESTARTS = frozenset({"restart_every", "restart_warmup", "prune"})
 _BUDGET = frozenset({"target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_weight"})
@@ -23,8 +25,8 @@ METHOD_KEYS: Mapping[str, frozenset[str]] = {
     "lora_plus": _LORA | {"lr_ratio"},
     "lora_fa": _LORA,
     "mora": _COMMON | {"rank", "kind", "dropout", "rank_pattern", "use_dora"},
-    "relora": _LORA - {"path", "init"} | _RESTARTS,
-    "remora": _COMMON - {"path"} | {"rank", "kinds", "dropout", "rank_pattern", "use_dora"} | _RESTARTS,
+    "relora": _LORA - START - {"init"} | _RESTARTS,
+    "remora": _COMMON - START | {"rank", "kinds", "dropout", "rank_pattern", "use_dora"} | _RESTARTS,
     "vera": _COMMON | {"rank", "dropout", "d_initial", "projection_prng_key", "bias"},
     "adalora": _COMMON | {"rank", "alpha", "dropout", "bias"} | _BUDGET,
     "ia3": _COMMON | {"feedforward"},
@@ -91,6 +93,9 @@ class AdapterConfig:
     beta2: float = key(0.85, "adalora: smoothing of their uncertainty.", above=0, below=1)
     orth_weight: float = key(0.5, "adalora: factor on the orthogonality penalty in the loss.", at_least=0)
     path: str | None = key(None, "An adapter folder to start from; it says rank, targets and the rest.")
+    strict: bool = key(
+        False, "Whether an adapter.path that names another base model is refused; it is warned of otherwise."
+    )
 
 
 def check_adapter(adapter: AdapterConfig) -> None:

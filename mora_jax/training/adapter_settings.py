@@ -6,6 +6,7 @@ from typing import Any
 
 from mora_jax.adapters.registry import config_from
 from mora_jax.errors import InputError
+from mora_jax.training.adapter_keys import START
 from mora_jax.training.config import METHOD_KEYS, AdapterConfig
 
 
@@ -19,7 +20,7 @@ def adapter_config(section: AdapterConfig, steps: int | None = None) -> Any:
     Raises:
         InputError: a value that the method refuses.
     """
-    values: dict[str, Any] = {name: getattr(section, name) for name in METHOD_KEYS[section.method] - {"path"}}
+    values: dict[str, Any] = {name: getattr(section, name) for name in METHOD_KEYS[section.method] - START}
     if section.method == "adalora":
         values["total_steps"] = section.tinit + section.tfinal + 1 if steps is None else steps
         if section.target_rank is None and section.rank is not None:

@@ -9,7 +9,15 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.training.adapter_keys import HOW, METHOD_KEYS, RESTARTED, RESULT_IS_MODEL, AdapterConfig, check_adapter
+from mora_jax.training.adapter_keys import (
+    HOW,
+    METHOD_KEYS,
+    RESTARTED,
+    RESULT_IS_MODEL,
+    START,
+    AdapterConfig,
+    check_adapter,
+)
 from mora_jax.training.adapter_keys import KINDS as KINDS
 from mora_jax.training.config_key import Key, key, nearest
 
@@ -383,7 +391,7 @@ def unused(config: Config, given: Collection[str]) -> str | None:
     groups.append((f"adapter.method={method}", [f"adapter.{name}" for name in unread]))
     if config.adapter.path is not None and "path" in METHOD_KEYS[method]:
         # The adapter's folder says all this, but not how to train.
-        said = METHOD_KEYS[method] - {"path"} - HOW
+        said = METHOD_KEYS[method] - START - HOW
         groups.append(("adapter.path", [f"adapter.{name}" for name in said]))
     mode = config.loss.mode
     if mode not in ("weighted", "wit"):

@@ -140,6 +140,12 @@ def test_refusals(fails, run, model_dir, adapters, tmp_path):
     mj.save_adapter(model, path, base_model_name_or_path="somebody/else")
     strict = ["convert", "--model", model_dir, "--adapter", path, "--to", "lora", "--out", out, "--strict"]
     assert "was made for somebody/else" in fails(*strict)
+    model = ["--model", model_dir, "--adapter", path, "--strict"]
+    assert "was made for somebody/else" in fails("merge", *model, "--out", out)
+    assert "was made for somebody/else" in fails("generate", *model, "--prompt", "x")
+    # An option that only another method has.
+    assert "so it has no kind" in fails("merge", *model[:4], "--adapter-kind", "grouped", "--out", out)
+    assert "--adapter-kind must be" in fails("merge", *model[:4], "--adapter-kind", "spiral", "--out", out)
     assert not out.exists()
     code, found, err = run("convert", "--check", "vllm", adapters["rotation"])
     assert code == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mora_jax.errors import InputError
+from mora_jax.training.adapter_keys import START
 from mora_jax.training.config import FORMATS, KINDS, METHOD_KEYS, MODES, TEMPLATES, Config, check_warmup, keys, unused
 from mora_jax.training.config_file import load_config, read_config_file
 from mora_jax.training.config_key import split_list
@@ -314,7 +315,7 @@ def test_methods_kinds_and_their_keys_are_those_of_the_adapters():
 
     assert set(METHOD_KEYS) == set(CONFIGS)
     for method, read in METHOD_KEYS.items():
-        assert read - {"path"} <= {field.name for field in dataclasses.fields(CONFIGS[method]) if field.init}
+        assert read - START <= {field.name for field in dataclasses.fields(CONFIGS[method]) if field.init}
     assert set(KINDS) == set(ADAPTER_KINDS)
 
 
