@@ -42,7 +42,7 @@ def _check(config: Config) -> None:
     """Refuses methods that take more from the base than its kernel's norms, or train in a way of their own."""
     if type(config) not in (LoRAConfig, RsLoRAConfig, DoRAConfig, MoRAConfig) or config.bias != "none":
         raise ValueError(f"Linen layers have LoRA, rsLoRA, DoRA and MoRA without biases, not {config}")
-    if getattr(config, "init", "kaiming") != "kaiming":
+    if isinstance(config, LoRAConfig) and config.init != "kaiming":
         raise ValueError(f"the factors of Linen layers start as init='kaiming', not {config.init!r}")
 
 
