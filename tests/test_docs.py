@@ -17,7 +17,7 @@ from mora_jax.data.normalize import NORMALIZERS
 from mora_jax.data.report import CAUSES
 from mora_jax.data.templates import TEMPLATES
 from mora_jax.data.weights import ENDS, HEADERS, MODES
-from mora_jax.training.config import METHOD_KEYS, keys, sections
+from mora_jax.training.config import KINDS, METHOD_KEYS, keys, sections
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -42,12 +42,18 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
     return results
 
 
-def test_walkthrough_prints_what_it_shows(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "blocks"), [("walkthrough", 8), ("own_models", 7), ("convert", 3), ("peft", 5)])
+def test_blocks_print_what_they_show(page, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = run_blocks(read("walkthrough.md"))
-    assert len(results) == 8
+    results = run_blocks(read(f"{page}.md"))
+    assert len(results) == blocks
     for expected, printed in results:
         assert printed == expected
+
+
+def test_every_method_is_documented():
+    text = read("methods.md")
+    assert [name for name in (*METHOD_KEYS, *KINDS) if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -60,6 +60,8 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
     found = [place for place in places(model) if has_adapter(place)]
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):
+        raise ValueError("the model has shapes without values, so nothing can be merged: load its weights first")
     for place in found:
         _check_whole(place)
     biased = {id(place.layer): place.has_bias for place in found}  # before the first part of a layer gives it one
@@ -76,8 +78,6 @@ def _check_whole(place: Place) -> None:
             "before merging"
         )
     for name, array in adapter_at(place).params().items():
-        if isinstance(array, jax.ShapeDtypeStruct):
-            raise ValueError(f"the adapter on {place.title} has no values yet ({name} is a shape): load them first")
         if not isinstance(array, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(f"the adapter on {place.title} has values in {name} that are no finite numbers")
 
