@@ -7,7 +7,8 @@ takes turns with LoRA in the same process, one step each a round, and its time i
 over LoRA's in the same round, so that what else the machine does weighs on both. It is given by the clock and as CPU
 time of all threads; on a machine that does other things too, the second is the one to trust. Memory is what the
 compiler plans: the arguments of the step (base, trained arrays, optimizer, batch) and its temporary buffers. Writes a
-Markdown table into `--out`, anew after each method.
+Markdown table into `--out`, anew after each method. Compiling all of them takes long: `--untimed` leaves out what needs
+a compiled step, and `--keep` adds rows to the table of an earlier run.
 """
 
 import argparse
@@ -101,6 +102,12 @@ class Contestant:
         return seconds
 
     @property
+    def fixed(self) -> tuple[str, ...]:
+        """The cells that need no compiled step: trained parameters, kB on disk, MB of the optimizer."""
+        disk = "none" if self.disk is None else f"{self.disk / 1e3:,.0f}"
+        return f"{self.trainable:,}", disk, f"{self.optimizer / 1e6:,.1f}"
+
+    @property
     def memory(self) -> tuple[int, int]:
         """Bytes of arguments and of temporary buffers, as compiled."""
         found = self.runner.compiled[0].memory_analysis()
@@ -117,22 +124,48 @@ def disk_bytes(model: Any) -> int | None:
         return None
 
 
-def row(name: str, one: Contestant, ratios: tuple[float, float]) -> str:
-    """A row of the table."""
-    arguments, temporary = (f"{size / 1e6:,.0f}" for size in one.memory)
-    disk = "none" if one.disk is None else f"{one.disk / 1e3:,.0f}"
-    clock, cpu = ratios
-    return (
-        f"| {name} | {one.trainable:,} | {disk} | {cpu:.2f} | {clock:.2f} | {one.optimizer / 1e6:,.1f} | "
-        f"{arguments} | {temporary} |"
-    )
-
-
 HEAD = (
-    "| method | trained parameters | file, kB | CPU time of a step against LoRA's | by the clock | optimizer, MB | "
+    "| method | trained parameters | file, kB | optimizer, MB | CPU time of a step against LoRA's | by the clock | "
     "arguments, MB | temporary, MB |",
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
+
+
+class Timing:
+    """Steps beside LoRA's.
+
+    Args:
+        peer: LoRA.
+        batch: of every step.
+        rounds: steps of each.
+    """
+
+    def __init__(self, peer: Contestant, batch: dict[str, np.ndarray], rounds: int):
+        self.peer, self.batch, self.rounds = peer, batch, rounds
+        peer.step(batch)
+        self.seconds: list[tuple[float, float]] = []
+        self.loads: list[float] = []
+
+    def cells(self, one: Contestant) -> tuple[str, ...]:
+        """The cells of the table that need a compiled step."""
+        one.step(self.batch)
+        pairs = []
+        for number in range(self.rounds):
+            # Neither always goes first.
+            pair = {which: which.step(self.batch) for which in ((self.peer, one) if number % 2 else (one, self.peer))}
+            pairs.append([mine / other for mine, other in zip(pair[one], pair[self.peer], strict=True)])
+            self.seconds.append(pair[self.peer])
+            self.loads.append(os.getloadavg()[0])
+        clock, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))
+        return f"{cpu:.2f}", f"{clock:.2f}", *(f"{size / 1e6:,.0f}" for size in one.memory)
+
+    def note(self) -> str:
+        """How it was measured."""
+        clock, cpu = (statistics.median(column) for column in zip(*self.seconds, strict=True))
+        return (
+            f"Medians of {self.rounds} rounds under a load of {min(self.loads):.0f} to {max(self.loads):.0f}; a step "
+            f"of LoRA took {cpu:.2f} s of CPU time, {clock:.2f} s by the clock."
+        )
 
 
 def main() -> None:
@@ -145,6 +178,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--unroll", type=int, help="layers an iteration of the layer scan; none: the default")
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="some of the methods")
+    parser.add_argument("--untimed", action="store_true", help="compile nothing")
+    parser.add_argument("--keep", action="store_true", help="keep what an earlier run wrote of other methods")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "method_cost.md")
     args = parser.parse_args()
     missing = set(METHOD_KEYS) - {settings["method"] for settings in METHODS.values()}
@@ -154,44 +189,35 @@ def main() -> None:
     batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "weights": np.ones(ids.shape, np.float32)}
     model, _ = mj.load_pretrained(args.model, dtype=args.dtype, unroll=args.unroll)
     base, dtype = nnx.split(model), model.dtype.name
-    peer = Contestant(base, METHODS["LoRA"])
-    peer.step(batch)
-    rows, notes, loads, peer_seconds = [], [], [], []
+    rows, notes = earlier(args.out) if args.keep else ({}, [])
+    options = f"--rounds {args.rounds} --rows {args.rows} --length {args.length}"
+    options += f" --unroll {args.unroll}" if args.unroll else ""
+    title = [
+        f"Printed by `python benchmarks/method_cost.py --model {Path(args.model).name} {options}`",
+        f"(jax {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores; {dtype} base, {args.rows} × "
+        f"{args.length} tokens a step, AdamW).",
+    ]
+    timing = None if args.untimed else Timing(Contestant(base, METHODS["LoRA"]), batch, args.rounds)
     for name in args.only:
         one = Contestant(base, METHODS[name])
-        first, _ = one.step(batch)
-        pairs = []
-        for number in range(args.rounds):
-            pair = {}
-            # Neither always goes first.
-            for which in (peer, one) if number % 2 else (one, peer):
-                pair[which] = which.step(batch)
-            pairs.append([mine / other for mine, other in zip(pair[one], pair[peer], strict=True)])
-            peer_seconds.append(pair[peer])
-            loads.append(os.getloadavg()[0])
-        clock, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))
-        rows.append(row(name, one, (clock, cpu)))
-        restart = one.restart_seconds()
+        timed = ("",) * 4 if timing is None else timing.cells(one)
+        rows[name] = f"| {' | '.join((name, *one.fixed, *timed))} |"
+        print(rows[name], flush=True)
+        restart = None if timing is None else one.restart_seconds()
         if restart is not None:
             notes.append(f"A restart of {name} takes {restart:.1f} s of CPU time once compiled.")
-        print(f"{rows[-1]} (first step, compiling included: {first:.0f} s)", flush=True)
-        seconds = [statistics.median(column) for column in zip(*peer_seconds, strict=True)]
-        options = f"--rounds {args.rounds} --rows {args.rows} --length {args.length}"
-        options += f" --unroll {args.unroll}" if args.unroll else ""
-        text = [
-            f"Printed by `python benchmarks/method_cost.py --model {Path(args.model).name} {options}`",
-            f"(jax {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores under a load of {min(loads):.0f} "
-            f"to {max(loads):.0f}; {dtype} base, {args.rows} × {args.length} tokens a step, AdamW).",
-            f"Medians of {args.rounds} rounds; a step of LoRA took {seconds[1]:.2f} s of CPU time, {seconds[0]:.2f} s "
-            "by the clock.",
-            "",
-            *HEAD,
-            *rows,
-            "",
-            *notes,
-        ]
-        args.out.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+        said = notes if timing is None else [*notes, timing.note()]
+        table = [rows[name] for name in METHODS if name in rows]
+        args.out.write_text("\n".join([*title, "", *HEAD, *table, "", *said]).rstrip() + "\n", encoding="utf-8")
         del one
+
+
+def earlier(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The rows of a table by method, and the notes below it."""
+    _, _, rest = path.read_text(encoding="utf-8").partition(HEAD[1] + "\n")
+    lines = rest.splitlines()
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+    return rows, [line for line in lines if line and not line.startswith("|")]
 
 
 if __name__ == "__main__":
