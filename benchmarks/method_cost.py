@@ -67,7 +67,7 @@ class Contestant:
         optimizer = OptimizerConfig(learning_rate=1e-5, schedule="constant")
         config = Config(adapter=AdapterConfig(**settings), optimizer=optimizer)
         model = nnx.merge(*base)
-        self.trainable = put_adapter(model, config).trainable
+        self.trainable = put_adapter(model, config, STEPS).trainable
         self.disk = disk_bytes(model)
         assembly = assemble(model, config, STEPS, (1, 1, 1))
         self.runner: Any = assembly.runner
