@@ -44,6 +44,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": (),
     "square_in": (),
     "square_out": ("fsdp", "context"),
+    "slots": (),
+    "rows": (),
 }
 _GATHERED = ("fsdp", "context")  # the mesh axes along which a layer gathers its weights
 _CONTEXT = "context"
@@ -114,8 +116,11 @@ class Placement:
         return self.sharding(*self._stored(axes, shape))
 
     def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
-        """Which axis of a kernel `[in, …]` has to stand at place 1 for its flattened columns to be cut in blocks."""
-        if len(axes) < 3:
+        """Which axis of a kernel `[in, …]` has to stand at place 1 for its flattened columns to be cut in blocks.
+
+        Factors of adapters are taken as they are, in slots too.
+        """
+        if len(axes) < 3 or _ADAPTER_AXES.intersection(axes):
             return 1
         cut = self._cut(axes, shape, "tensor")
         return next((i for i, entry in enumerate(cut) if i > 1 and entry), 1)

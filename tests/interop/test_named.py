@@ -13,6 +13,9 @@ from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.mora import KINDS
 from mora_jax.evaluation.generate import Generator
 from mora_jax.models import decoder, read_config
+from mora_jax.training.mesh import make_mesh
+from mora_jax.training.sharding import Placement
+from mora_jax.training.state import dotted
 from tests.models.tiny import LLAMA, SIZES, fill_randomly, random_ids
 
 GEMMA = SIZES | {
@@ -166,6 +169,20 @@ def test_training_several_adapters_at_once(pair):
             np.testing.assert_allclose(together[path][:, slot], value[...], atol=2e-4, rtol=2e-3)
     free = next(slot for slot in range(4) if slot not in ids)
     assert not any(np.asarray(value[:, free]).any() for value in together.values())
+
+
+def test_rows_on_a_mesh_that_cuts_the_base(pair):
+    named, _ = pair
+    ids = named.ids(BY_ROW)
+    graphdef, state = nnx.split(named.model)
+    placement = Placement.of(make_mesh(1, 2, 2), state)
+    places = placement.table(state)
+    leaves, tree = jax.tree.flatten(state)
+    names = [dotted(path) for path, _ in nnx.to_flat_state(state)]
+    placed = [jax.device_put(leaf, places[name]) for name, leaf in zip(names, leaves, strict=True)]
+    model = nnx.merge(graphdef, jax.tree.unflatten(tree, placed))
+    model.spread = placement
+    np.testing.assert_allclose(model(IDS, adapter_ids=ids), named.model(IDS, adapter_ids=ids), atol=1e-4)
 
 
 @pytest.mark.slow
