@@ -36,16 +36,19 @@ class Compilation:
     shapes: dict[str, str]
     compiled: Any
 
+    def changed(self, earlier: Sequence[Compilation]) -> list[str]:
+        """Why it was needed: what is new in the shapes since the newest of `earlier`; nothing for the first one."""
+        return differences(earlier[-1].shapes, self.shapes) if earlier else []
+
     def row(self, earlier: Sequence[Compilation]) -> dict[str, Any]:
-        """As a line of `compile.jsonl`; `earlier` are those before it, the newest of which it is compared with."""
-        changed = differences(earlier[-1].shapes, self.shapes) if earlier else []
+        """As a line of `compile.jsonl`; `earlier` are those before it."""
         return {
             "time": _utc(self.started),
             "what": "training step",
             "seconds": self.lower_seconds + self.seconds,
             "lower_seconds": self.lower_seconds,
             "shapes": self.shapes,
-            "changed": changed,
+            "changed": self.changed(earlier),
             "memory_bytes": planned_memory(self.compiled),
         }
 
@@ -57,7 +60,7 @@ def shape_words(array: Any) -> str:
 
 def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
     """What is new in a batch's shapes, in words: `input_ids: int32[1,4,64] -> int32[1,4,32]`."""
-    names = [*after, *(name for name in before if name not in after)]
+    names = sorted({*before, *after}, key=lambda name: (name != "input_ids", name))
     pairs = [(name, before.get(name, "absent"), after.get(name, "absent")) for name in names]
     return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
 

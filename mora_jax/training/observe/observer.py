@@ -92,9 +92,12 @@ class Observer:
             seconds = one.lower_seconds + one.seconds
             # Compiling is reported on its own; it is no part of any step's time.
             self.clock.exclude(seconds)
-            self._planned = planned_memory(one.compiled)
-            again = "" if one is compilations[0] else f" again for step {number}, with a batch of other shapes"
-            size = f"; it takes {bytes_words(self._planned['total'])} a device" if self._planned else ""
+            planned = planned_memory(one.compiled)
+            self._planned = max((self._planned, planned), key=lambda found: found["total"] if found else 0)
+            # One change tells why; compile.jsonl has all of them.
+            changed = one.changed(compilations[: compilations.index(one)])[:1]
+            again = f" again for step {number} ({changed[0]})" if changed else ""
+            size = f"; it takes {bytes_words(planned['total'])} a device" if planned else ""
             self._display.note(f"compiled the training step{again} in {seconds:.1f} s{size}")
 
     def ends_trace(self, number: int) -> bool:

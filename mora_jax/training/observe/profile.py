@@ -77,7 +77,8 @@ class Profile:
         self._on = False
         jax.profiler.stop_trace()
         first, last = self._steps.start, self._steps.stop - 1
-        self._note(f"trace of steps {first} to {last} written; open it with: {self.how_to_open}")
+        steps = f"step {first}" if first == last else f"steps {first} to {last}"
+        self._note(f"trace of {steps} written; open it with: {self.how_to_open}")
 
     @property
     def how_to_open(self) -> str:
