@@ -73,7 +73,7 @@ def test_a_request_for_tpus(tools, settings, words):
     done = run(tools, "tpu_vm.sh", "create", NAME="r", ZONE="z", BUCKET="gs://b/runs/", TRAIN=TRAIN, **settings)
     assert done.returncode == 0, done.stderr
     (call,) = calls(tools)
-    for word in [*words, "queued-resources create r --zone=z", f"@mora-bucket=b/runs@mora-train={TRAIN}@"]:
+    for word in [*words, "queued-resources create r --zone=z", f"@mora-bucket=b/runs@mora-files=@mora-train={TRAIN}@"]:
         assert word in call
     assert ("--spot" in call) == (settings.get("SPOT") != "0")
     assert (LAUNCH / "tpu_startup.sh").samefile(call.split("startup-script=")[1])
@@ -129,7 +129,11 @@ def test_the_manifest_is_filled_in(tools):
     (job,) = manifest["spec"]["replicatedJobs"]
     assert job["replicas"] == 2 and job["template"]["spec"]["completions"] == 8
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    assert {entry["name"]: entry["value"] for entry in container["env"]} == {"OUT": "/runs/r", "TRAIN": TRAIN}
+    assert {entry["name"]: entry["value"] for entry in container["env"]} == {
+        "OUT": "gs://b/r",
+        "SEEN": "/runs/r",
+        "TRAIN": TRAIN,
+    }
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 
@@ -144,6 +148,6 @@ def test_a_pod_starts_or_resumes(tools, tmp_path, begun, expected):
     if begun:
         (out / "config.json").touch()
     stand_in(tools, "mora-jax")
-    env = {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(out), "TRAIN": "--config c.py"}
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(out), "SEEN": str(out), "TRAIN": "--config c.py"}
     subprocess.run([*container["command"], *container["args"]], env=env, check=True)
     assert calls(tools) == [f"mora-jax {expected.format(out=out)}"]

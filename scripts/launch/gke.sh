@@ -8,7 +8,7 @@
 #
 # Settings, from the environment:
 #   NAME         of the run                                    (required)
-#   IMAGE        container with mora-jax[tpu]                  (required)
+#   IMAGE        container with mora-jax[tpu,gcs]              (required)
 #   BUCKET       Cloud Storage bucket of the run directories   (required)
 #   TRAIN        arguments of `mora-jax train`                 (required)
 #   QUEUE        Kueue's local queue                           (default)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start-up script of each host of a TPU slice: installs the package, mounts the bucket, starts the run or resumes it.
+# Start-up script of each host of a TPU slice: installs the package, fetches files, starts the run or resumes it.
 # Runs as root at every boot; tpu_vm.sh hands it over with the settings as the machine's metadata.
 set -euo pipefail
 
@@ -12,10 +12,11 @@ RUN="$(metadata mora-run)"
 BUCKET="$(metadata mora-bucket)"
 PACKAGE="$(metadata mora-package)"
 TRAIN="$(metadata mora-train)"
+FILES="$(metadata mora-files || true)"
 HOME="${HOME:-/root}"
 export HOME
 ENVIRONMENT=/opt/mora-jax
-RUNS=/mnt/mora-runs
+OUT="gs://$BUCKET/$RUN"
 
 # Python 3.12 by uv: the machine's own is 3.10.
 if [ ! -x "$ENVIRONMENT/bin/mora-jax" ]; then
@@ -24,30 +25,23 @@ if [ ! -x "$ENVIRONMENT/bin/mora-jax" ]; then
     python3 -m uv pip install --quiet --python "$ENVIRONMENT/bin/python" "$PACKAGE"
 fi
 
-# One folder that all hosts share.
-if ! command -v gcsfuse >/dev/null; then
-    curl --silent --fail https://packages.cloud.google.com/apt/doc/apt-key.gpg -o /usr/share/keyrings/cloud.google.asc
-    echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt" \
-        "gcsfuse-$(lsb_release -cs) main" >/etc/apt/sources.list.d/gcsfuse.list
-    apt-get update --quiet
-    apt-get install --quiet --yes gcsfuse
+# Configuration and data, if they were put into a bucket.
+mkdir -p /opt/mora-files
+cd /opt/mora-files
+if [ -n "$FILES" ]; then
+    gcloud storage cp --recursive "${FILES%/}/*" .
 fi
-mkdir -p "$RUNS"
-if ! mountpoint --quiet "$RUNS"; then
-    # Checkpoints appear by the rename of a folder. A time to live of 0 shows every host what another has written.
-    gcsfuse --implicit-dirs --rename-dir-limit=10000 --metadata-cache-ttl-secs=0 \
-        --metadata-cache-negative-ttl-secs=0 "${BUCKET%%/*}" "$RUNS"
-fi
-OUT="$RUNS/${BUCKET#"${BUCKET%%/*}"}/$RUN"
+
+there() { gcloud storage ls "$OUT/$1" >/dev/null 2>&1; }
 
 # A host that comes back later than the others finds the run begun: all of them resume then. So each attempt looks anew.
 for attempt in $(seq 1 100); do
-    if [ -e "$OUT/summary.json" ]; then
+    if there summary.json; then
         echo "$RUN is finished"
         exit 0
     fi
     code=0
-    if [ -e "$OUT/config.json" ]; then
+    if there config.json; then
         echo "attempt $attempt: resuming $RUN"
         "$ENVIRONMENT/bin/mora-jax" train --resume "$OUT" || code=$?
     else

@@ -16,7 +16,8 @@
 #   RUNTIME  software of the machine                        (by TYPE)
 #   SLICES   how many slices work together                  (1)
 #   SPOT     1 for spot machines                            (1)
-#   PACKAGE  what pip installs                              (mora-jax[tpu])
+#   FILES    gs://… with configuration and data, which each host copies to where it runs   (none)
+#   PACKAGE  what pip installs                              (mora-jax[tpu,gcs])
 #
 # TRAIN is cut into words at blanks, and at nothing else.
 # shellcheck disable=SC2153 # settings come from the environment
@@ -38,7 +39,8 @@ runtime() {
 
 create() {
     need NAME ZONE BUCKET TRAIN
-    local nodes=(--node-id="$NAME") spot=() software
+    local nodes=(--node-id="$NAME") spot=() software metadata
+    metadata="mora-run=$NAME@mora-bucket=${BUCKET#gs://}@mora-files=$FILES@mora-train=$TRAIN@mora-package=$PACKAGE"
     software="${RUNTIME:-$(runtime)}"
     if [ "$SLICES" -gt 1 ]; then
         nodes=(--node-count="$SLICES" --node-prefix="$NAME")
@@ -50,7 +52,7 @@ create() {
     gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" \
         --accelerator-type="$TYPE" --runtime-version="$software" "${nodes[@]}" "${spot[@]}" \
         --scopes=https://www.googleapis.com/auth/cloud-platform \
-        --metadata="^@^mora-run=$NAME@mora-bucket=${BUCKET#gs://}@mora-train=$TRAIN@mora-package=$PACKAGE" \
+        --metadata="^@^$metadata" \
         --metadata-from-file=startup-script="$(dirname "$0")/tpu_startup.sh"
 }
 
@@ -98,8 +100,8 @@ status() {
     run 'hostname; sudo journalctl --unit=google-startup-scripts --lines=20 --no-pager'
 }
 
-TYPE="${TYPE:-v6e-8}" SLICES="${SLICES:-1}" SPOT="${SPOT:-1}" PACKAGE="${PACKAGE:-mora-jax[tpu]}"
-BUCKET="${BUCKET:-}" BUCKET="${BUCKET%/}"
+TYPE="${TYPE:-v6e-8}" SLICES="${SLICES:-1}" SPOT="${SPOT:-1}" PACKAGE="${PACKAGE:-mora-jax[tpu,gcs]}"
+BUCKET="${BUCKET:-}" BUCKET="${BUCKET%/}" FILES="${FILES:-}"
 action="${1:-}"
 case "$action" in
     create | watch | status | run | delete)

@@ -213,3 +213,33 @@ def test_nobody_waits_forever(address, index, words):
     done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=120)
     assert done.returncode == 75
     assert done.stderr.startswith(words.format(port=port))
+
+
+SCATTERED = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from mora_jax.training.cluster import read_flags
+from mora_jax.training.placing import put_rows, rows_here
+from mora_jax.training.processes import gather, start
+watch = start(read_flags(sys.argv[1], int(sys.argv[2]), 2))
+# Neighbours on a TPU's grid may belong to different hosts.
+devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(4, 1)
+rows = NamedSharding(Mesh(devices, ("data", "tensor")), PartitionSpec(None, "data"))
+here = rows_here(rows, 8)
+assert here == ((0, 1, 4, 5) if watch.index == 0 else (2, 3, 6, 7)), here
+batch = np.arange(3 * 8 * 5).reshape(3, 8, 5).astype(np.int32)
+placed = put_rows({"x": batch[:, here]}, rows, here, 8)["x"]
+for shard in placed.addressable_shards:
+    np.testing.assert_array_equal(shard.data, batch[shard.index])
+whole = jax.jit(lambda x: x, out_shardings=NamedSharding(rows.mesh, PartitionSpec()))(placed)
+np.testing.assert_array_equal(whole, batch)
+watch.close()
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_a_process_need_not_be_neighbours():
+    command = [sys.executable, "-c", SCATTERED, f"127.0.0.1:{free_port()}"]
+    both = [subprocess.Popen([*command, str(index)], cwd=ROOT, env=environment(2)) for index in range(2)]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
