@@ -65,7 +65,7 @@ def started(
             process.stderr.close()
 
 
-def ended(processes: Sequence[subprocess.Popen], seconds: float = 240) -> list[Ended]:
+def ended(processes: Sequence[subprocess.Popen], seconds: float = 900) -> list[Ended]:
     """Waits for all."""
     texts = [process.communicate(timeout=seconds)[1] for process in processes]
     return [Ended(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
@@ -77,7 +77,7 @@ def run(arguments: Sequence[str], processes: int, devices: int = 2) -> list[Ende
         return ended(found)
 
 
-def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 900) -> None:
     """Waits until a file holds a text while a process runs."""
     deadline = time.monotonic() + seconds
     while not (path.is_file() and text in path.read_text()):
