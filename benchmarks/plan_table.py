@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from mora_jax.planning.plan import Plan, by_formula, with_figures
 from mora_jax.planning.published import PUBLISHED
 from mora_jax.planning.topology import read_topology
 from mora_jax.training.config import Config, lay_over
+from mora_jax.training.config_file import load_config
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("smollm2-1.7b", "llama3-8b", "qwen3-14b", "gemma3-27b", "llama3-70b")
 METHODS = ("lora", "mora", "full")
 SLICES = (
@@ -32,9 +35,10 @@ SLICES = (
     *("v5p-8", "v5p-16", "v5p-32", "v5p-64", "v5p-128"),
     *("v6e-1", "v6e-4", "v6e-8", "v6e-16", "v6e-32", "v6e-64", "v6e-128"),
 )
-#: The most telling first.
+#: The most telling first. Of a file in configs/ the model and the slice are those that its head names.
 COMPILED = (
     "llama3-8b lora v5e-8",
+    "configs/tpu_v5e_8_llama3_8b_mora.py",
     "smollm2-1.7b lora v5e-1",
     "llama3-8b lora v5e-1",
     "llama3-70b lora v5p-32",
@@ -74,12 +78,27 @@ def configuration(method: str, chips: int) -> Config:
     return lay_over(Config(), [(name, value, "table") for name, value in settings.items()])
 
 
+def model_and_slice(name: str) -> tuple[str, str]:
+    """Those of a cell `MODEL METHOD SLICE`, or of a configuration."""
+    if not name.startswith("configs/"):
+        model, _, slice_ = name.split()
+        return model, slice_
+    found = re.search(r"--model\s+(\S+)\s+--accelerator\s+([\w-]+)", (ROOT / name).read_text())
+    if found is None:
+        raise SystemExit(f"{name} names no plan in its head")
+    return found[1], found[2]
+
+
 @functools.cache
 def cell(name: str) -> Plan:
-    """The plan of `MODEL METHOD SLICE` by formula."""
-    model, method, slice_ = name.split()
+    """The plan of a cell or a configuration by formula."""
+    model, slice_ = model_and_slice(name)
     topology = read_topology(slice_)
-    return by_formula(configuration(method, topology.chips), PUBLISHED[model], topology)
+    if name.startswith("configs/"):
+        config, _ = load_config(str(ROOT / name), (), {"data.train": ("x",), "out": "x", "model.path": model})
+    else:
+        config = configuration(name.split()[1], topology.chips)
+    return by_formula(config, PUBLISHED[model], topology)
 
 
 def compile_cells(cells: Path, count: int) -> None:
@@ -89,7 +108,7 @@ def compile_cells(cells: Path, count: int) -> None:
         plan = cell(name)
         print(f"compiling {name}", file=sys.stderr)
         try:
-            known[name] = ask(plan.config, PUBLISHED[name.split()[0]], plan.topology, plan.mesh)
+            known[name] = ask(plan.config, PUBLISHED[model_and_slice(name)[0]], plan.topology, plan.mesh)
         except CompilerError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
@@ -208,7 +227,8 @@ Each chip, each step, one row a chip. Times are estimates, nothing was run: see 
 
 ## The formula against the compiler
 
-GB on each chip; `sent` is what a chip sends in the collectives of a step.
+GB on each chip; `sent` is what a chip sends in the collectives of a step. Files in `configs/` have settings of their
+own: that one has `remat=none`, a mesh of (2, 2, 2) and 16 micro-batches.
 
 {check_table(known)}
 """

@@ -8,9 +8,9 @@ Per chip:
   layer's backward pass: what is alive in the layer, and under `fsdp` the weights of two layers gathered (this one and
   the next). In the loss: what is alive there. The output head is gathered before and stays.
 
-Along `tensor` everything but the residual stream is cut, along `context` everything. What is offloaded to the host
-counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations, is not in it:
-`benchmarks/results/plan.md` has a table of how far off that leaves it.
+Along `tensor` everything but arrays as wide as the residual stream is cut, along `context` everything. What is
+offloaded to the host counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations,
+is not in it: `benchmarks/results/plan.md` has a table of how far off that leaves it.
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
     layers = _gathered(placement, (adapters, frozen), width)
     head = decoder.vocab_size * decoder.hidden_size * width / tensor
     gradients = held(trained) * (2 if micro > 1 else 1)
-    stream = decoder.num_layers * local * length * decoder.hidden_size * width
-    saved = (min(stream, traced.saved) + max(0.0, traced.saved - stream) / tensor) / context
+    saved = (traced.stream + (traced.saved - traced.stream) / tensor) / context
     cut = axes["fsdp"] * context > 1
     backward = traced.layer / tensor / context + (2 * layers / decoder.num_layers if cut else 0)
     memory = Memory(
@@ -189,7 +188,7 @@ def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> 
         first, second = getattr(one, name), getattr(two, name)
         return first + (rows - 1) * (second - first)
 
-    return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "layer", "head")))
+    return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "stream", "layer", "head")))
 
 
 def _for_trace(config: Config) -> Config:
@@ -221,7 +220,8 @@ def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced
         assert isinstance(made.runner, JitRunner), "pmap is refused before"
         program = made.runner.trace(*arguments).jaxpr
     tokens = rows * config.data.max_length
-    return read_traced(program, decoder.num_layers, -(-tokens // chunk_size(decoder.vocab_size, tokens)))
+    chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
+    return read_traced(program, decoder.num_layers, chunks, decoder.hidden_size)
 
 
 def _collectives(

@@ -17,7 +17,7 @@ from mora_jax.training.mesh import AXES
 _REMAT, _LAST_REMAT = ("none", "dots", "full"), ("full", "offload")
 _ROWS = (1, 2, 4, 8, 16)  # of a micro-batch, on the devices that share one row's place
 #: Room that a plan by formula leaves before it is recommended: as much as the formula is off at most (docs/plan.md).
-MARGIN = 0.85
+MARGIN = 0.8
 
 
 def candidates(config: Config, topology: Topology, *, last: bool = False) -> Iterator[Config]:

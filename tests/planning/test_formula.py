@@ -98,8 +98,8 @@ def test_what_a_program_keeps():
         return jax.numpy.tanh(y) @ w, (y, x)
 
     program = jax.make_jaxpr(lambda x, w: jax.lax.scan(layer, x, w))(jax.ShapeDtypeStruct((4, 8), np.float32), weights)
-    found = read_traced(program, layers=5, chunks=1)
+    found = read_traced(program, layers=5, chunks=1, width=8)
     assert found.flops == 5 * 2 * 2 * 4 * 8 * 8
     assert found.bytes == 5 * 2 * 4 * (4 * 8 + 8 * 8 + 4 * 8)
-    assert found.saved == 5 * 2 * 4 * 8 * 4
+    assert found.saved == found.stream == 5 * 2 * 4 * 8 * 4
     assert found.layer == 2 * 4 * 8 * 4  # both products: the first is kept
