@@ -6,6 +6,7 @@ Of the base model only what restarts have changed is written (see restarts.py); 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,12 +66,17 @@ class Checkpoints:
         self._keep = Keeping(keep, keep_best)
         self._identity, self._note = dict(identity), note
         self._writing: Any = None
+        # Orbax's threads report their errors themselves, with tracebacks; here they are told in one line.
+        self._logger = logging.getLogger("absl")
+        self._level = self._logger.level
         self._inner = self._open()
         if keep_best:
             for step in self.steps():
                 self._keep.scored(step, self._metadata(step).get("eval_loss"))
 
     def _open(self) -> Any:
+        self._logger.setLevel(logging.CRITICAL)
+
         def opened() -> Any:
             with quiet():
                 return ocp.training.Checkpointer(
@@ -269,6 +275,7 @@ class Checkpoints:
         finally:
             with quiet():
                 self._inner.close()
+            self._logger.setLevel(self._level)
 
 
 class _Damaged(Exception):
