@@ -68,25 +68,27 @@ def test_a_killed_run_resumes_bit_for_bit(inputs, unbroken, tmp_path):
     assert (out / name).read_bytes() == (unbroken / name).read_bytes()
 
 
-def test_the_stage_zeroes_values_and_leaves_every_other_update_alone():
+def test_the_stage_zeroes_values_and_leaves_other_updates_alone():
     draw = np.random.default_rng(0)
     shapes = {"x.lora_a": (6, 4), "x.lora_e": (4,), "x.lora_b": (4, 5), "x.bias": (5,)}
     params = {name: jnp.asarray(draw.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
     method = AdaLoRAConfig(rank=4, target_rank=1, total_steps=4)
     budget = RankBudget.of(method, params, {"x.scaling": np.float32(1.0)})
     plain, staged = optax.adamw(0.1), budget.around(optax.adamw(0.1))
+    plain_update, update = jax.jit(plain.update), jax.jit(staged.update)
     plain_state, state = plain.init(params), staged.init(params)
     for step in range(1, 5):
         slopes = {name: jnp.asarray(draw.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
-        expected, plain_state = plain.update(slopes, plain_state, params)
-        updates, state = staged.update(slopes, state, params)
+        expected, plain_state = plain_update(slopes, plain_state, params)
+        updates, state = update(slopes, state, params)
         moved = optax.apply_updates(params, updates)
         kept = np.asarray(state.importance.kept["x.lora_e"]) == 1
         assert kept.sum() == round(budget.mean_rank(step))
         assert not np.asarray(moved["x.lora_e"])[~kept].any()
-        np.testing.assert_array_equal(np.asarray(updates["x.lora_e"])[kept], np.asarray(expected["x.lora_e"])[kept])
+        values, right = np.asarray(updates["x.lora_e"]), np.asarray(expected["x.lora_e"])
+        np.testing.assert_allclose(values[kept], right[kept], rtol=1e-5)
         for name in ("x.lora_a", "x.lora_b", "x.bias"):
-            np.testing.assert_array_equal(updates[name], expected[name])
+            np.testing.assert_allclose(updates[name], expected[name], rtol=1e-5)
         params = moved
     slope = jax.grad(budget.penalty)(params)
     np.testing.assert_allclose(slope["x.lora_a"], 0.5 * jax.grad(orthogonality)(params)["x.lora_a"], rtol=1e-6)
