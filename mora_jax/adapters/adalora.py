@@ -26,6 +26,7 @@ from flax import nnx
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import AdaLoRAConfig
 from mora_jax.adapters.dense import trained_dot
+from mora_jax.adapters.host import host
 from mora_jax.adapters.variables import AdapterParam
 
 Array = jax.Array
@@ -95,8 +96,8 @@ def existing(adapters: Arrays, states: Arrays) -> Masks:
         if isinstance(adapters[prefix + "lora_a"], jax.ShapeDtypeStruct):
             found[prefix + "lora_e"] = np.ones(adapters[prefix + "lora_e"].shape, bool)
             continue
-        adapted = np.asarray(states[prefix + "scaling"]) != 0
-        found[prefix + "lora_e"] = adapted[..., None] & np.asarray(adapters[prefix + "lora_a"]).any(-2)
+        adapted = host(states[prefix + "scaling"]) != 0
+        found[prefix + "lora_e"] = adapted[..., None] & host(adapters[prefix + "lora_a"]).any(-2)
     return found
 
 

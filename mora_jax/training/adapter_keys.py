@@ -15,7 +15,7 @@ START = frozenset({"path", "strict"})
 _COMMON = START | {"targets", "layers_to_transform", "modules_to_save"}
 _LORA = _COMMON | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init"}
 _RESTARTS = frozenset({"restart_every", "restart_warmup", "prune"})
-_BUDGET = frozenset({"target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_weight"})
+BUDGET = frozenset({"target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_weight"})
 METHOD_KEYS: Mapping[str, frozenset[str]] = {
     "lora": _LORA,
     "rslora": _LORA,
@@ -28,13 +28,13 @@ METHOD_KEYS: Mapping[str, frozenset[str]] = {
     "relora": _LORA - START - {"init"} | _RESTARTS,
     "remora": _COMMON - START | {"rank", "kinds", "dropout", "rank_pattern", "use_dora"} | _RESTARTS,
     "vera": _COMMON | {"rank", "dropout", "d_initial", "projection_prng_key", "bias"},
-    "adalora": _COMMON | {"rank", "alpha", "dropout", "bias"} | _BUDGET,
+    "adalora": _COMMON | {"rank", "alpha", "dropout", "bias"} | BUDGET,
     "ia3": _COMMON | {"feedforward"},
     "bitfit": _COMMON,
     "full": frozenset(),
 }
 # Keys that say how a method is trained; an adapter to start from does not say them.
-HOW = _BUDGET | {"lr_ratio"}
+HOW = BUDGET | {"lr_ratio"}
 RESTARTED = ("relora", "remora")
 # Methods that change the base itself, so that their result is a whole model.
 RESULT_IS_MODEL = (*RESTARTED, "full")

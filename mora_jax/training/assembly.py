@@ -85,7 +85,7 @@ def assemble(
     restarts = Restarts.of(method, steps)
     optimizer = make_optimizer(config.optimizer, steps, getattr(method, "rates", None), restarts=restarts)
     arrays = flat_arrays(adapters), flat_arrays(frozen)
-    budget = RankBudget.of(method, *arrays)
+    budget = RankBudget.of(model, *arrays)
     if budget is not None:
         optimizer = budget.around(optimizer)
     pmap, mesh = config.mesh.pmap, make_mesh(*mesh_shape, devices=devices)

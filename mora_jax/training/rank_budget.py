@@ -6,15 +6,18 @@ arrays that it is about, and is carried through the one compiled step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from mora_jax.adapters.adalora import Importance, Masks, allocate, budget, existing, orthogonality, start_importance
 from mora_jax.adapters.config import AdaLoRAConfig
+from mora_jax.adapters.targets import places
+from mora_jax.training.adapter_keys import BUDGET, AdapterConfig
 from mora_jax.training.state import Arrays
 
 Array = jax.Array
@@ -34,6 +37,24 @@ class BudgetState(NamedTuple):
     inner: Any
 
 
+def reschedule(model: nnx.Module, section: AdapterConfig, steps: int) -> None:
+    """Gives an AdaLoRA that a run starts from the run's own schedule; its mean rank at the end if none is asked for.
+
+    Raises:
+        ValueError: a schedule that can't be.
+    """
+    changes: dict[str, Any] = {name: getattr(section, name) for name in BUDGET - {"target_rank"}}
+    if section.target_rank is not None:
+        changes["target_rank"] = section.target_rank
+    for adapter in _adapters(model):
+        adapter.config = replace(adapter.config, total_steps=steps, **changes)
+
+
+def _adapters(model: nnx.Module) -> list[Any]:
+    found = [place.adapter for place in places(model)]
+    return [adapter for adapter in found if adapter is not None and isinstance(adapter.config, AdaLoRAConfig)]
+
+
 @dataclass(frozen=True)
 class RankBudget:
     """The budget of one run.
@@ -47,9 +68,10 @@ class RankBudget:
     exists: Masks
 
     @classmethod
-    def of(cls, method: Any, adapters: Arrays, frozen: Arrays) -> RankBudget | None:
-        """That of a method with one; None for the others."""
-        return cls(method, existing(adapters, frozen)) if isinstance(method, AdaLoRAConfig) else None
+    def of(cls, model: nnx.Module, adapters: Arrays, frozen: Arrays) -> RankBudget | None:
+        """That of the AdaLoRA on a model with these arrays; None for other methods."""
+        config = next((adapter.config for adapter in _adapters(model)), None)
+        return None if config is None else cls(config, existing(adapters, frozen))
 
     def penalty(self, adapters: Arrays) -> Array:
         """What the loss gets for factors that are not orthogonal."""

@@ -25,6 +25,7 @@ from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, check_w
 from mora_jax.training.data_settings import data_source, loss_weights
 from mora_jax.training.display import RunInfo
 from mora_jax.training.mesh import mesh_shape
+from mora_jax.training.rank_budget import reschedule
 from mora_jax.training.spreading import base_shardings, is_spread, place_model
 
 #: What a normaliser divides by, in words.
@@ -201,6 +202,7 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
         if section.path is None or "path" not in METHOD_KEYS[section.method]:
             return attach(model, adapter_config(section, steps), rngs=nnx.Rngs(config.seed))
         load_adapter(model, section.path, strict=section.strict)
+        reschedule(model, section, steps)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"adapter: {error}") from None
     entries = list(adapters_of(model))

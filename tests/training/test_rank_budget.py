@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
-from mora_jax.adapters.adalora import orthogonality
+from mora_jax.adapters.adalora import existing, orthogonality
 from mora_jax.adapters.config import AdaLoRAConfig
 from mora_jax.errors import InputError
 from mora_jax.training import loop
@@ -73,7 +74,7 @@ def test_the_stage_zeroes_values_and_leaves_other_updates_alone():
     shapes = {"x.lora_a": (6, 4), "x.lora_e": (4,), "x.lora_b": (4, 5), "x.bias": (5,)}
     params = {name: jnp.asarray(draw.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
     method = AdaLoRAConfig(rank=4, target_rank=1, total_steps=4)
-    budget = RankBudget.of(method, params, {"x.scaling": np.float32(1.0)})
+    budget = RankBudget(method, existing(params, {"x.scaling": np.float32(1.0)}))
     plain, staged = optax.adamw(0.1), budget.around(optax.adamw(0.1))
     plain_update, update = jax.jit(plain.update), jax.jit(staged.update)
     plain_state, state = plain.init(params), staged.init(params)
@@ -92,7 +93,7 @@ def test_the_stage_zeroes_values_and_leaves_other_updates_alone():
         params = moved
     slope = jax.grad(budget.penalty)(params)
     np.testing.assert_allclose(slope["x.lora_a"], 0.5 * jax.grad(orthogonality)(params)["x.lora_a"], rtol=1e-6)
-    assert RankBudget.of(object(), params, {}) is None
+    assert RankBudget.of(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), params, {}) is None
 
 
 def test_settings():
@@ -100,6 +101,17 @@ def test_settings():
     assert adapter_config(AdapterConfig(method="adalora", rank=6), 40).target_rank == 4
     with pytest.raises(InputError, match=r"adapter: tinit \+ tfinal is 30, which must be less than total_steps 20"):
         adapter_config(AdapterConfig(method="adalora", tinit=10, tfinal=20), 20)
+
+
+def test_a_run_goes_on_from_a_pruned_adapter_with_its_own_schedule(inputs, unbroken, tmp_path):
+    more = {"adapter__path": str(unbroken / "adapter"), "adapter__tinit": 0, "train__steps": 4, "train__save_every": 0}
+    assert loop.train(config(inputs, tmp_path / "run", **(RUN | more)), quiet()) == 0
+    before, after = (
+        json.loads((run / "adapter" / "adapter_config.json").read_text()) for run in (unbroken, tmp_path / "run")
+    )
+    assert (after["total_step"], after["tinit"], after["target_r"], after["init_r"]) == (4, 0, 1, 3)
+    for name, mask in after["rank_pattern"].items():
+        assert not any(now and not then for now, then in zip(mask, before["rank_pattern"][name], strict=True))
 
 
 @pytest.mark.slow
