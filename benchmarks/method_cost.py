@@ -199,7 +199,7 @@ def main() -> None:
     ]
     timing = None if args.untimed else Timing(Contestant(base, METHODS["LoRA"]), batch, args.rounds)
     for name in args.only:
-        one = Contestant(base, METHODS[name])
+        one = timing.peer if timing is not None and name == "LoRA" else Contestant(base, METHODS[name])
         timed = ("",) * 4 if timing is None else timing.cells(one)
         rows[name] = f"| {' | '.join((name, *one.fixed, *timed))} |"
         print(rows[name], flush=True)

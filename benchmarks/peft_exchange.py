@@ -210,7 +210,8 @@ def report(crossings: list[Crossing], args: argparse.Namespace) -> str:
         f"rank {RANK}, all linear layers, AdamW at {RATE:g},",
         f"{tokens} tokens a step; a new optimizer on both sides after the crossing).",
         "",
-        f"| crossing | loss in {args.steps} steps before it | largest difference of logits | largest logit | "
+        f"| crossing | losses of the first and the last of {args.steps} steps before it, on other rows | "
+        "largest difference of logits | largest logit | "
         f"largest relative difference of the {args.more} losses after it |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
