@@ -6,6 +6,7 @@ Of the base model only what restarts have changed is written (see restarts.py); 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ class Checkpoints:
         self._keep = Keeping(keep, keep_best)
         self._identity, self._note = dict(identity), note
         self._writing: Any = None
+        self._reported = False  # whether a write has failed for good, which the caller knows
         # Orbax's threads report their errors themselves, with tracebacks; here they are told in one line.
         self._logger = logging.getLogger("absl")
         self._level = self._logger.level
@@ -109,7 +111,7 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Step and evaluation loss of the best checkpoint, or None where none is kept for its loss."""
-        self._finish_writing()
+        self._settle()
         written = set(self.steps())
         scores = [(loss, step) for step, loss in self._keep.scores.items() if step in written]
         return None if not scores else min(scores)[::-1]
@@ -146,6 +148,8 @@ class Checkpoints:
                 response = write()
                 if response is not None:
                     response.result()
+            if step not in self.steps():
+                raise OSError(errno.EIO, "it was not there after it was written")
 
         try:
             self._finish_writing()
@@ -160,13 +164,29 @@ class Checkpoints:
         hint = f"{whole}mend that and continue with --resume {self._directory.parent}"
         # One of several processes can't try again alone.
         attempts = 4 if jax.process_count() == 1 else 1
+        self._reported = True
         persistently(write_now, what, hint, self._note, attempts=attempts)
+        self._reported = False
 
     def _drop_unfinished(self) -> None:
         """Gives back the room of a write that failed, so that the next may find it."""
         if jax.process_count() == 1:
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                path.rmtree(missing_ok=True)
+                with contextlib.suppress(OSError):  # a thread of that write may still be at it
+                    path.rmtree(missing_ok=True)
+
+    def _settle(self) -> None:
+        """Waits for what is being written, where there is nothing to write in its place.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        try:
+            self._finish_writing()
+        except storage_errors() as error:
+            raise InputError(
+                f"the last checkpoint can't be written to {self._directory}: {reason(error)}; those before are whole"
+            ) from None
 
     def _finish_writing(self) -> None:
         response, self._writing = self._writing, None
@@ -267,15 +287,11 @@ class Checkpoints:
             InputError: it could not be written.
         """
         try:
-            self._finish_writing()
-        except storage_errors() as error:
-            raise InputError(
-                f"the last checkpoint can't be written to {self._directory}: {reason(error)}; those before are whole"
-            ) from None
+            self._settle()
         finally:
-            with quiet():
-                self._inner.close()
             self._logger.setLevel(self._level)
+            with quiet(), contextlib.suppress(*storage_errors() if self._reported else ()):
+                self._inner.close()
 
 
 class _Damaged(Exception):
