@@ -56,16 +56,25 @@ def compiled_step(
     return lowered.compile()
 
 
+def collectives_of(compiled: Any) -> str:
+    """The collectives in a program, in words; nothing where this jax can't read what libtpu wrote."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return "not readable"
+    counts = collections.Counter(COLLECTIVE.findall(text))
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
 def row(topology: str, chips: int, rows: int, mesh: tuple[int, ...], length: int) -> str:
     """One line of the table."""
     start = time.perf_counter()
     compiled = compiled_step("llama3-8b", topology, rows, mesh, length, {"model.remat": "full", "adapter.rank": 16})
     memory = compiled.memory_analysis()
-    counts = collections.Counter(COLLECTIVE.findall(compiled.as_text()))
-    print(f"{topology} {mesh}: {time.perf_counter() - start:.0f} s to compile")
+    seconds, temp = time.perf_counter() - start, memory.temp_size_in_bytes / 2**30
+    print(f"{topology} {mesh}: {seconds:.0f} s to compile, {temp:.2f} GiB temp", flush=True)
     held = memory.argument_size_in_bytes / 2**30
-    temp = memory.temp_size_in_bytes / 2**30
-    found = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    found = collectives_of(compiled)
     where = " × ".join(str(size) for size in mesh)
     return f"| {topology} ({chips} chips) | {where} | {rows} | {held:.2f} | {temp:.2f} | {held + temp:.2f} | {found} |"
 
