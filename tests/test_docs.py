@@ -56,6 +56,13 @@ def test_every_method_is_documented():
     assert [name for name in (*METHOD_KEYS, *KINDS) if f"`{name}`" not in text] == []
 
 
+def test_costs_are_those_that_were_measured():
+    measured = (DOCS.parent / "benchmarks" / "results" / "method_cost.md").read_text(encoding="utf-8")
+    rows = [line for line in measured.splitlines() if line.startswith("| ")]
+    assert len(rows) > 15
+    assert [row for row in rows if row not in read("methods.md")] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_configuration_keys_exist(page):
     names = "|".join(sections())
