@@ -2,7 +2,8 @@
 
 One infinite or undefined number in a gradient would make every trained weight and every moment of the optimizer
 undefined for good. The step therefore chooses between the new values and the old ones by one number that all devices
-share; the choice is elementwise, so it joins the update's own loop and takes no memory of its own.
+share. The choice is elementwise and needs the old values and the new ones at once: XLA on CPU takes up to one more copy
+of what is trained for it.
 
 A step that is left out still counts as a step: its batch is used up, and the learning rate goes on as if it had been
 taken. Weights, moments and the optimizer's own count of updates (Adam's correction of its bias) stay as they were.
