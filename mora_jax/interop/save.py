@@ -100,15 +100,21 @@ def _shards(model: Decoder, itemsize: int, max_shard_bytes: int) -> list[dict[st
     """The shapes of the tensors of each file, none larger than allowed unless a single tensor is."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
-    for entry in tensor_plan(model):
-        for piece in entry.pieces:
-            nbytes = _size(piece.shape, itemsize)
-            if shards[-1] and size + nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][piece.name] = piece.shape
-            size += nbytes
+    for name, shape in _shapes(model):
+        nbytes = _size(shape, itemsize)
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += nbytes
     return shards
+
+
+def _shapes(model: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what `tensors_of` gives, in its order."""
+    for entry in tensor_plan(model):
+        yield from ((piece.name, piece.shape) for piece in entry.pieces)
+    yield from ((name, zeros.shape) for name, zeros in zero_biases(model))
 
 
 def _size(shape: tuple[int, ...], itemsize: int) -> int:

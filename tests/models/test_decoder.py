@@ -103,7 +103,7 @@ def test_lists_are_accepted(model):
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="remat must be one of none, dots, full, got 'some'"):
+    with pytest.raises(ValueError, match="remat must be one of none, dots, full, offload, got 'some'"):
         init_decoder(LLAMA, nnx.Rngs(0), remat="some")
     with pytest.raises(ValueError, match="unroll must be a positive number of layers, got 0"):
         init_decoder(LLAMA, nnx.Rngs(0), unroll=0)
