@@ -42,9 +42,13 @@ SETTINGS = {
     "divergence": {"loss__kl_weight": 0.5, "loss__kl_tokens": "prompt", "loss__mode": "wit"},
     "constant": {"loss__normalize": "constant", "loss__constant": 10.0, "loss__roles": ("user",)},
 }
+REST = ("bucketing", "micro", "constant")
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    ["packing", "noise", "divergence", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)],
+)
 def test_a_killed_run_resumes_bit_for_bit(name, inputs, tmp_path):
     settings = {"train__save_every": 1, "train__keep": 1, **SETTINGS[name]}
     whole, broken = tmp_path / "whole", tmp_path / "broken"

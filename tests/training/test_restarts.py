@@ -301,7 +301,7 @@ def test_a_run_with_restarts_leaves_a_model(inputs, unbroken):
     assert np.isfinite(np.asarray(model(jnp.ones((1, 4), jnp.int32)))).all()
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit_around_restarts(inputs, unbroken, tmp_path, step):
     """The checkpoint is that of step 3, right after its restart; step 6 is shown right before the second one."""
     method, whole = unbroken
@@ -339,7 +339,10 @@ def test_a_checkpoint_right_before_a_restart(inputs, unbroken, tmp_path):
     assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize(("method", "devices"), [("relora", {"mesh__pmap": True}), ("remora", {"mesh__fsdp": 2})])
+@pytest.mark.parametrize(
+    ("method", "devices"),
+    [("relora", {"mesh__pmap": True}), pytest.param("remora", {"mesh__fsdp": 2}, marks=pytest.mark.slow)],
+)
 def test_the_loss_goes_on_at_a_restart_on_one_device_or_two(inputs, tmp_path, method, devices):
     losses = []
     for name, more in {
