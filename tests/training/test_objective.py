@@ -223,7 +223,9 @@ def divergence(model, base, batch, noise=None) -> float:
     return total / weight
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("mora", marks=pytest.mark.slow), "partial", "head", "tied table"])
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("mora", marks=pytest.mark.slow), "partial", "head", "tied table"]
+)
 def test_divergence_from_the_model_before_it_got_adapters(method):
     family = {"architectures": ["Gemma2ForCausalLM"], "head_dim": 8, "final_logit_softcapping": 3.0}
     fields = family if method == "partial" else {}
