@@ -1,6 +1,6 @@
 """Kills a run again and again at random moments, resumes it each time, and compares it with an unbroken run.
 
-    python scripts/kill_and_resume.py --kills 50 --out /tmp/kills -- \\
+    python scripts/kill_and_resume.py --kills 50 --out kills -- \\
         --config.model.path=MODEL --config.data.train=DATA --config.train.steps=6000 --config.train.save_every=7
 
 What follows `--` goes to `mora-jax train`; the script sets `config.out`. The run is killed by SIGKILL, which no

@@ -13,6 +13,7 @@ from flax import nnx
 
 from mora_jax.errors import InputError
 from mora_jax.interop.hub import local_folder
+from mora_jax.interop.install import first
 from mora_jax.interop.layout import Entry, Piece, tensor_plan
 from mora_jax.interop.regions import Shardings, read_sharded
 from mora_jax.interop.tensors import TensorFiles, open_checkpoint
@@ -120,10 +121,10 @@ def _check(pieces: list[Piece], files: TensorFiles, stored_as: dict[str, str]) -
     names = [stored_as.get(piece.name, piece.name) for piece in pieces]
     missing = [name for name in names if name not in files]
     if missing:
-        raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {_first(missing)}")
+        raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {first(missing)}")
     extra = sorted(name for name in set(files.shapes) - set(names) if not _harmless(name))
     if extra:
-        raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {_first(extra)}")
+        raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {first(extra)}")
     for piece, name in zip(pieces, names, strict=True):
         if files.shapes[name] != piece.shape:
             raise InputError(
@@ -135,7 +136,3 @@ def _check(pieces: list[Piece], files: TensorFiles, stored_as: dict[str, str]) -
 def _harmless(name: str) -> bool:
     """Rotary tables are recomputed; a head that is not wanted here equals the embedding (checked before)."""
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
