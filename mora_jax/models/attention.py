@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mora_jax.models.kept import kept
 from mora_jax.models.ring import Ring, ring_attention
 from mora_jax.models.target import backend
 from mora_jax.models.tiles import MASKED, Tiling, product, scores_of, tiled_attention
@@ -153,7 +154,7 @@ def _forward(options, query, key, value, places):
         outs.append((mixed / jnp.maximum(total, 1e-30)).astype(query.dtype))
         # log-sum-exp of a row; huge where nothing is visible, which makes its probabilities 0 in the backward.
         sums.append(jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -MASKED)[..., 0])
-    out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3)
+    out, sums = kept((outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3), sums))
     return out, (query, key, value, out, sums, places)
 
 

@@ -11,6 +11,7 @@ from mora_jax.adapters.projection import Part, Projection
 from mora_jax.models.attention import attention
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.gating import gated
+from mora_jax.models.kept import kept
 from mora_jax.models.norms import RMSNorm
 from mora_jax.models.ring import Ring
 from mora_jax.models.rope import rotate
@@ -135,7 +136,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, layout: Layout, slot: CacheSlot | None, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
-        fused = self.qkv_proj(x, dropout_key=_fold(dropout_key, 0))  # [B, T, G, N + 2, H]
+        fused = kept(self.qkv_proj(x, dropout_key=_fold(dropout_key, 0)))  # [B, T, G, N + 2, H]
         query, key, value = split_heads(fused)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -158,7 +159,7 @@ class Attention(nnx.Module):
             ring=layout.ring,
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1)
-        return self.o_proj(mixed, dropout_key=_fold(dropout_key, 1)), slot
+        return kept(self.o_proj(mixed, dropout_key=_fold(dropout_key, 1))), slot
 
 
 class MLP(nnx.Module):
@@ -196,8 +197,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """`x [B, T, D]` to `[B, T, D]`."""
-        fused = self.gate_up_proj(x, dropout_key=_fold(dropout_key, 2))  # [B, T, 2, M]
-        return self.down_proj(gated(self.activation, fused), dropout_key=_fold(dropout_key, 3))
+        fused = kept(self.gate_up_proj(x, dropout_key=_fold(dropout_key, 2)))  # [B, T, 2, M]
+        return kept(self.down_proj(gated(self.activation, fused), dropout_key=_fold(dropout_key, 3)))
 
 
 class Block(nnx.Module):

@@ -52,8 +52,8 @@ class Decoder(nnx.Module):
         config: its description.
         dtype: dtype of the computation, the residual stream and the frozen weights (norms are float32).
         unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
-        remat: what the backward pass computes again: "none", "dots" (all but matrix products), "full", or
-            "offload" (full, and what is kept lies in the host's memory).
+        remat: what the backward pass computes again: "none", "dots" (all but the results of projections and
+            of attention), "full", or "offload" (full, and what is kept lies in the host's memory).
         layers: one `Block` whose leaves have a leading `[L]`.
         spread: how arrays lie on a mesh of devices; None for one device, or where the compiler decides.
         name_or_path: what the model was loaded from (a folder or a hub id); None for a fresh one.

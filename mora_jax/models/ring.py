@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from mora_jax.models.kept import kept
 from mora_jax.models.tiles import Answer, Piece, Running, Slopes, Tiling, attend, pull
 
 Array = jax.Array
@@ -110,7 +111,7 @@ def _ring(options: _Options, query: Array, key: Array, value: Array, segments: A
 
 def _forward(options, query, key, value, segments, moving):
     around = options.ring.mapped(partial(_around, options), "qkksw", "qr")
-    out, log_sum = around(query, key, value, segments, moving)
+    out, log_sum = kept(around(query, key, value, segments, moving))
     return out, (query, key, value, out, log_sum, segments, moving)
 
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from mora_jax.models.kept import POLICY
+
 Array = jax.Array
 Body = Callable[[Array, Any, Any], Array]
 
@@ -104,8 +106,8 @@ def run_stack(
     Args:
         body: one layer, a pure function of its arguments.
         unroll: layers an iteration of the loop; all of them for no loop.
-        remat: "none" keeps what the layers' backward needs, "full" only each layer's input, "dots" also the products;
-            "offload" only each layer's input, and that in the host's memory.
+        remat: "none" keeps what the layers' backward needs, "full" only each layer's input, "dots" also what
+            the layer marks (kept.py); "offload" only each layer's input, and that in the host's memory.
         x: the input of the first layer; every layer keeps its shape and dtype.
         layers: any pytree of arrays `[L, …]`; arrays that nothing differentiates get no gradient.
         shared: any pytree of arrays that every layer reads; they get no gradient.
@@ -141,11 +143,10 @@ def _forward(
     active = tuple(primal.perturbed for primal in primals)
     leaves = [primal.value for primal in primals]
     x, shared = x.value, jax.tree.map(lambda primal: primal.value, shared)
-    layer_fn = _pullback_of(body, remat, tree, active)
-    plan = _Plan()
-
     count = leaves[0].shape[0]
     unrolled = unroll >= count
+    layer_fn = _pullback_of(body, remat, tree, active, unrolled=unrolled)
+    plan = _Plan()
 
     def step(x: Array, layer: list[Array]) -> tuple[Array, list[Array]]:
         x, layer = _gathered(places, x, layer, unrolled=unrolled)
@@ -172,9 +173,9 @@ def _backward(
     plan, tree, active = static.value
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
-    layer_fn = _pullback_of(body, remat, tree, active)
     count = leaves[0].shape[0]
     unrolled = unroll >= count
+    layer_fn = _pullback_of(body, remat, tree, active, unrolled=unrolled)
 
     def step(dy: Array, kept: list[Array], layer: list[Array]) -> tuple[Array, list[Array]]:
         dy, layer = _gathered(places, dy, layer, unrolled=unrolled)
@@ -201,7 +202,7 @@ def _backward(
     return dy, jax.tree.unflatten(tree, [next(found) if on else None for on in active]), None
 
 
-def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...]) -> Callable[..., Any]:
+def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...], *, unrolled: bool) -> Callable[..., Any]:
     """A layer as `(x, leaves, shared) → (y, pullback)`, differentiated by `x` and the active leaves."""
 
     def layer_fn(x: Array, layer: list[Array], shared: Any) -> Any:
@@ -211,7 +212,8 @@ def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...]) ->
             return body(x, jax.tree.unflatten(tree, merged), shared)
 
         if remat == "dots":
-            on_active = jax.checkpoint(on_active, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+            # A loop's backward can't share anything with its forward; elsewhere the compiler has to be kept from it.
+            on_active = jax.checkpoint(on_active, policy=POLICY, prevent_cse=unrolled)
         trained = [leaf for on, leaf in zip(active, layer, strict=True) if on]
         return jax.vjp(on_active, x, trained)
 

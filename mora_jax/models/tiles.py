@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mora_jax.models.kept import kept
+
 Array = jax.Array
 
 MASKED = -1e30  # finite, so that rows without a visible key stay finite
@@ -249,8 +251,8 @@ def _tiled_forward(tiling, query, key, value, segments, moving):
     row = Piece(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
     out, log_sum = attend(tiling, q, row, k, v, row, moving, Running.empty(q)).finish()
     length = query.shape[3]
-    out = out[:, :, :, :length].astype(query.dtype)
-    return out, (query, key, value, out, log_sum[..., :length], segments, moving)
+    out, log_sum = kept((out[:, :, :, :length].astype(query.dtype), log_sum[..., :length]))
+    return out, (query, key, value, out, log_sum, segments, moving)
 
 
 def _tiled_backward(tiling, saved, dout):

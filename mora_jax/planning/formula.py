@@ -240,6 +240,8 @@ def _collectives(
     tensor, context, gathering = axes["tensor"], axes["context"], axes["fsdp"] * axes["context"]
     sharing = axes["data"] * gathering
     count, found = decoder.num_layers, []
+    # So that what is summed or sent around forward is not made again backward.
+    keeps_results = config.model.remat in ("none", "dots")
     if gathering > 1:
         size = (micro * 2 * layers + head) * (gathering - 1) / gathering
         found.append(Collective("all-gather", micro * 2 * count + 1, size))
@@ -247,11 +249,11 @@ def _collectives(
         gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
         found.append(Collective("all-reduce", micro * count, 2 * micro * gradient * (sharing - 1) / sharing))
     if tensor > 1:
-        passes = 4 if config.model.remat == "none" else 6
+        passes = 4 if keeps_results else 6
         size = micro * passes * count * tokens * decoder.hidden_size * width * 2 * (tensor - 1) / tensor
         found.append(Collective("all-reduce", micro * passes * count, size))
     if context > 1:
-        forward = 1 if config.model.remat == "none" else 2
+        forward = 1 if keeps_results else 2
         turns = micro * count * context
         keys = 2 * tokens * decoder.num_kv_heads * decoder.head_dim / tensor
         found.append(

@@ -53,8 +53,8 @@ class ModelConfig:
     )
     remat: str = key(
         "none",
-        "What the backward pass computes again to save memory: nothing, all but matrix products, everything; offload "
-        "is full with the layers' inputs in the host's memory.",
+        "What the backward pass computes again to save memory: nothing; all but the results of "
+        "projections and attention (dots); everything; offload is full with the layers' inputs in the host's memory.",
         choices=("none", "dots", "full", "offload"),
     )
 
