@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,22 +62,35 @@ class BatchSource:
         return self.dataset.max_length if self.plan.packing else self.dataset.batch_length
 
 
-class BatchIterator(Iterator[Batch]):
+class BatchIterator(Iterator[Any]):
     """Batches in the order of the steps, a few made ahead.
 
     Args:
       source: the batches.
       start: the first step.
+      place: what the threads do with each batch besides, such as sending it to the devices: then the loop doesn't
+        have to, and a copy that takes long runs beside the step before.
       threads: how many make batches at the same time.
       ahead: how many batches may wait.
     """
 
-    def __init__(self, source: BatchSource, start: int = 0, *, threads: int = 2, ahead: int = 4):
+    def __init__(
+        self,
+        source: BatchSource,
+        start: int = 0,
+        *,
+        place: Callable[[Batch], Any] | None = None,
+        threads: int = 2,
+        ahead: int = 4,
+    ):
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._inner = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        batches = grain.MapDataset.source(source)
+        if place is not None:
+            batches = batches.map(place)
+        self._inner = iter(batches.to_iter_dataset(options))
         self.set_state({"next_index": start})
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         return next(self._inner)
 
     def get_state(self) -> dict[str, Any]:

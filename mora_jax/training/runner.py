@@ -211,7 +211,8 @@ class PmapRunner(Runner):
         self.devices = jax.devices()[:count]
         mesh = Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
         self._sharding = NamedSharding(mesh, PartitionSpec("data"))
-        self._step = jax.pmap(step, axis_name="data", devices=self.devices, donate_argnums=(0,))
+        # Every device has the same metrics: one copy comes out.
+        self._step = jax.pmap(step, axis_name="data", devices=self.devices, donate_argnums=(0,), out_axes=(0, None))
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         return self._step.lower(state, frozen, batch)
@@ -235,10 +236,6 @@ class PmapRunner(Runner):
 
     def share(self, rows: int) -> None:
         """Which rows this process makes: all, there is one process."""
-
-    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        state, metrics = super().__call__(state, frozen, batch)
-        return state, self.whole(metrics)
 
     def whole(self, tree: Any) -> Any:
         """The tree without the device axis: every device holds the same."""

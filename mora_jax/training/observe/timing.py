@@ -16,7 +16,7 @@ class StepTimes(NamedTuple):
     Attributes:
         step: the whole.
         data_wait: the loop had no batch to send.
-        host: its own work: placing and sending a batch, writing metrics, showing them.
+        host: its own work: sending the step, writing metrics, showing them.
         device: it waited for the device.
     """
 
