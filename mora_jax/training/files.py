@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.training.mirror import Mirror
 from mora_jax.training.quiet import quiet
 from mora_jax.training.storage_errors import persistently
 
@@ -108,7 +109,20 @@ class Files:
         self._persistently(add, name, "written")
 
     def flush(self) -> None:
-        """Writes what `append` still holds back: nothing here."""
+        """Writes what `append` and folders of `on_disk` still hold back: nothing here."""
+
+    def close(self) -> None:
+        """Flushes for the last time."""
+        self.flush()
+
+    def on_disk(self, name: str) -> Path:
+        """A folder on this machine's disk for programs that write there step by step: itself, of a local run."""
+        return self.path / name
+
+    def names(self, folder: str) -> list[str]:
+        """The names of what is in a folder; none where there is no such folder."""
+        found = self.path / folder
+        return sorted(entry.name for entry in found.iterdir()) if found.is_dir() else []
 
     def remove(self, name: str) -> None:
         """Removes a file or a folder, if it is there."""
@@ -128,7 +142,7 @@ class BucketFiles(Files):
     """Files in a bucket, which knows no appending: a file that grows is kept in memory and written anew.
 
     That happens every 30 seconds at most, and with every `flush`: before each checkpoint, so that a run which goes on
-    from it finds the rows of all its steps.
+    from it finds the rows of all its steps. Folders of `on_disk` are copied at the same times.
     """
 
     remote = True
@@ -138,6 +152,8 @@ class BucketFiles(Files):
 
     def __init__(self, path: Any):
         super().__init__(path)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._mirrors: dict[str, Mirror] = {}
         self._growing: dict[str, str] = {}
         self._unwritten: set[str] = set()
         self._written = time.monotonic()
@@ -178,7 +194,27 @@ class BucketFiles(Files):
             text = self._growing[name]
             self.write(name, text)
             self._growing[name] = text
+        for mirror in self._mirrors.values():
+            mirror.copy()
         self._written = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        self._mirrors.clear()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def on_disk(self, name: str) -> Path:
+        if name not in self._mirrors:
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="mora-jax-")
+            folder = Path(self._scratch.name) / name
+            self._mirrors[name] = Mirror(folder, lambda file, below: self._put(file, f"{name}/{below}"))
+        return self._mirrors[name].folder
+
+    def names(self, folder: str) -> list[str]:
+        return self._persistently(lambda: super(BucketFiles, self).names(folder), folder, "read")
 
     def remove(self, name: str) -> None:
         def gone() -> None:

@@ -140,7 +140,9 @@ class Trainer:
                 self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
                 del found
             source = dataclasses.replace(self.setup.batches, rows=self.runner.share(self.setup.micro_batch))
-            batches = context.enter_context(contextlib.closing(BatchIterator(source, first)))
+            batches = BatchIterator(source, first, place=self.runner.place_batch)
+            context.enter_context(contextlib.closing(batches))
+            context.callback(self.directory.files.close)
             self._remember(self.directory.rewind_metrics(first))
             self.display.start(self.setup.info(first))
             context.enter_context(self.observer.open(first))
@@ -148,11 +150,10 @@ class Trainer:
                 self.display.note(note)
             pending: tuple[int, StepMetrics] | None = None
             context.enter_context(self.watchdog)
-            context.callback(self.directory.files.flush)
             for step in range(first, plan.steps):
                 self.watchdog.begin(step + 1)
                 with self.observer.step(step + 1):
-                    batch = self.runner.place_batch(self._next(batches))
+                    batch = self._next(batches)
                     self.state, metrics = self.runner(self.state, self.frozen, batch)
                     self.observer.sent(step + 1, self.runner.compilation_log)
                     # Metrics are read a step late, so the device always has the next step in its queue.
@@ -327,6 +328,7 @@ class Trainer:
             "result": str(self.directory.path / result_name(self.config)),
         }
         self.observer.finish(summary)
+        self.directory.files.flush()  # a run with a summary has all its rows
         self.directory.write_json("summary.json", summary)
         self.display.finish(summary)
 

@@ -69,14 +69,6 @@ class RunDirectory:
     def summary(self) -> Any:
         return self.path / "summary.json"
 
-    @property
-    def profile(self) -> Any:
-        return self.path / "profile"
-
-    @property
-    def tensorboard(self) -> Any:
-        return self.path / "tensorboard"
-
     def check_free(self, overwrite: bool) -> None:
         """Refuses a path that can't become a run's folder, before anything is computed.
 

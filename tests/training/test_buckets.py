@@ -62,6 +62,27 @@ def test_a_file_that_grows_is_written_anew_now_and_then(bucket, monkeypatch):
     assert RunDirectory("gs://runs/files").files.present(("adapter", "metrics.jsonl")) == []
 
 
+def test_a_folder_on_the_disk_is_copied_as_it_grows(bucket):
+    directory = RunDirectory("gs://runs/growing")
+    local = directory.files.on_disk("tensorboard")
+    assert local == directory.files.on_disk("tensorboard") and directory.files.names("tensorboard") == []
+    (local / "deep").mkdir(parents=True)
+    (local / "deep" / "events").write_bytes(b"one")
+    (local / "link").symlink_to(local / "deep" / "events")
+    directory.files.flush()
+    assert directory.files.names("tensorboard") == ["deep"]
+    shown = directory.path / "tensorboard" / "deep"
+    assert (shown / "events").read_bytes() == b"one"
+    (shown / "events").write_bytes(b"changed there")
+    directory.files.flush()
+    assert (shown / "events").read_bytes() == b"changed there"  # what hasn't grown isn't sent again
+    (local / "deep" / "events").write_bytes(b"one, two")
+    (local / "more").write_bytes(b"3")
+    directory.files.close()
+    assert (shown / "events").read_bytes() == b"one, two"
+    assert directory.files.names("tensorboard") == ["deep", "more"] and not local.exists()
+
+
 @pytest.mark.slow
 def test_checkpoints_fall_back_and_keep_the_best_there_too(bucket):
     from etils import epath
@@ -107,8 +128,12 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
     given = [f"--config.{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "mora_jax.cli.main", "train"]
     subprocess.run([*command, *given, f"--config.out={tmp_path / 'local'}"], check=True, capture_output=True)
+    logged = {"tensorboard": True, "wandb": "tests", "profile_first": 4, "profile_steps": 2}
+    given += [f"--config.log.{name}={value}" for name, value in logged.items()]
     process = subprocess.Popen([*command, *given, "--config.out=gs://runs/cut"], stderr=subprocess.PIPE, text=True)
+    said = ""
     for line in process.stderr:
+        said += line
         if line.startswith("step 20/"):
             process.send_signal(signal.SIGKILL)
             break
@@ -121,3 +146,10 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
     rows = [RunDirectory(folder).read_metrics() for folder in ("gs://runs/cut", tmp_path / "local")]
     assert [row["step"] for row in rows[0]] == list(range(1, 61))
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    files = RunDirectory("gs://runs/cut").files
+    assert len(files.names("tensorboard")) == 2  # one of each process
+    (synced,) = (name for name in files.names("wandb") if name.startswith("offline-run-"))
+    assert any(name.endswith(".wandb") for name in files.names(f"wandb/{synced}"))
+    (trace,) = files.names("profile/plugins/profile")
+    assert any(name.endswith(".xplane.pb") for name in files.names(f"profile/plugins/profile/{trace}"))
+    assert "open it with: xprof --logdir gs://runs/cut/profile" in said

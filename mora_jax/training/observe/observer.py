@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import jax
 
 from mora_jax.training.config import Config
 from mora_jax.training.display import Display
+from mora_jax.training.observe import profile
 from mora_jax.training.observe.background import Background
 from mora_jax.training.observe.compile_log import Compilation, CompileLog
 from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
 from mora_jax.training.observe.memory import device_memory, peak_memory, planned_memory
-from mora_jax.training.observe.profile import Profile, profiled
 from mora_jax.training.observe.timing import StepClock, StepTimes
 from mora_jax.training.observe.writers import Writer, open_writers
 from mora_jax.training.run_directory import RunDirectory
@@ -56,7 +57,7 @@ class Observer:
         self._writers: list[Writer] = []
         self._background = Background(())
         self._compile_log = CompileLog(directory.append_compilations if self._writes else lambda rows: None)
-        self._profile = Profile(directory.profile, range(0), display.note)
+        self._profile = self._trace(range(0))
         self._planned: dict[str, int] | None = None
         self._traced = False
         self._compilations: Sequence[Compilation] = ()
@@ -64,11 +65,16 @@ class Observer:
         self._tokens, self._needed, self._palm = 0, 0.0, 0.0
         self.clock = StepClock()
 
+    def _trace(self, steps: range) -> profile.Profile:
+        shown = str(self._directory.path / profile.FOLDER)
+        folder = functools.partial(self._directory.files.on_disk, profile.FOLDER)
+        return profile.Profile(folder, shown, steps, self._display.note)
+
     @contextlib.contextmanager
     def open(self, first_step: int) -> Iterator[None]:
         """Watches while the context lasts: a run of which `first_step` steps are done."""
-        steps = profiled(self._config.log, first_step, self._steps) if self._writes else range(0)
-        self._profile = Profile(self._directory.profile, steps, self._display.note)
+        steps = profile.profiled(self._config.log, first_step, self._steps) if self._writes else range(0)
+        self._profile = self._trace(steps)
         if self._config.log.profile_steps and self._writes and not steps:
             self._display.note(f"note: nothing to trace: step {first_step} is done already")
         with self._compile_log, contextlib.ExitStack() as stack:

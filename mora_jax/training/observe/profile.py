@@ -12,6 +12,7 @@ from mora_jax.training.config import Config, LogConfig
 
 #: Steps of a trace where `--profile` says no more.
 DEFAULT_STEPS = 3
+FOLDER = "profile"
 # The first step of a process compiles and the second one still warms up.
 _WARM_UP = 2
 
@@ -48,13 +49,14 @@ class Profile:
     """Starts and ends the trace of one run.
 
     Args:
-        folder: where it is written, if there are steps to trace.
+        folder: gives the one on this machine's disk where it is written, if there are steps to trace.
+        shown: where it is found afterwards.
         steps: their numbers.
         note: shows a line to the user.
     """
 
-    def __init__(self, folder: Path, steps: range, note: Callable[[str], None]):
-        self._folder, self._steps, self._note = folder, steps, note
+    def __init__(self, folder: Callable[[], Path], shown: str, steps: range, note: Callable[[str], None]):
+        self._folder, self._shown, self._steps, self._note = folder, shown, steps, note
         self._on = False
 
     def before(self, step: int) -> None:
@@ -63,7 +65,7 @@ class Profile:
             # Events of Python functions would slow the host, which is measured here, and fill most of the file.
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            jax.profiler.start_trace(self._folder(), profiler_options=options)
             self._on = True
 
     def ends(self, step: int) -> bool:
@@ -83,4 +85,4 @@ class Profile:
     @property
     def how_to_open(self) -> str:
         """The command that shows the trace."""
-        return f"xprof --logdir {self._folder}"
+        return f"xprof --logdir {self._shown}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -12,22 +11,25 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mora_jax.training.config import Config
 from mora_jax.training.observe.writers import tagged
+from mora_jax.training.run_directory import RunDirectory
+
+FOLDER = "tensorboard"
 
 
 class TensorBoardWriter:
-    """Event files in one folder, a new one each time that the run is started or resumed.
+    """Event files in the run's folder `tensorboard`, a new one each time that the run is started or resumed.
 
     Args:
-        folder: of the event files.
+        directory: of the run.
         config: of the run; shown as text.
         first_step: steps that are done already. What an earlier process wrote of later ones is hidden.
     """
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, config: Config, first_step: int):
-        self.how_to_open = f"tensorboard --logdir {folder}"
-        self._inner = SummaryWriter(str(folder), purge_step=first_step + 1)
+    def __init__(self, directory: RunDirectory, config: Config, first_step: int):
+        self.how_to_open = f"tensorboard --logdir {directory.path / FOLDER}"
+        self._inner = SummaryWriter(str(directory.files.on_disk(FOLDER)), purge_step=first_step + 1)
         if first_step == 0:
             self._text("config", config.to_dict())
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +12,12 @@ import wandb
 
 from mora_jax.errors import InputError
 from mora_jax.training.config import Config
+from mora_jax.training.files import Files
 from mora_jax.training.observe.writers import tagged
+from mora_jax.training.run_directory import RunDirectory
 
 ID_FILE = "wandb.json"
+FOLDER = "wandb"
 
 
 def check_login() -> None:
@@ -47,9 +49,9 @@ class WandbWriter:
     ignores steps that it knows already.
 
     Args:
-        directory: of the run; files lie in its folder `wandb`.
+        directory: of the run, whose `metrics.jsonl` has the rows up to the step at which this process starts; files
+            lie in its folder `wandb`.
         config: of the run.
-        rows: of `metrics.jsonl` up to the step at which this process starts.
 
     Raises:
         InputError: the server can't be reached or refuses.
@@ -57,15 +59,18 @@ class WandbWriter:
 
     name = "Weights & Biases"
 
-    def __init__(self, directory: Path, config: Config, rows: Iterable[Mapping[str, Any]]):
+    def __init__(self, directory: RunDirectory, config: Config):
         mode: Literal["offline", "online"] = "offline" if config.log.wandb_mode == "offline" else "online"
-        run_id = _run_id(directory / ID_FILE)
+        files = directory.files
+        run_id = _run_id(files)
+        folder = files.on_disk(FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
                 project=config.log.wandb,
                 id=run_id,
-                name=directory.absolute().name,
-                dir=str(directory),
+                name=_name(directory),
+                dir=str(folder.parent),
                 mode=mode,
                 resume="allow",
                 config=config.to_dict(),
@@ -76,13 +81,16 @@ class WandbWriter:
         if mode == "online":
             self.how_to_open = str(self._run.url)
             return
-        folder = Path(self._run.dir).parent
-        self.how_to_open = f"wandb sync {folder}"
-        for row in rows:
+        own = Path(self._run.dir).parent.name
+        where = directory.path / FOLDER / own
+        # Its program reads disks alone.
+        fetched = f"gcloud storage cp -r {where} . && wandb sync {own}"
+        self.how_to_open = fetched if files.remote else f"wandb sync {where}"
+        for row in directory.read_metrics():
             self.write(row)
-        for earlier in folder.parent.glob(f"offline-run-*-{run_id}"):
-            if earlier.name != folder.name:
-                shutil.rmtree(earlier)
+        for earlier in files.names(FOLDER):
+            if earlier != own and earlier.startswith("offline-run-") and earlier.endswith(f"-{run_id}"):
+                files.remove(f"{FOLDER}/{earlier}")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Takes a row of `metrics.jsonl`."""
@@ -95,12 +103,17 @@ class WandbWriter:
         self._run.finish(exit_code=0 if summary is not None else 1)
 
 
-def _run_id(file: Path) -> str:
+def _run_id(files: Files) -> str:
     """The id that the run has had from its start."""
-    if file.is_file():
-        return str(json.loads(file.read_text(encoding="utf-8"))["id"])
+    text = files.read(ID_FILE)
+    if text is not None:
+        return str(json.loads(text)["id"])
     run_id = uuid.uuid4().hex[:8]
-    beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(json.dumps({"id": run_id}) + "\n", encoding="utf-8")
-    beside.replace(file)
+    files.write(ID_FILE, json.dumps({"id": run_id}) + "\n")
     return run_id
+
+
+def _name(directory: RunDirectory) -> str:
+    """The last part of the run directory's path, wherever that is relative to."""
+    path = directory.path
+    return str((path if directory.files.remote else path.absolute()).name)

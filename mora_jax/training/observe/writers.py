@@ -61,11 +61,6 @@ def check_writers(config: Config) -> None:
     for extra, (package, on) in wanted.items():
         if on and find_spec(package) is None:
             raise InputError(f"log.{extra} needs the package {package}: pip install 'mora-jax[{extra}]'")
-    log = config.log
-    local = {"tensorboard": log.tensorboard, "wandb": log.wandb, "profile_steps": log.profile_steps}
-    if "://" in (config.out or "") and any(local.values()):
-        names = ", ".join(f"log.{name}" for name, on in local.items() if on)
-        raise InputError(f"{names} needs a run directory on a disk, and {config.out} is in a bucket: leave it out")
     if config.log.wandb and config.log.wandb_mode == "online":
         from mora_jax.training.observe.weights_and_biases import check_login
 
@@ -78,9 +73,9 @@ def open_writers(config: Config, directory: RunDirectory, first_step: int) -> li
     if config.log.tensorboard:
         from mora_jax.training.observe.tensorboard import TensorBoardWriter
 
-        writers.append(TensorBoardWriter(directory.tensorboard, config, first_step))
+        writers.append(TensorBoardWriter(directory, config, first_step))
     if config.log.wandb:
         from mora_jax.training.observe.weights_and_biases import WandbWriter
 
-        writers.append(WandbWriter(directory.path, config, directory.read_metrics()))
+        writers.append(WandbWriter(directory, config))
     return writers
