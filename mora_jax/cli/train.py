@@ -9,7 +9,6 @@ import re
 import textwrap
 from typing import Any
 
-from mora_jax.cli.options import OVERRIDE
 from mora_jax.cli.processes import add_processes, together
 from mora_jax.errors import InputError
 from mora_jax.training.config import keys
@@ -21,11 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.usage = (
         "mora-jax train [--config FILE] [--config.KEY=VALUE ...] [--profile [FIRST:LAST]] [--overwrite]\n"
-        "       mora-jax train --resume RUN [--profile [FIRST:LAST]]\n"
+        "       mora-jax train --resume RUN [--config.KEY=VALUE ...] [--profile [FIRST:LAST]]\n"
         "       mora-jax train ... --coordinator HOST:PORT --process-id I --process-count N"
     )
     parser.add_argument("--config", metavar="FILE", help="config file, such as configs/smollm2_dolly.py")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this directory from its last checkpoint")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this directory from its last checkpoint; it needs nothing else, and takes "
+        "--config.mesh.* and whatever else doesn't make another run of it",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in config.out")
     parser.add_argument(
         "--profile",
@@ -69,12 +73,11 @@ def run(args: argparse.Namespace) -> int:
         others = (
             (args.config, "--config"),
             (args.overwrite, "--overwrite"),
-            (args.overrides, OVERRIDE + "KEY"),
         )
         for given, flag in others:
             if given:
                 raise InputError(f"{flag} can't be given with --resume, which goes on as the run's config.json says")
-        return together(args, args.resume, lambda display: _resume(args.resume, profile, display))
+        return together(args, args.resume, lambda display: _resume(args, profile, display))
     from mora_jax.training.config_file import load_config
 
     overrides = [*args.overrides, *((name, str(value)) for name, value in profile.items())]
@@ -91,8 +94,8 @@ def _train(config: Any, note: str | None, display: Any, overwrite: bool) -> int:
     return loop.train(config, display, overwrite=overwrite)
 
 
-def _resume(out: str, profile: dict[str, int], display: Any) -> int:
+def _resume(args: argparse.Namespace, profile: dict[str, int], display: Any) -> int:
     from mora_jax.training import loop
 
-    display.loading(f"loading the run in {out}")
-    return loop.resume(out, display, profile=profile)
+    display.loading(f"loading the run in {args.resume}")
+    return loop.resume(args.resume, display, changes=args.overrides, profile=profile)

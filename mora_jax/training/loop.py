@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.processes import Agreement, check_same, check_shared, is_main, several
 from mora_jax.training.restarts import Restarter
 from mora_jax.training.result import result_name, write_result
+from mora_jax.training.resuming import changed
 from mora_jax.training.run_directory import RunDirectory
 from mora_jax.training.setup import Setup, prepare
 from mora_jax.training.spikes import Spikes
@@ -61,16 +62,24 @@ def train(config: Config, display: Display | None = None, *, overwrite: bool = F
     return Trainer(setup, directory, display or Display()).run()
 
 
-def resume(out: str, display: Display | None = None, *, profile: Mapping[str, int] | None = None) -> int:
+def resume(
+    out: str,
+    display: Display | None = None,
+    *,
+    changes: Sequence[tuple[str, str]] = (),
+    profile: Mapping[str, int] | None = None,
+) -> int:
     """Continues a run from its newest checkpoint (from the start if it has none); returns as `train`.
 
     Args:
         out: the run's directory.
         display: as for `train`.
+        changes: (dotted key, text) pairs that hold from now on, such as another mesh; see resuming.py. They are
+            written into the run's `config.json`.
         profile: keys `log.profile_*` for this process alone, in place of the run's own.
 
     Raises:
-        InputError: there is no run, or what it was trained on can't be read any more.
+        InputError: there is no run, what it was trained on can't be read any more, or something can't be changed.
     """
     directory = RunDirectory(out, writes=is_main())
     check_shared(directory.path)
@@ -79,13 +88,17 @@ def resume(out: str, display: Display | None = None, *, profile: Mapping[str, in
     if directory.files.present(("summary.json",)):
         shown.note(f"{directory.path} is finished; nothing to resume")
         return 0
+    kept = config = changed(config, changes) if changes else config
     if profile:
         config = lay_over(config, [(name, value, "--profile") for name, value in profile.items()])
     check_writers(config)
     setup = prepare(config)
     check_profile(config, setup.plan.steps)
     check_same(setup.identity())
-    return Trainer(setup, directory, shown).run()
+    trainer = Trainer(setup, directory, shown)
+    if changes:
+        directory.write_json("config.json", kept.to_dict())
+    return trainer.run()
 
 
 class Trainer:

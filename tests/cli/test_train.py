@@ -52,6 +52,15 @@ def test_a_run_writes_its_directory_and_nothing_to_stdout(run, fails, options, t
 
     assert "--resume" in fails(*command)
     assert "finished" in run("train", "--resume", directory)[2]
+    (directory / "summary.json").unlink()
+    before = (directory / "config.json").read_text()
+    assert "would make another run of it: with --resume only mesh.*" in fails(
+        "train", "--resume", directory, "--config.seed=1"
+    )
+    assert "bogus" in fails("train", "--resume", directory, "--config.bogus=1")
+    assert "must divide" in fails("train", "--resume", directory, "--config.train.micro_batch_size=3")
+    assert "mesh.data=64" in fails("train", "--resume", directory, "--config.mesh.data=64")
+    assert (directory / "config.json").read_text() == before
     assert run(*command, "--overwrite", "--config.train.steps=1")[0] == 0
 
 
@@ -77,7 +86,7 @@ def test_a_run_writes_its_directory_and_nothing_to_stdout(run, fails, options, t
         (["--config.out="], "--config.out"),
         (["--profile", "5:4"], "--profile must be FIRST:LAST"),
         (["--profile", "9:10"], "log.profile_first=9 must be at most the run's 2 steps"),
-        (["--resume=/nowhere"], "--config.KEY"),
+        (["--resume=/nowhere"], "/nowhere holds no run"),
     ],
 )
 def test_refusals_leave_no_directory(fails, options, tmp_path, changes, words):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -149,6 +150,28 @@ def test_a_killed_run_resumes_bit_for_bit(inputs, unbroken, tmp_path, step):
     assert not (tmp_path / "run" / "summary.json").exists()
     assert loop.resume(str(tmp_path / "run"), quiet()) == 0
     same_as(unbroken, tmp_path / "run")
+
+
+def test_a_run_goes_on_where_paths_and_devices_are_others(inputs, unbroken, tmp_path):
+    def die():
+        raise MemoryError("as good as a kill")
+
+    shutil.copytree(inputs, tmp_path / "old")
+    with pytest.raises(MemoryError):
+        loop.train(config(tmp_path / "old", tmp_path / "run"), Interrupting(3, die))
+    (tmp_path / "old").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="old/model"):
+        loop.resume(str(tmp_path / "run"), quiet())
+    changes = {"model.path": tmp_path / "moved" / "model", "data.train": tmp_path / "moved" / "rows.json"}
+    changes |= {"mesh.data": 2, "mesh.fsdp": -1}
+    given = [(name, str(value)) for name, value in changes.items()]
+    assert loop.resume(str(tmp_path / "run"), quiet(), changes=given) == 0
+    rows, expected = metrics(tmp_path / "run"), metrics(unbroken)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["mesh"]["data"], kept["mesh"]["fsdp"]) == (2, -1)
+    assert kept["model"]["path"] == str(tmp_path / "moved" / "model")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
