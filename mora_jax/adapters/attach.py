@@ -15,6 +15,7 @@ from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import turn_adapted
 from mora_jax.adapters.patterns import resolve
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.quantized import quantized_format
 from mora_jax.adapters.registry import adapter_class
 from mora_jax.adapters.report import AdapterEntry as AdapterEntry
 from mora_jax.adapters.report import AttachReport as AttachReport
@@ -23,6 +24,7 @@ from mora_jax.adapters.report import adapted_layers as adapted_layers
 from mora_jax.adapters.report import adapter_at as adapter_at
 from mora_jax.adapters.report import adapters_of as adapters_of
 from mora_jax.adapters.report import count, report_of
+from mora_jax.adapters.starts import FROM_BASE
 from mora_jax.adapters.targets import Place, has_adapter, places, select
 from mora_jax.adapters.trained import Masters, train_biases, train_modules
 from mora_jax.adapters.variables import AdapterParam
@@ -52,6 +54,7 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
 
 def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> None:
     """`attach` without its report: it reads no values, so that under `nnx.eval_shape` shapes are enough."""
+    _check_base(model, config)
     if isinstance(config, FullConfig):
         return _train_everything(model)
     method = adapter_class(config)
@@ -67,6 +70,24 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> None:
             adapter.train_bias()
     if config.bias == "all":
         _train_other_biases(model, config, rngs)
+
+
+def _check_base(model: nnx.Module, config: Any) -> None:
+    """Refuses a quantised base for what would change it, or takes its start out of it."""
+    held = quantized_format(model)
+    if held is None:
+        return
+    if isinstance(config, FullConfig):
+        raise ValueError(f"full fine-tuning trains the base, which model.quantize={held} holds frozen in few bits")
+    if hasattr(config, "restart_every"):
+        raise ValueError(
+            f"{adapter_class(config).method} merges into the base, which model.quantize={held} holds in few bits"
+        )
+    if getattr(config, "init", None) in FROM_BASE:
+        raise ValueError(
+            f"{config.init} takes the adapter's start out of the base, of which model.quantize={held} holds rounded "
+            "numbers"
+        )
 
 
 def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: Any) -> None:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from mora_jax.adapters.quantized import Quantized
+
 Array = jax.Array
 
 
@@ -80,6 +82,9 @@ def _row_dot_bwd(residuals, dy):
 row_dot.defvjp(_row_dot_fwd, _row_dot_bwd)
 
 
+Kernel = Array | Quantized
+
+
 class Delta(Protocol):
     """What an adapter adds to a frozen product, as a pair of pure functions; hashable, since it is static under jit."""
 
@@ -93,23 +98,25 @@ class Delta(Protocol):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def adapted_dot(delta: Delta | None, x: Array, kernel: Array, bias: Array | None, params: Any) -> Array:
+def adapted_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | None, params: Any) -> Array:
     """One adapted projection, `x @ kernel + bias + delta(x)`, as one function with its own backward.
 
     Sums are taken in float32 and rounded once. A kernel that nothing differentiates (the usual case: it is frozen)
-    costs no gradient and keeps no activation for one; a trained float32 kernel is used in the dtype of `x`.
+    costs no gradient and keeps no activation for one; a trained float32 kernel is used in the dtype of `x`. A quantised
+    kernel is made dense in the dtype of `x` for each of the products, forward and backward, and kept by neither.
 
     Args:
         delta: the adapter's static part, or None for a plain product.
         x: `[N, in]` in the compute dtype.
-        kernel: `[in, out]`, or `[in, *axes]` with the output split in axes, in the compute dtype or a float32 master.
+        kernel: `[in, out]`, or `[in, *axes]` with the output split in axes, in the compute dtype, a float32 master, or
+            quantised.
         bias: of the kernel's output shape, or None.
         params: the adapter's arrays (float32 masters), any pytree.
 
     Returns:
         `[N, out]` in the dtype of `x`.
     """
-    y = dot32(x, _matrix(kernel, x))
+    y = dot32(x, matrix_for(kernel, x))
     if delta is not None:
         y = y + delta.forward(x, params)[0]
     if bias is not None:
@@ -117,15 +124,25 @@ def adapted_dot(delta: Delta | None, x: Array, kernel: Array, bias: Array | None
     return y.astype(x.dtype)
 
 
-def _matrix(kernel: Array, x: Array) -> Array:
+def matrix_for(kernel: Kernel, x: Array) -> Array:
+    """The kernel as a matrix `[in, out]` for a product with `x`, in its dtype."""
+    if isinstance(kernel, Quantized):
+        kernel = kernel.after(x)
     return kernel.reshape(kernel.shape[0], -1).astype(x.dtype)
+
+
+def kernel_values(kernel: Any) -> tuple[Kernel, bool]:
+    """The kernel of `custom_vjp`'s arguments with symbolic zeros, and whether anything differentiates it."""
+    perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(kernel))
+    return jax.tree.map(lambda leaf: leaf.value, kernel), perturbed
 
 
 def _adapted_dot_fwd(delta, x, kernel, bias, params):
     # With symbolic zeros each argument says whether anything differentiates it.
-    kept_x = x.value if kernel.perturbed else None
-    x, kernel, params = x.value, kernel.value, jax.tree.map(lambda leaf: leaf.value, params)
-    y = dot32(x, _matrix(kernel, x))
+    kernel, trained = kernel_values(kernel)
+    kept_x = x.value if trained else None
+    x, params = x.value, jax.tree.map(lambda leaf: leaf.value, params)
+    y = dot32(x, matrix_for(kernel, x))
     residuals = None
     if delta is not None:
         added, residuals = delta.forward(x, params)
@@ -141,7 +158,7 @@ def _adapted_dot_bwd(delta, saved, dy):
     kept_x, kernel, bias_like, residuals = saved
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
-    dx = dot32_nt(dy, _matrix(kernel, dy))
+    dx = dot32_nt(dy, matrix_for(kernel, dy))
     dparams = None
     if delta is not None:
         dx_added, dparams = delta.backward(residuals, dy)

@@ -15,6 +15,7 @@ from mora_jax.adapters.detach import take_adapter
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import add_to_bias, drop_bias, put_matrix, turn_adapted
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.quantized import quantized_format
 from mora_jax.adapters.report import adapter_at
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.adapters.trained import kept, restore
@@ -53,10 +54,16 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
         What `unmerge` needs to take the adapters out again.
 
     Raises:
-        ValueError: the model has no adapter, or several named ones, or no values, or an adapter whose dropout is on or
-            whose values are no numbers. Nothing is changed then.
+        ValueError: the model has no adapter, or several named ones, or no values, or a quantised base, or an adapter
+            whose dropout is on or whose values are no numbers. Nothing is changed then.
     """
     refuse_banks(model, "merge")
+    held = quantized_format(model)
+    if held is not None:
+        raise ValueError(
+            f"the model's kernels are held in few bits (quantize={held}), which a merged weight wouldn't fit: save the "
+            "adapter, and merge it into the model loaded without quantize, as mora-jax merge does"
+        )
     found = [place for place in places(model) if has_adapter(place)]
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")

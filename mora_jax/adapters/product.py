@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.adapters.adapter import Adapter, Layout, PartwiseDelta
-from mora_jax.adapters.dense import Delta, adapted_dot, dot32, dot32_nt, dot32_tn
+from mora_jax.adapters.dense import Delta, Kernel, adapted_dot, dot32, dot32_nt, dot32_tn, kernel_values, matrix_for
+from mora_jax.adapters.quantized import Quantized
 
 Array = jax.Array
 Dropout = Callable[[int, Array], Array]
@@ -25,7 +27,7 @@ def adapted_product(
     layout: Layout,
     adapters: tuple[Adapter | None, ...],
     x: Array,
-    kernel: Array,
+    kernel: Kernel,
     bias: Array | None,
     dropout: Dropout | None = None,
 ) -> Array:
@@ -35,7 +37,7 @@ def adapted_product(
         layout: how the matrices lie in the output.
         adapters: one a matrix, on leaves without layer axis; None for a bare matrix.
         x: `[N, in]` in the compute dtype.
-        kernel: `[in, *layout.out_shape]`.
+        kernel: `[in, *layout.out_shape]`, perhaps quantised.
         bias: `[*layout.out_shape]` or None.
         dropout: `(number of the part, x) → x` for the adapters' inputs; None without dropout.
 
@@ -48,7 +50,7 @@ def adapted_product(
         if len(adapters) > 1:
             return _one_by_one(layout, adapters, x, kernel, bias, dropout)
         x = scale_features(x, scales[0])
-    gain = _gain(layout, adapters, params, kernel)
+    gain = _gain(layout, adapters, params, kernel, x)
     bias = _bias(layout, adapters, params, bias)
     methods = tuple(type(a) if a is not None and a.additive else None for a in adapters)
     configs = tuple(a.config if a is not None and a.additive else None for a in adapters)
@@ -77,14 +79,25 @@ def _one_by_one(layout, adapters, x, kernel, bias, dropout) -> Array:
         alone = Layout((layout.part_features(i),), 0, (layout.part_features(i),))
         part_bias = None if bias is None else layout.take(bias, i)
         drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
-        parts.append(adapted_product(alone, (adapter,), x, layout.take(kernel, i), part_bias, drop))
+        parts.append(adapted_product(alone, (adapter,), x, _taken(layout, kernel, i), part_bias, drop))
     return layout.join(parts)
 
 
-def _gain(layout: Layout, adapters, params, kernel: Array) -> Array | None:
+def _taken(layout: Layout, kernel: Kernel, index: int) -> Kernel:
+    """The kernel of one part; quantised as the whole is."""
+    return jax.tree.map(lambda array: layout.take(array, index), kernel)
+
+
+def _dense_part(layout: Layout, kernel: Kernel, index: int, x: Array) -> Array:
+    """The kernel of one part, dense: what a quantised one is in a product with `x`."""
+    part = _taken(layout, kernel, index)
+    return matrix_for(part, lax.stop_gradient(x)) if isinstance(part, Quantized) else part
+
+
+def _gain(layout: Layout, adapters, params, kernel: Kernel, x: Array) -> Array | None:
     """The gains of all parts, float32 `[features]`; None where no part has one."""
     gains = [
-        None if a is None else a.output_gain(a.config, p, partial(layout.take, kernel, i))
+        None if a is None else a.output_gain(a.config, p, partial(_dense_part, layout, kernel, i, x))
         for i, (a, p) in enumerate(zip(adapters, params, strict=True))
     ]
     if all(gain is None for gain in gains):
@@ -138,13 +151,13 @@ scale_features.defvjp(_scale_features_fwd, _scale_features_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scaled_dot(delta: Delta | None, x: Array, kernel: Array, bias: Array | None, gain: Array, params: Any) -> Array:
+def scaled_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | None, gain: Array, params: Any) -> Array:
     """`gain ⊙ (x @ kernel + delta(x)) + bias`, with the promises of `adapted_dot`; `gain` is float32 `[out]`."""
     return _finish(_sum(delta, x, kernel, params)[0], gain, bias).astype(x.dtype)
 
 
 def _sum(delta, x, kernel, params):
-    y = dot32(x, kernel.reshape(kernel.shape[0], -1).astype(x.dtype))
+    y = dot32(x, matrix_for(kernel, x))
     if delta is None:
         return y, None
     added, residuals = delta.forward(x, params)
@@ -157,15 +170,16 @@ def _finish(y, gain, bias):
 
 
 def _scaled_dot_fwd(delta, x, kernel, bias, gain, params):
-    kept_x = x.value if kernel.perturbed else None
+    kernel, trained = kernel_values(kernel)
+    kept_x = x.value if trained else None
     bias_value = None if bias is None else bias.value
     params = jax.tree.map(lambda leaf: leaf.value, params)
-    y, residuals = _sum(delta, x.value, kernel.value, params)
+    y, residuals = _sum(delta, x.value, kernel, params)
     # The gain's gradient needs the product before the gain; in the compute dtype, as a layer's output would be kept.
     product = y.astype(x.value.dtype) if gain.perturbed else None
     bias_like = bias_value if bias is not None and bias.perturbed else None
     out = _finish(y, gain.value, bias_value).astype(x.value.dtype)
-    return out, (kept_x, kernel.value, bias_like, gain.value, product, residuals)
+    return out, (kept_x, kernel, bias_like, gain.value, product, residuals)
 
 
 def _scaled_dot_bwd(delta, saved, dy):
@@ -174,7 +188,7 @@ def _scaled_dot_bwd(delta, saved, dy):
         dy = jnp.zeros(dy.shape, dy.dtype)
     dy32 = dy.astype(jnp.float32)
     inner = (dy32 * gain).astype(dy.dtype)
-    dx = dot32_nt(inner, kernel.reshape(kernel.shape[0], -1).astype(dy.dtype))
+    dx = dot32_nt(inner, matrix_for(kernel, inner))
     dparams = dkernel = dbias = dgain = None
     if delta is not None:
         dx_added, dparams = delta.backward(residuals, inner)

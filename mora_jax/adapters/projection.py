@@ -16,6 +16,7 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter, Layout
 from mora_jax.adapters.product import adapted_product
+from mora_jax.adapters.quantized import QuantizedKernel
 
 Array = jax.Array
 
@@ -29,7 +30,7 @@ class Part:
 
 
 class Projection(nnx.Module):
-    """`y = x W + b + updates`, W frozen unless full fine-tuning makes it a trained master.
+    """`y = x W + b + updates`, W frozen, perhaps quantised, unless full fine-tuning makes it a trained master.
 
     Args:
         parts: the named matrices, in the order in which they lie along `out_shape[part_axis]`.
@@ -43,6 +44,7 @@ class Projection(nnx.Module):
         dtype: dtype of the stored kernel.
         rngs: keys for a random start (normal, `init_std`); None leaves zeros for a loader to fill.
         init_std: standard deviation of a random start.
+        quantize: how the kernel is held, a format of `quantized.FORMATS`; None: as it is. It is loaded, never drawn.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Projection(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs | None = None,
         init_std: float = 0.02,
+        quantize: str | None = None,
     ):
         if sum(part.size for part in parts) != out_shape[part_axis]:
             sizes = [part.size for part in parts]
@@ -74,11 +77,18 @@ class Projection(nnx.Module):
         stack = () if num_layers is None else (num_layers,)
         names = ("layers",) * len(stack)
         shape = (*stack, in_features, *out_shape)
-        if rngs is None:
-            kernel = jnp.zeros(shape, dtype)
+        kernel: Any
+        if quantize is None:
+            numbers = jnp.zeros(shape, dtype)
+            if rngs is not None:
+                numbers = (jax.random.normal(rngs.params(), shape, jnp.float32) * init_std).astype(dtype)
+            kernel = nnx.Param(numbers, axes=(*names, *axes))
+        elif rngs is None:
+            out_axes = len(self.layout.out_shape)
+            kernel = QuantizedKernel(quantize, shape, axes=(*names, *axes), out_axes=out_axes, dtype=dtype)
         else:
-            kernel = (jax.random.normal(rngs.params(), shape, jnp.float32) * init_std).astype(dtype)
-        self.kernel = nnx.Param(kernel, axes=(*names, *axes))
+            raise ValueError(f"a kernel in {quantize} can't be drawn at random: its numbers are those of a file")
+        self.kernel = kernel
         bias = nnx.Param(jnp.zeros((*stack, *out_shape), dtype), axes=(*names, *axes[1:])) if use_bias else None
         self.bias = nnx.data(bias)
         self.adapters: Any = nnx.Dict()
@@ -111,6 +121,11 @@ class Projection(nnx.Module):
         y = adapted_product(layout, found, flat, kernel, bias, dropout)
         y = y.reshape(*x.shape[:-1], *layout.out_shape)
         return jnp.moveaxis(y, x.ndim - 1, x.ndim - 1 + lead) if lead else y
+
+    @property
+    def quantized(self) -> str | None:
+        """The format of the kernel; None where it is held as it is."""
+        return self.kernel.format if isinstance(self.kernel, QuantizedKernel) else None
 
     def _index(self, name: str) -> int:
         names = [part.name for part in self.parts]
@@ -145,6 +160,9 @@ class Projection(nnx.Module):
 
     def part_weight(self, name: str) -> Array:
         """The kernel of one part, `[*layers, in, features of the part]`, in HuggingFace's order of features."""
+        if self.quantized is not None:
+            taken = jax.tree.map(lambda array: self.layout.take(array, self._index(name)), self.kernel.get_value())
+            return taken.dense(self.kernel.dtype, 1)
         return self.layout.take(self.kernel[...], self._index(name))
 
     def part_bias(self, name: str) -> Array | None:

@@ -19,6 +19,7 @@ from mora_jax.adapters.host import host
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.mora import unused_inputs
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.quantized import QuantizedParam, packed_sizes
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.adapters.trained import kept
 from mora_jax.adapters.variables import AdapterParam
@@ -126,9 +127,11 @@ def _used(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
 
 
 def count(model: nnx.Module, *filters) -> int:
-    """How many numbers the parameters of a model have."""
+    """How many numbers the parameters of a model have; quantised ones count as what they stand for."""
     state = nnx.state(model, nnx.All(nnx.Param, *filters))
-    return sum(leaf.size for leaf in jax.tree.leaves(state))
+    kernels = nnx.state(model, nnx.All(QuantizedParam, *filters))
+    packed = sum(packed_sizes(model).values()) if jax.tree.leaves(kernels) else 0
+    return sum(leaf.size for leaf in jax.tree.leaves(state)) + packed
 
 
 def adapter_at(place: Place) -> Adapter:

@@ -71,6 +71,11 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
             continue
         if isinstance(module, Projection):
             others = [one for one in path if not any(name in one.split(".") for name in names)]
+            if module.quantized is not None:
+                raise ValueError(
+                    f"modules_to_save: {hits[0]} can't be trained whole: model.quantize={module.quantized} holds it in "
+                    "few bits"
+                )
             if others:
                 raise ValueError(f"modules_to_save: {hits[0]} is stored together with {others[0]}; name that too")
         found.update(hits)
@@ -92,10 +97,10 @@ def train_biases(model: nnx.Module) -> None:
 def named_modules(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module]]:
     """Modules that hold parameters themselves, with their paths: those in files where they are known."""
     for path, node in nnx.iter_graph(model):
-        if not isinstance(node, nnx.Module) or not any(isinstance(v, nnx.Param) for v in vars(node).values()):
-            continue
         if isinstance(node, Projection):
             yield tuple(node.module_path(part.name, "*") for part in node.parts), node
+            continue
+        if not isinstance(node, nnx.Module) or not any(isinstance(v, nnx.Param) for v in vars(node).values()):
             continue
         own = getattr(node, "path", None)  # where the decoder's modules lie in files
         yield (own.format(layer="*") if isinstance(own, str) else ".".join(str(p) for p in path),), node

@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.cli.options import read_data
     from mora_jax.evaluation.scoring import score
 
-    model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1, strict=args.strict, kind=args.adapter_kind)
+    reading = {"strict": args.strict, "kind": args.adapter_kind}
+    model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1, quantize=args.quantize, **reading)
     dataset = read_data(args, tokenizer, model.config.vocab_size)
     for note in dataset.report.notes:
         print(f"note: {note}", file=sys.stderr)

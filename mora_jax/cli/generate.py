@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_adapter(parser)
     add_key(parser, "--dtype", "model.dtype")
+    add_key(parser, "--quantize", "model.quantize")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     parser.add_argument("--system", metavar="TEXT", help="a system message before it")
     add_number(parser, "--max-new-tokens", int, 256, "Most tokens of the answer.", at_least=1)
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     adapters = named_adapters(args.adapter)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None
-    model, tokenizer = load(args.model, only, dtype, unroll=1, strict=args.strict, kind=args.adapter_kind)
+    reading = {"strict": args.strict, "kind": args.adapter_kind}
+    model, tokenizer = load(args.model, only, dtype, unroll=1, quantize=args.quantize, **reading)
     messages = [{"role": "user", "content": args.prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})

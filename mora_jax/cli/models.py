@@ -8,7 +8,12 @@ from mora_jax.errors import InputError
 
 
 def load(
-    path: str, adapter: str | None, dtype: str | None, unroll: int | None = None, **reading: Any
+    path: str,
+    adapter: str | None,
+    dtype: str | None,
+    unroll: int | None = None,
+    quantize: str = "none",
+    **reading: Any,
 ) -> tuple[Any, Any]:
     """Loads a model with its tokenizer and, if one is given, an adapter.
 
@@ -17,6 +22,7 @@ def load(
         adapter: an adapter folder, a run directory that holds one, or a hub id.
         dtype: compute dtype, or None for the machine's default.
         unroll: layers an iteration of the layer scan, or None for the backend's default.
+        quantize: how the layers' kernels are held, as `model.quantize` says.
         **reading: how the adapter is read: `strict` and `kind` of `mora_jax.load_adapter`.
 
     Raises:
@@ -25,7 +31,7 @@ def load(
     from mora_jax.interop import load_adapter, load_pretrained
 
     folder = None if adapter is None else adapter_folder(adapter)
-    model, tokenizer = load_pretrained(path, dtype=dtype, unroll=unroll)
+    model, tokenizer = load_pretrained(path, dtype=dtype, unroll=unroll, quantize=quantize)
     if tokenizer is None:
         raise InputError(f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if folder is not None:

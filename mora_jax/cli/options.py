@@ -59,11 +59,12 @@ def add_value(parser: argparse.ArgumentParser, flag: str, key: Key, *, help: str
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, `--adapter` and `--dtype`."""
+    """Adds `--model`, `--adapter`, `--dtype` and `--quantize`."""
     parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
     parser.add_argument("--adapter", metavar="A", help=ADAPTER)
     add_adapter(parser)
     add_key(parser, "--dtype", "model.dtype")
+    add_key(parser, "--quantize", "model.quantize")
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.quantized import FORMATS, QuantizedKernel
 from mora_jax.errors import InputError
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.install import first
 from mora_jax.interop.layout import Entry, Piece, tensor_plan
+from mora_jax.interop.quantizing import read_quantized
 from mora_jax.interop.regions import Shardings, read_sharded
 from mora_jax.interop.tensors import TensorFiles, open_checkpoint
 from mora_jax.interop.tokenizer import load_tokenizer
@@ -31,6 +33,7 @@ def load_pretrained(
     dtype: Any = None,
     unroll: int | None = None,
     remat: str = "none",
+    quantize: str = "none",
     shardings: Callable[[Decoder], Shardings] | None = None,
 ) -> tuple[Decoder, Any | None]:
     """Loads a model and its tokenizer.
@@ -41,6 +44,8 @@ def load_pretrained(
             is fast.
         unroll: layers per iteration of the scan; None for the backend's default.
         remat: "none", "dots", "full" or "offload".
+        quantize: how the layers' kernels are held: "none" as they are, "int8" or "nf4" in few bits. Each is quantised
+            as it is read, layer by layer. Such a base is frozen: it carries adapters, and can't be trained or merged.
         shardings: from the model's shapes to where each parameter lies. They are read straight into their shards, so
             that no process holds more of the base than its devices do. None: whole, on the default device.
 
@@ -55,8 +60,12 @@ def load_pretrained(
     files = open_checkpoint(folder)
     config = _with_real_tying(config, files)
     compute = read_dtype(dtype)
+    if quantize not in ("none", *FORMATS):
+        raise InputError(f"quantize {quantize!r} is not supported; give one of none, {', '.join(FORMATS)}")
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat))
+    model = nnx.eval_shape(
+        lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat, quantize=quantize)
+    )
     _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
     model.name_or_path, model.folder = os.fspath(path), str(folder)
     return model, load_tokenizer(folder)
@@ -107,6 +116,9 @@ def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shar
     """Gives every parameter of the plan its values."""
     _check([piece for entry in plan for piece in entry.pieces], files, stored_as)
     for entry in plan:
+        if isinstance(entry.parameter, QuantizedKernel):
+            read_quantized(entry, entry.parameter, files, stored_as, shardings)
+            continue
         if shardings is not None:
             entry.parameter.set_value(read_sharded(entry, files, stored_as, shardings(entry.parameter)))
             continue

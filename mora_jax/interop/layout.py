@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from mora_jax.adapters.projection import Projection
 from mora_jax.models.decoder import Decoder
@@ -41,9 +41,9 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A parameter and the tensors that make it up."""
+    """A parameter (or the quantised kernel in its place) and the tensors that make it up."""
 
-    parameter: nnx.Variable
+    parameter: Any
     pieces: tuple[Piece, ...]
 
 

@@ -26,23 +26,35 @@ def read_sharded(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str],
         stored_as: names of tensors in files that differ from the entry's.
         sharding: of the parameter.
     """
+    dtype = entry.parameter.dtype
+    return made_in_place(
+        tuple(entry.parameter.shape), sharding, lambda index: read_region(entry, files, stored_as, index, dtype)
+    )
+
+
+def made_in_place(
+    shape: tuple[int, ...], sharding: Sharding, make: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array on its devices, each region made by `make` when its device's turn comes."""
     last: dict[Any, np.ndarray] = {}
 
-    def read(index: Any) -> np.ndarray:
+    def region(index: Any) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)
         if key not in last:  # devices with copies of one region follow each other
             last.clear()
-            last[key] = read_region(entry, files, stored_as, index)
+            last[key] = make(index)
         return last[key]
 
-    return jax.make_array_from_callback(tuple(entry.parameter.shape), sharding, read)
+    return jax.make_array_from_callback(shape, sharding, region)
 
 
-def read_region(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], index: tuple[slice, ...]) -> np.ndarray:
-    """The values of `parameter[index]`, in its dtype; of each tensor only the rows and columns needed are read."""
+def read_region(
+    entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], index: tuple[slice, ...], dtype: Any
+) -> np.ndarray:
+    """The values of `parameter[index]`, as `dtype`; of each tensor only the rows and columns needed are read."""
     shape = tuple(entry.parameter.shape)
     box = [range(size)[part] for part, size in zip(index, shape, strict=True)]
-    values = np.empty([len(part) for part in box], dtype=entry.parameter.dtype)
+    values = np.empty([len(part) for part in box], dtype=dtype)
     for piece in entry.pieces:
         found = _shared(piece, shape, box)
         if found is not None:

@@ -49,11 +49,16 @@ def save_pretrained(
         write: False on all processes but one of those that hold parts of the model: all have to call this.
 
     Raises:
-        InputError: when the model has adapters, or biases that its family has no place for, when the dtype is another
-            one or too narrow, or `out` is in use.
+        InputError: when the model has adapters, or is quantised, or has biases that its family has no place for, when
+            the dtype is another one or too narrow, or `out` is in use.
     """
     if next(iter(adapters_of(model)), None) is not None:
         raise InputError("the model has unmerged adapters: call merge(model) first, or save them with save_adapter")
+    if model.quantize != "none":
+        raise InputError(
+            f"the model holds rounded weights (quantize={model.quantize}): save its adapter with save_adapter, and the "
+            "model from the files that it was loaded from"
+        )
     target = _dtype(dtype)
     if not write:
         for _ in tensors_of(model, target):

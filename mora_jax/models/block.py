@@ -98,7 +98,7 @@ def _fold(dropout_key: jax.Array | None, index: int) -> jax.Array | None:
 class Attention(nnx.Module):
     """Grouped-query attention. q, k and v are one product, grouped by key/value head."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None, quantize: str | None = None):
         """Makes the stacked projections (and the norms of q and k where the family has them)."""
         path = config.names.layer + ".self_attn.{name}"
         heads = config.num_kv_heads * config.q_per_kv
@@ -114,6 +114,7 @@ class Attention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
             init_std=config.initializer_range,
+            quantize=quantize,
         )
         self.o_proj = Projection(
             (Part("o_proj", config.hidden_size),),
@@ -126,6 +127,7 @@ class Attention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
             init_std=config.initializer_range,
+            quantize=quantize,
         )
         self.q_norm = _head_norm(config, "self_attn.q_norm") if config.qk_norm else None
         self.k_norm = _head_norm(config, "self_attn.k_norm") if config.qk_norm else None
@@ -165,7 +167,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The gated MLP. Gate and up are one product."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None, quantize: str | None = None):
         """Makes the stacked projections."""
         path = config.names.layer + ".mlp.{name}"
         self.gate_up_proj = Projection(
@@ -180,6 +182,7 @@ class MLP(nnx.Module):
             dtype=dtype,
             rngs=rngs,
             init_std=config.initializer_range,
+            quantize=quantize,
         )
         self.down_proj = Projection(
             (Part("down_proj", config.hidden_size),),
@@ -192,6 +195,7 @@ class MLP(nnx.Module):
             dtype=dtype,
             rngs=rngs,
             init_std=config.initializer_range,
+            quantize=quantize,
         )
         self.activation = config.activation
 
@@ -204,11 +208,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """All layers at once: every leaf has a leading `[L]`. A scan slices it and calls one layer."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None, quantize: str | None = None):
         """Makes `config.num_layers` stacked layers."""
         names = config.names
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs, quantize=quantize)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs, quantize=quantize)
         self.attention_norm = _norm(config, names.attention_norm)
         self.mlp_norm = _norm(config, names.mlp_norm)
         self.post_attention_norm = _norm(config, names.post_attention_norm) if names.post_attention_norm else None

@@ -12,6 +12,7 @@ from flax import nnx
 from mora_jax.adapters.bank import banks, checked_ids, choose_rows
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.quantized import FORMATS
 from mora_jax.models.block import Block, CacheSlot, Layout
 from mora_jax.models.cache import Cache, empty_cache
 from mora_jax.models.config import DecoderConfig
@@ -54,6 +55,7 @@ class Decoder(nnx.Module):
         unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
         remat: what the backward pass computes again: "none", "dots" (all but the results of projections and
             of attention), "full", or "offload" (full, and what is kept lies in the host's memory).
+        quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see `mora_jax.adapters.quantized`).
         layers: one `Block` whose leaves have a leading `[L]`.
         spread: how arrays lie on a mesh of devices; None for one device, or where the compiler decides.
         name_or_path: what the model was loaded from (a folder or a hub id); None for a fresh one.
@@ -68,17 +70,21 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs | None,
         unroll: int | None = None,
         remat: str = "none",
+        quantize: str = "none",
     ):
         """Makes the parameters: normal (`config.initializer_range`) from `rngs`, else zeros to be filled."""
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
         if unroll is not None and unroll < 1:
             raise ValueError(f"unroll must be a positive number of layers, got {unroll}")
+        if quantize not in ("none", *FORMATS):
+            raise ValueError(f"quantize must be one of none, {', '.join(FORMATS)}, got {quantize!r}")
         dtype = jnp.dtype(dtype)
         self.config = config
         self.dtype = dtype
         self.unroll = unroll
         self.remat = remat
+        self.quantize = quantize
         self.spread: Spread | None = None
         self.name_or_path: str | None = None
         self.folder: str | None = None
@@ -92,7 +98,7 @@ class Decoder(nnx.Module):
             dtype=dtype,
             rngs=draws,
         )
-        self.layers = Block(config, dtype=dtype, rngs=rngs)
+        self.layers = Block(config, dtype=dtype, rngs=rngs, quantize=None if quantize == "none" else quantize)
         self.norm = RMSNorm(
             config.hidden_size, eps=config.norm_eps, offset=config.norm_offset, path=config.names.final_norm
         )

@@ -35,7 +35,12 @@ def abstract_model(decoder: DecoderConfig, config: Config) -> Decoder:
     def build() -> Decoder:
         settings = config.model
         model = Decoder(
-            decoder, dtype=read_dtype(settings.dtype), rngs=None, unroll=settings.unroll, remat=settings.remat
+            decoder,
+            dtype=read_dtype(settings.dtype),
+            rngs=None,
+            unroll=settings.unroll,
+            remat=settings.remat,
+            quantize=settings.quantize,
         )
         add_adapters(model, method, rngs=nnx.Rngs(0))
         return model

@@ -38,6 +38,8 @@ HOW = BUDGET | {"lr_ratio"}
 RESTARTED = ("relora", "remora")
 # Methods that change the base itself, so that their result is a whole model.
 RESULT_IS_MODEL = (*RESTARTED, "full")
+# Methods, and values of adapter.init, that take their start from the base's numbers.
+START_FROM_BASE = ("pissa", "olora")
 
 
 @dataclasses.dataclass(frozen=True)

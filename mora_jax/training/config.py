@@ -15,6 +15,7 @@ from mora_jax.training.adapter_keys import (
     RESTARTED,
     RESULT_IS_MODEL,
     START,
+    START_FROM_BASE,
     AdapterConfig,
     check_adapter,
 )
@@ -34,6 +35,7 @@ FORMATS = (
     "text",
 )
 TEMPLATES = ("alpaca", "plain", "chatml", "llama2", "llama3", "mistral", "tulu", "zephyr", "phi3", "gemma")
+QUANTIZE = ("none", "int8", "nf4")
 MODES = ("masked", "unmasked", "full", "weighted", "last_turn", "im_paper", "wit")
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -56,6 +58,12 @@ class ModelConfig:
         "What the backward pass computes again to save memory: nothing; all but the results of "
         "projections and attention (dots); everything; offload is full with the layers' inputs in the host's memory.",
         choices=("none", "dots", "full", "offload"),
+    )
+    quantize: str = key(
+        "none",
+        "How the layers' kernels are held: as they are, in 8 bits, or as 4-bit NormalFloat (QLoRA); for adapters on a "
+        "base that stays frozen.",
+        choices=QUANTIZE,
     )
 
 
@@ -350,7 +358,29 @@ def check_together(config: Config) -> None:
     if train.steps is not None:
         check_warmup(config, train.steps)
     check_adapter(config.adapter)
+    check_quantize(config)
     _check_data_and_loss(config)
+
+
+def check_quantize(config: Config) -> None:
+    """Refuses a quantised base for methods that change it, or that start from its numbers.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    adapter, held = config.adapter, config.model.quantize
+    if held == "none":
+        return
+    asked = f"adapter.method={adapter.method}"
+    if adapter.method not in RESULT_IS_MODEL and adapter.method not in START_FROM_BASE:
+        if adapter.init not in START_FROM_BASE or "init" not in METHOD_KEYS[adapter.method]:
+            return
+        asked = f"adapter.init={adapter.init}"
+    why = "changes it" if adapter.method in RESULT_IS_MODEL else "takes its start from the exact weights"
+    raise InputError(
+        f"config: model.quantize={held} holds the base frozen, with rounded weights, and {asked} {why}; set "
+        "model.quantize=none, or another method"
+    )
 
 
 def _check_data_and_loss(config: Config) -> None:

@@ -14,6 +14,7 @@ from mora_jax.training.state import Arrays
 # In the order in which they are compared: what explains most comes first.
 COMPARED = {
     "base": "base",
+    "quantize": "model.quantize",
     "method": "adapter.method",
     "rank": "adapter.rank",
     "targets": "adapted layers",
@@ -36,6 +37,7 @@ def run_identity(setup: Setup, adapters: Arrays, restarts: Any = None) -> dict[s
     identity = {
         "base": base_hash(setup.model.folder),
         "base_path": setup.config.model.path,
+        "quantize": setup.config.model.quantize,
         "method": section.method,
         "rank": getattr(adapter_config(section), "rank", None),
         "targets": sorted({match.path for match in setup.attached.matches}),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from mora_jax.adapters.quantized import packed_sizes
 from mora_jax.data.pipeline import Batch, BatchIterator
 from mora_jax.evaluation.scoring import score
 from mora_jax.models.decoder import Decoder
@@ -124,7 +125,8 @@ class Trainer:
             whole = self.runner.whole((self.state, self.frozen))
             self.restarter = Restarter(self.structure, restarts, *whole)
         lengths, kl = setup.train.lengths, config.loss.kl_weight > 0
-        flops = StepFlops.of(setup.model.config, made.adapters, made.frozen, lengths, kl=kl)
+        packed = packed_sizes(setup.model)
+        flops = StepFlops.of(setup.model.config, made.adapters, made.frozen, lengths, kl=kl, packed=packed)
         devices, steps = self.runner.devices, setup.plan.steps
         self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
         self.nonfinite = NonFinite(config.train.max_skipped, config.optimizer.learning_rate)

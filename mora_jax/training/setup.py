@@ -114,7 +114,7 @@ class Setup:
         shown = describe_example(self.train[int(self.plan.indices(0)[0])], self.tokenizer)
         return RunInfo(
             model=str(config.model.path),
-            dtype=self.model.dtype.name,
+            dtype=_stored(self.model),
             method=describe_method(config.adapter),
             matched=sum(match.layers for match in self.attached.matches),
             trainable=self.attached.trainable,
@@ -129,6 +129,11 @@ class Setup:
             first_example=[(text, weight) for text, weight, _ in shown],
             notes=notes,
         )
+
+
+def _stored(model: Decoder) -> str:
+    """What a model computes in, and what its layers are held in where that is another."""
+    return model.dtype.name if model.quantize == "none" else f"{model.dtype.name}, layers held in {model.quantize}"
 
 
 def describe_method(config: AdapterConfig) -> str:
@@ -169,6 +174,7 @@ def prepare(config: Config) -> Setup:
         dtype=config.model.dtype,
         unroll=config.model.unroll,
         remat=config.model.remat,
+        quantize=config.model.quantize,
         shardings=partial(base_shardings, mesh) if is_spread(config.mesh, mesh) else None,
     )
     if tokenizer is None:

@@ -109,7 +109,7 @@ def test_override_values(name, text, value):
         ("lr", "8", ["unknown key 'lr'", "sections"]),
         ("adapter.zzz", "8", ["keys of adapter", "rank"]),
         ("adapter", "8", ["section", "rank"]),
-        ("model.quantize", "nf4", ["unknown key"]),
+        ("model.quantize", "fp4", ["model.quantize", "none, int8, nf4"]),
         ("data.packin", "true", ["unknown key", "data.packing"]),
         ("adapter.rank", "0", ["adapter.rank", "at least 1", "0"]),
         ("adapter.rank", "8.5", ["adapter.rank", "integer", "8.5"]),

@@ -56,6 +56,7 @@ class StepFlops:
         lengths: Sequence[int] | np.ndarray,
         *,
         kl: bool = False,
+        packed: Mapping[str, int] | None = None,
     ) -> StepFlops:
         """Counts a model's weights.
 
@@ -64,7 +65,9 @@ class StepFlops:
             trained, frozen: its arrays (or their shapes) by dotted path, as `partition` splits them.
             lengths: tokens of each training example; a token sees no other example than its own.
             kl: see the attribute.
+            packed: how many numbers arrays of quantised kernels stand for (`packed_sizes`).
         """
+        packed = packed or {}
         body = {True: 0, False: 0}
         head = {True: 0, False: 0}
         for arrays, is_trained in ((trained, True), (frozen, False)):
@@ -72,10 +75,11 @@ class StepFlops:
                 if not decays(name, array):
                     continue  # vectors: no matrix product
                 first = name.partition(".")[0]
+                size = packed.get(name, array.size)
                 if first == "lm_head" or (first == "embed_tokens" and config.tie_embeddings):
-                    head[is_trained] += array.size
+                    head[is_trained] += size
                 elif first != "embed_tokens":  # the rows of an embedding are looked up
-                    body[is_trained] += array.size
+                    body[is_trained] += size
         sights = sum(span(lengths, window) for window in config.windows)
         attention = 4 * config.num_heads * config.head_dim * sights
         return cls(sum(body.values()), body[True], sum(head.values()), head[True], attention, kl)
