@@ -104,11 +104,11 @@ def _nf4_units(packed: Array) -> Array:
     A tree of choices by the bits of the codes: a table's rows would be gathered one by one on TPUs and CPUs.
     """
     blocks, half, *out = packed.shape
-    shape = (1, 2, 1, *(1,) * len(out))
-    level: list[Any] = [jnp.float32(value) for value in NF4]
+    # 1 for the low half of a byte, 16 for the high one; made in the program, where a constant would be carried around.
+    first = 1 + 15 * jax.lax.broadcasted_iota(jnp.uint8, (1, 2, 1, *(1,) * len(out)), 1)
+    level: list[Any] = [np.float32(value) for value in NF4]
     for bit in range(4):
-        mask = np.array([1 << bit, 16 << bit], np.uint8).reshape(shape)
-        on = (packed[:, None] & mask) != 0
+        on = (packed[:, None] & (first * (1 << bit))) != 0
         level = [jnp.where(on, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
     return level[0].reshape(blocks, 2 * half, *out)
 

@@ -52,7 +52,8 @@ class Decoder(nnx.Module):
     Attributes:
         config: its description.
         dtype: dtype of the computation, the residual stream and the frozen weights (norms are float32).
-        unroll: how many layers the scan runs per iteration; None for all on CPU and one elsewhere.
+        unroll: how many layers the scan runs per iteration; None for all on CPU, one elsewhere and for
+            quantised kernels.
         remat: what the backward pass computes again: "none", "dots" (all but the results of projections and
             of attention), "full", or "offload" (full, and what is kept lies in the host's memory).
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see `mora_jax.adapters.quantized`).
@@ -293,7 +294,8 @@ class Decoder(nnx.Module):
     def _unroll(self) -> int:
         if self.unroll is not None:
             return min(self.unroll, self.config.num_layers)
-        return self.config.num_layers if backend() == "cpu" else 1
+        # Without a loop XLA's scheduler for CPUs makes the quantised kernels of all layers dense before the first.
+        return self.config.num_layers if backend() == "cpu" and self.quantize == "none" else 1
 
     def _hidden(
         self,

@@ -27,6 +27,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from mora_jax.adapters.partition import partition
+from mora_jax.adapters.quantized import QuantizedParam
+from mora_jax.adapters.report import count
 from mora_jax.adapters.variables import AdapterParam
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -142,7 +144,7 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
     )
     moved = _collectives(decoder, axes, micro, local * length // context, layers, head, trained, width, config)
     trainable = sum(math.prod(array.shape) for array in trained.values())
-    parameters = trainable + sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, _frozen_parameter)))
+    parameters = trainable + count(model, nnx.Not(AdapterParam))
     return Reckoned(
         memory,
         micro * traced.flops / tensor / context,
@@ -151,10 +153,6 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
         trainable,
         parameters,
     )
-
-
-def _frozen_parameter(path: Any, value: Any) -> bool:
-    return isinstance(value, nnx.Param) and not isinstance(value, AdapterParam)
 
 
 def _size(shape: tuple[int, ...], dtype: Any) -> float:
@@ -169,14 +167,16 @@ def _bytes_held(tree: Any, shardings: dict[str, NamedSharding], whole: NamedShar
 
 
 def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> float:
-    """Bytes of all layers' matrices as layers use them: whole along `fsdp`, cut along `tensor`."""
+    """Bytes of all layers' matrices as layers use them: whole along `fsdp`, cut along `tensor`. Quantised ones are
+    gathered as they are."""
     total = 0.0
     for state in states:
         for path, variable in nnx.to_flat_state(state):
             axes, shape = variable.get_metadata().get("axes") or (), tuple(variable.get_value().shape)
             if dotted(path).startswith("layers.") and len(axes) > 2:
                 used = placement.used(axes[1:], shape[1:]).shard_shape(shape[1:])
-                total += shape[0] * math.prod(used) * width
+                packed = isinstance(variable, QuantizedParam)
+                total += shape[0] * math.prod(used) * (variable.get_value().dtype.itemsize if packed else width)
     return total
 
 

@@ -71,6 +71,7 @@ class Plan:
         found: dict[str, Any] = {f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)}
         found["train.batch_size"], found["train.micro_batch_size"] = train.batch_size, self.micro_batch
         found["model.remat"] = self.config.model.remat
+        found["model.quantize"] = self.config.model.quantize
         return found
 
 

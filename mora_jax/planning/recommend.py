@@ -1,4 +1,4 @@
-"""Tries meshes, micro-batches and remat, and names the fastest that fit."""
+"""Tries meshes, micro-batches and remat, where nothing fits a quantised base too, and names the fastest that fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.decoder import REMAT
 from mora_jax.planning.plan import Plan, by_formula
 from mora_jax.planning.topology import Topology
-from mora_jax.training.config import Config, lay_over
+from mora_jax.training.config import QUANTIZE, Config, check_quantize, lay_over
 from mora_jax.training.mesh import AXES
 
 #: What is tried first, and where nothing of it fits: the layers' inputs on the host, rows cut along their length.
@@ -18,6 +18,20 @@ _REMAT, _LAST_REMAT = ("none", "dots", "full"), ("full", "offload")
 _ROWS = (1, 2, 4, 8, 16)  # of a micro-batch, on the devices that share one row's place
 #: Room that a plan by formula leaves before it is recommended: as much as the formula is off at most (docs/plan.md).
 MARGIN = 0.8
+
+
+def formats(config: Config) -> list[str]:
+    """How the base may be held, in the order in which it is tried: each only where nothing fits with those before."""
+    first = QUANTIZE.index(config.model.quantize)
+    return [held for held in QUANTIZE[first:] if held == config.model.quantize or _can_hold(config, held)]
+
+
+def _can_hold(config: Config, held: str) -> bool:
+    try:
+        check_quantize(lay_over(config, [("model.quantize", held, "plan")]))
+    except InputError:
+        return False
+    return True
 
 
 def candidates(config: Config, topology: Topology, *, last: bool = False) -> Iterator[Config]:
@@ -55,11 +69,12 @@ def _meshes(chips: int, *, long_rows: bool) -> Iterator[tuple[int, int, int, int
 def recommend(config: Config, values: dict[str, Any], topology: Topology) -> list[Plan]:
     """Every way that fits by formula with some room, the fastest first.
 
+    A base in fewer bits than was asked for is looked at only where nothing else fits: `int8` first, then `nf4`.
     Of ways that come out alike to two digits the simpler one leads: fewer axes cut, then less remat, then fewer rows.
     """
-    for last in (False, True):
+    for held, last in itertools.product(formats(config), (False, True)):
         found = []
-        for candidate in candidates(config, topology, last=last):
+        for candidate in candidates(lay_over(config, [("model.quantize", held, "plan")]), topology, last=last):
             try:
                 plan = by_formula(candidate, values, topology)
             except InputError:

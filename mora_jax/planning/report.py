@@ -15,7 +15,11 @@ from mora_jax.planning.estimate import ASSUMPTION
 from mora_jax.planning.plan import Plan
 
 _GB = 1e9
-_NO_QUANTISATION = "none: this library doesn't quantise the base; weights are model.dtype"
+QUANTISATION = {
+    "none": "none, weights are model.dtype",
+    "int8": "int8, layers at 8.5 bits a number; embedding, head and norms are model.dtype",
+    "nf4": "nf4, layers at 4.5 bits a number; embedding, head and norms are model.dtype",
+}
 _PARTS = {
     "weights": "frozen weights",
     "adapters": "what is trained (float32)",
@@ -47,7 +51,8 @@ def view(advice: Advice, model: str, price: float | None) -> Group:
         f"({advice.asked.config.adapter.method}), {advice.asked.config.data.max_length} tokens a row"
     )
     parts: list[RenderableType] = [Text(head), _settings(plans), _memory(plans), _work(plans), _cost(plans, price)]
-    parts.append(Text(f"\nAssumed: {ASSUMPTION}.\nquantisation: {_NO_QUANTISATION}"))
+    parts.append(Text(f"\nAssumed: {ASSUMPTION}."))
+    parts += [Text(f"quantisation, {name}: {quantisation(plan)}") for name, plan in plans.items()]
     if any(plan.source == "compiled" and not plan.fits for plan in plans.values()):
         parts.append(Text("note: of what doesn't fit the compiler says the total alone; the parts are by formula"))
     parts += [Text(f"note: {words}") for words in advice.notes]
@@ -71,6 +76,11 @@ def verdict(advice: Advice) -> str:
         return f"{own}; no mesh, micro-batch and remat fit here{other}.{larger}"
     changed = [f"--config.{name}={value}" for name, value in _changes(asked, advised).items()]
     return f"{own}. Recommended: {' '.join(changed)}"
+
+
+def quantisation(plan: Plan) -> str:
+    """How a plan holds the base, in words."""
+    return QUANTISATION[plan.config.model.quantize]
 
 
 def _changes(asked: Plan, advised: Plan) -> dict[str, Any]:
@@ -168,7 +178,6 @@ def as_json(advice: Advice, model: str, price: float | None) -> dict[str, Any]:
         "trainable_parameters": advice.asked.trainable,
         "parameters": advice.asked.parameters,
         "assumption": ASSUMPTION,
-        "quantisation": _NO_QUANTISATION,
         "configured": plan_json(advice.asked, price),
         "recommended": None if advice.advised is None else plan_json(advice.advised, price),
         "ways_that_fit_by_formula": advice.tried,
@@ -184,6 +193,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     slow, fast = cost.tokens_per_second(plan.tokens)
     found: dict[str, Any] = {
         "settings": plan.settings(),
+        "quantisation": quantisation(plan),
         "figures_by": plan.source,
         "fits": plan.fits,
         "usable_bytes": plan.topology.usable_bytes,

@@ -22,6 +22,7 @@ from mora_jax.training.runner import JitRunner
 from mora_jax.training.sharding import Placement
 from mora_jax.training.state import Structure, TrainState, flat_arrays, initial_state
 from mora_jax.training.step import make_step
+from tests.models.quantized import quantized_copy
 from tests.models.tiny import LLAMA, fill_randomly
 
 METHODS = {
@@ -46,9 +47,11 @@ GEMMA = {
     "final_logit_softcapping": 3.0,
     "tie_word_embeddings": True,
 }
+#: Inputs of whole blocks of quantised kernels: 4 of them, and 8.
+BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 16, "num_hidden_layers": 2}
 #: Two key/value heads and 97 tokens divide by nothing; in the second every size divides by 8; in the third layers see
 #: a window and the whole row in turn, and scores are capped.
-SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA}
+SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA, "blocks": LLAMA | EVEN | BLOCKS}
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01)
 ROWS, LENGTH, STEPS = 16, 16, 10
 
@@ -91,9 +94,12 @@ def run(
     unroll: int = 1,
     remat: str = "none",
     offload: bool = False,
+    quantize: str = "none",
 ) -> Run:
     """Trains a few steps; `offload` is the optimizer's."""
     model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0), unroll=unroll, remat=remat)
+    if quantize != "none":
+        model = quantized_copy(model, quantize)
     mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
     if method != "full":
         fill_randomly(model)

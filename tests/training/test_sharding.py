@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import mora_jax as mj
+from mora_jax.adapters.quantized import FORMATS
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training.mesh import make_mesh
@@ -73,11 +74,12 @@ CASES = [
     ("mora", (1, 1, 4), {}),
     ("full", (2, 2, 1), {"micro_batches": 2}),
     ("full", (1, 2, 2), {"packed": False, "sizes": "even"}),
+    ("lora", (1, 2, 2), {"sizes": "blocks", "quantize": "nf4"}),
 ]
 
 
 def assert_same_curve(losses, method: str, options: dict) -> None:
-    kept = {name: value for name, value in options.items() if name in ("sizes", "packed")}
+    kept = {name: value for name, value in options.items() if name in ("sizes", "packed", "quantize")}
     expected = run(method, **kept).losses
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert abs(expected[-1] / expected[0] - 1) > 1e-3  # it does train
@@ -159,6 +161,29 @@ def test_along_tensor_nothing_is_gathered():
     assert gathers(spread.compiled) == []
     text = spread.compiled.as_text()
     assert "f32[1,256,24]" in text and "f32[1,256,96]" not in text  # a chunk of logits, a quarter on each device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", FORMATS)
+def test_every_mesh_of_eight_devices_with_a_quantised_base(held):
+    meshes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
+    options = {"sizes": "blocks", "quantize": held}
+    eight_devices([("lora", mesh, options) for mesh in meshes] + [("mora", (1, 4, 2), options)])
+
+
+def test_a_quantised_base_is_gathered_as_it_is():
+    spread = run("lora", (1, 4, 1), sizes="blocks", quantize="nf4")
+    arrays = [array.size // array.shape[0] for name, array in spread.frozen.items() if name.endswith("kernel.scales")]
+    adapters = [array.size // array.shape[0] for array in spread.state.adapters.values()]
+    text, dense = spread.compiled.as_text(), 256 * 2 * 512
+    gathered = re.findall(r"= (?:\(.*, )?([a-z]+\d+)\[([\d,]*)\]\S* all-gather(?:-start)?\(.*while/body", text)
+    sizes = {(kind, int(np.prod([int(n) for n in shape.split(",")]))) for kind, shape in gathered}
+    assert ("u8", dense // 2) in sizes
+    assert all(size <= max(*arrays, *adapters) for kind, size in sizes if kind != "u8")
+
+
+def test_along_tensor_nothing_of_a_quantised_base_is_gathered():
+    assert gathers(run("lora", (1, 1, 4), sizes="blocks", quantize="nf4").compiled) == []
 
 
 def test_optimizer_states_lie_like_their_parameters():

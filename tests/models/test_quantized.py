@@ -1,0 +1,187 @@
+"""A decoder on quantised kernels computes what one computes on the values that they stand for, and keeps none dense."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.adapters.quantized import FORMATS
+from mora_jax.adapters.report import count
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.init import init_decoder
+from mora_jax.planning.traced import read_traced
+from tests.models.quantized import quantized_copy, rounded_copy
+from tests.models.tiny import LLAMA, fill_randomly, random_ids
+
+#: One input that fills blocks, one whose last block is part of one.
+SIZES = LLAMA | {"hidden_size": 64, "intermediate_size": 80, "head_dim": 16}
+IDS = random_ids(2, 12)
+METHODS = {
+    "lora": mj.LoRAConfig(rank=2),
+    "rslora": mj.RsLoRAConfig(rank=2),
+    "dora": mj.DoRAConfig(rank=2),
+    "lora_plus": mj.LoRAPlusConfig(rank=2),
+    "lora_fa": mj.LoRAFAConfig(rank=2),
+    "mora": mj.MoRAConfig(rank=2, kind="rotation"),
+    "vera": mj.VeRAConfig(rank=4),
+    "adalora": mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=10),
+    "ia3": mj.IA3Config(),
+    "ia3_inputs": mj.IA3Config(targets=("q_proj", "up_proj"), feedforward=("q_proj", "up_proj")),
+    "bitfit": mj.BitFitConfig(),
+    "head": mj.LoRAConfig(rank=2, targets=("q_proj", "embed_tokens")),
+}
+
+
+def dense(**options) -> Decoder:
+    sizes = SIZES | {"num_hidden_layers": options.pop("layers", 3)}
+    if options.pop("biased", False):
+        sizes |= {"architectures": ["Qwen2ForCausalLM"]}
+    return init_decoder(sizes, nnx.Rngs(0), **({"dtype": "float32", "unroll": 1} | options))
+
+
+def gradient_of(model, method):
+    """Loss, logits and gradient as a function of the adapters, and the adapters with random values."""
+    mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
+    fill_randomly(model)
+    graphdef, adapters, frozen = mj.partition(model)
+
+    def loss(adapters):
+        logits = nnx.merge(graphdef, adapters, frozen)(IDS)
+        return jnp.mean(jnp.square(logits)), logits
+
+    return jax.value_and_grad(loss, has_aux=True), adapters
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3_inputs"])
+def test_gradients_are_those_of_the_rounded_base(method):
+    check_gradients("nf4", method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", FORMATS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gets_the_gradients_of_the_rounded_base(held, method):
+    check_gradients(held, method)
+
+
+def check_gradients(held, method):
+    base = dense(biased=method == "bitfit")
+    found, expected = [], []
+    for model, leaves in ((quantized_copy(base, held), found), (rounded_copy(base, held), expected)):
+        gradient, adapters = gradient_of(model, method)
+        leaves += jax.tree.leaves(jax.jit(gradient)(adapters))
+    assert_same(found, expected)
+
+
+def assert_same(found, expected):
+    """Up to the rounding of sums over three layers."""
+    assert all(np.abs(leaf).max() > 0 for leaf in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6 * np.abs(theirs).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_loops_and_remat_change_nothing(unroll, remat):
+    base = dense(unroll=unroll, remat=remat)
+    gradient, adapters = gradient_of(quantized_copy(base, "nf4"), "lora")
+    plain, _ = gradient_of(rounded_copy(base, "nf4"), "lora")
+    assert_same(*(jax.tree.leaves(jax.jit(one)(adapters)) for one in (gradient, plain)))
+
+
+@pytest.mark.parametrize("held", FORMATS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_loop_over_layers_hands_no_kernel_to_the_backward_pass(held, method, remat):
+    """What the forward loop stacks up is to the byte what it stacks up beside dense kernels, which are arguments."""
+    kept = []
+    for model in (dense(dtype="bfloat16", remat=remat), quantized_copy(dense(dtype="bfloat16", remat=remat), held)):
+        gradient, adapters = gradient_of(model, method)
+        kept.append(read_traced(jax.make_jaxpr(gradient)(adapters), 3, 1, SIZES["hidden_size"]).saved)
+    assert kept[0] == kept[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held", FORMATS)
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_without_a_loop_no_layer_stays_dense(held, remat):
+    """Each layer more adds no more to the compiled step than beside dense kernels, where it adds activations alone."""
+    added = []
+    for quantised in (False, True):
+        sizes = []
+        for layers in (2, 6):
+            base = dense(layers=layers, unroll=layers, remat=remat)
+            model = quantized_copy(base, held) if quantised else base
+            mj.attach(model, METHODS["lora"], rngs=nnx.Rngs(1))
+            graphdef, adapters, frozen = mj.partition(model)
+
+            def loss(adapters, frozen, graphdef=graphdef):
+                return jnp.mean(jnp.square(nnx.merge(graphdef, adapters, frozen)(IDS)))
+
+            compiled = jax.jit(jax.grad(loss)).lower(adapters, frozen).compile()
+            sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        added.append((sizes[1] - sizes[0]) / 4)
+    numbers = sum(node.kernel.size for node in (base.layers.mlp.gate_up_proj, base.layers.mlp.down_proj)) / 6
+    assert added[1] < added[0] + numbers * 4 / 2
+
+
+@pytest.mark.parametrize("held", FORMATS)
+def test_answers_are_made_from_the_same_numbers(held):
+    model, plain = quantized_copy(dense(), held), rounded_copy(dense(), held)
+    for one in (model, plain):
+        mj.attach(one, METHODS["lora"], rngs=nnx.Rngs(1))
+        fill_randomly(one)
+    found, expected = (one.extend(one.init_cache(2, 16), IDS)[0] for one in (model, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", FORMATS)
+def test_packed_numbers_count_as_what_they_stand_for(held):
+    base = dense()
+    model = quantized_copy(base, held)
+    assert count(model) == count(base)
+    reports = [mj.attach(one, METHODS["lora"], rngs=nnx.Rngs(1)) for one in (base, model)]
+    assert str(reports[0]) == str(reports[1])
+
+
+REFUSED = {
+    "full fine-tuning": mj.FullConfig(),
+    "relora": mj.ReLoRAConfig(rank=2, restart_every=50),
+    "remora": mj.ReMoRAConfig(rank=2, restart_every=50),
+    "pissa": mj.PiSSAConfig(rank=2),
+    "olora": mj.LoRAConfig(rank=2, init="olora"),
+    "modules_to_save: down_proj": mj.LoRAConfig(rank=2, targets=("q_proj",), modules_to_save=("down_proj",)),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_would_change_the_base_is_refused(words):
+    model = quantized_copy(dense(), "nf4")
+    with pytest.raises(ValueError, match=rf"{words}.*model\.quantize=nf4"):
+        mj.attach(model, REFUSED[words], rngs=nnx.Rngs(1))
+
+
+def test_modules_that_are_not_quantised_are_trained_whole():
+    model = quantized_copy(dense(), "nf4")
+    config = mj.LoRAConfig(rank=2, targets=("q_proj",), modules_to_save=("lm_head",))
+    assert mj.attach(model, config, rngs=nnx.Rngs(1)).trainable > 97 * 64
+
+
+def test_a_quantised_model_is_neither_merged_nor_saved(tmp_path):
+    model = quantized_copy(dense(), "int8")
+    with pytest.raises(mj.InputError, match="quantize=int8"):
+        mj.save_pretrained(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    mj.attach(model, METHODS["lora"], rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="quantize=int8"):
+        mj.merge(model)
+
+
+def test_a_quantised_decoder_is_not_drawn():
+    with pytest.raises(ValueError, match="can't be drawn"):
+        Decoder(dense().config, rngs=nnx.Rngs(0), quantize="nf4")
+    with pytest.raises(ValueError, match="quantize must be one of none, int8, nf4"):
+        Decoder(dense().config, rngs=None, quantize="fp4")
