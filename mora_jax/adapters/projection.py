@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter, Layout
+from mora_jax.adapters.dropping import Dropping
 from mora_jax.adapters.product import adapted_product
 from mora_jax.adapters.quantized import QuantizedKernel
 
@@ -93,13 +94,13 @@ class Projection(nnx.Module):
         self.bias = nnx.data(bias)
         self.adapters: Any = nnx.Dict()
 
-    def __call__(self, x: Array, *, dropout_key: Array | None = None) -> Array:
+    def __call__(self, x: Array, *, dropping: Dropping | None = None) -> Array:
         """`x [..., in]` → `[..., *out_shape]` in the dtype of `x`, on leaves without layer axis.
 
         Args:
             x: input in the compute dtype. With `lead` the kernel comes as `[in, lead axis, other axes]`: flattened,
                 it is then cut into blocks of whole columns, as a mesh cuts it.
-            dropout_key: turns the adapters' dropout on; each part draws its own mask.
+            dropping: turns the adapters' dropout on; each part draws its own mask.
         """
         flat = x.reshape(-1, self.in_features)
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
@@ -111,12 +112,10 @@ class Projection(nnx.Module):
             bias = None if bias is None else jnp.moveaxis(bias, lead, 0)
         found = tuple(self.adapters.get(part.name) for part in self.parts)
         dropout = None
-        if dropout_key is not None and any(a is not None and a.config.dropout > 0 for a in found):
+        if dropping is not None and any(a is not None and a.config.dropout > 0 for a in found):
 
             def dropout(i: int, x: Array) -> Array:
-                keep = 1.0 - found[i].config.dropout
-                mask = jax.random.bernoulli(jax.random.fold_in(dropout_key, i), keep, x.shape)
-                return jnp.where(mask, x / keep, 0).astype(x.dtype)
+                return dropping.fold(i).drop(x, found[i].config.dropout)
 
         y = adapted_product(layout, found, flat, kernel, bias, dropout)
         y = y.reshape(*x.shape[:-1], *layout.out_shape)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax.adapters.dropping import Dropping
 from mora_jax.adapters.projection import Part, Projection
 from mora_jax.models.attention import attention
 from mora_jax.models.config import DecoderConfig
@@ -91,8 +92,8 @@ def _join_heads(_: None, parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple
 split_heads.defvjp(lambda fused: (split_heads(fused), None), _join_heads)
 
 
-def _fold(dropout_key: jax.Array | None, index: int) -> jax.Array | None:
-    return None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+def _fold(dropping: Dropping | None, index: int) -> Dropping | None:
+    return None if dropping is None else dropping.fold(index)
 
 
 class Attention(nnx.Module):
@@ -135,10 +136,10 @@ class Attention(nnx.Module):
         self.softcap = config.attention_softcap
 
     def __call__(
-        self, x: jax.Array, layout: Layout, slot: CacheSlot | None, dropout_key: jax.Array | None
+        self, x: jax.Array, layout: Layout, slot: CacheSlot | None, dropping: Dropping | None
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
-        fused = kept(self.qkv_proj(x, dropout_key=_fold(dropout_key, 0)))  # [B, T, G, N + 2, H]
+        fused = kept(self.qkv_proj(x, dropping=_fold(dropping, 0)))  # [B, T, G, N + 2, H]
         query, key, value = split_heads(fused)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -161,7 +162,7 @@ class Attention(nnx.Module):
             ring=layout.ring,
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1)
-        return kept(self.o_proj(mixed, dropout_key=_fold(dropout_key, 1))), slot
+        return kept(self.o_proj(mixed, dropping=_fold(dropping, 1))), slot
 
 
 class MLP(nnx.Module):
@@ -199,10 +200,10 @@ class MLP(nnx.Module):
         )
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropping: Dropping | None) -> jax.Array:
         """`x [B, T, D]` to `[B, T, D]`."""
-        fused = kept(self.gate_up_proj(x, dropout_key=_fold(dropout_key, 2)))  # [B, T, 2, M]
-        return kept(self.down_proj(gated(self.activation, fused), dropout_key=_fold(dropout_key, 3)))
+        fused = kept(self.gate_up_proj(x, dropping=_fold(dropping, 2)))  # [B, T, 2, M]
+        return kept(self.down_proj(gated(self.activation, fused), dropping=_fold(dropping, 3)))
 
 
 class Block(nnx.Module):
@@ -223,14 +224,14 @@ class Block(nnx.Module):
         x: jax.Array,
         layout: Layout,
         slot: CacheSlot | None = None,
-        dropout_key: jax.Array | None = None,
+        dropping: Dropping | None = None,
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` through one layer; also the cache slot after this layer's write."""
-        mixed, slot = self.self_attn(self.attention_norm(x), layout, slot, dropout_key)
+        mixed, slot = self.self_attn(self.attention_norm(x), layout, slot, dropping)
         if self.post_attention_norm is not None:
             mixed = self.post_attention_norm(mixed)
         x = x + mixed
-        out = self.mlp(self.mlp_norm(x), dropout_key)
+        out = self.mlp(self.mlp_norm(x), dropping)
         if self.post_mlp_norm is not None:
             out = self.post_mlp_norm(out)
         return x + out, slot

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.bank import banks, checked_ids, choose_rows
+from mora_jax.adapters.dropping import Dropping
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.quantized import FORMATS
@@ -134,7 +135,8 @@ class Decoder(nnx.Module):
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        return _logits(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropout_key)
+        dropping = _dropping(dropout_key, arrays[0], None)
+        return _logits(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropping)
 
     def hidden(
         self,
@@ -143,6 +145,7 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         *,
         dropout_key: jax.Array | None = None,
+        row_numbers: jax.Array | None = None,
         embedding_noise: jax.Array | None = None,
         adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
@@ -150,11 +153,14 @@ class Decoder(nnx.Module):
 
         Args:
             input_ids, segment_ids, positions, dropout_key, adapter_ids: as in `__call__`.
+            row_numbers: int `[B]`, the number of each row among those that share `dropout_key`, by which they get their
+                masks; None: these are all of them.
             embedding_noise: float32 `[B, T, D]`, added to the looked-up embeddings before the family scales them.
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        return _hidden(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropout_key, embedding_noise)
+        dropping = _dropping(dropout_key, arrays[0], row_numbers)
+        return _hidden(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropping, embedding_noise)
 
     def head(self) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
@@ -241,7 +247,7 @@ class Decoder(nnx.Module):
         x: jax.Array,
         layout: Layout,
         cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
+        dropping: Dropping | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """`x [B, T, D]` through the stack. `layout.cos` and `layout.sin` are `[R, B, T, H / 2]` here."""
         config = self.config
@@ -269,16 +275,16 @@ class Decoder(nnx.Module):
 
             def body(x: jax.Array, layer: Any, shared: Any) -> jax.Array:
                 index, leaves, window, rope = layer
-                arrays, dropout_key = shared
+                arrays, dropping = shared
                 here = layer_layout(Layout.of(arrays), window, rope)
-                key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+                dropping = None if dropping is None else dropping.fold(index)
                 if spread is None:
-                    return nnx.merge(graphdef, leaves)(x, here, None, key)[0]
+                    return nnx.merge(graphdef, leaves)(x, here, None, dropping)[0]
                 x = spread.rows(x, folded=folded)
-                return spread.rows(nnx.merge(graphdef, leaves)(x, here, None, key)[0], folded=folded)
+                return spread.rows(nnx.merge(graphdef, leaves)(x, here, None, dropping)[0], folded=folded)
 
             places = None if spread is None else _places(spread, xs)
-            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropout_key), places), None
+            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropping), places), None
 
         def extend(carry: Any, layer: Any) -> tuple[Any, None]:
             x, (keys, values) = carry
@@ -302,7 +308,7 @@ class Decoder(nnx.Module):
         input_ids: jax.Array,
         segment_ids: jax.Array | None,
         positions: jax.Array | None,
-        dropout_key: jax.Array | None,
+        dropping: Dropping | None,
         noise: jax.Array | None = None,
     ) -> jax.Array:
         if segment_ids is None:
@@ -317,8 +323,10 @@ class Decoder(nnx.Module):
         if self.spread is not None and (ring := self.spread.ring(x.shape[0])) is not None:
             x, segments = self.spread.fold(x), self.spread.fold(segments)
             cos, sin = jax.vmap(self.spread.fold)(cos), jax.vmap(self.spread.fold)(sin)
+            if dropping is not None:
+                dropping = dropping._replace(tokens=self.spread.fold(dropping.tokens))
         layout = Layout(segments, segments, None, None, cos, sin, window=None, ring=ring)
-        x, _ = self._run_layers(x, layout, dropout_key=dropout_key)
+        x, _ = self._run_layers(x, layout, dropping=dropping)
         x = self.norm(x)
         return x if ring is None or self.spread is None else self.spread.unfold(x, *input_ids.shape)
 
@@ -383,6 +391,10 @@ def _hidden(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> jax.Arra
 @functools.partial(jax.jit, static_argnums=0)
 def _extend(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> tuple[jax.Array, Cache]:
     return _merged(graphdef, state, adapter_ids, args[1])._extend(*args)
+
+
+def _dropping(key: jax.Array | None, input_ids: jax.Array, numbers: jax.Array | None) -> Dropping | None:
+    return None if key is None else Dropping.of(key, len(input_ids), input_ids.shape[1], numbers)
 
 
 def _merged(graphdef: Any, state: Any, adapter_ids: Any, input_ids: jax.Array) -> Decoder:

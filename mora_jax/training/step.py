@@ -20,7 +20,7 @@ from mora_jax.training.state import Arrays, Structure, TrainState
 Array = jax.Array
 Batch = dict[str, Array]
 
-_NOISE = 2**31  # folded into the key for NEFTune; dropout folds in small numbers
+_NOISE = 2**31  # folded into the key for NEFTune; dropout folds the numbers of layers in
 
 
 class StepMetrics(NamedTuple):
@@ -120,7 +120,9 @@ def make_step(
         if keys.noise is not None:
             width = model.config.hidden_size
             noise = embedding_noise(keys.noise, rows["numbers"], rows["segment_ids"], width, neftune_alpha)
-        hidden = model.hidden(*inputs, dropout_key=keys.dropout, embedding_noise=noise)
+        hidden = model.hidden(
+            *inputs, dropout_key=keys.dropout, row_numbers=rows.get("numbers"), embedding_noise=noise
+        )
         head = model.head()
         ring = None if spread is None else spread.ring(hidden.shape[0])
         fold = spread.fold if spread is not None else lambda x: x
@@ -160,28 +162,24 @@ def make_step(
             _, kl_weights = next_token_targets(ids, batch["kl_weights"], segments)
             rows["kl_weights"] = kl_weights * _inverse(total(jnp.sum(kl_weights)))
         count = ids.shape[0]
-        if neftune_alpha:
+        if dropout or neftune_alpha:
             rows["numbers"] = row_numbers(*ids.shape[:2])
 
         key = jax.random.fold_in(state.key, state.step)
-        dropout_key, noise_key = key if dropout else None, jax.random.fold_in(key, _NOISE) if neftune_alpha else None
-        if dropout_key is not None and axis_name is not None:
-            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
+        keys = Keys(key if dropout else None, jax.random.fold_in(key, _NOISE) if neftune_alpha else None)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
-        def micro(carry, indexed):
-            index, rows = indexed
-            micro_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            found = value_and_grad(state.adapters, frozen, rows, Keys(micro_key, noise_key))
+        def micro(carry, rows):
+            found = value_and_grad(state.adapters, frozen, rows, keys)
             return jax.tree.map(jnp.add, carry, found), None
 
         if count == 1:
             rows = {name: value[0] for name, value in rows.items()}
-            sums = value_and_grad(state.adapters, frozen, rows, Keys(dropout_key, noise_key))
+            sums = value_and_grad(state.adapters, frozen, rows, keys)
         else:
             zero = jnp.zeros((), jnp.float32)
             start = ((zero, zero), jax.tree.map(jnp.zeros_like, state.adapters))
-            sums, _ = jax.lax.scan(micro, start, (jnp.arange(count), rows))
+            sums, _ = jax.lax.scan(micro, start, rows)
 
         (loss, kl), gradient = jax.tree.map(total, sums)
         extra = jnp.zeros((), jnp.float32)
@@ -213,7 +211,7 @@ def make_step(
 
 
 class Keys(NamedTuple):
-    """What a micro-batch draws from; None turns a kind of noise off."""
+    """What every micro-batch of a step draws from, by the numbers of its rows; None turns a kind of noise off."""
 
     dropout: Array | None
     noise: Array | None

@@ -3,6 +3,7 @@ losses as JSON, for meshes larger than the devices of the tests."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -95,19 +96,22 @@ def run(
     remat: str = "none",
     offload: bool = False,
     quantize: str = "none",
+    dropout: float = 0.0,
 ) -> Run:
     """Trains a few steps; `offload` is the optimizer's."""
     model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0), unroll=unroll, remat=remat)
     if quantize != "none":
         model = quantized_copy(model, quantize)
-    mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
+    chosen = dataclasses.replace(METHODS[method], dropout=dropout) if dropout else METHODS[method]
+    mj.attach(model, chosen, rngs=nnx.Rngs(1))
     if method != "full":
         fill_randomly(model)
     graphdef, adapters, frozen = mj.partition(model)
     devices = make_mesh(*mesh)
     placement = Placement.of(devices, adapters, frozen)
     optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
-    step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, placement=placement)
+    structure = Structure(graphdef, adapters, frozen)
+    step = make_step(structure, optimizer, schedule, placement=placement, dropout=dropout > 0)
     runner = JitRunner(step, devices, placement.table(adapters, frozen), offload=offload)
     state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
     held = runner.place(flat_arrays(frozen))

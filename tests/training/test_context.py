@@ -10,8 +10,8 @@ from tests.training.meshed import run
 from tests.training.test_sharding import assert_same_curve, eight_devices, gathers
 
 CASES = [
-    ("lora", (1, 1, 1, 4), {}),
-    pytest.param("mora", (1, 2, 1, 2), {"sizes": "gemma"}, marks=pytest.mark.slow),
+    ("lora", (1, 1, 1, 4), {"dropout": 0.3}),
+    pytest.param("mora", (1, 2, 1, 2), {"sizes": "gemma", "dropout": 0.3}, marks=pytest.mark.slow),
     pytest.param("full", (1, 1, 2, 2), {"sizes": "even", "packed": False}, marks=pytest.mark.slow),
 ]
 
@@ -38,7 +38,7 @@ def test_losses_and_gradients_are_those_of_one_device(method, mesh, options):
 
 def test_scores_of_whole_rows_never_exist():
     """Rows of 16 tokens over 4 devices: each holds pairs of 2 tokens, and nobody gathers keys."""
-    compiled = run("lora", (1, 1, 1, 4)).compiled
+    compiled = run("lora", (1, 1, 1, 4), dropout=0.3).compiled
     text = compiled.as_text()
     assert "collective-permute" in text
     assert not re.search(r"f32\[(\d+,){3,}16\]", text)
@@ -50,6 +50,6 @@ def test_scores_of_whole_rows_never_exist():
 def test_context_beside_the_other_axes():
     meshes = [(2, 1, 2, 2), (1, 2, 2, 2), (2, 1, 1, 4), (1, 2, 1, 4)]
     cases = [("lora", mesh, {"sizes": "odd"}) for mesh in meshes]
-    cases += [("mora", mesh, {"sizes": "gemma", "micro_batches": 2}) for mesh in meshes]
+    cases += [("mora", mesh, {"sizes": "gemma", "micro_batches": 2, "dropout": 0.3}) for mesh in meshes]
     cases += [("full", mesh, {"sizes": "even", "packed": False}) for mesh in meshes]
     eight_devices(cases)

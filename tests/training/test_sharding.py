@@ -79,7 +79,7 @@ CASES = [
 
 
 def assert_same_curve(losses, method: str, options: dict) -> None:
-    kept = {name: value for name, value in options.items() if name in ("sizes", "packed", "quantize")}
+    kept = {name: value for name, value in options.items() if name in ("sizes", "packed", "quantize", "dropout")}
     expected = run(method, **kept).losses
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert abs(expected[-1] / expected[0] - 1) > 1e-3  # it does train
