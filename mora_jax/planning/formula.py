@@ -6,10 +6,13 @@ Per chip:
 - *activations*: what the forward pass keeps for the backward pass, read from the traced step (see traced.py);
 - *temp*: the gradients of what is trained (twice with several micro-batches), and the larger of two moments. In a
   layer's backward pass: what is alive in the layer, and under `fsdp` the weights of two layers gathered (this one and
-  the next). In the loss: what is alive there. The output head is gathered before and stays.
+  the next). In the loss: what is alive there. The output head is gathered before and stays. Under `tensor` also a copy
+  of the frozen kernels that hold several matrices: TPUs turn them once a step, so that the axis that is cut leads.
 
-Along `tensor` everything but arrays as wide as the residual stream is cut, along `context` everything. What is
-offloaded to the host counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations,
+Along `tensor` everything is cut but arrays as wide as the residual stream and what MoRA makes of its inputs, along
+`context` everything. MoRA mixes all features, so what is cut along `tensor` is sent to all who share it: inputs and the
+outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. What is offloaded to the host
+counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations,
 is not in it: `benchmarks/results/plan.md` has a table of how far off that leaves it.
 """
 
@@ -26,7 +29,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from mora_jax.adapters.mora import MoRA
 from mora_jax.adapters.partition import partition
+from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.quantized import QuantizedParam
 from mora_jax.adapters.report import count
 from mora_jax.adapters.variables import AdapterParam
@@ -131,7 +136,7 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
     layers = _gathered(placement, (adapters, frozen), width)
     head = decoder.vocab_size * decoder.hidden_size * width / tensor
     gradients = held(trained) * (2 if micro > 1 else 1)
-    saved = (traced.stream + (traced.saved - traced.stream) / tensor) / context
+    saved = (traced.uncut + (traced.saved - traced.uncut) / tensor) / context
     cut = axes["fsdp"] * context > 1
     backward = traced.layer / tensor / context + (2 * layers / decoder.num_layers if cut else 0)
     memory = Memory(
@@ -140,9 +145,13 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
         optimizer=0.0 if config.optimizer.offload else held(optimizer_shapes(config, trained)),
         batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / sharing,
         activations=0.0 if config.model.remat == "offload" else saved,
-        temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0),
+        temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0) + _turned(placement, model, kept),
     )
-    moved = _collectives(decoder, axes, micro, local * length // context, layers, head, trained, width, config)
+    tokens = local * length // context
+    moved = _collectives(decoder, axes, micro, tokens, layers, head, trained, width, config)
+    mixed = micro * decoder.num_layers * tokens * _mixed(placement, model, width, config.model.remat)
+    if mixed:
+        moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
     trainable = sum(math.prod(array.shape) for array in trained.values())
     parameters = trainable + count(model, nnx.Not(AdapterParam))
     return Reckoned(
@@ -180,6 +189,41 @@ def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -
     return total
 
 
+def _projections(model: Decoder) -> list[tuple[str, Projection]]:
+    """The layers' projections with their dotted paths."""
+    return [(dotted(path), node) for path, node in nnx.iter_graph(model) if isinstance(node, Projection)]
+
+
+def _turned(placement: Placement, model: Decoder, kept: dict[str, Any]) -> float:
+    """Bytes of the frozen kernels of several matrices, which are copied where `tensor` cuts them."""
+    total = 0.0
+    if placement.mesh.shape["tensor"] == 1:
+        return total
+    for path, projection in _projections(model):
+        kernel, axes = kept.get(f"{path}.kernel"), ("layers", *projection.axes)  # None: trained, or quantised
+        several = len(projection.layout.out_shape) > 1
+        if kernel is not None and several and any(placement.used(axes, kernel.shape).spec):
+            total += _size(placement.stored(axes, kernel.shape).shard_shape(kernel.shape), kernel.dtype)
+    return total
+
+
+def _mixed(placement: Placement, model: Decoder, width: int, remat: str) -> float:
+    """Bytes a token that a device sends in a layer because MoRA mixes features which `tensor` cuts."""
+    tensor = placement.mesh.shape["tensor"]
+    inputs, outputs = 0, 0
+    for _, projection in _projections(model):
+        shape = (projection.in_features, *projection.layout.out_shape)
+        first, *others = placement.used(projection.axes, shape).spec
+        for i, part in enumerate(projection.parts):
+            if isinstance(projection.adapters.get(part.name), MoRA):
+                inputs += projection.in_features if first else 0
+                outputs += projection.layout.part_features(i) if any(others) else 0
+    # Forward once, or twice where remat repeats it; backward once.
+    forward_in, forward_out = {"none": (1, 1), "dots": (2, 1)}.get(remat, (2, 2))
+    numbers = inputs * (forward_in * width + 4) + outputs * (forward_out * 4 + width)
+    return numbers / tensor * (tensor - 1) / tensor
+
+
 def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> Traced:
     """A micro-batch of `rows` on one device: everything in it grows evenly with the rows."""
     one, two = (_traced_rows(_for_trace(config), _text(values), count, backend) for count in (1, 2))
@@ -188,7 +232,7 @@ def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> 
         first, second = getattr(one, name), getattr(two, name)
         return first + (rows - 1) * (second - first)
 
-    return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "stream", "layer", "head")))
+    return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "uncut", "layer", "head")))
 
 
 def _for_trace(config: Config) -> Config:
@@ -214,14 +258,16 @@ def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced
     decoder = read_config(json.loads(values), "the model")
     config = lay_over(config, [("train.batch_size", rows, "")])
     with compiling_for(backend):
-        made, arguments = assemble_abstract(
-            _model(config.model, config.adapter, values, backend), config, (1,) * len(AXES)
-        )
+        model = _model(config.model, config.adapter, values, backend)
+        made, arguments = assemble_abstract(model, config, (1,) * len(AXES))
         assert isinstance(made.runner, JitRunner), "pmap is refused before"
         program = made.runner.trace(*arguments).jaxpr
     tokens = rows * config.data.max_length
     chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
-    return read_traced(program, decoder.num_layers, chunks, decoder.hidden_size)
+    flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
+    squares = (variable for _, variable in flat if "square_in" in (variable.get_metadata().get("axes") or ()))
+    sides = frozenset(variable.get_value().shape[-1] for variable in squares)
+    return read_traced(program, decoder.num_layers, chunks, decoder.hidden_size, sides)
 
 
 def _collectives(
@@ -236,7 +282,8 @@ def _collectives(
     config: Config,
 ) -> tuple[Collective, ...]:
     """Gathers of weights along `fsdp` and `context`, forward and backward; sums of gradients; sums of activations along
-    `tensor`; keys and values around the ring of `context`, forward and backward, there with their gradients."""
+    `tensor`, float32, one for each product over a cut axis; keys and values around the ring of `context`, forward and
+    backward, there with their gradients."""
     tensor, context, gathering = axes["tensor"], axes["context"], axes["fsdp"] * axes["context"]
     sharing = axes["data"] * gathering
     count, found = decoder.num_layers, []
@@ -249,8 +296,9 @@ def _collectives(
         gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
         found.append(Collective("all-reduce", micro * count, 2 * micro * gradient * (sharing - 1) / sharing))
     if tensor > 1:
-        passes = 4 if keeps_results else 6
-        size = micro * passes * count * tokens * decoder.hidden_size * width * 2 * (tensor - 1) / tensor
+        # Two forward and two backward. The last projection's isn't made again: the backward pass has no use for it.
+        passes = 4 if keeps_results else 5
+        size = micro * passes * count * tokens * decoder.hidden_size * 4 * 2 * (tensor - 1) / tensor
         found.append(Collective("all-reduce", micro * passes * count, size))
     if context > 1:
         forward = 1 if keeps_results else 2

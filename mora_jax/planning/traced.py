@@ -35,7 +35,8 @@ class Traced:
         flops: of its matrix products.
         bytes: operands and results of its matrix products.
         saved: bytes that the forward pass keeps for the backward pass, over all layers.
-        stream: those of them in arrays as wide as the residual stream, which no axis but those of rows cuts.
+        uncut: those of them that no axis but those of rows cuts: in arrays as wide as the residual stream, and in
+            inputs that MoRA has put together in rows of its matrix's side.
         layer: most bytes alive at once inside a layer.
         head: most bytes alive at once in the vocabulary loss.
     """
@@ -43,12 +44,14 @@ class Traced:
     flops: float
     bytes: float
     saved: float
-    stream: float
+    uncut: float
     layer: float
     head: float
 
 
-def read_traced(program: core.ClosedJaxpr, layers: int, chunks: int, width: int) -> Traced:
+def read_traced(
+    program: core.ClosedJaxpr, layers: int, chunks: int, width: int, sides: frozenset[int] = frozenset()
+) -> Traced:
     """What a traced step of one micro-batch on one device does.
 
     Args:
@@ -56,19 +59,25 @@ def read_traced(program: core.ClosedJaxpr, layers: int, chunks: int, width: int)
         layers: of the model: a scan as long as this is the stack's.
         chunks: how often the loop of the vocabulary loss runs.
         width: of the residual stream.
+        sides: of MoRA's matrices.
     """
+
+    def is_uncut(whole: Any) -> bool:
+        shape = _aval(whole).shape
+        return shape[-1:] == (width,) or (len(shape) == 3 and shape[-1] in sides)
+
     flops, moved = _products(program.jaxpr, chunks)
-    saved, stream, layer, head = 0.0, 0.0, 0.0, 0.0
+    saved, uncut, layer, head = 0.0, 0.0, 0.0, 0.0
     for step in _flat(program.jaxpr):
         if step.name == "scan" and step.equation.params["length"] == layers:
             layer = max(layer, _peak(step.inner[0]))
             if not step.equation.params["reverse"]:
                 kept = _stacked(step, layers)
                 saved = max(saved, sum(map(_bytes, kept)))
-                stream = max(stream, sum(_bytes(whole) for whole in kept if _aval(whole).shape[-1:] == (width,)))
+                uncut = max(uncut, sum(_bytes(whole) for whole in kept if is_uncut(whole)))
         elif step.name == "while":
             head = max(head, sum(map(_bytes, step.equation.outvars)) + max(map(_peak, step.inner)))
-    return Traced(flops, moved, saved, stream, layer, head)
+    return Traced(flops, moved, saved, uncut, layer, head)
 
 
 def _stacked(step: _Step, length: int) -> list[Any]:

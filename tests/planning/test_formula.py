@@ -101,5 +101,28 @@ def test_what_a_program_keeps():
     found = read_traced(program, layers=5, chunks=1, width=8)
     assert found.flops == 5 * 2 * 2 * 4 * 8 * 8
     assert found.bytes == 5 * 2 * 4 * (4 * 8 + 8 * 8 + 4 * 8)
-    assert found.saved == found.stream == 5 * 2 * 4 * 8 * 4
+    assert found.saved == found.uncut == 5 * 2 * 4 * 8 * 4
     assert found.layer == 2 * 4 * 8 * 4  # both products: the first is kept
+
+
+def test_what_tensor_makes_devices_send():
+    """Against a count by hand: sums of the residual stream, and of MoRA's inputs and updates what is cut."""
+    mesh = (1, 1, 4, 1)
+    tokens, layers, width, wide, qkv = 8 * LENGTH, 6, 128, 384, 256
+    sums = 4 * layers * tokens * width * 4 * 2 * 3 / 4  # forward after the output and down projections; two backward
+    lora = reckon(run_of("lora", mesh), MODEL, mesh, "tpu")
+    assert {entry.kind for entry in lora.collectives} == {"all-reduce"}
+    assert sum(entry.bytes for entry in lora.collectives if entry.count == 4 * layers) == sums
+    mora = reckon(run_of("mora", mesh), MODEL, mesh, "tpu")
+    # Float32 forward and backward. Of what a device has, a quarter, three quarters go to others.
+    cut = (width + wide) + (qkv + 2 * wide)
+    (mixed,) = [entry for entry in mora.collectives if entry.kind == "all-to-all"]
+    assert mixed.bytes == layers * tokens * cut * (4 + 4) / 4 * 3 / 4
+
+
+def test_fused_kernels_are_held_twice_where_tensor_cuts_them():
+    meshes = (1, 2, 1, 1), (1, 2, 2, 1)
+    before, after = (reckon(run_of("lora", mesh), MODEL, mesh, "tpu").memory.temp for mesh in meshes)
+    kernels = 6 * 128 * (256 + 2 * 384) * 4 / 4
+    # Everything else that is temporary halves.
+    assert after - before / 2 == pytest.approx(kernels, rel=0.1)
