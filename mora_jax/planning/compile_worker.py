@@ -34,14 +34,23 @@ from mora_jax.training.chunks import chunk_size
 from mora_jax.training.config import Config, flatten, lay_over
 
 
-def compile_step(task: dict[str, Any]) -> dict[str, Any]:
-    """Compiles the step of a task and says what the compiler says of it."""
+def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
+    """The step of a task, lowered for its topology, and how often its loops run."""
     config = lay_over(Config(), [(name, value, "plan") for name, value in flatten(task["config"])])
     decoder = read_config(task["decoder"], "the model")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"]).devices
     with compiling_for("tpu"):
         made, arguments = assemble_abstract(abstract_model(decoder, config), config, tuple(task["mesh"]), devices)
         lowered = made.runner.lower(*arguments)
+    micro, rows, length = arguments[2]["input_ids"].shape
+    shards = made.placement.row_shards if made.placement is not None else 1
+    tokens = rows // shards * length
+    return lowered, Loops(decoder.num_layers, micro, -(-tokens // chunk_size(decoder.vocab_size, tokens)))
+
+
+def compile_step(task: dict[str, Any]) -> dict[str, Any]:
+    """Compiles the step of a task and says what the compiler says of it."""
+    lowered, loops = lower_step(task)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -50,12 +59,7 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
             raise
         return {"fits": False, "seconds": time.perf_counter() - start} | read_shortage(str(error))
     memory: Any = compiled.memory_analysis()
-    micro, rows, length = arguments[2]["input_ids"].shape
-    shards = made.placement.row_shards if made.placement is not None else 1
-    tokens = rows // shards * length
-    chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
     text = _text(compiled)
-    loops = Loops(decoder.num_layers, micro, chunks)
     found = (
         None if text is None else [dataclasses.asdict(one) for one in collectives(text, math.prod(task["mesh"]), loops)]
     )
