@@ -12,6 +12,7 @@ from mora_jax.planning.plan import Plan, by_formula, compiled
 from mora_jax.planning.recommend import recommend
 from mora_jax.planning.topology import Topology, larger
 from mora_jax.training.config import Config, lay_over
+from mora_jax.training.mesh import AXES
 
 Note = Callable[[str], None]
 
@@ -52,8 +53,10 @@ def advise(config: Config, values: dict[str, Any], topology: Topology, tries: in
     asked = by_formula(config, values, topology)
     used = math.prod(asked.mesh)
     if used < topology.chips:
-        rows = f"more can't share micro-batches of {asked.micro_batch} evenly"
-        notes.append(f"as configured, {used} of the {topology.chips} chips work: {rows}")
+        why = f"more can't share micro-batches of {asked.micro_batch} evenly"
+        if -1 not in (getattr(config.mesh, axis) for axis in AXES):
+            why = f"the mesh names {used}"
+        notes.append(f"as configured, {used} of the {topology.chips} chips work: {why}")
     compiler = bool(tries) and topology.tpu is not None and has_libtpu()
     if not compiler:
         notes.append(_why_formula(tries, topology))
