@@ -4,13 +4,15 @@
 
 Every cell: rows of 2048 tokens, one a chip, bfloat16, `remat=full`, every array cut over all chips (`mesh.fsdp`).
 Memory is by formula, and the compiler's for the cells that `plan_cells.json` holds: `--compile N` adds the next N of
-`COMPILED` to it (minutes each, on a machine without TPUs; needs libtpu). Run it again to go on.
+those that are wanted (minutes each, on a machine without TPUs; needs libtpu). Run it again to go on. Wanted is, for
+each model, method and kind of chip, the smallest slice that holds the run, and a few others (`TELLING`).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import re
 import sys
@@ -35,29 +37,17 @@ SLICES = (
     *("v5p-8", "v5p-16", "v5p-32", "v5p-64", "v5p-128"),
     *("v6e-1", "v6e-4", "v6e-8", "v6e-16", "v6e-32", "v6e-64", "v6e-128"),
 )
-#: The most telling first. Of a file in configs/ the model and the slice are those that its head names.
-COMPILED = (
-    "llama3-8b lora v5e-8",
+#: Compiled besides the smallest slice of each kind that holds each run. Of a file in configs/ the model and the slice
+#: are those that its head names.
+TELLING = (
     "configs/tpu_v5e_8_llama3_8b_mora.py",
-    "smollm2-1.7b lora v5e-1",
-    "llama3-8b lora v5e-1",
-    "llama3-70b lora v5p-32",
-    "llama3-70b lora v5e-64",
-    "gemma3-27b lora v6e-8",
-    "qwen3-14b lora v6e-8",
-    "smollm2-1.7b full v5e-8",
+    "llama3-8b lora v5e-8",
     "llama3-8b mora v5e-8",
-    "llama3-70b lora v6e-32",
-    "qwen3-14b lora v5p-8",
-    "gemma3-27b lora v5p-8",
-    "qwen3-14b lora v5e-8",
-    "gemma3-27b lora v5e-16",
-    "llama3-8b lora v5p-8",
-    "llama3-8b lora v6e-8",
-    "smollm2-1.7b lora v6e-1",
-    "smollm2-1.7b lora v5p-8",
-    "llama3-8b full v5p-16",
-    "llama3-70b full v5p-128",
+    "llama3-8b lora v5e-1",
+    "llama3-8b mora v5e-1",
+    "llama3-70b lora v5e-64",
+    "llama3-70b lora v5p-32",
+    "qwen3-14b lora v6e-8",
 )
 
 
@@ -101,18 +91,36 @@ def cell(name: str) -> Plan:
     return by_formula(config, PUBLISHED[model], topology)
 
 
+def wanted(known: dict[str, Any]) -> list[str]:
+    """The cells to compile that aren't known. What the compiler has refused makes room for the next slice."""
+    kinds = itertools.product(("v5e", "v5p", "v6e"), METHODS, MODELS)
+    found = [(smallest(model, method, kind, known), f"{model} {method}") for kind, method, model in kinds]
+    names = [f"{run} {slice_}" for (plan, slice_), run in found if plan is not None]
+    return [name for name in dict.fromkeys((*names, *TELLING)) if name not in known]
+
+
 def compile_cells(cells: Path, count: int) -> None:
-    """Compiles the next `count` cells and keeps what the compiler says."""
-    known = json.loads(cells.read_text()) if cells.exists() else {}
-    for name in [name for name in COMPILED if name not in known][:count]:
+    """Compiles the next `count` cells, and keeps what the compiler says."""
+    failed: set[str] = set()
+    for _ in range(count):
+        known = read_cells(cells)
+        name = next((name for name in wanted(known) if name not in failed), None)
+        if name is None:
+            return
         plan = cell(name)
-        print(f"compiling {name}", file=sys.stderr)
+        print(f"compiling {name}", file=sys.stderr, flush=True)
         try:
             known[name] = ask(plan.config, PUBLISHED[model_and_slice(name)[0]], plan.topology, plan.mesh)
         except CompilerError as error:
             print(f"{name}: {error}", file=sys.stderr)
+            failed.add(name)
             continue
         cells.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def read_cells(cells: Path) -> dict[str, Any]:
+    """What the compiler said of each cell that was compiled."""
+    return json.loads(cells.read_text()) if cells.exists() else {}
 
 
 def table(columns: list[str], words: int, rows: list[list[str]]) -> str:
@@ -179,10 +187,18 @@ def smallest(model: str, method: str, kind: str, known: dict[str, Any]) -> tuple
     return None, ""
 
 
+def order(name: str) -> tuple[int, ...]:
+    """Where a cell stands in a list: as in the tables, configurations first."""
+    if name.startswith("configs/"):
+        return ()
+    model, method, slice_ = name.split()
+    return MODELS.index(model), METHODS.index(method), SLICES.index(slice_)
+
+
 def check_table(known: dict[str, Any]) -> str:
     """Formula against compiler, for every cell that was compiled."""
     rows = []
-    for name in (name for name in COMPILED if name in known):
+    for name in sorted(known, key=order):
         plan, answer = cell(name), Compiled.read(known[name])
         own = plan.memory
         words = [name, gigabytes(own.arguments), "", gigabytes(own.activations + own.temp), "", gigabytes(plan.needed)]
@@ -202,7 +218,7 @@ def check_table(known: dict[str, Any]) -> str:
 
 def write(cells: Path, path: Path) -> None:
     """Writes the tables."""
-    known = json.loads(cells.read_text()) if cells.exists() else {}
+    known = read_cells(cells)
     script = "`nice -n 10 python benchmarks/plan_table.py`"
     path.write_text(
         f"""# What fits which TPU slice
@@ -240,6 +256,5 @@ if __name__ == "__main__":
     parser.add_argument("--compile", type=int, default=0, metavar="N", help="cells to compile before the tables")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu is for the compiling process
-    for _ in range(options.compile):
-        compile_cells(RESULTS / "plan_cells.json", 1)
+    compile_cells(RESULTS / "plan_cells.json", options.compile)
     write(RESULTS / "plan_cells.json", RESULTS / "plan.md")
