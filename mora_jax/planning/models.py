@@ -21,6 +21,10 @@ def read_model(name: str) -> dict[str, Any]:
     path = Path(name)
     if name.lower() in PUBLISHED:
         values = PUBLISHED[name.lower()]
+    elif path.is_dir() and not (path / "config.json").exists():
+        raise InputError(
+            f"--model {name}: that folder has no config.json; give a model's folder, or one of {', '.join(PUBLISHED)}"
+        )
     elif path.exists():
         values = read_json(path / "config.json" if path.is_dir() else path)
     else:

@@ -1,6 +1,7 @@
 """`mora-jax plan`, with a folder that holds a config.json alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,12 @@ def test_the_compilers_figures_take_the_place_of_the_formulas(model, capsys, mon
     assert "compiling for v5e:2x2" in err
 
 
+def test_why_chips_are_idle(model, capsys):
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in (("data", 1), ("fsdp", 2))]
+    found, _ = planned(capsys, "--model", model, "--accelerator", "v5e-4", *KEYS, *mesh)
+    assert "as configured, 2 of the 4 chips work: the mesh names 2" in found["notes"]
+
+
 def test_a_compiler_that_fails_leaves_the_formula(model, capsys, monkeypatch):
     def broken(*_):
         raise CompilerError("no such target")
@@ -105,6 +112,7 @@ def test_a_compiler_that_fails_leaves_the_formula(model, capsys, monkeypatch):
         (["--accelerator", "v5e-9", "--model", "llama3-8b"], "did you mean v5e-8"),
         (["--accelerator", "v5e-8"], "no model"),
         (["--accelerator", "v5e-8", "--model", "llama3-8"], "did you mean llama3-8b"),
+        (["--accelerator", "v5e-8", "--model", str(Path(__file__).parent)], "has no config.json"),
         (["--accelerator", "v5e-8", "--model", "llama3-8b", "--config.mesh.fsdp=3"], "can't be laid out"),
         (["--accelerator", "v5e-8", "--model", "llama3-8b", "--config.mesh.data=8"], "can't share 4 rows"),
         (["--accelerator", "v5e-8", "--model", "llama3-8b", "--config.mesh.pmap=true"], "mesh.pmap"),
