@@ -8,6 +8,7 @@ Per chip:
   layer's backward pass: what is alive in the layer, and under `fsdp` the weights of two layers gathered (this one and
   the next). In the loss: what is alive there. The output head is gathered before and stays. Under `tensor` also a copy
   of the frozen kernels that hold several matrices: TPUs turn them once a step, so that the axis that is cut leads.
+  (Under `fsdp` alone they may too: docs/plan.md says what that leaves out, and what makes up for it.)
 
 Along `tensor` everything is cut but arrays as wide as the residual stream and what MoRA makes of its inputs, along
 `context` everything. MoRA mixes all features, so what is cut along `tensor` is sent to all who share it: inputs and the
