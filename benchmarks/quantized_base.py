@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+import mora_jax as mj
 from mora_jax.interop import load_pretrained
 
 HELD = ("none", "int8", "nf4")
@@ -27,6 +33,7 @@ PROMPTS = (
     "Classify each as fruit or vegetable: apple, carrot, banana, spinach.",
 )
 HELD_OUT = 32
+ROUNDS = 5
 
 
 def command(*words: Any) -> str:
@@ -77,10 +84,27 @@ def megabytes(args: argparse.Namespace, held: str) -> tuple[float, float]:
     return sizes[0] / 1e6, sizes[1] / 1e6
 
 
-def seconds(out: Path) -> float:
-    """The time of the fastest step: all have one shape, and whatever else the machine does only adds to it."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return min(row["step_seconds"] for row in rows if "loss" in row)
+def seconds(args: argparse.Namespace) -> dict[str, float]:
+    """Of the layers' forward and backward pass with a full batch: the fastest of some, taken in turn."""
+    ids = np.random.default_rng(0).integers(0, 1000, (4, args.max_length))
+    calls = {}
+    for held in HELD:
+        model, _ = load_pretrained(args.model, dtype="float32", unroll=1, quantize=held)
+        mj.attach(model, mj.LoRAConfig(rank=8), rngs=nnx.Rngs(0))
+        graphdef, adapters, frozen = mj.partition(model)
+
+        def loss(adapters: Any, frozen: Any, graphdef: Any = graphdef) -> jax.Array:
+            return jnp.mean(jnp.square(nnx.merge(graphdef, adapters, frozen).hidden(ids)))
+
+        calls[held] = partial(jax.jit(jax.grad(loss)), adapters, frozen)
+        jax.block_until_ready(calls[held]())
+    times: dict[str, float] = {}
+    for _ in range(ROUNDS):
+        for held, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[held] = min(times.get(held, math.inf), time.perf_counter() - start)
+    return times
 
 
 def main() -> None:
@@ -104,13 +128,14 @@ def main() -> None:
         f"most {args.max_length} tokens",
         f"of {args.data.name}, one seed, {jax.devices()[0].platform.upper()}. Losses are of the answers of {HELD_OUT} "
         "rows held out, in nats a token;",
-        "*on exact weights* is the adapter on the base as the files have it, which is what merging gives. Layers run",
-        "in a loop; *s a step* is the fastest step's. Written by `python benchmarks/quantized_base.py`.",
+        "*on exact weights* is the adapter on the base as the files have it, which is what merging gives; *s, layers*",
+        f"the fastest of {ROUNDS} forward and backward passes through the layers, in a loop, with 4 full rows. Written",
+        "by `python benchmarks/quantized_base.py`.",
         "",
-        "| `model.quantize` | layers, MB | base, MB | loss before | loss after | after, on exact weights | s a step |",
+        "| `model.quantize` | layers, MB | base, MB | loss before | loss after | after, on exact weights | s, layers |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    answers = []
+    answers, times = [], seconds(args)
     for held in HELD:
         out = args.out / held
         summary = train(args, held, out)
@@ -119,7 +144,7 @@ def main() -> None:
         exact = summary["eval_loss"] if held == "none" else evaluate(args, "none", out)
         lines.append(
             f"| {held} | {layers:.0f} | {base:.0f} | {before:.4f} | {summary['eval_loss']:.4f} | {exact:.4f} | "
-            f"{seconds(out):.2f} |"
+            f"{times[held]:.2f} |"
         )
         print(lines[-1], flush=True)
         answers += [f"\n## Answers, {held}", *(f"\n> {p}\n\n{answer(args, held, out, p)}" for p in PROMPTS)]

@@ -17,7 +17,7 @@ from mora_jax.data.normalize import NORMALIZERS
 from mora_jax.data.report import CAUSES
 from mora_jax.data.templates import TEMPLATES
 from mora_jax.data.weights import ENDS, HEADERS, MODES
-from mora_jax.training.config import KINDS, METHOD_KEYS, keys, sections
+from mora_jax.training.config import KINDS, METHOD_KEYS, QUANTIZE, keys, sections
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -63,6 +63,13 @@ def test_costs_are_those_that_were_measured():
     assert [row for row in rows if row not in read("methods.md")] == []
 
 
+def test_figures_of_quantised_bases_are_those_that_were_measured():
+    measured = (DOCS.parent / "benchmarks" / "results" / "quantized_base.md").read_text(encoding="utf-8")
+    rows = [line for line in measured.splitlines() if line.startswith("| ")]
+    assert len(rows) == 5
+    assert [row for row in rows if row not in read("quantized_base.md")] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_configuration_keys_exist(page):
     names = "|".join(sections())
@@ -78,6 +85,7 @@ def test_configuration_keys_exist(page):
         ("templates.md", TEMPLATES),
         ("batches.md", (*TRUNCATIONS, *CAUSES)),
         ("adapters.md", METHOD_KEYS),
+        ("quantized_base.md", QUANTIZE),
     ],
 )
 def test_every_choice_is_documented(page, names):

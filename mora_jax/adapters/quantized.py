@@ -88,8 +88,8 @@ class Quantized:
     def after(self, waited_for: Any) -> Array:
         """The kernel `[in, *out]`, float32, not made before `waited_for` is there.
 
-        A compiler would else share one result between the forward and the backward pass, and so keep the kernels of
-        all layers, where there is no loop over layers between them.
+        A compiler would else make one for several products of a layer (of its forward pass, of its repetition, of its
+        backward pass) and hold it from the first to the last.
         """
         values, scales, _ = jax.lax.optimization_barrier((self.values, self.scales, waited_for))
         blocks, *out = scales.shape

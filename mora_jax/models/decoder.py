@@ -300,7 +300,7 @@ class Decoder(nnx.Module):
     def _unroll(self) -> int:
         if self.unroll is not None:
             return min(self.unroll, self.config.num_layers)
-        # Without a loop XLA's scheduler for CPUs makes the quantised kernels of all layers dense before the first.
+        # Without a loop XLA on CPUs keeps the quantised kernels of all layers dense at once.
         return self.config.num_layers if backend() == "cpu" and self.quantize == "none" else 1
 
     def _hidden(

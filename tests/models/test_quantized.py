@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
+from mora_jax.adapters.attach import add_adapters
 from mora_jax.adapters.quantized import FORMATS
 from mora_jax.adapters.report import count
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
 from mora_jax.models.init import init_decoder
 from mora_jax.planning.traced import read_traced
 from tests.models.quantized import quantized_copy, rounded_copy
@@ -104,28 +106,29 @@ def test_the_loop_over_layers_hands_no_kernel_to_the_backward_pass(held, method,
     assert kept[0] == kept[1] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("held", FORMATS)
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_without_a_loop_no_layer_stays_dense(held, remat):
-    """Each layer more adds no more to the compiled step than beside dense kernels, where it adds activations alone."""
-    added = []
-    for quantised in (False, True):
-        sizes = []
-        for layers in (2, 6):
-            base = dense(layers=layers, unroll=layers, remat=remat)
-            model = quantized_copy(base, held) if quantised else base
-            mj.attach(model, METHODS["lora"], rngs=nnx.Rngs(1))
-            graphdef, adapters, frozen = mj.partition(model)
+def test_no_layer_stays_dense_in_the_compiled_step(held):
+    """Each layer more takes little beside the arguments, where its dense kernels would be as much as they are."""
+    # Small matrices are never made dense on a CPU; these are as in a real model.
+    sizes = LLAMA | {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
+    layer = 256 * (512 + 256 + 3 * 768) * 4
+    taken = []
+    for layers in (2, 4):
 
-            def loss(adapters, frozen, graphdef=graphdef):
-                return jnp.mean(jnp.square(nnx.merge(graphdef, adapters, frozen)(IDS)))
+        def build(layers=layers):
+            config = read_config(sizes | {"num_hidden_layers": layers}, "config.json")
+            model = Decoder(config, rngs=None, quantize=held)
+            add_adapters(model, METHODS["lora"], rngs=nnx.Rngs(1))
+            return model
 
-            compiled = jax.jit(jax.grad(loss)).lower(adapters, frozen).compile()
-            sizes.append(compiled.memory_analysis().temp_size_in_bytes)
-        added.append((sizes[1] - sizes[0]) / 4)
-    numbers = sum(node.kernel.size for node in (base.layers.mlp.gate_up_proj, base.layers.mlp.down_proj)) / 6
-    assert added[1] < added[0] + numbers * 4 / 2
+        graphdef, adapters, frozen = mj.partition(nnx.eval_shape(build))
+
+        def loss(adapters, frozen, graphdef=graphdef):
+            return jnp.mean(jnp.square(nnx.merge(graphdef, adapters, frozen)(IDS[:1, :8])))
+
+        compiled = jax.jit(jax.grad(loss)).lower(adapters, frozen).compile()
+        taken.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert (taken[1] - taken[0]) / 2 < 0.2 * layer
 
 
 @pytest.mark.parametrize("held", FORMATS)

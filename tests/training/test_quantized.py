@@ -80,7 +80,7 @@ def test_two_processes_read_and_train_their_shares(inputs, tmp_path):
     common = {"train__steps": 6, "model__quantize": "nf4"}
     alone(arguments(inputs, tmp_path / "alone", **common))
     shared = arguments(inputs, tmp_path / "run", **common, mesh__data=1, mesh__fsdp=2, mesh__tensor=2)
-    assert [process.code for process in launched([shared] * 2)] == [0, 0]
+    assert [process.code for process in launched(shared, 2)] == [0, 0]
     same_run(tmp_path / "run", tmp_path / "alone")
 
 
