@@ -7,7 +7,7 @@
 
 Needs 8 v5e chips (one VM, 16 GiB each). Planned, not measured (`mora-jax plan --config
 configs/tpu_v5e_8_llama3_8b_mora.py --model llama3-8b --accelerator v5e-8`, memory and collectives by the TPU's
-compiler): 13.3 of 16.9 GB on each chip; 4.0 to 9.5 s a step, 1,700 to 4,100 tokens/s a chip, 1.1 to 2.6 hours in all.
+compiler): 13.3 of 16.9 GB on each chip; 4.0 to 9.7 s a step, 1,700 to 4,100 tokens/s a chip, 1.1 to 2.7 hours in all.
 What it scores depends on the data; no run of it has been seen.
 """
 

@@ -10,6 +10,7 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _OP = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(-start)?\((?P<rest>.*)$")
 _ARRAY = re.compile(r"\b(?P<type>pred|[a-z]+\d+\w*)\[(?P<sizes>[\d,]*)\]")
 _BITS = {"pred": 8, "bf16": 16}
+_CALLS = re.compile(r"calls=%?([\w.<>-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.<>-]+) \(.*\{$|^(ENTRY )?%?(?P<plain>[\w.<>-]+) .*\{$")
 
 
@@ -60,8 +61,10 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
     """The collectives of a step by kind.
 
     The compiler may write one operation several times, for the parts of an asynchronous one; its channel tells which
-    are the same. Products that are cut into windows run their permutations in a loop of their own, forwards and
-    backwards and two at a time: a quarter of the devices' number of trips.
+    are the same. One inside a fused computation may have no name: then it is in the loops of who calls that. A sum of
+    which everyone keeps a share is an all-reduce in a computation of its own. Products that are cut into windows run
+    their permutations in a loop of their own, forwards and backwards and two at a time: a quarter of the devices'
+    number of trips.
 
     Args:
         hlo: the compiled program's text.
@@ -69,8 +72,9 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
         loops: of the step.
     """
     found: dict[str, tuple[str, int, float]] = {}
-    inside = ""
-    for number, line in enumerate(hlo.splitlines()):
+    inside, lines = "", hlo.splitlines()
+    callers = {called[1]: _name(line) for line in lines if (called := _CALLS.search(line))}
+    for number, line in enumerate(lines):
         if head := _COMPUTATION.match(line):
             inside = head["name"] or head["plain"]
             continue
@@ -78,18 +82,25 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
         if op is None:
             continue
         channel = re.search(r"channel_id=(\d+)", line)
-        name = re.search(r'op_name="([^"]*)"', line)
-        trips = loops.trips(name[1] if name else "")
+        trips = loops.trips(_name(line) or callers.get(inside, ""))
         if "windowed" in inside:
             trips *= max(1, devices // 4)
-        size = _sent(op["kind"], op["shape"], _group(op["rest"], devices))
-        found.setdefault(channel[1] if channel else f"line {number}", (op["kind"], trips, trips * size))
+        kind, size = op["kind"], _sent(op["kind"], op["shape"], _group(op["rest"], devices))
+        if inside.startswith("all-reduce-scatter"):
+            kind, size = "reduce-scatter", size / 2
+        found.setdefault(channel[1] if channel else f"line {number}", (kind, trips, trips * size))
     sums = []
     for kind in _KINDS:
         entries = [entry for entry in found.values() if entry[0] == kind and entry[2] > 0]
         if entries:
             sums.append(Collective(kind, sum(entry[1] for entry in entries), sum(entry[2] for entry in entries)))
     return sums
+
+
+def _name(line: str) -> str:
+    """The name that an operation has from the program that was compiled; nothing where it has none."""
+    found = re.search(r'op_name="([^"]*)"', line)
+    return found[1] if found else ""
 
 
 def _sent(kind: str, shape: str, group: int) -> float:

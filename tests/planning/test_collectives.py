@@ -15,6 +15,12 @@ HLO = f"""
   %cp = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%p), channel_id=2, {LAYER}
   %cpd = f32[8] collective-permute-done(%cp)
 }}
+%all-reduce-scatter.1.clone (input.1: f32[8,4]) -> f32[2,4] {{
+  %all-reduce.9 = f32[8,4] all-reduce(%input.1), channel_id=9, replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+}}
+%body (p: f32[8,4]) -> f32[2,4] {{
+  %fusion.9 = f32[2,4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1.clone, {LAYER}
+}}
 ENTRY %main (p: f32[10]) -> f32[10] {{
   %ar = (f32[10], f32[]) all-reduce(%p, %q), channel_id=3, replica_groups=[4,4]<=[16], metadata={{op_name="sum"}}
   %rs = f32[5] reduce-scatter(%p), channel_id=4, replica_groups={{{{0,1}},{{2,3}}}}, metadata={{op_name="x"}}
@@ -31,7 +37,8 @@ def test_kinds_groups_loops_and_copies():
     assert found["collective-permute"] == Collective("collective-permute", 12, 12 * 8 * 4)
     # Eleven float32 in groups of four, there and back; the group of one sends nothing.
     assert found["all-reduce"] == Collective("all-reduce", 1, 2 * 11 * 4 * 3 / 4)
-    assert found["reduce-scatter"] == Collective("reduce-scatter", 1, 5 * 4)
+    # One that keeps five, and one in each of three layers, of which three quarters go to others.
+    assert found["reduce-scatter"] == Collective("reduce-scatter", 4, 5 * 4 + 3 * 8 * 4 * 4 * 3 / 4)
 
 
 def test_trips_of_nested_loops():
