@@ -92,6 +92,7 @@ def test_another_run_is_refused_with_both_values(tmp_path_factory, changes, word
         newest(folder, identity=IDENTITY | changes)
     assert words in str(error.value)
     assert newest(folder, identity=IDENTITY | {"base_path": "moved/a"}).step == 1
+    assert newest(folder, identity=IDENTITY | {"added_later": "something"}).step == 1
     assert steps_in(folder) == ["1"]
 
 
