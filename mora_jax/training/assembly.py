@@ -108,7 +108,7 @@ def assemble(
         runner = PmapRunner(step, mesh.size)
     else:
         table = placement.table(adapters, frozen)
-        runner = JitRunner(step, mesh, table, offload=config.optimizer.offload)
+        runner = JitRunner(step, mesh, table)
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget)
 
 

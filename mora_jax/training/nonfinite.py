@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from mora_jax.errors import InputError
+from mora_jax.training.streaming import OnHost
 
 Array = jax.Array
 
@@ -48,17 +49,17 @@ class Skips(NamedTuple):
 def chosen(taken: Array, new: Any, old: Any) -> Any:
     """`new` where the update is taken, else `old`: trained arrays, or an optax state.
 
-    Schedules count steps, so theirs is always the new state.
+    Schedules count steps, so theirs is always the new state; moments in the host's memory are chosen already.
     """
 
     def choose(new: Any, old: Any) -> Any:
-        return new if _is_schedule(new) else jnp.where(taken, new, old)
+        return new if _is_new(new) else jnp.where(taken, new, old)
 
-    return jax.tree.map(choose, new, old, is_leaf=_is_schedule)
+    return jax.tree.map(choose, new, old, is_leaf=_is_new)
 
 
-def _is_schedule(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
+def _is_new(node: Any) -> bool:
+    return isinstance(node, (optax.ScaleByScheduleState, OnHost))
 
 
 class NonFinite:

@@ -10,6 +10,7 @@ import optax
 from mora_jax.training.config import OptimizerConfig
 from mora_jax.training.restarts import Restarts
 from mora_jax.training.state import weight_masks
+from mora_jax.training.streaming import streamed
 
 
 def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None = None) -> optax.Schedule:
@@ -45,7 +46,7 @@ def make_optimizer(
     rates: Mapping[str, float] | None = None,
     *,
     restarts: Restarts | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW; weight decay leaves norms and biases alone.
 
     Args:
@@ -53,15 +54,23 @@ def make_optimizer(
         steps: the run's steps.
         rates: how many times the learning rate arrays of some names get, as an adapter configuration's `rates`.
         restarts: see `make_schedule`.
+
+    Returns:
+        A transformation whose `update` takes `taken`: whether the step counts (see nonfinite.py); only moments in the
+        host's memory (`config.offload`) look at it.
     """
-    adamw = optax.adamw(
-        make_schedule(config, steps, restarts), weight_decay=config.weight_decay, mask=weight_masks, mu_dtype="float32"
+    adam = optax.scale_by_adam(mu_dtype="float32")
+    # As `optax.adamw`, whose state is made up in the same way.
+    adamw = optax.chain(
+        streamed(adam) if config.offload else adam,
+        optax.add_decayed_weights(config.weight_decay, weight_masks),
+        optax.scale_by_learning_rate(make_schedule(config, steps, restarts)),
     )
     stages = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     stages.append(adamw)
     if rates:
         stages.append(scale_rates(rates))
-    return stages[0] if len(stages) == 1 else optax.chain(*stages)
+    return optax.with_extra_args_support(stages[0] if len(stages) == 1 else optax.chain(*stages))
 
 
 def scale_rates(rates: Mapping[str, float]) -> optax.GradientTransformation:

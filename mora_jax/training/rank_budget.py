@@ -82,7 +82,7 @@ class RankBudget:
         matrices = sum(int(mask.any(-1).sum()) for mask in self.exists.values())
         return budget(self.config, self.exists, step) / matrices
 
-    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def around(self, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         """The optimizer, followed by allocation.
 
         Importances are taken from the gradients of the loss, before any clipping, and from the updated weights.
@@ -91,8 +91,8 @@ class RankBudget:
         def init(params: Any) -> BudgetState:
             return BudgetState(jnp.zeros((), jnp.int32), start_importance(params, self.exists), optimizer.init(params))
 
-        def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, BudgetState]:
-            updates, inner = optimizer.update(gradients, state.inner, params)
+        def update(gradients: Any, state: Any, params: Any = None, **others: Any) -> tuple[Any, BudgetState]:
+            updates, inner = optimizer.update(gradients, state.inner, params, **others)
             moved: Any = optax.apply_updates(params, updates)
             step = state.step + 1
             importance, kept = allocate(self.config, state.importance, moved, gradients, step, self.exists)
@@ -100,4 +100,4 @@ class RankBudget:
             zeroing = {name: jnp.where(kept[name] == 0, -params[name], updates[name]) for name in self.exists}
             return updates | zeroing, BudgetState(step, importance, inner)
 
-        return optax.GradientTransformation(init, update)
+        return optax.GradientTransformationExtraArgs(init, update)

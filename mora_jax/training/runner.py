@@ -17,6 +17,7 @@ from mora_jax.training.placing import put, put_rows, rows_here
 from mora_jax.training.sharding import Placement
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import Batch, StepFunction, StepMetrics
+from mora_jax.training.streaming import moments_on_host
 
 Array = jax.Array
 
@@ -84,7 +85,6 @@ class JitRunner(Runner):
         mesh: the mesh; rows of a batch are cut along `data` and `fsdp`.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
             None everything, is on every device.
-        offload: whether the optimizer's state lies in the host's memory between steps.
     """
 
     def __init__(
@@ -92,12 +92,9 @@ class JitRunner(Runner):
         step: StepFunction,
         mesh: Mesh,
         shardings: dict[str, NamedSharding] | None = None,
-        *,
-        offload: bool = False,
     ):
         super().__init__()
-        self._step = _streamed(step) if offload else step
-        self._offload = offload
+        self._step = step
         self._shardings = shardings or {}
         self.devices = list(mesh.devices.flat)
         self._whole = NamedSharding(mesh, PartitionSpec())
@@ -116,8 +113,7 @@ class JitRunner(Runner):
 
     def places(self, tree: Any) -> Any:
         """The sharding of every leaf of a state or of a dictionary of arrays (or shapes); see `places`."""
-        found = places(tree, self._shardings, self._whole)
-        return _with_moments_on_host(found) if self._offload else found
+        return moments_on_host(places(tree, self._shardings, self._whole))
 
     def place(self, tree: Any) -> Any:
         """State or frozen arrays, cut as the table says."""
@@ -154,38 +150,6 @@ def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding)
         return whole if found is None or not _fits(found, leaf.shape) else found
 
     return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _with_moments_on_host(shardings: Any) -> Any:
-    """Shardings of a state, those of the optimizer's moments in the host's memory."""
-
-    def place(path: tuple[Any, ...], sharding: NamedSharding) -> NamedSharding:
-        # Moments stand below the state's field `optimizer` and under the name of a parameter.
-        moment = getattr(path[0], "name", None) == "optimizer" and _has_name(path)
-        return sharding.with_memory_kind("pinned_host") if moment else sharding
-
-    return jax.tree_util.tree_map_with_path(place, shardings)
-
-
-def _has_name(path: tuple[Any, ...]) -> bool:
-    return any(isinstance(key, jax.tree_util.DictKey) for key in path)
-
-
-def _streamed(step: StepFunction) -> StepFunction:
-    """The step with the optimizer's moments, which lie in the host's memory, brought to the device and back."""
-
-    def moved(optimizer: Any, space: Any) -> Any:
-        def move(path: tuple[Any, ...], leaf: Array) -> Array:
-            return jax.device_put(leaf, space) if _has_name(path) else leaf
-
-        return jax.tree_util.tree_map_with_path(move, optimizer)
-
-    def streamed(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        state = state._replace(optimizer=moved(state.optimizer, jax.memory.Space.Device))
-        state, metrics = step(state, frozen, batch)
-        return state._replace(optimizer=moved(state.optimizer, jax.memory.Space.Host)), metrics
-
-    return streamed
 
 
 def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:

@@ -103,6 +103,7 @@ def make_step(
         ValueError: `kl_weight` where the base itself is trained, so that there is none to compare with; a divisor
             that is not positive.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
     if kl_weight and structure.trains_base:
         raise ValueError("full fine-tuning keeps no frozen base, so there is no divergence from it: use kl_weight=0")
     if divisor is not None and not divisor > 0:
@@ -120,9 +121,7 @@ def make_step(
         if keys.noise is not None:
             width = model.config.hidden_size
             noise = embedding_noise(keys.noise, rows["numbers"], rows["segment_ids"], width, neftune_alpha)
-        hidden = model.hidden(
-            *inputs, dropout_key=keys.dropout, row_numbers=rows.get("numbers"), embedding_noise=noise
-        )
+        hidden = model.hidden(*inputs, dropout_key=keys.dropout, row_numbers=rows.get("numbers"), embedding_noise=noise)
         head = model.head()
         ring = None if spread is None else spread.ring(hidden.shape[0])
         fold = spread.fold if spread is not None else lambda x: x
@@ -201,7 +200,7 @@ def make_step(
             skipped_in_row=skips.in_row,
             penalty=extra,
         )
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters, taken=taken)
         adapters: Any = optax.apply_updates(state.adapters, updates)
         adapters = chosen(taken, adapters, state.adapters)
         optimizer_state = chosen(taken, optimizer_state, state.optimizer)

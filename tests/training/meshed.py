@@ -109,10 +109,11 @@ def run(
     graphdef, adapters, frozen = mj.partition(model)
     devices = make_mesh(*mesh)
     placement = Placement.of(devices, adapters, frozen)
-    optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
+    config = dataclasses.replace(OPTIMIZER, offload=offload)
+    optimizer, schedule = make_optimizer(config, STEPS), make_schedule(config, STEPS)
     structure = Structure(graphdef, adapters, frozen)
     step = make_step(structure, optimizer, schedule, placement=placement, dropout=dropout > 0)
-    runner = JitRunner(step, devices, placement.table(adapters, frozen), offload=offload)
+    runner = JitRunner(step, devices, placement.table(adapters, frozen))
     state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
     held = runner.place(flat_arrays(frozen))
     found = []

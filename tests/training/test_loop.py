@@ -163,7 +163,7 @@ def test_a_run_goes_on_where_paths_and_devices_are_others(inputs, unbroken, tmp_
     with pytest.raises(InputError, match="old/model"):
         loop.resume(str(tmp_path / "run"), quiet())
     changes = {"model.path": tmp_path / "moved" / "model", "data.train": tmp_path / "moved" / "rows.json"}
-    changes |= {"mesh.data": 2, "mesh.fsdp": -1}
+    changes |= {"mesh.data": 2, "mesh.fsdp": -1, "optimizer.offload": "true"}
     given = [(name, str(value)) for name, value in changes.items()]
     assert loop.resume(str(tmp_path / "run"), quiet(), changes=given) == 0
     rows, expected = metrics(tmp_path / "run"), metrics(unbroken)

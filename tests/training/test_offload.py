@@ -1,11 +1,16 @@
 """What lies in the host's memory between uses: the same training, and the places that were asked for."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mora_jax.errors import InputError
 from mora_jax.training.config import Config, check_together, lay_over
+from mora_jax.training.streaming import OnHost, streamed
 from tests.training.meshed import run
 
 
@@ -29,6 +34,23 @@ def test_moments_lie_in_the_hosts_memory_and_nothing_else_does(spread):
     assert {array.sharding.memory_kind for array in found} == {"pinned_host"}
     rest = [*spread.state.adapters.values(), *spread.frozen.values(), spread.state.step]
     assert {array.sharding.memory_kind for array in rest} == {"device"}
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_moments_are_those_of_adam_where_the_step_is_taken(taken):
+    adam = optax.scale_by_adam(mu_dtype="float32")
+    made = streamed(adam)
+    rng = np.random.default_rng(0)
+    shapes = {"layers.a": (3, 4, 5), "layers.b": (3,), "embed.table": (7, 2)}
+    first, second = ({name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()} for _ in range(2))
+    state = adam.update(first, adam.init(first))[1]
+    expected, new = adam.update(second, state)
+    found, moments = jax.jit(made.update)(second, OnHost(*state), taken=jnp.asarray(taken))
+    kept = new if taken else state
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, found, expected)
+    jax.tree.map(close, tuple(moments), tuple(kept))
+    assert isinstance(made.init(first), OnHost)
 
 
 def test_the_whole_state_is_donated():
