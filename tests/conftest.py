@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -23,6 +24,22 @@ os.environ["MORA_JAX_CACHE"] = _CACHE.name
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 REQUIRE_SHARED = os.environ.get("MORA_JAX_REQUIRE_SHARED") == "1"
+
+
+# Linux gives a process 65,530 mappings, a compiled program takes some dozens, and XLA aborts where there are no more.
+_MAPPINGS = Path("/proc/self/maps")
+_MANY = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+    """Forgets compiled programs after a file of tests where they have become many."""
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_configure(config: pytest.Config) -> None:

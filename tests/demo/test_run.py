@@ -27,10 +27,11 @@ def two_methods(monkeypatch):
 
 def test_from_end_to_end(two_methods, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["demo", "--steps", "31", "--out", str(out)]) == 0
+    code = main(["demo", "--steps", "31", "--out", str(out)])
     printed = capsys.readouterr()
+    assert code == 0, printed.err
     lines = printed.out.splitlines()
-    assert len(lines) == 2 + 1 + 2 * 2
+    assert len(lines) == 2 + 1 + 2 * 2, printed.out
     assert all(column in lines[1] for column in COLUMNS)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in sorted(out.iterdir())] == ["curves.png", "results.json"]
