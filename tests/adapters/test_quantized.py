@@ -13,6 +13,8 @@ from mora_jax.adapters.dense import adapted_dot
 from mora_jax.adapters.lora import LoRA
 from mora_jax.adapters.product import scaled_dot
 from mora_jax.adapters.quantized import FORMATS, NF4, Quantized, QuantizedKernel, quantize
+from mora_jax.adapters.starts import FROM_BASE
+from mora_jax.training.adapter_keys import START_FROM_BASE
 from mora_jax.training.config import QUANTIZE
 
 SHAPES = [(64, 3), (100, 2, 3), (40, 5), (256, 4)]
@@ -64,6 +66,7 @@ def test_the_table_is_that_of_its_definition():
 
 def test_the_formats_are_those_of_the_configuration():
     assert ("none", *FORMATS) == QUANTIZE
+    assert set(START_FROM_BASE) == set(FROM_BASE)
 
 
 @pytest.mark.parametrize("held", FORMATS)
