@@ -106,11 +106,14 @@ def test_wandb_has_one_run_with_each_step_once(watched):
 
 
 def traced_steps(file: Path) -> set[int]:
+    """The numbers of the steps in a trace. Its reader makes classes at the first use, of which newer Pythons warn, and
+    aborts the process where that warning is an error."""
     planes = jax.profiler.ProfileData.from_file(str(file)).planes
     events = (event for plane in planes for line in plane.lines for event in line.events)
     return {dict(event.stats)["step_num"] for event in events if event.name == "train"}
 
 
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
 def test_the_trace_holds_the_steps_that_were_asked_for(watched):
     out, said = watched
     first, resumed = sorted((out / "profile").rglob("*.xplane.pb"))
