@@ -29,6 +29,7 @@ _HOMES = {
     "LoRALinear": "mora_jax.adapters.lora",
     "MoRALinear": "mora_jax.adapters.mora",
     "AdapterParam": "mora_jax.adapters.variables",
+    "mutable_state": "mora_jax.adapters.variables",
     "attach": "mora_jax.adapters.attach",
     "partition": "mora_jax.adapters.partition",
     "merge": "mora_jax.adapters.merge",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.mora import MoRALinear as MoRALinear
     from mora_jax.adapters.partition import partition as partition
     from mora_jax.adapters.variables import AdapterParam as AdapterParam
+    from mora_jax.adapters.variables import mutable_state as mutable_state
     from mora_jax.errors import InputError as InputError
     from mora_jax.interop import load_adapter as load_adapter
     from mora_jax.interop import load_pretrained as load_pretrained

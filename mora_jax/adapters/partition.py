@@ -13,6 +13,10 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     Differentiate with respect to the second, give the second to optax, and pass the third through unchanged;
     `nnx.merge(graphdef, adapters, frozen)` puts the model together again, inside a compiled function too.
 
+    The third holds what a call may change too: counters of dropout, batch statistics, caches. Where a model has such
+    state and is in training mode, take it out as a part of its own that the step returns:
+    `nnx.split(model, mj.AdapterParam, mj.mutable_state, ...)`, see `mutable_state`.
+
     Returns:
         `(graphdef, adapters, frozen)`.
 
