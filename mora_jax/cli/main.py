@@ -7,6 +7,7 @@ SIGTERM; 1, with a traceback, only for a bug. Nothing here imports jax: commands
 import argparse
 import importlib.metadata
 import os
+import platform
 import signal
 import sys
 import warnings
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 from mora_jax.cli import convert, demo, generate, inspect, merge, plan, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli.failures import EXIT_TERMINATE, report
-from mora_jax.cli.options import take_overrides
+from mora_jax.cli.options import OVERRIDE, take_overrides
+from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words
 from mora_jax.errors import InputError
 
 COMMANDS = {
@@ -30,6 +32,15 @@ COMMANDS = {
     "plan": plan,
     "demo": demo,
 }
+# Those that take --config.KEY=VALUE.
+TAKE_KEYS = ("train", "plan")
+EPILOG = """\
+`mora-jax COMMAND --help` shows a command's options. For a first look: `mora-jax demo`, then
+
+  mora-jax train --config.model.path=MODEL --config.data.train=rows.jsonl --config.out=runs/1
+  mora-jax generate --model MODEL --adapter runs/1 --prompt "..."
+
+MODEL is a HuggingFace folder or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,24 +52,26 @@ class Parser(argparse.ArgumentParser):
 
 
 class ShowVersion(argparse.Action):
-    """Prints the installed version and exits."""
+    """Prints the installed versions and exits."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         """Does so when the option is met."""
-        print(importlib.metadata.version("mora-jax"))
+        own, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("mora-jax", "jax", "flax"))
+        print(f"{own} ({', '.join(others)}, Python {platform.python_version()})")
         raise SystemExit(0)
 
 
-def build_parser() -> Parser:
-    """Returns the parser of all commands."""
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Returns the parser of all commands, and each command's own."""
     parser = Parser(
         prog="mora-jax",
         description="Fine-tune language models with LoRA and MoRA in JAX.",
-        epilog="`mora-jax COMMAND --help` shows a command's options.",
+        epilog=EPILOG,
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, title="commands")
     for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,
@@ -69,7 +82,7 @@ def build_parser() -> Parser:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser
+    return parser, commands.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,17 +114,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     rest, overrides = take_overrides(argv)
-    parser = build_parser()
+    parser, commands = build_parser()
+    if rest[:1] == ["help"]:
+        rest = [*rest[1:2], "--help"]
+    if not rest:
+        parser.print_help(sys.stderr)
+        print(file=sys.stderr)
+        raise InputError(f"no command given; choose one of {', '.join(COMMANDS)}")
+    name = rest[0]
     try:
-        args = parser.parse_args(rest)
-        if args.command is None:
-            raise InputError(f"no command given; choose one of {', '.join(COMMANDS)} (see mora-jax --help)")
-        if overrides and args.command not in ("train", "plan"):
-            raise InputError(f"--config.{overrides[0][0]}: only train and plan take configuration keys")
+        if name in COMMANDS:
+            takes_keys = name in TAKE_KEYS
+            check_options(name, commands[name], rest[1:], takes_keys)
+            if overrides and not takes_keys:
+                _refuse_key(name, commands[name], overrides[0][0])
+        elif name not in ("-h", "--help", "--version"):
+            refuse_command(name, list(COMMANDS))
+        args, words = parser.parse_known_args(rest)
+        refuse_words(name, words, name in TAKE_KEYS)
         args.overrides = overrides
         return args.run(args)
     except SystemExit as stop:  # --help and --version, and the handler of SIGTERM
         return stop.code if isinstance(stop.code, int) else 0
+
+
+def _refuse_key(command: str, parser: Parser, key: str) -> NoReturn:
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    flag = flag_of(key, known)
+    hint = f"; did you mean {flag}?" if flag else ""
+    raise InputError(f"{OVERRIDE}{key}: only {' and '.join(TAKE_KEYS)} take configuration keys{hint}")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -20,7 +20,7 @@ from mora_jax.training.adapter_keys import (
     check_adapter,
 )
 from mora_jax.training.adapter_keys import KINDS as KINDS
-from mora_jax.training.config_key import Key, key, nearest
+from mora_jax.training.config_key import Key, key, meant
 
 # Repeated from mora_jax.data, which imports too much for a command's --help; a test compares.
 FORMATS = (
@@ -281,16 +281,10 @@ def find_key(name: str, origin: str) -> Key:
     if name in known:
         return known[name]
     section, _, last = name.rpartition(".")
+    hint = meant(name, known)
     if not section and last in sections():
-        raise InputError(f"{origin}: {last} is a section, not a key; its keys are {_listed(last)}")
-    elsewhere = [other for other in known if other.rpartition(".")[2] == last]
-    if elsewhere:
-        hint: str | None = elsewhere[0]
-    elif section in sections():
-        inner = nearest(last, (field.name for field in dataclasses.fields(sections()[section])))
-        hint = f"{section}.{inner}" if inner else None
-    else:
-        hint = nearest(name, known)
+        tail = f"did you mean {hint!r}? " if hint else ""
+        raise InputError(f"{origin}: {last} is a section, not a key; {tail}its keys are {_listed(last)}")
     if hint:
         raise InputError(f"{origin}: unknown key {name!r}; did you mean {hint!r}?")
     if section in sections():

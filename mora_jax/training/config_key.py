@@ -28,6 +28,67 @@ TYPE_NAMES = {
     INTS: "a list of integers",
 }
 
+#: What other libraries and habit call our keys; with a value where theirs says something else than ours.
+ALIASES = {
+    "adapter": "adapter.path",
+    "base_model": "model.path",
+    "batch": "train.batch_size",
+    "bf16": "model.dtype=bfloat16",
+    "chat_template": "data.template",
+    "completion_only_loss": "loss.mode=masked",
+    "cutoff_len": "data.max_length",
+    "data": "data.train",
+    "dataset": "data.train",
+    "eval_data": "data.eval",
+    "eval_steps": "train.eval_every",
+    "finetuning_type": "adapter.method",
+    "gradient_checkpointing": "model.remat=full",
+    "grad_clip": "optimizer.clip_norm",
+    "group_by_length": "data.bucketing",
+    "load_in_4bit": "model.quantize=nf4",
+    "load_in_8bit": "model.quantize=int8",
+    "logging_steps": "train.log_every",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_r": "adapter.rank",
+    "lora_target_modules": "adapter.targets",
+    "loss": "loss.mode",
+    "lr": "optimizer.learning_rate",
+    "lr_scheduler_type": "optimizer.schedule",
+    "mask_prompt": "loss.mode=masked",
+    "max_grad_norm": "optimizer.clip_norm",
+    "max_seq_length": "data.max_length",
+    "max_steps": "train.steps",
+    "model": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "neftune_noise_alpha": "train.neftune_alpha",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "optim": "optimizer.name",
+    "optimizer": "optimizer.name",
+    "output": "out",
+    "output_dir": "out",
+    "peft_type": "adapter.method",
+    "r": "adapter.rank",
+    "sample_packing": "data.packing",
+    "save_dir": "out",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep",
+    "scheduler": "optimizer.schedule",
+    "seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "target_modules": "adapter.targets",
+    "train_data": "data.train",
+    "train_file": "data.train",
+    "train_on_inputs": "loss.mode=unmasked",
+    "validation_file": "data.eval",
+    "val_set_size": "data.eval_fraction",
+    "val_size": "data.eval_fraction",
+    "wandb_project": "log.wandb",
+    "warmup": "optimizer.warmup_steps",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
@@ -213,3 +274,37 @@ def nearest(name: str, names: Iterable[Any]) -> str | None:
     lowered = {str(known).lower(): str(known) for known in names}
     close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
     return lowered[close[0]] if close else None
+
+
+def words_for(known: Iterable[str]) -> dict[str, str]:
+    """What each key may be called without its section, with the key; aliases with a value as `KEY=VALUE`."""
+    lasts: dict[str, str] = {}
+    for name in known:
+        lasts.setdefault(name.rpartition(".")[2], name)
+    return lasts | ALIASES
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """The key that somebody probably meant who wrote `name`.
+
+    Args:
+        name: dotted or not, with `-` or `_`.
+        known: the dotted names of all keys.
+
+    Returns:
+        A key of that alias, perhaps with a value (`model.dtype=bfloat16`), or of that last part; else one that is
+        spelt nearly so in the section named; else nearly so anywhere; else None.
+    """
+    name, known = name.replace("-", "_").lower(), list(known)
+    section, _, last = name.rpartition(".")
+    words = words_for(known)
+    if last in words:
+        return words[last]
+    inside = [other for other in known if section and other.startswith(f"{section}.")]
+    if inside:
+        found = nearest(last, (other.rpartition(".")[2] for other in inside))
+        return found and f"{section}.{found}"
+    if section:
+        return nearest(name, known)
+    found = nearest(last, words)
+    return None if found is None else words[found]

@@ -1,6 +1,7 @@
 """The command line's frame: help, errors, exit codes, signals and pipes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from mora_jax.cli import failures
 from mora_jax.cli.main import COMMANDS, main
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
+from mora_jax.training.config import keys
+from mora_jax.training.config_key import ALIASES
 
 QUIET_IMPORTS = "jax", "flax", "transformers", "numpy", "ml_collections", "rich"
 
@@ -31,21 +34,62 @@ def test_help_goes_to_stdout_and_imports_nothing_heavy(arguments):
 def test_version(run):
     code, out, _ = run("--version")
     assert code == 0
-    assert out.strip()
+    assert re.fullmatch(r"mora-jax \d[^ ]* \(jax \d[^ ]*, flax \d[^ ]*, Python 3\.[^ ]*\)\n", out)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"]])
+def test_help_is_a_command_too(run, command):
+    assert run("help", *command) == run(*command, "--help")
+
+
+def test_without_arguments_the_commands_are_shown(run):
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert run("--help")[1] in err
+    assert err.splitlines()[-1].startswith("error: no command given; choose one of train, ")
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         ([], "no command"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["--frobnicate"], "unrecognized arguments"),
-        (["train", "--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["train", "extra"], "unrecognized arguments: extra"),
+        (["trian"], "there is no command 'trian'; did you mean train? The commands are train, eval"),
+        (["finetune", "--lr", "1"], "did you mean train?"),
+        (["runs.py"], "mora-jax train --config runs.py"),
+        (["--frobnicate"], "--frobnicate stands before the command"),
+        (["--model", "x", "eval"], "--model stands before the command"),
+        (
+            ["train", "--frobnicate"],
+            "train has no option --frobnicate; mora-jax train --help lists what there is",
+        ),
+        (
+            ["train", "--model", "X", "--data", "Y", "Z", "--rank", "8"],
+            "train has no option --model, --data, --rank; did you mean --config.model.path=X "
+            "--config.data.train=Y,Z --config.adapter.rank=8?",
+        ),
+        (
+            ["train", "--lr=1e-3", "--bf16", "True", "--overwrit", "--frob", "--adapter.rank", "4"],
+            "did you mean --config.optimizer.learning_rate=1e-3 --config.model.dtype=bfloat16 --overwrite "
+            "--config.adapter.rank=4? mora-jax train --help lists what there is for --frob",
+        ),
+        (["train", "--output_dir", "my run"], "did you mean --config.out='my run'?"),
+        (["train", "--learning-rat", "1"], "did you mean --config.optimizer.learning_rate=1?"),
+        (["plan", "--rank", "8"], "did you mean --config.adapter.rank=8?"),
+        (["train", "--config.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["train", "--config.model=X"], "did you mean 'model.path'?"),
+        (["train", "--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        (["train", "extra"], "train can't place extra"),
+        (["train", "c.py"], "did you mean --config c.py?"),
+        (["eval", "--model", "x", "--data", "y", "extra"], "eval can't place extra; see mora-jax eval --help"),
+        (["eval", "--modle", "x", "--data", "y"], "eval has no option --modle; did you mean --model?"),
+        (["eval", "--model_name_or_path", "x"], "did you mean --model?"),
+        (["eval", "--max_seq_length", "9"], "did you mean --max-length?"),
+        (["merge", "--output", "x"], "did you mean --out?"),
         (["eval"], "--model, --data"),
         (["eval", "--model"], "--model: expected one argument"),
-        (["eval", "--mod", "x", "--data", "y"], "required: --model"),
+        (["eval", "--mod", "x", "--data", "y"], "did you mean --model?"),
         (["eval", "--model", "x", "--data", "y", "--config.seed=1"], "only train"),
+        (["eval", "--model", "x", "--data", "y", "--config.loss.mode=full"], "did you mean --loss-mode?"),
         (["eval", "--model", "x", "--data", "y", "--loss-mode", "mask"], "--loss-mode must be one of masked"),
         (
             ["eval", "--model", "x", "--data", "y", "--batch-size", "0"],
@@ -66,6 +110,22 @@ def test_version(run):
 )
 def test_bad_arguments(fails, arguments, words):
     assert words in fails(*arguments)
+
+
+def test_values_that_look_like_options_stay_values(monkeypatch):
+    seen = []
+    monkeypatch.setattr(COMMANDS["generate"], "run", lambda args: seen.append(args) or 0)
+    assert main(["generate", "--model", "x", "--prompt", "--no option", "--temperature", "0.5", "--seed=3"]) == 0
+    assert main(["generate", "--model", "x", "--prompt=--rank"]) == 0
+    assert [args.prompt for args in seen] == ["--no option", "--rank"]
+
+
+def test_every_alias_means_a_key():
+    for alias, key in ALIASES.items():
+        name, equals, value = key.partition("=")
+        assert name in keys(), alias
+        if equals:
+            keys()[name].parse(value, alias)
 
 
 def test_error_messages_are_one_line(monkeypatch, capsys):

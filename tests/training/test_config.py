@@ -106,7 +106,9 @@ def test_override_values(name, text, value):
     [
         ("adapter.rnak", "8", ["adapter.rank"]),
         ("train.learning_rate", "8", ["optimizer.learning_rate"]),
-        ("lr", "8", ["unknown key 'lr'", "sections"]),
+        ("lr", "8", ["unknown key 'lr'", "did you mean 'optimizer.learning_rate'"]),
+        ("zzz", "8", ["unknown key 'zzz'", "sections"]),
+        ("train.data", "8", ["did you mean 'data.train'"]),
         ("adapter.zzz", "8", ["keys of adapter", "rank"]),
         ("adapter", "8", ["section", "rank"]),
         ("model.quantize", "fp4", ["model.quantize", "none, int8, nf4"]),
