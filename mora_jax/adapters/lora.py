@@ -171,17 +171,19 @@ class LoRA(Adapter):
             self.initial_b = AdapterState(jnp.copy(lora_b), axes=self.stacked("rank", self.axes[1]))
         super().start(kernel)
 
-    def rows(self, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
+    @classmethod
+    def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
         """What is added to looked-up rows of an embedding table, float32 `[..., D]`."""
         picked = (jnp.take(params["lora_a"], ids, axis=0) * _scaling(params)).astype(dtype)
         flat = trained_dot(picked.reshape(-1, picked.shape[-1]), params["lora_b"])
-        return flat.reshape(*ids.shape, self.out_features)
+        return flat.reshape(*ids.shape, -1)
 
-    def scores(self, query: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def scores(cls, query: Array, params: dict[str, Array]) -> Array:
         """What is added to products of `query [..., D]` with every row of an embedding table, float32 `[..., V]`."""
         flat = query.reshape(-1, query.shape[-1])
         hidden = (trained_dot(flat, params["lora_b"].T) * _scaling(params)).astype(query.dtype)
-        return trained_dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], self.in_features)
+        return trained_dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], -1)
 
     @staticmethod
     def scale(config: LoRAConfig) -> float:

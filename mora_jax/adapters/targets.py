@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,8 @@ def layer_kind(place: Place) -> type:
     return plain_class(type(place.layer)) if isinstance(place.layer, Adapted) else type(place.layer)
 
 
-def matcher(targets: Targets):
-    """A predicate on (place, path) for a rule.
+def matcher(targets: Targets) -> Callable[[str, bool], bool]:
+    """A predicate on (module path, whether an embedding lies there) for a rule.
 
     A sequence of names matches a path whose last components are the name. A string is a regular expression for the
     whole path, but a plain name in a string works as a name. `"all-linear"` is every linear layer but the output head.
@@ -148,48 +148,82 @@ def matcher(targets: Targets):
         ValueError: an invalid regular expression.
     """
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return lambda place, path: not place.is_embedding and path.rpartition(".")[2] != "lm_head"
+        return lambda path, is_embedding: not is_embedding and path.rpartition(".")[2] != "lm_head"
     if isinstance(targets, str) and not re.fullmatch(r"\w+", targets):
         try:
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(f"targets {targets!r} is no regular expression: {error}") from None
-        return lambda place, path: pattern.fullmatch(path) is not None
+        return lambda path, is_embedding: pattern.fullmatch(path) is not None
     names: Sequence[str] = (targets,) if isinstance(targets, str) else targets
-    return lambda place, path: any(path == name or path.endswith("." + name) for name in names)
+    return lambda path, is_embedding: any(named(path, name) for name in names)
+
+
+def named(path: str, name: str) -> bool:
+    """Whether a module path is a name, or ends with it."""
+    return path == name or path.endswith("." + name)
+
+
+class Picker:
+    """The rule of a configuration: which module paths its `targets` and `layers_to_transform` pick.
+
+    Args:
+        config: of a method.
+        number: the number of the layer that a module path lies in, or None.
+
+    Raises:
+        ValueError: `targets` is an invalid regular expression.
+    """
+
+    def __init__(self, config: Any, number: Callable[[str], int | None] = layer_number):
+        self.config = config
+        self._number = number
+        self._matches = matcher(config.targets)
+
+    def __call__(self, path: str, *, is_embedding: bool = False) -> bool:
+        layers, saved = self.config.layers_to_transform, self.config.modules_to_save
+        in_layer = layers is None or self._number(path) in layers
+        return self._matches(path, is_embedding) and in_layer and not set(path.split(".")) & set(saved)
+
+    def check(self, paths: Sequence[str], titles: Sequence[str], *, found: bool) -> None:
+        """Refuses a rule that matches nothing, in whole or in part.
+
+        Args:
+            paths: of everything in the model that could carry an adapter.
+            titles: the same for people.
+            found: whether the rule picked anything.
+
+        Raises:
+            ValueError: nothing was picked (lists what could have been), or a name of a list or a layer number matches
+                nothing.
+        """
+        targets = self.config.targets
+        could = ", ".join(titles) or "none: the model has no linear layer"
+        absent = sorted(set(self.config.layers_to_transform or ()) - {self._number(path) for path in paths})
+        if absent:
+            raise ValueError(f"layers_to_transform names layer {absent[0]}, which the model does not have")
+        if not found:
+            raise ValueError(f"targets {targets!r} match no layer; layers that could have matched: {could}")
+        for name in () if isinstance(targets, str) else targets:
+            if not any(named(path, name) for path in paths):
+                raise ValueError(f"target {name!r} matches no layer; layers that could have matched: {could}")
 
 
 def select(model: nnx.Module, config: Any) -> list[tuple[Place, tuple[bool, ...]]]:
     """The places that a configuration picks, each with one truth value a path.
 
     Raises:
-        ValueError: nothing matches (lists what could have matched), or a name of a list or a layer number matches
-            nothing.
+        ValueError: as `Picker.check`.
     """
-    targets, layers, saved = config.targets, config.layers_to_transform, config.modules_to_save
-    matches = matcher(targets)
+    picks = Picker(config)
     found, seen = [], []
-
-    def picked(place: Place, path: str) -> bool:
-        in_layer = layers is None or layer_number(path) in layers
-        return bool(matches(place, path)) and in_layer and not set(path.split(".")) & set(saved)
-
     for place in places(model):
         seen.append(place)
-        mask = tuple(picked(place, path) for path in place.paths)
-        if any(picked(place, path) for path in place.aliases):
+        mask = tuple(picks(path, is_embedding=place.is_embedding) for path in place.paths)
+        if any(picks(path, is_embedding=place.is_embedding) for path in place.aliases):
             mask = (True,)
         if any(mask):
             found.append((place, mask))
-    could = ", ".join(place.title for place in seen) or "none: the model has no linear layer"
     paths = [path for place in seen for path in (*place.paths, *place.aliases)]
-    absent = sorted(set(layers or ()) - {layer_number(path) for path in paths})
-    if absent:
-        raise ValueError(f"layers_to_transform names layer {absent[0]}, which the model does not have")
-    if not found:
-        raise ValueError(f"targets {targets!r} match no layer; layers that could have matched: {could}")
-    if not isinstance(targets, str):
-        for name in targets:
-            if not any(path == name or path.endswith("." + name) for path in paths):
-                raise ValueError(f"target {name!r} matches no layer; layers that could have matched: {could}")
+    picks.check(paths, [place.title for place in seen], found=bool(found))
     return found
