@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.config.limits import POSITIVE, number
 from mora_jax.adapters.dense import Delta
 from mora_jax.adapters.magnitude import column_norms, magnitude_gain
 from mora_jax.adapters.variables import AdapterParam, AdapterState
@@ -21,8 +22,22 @@ Array = jax.Array
 def positive(**sizes: int) -> None:
     """Raises `ValueError` with the name and the number of the first size that is no positive integer."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, not {size!r}")
+        POSITIVE.check(size, name)
+
+
+def as_rngs(rngs: Any) -> nnx.Rngs:
+    """`rngs` itself, or those of a seed or a key.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(rngs, nnx.Rngs):
+        return rngs
+    if number(rngs, whole=True) is not None:
+        return nnx.Rngs(int(rngs))
+    if isinstance(rngs, jax.Array) and (jax.dtypes.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.shape == (2,)):
+        return nnx.Rngs(rngs)
+    raise TypeError(f"rngs must be nnx.Rngs, a seed or a key, such as nnx.Rngs(0), not {type(rngs).__name__}")
 
 
 @dataclass(frozen=True)

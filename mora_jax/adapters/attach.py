@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.adapter import Adapter, as_rngs
 from mora_jax.adapters.bitfit import BitFit
 from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.head import OutputHead
@@ -30,7 +31,7 @@ from mora_jax.adapters.trained import Masters, train_biases, train_modules
 from mora_jax.adapters.variables import AdapterParam
 
 
-def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
+def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> AttachReport:
     """Puts an adapter on every layer that `config.targets` picks; with `FullConfig`, makes every parameter trainable.
 
     Works on any `nnx.Module` that holds `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` (where it is a product with a
@@ -39,21 +40,22 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> AttachReport:
     Args:
         model: changed in place; its own variables stay where they are.
         config: the configuration of a method (see `mora_jax.adapters.config`).
-        rngs: keys for the new parameters, and for dropout.
+        rngs: keys for the new parameters, and for dropout; a seed or a key stands for `nnx.Rngs` of it.
 
     Returns:
         A report of what matched; `print` it.
 
     Raises:
         ValueError: nothing matches, or a layer that matches can't carry this method or carries an adapter already.
-        TypeError: `config` is no adapter configuration.
+        TypeError: `config` is no adapter configuration, or `rngs` is none.
     """
     add_adapters(model, config, rngs=rngs)
     return report_of(model) if not isinstance(config, FullConfig) else _report_of_everything(model)
 
 
-def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs) -> None:
+def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> None:
     """`attach` without its report: it reads no values, so that under `nnx.eval_shape` shapes are enough."""
+    rngs = as_rngs(rngs)
     _check_base(model, config)
     if isinstance(config, FullConfig):
         return _train_everything(model)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters import starts
-from mora_jax.adapters.adapter import Adapter, Layout, positive
+from mora_jax.adapters.adapter import Adapter, Layout, as_rngs, positive
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.dense import Delta, dot32, dot32_nt, dot32_tn, trained_dot
 from mora_jax.adapters.layers import AdaptedLinear
@@ -306,6 +306,7 @@ class LoRALinear(AdaptedLinear):
         rngs: nnx.Rngs,
         **linear,
     ):
+        rngs = as_rngs(rngs)
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
         self.put_adapter(LoRA(in_features, out_features, config, rngs=rngs), rngs)

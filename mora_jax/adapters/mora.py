@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter, positive
+from mora_jax.adapters.adapter import Adapter, as_rngs, positive
 from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.dense import trained_dot
 from mora_jax.adapters.layers import AdaptedLinear
@@ -320,6 +320,7 @@ class MoRALinear(AdaptedLinear):
         rngs: nnx.Rngs,
         **linear,
     ):
+        rngs = as_rngs(rngs)
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         config = MoRAConfig(rank=rank, kind=kind, dropout=dropout)
         self.put_adapter(MoRA(in_features, out_features, config), rngs)

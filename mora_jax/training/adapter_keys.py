@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from mora_jax.adapters.config.limits import NUMBERS
 from mora_jax.errors import InputError
 from mora_jax.training.config_key import key
 
@@ -42,6 +43,11 @@ RESULT_IS_MODEL = (*RESTARTED, "full")
 START_FROM_BASE = ("pissa", "olora")
 
 
+def limits(name: str) -> dict[str, float]:
+    """The range of a setting, which is that of the methods' own configurations."""
+    return NUMBERS[name].bounds
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Section `adapter`: what is trained."""
@@ -51,10 +57,10 @@ class AdapterConfig:
         None,
         "Rank r; MoRA gets the square matrix with about as many parameters, adalora starts from it; none: the "
         "method's own, 8 (vera 256, adalora 12).",
-        at_least=1,
+        **limits("rank"),
     )
-    alpha: float = key(16.0, "LoRA scaling: the update is multiplied by alpha / rank.", above=0)
-    dropout: float = key(0.0, "Dropout on the adapter's input.", at_least=0, below=1)
+    alpha: float = key(16.0, "LoRA scaling: the update is multiplied by alpha / rank.", **limits("alpha"))
+    dropout: float = key(0.0, "Dropout on the adapter's input.", **limits("dropout"))
     targets: str | tuple[str, ...] | None = key(
         None,
         "Layers to adapt: a list of names, one regex for the whole path, or all-linear; none: the method's own, "
@@ -68,32 +74,37 @@ class AdapterConfig:
     init: str = key(
         "kaiming", "How LoRA's factors start.", choices=("kaiming", "gaussian", "orthogonal", "pissa", "olora")
     )
-    lr_ratio: float = key(16.0, "How many times A's learning rate B gets, in lora_plus.", above=0)
-    layers_to_transform: tuple[int, ...] | None = key(None, "Numbers of the layers to adapt; none: all.", at_least=0)
+    lr_ratio: float = key(16.0, "How many times A's learning rate B gets, in lora_plus.", **limits("lr_ratio"))
+    layers_to_transform: tuple[int, ...] | None = key(
+        None, "Numbers of the layers to adapt; none: all.", **limits("layers_to_transform")
+    )
     modules_to_save: tuple[str, ...] | None = key(None, "Modules that are trained whole, such as lm_head.")
     kinds: tuple[str, ...] = key(RESTARTED_KINDS, f"ReMoRA's kinds in turn, of {', '.join(RESTARTED_KINDS)}.")
     restart_every: int = key(
-        1000, "relora, remora: steps after which adapters are merged and started anew.", at_least=1
+        1000, "relora, remora: steps after which adapters are merged and started anew.", **limits("restart_every")
     )
-    restart_warmup: int = key(50, "Steps over which the learning rate rises again after a restart.", at_least=0)
+    restart_warmup: int = key(
+        50, "Steps over which the learning rate rises again after a restart.", **limits("restart_warmup")
+    )
     prune: float | None = key(
         None,
         "Share of the optimizer's moments that a restart sets to zero, the smallest; none: 0.99 (relora), 1 (remora).",
-        at_least=0,
-        at_most=1,
+        **limits("prune"),
     )
     d_initial: float = key(0.1, "vera: what the inner vector starts from.")
-    projection_prng_key: int = key(0, "vera: seed of the frozen factors, as in PEFT.", at_least=0)
+    projection_prng_key: int = key(0, "vera: seed of the frozen factors, as in PEFT.", **limits("projection_prng_key"))
     feedforward: tuple[str, ...] | None = key(
         None, "ia3: names of targets whose inputs are scaled, not their outputs; none: down_proj."
     )
-    target_rank: int | None = key(None, "adalora: mean rank at the end; none: two thirds of rank.", at_least=1)
-    tinit: int = key(0, "adalora: steps at the start with all of the ranks.", at_least=0)
-    tfinal: int = key(0, "adalora: steps at the end in which ranks stay.", at_least=0)
-    delta_t: int = key(1, "adalora: steps between two allocations.", at_least=1)
-    beta1: float = key(0.85, "adalora: smoothing of importances.", above=0, below=1)
-    beta2: float = key(0.85, "adalora: smoothing of their uncertainty.", above=0, below=1)
-    orth_weight: float = key(0.5, "adalora: factor on the orthogonality penalty in the loss.", at_least=0)
+    target_rank: int | None = key(
+        None, "adalora: mean rank at the end; none: two thirds of rank.", **limits("target_rank")
+    )
+    tinit: int = key(0, "adalora: steps at the start with all of the ranks.", **limits("tinit"))
+    tfinal: int = key(0, "adalora: steps at the end in which ranks stay.", **limits("tfinal"))
+    delta_t: int = key(1, "adalora: steps between two allocations.", **limits("delta_t"))
+    beta1: float = key(0.85, "adalora: smoothing of importances.", **limits("beta1"))
+    beta2: float = key(0.85, "adalora: smoothing of their uncertainty.", **limits("beta2"))
+    orth_weight: float = key(0.5, "adalora: factor on the orthogonality penalty in the loss.", **limits("orth_weight"))
     path: str | None = key(None, "An adapter folder to start from; it says rank, targets and the rest.")
     strict: bool = key(
         False, "Whether an adapter.path that names another base model is refused; it is warned of otherwise."

@@ -6,13 +6,13 @@ A key is a dataclass field made with `key(default, doc, ...)`. The field's annot
 
 import dataclasses
 import difflib
-import math
 import numbers
 import types
 import typing
 from collections.abc import Iterable
 from typing import Any
 
+from mora_jax.adapters.config.limits import Limits, number
 from mora_jax.errors import InputError
 
 NONE_WORDS = ("none", "null")
@@ -91,24 +91,16 @@ ALIASES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Allowed:
-    """What a key's value may be, beside its type.
+class Allowed(Limits):
+    """What a key's value may be, beside its type: its range, and what stands here.
 
     Attributes:
         doc: one sentence for people.
-        at_least: smallest value allowed.
-        at_most: largest value allowed.
-        above: values must be greater than this.
-        below: values must be less than this.
         choices: the only values allowed.
         extra: one more value that is allowed although the range excludes it.
     """
 
     doc: str
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    below: float | None = None
     choices: tuple[Any, ...] | None = None
     extra: int | None = None
 
@@ -122,25 +114,13 @@ class Allowed:
             return all(part.strip() if isinstance(part, str) else self.admits(part) for part in value)
         if self.extra is not None and value == self.extra:
             return True
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        return self.holds(value)
 
     def describe(self) -> str:
         """Returns the range in words, empty when every value of the type will do."""
         if self.choices is not None:
             return ("one of " if len(self.choices) > 1 else "") + ", ".join(str(choice) for choice in self.choices)
-        named = (
-            ("at least", self.at_least),
-            ("above", self.above),
-            ("at most", self.at_most),
-            ("below", self.below),
-        )
-        words = " and ".join(f"{word} {bound}" for word, bound in named if bound is not None)
-        return words + (f", or {self.extra}" if self.extra is not None else "")
+        return self.words() + (f", or {self.extra}" if self.extra is not None else "")
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
@@ -236,14 +216,15 @@ class Key:
         if isinstance(value, bool):
             if bool in self.types:
                 return value
-        elif isinstance(value, numbers.Integral) and int in self.types:
-            return int(value)
+        elif int in self.types and number(value, whole=True) is not None:
+            return number(value, whole=True)
         elif INTS in self.types:
-            numbered = (value,) if isinstance(value, numbers.Integral) else value
-            if isinstance(numbered, (list, tuple)) and numbered and all(type(part) is int for part in numbered):
-                return tuple(numbered)
+            listed = value if isinstance(value, (list, tuple)) else (value,)
+            integers = tuple(number(part, whole=True) for part in listed)
+            if integers and None not in integers:
+                return integers
         elif isinstance(value, numbers.Real) and float in self.types:
-            if not math.isfinite(value):
+            if number(value, whole=False) is None:
                 raise self.refuse(value, origin, " (not finite)")
             return float(value)
         elif isinstance(value, str) and str in self.types:

@@ -43,7 +43,7 @@ def test_the_vectors_alone_are_trained():
     ("settings", "words"),
     [
         ({"rank": 0}, "rank must be a positive integer"),
-        ({"projection_prng_key": -1}, "projection_prng_key must be an integer of at least 0, not -1"),
+        ({"projection_prng_key": -1}, "projection_prng_key must be an integer, at least 0, not -1"),
         ({"widths": (0, 4)}, r"widths\[0\] must be a positive integer"),
         ({"bias": "vera_only"}, "bias must be one of none, lora_only, all"),
     ],

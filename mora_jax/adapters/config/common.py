@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from mora_jax.adapters.config.limits import NUMBERS
 
 Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
@@ -18,20 +20,15 @@ def freeze_targets(targets) -> Targets:
         if not targets:
             raise ValueError("targets is empty; give layer names, a regular expression or 'all-linear'")
         return targets
-    names = tuple(targets)
+    names = _listed(targets)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"targets must be layer names, a regular expression or 'all-linear', not {targets!r}")
     return names
 
 
-def check_rank(rank: Any, name: str = "rank") -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{name} must be a positive integer, not {rank!r}")
-
-
-def check_positive(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, not {value!r}")
+def _listed(values: Any) -> tuple[Any, ...]:
+    """What a list or another iterable holds; nothing of what is none, for the caller to refuse."""
+    return tuple(values) if isinstance(values, Iterable) else ()
 
 
 def check_bias(value: Any) -> None:
@@ -40,21 +37,25 @@ def check_bias(value: Any) -> None:
         raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {value!r}")
 
 
-def freeze_pattern(pattern: Pattern, name: str, check) -> tuple[tuple[str, Any], ...]:
-    """A pattern as pairs, which can be hashed; keys are regular expressions."""
-    pairs = tuple((key, value) for key, value in (pattern.items() if isinstance(pattern, Mapping) else pattern))
+def freeze_pattern(pattern: Pattern, name: str) -> tuple[tuple[str, Any], ...]:
+    """A pattern (`rank_pattern`, …) as pairs, which can be hashed; keys are regular expressions."""
+    pairs = _listed(pattern.items() if isinstance(pattern, Mapping) else pattern)
+    good = all(isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
+    if not good or not isinstance(pattern, Iterable) or isinstance(pattern, str):
+        raise ValueError(f"{name} must be numbers by regular expression, such as {{'q_proj': 16}}, not {pattern!r}")
+    frozen = []
     for key, value in pairs:
         try:
             re.compile(key)
         except re.error as error:
             raise ValueError(f"{name} {key!r} is no regular expression: {error}") from None
-        check(value, f"{name}[{key!r}]")
-    return pairs
+        frozen.append((key, NUMBERS[name.removesuffix("_pattern")].check(value, f"{name}[{key!r}]")))
+    return tuple(frozen)
 
 
 def module_names(names: Any, what: str) -> tuple[str, ...]:
-    given = (names,) if isinstance(names, str) else tuple(names or ())
-    if not all(isinstance(name, str) and name for name in given):
+    given = (names,) if isinstance(names, str) else _listed(() if names is None else names)
+    if (names and not given) or not all(isinstance(name, str) and name for name in given):
         raise ValueError(f"{what} must be module names, not {names!r}")
     return given
 
@@ -87,13 +88,26 @@ class CommonConfig:
         return self
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self._check_field(field.name, field.type)
         object.__setattr__(self, "targets", freeze_targets(self.targets))  # type: ignore[attr-defined]
         object.__setattr__(self, "modules_to_save", module_names(self.modules_to_save, "modules_to_save"))
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout!r}")
         layers = self.layers_to_transform
         if layers is not None:
-            numbers = (layers,) if isinstance(layers, int) else tuple(layers)
-            if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+            given = _listed(layers) if isinstance(layers, Iterable) else (layers,)
+            if not given or isinstance(layers, str):
                 raise ValueError(f"layers_to_transform must be layer numbers, not {layers!r}")
-            object.__setattr__(self, "layers_to_transform", numbers)
+            rule = NUMBERS["layers_to_transform"]
+            checked = tuple(rule.check(number, "layers_to_transform") for number in given)
+            object.__setattr__(self, "layers_to_transform", checked)
+
+    def _check_field(self, name: str, annotation: Any) -> None:
+        """Checks a setting by its name and type, and makes a plain number of it."""
+        value = getattr(self, name)
+        if annotation in ("int", "float"):
+            object.__setattr__(self, name, NUMBERS[name].check(value, name))
+        elif annotation == "bool":
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, not {value!r}")
+        elif name.endswith("_pattern"):
+            object.__setattr__(self, name, freeze_pattern(value, name))

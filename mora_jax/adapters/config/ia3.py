@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from mora_jax.adapters.config.common import CommonConfig, Targets
@@ -21,7 +22,10 @@ class IA3Config(CommonConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        names = (self.feedforward,) if isinstance(self.feedforward, str) else tuple(self.feedforward)
+        given = self.feedforward
+        names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (None,)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"feedforward must be layer names, not {given!r}")
         object.__setattr__(self, "feedforward", names)
 
     def at_path(self, path: str) -> IA3Config:

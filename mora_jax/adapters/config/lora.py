@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mora_jax.adapters.config.common import (
-    CommonConfig,
-    Pattern,
-    Targets,
-    check_bias,
-    check_positive,
-    check_rank,
-    freeze_pattern,
-)
+from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets, check_bias
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
 
@@ -23,7 +15,7 @@ class LoRAConfig(CommonConfig):
 
     Attributes:
         rank: inner size of the update.
-        alpha: numerator of the scaling alpha / rank.
+        alpha: numerator of the scaling alpha / rank, above 0.
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers, see the module's docstring.
         rank_pattern, alpha_pattern: other ranks and alphas for some layers, by the end of a module path or a regular
@@ -45,15 +37,10 @@ class LoRAConfig(CommonConfig):
     init: str = field(default="kaiming", kw_only=True)
 
     def __post_init__(self):
-        check_rank(self.rank)
         super().__post_init__()
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
         check_bias(self.bias)
-        ranks = freeze_pattern(self.rank_pattern, "rank_pattern", check_rank)
-        alphas = freeze_pattern(self.alpha_pattern, "alpha_pattern", check_positive)
-        object.__setattr__(self, "rank_pattern", ranks)
-        object.__setattr__(self, "alpha_pattern", alphas)
 
 
 @dataclass(frozen=True)
@@ -112,10 +99,6 @@ class LoRAPlusConfig(LoRAConfig):
     """
 
     lr_ratio: float = field(default=16.0, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self.lr_ratio, "lr_ratio")
 
     @property
     def rates(self) -> dict[str, float]:

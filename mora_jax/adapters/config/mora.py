@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets, check_rank, freeze_pattern
+from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,5 @@ class MoRAConfig(CommonConfig):
     def __post_init__(self):
         from mora_jax.adapters.mora import check_kind
 
-        check_rank(self.rank)
         super().__post_init__()
         check_kind(self.kind)
-        ranks = freeze_pattern(self.rank_pattern, "rank_pattern", check_rank)
-        object.__setattr__(self, "rank_pattern", ranks)

@@ -64,10 +64,6 @@ class ReMoRAConfig(MoRAConfig):
 
 
 def _check_restarts(config: ReLoRAConfig | ReMoRAConfig) -> None:
-    every, warmup, prune = config.restart_every, config.restart_warmup, config.prune
-    if type(every) is not int or every < 1:
-        raise ValueError(f"restart_every must be a positive integer, not {every!r}")
-    if type(warmup) is not int or not 0 <= warmup <= every:
+    every, warmup = config.restart_every, config.restart_warmup
+    if warmup > every:
         raise ValueError(f"restart_warmup must be an integer from 0 to restart_every={every}, not {warmup!r}")
-    if isinstance(prune, bool) or not isinstance(prune, (int, float)) or not 0 <= prune <= 1:
-        raise ValueError(f"prune must be a share from 0 to 1, not {prune!r}")

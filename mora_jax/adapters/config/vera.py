@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mora_jax.adapters.config.common import CommonConfig, Targets, check_bias, check_rank
+from mora_jax.adapters.config.common import CommonConfig, Targets, check_bias
+from mora_jax.adapters.config.limits import POSITIVE
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,10 @@ class VeRAConfig(CommonConfig):
     bias: str = field(default="none", kw_only=True)
 
     def __post_init__(self):
-        check_rank(self.rank)
         super().__post_init__()
         check_bias(self.bias)
-        key = self.projection_prng_key
-        if type(key) is not int or key < 0:
-            raise ValueError(f"projection_prng_key must be an integer of at least 0, not {key!r}")
         if self.widths is not None:
-            inputs, outputs = self.widths
-            check_rank(inputs, "widths[0]")
-            check_rank(outputs, "widths[1]")
+            if not isinstance(self.widths, tuple | list) or len(self.widths) != 2:
+                raise ValueError(f"widths must be a number of inputs and one of outputs, not {self.widths!r}")
+            inputs, outputs = (POSITIVE.check(width, f"widths[{i}]") for i, width in enumerate(self.widths))
             object.__setattr__(self, "widths", (inputs, outputs))

@@ -1,0 +1,107 @@
+"""Which numbers a setting takes: one rule for configurations made in Python and for keys of the command line."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+_NAMES = {"at least": "at_least", "above": "above", "at most": "at_most", "below": "below"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """A range of numbers.
+
+    Attributes:
+        at_least: smallest value allowed.
+        at_most: largest value allowed.
+        above: values must be greater than this.
+        below: values must be less than this.
+    """
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that are set, by name."""
+        return {name: bound for name in _NAMES.values() if (bound := getattr(self, name)) is not None}
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def words(self) -> str:
+        """The range in words, such as `at least 0 and below 1`; empty where it has no end."""
+        return " and ".join(f"{word} {self.bounds[name]}" for word, name in _NAMES.items() if name in self.bounds)
+
+
+def number(value: Any, *, whole: bool) -> int | float | None:
+    """`value` as a plain integer or finite float; None where it is none, as booleans and texts aren't."""
+    if isinstance(value, bool):
+        return None
+    if whole:
+        return int(value) if isinstance(value, numbers.Integral) else None
+    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number(Limits):
+    """A range of integers (`whole`) or of finite numbers."""
+
+    whole: bool = False
+
+    def check(self, value: Any, name: str) -> Any:
+        """`value` as a plain int or float; numpy's scalars are taken too.
+
+        Raises:
+            ValueError: it is no such number.
+        """
+        found = number(value, whole=self.whole)
+        if found is None or not self.holds(found):
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+            raise ValueError(f"{name} must be {self.describe()}, not {shown}")
+        return found
+
+    def describe(self) -> str:
+        """What is allowed, in words."""
+        kind = "integer" if self.whole else "number"
+        if self.bounds == ({"at_least": 1} if self.whole else {"above": 0}):
+            return f"a positive {kind}"
+        return ", ".join(words for words in ("an integer" if self.whole else "a finite number", self.words()) if words)
+
+
+POSITIVE = Number(whole=True, at_least=1)
+_COUNT = Number(whole=True, at_least=0)
+# By the name of the setting, in every method that has it. A negative alpha would only turn the sign of the factor that
+# starts at zero, and has no root for PiSSA to take; with 0 nothing is trained.
+NUMBERS: dict[str, Number] = {
+    "rank": POSITIVE,
+    "alpha": Number(above=0),
+    "dropout": Number(at_least=0, below=1),
+    "lr_ratio": Number(above=0),
+    "d_initial": Number(),
+    "projection_prng_key": _COUNT,
+    "layers_to_transform": _COUNT,
+    "restart_every": POSITIVE,
+    "restart_warmup": _COUNT,
+    "prune": Number(at_least=0, at_most=1),
+    "target_rank": POSITIVE,
+    "total_steps": POSITIVE,
+    "tinit": _COUNT,
+    "tfinal": _COUNT,
+    "delta_t": POSITIVE,
+    "beta1": Number(above=0, below=1),
+    "beta2": Number(above=0, below=1),
+    "orth_weight": Number(at_least=0),
+}
