@@ -50,17 +50,17 @@ class AdaLoRA(Adapter):
         self.lora_e = AdapterParam(jnp.zeros((*self.layers, rank), jnp.float32), axes=self.stacked("rank"))
         self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", self.axes[1]))
 
-    @staticmethod
-    def scale(config: AdaLoRAConfig) -> float:
+    @classmethod
+    def scale(cls, config: AdaLoRAConfig) -> float:
         return config.alpha / (config.rank + 1e-5)  # as in PEFT
 
-    @staticmethod
-    def delta(config: AdaLoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: AdaLoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         hidden = trained_dot(x, params["lora_a"]) * (params["lora_e"] * params["scaling"])
         return trained_dot(hidden.astype(x.dtype), params["lora_b"])
 
-    @staticmethod
-    def dense(config: AdaLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    @classmethod
+    def dense(cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         left = params["lora_a"] * (params["lora_e"] * params["scaling"])
         return jnp.matmul(left, params["lora_b"], precision=jax.lax.Precision.HIGHEST)
 

@@ -82,7 +82,9 @@ class Adapter(nnx.Module):
     With it a matrix W computes `gain ⊙ ((scale ⊙ x) W + delta(scale ⊙ x)) + bias + added bias`. A method is a subclass
     that creates its `AdapterParam`s in `__init__` and says in pure functions of a dictionary of arrays without layer
     axis what they do: `delta` and `dense` where it adds to the kernel, `output_gain`, `input_gain` and `added_bias`
-    where it does that. Layers of a stack that are left out have scaling 0, gain 1 and no bias.
+    where it does that. They are class methods, never static ones: `nnx.tabulate` replaces the functions of a class for
+    a while, and turns static methods into functions for good. Layers of a stack that are left out have scaling 0, gain
+    1 and no bias.
 
     Attributes:
         in_features, out_features: sizes of the matrix that is adapted.
@@ -123,8 +125,8 @@ class Adapter(nnx.Module):
         """Logical axes of an array of this adapter: those given, behind that of the stack."""
         return (*("layers",) * len(self.layers), *axes)
 
-    @staticmethod
-    def scale(config: Any) -> float:
+    @classmethod
+    def scale(cls, config: Any) -> float:
         """The factor on the update."""
         return 1.0
 
@@ -144,13 +146,13 @@ class Adapter(nnx.Module):
             jnp.zeros((*self.layers, self.out_features), jnp.float32), axes=self.stacked(self.axes[1])
         )
 
-    @staticmethod
-    def delta(config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         """`x [N, in]` → the update, float32 `[N, out]`; products in the dtype of `x`, sums in float32."""
         raise NotImplementedError  # abstract: each additive method's file defines it
 
-    @staticmethod
-    def dense(config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    @classmethod
+    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         """The update as a float32 kernel `[in, out]`."""
         raise NotImplementedError  # abstract: each additive method's file defines it
 
@@ -186,7 +188,7 @@ class Adapter(nnx.Module):
 
     def params(self) -> dict[str, Array]:
         """The arrays by name, `scaling` among them."""
-        return {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Variable)}
+        return params_of(self)
 
     def map_layers(self, one: Callable[..., Any], *arrays: Any) -> Any:
         """`one(params, *arrays)` for each layer of a stack, results stacked; once for a single matrix."""
@@ -237,6 +239,11 @@ class Adapter(nnx.Module):
             return total.astype(w.dtype)
 
         return self.map_layers(one, kernel, gains)
+
+
+def params_of(adapter: Adapter) -> dict[str, Array]:
+    """`adapter.params()` for the layers' own calls: a function, since `nnx.tabulate` gives every method call a row."""
+    return {name: value.get_value() for name, value in vars(adapter).items() if isinstance(value, nnx.Variable)}
 
 
 @dataclass(frozen=True)

@@ -97,14 +97,14 @@ class Bank(Adapter):
         """For how many rows slots are chosen; None where all rows use one."""
         return None if self.chosen.ndim == len(self.layers) else self.chosen.shape[-1]
 
-    @staticmethod
-    def pick(params: dict[str, Array], name: str) -> Array:
+    @classmethod
+    def pick(cls, params: dict[str, Array], name: str) -> Array:
         """The factor `name` of the chosen slot, `[…]`, or of each row's, `[B, …]`; zeros for the base alone."""
         stored = params[name]
         return stored.at[params["chosen"]].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
-    @staticmethod
-    def pick_scaling(params: dict[str, Array]) -> Array:
+    @classmethod
+    def pick_scaling(cls, params: dict[str, Array]) -> Array:
         """`[]` or `[B]`. A slot that there isn't gives NaN: never the base by mistake."""
         chosen, stored = params["chosen"], params["scaling"]
         return jnp.where(chosen < stored.shape[0], Bank.pick(params, "scaling"), jnp.nan)
@@ -145,8 +145,8 @@ class LoRABank(Bank):
         self.lora_a = self._factor(in_features, config.rank, axes=(self.axes[0], "rank"))
         self.lora_b = self._factor(config.rank, out_features, axes=("rank", self.axes[1]))
 
-    @staticmethod
-    def delta(config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         hidden = _scaled(dot(x, Bank.pick(params, "lora_a")), Bank.pick_scaling(params))
         return dot(hidden.astype(x.dtype), Bank.pick(params, "lora_b"))
 
@@ -163,8 +163,8 @@ class MoRABank(Bank):
         q = square_rank(in_features, out_features, config.rank, config.kind)
         self.m = self._factor(q, q, axes=("square_out", "square_in"))
 
-    @staticmethod
-    def delta(config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         scaling = Bank.pick_scaling(params)
         picked = Bank.pick(params, "m") * scaling.reshape(*scaling.shape, 1, 1)
         turned = jnp.swapaxes(picked, -1, -2)

@@ -26,7 +26,7 @@ class BitFit(Adapter):
         super().__init__(in_features, out_features, config, **placing)
         self.train_bias()
 
-    @staticmethod
-    def only(config: Any) -> BitFitConfig:
+    @classmethod
+    def only(cls, config: Any) -> BitFitConfig:
         """The configuration of a bias that another method trains beside its own layers."""
         return BitFitConfig(targets=config.targets)

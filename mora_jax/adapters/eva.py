@@ -112,8 +112,8 @@ class Probe(Adapter):
         super().__init__(in_features, out_features, config, **placing)
         self.gram = AdapterParam(jnp.zeros((*self.layers, in_features, in_features), jnp.float32))
 
-    @staticmethod
-    def delta(config: ProbeConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: ProbeConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         return _probe(out_features, x, params["gram"])
 
 

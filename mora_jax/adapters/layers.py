@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter, Layout
+from mora_jax.adapters.adapter import Adapter, Layout, params_of
 from mora_jax.adapters.product import adapted_product, scale_features
 
 Array = jax.Array
@@ -52,7 +52,7 @@ class Adapted:
     def dropping(self) -> bool:
         return self.adapter_dropout is not None and not self.adapter_dropout.deterministic
 
-    def product(self, x: Array, matrix: Array, bias: Array | None) -> Array:
+    def _product(self, x: Array, matrix: Array, bias: Array | None) -> Array:
         """The adapted product: `x [..., in]`, `matrix [in, out]` and `bias [out]` in one dtype → `[..., out]`."""
         adapter = self.adapter
         layout = Layout((adapter.out_features,), 0, (adapter.out_features,))
@@ -61,13 +61,13 @@ class Adapted:
         y = adapted_product(layout, (adapter,), x.reshape(-1, x.shape[-1]), matrix, bias, drop)
         return y.reshape(*x.shape[:-1], adapter.out_features)
 
-    def update(self, x: Array) -> Array:
+    def _update(self, x: Array) -> Array:
         """What an additive adapter adds to the product for `x [..., in]`: float32 `[..., out]`."""
         adapter = self.adapter
         if self.adapter_dropout is not None:
             x = self.adapter_dropout(x)
         flat = x.reshape(-1, adapter.in_features)
-        y = adapter.delta(adapter.config, adapter.out_features, flat, adapter.params())
+        y = adapter.delta(adapter.config, adapter.out_features, flat, params_of(adapter))
         return y.reshape(*x.shape[:-1], adapter.out_features)
 
 
@@ -85,18 +85,18 @@ class AdaptedLinear(nnx.Linear, Adapted):
             return self._around(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return self.product(x, kernel, bias)
+        return self._product(x, kernel, bias)
 
     def _around(self, inputs: Array, out_sharding) -> Array:
         """A layer with a product of its own keeps it; the rest of the general form is put around it."""
-        adapter, params = self.adapter, self.adapter.params()
+        adapter, params = self.adapter, params_of(self.adapter)
         scale = adapter.input_gain(adapter.config, params)
         if scale is not None:
             inputs = scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
         plain = nnx.Linear.__call__(self, inputs, out_sharding)
         y = plain.astype(jnp.float32)
         gain = adapter.output_gain(adapter.config, params, lambda: self.kernel[...])
-        update = self.update(inputs.astype(plain.dtype)) if adapter.additive else None
+        update = self._update(inputs.astype(plain.dtype)) if adapter.additive else None
         if gain is not None:
             without_bias = y if self.bias is None else y - self.bias[...].astype(jnp.float32)
             y = y + (gain - 1.0) * without_bias
@@ -118,11 +118,11 @@ class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
 
         if self.adapter.only_adds:
             y = nnx.LinearGeneral.__call__(self, inputs, out_sharding)
-            return (y + self.update(flat(inputs.astype(y.dtype))).reshape(y.shape)).astype(y.dtype)
+            return (y + self._update(flat(inputs.astype(y.dtype))).reshape(y.shape)).astype(y.dtype)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         x = flat(x)
-        y = self.product(x, kernel.reshape(x.shape[-1], -1), None if bias is None else bias.reshape(-1))
+        y = self._product(x, kernel.reshape(x.shape[-1], -1), None if bias is None else bias.reshape(-1))
         return y.reshape(*x.shape[:-1], *self.out_features)
 
 
@@ -146,10 +146,10 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
 
         if self.adapter.only_adds:
             y = nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding)
-            return (y + restored(self.update(flat(inputs.astype(y.dtype))))).astype(y.dtype)
+            return (y + restored(self._update(flat(inputs.astype(y.dtype))))).astype(y.dtype)
         x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
         x, matrix = flat(x), kernel.transpose(*contracted, *free).reshape(-1, math.prod(sizes))
-        return restored(self.product(x, matrix, _einsum_bias(self, x.ndim - 1, permutation, sizes)))
+        return restored(self._product(x, matrix, _einsum_bias(self, x.ndim - 1, permutation, sizes)))
 
 
 def _einsum_bias(layer: nnx.Einsum, kept: int, permutation: list[int], sizes: list[int]) -> Array | None:
@@ -221,13 +221,13 @@ class AdaptedEmbed(nnx.Embed, Adapted):
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
         y = super().__call__(inputs, out_sharding)
-        adapter, p = self.adapter, self.adapter.params()
+        adapter, p = self.adapter, params_of(self.adapter)
         total = y.astype(jnp.float32) + adapter.rows(inputs, y.dtype, p)
         gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
         return (total if gain is None else total * gain).astype(y.dtype)
 
     def attend(self, query: Array, out_sharding=None) -> Array:
-        adapter, p = self.adapter, self.adapter.params()
+        adapter, p = self.adapter, params_of(self.adapter)
         gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
         query = query if gain is None else (query * gain).astype(query.dtype)
         y = super().attend(query, out_sharding)
@@ -235,7 +235,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
 
     def table(self) -> Array:
         """The adapted table, float32 `[V, D]`."""
-        adapter, p, base = self.adapter, self.adapter.params(), self.embedding[...]
+        adapter, p, base = self.adapter, params_of(self.adapter), self.embedding[...]
         total = base.astype(jnp.float32) + adapter.dense(adapter.config, *base.shape, p)
         gain = adapter.output_gain(adapter.config, p, lambda: base)
         return total if gain is None else total * gain

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters import starts
-from mora_jax.adapters.adapter import Adapter, Layout, as_rngs, positive
+from mora_jax.adapters.adapter import Adapter, Layout, positive
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.dense import Delta, dot32, dot32_nt, dot32_tn, trained_dot
 from mora_jax.adapters.layers import AdaptedLinear
@@ -176,27 +176,27 @@ class LoRA(Adapter):
         """What is added to looked-up rows of an embedding table, float32 `[..., D]`."""
         picked = (jnp.take(params["lora_a"], ids, axis=0) * _scaling(params)).astype(dtype)
         flat = trained_dot(picked.reshape(-1, picked.shape[-1]), params["lora_b"])
-        return flat.reshape(*ids.shape, -1)
+        return flat.reshape(*ids.shape, flat.shape[-1])
 
     @classmethod
     def scores(cls, query: Array, params: dict[str, Array]) -> Array:
         """What is added to products of `query [..., D]` with every row of an embedding table, float32 `[..., V]`."""
         flat = query.reshape(-1, query.shape[-1])
         hidden = (trained_dot(flat, params["lora_b"].T) * _scaling(params)).astype(query.dtype)
-        return trained_dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], -1)
+        return trained_dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], len(params["lora_a"]))
 
-    @staticmethod
-    def scale(config: LoRAConfig) -> float:
+    @classmethod
+    def scale(cls, config: LoRAConfig) -> float:
         return config.alpha / config.rank
 
-    @staticmethod
-    def delta(config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         y = _delta(x, params["lora_a"], params["lora_b"], _scaling(params))
         first = _initial(params)
         return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], _scaling(params))
 
-    @staticmethod
-    def dense(config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    @classmethod
+    def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         first = _initial(params)
         return _dense(params) if first is None else _dense(params) - _dense(first)
 
@@ -306,7 +306,6 @@ class LoRALinear(AdaptedLinear):
         rngs: nnx.Rngs,
         **linear,
     ):
-        rngs = as_rngs(rngs)
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
         self.put_adapter(LoRA(in_features, out_features, config, rngs=rngs), rngs)

@@ -276,12 +276,12 @@ class MoRA(Adapter):
         zeros = jnp.zeros((*self.layers, q, q), jnp.float32)
         self.m = AdapterParam(zeros, axes=self.stacked("square_out", "square_in"))
 
-    @staticmethod
-    def delta(config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         return _delta(x, params["m"] * params["scaling"], out_features, config.kind)
 
-    @staticmethod
-    def dense(config: MoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    @classmethod
+    def dense(cls, config: MoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         return delta_weight(params["m"] * params["scaling"], in_features, out_features, config.kind)
 
 

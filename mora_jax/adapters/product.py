@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.adapters.adapter import Adapter, Layout, PartwiseDelta
+from mora_jax.adapters.adapter import Adapter, Layout, PartwiseDelta, params_of
 from mora_jax.adapters.dense import Delta, Kernel, adapted_dot, dot32, dot32_nt, dot32_tn, kernel_values, matrix_for
 from mora_jax.adapters.quantized import Quantized
 
@@ -44,7 +44,7 @@ def adapted_product(
     Returns:
         `[N, layout.features]` in the dtype of `x`.
     """
-    params = tuple(None if a is None else a.params() for a in adapters)
+    params = tuple(None if a is None else params_of(a) for a in adapters)
     scales = [None if a is None else a.input_gain(a.config, p or {}) for a, p in zip(adapters, params, strict=True)]
     if any(scale is not None for scale in scales):
         if len(adapters) > 1:

@@ -35,16 +35,16 @@ class ReMoRA(MoRA):
         super().__init__(in_features, out_features, config, **options)
         self.turn = AdapterState(jnp.zeros(self.layers, jnp.float32), axes=self.stacked())
 
-    @staticmethod
-    def delta(config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         m, kinds = params["m"] * params["scaling"], config.kinds
         choose = partial(_choose, kinds, params["turn"])
         sums = choose(STRIDED, lambda kind: compress(x.astype(jnp.float32), m.shape[0], kind))
         y = trained_dot(sums.astype(x.dtype), m.T)
         return choose(TILED, lambda kind: decompress(y, out_features, kind))
 
-    @staticmethod
-    def dense(config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    @classmethod
+    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         forms = [
             partial(delta_weight, in_features=in_features, out_features=out_features, kind=k) for k in config.kinds
         ]

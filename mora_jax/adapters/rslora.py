@@ -14,6 +14,6 @@ class RsLoRA(LoRA):
 
     method: ClassVar[str] = "rslora"
 
-    @staticmethod
-    def scale(config: LoRAConfig) -> float:
+    @classmethod
+    def scale(cls, config: LoRAConfig) -> float:
         return config.alpha / math.sqrt(config.rank)

@@ -82,13 +82,13 @@ class VeRA(Adapter):
     def _stack(self, array: np.ndarray) -> Array:
         return jnp.asarray(np.broadcast_to(array, (*self.layers, *array.shape)))
 
-    @staticmethod
-    def delta(config: VeRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    @classmethod
+    def delta(cls, config: VeRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         hidden = (trained_dot(x, params["vera_a"]) * params["vera_d"]).astype(x.dtype)
         return trained_dot(hidden, params["vera_b"]) * (params["vera_b_scale"] * params["scaling"])
 
-    @staticmethod
-    def dense(config: VeRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    @classmethod
+    def dense(cls, config: VeRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         left = params["vera_a"] * params["vera_d"]
         product = jnp.matmul(left, params["vera_b"], precision=jax.lax.Precision.HIGHEST)
         return product * (params["vera_b_scale"] * params["scaling"])
