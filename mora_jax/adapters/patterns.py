@@ -4,17 +4,74 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 
-def value_at(pattern: tuple[tuple[str, Any], ...], path: str, default: Any) -> Any:
-    """The value of the first key that is, or as a regular expression matches, the end of a module path."""
+def names_end(key: str, path: str) -> bool:
+    """Whether a key of a pattern is, or as a regular expression matches, the end of a module path."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def value_at(pattern: Iterable[tuple[str, Any]], path: str, default: Any) -> Any:
+    """The value of the first key that names the end of a module path, else of the key that is the path."""
+    exact = default
     for key, value in pattern:
-        if re.fullmatch(rf"(.*\.)?({key})", path):
+        if names_end(key, path):
             return value
-    return default
+        exact = value if key == path else exact
+    return exact
+
+
+def pattern_for(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The pattern that gives each of these module paths its value, in whatever order a reader takes its keys.
+
+    A key is the path as it is, and is tied to the path's beginning (`^`) and escaped only where it would name another
+    path with another value too: `out` beside `block.out`.
+    """
+    pattern = {}
+    for path, value in values.items():
+        if value == default:
+            continue
+        # Most paths end otherwise, and the last component of a plain one is no expression: no need to try those.
+        plain = re.fullmatch(r"[\w.]+", path) is not None
+        last = path.rpartition(".")[2] if plain else ""
+        try:
+            named = {other for other in values if other.endswith(last) and names_end(path, other)}
+        except re.error:
+            named = set()
+        alone = path in named and all(values[other] == value for other in named)
+        pattern[path if alone else f"^{re.escape(path)}"] = value
+    return pattern
+
+
+def targets_for(adapted: Iterable[str], possible: Iterable[str]) -> list[str] | str:
+    """The shortest targets that name exactly the `adapted` paths among the `possible` ones.
+
+    A list of ends of paths, as PEFT takes it; where that would name a path too many (`out` alone beside `block.out`), a
+    regular expression for whole paths.
+    """
+    adapted = set(adapted)
+    by_end: dict[str, set[str]] = {}
+    for path in possible:
+        components = path.split(".")
+        for start in range(len(components)):
+            by_end.setdefault(".".join(components[start:]), set()).add(path)
+    targets = set()
+    for path in adapted:
+        last = path.rpartition(".")[2]
+        name = last if by_end.get(last, set()) <= adapted else path
+        if not by_end.get(name, set()) <= adapted or not name:
+            return exactly(adapted)
+        targets.add(name)
+    return sorted(targets)
+
+
+def exactly(paths: Iterable[str]) -> str:
+    """A regular expression for these whole paths; never a plain word, which `attach` would take for a name."""
+    return f"^({'|'.join(re.escape(path) for path in sorted(paths))})$"
 
 
 def config_at(config: Any, path: str) -> Any:

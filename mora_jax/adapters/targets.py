@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,21 @@ def places(model: nnx.Module) -> Iterator[Place]:
                 if isinstance(own, str):
                     first, others = own, [first, *others]
                 yield Place((first,), node, None, *shape, aliases=tuple(others))
+
+
+def by_path(found: Iterable[Place]) -> dict[str, tuple[Place, int]]:
+    """Places by module path, each with the number of the path's layer in its stack.
+
+    Raises:
+        ValueError: two have one path, so that no file and no rule could tell them apart.
+    """
+    known: dict[str, tuple[Place, int]] = {}
+    for place in found:
+        for layer, path in enumerate(place.paths):
+            if path in known:
+                raise ValueError(f"two layers have the path {path}, as a name with a dot in it is split: rename one")
+            known[path] = place, layer
+    return known
 
 
 def _collect_paths(node: Any, path: tuple[str, ...], above: tuple[int, ...], names: dict[int, list[str]]) -> None:
@@ -224,6 +239,7 @@ def select(model: nnx.Module, config: Any) -> list[tuple[Place, tuple[bool, ...]
             mask = (True,)
         if any(mask):
             found.append((place, mask))
+    by_path(seen)
     paths = [path for place in seen for path in (*place.paths, *place.aliases)]
     picks.check(paths, [place.title for place in seen], found=bool(found))
     return found

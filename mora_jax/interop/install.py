@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import adapter_at, attach
+from mora_jax.adapters.patterns import pattern_for, targets_for
 from mora_jax.adapters.starts import FROM_BASE
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.errors import InputError
@@ -73,14 +73,14 @@ def _configs(fillings: Mapping[str, Filling], possible: list[str]) -> list[Any]:
             groups.setdefault(_settings(config), []).append(path)
     configs = []
     for config, paths in groups.items():
-        changes: dict[str, Any] = {"targets": tuple(short_targets(paths, possible))}
+        targets = targets_for(paths, possible)
+        changes: dict[str, Any] = {"targets": targets if isinstance(targets, str) else tuple(targets)}
         for name in _varied(config):
             values = {path: getattr(fillings[path].config, name) for path in paths}
             # Scalings are filled in afterwards; only what is taken from the base has to know them before.
             if name == "rank" or config.init in FROM_BASE:
                 changes[name] = max(values.values())
-                different = {re.escape(path): value for path, value in values.items() if value != changes[name]}
-                changes[f"{name}_pattern"] = different
+                changes[f"{name}_pattern"] = pattern_for(values, changes[name])
         configs.append(dataclasses.replace(config, **changes))
     return configs
 
@@ -110,17 +110,6 @@ def _fill(place: Place, values: dict[int, Mapping[str, np.ndarray]]) -> None:
                 array[index] = 0
                 array[(*index, *(slice(size) for size in np.shape(arrays[name])))] = arrays[name]
         variable.set_value(jnp.asarray(array))
-
-
-def short_targets(adapted: Iterable[str], possible: Iterable[str]) -> list[str]:
-    """The shortest list of PEFT targets that names exactly the `adapted` paths among the `possible` ones."""
-    adapted, possible = set(adapted), set(possible)
-    targets = set()
-    for path in adapted:
-        name = path.rpartition(".")[2]
-        same = {other for other in possible if other == name or other.endswith("." + name)}
-        targets.add(name if same <= adapted else path)
-    return sorted(targets)
 
 
 def first(names: list[str]) -> str:

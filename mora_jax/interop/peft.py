@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.targets import Place, has_adapter, places
+from mora_jax.adapters.targets import Place, by_path, has_adapter, places
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import base_bias, base_names, put_trained_weights
 from mora_jax.interop.hub import local_folder
@@ -55,7 +55,10 @@ def load_adapter(
     base = own_base(model, folder, files, kind_is_known=kind is not None or not values.get("use_mora"))
     stored = stored_tensors(files)
     _drop_tied_head(model, stored, files, file)
-    everything = {path: (place, layer) for place in all_places for layer, path in enumerate(place.paths)}
+    try:
+        everything = by_path(all_places)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     chosen = {path: where for path, where in everything.items() if _is_target(file, where[0], path)}
     _check_factors(stored, chosen, file)
     found = [place for place, _ in chosen.values()]

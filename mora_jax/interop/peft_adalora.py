@@ -107,7 +107,7 @@ class AdaloraFormat(Format):
         """Which triplets are written, `[rank]`."""
         return (entry.params["lora_e"] != 0) | self.fresh
 
-    def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         masks = {f"{entry.path}.lora_E": self._left(entry).tolist() for entry in entries}
         pruned = not all(all(mask) for mask in masks.values())
         return {

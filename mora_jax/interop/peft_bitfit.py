@@ -46,6 +46,6 @@ class BitfitFormat(LoraFormat):
         zero_b = np.zeros((entry.out_features, 1), np.float32)
         return {"a": zero_a, "b": zero_b, "added": entry.params["bias"]}
 
-    def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         config = LoRAConfig(rank=1, alpha=1.0)
         return lora_fields(config, targets=targets, alpha=1.0, ranks={}, alphas={}) | {"lora_bias": True}

@@ -60,6 +60,8 @@ class AdapterFile:
             return path.rpartition(".")[2] not in ("lm_head", "embed_tokens")
         if not _named(targets, path):
             return False
+        if not isinstance(targets, str) and path in targets:
+            return True  # a whole path, whatever layers are named
         layers = self.values.get("layers_to_transform")
         if layers is None or layers == [] or isinstance(targets, str):
             return True
@@ -152,7 +154,6 @@ def common_fields(form: Format, base: str | None) -> dict[str, Any]:
         "inference_mode": True,
         "peft_type": form.peft_type,
         "revision": None,
-        "task_type": "CAUSAL_LM",
     }
 
 

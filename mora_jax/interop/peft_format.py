@@ -128,7 +128,7 @@ class Format:
         """The few small arrays of an entry from which `written` makes the config."""
         return {"scaling": entry.params["scaling"]}
 
-    def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         """The fields of its own, and those of `COMMON` that differ from what `peft_save.py` writes."""
         raise NotImplementedError  # abstract: each type's file defines it
 

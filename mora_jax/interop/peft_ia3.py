@@ -9,6 +9,7 @@ import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config import IA3Config
+from mora_jax.adapters.patterns import exactly
 from mora_jax.interop.install import Filling
 from mora_jax.interop.peft_format import Format, Target, require, require_names
 
@@ -40,13 +41,20 @@ class Ia3Format(Format):
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         return {"l": entry.params["ia3_l"].reshape((1, -1) if entry.config.feedforward else (-1, 1))}
 
-    def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         inputs = {entry.path: bool(entry.config.feedforward) for entry in entries}
-        named = [name for name in targets if any(on and _ends(path, name) for path, on in inputs.items())]
-        if any(_is_feedforward(named, path) != on for path, on in inputs.items()):
-            # Names alone don't tell the two apart (PEFT takes any path that ends so): whole paths do.
-            targets, named = sorted(inputs), sorted(path for path, on in inputs.items() if on)
-        return {"feedforward_modules": named, "init_ia3_weights": True, "target_modules": targets}
+        paths = sorted(path for path, on in inputs.items() if on)
+        names = sorted({path.rpartition(".")[2] for path in paths})
+        # PEFT takes any path that ends as a name of a list does, and wants the list among that of the targets. So
+        # names, where they tell the two apart, then whole paths, then an expression for them.
+        forms: list[tuple[list[str] | str, list[str] | str]] = [(exactly(paths), targets)]
+        if not isinstance(targets, str):
+            forms = [(names, targets), (paths, sorted(inputs)), *forms]
+        for named, among in forms:
+            told = all(_is_feedforward(named, path) == on for path, on in inputs.items())
+            if told and (isinstance(named, str) or set(named) <= set(among)):
+                break
+        return {"feedforward_modules": named, "init_ia3_weights": True, "target_modules": among}
 
 
 def _is_feedforward(names: str | list[str] | None, path: str) -> bool:
@@ -54,7 +62,3 @@ def _is_feedforward(names: str | list[str] | None, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path.endswith(name) for name in (_FEEDFORWARD if names is None else names))
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from mora_jax.adapters.config import (
     RsLoRAConfig,
 )
 from mora_jax.adapters.mora import KINDS, square_rank
+from mora_jax.adapters.patterns import pattern_for, value_at
 from mora_jax.errors import InputError
 from mora_jax.interop.install import Filling
 from mora_jax.interop.peft_format import (
@@ -146,14 +146,14 @@ class LoraFormat(Format):
             tensors["magnitude"] = params["magnitude"]
         return tensors
 
-    def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         """Ranks below the highest and alphas that differ go into the patterns.
 
         `r` is the highest rank, and `lora_alpha` gives the commonest scaling there: loaders that read no patterns make
         room by the one and scale by the other.
         """
         rank = max(entry.config.rank for entry in entries)
-        ranks = {entry.path: entry.config.rank for entry in entries if entry.config.rank != rank}
+        ranks = pattern_for({entry.path: entry.config.rank for entry in entries}, rank)
         dropout = max(entry.config.dropout for entry in entries)
         config = dataclasses.replace(entries[0].config, rank=rank, dropout=dropout)
         if isinstance(config, MoRAConfig):
@@ -166,7 +166,7 @@ class LoraFormat(Format):
         power = 0.5 if isinstance(config, RsLoRAConfig) else 1.0
         alpha_of = {entry.path: _alpha(scalings[entry.path], entry.config.rank, power) for entry in entries}
         alpha = _alpha(collections.Counter(scalings.values()).most_common(1)[0][0], rank, power)
-        alphas = {path: value for path, value in alpha_of.items() if value != alpha}
+        alphas = pattern_for(alpha_of, alpha)
         return lora_fields(config, targets=targets, alpha=alpha, ranks=ranks, alphas=alphas)
 
 
@@ -177,13 +177,13 @@ def _alpha(scaling: float, rank: int, power: float) -> float:
 
 def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
     """The configuration at `path`, which is a target."""
-    rank = pattern_value(values.get("rank_pattern"), path, values.get("r", 8))
+    rank = _at(values, "rank_pattern", path, values.get("r", 8))
     dropout = values.get("lora_dropout", 0.0)
     use_dora = bool(values.get("use_dora"))
     kind = _kind(values, "")
     if kind is not None:
         return MoRAConfig(rank=rank, kind=kind, dropout=dropout, targets=(path,), use_dora=use_dora)
-    alpha = float(pattern_value(values.get("alpha_pattern"), path, values.get("lora_alpha", 8)))
+    alpha = float(_at(values, "alpha_pattern", path, values.get("lora_alpha", 8)))
     init = values.get("init_lora_weights")
     start = init if init in _FROM_BASE else "kaiming"
     plain_kind = _FROM_BASE.get(start, DoRAConfig if use_dora else LoRAConfig)
@@ -194,17 +194,13 @@ def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
 
 def scaling_at(values: dict[str, Any], path: str) -> float:
     """The factor on LoRA's update at `path`, as PEFT means it."""
-    rank = pattern_value(values.get("rank_pattern"), path, values.get("r", 8))
-    alpha = pattern_value(values.get("alpha_pattern"), path, values.get("lora_alpha", 8))
+    rank = _at(values, "rank_pattern", path, values.get("r", 8))
+    alpha = _at(values, "alpha_pattern", path, values.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
-def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of `path`."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def _at(values: dict[str, Any], pattern: str, path: str, default: Any) -> Any:
+    return value_at((values.get(pattern) or {}).items(), path, default)
 
 
 def _kind(values: dict[str, Any], where: str) -> str | None:
@@ -222,7 +218,7 @@ def _kind(values: dict[str, Any], where: str) -> str | None:
 
 
 def lora_fields(
-    config: LoRAConfig, *, targets: list[str], alpha: float, ranks: dict[str, int], alphas: dict[str, float]
+    config: LoRAConfig, *, targets: list[str] | str, alpha: float, ranks: dict[str, int], alphas: dict[str, float]
 ) -> dict[str, Any]:
     """The fields of a LoRA's `adapter_config.json`; the ones that PEFT 0.21 knows, and those alone."""
     return _shared_fields(config, targets, alpha, ranks) | {
@@ -234,7 +230,7 @@ def lora_fields(
     }
 
 
-def mora_fields(config: MoRAConfig, *, targets: list[str], ranks: dict[str, int]) -> dict[str, Any]:
+def mora_fields(config: MoRAConfig, *, targets: list[str] | str, ranks: dict[str, int]) -> dict[str, Any]:
     """The fields of a MoRA's `adapter_config.json`: PEFT 0.9's for LoRA, `use_mora` and `mora_type`.
 
     A kind that the authors' code does not have is named in a field of its own and claims no `mora_type`, so
@@ -248,7 +244,7 @@ def mora_fields(config: MoRAConfig, *, targets: list[str], ranks: dict[str, int]
 
 
 def _shared_fields(
-    config: LoRAConfig | MoRAConfig, targets: list[str], alpha: float, ranks: dict[str, int]
+    config: LoRAConfig | MoRAConfig, targets: list[str] | str, alpha: float, ranks: dict[str, int]
 ) -> dict[str, Any]:
     return {
         "bias": "none",

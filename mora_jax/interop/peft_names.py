@@ -62,23 +62,32 @@ def stored_tensors(files: TensorFiles) -> Stored:
     """
     found = Stored()
     for name in sorted(files.shapes):
-        shared, factor = _SHARED.fullmatch(name), _FACTOR.fullmatch(name)
-        if shared is not None:
+        if (shared := _SHARED.fullmatch(name)) is not None:
             _put(found.shared, shared["name"], name, files)
             continue
-        kind = None if factor is None else _kind(factor["name"], factor["leaf"])
-        if factor is not None and kind is not None:
-            _put(found.factors.setdefault(factor["path"].removeprefix(PREFIX), {}), kind, name, files)
-            continue
-        base = _BASE.fullmatch(name)
-        if base is None or factor is not None:
+        group, path, kind = meaning(name)
+        if group == "factors":
+            _put(found.factors.setdefault(path, {}), kind, name, files)
+        elif not group:
             raise InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
-        path = base["path"].removeprefix(PREFIX)
-        if base["leaf"] == "bias":
-            _put(found.biases, path, name, files)
         else:
-            _put(found.frozen if base["inner"] else found.weights, path, name, files)
+            _put(getattr(found, group), path, name, files)
     return found
+
+
+def meaning(name: str) -> tuple[str, str, str]:
+    """What a tensor's name says: the attribute of `Stored`, the module path, and for a factor its name in `FACTORS`.
+
+    The first is empty for a name that is none of PEFT's.
+    """
+    factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
+    if factor is not None:
+        kind = _kind(factor["name"], factor["leaf"])
+        return ("", "", "") if kind is None else ("factors", factor["path"].removeprefix(PREFIX), kind)
+    if base is None:
+        return "", "", ""
+    group = "biases" if base["leaf"] == "bias" else "frozen" if base["inner"] else "weights"
+    return group, base["path"].removeprefix(PREFIX), ""
 
 
 def _kind(name: str, leaf: str | None) -> str | None:

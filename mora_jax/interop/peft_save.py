@@ -12,16 +12,19 @@ from typing import TypeGuard
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.attach import AdapterEntry, adapter_at, adapters_of
-from mora_jax.adapters.targets import Place, has_adapter, places
+from mora_jax.adapters.patterns import targets_for
+from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.targets import Place, by_path, has_adapter, places
+from mora_jax.adapters.trained import named_modules
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import base_bias, base_names, trained_weights
 from mora_jax.interop.folders import new_folder
-from mora_jax.interop.install import short_targets
 from mora_jax.interop.peft_bitfit import BitfitFormat
 from mora_jax.interop.peft_config import common_fields, extra_fields, format_for
 from mora_jax.interop.peft_format import Format
-from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, PREFIX, SHARED_PREFIX, WEIGHTS_NAME
+from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, PREFIX, SHARED_PREFIX, WEIGHTS_NAME, meaning
 from mora_jax.interop.plain import file_method, plain
 from mora_jax.interop.restarted import BASE_FOLDER, has_other_base
 from mora_jax.interop.save import tensors_of, write_model
@@ -58,13 +61,17 @@ def save_adapter(
     main = []
     for entry, tensors in _gathered(model, form):
         shapes |= {name: tensor.shape for name, tensor in tensors.items()}
+        odd = [name for name in tensors if meaning(name)[1] not in (entry.path, _head(model))]
+        if odd:
+            raise InputError(f"{entry.path} has a name that PEFT's files can't hold ({odd[0]}): rename that layer")
         if _is_main(entry, form):
             main.append(dataclasses.replace(entry, params=form.kept(entry)))
     shared = {SHARED_PREFIX + name: tensor for name, tensor in form.shared_of(adapted).items()}
     whole = {PREFIX + name: tensor.shape for name, tensor in trained_weights(model)}
     base = base_model_name_or_path or getattr(model, "name_or_path", None)
-    targets = short_targets((entry.path for entry in main), (path for place in places(model) for path in place.paths))
+    targets = targets_for((entry.path for entry in main), _all_paths(model))
     fields = common_fields(form, base) | form.written(main, targets)
+    fields["task_type"] = "CAUSAL_LM" if isinstance(model, Decoder) else None
     fields |= {"modules_to_save": _saved_modules(model, list(whole))}
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
@@ -82,8 +89,21 @@ def save_adapter(
             write_model(model, folder / BASE_FOLDER)
 
 
+def _all_paths(model: nnx.Module) -> set[str]:
+    """Of all modules, among which PEFT looks for targets: those that hold others, too."""
+    paths = {path for place in places(model) for path in (*place.paths, *place.aliases)}
+    others = [named for named, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
+    paths |= {path for named in others for path in named if "*" not in path}
+    return {".".join(parts[:end]) for parts in (path.split(".") for path in paths) for end in range(1, len(parts) + 1)}
+
+
 def _tied(model: nnx.Module) -> TypeGuard[Decoder]:
     return isinstance(model, Decoder) and model.config.tie_embeddings
+
+
+def _head(model: nnx.Module) -> str | None:
+    """The path of a tied head, whose share of a table's adapter is written beside it."""
+    return model.config.names.head if _tied(model) else None
 
 
 def _has_own_base(model: nnx.Module) -> TypeGuard[Decoder]:
@@ -126,14 +146,14 @@ def _is_main(entry: AdapterEntry, form: Format) -> bool:
 
 def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
     """Each adapted matrix with its tensors under their names in files."""
-    where = {path: (place, layer) for place in places(model) for layer, path in enumerate(place.paths)}
+    where = by_path(places(model))
     for entry in map(plain, adapters_of(model)):
         path, main = PREFIX + entry.path, _is_main(entry, form)
         found = form.write(entry) if main else {}
         names = form.names(entry)
         tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
         if entry.is_embedding and _tied(model):
-            head = f"{PREFIX}{model.config.names.head}"
+            head = f"{PREFIX}{_head(model)}"
             tensors |= {f"{head}.{FACTORS['a']}": found["b"].T, f"{head}.{FACTORS['b']}": found["a"].T}
         if "bias" in entry.params and "added" not in found:
             inner = "base_layer.bias" if main else "bias"

@@ -107,7 +107,7 @@ class VeraFormat(Format):
                 raise InputError(f"{place.title} has frozen factors of its own; one folder holds one pair for all")
         return {"vera_A": left.T, "vera_B": right.T}
 
-    def written(self, entries: list[AdapterEntry], targets: list[str]) -> dict[str, Any]:
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         bias = same(entries, "bias")
         return {
             "bias": self.bias_name if bias == "lora_only" else bias,

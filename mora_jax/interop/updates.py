@@ -14,7 +14,7 @@ from flax import nnx
 from mora_jax.adapters.attach import AdapterEntry, adapters_of
 from mora_jax.adapters.config import AdaLoRAConfig, LoRAConfig, MoRAConfig, VeRAConfig
 from mora_jax.adapters.registry import adapter_class
-from mora_jax.adapters.targets import Place, places
+from mora_jax.adapters.targets import Place, by_path, places
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import trained_weights
 from mora_jax.interop.mora_maps import BLOCK_KINDS, exact_factors, exact_rank
@@ -60,7 +60,7 @@ def updates_of(model: nnx.Module) -> Iterator[Update]:
     """
     if next(trained_weights(model), None) is not None:
         raise InputError("modules that are trained whole can't be converted with an adapter; merge the adapter instead")
-    where = {path: (place, layer) for place in places(model) for layer, path in enumerate(place.paths)}
+    where = by_path(places(model))
     for entry in adapters_of(model):
         if "bias" in entry.params:
             raise InputError(f"{entry.path} trains its bias, which can't be converted; merge the adapter instead")

@@ -16,9 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mora_jax.adapters.patterns import value_at
 from mora_jax.errors import InputError
 from mora_jax.interop.base import load_shapes
-from mora_jax.interop.peft_lora import pattern_value, scaling_at
+from mora_jax.interop.peft_lora import scaling_at
 from mora_jax.interop.tokenizer import load_tokenizer
 from mora_jax.models.init import read_json
 
@@ -108,7 +109,7 @@ def _tensors(values: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             findings.append(f"{module} has factors {list(a)} and {list(b)}; vLLM takes [rank, in] and [out, rank]")
             continue
-        if a[0] != pattern_value(values.get("rank_pattern"), module, values["r"]):
+        if a[0] != value_at((values.get("rank_pattern") or {}).items(), module, values["r"]):
             findings.append(f"{module} has rank {a[0]}, which is not what adapter_config.json says")
         elif a[0] > limit:
             findings.append(f"{module} has rank {a[0]} above r {limit}; vLLM reads r alone, so r must be the largest")
