@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,13 @@ def check_list(value: Any, key: str, source: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{source}: `{key}` should be a filled list and is {'empty' if value == [] else found(value)}")
     return value
+
+
+def optional_list(value: Any, key: str, source: str) -> list[Any]:
+    """Returns a list that may be absent: null, blank text, `[]`, and JSON text of null or `[]` are an empty list."""
+    if value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "null", "[]")):
+        return []
+    return check_list(value, key, source)
 
 
 def check_object(value: Any, key: str, source: str, expected: str) -> dict[str, Any]:
@@ -118,7 +126,16 @@ def parse_json(text: str, key: str, source: str) -> Any:
     except RecursionError:
         raise InputError(f"{source}: `{key}` is JSON nested too deeply to read") from None
     except ValueError as error:
-        raise InputError(f"{source}: `{key}` is text that is no JSON ({one_line(error)})") from None
+        hint = "; it looks like Python's repr: write it with json.dumps" if _is_literal(text) else ""
+        raise InputError(f"{source}: `{key}` is text that is no JSON ({one_line(error)}){hint}") from None
+
+
+def _is_literal(text: str) -> bool:
+    """Whether a text is what `str` makes of a Python list or dict, as pandas writes them into CSV cells."""
+    try:
+        return isinstance(ast.literal_eval(text), list | dict)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
 
 
 def one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from mora_jax.data.conversation import Row
 from mora_jax.data.oddities import oddities
 from mora_jax.data.rendering import Renderer
 from mora_jax.data.row_tokens import tokenize_rows
+from mora_jax.data.rows import or_skip
 from mora_jax.data.store import make_batch
 from mora_jax.data.tokens import Tokens
 from mora_jax.errors import InputError
@@ -95,7 +96,7 @@ class RowEncoder:
                 rows.extend(self._convert(source, raw))
             except InputError as error:
                 if not self._skip:
-                    raise
+                    raise or_skip(error) from None
                 errors.append(error)
         renderer = self.renderer
         before = _rendered(renderer)
@@ -106,7 +107,7 @@ class RowEncoder:
             elif self._skip:
                 errors.append(result)
             else:
-                raise result
+                raise or_skip(result)
         reasons = [str(error) for error in errors[:_REASONS]]
         counts = _rendered(renderer) - before
         counts["skipped"] = len(errors)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mora_jax.data.checks import check_list, check_object, check_text, found, shown
+from mora_jax.data.checks import check_list, check_object, check_text, found, optional_list
 from mora_jax.data.conversation import Conversation, Message, Row
 from mora_jax.data.mapping import Mapping
 from mora_jax.data.messages import read_message, read_turns
+from mora_jax.data.nearest import no_format, refusal
 from mora_jax.data.prepared import read_segments, read_tokens
-from mora_jax.data.tool_calls import read_tools
+from mora_jax.data.tool_calls import read_spoken_calls, read_tools
 from mora_jax.errors import InputError
 
 __all__ = ["FORMATS", "Format", "RawRow", "detect_format", "find_format", "read_message", "recognise"]
@@ -22,28 +23,49 @@ Convert = Callable[[RawRow, str, Mapping], Iterator[Row]]
 
 
 @dataclass(frozen=True)
+class Keys:
+    """Keys that make a row one of a format.
+
+    Attributes:
+      needed: all of these, with values.
+      barred: none of these, filled or not: they would say that the needed ones mean something else.
+    """
+
+    needed: frozenset[str]
+    barred: frozenset[str] = frozenset()
+
+    def match(self, row: RawRow, filled: bool = True) -> bool:
+        """Whether the row has these keys; with a value, if `filled`."""
+        return self.needed <= {key for key, value in row.items() if value is not None or not filled} and (
+            self.barred.isdisjoint(row)
+        )
+
+    def __str__(self) -> str:
+        return " + ".join(f"`{key}`" for key in sorted(self.needed))
+
+
+@dataclass(frozen=True)
 class Format:
     """How rows with certain keys become conversations, passages or token ids.
 
     Attributes:
       name: as a user writes it in `config.data.format`.
-      keys: sets of keys; a row that has all of one set is of this format.
+      keys: a row that has one of these is of this format. The first are the names that `data.columns` maps to.
       convert: `(row, source, mapping)` -> rows (nearly always one). The columns are mapped already.
     """
 
     name: str
-    keys: tuple[frozenset[str], ...]
+    keys: tuple[Keys, ...]
     convert: Convert
 
     def matches(self, row: RawRow, filled: bool = True) -> bool:
         """Whether the row has the keys of this format; with a value, if `filled`."""
-        present = {key for key, value in row.items() if value is not None or not filled}
-        return any(keys <= present for keys in self.keys)
+        return any(keys.match(row, filled) for keys in self.keys)
 
     @property
     def wanted(self) -> str:
         """The keys in words."""
-        return " or ".join(" + ".join(f"`{key}`" for key in sorted(keys)) for keys in self.keys)
+        return " or ".join(map(str, self.keys))
 
 
 def _text(row: RawRow, *keys: str, source: str, default: str | None = None) -> str:
@@ -59,20 +81,20 @@ def _text(row: RawRow, *keys: str, source: str, default: str | None = None) -> s
     raise InputError(f"{source}: {missing} {state}; expected text")
 
 
-def _system(row: RawRow, source: str) -> list[Message]:
-    text = _text(row, "system", source=source, default="")
-    return [Message("system", text)] if text else []
-
-
-def _tools(row: RawRow, source: str) -> tuple[dict[str, Any], ...]:
-    return read_tools(row.get("tools"), "tools", source)
+def _conversation(row: RawRow, source: str, turns: list[Message]) -> Conversation:
+    """The turns, behind the system message and with the tools that stand beside them."""
+    system = _text(row, "system", "system_prompt", source=source, default="")
+    # Some data has the text at both places.
+    if system and turns[:1] != [opening := Message("system", system)]:
+        turns = [opening, *turns]
+    key = next((key for key in ("tools", "functions") if optional_list(row.get(key), key, source)), "tools")
+    return Conversation(tuple(turns), source=source, tools=read_tools(row.get(key), key, source))
 
 
 def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     del mapping
-    messages = _system(row, source)
-    history = row.get("history")
-    for turn, pair in enumerate(check_list(history, "history", source) if history else []):
+    messages = []
+    for turn, pair in enumerate(optional_list(row.get("history"), "history", source)):
         key = f"history[{turn}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError(f"{source}: `{key}` should be a pair of texts, [instruction, answer]")
@@ -82,36 +104,42 @@ def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     context = _text(row, "input", "context", source=source, default="")
     messages.append(Message("user", instruction, context))
     messages.append(Message("assistant", _text(row, "output", "response", source=source)))
-    yield Conversation(tuple(messages), source=source)
+    yield _conversation(row, source, messages)
 
 
 def _messages(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
-    turns = read_turns(row.get("messages"), "messages", source, mapping)
-    yield Conversation((*_system(row, source), *turns), source=source, tools=_tools(row, source))
+    yield _conversation(row, source, read_turns(row.get("messages"), "messages", source, mapping))
 
 
 def _sharegpt(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
-    turns = read_turns(row.get("conversations"), "conversations", source, mapping)
-    yield Conversation((*_system(row, source), *turns), source=source, tools=_tools(row, source))
+    key = _filled(row, "conversations", "conversation")
+    yield _conversation(row, source, read_turns(row.get(key), key, source, mapping))
 
 
 def _prompt_completion(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
-    messages = _system(row, source)
-    for key, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row.get(key)
+    messages = []
+    for role, keys in (
+        ("user", ("prompt", "inputs", "input")),
+        ("assistant", ("completion", "targets", "response", "output")),
+    ):
+        key = _filled(row, *keys)
         messages += (
-            read_turns(value, key, source, mapping)
-            if isinstance(value, list)
-            else [Message(role, _text(row, key, source=source))]
+            read_turns(row[key], key, source, mapping)
+            if isinstance(row.get(key), list)
+            else [Message(role, _text(row, *keys, source=source))]
         )
-    yield Conversation(tuple(messages), source=source, tools=_tools(row, source))
+    yield _conversation(row, source, messages)
 
 
 def _question_answer(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     del mapping
-    question = Message("user", _text(row, "question", "query", source=source))
-    answer = Message("assistant", _text(row, "answer", "response", source=source))
-    yield Conversation((*_system(row, source), question, answer), source=source)
+    context = _text(row, "context", source=source, default="")
+    question = Message("user", _text(row, "question", "query", source=source), context)
+    if _filled(row, "answer", "response", "answers") == "answers":
+        answer = Message("assistant", "", tool_calls=read_spoken_calls(row["answers"], "answers", source))
+    else:
+        answer = Message("assistant", _text(row, "answer", "response", source=source))
+    yield _conversation(row, source, [question, answer])
 
 
 def _self_instruct(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
@@ -126,8 +154,17 @@ def _plain(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     yield Conversation(text=_text(row, "text", source=source), source=source)
 
 
-def _format(name: str, convert: Convert, *keys: str) -> Format:
-    return Format(name, tuple(frozenset(alternative.split("+")) for alternative in keys), convert)
+def _filled(row: RawRow, *keys: str) -> str:
+    """The first of the keys that has a value; the first of all if none has."""
+    return next((key for key in keys if row.get(key) is not None), keys[0])
+
+
+def _format(name: str, convert: Convert, *keys: str, barred: dict[str, str] | None = None) -> Format:
+    without = barred or {}
+    entries = (
+        Keys(frozenset(alternative.split("+")), frozenset(without.get(alternative, "").split())) for alternative in keys
+    )
+    return Format(name, tuple(entries), convert)
 
 
 #: In the order in which a row is compared with them: those whose keys say most come first. Rows that were
@@ -138,11 +175,21 @@ FORMATS = {
         _format("tokens", read_tokens, "input_ids"),
         _format("segments", read_segments, "segments"),
         _format("messages", _messages, "messages"),
-        _format("sharegpt", _sharegpt, "conversations"),
-        _format("prompt_completion", _prompt_completion, "prompt+completion"),
+        _format("sharegpt", _sharegpt, "conversations", "conversation"),
         _format("self_instruct", _self_instruct, "instruction+instances"),
         _format("alpaca", _alpaca, "instruction+output", "instruction+response"),
-        _format("question_answer", _question_answer, "question+answer", "query+response"),
+        _format(
+            "prompt_completion",
+            _prompt_completion,
+            *("prompt+completion", "prompt+response", "inputs+targets", "input+output"),
+            # A row of an Alpaca set whose instruction is null.
+            barred={"input+output": "instruction"},
+        ),
+        _format(
+            "question_answer",
+            _question_answer,
+            *("question+answer", "query+response", "question+response", "query+answer", "query+answers+tools"),
+        ),
         _format("text", _plain, "text"),
     )
 }
@@ -171,7 +218,9 @@ def detect_format(rows: Sequence[tuple[str, Any]]) -> Format:
     Raises:
       InputError: if none is recognised; it speaks of the first row.
     """
-    for _, row in rows:
+    for source, row in rows:
+        if reason := refusal(row):
+            raise InputError(f"{source}: {reason}")
         if chosen := recognise(row):
             return chosen
     source, row = rows[0]
@@ -181,10 +230,4 @@ def detect_format(rows: Sequence[tuple[str, Any]]) -> Format:
         # All keys of a format and null in one of them: its own check says which.
         if candidate.matches(row, filled=False):
             return candidate
-    keys = [shown(key) for key in row]
-    names = ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
-    wanted = "; ".join(f"{entry.name}: {entry.wanted}" for entry in FORMATS.values())
-    raise InputError(
-        f"{source}: no known format has the keys {names or '(none)'}; known are {wanted}; columns can be renamed in"
-        ' data.columns, such as "instruction=question"'
-    )
+    raise InputError(f"{source}: {no_format(row, [(entry.name, entry.keys[0].needed) for entry in FORMATS.values()])}")

@@ -16,7 +16,7 @@ from mora_jax.data.conversation import Row
 from mora_jax.data.formats import FORMATS, Format, detect_format, find_format, recognise
 from mora_jax.data.locating import Origin, locate
 from mora_jax.data.mapping import Mapping
-from mora_jax.data.rows import Rows, Skipped
+from mora_jax.data.rows import Rows, Skipped, or_skip
 from mora_jax.errors import InputError
 
 _NO_MAPPING = Mapping()
@@ -156,7 +156,7 @@ class RowStream(Iterable[Row]):
             for number, row in origin.rows():
                 empty = False
                 if self._on_error == "raise" and isinstance(row, InputError):
-                    raise row
+                    raise or_skip(row)
                 yield f"{origin.name}, row {number}", row
             if empty:
                 raise InputError(f"{origin.name} holds no rows")
@@ -170,7 +170,7 @@ class RowStream(Iterable[Row]):
                 rows = convert(source, raw)
             except InputError as error:
                 if self._on_error == "raise":
-                    raise
+                    raise or_skip(error) from None
                 skipped.add(error)
                 continue
             kept += len(rows)

@@ -8,25 +8,31 @@ from typing import Any
 
 from mora_jax.errors import InputError
 
-#: Spellings of roles in the wild, and the four that the rest of the package knows. What a `function_call` turn
-#: says is a call in JSON.
+#: Spellings of roles in the wild, in any case, and the four that the rest of the package knows. What a
+#: `function_call` or `tool_call` turn says is a call in JSON.
 ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
 
 #: Keys whose items are objects with keys of their own, and all keys that mean something.
-NESTED = ("messages", "conversations", "prompt", "completion", "segments", "instances")
+NESTED = ("messages", "conversations", "conversation", "prompt", "completion", "segments", "instances")
 COLUMNS = (
     *NESTED,
     *("instruction", "input", "context", "output", "response", "system", "history", "question", "answer"),
@@ -99,11 +105,11 @@ class Mapping:
         return bool(self.columns or self.roles)
 
     def role(self, name: Any) -> str | None:
-        """Our name in `ROLES` for a role of the data; None if there is none."""
+        """The key in `ROLES` for a role of the data; None if there is none."""
         if not isinstance(name, str):
             return None
         name = self.roles.get(name, name)
-        return name if name in ROLES else None
+        return next((known for known in (name, name.lower()) if known in ROLES), None)
 
     def apply(self, row: Any) -> Any:
         """The row under our names: a copy, or the row itself if nothing is mapped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -15,13 +16,27 @@ ODDITIES = {
     "empty_turn": "rows have a turn without a word",
     "tools": "rows have tool descriptions, which the template does not show",
     "reasoning": "rows have reasoning, which the template does not show",
+    "chat_markup": "rows of plain text hold the markup of a chat and are trained whole, questions too; rows of"
+    " `messages` train answers alone",
     "fell_back": "rows could not be tracked and were rendered by the fallback template",
 }
+
+#: How the turn of a user begins in texts that were rendered elsewhere.
+_MARKUP = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|prompter)\|>|\[INST\]|"
+    r"### (?:Human|Instruction|User):"
+)
+#: Characters of a text in which it is looked for.
+_BEGINNING = 4096
 
 
 def oddities(row: Row) -> Iterator[str]:
     """The keys of `ODDITIES` that a row deserves by its own turns, each once."""
-    if not isinstance(row, Conversation) or row.text is not None:
+    if not isinstance(row, Conversation):
+        return
+    if row.text is not None:
+        if _MARKUP.search(row.text, 0, _BEGINNING):
+            yield "chat_markup"
         return
     roles = [message.role for message in row.messages]
     if "assistant" in roles and roles[-1] != "assistant":

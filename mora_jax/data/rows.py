@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from mora_jax.data.conversation import Row
+from mora_jax.errors import InputError
+
+
+def or_skip(error: InputError) -> InputError:
+    """The error of a row that ends a command, with what leaves such rows out instead."""
+    return InputError(f"{error} (data.on_error=skip leaves such rows out)")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from mora_jax.data.store import TokenStore, write
 from mora_jax.errors import InputError
 
 #: Raise it when the same rows become other tokens or another layout.
-VERSION = 2
+VERSION = 3
 _REASONS = 5
 
 

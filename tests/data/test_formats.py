@@ -58,12 +58,19 @@ SEGMENTS = [{"text": "a", "label": False}, {"text": "", "label": True}, {"text":
         ("alpaca", {"instruction": "i", "output": "o", "history": '[["a", "b"]]'}, [user("a"), assistant("b")]),
         ("alpaca", {"instruction": "i", "output": "o", "history": []}, [user("i"), assistant("o")]),
         ("alpaca", {"instruction": "i", "output": "o", "history": None, "text": "t"}, [user("i"), assistant("o")]),
+        ("alpaca", {"instruction": "i", "output": "o", "history": "[]", "system": None}, [user("i"), assistant("o")]),
+        ("alpaca", {"instruction": "i", "output": "o", "history": "", "system": ""}, [user("i"), assistant("o")]),
         (
             "messages",
             {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "u"}]},
             [Message("system", "s"), user("u")],
         ),
         ("messages", {"system": "s", "messages": [{"role": "user", "content": "u"}]}, [Message("system", "s")]),
+        (
+            "messages",
+            {"system": "s", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+            [Message("system", "s"), user("u")],
+        ),
         ("messages", {"messages": '[{"role": "user", "content": "u"}]'}, [user("u")]),
         ("messages", {"messages": [{"from": "human", "value": "u"}]}, [user("u")]),
         ("sharegpt", {"conversations": [{"role": "user", "content": "u"}]}, [user("u")]),
@@ -129,10 +136,23 @@ def test_rows_that_no_template_touches(name, row, result):
         {"messages": [{"role": "user", "content": "u"}]},
         {"conversations": [{"from": "human", "value": "u"}]},
         {"prompt": "u", "completion": "c"},
+        {"instruction": "u", "output": "c"},
+        {"question": "u", "answer": "c"},
     ],
 )
 def test_tools(row, tools):
     assert convert(row | {"tools": tools})[1].tools == (TOOL,)
+    assert convert(row | {"functions": tools, "tools": "[]"})[1].tools == (TOOL,)
+    for nothing in (None, "", [], "[]", "null"):
+        assert convert(row | {"tools": nothing, "functions": nothing})[1].tools == ()
+
+
+def test_a_null_instruction_is_no_other_format():
+    row = {"instruction": None, "input": "x", "output": "o"}
+    with pytest.raises(InputError, match="`instruction` is null; expected text"):
+        convert(row)
+    with pytest.raises(InputError, match="`instruction` is null; expected text"):
+        Converter("alpaca", guessed=True)("a.jsonl, row 1", row)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +189,9 @@ def test_a_row_of_several_instances():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "i"}, r"no known format has the keys 'instruction'; known are tokens: `input_ids`"),
-        ({}, r"no known format has the keys \(none\)"),
-        ({f"k{i}": 1 for i in range(1000)}, "'k11' and 988 more; known are"),
-        ({"x" * 1000: 1}, r"'x{56}\.\.\.; known"),
+        ({}, r"no format has the columns \(none\): name those to read in data.columns"),
+        ({f"k{i}": 1 for i in range(1000)}, "'k7' and 992 more: name those to read"),
+        ({"x" * 1000: 1}, r"'x{56}\.\.\.: name those"),
         (3, "a row should be an object with keys and is a number"),
         (None, "a row should be an object with keys and is missing or null"),
         ({"instruction": "i", "output": None}, "`output` or `response` is null; expected text"),
@@ -216,7 +235,7 @@ def test_the_first_row_that_is_recognised_decides():
     assert detect_format(rows).name == "alpaca"
     assert recognise(rows[0][1]) is None
     assert recognise([1]) is None
-    with pytest.raises(InputError, match="r1: no known format"):
+    with pytest.raises(InputError, match="r1: no format has"):
         detect_format([("r1", {"a": 1}), ("r2", {"b": 1})])
 
 
@@ -282,4 +301,4 @@ def test_any_row_is_read_or_refused_in_one_line(name, row, mapping, guessed):
 @given(st.lists(st.tuples(st.just("r"), ROWS), min_size=1, max_size=3))
 def test_any_rows_are_of_a_format_or_of_none(rows):
     result = attempt(lambda: detect_format(rows))
-    assert str(result).startswith("r: no known format") if isinstance(result, InputError) else result.name in FORMATS
+    assert str(result).startswith("r: ") if isinstance(result, InputError) else result.name in FORMATS

@@ -69,10 +69,10 @@ def test_one_of_the_first_rows_decides(tmp_path):
     write_lines(path, [*({"id": i} for i in range(19)), *alpaca(1)])
     assert open_rows(path).format == "alpaca"
     write_lines(path, [*({"id": i} for i in range(20)), *alpaca(1)])
-    with pytest.raises(InputError, match="row 1: no known format has the keys 'id'"):
+    with pytest.raises(InputError, match="row 1: no format has the columns 'id'"):
         load_rows(path)
     path.write_text('{"id": 1}\noops\n')
-    with pytest.raises(InputError, match="row 1: no known format has the keys 'id'"):
+    with pytest.raises(InputError, match="row 1: no format has the columns 'id'"):
         load_rows(path)
 
 
@@ -96,7 +96,7 @@ def test_other_names(tmp_path):
     rows = load_rows(path, mapping=mapping)
     assert rows.format == "sharegpt"
     assert rows[0].messages == (Message("user", "u"), Message("assistant", "a"))
-    with pytest.raises(InputError, match="no known format has the keys 'dialog', 'weight'.*data.columns"):
+    with pytest.raises(InputError, match="'dialog', 'weight': .* messages=dialog,role=who,content=said;"):
         load_rows(path)
     write_lines(path, [{"question": "q", "reply": None}])
     columns = Mapping.parse(("instruction=question", "output=reply"))
@@ -138,7 +138,7 @@ def test_rows_that_break_the_format_are_counted(tmp_path):
     [
         ("oops\nno\n", "no row can be used: 2 rows skipped, the first because of: .*line 1, column 1: broken JSON"),
         ('{"instruction": "i", "output": null}\n', "no row can be used: 1 row skipped, .* row 1: `output`"),
-        ('{"id": 1}\n', "row 1: no known format"),
+        ('{"id": 1}\n', "row 1: no format has the columns"),
         ("", "is empty"),
     ],
 )

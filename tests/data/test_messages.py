@@ -23,7 +23,7 @@ def read(item):
 
 @pytest.mark.parametrize(("role", "ours"), sorted(ROLES.items()))
 def test_roles(role, ours):
-    content = '{"name": "f"}' if role == "function_call" else "c"
+    content = '{"name": "f"}' if role in ("function_call", "tool_call") else "c"
     assert read({"role": role, "content": content}).role == ours
 
 
@@ -134,9 +134,58 @@ def test_mapped_roles():
         read_turns([{"role": "nobody", "content": ""}], "messages", "s", mapping)
 
 
-@pytest.mark.parametrize("nothing", [None, "", []])
+NOTHING = [None, "", " \n", [], "[]", " [] ", "null"]
+
+
+@pytest.mark.parametrize("nothing", NOTHING)
 def test_no_tools_and_no_calls(nothing):
     assert read_tools(nothing, "tools", "s") == read_calls(nothing, "tool_calls", "s") == ()
+
+
+@pytest.mark.parametrize("nothing", [*NOTHING[:3], "null", {}, {"name": None, "arguments": None}])
+def test_no_older_call(nothing):
+    assert read({"role": "assistant", "content": "a", "function_call": nothing}) == Message("assistant", "a")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"name": "", "tool_call_id": None, "reasoning_content": None, "reasoning": "", "thinking": None},
+        {"weight": "", "train": "", "loss": None},
+        {"loss": 2.31},  # A measured one, not a mark.
+    ],
+)
+def test_keys_that_say_nothing(more):
+    assert read({"role": "user", "content": "u"} | more) == Message("user", "u")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_under_each_name(key):
+    item = {"role": "assistant", "content": "a", "reasoning_content": None, "reasoning": "", "thinking": None}
+    assert read(item | {key: "r"}).reasoning == "r"
+    with pytest.raises(InputError, match=rf"`messages\[2\].{key}` belongs to an assistant's message"):
+        read({"role": "user", "content": "a", key: "r"})
+
+
+def test_turns_of_three_kinds():
+    expected = [Message("user", "a"), Message("assistant", "b")]
+    assert read_turns(["a", "b"], "conversations", "s", Mapping()) == expected
+    assert read_turns([{"input": "a", "output": "b"}], "conversation", "s", Mapping()) == expected
+    assert read_turns([{"role": "USER", "content": "a"}, {"from": "Gpt", "value": "b"}], "m", "s", Mapping()) == expected
+    with pytest.raises(InputError, match=r"s: `m\[0\].output` should be text and is missing or null"):
+        read_turns([{"input": "a", "output": None}], "m", "s", Mapping())
+    with pytest.raises(InputError, match=r"s: `m\[1\]` should be an object with `role` and `content`, and is text"):
+        read_turns([{"role": "user", "content": "a"}, "b"], "m", "s", Mapping())
+
+
+def test_where_a_role_may_be():
+    with pytest.raises(InputError, match=r"`m\[0\]` has no `role`; .* in data.columns, such as \"role=speaker\""):
+        read_turns([{"speaker": "user", "content": "a"}], "m", "s", Mapping())
+
+
+def test_lists_as_python_writes_them():
+    with pytest.raises(InputError, match=r"`m` is text that is no JSON \(.*\); it looks like Python's repr: write it"):
+        read_turns("[{'role': 'user', 'content': 'a'}]", "m", "s", Mapping())
 
 
 @pytest.mark.parametrize(

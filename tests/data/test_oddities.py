@@ -25,6 +25,9 @@ def talk(*turns: tuple[str, str]) -> Conversation:
         (talk(("user", "a"), ("system", "s"), ("assistant", "b")), ["late_system"]),
         (talk(("user", " \n"), ("assistant", "b")), ["empty_turn"]),
         (Conversation(text=""), []),
+        (Conversation(text="[INST] a [/INST] b"), ["chat_markup"]),
+        (Conversation(text="### Human: a### Assistant: b"), ["chat_markup"]),
+        (Conversation(text="a word of ### human"), []),
         (Passage((("a", 1.0),)), []),
     ],
 )
