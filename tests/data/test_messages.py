@@ -171,7 +171,8 @@ def test_turns_of_three_kinds():
     expected = [Message("user", "a"), Message("assistant", "b")]
     assert read_turns(["a", "b"], "conversations", "s", Mapping()) == expected
     assert read_turns([{"input": "a", "output": "b"}], "conversation", "s", Mapping()) == expected
-    assert read_turns([{"role": "USER", "content": "a"}, {"from": "Gpt", "value": "b"}], "m", "s", Mapping()) == expected
+    turns = [{"role": "USER", "content": "a"}, {"from": "Gpt", "value": "b"}]
+    assert read_turns(turns, "m", "s", Mapping()) == expected
     with pytest.raises(InputError, match=r"s: `m\[0\].output` should be text and is missing or null"):
         read_turns([{"input": "a", "output": None}], "m", "s", Mapping())
     with pytest.raises(InputError, match=r"s: `m\[1\]` should be an object with `role` and `content`, and is text"):
