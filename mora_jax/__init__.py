@@ -80,6 +80,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name in _HOMES or name in _ROOMS:
+        from mora_jax.environment import check_versions
+
+        check_versions()
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name in _ROOMS:

@@ -6,6 +6,10 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax.environment import check_versions
+
+check_versions()  # every layer's module comes this way
+
 
 class AdapterParam(nnx.LoRAParam):
     """A trainable float32 array of an adapter.

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 
+from mora_jax.environment import explain
 from mora_jax.errors import InputError
 
 EXIT_INPUT, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATE = 2, 130, 141, 143
@@ -31,6 +32,8 @@ def report(error: BaseException) -> int | None:
     if isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED"):
         first = str(error).splitlines()[0].rstrip(".")
         return _fail(f"out of memory: {first}; {SMALLER}")
+    if isinstance(error, RuntimeError) and (line := explain(error)) is not None:
+        return _fail(line)
     return EXIT_INTERRUPT if isinstance(error, KeyboardInterrupt) else None
 
 

@@ -20,6 +20,7 @@ from mora_jax.cli import eval as eval_command
 from mora_jax.cli.failures import EXIT_TERMINATE, report
 from mora_jax.cli.options import OVERRIDE, take_overrides
 from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words
+from mora_jax.environment import check_versions, prepare
 from mora_jax.errors import InputError
 
 COMMANDS = {
@@ -133,6 +134,12 @@ def _run(argv: Sequence[str]) -> int:
         args, words = parser.parse_known_args(rest)
         refuse_words(name, words, name in TAKE_KEYS)
         args.overrides = overrides
+        try:
+            check_versions()
+        except ImportError as error:
+            raise InputError(str(error)) from None
+        if name != "plan":  # which takes the CPU whatever is named
+            prepare()
         return args.run(args)
     except SystemExit as stop:  # --help and --version, and the handler of SIGTERM
         return stop.code if isinstance(stop.code, int) else 0

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mora_jax.planning.compiling import CompilerError, has_libtpu
+from mora_jax.environment import has_libtpu
+from mora_jax.planning.compiling import CompilerError
 from mora_jax.planning.plan import Plan, by_formula, compiled
 from mora_jax.planning.recommend import recommend
 from mora_jax.planning.topology import Topology, larger

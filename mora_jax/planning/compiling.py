@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -51,11 +50,6 @@ class Compiled:
 
 class CompilerError(Exception):
     """The compiler failed for another reason than memory; the message is its last line."""
-
-
-def has_libtpu() -> bool:
-    """Whether the TPU's compiler is installed beside this package."""
-    return importlib.util.find_spec("libtpu") is not None
 
 
 def compile_elsewhere(config: Config, decoder: dict[str, Any], topology: Topology, mesh: tuple[int, ...]) -> Compiled:

@@ -7,8 +7,6 @@ environment is found here, and told which devices to take.
 
 from __future__ import annotations
 
-import glob
-import importlib.util
 import os
 import re
 import urllib.error
@@ -16,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mora_jax.environment import has_libtpu, may_have_tpu
 from mora_jax.errors import InputError
 
 #: Variables with a process's number and the number of processes, of launchers.
@@ -121,7 +120,8 @@ def _tpu_workers(environ: Mapping[str, str], attribute: Callable[[str], str | No
         if environ.get(name):
             return slices * len(environ[name].split(","))
     if attribute is None:
-        if environ.get("TPU_SKIP_MDS_QUERY") or not _has_tpu():
+        # Elsewhere looking up the metadata server's name can take long.
+        if environ.get("TPU_SKIP_MDS_QUERY") or not (has_libtpu() and may_have_tpu()):
             return slices
         attribute = _read_attribute
     hosts = attribute("worker-network-endpoints")
@@ -129,11 +129,6 @@ def _tpu_workers(environ: Mapping[str, str], attribute: Callable[[str], str | No
         return slices
     found = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", attribute("tpu-env") or "")
     return (int(found[1]) if found else slices) * len(hosts.split(","))
-
-
-def _has_tpu() -> bool:
-    """Whether asking a metadata server makes sense: elsewhere looking up its name can take long."""
-    return importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
 
 
 def _read_attribute(name: str) -> str | None:

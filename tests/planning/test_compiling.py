@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from mora_jax.planning.compiling import Compiled, compile_elsewhere, has_libtpu
+from mora_jax.environment import has_libtpu
+from mora_jax.planning.compiling import Compiled, compile_elsewhere
 from mora_jax.planning.plan import Plan, by_formula
 from mora_jax.planning.topology import read_topology
 from mora_jax.training.config import Config, lay_over

@@ -1,0 +1,151 @@
+"""What jax will find on this machine, looked at before jax is imported: versions, platforms, TPUs.
+
+Nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from mora_jax.errors import InputError
+
+#: The pairs of jax and flax that go together, for Pythons before 3.12 and from then on, as in pyproject.toml.
+PAIRS = (
+    {"jax": ">=0.10.2,<0.11", "flax": ">=0.12.8,<0.12.9"},
+    {"jax": ">=0.11.1", "flax": ">=0.12.9"},
+)
+# Plugins of jax, which have its version: with one of them the new jax has to be installed as this extra.
+_EXTRAS = {"jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13", "libtpu": "tpu"}
+_GPUS = {"cuda", "rocm"}
+_INSTALL = {
+    "cuda": "pip install 'mora-jax[cuda]', or 'mora-jax[cuda13]' for CUDA 13",
+    "tpu": "pip install 'mora-jax[tpu]', on a machine with TPUs",
+    "rocm": "pip install -U 'jax[rocm7-local]', on a machine with ROCm 7",
+}
+# PCI's number of Google, and the classes of its virtual disks and network cards, which machines without TPUs have.
+_GOOGLE, _OTHERS = "0x1ae0", ("0x01", "0x02")
+
+
+@functools.cache
+def check_versions() -> None:
+    """Refuses a jax and a flax that this package doesn't run with.
+
+    Raises:
+        ImportError: one line that says what was found and what to install.
+    """
+    found = {name: _version(name) for name in PAIRS[0]}
+    if any(all(_allows(pair[name], version) for name, version in found.items()) for pair in PAIRS):
+        return
+    listed = " and ".join(f"{name} {version}" if version else f"no {name}" for name, version in found.items())
+    extra = next((extra for name, extra in _EXTRAS.items() if _version(name)), None)
+    pair = PAIRS[sys.version_info >= (3, 12)]
+    wanted = " ".join(f"'{name}{f'[{extra}]' if extra and name == 'jax' else ''}{spec}'" for name, spec in pair.items())
+    restart = ", then restart the notebook's kernel" if "ipykernel" in sys.modules else ""
+    raise ImportError(f"mora_jax doesn't run with {listed}, found here: pip install -U {wanted}{restart}")
+
+
+def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
+    """What a command does before jax starts a platform: checks those named, and keeps libtpu out where no TPU is.
+
+    Args:
+        environ: the process's environment variables; `JAX_PLATFORMS` is set where that is needed.
+
+    Raises:
+        InputError: a platform that can't be had, and how to mend it.
+    """
+    if "PJRT_NAMES_AND_LIBRARY_PATHS" in environ:  # whoever adds platforms by hand knows what is there
+        return
+    named, found = environ.get("JAX_PLATFORMS", ""), plugins()
+    if named:
+        _check_platforms(named, found)
+    elif has_libtpu() and not may_have_tpu() and "JAX_FORCE_TPU_INIT" not in environ and found <= _GPUS:
+        # jax would try libtpu, here for planning, which prints lines of errors before jax goes on without it.
+        environ["JAX_PLATFORMS"] = ",".join([*sorted(found), "cpu"])
+
+
+def explain(error: RuntimeError) -> str | None:
+    """The line for a platform that jax could not start; None where the error is about something else."""
+    start = re.match(r"Unable to initialize backend '([^']*)'", str(error))
+    if start is None:
+        return None
+    how = _INSTALL.get(start[1])
+    return f"{' '.join(str(error).split())}{f'; to have it: {how}' if how else ''}"
+
+
+def _check_platforms(named: str, found: set[str]) -> None:
+    """Refuses what jax fails at with a traceback that says less, or after errors of libtpu."""
+    names = [name.strip() for name in named.split(",")]
+    for name, present in (("cuda", "cuda" in found), ("tpu", has_libtpu())):
+        if name in names and not present and (name == "tpu" or has_nvidia_gpu() or names == ["cuda"]):
+            raise InputError(f"JAX_PLATFORMS={named}: jax's plugin for {name} is not installed: {_INSTALL[name]}")
+    if names == ["cuda"] and not has_nvidia_gpu():  # beside another platform jax passes over it
+        raise InputError(f"JAX_PLATFORMS={named}: no NVIDIA GPU is visible here; set it to cpu or leave it out")
+    if "tpu" in names and not may_have_tpu():
+        raise InputError(f"JAX_PLATFORMS={named}: no TPU is visible here; set it to cpu or leave it out")
+    if "gpu" in names:  # jax takes it for all kinds of GPUs at once, and fails where one's plugin is absent
+        raise InputError(f"JAX_PLATFORMS={named}: name the GPU's platform, cuda or rocm")
+
+
+def plugins() -> set[str]:
+    """The platforms of jax's plugins that are installed, by the plugins' names; libtpu is none of them."""
+    names = {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
+    spec = importlib.util.find_spec("jax_plugins")
+    if spec is not None:
+        names |= {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)}
+    return {next((gpu for gpu in _GPUS if gpu in name), name) for name in names}
+
+
+def has_libtpu() -> bool:
+    """Whether the TPU's runtime and compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None or os.path.isfile(os.environ.get("TPU_LIBRARY_PATH", ""))
+
+
+def may_have_tpu() -> bool:
+    """Whether a TPU may be attached: a device file, or a PCI device of Google's that is no network card and no disk."""
+    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return True
+    for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
+        try:
+            if vendor.read_text().strip() == _GOOGLE and vendor.with_name("class").read_text()[:4] not in _OTHERS:
+                return True
+        except OSError:
+            return True
+    return False
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether jax would look for an NVIDIA GPU here."""
+    return any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl", "dxg"))
+
+
+def _version(name: str) -> str | None:
+    """The version of a package: of the loaded one, which an installation in a running notebook leaves as it was."""
+    loaded = getattr(sys.modules.get(name), "__version__", None)
+    try:
+        return loaded or importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _allows(specifiers: str, version: str | None) -> bool:
+    release = _release(version or "")
+    for specifier in specifiers.split(","):
+        bound = _release(specifier)
+        if not release or (release < bound if specifier.startswith(">=") else release >= bound):
+            return False
+    return True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version starts with."""
+    found = re.search(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
