@@ -1,16 +1,17 @@
 # make demo       fine-tune the embedded model with every method and print one table
 # make test       the tests
-# make test-all   the tests with the slow ones and the notebooks
+# make test-peers the tests against torch and PEFT, which it installs
+# make test-all   both, with the slow ones and the notebooks
 # make lint       ruff, mypy and shellcheck
 # make docs       the site of docs/, into build/site
 #
-# Each makes and fills .venv where it is missing or stale. PYTHON= names the interpreter; without it the first
-# of the candidates below that runs, is 3.11 or newer and can make environments is taken.
+# Each makes and fills the environment VENV (.venv) where it is missing or stale. PYTHON= names the interpreter; without
+# it the first of the candidates below that runs, is 3.11 or newer and can make environments is taken.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint docs clean FORCE
+.PHONY: help demo test test-peers test-all lint docs clean FORCE
 
 CANDIDATES := python3.13 python3.12 python3.11 python3 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -26,8 +27,11 @@ BIN := $(VENV)/bin
 # What the environment depends on besides pyproject.toml: the interpreter, and the folder (scripts hold its path).
 IDENTITY := $(BASE) $(shell "$(BASE)" -c 'import sys; print(*sys.version.split())' 2>/dev/null) $(CURDIR)
 
-# Most of a test's time goes into compiling on one core. A worker takes up to 2 GB.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# Most of a test's time goes into compiling on one core. A worker takes up to 2 GB. One that dies ends the run, which
+# names its test, and one whose test hangs (native code too) is ended after a time that a loaded machine doesn't need.
+TIMEOUT := 900
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0 \
+  --timeout $(TIMEOUT) --timeout-method thread
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -38,9 +42,13 @@ demo: $(VENV)/.installed-plots
 	$(BIN)/mora-jax demo --out runs/demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not peers" $(ARGS)
 
-test-all: $(VENV)/.installed-test $(VENV)/.installed-notebook
+test-peers: $(VENV)/.installed-peers
+	$(PYTEST) -m "not slow and peers" $(ARGS)
+
+test-all: TIMEOUT := 7200
+test-all: $(VENV)/.installed-peers $(VENV)/.installed-notebook
 	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-lint

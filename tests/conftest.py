@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -50,12 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `shared` tests where the folder is absent."""
-    if SHARED.is_dir():
-        return
+    """Skips `shared` tests where the folder is absent, and `peers` without torch and PEFT."""
+    absent = {}
+    if not SHARED.is_dir():
+        absent["shared"] = "no folder shared/ beside the repository"
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "peft")):
+        absent["peers"] = "the extra peers is not installed"
     for item in items:
-        if item.get_closest_marker("shared") is not None:
-            item.add_marker(pytest.mark.skip(reason="no folder shared/ beside the repository"))
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 class SharedTests:

@@ -5,14 +5,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
-from peft.tuners.adalora.layer import RankAllocator
-from peft.tuners.adalora.model import AdaLoraModel
 
 import mora_jax as mj
 from mora_jax.adapters.adalora import allocate, budget, existing, orthogonality, start_importance
+from tests.peers import peft, torch
 
 CONFIG = mj.AdaLoRAConfig(rank=4, target_rank=1, tinit=2, tfinal=3, total_steps=12, delta_t=2, beta1=0.8, beta2=0.7)
 
@@ -64,13 +61,12 @@ def test_triplets_that_do_not_exist_are_not_counted():
     assert [int(start_importance(given, exists).kept[name].sum()) for name in exists] == [4, 3]
 
 
-class Matrix(torch.nn.Module):
+def matrix(a, e, b):
     """One adapted matrix, its parameters named and laid out as in PEFT."""
-
-    def __init__(self, a, e, b):
-        super().__init__()
-        for name, value in (("lora_A", a.T), ("lora_E", e[:, None]), ("lora_B", b.T)):
-            setattr(self, name, torch.nn.ParameterDict({"default": torch.tensor(np.array(value))}))
+    module = torch.nn.Module()
+    for name, value in (("lora_A", a.T), ("lora_E", e[:, None]), ("lora_B", b.T)):
+        setattr(module, name, torch.nn.ParameterDict({"default": torch.tensor(np.array(value))}))
+    return module
 
 
 def matrices(values):
@@ -79,13 +75,14 @@ def matrices(values):
     return [*stack, [values[f"v.{name}"] for name in ("lora_a", "lora_e", "lora_b")]]
 
 
+@pytest.mark.peers
 def test_allocation_is_that_of_peft_without_recompiling():
     total, values = CONFIG.total_steps, arrays(0)
-    model = torch.nn.ModuleList(Matrix(*given) for given in matrices(values))
+    model = torch.nn.ModuleList(matrix(*given) for given in matrices(values))
     settings = {"init_r": 4, "target_r": 1, "tinit": 2, "tfinal": 3, "total_step": total, "deltaT": 2}
     config = peft.AdaLoraConfig(beta1=0.8, beta2=0.7, **settings)
     theirs = SimpleNamespace(model=model, peft_config={"default": config}, trainable_adapter_name="default")
-    theirs.rankallocator = RankAllocator(model, config, "default")
+    theirs.rankallocator = peft.tuners.adalora.layer.RankAllocator(model, config, "default")
     adapters = {name: jnp.asarray(value) for name, value in values.items()}
     state, traces, sizes = start_importance(adapters), [], []
 
@@ -104,7 +101,7 @@ def test_allocation_is_that_of_peft_without_recompiling():
                 parameter = getattr(matrix, name)["default"]
                 parameter.data += 0.1 * torch.tensor(np.array(turned(change[i])))
                 parameter.grad = torch.tensor(np.array(turned(slopes[i])))
-        AdaLoraModel.update_and_allocate(theirs, number)
+        peft.tuners.adalora.model.AdaLoraModel.update_and_allocate(theirs, number)
         state, adapters = step(state, adapters, gradients, jnp.asarray(number))
         expected = [matrix.lora_E["default"].detach().numpy()[:, 0] for matrix in model]
         for ours, given in zip([*adapters["q.lora_e"], adapters["v.lora_e"]], expected, strict=True):

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from flax import nnx
 
 import mora_jax as mj
+
+pytestmark = pytest.mark.peers
+peft, torch = (pytest.importorskip(name, reason="the extra peers is not installed") for name in ("peft", "torch"))
 
 IN, OUT, RANK = 9, 6, 4
 

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from peft.utils.other import get_pattern_key
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.patterns import value_at
 from mora_jax.models import init_decoder
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
+from tests.peers import peft
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     ("key", "path", "found"),
     [
@@ -28,7 +29,7 @@ from tests.models.tiny import LLAMA, fill_randomly, random_ids
 def test_keys_match_as_in_peft(key, path, found):
     assert (value_at(((key, 7),), path, 3) == 7) is found
     # PEFT gives the path itself where no key matches.
-    assert (get_pattern_key([key], path) == key) is found
+    assert (peft.utils.other.get_pattern_key([key], path) == key) is found
 
 
 def decoder():

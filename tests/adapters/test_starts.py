@@ -2,21 +2,21 @@
 
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.eva import input_grams, set_directions, start_from_inputs
 from mora_jax.models import init_decoder
 from tests.models.tiny import LLAMA, random_ids
+from tests.peers import peft, torch
 
 
 def linear(seed=0, sizes=(9, 6)):
     return nnx.Linear(*sizes, use_bias=False, rngs=nnx.Rngs(seed))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("config", [mj.PiSSAConfig(rank=3, alpha=6.0), mj.OLoRAConfig(rank=3, alpha=6.0)])
 def test_the_start_and_its_base_are_those_of_peft(config):
     layer = linear()

@@ -4,13 +4,14 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.vera import projections
+from tests.peers import torch
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("seed", [0, 2**40 + 5])
 def test_the_factors_are_those_that_torch_draws(seed):
     generator = torch.Generator(device="cpu").manual_seed(seed)

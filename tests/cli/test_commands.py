@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from transformers import AutoModelForCausalLM
 
 from mora_jax import LoRAConfig, MoRAConfig, attach, load_pretrained, save_adapter
 from mora_jax.adapters.variables import AdapterParam
 from mora_jax.evaluation import generate_batch
+from tests.models.tiny_torch import hf_logits, load_torch
 
 
 def write_adapter(model_dir, out, config):
@@ -87,6 +87,7 @@ def test_generate_with_several_adapters_gives_the_answer_of_each(run, fails, mod
     assert "two adapters are called 'lora'" in fails(*base, *lora, *lora)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("method", ["lora", "mora"])
 def test_merged_folder_gives_the_adapted_logits_in_transformers(run, model_dir, adapters, tmp_path, method):
     out = tmp_path / "merged"
@@ -99,10 +100,7 @@ def test_merged_folder_gives_the_adapted_logits_in_transformers(run, model_dir, 
     load_adapter(model, adapters[method])
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(model(ids))
-    import torch
-
-    with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(np.asarray(ids))).logits.numpy()
+    theirs = hf_logits(load_torch(out), np.asarray(ids))
     np.testing.assert_allclose(theirs, ours, atol=1e-3 * np.abs(ours).max())
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 from flax import nnx
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import mora_jax as mj
 from mora_jax.demo import ASSETS, corpus, model_path, world
+from tests.models.tiny_torch import hf_logits, load_torch
 
 
 def test_size():
@@ -20,14 +21,13 @@ def test_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) <= 1_500_000
 
 
+@pytest.mark.peers
 def test_logits_equal_those_of_transformers():
     model, tokenizer = mj.load_pretrained(model_path(), dtype="float32")
-    theirs = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
     text = corpus.Corpus().document(corpus.HELD_OUT_FROM)
     ids = tokenizer(text)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(model_path())(text)["input_ids"]
-    with torch.no_grad():
-        expected = theirs(torch.tensor([ids])).logits.numpy()
+    expected = hf_logits(load_torch(model_path()), np.array([ids]))
     got = np.asarray(model(jnp.asarray([ids])))
     np.testing.assert_allclose(got, expected, atol=2e-4)
     assert (got.argmax(-1) == expected.argmax(-1)).all()

@@ -1,10 +1,13 @@
 """Greedy generation gives the tokens that `transformers` gives in torch."""
 
-import torch
+import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mora_jax.evaluation.generate import Generator
 from mora_jax.interop import load_pretrained
+from tests.peers import torch
+
+pytestmark = pytest.mark.peers
 
 
 def test_greedy_tokens_equal_those_of_transformers(tmp_path):

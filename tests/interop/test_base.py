@@ -12,31 +12,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
-from tests.models.tiny import random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
 
 IDS = random_ids(2, 9)
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return hf_model("llama")
-
-
-@pytest.fixture(scope="module")
-def expected(reference):
-    return hf_logits(reference, IDS)
-
-
 @pytest.fixture
-def folder(reference, tmp_path) -> Path:
-    return hf_folder(tmp_path / "model", reference)
+def folder(tmp_path) -> Path:
+    return hf_folder(tmp_path / "model")
 
 
 def load(folder: Path, **options):
@@ -61,10 +49,12 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def test_sharded_files(reference, expected, tmp_path):
-    folder = hf_folder(tmp_path / "model", reference, max_shard_size="20KB")
+@pytest.mark.peers
+def test_sharded_files(tmp_path):
+    reference = hf_model("llama")
+    folder = save_torch(tmp_path / "model", reference, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    np.testing.assert_allclose(logits(folder), expected, atol=1e-4)
+    np.testing.assert_allclose(logits(folder), hf_logits(reference, IDS), atol=1e-4)
     sorted(folder.glob("*.safetensors"))[1].unlink()
     with pytest.raises(mj.InputError, match="does not exist, but the index names it"):
         load(folder)
@@ -81,15 +71,16 @@ def test_an_index_without_a_map(folder):
         load(folder)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_on_disk(folder, stored):
     change(folder, lambda tensors: {name: tensor.astype(stored) for name, tensor in tensors.items()})
     rounded = load(folder)
-    halved = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    np.testing.assert_allclose(np.asarray(rounded(IDS)), hf_logits(halved.eval(), IDS), atol=1e-4)
+    np.testing.assert_allclose(np.asarray(rounded(IDS)), hf_logits(load_torch(folder), IDS), atol=1e-4)
 
 
-def test_dtypes(folder, expected):
+def test_dtypes(folder):
+    expected = logits(folder)
     half = load(folder, dtype="bfloat16")
     assert half.layers.mlp.down_proj.kernel.dtype == jnp.bfloat16
     assert half.norm.weight.dtype == jnp.float32
@@ -106,16 +97,17 @@ def test_where_it_came_from(folder):
     assert (model.unroll, model.remat) == (1, "full")
 
 
-def test_harmless_extras_are_ignored(reference, expected, folder):
+def test_harmless_extras_are_ignored(folder):
+    expected = logits(folder)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     change(folder, lambda tensors: tensors | extra)
-    np.testing.assert_allclose(logits(folder), expected, atol=1e-4)
+    np.testing.assert_array_equal(logits(folder), expected)
 
 
 class TestTiedHeads:
     @pytest.fixture
     def tied(self, tmp_path) -> Path:
-        return hf_folder(tmp_path / "tied", hf_model("llama", tie_word_embeddings=True))
+        return hf_folder(tmp_path / "tied", tie_word_embeddings=True)
 
     def test_a_copy_of_the_embedding_is_ignored(self, tied):
         before = logits(tied)
@@ -129,6 +121,7 @@ class TestTiedHeads:
         change(tied, lambda tensors: {"lm_head.weight" if n == name else n: t for n, t in tensors.items()})
         np.testing.assert_array_equal(logits(tied), before)
 
+    @pytest.mark.peers
     def test_a_head_of_its_own_is_kept_apart(self, tied):
         head = {"lm_head.weight": np.ones((97, 32), np.float32)}
         change(tied, lambda tensors: tensors | head)
@@ -136,8 +129,7 @@ class TestTiedHeads:
             model = load(tied)
         assert model.lm_head is not None
         assert model.config.hf_config["tie_word_embeddings"] is False
-        reference = transformers.AutoModelForCausalLM.from_pretrained(tied).eval()
-        np.testing.assert_allclose(np.asarray(model(IDS)), hf_logits(reference, IDS), atol=1e-4)
+        np.testing.assert_allclose(np.asarray(model(IDS)), hf_logits(load_torch(tied), IDS), atol=1e-4)
 
 
 class TestBadWeights:
@@ -155,7 +147,7 @@ class TestBadWeights:
             load(folder)
 
     def test_biases_that_the_config_denies(self, tmp_path):
-        folder = hf_folder(tmp_path / "b", hf_model("llama", attention_bias=True), {"attention_bias": False})
+        folder = hf_folder(tmp_path / "b", changes={"attention_bias": False}, attention_bias=True)
         with pytest.raises(mj.InputError, match=r"12 tensors do not belong to the architecture: .*k_proj.bias"):
             load(folder)
 
@@ -254,23 +246,25 @@ def test_weights_exist_once(folder):
     assert all(isinstance(node[...], jnp.ndarray) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param))
 
 
+@pytest.mark.peers
 @pytest.mark.shared
 def test_real_weights(shared_dir):
     folder = shared_dir / "models" / "stories260K"
     model, tokenizer = mj.load_pretrained(folder, dtype="float32", unroll=1)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = load_torch(folder)
     ids = np.array([tokenizer("Once upon a time, there was a little girl named Lily.")["input_ids"]])
     found, expected = np.asarray(model(ids)), hf_logits(reference, ids)
     np.testing.assert_allclose(found, expected, atol=2e-3)
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.peers
 @pytest.mark.slow
 @pytest.mark.skipif("MORA_JAX_SMOLLM2" not in os.environ, reason="MORA_JAX_SMOLLM2 names no folder")
 def test_smollm2():
     folder = Path(os.environ["MORA_JAX_SMOLLM2"])
     model, tokenizer = mj.load_pretrained(folder, dtype="float32", unroll=1)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = load_torch(folder)
     text = "The capital of France is Paris. 2 + 2 = 4. def add(a, b):\n    return a + b\n"
     ids = np.array([tokenizer(text)["input_ids"]])
     found, expected = np.asarray(model(ids)), hf_logits(reference, ids)

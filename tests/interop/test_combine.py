@@ -4,15 +4,15 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.mora import KINDS
 from tests.adapters import oracle
-from tests.models.tiny import fill_randomly, random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import fill_randomly, hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model
+from tests.peers import peft
 
 # PEFT 0.21 asks transformers for a property whose name transformers 5 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -141,7 +141,7 @@ def trained(tmp_path_factory):
     """Two adapters that PEFT wrote, under names here, and the model that wrote them."""
     root = tmp_path_factory.mktemp("trained")
     torch_model = hf_model("llama")
-    hf_folder(root / "base", torch_model)
+    hf_folder(root / "base")
     options = {"task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": False, "target_modules": ["q_proj", "down_proj"]}
     model = peft.get_peft_model(torch_model, peft.LoraConfig(lora_alpha=2, **options), adapter_name="poet")
     model.add_adapter("coder", peft.LoraConfig(lora_alpha=6, use_rslora=True, **options))
@@ -152,6 +152,7 @@ def trained(tmp_path_factory):
     return named, model.eval()
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
 def test_against_peft(trained, tmp_path, combination):
     named, torch_model = trained

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import peft
 import pytest
 from flax import nnx
 
@@ -15,8 +14,9 @@ from mora_jax.adapters.registry import adapter_class
 from mora_jax.adapters.targets import places
 from mora_jax.interop.base import load_shapes
 from mora_jax.interop.convert import convert_to_lora, convert_to_mora
-from tests.models.tiny import fill_randomly, random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import fill_randomly, hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model
+from tests.peers import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -26,7 +26,7 @@ LOW_RANK = [kind for kind in KINDS if kind not in ("rotation", "decouple")]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return hf_folder(tmp_path_factory.mktemp("base"), hf_model("llama"))
+    return hf_folder(tmp_path_factory.mktemp("base"))
 
 
 def shapes_with(folder: Path, config) -> mj.models.Decoder:
@@ -177,6 +177,7 @@ def test_models_without_adapters_are_refused(base):
             convert(load_shapes(base))
 
 
+@pytest.mark.peers
 def test_real_peft_loads_lifted_mora(base, tmp_path):
     model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
     mj.attach(model, mj.MoRAConfig(rank=1), rngs=nnx.Rngs(0))

@@ -3,55 +3,56 @@
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.interop.difference import adapter_from_difference
-from tests.models.tiny import random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, load_torch
+from tests.peers import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 IDS = random_ids(2, 9)
 
 
-def changed_model(rank: int | None = None, *, norm: bool = False) -> torch.nn.Module:
+def changed_folder(folder: Path, rank: int | None = None, *, norm: bool = False) -> Path:
     """The base with other matrices: by a random change of some rank (None for full)."""
-    model = hf_model("llama")
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_proj" in name:
-                out, width = parameter.shape
-                inner = rank or min(out, width)
-                parameter += 0.1 * torch.randn(out, inner) @ torch.randn(inner, width)
-            elif norm and name == "model.norm.weight":
-                parameter += 1
-    return model
+    hf_folder(folder)
+    draws, tensors = np.random.default_rng(7), load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            out, width = tensor.shape
+            inner = rank or min(out, width)
+            change = draws.standard_normal((out, inner)) @ draws.standard_normal((inner, width))
+            tensors[name] = tensor + np.float32(0.1 * change)
+        elif norm and name == "model.norm.weight":
+            tensors[name] = tensor + 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
     return {
-        "base": hf_folder(root / "base", hf_model("llama")),
-        "low": hf_folder(root / "low", changed_model(2)),
-        "full": hf_folder(root / "full", changed_model(None, norm=True)),
+        "base": hf_folder(root / "base"),
+        "low": changed_folder(root / "low", 2),
+        "full": changed_folder(root / "full", None, norm=True),
     }
 
 
+@pytest.mark.peers
 def test_a_change_of_low_rank_is_found_exactly(folders, tmp_path):
     model, conversion = adapter_from_difference(folders["base"], folders["low"], rank=2)
     assert conversion.error < 1e-5
     assert conversion.left_out == {}
     assert len(conversion.rows) == 21
     mj.save_adapter(model, tmp_path / "adapter")
-    loaded = peft.PeftModel.from_pretrained(hf_model("llama"), str(tmp_path / "adapter")).eval()
-    np.testing.assert_allclose(hf_logits(loaded, IDS), hf_logits(changed_model(2), IDS), atol=1e-4)
+    loaded = peft.PeftModel.from_pretrained(load_torch(folders["base"]), str(tmp_path / "adapter")).eval()
+    np.testing.assert_allclose(hf_logits(loaded, IDS), hf_logits(load_torch(folders["low"]), IDS), atol=1e-4)
 
 
 def test_the_error_and_what_is_left_out_are_stated(folders):

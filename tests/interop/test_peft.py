@@ -1,13 +1,12 @@
 """Adapter folders: real PEFT reads them and means the same, and they come back as they were."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
-import torch
 from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -15,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.interop.peft_lora import MORA_TYPES
-from tests.models.tiny import fill_randomly, random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import fill_randomly, hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model
+from tests.peers import peft
 
 # PEFT 0.21 asks transformers for a property whose name transformers 5 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -27,7 +27,7 @@ ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_pro
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return hf_folder(tmp_path_factory.mktemp("base"), hf_model("llama"))
+    return hf_folder(tmp_path_factory.mktemp("base"))
 
 
 def load(folder: Path) -> mj.models.Decoder:
@@ -66,6 +66,7 @@ def rename(folder: Path, change) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name}, path, metadata={"format": "pt"})
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r".*\.1\..*_proj", r".*\.[02]\.mlp\..*"])
 def test_real_peft_reads_our_lora(base, tmp_path, targets):
     model = adapted(base, mj.LoRAConfig(rank=3, alpha=7.0, targets=targets))
@@ -76,6 +77,7 @@ def test_real_peft_reads_our_lora(base, tmp_path, targets):
     assert names == set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
+@pytest.mark.peers
 def test_the_folder_is_what_peft_writes(base, tmp_path):
     model = adapted(base, mj.LoRAConfig(rank=3, alpha=6.0))
     mj.save_adapter(model, tmp_path / "a", base_model_name_or_path="owner/base")
@@ -94,6 +96,7 @@ def test_the_folder_is_what_peft_writes(base, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     "fields",
     [
@@ -172,6 +175,7 @@ def test_other_spellings_of_keys(base, tmp_path, part):
     assert_same_adapters(second, model)
 
 
+@pytest.mark.peers
 def test_several_ranks_and_alphas(base, tmp_path):
     model = load(base)
     mj.attach(model, mj.LoRAConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj")), rngs=nnx.Rngs(0))
@@ -363,7 +367,7 @@ def test_incomplete_folders(base, tmp_path):
     weights.unlink()
     with pytest.raises(mj.InputError, match="has no adapter_model.safetensors"):
         mj.load_adapter(model, tmp_path / "adapter")
-    torch.save({}, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(mj.InputError, match="a pickle"):
         mj.load_adapter(model, tmp_path / "adapter")
 

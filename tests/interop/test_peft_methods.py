@@ -1,20 +1,21 @@
 """What PEFT's LoRA can carry beside two factors, both ways against real PEFT: the same logits from the same folder."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
-import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.variables import FullParam
-from tests.models.tiny import fill_randomly, random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import fill_randomly, hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model
+from tests.peers import peft, torch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -29,8 +30,8 @@ IDS = random_ids(2, 9)
 def bases(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
     return {
-        "llama": hf_folder(root / "llama", hf_model("llama")),
-        "qwen2": hf_folder(root / "qwen2", hf_model("qwen2")),
+        "llama": hf_folder(root / "llama"),
+        "qwen2": hf_folder(root / "qwen2", "qwen2"),
     }
 
 
@@ -79,6 +80,7 @@ READ = {
 }
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
 @pytest.mark.parametrize("case", READ)
 def test_both_ways(bases, tmp_path, case):
@@ -109,6 +111,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("case", WRITTEN)
 def test_real_peft_reads_what_was_made_here(bases, tmp_path, case):
     name, config = WRITTEN[case]
@@ -205,6 +208,7 @@ def test_refusals(bases, lora, fields, change, message):
     assert not list(adapters_of(model))
 
 
+@pytest.mark.peers
 def test_another_table_beside_an_adapter_is_another_base(bases, tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens"], init_lora_weights=False)
     peft.get_peft_model(hf_model("llama"), config).save_pretrained(tmp_path / "adapter")
@@ -214,10 +218,11 @@ def test_another_table_beside_an_adapter_is_another_base(bases, tmp_path):
         mj.load_adapter(load(bases["llama"]), tmp_path / "adapter")
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_a_tied_head_goes_with_its_table(tmp_path):
     tied = {"tie_word_embeddings": True}
-    base = hf_folder(tmp_path / "base", hf_model("llama", **tied))
+    base = hf_folder(tmp_path / "base", **tied)
     fields = {"r": 2, "target_modules": ["embed_tokens"], "init_lora_weights": False}
     loose = peft.get_peft_model(hf_model("llama", **tied), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     loose.save_pretrained(tmp_path / "loose")

@@ -1,28 +1,29 @@
 """VeRA, (IA)³, AdaLoRA, BitFit, and LoRA taken from the base: both ways against real PEFT, the same logits."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
-import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from tests.models.tiny import fill_randomly, random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import fill_randomly, hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model
+from tests.peers import peft, torch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*lora_bias=True.*:peft.utils.warning.PeftWarning"),
+    pytest.mark.filterwarnings("ignore:.*lora_bias=True.*"),
     pytest.mark.filterwarnings(
         "ignore:The following rank_pattern keys did not match:RuntimeWarning"
     ),  # PEFT's own folder
-    pytest.mark.filterwarnings("ignore:.*have invalid shape:peft.utils.warning.PeftWarning"),  # rank 0, PEFT's own
+    pytest.mark.filterwarnings("ignore:.*have invalid shape"),  # rank 0, PEFT's own
 ]
 
 IDS = random_ids(2, 9)
@@ -30,14 +31,18 @@ BASES = {"llama": {}, "tied": {"tie_word_embeddings": True}, "qwen2": {}}
 MASKS = ([True, False, True, True], [False, False, False, False], [False, True, False, False])
 
 
+def model_type(name: str) -> str:
+    return "llama" if name == "tied" else name
+
+
 def hf(name: str) -> torch.nn.Module:
-    return hf_model("llama" if name == "tied" else name, **BASES[name])
+    return hf_model(model_type(name), **BASES[name])
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {name: hf_folder(root / name, hf(name)) for name in BASES}
+    return {name: hf_folder(root / name, model_type(name), **BASES[name]) for name in BASES}
 
 
 def load(folder: Path) -> mj.models.Decoder:
@@ -73,47 +78,47 @@ def from_peft(name: str, folder: Path) -> np.ndarray:
 
 ADALORA = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}
 READ = {
-    "vera": ("tied", peft.VeraConfig, {"r": 5, "target_modules": "all-linear", "projection_prng_key": 7}),
+    "vera": ("tied", "VeraConfig", {"r": 5, "target_modules": "all-linear", "projection_prng_key": 7}),
     "vera without projections": (
         "llama",
-        peft.VeraConfig,
+        "VeraConfig",
         {"r": 5, "target_modules": ["k_proj", "up_proj"], "save_projection": False},
     ),
     "vera beside biases": (
         "qwen2",
-        peft.VeraConfig,
+        "VeraConfig",
         {"r": 5, "target_modules": ["q_proj", "o_proj"], "bias": "vera_only", "layers_to_transform": [0, 2]},
     ),
-    "ia3": ("llama", peft.IA3Config, {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "ia3": ("llama", "IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "ia3 by expressions": (
         "tied",
-        peft.IA3Config,
+        "IA3Config",
         {"target_modules": r".*\.[02]\..*(q_proj|up_proj)", "feedforward_modules": r".*up_proj"},
     ),
     "ia3 on biases": (
         "qwen2",
-        peft.IA3Config,
+        "IA3Config",
         {"target_modules": ["q_proj", "v_proj"], "feedforward_modules": ["v_proj"], "modules_to_save": ["norm"]},
     ),
-    "adalora": ("llama", peft.AdaLoraConfig, dict(ADALORA, target_modules="all-linear")),
+    "adalora": ("llama", "AdaLoraConfig", dict(ADALORA, target_modules="all-linear")),
     "adalora beside biases": (
         "qwen2",
-        peft.AdaLoraConfig,
+        "AdaLoraConfig",
         dict(ADALORA, target_modules=["q_proj", "down_proj"], bias="lora_only"),
     ),
     "adalora pruned": (
         "tied",
-        peft.AdaLoraConfig,
+        "AdaLoraConfig",
         dict(ADALORA, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]),
     ),
     "pissa": (
         "llama",
-        peft.LoraConfig,
+        "LoraConfig",
         {"r": 3, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa", "alpha_pattern": {"q_proj": 5}},
     ),
     "olora": (
         "qwen2",
-        peft.LoraConfig,
+        "LoraConfig",
         {
             "r": 3,
             "target_modules": ["k_proj"],
@@ -124,10 +129,11 @@ READ = {
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("case", READ)
 def test_both_ways(bases, tmp_path, case):
     name, kind, fields = READ[case]
-    theirs = randomize(peft.get_peft_model(hf(name), kind(task_type="CAUSAL_LM", **fields)))
+    theirs = randomize(peft.get_peft_model(hf(name), getattr(peft, kind)(task_type="CAUSAL_LM", **fields)))
     if case == "adalora pruned":
         prune(theirs)
     expected = hf_logits(theirs, IDS)
@@ -155,6 +161,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("case", WRITTEN)
 def test_real_peft_reads_what_was_made_here(bases, tmp_path, case):
     name, config = WRITTEN[case]

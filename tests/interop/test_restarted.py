@@ -6,9 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import peft
 import pytest
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +19,8 @@ from mora_jax.models import init_decoder
 from mora_jax.training.restarts import renewed
 from mora_jax.training.state import Structure, flat_arrays
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
-from tests.models.tiny_torch import hf_logits
+from tests.models.tiny_torch import hf_logits, load_torch
+from tests.peers import peft
 
 IDS = random_ids(2, 9)
 SMALL = LLAMA | {"num_hidden_layers": 2}
@@ -82,11 +81,12 @@ def test_an_adapter_goes_with_its_base(base, remora, tmp_path):
     assert (folder / "base-model").stat().st_mode & 0o777 == folder.stat().st_mode & 0o777
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_reads_relora_on_its_base(base, tmp_path):
     model = restarted(base, mj.ReLoRAConfig(rank=2, alpha=3.0), 1)
     mj.save_adapter(model, tmp_path / "run")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base-model", dtype="float32")
+    theirs = load_torch(tmp_path / "run" / "base-model")
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "run")).eval()
     np.testing.assert_allclose(hf_logits(theirs, IDS), logits(model), atol=1e-4)
     np.testing.assert_allclose(logits(load(base, tmp_path / "run")), logits(model), atol=1e-5)

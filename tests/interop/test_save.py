@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 from safetensors import safe_open
@@ -14,8 +13,8 @@ from safetensors import safe_open
 import mora_jax as mj
 from mora_jax.models import init_decoder
 from tests.interop.test_base import write_tokenizer
-from tests.models.tiny import LLAMA, fill_randomly, random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny import LLAMA, fill_randomly, hf_folder, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
 
 IDS = random_ids(2, 9)
 CASES = {
@@ -30,21 +29,18 @@ def fresh(dtype: str = "float32"):
 
 
 def torch_logits(folder: Path) -> np.ndarray:
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(report.values())
-    return hf_logits(model.eval(), IDS)
+    return hf_logits(load_torch(folder), IDS)
 
 
 def load(folder: Path):
     return mj.load_pretrained(folder, dtype="float32", unroll=1)[0]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", CASES)
 def test_merged_models_load_in_transformers(name, tmp_path):
     model_type, fields = CASES[name]
-    model = load(hf_folder(tmp_path / "base", hf_model(model_type, **fields)))
+    model = load(save_torch(tmp_path / "base", hf_model(model_type, **fields)))
     mj.attach(model, mj.MoRAConfig(rank=2), rngs=nnx.Rngs(0))
     fill_randomly(model)
     expected = np.asarray(model(IDS))
@@ -55,7 +51,7 @@ def test_merged_models_load_in_transformers(name, tmp_path):
 
 
 def test_nothing_is_lost_in_float32(tmp_path):
-    model = load(hf_folder(tmp_path / "base", hf_model("llama")))
+    model = load(hf_folder(tmp_path / "base"))
     mj.save_pretrained(model, tmp_path / "copy")
     with safe_open(tmp_path / "base" / "model.safetensors", "np") as one:
         with safe_open(tmp_path / "copy" / "model.safetensors", "np") as two:
@@ -66,7 +62,7 @@ def test_nothing_is_lost_in_float32(tmp_path):
 
 
 def test_files_that_come_along(tmp_path):
-    base = hf_folder(tmp_path / "base", hf_model("llama"), {"keep": {"me": 1}, "dtype": None, "torch_dtype": "float32"})
+    base = hf_folder(tmp_path / "base", changes={"keep": {"me": 1}, "dtype": None, "torch_dtype": "float32"})
     write_tokenizer(base)
     (base / "generation_config.json").write_text('{"eos_token_id": 3}')
     (base / "notes.txt").write_text("not mine to copy")
@@ -84,6 +80,7 @@ def test_files_that_come_along(tmp_path):
     assert mj.load_pretrained(tmp_path / "b")[1]("b a")["input_ids"] == [1, 0]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes(dtype, tmp_path):
     model = fresh()
@@ -98,6 +95,7 @@ def test_dtypes(dtype, tmp_path):
     )
 
 
+@pytest.mark.peers
 def test_shards(tmp_path):
     model = fresh()
     mj.save_pretrained(model, tmp_path / "out", max_shard_bytes=30_000)

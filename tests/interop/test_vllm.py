@@ -13,13 +13,12 @@ from mora_jax.interop.base import load_shapes
 from mora_jax.interop.convert import convert_to_lora
 from mora_jax.interop.vllm import check_folder
 from tests.interop.test_base import write_tokenizer
-from tests.models.tiny import fill_randomly
-from tests.models.tiny_torch import hf_folder, hf_model
+from tests.models.tiny import fill_randomly, hf_folder
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return hf_folder(tmp_path_factory.mktemp("base"), hf_model("llama"))
+    return hf_folder(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import mora_jax as mj
 from mora_jax.models import read_config
 from tests.models.tiny import SIZES, random_ids
-from tests.models.tiny_torch import hf_folder, hf_logits, hf_model
+from tests.models.tiny_torch import hf_logits, hf_model, save_torch
 
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 LLAMA3 = {
@@ -84,11 +84,12 @@ def ours(folder, **options):
     return mj.load_pretrained(folder, dtype="float32", unroll=1, **options)[0]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", CASES)
 def test_logits_agree_with_transformers(name, tmp_path):
     model_type, fields = CASES[name]
     reference = hf_model(model_type, **fields)
-    model = ours(hf_folder(tmp_path, reference))
+    model = ours(save_torch(tmp_path, reference))
     ids = random_ids(2, 20)
     mask = np.ones_like(ids)
     mask[1, :6] = 0  # padding on the left
@@ -99,6 +100,7 @@ def test_logits_agree_with_transformers(name, tmp_path):
     assert np.isfinite(found).all()
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     "model_type, fields, old",
     [
@@ -136,14 +138,15 @@ def test_logits_agree_with_transformers(name, tmp_path):
 )
 def test_the_older_spelling_of_rope_settings(model_type, fields, old, tmp_path):
     reference = hf_model(model_type, **fields)
-    model = ours(hf_folder(tmp_path, reference, {"rope_parameters": None} | old))
+    model = ours(save_torch(tmp_path, reference, {"rope_parameters": None} | old))
     ids = random_ids(1, 20)
     np.testing.assert_allclose(np.asarray(model(ids)), hf_logits(reference, ids), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.peers
 def test_sliding_windows_really_slide(tmp_path):
     reference = hf_model("mistral", sliding_window=5, num_hidden_layers=1)
-    model = ours(hf_folder(tmp_path, reference))
+    model = ours(save_torch(tmp_path, reference))
     ids = random_ids(1, 12)
     changed = ids.copy()
     changed[0, 0] = (changed[0, 0] + 1) % SIZES["vocab_size"]

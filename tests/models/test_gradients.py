@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 import mora_jax as mj
 from mora_jax.interop.layout import tensor_plan
 from tests.models.tiny import random_ids
-from tests.models.tiny_torch import hf_folder, hf_model
+from tests.models.tiny_torch import hf_model, save_torch
+from tests.peers import torch
+
+pytestmark = pytest.mark.peers
 
 IDS = random_ids(2, 10)
 CASES = {
@@ -25,7 +27,7 @@ CASES = {
 def test_every_weight(name, unroll, tmp_path):
     model_type, fields = CASES[name]
     reference = hf_model(model_type, **fields, num_hidden_layers=3)
-    model, _ = mj.load_pretrained(hf_folder(tmp_path, reference), dtype="float32", unroll=unroll)
+    model, _ = mj.load_pretrained(save_torch(tmp_path, reference), dtype="float32", unroll=unroll)
     cotangent = np.random.default_rng(0).standard_normal((2, 10, 97)).astype(np.float32)
     (reference(torch.tensor(IDS)).logits * torch.tensor(cotangent)).sum().backward()
     expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}

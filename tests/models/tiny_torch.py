@@ -1,48 +1,48 @@
-"""Tiny HuggingFace models with random weights, made by transformers in torch."""
+"""The tiny HuggingFace models in torch, for the tests marked `peers`."""
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import transformers
 
-from tests.models.tiny import SIZES
+from tests.models.tiny import hf_config, random_tensor, write_config
+from tests.peers import torch
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
-def hf_model(model_type: str, seed: int = 0, **fields) -> torch.nn.Module:
-    """A random float32 model; norms and biases are random too, so that nothing is left at a neutral value."""
-    config = transformers.AutoConfig.for_model(model_type, **(SIZES | fields))
-    config.architectures = [ARCHITECTURES[model_type]]
-    torch.manual_seed(seed)
+def hf_model(model_type: str, seed: int = 0, **fields) -> Module:
+    """A random float32 model, with the weights of `tiny.hf_folder`."""
+    config = hf_config(model_type, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+            value = torch.tensor(random_tensor(name, parameter.shape, seed))
+            parameter.copy_(parameter + value if "norm" in name else value)
     return model
 
 
-def hf_folder(folder: Path, model: torch.nn.Module, config: dict | None = None, **save) -> Path:
-    """Saves a model; `config` replaces fields of its `config.json` (None removes one)."""
+def save_torch(folder: Path, model: Module, config: dict | None = None, **save) -> Path:
+    """Saves a model as transformers does; `config` replaces fields of its `config.json` (None removes one)."""
     model.save_pretrained(folder, **save)
-    if config:
-        path = folder / "config.json"
-        values = json.loads(path.read_text()) | config
-        path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    write_config(folder, config)
     return folder
 
 
-def hf_logits(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def load_torch(folder: Path) -> Module:
+    """A folder's model, in float32."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values())
+    return model.eval()
+
+
+def hf_logits(model: Module, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """Logits of transformers, float32 `[B, T, V]`."""
     with torch.no_grad():
         attention_mask = None if mask is None else torch.tensor(mask)
