@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -45,6 +46,24 @@ def olora(kernel: Array, rank: int, scaling: Array) -> tuple[Array, Array]:
     """`B = Q_rᵀ`, `A = R_rᵀ` of `Wᵀ = Q R`; arguments and result as in `pissa`, whatever the scaling."""
     q, r = jnp.linalg.qr(kernel.astype(jnp.float32).T)
     return r[:rank].T, q[:, :rank].T
+
+
+def is_start(init: str, kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float) -> bool:
+    """Whether `pissa` or `olora`, as `init` says, could have given these factors for this kernel, up to its rounding.
+
+    A decomposition is recognised by what defines it, without being made again.
+    """
+    kernel, lora_a, lora_b = (np.asarray(array, np.float64) for array in (kernel, lora_a, lora_b))
+    if init == "pissa":  # pairs of singular vectors, W v = σ u and Wᵀ u = σ v, with √(σ / s) on both
+        sigma = scaling * np.square(lora_a).sum(0)
+        return _near(kernel @ lora_b.T, lora_a * sigma) and _near(lora_a.T @ kernel, sigma[:, None] * lora_b)
+    rank = len(lora_b)  # Wᵀ = Q R: R = Qᵀ Wᵀ, and the first columns of Wᵀ are in the span of as many of Q
+    return _near(kernel @ lora_b.T, lora_a) and _near(lora_a[:rank] @ lora_b, kernel[:rank])
+
+
+def _near(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Equal up to what the rounding of a bfloat16 base leaves."""
+    return bool(np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted))
 
 
 def orthogonal(key: Array, in_features: int, out_features: int, rank: int) -> tuple[Array, Array]:

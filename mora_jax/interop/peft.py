@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -10,6 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.config import LoRAConfig
+from mora_jax.adapters.host import host
 from mora_jax.adapters.targets import Place, by_path, has_adapter, places
 from mora_jax.errors import InputError
 from mora_jax.interop.base_values import base_bias, base_names, put_trained_weights
@@ -19,6 +22,7 @@ from mora_jax.interop.layout import tensor_plan
 from mora_jax.interop.peft_config import AdapterFile, format_of, keep_extra_fields, read_adapter_config
 from mora_jax.interop.peft_format import Target, read_tensor
 from mora_jax.interop.peft_names import CONFIG_NAME, FACTORS, WEIGHTS_NAME, Stored, stored_tensors
+from mora_jax.interop.plain import trained_as
 from mora_jax.interop.restarted import has_own_base, own_base, with_kind
 from mora_jax.interop.tensors import TensorFiles
 from mora_jax.models.decoder import Decoder
@@ -28,7 +32,12 @@ Chosen = dict[str, tuple[Place, int]]
 
 
 def load_adapter(
-    model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False, kind: str | None = None
+    model: nnx.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    kind: str | None = None,
+    method: LoRAConfig | None = None,
 ) -> None:
     """Attaches the adapter in a PEFT folder to a model and fills it with the folder's values.
 
@@ -39,6 +48,8 @@ def load_adapter(
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
         strict: refuse an adapter that names another base model, instead of warning.
         kind: the kind of a MoRA adapter, where its file has an older one (see `mora_jax.interop.restarted`).
+        method: how a LoRA is to be trained on, which files don't say: `LoRAPlusConfig()`, `LoRAFAConfig()`, or
+            `PiSSAConfig()` or `OLoRAConfig()` for what these have written (see `mora_jax.interop.plain`).
 
     Raises:
         InputError: when the folder is incomplete, does not fit, or means something that is not supported.
@@ -67,6 +78,8 @@ def load_adapter(
     for path, (place, layer) in chosen.items():
         target = Target(path, place, layer, stored.factors[path], files, shared)
         fillings[path] = file.format.read(file.values, target)
+    if method is not None:
+        fillings = _trained_as(fillings, method, all_places)
     _add_biases(fillings, stored, everything, files, file)
     _check_frozen(stored, chosen, files)
     whole = _whole_weights(model, stored, files, file)
@@ -79,6 +92,18 @@ def load_adapter(
         assert isinstance(model, Decoder), "checked with the names"
         put_trained_weights(model, whole)
     keep_extra_fields(model, file)
+
+
+def _trained_as(fillings: dict[str, Filling], method: LoRAConfig, found: list[Place]) -> dict[str, Filling]:
+    changed = {}
+    for place in found:
+        kernels = functools.cache(lambda place=place: host(place.kernel()))
+        for layer, path in enumerate(place.paths):
+            if path in fillings:
+                at = layer if place.stacked else ...
+                kernel = functools.partial(lambda kernels, at: kernels()[at], kernels, at)
+                changed[path] = trained_as(fillings[path], method, kernel, path)
+    return changed
 
 
 def needs_base(path: str | os.PathLike[str]) -> bool:

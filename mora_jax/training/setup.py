@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
+from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.variables import FullParam
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.pipeline import BatchSource
@@ -207,15 +208,17 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
     try:
         if section.path is None or "path" not in METHOD_KEYS[section.method]:
             return attach(model, adapter_config(section, steps), rngs=nnx.Rngs(config.seed))
-        load_adapter(model, section.path, strict=section.strict)
+        method = adapter_config(section, steps)
+        as_method = method if isinstance(method, LoRAConfig) else None
+        load_adapter(model, section.path, strict=section.strict, method=as_method)
         reschedule(model, section, steps)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"adapter: {error}") from None
-    entries = list(adapters_of(model))
-    if entries[0].method != section.method:
+    methods = {entry.method for entry in adapters_of(model)}
+    held = next(iter(methods - {"bitfit"} or methods))  # biases beside an adapter are trained as BitFit's
+    if held != section.method:
         raise InputError(
-            f"{section.path} holds a {entries[0].method} adapter, but adapter.method is {section.method}; "
-            f"set adapter.method={entries[0].method}"
+            f"{section.path} holds a {held} adapter, but adapter.method is {section.method}; set adapter.method={held}"
         )
     return report_of(model)
 
