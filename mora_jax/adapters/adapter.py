@@ -267,8 +267,48 @@ class PartwiseDelta:
         return self.layout.join(parts)
 
     def forward(self, x: Array, params: Any) -> tuple[Array, Any]:
-        return jax.vjp(self.update, x, params)
+        tree: Any
+        leaves, tree = jax.tree.flatten(params)
+        changing = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+        def update(x: Array, floats: list[Array]) -> Array:
+            values = iter(floats)
+            merged = [next(values) if change else leaf for change, leaf in zip(changing, leaves, strict=True)]
+            return self.update(x, tree.unflatten(merged))
+
+        floats = [leaf for change, leaf in zip(changing, leaves, strict=True) if change]
+        y, tangent = jax.linearize(update, x, floats)
+        return y, (tangent, _Types(tree, tuple(changing), jax.typeof(x), tuple(jax.typeof(leaf) for leaf in floats)))
+
+    def moved(self, dparams: Any) -> Any:
+        return dparams
+
+    def tangent(self, residuals: Any, dx: Array | None, dparams: Any) -> Array | None:
+        tangent, types = residuals
+        changes = types.tree.flatten_up_to(dparams)
+        if dx is None and all(change is None for change in changes):
+            return None
+        floats = [leaf for change, leaf in zip(types.changing, changes, strict=True) if change]
+        filled = [_or_zeros(leaf, like) for leaf, like in zip(floats, types.floats, strict=True)]
+        return tangent(_or_zeros(dx, types.x), filled)
 
     def backward(self, residuals: Any, dy: Array) -> tuple[Array, Any]:
-        dx, dparams = residuals(dy.astype(jnp.float32))
-        return dx.astype(jnp.float32), dparams
+        tangent, types = residuals
+        dx, floats = jax.linear_transpose(tangent, types.x, list(types.floats))(dy.astype(jnp.float32))
+        found = iter(floats)
+        return dx.astype(jnp.float32), types.tree.unflatten([next(found) if c else None for c in types.changing])
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Types:
+    """What a tangent takes: the tree of the parameters, which of them change (integers don't), and the types."""
+
+    tree: Any
+    changing: tuple[bool, ...]
+    x: Any
+    floats: tuple[Any, ...]
+
+
+def _or_zeros(change: Array | None, like: Any) -> Array:
+    return jnp.zeros(like.shape, like.dtype) if change is None else change

@@ -2,7 +2,8 @@
 
 Autodiff of a bfloat16 product with float32 accumulation gets a float32 cotangent and promotes the bfloat16 weight to
 meet it, which doubles the time of a training step or worse. The functions here carry their own backward: every
-operand is in the compute dtype, every accumulation in float32.
+operand is in the compute dtype, every accumulation in float32. Forward mode works too, since each backward is the
+transpose of a tangent that is written out beside it (`tangent.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.adapters.quantized import Quantized
+from mora_jax.adapters.tangent import any_perturbed, linear, perturbed
 
 Array = jax.Array
 
@@ -35,7 +36,7 @@ def dot32_tn(x: Array, y: Array) -> Array:
     return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def trained_dot(x: Array, w: Array) -> Array:
     """`x [N, in] @ w [in, out]`, `w` a trained float32 master that is used in the dtype of `x`.
 
@@ -45,20 +46,25 @@ def trained_dot(x: Array, w: Array) -> Array:
     return dot32(x, w.astype(x.dtype))
 
 
-def _trained_dot_fwd(x, w):
-    return dot32(x, w.astype(x.dtype)), (x, w)
+@partial(trained_dot.defjvp, symbolic_zeros=True)
+def _trained_dot_jvp(primals, tangents):
+    return trained_dot(*primals), linear(_trained_dot_tangent, _trained_dot_backward, primals, perturbed(tangents))
 
 
-def _trained_dot_bwd(residuals, dy):
+def _trained_dot_tangent(residuals, tangents):
+    (x, w), (dx, dw) = residuals, tangents
+    return added(
+        None if dx is None else dot32(dx, w.astype(x.dtype)), None if dw is None else dot32(x, dw.astype(x.dtype))
+    )
+
+
+def _trained_dot_backward(residuals, dy):
     x, w = residuals
     dy = dy.astype(x.dtype)
     return dot32_nt(dy, w.astype(x.dtype)).astype(x.dtype), dot32_tn(x, dy).astype(w.dtype)
 
 
-trained_dot.defvjp(_trained_dot_fwd, _trained_dot_bwd)
-
-
-@jax.custom_vjp
+@jax.custom_jvp
 def row_dot(x: Array, w: Array) -> Array:
     """`x [B, T, in]` by each row's own `w [B, in, out]`: `trained_dot` row by row, float32 `[B, T, out]`."""
     return _batched(x, w.astype(x.dtype), 2, 1)
@@ -69,17 +75,25 @@ def _batched(x: Array, w: Array, left: int, right: int) -> Array:
     return lax.dot_general(x, w, (((left,), (right,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-def _row_dot_fwd(x, w):
-    return row_dot(x, w), (x, w)
+@partial(row_dot.defjvp, symbolic_zeros=True)
+def _row_dot_jvp(primals, tangents):
+    return row_dot(*primals), linear(_row_dot_tangent, _row_dot_backward, primals, perturbed(tangents))
 
 
-def _row_dot_bwd(residuals, dy):
+def _row_dot_tangent(residuals, tangents):
+    (x, w), (dx, dw) = residuals, tangents
+    return added(None if dx is None else row_dot(dx, w), None if dw is None else row_dot(x, dw))
+
+
+def _row_dot_backward(residuals, dy):
     x, w = residuals
     dy = dy.astype(x.dtype)
     return _batched(dy, w.astype(x.dtype), 2, 2).astype(x.dtype), _batched(x, dy, 1, 1).astype(w.dtype)
 
 
-row_dot.defvjp(_row_dot_fwd, _row_dot_bwd)
+def added(*terms: Array | None) -> Array:
+    """The sum of the terms that there are."""
+    return sum(term for term in terms if term is not None)  # type: ignore[return-value]
 
 
 Kernel = Array | Quantized
@@ -92,12 +106,20 @@ class Delta(Protocol):
         """`x [N, in]` → (float32 `[N, out]`, residuals)."""
         ...
 
+    def moved(self, dparams: Any) -> Any:
+        """Tangents of `params` (None for what nothing differentiates) without those of its constants."""
+        ...
+
+    def tangent(self, residuals: Any, dx: Array | None, dparams: Any) -> Array | None:
+        """The change of the output, float32 `[N, out]`, with `x` and `params`; None for what does not change."""
+        ...
+
     def backward(self, residuals: Any, dy: Array) -> tuple[Array, Any]:
-        """`dy [N, out]` in the compute dtype → (float32 `[N, in]`, gradients shaped like `params`)."""
+        """The transpose: `dy [N, out]` in the compute dtype → (float32 `[N, in]`, gradients shaped like `params`)."""
         ...
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def adapted_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | None, params: Any) -> Array:
     """One adapted projection, `x @ kernel + bias + delta(x)`, as one function with its own backward.
 
@@ -131,33 +153,53 @@ def matrix_for(kernel: Kernel, x: Array) -> Array:
     return kernel.reshape(kernel.shape[0], -1).astype(x.dtype)
 
 
-def kernel_values(kernel: Any) -> tuple[Kernel, bool]:
-    """The kernel of `custom_vjp`'s arguments with symbolic zeros, and whether anything differentiates it."""
-    perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(kernel))
-    return jax.tree.map(lambda leaf: leaf.value, kernel), perturbed
+def perturbed_product(delta: Delta | None, tangents: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tangents of a product's `(x, kernel, …, params)`, None for what nothing differentiates."""
+    dx, dkernel, *others, dparams = perturbed(tangents)
+    dkernel = dkernel if any_perturbed(dkernel) else None  # of a quantised kernel there would be a tree without leaves
+    return dx, dkernel, *others, dparams if delta is None else delta.moved(dparams)
 
 
-def _adapted_dot_fwd(delta, x, kernel, bias, params):
-    # With symbolic zeros each argument says whether anything differentiates it.
-    kernel, trained = kernel_values(kernel)
-    kept_x = x.value if trained else None
-    x, params = x.value, jax.tree.map(lambda leaf: leaf.value, params)
+def kernel_tangent(x: Array, dkernel: Array | None) -> Array | None:
+    """The change of a product with the change of its kernel; None for a kernel that is frozen."""
+    return None if dkernel is None else dot32(x, matrix_for(dkernel, x))
+
+
+@partial(adapted_dot.defjvp, symbolic_zeros=True)
+def _adapted_dot_jvp(delta, primals, tangents):
+    x, kernel, bias, params = primals
+    moved = perturbed_product(delta, tangents)
+    _, dkernel, dbias, _ = moved
     y = dot32(x, matrix_for(kernel, x))
     residuals = None
     if delta is not None:
-        added, residuals = delta.forward(x, params)
-        y = y + added
+        update, residuals = delta.forward(x, params)
+        y = y + update
     if bias is not None:
-        y = y + bias.value.reshape(-1).astype(jnp.float32)
-    bias_like = bias.value if bias is not None and bias.perturbed else None
+        y = y + bias.reshape(-1).astype(jnp.float32)
     # Residuals are the arguments themselves, not reshaped or cast: whoever runs the backward may have them still.
-    return y.astype(x.dtype), (kept_x, kernel, bias_like, residuals)
+    saved = None if dkernel is None else x, kernel, None if dbias is None else bias, residuals
+    y = y.astype(x.dtype)
+    if not any_perturbed(moved):
+        return y, jnp.zeros_like(y)
+    backward = partial(_adapted_dot_backward, delta)
+    return y, linear(partial(_adapted_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved)
 
 
-def _adapted_dot_bwd(delta, saved, dy):
+def _adapted_dot_tangent(delta, shape, dtype, saved, tangents):
+    kept_x, kernel, _, residuals = saved
+    dx, dkernel, dbias, dparams = tangents
+    dy = added(
+        None if dx is None else dot32(dx, matrix_for(kernel, dx)),
+        None if kept_x is None else kernel_tangent(kept_x, dkernel),
+        None if dbias is None else dbias.reshape(-1).astype(jnp.float32),
+        None if delta is None else delta.tangent(residuals, dx, dparams),
+    )
+    return jnp.broadcast_to(dy.astype(dtype), shape)
+
+
+def _adapted_dot_backward(delta, saved, dy):
     kept_x, kernel, bias_like, residuals = saved
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
     dx = dot32_nt(dy, matrix_for(kernel, dy))
     dparams = None
     if delta is not None:
@@ -169,6 +211,3 @@ def _adapted_dot_bwd(delta, saved, dy):
     if bias_like is not None:
         dbias = jnp.sum(dy, axis=0, dtype=jnp.float32).reshape(bias_like.shape).astype(bias_like.dtype)
     return dx.astype(dy.dtype), dkernel, dbias, dparams
-
-
-adapted_dot.defvjp(_adapted_dot_fwd, _adapted_dot_bwd, symbolic_zeros=True)

@@ -20,7 +20,7 @@ from flax import nnx
 from mora_jax.adapters import starts
 from mora_jax.adapters.adapter import Adapter, Layout, positive
 from mora_jax.adapters.config import LoRAConfig
-from mora_jax.adapters.dense import Delta, dot32, dot32_nt, dot32_tn, trained_dot
+from mora_jax.adapters.dense import Delta, added, dot32, dot32_nt, dot32_tn, trained_dot
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.variables import AdapterParam, AdapterState
 
@@ -245,6 +245,36 @@ class FusedLoRA:
             # As a product of its own, so that a fresh update cancels to the last bit.
             y = y - self._product(x, first)[0]
         return y, (None if self.frozen_a else x, hidden, params)
+
+    def moved(self, dparams):
+        names = ("lora_b",) if self.frozen_a else ("lora_a", "lora_b")
+        return tuple(None if d is None else {name: d[name] if name in names else None for name in d} for d in dparams)
+
+    def tangent(self, residuals, dx: Array | None, dparams) -> Array | None:
+        x, hidden, params = residuals
+        lora_a, lora_b, scaling = self._factors(params, hidden.dtype)
+        by_name = {name: self._changes(name, params, dparams) for name in ("lora_a", "lora_b")}
+        dhidden = [] if dx is None else [dot32(dx, lora_a)]
+        if by_name["lora_a"] is not None:
+            dhidden.append(dot32(x, self._factors(by_name["lora_a"], hidden.dtype)[0]))
+        terms = [dot32((added(*dhidden) * scaling).astype(hidden.dtype), lora_b)] if dhidden else []
+        if by_name["lora_b"] is not None:
+            terms.append(dot32(hidden, self._factors(by_name["lora_b"], hidden.dtype)[1]))
+        first = tuple(_initial(p) for p in params)
+        if dx is not None and any(p is not None for p in first):
+            terms.append(-self._product(dx, first)[0])
+        return added(*terms) if terms else None
+
+    @staticmethod
+    def _changes(name: str, params, dparams):
+        """`params` with the changes of one factor in its place, zero where it does not change; None without any."""
+        changed = [None if d is None else d[name] for d in dparams]
+        if all(change is None for change in changed):
+            return None
+        return tuple(
+            None if p is None else p | {name: jnp.zeros_like(p[name]) if d is None else d}
+            for p, d in zip(params, changed, strict=True)
+        )
 
     def backward(self, residuals, dy: Array):
         x, hidden, params = residuals

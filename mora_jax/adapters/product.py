@@ -13,11 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.adapters.adapter import Adapter, Layout, PartwiseDelta, params_of
-from mora_jax.adapters.dense import Delta, Kernel, adapted_dot, dot32, dot32_nt, dot32_tn, kernel_values, matrix_for
+from mora_jax.adapters.dense import (
+    Delta,
+    Kernel,
+    adapted_dot,
+    added,
+    dot32,
+    dot32_nt,
+    dot32_tn,
+    kernel_tangent,
+    matrix_for,
+    perturbed_product,
+)
 from mora_jax.adapters.quantized import Quantized
+from mora_jax.adapters.tangent import any_perturbed, linear, perturbed
 
 Array = jax.Array
 Dropout = Callable[[int, Array], Array]
@@ -131,26 +142,31 @@ def _dropped(layout: Layout, methods, configs, params, x: Array, dropout: Dropou
     return layout.join(parts)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def scale_features(x: Array, gain: Array) -> Array:
     """`x [N, in]` times a trained `gain [in]`, in the dtype of `x`; the gain's gradient is summed in float32."""
     return (x.astype(jnp.float32) * gain).astype(x.dtype)
 
 
-def _scale_features_fwd(x, gain):
-    return scale_features(x, gain), (x, gain)
+@partial(scale_features.defjvp, symbolic_zeros=True)
+def _scale_features_jvp(primals, tangents):
+    moved = perturbed(tangents)
+    return scale_features(*primals), linear(_scale_features_tangent, _scale_features_backward, primals, moved)
 
 
-def _scale_features_bwd(residuals, dy):
+def _scale_features_tangent(residuals, tangents):
+    (x, gain), (dx, dgain) = residuals, tangents
+    by_x = None if dx is None else dx.astype(jnp.float32) * gain
+    return added(by_x, None if dgain is None else x.astype(jnp.float32) * dgain).astype(x.dtype)
+
+
+def _scale_features_backward(residuals, dy):
     x, gain = residuals
     dy = dy.astype(jnp.float32)
     return (dy * gain).astype(x.dtype), jnp.sum(dy * x.astype(jnp.float32), axis=0)
 
 
-scale_features.defvjp(_scale_features_fwd, _scale_features_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def scaled_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | None, gain: Array, params: Any) -> Array:
     """`gain ⊙ (x @ kernel + delta(x)) + bias`, with the promises of `adapted_dot`; `gain` is float32 `[out]`."""
     return _finish(_sum(delta, x, kernel, params)[0], gain, bias).astype(x.dtype)
@@ -160,8 +176,8 @@ def _sum(delta, x, kernel, params):
     y = dot32(x, matrix_for(kernel, x))
     if delta is None:
         return y, None
-    added, residuals = delta.forward(x, params)
-    return y + added, residuals
+    update, residuals = delta.forward(x, params)
+    return y + update, residuals
 
 
 def _finish(y, gain, bias):
@@ -169,23 +185,40 @@ def _finish(y, gain, bias):
     return y if bias is None else y + bias.reshape(-1).astype(jnp.float32)
 
 
-def _scaled_dot_fwd(delta, x, kernel, bias, gain, params):
-    kernel, trained = kernel_values(kernel)
-    kept_x = x.value if trained else None
-    bias_value = None if bias is None else bias.value
-    params = jax.tree.map(lambda leaf: leaf.value, params)
-    y, residuals = _sum(delta, x.value, kernel, params)
+@partial(scaled_dot.defjvp, symbolic_zeros=True)
+def _scaled_dot_jvp(delta, primals, tangents):
+    x, kernel, bias, gain, params = primals
+    moved = perturbed_product(delta, tangents)
+    _, dkernel, dbias, dgain, _ = moved
+    y, residuals = _sum(delta, x, kernel, params)
     # The gain's gradient needs the product before the gain; in the compute dtype, as a layer's output would be kept.
-    product = y.astype(x.value.dtype) if gain.perturbed else None
-    bias_like = bias_value if bias is not None and bias.perturbed else None
-    out = _finish(y, gain.value, bias_value).astype(x.value.dtype)
-    return out, (kept_x, kernel, bias_like, gain.value, product, residuals)
+    product = None if dgain is None else y.astype(x.dtype)
+    saved = None if dkernel is None else x, kernel, None if dbias is None else bias, gain, product, residuals
+    y = _finish(y, gain, bias).astype(x.dtype)
+    if not any_perturbed(moved):
+        return y, jnp.zeros_like(y)
+    backward = partial(_scaled_dot_backward, delta)
+    return y, linear(partial(_scaled_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved)
 
 
-def _scaled_dot_bwd(delta, saved, dy):
+def _scaled_dot_tangent(delta, shape, dtype, saved, tangents):
+    kept_x, kernel, _, gain, product, residuals = saved
+    dx, dkernel, dbias, dgain, dparams = tangents
+    inner = (
+        None if dx is None else dot32(dx, matrix_for(kernel, dx)),
+        None if kept_x is None else kernel_tangent(kept_x, dkernel),
+        None if delta is None else delta.tangent(residuals, dx, dparams),
+    )
+    dy = added(
+        *(None if term is None else term * gain for term in inner),
+        None if product is None else product.astype(jnp.float32) * dgain,
+        None if dbias is None else dbias.reshape(-1).astype(jnp.float32),
+    )
+    return jnp.broadcast_to(dy.astype(dtype), shape)
+
+
+def _scaled_dot_backward(delta, saved, dy):
     kept_x, kernel, bias_like, gain, product, residuals = saved
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
     dy32 = dy.astype(jnp.float32)
     inner = (dy32 * gain).astype(dy.dtype)
     dx = dot32_nt(inner, matrix_for(kernel, inner))
@@ -200,6 +233,3 @@ def _scaled_dot_bwd(delta, saved, dy):
     if product is not None:
         dgain = jnp.sum(dy32 * product.astype(jnp.float32), axis=0)
     return dx.astype(dy.dtype), dkernel, dbias, dgain, dparams
-
-
-scaled_dot.defvjp(_scaled_dot_fwd, _scaled_dot_bwd, symbolic_zeros=True)

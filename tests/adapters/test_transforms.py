@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,3 +49,77 @@ def test_all_methods_work_after_tabulate(name):
     mj.merge(layer)
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
     mj.attach(layer, CASES[name], rngs=nnx.Rngs(1))
+
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.float32)
+
+
+def trained_layer(config):
+    """A layer with random adapters, as a function of its adapters and its input."""
+    layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    mj.attach(layer, config, rngs=nnx.Rngs(1))
+    graphdef, adapters, frozen = mj.partition(fill(layer))
+    return adapters, lambda adapters, x: jnp.sum(jnp.tanh(nnx.merge(graphdef, adapters, frozen)(x)))
+
+
+def direction(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), tree)
+
+
+def dot(left, right):
+    return sum(float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode(name):
+    """Along a direction it agrees with reverse mode, and differentiates the gradient as finite differences do."""
+    adapters, f = trained_layer(CASES[name])
+    at = (adapters, X)
+    along = direction(at, 1)
+    gradient = jax.jit(jax.grad(f, (0, 1)))
+    _, slope = jax.jvp(f, at, along)
+    np.testing.assert_allclose(slope, dot(gradient(*at), along), rtol=1e-4, atol=1e-4)
+    _, bent = jax.jvp(gradient, at, along)
+    if getattr(CASES[name], "use_dora", False):
+        return  # the norm counts as a constant in each derivative, so that the gradient's differences see more
+    steps = [gradient(*jax.tree.map(lambda v, d, s=s: v + s * 4e-3 * d, at, along)) for s in (1, -1)]
+    differences = jax.tree.map(lambda up, down: (up - down) / 8e-3, *steps)
+    for a, b in zip(jax.tree.leaves(bent), jax.tree.leaves(differences), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("name", ["lora", "mora", "ia3 on inputs"])
+def test_jacobians_agree(name):
+    adapters, f = trained_layer(CASES[name])
+    forward, backward = jax.jacfwd(f)(adapters, X), jax.grad(f)(adapters, X)
+    for a, b in zip(jax.tree.leaves(forward), jax.tree.leaves(backward), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "mora rotation", "dora"])
+def test_under_remat_vmap_and_nnx(name):
+    """Gradients under `jax.checkpoint`; several adapters at once under `jax.vmap`; `nnx.jit` over `nnx.grad`."""
+    adapters, f = trained_layer(CASES[name])
+    plain = jax.grad(f)(adapters, X)
+    rematerialised = jax.grad(jax.checkpoint(f))(adapters, X)
+    several = [direction(adapters, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    at_once = jax.vmap(jax.grad(f), (0, None))(stacked, X)
+    for a, b in zip(jax.tree.leaves(rematerialised), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for i, one in enumerate(several):
+        for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(jax.grad(f)(one, X)), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-5)
+
+    layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    mj.attach(layer, CASES[name], rngs=nnx.Rngs(1))
+    layer = fill(layer)
+
+    @nnx.jit
+    def gradient(layer, x):
+        loss = nnx.remat(lambda layer, x: jnp.sum(jnp.tanh(layer(x))))
+        return nnx.grad(loss, argnums=nnx.DiffState(0, mj.AdapterParam))(layer, x)
+
+    for a, b in zip(jax.tree.leaves(gradient(layer, X)), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
