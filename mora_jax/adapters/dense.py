@@ -48,7 +48,8 @@ def trained_dot(x: Array, w: Array) -> Array:
 
 @partial(trained_dot.defjvp, symbolic_zeros=True)
 def _trained_dot_jvp(primals, tangents):
-    return trained_dot(*primals), linear(_trained_dot_tangent, _trained_dot_backward, primals, perturbed(tangents))
+    y = trained_dot(*primals)
+    return y, linear(_trained_dot_tangent, _trained_dot_backward, primals, perturbed(tangents), y)
 
 
 def _trained_dot_tangent(residuals, tangents):
@@ -77,7 +78,8 @@ def _batched(x: Array, w: Array, left: int, right: int) -> Array:
 
 @partial(row_dot.defjvp, symbolic_zeros=True)
 def _row_dot_jvp(primals, tangents):
-    return row_dot(*primals), linear(_row_dot_tangent, _row_dot_backward, primals, perturbed(tangents))
+    y = row_dot(*primals)
+    return y, linear(_row_dot_tangent, _row_dot_backward, primals, perturbed(tangents), y)
 
 
 def _row_dot_tangent(residuals, tangents):
@@ -183,7 +185,7 @@ def _adapted_dot_jvp(delta, primals, tangents):
     if not any_perturbed(moved):
         return y, jnp.zeros_like(y)
     backward = partial(_adapted_dot_backward, delta)
-    return y, linear(partial(_adapted_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved)
+    return y, linear(partial(_adapted_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved, y)
 
 
 def _adapted_dot_tangent(delta, shape, dtype, saved, tangents):

@@ -150,8 +150,8 @@ def scale_features(x: Array, gain: Array) -> Array:
 
 @partial(scale_features.defjvp, symbolic_zeros=True)
 def _scale_features_jvp(primals, tangents):
-    moved = perturbed(tangents)
-    return scale_features(*primals), linear(_scale_features_tangent, _scale_features_backward, primals, moved)
+    y = scale_features(*primals)
+    return y, linear(_scale_features_tangent, _scale_features_backward, primals, perturbed(tangents), y)
 
 
 def _scale_features_tangent(residuals, tangents):
@@ -198,7 +198,7 @@ def _scaled_dot_jvp(delta, primals, tangents):
     if not any_perturbed(moved):
         return y, jnp.zeros_like(y)
     backward = partial(_scaled_dot_backward, delta)
-    return y, linear(partial(_scaled_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved)
+    return y, linear(partial(_scaled_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved, y)
 
 
 def _scaled_dot_tangent(delta, shape, dtype, saved, tangents):

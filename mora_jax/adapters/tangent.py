@@ -21,7 +21,11 @@ Array = jax.Array
 
 
 def linear(
-    forward: Callable[[Any, Any], Array], backward: Callable[[Any, Array], Any], residuals: Any, tangents: Any
+    forward: Callable[[Any, Any], Array],
+    backward: Callable[[Any, Array], Any],
+    residuals: Any,
+    tangents: Any,
+    like: Array,
 ) -> Array:
     """`forward(residuals, tangents)`, a map that is linear in `tangents`.
 
@@ -31,6 +35,7 @@ def linear(
             None where there is none; what it has beyond them is left out.
         residuals: any tree of arrays; what it holds, and nothing else, is kept for the backward pass.
         tangents: a tree of arrays; None for what is not differentiated.
+        like: an array of the result's type, which saves tracing `forward` where only the transpose is wanted.
     """
     kept_tree: Any
     whole: Any
@@ -51,7 +56,7 @@ def linear(
         values = [value for value, m in zip(found, moved, strict=True) if m]
         return [jnp.zeros(t.shape, t.dtype) if v is None else v for v, t in zip(values, types, strict=True)]
 
-    return _linear.bind(*kept, *leaves, run=run, transposed=transposed, count=len(kept))
+    return _linear.bind(*kept, *leaves, run=run, transposed=transposed, count=len(kept), type_=jax.typeof(like))
 
 
 def perturbed(tangents: Any) -> Any:
@@ -72,31 +77,31 @@ _linear = Primitive("linear_with_transpose")
 
 
 @_linear.def_impl
-def _run(*flat, run, transposed, count):
+def _run(*flat, run, transposed, count, type_):
     return run(*flat)
 
 
 @_linear.def_abstract_eval
-def _abstract(*avals, run, transposed, count):
-    return jax.make_jaxpr(run)(*avals).out_avals[0]
+def _abstract(*avals, run, transposed, count, type_):
+    return jax.make_jaxpr(run)(*avals).out_avals[0] if type_ is None else type_
 
 
-def _jvp(primals, tangents, *, run, transposed, count):
+def _jvp(primals, tangents, *, run, transposed, count, type_):
     if all(type(tangent) is ad.Zero for tangent in tangents[:count]):
         moved = [ad.instantiate_zeros(tangent) for tangent in tangents[count:]]
-        params = {"run": run, "transposed": transposed, "count": count}
+        params = {"run": run, "transposed": transposed, "count": count, "type_": type_}
         return _linear.bind(*primals, **params), _linear.bind(*primals[:count], *moved, **params)
     return jax.jvp(run, primals, [ad.instantiate_zeros(tangent) for tangent in tangents])
 
 
-def _transpose(cotangent, *flat, run, transposed, count):
+def _transpose(cotangent, *flat, run, transposed, count, type_):
     if type(cotangent) is ad.Zero:
         return [ad.Zero(value.aval) if ad.is_undefined_primal(value) else None for value in flat]
     found = transposed(*flat[:count], cotangent)
     return [None] * count + [c if ad.is_undefined_primal(v) else None for c, v in zip(found, flat[count:], strict=True)]
 
 
-def _batch(flat, axes, *, run, transposed, count):
+def _batch(flat, axes, *, run, transposed, count, type_):
     size = next(value.shape[axis] for value, axis in zip(flat, axes, strict=True) if axis is not None)
     moved = []
     for i, (value, axis) in enumerate(zip(flat, axes, strict=True)):
@@ -108,7 +113,7 @@ def _batch(flat, axes, *, run, transposed, count):
     kept = [None if axis is None else 0 for axis in axes[:count]]
     many = jax.vmap(run, (*kept, *[0] * (len(flat) - count)))
     back = jax.vmap(transposed, (*kept, 0))
-    return _linear.bind(*moved, run=many, transposed=back, count=count), 0
+    return _linear.bind(*moved, run=many, transposed=back, count=count, type_=None), 0
 
 
 ad.primitive_jvps[_linear] = _jvp
