@@ -10,6 +10,8 @@ from typing import Any
 from mora_jax.errors import InputError
 
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+#: Characters of another library's error that are shown.
+_LONGEST = 240
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -29,13 +31,32 @@ def load_tokenizer(path: str | Path) -> Any:
     elif folder.is_absolute() or str(path).count("/") > 1:
         raise InputError(f"no such model folder: {path}")
     try:
-        return _auto_tokenizer().from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
-    except Exception as error:
-        # The tokenizers library raises bare Exceptions for a file of the wrong form; any other kind is a bug.
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError | ImportError):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot load a tokenizer from {path}: {reason}") from None
+        tokenizer = _auto_tokenizer().from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    except Exception as error:  # noqa: BLE001
+        # What is wrong in a folder's files comes as whatever the code that meets it raises: bare Exceptions of the
+        # tokenizers library, TypeErrors and AttributeErrors of transformers for a value of the wrong kind.
+        raise InputError(_why(error, path)) from None
+    if absent := [token for token, number in special.items() if number is None]:
+        raise InputError(
+            f"{path}: the tokenizer has no token {absent[0]!r}, which tokenizer_config.json names as a special one"
+        )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise InputError(
+            f"{path}: tokenizer_config.json: model_max_length must be a number, found {tokenizer.model_max_length!r}"
+        )
+    return tokenizer
+
+
+def _why(error: Exception, path: str | Path) -> str:
+    from huggingface_hub.errors import StrictDataclassError
+
+    reason = " ".join(str(error).split()).partition(". Errors:")[0] or type(error).__name__
+    if isinstance(error, StrictDataclassError):
+        return f"{path}: transformers, which reads config.json for the tokenizer, refuses it: {reason[:_LONGEST]}"
+    if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
+        reason = f"{type(error).__name__}: {reason}"
+    return f"cannot load a tokenizer from {path}: {reason[:_LONGEST]}"
 
 
 def _check_folder(folder: Path) -> None:

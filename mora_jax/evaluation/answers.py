@@ -1,5 +1,6 @@
 """Prompts in, text out: the chat template, the tokens that end an answer, and decoding around `Generator`."""
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mora_jax.data.conversation import Conversation, Message
 from mora_jax.data.rendering import Renderer, render_prompt
 from mora_jax.data.segments import Segment
 from mora_jax.data.tokens import tokenize
+from mora_jax.errors import InputError
 from mora_jax.evaluation.generate import GREEDY, Generator, Sampling
 from mora_jax.evaluation.text_stream import decode_stream
 from mora_jax.models.decoder import Decoder
@@ -28,14 +30,21 @@ def find_stop_ids(model: Decoder, tokenizer: Any, template: str | None = None) -
         model: its config holds the content of config.json, its folder may hold generation_config.json.
         tokenizer: a transformers tokenizer.
         template: as for `mora_jax.data.Renderer`.
+
+    Raises:
+        InputError: a file's `eos_token_id` is no token id.
     """
     found: set[int] = set()
-    sources = [{"eos_token_id": tokenizer.eos_token_id}, model.config.hf_config]
-    if model.folder is not None and (Path(model.folder) / "generation_config.json").exists():
-        sources.append(read_json(Path(model.folder) / "generation_config.json"))
-    for source in sources:
-        ids = source.get("eos_token_id")
-        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    sources = {"the tokenizer": {"eos_token_id": tokenizer.eos_token_id}, "config.json": model.config.hf_config}
+    if model.folder is not None and (path := Path(model.folder) / "generation_config.json").exists():
+        sources[str(path)] = read_json(path)
+    for name, source in sources.items():
+        stated = source.get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise InputError(f"{name}: eos_token_id must be a token id or a list of them, found {reprlib.repr(stated)}")
+        # Others are never made: -1 stands for none in some files.
+        found.update(token for token in ids if 0 <= token < model.config.vocab_size)
     turns = (Message("user", "Question"), Message("assistant", "Answer"))
     tokens = tokenize([Renderer(tokenizer, template).render(Conversation(turns))], tokenizer)[0]
     closing = tokens.input_ids[tokens.segments == Segment.END_OF_TURN]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -58,17 +59,20 @@ def load_pretrained(
     folder = local_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     files = open_checkpoint(folder)
+    _check_sizes(config, files)
     config = _with_real_tying(config, files)
     compute = read_dtype(dtype)
     if quantize not in ("none", *FORMATS):
         raise InputError(f"quantize {quantize!r} is not supported; give one of none, {', '.join(FORMATS)}")
+    # Before the weights: a broken one is told at once.
+    tokenizer = load_tokenizer(folder)
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
     model = nnx.eval_shape(
         lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat, quantize=quantize)
     )
     _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
     model.name_or_path, model.folder = os.fspath(path), str(folder)
-    return model, load_tokenizer(folder)
+    return model, tokenizer
 
 
 def load_shapes(path: str | os.PathLike[str]) -> Decoder:
@@ -80,12 +84,40 @@ def load_shapes(path: str | os.PathLike[str]) -> Decoder:
     folder = local_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     files = open_checkpoint(folder)
+    _check_sizes(config, files)
     config = _with_real_tying(config, files)
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=None))
     pieces = [piece for entry in tensor_plan(model) for piece in entry.pieces]
     _check(pieces, files, _head_for_embedding(config, files))
     model.name_or_path, model.folder = os.fspath(path), str(folder)
     return model
+
+
+def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
+    """Compares the sizes of a config with the tensors, before anything is made in these sizes."""
+    names = config.names
+    table = files.shapes.get(f"{names.embedding}.weight") or files.shapes.get(f"{names.head}.weight")
+    before, after = names.layer.split("{layer}")
+    layer = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}\.")
+    numbers = [int(found.group(1)) for found in map(layer.match, files.shapes) if found]
+    first_layer = names.layer.format(layer=0)
+    q, k, gate = (
+        files.shapes.get(f"{first_layer}.{name}.weight")
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    )
+    stated: list[tuple[str, int, int | None]] = [
+        ("num_hidden_layers", config.num_layers, max(numbers) + 1 if numbers else None),
+        ("vocab_size", config.vocab_size, table[0] if table else None),
+        ("hidden_size", config.hidden_size, table[-1] if table else None),
+        ("intermediate_size", config.intermediate_size, gate[0] if gate else None),
+        ("num_attention_heads × head_dim", config.num_heads * config.head_dim, q[0] if q else None),
+        ("num_key_value_heads × head_dim", config.num_kv_heads * config.head_dim, k[0] if k else None),
+    ]
+    wrong = [
+        f"{name} is {size}, the tensors have {found}" for name, size, found in stated if found not in (None, size)
+    ]
+    if wrong:
+        raise InputError(f"{files.folder}: config.json does not describe the weights beside it: {'; '.join(wrong)}")
 
 
 def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:

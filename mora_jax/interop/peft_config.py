@@ -130,6 +130,8 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
 
 
 def _check_common(values: dict[str, Any], where: str) -> None:
+    base = values.get("base_model_name_or_path")
+    require(values, where, "base_model_name_or_path", base is None or isinstance(base, str), "a path or a hub id")
     saved = values.get("modules_to_save")
     require(values, where, "modules_to_save", saved is None or is_names(saved), "a list of names")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):

@@ -86,11 +86,14 @@ class LoraFormat(Format):
 
     def check(self, values: dict[str, Any], where: str) -> None:
         init = values.get("init_lora_weights", True)
-        if init not in _HARMLESS_INITS and init not in _FROM_BASE:
+        known = init is None or isinstance(init, bool | str | int)
+        if not known or (init not in _HARMLESS_INITS and init not in _FROM_BASE):
             raise InputError(
                 f"{where}: init_lora_weights {init!r} changes the base weights in a way that can't be repeated; "
                 "convert it to plain LoRA (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
             )
+        for name in ("use_rslora", "use_dora", "use_mora"):
+            require(values, where, name, values.get(name) in (None, True, False), "true or false")
         kind = _kind(values, where)
         require_positive(values, where, "r", 8, whole=True)
         require_positive(values, where, "lora_alpha", 8)

@@ -1,5 +1,7 @@
 """Reading the tensors of a folder of safetensors files, single or sharded."""
 
+import reprlib
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,8 @@ def _open(file: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{file} does not exist, but the index names it: download the folder again") from None
     except SafetensorError as error:
-        raise InputError(f"{file} is not a complete safetensors file ({error}): download it again") from None
+        reason = textwrap.shorten(str(error), 150, placeholder="...")
+        raise InputError(f"{file} is not a complete safetensors file ({reason}): download it again") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}") from None
 
@@ -102,7 +105,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} has no weight_map of tensor names to files")
-    outside = sorted({file for file in weight_map.values() if Path(file).name != file})
+    outside = sorted({file for file in weight_map.values() if Path(file).name != file or not file or len(file) > 255})
     if outside:
-        raise InputError(f"{index} names files outside the folder: {', '.join(outside[:3])}")
+        raise InputError(f"{index} names what is no file of the folder: {', '.join(map(reprlib.repr, outside[:3]))}")
     return weight_map

@@ -67,7 +67,7 @@ def test_an_index_without_a_map(folder):
         load(folder)
     weight_map = {"model.norm.weight": "../model.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(mj.InputError, match="names files outside the folder"):
+    with pytest.raises(mj.InputError, match="names what is no file of the folder"):
         load(folder)
 
 

@@ -156,6 +156,8 @@ def test_sliding_windows_really_slide(tmp_path):
 
 def base_config(**fields) -> dict:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 64}
+    if "architectures" in fields and fields["architectures"] is not None:
+        del config["model_type"]
     return json.loads(json.dumps(SIZES | config | fields))
 
 
@@ -183,6 +185,17 @@ def base_config(**fields) -> dict:
         ({"hidden_size": 30}, r"hidden_size \(30\) is not a multiple of num_attention_heads \(4\)"),
         ({"head_dim": 5}, r"head_dim \(5\) must be even"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, found 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000, found 1000000000"),
+        ({"vocab_size": 2**31}, "vocab_size must be at most 2147483647, found 2147483648"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number, found 10{14}"),
+        ({"model_type": "bert"}, "model_type is 'bert', but architectures names LlamaForCausalLM, whose model_type is"),
+        ({"model_type": 3}, "model_type is 3, but architectures names"),
+        ({"model_type": None}, "model_type is None, but architectures names"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list with the name of a class, found 'Llama"),
+        ({"architectures": [1]}, r"architectures must be a list with the name of a class, found \[1\]"),
+        ({"architectures": [], "model_type": None}, "architecture None is not supported; supported are"),
+        ({"hidden_act": None}, "hidden_act must be one of gelu, .*, found None"),
+        ({"hidden_act": "x" * 1000}, r"hidden_act 'x{12}\.\.\.x{13}' is not supported"),
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number, found 'small'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, found 1"),
@@ -195,7 +208,7 @@ def base_config(**fields) -> dict:
             {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]},
             "one entry for each of the 3",
         ),
-        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked"] * 3}, "layer_types has chunked"),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked"] * 3}, "layer_types has 'chunked'"),
         (
             {"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True},
             "use_bidirectional_attention",

@@ -1,5 +1,6 @@
 """The supported model families. A family is one module with `ARCHITECTURE`, `MODEL_TYPE` and `read`."""
 
+import reprlib
 from types import ModuleType
 from typing import Any
 
@@ -27,12 +28,22 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
         InputError: for an architecture that is not supported, or a value that is missing or bad.
     """
     architectures = values.get("architectures")
-    named = architectures[0] if isinstance(architectures, list) and architectures else None
-    model_type = values.get("model_type")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise Fields(values, where).bad("architectures", "a list with the name of a class")
+    named, model_type = architectures[0] if architectures else None, values.get("model_type")
     for family in FAMILIES:
         if named == family.ARCHITECTURE or (named is None and model_type == family.MODEL_TYPE):
+            if values.get("model_type", family.MODEL_TYPE) != family.MODEL_TYPE:
+                raise InputError(
+                    f"{where}: model_type is {reprlib.repr(model_type)}, but architectures names {named}, whose"
+                    f" model_type is {family.MODEL_TYPE}; make them agree"
+                )
             if values.get("quantization_config") is not None:
                 raise InputError(f"{where}: the checkpoint is quantized; give the unquantized one")
             return family.read(Fields(values, where))
     supported = ", ".join(family.ARCHITECTURE for family in FAMILIES)
-    raise InputError(f"{where}: architecture {named or model_type!r} is not supported; supported are {supported}")
+    raise InputError(
+        f"{where}: architecture {reprlib.repr(named or model_type)} is not supported; supported are {supported}"
+    )

@@ -1,6 +1,7 @@
 """What the families share: the fields that all their configs have, and layer types."""
 
 import json
+import reprlib
 from typing import Any
 
 from mora_jax.errors import InputError
@@ -20,10 +21,13 @@ _ACTIVATIONS = {
 
 def read_activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> str:
     """The MLP's activation."""
+    if name in fields.values and fields.values[name] is None:
+        raise fields.bad(name, f"one of {', '.join(sorted(_ACTIVATIONS))}")
     value = fields.text(name, default)
     if value not in _ACTIVATIONS:
         raise InputError(
-            f"{fields.where}: {name} {value!r} is not supported; supported are {', '.join(sorted(_ACTIVATIONS))}"
+            f"{fields.where}: {name} {reprlib.repr(value)} is not supported; supported are"
+            f" {', '.join(sorted(_ACTIVATIONS))}"
         )
     return _ACTIVATIONS[value]
 
@@ -35,10 +39,11 @@ def layer_types(fields: Fields, default: list[str]) -> list[str]:
         return default
     if not isinstance(types, list) or len(types) != len(default):
         raise fields.bad("layer_types", f"a list with one entry for each of the {len(default)} layers")
-    unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
+    unknown = sorted({reprlib.repr(kind) for kind in types if kind not in ("full_attention", "sliding_attention")})
     if unknown:
         raise InputError(
-            f"{fields.where}: layer_types has {', '.join(unknown)}; supported are full_attention and sliding_attention"
+            f"{fields.where}: layer_types has {', '.join(unknown[:3])}; supported are full_attention and"
+            " sliding_attention"
         )
     return types
 
@@ -71,7 +76,7 @@ def read_common(fields: Fields, family: str, *, head_dim: int | None = None, **f
     head_dim = fields.integer("head_dim", head_dim or hidden // heads)
     if head_dim % 2:
         raise InputError(f"{fields.where}: head_dim ({head_dim}) must be even for rotary embeddings")
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers()
     values: dict[str, Any] = {
         "family": family,
         "vocab_size": fields.integer("vocab_size"),

@@ -1,10 +1,16 @@
 """Reading values out of a HuggingFace `config.json`, with one clear line for each bad one."""
 
+import reprlib
+import sys
 from typing import Any
 
 from mora_jax.errors import InputError
 
 _MISSING = object()
+#: The largest whole number: that of int32, in which sizes and ids are kept.
+_LARGEST = 2**31 - 1
+#: The most layers; a description has some fields of every layer, before any tensor is looked at.
+_MOST_LAYERS = 10_000
 
 
 class Fields:
@@ -25,13 +31,22 @@ class Fields:
 
     def bad(self, name: str, wanted: str) -> InputError:
         """The error for a value that is not what it should be."""
-        return InputError(f"{self.where}: {name} must be {wanted}, found {self.values.get(name)!r}")
+        return InputError(f"{self.where}: {name} must be {wanted}, found {reprlib.repr(self.values.get(name))}")
 
     def integer(self, name: str, default: Any = _MISSING) -> int:
         """A positive whole number."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.bad(name, "a positive whole number")
+        return self._bounded(name, value, _LARGEST)
+
+    def layers(self) -> int:
+        """The number of layers."""
+        return self._bounded("num_hidden_layers", self.integer("num_hidden_layers"), _MOST_LAYERS)
+
+    def _bounded(self, name: str, value: int, largest: int) -> int:
+        if value > largest:
+            raise self.bad(name, f"at most {largest}")
         return value
 
     def whole(self, name: str, default: Any = _MISSING) -> int:
@@ -39,12 +54,12 @@ class Fields:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.bad(name, "a whole number, 0 or more")
-        return value
+        return self._bounded(name, value, _LARGEST)
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A positive number."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise self.bad(name, "a positive number")
         return float(value)
 

@@ -19,7 +19,7 @@ NAMES = TensorNames(
 
 def read(fields: Fields) -> DecoderConfig:
     """The decoder that a Gemma 2 `config.json` describes."""
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers()
     types = layer_types(fields, ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)])
     return read_gemma(
         fields,

@@ -14,7 +14,7 @@ MODEL_TYPE = "gemma3_text"
 
 def read(fields: Fields) -> DecoderConfig:
     """The decoder that a Gemma 3 text `config.json` describes."""
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers()
     pattern = fields.integer("sliding_window_pattern", 6)
     every = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     types = layer_types(fields, every)

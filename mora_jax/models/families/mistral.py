@@ -11,4 +11,4 @@ MODEL_TYPE = "mistral"
 def read(fields: Fields) -> DecoderConfig:
     """The decoder that a Mistral `config.json` describes."""
     window = fields.nullable_integer("sliding_window", 4096)
-    return read_common(fields, MODEL_TYPE, windows=(window,) * fields.integer("num_hidden_layers"))
+    return read_common(fields, MODEL_TYPE, windows=(window,) * fields.layers())

@@ -19,7 +19,7 @@ def upper_windows(fields: Fields) -> tuple[int | None, ...]:
     if not fields.flag("use_sliding_window", False):
         window = None
     first = fields.whole("max_window_layers", 28)
-    layers = range(fields.integer("num_hidden_layers"))
+    layers = range(fields.layers())
     sliding = [window is not None and layer >= first for layer in layers]
     types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
     return windows_of(fields, layer_types(fields, types), window)
