@@ -18,10 +18,9 @@ peft: a folder that PEFT loads; methods that PEFT has keep their form, the other
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
+from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number, add_out
 from mora_jax.errors import InputError
 
 HELP = "turn an adapter into another method or layout, or extract one from a fine-tune"
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=TARGETS, help="what to write (default with --from-diff: lora)")
     parser.add_argument("--combine", choices=COMBINATIONS, help="how to make one adapter of several")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="the adapters' weights for --combine")
-    parser.add_argument("--out", metavar="DIR", help="folder to write; must not exist yet")
+    add_out(parser)
     add_number(parser, "--rank", int, None, "Rank to come down to; accepts the error that this makes", at_least=1)
     add_key(parser, "--kind", "adapter.kind", help="Kind of MoRA to fit")
     add_key(parser, "--targets", "adapter.targets", help="Matrices to extract with --from-diff", default="all-linear")
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         model, conversion = _convert(args)
     from mora_jax.interop import save_adapter
 
-    save_adapter(model, args.out)
+    save_adapter(model, args.out, overwrite=args.overwrite)
     if conversion is not None:
         print(json.dumps(conversion.to_dict()) if args.json else conversion)
         if conversion.left_out:
@@ -88,8 +87,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"{', '.join(absent)} missing (see mora-jax convert --help)")
     if args.combine and len(args.weights) != len(args.adapter):
         raise InputError(f"--weights has {len(args.weights)} numbers for {len(args.adapter)} adapters; give one each")
-    if Path(args.out).exists():
-        raise InputError(f"--out {args.out} exists already; give a folder that doesn't, or remove it")
+    from mora_jax.interop.folders import check_out
+
+    check_out(args.out, overwrite=args.overwrite)
 
 
 def _difference(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mora_jax.cli.options import add_data, add_number
 from mora_jax.errors import InputError
+from mora_jax.paths import local_path
 
 HELP = "show which tokens of a data file carry loss"
 # Columns where there is no terminal to ask.
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add_number(parser, "--examples", int, 1, "Encoded examples to show.", at_least=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write report and examples as a web page")
+    parser.add_argument("--html", metavar="FILE", help="also write report and examples as a web page")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,12 +37,11 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.interop.hub import local_folder
     from mora_jax.training.example_text import print_examples
 
-    if args.html is not None:
-        _check_page(args.html)
+    html = None if args.html is None else _page_path(args.html)
     tokenizer = load_tokenizer(local_folder(args.model))
     dataset = read_data(args, tokenizer, len(tokenizer))
-    if args.html is not None:
-        write_page(args.html, make_page(dataset, tokenizer, args.examples, recognised=args.format is None))
+    if html is not None:
+        write_page(html, make_page(dataset, tokenizer, args.examples, recognised=args.format is None))
         print(f"wrote {args.html}", file=sys.stderr)
     if args.json:
         print(json.dumps(inspect_dataset(dataset, args.examples)))
@@ -60,9 +60,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_page(path: Path) -> None:
-    """Refuses a place where no page can be written, before the work begins."""
+def _page_path(given: str) -> Path:
+    """Where the page is written; refuses what can't be, before the work begins."""
+    path = local_path(given)
     if path.is_dir():
         raise InputError(f"--html {path}: is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--html {path}: there is no folder {path.absolute().parent}; make it first")
+    if path.exists() and not path.read_bytes()[:100].lstrip().lower().startswith(b"<!doctype html"):
+        raise InputError(f"--html {path}: is no web page, and would be lost; name another file")
+    if not path.parent.is_dir():
+        raise InputError(f"--html {path}: there is no folder {path.parent}; make it first")
+    return path

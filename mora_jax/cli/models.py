@@ -1,10 +1,10 @@
 """Loading what `--model` and `--adapter` name."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded, local_path
 
 
 def load(
@@ -63,12 +63,12 @@ def named_adapters(texts: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
+        if not equals or expanded(text).exists():
             name, path = "", text
         folder = adapter_folder(path)
+        place = local_path(path)
         # A run directory holds its adapter in a folder that is always called the same.
-        place = Path(path if Path(path).name != "adapter" else Path(path).absolute().parent)
-        name = name or place.name or place.absolute().name
+        name = name or (place.parent if place.name == "adapter" else place).name
         if name in found:
             raise InputError(f"two adapters are called {name!r}; name them, as in --adapter NAME={path}")
         found[name] = folder

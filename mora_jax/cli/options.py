@@ -75,6 +75,14 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
     add_value(parser, "--adapter-kind", key, help=words)
 
 
+def add_out(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Adds `--out` and `--overwrite`, for a folder that is written."""
+    words = "folder to write; must not exist yet, or be empty"
+    parser.add_argument("--out", required=required, metavar="DIR", help=words)
+    words = "replace what an earlier command wrote to --out; other files stay there"
+    parser.add_argument("--overwrite", action="store_true", help=words)
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which examples are read and which of their tokens carry loss."""
     data = dataclasses.replace(keys()["data.train"], name="--data", default=None)

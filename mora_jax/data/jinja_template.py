@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded
 
 #: Files with one of these endings are Jinja templates, also where there is no such file.
 SUFFIXES = (".jinja", ".jinja2", ".j2")
@@ -99,7 +99,7 @@ class JinjaTemplate:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).read_bytes().decode("utf-8-sig")
+        return expanded(file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 at byte {error.start}: save the chat template as UTF-8") from None
     except OSError as error:

@@ -11,6 +11,7 @@ from typing import Protocol
 from mora_jax.data.arrow_rows import HubData, SavedFolder
 from mora_jax.data.reading import READERS, DataFile, NumberedRow
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded, glob_pattern
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_NAME = re.compile(rf".*({'|'.join(map(re.escape, READERS))})(\.gz)?", re.IGNORECASE | re.DOTALL)
@@ -55,14 +56,14 @@ def locate(
 
 
 def _find(text: str, split: str | None, subset: str | None, streaming: bool) -> list[Origin]:
-    path = Path(text).expanduser()
+    path = expanded(text)
     # A file whose name has brackets in it is that file.
     if path.is_dir():
         return [SavedFolder(path, split)] if SavedFolder.is_one(path) else _data_files(path)
     if path.exists():
         return [DataFile(path)]
     if glob.has_magic(text):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        found = sorted(Path(name) for name in glob.glob(_pattern(text), recursive=True))
         files: list[Origin] = [DataFile(name) for name in found if name.is_file()]
         if not files:
             raise InputError(f"no file matches {text}")
@@ -71,6 +72,11 @@ def _find(text: str, split: str | None, subset: str | None, streaming: bool) -> 
     if _HUB_ID.fullmatch(text) and not _DATA_NAME.fullmatch(text) and not path.parent.is_dir():
         return [HubData(text, split, subset, streaming)]
     raise InputError(f"no such data file: {text}")
+
+
+def _pattern(text: str) -> str:
+    """What `glob` is asked for: names are shown to the user as they were given."""
+    return glob_pattern(text) if text.startswith("~") else text
 
 
 def _data_files(folder: Path) -> list[Origin]:

@@ -17,6 +17,7 @@ from mora_jax.data.describe import describe_example, visible
 from mora_jax.data.inspecting import loss_words, repeated_prompts, segment_table
 from mora_jax.data.report import Report
 from mora_jax.data.terminal import fates, ratio_words
+from mora_jax.paths import new_file
 
 # The histogram's drawing, in its own units.
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 760, 250, 8, 52, 34
@@ -53,14 +54,9 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
 
 
 def write_page(path: str | os.PathLike[str], page: str) -> None:
-    """Writes a page beside its place and renames it, so that nobody meets half of one."""
-    place = Path(path)
-    beside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes a page, whole or not at all."""
+    with new_file(path) as file:
+        file.write_text(page, encoding="utf-8")
 
 
 @cache

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from mora_jax.data.spans import Untrackable
 from mora_jax.data.templates import TEMPLATES
 from mora_jax.data.tokens import tokenize
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded
 
 #: The name under which a user may ask for the tokenizer's own template, which is also the default.
 OWN = "tokenizer"
@@ -70,7 +70,7 @@ class Renderer:
             return ChatTemplate(JinjaTemplate(self.tokenizer), self.unshown)
         if self.template in TEMPLATES:
             return None
-        if self.template.endswith(SUFFIXES) or Path(self.template).is_file():
+        if self.template.endswith(SUFFIXES) or expanded(self.template).is_file():
             return ChatTemplate(JinjaTemplate(self.tokenizer, self.template), self.unshown)
         known = ", ".join((OWN, *TEMPLATES))
         raise InputError(f"unknown template {self.template!r}: choose one of {known}, or a Jinja file")

@@ -12,6 +12,7 @@ from mora_jax.data.loading import open_rows
 from mora_jax.data.mapping import Mapping
 from mora_jax.data.store import TokenStore
 from mora_jax.data.token_cache import build_store, default_folder, fingerprint, tokenizer_fingerprint, writable
+from mora_jax.paths import local_path
 
 #: In place of a folder for tokens: keep them in memory, for this run.
 OFF = "off"
@@ -78,7 +79,7 @@ class Source:
             "template": encoder.renderer.template,
             "notes": list(encoder.renderer.notes),
         }
-        folder: Path | None = default_folder() if self.cache is None else Path(self.cache).expanduser()
+        folder: Path | None = default_folder() if self.cache is None else local_path(self.cache)
         key = None
         if self.cache == OFF or folder is None or not writable(folder):
             folder = None

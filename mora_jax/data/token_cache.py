@@ -19,6 +19,7 @@ from filelock import FileLock
 from mora_jax.data.encoding import Encoded, RawRow, RowEncoder, encode_chunks
 from mora_jax.data.store import TokenStore, write
 from mora_jax.errors import InputError
+from mora_jax.paths import local_path
 
 #: Raise it when the same rows become other tokens or another layout.
 VERSION = 3
@@ -29,7 +30,7 @@ def default_folder() -> Path:
     """`$MORA_JAX_CACHE`, else `mora_jax` in the user's cache folder."""
     given = os.environ.get("MORA_JAX_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or os.path.join(base, "mora_jax")).expanduser()
+    return local_path(given or os.path.join(base, "mora_jax"))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

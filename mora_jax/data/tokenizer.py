@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded
 
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 #: Characters of another library's error that are shown.
@@ -24,14 +25,15 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
       InputError: if there is none that can be loaded.
     """
-    folder = Path(path)
+    folder = expanded(path)
     local = folder.exists()
     if local:
         _check_folder(folder)
     elif folder.is_absolute() or str(path).count("/") > 1:
         raise InputError(f"no such model folder: {path}")
     try:
-        tokenizer = _auto_tokenizer().from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
+        name = str(folder if local else path)
+        tokenizer = _auto_tokenizer().from_pretrained(name, local_files_only=local, trust_remote_code=False)
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     except Exception as error:  # noqa: BLE001
         # What is wrong in a folder's files comes as whatever the code that meets it raises: bare Exceptions of the
@@ -61,9 +63,7 @@ def _why(error: Exception, path: str | Path) -> str:
 
 def _check_folder(folder: Path) -> None:
     if not any((folder / name).exists() for name in VOCABULARIES):
-        raise InputError(
-            f"cannot load a tokenizer from {folder}: there is none of {', '.join(VOCABULARIES)}"
-        )
+        raise InputError(f"cannot load a tokenizer from {folder}: there is none of {', '.join(VOCABULARIES)}")
     file = folder / "tokenizer.json"
     if file.exists():
         # The tokenizers library raises a bare Exception for a file that was cut off.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 STEPS = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options."""
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of plot and figures")
+    parser.add_argument("--out", default="demo_out", help="folder of plot and figures")
     parser.add_argument(
         "--steps", type=_positive, default=STEPS, help=f"optimiser steps of each cell (default {STEPS})"
     )

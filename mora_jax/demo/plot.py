@@ -8,6 +8,7 @@ from typing import Any
 
 from mora_jax.demo.cells import MODES, Curve
 from mora_jax.demo.table import Row
+from mora_jax.paths import new_file
 
 #: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
 STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -48,7 +49,8 @@ def draw(rows: Sequence[Row], curves: Mapping[tuple[str, str], Curve], path: Pat
         for method, (colour, dash, marker) in styles.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=130)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=130)
 
 
 def _plain_ticks(axis: Any) -> None:

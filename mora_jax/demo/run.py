@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +22,9 @@ from mora_jax.demo.measure import Judge
 from mora_jax.demo.options import STEPS
 from mora_jax.demo.plot import draw
 from mora_jax.demo.table import Row, print_table
+from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained
+from mora_jax.paths import local_path, new_file
 
 Say = Callable[[str], None]
 
@@ -81,17 +83,32 @@ def run(
 def execute(args: argparse.Namespace) -> int:
     """Runs the demo with parsed options; returns the exit code."""
     say = _Progress()
+    out = make_out(args.out)
     results = run(steps=args.steps, seed=args.seed, say=say)
     title = f"Held-out questions: {len(results.rows[0].scores.answers)}; {args.steps} steps a cell"
     print_table(results.rows, title)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_figures(results, args.out / "results.json")
+    write_figures(results, out / "results.json")
     if importlib.util.find_spec("matplotlib") is None:
         say("no plot: matplotlib is not installed; pip install 'mora-jax[plots]' brings it")
     else:
-        draw(results.rows, results.curves, args.out / "curves.png")
-        say(f"plot: {args.out / 'curves.png'}; all figures: {args.out / 'results.json'}")
+        draw(results.rows, results.curves, out / "curves.png")
+        say(f"plot: {out / 'curves.png'}; all figures: {out / 'results.json'}")
     return 0
+
+
+def make_out(given: str | Path) -> Path:
+    """The folder of plot and figures, made and tried before minutes go into what is to be written there.
+
+    Raises:
+        InputError: it can't be made, or takes no files.
+    """
+    out = local_path(given)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def write_figures(results: Results, path: Path) -> None:
@@ -110,10 +127,8 @@ def write_figures(results: Results, path: Path) -> None:
             entry["curve"] = dataclasses.asdict(curve)
             entry["wall_seconds"] = results.seconds[row.method, row.mode]
         rows.append(entry)
-    # Beside the target first, so that an interrupted run leaves no half a file.
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with new_file(path) as file:
+        file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 class _Progress:

@@ -26,6 +26,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.models.init import read_json
 from mora_jax.models.precision import read_dtype
+from mora_jax.paths import found_path
 
 
 def load_pretrained(
@@ -71,7 +72,7 @@ def load_pretrained(
         lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat, quantize=quantize)
     )
     _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
-    model.name_or_path, model.folder = os.fspath(path), str(folder)
+    model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model, tokenizer
 
 
@@ -89,7 +90,7 @@ def load_shapes(path: str | os.PathLike[str]) -> Decoder:
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=None))
     pieces = [piece for entry in tensor_plan(model) for piece in entry.pieces]
     _check(pieces, files, _head_for_embedding(config, files))
-    model.name_or_path, model.folder = os.fspath(path), str(folder)
+    model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model
 
 

@@ -5,18 +5,19 @@ import re
 from pathlib import Path
 
 from mora_jax.errors import InputError
+from mora_jax.paths import local_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the local copy of the hub repository that `path` names (downloaded when needed).
+    """The folder's absolute path, or the local copy of the hub repository that `path` names (downloaded when needed).
 
     Raises:
         InputError: when it is neither.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if folder.is_dir():
         return folder
     if folder.exists():

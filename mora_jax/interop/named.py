@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from mora_jax.interop.install import Filling, install
 from mora_jax.interop.peft_config import put_extra_fields
 from mora_jax.interop.peft_save import save_adapter
 from mora_jax.interop.slots import check_places, make_room, placed_banks, read_slot, write_slot
+from mora_jax.paths import local_path
 
 
 class _Named(NamedTuple):
@@ -98,7 +98,7 @@ class NamedAdapters:
         Raises:
             InputError: as `load_adapter` and `add`.
         """
-        name = name if name is not None else Path(path).name
+        name = name if name is not None else local_path(path).name
         self._check_new(name)
         fillings, extra = read_adapter(self.model, path, strict=strict)
         self._put(name, fillings, extra)
@@ -166,12 +166,19 @@ class NamedAdapters:
             use(self.model, ids)
         self._active = names
 
-    def save(self, name: str, out: str | os.PathLike[str], *, base_model_name_or_path: str | None = None) -> None:
+    def save(
+        self,
+        name: str,
+        out: str | os.PathLike[str],
+        *,
+        base_model_name_or_path: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
         """Writes one adapter as a PEFT folder, with its own rank; see `save_adapter`."""
         copy = bare(self.model)
         install(copy, self._read(name))
         put_extra_fields(copy, self._find(name).extra)
-        save_adapter(copy, out, base_model_name_or_path=base_model_name_or_path)
+        save_adapter(copy, out, base_model_name_or_path=base_model_name_or_path, overwrite=overwrite)
 
     def keep(self, name: str) -> None:
         """Leaves one adapter on the model, as `load_adapter` would have put it there, and nothing of the others."""

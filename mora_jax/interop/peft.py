@@ -27,6 +27,7 @@ from mora_jax.interop.restarted import has_own_base, own_base, with_kind
 from mora_jax.interop.tensors import TensorFiles
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
+from mora_jax.paths import found_path
 
 Chosen = dict[str, tuple[Place, int]]
 
@@ -132,12 +133,17 @@ def _open(folder: Path) -> TensorFiles:
 
 def _check_base(model: nnx.Module, file: AdapterFile, strict: bool) -> None:
     wanted, have = file.values.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
-    if not wanted or not have or Path(wanted).name == Path(have).name:
+    if not wanted or not have or _names(wanted) & _names(have):
         return
     message = f"{file.where}: the adapter was made for {wanted}, the model is {have}"
     if strict:
         raise InputError(f"{message}; give that model, or load without strict")
     warnings.warn(message, stacklevel=4)
+
+
+def _names(path: str) -> set[str]:
+    """What a model is called: by the path as it is given, and by the folder that a link leads to."""
+    return {Path(path).name, Path(found_path(path)).resolve().name}
 
 
 def _drop_tied_head(model: nnx.Module, stored: Stored, files: TensorFiles, file: AdapterFile) -> None:

@@ -31,12 +31,16 @@ from mora_jax.interop.save import tensors_of, write_model
 from mora_jax.interop.stream import write_tensors
 from mora_jax.models.decoder import Decoder
 
+#: What a folder with an adapter holds.
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_FOLDER)
+
 
 def save_adapter(
     model: nnx.Module,
     out: str | os.PathLike[str],
     *,
     base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
     write: bool = True,
 ) -> None:
     """Writes the adapters of a model as a PEFT folder.
@@ -48,8 +52,9 @@ def save_adapter(
     Args:
         model: a model with adapters of one method. PiSSA and OLoRA become LoRA of twice the rank, BitFit a LoRA that
             is nothing but its own bias; AdaLoRA leaves out what it has pruned.
-        out: the folder; must not exist, or be empty, or hold an earlier adapter and nothing else.
+        out: the folder; must not exist, or be empty.
         base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
+        overwrite: replace the adapter that is in `out`; files that belong to none stay there.
         write: False on all processes but one of those that hold parts of the adapters: all have to call this.
 
     Raises:
@@ -80,7 +85,7 @@ def save_adapter(
         for _ in itertools.chain(_all_tensors(model, form, shared), base_tensors):
             pass  # gathered for the process that writes
         return
-    with new_folder(out, replace=frozenset({CONFIG_NAME, WEIGHTS_NAME, BASE_FOLDER})) as folder:
+    with new_folder(out, ours=ADAPTER_FILES, overwrite=overwrite) as folder:
         text = json.dumps(extra_fields(model) | fields, indent=2, sort_keys=True)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole

@@ -25,6 +25,16 @@ from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import family_of
 
+#: What a folder with a model holds, by names and patterns.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "additional_chat_templates",
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -35,6 +45,7 @@ def save_pretrained(
     *,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
     write: bool = True,
 ) -> None:
     """Writes a model as a folder that `transformers` loads: config, weights, tokenizer, generation settings.
@@ -46,12 +57,19 @@ def save_pretrained(
             model was loaded from.
         dtype: "float32", "bfloat16" or "float16" on disk; None for float32, which loses nothing.
         max_shard_bytes: weights beyond this are split into several files with an index.
+        overwrite: replace the model that is in `out`; files that belong to none stay there.
         write: False on all processes but one of those that hold parts of the model: all have to call this.
 
     Raises:
-        InputError: when the model has adapters, or is quantised, or has biases that its family has no place for, when
-            the dtype is another one or too narrow, or `out` is in use.
+        InputError: when the model is none of this library's, or has adapters, or is quantised, or has biases that its
+            family has no place for, when the dtype is another one or too narrow, or `out` is in use.
     """
+    if not isinstance(model, Decoder):
+        raise InputError(
+            f"save_pretrained writes this library's decoders as HuggingFace folders, not a {type(model).__name__}: "
+            "save nnx.state(model) of your own merged model with orbax or safetensors, as at the end of "
+            "docs/own_models.md, and an adapter with save_adapter"
+        )
     if next(iter(adapters_of(model)), None) is not None:
         raise InputError("the model has unmerged adapters: call merge(model) first, or save them with save_adapter")
     if model.quantize != "none":
@@ -64,7 +82,7 @@ def save_pretrained(
         for _ in tensors_of(model, target):
             pass  # gathered for the process that writes
         return
-    with new_folder(out) as folder:
+    with new_folder(out, ours=MODEL_FILES, overwrite=overwrite) as folder:
         write_model(model, folder, dtype=target, max_shard_bytes=max_shard_bytes)
         origin = None if model.folder is None else Path(model.folder)
         copied = ("generation_config.json", *(() if tokenizer is not None else TOKENIZER_FILES))

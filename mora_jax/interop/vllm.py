@@ -22,6 +22,7 @@ from mora_jax.interop.base import load_shapes
 from mora_jax.interop.peft_lora import scaling_at
 from mora_jax.interop.tokenizer import load_tokenizer
 from mora_jax.models.init import read_json
+from mora_jax.paths import local_path
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
@@ -37,7 +38,7 @@ def check_folder(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         InputError: the folder is neither.
     """
-    where = Path(folder)
+    where = local_path(folder)
     if (where / "adapter_config.json").is_file():
         return check_adapter(where)
     if (where / "config.json").is_file():
@@ -47,7 +48,7 @@ def check_folder(folder: str | os.PathLike[str]) -> list[str]:
 
 def check_adapter(folder: str | os.PathLike[str]) -> list[str]:
     """As `check_folder`, for an adapter."""
-    where = Path(folder)
+    where = local_path(folder)
     values = read_json(where / "adapter_config.json")
     absent = [name for name in ("r", "lora_alpha", "target_modules") if values.get(name) is None]
     if absent:
@@ -123,7 +124,7 @@ def _tensors(values: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list
 
 def check_model(folder: str | os.PathLike[str]) -> list[str]:
     """As `check_folder`, for a whole model."""
-    where = Path(folder)
+    where = local_path(folder)
     values = read_json(where / "config.json")
     findings = []
     for name in ("architectures", "model_type"):

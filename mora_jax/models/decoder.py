@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see `mora_jax.adapters.quantized`).
         layers: one `Block` whose leaves have a leading `[L]`.
         spread: how arrays lie on a mesh of devices; None for one device, or where the compiler decides.
-        name_or_path: what the model was loaded from (a folder or a hub id); None for a fresh one.
+        name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
     """
 

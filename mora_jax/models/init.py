@@ -13,6 +13,7 @@ from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.models.precision import read_dtype
+from mora_jax.paths import expanded
 
 
 def init_decoder(
@@ -34,7 +35,8 @@ def init_decoder(
     """
     where = "config"
     if isinstance(config, (str, os.PathLike)):
-        path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+        path = expanded(config)
+        path = path / "config.json" if path.is_dir() else path
         config, where = read_json(path), str(path)
     if isinstance(config, dict):
         config = read_config(config, where)

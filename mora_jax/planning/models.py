@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.families import read_config
 from mora_jax.models.init import read_json
+from mora_jax.paths import expanded
 from mora_jax.planning.published import PUBLISHED
 from mora_jax.training.config_key import nearest
 
@@ -18,7 +18,7 @@ def read_model(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is none, or its architecture is not supported.
     """
-    path = Path(name)
+    path = expanded(name)
     if name.lower() in PUBLISHED:
         values = PUBLISHED[name.lower()]
     elif path.is_dir() and not (path / "config.json").exists():

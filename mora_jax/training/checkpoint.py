@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mora_jax.errors import InputError
+from mora_jax.paths import is_local, local_path
 from mora_jax.training.identity import check_identity
 from mora_jax.training.keeping import Keeping
 from mora_jax.training.quiet import quiet
@@ -63,7 +64,7 @@ class Checkpoints:
         keep_best: int = 0,
         note: Callable[[str], None] = lambda text: None,
     ):
-        self._directory = epath.Path(directory)
+        self._directory = epath.Path(local_path(directory) if is_local(directory) else directory)
         self._keep = Keeping(keep, keep_best)
         self._identity, self._note = dict(identity), note
         self._writing: Any = None
@@ -217,12 +218,23 @@ class Checkpoints:
             self._set_aside(damaged, step)
             return found
         if damaged:
-            causes = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
-            raise InputError(
-                f"no checkpoint in {self._directory} can be read ({causes}); to start again from step 0, remove that "
-                f"folder and use --resume {self._directory.parent}"
-            )
+            raise self._none_readable(damaged)
         return None
+
+    def _none_readable(self, damaged: Mapping[int, str]) -> InputError:
+        """What to do where no checkpoint can be read: nothing that loses one, since all of them may be whole."""
+        causes = {why.replace(str(step), "STEP") for step, why in damaged.items()}
+        if len(causes) == 1:
+            (why,) = causes
+            return InputError(
+                f"no checkpoint in {self._directory} can be read, all for one reason ({why}): the checkpoints may be "
+                "whole, so leave them there; see that path, permissions and installed versions are those of the run"
+            )
+        listed = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        return InputError(
+            f"no checkpoint in {self._directory} can be read ({listed}); to start again from step 0, move that folder "
+            f"to another place and use --resume {self._directory.parent}"
+        )
 
     def restore(self, step: int, like: TrainState, base: Arrays | None = None) -> Restored:
         """One checkpoint's state and changed base, in the shapes, dtypes and places of `like` and `base`.

@@ -9,12 +9,12 @@ import contextlib
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
 
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded
 from mora_jax.training.config import Config, check_together, find_key, flatten, lay_over, unused
 
 MODULE_NAME = "mora_jax_config_file"
@@ -55,7 +55,7 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
         InputError: when the file can't be read, doesn't compile, raises, exits, or returns no ConfigDict.
     """
     try:
-        source = Path(path).read_bytes()
+        source = expanded(path).read_bytes()
     except OSError as error:
         raise InputError(f"config file {path}: can't be read ({error.strerror}); give --config a Python file") from None
     module = types.ModuleType(MODULE_NAME)

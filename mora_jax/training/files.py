@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.paths import is_local, local_path
 from mora_jax.training.mirror import Mirror
 from mora_jax.training.quiet import quiet
 from mora_jax.training.storage_errors import persistently
@@ -34,9 +35,9 @@ def open_files(path: str | os.PathLike[str]) -> Files:
     Raises:
         InputError: another kind of bucket, or the package for this one isn't installed.
     """
-    scheme, separator, _ = os.fspath(path).partition("://")
-    if not separator:
-        return Files(Path(path).expanduser())
+    if is_local(path):
+        return Files(local_path(path))
+    scheme = os.fspath(path).partition("://")[0]
     if scheme not in BUCKETS:
         kinds = ", ".join(f"{kind}://" for kind in BUCKETS)
         raise InputError(f"{path}: runs can be kept in a local folder or on {kinds}, not on {scheme}://")

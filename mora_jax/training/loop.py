@@ -28,7 +28,7 @@ from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.processes import Agreement, check_same, check_shared, is_main, several
 from mora_jax.training.restarts import Restarter
 from mora_jax.training.result import result_name, write_result
-from mora_jax.training.resuming import changed
+from mora_jax.training.resuming import changed, check_found
 from mora_jax.training.run_directory import RunDirectory
 from mora_jax.training.setup import Setup, prepare
 from mora_jax.training.spikes import Spikes
@@ -90,6 +90,7 @@ def resume(
         shown.note(f"{directory.path} is finished; nothing to resume")
         return 0
     kept = config = changed(config, changes) if changes else config
+    check_found(config, directory.path)
     if profile:
         config = lay_over(config, [(name, value, "--profile") for name, value in profile.items()])
     check_writers(config)
@@ -98,7 +99,7 @@ def resume(
     check_same(setup.identity())
     trainer = Trainer(setup, directory, shown)
     if changes:
-        directory.write_json("config.json", kept.to_dict())
+        directory.write_config(dataclasses.replace(kept, out=str(directory.path)))
     return trainer.run()
 
 
@@ -159,7 +160,7 @@ class Trainer:
             context.enter_context(contextlib.closing(batches))
             context.callback(self.directory.files.close)
             self._remember(self.directory.rewind_metrics(first))
-            self.display.start(self.setup.info(first))
+            self.display.start(dataclasses.replace(self.setup.info(first), out=str(self.directory.path)))
             context.enter_context(self.observer.open(first))
             for note in self.placement.notes() if self.placement is not None else ():
                 self.display.note(note)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mora_jax.adapters.merge import merge
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
+from mora_jax.paths import found_path
 from mora_jax.training.config import RESULT_IS_MODEL, Config
 
 
@@ -31,10 +31,9 @@ def write_result(
         write: False on processes that only take part in gathering.
     """
     if config.adapter.method not in RESULT_IS_MODEL:
-        save_adapter(model, out, base_model_name_or_path=config.model.path, write=write)
+        base = found_path(config.model.path or "")
+        save_adapter(model, out, base_model_name_or_path=base, overwrite=True, write=write)
         return
     if restarted:
         merge(model)
-    if write:
-        shutil.rmtree(out, ignore_errors=True)
-    save_pretrained(model, out, tokenizer, write=write)
+    save_pretrained(model, out, tokenizer, overwrite=True, write=write)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from mora_jax.errors import InputError
 from mora_jax.training.config import Config, check_together, find_key, lay_over
@@ -47,3 +50,19 @@ def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     found = lay_over(config, settings)
     check_together(found)
     return found
+
+
+def check_found(config: Config, run: str | os.PathLike[str]) -> None:
+    """Refuses a run whose model or data have gone from where its `config.json` says that they are.
+
+    Raises:
+        InputError: names the path, and the key that says where it is now.
+    """
+    data = config.data
+    named = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
+    named += [("data.train", path) for path in data.train or ()] + [("data.eval", path) for path in data.eval or ()]
+    for name, path in named:
+        if path is None or not Path(path).is_absolute() or Path(path).exists() or glob.glob(path, recursive=True):
+            continue
+        how = f"say where it is now with --config.{name}=..." if name in CHANGEABLE else "put it back there"
+        raise InputError(f"{path}, which the run in {run} names as {name}, is not there any more; {how}")

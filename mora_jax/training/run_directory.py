@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import Config
+from mora_jax.paths import found_path, is_local, local_path
+from mora_jax.training.config import TEMPLATES, Config, lay_over
 from mora_jax.training.files import open_files
 
 CONTENTS = (
@@ -28,12 +30,19 @@ CONTENTS = (
 )
 
 
+# Orbax and etils take these for patterns, or can't read them back.
+_ODD = re.compile(r"[*?\[\\\x00-\x1f]")
+
+
 class RunDirectory:
     """A run's files; each is written beside and renamed, but for the metrics, which grow line by line.
 
     Args:
         path: the folder, local or in a bucket.
         writes: whether this process writes; of several only one does.
+
+    Raises:
+        InputError: the path can't be used.
 
     Attributes:
         path: the folder; a `pathlib.Path`, or in a bucket an `epath.Path`.
@@ -43,6 +52,10 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
         self.files = open_files(path)
         self.path = self.files.path
+        if odd := _ODD.search(os.fspath(self.path)):
+            raise InputError(
+                f"{self.path}: no run can be kept where a path has {odd[0]!r} in it; choose another"
+            )
         self.writes = writes
 
     @property
@@ -92,7 +105,11 @@ class RunDirectory:
         if overwrite:
             for name in CONTENTS:
                 self.files.remove(name)
-        self.write_json("config.json", config.to_dict())
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Writes `config.json`, with paths that hold from any working directory."""
+        self.write_json("config.json", _with_absolute_paths(config).to_dict())
 
     def read_config(self) -> Config:
         """The configuration of the run.
@@ -150,6 +167,24 @@ class RunDirectory:
         if self.writes or not self.files.remote:  # in a bucket processes would overwrite each other's
             self.files.append("hangs.txt", f"{report}\n\n")
             self.files.flush()
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The configuration with what it names on this machine's disk by absolute paths; not hub ids and buckets."""
+    data = config.data
+    paths: dict[str, Any] = {
+        "model.path": config.model.path and found_path(config.model.path),
+        "adapter.path": config.adapter.path and found_path(config.adapter.path),
+        "data.train": data.train and tuple(map(found_path, data.train)),
+        "data.eval": data.eval and tuple(map(found_path, data.eval)),
+    }
+    if config.out and is_local(config.out):
+        paths["out"] = str(local_path(config.out))
+    if data.cache not in (None, "off"):
+        paths["data.cache"] = str(local_path(data.cache))
+    if data.template not in (None, "tokenizer", *TEMPLATES):
+        paths["data.template"] = found_path(data.template)
+    return lay_over(config, [(name, value, "config.json") for name, value in paths.items() if value is not None])
 
 
 def _line(row: Mapping[str, Any]) -> str:

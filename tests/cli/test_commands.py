@@ -133,7 +133,7 @@ def test_refusals(fails, model_dir, data_file, adapters, tmp_path):
     assert "messages" in fails("eval", *model, *data, "--format", "messages")
     assert "the model's context 128" in fails("generate", *model, "--prompt", "x" * 200)
     assert str(absent) in fails("generate", "--model", absent, "--prompt", "x")
-    assert "exists already" in fails("merge", *model, "--adapter", adapters["lora"], "--out", bad_adapter)
+    assert "is not empty" in fails("merge", *model, "--adapter", adapters["lora"], "--out", bad_adapter)
     out = tmp_path / "merged"
     assert str(absent) in fails("merge", *model, "--adapter", absent, "--out", out)
     fails("merge", *model, "--adapter", bad_adapter, "--out", out)

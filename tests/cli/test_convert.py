@@ -128,7 +128,7 @@ def test_refusals(fails, run, model_dir, adapters, tmp_path):
     assert "have full rank" in fails(*base, "--to", "peft", "--out", out)
     assert "--to, --out missing" in fails(*base)
     assert "invalid choice: 'vera'" in fails(*base, "--to", "vera", "--out", out)
-    assert "exists already" in fails(*base, "--to", "lora", "--rank", "2", "--out", tmp_path)
+    assert "is not empty" in fails(*base, "--to", "lora", "--rank", "2", "--out", model_dir)
     assert "--rank must be" in fails(*base, "--to", "lora", "--rank", "0", "--out", out)
     assert "--kind must be" in fails(*base, "--to", "mora", "--kind", "spiral", "--out", out)
     assert "leave --model and --adapter" in fails(*base, "--from-diff", model_dir, model_dir, "--out", out)

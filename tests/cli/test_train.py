@@ -1,6 +1,7 @@
 """train on a tiny model: the run directory, refusals that leave nothing behind, resuming, signals."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -11,12 +12,13 @@ SMALL = ["--config.train.steps=2", "--config.train.batch_size=2", "--config.data
 
 
 @pytest.fixture
-def options(model_dir, data_file, tmp_path):
-    """Everything that a run needs, by key."""
+def options(model_dir, data_file, tmp_path, monkeypatch):
+    """Everything that a run needs, by key, with paths as one types them."""
+    monkeypatch.chdir(tmp_path)
     return [
-        f"--config.model.path={model_dir}",
-        f"--config.data.train={data_file}",
-        f"--config.out={tmp_path / 'run'}",
+        f"--config.model.path={os.path.relpath(model_dir)}",
+        f"--config.data.train={os.path.relpath(data_file)}",
+        "--config.out=run",
         "--config.model.dtype=float32",
         "--config.model.unroll=1",
         *SMALL,

@@ -223,14 +223,17 @@ def test_partial_layers_return(base, tmp_path):
 def test_saving_again_replaces_the_adapter_but_nothing_else(base, tmp_path):
     model = adapted(base, mj.LoRAConfig(rank=2))
     mj.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
     fill_randomly(model, seed=5)
-    mj.save_adapter(model, tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(mj.InputError, match=r"is not empty \(adapter_config.json.*overwrite=True"):
+        mj.save_adapter(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    mj.save_adapter(model, tmp_path / "adapter", overwrite=True)
     second = load(base)
     mj.load_adapter(second, tmp_path / "adapter")
     assert_same_adapters(second, model)
-    (tmp_path / "adapter" / "notes.txt").write_text("mine")
-    with pytest.raises(mj.InputError, match=r"is not empty \(adapter_config.json"):
-        mj.save_adapter(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 

@@ -73,7 +73,7 @@ def test_an_adapter_goes_with_its_base(base, remora, tmp_path):
     assert needs_base(folder)
     model = load(base, folder, strict=True)
     np.testing.assert_allclose(logits(model), logits(remora), atol=1e-5)
-    mj.save_adapter(model, folder)  # again, and in the place of the first
+    mj.save_adapter(model, folder, overwrite=True)  # again, and in the place of the first
     model = load(base, folder)
     np.testing.assert_allclose(logits(model), logits(remora), atol=1e-5)
     mj.merge(model)

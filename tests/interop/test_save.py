@@ -133,6 +133,23 @@ class TestRefusals:
             mj.save_pretrained(model, tmp_path / "used" / "file")
         (tmp_path / "empty").mkdir()
         mj.save_pretrained(model, tmp_path / "empty")
+        with pytest.raises(mj.InputError, match=r"empty is not empty \(config.json, model.safetensors\)"):
+            mj.save_pretrained(model, tmp_path / "empty")
+
+    def test_overwriting(self, tmp_path):
+        out, model = tmp_path / "out", fresh()
+        mj.save_pretrained(model, out, max_shard_bytes=30_000)
+        write_tokenizer(out)
+        (out / "README.md").write_text("somebody's own")
+        mj.save_pretrained(model, out, overwrite=True)
+        assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+        np.testing.assert_array_equal(np.asarray(load(out)(IDS)), np.asarray(model(IDS)))
+
+    def test_models_of_others(self, tmp_path):
+        own = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+        with pytest.raises(mj.InputError, match=r"not a Sequential: save nnx.state\(model\) .* docs/own_models.md"):
+            mj.save_pretrained(own, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
 
     def test_dtypes(self, tmp_path):
         model = fresh()

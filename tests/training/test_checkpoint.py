@@ -142,10 +142,31 @@ def test_where_all_are_damaged_nothing_is_thrown_away(tmp_path):
     write(folder, {3: None, 6: None})
     halve(biggest(folder / "3"))
     empty(folder / "6")
-    with pytest.raises(InputError, match=r"no checkpoint in .* \(step 6: .*; step 3: .*\); to start again from step 0"):
+    with pytest.raises(InputError, match=r"\(step 6: .*; step 3: .*\); to start again from step 0, move that folder"):
         newest(folder)
     assert steps_in(folder) == ["3", "6"]
     assert newest(tmp_path / "none") is None
+
+
+def test_where_all_fail_alike_they_may_be_whole(tmp_path, monkeypatch):
+    write(tmp_path, {3: None, 6: None})
+    with Checkpoints(tmp_path, 2, IDENTITY) as checkpoints:
+
+        def load(step, **settings):
+            raise ValueError(f"{tmp_path}/{step} was refused")
+
+        monkeypatch.setattr(checkpoints._inner, "load", load)
+        with pytest.raises(InputError, match=r"for one reason \(.*/STEP was refused\): .* leave them there") as error:
+            checkpoints.newest(state(0), lambda step: {})
+    assert "remove" not in str(error.value)
+    assert newest(tmp_path).step == 6
+
+
+def test_a_folder_named_from_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("run/checkpoints", {3: None, 6: None})
+    assert steps_in(tmp_path / "run" / "checkpoints") == ["3", "6"]
+    assert newest("run/checkpoints").step == 6
 
 
 def test_what_fails_is_tried_again_and_then_reported(monkeypatch):

@@ -170,7 +170,7 @@ def test_processes_that_do_not_fit_together_are_refused(inputs, tmp_path):
     with started([arguments(inputs, "run")] * 2, cwd=folders) as processes:
         found = ended(processes)
     assert codes(found) == [2, 2]
-    assert "process 1 can't see the run directory run that process 0 writes" in found[0].stderr
+    assert f"process 1 can't see the run directory {folders[1] / 'run'} that process 0 writes" in found[1].stderr
     assert not any(list(folder.iterdir()) for folder in folders)
 
 
