@@ -53,9 +53,7 @@ class RunDirectory:
         self.files = open_files(path)
         self.path = self.files.path
         if odd := _ODD.search(os.fspath(self.path)):
-            raise InputError(
-                f"{self.path}: no run can be kept where a path has {odd[0]!r} in it; choose another"
-            )
+            raise InputError(f"{self.path}: no run can be kept where a path has {odd[0]!r} in it; choose another")
         self.writes = writes
 
     @property
