@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mora_jax.adapters.config import DoRAConfig, LoRAConfig, MoRAConfig, PiSSAConfig, RsLoRAConfig
+from mora_jax.adapters.config import DoRAConfig, LoRAConfig, MoRAConfig, RsLoRAConfig
 from mora_jax.adapters.mora import KINDS
 from mora_jax.linen import LoRADense, MoRADense, adapted, merge, rename_layers
 
@@ -123,16 +123,6 @@ def test_relatives_of_lora(name):
     np.testing.assert_allclose(merge(variables, config)["kernel"], kernel, rtol=1e-4, atol=1e-5)
     with adapted(config):
         np.testing.assert_allclose(plain.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [PiSSAConfig(), LoRAConfig(init="orthogonal"), LoRAConfig(bias="all")],
-    ids=["pissa", "orthogonal", "biases"],
-)
-def test_methods_without_a_linen_form(config):
-    with adapted(config), pytest.raises(ValueError, match="Linen layers"):
-        nn.Dense(OUT).init(jax.random.key(0), inputs(2, IN))
 
 
 def test_variables_have_the_names_of_dense_and_float32_factors():
@@ -260,7 +250,7 @@ def test_merge_in_bfloat16_is_within_the_rounding_of_the_products():
     ("change", "message"),
     [
         (lambda v: ({"params": v["params"]}, LORA), "no collection 'adapters'"),
-        (lambda v: (v, MoRAConfig(rank=2)), "no LoRAConfig names it"),
+        (lambda v: (v, MoRAConfig(rank=2)), "holds lora_a, lora_b, but none of the configurations"),
         (lambda v: (v, LoRAConfig(rank=4, alpha=1.0)), r"lora_a is \(10, 3\)"),
         (lambda v: ({**v, "params": {}}, LORA), "no kernel"),
     ],
@@ -441,8 +431,13 @@ def test_interception_targets_dropout_and_layers_that_have_adapters_already():
         one = TwoLayers().apply(variables, x, rngs={"dropout": jax.random.key(2)})
         two = TwoLayers().apply(variables, x, rngs={"dropout": jax.random.key(3)})
     assert not np.allclose(one, two)
+    mixed = nn.Sequential([LoRADense(OUT, 2, 2.0), nn.Dense(2)])
     with adapted(MoRAConfig(rank=1)):
-        assert set(LoRADense(OUT, 2, 2.0).init(jax.random.key(0), x)["adapters"]) == {"lora_a", "lora_b"}
+        found = mixed.init(jax.random.key(0), x)["adapters"]
+    assert {name: set(arrays) for name, arrays in found.items()} == {
+        "layers_0": {"lora_a", "lora_b"},
+        "layers_1": {"m"},
+    }
 
 
 def test_rename_layers():

@@ -107,6 +107,19 @@ def _trained_as(fillings: dict[str, Filling], method: LoRAConfig, found: list[Pl
     return changed
 
 
+def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of the tensors in a PEFT folder: by module path, then by `FACTORS`.
+
+    Raises:
+        InputError: the folder is incomplete, or a name is none of PEFT's.
+    """
+    files = _open(local_folder(path))
+    return {
+        module: {kind: files.shapes[name] for kind, name in names.items()}
+        for module, names in stored_tensors(files).factors.items()
+    }
+
+
 def needs_base(path: str | os.PathLike[str]) -> bool:
     """Whether an adapter, or the change that it makes, is only known beside the values of its base.
 

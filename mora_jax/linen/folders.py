@@ -1,0 +1,299 @@
+"""Linen adapters as PEFT folders, the same that NNX models of the same module paths write and read.
+
+A tree of variables is turned into an NNX model of plain layers at its module paths, which `mora_jax.interop` knows how
+to save and to load. Layers under `nn.scan` or `nn.vmap` are one entry each there, with their number behind the module
+that is stacked: `layers.0.attn.query`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx, traverse_util
+
+from mora_jax.adapters.config import RsLoRAConfig
+from mora_jax.adapters.patterns import config_at, exactly, pattern_for
+from mora_jax.adapters.report import AdapterEntry, adapters_of
+from mora_jax.errors import InputError
+from mora_jax.interop import peft, peft_save
+from mora_jax.interop.install import Filling, install
+from mora_jax.linen.matrices import Matrix
+from mora_jax.linen.merging import Path, layers_of, plain_tree, possible_matrices
+from mora_jax.linen.report import LinenReport
+from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected
+
+
+class _Tree(nnx.Module):
+    """Modules under the names of a tree of parameters."""
+
+
+class _Place(NamedTuple):
+    """An array of `params` that may be a layer's matrix.
+
+    Attributes:
+        path: the layer's module path.
+        matrix: how it is one.
+        array, bias: what the layer holds, with axes in front.
+        lifts: behind how many components of the path the number of each axis in front is written.
+    """
+
+    path: Path
+    matrix: Matrix
+    array: jax.Array
+    bias: jax.Array | None
+    lifts: tuple[int, ...]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.array.shape[: self.array.ndim - len(self.matrix.shape)]
+
+    def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """The path in files of each layer, with its place in the axes in front."""
+        for index in np.ndindex(self.stack):
+            parts = list(self.path)
+            for at, number in sorted(zip(self.lifts, index, strict=True), reverse=True):
+                parts.insert(at, str(number))
+            yield index, ".".join(parts)
+
+
+def save_adapter(
+    variables: Mapping[str, Any],
+    out: str | os.PathLike[str],
+    config: Any,
+    *,
+    report: LinenReport | None = None,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Writes the adapters of a Linen model as a PEFT folder, as `mora_jax.save_adapter` does for NNX.
+
+    Args:
+        variables: `{"params": …, "adapters": …}`.
+        out: the folder, as for `mora_jax.save_adapter`.
+        config: what the adapters were made with.
+        report: what `adapted` gave; needed for layers under `nn.scan` or `nn.vmap`, and where shapes alone don't say
+            how a kernel is a matrix.
+        base_model_name_or_path: what the folder names as its base.
+
+    Raises:
+        InputError: as `mora_jax.save_adapter`, or the variables don't fit the configuration.
+    """
+    try:
+        layers = list(layers_of(variables, (config,), report))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    places, fillings = [], {}
+    for layer in layers:
+        lifts = () if report is None else report.lifts_at(layer.path)
+        if len(lifts) != len(layer.stack):
+            raise InputError(
+                f"{'.'.join(layer.path)} is a stack of layers {layer.stack}, and where their numbers belong is not "
+                "known: give the report of the context in which they were made, report="
+            )
+        place = _Place(layer.path, layer.matrix, layer.kernel, layer.bias, lifts)
+        places.append(place)
+        scaling = np.asarray(check_config(layer.config).scale(layer.config), np.float32)
+        for index, name in place.names():
+            values = {key: np.asarray(value[index]) for key, value in layer.arrays.items()}
+            fillings[name] = Filling(layer.config, values | {"scaling": scaling})
+    taken = {place.path for place in places}
+    others = [place for place in _arrays_of(variables) if place.path not in taken]
+    model = _as_nnx(places, others)
+    install(model, fillings)
+    peft_save.save_adapter(model, out, base_model_name_or_path=base_model_name_or_path)
+
+
+def load_adapter(
+    variables: Mapping[str, Any], path: str | os.PathLike[str], *, report: LinenReport | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Reads the adapter of a PEFT folder for a Linen model.
+
+    Args:
+        variables: `{"params": …}` of the plain model.
+        path: the folder or hub id, as for `mora_jax.load_adapter`; written from Linen or from NNX.
+        report: what `adapted` gave for the model, with any configuration; needed where shapes alone don't say how a
+            kernel is a matrix.
+
+    Returns:
+        The configuration for `adapted`, and the variables with the adapters among them. Its dropout is the one that the
+        adapter was trained with.
+
+    Raises:
+        InputError: as `mora_jax.load_adapter`, or Linen has no form of what the folder holds.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from mora_jax.adapters.config import LoRAConfig
+        >>> from mora_jax.linen import adapted, load_adapter, save_adapter
+        >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(4)]), jnp.ones((3, 8))
+        >>> with adapted(LoRAConfig(rank=2)):
+        ...     variables = model.init(jax.random.key(0), x)
+        >>> folder = tempfile.mkdtemp()
+        >>> save_adapter(variables, folder, LoRAConfig(rank=2))
+        >>> config, variables = load_adapter({"params": variables["params"]}, folder)
+        >>> with adapted(config):
+        ...     model.apply(variables, x).shape
+        (3, 4)
+    """
+    given = peft.tensor_shapes(path)
+    places = [_placed(place, given, report) for place in _arrays_of(variables)]
+    known = {name: (place, index) for place in places for index, name in place.names()}
+    model = _as_nnx([place for place in places if any(name in given for _, name in place.names())], places)
+    peft.load_adapter(model, path)
+    found: dict[Path, dict[tuple[int, ...], AdapterEntry]] = {}
+    for entry in adapters_of(model):
+        place, index = known[entry.path]
+        found.setdefault(place.path, {})[index] = entry
+    by_path = {place.path: place for place in places}
+    config = _one_config({path: list(entries.values()) for path, entries in found.items()})
+    collections: dict[str, dict[Path, jax.Array]] = {COLLECTION: {}, FIXED: {}}
+    for where, entries in found.items():
+        place = by_path[where]
+        trained, fixed = expected(config_at(config, ".".join(where)), place.matrix)
+        for collection, names in ((COLLECTION, trained), (FIXED, fixed)):
+            for name, shape in names.items():
+                stacked = np.zeros((*place.stack, *shape), np.float32)
+                for index, entry in entries.items():
+                    stacked[index] = entry.params[name]
+                collections[collection][*where, name] = jnp.asarray(stacked)
+    trees = {name: traverse_util.unflatten_dict(arrays) for name, arrays in collections.items() if arrays}
+    return config, dict(variables) | trees
+
+
+def _arrays_of(variables: Mapping[str, Any]) -> list[_Place]:
+    """Every kernel and table among the parameters, taken as a matrix in the first way that its shape allows."""
+    params = traverse_util.flatten_dict(plain_tree(variables["params"]))
+    found = []
+    for path, value in params.items():
+        array = nn.meta.unbox(value)
+        if path[-1] in ("kernel", "embedding") and array.ndim >= 2:
+            bias = params.get((*path[:-1], "bias"))
+            matrix = Matrix.plain(path[-1], array.shape)
+            found.append(_Place(path[:-1], matrix, array, None if bias is None else nn.meta.unbox(bias), ()))
+    return found
+
+
+def _placed(place: _Place, given: Mapping[str, Any], report: LinenReport | None) -> _Place:
+    """A place as the file and the report say that it is a matrix, or a stack of them."""
+    known = None if report is None else report.matrix_at(place.path)
+    if known is not None and report is not None:
+        return place._replace(matrix=known, lifts=report.lifts_at(place.path))
+    own = ".".join(place.path)
+    lifts: tuple[int, ...] = ()
+    if own in given:
+        shapes = given[own]
+    else:
+        numbered = [
+            (at, name) for at in range(len(place.path) + 1) for name in given if _is_layer(name, place.path, at)
+        ]
+        if not numbered:
+            return place
+        lifts, shapes = (numbered[0][0],), given[numbered[0][1]]
+    lead = len(lifts)
+    fitting = [
+        matrix
+        for matrix in possible_matrices(place.matrix.array, place.array.shape)
+        if place.array.ndim - len(matrix.shape) == lead and _fits(matrix, shapes)
+    ]
+    if len(fitting) != 1 and place.array.ndim > 2 + lead:
+        how = "several ways" if fitting else "no way that fits the folder"
+        raise InputError(
+            f"{own}: the shape {place.array.shape} of its {place.matrix.array} can be taken as a matrix in {how}; give "
+            "the report of a context in which the model ran, report="
+        )
+    return place._replace(matrix=fitting[0], lifts=lifts) if fitting else place
+
+
+def _is_layer(name: str, path: Path, at: int) -> bool:
+    """Whether a path in a file is one with a layer's number behind `at` components."""
+    parts = name.split(".")
+    return len(parts) == len(path) + 1 and parts[at].isdecimal() and (*parts[:at], *parts[at + 1 :]) == path
+
+
+def _fits(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the tensors of a file may belong to a matrix of this size; those of MoRA say nothing about it."""
+    down, up = shapes.get("a"), shapes.get("b")
+    if down is None or up is None or down == up == (down[0],) * 2:
+        return True
+    return (down[-1], up[0]) == (matrix.in_features, matrix.out_features)
+
+
+def _as_nnx(adapted: list[_Place], others: list[_Place]) -> nnx.Module:
+    """An NNX model of plain layers at the paths of files; those that are to carry adapters have their values."""
+    model: Any = _Tree()
+    taken = {place.path for place in adapted}
+    for place in [*adapted, *(place for place in others if place.path not in taken)]:
+        matrices = place.matrix.take(place.array) if place.path in taken else None
+        biases = None if place.bias is None or matrices is None else place.matrix.take_bias(place.bias)
+        for index, name in place.names():
+            kernel = None if matrices is None else matrices[index]
+            layer = _layer(place.matrix, kernel, None if biases is None else biases[index])
+            if not name:
+                return layer
+            *above, own = name.split(".")
+            node = model
+            for part in above:
+                if not hasattr(node, part):
+                    setattr(node, part, _Tree())
+                node = getattr(node, part)
+            setattr(node, own, layer)
+    return model
+
+
+def _layer(matrix: Matrix, kernel: jax.Array | None, bias: jax.Array | None) -> Any:
+    sizes = matrix.in_features, matrix.out_features
+    if matrix.is_embedding:
+        layer: Any = nnx.eval_shape(lambda: nnx.Embed(*sizes, rngs=nnx.Rngs(0)))
+        if kernel is not None:
+            layer.embedding.set_value(kernel)
+        return layer
+    layer = nnx.eval_shape(lambda: nnx.Linear(*sizes, use_bias=bias is not None, rngs=nnx.Rngs(0)))
+    if kernel is not None:
+        layer.kernel.set_value(kernel)
+    if bias is not None:
+        layer.bias.set_value(bias)
+    return layer
+
+
+def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
+    """The configuration that gives every path the method, rank and scaling of its entries."""
+    ranks, alphas, feedforward, plain = {}, {}, [], set()
+    for where, entries in found.items():
+        path, first = ".".join(where), entries[0]
+        if "bias" in first.params and first.method != "bitfit":
+            raise InputError(f"{path} trains a bias beside its adapter, which Linen layers don't have")
+        if any((e.config, e.params["scaling"]) != (first.config, first.params["scaling"]) for e in entries):
+            raise InputError(f"{path} is one stack, whose layers have to agree in their ranks and scalings")
+        changes: dict[str, Any] = {"targets": "all-linear"}
+        if hasattr(first.config, "rank_pattern"):
+            ranks[path], changes["rank"] = first.config.rank, 1
+        if hasattr(first.config, "alpha_pattern"):
+            power = 0.5 if isinstance(first.config, RsLoRAConfig) else 1.0
+            alphas[path] = round(float(first.params["scaling"]) * first.config.rank**power, 6)
+            changes["alpha"] = 1.0
+        if hasattr(first.config, "feedforward"):
+            feedforward += [path] if first.config.feedforward else []
+            changes["feedforward"] = ()
+        plain.add(dataclasses.replace(first.config, **changes))
+    if len(plain) > 1:
+        raise InputError("the folder holds adapters of several configurations, but Linen takes one at a time")
+    changes = {"targets": exactly(".".join(where) for where in found)}
+    for name, values in (("rank", ranks), ("alpha", alphas)):
+        if values:
+            changes[name] = max(values.values(), key=list(values.values()).count)
+            changes[f"{name}_pattern"] = pattern_for(values, changes[name])
+    if feedforward:
+        changes["feedforward"] = tuple(feedforward)
+    config = dataclasses.replace(plain.pop(), **changes)
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return config

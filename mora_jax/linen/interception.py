@@ -1,0 +1,121 @@
+"""Adapters on the layers of a Linen model whose code stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mora_jax.adapters.patterns import config_at
+from mora_jax.adapters.targets import Picker
+from mora_jax.linen.layers import LoRADense, MoRADense
+from mora_jax.linen.matrices import KINDS, layer_number, product_of
+from mora_jax.linen.report import LinenReport
+from mora_jax.linen.update import adapted_output, attended, check_config, embedded
+
+# Part of the key of what jax.jit has compiled: a function that was traced outside a context, or inside one of another
+# configuration, is traced anew.
+_CONTEXT = jax.make_user_context(None)
+
+
+@contextmanager
+def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[LinenReport]:
+    """Puts adapters on the layers of models that run inside the context; their code stays as it is.
+
+    Inside, `model.init` makes the collection `adapters` beside `params`, and `model.apply` uses it; the names in
+    `params` are those of the plain model. Outside, `apply` passes over the collection without a word. A function under
+    `jax.jit` is compiled once for inside and once for outside.
+
+    Adapters go on `nn.Dense`, `nn.DenseGeneral` (so on the projections of `nn.MultiHeadDotProductAttention` and its
+    relatives), `nn.Einsum` where it is a product with one matrix, and `nn.Embed`. A layer under `nn.scan` or `nn.vmap`
+    needs `"adapters"` in the transformation's `variable_axes`; its adapters then have the same axis as its kernel.
+
+    Args:
+        config: of a method that has a form in Linen (see `check_config`). `targets` are matched with module paths such
+            as `Block_0.Dense_1`, as in `mora_jax.attach`; "all-linear" takes every layer but embeddings and `lm_head`.
+            For `layers_to_transform` the number of a layer is the first in its path: 3 in `h.3`, `layers_3`, `Block_3`.
+        deterministic: True switches the adapters' dropout off; needed where `config.dropout` > 0.
+
+    Returns:
+        What has been adapted so far, a table when printed.
+
+    Raises:
+        ValueError: the configuration has no form in Linen; at the end, when models ran and no target named one of their
+            layers, or a name of `targets` or a layer number matched nothing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from mora_jax.adapters.config import MoRAConfig
+        >>> from mora_jax.linen import adapted
+        >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(4)])
+        >>> with adapted(MoRAConfig(rank=1)) as report:
+        ...     variables = model.init(jax.random.key(0), jnp.ones((3, 8)))
+        >>> jax.tree.map(jnp.shape, variables["adapters"])
+        {'layers_0': {'m': (4, 4)}, 'layers_2': {'m': (3, 3)}}
+    """
+    check_config(config)
+    picks = Picker(config, layer_number)
+    report = LinenReport(config)
+    depth = 0
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        nonlocal depth
+        depth += 1
+        try:
+            y = around(call, args, kwargs, context)
+        finally:
+            depth -= 1
+        if depth == 0 and context.method_name != "setup":
+            report.finish(context.module)
+        return y
+
+    def around(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module, kind = context.module, _kind(context)
+        report.meet(module)
+        if kind is None:
+            return call(*args, **kwargs)
+        if isinstance(module.parent, LoRADense | MoRADense):
+            report.pass_over(module, f"{type(module.parent).__name__} has an adapter of its own")
+            return call(*args, **kwargs)
+        inputs, *others = args if args else [kwargs.pop("query" if context.method_name == "attend" else "inputs")]
+        einsum_str = (others[0] if others else kwargs.get("einsum_str")) if kind is nn.Einsum else None
+        product = product_of(module, inputs, einsum_str)
+        path = ".".join(module.path)
+        if isinstance(product, str):
+            report.pass_over(module, product)
+            return call(inputs, *others, **kwargs)
+        if not picks(path, is_embedding=product.matrix.is_embedding):
+            report.leave(module, product.matrix)
+            return call(inputs, *others, **kwargs)
+        own = config_at(config, path)
+
+        def plain(x):
+            return call(x, *others, **kwargs)
+
+        if kind is not nn.Embed:
+            y = adapted_output(module, own, product, plain, inputs, deterministic)
+        elif context.method_name == "attend":
+            y = attended(module, own, product.matrix, plain, inputs)
+        else:
+            y = embedded(module, own, product.matrix, plain, inputs)
+        report.take(module, product.matrix, own)
+        return y
+
+    with _CONTEXT((config, deterministic)), nn.intercept_methods(intercept):
+        yield report
+    report.check(picks)
+
+
+def _kind(context: nn.module.InterceptorContext) -> type[nn.Module] | None:
+    """The class of `KINDS` whose own product this call computes, or None."""
+    name = context.method_name
+    if name != "__call__" and not (name == "attend" and isinstance(context.module, nn.Embed)):
+        return None
+    kind = next((kind for kind in KINDS if isinstance(context.module, kind)), None)
+    # A subclass's method may do more, or something else; the product is what it calls by super().
+    called: Any = context.orig_method
+    return kind if kind is not None and called.func is getattr(kind, name).__wrapped__ else None

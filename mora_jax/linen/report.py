@@ -1,0 +1,176 @@
+"""What a Linen model was given, and what it was not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+
+from mora_jax.adapters.registry import adapter_class
+from mora_jax.adapters.report import AttachReport, Match
+from mora_jax.adapters.targets import Picker, named
+from mora_jax.linen.matrices import KINDS, Matrix
+from mora_jax.linen.update import COLLECTION
+
+Path = tuple[str, ...]
+
+
+@dataclass
+class _Seen:
+    """A module that ran.
+
+    Attributes:
+        kind: its class.
+        lifts: behind how many components of its path `nn.scan` and `nn.vmap` stand, one entry each.
+        matrix: the one that an adapter goes on, or could.
+        config: of its adapter; None where it has none.
+        why: why it has none.
+    """
+
+    kind: type[nn.Module]
+    lifts: tuple[int, ...]
+    matrix: Matrix | None = None
+    config: Any = None
+    why: str = ""
+
+
+class LinenReport:
+    """What `adapted` did with the models that ran inside it so far; prints as a table, as that of `mora_jax.attach`.
+
+    A function that `jax.jit` compiled in an earlier context of the same configuration doesn't run Python, so this
+    report doesn't see its layers.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        self._seen: dict[Path, _Seen] = {}
+        self._params: dict[Path, tuple[int, ...]] = {}
+        self._adapters: dict[Path, int] = {}
+        self._finished = False
+
+    def meet(self, module: nn.Module) -> None:
+        """Notes a module that runs."""
+        if module.path not in self._seen or not self._seen[module.path].matrix:
+            self._seen[module.path] = _Seen(type(module), _lifts(module))
+
+    def take(self, module: nn.Module, matrix: Matrix, config: Any) -> None:
+        """Notes an adapter on a layer."""
+        self._seen[module.path] = _Seen(type(module), _lifts(module), matrix, config)
+
+    def leave(self, module: nn.Module, matrix: Matrix) -> None:
+        """Notes a layer that could have had one."""
+        self._seen[module.path] = _Seen(type(module), _lifts(module), matrix, why="targets don't name it")
+
+    def pass_over(self, module: nn.Module, why: str) -> None:
+        """Notes a layer that can't have one."""
+        self._seen[module.path] = _Seen(type(module), _lifts(module), why=why)
+
+    def finish(self, module: nn.Module) -> None:
+        """Takes the sizes of all parameters, when a model's outermost call has ended."""
+        assert module.scope is not None, "a module that has just run"
+        self._finished = True
+        variables = module.scope.root.variables()
+        for path, value in traverse_util.flatten_dict(variables.get("params", {})).items():
+            self._params[path] = jax.tree.leaves(value)[0].shape
+        for path, value in traverse_util.flatten_dict(variables.get(COLLECTION, {})).items():
+            self._adapters[path] = jax.tree.leaves(value)[0].size
+
+    def matrix_at(self, path: Path) -> Matrix | None:
+        """How the layer at a module path is a matrix; None where none ran there."""
+        seen = self._seen.get(path)
+        return None if seen is None else seen.matrix
+
+    def lifts_at(self, path: Path) -> tuple[int, ...]:
+        """Behind how many components of a path the axes of `nn.scan` and `nn.vmap` belong."""
+        return self._seen[path].lifts if path in self._seen else ()
+
+    def _stack(self, path: Path) -> tuple[int, ...]:
+        """The axes in front of an adapted layer's array."""
+        seen = self._seen[path]
+        assert seen.matrix is not None, "an adapted layer"
+        shape = self._params.get((*path, seen.matrix.array), seen.matrix.shape)
+        return shape[: len(shape) - len(seen.matrix.shape)]
+
+    def check(self, picks: Picker) -> None:
+        """Refuses targets that matched nothing, by the rule of `mora_jax.attach`.
+
+        Raises:
+            ValueError: as `Picker.check`; or layers of one stack were to be told apart.
+        """
+        if not self._finished:
+            return  # nothing was traced to its end: what ran was compiled before, or failed
+        could = [".".join(path) for path, seen in self._seen.items() if seen.matrix is not None]
+        others = {".".join(path): seen for path, seen in self._seen.items() if seen.matrix is None}
+        targets = self.config.targets
+        for name in (targets,) if isinstance(targets, str) else targets:
+            found = next((path for path in others if named(path, name)), None)
+            if found is not None and not any(named(path, name) for path in could):
+                raise ValueError(
+                    f"target {name!r} names {found}, which can't carry an adapter: {_reason(others[found])}"
+                )
+        adapted = [path for path, seen in self._seen.items() if seen.config is not None]
+        picks.check(could, [path or "(the model itself)" for path in could], found=bool(adapted))
+        if self.config.layers_to_transform is not None:
+            stacked = next((path for path in adapted if self._stack(path)), None)
+            if stacked is not None:
+                raise ValueError(
+                    f"{'.'.join(stacked)} is a stack of {math.prod(self._stack(stacked))} layers under nn.scan or "
+                    "nn.vmap, among which layers_to_transform can't choose"
+                )
+
+    @property
+    def table(self) -> AttachReport:
+        """The report as that of `mora_jax.attach`."""
+        matches = []
+        for path, seen in self._seen.items():
+            if seen.config is not None and seen.matrix is not None:
+                trained = sum(size for name, size in self._adapters.items() if name[:-1] == path)
+                layers = math.prod(self._stack(path))
+                sizes = seen.matrix.in_features, seen.matrix.out_features
+                matches.append(Match(".".join(path) or "(the model itself)", layers, *sizes, trained))
+        trainable = sum(match.trainable for match in matches)
+        total = trainable + sum(math.prod(shape) for shape in self._params.values())
+        return AttachReport(adapter_class(self.config).method, tuple(matches), trainable, total)
+
+    @property
+    def not_adapted(self) -> list[tuple[str, int, str]]:
+        """Matrices without an adapter: path of the module, number of parameters, and why."""
+        left: dict[Path, int] = {}
+        for path, shape in self._params.items():
+            seen = self._seen.get(path[:-1])
+            lifts = 0 if seen is None else len(seen.lifts)
+            if len(shape) - lifts >= 2 and (seen is None or seen.config is None):
+                left[path[:-1]] = left.get(path[:-1], 0) + math.prod(shape)
+        return [
+            (".".join(path) or "(the model itself)", size, _reason(self._seen.get(path))) for path, size in left.items()
+        ]
+
+    def __str__(self) -> str:
+        if not self._seen:
+            return "no layer was traced in this context: what ran, if anything, was compiled before"
+        lines = [f"not adapted: {path}, {size:,} parameters, because {why}" for path, size, why in self.not_adapted]
+        return "\n".join([str(self.table), *lines])
+
+
+def _reason(seen: _Seen | None) -> str:
+    if seen is None:
+        return "no module that ran holds it"
+    if seen.why:
+        return seen.why
+    if issubclass(seen.kind, KINDS):
+        return f"{seen.kind.__name__} computes its product in a way of its own"
+    return f"{seen.kind.__name__} has no form with an adapter"
+
+
+def _lifts(module: nn.Module) -> tuple[int, ...]:
+    """Where in the path the transformations with an axis stand, by Flax's names for scopes such as `scan(layers)`."""
+    assert module.scope is not None, "a module that runs"
+    names = module.scope.debug_path
+    above = len(names) - len(module.path)  # a transformation of the model itself has a name and no component
+    return tuple(
+        index + 1 - above for index, name in enumerate(names) for _ in range(name.count("scan(") + name.count("vmap("))
+    )

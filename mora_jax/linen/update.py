@@ -1,0 +1,245 @@
+"""The arrays of an adapter on a Linen layer, and what the layer computes with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.config import (
+    AdaLoRAConfig,
+    FullConfig,
+    LoRAPlusConfig,
+    ReLoRAConfig,
+    ReMoRAConfig,
+    VeRAConfig,
+)
+from mora_jax.adapters.lora import LoRA
+from mora_jax.adapters.product import scale_features
+from mora_jax.adapters.registry import adapter_class
+from mora_jax.adapters.variables import AdapterParam
+from mora_jax.linen.matrices import Matrix, Product
+
+Array = jax.Array
+Arrays = dict[str, Array]
+
+COLLECTION = "adapters"  # what is trained
+FIXED = "adapter_state"  # what methods with frozen factors (LoRA-FA, PiSSA, OLoRA, VeRA) keep beside it
+
+_NO_LINEN_FORM = {
+    FullConfig: "full fine-tuning has no adapter: train variables['params']",
+    LoRAPlusConfig: "LoRA+ is LoRA with two learning rates, and in Linen those are your optimizer's: take LoRAConfig",
+    AdaLoRAConfig: "AdaLoRA takes ranks away while it trains, which Linen layers don't have",
+    ReLoRAConfig: "ReLoRA merges into the base while it trains, which Linen layers don't have",
+    ReMoRAConfig: "ReMoRA merges into the base while it trains, which Linen layers don't have",
+}
+
+
+def check_config(config: Any) -> type[Adapter]:
+    """The adapter class of a configuration that has a form in Linen.
+
+    Raises:
+        TypeError: `config` is no adapter configuration.
+        ValueError: the method, or one of its settings, has no form in Linen.
+    """
+    if type(config) in _NO_LINEN_FORM:
+        raise ValueError(_NO_LINEN_FORM[type(config)])
+    method = adapter_class(config)
+    if config.bias != "none":
+        raise ValueError(f"Linen layers have no bias={config.bias!r}; BitFitConfig trains biases alone")
+    if config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save names {config.modules_to_save[0]!r}, but in Linen adapters alone are added: train that "
+            "part of variables['params'] with your optimizer"
+        )
+    if getattr(config, "init", None) == "eva":
+        raise ValueError("init='eva' takes its start from data, which Linen layers don't have; fill lora_a yourself")
+    if isinstance(config, VeRAConfig) and config.widths is None:
+        raise ValueError("VeRA's frozen factors serve all layers: give widths=(largest inputs, largest outputs)")
+    return method
+
+
+def fresh(config: Any, matrix: Matrix, key: Array, kernel: Array) -> tuple[Arrays, Arrays]:
+    """New arrays for one matrix, the trained and the fixed ones by name; `kernel` is the base's `[in, out]`."""
+    method: Any = check_config(config)
+    make = method.for_embedding if matrix.is_embedding else method
+    adapter = make(matrix.in_features, matrix.out_features, config, rngs=nnx.Rngs(params=key))
+    adapter.start(lambda: kernel)
+    trained: Arrays = {}
+    fixed: Arrays = {}
+    for name, variable in vars(adapter).items():
+        if isinstance(variable, nnx.Variable) and name != "scaling":
+            (trained if isinstance(variable, AdapterParam) else fixed)[name] = variable.get_value()
+    return trained, fixed
+
+
+@functools.cache
+def expected(config: Any, matrix: Matrix) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The shapes of `fresh`."""
+    kernel = jax.ShapeDtypeStruct((matrix.in_features, matrix.out_features), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trained, fixed = jax.eval_shape(lambda key, kernel: fresh(config, matrix, key, kernel), key, kernel)
+    return {k: v.shape for k, v in trained.items()}, {k: v.shape for k, v in fixed.items()}
+
+
+def scaled(config: Any, arrays: Arrays) -> Arrays:
+    """The arrays as the adapters' own classes take them."""
+    return dict(arrays) | {"scaling": jnp.float32(adapter_class(config).scale(config))}
+
+
+def param(module: nn.Module, name: str) -> Array:
+    """An array of the layer's own, out of any box."""
+    return nn.meta.unbox(module.get_variable("params", name))
+
+
+def _arrays(module: nn.Module, config: Any, matrix: Matrix) -> Arrays:
+    """The layer's adapter; made where there is none and the collection may be written."""
+    trained, fixed = expected(config, matrix)
+    made: Arrays = {}
+
+    def first(name: str) -> Array:
+        if not made:
+            kernel = matrix.take(param(module, matrix.array))
+            for arrays in fresh(config, matrix, module.make_rng("params"), kernel):
+                made.update(arrays)
+        return made[name]
+
+    found = {}
+    for collection, names in ((COLLECTION, trained), (FIXED, fixed)):
+        for name, shape in names.items():
+            if not module.has_variable(collection, name):
+                _check_writable(module, collection, config)
+                module.put_variable(collection, name, first(name))
+            found[name] = nn.meta.unbox(module.get_variable(collection, name))
+            if found[name].shape != shape:
+                given = f"{title(module)}: {collection}/{name} is {found[name].shape}"
+                raise ValueError(f"{given}, but {in_words(config)} asks for {shape}")
+    return scaled(config, found)
+
+
+def _check_writable(module: nn.Module, collection: str, config: Any) -> None:
+    if module.is_mutable_collection(collection):
+        return
+    if module.is_initializing():
+        raise ValueError(
+            f"{title(module)} runs under a transformation (nn.scan, nn.vmap, nn.RNN) that passes on no collection "
+            f"{collection!r}: name it beside 'params' in variable_axes (or variable_broadcast), or leave the layer out "
+            "of targets"
+        )
+    raise ValueError(
+        f"{title(module)} has no adapter of {type(config).__name__} among the variables: give apply the collection "
+        f"{collection!r} that init makes inside the context; under nn.scan or nn.vmap, variable_axes has to name it too"
+    )
+
+
+def in_words(config: Any) -> str:
+    """A configuration in a few words, for messages."""
+    settings = [f"{name}={getattr(config, name)!r}" for name in ("rank", "kind") if hasattr(config, name)]
+    return f"{type(config).__name__}({', '.join(settings)})"
+
+
+def title(module: nn.Module) -> str:
+    return ".".join(module.path) or "(the model itself)"
+
+
+def adapted_output(
+    module: nn.Module,
+    config: Any,
+    product: Product,
+    call: Callable[[Array], Array],
+    inputs: Array,
+    deterministic: bool | None,
+) -> Array:
+    """What a layer with an adapter gives.
+
+    Args:
+        module: the layer, bound.
+        config: for this layer.
+        product: how the layer's call is a product with its matrix.
+        call: the plain layer.
+        inputs: as the layer takes them.
+        deterministic: whether dropout is off; None where the configuration has none.
+    """
+    method, matrix = check_config(config), product.matrix
+    ready = all(module.has_variable(COLLECTION, name) for name in expected(config, matrix)[0])
+    if ready:
+        params = _arrays(module, config, matrix)
+        scale = method.input_gain(config, params)
+        if scale is not None:
+            inputs = _scale_inputs(product, inputs, scale)
+    y = call(inputs)
+    if jnp.issubdtype(y.dtype, jnp.complexfloating):
+        raise ValueError(f"{title(module)} computes in {y.dtype}: adapters are real, so complex layers can't carry one")
+    if not ready:
+        params = _arrays(module, config, matrix)  # of the kernel that the call made; fresh, so the inputs keep theirs
+    rows = product.rows(y)
+    bias = None
+    if getattr(module, "use_bias", False):
+        bias = matrix.take_bias(param(module, "bias"))
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    total = rows.astype(wide)
+    gain = method.output_gain(config, params, lambda: matrix.take(param(module, matrix.array)))
+    if gain is not None:
+        # As a change, so that a gain of 1 changes no bit.
+        total = total + (gain - 1.0) * (total if bias is None else total - bias.astype(wide))
+    if method.additive:
+        x = _dropped(module, config, product.flat(inputs.astype(y.dtype)), deterministic)
+        update = method.delta(config, matrix.out_features, x.reshape(-1, x.shape[-1]), params).reshape(rows.shape)
+        total = total + (update if gain is None else update * gain)
+    added = method.added_bias(config, params, bias)
+    if added is not None:
+        total = total + added
+    return product.shaped(total.astype(y.dtype))
+
+
+def _scale_inputs(product: Product, inputs: Array, scale: Array) -> Array:
+    """Only layers whose input is already `[..., in]` have a gain on inputs."""
+    if product.flat(inputs).shape != inputs.shape:
+        raise ValueError("(IA)³ scales the inputs of nn.Dense alone; leave layers of another class out of feedforward")
+    return scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
+
+
+def _dropped(module: nn.Module, config: Any, x: Array, deterministic: bool | None) -> Array:
+    if config.dropout == 0.0:
+        return x
+    if deterministic is None:
+        raise ValueError(f"dropout is {config.dropout}: deterministic must be True (no dropout) or False")
+    if deterministic:
+        return x
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - config.dropout, x.shape)
+    return jnp.where(kept, x / (1.0 - config.dropout), 0.0).astype(x.dtype)
+
+
+def embedded(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], ids: Array) -> Array:
+    """Looked-up rows of a table with an adapter; dropout doesn't act on token ids, as in PEFT."""
+    y = call(ids)
+    params, method = _table(module, config, matrix)
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    total = y.astype(wide) + method.rows(ids, y.dtype, params)
+    gain = method.output_gain(config, params, lambda: param(module, matrix.array))
+    return (total if gain is None else total * gain).astype(y.dtype)
+
+
+def attended(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], query: Array) -> Array:
+    """Products with every row of the adapted table: a tied output head."""
+    params, method = _table(module, config, matrix)
+    gain = method.output_gain(config, params, lambda: param(module, matrix.array))
+    query = query if gain is None else (query * gain).astype(query.dtype)
+    y = call(query)
+    return (y + method.scores(query.astype(y.dtype), params)).astype(y.dtype)
+
+
+def _table(module: nn.Module, config: Any, matrix: Matrix) -> tuple[Arrays, type[LoRA]]:
+    method = check_config(config)
+    if not method.on_embeddings:
+        raise ValueError(
+            f"{title(module)} is an embedding, for which {method.method} has no form; leave it out of targets"
+        )
+    assert issubclass(method, LoRA), "the methods that have a form on embeddings"
+    return _arrays(module, config, matrix), method

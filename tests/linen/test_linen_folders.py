@@ -1,0 +1,163 @@
+"""Linen adapters as PEFT folders: round trips, and to and from NNX models of the same names."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.linen import adapted, load_adapter, save_adapter
+
+KEY = jax.random.key(0)
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), jnp.float32)
+
+
+def filled(tree, seed=0, scale=0.3):
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype) for leaf in leaves])
+
+
+def trained(model, config, x):
+    """Variables with random adapters, the model's output with them, and the report."""
+    with adapted(config, deterministic=True) as report:
+        variables = jax.jit(model.init)(KEY, x)
+        variables = {**variables, "adapters": filled(variables["adapters"])}
+        y = jax.jit(model.apply)(variables, x)
+    return variables, y, report
+
+
+def output(model, config, variables, x):
+    with adapted(config, deterministic=True):
+        return jax.jit(model.apply)(variables, x)
+
+
+class Attending(nn.Module):
+    """A model with an NNX twin."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, name="out")(x)
+        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attn")(x, x)
+        return nn.Dense(3, name="head")(x)
+
+
+class Twin(nnx.Module):
+    def __init__(self, rngs):
+        self.out = nnx.Linear(8, 6, rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=False, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.attn(self.out(x)))
+
+    def layers(self):
+        names = ("query", "key", "value", "out")
+        return {"out": self.out, "head": self.head, "attn": {name: getattr(self.attn, name) for name in names}}
+
+
+def params_of(twin):
+    return jax.tree.map(
+        lambda layer: {"kernel": layer.kernel[...], "bias": layer.bias[...]},
+        twin.layers(),
+        is_leaf=lambda node: isinstance(node, nnx.Linear | nnx.LinearGeneral),
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        mj.RsLoRAConfig(rank=2, alpha=3.0, dropout=0.2, rank_pattern={"attn.out": 1}, alpha_pattern={"head": 5.0}),
+        mj.DoRAConfig(rank=2, targets=["query", "head"]),
+        mj.PiSSAConfig(rank=2, targets=r"out|attn\.key"),
+    ],
+    ids=["rslora with patterns", "dora", "pissa"],
+)
+def test_folders_of_nnx_and_linen_are_the_same(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    twin = Twin(nnx.Rngs(0))
+    params, plain = params_of(twin), twin(X)
+    mj.attach(twin, config, rngs=nnx.Rngs(1))
+    graphdef, adapters, frozen = mj.partition(twin)
+    twin = nnx.merge(graphdef, filled(adapters), frozen)
+    twin.eval()
+    expected = twin(X)
+    assert np.abs(expected - plain).max() > 0.01
+    mj.save_adapter(twin, "from_nnx")
+
+    found, variables = load_adapter({"params": params}, "from_nnx")
+    np.testing.assert_allclose(output(Attending(), found, variables, X), expected, rtol=1e-4, atol=1e-5)
+
+    save_adapter(variables, "from_linen", found)
+    one, other = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("from_nnx", "from_linen")
+    )
+    assert {**one, "target_modules": None} == {**other, "target_modules": None}
+    again = Twin(nnx.Rngs(0))
+    mj.load_adapter(again, "from_linen")
+    again.eval()
+    np.testing.assert_allclose(again(X), expected, rtol=1e-4, atol=1e-5)
+
+
+class Mixed(nn.Module):
+    """Names that end alike, a table, an einsum that shapes don't explain, and a scanned stack."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(7, 8, name="table")(ids)
+        x = nn.Einsum((2, 8, 4), "btd,ndh->btnh", name="out")(x).reshape(*x.shape)
+        axes = {"params": 0, "adapters": 0}
+        stack = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return stack(name="block")(x, None)[0]
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(8, name="out")(x), None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        mj.LoRAConfig(rank=2, alpha=3.0, targets=["table", "out"], rank_pattern={"block.out": 3}),
+        mj.MoRAConfig(rank=1, kind="decouple"),
+        mj.IA3Config(targets="out", feedforward=()),
+    ],
+    ids=["lora", "mora", "ia3"],
+)
+def test_round_trip_of_stacks_tables_and_einsums(config, tmp_path):
+    ids = jnp.arange(6).reshape(2, 3)
+    variables, y, report = trained(Mixed(), config, ids)
+    save_adapter(variables, tmp_path / "adapter", config, report=report)
+    shapes = mj.interop.peft.tensor_shapes(tmp_path / "adapter")
+    table = {"table"} if isinstance(config.targets, tuple) and "table" in config.targets else set()
+    assert set(shapes) == {"out", "block.0.out", "block.1.out"} | table
+    found, loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter", report=report)
+    np.testing.assert_array_equal(output(Mixed(), found, loaded, ids), y)
+    with pytest.raises(mj.InputError, match="give the report of the context"):
+        save_adapter(variables, tmp_path / "other", config)
+    with pytest.raises(mj.InputError, match="give the report of a context"):
+        load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+    assert not (tmp_path / "other").exists()
+
+
+def test_refusals(tmp_path):
+    model, config = nn.Sequential([nn.Dense(8), nn.Dense(4)]), mj.LoRAConfig(rank=2)
+    variables, _, _ = trained(model, config, X)
+    with pytest.raises(mj.InputError, match="no collection 'adapters'"):
+        save_adapter({"params": variables["params"]}, tmp_path / "adapter", config)
+    save_adapter(variables, tmp_path / "adapter", config)
+    with pytest.raises(mj.InputError, match="layers_1"):
+        load_adapter({"params": {"layers_0": variables["params"]["layers_0"]}}, tmp_path / "adapter")
+    other = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]) if leaf.ndim == 2 else leaf, variables["params"])
+    with pytest.raises(mj.InputError, match="shape"):
+        load_adapter({"params": other}, tmp_path / "adapter")
+    with pytest.raises(mj.InputError, match="has no adapter_"):
+        load_adapter(variables, tmp_path)
