@@ -31,6 +31,7 @@ _HOMES = {
     "AdapterParam": "mora_jax.adapters.variables",
     "mutable_state": "mora_jax.adapters.variables",
     "attach": "mora_jax.adapters.attach",
+    "register_layer": "mora_jax.adapters.registered",
     "partition": "mora_jax.adapters.partition",
     "merge": "mora_jax.adapters.merge",
     "unmerge": "mora_jax.adapters.merge",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.merge import unmerge as unmerge
     from mora_jax.adapters.mora import MoRALinear as MoRALinear
     from mora_jax.adapters.partition import partition as partition
+    from mora_jax.adapters.registered import register_layer as register_layer
     from mora_jax.adapters.variables import AdapterParam as AdapterParam
     from mora_jax.adapters.variables import mutable_state as mutable_state
     from mora_jax.errors import InputError as InputError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ from flax import nnx
 from mora_jax.adapters.adapter import Adapter, as_rngs
 from mora_jax.adapters.bitfit import BitFit
 from mora_jax.adapters.config import FullConfig
+from mora_jax.adapters.forms import FORMS
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import turn_adapted
+from mora_jax.adapters.naming import summary
 from mora_jax.adapters.patterns import resolve
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.quantized import quantized_format
@@ -35,7 +38,8 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
     """Puts an adapter on every layer that `config.targets` picks; with `FullConfig`, makes every parameter trainable.
 
     Works on any `nnx.Module` that holds `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` (where it is a product with a
-    matrix), `nnx.Embed` (LoRA) or this library's stacked `Projection`. A fresh adapter changes no output.
+    matrix), `nnx.Embed` (LoRA), this library's stacked `Projection`, or layers of other classes that are einsums, too
+    (see `mj.register_layer`). A fresh adapter changes no output. What was passed over stands in the report.
 
     Args:
         model: changed in place; its own variables stay where they are.
@@ -50,7 +54,13 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
         TypeError: `config` is no adapter configuration, or `rngs` is none.
     """
     add_adapters(model, config, rngs=rngs)
-    return report_of(model) if not isinstance(config, FullConfig) else _report_of_everything(model)
+    if isinstance(config, FullConfig):
+        return _report_of_everything(model)
+    report = report_of(model, config)
+    for one in report.skipped:
+        if one.asked:
+            warnings.warn(f"targets name what can't be adapted: {summary(one.paths)}, {one.reason}", stacklevel=2)
+    return report
 
 
 def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> None:
@@ -101,6 +111,8 @@ def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: 
         )
     if isinstance(place.layer, OutputHead) and method is BitFit:
         raise ValueError(f"{place.title} has no bias, and logits get none; leave it out of targets")
+    if type(place.layer) in FORMS and not place.has_bias and method is BitFit:
+        raise ValueError(f"{place.title} has no bias, nor a place for one; leave it out of targets")
     ranks = resolve(config, method, place.paths, mask).ranks
     if ranks is not None and not hasattr(method, "limit_ranks"):
         raise ValueError(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter, Layout, params_of
+from mora_jax.adapters.forms import bias_param, equation_of, form_of, kernel_of
 from mora_jax.adapters.product import adapted_product, scale_features
 
 Array = jax.Array
@@ -276,21 +277,21 @@ def matrix_shape(layer: nnx.Module) -> tuple[int, int] | None:
         if layer.batch_axis:
             return None
         return math.prod(layer.in_features), math.prod(layer.out_features)
-    if isinstance(layer, nnx.Einsum):
-        axes = einsum_axes(layer.einsum_str, layer.kernel.shape)
+    if form_of(layer) is not None:
+        shape = kernel_of(layer).shape
+        axes = einsum_axes(equation_of(layer), shape)
         if axes is None:
             return None
         contracted, free = axes
-        shape = layer.kernel.shape
         return math.prod(shape[a] for a in contracted), math.prod(shape[a] for a in free)
     return None
 
 
 def _free_order(layer: Any) -> list[int]:
     """The axes of a layer's kernel, contracted ones first."""
-    if not isinstance(layer, nnx.Einsum):
+    if form_of(layer) is None:
         return list(range(layer.kernel.ndim))
-    axes = einsum_axes(layer.einsum_str, layer.kernel.shape)
+    axes = einsum_axes(equation_of(layer), kernel_of(layer).shape)
     assert axes is not None, "only products with a matrix get adapters"
     return [*axes[0], *axes[1]]
 
@@ -301,7 +302,7 @@ def matrix_of(layer: Any) -> Array:
         return layer.embedding[...]
     shape = matrix_shape(layer)
     assert shape is not None, "only products with a matrix get adapters"
-    return layer.kernel[...].transpose(*_free_order(layer)).reshape(shape)
+    return kernel_of(layer)[...].transpose(*_free_order(layer)).reshape(shape)
 
 
 def put_matrix(layer: Any, matrix: Array) -> None:
@@ -309,45 +310,48 @@ def put_matrix(layer: Any, matrix: Array) -> None:
     if isinstance(layer, nnx.Embed):
         layer.embedding[...] = matrix
         return
-    order, shape = _free_order(layer), layer.kernel.shape
+    kernel = kernel_of(layer)
+    order, shape = _free_order(layer), kernel.shape
     shaped = matrix.reshape([shape[a] for a in order])
-    layer.kernel[...] = shaped.transpose([order.index(a) for a in range(len(order))])
+    kernel[...] = shaped.transpose([order.index(a) for a in range(len(order))])
 
 
 def add_to_bias(layer: Any, change: Array) -> None:
     """Adds `change [out]`, in the order of `matrix_of`, to the bias of a layer; makes one where there is none."""
-    kernel = layer.kernel[...]
-    if isinstance(layer, nnx.Einsum):
-        axes = einsum_axes(layer.einsum_str, kernel.shape)
+    kernel, own = kernel_of(layer)[...], bias_param(layer)
+    if form_of(layer) is not None:
+        axes = einsum_axes(equation_of(layer), kernel.shape)
         assert axes is not None, "only products with a matrix get adapters"
         change = change.reshape([kernel.shape[a] for a in axes[1]]).transpose(_output_order(layer, axes[1]))
     elif isinstance(layer, nnx.LinearGeneral):
         change = change.reshape(layer.out_features)
-    if layer.bias is None:
+    if own is None:
         layer.bias = nnx.Param(change.astype(kernel.dtype))
         _say_bias(layer, change.shape)
         return
-    bias = layer.bias[...]
-    layer.bias[...] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
+    bias = own[...]
+    own[...] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
 
 
 def bias_of(layer: Any) -> Array | None:
     """The bias `[out]` of a layer, in the order of `matrix_of`."""
-    if layer.bias is None:
+    own = bias_param(layer)
+    if own is None:
         return None
-    bias = layer.bias[...]
-    if isinstance(layer, nnx.Einsum):
-        axes = einsum_axes(layer.einsum_str, layer.kernel.shape)
+    bias = own[...]
+    if form_of(layer) is not None:
+        shape = kernel_of(layer).shape
+        axes = einsum_axes(equation_of(layer), shape)
         assert axes is not None, "only products with a matrix get adapters"
         order = _output_order(layer, axes[1])
-        bias = bias.reshape([layer.kernel.shape[axes[1][i]] for i in order])
+        bias = bias.reshape([shape[axes[1][i]] for i in order])
         bias = bias.transpose([order.index(i) for i in range(len(order))])
     return bias.reshape(-1)
 
 
-def _output_order(layer: nnx.Einsum, free: tuple[int, ...]) -> list[int]:
+def _output_order(layer: nnx.Module, free: tuple[int, ...]) -> list[int]:
     """Which of the kernel's free axes comes when in the output."""
-    right, _, output = (layer.einsum_str or "").replace(" ", "").partition(",")[2].partition("->")
+    right, _, output = (equation_of(layer) or "").partition(",")[2].partition("->")
     return sorted(range(len(free)), key=lambda i: output.index(right[free[i]]))
 
 

@@ -18,8 +18,10 @@ from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.host import host
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.mora import unused_inputs
+from mora_jax.adapters.naming import wrapped
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.quantized import QuantizedParam, packed_sizes
+from mora_jax.adapters.skipped import Skipped, skipped
 from mora_jax.adapters.targets import Place, has_adapter, places
 from mora_jax.adapters.trained import kept
 from mora_jax.adapters.variables import AdapterParam
@@ -48,6 +50,7 @@ class AttachReport:
         matches: the adapted layers, and the modules that are trained whole.
         trainable, total: numbers of parameters, adapters included in both.
         warnings: what a user should know, one sentence each.
+        skipped: matrices without an adapter, those of one reason together.
     """
 
     method: str
@@ -55,6 +58,7 @@ class AttachReport:
     trainable: int
     total: int
     warnings: tuple[str, ...] = field(default=())
+    skipped: tuple[Skipped, ...] = field(default=())
 
     @property
     def percent(self) -> float:
@@ -74,12 +78,17 @@ class AttachReport:
         lines = [lines[0], rule, *lines[1:], rule] if self.matches else []
         share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
         lines.append(f"{self.method}: {share}")
-        lines += [f"warning: {text}" for text in self.warnings]
+        lines += [line for one in self.skipped for line in wrapped(str(one))]
+        lines += [line for text in self.warnings for line in wrapped(f"warning: {text}")]
         return "\n".join(lines)
 
 
-def report_of(model: nnx.Module) -> AttachReport:
+def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
     """The report on the adapters that `model` carries, wherever they came from.
+
+    Args:
+        model: with adapters.
+        config: what they were attached with; with it the report says what was passed over.
 
     Raises:
         ValueError: it carries none.
@@ -105,7 +114,10 @@ def report_of(model: nnx.Module) -> AttachReport:
         matches.append(Match(", ".join(paths), 0, 0, 0, size))
     trainable = sum(match.trainable for match in matches)
     total = count(model, nnx.Not(AdapterParam)) + trainable
-    return AttachReport("+".join(dict.fromkeys(methods)), tuple(matches), trainable, total, tuple(warnings))
+    passed_over = () if config is None else skipped(model, config)
+    return AttachReport(
+        "+".join(dict.fromkeys(methods)), tuple(matches), trainable, total, tuple(warnings), passed_over
+    )
 
 
 def _trainable(adapter: Adapter) -> int:

@@ -12,9 +12,13 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import Targets
+from mora_jax.adapters.forms import FORMS, bias_param
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import Adapted, adapted_class, bias_of, matrix_of, matrix_shape, plain_class
+from mora_jax.adapters.naming import nearest, quoted, summary
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.registered import recognise
+from mora_jax.adapters.unknown import unknown_matrices, why_unknown
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Place:
 
     @property
     def has_bias(self) -> bool:
-        return getattr(self.layer, "bias", None) is not None
+        return bias_param(self.layer) is not None
 
     def kernel(self) -> jax.Array:
         """The base's matrix, `[*layers, in, out]`."""
@@ -94,7 +98,7 @@ def places(model: nnx.Module) -> Iterator[Place]:
         elif isinstance(node, OutputHead):
             vocab, features = node.kernel.shape
             yield Place((node.path,), node, None, features, vocab)
-        elif isinstance(node, nnx.Module) and (isinstance(node, Adapted) or adapted_class(type(node)) is not None):
+        elif isinstance(node, nnx.Module) and (isinstance(node, Adapted) or _can_adapt(node)):
             shape = matrix_shape(node)
             if shape is not None:
                 first, *others = sorted(names[id(node)], key=lambda path: (path.count("."), path))
@@ -102,6 +106,12 @@ def places(model: nnx.Module) -> Iterator[Place]:
                 if isinstance(own, str):
                     first, others = own, [first, *others]
                 yield Place((first,), node, None, *shape, aliases=tuple(others))
+
+
+def _can_adapt(node: nnx.Module) -> bool:
+    if type(node) in FORMS or adapted_class(type(node)) is None:
+        return recognise(node)
+    return True
 
 
 def by_path(found: Iterable[Place]) -> dict[str, tuple[Place, int]]:
@@ -200,6 +210,11 @@ class Picker:
         in_layer = layers is None or self._number(path) in layers
         return self._matches(path, is_embedding) and in_layer and not set(path.split(".")) & set(saved)
 
+    def names(self, path: str) -> bool:
+        """Whether the rule picks a path by what it says, not as one of all linear layers."""
+        targets = self.config.targets
+        return self(path) and not (isinstance(targets, str) and targets.lower() == "all-linear")
+
     def check(self, paths: Sequence[str], titles: Sequence[str], *, found: bool) -> None:
         """Refuses a rule that matches nothing, in whole or in part.
 
@@ -213,15 +228,19 @@ class Picker:
                 nothing.
         """
         targets = self.config.targets
-        could = ", ".join(titles) or "none: the model has no linear layer"
+        could = summary(titles) or "none: the model has no linear layer"
         absent = sorted(set(self.config.layers_to_transform or ()) - {self._number(path) for path in paths})
         if absent:
             raise ValueError(f"layers_to_transform names layer {absent[0]}, which the model does not have")
         if not found:
-            raise ValueError(f"targets {targets!r} match no layer; layers that could have matched: {could}")
+            near = nearest(targets if isinstance(targets, str) else targets[0], paths)
+            if isinstance(targets, str) and any(re.search(targets, path) for path in paths):
+                near = f"; an expression has to match the whole path, as '.*({targets}).*' would"
+            raise ValueError(f"targets {quoted(targets)} match no layer; layers that could have matched: {could}{near}")
         for name in () if isinstance(targets, str) else targets:
             if not any(named(path, name) for path in paths):
-                raise ValueError(f"target {name!r} matches no layer; layers that could have matched: {could}")
+                near = nearest(name, paths)
+                raise ValueError(f"target {name!r} matches no layer; layers that could have matched: {could}{near}")
 
 
 def select(model: nnx.Module, config: Any) -> list[tuple[Place, tuple[bool, ...]]]:
@@ -241,5 +260,14 @@ def select(model: nnx.Module, config: Any) -> list[tuple[Place, tuple[bool, ...]
             found.append((place, mask))
     by_path(seen)
     paths = [path for place in seen for path in (*place.paths, *place.aliases)]
-    picks.check(paths, [place.title for place in seen], found=bool(found))
+    try:
+        picks.check(paths, [place.title for place in seen], found=bool(found))
+    except ValueError:
+        for path, module, _ in unknown_matrices(model, {id(place.layer) for place in seen}):
+            if picks(path) and config.targets != "all-linear":
+                kind = type(module).__name__
+                raise ValueError(
+                    f"targets name {path} ({kind}), which can't be adapted: {why_unknown(module)}"
+                ) from None
+        raise
     return found

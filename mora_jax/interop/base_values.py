@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.host import host
-from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.targets import Place
 from mora_jax.adapters.variables import FullParam
 from mora_jax.errors import InputError
@@ -23,11 +22,7 @@ from mora_jax.models.decoder import Decoder
 
 def base_bias(place: Place, layer: int) -> np.ndarray:
     """The bias of the base at one path of a place, float32 `[out]`; zeros where it has none."""
-    if isinstance(place.layer, Projection):
-        assert place.part is not None, "a place in a projection is one of its parts"
-        bias = place.layer.part_bias(place.part)
-    else:
-        bias = None if place.layer.bias is None else place.layer.bias[...].reshape(-1)
+    bias = place.bias()
     if bias is None:
         return np.zeros(place.out_features, np.float32)
     return host(bias[layer] if place.stacked else bias).astype(np.float32, copy=False)

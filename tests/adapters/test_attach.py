@@ -77,7 +77,8 @@ def test_report_prints_a_table():
     lines = text.splitlines()
     assert lines[0].split() == ["layer", "layers", "in", "out", "trainable"]
     assert lines[2].split()[1:] == ["1", "6", "8", "28"]
-    assert lines[-1].startswith("lora: 28 of ") and lines[-1].endswith("%)")
+    assert lines[4].startswith("lora: 28 of ") and lines[4].endswith("%)")
+    assert lines[5].startswith("not adapted: key, out, query, ")
 
 
 @pytest.mark.parametrize(

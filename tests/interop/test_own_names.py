@@ -6,15 +6,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from peft import PeftModel
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.patterns import pattern_for, targets_for, value_at
 from mora_jax.errors import InputError
 from tests.models.tiny import fill_randomly
+from tests.peers import peft, torch
 
 SIZE = 6
 # Paths with one another's ends, numbers that begin alike, words of PEFT's own, words that expressions could mean.
@@ -77,28 +76,29 @@ def _module(node):
     return nnx.Dict({name: _module(child) for name, child in node.items()})
 
 
-class TorchTree(torch.nn.Module):
-    def __init__(self, model: Tree):
-        super().__init__()
-        self.order = model.order
-        flat = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-        for path in self.order:
-            *above, last = path.split(".")
-            node = self
-            for name in above:
-                if name not in node._modules:
-                    node.add_module(name, torch.nn.Module())
-                node = node._modules[name]
-            layer = torch.nn.Linear(SIZE, SIZE)
-            where = path.replace(".", "/")
-            layer.weight.data = torch.from_numpy(np.array(flat[f"{where}/kernel"][...]).T.copy())
-            layer.bias.data = torch.from_numpy(np.array(flat[f"{where}/bias"][...]))
-            node.add_module(last, layer)
+def torch_tree(model: Tree):
+    """The same layers in torch."""
 
-    def forward(self, x):
-        for path in self.order:
-            x = x + torch.tanh(self.get_submodule(path)(x))
-        return x
+    class TorchTree(torch.nn.Module):
+        def forward(self, x):
+            for path in model.order:
+                x = x + torch.tanh(self.get_submodule(path)(x))
+            return x
+
+    tree = TorchTree()
+    flat = {"/".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    for path in model.order:
+        *above, last = path.split(".")
+        node = tree
+        for name in above:
+            if name not in node._modules:
+                node.add_module(name, torch.nn.Module())
+            node = node._modules[name]
+        layer, where = torch.nn.Linear(SIZE, SIZE), path.replace(".", "/")
+        layer.weight.data = torch.from_numpy(np.array(flat[f"{where}/kernel"][...]).T.copy())
+        layer.bias.data = torch.from_numpy(np.array(flat[f"{where}/bias"][...]))
+        node.add_module(last, layer)
+    return tree
 
 
 def adapted(config, paths=PATHS) -> Tree:
@@ -164,6 +164,7 @@ def test_one_name_for_all_where_it_says_enough(tmp_path):
     assert targets == sorted({path.rpartition(".")[2] for path in PATHS[:-1]})
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     "config",
     [
@@ -181,7 +182,7 @@ def test_the_real_peft_tells_them_apart(tmp_path, config):
     # PEFT writes its configurations with sorted keys, so their order can't be what tells layers apart.
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(values, sort_keys=True))
-    theirs = PeftModel.from_pretrained(TorchTree(Tree(PEFTS)), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(torch_tree(Tree(PEFTS)), tmp_path)
     wrapped = {name for name, module in theirs.base_model.model.named_modules() if hasattr(module, "base_layer")}
     assert wrapped == {entry.path for entry in adapters_of(model)}
     with torch.no_grad():
