@@ -65,7 +65,7 @@ class Layout:
         start = sum(self.sizes[:index])
         leading = y.ndim - len(self.out_shape)
         part = jax.lax.slice_in_dim(y, start, start + self.sizes[index], axis=leading + self.part_axis)
-        return part.reshape(*y.shape[:leading], -1)
+        return part.reshape(*y.shape[:leading], self.part_features(index))
 
     def join(self, parts: list[Array]) -> Array:
         """The inverse of `take` over all parts: `[..., features of part i]` each → `[..., features]`, flat."""

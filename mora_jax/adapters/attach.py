@@ -13,6 +13,7 @@ from flax import nnx
 from mora_jax.adapters.adapter import Adapter, as_rngs
 from mora_jax.adapters.bitfit import BitFit
 from mora_jax.adapters.config import FullConfig
+from mora_jax.adapters.detach import undone_on_error
 from mora_jax.adapters.forms import FORMS
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import turn_adapted
@@ -50,7 +51,8 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
         A report of what matched; `print` it.
 
     Raises:
-        ValueError: nothing matches, or a layer that matches can't carry this method or carries an adapter already.
+        ValueError: nothing matches, or a layer that matches can't carry this method or carries an adapter already. The
+            model is as it was then.
         TypeError: `config` is no adapter configuration, or `rngs` is none.
     """
     add_adapters(model, config, rngs=rngs)
@@ -74,14 +76,15 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
     for place, mask in selected:
         _check(place, mask, method, config)
     config = method.suited(config, [(place.in_features, place.out_features) for place, _ in selected])
-    if config.modules_to_save:
-        train_modules(model, config.modules_to_save)
-    for place, mask in selected:
-        adapter = put_adapter(place, mask, method, config, rngs)
-        if config.bias != "none" and place.has_bias:
-            adapter.train_bias()
-    if config.bias == "all":
-        _train_other_biases(model, config, rngs)
+    with undone_on_error(model):
+        if config.modules_to_save:
+            train_modules(model, config.modules_to_save)
+        for place, mask in selected:
+            adapter = put_adapter(place, mask, method, config, rngs)
+            if config.bias != "none" and place.has_bias:
+                adapter.train_bias()
+        if config.bias == "all":
+            _train_other_biases(model, config, rngs)
 
 
 def _check_base(model: nnx.Module, config: Any) -> None:

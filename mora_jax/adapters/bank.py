@@ -119,7 +119,7 @@ def dot(x: Array, w: Array) -> Array:
     """`x [N, in]` by one matrix `[in, out]`, or by each row's `[B, in, out]`, as float32 `[N, out]`."""
     if w.ndim == 2:
         return trained_dot(x, w)
-    return row_dot(_by_row(x, w.shape[0]), w).reshape(len(x), -1)
+    return row_dot(_by_row(x, w.shape[0]), w).reshape(len(x), w.shape[-1])
 
 
 def _by_row(x: Array, rows: int) -> Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from flax import nnx
 
 from mora_jax.adapters.projection import Projection
@@ -32,3 +35,17 @@ def take_adapter(place: Place) -> None:
         del place.layer.adapters[place.part]
     else:
         place.layer.take_adapter()
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nnx.Module) -> Iterator[None]:
+    """Puts every module of `model` back to the class and the attributes that it had, when what is done inside fails."""
+    before = [(node, type(node), dict(vars(node))) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    try:
+        yield
+    except BaseException:
+        for node, kind, attributes in before:
+            object.__setattr__(node, "__class__", kind)
+            vars(node).clear()
+            vars(node).update(attributes)
+        raise

@@ -115,7 +115,7 @@ class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
         kept = [a for a in range(inputs.ndim) if a not in axes]
 
         def flat(x):
-            return x.transpose(*kept, *axes).reshape(*(inputs.shape[a] for a in kept), -1)
+            return x.transpose(*kept, *axes).reshape(*(inputs.shape[a] for a in kept), self.adapter.in_features)
 
         if self.adapter.only_adds:
             y = nnx.LinearGeneral.__call__(self, inputs, out_sharding)
@@ -131,7 +131,12 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
     """`nnx.Einsum` with an adapter, where the einsum is a product with a matrix (see `einsum_matrix`)."""
 
     def __call__(self, inputs: Array, einsum_str: str | None = None, out_sharding=None) -> Array:
-        spec = (einsum_str or self.einsum_str).replace(" ", "")
+        spec = self.einsum_str.replace(" ", "")
+        if einsum_str is not None and einsum_str.replace(" ", "") != spec:
+            raise ValueError(
+                f"the adapter on this nnx.Einsum is for {spec!r}, and merges for it; with {einsum_str!r}, given at the "
+                "call, it would be another"
+            )
         found = einsum_matrix(spec, self.kernel.shape, inputs.ndim)
         if found is None:
             raise ValueError(f"einsum {spec!r} is no product with a matrix, so it can't carry an adapter")
@@ -140,13 +145,13 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
 
         def flat(x):
             x = x.transpose(*to_in)
-            return x.reshape(*x.shape[: x.ndim - len(contracted)], -1)
+            return x.reshape(*x.shape[: x.ndim - len(contracted)], self.adapter.in_features)
 
         def restored(y):
             return y.reshape(*y.shape[:-1], *sizes).transpose(*permutation)
 
         if self.adapter.only_adds:
-            y = nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding)
+            y = nnx.Einsum.__call__(self, inputs, out_sharding=out_sharding)
             return (y + restored(self._update(flat(inputs.astype(y.dtype))))).astype(y.dtype)
         x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
         x, matrix = flat(x), kernel.transpose(*contracted, *free).reshape(-1, math.prod(sizes))

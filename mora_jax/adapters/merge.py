@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from mora_jax.adapters.layers import add_to_bias, drop_bias, put_matrix, turn_ad
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.quantized import quantized_format
 from mora_jax.adapters.report import adapter_at
-from mora_jax.adapters.targets import Place, has_adapter, places
+from mora_jax.adapters.targets import Holders, Place, has_adapter, holders_of, places
 from mora_jax.adapters.trained import kept, restore
 
 
@@ -33,6 +34,7 @@ class Merged:
         gains: factors on outputs `[*layers, out]` and inputs `[*layers, in]` that were multiplied in, or None.
         bias_change: what was added to the bias, `[*layers, out]`, or None.
         had_bias: whether the layer had a bias before.
+        shared: by name, the parameters that other modules hold too; the layer has its own in their place.
     """
 
     paths: tuple[str, ...]
@@ -42,13 +44,15 @@ class Merged:
     gains: tuple[Any, Any]
     bias_change: Any
     had_bias: bool
+    shared: dict[str, nnx.Variable] = field(default_factory=dict)
 
 
 def merge(model: nnx.Module) -> tuple[Merged, ...]:
     """Folds every adapter of `model` into its base layer, in place; the layers are plain again afterwards.
 
     The kernel becomes `gain ⊙ (W + ΔW)`, taken in float32 and rounded once to the dtype of the weight; modules that
-    were trained whole get their trained values, in the dtype they had.
+    were trained whole get their trained values, in the dtype they had. A parameter that another module holds too (a
+    tied embedding) stays as it is for that module: the layer gets one of its own, with a warning.
 
     Returns:
         What `unmerge` needs to take the adapters out again.
@@ -72,7 +76,8 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
     for place in found:
         _check_whole(place)
     biased = {id(place.layer): place.has_bias for place in found}  # before the first part of a layer gives it one
-    merged = tuple(_merge(place, biased[id(place.layer)]) for place in found)
+    holders = holders_of(model)
+    merged = tuple(_merge(place, biased[id(place.layer)], holders) for place in found)
     restore(model, trained=True)
     return merged
 
@@ -89,29 +94,57 @@ def _check_whole(place: Place) -> None:
             raise ValueError(f"the adapter on {place.title} has values in {name} that are no finite numbers")
 
 
-def _merge(place: Place, had_bias: bool) -> Merged:
+def _merge(place: Place, had_bias: bool, holders: Holders) -> Merged:
     adapter, layer = adapter_at(place), place.layer
     dropout = getattr(layer, "adapter_dropout", None)
     gains = adapter.gains(place.kernel())
     # A bias that the merge of another part has just made is none that the adapter knew.
     change = adapter.bias_change(place.bias() if had_bias else None)
-    weight = adapter.merged(place.kernel(), gains)
+    weight = adapter.merged(place.kernel(), gains) if _changes_kernel(adapter, gains) else None
     take_adapter(place)
+    shared = _own_params(place, holders, kernel=weight is not None, bias=change is not None)
     _write(place, weight, change)
-    return Merged(place.paths, place.part, adapter, dropout, gains, change, had_bias)
+    return Merged(place.paths, place.part, adapter, dropout, gains, change, had_bias, shared)
+
+
+def _changes_kernel(adapter: Adapter, gains: tuple[Any, Any]) -> bool:
+    return adapter.additive or any(gain is not None for gain in gains)
+
+
+def _own_params(place: Place, holders: Holders, *, kernel: bool, bias: bool) -> dict[str, nnx.Variable]:
+    """Gives a layer copies of those parameters that a merge writes to and that others hold; returns what it had."""
+    if isinstance(place.layer, Projection | OutputHead):
+        return {}
+    found: dict[str, nnx.Variable] = {}
+    for name, value in list(vars(place.layer).items()):
+        others = holders.get(id(value), {})
+        if not isinstance(value, nnx.Param) or len(others) < 2 or not (bias if name == "bias" else kernel):
+            continue
+        found[name] = value
+        setattr(place.layer, name, value.copy())
+        del others[id(place.layer)]
+        paths = ", ".join(others.values())
+        warnings.warn(
+            f"{place.title} shared its {name} with {paths}, which stays as it was; merged, {place.title} has one of "
+            "its own",
+            stacklevel=5,
+        )
+    return found
 
 
 def _write(place: Place, weight: Any, change: Any) -> None:
     if isinstance(place.layer, Projection):
         assert place.part is not None, "a place in a projection is one of its parts"
-        place.layer.put_part_weight(place.part, weight)
+        if weight is not None:
+            place.layer.put_part_weight(place.part, weight)
         if change is not None:
             place.layer.add_to_part_bias(place.part, change)
         return
     if isinstance(place.layer, OutputHead):
-        place.layer.kernel[...] = weight.T
+        place.layer.kernel[...] = weight.T  # a head has no method that leaves its kernel alone
         return
-    put_matrix(place.layer, weight)
+    if weight is not None:
+        put_matrix(place.layer, weight)
     if change is not None:
         add_to_bias(place.layer, change)
 
@@ -119,8 +152,9 @@ def _write(place: Place, weight: Any, change: Any) -> None:
 def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
     """Takes adapters out of the weights that `merge` folded them into, and puts them back beside them.
 
-    The update is subtracted and gains are divided out, in float32, so weights come back up to rounding. Modules that
-    were trained whole keep their trained values, frozen.
+    The update is subtracted and gains are divided out, in float32, so weights come back up to rounding; parameters that
+    other modules hold too are those again, bit for bit. Modules that were trained whole keep their trained values,
+    frozen.
 
     Args:
         model: a model whose weights are as `merge` left them.
@@ -142,8 +176,11 @@ def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
 
 def _unmerge(place: Place, entry: Merged) -> None:
     change = entry.bias_change
-    weight = entry.adapter.unmerged(place.kernel(), entry.gains)
+    changed = _changes_kernel(entry.adapter, entry.gains)
+    weight = entry.adapter.unmerged(place.kernel(), entry.gains) if changed else None
     _write(place, weight, None if change is None or not entry.had_bias else -change)
+    for name, value in entry.shared.items():
+        setattr(place.layer, name, value)
     if isinstance(place.layer, Projection):
         assert place.part is not None, "a place in a projection is one of its parts"
         place.layer.add_adapter(place.part, entry.adapter)

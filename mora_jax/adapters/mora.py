@@ -156,7 +156,7 @@ def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Ar
         blocks = _blocks(x, q)[:, : _used_blocks(in_features, out_features, q)]
         if kind == "rotation" and blocks.shape[1] > 1:
             blocks = _rotate(blocks.astype(jnp.float32)).astype(x.dtype)
-        return _tile(product(blocks.reshape(-1, q)).reshape(n, -1), out_features)
+        return _tile(product(blocks.reshape(-1, q)).reshape(n, blocks.shape[1] * q), out_features)
     return decompress(product(compress(x.astype(jnp.float32), q, kind).astype(x.dtype)), out_features, kind)
 
 

@@ -184,7 +184,7 @@ def _call(self: Any, inputs: Array, *args: Any, **options: Any) -> Array:
 
     def flat(x):
         x = x.transpose(*to_in)
-        return x.reshape(*x.shape[:kept], -1)
+        return x.reshape(*x.shape[:kept], adapter.in_features)
 
     def restored(y):
         return y.reshape(*y.shape[:-1], *(kernel.shape[a] for a in free)).transpose(*permutation)

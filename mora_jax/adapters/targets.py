@@ -149,6 +149,24 @@ def _collect_paths(node: Any, path: tuple[str, ...], above: tuple[int, ...], nam
             _collect_paths(child, (*path, str(name)), above, names)
 
 
+Holders = dict[int, dict[int, str]]
+
+
+def holders_of(model: nnx.Module) -> Holders:
+    """By identity of a variable: its path in each module (or container) that holds it, by that one's identity."""
+    found: Holders = {}
+    for path, node in nnx.iter_graph(model):
+        children: dict[Any, Any] = {}
+        if isinstance(node, nnx.Module | dict):
+            children = node if isinstance(node, dict) else vars(node)
+        elif isinstance(node, list | tuple):
+            children = dict(enumerate(node))
+        for name, value in children.items():
+            if isinstance(value, nnx.Variable):
+                found.setdefault(id(value), {})[id(node)] = ".".join(map(str, (*path, name)))
+    return found
+
+
 def has_adapter(place: Place) -> bool:
     return place.adapter is not None
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import adapter_at, attach
+from mora_jax.adapters.detach import undone_on_error
 from mora_jax.adapters.patterns import pattern_for, targets_for
 from mora_jax.adapters.starts import FROM_BASE
 from mora_jax.adapters.targets import Place, has_adapter, places
@@ -52,17 +53,18 @@ def install(model: nnx.Module, fillings: Mapping[str, Filling], *, modules_to_sa
         settings = {_settings(fillings[path].config) for path in place.paths if path in fillings} - {None}
         if len(settings) > 1:
             raise InputError(f"{place.title} is one stack, whose layers have to agree in everything but their ranks")
-    for config in _configs(fillings, possible):
-        changes = dataclasses.replace(config, modules_to_save=modules_to_save)
-        try:
-            attach(model, changes, rngs=nnx.Rngs(0))
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        modules_to_save = ()
-    for place in found:
-        layers = {i: fillings[path].values for i, path in enumerate(place.paths) if path in fillings}
-        if layers:
-            _fill(place, layers)
+    with undone_on_error(model):
+        for config in _configs(fillings, possible):
+            changes = dataclasses.replace(config, modules_to_save=modules_to_save)
+            try:
+                attach(model, changes, rngs=nnx.Rngs(0))
+            except ValueError as error:
+                raise InputError(str(error)) from None
+            modules_to_save = ()
+        for place in found:
+            layers = {i: fillings[path].values for i, path in enumerate(place.paths) if path in fillings}
+            if layers:
+                _fill(place, layers)
 
 
 def _configs(fillings: Mapping[str, Filling], possible: list[str]) -> list[Any]:

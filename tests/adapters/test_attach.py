@@ -183,3 +183,59 @@ def test_rotation_says_which_inputs_it_ignores():
 )
 def test_which_einsums_are_matrix_products(spec, shape, axes):
     assert einsum_axes(spec, shape) == axes
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mj.PiSSAConfig(rank=7, targets=("first", "einsum", "attention.query"), modules_to_save=("norm",)),
+        lambda: mj.OLoRAConfig(rank=7, bias="all"),
+        lambda: mj.LoRAConfig(rank=3, init="orthogonal"),
+        lambda: mj.LoRAConfig(rank=2, modules_to_save=("nothing",)),
+    ],
+)
+def test_attaching_is_done_whole_or_not_at_all(make):
+    model = Model(nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    classes = [type(node) for _, node in nnx.iter_graph(model)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="rank|modules_to_save"):
+            mj.attach(model, make(), rngs=nnx.Rngs(1))
+        assert [type(node) for _, node in nnx.iter_graph(model)] == classes
+        after, same = nnx.split(model)
+        assert after == graphdef
+        jax.tree.map(np.testing.assert_array_equal, same, state)
+
+
+SOME = [mj.LoRAConfig(rank=2), mj.DoRAConfig(rank=2), mj.MoRAConfig(rank=2, kind="rotation"), mj.BitFitConfig()]
+
+
+@pytest.mark.parametrize("config", [*SOME, mj.IA3Config(targets="all-linear"), mj.MoRAConfig(rank=2, kind="decouple")])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda rngs: nnx.Linear(3, 4, rngs=rngs), (0, 3)),
+        (lambda rngs: nnx.Einsum("...td,dnh->...tnh", (3, 2, 4), rngs=rngs), (2, 0, 3)),
+        (lambda rngs: nnx.LinearGeneral((2, 3), (4, 5), axis=(-2, -1), rngs=rngs), (0, 2, 3)),
+    ],
+)
+def test_no_rows(config, make, shape):
+    plain = make(nnx.Rngs(0))(jnp.zeros(shape))
+    model = make(nnx.Rngs(0))
+    mj.attach(model, config, rngs=nnx.Rngs(1))
+    y, gradient = jax.value_and_grad(lambda x: model(x).sum())(jnp.zeros(shape))
+    assert model(jnp.zeros(shape)).shape == plain.shape and y == 0 and gradient.shape == shape
+
+
+def test_no_rows_of_an_embedding():
+    model = nnx.Embed(5, 4, rngs=nnx.Rngs(0))
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=".*"), rngs=nnx.Rngs(1))
+    assert model(jnp.zeros((0, 3), jnp.int32)).shape == (0, 3, 4) and model.attend(jnp.zeros((0, 4))).shape == (0, 5)
+
+
+def test_an_einsum_that_is_given_at_the_call():
+    model = nnx.Einsum("td,df->tf", (3, 3), rngs=nnx.Rngs(0))
+    mj.attach(model, mj.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(model(jnp.ones((2, 3)), "td, df -> tf"), model(jnp.ones((2, 3))))
+    with pytest.raises(ValueError, match="is for 'td,df->tf', and merges for it; with 'tf,df->td'"):
+        model(jnp.ones((2, 3)), "tf,df->td")

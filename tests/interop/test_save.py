@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -160,3 +161,24 @@ class TestRefusals:
         with pytest.raises(mj.InputError, match="model.norm.weight has values that float16 cannot hold"):
             mj.save_pretrained(model, tmp_path / "out", dtype="float16")
         assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize("config", [mj.LoRAConfig(rank=2, bias="lora_only"), mj.BitFitConfig()])
+def test_a_bias_with_turned_axes_comes_back(config, tmp_path):
+    def make():
+        model = nnx.Einsum("...td,ndh->...thn", (2, 4, 3), (3, 2), rngs=nnx.Rngs(0))
+        model.bias[...] = jnp.arange(6.0).reshape(3, 2)
+        holder = nnx.Module()
+        holder.out = model
+        return holder
+
+    model, x = make(), np.ones((5, 4), np.float32)
+    mj.attach(model, config, rngs=nnx.Rngs(1))
+    fill_randomly(model)
+    expected = np.asarray(model.out(x))
+    mj.save_adapter(model, tmp_path / "a")
+    again = make()
+    mj.load_adapter(again, tmp_path / "a")
+    np.testing.assert_allclose(again.out(x), expected, atol=1e-6)
+    mj.merge(again)
+    np.testing.assert_allclose(again.out(x), expected, atol=1e-5)
