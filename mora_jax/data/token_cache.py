@@ -102,8 +102,8 @@ def _fill(place: Path, collected: _Collected, facts: dict[str, Any]) -> None:
         beside.rename(place)
     except OSError as error:
         raise InputError(
-            f"cannot keep tokens in {place.parent} ({error.strerror or error}): set data.cache to a folder with"
-            " room, or to `off`"
+            f"cannot keep tokens in {place.parent} ({error.strerror or str(error).rpartition('] ')[2]}): set data.cache"
+            " to a folder with room, or to `off`"
         ) from None
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -14,6 +14,11 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local, local_path
 from mora_jax.training.mirror import Mirror
@@ -69,6 +74,30 @@ class Files:
     def make(self) -> None:
         """Makes the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other processes from claiming the folder, which must be there; a process that dies gives it back.
+
+        Raises:
+            InputError: another one has it.
+        """
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another run is writing to {self.path} at this moment: wait for its end, or choose another folder"
+                ) from None
+            except OSError:
+                pass  # a network folder without locks
+            yield
+        finally:
+            os.close(folder)
 
     def present(self, names: tuple[str, ...]) -> list[str]:
         """Those of these files and folders that are there."""
@@ -165,6 +194,10 @@ class BucketFiles(Files):
 
     def make(self) -> None:
         self._persistently(lambda: self.path.mkdir(parents=True, exist_ok=True), "", "made")
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        yield  # objects know no locks
 
     def present(self, names: tuple[str, ...]) -> list[str]:
         return self._persistently(lambda: [name for name in names if (self.path / name).exists()], "", "read")

@@ -59,8 +59,9 @@ def train(config: Config, display: Display | None = None, *, overwrite: bool = F
     check_profile(config, setup.plan.steps)
     check_same(setup.identity())
     check_shared(directory.path)
-    directory.create(config, overwrite)
-    return Trainer(setup, directory, display or Display()).run()
+    with directory.claimed():
+        directory.create(config, overwrite)
+        return Trainer(setup, directory, display or Display()).run()
 
 
 def resume(
@@ -97,10 +98,11 @@ def resume(
     setup = prepare(config)
     check_profile(config, setup.plan.steps)
     check_same(setup.identity())
-    trainer = Trainer(setup, directory, shown)
-    if changes:
-        directory.write_config(dataclasses.replace(kept, out=str(directory.path)))
-    return trainer.run()
+    with directory.claimed():
+        trainer = Trainer(setup, directory, shown)
+        if changes:
+            directory.write_config(dataclasses.replace(kept, out=str(directory.path)))
+        return trainer.run()
 
 
 class Trainer:

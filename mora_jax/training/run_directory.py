@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mora_jax.errors import InputError
@@ -84,10 +85,14 @@ class RunDirectory:
         """Refuses a path that can't become a run's folder, before anything is computed.
 
         Raises:
-            InputError: it holds a run (names --resume), or is a file.
+            InputError: it holds a run (names --resume), or is a file, or nothing can be written there.
         """
         if not self.files.remote and self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; set config.out to a folder")
+        if not self.files.remote and self.writes:
+            there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise InputError(f"{self.path} can't be made: {there} takes no files; set another config.out")
         taken = self.files.present(CONTENTS)
         if taken and not overwrite:
             raise InputError(
@@ -95,11 +100,29 @@ class RunDirectory:
                 f"replace it with --overwrite, or set another config.out"
             )
 
-    def create(self, config: Config, overwrite: bool) -> None:
-        """Makes the folder, removes an earlier run if that was asked for, and writes `config.json`."""
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it.
+
+        Raises:
+            InputError: another run is writing to it.
+        """
         if not self.writes:
+            yield
             return
         self.files.make()
+        with self.files.claimed():
+            yield
+
+    def create(self, config: Config, overwrite: bool) -> None:
+        """Removes an earlier run if that was asked for, and writes `config.json`.
+
+        Raises:
+            InputError: a run began here since `check_free`.
+        """
+        if not self.writes:
+            return
+        self.check_free(overwrite)
         if overwrite:
             for name in CONTENTS:
                 self.files.remove(name)

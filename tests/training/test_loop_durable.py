@@ -111,3 +111,29 @@ def test_a_disk_that_takes_no_metrics_ends_the_run_in_one_line(tmp_path, monkeyp
         directory.files.append("full", "a line\n")
     assert shown.stream.getvalue().count("No space left on device; trying again in") == 3
     assert directory.metrics.read_text() == before
+
+
+def test_two_runs_at_once_do_not_share_a_folder(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    taken = pytest.raises(InputError, match=f"another run is writing to {out} at this moment")
+    with loop.RunDirectory(out).claimed():
+        with taken:
+            loop.train(config(inputs, out), quiet(), overwrite=True)
+        assert list(out.iterdir()) == []
+    real = loop.prepare
+
+    def slow(wanted):
+        loop.RunDirectory(out).create(dataclasses.replace(wanted, seed=5), overwrite=False)  # the other one is quicker
+        return real(wanted)
+
+    monkeypatch.setattr(loop, "prepare", slow)
+    with pytest.raises(InputError, match=r"holds a run already \(config.json\)"):
+        loop.train(config(inputs, out), quiet())
+    monkeypatch.setattr(loop, "prepare", real)
+    assert json.loads((out / "config.json").read_text())["seed"] == 5
+    with loop.RunDirectory(out).claimed(), taken:
+        loop.resume(str(out), quiet())
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    # A process that is gone holds nothing.
+    with loop.RunDirectory(out).claimed():
+        pass
