@@ -166,7 +166,11 @@ class Checkpoints:
         # One of several processes can't try again alone.
         attempts = 4 if jax.process_count() == 1 else 1
         self._reported = True
-        persistently(write_now, what, hint, self._note, attempts=attempts)
+        try:
+            persistently(write_now, what, hint, self._note, attempts=attempts)
+        except InputError:
+            self._drop_unfinished()
+            raise
         self._reported = False
 
     def _drop_unfinished(self) -> None:

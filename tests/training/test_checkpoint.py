@@ -221,6 +221,7 @@ def test_a_disk_that_takes_no_more_keeps_the_checkpoints_that_are_there(tmp_path
                 InputError, match=r"step 4 can't be .*: File too large \(4 tries\); the checkpoint of st"
             ):
                 checkpoints.save(state(4), wait=True)
+            assert not list(folder.glob("*tmp*"))
     found = newest(folder)
     assert found.step == 3 and set(steps_in(folder)) <= {"1", "2", "3"}
     same(found.state, state(3))
