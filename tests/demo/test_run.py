@@ -31,8 +31,8 @@ def test_from_end_to_end(two_methods, tmp_path, capsys):
     printed = capsys.readouterr()
     assert code == 0, printed.err
     lines = printed.out.splitlines()
-    assert len(lines) == 2 + 1 + 2 * 2, printed.out
-    assert all(column in lines[1] for column in COLUMNS)
+    assert len(lines) == 3 + 3 + 1 + 2 * 2, printed.out
+    assert {word for column in COLUMNS for word in column.split()} == {*lines[3].split(), *lines[4].split()}
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in sorted(out.iterdir())] == ["curves.png", "results.json"]
 

@@ -1,15 +1,19 @@
-"""The table: all columns, plain or rich."""
+"""The table: every figure, whole at 80 columns, at 60, and in a pipe."""
 
 import io
 
 import pytest
 
+from mora_jax.demo.cells import METHODS, MODES
 from mora_jax.demo.measure import Scores
-from mora_jax.demo.table import COLUMNS, Row, print_table
+from mora_jax.demo.table import COLUMNS, LEGEND, Row, print_table
 
 BEFORE = Scores(0.0125, 0.1, {"sort": 0.0}, 1234.5, 2.5, ("x",))
-AFTER = Scores(0.75, 0.8, {"sort": 1.0}, 1.25, 3.125, ("y",))
-ROWS = [Row("base model", "-", 0, BEFORE), Row("LoRA", "masked", 69632, AFTER, BEFORE, 9876.5)]
+AFTER = Scores(1.0, 0.8, {"sort": 1.0}, 1.25, 3.125, ("y",))
+ROWS = [
+    Row("base model", "-", 0, BEFORE),
+    *(Row(method.name, mode, 784_640, AFTER, BEFORE, 9876.5) for method in METHODS for mode in MODES),
+]
 
 
 class Terminal(io.StringIO):
@@ -17,25 +21,40 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_table_has_every_column_and_figure():
-    stream = io.StringIO()
+def shown(stream) -> list[str]:
     print_table(ROWS, "Title", stream)
-    title, head, base, tuned = stream.getvalue().splitlines()
-    assert title == "Title"
+    title, legend, empty, *table = stream.getvalue().splitlines()
+    assert (title, legend, empty) == ("Title", LEGEND, "")
     assert "\x1b" not in stream.getvalue()
-    positions = [head.index(column) for column in COLUMNS]
-    assert positions == sorted(positions)
-    assert base.split() == ["base", "model", "-", "-", "1.2%", "10.0%", "1,234.50", "2.50", "-", "-"]
-    assert tuned.split() == ["LoRA", "masked", "69,632", "75.0%", "80.0%", "1.25", "2.50", "3.12", "9,876"]
+    assert all(line == line.rstrip() for line in table)
+    return table
 
 
-def test_table_on_a_terminal_has_every_figure(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    print_table(ROWS, "Title", stream)
-    for text in (*ROWS[1].cells(), *COLUMNS):
-        assert text in stream.getvalue()
+@pytest.mark.parametrize("stream, width", [(Terminal, "80"), (Terminal, "200"), (io.StringIO, "40")])
+def test_the_whole_table(monkeypatch, stream, width):
+    monkeypatch.setenv("COLUMNS", width)
+    first, second, rule, *body = shown(stream())
+    assert max(map(len, (first, second, *body))) == len(rule) <= 80
+    assert second.split() == ["method", "loss", "params", "match", "F1", "ppl", "ppl", "tokens/s"]
+    assert first.split() == ["trained", "exact", "response", "base-text"]
+    assert body[0].split() == ["base", "model", "-", "-", "1.2%", "10.0%", "1,234.50", "2.50", "-"]
+    assert body[1].split() == ["LoRA", "masked", "784,640", "100.0%", "80.0%", "1.25", "3.12", "9,876"]
+    assert len(body) == len(ROWS)
+
+
+@pytest.mark.parametrize("width", ["60", "70"])
+def test_narrow_terminals_get_a_line_for_each_method(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
+    lines = shown(Terminal())
+    assert max(map(len, lines)) <= 60
+    assert lines[3:6] == [
+        "base model",
+        "  -              -   1.2% 10.0% 1,234.50      2.50        -",
+        "LoRA",
+    ]
+    assert [line for line in lines if not line.startswith(" ")] == ["base model", *(method.name for method in METHODS)]
+    for row in ROWS[1:]:
+        assert any(line.split() == list(row.cells()[1:]) for line in lines)
 
 
 @pytest.mark.parametrize("row", ROWS)
