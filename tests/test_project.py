@@ -74,7 +74,7 @@ def test_wheel_ships_every_file_of_the_package(wheel):
     assert here <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mora_jax"}
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "mora-jax = mora_jax.cli.main:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "mora-jax = mora_jax.cli:start" in zipfile.ZipFile(wheel).read(entry_points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -1,13 +1,16 @@
 """What a user sees of an error, and the exit code that it gives."""
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 
 from mora_jax.environment import explain
 from mora_jax.errors import InputError
+from mora_jax.training.stopping import Stopped, cause
 
-EXIT_INPUT, EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATE = 2, 130, 141, 143
+EXIT_INPUT, EXIT_PIPE = 2, 141
 SMALLER = "choose fewer rows at once, shorter rows, or a smaller rank or model"
 # What the user's disk and paths can do to any command; every other OSError is a bug.
 DISK_ERRNOS = {
@@ -34,7 +37,16 @@ def report(error: BaseException) -> int | None:
         return _fail(f"out of memory: {first}; {SMALLER}")
     if isinstance(error, RuntimeError) and (line := explain(error)) is not None:
         return _fail(line)
-    return EXIT_INTERRUPT if isinstance(error, KeyboardInterrupt) else None
+    if isinstance(error, KeyboardInterrupt):
+        return stopped(signal.SIGINT)
+    return stopped(error.number) if isinstance(error, Stopped) else None
+
+
+def stopped(number: int) -> int:
+    """Says that a signal ended the command; returns the exit code."""
+    with contextlib.suppress(OSError):  # the terminal may be what is gone
+        print(f"stopped by {cause(number)}", file=sys.stderr)
+    return 128 + number
 
 
 def _drop_stdout() -> None:

@@ -10,18 +10,19 @@ import os
 import platform
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
 from mora_jax.cli import convert, demo, generate, inspect, merge, plan, train
 from mora_jax.cli import eval as eval_command
-from mora_jax.cli.failures import EXIT_TERMINATE, report
+from mora_jax.cli.failures import report, stopped
 from mora_jax.cli.options import OVERRIDE, take_overrides
 from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words
 from mora_jax.environment import check_versions, prepare
 from mora_jax.errors import InputError
+from mora_jax.training.stopping import ASKING, Stoppable, Stopped
 
 COMMANDS = {
     "train": train,
@@ -97,20 +98,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    previous = signal.signal(signal.SIGTERM, _terminate)
     format_warning, warnings.formatwarning = warnings.formatwarning, _one_line
+    unraisable = sys.unraisablehook
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        print(end="", flush=True)
-        return code
-    except (Exception, KeyboardInterrupt) as error:
-        known = report(error)
-        if known is None:
-            raise
-        return known
+        with Stoppable(lambda words: print(words, file=sys.stderr, flush=True)) as signals:
+            # Where a stop hits a finalizer, that is no news.
+            sys.unraisablehook = lambda found: unraisable(found) if signals.received is None else None
+            try:
+                code = _run(sys.argv[1:] if argv is None else argv)
+                print(end="", flush=True)
+            except (Exception, KeyboardInterrupt, Stopped) as error:
+                if signals.received is not None:
+                    return stopped(signals.received)
+                known = report(error)
+                if known is None:
+                    raise
+                return known
+            return code if code or signals.received is None else 128 + signals.received
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = unraisable
         warnings.formatwarning = format_warning
+        if argv is None and threading.current_thread() is threading.main_thread():
+            # All is done but the interpreter's own farewell, which a Ctrl-C would end with a traceback.
+            for number in ASKING:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -141,7 +152,9 @@ def _run(argv: Sequence[str]) -> int:
         if name != "plan":  # which takes the CPU whatever is named
             prepare()
         return args.run(args)
-    except SystemExit as stop:  # --help and --version, and the handler of SIGTERM
+    except SystemExit as stop:  # --help and --version
+        if isinstance(stop, Stopped):
+            raise
         return stop.code if isinstance(stop.code, int) else 0
 
 
@@ -150,11 +163,6 @@ def _refuse_key(command: str, parser: Parser, key: str) -> NoReturn:
     flag = flag_of(key, known)
     hint = f"; did you mean {flag}?" if flag else ""
     raise InputError(f"{OVERRIDE}{key}: only {' and '.join(TAKE_KEYS)} take configuration keys{hint}")
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    # SystemExit runs every `finally` on its way, so that no half-written folder is left behind.
-    raise SystemExit(EXIT_TERMINATE)
 
 
 def _one_line(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -142,10 +145,10 @@ def encode_chunks(encoder: RowEncoder, rows: Iterable[RawRow], workers: int = 1)
     # Not forked: a copy of a process with JAX's threads in it can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
-        pending: deque[Future[Encoded]] = deque([pool.submit(_work, first)])
+        pending: deque[Future[Encoded]] = deque([_submit(pool, first)])
         try:
             for chunk in chunks:
-                pending.append(pool.submit(_work, chunk))
+                pending.append(_submit(pool, chunk))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()
             while pending:
@@ -153,6 +156,20 @@ def encode_chunks(encoder: RowEncoder, rows: Iterable[RawRow], workers: int = 1)
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _submit(pool: ProcessPoolExecutor, chunk: list[RawRow]) -> Future[Encoded]:
+    """Gives a chunk to the pool, which may start a process for it: one that no Ctrl-C reaches.
+
+    A terminal sends it to all processes. The parent stops the others; they would only add their tracebacks.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return pool.submit(_work, chunk)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit it
+    try:
+        return pool.submit(_work, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _chunked(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
@@ -167,6 +184,15 @@ _worker: RowEncoder | None = None
 def _start_worker(encoder: RowEncoder) -> None:
     global _worker
     _worker = encoder
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    parent.join()
+    os._exit(1)
 
 
 def _work(chunk: list[RawRow]) -> Encoded:

@@ -110,6 +110,11 @@ class Checkpoints:
         """Whether a state with this evaluation loss belongs to those to keep."""
         return self._keep.is_best(eval_loss)
 
+    def scored(self, step: int, eval_loss: float | None) -> None:
+        """Takes in the evaluation loss of a checkpoint that was written before it was evaluated."""
+        if step in self.steps():
+            self._keep.scored(step, eval_loss)
+
     def best(self) -> tuple[int, float] | None:
         """Step and evaluation loss of the best checkpoint, or None where none is kept for its loss."""
         self._settle()

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded
 from mora_jax.training.config import Config, check_together, find_key, flatten, lay_over, unused
+from mora_jax.training.stopping import Stopped
 
 MODULE_NAME = "mora_jax_config_file"
 
@@ -74,7 +75,7 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
                     "it must return an ml_collections.ConfigDict"
                 )
             return [(name, value, path) for name, value in flatten(_plain(values))]
-    except (InputError, KeyboardInterrupt):
+    except (InputError, KeyboardInterrupt, Stopped):
         raise
     # The file is a stranger's program: whatever it raises is bad input, not a bug of this one.
     except BaseException as error:  # noqa: BLE001

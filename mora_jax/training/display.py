@@ -4,13 +4,17 @@ Everything goes to stderr; stdout belongs to results.
 """
 
 import dataclasses
+import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
 from mora_jax.training.summary_table import summary_rows
 
+# Seconds between lines that say how far something is.
+LINE_SECONDS = 10.0
 # An example's tokens: text, and the weight of predicting it.
 Pieces = Sequence[tuple[str, float]]
 
@@ -77,6 +81,7 @@ class Display:
         """Writes to `stream`, by default the stderr of the moment."""
         self.stream = sys.stderr if stream is None else stream
         self.steps = 0
+        self._spoke = -math.inf
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -87,7 +92,16 @@ class Display:
         self.close()
 
     def loading(self, words: str) -> None:
-        """Says what happens before the start or between steps, where that can be taken away again."""
+        """Says what happens before the start or between steps; between steps where that can be taken away again."""
+        if not self.steps:
+            self.note(printable(words))
+
+    def progress(self, words: str, done: int, total: int) -> None:
+        """Says how far something between steps is, now and then where that can't be taken away again."""
+        now = time.monotonic()
+        if done < total and now - self._spoke >= LINE_SECONDS:
+            self._spoke = now
+            self.note(f"{words} {done:,}/{total:,}")
 
     def start(self, info: RunInfo) -> None:
         """Shows what is about to be trained."""
@@ -99,16 +113,23 @@ class Display:
         self.note("compiling the training step")
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Shows a logged step: a row of metrics.jsonl."""
-        self.note(f"step {row['step']}/{self.steps}  {_step_words(row)}  lr {row['learning_rate']:.2e}")
+        """Shows a logged step: a row of metrics.jsonl, with `seconds_left` of the whole run."""
+        words = f"{_step_words(row)}  lr {row['learning_rate']:.2e}{left_words(row)}"
+        self.note(f"step {row['step']}/{self.steps}  {words}")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Shows an evaluation: a row of metrics.jsonl."""
         self.note(f"step {row['step']}/{self.steps}  {_evaluation_words(row)}")
 
     def note(self, text: str) -> None:
-        """Shows one line."""
-        print(text, file=self.stream, flush=True)
+        """Shows one line; where the terminal is gone or the disk full, nothing, which is no reason to end a run."""
+        try:
+            self.stream.write(f"{text}\n")
+            self.stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Shows how the run ended: the content of summary.json."""
@@ -172,6 +193,11 @@ def speed_words(row: Mapping[str, Any]) -> str:
     """Returns a step's speed: tokens a second and, of devices whose peak is known, their utilisation."""
     words = f"{row['tokens_per_second']:,.0f} tokens/s"
     return words if row.get("mfu") is None else f"{words} (MFU {row['mfu']:.0%})"
+
+
+def left_words(row: Mapping[str, Any]) -> str:
+    """Returns the time that is left, where it is known."""
+    return "" if row.get("seconds_left") is None else f"  {duration(row['seconds_left'])} left"
 
 
 def _evaluation_words(row: Mapping[str, Any]) -> str:

@@ -116,7 +116,7 @@ class Files:
             try:
                 beside.write_text(text, encoding="utf-8")
                 beside.replace(self.path / name)
-            except OSError:
+            except BaseException:  # a signal's, too
                 beside.unlink(missing_ok=True)
                 raise
 
@@ -131,7 +131,7 @@ class Files:
             try:
                 with file.open("a", encoding="utf-8") as opened:
                     opened.write(text)
-            except OSError:
+            except BaseException:
                 with contextlib.suppress(OSError):
                     os.truncate(file, size)
                 raise

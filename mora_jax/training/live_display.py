@@ -1,6 +1,6 @@
 """The display of a run on a terminal: a panel, the first example with its trained tokens marked, a bar."""
 
-import time
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from mora_jax.training.display import Display, RunInfo, duration, printable, speed_words, summary_words
+from mora_jax.training.display import Display, RunInfo, left_words, printable, speed_words, summary_words
 from mora_jax.training.example_text import example_panel
 from mora_jax.training.summary_table import summary_rows
 
@@ -23,15 +23,15 @@ class LiveDisplay(Display):
         """Draws on `console`, by default the terminal behind stderr."""
         super().__init__()
         self.console = Console(stderr=True, highlight=False) if console is None else console
-        self.progress: Progress | None = None
-        self.first: tuple[int, float] | None = None
+        self.bar: Progress | None = None
         self.status: Status | None = None
 
     def loading(self, words: str) -> None:
         """Shows a line with a spinner until the start; after it, words at the bar until the next step."""
-        if self.progress is not None:
-            self.progress.update(self.task, words=words)
+        if self.bar is not None:
+            self.bar.update(self.task, words=words)
             return
+        self.close()
         self.status = self.console.status(Text(printable(words)))
         self.status.start()
 
@@ -49,7 +49,7 @@ class LiveDisplay(Display):
             self.console.print(example_panel(info.first_example, "first example", self.console))
         for words in info.notes:
             self.console.print(Text(f"note: {printable(words)}", style="yellow"))
-        self.progress = Progress(
+        self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[place]}"),
             BarColumn(bar_width=None),
@@ -59,25 +59,25 @@ class LiveDisplay(Display):
             transient=True,
         )
         place = f"step {info.first_step}/{self.steps}"
-        self.task = self.progress.add_task(
-            "", total=self.steps, completed=info.first_step, place=place, words="compiling"
-        )
-        self.progress.start()
+        self.task = self.bar.add_task("", total=self.steps, completed=info.first_step, place=place, words="compiling")
+        self.bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Moves the bar."""
-        now, step = time.monotonic(), row["step"]
-        if self.first is None:
-            self.first = (step, now)
-        done = step - self.first[0]
-        left = duration((now - self.first[1]) / done * (self.steps - step)) if done else "-:--"
-        words = f"loss {row['loss']:.4f}  {speed_words(row)}  {left} left"
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, place=f"step {step}/{self.steps}", words=words)
+        step = row["step"]
+        words = f"loss {row['loss']:.4f}  {speed_words(row)}{left_words(row)}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, place=f"step {step}/{self.steps}", words=words)
+
+    def progress(self, words: str, done: int, total: int) -> None:
+        """Says at the bar how far something is."""
+        if self.bar is not None:
+            self.bar.update(self.task, words=f"{words} {done:,}/{total:,}")
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self.console.print(Text(text))
+        """Prints a line above the bar; on a terminal that is gone nothing, which is no reason to end a run."""
+        with contextlib.suppress(OSError):
+            self.console.print(Text(text))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Takes the bar away and says how the run ended."""
@@ -93,9 +93,9 @@ class LiveDisplay(Display):
 
     def close(self) -> None:
         """Takes the bar away and shows the cursor again."""
-        if self.status is not None:
-            self.status.stop()
-            self.status = None
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        (status, bar), self.status, self.bar = (self.status, self.bar), None, None
+        with contextlib.suppress(OSError):
+            if status is not None:
+                status.stop()
+            if bar is not None:
+                bar.stop()

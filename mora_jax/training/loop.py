@@ -105,6 +105,14 @@ def resume(
         return trainer.run()
 
 
+# What a signal does when the run is all but over, and what a second one.
+_FINISHING = ("writing the result, then stopping", "stop at once")
+
+
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
 class Trainer:
     """One run in this process.
 
@@ -138,6 +146,7 @@ class Trainer:
         self.runner.while_compiling = self.watchdog.paused
         self.last_loss = math.nan
         self.evaluated: dict[str, Any] = {}
+        self.evaluations: list[float] = []
 
     def run(self) -> int:
         """Trains to the end, or to the border of the step in which a signal came; returns the exit code."""
@@ -147,7 +156,7 @@ class Trainer:
         if self.directory.writes and not self.directory.files.remote:
             self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         with (
-            StopSignals(Agreement() if several() else None) as signals,
+            StopSignals(Agreement() if several() else None, self.display.note) as signals,
             self.display,
             self._checkpoints() as checkpoints,
             contextlib.ExitStack() as context,
@@ -161,15 +170,23 @@ class Trainer:
             batches = BatchIterator(source, first, place=self.runner.place_batch)
             context.enter_context(contextlib.closing(batches))
             context.callback(self.directory.files.close)
-            self._remember(self.directory.rewind_metrics(first))
+            self._remember(self.directory.rewind_metrics(first), checkpoints)
             self.display.start(dataclasses.replace(self.setup.info(first), out=str(self.directory.path)))
             context.enter_context(self.observer.open(first))
             for note in self.placement.notes() if self.placement is not None else ():
                 self.display.note(note)
+            if self._owes_evaluation(first):
+                self._evaluate(first, signals)
+                checkpoints.scored(first, self.evaluated.get("eval_loss"))
+                self.observer.clock.restart()
+                if signals.received:
+                    return self._stopped(first, signals)
             pending: tuple[int, StepMetrics] | None = None
             context.enter_context(self.watchdog)
             for step in range(first, plan.steps):
                 self.watchdog.begin(step + 1)
+                if step + 1 == plan.steps and not self._evaluates(plan.steps):
+                    signals.words = _FINISHING
                 with self.observer.step(step + 1):
                     batch = self._next(batches)
                     self.state, metrics = self.runner(self.state, self.frozen, batch)
@@ -179,11 +196,11 @@ class Trainer:
                 pending = (step + 1, metrics)
                 done, last = step + 1, step + 1 == plan.steps
                 signals.look()
-                evaluate = last or (settings.eval_every and done % settings.eval_every == 0)
+                evaluate = self._evaluates(done)
                 save = settings.save_every and (last or done % settings.save_every == 0)
                 restart = self.restarter is not None and self.restarter.restarts.due(done)
                 trace_ends = self.observer.ends_trace(done)
-                if evaluate or save or restart or trace_ends or signals.received:
+                if last or evaluate or save or restart or trace_ends or signals.received:
                     self._report(pending)
                     pending = None
                     if trace_ends:
@@ -191,22 +208,40 @@ class Trainer:
                     with self.watchdog.paused():
                         if restart:
                             self._restart(done)
-                        if evaluate and self.setup.evaluation is not None:
-                            self._evaluate(done)
-                    eval_loss = self.evaluated["eval_loss"] if self.evaluated.get("step") == done else None
-                    wanted = save or signals.received or checkpoints.is_best(eval_loss)
-                    if wanted and not (last and signals.received):
+                        if evaluate and not signals.received:
+                            self._evaluate(done, signals)
+                    evaluated = self.evaluated.get("step") == done
+                    eval_loss = self.evaluated["eval_loss"] if evaluated else None
+                    # A stop in the last step finishes the run, unless an evaluation would have to be waited for.
+                    stops = signals.received and (not last or (evaluate and not evaluated))
+                    if save or stops or checkpoints.is_best(eval_loss):
                         wait = bool(last or signals.received)
                         self.directory.files.flush()
                         state, base = self.runner.whole(self.state), self._base(done)
                         checkpoints.save(state, base, eval_loss=eval_loss, wait=wait)
                     self.observer.clock.restart()
-                if signals.received and not last:
-                    self.display.note(f"stopped after step {done}; continue with --resume {self.directory.path}")
-                    return signals.exit_code
+                    if stops:
+                        return self._stopped(done, signals)
             self.watchdog.begin(None)
+            signals.words = _FINISHING
             self._finish(started, checkpoints)
-            return 0
+            return signals.exit_code if signals.look() else 0
+
+    def _stopped(self, done: int, signals: StopSignals) -> int:
+        """Says how the run goes on; returns the exit code."""
+        owed = ", before its evaluation" if self._owes_evaluation(done) else ""
+        self.display.note(f"stopped after step {done}{owed}; continue with --resume {self.directory.path}")
+        return signals.exit_code
+
+    def _evaluates(self, done: int) -> bool:
+        """Whether there is an evaluation after so many steps."""
+        every = self.config.train.eval_every
+        due = done == self.setup.plan.steps or bool(every and done % every == 0)
+        return due and self.setup.evaluation is not None
+
+    def _owes_evaluation(self, done: int) -> bool:
+        """Whether the evaluation after so many steps was not made or not ended."""
+        return done > 0 and self._evaluates(done) and self.evaluated.get("step") != done
 
     def _report_hang(self, text: str) -> None:
         self.display.note(text)
@@ -219,7 +254,7 @@ class Trainer:
         best = settings.keep_best if self.setup.evaluation is not None else 0
         return Checkpoints(self.directory.checkpoints, settings.keep, identity, keep_best=best, note=self.display.note)
 
-    def _remember(self, rows: list[dict[str, Any]]) -> None:
+    def _remember(self, rows: list[dict[str, Any]], checkpoints: Checkpoints) -> None:
         """Takes up what the rows of the steps before a resumption say."""
         for row in rows:
             if row.get("loss") is not None:
@@ -227,6 +262,7 @@ class Trainer:
                 self.spikes.note(row["step"], row["loss"])
             if "eval_loss" in row:
                 self.evaluated = row
+                checkpoints.scored(row["step"], row["eval_loss"])
 
     def _restart(self, done: int) -> None:
         """Folds the adapters into the base and starts them anew."""
@@ -284,7 +320,16 @@ class Trainer:
             if self.budget is not None:
                 row |= {"penalty": float(metrics.penalty), "mean_rank": self.budget.mean_rank(step)}
             self.observer.write(row)
-            self.display.step(row)
+            self.display.step(row | {"seconds_left": self._seconds_left(step)})
+
+    def _seconds_left(self, step: int) -> float:
+        """What the steps and evaluations after `step` should take, by the means of this process; not compiling."""
+        steps, every = self.setup.plan.steps, self.config.train.eval_every
+        left = (steps - step) * self.observer.clock.mean_step
+        if self.setup.evaluation is None or not self.evaluations:
+            return left
+        evaluations = 1 + ((steps - 1) // every - step // every if every else 0)
+        return left + evaluations * sum(self.evaluations) / len(self.evaluations)
 
     def _model(self) -> Decoder:
         """The model as trained so far."""
@@ -293,10 +338,25 @@ class Trainer:
         model.spread = self.placement if self.placement is not None and self.placement.mesh.size > 1 else None
         return model
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, signals: StopSignals) -> None:
+        """Scores the model after `step`, or doesn't get to the end of it: where a signal comes."""
         assert self.setup.evaluation is not None
+
+        def progress(done: int, total: int) -> None:
+            self.display.progress("evaluating", done, total)
+            if signals.look() and done < total:
+                raise _Interrupted
+
+        before, signals.words = signals.words, ("stopping this evaluation", "stop without saving")
         self.display.loading("evaluating")
-        scores = score(self._model(), self.setup.evaluation, batch_size=self.setup.micro_batch)
+        started = time.perf_counter()
+        try:
+            scores = score(self._model(), self.setup.evaluation, batch_size=self.setup.micro_batch, progress=progress)
+        except _Interrupted:
+            return
+        finally:
+            signals.words = before
+        self.evaluations.append(time.perf_counter() - started)
         self.evaluated = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
         self.evaluated |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
         self.evaluated |= {"eval_prompt_loss": scores.prompt_nll}

@@ -1,4 +1,4 @@
-"""Stop at a step's border when the system or the user asks for it."""
+"""Stop when the system or the user asks for it: a command at once and cleanly, a run at a step's border."""
 
 from __future__ import annotations
 
@@ -7,93 +7,216 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
+from typing import Any
+
+#: The signals that ask a process to stop. Of these, SIGHUP comes when a terminal or a connection is closed.
+ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Stopped(SystemExit):
+    """A signal other than SIGINT ends the command; raised wherever the main thread is, so that all cleaning up runs.
+
+    Attributes:
+        number: the signal.
+        code: the exit code, 128 + number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+def cause(number: int) -> str:
+    """What a user calls a signal: Ctrl-C, or its name."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class _Handlers:
+    """Handlers that stand while a context lasts, with a thread that hears of signals at once.
+
+    Python runs handlers only between two lines of the main thread, which may be minutes away while a step computes. The
+    interpreter writes the number of a signal into a socket at once, though, and the thread reads it there. It tells of
+    the first one, and ends the process some time after a second SIGINT, whatever the main thread is doing.
+
+    Args:
+        handler: for the main thread.
+        tell: called from the thread, with the first signal.
+        delay: seconds that the thread waits before it tells.
+    """
+
+    patience = 2.0
+
+    def __init__(
+        self,
+        handler: Callable[[int, FrameType | None], None],
+        tell: Callable[[int], None],
+        delay: float = 0.0,
+    ) -> None:
+        self._handler, self._tell, self._delay = handler, tell, delay
+        self._before: dict[int, Any] = {}
+        self._ended = threading.Event()
+        self._theirs: socket.socket | None = None
+        self._repeated = 0
+
+    def open(self) -> None:
+        """Puts the handlers in place; in a thread other than the main one nothing happens, for nothing may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in ASKING:
+            # Whoever started the process may want it to ignore one: nohup, and shells for what is in the background.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._before[number] = signal.signal(number, self._handler)
+        ours, self._theirs = socket.socketpair()
+        self._theirs.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(ours,), name="signals", daemon=True).start()
+
+    def _read(self, ours: socket.socket) -> None:
+        first = True
+        with ours:
+            while numbers := ours.recv(64):
+                for number in (number for number in numbers if number in self._before):
+                    if self._repeated:
+                        self._repeated -= 1
+                    elif first:
+                        first = False
+                        if not self._ended.wait(self._delay):
+                            with contextlib.suppress(Exception):  # nobody reads it any more
+                                self._tell(number)
+                    elif number == signal.SIGINT:
+                        if not self._ended.wait(self.patience):
+                            _leave()
+                        return
+
+    def postponed(self, number: int, frame: FrameType | None) -> bool:
+        """Whether nothing may be raised now, for something is being imported; the handler is then called again soon.
+
+        Extensions that are being imported lose exceptions, make others of them, or crash.
+        """
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                again = threading.Timer(0.05, self._repeat, (number,))
+                again.daemon = True
+                again.start()
+                return True
+            frame = frame.f_back
+        return False
+
+    def _repeat(self, number: int) -> None:
+        if not self._ended.is_set():
+            self._repeated += 1
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    def close(self) -> None:
+        """From here on signals are again the business of whose they were."""
+        if self._theirs is None:
+            return
+        self._ended.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._theirs.close()
+
+
+def _leave() -> None:
+    """Ends the process without any cleaning up."""
+    with contextlib.suppress(OSError):
+        # A live display has hidden the cursor.
+        os.write(2, b"\x1b[?25h\nstopped at once\n" if os.isatty(2) else b"stopped at once\n")
+    os._exit(128 + signal.SIGINT)
+
+
+class Stoppable:
+    """Lets the first signal end a command: a context manager.
+
+    SIGINT becomes a KeyboardInterrupt, the others `Stopped`. Further signals don't disturb the cleaning up; where the
+    process hasn't ended two seconds after a second SIGINT, it is ended as it stands.
+
+    Args:
+        tell: called, from another thread, with words about the stop where it isn't done soon.
+
+    Attributes:
+        received: the signal that came first, or None. What is raised for it may reach the caller as something else:
+            an extension that is being imported makes an ImportError of it.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.received: int | None = None
+        self._raised = False
+        words = "stopping; again to stop at once"
+        self._handlers = _Handlers(self._receive, lambda number: tell(words), delay=0.7)
+
+    def __enter__(self) -> Stoppable:
+        self._handlers.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handlers.close()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        if self._raised or self._handlers.postponed(self.received, frame):
+            return
+        self._raised = True
+        raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped(self.received)
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into a wish that the loop reads at each step's border. A context manager.
+    """Turns signals into a wish that the loop reads at each step's border. A context manager.
 
     A second SIGINT stops at once: as a KeyboardInterrupt, and where the process is too deep in compiled code or in a
     wait to notice it, two seconds later by ending the process. Whole checkpoints stay whole.
 
     Args:
         agree: where the run has several processes: gives the highest of their numbers (see processes.Agreement).
+        tell: called, from another thread, with `words` when the first signal comes.
 
     Attributes:
         received: the signal that came first, or None. In a run of several processes one that any of them received
             and that all know of, so that all stop at the same step.
+        words: what will happen after the first signal, and after the second, as things are now.
     """
 
-    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+    def __init__(
+        self, agree: Callable[[int], int] | None = None, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.received: int | None = None
+        self.words: Sequence[str] = ("stopping after this step", "stop without saving")
         self._own: int | None = None
         self._agree = agree
-        self._before: dict[int, object] = {}
-        self._watch: _SecondInterrupt | None = None
+        self._handlers = _Handlers(self._receive, lambda number: tell(self._said(number)))
+        self._raised = False
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._receive)
-            except ValueError:  # only the main thread may; elsewhere the process's own handling stays
-                break
-        else:
-            self._watch = _SecondInterrupt()
+        self._handlers.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        if self._watch is not None:
-            self._watch.close()
+        self._handlers.close()
 
-    def look(self) -> None:
-        """Brings `received` up to date; once at every step's border."""
+    def look(self) -> int | None:
+        """Brings `received` up to date and returns it; all processes of a run do so equally often."""
         self.received = self._own if self._agree is None else self._agree(self._own or 0) or None
+        return self.received
+
+    def _said(self, number: int) -> str:
+        first, second = self.words
+        return f"{first}; again to {second}" if number == signal.SIGINT else f"{cause(number)}: {first}"
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._own is not None:
+        if self._own is None:
+            self._own = number
+        elif number == signal.SIGINT and not self._raised and not self._handlers.postponed(number, frame):
+            self._raised = True
             raise KeyboardInterrupt
-        self._own = number if self._own is None else self._own
 
     @property
     def exit_code(self) -> int:
         """What a shell expects of a process that ended by the signal: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + (self.received or 0)
-
-
-class _SecondInterrupt:
-    """Ends the process some time after a second SIGINT, whatever the main thread is doing.
-
-    Python runs handlers of signals only between two lines of the main thread, which may be minutes away while a step
-    computes. The interpreter writes the number of a signal into a socket at once, though, and a thread reads it there.
-    """
-
-    patience = 2.0
-
-    def __init__(self) -> None:
-        self._ours, self._theirs = socket.socketpair()
-        self._theirs.setblocking(False)
-        self._before = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-        self._ended = threading.Event()
-        threading.Thread(target=self._read, name="second interrupt", daemon=True).start()
-
-    def _read(self) -> None:
-        received = 0
-        with self._ours:
-            while numbers := self._ours.recv(64):
-                received += len(numbers)
-                if received > 1 and signal.SIGINT in numbers:
-                    if not self._ended.wait(self.patience):
-                        os._exit(128 + signal.SIGINT)
-                    return
-
-    def close(self) -> None:
-        """From here on signals are the process's own business again."""
-        self._ended.set()
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.set_wakeup_fd(self._before)
-        self._theirs.close()

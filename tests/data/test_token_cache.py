@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mora_jax.data import Conversation, EncodedDataset, Message
+from mora_jax.data import Conversation, EncodedDataset, Message, encoding
 from mora_jax.data.encoding import CHUNK, RowEncoder, encode_chunks
 from mora_jax.data.sources import Source
 from mora_jax.data.store import TokenStore
@@ -172,3 +174,14 @@ def test_nothing_is_kept_where_it_is_off_or_cannot_be(file, tmp_path, tokenizer,
     blocked.write_text("")
     assert len(Source((str(file),), cache=str(blocked / "inside")).load(tokenizer)) == 20
     assert os.listdir(tmp_path / ".") and blocked.is_file()
+
+
+def _blocked(chunk):
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_ctrl_c_reaches_no_worker(monkeypatch):
+    monkeypatch.setattr(encoding, "_work", _blocked)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert signal.SIGINT in encoding._submit(pool, []).result(60)
+    assert signal.SIGINT not in _blocked([])

@@ -1,5 +1,6 @@
 """The displays: what a log file gets and what a terminal gets."""
 
+import errno
 import io
 import re
 
@@ -35,7 +36,14 @@ SUMMARY = {"final_loss": 1.5, "eval_perplexity": None, "wall_seconds": 61.0}
 
 
 def row(step):
-    return {"step": step, "loss": 2.5, "learning_rate": 2e-4, "grad_norm": 0.5, "tokens_per_second": 1234.5}
+    return {
+        "step": step,
+        "loss": 2.5,
+        "learning_rate": 2e-4,
+        "grad_norm": 0.5,
+        "tokens_per_second": 1234.5,
+        "seconds_left": 99.0,
+    }
 
 
 def run(display):
@@ -44,6 +52,8 @@ def run(display):
         display.start(INFO)
         for step in (1, 2, 3, 4):
             display.step(row(step))
+        display.progress("evaluating", 3, 9)
+        display.progress("evaluating", 4, 9)
         display.evaluation({"step": 4, "eval_loss": 1.0, "eval_perplexity": 2.718})
         display.finish(SUMMARY)
 
@@ -64,7 +74,9 @@ def test_plain_lines_hold_everything_and_no_control_codes():
     ):
         assert words in text
     assert text.count("\nstep ") == 5
-    assert "step 3/4  loss 2.5000  grad 0.500  1,234 tokens/s  lr 2.00e-04" in text
+    assert "step 3/4  loss 2.5000  grad 0.500  1,234 tokens/s  lr 2.00e-04  1:39 left\n" in text
+    assert text.startswith("loading base\n")
+    assert text.count("evaluating") == 1 and "\nevaluating 3/9\n" in text, "a line now and then"
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
@@ -78,6 +90,33 @@ def test_terminal_shows_panel_example_and_bar(width):
     assert "\\x1b[31m" in shown, "escape codes in data must not reach the terminal"
     assert "step 4/4" in shown
     assert "\x1b[?25h" in stream.getvalue(), "the cursor must come back"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_bar_says_how_far_steps_and_evaluations_are(width):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=width, _environ={})
+    with LiveDisplay(console) as display:
+        display.start(INFO)
+        display.step(row(3))
+        display.bar.refresh()
+        display.progress("evaluating", 4, 9)
+        display.bar.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert re.search("step 3/4 .*loss 2.5000  1,234 tokens/s  1:39 left\\n?", shown)
+    assert "evaluating 4/9" in shown
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_is_gone_ends_no_run():
+    run(Display(Broken()))
+    display = LiveDisplay(Console(file=Broken(), force_terminal=True, width=80, _environ={}))
+    display.note("gone")
+    display.close()
 
 
 def test_trained_tokens_are_readable_without_colour():

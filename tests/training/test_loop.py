@@ -189,6 +189,63 @@ def test_a_signal_saves_at_the_border_of_the_step(inputs, unbroken, tmp_path, nu
     assert "finished" in again.stream.getvalue()
 
 
+class InterruptingEvaluation(Display):
+    """Raises a signal in the evaluation that comes first, after its first batch."""
+
+    def __init__(self, number: int, at: int):
+        super().__init__(io.StringIO())
+        self.number, self.at, self.seen = number, at, 0
+
+    def progress(self, words, done, total):
+        super().progress(words, done, total)
+        self.seen += done <= 4
+        if self.seen == self.at and done <= 4:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("at", "step"), [(1, 3), (2, 6)])
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(inputs, tmp_path, at, step):
+    settings = {"train__save_every": 0, "train__eval_every": 3, "data__eval_fraction": 0.5, "train__keep_best": 1}
+    out = tmp_path / "run"
+    display = InterruptingEvaluation(signal.SIGTERM, at)
+    assert loop.train(config(inputs, out, **settings), display) == 143
+    said = display.stream.getvalue()
+    assert f"stopped after step {step}, before its evaluation; continue with --resume {out}" in said
+    assert [row["step"] for row in metrics(out) if "eval_loss" in row] == [3, 6][: at - 1]
+    assert str(step) in [path.name for path in (out / "checkpoints").iterdir()]
+    assert loop.resume(str(out), quiet()) == 0
+    assert loop.train(config(inputs, tmp_path / "unbroken", **settings), quiet()) == 0
+    same_as(tmp_path / "unbroken", out)
+    names = "best", "best_step", "best_eval_loss", "eval_loss"
+    ended, whole = (json.loads((run / "summary.json").read_text()) for run in (out, tmp_path / "unbroken"))
+    assert [ended[name] for name in names] == [whole[name] for name in names]
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(inputs, unbroken, tmp_path):
+    display = Interrupting(5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert loop.train(config(inputs, tmp_path / "run"), display) == 130
+    assert "writing the result, then stopping; again to stop at once\n" in display.stream.getvalue()
+    assert "\ndone: " in display.stream.getvalue()
+    same_as(unbroken, tmp_path / "run")
+
+
+def test_compiling_is_no_part_of_the_time_that_is_left(inputs, tmp_path):
+    class Timed(Display):
+        def __init__(self):
+            super().__init__(io.StringIO())
+            self.left = []
+
+        def step(self, row):
+            self.left.append(row["seconds_left"])
+
+    display, out = Timed(), tmp_path / "run"
+    assert loop.train(config(inputs, out, train__save_every=0), display) == 0
+    seconds = [json.loads(line)["step_seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    expected = [(6 - step) * np.mean(seconds[:step]) for step in range(1, 7)]
+    np.testing.assert_allclose(display.left, expected, rtol=1e-6)
+    assert display.left[0] < 5 * json.loads((out / "summary.json").read_text())["compile_seconds"]
+
+
 def test_full_fine_tuning_leaves_a_model(inputs, tmp_path):
     settings = {"adapter__method": "full", "train__save_every": 0, "data__eval_fraction": 0.2, "train__eval_every": 3}
     out = tmp_path / "run"

@@ -43,6 +43,7 @@ class StepClock:
 
     def __init__(self) -> None:
         self.total = StepTimes()
+        self._steps = 0
         self.restart()
 
     def restart(self) -> None:
@@ -62,11 +63,17 @@ class StepClock:
         """The device's result is there now and the loop had asked at `since`."""
         self._device += time.perf_counter() - since
 
+    @property
+    def mean_step(self) -> float:
+        """Seconds of a step so far, 0 before the first; compiling and evaluations are no part of it."""
+        return self.total.step / max(self._steps, 1)
+
     def lap(self) -> StepTimes:
         """A step is done: its times. The next one's begins."""
         now = time.perf_counter()
         whole = max(now - self._start, 1e-9)
         times = StepTimes(whole, self._data, max(whole - self._data - self._device, 0.0), self._device)
         self.total = self.total.plus(times)
+        self._steps += 1
         self._start, self._data, self._device = now, 0.0, 0.0
         return times
