@@ -203,21 +203,29 @@ class InterruptingEvaluation(Display):
             os.kill(os.getpid(), self.number)
 
 
+EVALUATED = {"train__save_every": 0, "train__eval_every": 3, "data__eval_fraction": 0.5, "train__keep_best": 1}
+
+
+@pytest.fixture(scope="module")
+def evaluated(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "evaluated"
+    assert loop.train(config(inputs, out, **EVALUATED), quiet()) == 0
+    return out
+
+
 @pytest.mark.parametrize(("at", "step"), [(1, 3), (2, 6)])
-def test_a_signal_ends_an_evaluation_which_is_made_up_for(inputs, tmp_path, at, step):
-    settings = {"train__save_every": 0, "train__eval_every": 3, "data__eval_fraction": 0.5, "train__keep_best": 1}
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(inputs, evaluated, tmp_path, at, step):
     out = tmp_path / "run"
     display = InterruptingEvaluation(signal.SIGTERM, at)
-    assert loop.train(config(inputs, out, **settings), display) == 143
+    assert loop.train(config(inputs, out, **EVALUATED), display) == 143
     said = display.stream.getvalue()
     assert f"stopped after step {step}, before its evaluation; continue with --resume {out}" in said
     assert [row["step"] for row in metrics(out) if "eval_loss" in row] == [3, 6][: at - 1]
     assert str(step) in [path.name for path in (out / "checkpoints").iterdir()]
     assert loop.resume(str(out), quiet()) == 0
-    assert loop.train(config(inputs, tmp_path / "unbroken", **settings), quiet()) == 0
-    same_as(tmp_path / "unbroken", out)
+    same_as(evaluated, out)
     names = "best", "best_step", "best_eval_loss", "eval_loss"
-    ended, whole = (json.loads((run / "summary.json").read_text()) for run in (out, tmp_path / "unbroken"))
+    ended, whole = (json.loads((run / "summary.json").read_text()) for run in (out, evaluated))
     assert [ended[name] for name in names] == [whole[name] for name in names]
 
 
