@@ -17,6 +17,11 @@ MAX_ID = 2**31 - 1
 _KINDS = {type(None): "missing or null", dict: "an object", list: "a list", bool: "a boolean", str: "text"}
 
 
+def absent(value: Any) -> bool:
+    """Whether a value says nothing: null, or the NaN that pandas has in its place."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def found(value: Any) -> str:
     """What kind of value it is, in words."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -55,7 +60,7 @@ def check_list(value: Any, key: str, source: str) -> list[Any]:
 
 def optional_list(value: Any, key: str, source: str) -> list[Any]:
     """Returns a list that may be absent: null, blank text, `[]`, and JSON text of null or `[]` are an empty list."""
-    if value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "null", "[]")):
+    if absent(value) or value == [] or (isinstance(value, str) and value.strip() in ("", "null", "[]")):
         return []
     return check_list(value, key, source)
 

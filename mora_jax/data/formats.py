@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mora_jax.data.checks import check_list, check_object, check_text, found, optional_list
+from mora_jax.data.checks import absent, check_list, check_object, check_text, found, optional_list
 from mora_jax.data.conversation import Conversation, Message, Row
 from mora_jax.data.mapping import Mapping
 from mora_jax.data.messages import read_message, read_turns
@@ -36,7 +36,7 @@ class Keys:
 
     def match(self, row: RawRow, filled: bool = True) -> bool:
         """Whether the row has these keys; with a value, if `filled`."""
-        return self.needed <= {key for key, value in row.items() if value is not None or not filled} and (
+        return self.needed <= {key for key, value in row.items() if not (filled and absent(value))} and (
             self.barred.isdisjoint(row)
         )
 
@@ -69,8 +69,8 @@ class Format:
 
 
 def _text(row: RawRow, *keys: str, source: str, default: str | None = None) -> str:
-    """The text under the first of the keys that holds one that is not empty; null counts as absent."""
-    given = [key for key in keys if row.get(key) is not None]
+    """The text under the first of the keys that holds one that is not empty; null and NaN count as absent."""
+    given = [key for key in keys if not absent(row.get(key))]
     if given:
         key = next((key for key in given if row[key] != ""), given[0])
         return check_text(row[key], key, source)
@@ -156,7 +156,7 @@ def _plain(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
 
 def _filled(row: RawRow, *keys: str) -> str:
     """The first of the keys that has a value; the first of all if none has."""
-    return next((key for key in keys if row.get(key) is not None), keys[0])
+    return next((key for key in keys if not absent(row.get(key))), keys[0])
 
 
 def _format(name: str, convert: Convert, *keys: str, barred: dict[str, str] | None = None) -> Format:

@@ -25,6 +25,8 @@ def parse(text: str, path: Path, number: int) -> Any:
     except json.JSONDecodeError as error:
         cut = error.msg.startswith(_UNFINISHED) or not text[error.pos :].strip()
         reason = "the line ends in the middle of a value" if cut else error.msg
+        if error.msg == "Extra data" and text[error.pos :].strip() == ",":
+            reason = "a comma after the row; lines have none between them"
         raise InputError(
             f"{path}, line {number + error.lineno - 1}, column {error.colno}: broken JSON ({reason})"
         ) from None
@@ -69,7 +71,8 @@ class ListReader:
                 if character == "]":
                     break
                 self._at += 1
-                self._next_character()
+                if self._next_character() == "]":
+                    self._fail("a comma after the last element", self._at)
         self._at += 1
         if self._next_character():
             self._fail("Extra data", self._at)

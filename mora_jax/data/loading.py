@@ -87,6 +87,7 @@ class RowStream(Iterable[Row]):
     Attributes:
       files: the paths and ids that the rows come from.
       skipped: what was left out of the last pass, with `on_error="skip"`.
+      notes: what a user should be told about the files.
     """
 
     def __init__(
@@ -96,12 +97,14 @@ class RowStream(Iterable[Row]):
         mapping: Mapping,
         on_error: str,
         max_rows: int | None,
+        notes: tuple[str, ...] = (),
     ):
         self._origins = origins
         self._asked = chosen
         self._mapping = mapping
         self._on_error = on_error
         self._max_rows = max_rows
+        self.notes = notes
         self.files = tuple(origin.name for origin in origins)
         self.skipped = Skipped()
 
@@ -218,7 +221,8 @@ def open_rows(
       mapping: the data's names of columns and roles.
       on_error: `raise` at the first row that breaks the format, or `skip` such rows and count them. What cannot be
         read at all is an error in either case, and so is data of which every row is skipped.
-      split: of hub data (default `train`) and of saved folders with several splits.
+      split: of hub data (default `train`), of saved folders with several splits, and of folders whose files are
+        named after several.
       subset: of hub data.
       streaming: read hub data over the network as it is needed.
       max_rows: read so many rows and no more.
@@ -231,8 +235,9 @@ def open_rows(
     if max_rows is not None and max_rows < 1:
         raise InputError(f"max_rows is {max_rows}: it must be at least 1")
     chosen = find_format(format) if format else None
-    origins = locate(paths, split, subset, streaming)
-    return RowStream(origins, chosen, mapping or _NO_MAPPING, on_error, max_rows)
+    notes: list[str] = []
+    origins = locate(paths, split, subset, streaming, notes)
+    return RowStream(origins, chosen, mapping or _NO_MAPPING, on_error, max_rows, tuple(notes))
 
 
 def load_rows(

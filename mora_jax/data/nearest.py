@@ -92,7 +92,16 @@ def _rated(row: dict[str, Any]) -> str | None:
     )
 
 
-_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_preference, _tree, _script, _rated)
+def _wrapped(row: dict[str, Any]) -> str | None:
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and any(map(value[0].get, _ASKED + _LISTS)):
+            if _chat_keys(key, value) is None:
+                return f"the file holds one object, with the rows in its list {shown(key)}: write that list alone"
+    return None
+
+
+_LISTS = ("messages", "conversations", "text")
+_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_preference, _tree, _script, _rated, _wrapped)
 
 
 def no_format(row: dict[str, Any], formats: Iterable[tuple[str, frozenset[str]]]) -> str:

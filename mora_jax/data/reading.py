@@ -28,8 +28,8 @@ class DataFile:
     """One file.
 
     Attributes:
-      path: a .json, .jsonl, .ndjson, .csv or .txt file, or one of these in .gz, or a .parquet file. A .json file
-        may hold lines too.
+      path: a .json, .jsonl, .ndjson, .csv or .txt file, or one of these in .gz, or a .parquet file. The three kinds
+        of JSON may each hold a list, or a row a line.
 
     Raises:
       InputError: if the ending of the name is none of these.
@@ -90,9 +90,10 @@ def _text_or_error(line: bytes, path: Path, number: int) -> Any:
 
 def _read_json_lines(path: Path) -> Iterator[NumberedRow]:
     with open_bytes(path) as file:
-        if _first_byte(file) == b"[":
-            raise InputError(f"{path} begins with a list, [...], where one row a line is expected: name it .json")
-        yield from _rows_of_lines(file, path)
+        if _first_byte(file) != b"[":
+            yield from _rows_of_lines(file, path)
+            return
+    yield from _read_json(path)
 
 
 def _rows_of_lines(file: IO[bytes], path: Path) -> Iterator[NumberedRow]:
@@ -118,7 +119,10 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
         if row is None:
             raise InputError(empty)
         if first == b"{" and isinstance(row[1], InputError):
-            raise InputError(f"{path}: expected a list of rows, [...], or one row a line ({row[1]})")
+            raise InputError(
+                f"{path}: expected a list of rows, [...], or one row a line; of an object that holds the rows, write"
+                f" their list alone ({row[1]})"
+            )
         if isinstance(row[1], InputError):
             raise row[1]
         yield row
@@ -144,6 +148,9 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
             names = _next_fields(table, path)
         if names is None:
             raise InputError(f"{path} is empty")
+        names = [name.strip() for name in names]
+        if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+            raise InputError(f"{path}: the header has no comma but {mark!r}; save the table with commas between cells")
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"{path}: the header names the column {twice[0]!r} twice; rename one")
         number = 0

@@ -190,7 +190,8 @@ class Report:
             "bad_row": "mend the rows, or name their format and columns",
         }
         main = max(self.dropped, key=lambda cause: self.dropped[cause])
-        return f"none of the {self.rows} rows can be trained on ({causes}): {advice[main]}"
+        where = f"{', '.join(self.files[:3])}: " if self.files else ""
+        return f"{where}none of the {self.rows} rows can be trained on ({causes}): {advice[main]}"
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values, ready to print."""

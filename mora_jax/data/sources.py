@@ -30,7 +30,7 @@ class Source:
       columns: texts "ours=theirs": names of keys that differ from the format's.
       roles: texts "theirs=ours": names of roles that are not known.
       on_error: `raise`, or `skip`: count rows that break the format and go on.
-      split: of a hub data set, or of a folder that `datasets` saved.
+      split: of a hub data set, of a folder that `datasets` saved, or of one whose files are named after several.
       subset: of a hub data set.
       streaming: read a hub data set without downloading it first.
       max_rows: read no more.
@@ -93,7 +93,10 @@ class Source:
                     "skip": skip,
                 }
             )
-        return build_store(encoder, stream.raw(), facts, workers=self._workers(), folder=folder, key=key)
+        store = build_store(encoder, stream.raw(), facts, workers=self._workers(), folder=folder, key=key)
+        # Kept tokens may come from files of the same rows elsewhere.
+        store.facts |= {"files": facts["files"], "notes": [*stream.notes, *store.facts["notes"]]}
+        return store
 
     def _workers(self) -> int:
         return self.workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)

@@ -44,6 +44,8 @@ SEGMENTS = [{"text": "a", "label": False}, {"text": "", "label": True}, {"text":
         ("alpaca", {"instruction": "i", "output": "o"}, [user("i"), assistant("o")]),
         ("alpaca", {"instruction": "i", "input": "", "output": "o"}, [user("i"), assistant("o")]),
         ("alpaca", {"instruction": "i", "input": None, "output": "o"}, [user("i"), assistant("o")]),
+        ("alpaca", {"instruction": "i", "input": float("nan"), "output": "o"}, [user("i"), assistant("o")]),
+        ("question_answer", {"question": "q", "response": "a", "text": float("nan")}, [user("q"), assistant("a")]),
         ("alpaca", {"instruction": "i", "context": "c", "response": "o"}, [user("i", "c"), assistant("o")]),
         ("alpaca", {"instruction": "i", "input": "", "context": "c", "output": ""}, [user("i", "c"), assistant("")]),
         (
@@ -192,6 +194,8 @@ def test_a_row_of_several_instances():
         ({}, r"no format has the columns \(none\): name those to read in data.columns"),
         ({f"k{i}": 1 for i in range(1000)}, "'k7' and 992 more: name those to read"),
         ({"x" * 1000: 1}, r"'x{56}\.\.\.: name those"),
+        ({"version": 1, "data": [{"instruction": "i"}]}, "one object, with the rows in its list 'data': write that"),
+        ({"instruction": float("nan"), "output": "o"}, "`instruction` is null; expected text"),
         (3, "a row should be an object with keys and is a number"),
         (None, "a row should be an object with keys and is missing or null"),
         ({"instruction": "i", "output": None}, "`output` or `response` is null; expected text"),

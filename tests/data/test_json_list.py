@@ -63,7 +63,7 @@ def test_a_list_that_was_cut_is_never_read_as_whole(rows, piece, data):
         ('[\n{"a": 1}\n {"a": 2}]', 3, 2, "Expecting ',' delimiter"),
         ('[{"a": 1},\n{"a" 2}, {"a": "long enough to be read in several pieces"}]', 2, 6, "Expecting ':' delimiter"),
         ('[{"a": 1}]\n\n [', 3, 2, "Extra data"),
-        ('[{"a": 1},]', 1, 11, "Expecting value"),
+        ('[{"a": 1},]', 1, 11, "a comma after the last element"),
         ('[\n\n{"a": "b\n"}]', 3, 9, "Invalid control character at"),
         ('["\\x"]', 1, 3, "Invalid \\escape"),
         ("[nul]", 1, 2, "Expecting value"),

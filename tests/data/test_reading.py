@@ -42,6 +42,7 @@ def contents(rows, newline="\n", mark=""):
         "one_line.json": mark + json.dumps(rows, ensure_ascii=False),
         "lines.json": lines,
         "a.jsonl": lines,
+        "list.jsonl": mark + json.dumps(rows, indent=1).replace("\n", newline),
         "a.NDJSON": newline * 2 + lines.removeprefix(mark) if not mark else lines,
         "v1.2.csv": mark + newline.join(table) + newline,
     }
@@ -64,6 +65,11 @@ def test_numbers_of_rows(tmp_path):
     assert rows_of(tmp_path / "a.json") == [(1, {"a": 1}), (2, {"a": 2})]
     (tmp_path / "a.csv").write_text('\na,b\n"x\ny",1\n\nz,\n')
     assert rows_of(tmp_path / "a.csv") == [(1, {"a": "x\ny", "b": "1"}), (3, {"a": "z", "b": ""})]
+
+
+def test_spaces_around_the_names_of_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction , output\na, b\n")
+    assert rows_of(tmp_path / "a.csv") == [(1, {"instruction": "a", "output": " b"})]
 
 
 def test_text_files(tmp_path):
@@ -140,7 +146,10 @@ GOOD = b'{"instruction": "i", "output": "o"}\n'
         ("a.json", b"[" + GOOD + GOOD + b"]", r"line 2, column 1: broken JSON \(Expecting ',' deli"),
         ("a.json", b"[\n\n" + GOOD[:-3] + b'\xe9"}]', r"line 3: not valid UTF-8 \(byte 0xe9\)"),
         ("a.json", b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
-        ("a.jsonl", b"[" + GOOD + b"]", r"begins with a list, \[...\], where one row a line is expected"),
+        ("a.jsonl", b"[" + GOOD + b"," + GOOD + b",]", r"line 3, column 2: broken JSON \(a comma after the last elem"),
+        ("a.json", b'{\n"data": [1]\n}', "of an object that holds the rows, write their list alone"),
+        ("a.csv", b"instruction;output\na;b\n", "the header has no comma but ';'; save the table with commas"),
+        ("a.csv", b"instruction\toutput\na\tb\n", r"the header has no comma but '\\t'; save the table"),
         ("a.csv", b"instruction,output\n\xff,a\n", r"line 2: not valid UTF-8 \(byte 0xff\)"),
         ("a.csv", b'instruction,output\n"a,b\n', r"line 2: broken CSV"),
         ("a.csv", b"instruction,output,output\na,b,c\n", "names the column 'output' twice"),
@@ -167,6 +176,11 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path, caplog):
     [
         ("a.jsonl", GOOD + b'{"instruction": "i", "outp\n' + GOOD, r"line 2, column 27: broken JSON \(the line ends"),
         ("a.jsonl", GOOD + GOOD[:-2] + b"\xff\xfe\n" + GOOD, r"line 2: not valid UTF-8 \(byte 0xff\)"),
+        (
+            "a.jsonl",
+            GOOD + GOOD[:-1] + b" ,\n" + GOOD,
+            r"line 2, column 37: broken JSON \(a comma after the row; lines",
+        ),
         ("a.jsonl", GOOD + b"{'a': 1}\n" + GOOD, r"line 2, column 2: broken JSON \(Expecting property name"),
         ("a.jsonl", GOOD + b'{"a": ' + b"9" * 5000 + b"}\n" + GOOD, "line 2: JSON that cannot be read"),
         ("a.jsonl", GOOD + b"[" * 100_000 + b"\n" + GOOD, "line 2: JSON nested too deeply"),
