@@ -13,7 +13,12 @@ import pytest
 # Four simulated devices, so that sharding and pmap are tested everywhere. The price: they share the cores,
 # and an array on several of them is copied. Code for one device runs on the first as it would alone.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# They also share a pool of threads, in which programs of several devices that are under way together can wait for one
+# another for ever: one after the other.
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# torch's idle threads would spin on the cores that jax uses.
+os.environ["OMP_NUM_THREADS"] = "1"
 # No test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

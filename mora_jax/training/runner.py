@@ -49,7 +49,13 @@ class Runner:
         if compiled is None:
             with self.while_compiling():
                 compiled = self._compiled[signature] = self._compile(state, frozen, batch)
-        return compiled(state, frozen, batch)
+        # Devices of a CPU share one pool of threads, in which each of them waits for the others at a collective. With
+        # several such programs under way the threads may all be taken by some of the devices: then nobody gets on.
+        alone = len(self.devices) > 1 and self.devices[0].platform == "cpu"
+        if alone:
+            jax.block_until_ready((state, frozen, batch))
+        result = compiled(state, frozen, batch)
+        return jax.block_until_ready(result) if alone else result
 
     def _compile(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         started, start = time.time(), time.perf_counter()
@@ -202,5 +208,6 @@ class PmapRunner(Runner):
         """Which rows this process makes: all, there is one process."""
 
     def whole(self, tree: Any) -> Any:
-        """The tree without the device axis: every device holds the same."""
-        return jax.tree.map(lambda x: x[0], tree)
+        """The tree without the device axis, on the first device: every device holds the same."""
+        # Not `x[0]`, which would be a program of all devices for each array.
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)

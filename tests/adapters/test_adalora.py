@@ -61,7 +61,7 @@ def test_triplets_that_do_not_exist_are_not_counted():
     assert [int(start_importance(given, exists).kept[name].sum()) for name in exists] == [4, 3]
 
 
-def matrix(a, e, b):
+def peft_matrix(a, e, b):
     """One adapted matrix, its parameters named and laid out as in PEFT."""
     module = torch.nn.Module()
     for name, value in (("lora_A", a.T), ("lora_E", e[:, None]), ("lora_B", b.T)):
@@ -78,7 +78,7 @@ def matrices(values):
 @pytest.mark.peers
 def test_allocation_is_that_of_peft_without_recompiling():
     total, values = CONFIG.total_steps, arrays(0)
-    model = torch.nn.ModuleList(matrix(*given) for given in matrices(values))
+    model = torch.nn.ModuleList(peft_matrix(*given) for given in matrices(values))
     settings = {"init_r": 4, "target_r": 1, "tinit": 2, "tfinal": 3, "total_step": total, "deltaT": 2}
     config = peft.AdaLoraConfig(beta1=0.8, beta2=0.7, **settings)
     theirs = SimpleNamespace(model=model, peft_config={"default": config}, trainable_adapter_name="default")

@@ -12,8 +12,6 @@ pytestmark = pytest.mark.peers
 
 def test_greedy_tokens_equal_those_of_transformers(tmp_path):
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # its idle threads would spin on the cores that jax uses
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=32,
@@ -37,7 +35,6 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path):
         with torch.no_grad():
             mask = torch.ones_like(ids)
             answers.append(theirs.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
-    torch.set_num_threads(threads)
     for prompt, expected in zip(prompts, answers, strict=True):
         answer = list(Generator(ours).stream(prompt, 20))
         assert answer == expected[0, len(prompt) :].tolist()

@@ -43,8 +43,9 @@ def hf_config(model_type: str, **fields) -> transformers.PretrainedConfig:
 def write_config(folder: Path, changes: dict | None) -> None:
     """Replaces fields of a folder's `config.json` (None removes one)."""
     path = folder / "config.json"
-    values = json.loads(path.read_text()) | (changes or {})
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    changes = changes or {}
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in changes}
+    path.write_text(json.dumps(kept | {key: value for key, value in changes.items() if value is not None}))
 
 
 def random_tensor(name: str, shape: Sequence[int], seed: int = 0) -> np.ndarray:
