@@ -65,11 +65,23 @@ def run(args: argparse.Namespace) -> int:
     save_adapter(model, args.out, overwrite=args.overwrite)
     if conversion is not None:
         print(json.dumps(conversion.to_dict()) if args.json else conversion)
+        if conversion.warning is not None:
+            print(f"warning: {conversion.warning}; {_instead(args)}", file=sys.stderr)
         if conversion.left_out:
             share = f"{conversion.left_out_share:.3g}"
             print(f"warning: {share} of the change is in tensors that the adapter leaves out", file=sys.stderr)
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
+
+
+def _instead(args: argparse.Namespace) -> str:
+    """What loses less than a conversion did."""
+    rank = "a higher --rank" if args.to != "mora" or args.kind is not None or args.from_diff else "another --kind"
+    if args.from_diff:
+        return f"give {rank}, or keep the tuned model"
+    if args.combine:
+        return f"give {rank}, or --combine {'sum' if args.combine == 'sum' else 'cat'}, which is exact"
+    return f"give {rank}, or use mora-jax merge, which loses nothing"
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

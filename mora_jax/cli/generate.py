@@ -1,14 +1,17 @@
 """Answer a prompt: the text streams to stdout while it is made.
 
-With several adapters all answer at once, as rows of one batch, each under its name in brackets:
+With several adapters each answers under its name in brackets: all at once, as rows of one batch, where they are LoRA or
+MoRA of one kind, else one after the other:
 
   mora-jax generate --model M --adapter poet=runs/1 --adapter coder=runs/2 --prompt P
 """
 
 import argparse
+import sys
 from typing import Any
 
 from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
+from mora_jax.errors import InputError
 
 HELP = "answer a prompt"
 
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]A",
-        help=f"{ADAPTER}; several of one method may be given",
+        help=f"{ADAPTER}; several may be given",
     )
     add_adapter(parser)
     add_key(parser, "--dtype", "model.dtype")
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "template": args.template,
     }
     if len(adapters) > 1:
-        _answer_together(model, tokenizer, messages, adapters, args.strict, options)
+        _answer_each(model, tokenizer, messages, adapters, reading, options)
         return 0
     for piece in stream_text(model, tokenizer, messages, **options):
         print(piece, end="", flush=True)
@@ -66,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _answer_together(
-    model: Any, tokenizer: Any, messages: list, adapters: dict[str, str], strict: bool, options: dict
+def _answer_each(
+    model: Any, tokenizer: Any, messages: list, adapters: dict[str, str], reading: dict[str, Any], options: dict
 ) -> None:
     """Prints what each adapter answers."""
     from mora_jax.evaluation import generate_batch
@@ -75,9 +78,43 @@ def _answer_together(
     from mora_jax.interop.named import NamedAdapters
 
     named = NamedAdapters(model, slots=len(adapters))
-    for name, folder in adapters.items():
-        named.load(folder, name, strict=strict)
+    try:
+        if reading["kind"] is not None:
+            raise InputError("--adapter-kind is read for one at a time")
+        for name, folder in adapters.items():
+            named.load(folder, name, strict=reading["strict"])
+    except InputError as error:
+        # What is wrong with an adapter by itself comes up again, before anything is answered.
+        named.clear()
+        _answer_in_turn(model, tokenizer, messages, adapters, reading, options, why=str(error))
+        return
     prompts = [messages] * len(adapters)
     answers = generate_batch(model, tokenizer, prompts, adapter_ids=named.ids(named.names), **options)
     for name, answer in zip(adapters, answers, strict=True):
         print(f"[{name}]\n{answer.rstrip(REPLACEMENT)}\n")
+
+
+def _answer_in_turn(
+    model: Any,
+    tokenizer: Any,
+    messages: list,
+    adapters: dict[str, str],
+    reading: dict[str, Any],
+    options: dict,
+    *,
+    why: str,
+) -> None:
+    """Prints what each adapter answers, for those that can't share a batch."""
+    from mora_jax.evaluation import stream_text
+    from mora_jax.interop import load_adapter
+    from mora_jax.interop.fillings import bare
+
+    loaded: dict[str, Any] = {name: bare(model) for name in adapters}  # one base; adapters are small beside it
+    for name, folder in adapters.items():
+        load_adapter(loaded[name], folder, **reading)
+    print(f"the adapters answer one after the other: {why}", file=sys.stderr)
+    for name in adapters:
+        print(f"[{name}]")
+        for piece in stream_text(loaded.pop(name), tokenizer, messages, **options):
+            print(piece, end="", flush=True)
+        print("\n", flush=True)

@@ -114,9 +114,7 @@ def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
         ("num_attention_heads × head_dim", config.num_heads * config.head_dim, q[0] if q else None),
         ("num_key_value_heads × head_dim", config.num_kv_heads * config.head_dim, k[0] if k else None),
     ]
-    wrong = [
-        f"{name} is {size}, the tensors have {found}" for name, size, found in stated if found not in (None, size)
-    ]
+    wrong = [f"{name} is {size}, the tensors have {found}" for name, size, found in stated if found not in (None, size)]
     if wrong:
         raise InputError(f"{files.folder}: config.json does not describe the weights beside it: {'; '.join(wrong)}")
 

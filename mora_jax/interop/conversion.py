@@ -1,10 +1,14 @@
-"""What a conversion did: one row a matrix, with the error that it made."""
+"""What a conversion did: one row a matrix, with the error that it made; printed by the types of modules."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from mora_jax.adapters.naming import star
+
+LOSSY = 0.1  # a relative error above it is warned of
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The rows of a conversion; prints as a table.
+    """The rows of a conversion; prints as a table with a line for each type of module, layers together.
 
     Attributes:
         method: what came out, in words.
@@ -51,6 +55,16 @@ class Conversion:
         """Relative Frobenius error over all matrices together."""
         norm = math.hypot(*(row.norm for row in self.rows))
         return math.hypot(*(row.error for row in self.rows)) / norm if norm else 0.0
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence where the new adapter lacks more than a tenth of the change (`LOSSY`), else None."""
+        if self.error <= LOSSY:
+            return None
+        return (
+            f"what was written differs from the change by {self.error:.3g} of its norm (more than {LOSSY:g}), so it "
+            "will answer otherwise"
+        )
 
     @property
     def left_out_share(self) -> float:
@@ -71,14 +85,27 @@ class Conversion:
         }
 
     def __str__(self) -> str:
-        cells = [("matrix", "in", "out", "size", "norm", "error")]
-        cells += [
-            (r.path, str(r.in_features), str(r.out_features), str(r.size), f"{r.norm:.4g}", f"{r.relative:.3g}")
-            for r in self.rows
-        ]
-        widths = [max(len(row[i]) for row in cells) for i in range(6)]
+        cells = [("matrix", "layers", "in", "out", "size", "norm", "error", "worst")]
+        types: dict[tuple[str, int, int], list[Row]] = {}
+        for row in self.rows:
+            types.setdefault((star(row.path), row.in_features, row.out_features), []).append(row)
+        for (path, inputs, outputs), rows in types.items():
+            together, sizes = Conversion("", tuple(rows)), sorted({row.size for row in rows})
+            cells.append(
+                (
+                    path,
+                    str(len(rows)),
+                    str(inputs),
+                    str(outputs),
+                    str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}",
+                    f"{math.hypot(*(row.norm for row in rows)):.3g}",
+                    f"{together.error:.3g}",
+                    f"{max(row.relative for row in rows):.3g}",
+                )
+            )
+        widths = [max(len(row[i]) for row in cells) for i in range(8)]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6))]).rstrip()
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 8))]).rstrip()
             for row in cells
         ]
         lines.append(f"{self.method}, {len(self.rows)} matrices: relative Frobenius error {self.error:.3g} in total")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mora_jax import LoRAConfig, MoRAConfig, attach, load_pretrained, save_adapter
+from mora_jax import DoRAConfig, LoRAConfig, MoRAConfig, attach, load_pretrained, save_adapter
 from mora_jax.adapters.variables import AdapterParam
 from mora_jax.evaluation import generate_batch
 from tests.models.tiny_torch import hf_logits, load_torch
@@ -83,8 +83,25 @@ def test_generate_with_several_adapters_gives_the_answer_of_each(run, fails, mod
     assert out == f"[lora]\n{alone[0]}\n[other]\n{alone[1]}\n"
     assert alone[0] != alone[1]
     lora = ["--adapter", adapters["lora"]]
-    assert "lora is LoRA, run is MoRA of kind rotation" in fails(*base, *lora, "--adapter", adapters["run"])
     assert "two adapters are called 'lora'" in fails(*base, *lora, *lora)
+    code, twice, _ = run(*base, *lora, "--adapter", f"again={adapters['lora']}")
+    assert (code, twice) == (0, f"[lora]\n{alone[0]}\n[again]\n{alone[0]}\n")
+    assert "is not a folder" in fails(*base, *lora, "--adapter", f"nothing={tmp_path / 'nothing'}")
+
+
+def test_generate_with_methods_that_share_no_batch_answers_in_turn(run, fails, model_dir, adapters, tmp_path):
+    base = ["generate", "--model", model_dir, "--prompt", "Hello", "--max-new-tokens", "12"]
+    dora = write_adapter(model_dir, tmp_path / "dora", DoRAConfig(rank=4))
+    folders = [adapters["lora"], adapters["mora"], dora]
+    alone = [run(*base, "--adapter", folder)[1] for folder in folders]
+    code, out, err = run(*base, *(text for folder in folders for text in ("--adapter", folder)))
+    why = "lora is LoRA, run is MoRA of kind rotation: only adapters of one method stand together"
+    assert (code, err) == (0, f"the adapters answer one after the other: {why}\n")
+    assert out == "".join(f"[{name}]\n{text}\n" for name, text in zip(("lora", "run", "dora"), alone, strict=True))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["nowhere"]}')
+    assert "no adapter_model.safetensors" in fails(*base, "--adapter", dora, "--adapter", broken)
 
 
 @pytest.mark.peers

@@ -44,6 +44,11 @@ def test_exact_lora_of_a_run_directory(run, model_dir, adapters, tmp_path, to):
     code, table, err = run("convert", "--model", model_dir, "--adapter", adapters["run"], "--to", to, "--out", out)
     assert code == 0
     assert "relative Frobenius error 0 in total" in table
+    lines = table.splitlines()  # a line for each type of module, not for each layer
+    assert len(lines) == 1 + 7 + 1
+    assert lines[0].split() == ["matrix", "layers", "in", "out", "size", "norm", "error", "worst"]
+    assert [line.split()[:2] for line in lines[1:-1] if "q_proj" in line] == [["model.layers.*.self_attn.q_proj", "2"]]
+    assert max(map(len, lines)) <= 80
     assert err == f"wrote {out}\n"
     assert not json.loads((out / "adapter_config.json").read_text()).get("use_mora")
     np.testing.assert_allclose(logits(model_dir, out), logits(model_dir, adapters["sharing"]), atol=1e-4)
@@ -58,7 +63,8 @@ def test_peft_keeps_what_peft_has(run, model_dir, adapters, tmp_path):
 
 def test_a_rank_accepts_the_error_and_json_states_it(run, model_dir, adapters, tmp_path):
     arguments = ["convert", "--model", model_dir, "--adapter", adapters["rotation"], "--to", "lora"]
-    code, out, _ = run(*arguments, "--rank", 2, "--out", tmp_path / "out", "--json")
+    code, out, err = run(*arguments, "--rank", 2, "--out", tmp_path / "out", "--json")
+    assert "warning: what was written differs from the change by 0." in err and "use mora-jax merge" in err
     result = json.loads(out)
     assert code == 0
     assert 0.1 < result["relative_error"] < 1
