@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.config.limits import POSITIVE, number
-from mora_jax.adapters.dense import Delta
+from mora_jax.adapters.dense import Delta, wide, widened
 from mora_jax.adapters.magnitude import column_norms, magnitude_gain
 from mora_jax.adapters.variables import AdapterParam, AdapterState
 
@@ -140,10 +140,20 @@ class Adapter(nnx.Module):
         if getattr(self.config, "use_dora", False):
             self.magnitude = AdapterParam(column_norms(kernel()), axes=self.stacked(self.axes[1]))
 
+    def fit(self, dtype: Any) -> None:
+        """Holds the arrays of a fresh adapter in float64 where the base has that, before it takes its start from it."""
+        if dtype != jnp.float64:
+            return
+        for value in vars(self).values():
+            if isinstance(value, nnx.Variable) and jnp.issubdtype(value.dtype, jnp.floating):
+                value.set_value(value.get_value().astype(dtype))
+        if not self.layers:
+            self.scaling.set_value(jnp.asarray(self.scale(self.config), dtype))
+
     def train_bias(self) -> None:
         """Adds a trained bias that starts at zero."""
         self.bias = AdapterParam(
-            jnp.zeros((*self.layers, self.out_features), jnp.float32), axes=self.stacked(self.axes[1])
+            jnp.zeros((*self.layers, self.out_features), self.scaling.dtype), axes=self.stacked(self.axes[1])
         )
 
     @classmethod
@@ -217,7 +227,7 @@ class Adapter(nnx.Module):
 
         def one(p, w, gains):
             outputs, inputs = gains
-            total = w.astype(jnp.float32)
+            total = widened(w)
             if self.additive:
                 total = total + self.dense(self.config, self.in_features, self.out_features, p)
             total = total if outputs is None else total * outputs
@@ -231,7 +241,7 @@ class Adapter(nnx.Module):
 
         def one(p, w, gains):
             outputs, inputs = gains
-            total = w.astype(jnp.float32)
+            total = widened(w)
             total = total if inputs is None else total / inputs[:, None]
             total = total if outputs is None else total / outputs
             if self.additive:
@@ -261,9 +271,9 @@ class PartwiseDelta:
             features = self.layout.part_features(i)
             arrays = params[i]
             if method is None or arrays is None:
-                parts.append(jnp.zeros((x.shape[0], features), jnp.float32))
+                parts.append(jnp.zeros((x.shape[0], features), wide(x.dtype)))
             else:
-                parts.append(method.delta(config, features, x, arrays))
+                parts.append(method.delta(config, features, x, arrays).astype(wide(x.dtype)))
         return self.layout.join(parts)
 
     def forward(self, x: Array, params: Any) -> tuple[Array, Any]:
@@ -294,9 +304,9 @@ class PartwiseDelta:
 
     def backward(self, residuals: Any, dy: Array) -> tuple[Array, Any]:
         tangent, types = residuals
-        dx, floats = jax.linear_transpose(tangent, types.x, list(types.floats))(dy.astype(jnp.float32))
+        dx, floats = jax.linear_transpose(tangent, types.x, list(types.floats))(widened(dy))
         found = iter(floats)
-        return dx.astype(jnp.float32), types.tree.unflatten([next(found) if c else None for c in types.changing])
+        return widened(dx), types.tree.unflatten([next(found) if c else None for c in types.changing])
 
 
 @jax.tree_util.register_static

@@ -108,6 +108,9 @@ def _check_base(model: nnx.Module, config: Any) -> None:
 def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: Any) -> None:
     if has_adapter(place):
         raise ValueError(f"{place.title} carries an adapter already; merge it before attaching another")
+    for dtype in (place.dtype, getattr(place.layer, "dtype", None)):
+        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(f"{place.title} is {jnp.dtype(dtype)}, and adapters have no complex form; leave it out")
     if place.is_embedding and not method.on_embeddings:
         raise ValueError(
             f"{place.title} is an embedding, for which {method.method} has no form; leave it out of targets"
@@ -135,6 +138,7 @@ def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, 
         options["layer_mask"] = np.array(mask) if stacked and not all(mask) else None
     make = method.for_embedding if place.is_embedding else method
     adapter = make(*sizes, resolved.config, rngs=rngs, **options)
+    adapter.fit(place.dtype)
     if resolved.scalings is not None:
         adapter.scaling[...] = jnp.asarray(resolved.scalings)
     if resolved.ranks is not None:
@@ -166,6 +170,10 @@ def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs) -> None:
 
 def _train_everything(model: nnx.Module) -> None:
     """Turns every `nnx.Param` into a trained float32 master. Shared parameters stay shared."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param) and jnp.issubdtype(node.dtype, jnp.complexfloating):
+            name = ".".join(map(str, path))
+            raise ValueError(f"{name} is {node.dtype}, and full fine-tuning trains real numbers alone")
     masters, trainable = Masters(keep=False), 0
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):

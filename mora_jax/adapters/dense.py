@@ -2,8 +2,8 @@
 
 Autodiff of a bfloat16 product with float32 accumulation gets a float32 cotangent and promotes the bfloat16 weight to
 meet it, which doubles the time of a training step or worse. The functions here carry their own backward: every
-operand is in the compute dtype, every accumulation in float32. Forward mode works too, since each backward is the
-transpose of a tangent that is written out beside it (`tangent.py`).
+operand is in the compute dtype, every accumulation in float32, or in float64 where the operands are. Forward mode works
+too, since each backward is the transpose of a tangent that is written out beside it (`tangent.py`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,29 @@ from mora_jax.adapters.tangent import any_perturbed, linear, perturbed
 Array = jax.Array
 
 
+def wide(dtype: Any) -> Any:
+    """What sums of numbers of a dtype are taken in: float32, or float64 where they are that."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widened(array: Array) -> Array:
+    """The array in `wide` of its dtype."""
+    return array.astype(wide(array.dtype))
+
+
 def dot32(x: Array, w: Array) -> Array:
     """`x [N, in] @ w [in, out]` with float32 accumulation and a float32 result."""
-    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=wide(x.dtype))
 
 
 def dot32_nt(x: Array, w: Array) -> Array:
     """`x [N, out] @ w [in, out].T` as float32 `[N, in]`, without a transposed copy of `w`."""
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=wide(x.dtype))
 
 
 def dot32_tn(x: Array, y: Array) -> Array:
     """`x [N, in].T @ y [N, out]` as float32 `[in, out]`: a contraction over tokens."""
-    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=wide(x.dtype))
 
 
 @jax.custom_jvp
@@ -73,7 +83,7 @@ def row_dot(x: Array, w: Array) -> Array:
 
 def _batched(x: Array, w: Array, left: int, right: int) -> Array:
     """Contracts axis `left` of `x` with axis `right` of `w`, row by row."""
-    return lax.dot_general(x, w, (((left,), (right,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, w, (((left,), (right,)), ((0,), (0,))), preferred_element_type=wide(x.dtype))
 
 
 @partial(row_dot.defjvp, symbolic_zeros=True)
@@ -144,7 +154,7 @@ def adapted_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | Non
     if delta is not None:
         y = y + delta.forward(x, params)[0]
     if bias is not None:
-        y = y + bias.reshape(-1).astype(jnp.float32)
+        y = y + widened(bias.reshape(-1))
     return y.astype(x.dtype)
 
 
@@ -178,7 +188,7 @@ def _adapted_dot_jvp(delta, primals, tangents):
         update, residuals = delta.forward(x, params)
         y = y + update
     if bias is not None:
-        y = y + bias.reshape(-1).astype(jnp.float32)
+        y = y + widened(bias.reshape(-1))
     # Residuals are the arguments themselves, not reshaped or cast: whoever runs the backward may have them still.
     saved = None if dkernel is None else x, kernel, None if dbias is None else bias, residuals
     y = y.astype(x.dtype)
@@ -194,7 +204,7 @@ def _adapted_dot_tangent(delta, shape, dtype, saved, tangents):
     dy = added(
         None if dx is None else dot32(dx, matrix_for(kernel, dx)),
         None if kept_x is None else kernel_tangent(kept_x, dkernel),
-        None if dbias is None else dbias.reshape(-1).astype(jnp.float32),
+        None if dbias is None else widened(dbias.reshape(-1)),
         None if delta is None else delta.tangent(residuals, dx, dparams),
     )
     return jnp.broadcast_to(dy.astype(dtype), shape)
@@ -211,5 +221,5 @@ def _adapted_dot_backward(delta, saved, dy):
     if kept_x is not None:
         dkernel = dot32_tn(kept_x, dy).reshape(kernel.shape).astype(kernel.dtype)
     if bias_like is not None:
-        dbias = jnp.sum(dy, axis=0, dtype=jnp.float32).reshape(bias_like.shape).astype(bias_like.dtype)
+        dbias = jnp.sum(dy, axis=0, dtype=wide(dy.dtype)).reshape(bias_like.shape).astype(bias_like.dtype)
     return dx.astype(dy.dtype), dkernel, dbias, dparams

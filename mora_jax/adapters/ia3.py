@@ -15,6 +15,7 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import IA3Config
+from mora_jax.adapters.dense import widened
 from mora_jax.adapters.variables import AdapterParam
 
 Array = jax.Array
@@ -45,7 +46,7 @@ class IA3(Adapter):
     def added_bias(cls, config: IA3Config, params: dict[str, Array], bias: Array | None) -> Array | None:
         if config.feedforward or bias is None:
             return None
-        return (_vector(params) - 1.0) * bias.astype(jnp.float32)
+        return (_vector(params) - 1.0) * widened(bias)
 
 
 def _vector(params: dict[str, Array]) -> Array:

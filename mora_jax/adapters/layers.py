@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter, Layout, params_of
+from mora_jax.adapters.dense import widened
 from mora_jax.adapters.forms import bias_param, equation_of, form_of, kernel_of
 from mora_jax.adapters.product import adapted_product, scale_features
 
@@ -53,23 +55,36 @@ class Adapted:
     def dropping(self) -> bool:
         return self.adapter_dropout is not None and not self.adapter_dropout.deterministic
 
-    def _product(self, x: Array, matrix: Array, bias: Array | None) -> Array:
-        """The adapted product: `x [..., in]`, `matrix [in, out]` and `bias [out]` in one dtype → `[..., out]`."""
+    def _product(self, x: Array, matrix: Array, bias: Array | None, stored: Callable[[], Array]) -> Array:
+        """The adapted product: `x [..., in]`, `matrix [in, out]` and `bias [out]` in one dtype → `[..., out]`.
+
+        The bias is added to the rounded product, as Flax's layers add it. `stored` gives the matrix as it is stored.
+        """
         adapter = self.adapter
+        _refuse_complex(x)
         layout = Layout((adapter.out_features,), 0, (adapter.out_features,))
         dropout = self.adapter_dropout
         drop = (lambda _, x: dropout(x)) if dropout is not None and self.dropping else None
-        y = adapted_product(layout, (adapter,), x.reshape(-1, x.shape[-1]), matrix, bias, drop)
+        y = adapted_product(layout, (adapter,), x.reshape(-1, x.shape[-1]), matrix, None, drop, stored)
+        if bias is not None:
+            change = None if adapter.additive else adapter.added_bias(adapter.config, params_of(adapter), bias)
+            y = (y + bias if change is None or hasattr(adapter, "bias") else widened(y) + bias + change).astype(x.dtype)
         return y.reshape(*x.shape[:-1], adapter.out_features)
 
     def _update(self, x: Array) -> Array:
         """What an additive adapter adds to the product for `x [..., in]`: float32 `[..., out]`."""
         adapter = self.adapter
+        _refuse_complex(x)
         if self.adapter_dropout is not None:
             x = self.adapter_dropout(x)
         flat = x.reshape(-1, adapter.in_features)
         y = adapter.delta(adapter.config, adapter.out_features, flat, params_of(adapter))
         return y.reshape(*x.shape[:-1], adapter.out_features)
+
+
+def _refuse_complex(x: Array) -> None:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"adapters have no complex form, and the input of an adapted layer is {x.dtype}")
 
 
 def plain_class(adapted: type) -> type:
@@ -86,7 +101,7 @@ class AdaptedLinear(nnx.Linear, Adapted):
             return self._around(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return self._product(x, kernel, bias)
+        return self._product(x, kernel, bias, lambda: self.kernel[...])
 
     def _around(self, inputs: Array, out_sharding) -> Array:
         """A layer with a product of its own keeps it; the rest of the general form is put around it."""
@@ -95,11 +110,11 @@ class AdaptedLinear(nnx.Linear, Adapted):
         if scale is not None:
             inputs = scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
         plain = nnx.Linear.__call__(self, inputs, out_sharding)
-        y = plain.astype(jnp.float32)
+        y = widened(plain)
         gain = adapter.output_gain(adapter.config, params, lambda: self.kernel[...])
         update = self._update(inputs.astype(plain.dtype)) if adapter.additive else None
         if gain is not None:
-            without_bias = y if self.bias is None else y - self.bias[...].astype(jnp.float32)
+            without_bias = y if self.bias is None else y - widened(self.bias[...])
             y = y + (gain - 1.0) * without_bias
             update = None if update is None else update * gain
         y = y if update is None else y + update
@@ -122,8 +137,8 @@ class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
             return (y + self._update(flat(inputs.astype(y.dtype))).reshape(y.shape)).astype(y.dtype)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        x = flat(x)
-        y = self._product(x, kernel.reshape(x.shape[-1], -1), None if bias is None else bias.reshape(-1))
+        x, bias = flat(x), None if bias is None else bias.reshape(-1)
+        y = self._product(x, kernel.reshape(x.shape[-1], -1), bias, lambda: matrix_of(self))
         return y.reshape(*x.shape[:-1], *self.out_features)
 
 
@@ -155,7 +170,9 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
             return (y + restored(self._update(flat(inputs.astype(y.dtype))))).astype(y.dtype)
         x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
         x, matrix = flat(x), kernel.transpose(*contracted, *free).reshape(-1, math.prod(sizes))
-        return restored(self._product(x, matrix, _einsum_bias(self, x.ndim - 1, permutation, sizes)))
+        bias = _einsum_bias(self, x.ndim - 1, permutation, sizes)
+        bias = None if bias is None else bias.astype(x.dtype)
+        return restored(self._product(x, matrix, bias, lambda: matrix_of(self)))
 
 
 def _einsum_bias(layer: nnx.Einsum, kept: int, permutation: list[int], sizes: list[int]) -> Array | None:
@@ -228,7 +245,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
         y = super().__call__(inputs, out_sharding)
         adapter, p = self.adapter, params_of(self.adapter)
-        total = y.astype(jnp.float32) + adapter.rows(inputs, y.dtype, p)
+        total = widened(y) + adapter.rows(inputs, y.dtype, p)
         gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
         return (total if gain is None else total * gain).astype(y.dtype)
 
@@ -242,7 +259,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
     def table(self) -> Array:
         """The adapted table, float32 `[V, D]`."""
         adapter, p, base = self.adapter, params_of(self.adapter), self.embedding[...]
-        total = base.astype(jnp.float32) + adapter.dense(adapter.config, *base.shape, p)
+        total = widened(base) + adapter.dense(adapter.config, *base.shape, p)
         gain = adapter.output_gain(adapter.config, p, lambda: base)
         return total if gain is None else total * gain
 
@@ -335,7 +352,7 @@ def add_to_bias(layer: Any, change: Array) -> None:
         _say_bias(layer, change.shape)
         return
     bias = own[...]
-    own[...] = (bias.astype(jnp.float32) + change.reshape(bias.shape)).astype(bias.dtype)
+    own[...] = (widened(bias) + change.reshape(bias.shape)).astype(bias.dtype)
 
 
 def bias_of(layer: Any) -> Array | None:

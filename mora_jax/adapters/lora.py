@@ -20,7 +20,7 @@ from flax import nnx
 from mora_jax.adapters import starts
 from mora_jax.adapters.adapter import Adapter, Layout, positive
 from mora_jax.adapters.config import LoRAConfig
-from mora_jax.adapters.dense import Delta, added, dot32, dot32_nt, dot32_tn, trained_dot
+from mora_jax.adapters.dense import Delta, added, dot32, dot32_nt, dot32_tn, trained_dot, widened
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.variables import AdapterParam, AdapterState
 
@@ -86,7 +86,7 @@ def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> 
         ValueError: the shapes don't fit.
     """
     _check(lora_a, lora_b)
-    product = jnp.matmul(lora_a.astype(jnp.float32), lora_b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    product = jnp.matmul(widened(lora_a), widened(lora_b), precision=jax.lax.Precision.HIGHEST)
     return product * scaling
 
 
@@ -338,7 +338,9 @@ class LoRALinear(AdaptedLinear):
     ):
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
-        self.put_adapter(LoRA(in_features, out_features, config, rngs=rngs), rngs)
+        adapter = LoRA(in_features, out_features, config, rngs=rngs)
+        adapter.fit(self.kernel.dtype)
+        self.put_adapter(adapter, rngs)
 
     @property
     def lora_a(self) -> AdapterParam:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mora_jax.adapters.dense import widened
+
 Array = jax.Array
 
 
 def column_norms(kernel: Array) -> Array:
     """Lengths of the columns of `kernel [..., in, out]`, float32 `[..., out]`."""
-    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2))
+    return jnp.sqrt(jnp.sum(jnp.square(widened(kernel)), axis=-2))
 
 
 def magnitude_gain(magnitude: Array, kernel: Array, delta: Array) -> Array:
@@ -28,5 +30,5 @@ def magnitude_gain(magnitude: Array, kernel: Array, delta: Array) -> Array:
     Returns:
         float32 `[out]`.
     """
-    norms = jax.lax.stop_gradient(column_norms(kernel.astype(jnp.float32) + delta))
+    norms = jax.lax.stop_gradient(column_norms(widened(kernel) + delta))
     return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1.0), 1.0)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter, as_rngs, positive
 from mora_jax.adapters.config import MoRAConfig
-from mora_jax.adapters.dense import trained_dot
+from mora_jax.adapters.dense import trained_dot, widened
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.variables import AdapterParam
 
@@ -109,17 +109,17 @@ def _interleave(y: Array, out_features: int) -> Array:
     return jnp.concatenate([head, tail], axis=-1)
 
 
-def _angles(count: int, q: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of k · 10000^(−2j/q), float32 `[count, q / 2]`."""
+def _angles(count: int, q: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of k · 10000^(−2j/q), `[count, q / 2]` in `dtype`."""
     theta = 10000.0 ** (-2.0 * np.arange(q // 2) / q)
     angle = np.arange(count)[:, None] * theta
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 
 
 def _rotate(z: Array) -> Array:
     """Rotates block k by k · θ, feature j paired with j + q/2. float32 `[N, count, q]`."""
     half = z.shape[-1] // 2
-    cos, sin = _angles(z.shape[-2], z.shape[-1])
+    cos, sin = _angles(z.shape[-2], z.shape[-1], z.dtype)
     first, second = z[..., :half], z[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -155,9 +155,9 @@ def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Ar
     if kind in _BLOCKS:
         blocks = _blocks(x, q)[:, : _used_blocks(in_features, out_features, q)]
         if kind == "rotation" and blocks.shape[1] > 1:
-            blocks = _rotate(blocks.astype(jnp.float32)).astype(x.dtype)
+            blocks = _rotate(widened(blocks)).astype(x.dtype)
         return _tile(product(blocks.reshape(-1, q)).reshape(n, blocks.shape[1] * q), out_features)
-    return decompress(product(compress(x.astype(jnp.float32), q, kind).astype(x.dtype)), out_features, kind)
+    return decompress(product(compress(widened(x), q, kind).astype(x.dtype)), out_features, kind)
 
 
 def compress(x: Array, q: int, kind: str) -> Array:
@@ -220,16 +220,16 @@ def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sha
         ValueError: as `apply`.
     """
     q = _check(m, in_features, out_features, kind)
-    mt = m.astype(jnp.float32).T
+    mt = widened(m).T
     if kind == "truncation":
         kept_in, kept_out = min(q, in_features), min(q, out_features)
-        return jnp.zeros((in_features, out_features), jnp.float32).at[:kept_in, :kept_out].set(mt[:kept_in, :kept_out])
+        return jnp.zeros((in_features, out_features), mt.dtype).at[:kept_in, :kept_out].set(mt[:kept_in, :kept_out])
     columns = np.arange(out_features)
     if kind in _BLOCKS:
         count = -(-in_features // q)
         rotated = jnp.broadcast_to(mt, (count, q, q))  # [block, in, out]
         if kind == "rotation":
-            cos, sin = (a[:, :, None] for a in _angles(count, q))
+            cos, sin = (a[:, :, None] for a in _angles(count, q, mt.dtype))
             first, second = mt[: q // 2], mt[q // 2 :]
             rotated = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=1)
         rows = np.arange(count * q)
@@ -323,7 +323,9 @@ class MoRALinear(AdaptedLinear):
         rngs = as_rngs(rngs)
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         config = MoRAConfig(rank=rank, kind=kind, dropout=dropout)
-        self.put_adapter(MoRA(in_features, out_features, config), rngs)
+        adapter = MoRA(in_features, out_features, config)
+        adapter.fit(self.kernel.dtype)
+        self.put_adapter(adapter, rngs)
 
     @property
     def m(self) -> AdapterParam:

@@ -26,6 +26,7 @@ from mora_jax.adapters.dense import (
     kernel_tangent,
     matrix_for,
     perturbed_product,
+    widened,
 )
 from mora_jax.adapters.quantized import Quantized
 from mora_jax.adapters.tangent import any_perturbed, linear, perturbed
@@ -41,6 +42,7 @@ def adapted_product(
     kernel: Kernel,
     bias: Array | None,
     dropout: Dropout | None = None,
+    stored: Callable[[], Array] | None = None,
 ) -> Array:
     """The output of matrices that share one input, each with its adapter or without.
 
@@ -51,6 +53,8 @@ def adapted_product(
         kernel: `[in, *layout.out_shape]`, perhaps quantised.
         bias: `[*layout.out_shape]` or None.
         dropout: `(number of the part, x) → x` for the adapters' inputs; None without dropout.
+        stored: gives the kernel as it is stored, where `kernel` is rounded to the compute dtype: a gain is that of the
+            kernel which is merged.
 
     Returns:
         `[N, layout.features]` in the dtype of `x`.
@@ -61,17 +65,18 @@ def adapted_product(
         if len(adapters) > 1:
             return _one_by_one(layout, adapters, x, kernel, bias, dropout)
         x = scale_features(x, scales[0])
-    gain = _gain(layout, adapters, params, kernel, x)
+    gain = _gain(layout, adapters, params, kernel if stored is None else stored(), x)
     bias = _bias(layout, adapters, params, bias)
     methods = tuple(type(a) if a is not None and a.additive else None for a in adapters)
     configs = tuple(a.config if a is not None and a.additive else None for a in adapters)
     given = tuple(p if method is not None else None for p, method in zip(params, methods, strict=True))
     if dropout is not None:
-        y = adapted_dot(None, x, kernel, bias if gain is None else None, None).astype(jnp.float32)
+        y = adapted_dot(None, x, kernel, bias if gain is None else None, None)
+        y = widened(y)
         y = y + _dropped(layout, methods, configs, given, x, dropout)
         if gain is not None:
             y = y * gain
-            y = y if bias is None else y + bias.reshape(-1).astype(jnp.float32)
+            y = y if bias is None else y + widened(bias.reshape(-1))
         return y.astype(x.dtype)
     kinds = {method for method in methods if method is not None}
     delta: Delta | None = kinds.pop().fuse(layout, configs) if len(kinds) == 1 else None
@@ -127,7 +132,7 @@ def _bias(layout: Layout, adapters, params, bias: Array | None) -> Array | None:
         return bias
     zeros = [jnp.zeros((layout.part_features(i),), jnp.float32) if b is None else b for i, b in enumerate(added)]
     total = layout.join(zeros)
-    return total if bias is None else bias.reshape(-1).astype(jnp.float32) + total
+    return total if bias is None else widened(bias.reshape(-1)) + total
 
 
 def _dropped(layout: Layout, methods, configs, params, x: Array, dropout: Dropout) -> Array:
@@ -145,7 +150,7 @@ def _dropped(layout: Layout, methods, configs, params, x: Array, dropout: Dropou
 @jax.custom_jvp
 def scale_features(x: Array, gain: Array) -> Array:
     """`x [N, in]` times a trained `gain [in]`, in the dtype of `x`; the gain's gradient is summed in float32."""
-    return (x.astype(jnp.float32) * gain).astype(x.dtype)
+    return (widened(x) * gain).astype(x.dtype)
 
 
 @partial(scale_features.defjvp, symbolic_zeros=True)
@@ -156,14 +161,14 @@ def _scale_features_jvp(primals, tangents):
 
 def _scale_features_tangent(residuals, tangents):
     (x, gain), (dx, dgain) = residuals, tangents
-    by_x = None if dx is None else dx.astype(jnp.float32) * gain
-    return added(by_x, None if dgain is None else x.astype(jnp.float32) * dgain).astype(x.dtype)
+    by_x = None if dx is None else widened(dx) * gain
+    return added(by_x, None if dgain is None else widened(x) * dgain).astype(x.dtype)
 
 
 def _scale_features_backward(residuals, dy):
     x, gain = residuals
-    dy = dy.astype(jnp.float32)
-    return (dy * gain).astype(x.dtype), jnp.sum(dy * x.astype(jnp.float32), axis=0)
+    dy = widened(dy)
+    return (dy * gain).astype(x.dtype), jnp.sum(dy * widened(x), axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -182,7 +187,7 @@ def _sum(delta, x, kernel, params):
 
 def _finish(y, gain, bias):
     y = y * gain
-    return y if bias is None else y + bias.reshape(-1).astype(jnp.float32)
+    return y if bias is None else y + widened(bias.reshape(-1))
 
 
 @partial(scaled_dot.defjvp, symbolic_zeros=True)
@@ -211,15 +216,15 @@ def _scaled_dot_tangent(delta, shape, dtype, saved, tangents):
     )
     dy = added(
         *(None if term is None else term * gain for term in inner),
-        None if product is None else product.astype(jnp.float32) * dgain,
-        None if dbias is None else dbias.reshape(-1).astype(jnp.float32),
+        None if product is None else widened(product) * dgain,
+        None if dbias is None else widened(dbias.reshape(-1)),
     )
     return jnp.broadcast_to(dy.astype(dtype), shape)
 
 
 def _scaled_dot_backward(delta, saved, dy):
     kept_x, kernel, bias_like, gain, product, residuals = saved
-    dy32 = dy.astype(jnp.float32)
+    dy32 = widened(dy)
     inner = (dy32 * gain).astype(dy.dtype)
     dx = dot32_nt(inner, matrix_for(kernel, inner))
     dparams = dkernel = dbias = dgain = None
@@ -231,5 +236,5 @@ def _scaled_dot_backward(delta, saved, dy):
     if bias_like is not None:
         dbias = jnp.sum(dy32, axis=0).reshape(bias_like.shape).astype(bias_like.dtype)
     if product is not None:
-        dgain = jnp.sum(dy32 * product.astype(jnp.float32), axis=0)
+        dgain = jnp.sum(dy32 * widened(product), axis=0)
     return dx.astype(dy.dtype), dkernel, dbias, dgain, dparams

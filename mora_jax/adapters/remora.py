@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax.adapters.config import ReMoRAConfig
-from mora_jax.adapters.dense import trained_dot
+from mora_jax.adapters.dense import trained_dot, widened
 from mora_jax.adapters.mora import STRIDED, TILED, MoRA, compress, decompress, delta_weight
 from mora_jax.adapters.variables import AdapterState
 
@@ -39,7 +39,7 @@ class ReMoRA(MoRA):
     def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
         m, kinds = params["m"] * params["scaling"], config.kinds
         choose = partial(_choose, kinds, params["turn"])
-        sums = choose(STRIDED, lambda kind: compress(x.astype(jnp.float32), m.shape[0], kind))
+        sums = choose(STRIDED, lambda kind: compress(widened(x), m.shape[0], kind))
         y = trained_dot(sums.astype(x.dtype), m.T)
         return choose(TILED, lambda kind: decompress(y, out_features, kind))
 

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax.adapters.dense import widened
+
 Array = jax.Array
 
 FROM_BASE = ("pissa", "olora")
@@ -37,14 +39,14 @@ def pissa(kernel: Array, rank: int, scaling: Array) -> tuple[Array, Array]:
     Returns:
         float32 `(A [in, rank], B [rank, out])`.
     """
-    u, sigma, vt = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    u, sigma, vt = jnp.linalg.svd(widened(kernel), full_matrices=False)
     root = jnp.sqrt(sigma[:rank] / jnp.where(scaling == 0, 1.0, scaling))
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
 def olora(kernel: Array, rank: int, scaling: Array) -> tuple[Array, Array]:
     """`B = Q_rᵀ`, `A = R_rᵀ` of `Wᵀ = Q R`; arguments and result as in `pissa`, whatever the scaling."""
-    q, r = jnp.linalg.qr(kernel.astype(jnp.float32).T)
+    q, r = jnp.linalg.qr(widened(kernel).T)
     return r[:rank].T, q[:, :rank].T
 
 

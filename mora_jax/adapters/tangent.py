@@ -54,7 +54,8 @@ def linear(
     def transposed(*flat: Array) -> list[Array]:
         found = whole.flatten_up_to(backward(kept_tree.unflatten(flat[:-1]), flat[-1]))
         values = [value for value, m in zip(found, moved, strict=True) if m]
-        return [jnp.zeros(t.shape, t.dtype) if v is None else v for v, t in zip(values, types, strict=True)]
+        pairs = zip(values, types, strict=True)
+        return [jnp.zeros(t.shape, t.dtype) if v is None else v.astype(t.dtype) for v, t in pairs]
 
     return _linear.bind(*kept, *leaves, run=run, transposed=transposed, count=len(kept), type_=jax.typeof(like))
 

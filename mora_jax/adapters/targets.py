@@ -12,7 +12,7 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import Targets
-from mora_jax.adapters.forms import FORMS, bias_param
+from mora_jax.adapters.forms import FORMS, bias_param, kernel_of
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import Adapted, adapted_class, bias_of, matrix_of, matrix_shape, plain_class
 from mora_jax.adapters.naming import nearest, quoted, summary
@@ -58,6 +58,14 @@ class Place:
     @property
     def has_bias(self) -> bool:
         return bias_param(self.layer) is not None
+
+    @property
+    def dtype(self) -> Any:
+        """In which the matrix is stored."""
+        layer = self.layer
+        if isinstance(layer, Projection | OutputHead):
+            return layer.kernel.dtype
+        return (layer.embedding if self.is_embedding else kernel_of(layer)).dtype
 
     def kernel(self) -> jax.Array:
         """The base's matrix, `[*layers, in, out]`."""

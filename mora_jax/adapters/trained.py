@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax.adapters.dense import widened
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.variables import AdapterParam, AdapterState, FullParam
@@ -39,7 +40,7 @@ class Masters:
                 return 0
             axes = value.get_metadata().get("axes")
             metadata = {} if axes is None else {"axes": axes}
-            self._made[id(value)] = FullParam(array.astype(jnp.float32), **metadata), AdapterState(array, **metadata)
+            self._made[id(value)] = FullParam(widened(array), **metadata), AdapterState(array, **metadata)
             added = array.size
         master, frozen = self._made[id(value)]
         setattr(module, name, master)
