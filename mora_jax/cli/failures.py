@@ -16,6 +16,7 @@ SMALLER = "choose fewer rows at once, shorter rows, or a smaller rank or model"
 DISK_ERRNOS = {
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EBUSY, errno.ESTALE,
 }  # fmt: skip
 
 
@@ -34,6 +35,8 @@ def report(error: BaseException) -> int | None:
     # Backends have no class of their own for it.
     if isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED"):
         first = str(error).splitlines()[0].rstrip(".")
+        if os.strerror(errno.ENOSPC) in first:  # they call a full disk so too
+            return _fail(first.partition(": ")[2])
         return _fail(f"out of memory: {first}; {SMALLER}")
     if isinstance(error, RuntimeError) and (line := explain(error)) is not None:
         return _fail(line)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mora_jax.adapters.config.limits import Limits, number
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded
 
 NONE_WORDS = ("none", "null")
 BOOL_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -189,7 +190,7 @@ class Key:
         return typed
 
     def parse(self, text: str, origin: str) -> Any:
-        """Returns the value that command-line text stands for; lists are comma-separated."""
+        """Returns the value that command-line text stands for; lists are comma-separated, unless that names a file."""
         if self.may_be_none and text.strip().lower() in NONE_WORDS:
             return None
         for option in self.types:
@@ -202,7 +203,7 @@ class Key:
                 if isinstance(error, InputError):
                     raise
                 raise self.refuse(text, origin) from None
-        parts = split_list(text)
+        parts = (text,) if "," in text and expanded(text).exists() else split_list(text)
         if INTS in self.types:
             try:
                 return self.check(tuple(int(part) for part in parts), origin)

@@ -162,6 +162,15 @@ def test_too_little_memory_is_said_in_one_line(monkeypatch, fails, error):
     assert "238 GiB; choose fewer rows" in fails("inspect", "--model", "x", "--data", "y")
 
 
+def test_a_full_disk_is_no_lack_of_memory(monkeypatch, fails):
+    def run(args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: /run/trace.pb; No space left on device")
+
+    monkeypatch.setattr(COMMANDS["inspect"], "run", run)
+    refusal = fails("inspect", "--model", "x", "--data", "y")
+    assert refusal == "error: /run/trace.pb; No space left on device"
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_give_their_exit_codes_and_run_cleanup(monkeypatch, capsys, number, code):
     cleaned = []

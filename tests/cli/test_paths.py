@@ -90,6 +90,14 @@ def test_a_run_goes_on_from_another_folder(home, run, fails, monkeypatch):
     assert written == [str(home / "data" / name) for name in ("one.json", "two.json")]
 
 
+def test_a_file_with_a_comma_in_its_name(home, run):
+    (home / "one.json").rename(home / "work" / "one, two.json")
+    code, out, err = run("inspect", "--model", "~/models/tiny", "--data", "one, two.json", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 12), err
+    code, out, err = run("inspect", "--model", "~/models/tiny", "--data", "../two.json,../two.json", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 24), err
+
+
 def test_hub_ids_and_buckets_are_no_paths(home, fails):
     (home / "work" / "owner").mkdir()
     refusal = fails("train", "--config.model.path=owner/absent", "--config.data.train=../one.json", "--config.out=a")
