@@ -17,7 +17,8 @@ from mora_jax.data.describe import visible
 from mora_jax.data.inspecting import loss_words, repeated_prompts, segment_table
 from mora_jax.data.report import CAUSES, NEAR_EMPTY, Report
 
-_BAR = 36
+# Columns of the longest bar, where there is room for it beside the other columns.
+_BAR, _SHORTEST_BAR = 36, 8
 
 
 def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, recognised: bool = True) -> Group:
@@ -33,8 +34,12 @@ def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, re
     advice, repeated = advise_on(report), repeated_prompts(dataset, tokenizer)
     bar = "█" if console.encoding.lower().startswith("utf") else "#"
     parts: list[RenderableType] = [_facts(report, loss, recognised), _title("Rows by fate"), _fates(report)]
-    parts += [_title("Tokens, before any cut"), _segments(report, bar)]
-    parts += [_title("Row lengths in tokens, before any cut"), _lengths(report, bar), _length_words(report)]
+    parts += [_title("Tokens, before any cut"), _segments(report, bar, console.width)]
+    parts += [
+        _title("Row lengths in tokens, before any cut"),
+        _lengths(report, bar, console.width),
+        _length_words(report),
+    ]
     if repeated:
         parts += [_title("Most repeated instructions"), _repeated(repeated)]
     parts += [_title(f"Advice on the loss mode (confidence: {advice.confidence})"), _advice(advice)]
@@ -101,28 +106,39 @@ def _fates(report: Report) -> Table:
     return table
 
 
-def _segments(report: Report, bar: str) -> Table:
+def _bar_width(width: int, others: int) -> int:
+    """Columns of the longest bar: one that is wrapped would say something else."""
+    return max(_SHORTEST_BAR, min(_BAR, width - others))
+
+
+def _segments(report: Report, bar: str, width: int) -> Table:
     table = _table("", "tokens", "share", "mean weight", "")
     rows = segment_table(report)
     total = sum(count for _, count, _ in rows)
+    # Name, tokens, share and mean weight, with what is between them.
+    longest = _bar_width(width, max((len(name) for name, _, _ in rows), default=0) + max(6, len(f"{total:,}")) + 31)
     for name, count, weight in rows:
         style = "green" if weight >= 1 else "yellow" if weight > 0 else "dim"
-        drawn = Text(bar * round(_BAR * count / total), style=style)
+        drawn = Text(bar * round(longest * count / total), style=style)
         table.add_row(name, f"{count:,}", f"{count / total:.1%}", f"{weight:.3g}", drawn)
     return table
 
 
-def _lengths(report: Report, bar: str) -> Table:
+def _lengths(report: Report, bar: str, width: int) -> Table:
     starts, rows = report.histogram()
     table = _table("tokens", "rows", "", "")
-    width = int(starts[1] - starts[0]) if len(starts) > 1 else 1
+    step = int(starts[1] - starts[0]) if len(starts) > 1 else 1
+    stops = [*starts.tolist()[1:], None]
+    marks = [_marks(report, start, stop) for start, stop in zip(starts.tolist(), stops, strict=True)]
+    labels = [
+        f"{start}+" if stop is None else f"{start}-{start + step - 1}"
+        for start, stop in zip(starts, stops, strict=True)
+    ]
     most = max(int(rows.max(initial=0)), 1)
-    for place, (start, n) in enumerate(zip(starts.tolist(), rows.tolist(), strict=True)):
-        last = place == len(starts) - 1
-        label = f"{start}+" if last else f"{start}-{start + width - 1}"
-        drawn = bar * max(round(_BAR * n / most), int(n > 0))
-        marks = _marks(report, start, None if last else start + width)
-        table.add_row(label, f"{n:,}", Text(drawn, style="cyan"), marks)
+    longest = _bar_width(width, max(map(len, labels)) + max(map(len, marks)) + max(4, len(f"{most:,}")) + 11)
+    for label, n, mark in zip(labels, rows.tolist(), marks, strict=True):
+        drawn = bar * max(round(longest * n / most), int(n > 0))
+        table.add_row(label, f"{n:,}", Text(drawn, style="cyan"), mark)
     return table
 
 

@@ -69,6 +69,11 @@ class LiveDisplay(Display):
         if self.bar is not None:
             self.bar.update(self.task, completed=step, place=f"step {step}/{self.steps}", words=words)
 
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Prints an evaluation above the bar, which is the steps' again."""
+        super().evaluation(row)
+        self.loading("")
+
     def progress(self, words: str, done: int, total: int) -> None:
         """Says at the bar how far something is."""
         if self.bar is not None:

@@ -181,6 +181,7 @@ class Trainer:
                 self.observer.clock.restart()
                 if signals.received:
                     return self._stopped(first, signals)
+                self.display.loading("compiling")
             pending: tuple[int, StepMetrics] | None = None
             context.enter_context(self.watchdog)
             for step in range(first, plan.steps):

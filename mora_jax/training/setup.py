@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
@@ -29,6 +30,9 @@ from mora_jax.training.mesh import mesh_shape
 from mora_jax.training.rank_budget import reschedule
 from mora_jax.training.spreading import base_shardings, is_spread, place_model
 
+#: From which share of padding on other ways are looked at, and on how many rows.
+MUCH_PADDING = 0.4
+PADDING_SAMPLE = 20_000
 #: What a normaliser divides by, in words.
 DIVISORS = {
     "token": "the sum of weights",
@@ -93,6 +97,27 @@ class Setup:
             "its base model": f"{self.model.config}",
         }
 
+    def padding_advice(self) -> str | None:
+        """What would leave less padding, where there is much: each way with the share that it would leave."""
+        data, share = self.config.data, self.plan.padding(self.batches.length)
+        if share < MUCH_PADDING:
+            return None
+        lengths = self.train.lengths
+        if len(lengths) > PADDING_SAMPLE:
+            lengths = np.random.default_rng(0).choice(lengths, PADDING_SAMPLE, replace=False)
+        rows: dict[str, Any] = {"batch_size": self.config.train.batch_size, "max_length": data.max_length}
+        words = []
+        for name, how in {
+            "bucketing": "",
+            "packing": ", train.batch_size then counting rows of several examples",
+        }.items():
+            if not (data.packing or getattr(data, name)):
+                plan = BatchPlan(lengths, seed=self.config.seed, **rows, **{name: True})
+                left = plan.padding(data.max_length if name == "packing" else self.train.batch_length)
+                if left < share - 0.1:
+                    words.append(f"--config.data.{name}=true would leave {left:.0%}{how}")
+        return f"{share:.0%} of the tokens are padding; {'; '.join(words)}" if words else None
+
     def info(self, first_step: int) -> RunInfo:
         """What is shown before the first step."""
         config, report = self.config, self.train.report
@@ -104,6 +129,8 @@ class Setup:
             notes.append(f"{report.truncated} rows were cut to {self.train.max_length} tokens")
         if report.split:
             notes.append(f"{report.split} rows were split into examples of {self.train.max_length} tokens or fewer")
+        if first_step == 0 and (advice := self.padding_advice()) is not None:
+            notes.append(advice)
         data, fsdp, tensor, context = self.mesh
         if data * fsdp > 1:
             notes.append(f"{data * fsdp} devices share each micro-batch of {self.micro_batch} rows")

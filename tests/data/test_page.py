@@ -150,7 +150,7 @@ def test_writing_replaces_whole_files(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.parametrize("width", [60, 110])
+@pytest.mark.parametrize("width", [60, 80, 110])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_terminal_report_reads_without_colour(width, encoding, dataset, tokenizer):
     raw = io.BytesIO()
@@ -163,4 +163,13 @@ def test_terminal_report_reads_without_colour(width, encoding, dataset, tokenize
     words = " ".join(text.split())
     for expected in ("weighted, prompt_weight 0.25", "kept (examples)", "mean weight", "recommended", "limits"):
         assert expected in words
-    assert ("█" if encoding == "utf-8" else "#") in text
+    bar = "█" if encoding == "utf-8" else "#"
+    assert bar in text
+    assert width < 60 or not any({*line.strip()} == {bar} for line in text.splitlines()), "a bar went on in a next line"
+
+
+def test_no_rule_of_the_page_breaks_words_of_a_table_where_they_fit(dataset, tokenizer):
+    page = make_page(dataset, tokenizer, 1)
+    cells = re.search(r"\n(th:first-child, td:first-child \{.*?\})", page)[1]
+    assert "overflow-wrap: break-word" in cells, "`anywhere` lets a column shrink to one letter"
+    assert re.search(r'<div class="drawing"><svg [^>]*>', page), "the drawing can be moved where it is too wide"

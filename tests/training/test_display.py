@@ -102,6 +102,8 @@ def test_the_bar_says_how_far_steps_and_evaluations_are(width):
         display.bar.refresh()
         display.progress("evaluating", 4, 9)
         display.bar.refresh()
+        display.evaluation({"step": 3, "eval_loss": 1.0, "eval_perplexity": 2.718})
+        assert display.bar.tasks[0].fields["words"] == ""
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert re.search("step 3/4 .*loss 2.5000  1,234 tokens/s  1:39 left\\n?", shown)
     assert "evaluating 4/9" in shown

@@ -3,18 +3,21 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from flax import nnx
 
 import mora_jax as mj
+from mora_jax.data import BatchPlan
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.training import loop
 from mora_jax.training.adapter_keys import RESULT_IS_MODEL
 from mora_jax.training.config import METHOD_KEYS, check_together
 from mora_jax.training.display import Display
+from mora_jax.training.setup import Setup
 from tests.evaluation import tiny
 from tests.training.test_loop import Interrupting, config, metrics, quiet
 
@@ -97,6 +100,45 @@ def test_packs_waste_little_and_count_each_example_once(inputs, tmp_path):
     assert summary(packed)["compilations"] == 1
     assert summary(packed)["data_wait_seconds"] >= 0
     assert 0 < summary(packed)["trained_fraction"] < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ("data.bucketing=true would leave ", "data.packing=true would leave ")),
+        ({"data__bucketing": True}, ()),
+        ({"data__packing": True}, ()),
+    ],
+)
+def test_much_padding_is_told_with_what_would_leave_less(inputs, tmp_path, changes, words):
+    lengths = np.array([30, 40, 50, 60] * 20 + [500], np.int32)
+    settings = {"data__max_length": 512, "train__steps": None, **changes}
+    made = setup_of(config(inputs, tmp_path / "run", **settings), lengths)
+    advice = made.padding_advice()
+    if not words:
+        assert advice is None
+        return
+    assert advice.startswith(f"{made.plan.padding(512):.0%} of the tokens are padding; ")
+    for name, word in zip(("bucketing", "packing"), words, strict=True):
+        would = setup_of(config(inputs, tmp_path / "run", **settings, **{f"data__{name}": True}), lengths)
+        assert f"--config.{word}{would.plan.padding(would.batches.length):.0%}" in advice
+
+
+def test_little_padding_is_not_worth_a_word(inputs, tmp_path):
+    even = np.full(40, 400, np.int32)
+    assert setup_of(config(inputs, tmp_path / "run", data__max_length=512), even).padding_advice() is None
+    # Rows that no other way would serve better: a single batch of one short and one long row.
+    odd = np.array([10, 512], np.int32)
+    assert setup_of(config(inputs, tmp_path / "run", data__max_length=512), odd).padding_advice() is None
+
+
+def setup_of(settings, lengths):
+    """A set-up of nothing but lengths."""
+    data = settings.data
+    train = SimpleNamespace(lengths=lengths, max_length=data.max_length, batch_length=data.max_length)
+    kinds = {"packing": data.packing, "bucketing": data.bucketing, "max_length": data.max_length}
+    plan = BatchPlan(lengths, settings.train.batch_size, settings.seed, **kinds)
+    return Setup(settings, None, None, None, train, None, plan, (1, 1, 1, 1))
 
 
 def test_what_is_shown_names_mode_and_normaliser(inputs, tmp_path):
