@@ -102,7 +102,7 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
         scaling = np.asarray(adapter.scaling[...]).reshape(*adapter.layers, -1)
         active = int(np.count_nonzero(scaling.any(-1)))
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
-        warnings += _warnings(adapter.config, place)
+        warnings += warnings_of(adapter.config, place.title, place.in_features, place.out_features)
         methods.append(adapter.method)
     if not matches:
         raise ValueError("the model carries no adapter")
@@ -152,16 +152,15 @@ def adapter_at(place: Place) -> Adapter:
     return place.adapter
 
 
-def _warnings(config: Any, place: Place) -> list[str]:
+def warnings_of(config: Any, title: str, in_features: int, out_features: int) -> list[str]:
+    """What a user should know about a method on a matrix of this size."""
     if not isinstance(config, MoRAConfig):
         return []
-    unused = unused_inputs(place.in_features, place.out_features, config.rank, config.kind)
+    unused = unused_inputs(in_features, out_features, config.rank, config.kind)
     if not unused:
         return []
     why = "" if config.kind == "truncation" else " (in > out, as in the authors' code)"
-    return [
-        f"{config.kind} at rank {config.rank} ignores {unused} of the {place.in_features} inputs of {place.title}{why}"
-    ]
+    return [f"{config.kind} at rank {config.rank} ignores {unused} of the {in_features} inputs of {title}{why}"]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +49,16 @@ def skipped(model: nnx.Module, config: Any) -> tuple[Skipped, ...]:
         model: adapted with `config`; it may be abstract.
         config: of the method.
     """
+    return grouped(_matrices(model, config), Picker(config))
+
+
+def grouped(matrices: Iterable[tuple[str, str, int, str]], picks: Picker) -> tuple[Skipped, ...]:
+    """Puts matrices of one reason together: each is a path, a class, a size and a reason.
+
+    The class is empty for a layer that could be adapted.
+    """
     found: dict[tuple[str, str, bool], tuple[list[str], int]] = {}
-    picks = Picker(config)
-    for path, kind, size, reason in _matrices(model, config):
+    for path, kind, size, reason in matrices:
         key = kind, reason, bool(kind) and picks.names(path)
         paths, total = found.get(key, ([], 0))
         found[key] = [*paths, path], total + size
@@ -64,7 +70,7 @@ def skipped(model: nnx.Module, config: Any) -> tuple[Skipped, ...]:
 
 def _matrices(model: nnx.Module, config: Any) -> Iterator[tuple[str, str, int, str]]:
     """Path, class, size and reason of every matrix that is frozen and has no adapter."""
-    found = list(places(model))
+    found, picks = list(places(model)), Picker(config)
     adapted = {key: place.title for place in found if place.adapter is not None for key in _params(place.layer)}
     seen: set[int] = set()
     for place in found:
@@ -73,7 +79,9 @@ def _matrices(model: nnx.Module, config: Any) -> Iterator[tuple[str, str, int, s
             title = adapted[next(iter(keys & adapted.keys()))]
             yield place.title, "", 0, f"their matrix is that of {title}, too"
         elif left and not _trained_whole(place.layer) and (place.part is not None or not keys & seen):
-            yield place.title, "", len(left) * place.in_features * place.out_features, _reason(place, left[0], config)
+            head = isinstance(place.layer, OutputHead)
+            why = why_left(picks, left[0], is_embedding=place.is_embedding, is_head=head)
+            yield place.title, "", len(left) * place.in_features * place.out_features, why
         seen |= keys
     for path, module, size in unknown_matrices(model, {id(place.layer) for place in found}, seen):
         yield path, type(module).__name__, size, why_unknown(module)
@@ -103,14 +111,15 @@ def _trained_whole(layer: nnx.Module) -> bool:
     return any(isinstance(value, AdapterParam) for value in vars(layer).values())
 
 
-def _reason(place: Place, path: str, config: Any) -> str:
-    everything = isinstance(config.targets, str) and config.targets.lower() == "all-linear"
-    if everything and place.is_embedding:
+def why_left(picks: Picker, path: str, *, is_embedding: bool, is_head: bool = False) -> str:
+    """Why a rule leaves out a layer that could be adapted."""
+    targets = picks.config.targets
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    if everything and is_embedding:
         return "an embedding, which all-linear leaves out"
-    if everything and (isinstance(place.layer, OutputHead) or path.rpartition(".")[2] == "lm_head"):
+    if everything and (is_head or path.rpartition(".")[2] == "lm_head"):
         return "the output head, which all-linear leaves out"
-    if config.layers_to_transform is not None:
-        everywhere = Picker(dataclasses.replace(config, layers_to_transform=None))
-        if everywhere(path, is_embedding=place.is_embedding):
-            return "outside layers_to_transform"
+    layers = picks.config.layers_to_transform
+    if layers is not None and picks.in_any_layer(path, is_embedding=is_embedding):
+        return "outside layers_to_transform"
     return UNNAMED

@@ -232,9 +232,12 @@ class Picker:
         self._matches = matcher(config.targets)
 
     def __call__(self, path: str, *, is_embedding: bool = False) -> bool:
-        layers, saved = self.config.layers_to_transform, self.config.modules_to_save
-        in_layer = layers is None or self._number(path) in layers
-        return self._matches(path, is_embedding) and in_layer and not set(path.split(".")) & set(saved)
+        layers = self.config.layers_to_transform
+        return (layers is None or self._number(path) in layers) and self.in_any_layer(path, is_embedding=is_embedding)
+
+    def in_any_layer(self, path: str, *, is_embedding: bool = False) -> bool:
+        """Whether the rule would pick a path if it named no layers."""
+        return self._matches(path, is_embedding) and not set(path.split(".")) & set(self.config.modules_to_save)
 
     def names(self, path: str) -> bool:
         """Whether the rule picks a path by what it says, not as one of all linear layers."""

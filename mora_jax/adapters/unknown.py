@@ -14,7 +14,7 @@ from mora_jax.adapters.registered import difference, guess
 from mora_jax.adapters.trained import named_modules
 from mora_jax.adapters.variables import AdapterParam
 
-_VECTORS = ("bias", "scale", "mean", "var")  # as Flax calls them; a stack of these is no matrix
+VECTORS = ("bias", "scale", "mean", "var")  # as Flax calls them; a stack of these is no matrix
 
 
 def unknown_matrices(
@@ -43,7 +43,7 @@ def _shapes(module: nnx.Module, seen: set[int]) -> Iterator[tuple[int, ...]]:
             continue
         seen.add(id(value))
         stacked = (value.get_metadata().get("axes") or ("",))[0] == "layers"
-        if name not in _VECTORS and len(value.shape) - stacked > 1:
+        if name not in VECTORS and len(value.shape) - stacked > 1:
             yield value.shape
 
 

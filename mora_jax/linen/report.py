@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +12,13 @@ import jax
 from flax import linen as nn
 from flax import traverse_util
 
+from mora_jax.adapters.naming import summary
 from mora_jax.adapters.registry import adapter_class
-from mora_jax.adapters.report import AttachReport, Match
+from mora_jax.adapters.report import AttachReport, Match, warnings_of
+from mora_jax.adapters.skipped import grouped, why_left
 from mora_jax.adapters.targets import Picker, named
-from mora_jax.linen.matrices import KINDS, Matrix
+from mora_jax.adapters.unknown import VECTORS
+from mora_jax.linen.matrices import KINDS, Matrix, layer_number
 from mora_jax.linen.update import COLLECTION
 
 Path = tuple[str, ...]
@@ -28,7 +33,7 @@ class _Seen:
         lifts: behind how many components of its path `nn.scan` and `nn.vmap` stand, one entry each.
         matrix: the one that an adapter goes on, or could.
         config: of its adapter; None where it has none.
-        why: why it has none.
+        why: why it can't have one.
     """
 
     kind: type[nn.Module]
@@ -63,7 +68,7 @@ class LinenReport:
 
     def leave(self, module: nn.Module, matrix: Matrix) -> None:
         """Notes a layer that could have had one."""
-        self._seen[module.path] = _Seen(type(module), _lifts(module), matrix, why="targets don't name it")
+        self._seen[module.path] = _Seen(type(module), _lifts(module), matrix)
 
     def pass_over(self, module: nn.Module, why: str) -> None:
         """Notes a layer that can't have one."""
@@ -109,11 +114,14 @@ class LinenReport:
         for name in (targets,) if isinstance(targets, str) else targets:
             found = next((path for path in others if named(path, name)), None)
             if found is not None and not any(named(path, name) for path in could):
-                raise ValueError(
-                    f"target {name!r} names {found}, which can't carry an adapter: {_reason(others[found])}"
-                )
+                kind = others[found].kind.__name__
+                raise ValueError(f"targets name {found} ({kind}), which can't be adapted: {_reason(others[found])}")
         adapted = [path for path, seen in self._seen.items() if seen.config is not None]
         picks.check(could, [path or "(the model itself)" for path in could], found=bool(adapted))
+        for one in self.table.skipped:
+            if one.asked:
+                # From the `with` statement: below it are contextlib's and this context's own frames.
+                warnings.warn(f"targets name what can't be adapted: {summary(one.paths)}, {one.reason}", stacklevel=4)
         if self.config.layers_to_transform is not None:
             stacked = next((path for path in adapted if self._stack(path)), None)
             if stacked is not None:
@@ -125,35 +133,45 @@ class LinenReport:
     @property
     def table(self) -> AttachReport:
         """The report as that of `mora_jax.attach`."""
-        matches = []
+        matches, notes = [], []
         for path, seen in self._seen.items():
             if seen.config is not None and seen.matrix is not None:
                 trained = sum(size for name, size in self._adapters.items() if name[:-1] == path)
-                layers = math.prod(self._stack(path))
-                sizes = seen.matrix.in_features, seen.matrix.out_features
-                matches.append(Match(".".join(path) or "(the model itself)", layers, *sizes, trained))
+                title, sizes = _title(path), (seen.matrix.in_features, seen.matrix.out_features)
+                matches.append(Match(title, math.prod(self._stack(path)), *sizes, trained))
+                notes += warnings_of(seen.config, title, *sizes)
         trainable = sum(match.trainable for match in matches)
         total = trainable + sum(math.prod(shape) for shape in self._params.values())
-        return AttachReport(adapter_class(self.config).method, tuple(matches), trainable, total)
+        method = adapter_class(self.config).method
+        passed_over = grouped(self._left(), Picker(self.config, layer_number))
+        return AttachReport(method, tuple(matches), trainable, total, tuple(notes), passed_over)
 
-    @property
-    def not_adapted(self) -> list[tuple[str, int, str]]:
-        """Matrices without an adapter: path of the module, number of parameters, and why."""
-        left: dict[Path, int] = {}
-        for path, shape in self._params.items():
-            seen = self._seen.get(path[:-1])
-            lifts = 0 if seen is None else len(seen.lifts)
-            if len(shape) - lifts >= 2 and (seen is None or seen.config is None):
-                left[path[:-1]] = left.get(path[:-1], 0) + math.prod(shape)
-        return [
-            (".".join(path) or "(the model itself)", size, _reason(self._seen.get(path))) for path, size in left.items()
-        ]
+    def _left(self) -> Iterator[tuple[str, str, int, str]]:
+        """Path, class, size and reason of the matrices without an adapter."""
+        picks, unknown = Picker(self.config, layer_number), dict[Path, int]()
+        for path, seen in self._seen.items():
+            if seen.matrix is not None and seen.config is None:
+                size = seen.matrix.in_features * seen.matrix.out_features * math.prod(self._stack(path))
+                why = why_left(picks, ".".join(path), is_embedding=seen.matrix.is_embedding)
+                yield _title(path), "", size, why
+        for (*above, name), shape in self._params.items():
+            path = tuple(above)
+            found = self._seen.get(path)
+            lifts = 0 if found is None else len(found.lifts)
+            if name not in VECTORS and len(shape) - lifts > 1 and (found is None or found.matrix is None):
+                unknown[path] = unknown.get(path, 0) + math.prod(shape)
+        for path, size in unknown.items():
+            found = self._seen.get(path)
+            yield _title(path), "" if found is None else found.kind.__name__, size, _reason(found)
 
     def __str__(self) -> str:
         if not self._seen:
             return "no layer was traced in this context: what ran, if anything, was compiled before"
-        lines = [f"not adapted: {path}, {size:,} parameters, because {why}" for path, size, why in self.not_adapted]
-        return "\n".join([str(self.table), *lines])
+        return str(self.table)
+
+
+def _title(path: Path) -> str:
+    return ".".join(path) or "(the model itself)"
 
 
 def _reason(seen: _Seen | None) -> str:
@@ -162,8 +180,8 @@ def _reason(seen: _Seen | None) -> str:
     if seen.why:
         return seen.why
     if issubclass(seen.kind, KINDS):
-        return f"{seen.kind.__name__} computes its product in a way of its own"
-    return f"{seen.kind.__name__} has no form with an adapter"
+        return "its class computes its product in a way of its own"
+    return "a class without adapters"
 
 
 def _lifts(module: nn.Module) -> tuple[int, ...]:

@@ -108,8 +108,9 @@ def test_every_class_of_layer(config):
         "attn.key",
         "attn.value",
     }
-    left = {path: size for path, size, _ in report.not_adapted}
-    assert left == {"conv": 128} | ({} if table else {"embed": 56})
+    left = {one.paths: (one.kind, one.parameters, one.reason) for one in report.table.skipped}
+    convolution = {("conv",): ("Conv", 128, "a class without adapters")}
+    assert left == convolution | ({} if table else {("embed",): ("", 56, "an embedding, which all-linear leaves out")})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -170,7 +171,8 @@ def made(config, model=None, x=X):
 
 
 def test_layer_numbers_and_patterns_are_those_of_attach():
-    found, _ = made(LoRAConfig(rank=2, layers_to_transform=[1]))
+    found, report = made(LoRAConfig(rank=2, layers_to_transform=[1]))
+    assert [one.reason for one in report.table.skipped] == ["outside layers_to_transform"]
     assert {path.rpartition(".")[0] for path in found} == {"Block_1.Dense_0", "Block_1.Dense_1"}
     found, _ = made(LoRAConfig(rank=2, rank_pattern={r"Block_1\..*": 3, "head": 1}, targets=["Dense_1", "head"]))
     ranks = {path.removesuffix(".lora_a"): value.shape[1] for path, value in found.items() if path.endswith("lora_a")}
@@ -223,8 +225,12 @@ def test_layers_that_cannot_be_adapted_are_named():
     x = jnp.ones((1, 5, 4))
     with pytest.raises(ValueError, match="match no layer; layers that could have matched: none"):
         made(LoRAConfig(), Convolved(), x)
-    with pytest.raises(ValueError, match="'local' names local, which can't carry an adapter: ConvLocal"):
+    with pytest.raises(ValueError, match=r"targets name local \(ConvLocal\), which can't be adapted"):
         made(LoRAConfig(targets=["local"]), Convolved(), x)
+    mixed = nn.Sequential([nn.Conv(4, (2,)), nn.Dense(2)])
+    with pytest.warns(UserWarning, match="targets name what can't be adapted: layers_0, a class without adapters"):
+        found, _ = made(LoRAConfig(targets=".*"), mixed, x)
+    assert set(found) == {"layers_1.lora_a", "layers_1.lora_b"}
     with pytest.raises(ValueError, match="is an embedding, for which mora has no form"):
         made(MoRAConfig(targets=["embed"]), Everything(), IDS)
     with pytest.raises(ValueError, match="computes in complex64"):
@@ -255,7 +261,8 @@ def test_subclasses_are_adapted_in_their_parents_product_or_named():
         variables = {**variables, "adapters": filled(variables["adapters"])}
         y = model.apply(variables, X)
     assert set(variables["adapters"]) == {"layers_0"}
-    assert "not adapted: layers_1, 24 parameters, because Own computes its product in a way of its own" in str(report)
+    left = [(one.paths, one.kind, one.parameters, one.reason) for one in report.table.skipped]
+    assert left == [(("layers_1",), "Own", 24, "its class computes its product in a way of its own")]
     expected = model.apply({"params": merge(variables, config)}, X)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
