@@ -130,7 +130,7 @@ def orthogonality(adapters: Arrays, exists: Masks | None = None) -> Array:
             norms.append(jnp.sqrt(total + 1e-12).reshape(-1))
             counted.append(here.any(-1).reshape(-1))
     used = np.concatenate(counted).astype(np.float32)
-    return jnp.sum(jnp.concatenate(norms) * used) / max(used.sum(), 1.0)
+    return jnp.sum(jnp.concatenate(norms) * used) / max(float(used.sum()), 1.0)
 
 
 def budget(config: AdaLoRAConfig, exists: Masks, step: int) -> int:
