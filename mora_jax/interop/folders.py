@@ -49,6 +49,12 @@ def new_folder(out: str | os.PathLike[str], *, ours: Collection[str] = (), overw
     except OSError as error:
         where = "" if error.filename is None or str(error.filename).startswith(str(staged)) else f"{error.filename}: "
         raise InputError(f"{target} cannot be written: {where}{error.strerror or error}") from None
+    except Exception as error:
+        # The tokenizers library has no class for what the disk says.
+        reason, found, _ = str(error).partition(" (os error ")
+        if type(error) is not Exception or not found:
+            raise
+        raise InputError(f"{target} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -138,6 +138,11 @@ def test_a_failure_says_which_folder(tmp_path):
     with pytest.raises(mj.InputError, match=rf"{tmp_path}/out cannot be written: No space left on device$"):
         with new_folder(tmp_path / "out") as folder:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "file"))
+    with pytest.raises(mj.InputError, match=r"out cannot be written: No space left on device$"):
+        with new_folder(tmp_path / "out"):
+            raise Exception("No space left on device (os error 28)")  # noqa: TRY002 -- as the tokenizers library
+    with pytest.raises(Exception, match="^a bug$"), new_folder(tmp_path / "out"):
+        raise Exception("a bug")  # noqa: TRY002
     with pytest.raises(mj.InputError, match="out cannot be written: /nowhere: No such file or directory"):
         with new_folder(tmp_path / "out"):
             Path("/nowhere").read_text()
