@@ -7,6 +7,7 @@ Each is a subclass of the layer that it adapts and keeps that layer's variables,
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable
@@ -272,12 +273,34 @@ ADAPTED: dict[type, type] = {
 }
 
 
+_FLAX = tuple(ADAPTED)
+
+
 @functools.cache
 def adapted_class(plain: Any) -> type | None:
-    """The adapted form of a layer class, or None; subclasses of `nnx.Embed` have one, others only themselves."""
-    if plain in ADAPTED or not issubclass(plain, nnx.Embed):
-        return ADAPTED.get(plain)
-    return types.new_class(f"Adapted{plain.__name__}", (AdaptedEmbed, plain))
+    """The adapted form of a layer class, or None.
+
+    A subclass of one of Flax's layers has one where its own call, if it has any, goes on to `super().__call__`: the
+    adapter then stands beside the product in there, as a merged kernel would. One that computes the product itself
+    would pass the adapter by.
+    """
+    if plain in ADAPTED:
+        return ADAPTED[plain]
+    base = next((one for one in plain.__mro__ if one in _FLAX), None)
+    if base is None:
+        return None
+    if base is nnx.Embed:
+        return types.new_class(f"Adapted{plain.__name__}", (AdaptedEmbed, plain))
+    between = plain.__mro__[: plain.__mro__.index(base)]
+    if not all(_goes_on(vars(one)["__call__"]) for one in between if "__call__" in vars(one)):
+        return None
+    return types.new_class(f"Adapted{plain.__name__}", (plain, ADAPTED[base]))
+
+
+def _goes_on(call: Any) -> bool:
+    """Whether a method's code names `super` and `__call__`; it can't be run here to see."""
+    code = getattr(inspect.unwrap(call), "__code__", None)
+    return code is not None and {"super", "__call__"} <= set(code.co_names)
 
 
 def turn_adapted(layer: Any) -> None:

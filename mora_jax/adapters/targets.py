@@ -18,7 +18,7 @@ from mora_jax.adapters.layers import Adapted, adapted_class, bias_of, matrix_of,
 from mora_jax.adapters.naming import nearest, quoted, summary
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.registered import recognise
-from mora_jax.adapters.unknown import unknown_matrices, why_unknown
+from mora_jax.adapters.unknown import LINEN, unknown_matrices, why_unknown
 
 
 @dataclass(frozen=True)
@@ -298,5 +298,9 @@ def select(model: nnx.Module, config: Any) -> list[tuple[Place, tuple[bool, ...]
                 raise ValueError(
                     f"targets name {path} ({kind}), which can't be adapted: {why_unknown(module)}"
                 ) from None
+        linen = [path for path, node in nnx.iter_graph(model) if isinstance(node, nnx.bridge.ToNNX)]
+        if linen and not seen:
+            name = ".".join(map(str, linen[0])) or "the model"
+            raise ValueError(f"the model has no linear layer of Flax NNX, and {name} is {LINEN}") from None
         raise
     return found

@@ -14,6 +14,7 @@ from mora_jax.adapters.registered import difference, guess
 from mora_jax.adapters.trained import named_modules
 from mora_jax.adapters.variables import AdapterParam
 
+LINEN = "a Linen module in nnx.bridge.ToNNX: put adapters on the Linen module, with mora_jax.linen.adapted"
 VECTORS = ("bias", "scale", "mean", "var")  # as Flax calls them; a stack of these is no matrix
 
 
@@ -50,9 +51,13 @@ def _shapes(module: nnx.Module, seen: set[int]) -> Iterator[tuple[int, ...]]:
 def why_unknown(layer: nnx.Module) -> str:
     """Why a layer with a matrix, for which there is no adapted form, has none."""
     kind = type(layer)
+    if isinstance(layer, nnx.bridge.ToNNX):
+        return LINEN
     base = next((one for one in kind.__mro__ if one in ADAPTED), None)
     if base is not None and kind.__call__ is not base.__call__:
-        return f"its class overrides the call of {base.__name__}"
+        return f"its class overrides the call of {base.__name__}" + (
+            " and does not go on to super().__call__" if base.__module__.startswith("flax.") else ""
+        )
     form = guess(layer) if base is None else FORMS.get(base)
     if base is None and form is None:
         return "a class without adapters, see mj.register_layer"
