@@ -19,6 +19,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 from mora_jax.adapters.config import RsLoRAConfig
+from mora_jax.adapters.dense import wide
 from mora_jax.adapters.patterns import config_at, exactly, pattern_for
 from mora_jax.adapters.report import AdapterEntry, adapters_of
 from mora_jax.errors import InputError
@@ -162,7 +163,7 @@ def load_adapter(
                 stacked = np.zeros((*place.stack, *shape), np.float32)
                 for index, entry in entries.items():
                     stacked[index] = entry.params[name]
-                collections[collection][*where, name] = jnp.asarray(stacked)
+                collections[collection][*where, name] = jnp.asarray(stacked, wide(place.array.dtype))
     trees = {name: traverse_util.unflatten_dict(arrays) for name, arrays in collections.items() if arrays}
     return config, dict(variables) | trees
 

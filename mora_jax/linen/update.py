@@ -70,6 +70,7 @@ def fresh(config: Any, matrix: Matrix, key: Array, kernel: Array) -> tuple[Array
     method: Any = check_config(config)
     make = method.for_embedding if matrix.is_embedding else method
     adapter = make(matrix.in_features, matrix.out_features, config, rngs=nnx.Rngs(params=key))
+    adapter.fit(kernel.dtype)
     adapter.start(lambda: kernel)
     trained: Arrays = {}
     fixed: Arrays = {}
@@ -90,7 +91,8 @@ def expected(config: Any, matrix: Matrix) -> tuple[dict[str, tuple[int, ...]], d
 
 def scaled(config: Any, arrays: Arrays) -> Arrays:
     """The arrays as the adapters' own classes take them."""
-    return dict(arrays) | {"scaling": jnp.float32(adapter_class(config).scale(config))}
+    dtype = jnp.result_type(jnp.float32, *arrays.values())
+    return dict(arrays) | {"scaling": jnp.asarray(adapter_class(config).scale(config), dtype)}
 
 
 def param(module: nn.Module, name: str) -> Array:

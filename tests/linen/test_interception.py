@@ -129,6 +129,21 @@ def test_a_fresh_magnitude_changes_no_bit(config, dtype):
     np.testing.assert_array_equal(np.float32(y), np.float32(model.apply({"params": variables["params"]}, X)))
 
 
+@pytest.mark.parametrize("config", [LoRAConfig(rank=2), DoRAConfig(rank=2)], ids=["lora", "dora"])
+def test_float64_layers_stay_float64(config):
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8)))
+        model = nn.Dense(6, param_dtype=jnp.float64, bias_init=nn.initializers.normal())
+        with adapted(config):
+            fresh = model.init(KEY, x)
+            start = model.apply(fresh, x)
+            variables = {**fresh, "adapters": filled(fresh["adapters"])}
+            y = model.apply(variables, x)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float64"}
+        np.testing.assert_array_equal(start, model.apply({"params": fresh["params"]}, x))
+        np.testing.assert_allclose(y, model.apply({"params": merge(variables, config)}, x), rtol=1e-13, atol=1e-13)
+
+
 def test_einsum_with_transposed_axes_against_a_matrix_by_loops():
     layer = nn.Einsum((2, 5, 3), "btd,ndh->bhtn", bias_init=nn.initializers.normal())
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)), jnp.float32)
