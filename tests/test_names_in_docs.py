@@ -21,7 +21,7 @@ TEXTS = [*PAGES, *sorted((ROOT / "configs").glob("*.py")), *sorted((ROOT / "scri
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 FOLDERS = "configs|scripts|benchmarks|notebooks|docs|mora_jax|tests"
 # Options of other programs that pages name alone.
-OTHERS = {"--gpus-per-node", "--accelerator-type", "--runtime-version"}
+OTHERS = {"--gpus-per-node", "--accelerator-type", "--runtime-version", "--worker"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 each_text = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
