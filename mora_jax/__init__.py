@@ -40,6 +40,7 @@ _HOMES = {
     "save_pretrained": "mora_jax.interop",
     "load_adapter": "mora_jax.interop",
     "save_adapter": "mora_jax.interop",
+    "finetune": "mora_jax.training.finetune",
     "NamedAdapters": "mora_jax.interop.named",
     "InputError": "mora_jax.errors",
 }
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from mora_jax.interop import save_adapter as save_adapter
     from mora_jax.interop import save_pretrained as save_pretrained
     from mora_jax.interop.named import NamedAdapters as NamedAdapters
+    from mora_jax.training.finetune import finetune as finetune
 
 
 def __getattr__(name: str):

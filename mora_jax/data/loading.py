@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from mora_jax.data.checks import check_weight, found
@@ -202,7 +201,7 @@ def _nothing_left(skipped: Skipped) -> InputError:
 
 
 def open_rows(
-    paths: str | Path | Iterable[str | Path],
+    paths: Any,
     format: str | None = None,
     *,
     mapping: Mapping | None = None,
@@ -216,7 +215,7 @@ def open_rows(
 
     Args:
       paths: one or several: data files, globs, folders of data files, folders saved by `datasets`, or hub ids
-        (`owner/name`); all of one format.
+        (`owner/name`); all of one format. Or rows in memory: dictionaries, a `datasets.Dataset`, a table of pandas.
       format: a name in `formats.FORMATS`, or None to find it out from the first rows.
       mapping: the data's names of columns and roles.
       on_error: `raise` at the first row that breaks the format, or `skip` such rows and count them. What cannot be
@@ -241,7 +240,7 @@ def open_rows(
 
 
 def load_rows(
-    paths: str | Path | Iterable[str | Path],
+    paths: Any,
     format: str | None = None,
     *,
     mapping: Mapping | None = None,

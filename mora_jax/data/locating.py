@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mora_jax.data.arrow_rows import HubData, SavedFolder
+from mora_jax.data.memory_rows import memory_rows
 from mora_jax.data.reading import READERS, DataFile, NumberedRow
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded, glob_pattern
@@ -32,7 +33,7 @@ class Origin(Protocol):
 
 
 def locate(
-    paths: str | Path | Iterable[str | Path],
+    paths: Any,
     split: str | None = None,
     subset: str | None = None,
     streaming: bool = False,
@@ -42,7 +43,7 @@ def locate(
 
     Args:
       paths: each a file, a folder of files, a folder saved by `datasets`, a glob, or the id of a data set on the
-        hub, `owner/name`, that is no path.
+        hub, `owner/name`, that is no path; or rows in memory.
       split: of hub data, of saved folders, and of folders whose files are named after several splits.
       subset: of hub data.
       streaming: of hub data.
@@ -51,6 +52,9 @@ def locate(
     Raises:
       InputError: for a path that leads nowhere.
     """
+    rows = memory_rows(paths)
+    if rows is not None:
+        return (rows,)
     given = (paths,) if isinstance(paths, str | Path) else tuple(paths)
     if not given or not all(map(str, given)):
         raise InputError("no data file given: name files, a folder, a glob or a data set on the hub")

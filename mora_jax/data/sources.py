@@ -23,7 +23,7 @@ class Source:
     """Where rows come from, and how they become tokens. What they count in the loss is decided later.
 
     Attributes:
-      paths: files, globs, folders, or one hub id.
+      paths: files, globs, folders, or one hub id; or rows in memory.
       format: a name in `formats.FORMATS`; None recognises it.
       template: see `Renderer`.
       fallback: see `Renderer`.
@@ -38,7 +38,7 @@ class Source:
       cache: the folder where tokens are kept between runs; None: the user's cache folder; `off`: nowhere.
     """
 
-    paths: tuple[str, ...]
+    paths: Any
     format: str | None = None
     template: str | None = None
     fallback: str | None = None

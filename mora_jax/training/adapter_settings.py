@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from mora_jax.adapters.registry import config_from
+from mora_jax.adapters.registry import METHODS, config_from
 from mora_jax.errors import InputError
 from mora_jax.training.adapter_keys import START
 from mora_jax.training.config import METHOD_KEYS, AdapterConfig
@@ -32,6 +33,37 @@ def adapter_config(section: AdapterConfig, steps: int | None = None) -> Any:
         return config_from({"method": section.method, **values})
     except ValueError as error:
         raise InputError(f"adapter: {error}") from None
+
+
+def adapter_settings(config: Any) -> dict[str, Any]:
+    """The other way: a method's own configuration as values of the section `adapter`, by key.
+
+    Raises:
+        InputError: it is no configuration of a method, or has a setting that the section has no key for.
+    """
+    method = next((name for name, found in METHODS.items() if found.config is type(config)), None)
+    if method is None:
+        raise InputError(
+            f"the adapter's configuration should be one of a method, such as LoRAConfig(rank=8), and is "
+            f"{type(config).__name__}"
+        )
+    known = METHOD_KEYS[method] - START
+    values: dict[str, Any] = {"method": method}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in known:
+            if field.name.endswith("_pattern"):
+                value = tuple(f"{pattern}={number:g}" for pattern, number in value) or None
+            elif value == ():
+                value = None
+            values[field.name] = value
+        elif field.init and value != _default(field) and field.name != "total_steps":
+            raise InputError(f"adapter: {type(config).__name__}({field.name}={value!r}) can't be set for a run")
+    return values
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _pair(text: str, name: str, kind: type) -> tuple[str, Any]:

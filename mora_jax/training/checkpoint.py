@@ -315,6 +315,28 @@ class Checkpoints:
                 self._inner.close()
 
 
+class NoCheckpoints:
+    """In the place of `Checkpoints` for a run that writes nothing."""
+
+    def __enter__(self) -> NoCheckpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def newest(self, like: TrainState, base_at: Callable[[int], Arrays]) -> Restored | None:
+        return None
+
+    def is_best(self, eval_loss: float | None) -> bool:
+        return False
+
+    def best(self) -> tuple[int, float] | None:
+        return None
+
+    def save(self, *state: Any, **how: Any) -> None:
+        pass
+
+
 class _Damaged(Exception):
     """A checkpoint that is there and can't be read; says why."""
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from mora_jax.data.sources import Source
 from mora_jax.data.weights import LossWeights
 from mora_jax.training.config import DataConfig, LossConfig
 
 
-def data_source(section: DataConfig, paths: Sequence[str], split: str) -> Source:
+def data_source(section: DataConfig, paths: Any, split: str) -> Source:
     """Where rows come from, as the section `data` says."""
     return Source(
-        tuple(paths),
+        paths,
         format=section.format,
         template=section.template,
         fallback=section.fallback,

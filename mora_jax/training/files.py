@@ -274,3 +274,38 @@ class BucketFiles(Files):
                 shutil.copyfileobj(source, target, 2**23)
 
         self._persistently(put, name, "written")
+
+
+class MemoryFiles(Files):
+    """Files that are only kept in memory, of a run that writes nothing."""
+
+    remote = True  # nothing local to make
+
+    def __init__(self) -> None:
+        super().__init__(Path("(nothing is written)"))
+        self._texts: dict[str, str] = {}
+
+    def make(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        yield
+
+    def present(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if name in self._texts]
+
+    def read(self, name: str) -> str | None:
+        return self._texts.get(name)
+
+    def write(self, name: str, text: str) -> None:
+        self._texts[name] = text
+
+    def append(self, name: str, text: str) -> None:
+        self._texts[name] = self._texts.get(name, "") + text
+
+    def names(self, folder: str) -> list[str]:
+        return []
+
+    def remove(self, name: str) -> None:
+        self._texts.pop(name, None)

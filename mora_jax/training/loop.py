@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from mora_jax.data.pipeline import Batch, BatchIterator
 from mora_jax.evaluation.scoring import score
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.assembly import assemble
-from mora_jax.training.checkpoint import Checkpoints
+from mora_jax.training.checkpoint import Checkpoints, NoCheckpoints
 from mora_jax.training.config import Config, lay_over
 from mora_jax.training.display import Display
 from mora_jax.training.identity import run_identity
@@ -30,12 +30,14 @@ from mora_jax.training.restarts import Restarter
 from mora_jax.training.result import result_name, write_result
 from mora_jax.training.resuming import changed, check_found
 from mora_jax.training.run_directory import RunDirectory
-from mora_jax.training.setup import Setup, prepare
+from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
 from mora_jax.training.spikes import Spikes
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepMetrics
 from mora_jax.training.stopping import StopSignals
 from mora_jax.training.watchdog import Watchdog
+
+Callback = Callable[[dict[str, Any]], Any]
 
 
 def train(config: Config, display: Display | None = None, *, overwrite: bool = False) -> int:
@@ -53,15 +55,45 @@ def train(config: Config, display: Display | None = None, *, overwrite: bool = F
         InputError: anything the user has to mend; nothing was written then.
     """
     directory = RunDirectory(config.out or "", writes=is_main())
+    with new_run(config, directory, display or Display(), overwrite=overwrite) as trainer:
+        return trainer.run()
+
+
+@contextlib.contextmanager
+def new_run(
+    config: Config,
+    directory: RunDirectory,
+    display: Display,
+    *,
+    objects: Objects = NOTHING,
+    callbacks: Sequence[Callback] = (),
+    overwrite: bool = False,
+) -> Iterator[Trainer]:
+    """A new run, ready for its first step: everything is loaded and checked, and its directory made.
+
+    Other runs are kept out of the directory while the context lasts.
+
+    Args:
+        config: the whole run.
+        directory: where it is recorded.
+        display: what the user sees.
+        objects: what is in memory already, in place of what `config` names.
+        callbacks: see `Trainer`.
+        overwrite: replace a run that is in `directory`.
+
+    Raises:
+        InputError: anything the user has to mend; nothing was written then.
+    """
     directory.check_free(overwrite)
     check_writers(config)
-    setup = prepare(config)
+    setup = prepare(config, objects)
     check_profile(config, setup.plan.steps)
     check_same(setup.identity())
-    check_shared(directory.path)
+    if directory.kept:
+        check_shared(directory.path)
     with directory.claimed():
         directory.create(config, overwrite)
-        return Trainer(setup, directory, display or Display()).run()
+        yield Trainer(setup, directory, display, callbacks)
 
 
 def resume(
@@ -120,10 +152,17 @@ class Trainer:
         setup: what to train on what.
         directory: where it is recorded.
         display: what the user sees.
+        callbacks: called with every row of metrics; one that returns True ends the training after the step at hand.
+
+    Attributes:
+        summary: what `summary.json` holds, once the run is done.
     """
 
-    def __init__(self, setup: Setup, directory: RunDirectory, display: Display):
+    def __init__(self, setup: Setup, directory: RunDirectory, display: Display, callbacks: Sequence[Callback] = ()):
         self.setup, self.directory, self.display = setup, directory, display
+        self.callbacks, self.summary = tuple(callbacks), dict[str, Any]()
+        self._enough = False  # whether a callback has said so
+        self._last_step = setup.plan.steps
         self.config = config = setup.config
         made = assemble(setup.model, config, setup.plan.steps, setup.mesh)
         self.structure, self.placement, restarts = made.structure, made.placement, made.restarts
@@ -195,7 +234,10 @@ class Trainer:
                     # Metrics are read a step late, so the device always has the next step in its queue.
                     self._report(pending)
                 pending = (step + 1, metrics)
-                done, last = step + 1, step + 1 == plan.steps
+                done = step + 1
+                if self._enough:
+                    self._last_step = done
+                last = done == self._last_step
                 signals.look()
                 evaluate = self._evaluates(done)
                 save = settings.save_every and (last or done % settings.save_every == 0)
@@ -223,6 +265,8 @@ class Trainer:
                     self.observer.clock.restart()
                     if stops:
                         return self._stopped(done, signals)
+                if last:
+                    break
             self.watchdog.begin(None)
             signals.words = _FINISHING
             self._finish(started, checkpoints)
@@ -231,13 +275,14 @@ class Trainer:
     def _stopped(self, done: int, signals: StopSignals) -> int:
         """Says how the run goes on; returns the exit code."""
         owed = ", before its evaluation" if self._owes_evaluation(done) else ""
-        self.display.note(f"stopped after step {done}{owed}; continue with --resume {self.directory.path}")
+        how = f"; continue with --resume {self.directory.path}" if self.directory.kept else ""
+        self.display.note(f"stopped after step {done}{owed}{how}")
         return signals.exit_code
 
     def _evaluates(self, done: int) -> bool:
         """Whether there is an evaluation after so many steps."""
         every = self.config.train.eval_every
-        due = done == self.setup.plan.steps or bool(every and done % every == 0)
+        due = done == self._last_step or bool(every and done % every == 0)
         return due and self.setup.evaluation is not None
 
     def _owes_evaluation(self, done: int) -> bool:
@@ -248,7 +293,9 @@ class Trainer:
         self.display.note(text)
         self.directory.append_hang(text)
 
-    def _checkpoints(self) -> Checkpoints:
+    def _checkpoints(self) -> Checkpoints | NoCheckpoints:
+        if not self.directory.kept:
+            return NoCheckpoints()
         adapters = self.runner.whole(self.state).adapters
         identity = run_identity(self.setup, adapters, self.restarter and self.restarter.restarts)
         settings = self.config.train
@@ -322,6 +369,7 @@ class Trainer:
                 row |= {"penalty": float(metrics.penalty), "mean_rank": self.budget.mean_rank(step)}
             self.observer.write(row)
             self.display.step(row | {"seconds_left": self._seconds_left(step)})
+            self._call(row)
 
     def _seconds_left(self, step: int) -> float:
         """What the steps and evaluations after `step` should take, by the means of this process; not compiling."""
@@ -332,7 +380,11 @@ class Trainer:
         evaluations = 1 + ((steps - 1) // every - step // every if every else 0)
         return left + evaluations * sum(self.evaluations) / len(self.evaluations)
 
-    def _model(self) -> Decoder:
+    def _call(self, row: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            self._enough = callback(dict(row)) is True or self._enough
+
+    def trained_model(self) -> Decoder:
         """The model as trained so far."""
         adapters = self.runner.whole(self.state).adapters
         model = self.structure.model(adapters, self.runner.whole(self.frozen))
@@ -352,7 +404,8 @@ class Trainer:
         self.display.loading("evaluating")
         started = time.perf_counter()
         try:
-            scores = score(self._model(), self.setup.evaluation, batch_size=self.setup.micro_batch, progress=progress)
+            model, rows = self.trained_model(), self.setup.micro_batch
+            scores = score(model, self.setup.evaluation, batch_size=rows, progress=progress)
         except _Interrupted:
             return
         finally:
@@ -363,28 +416,33 @@ class Trainer:
         self.evaluated |= {"eval_prompt_loss": scores.prompt_nll}
         self.observer.write(self.evaluated)
         self.display.evaluation(self.evaluated)
+        self._call(self.evaluated)
 
     def _write_result(self, name: str) -> None:
         """Writes the adapter or the model as trained so far into a folder of the run."""
+        if not self.directory.kept:
+            return
         restarted = self.restarter is not None
         write = self.directory.writes
         with self.directory.files.folder(name, write=write) as out:
-            write_result(self._model(), out, self.config, self.setup.tokenizer, restarted=restarted, write=write)
+            model, tokenizer = self.trained_model(), self.setup.tokenizer
+            write_result(model, out, self.config, tokenizer, restarted=restarted, write=write)
 
-    def _write_best(self, checkpoints: Checkpoints) -> dict[str, Any]:
+    def _write_best(self, checkpoints: Checkpoints | NoCheckpoints) -> dict[str, Any]:
         """Writes what the best checkpoint gives, where it isn't the last; returns what the summary says of it."""
         best = checkpoints.best()
         if best is None:
             return {}
+        assert isinstance(checkpoints, Checkpoints), "there is a best one only where some are written"
         (step, loss), name = best, result_name(self.config)
-        if step != self.setup.plan.steps:
+        if step != self._last_step:
             found = checkpoints.restore(step, self.runner.whole(self.state), self._base(step))
             self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
             name = self.directory.best.name
             self._write_result(name)
         return {"best_step": step, "best_eval_loss": loss, "best": name}
 
-    def _finish(self, started: float, checkpoints: Checkpoints) -> None:
+    def _finish(self, started: float, checkpoints: Checkpoints | NoCheckpoints) -> None:
         """Writes the result and the summary."""
         self.display.loading("saving")
         self._write_result(result_name(self.config))
@@ -392,7 +450,7 @@ class Trainer:
             "method": self.config.adapter.method,
             "trainable_parameters": self.setup.attached.trainable,
             "total_parameters": self.setup.attached.total,
-            "steps": self.setup.plan.steps,
+            "steps": self._last_step,
             "compilations": self.runner.compilations,
             "compile_seconds": self.runner.compile_seconds,
             **self._restarts(),
@@ -404,12 +462,13 @@ class Trainer:
             "eval_perplexity": self.evaluated.get("eval_perplexity"),
             **self._write_best(checkpoints),
             "wall_seconds": time.perf_counter() - started,
-            "result": str(self.directory.path / result_name(self.config)),
+            "result": str(self.directory.path / result_name(self.config)) if self.directory.kept else None,
         }
         self.observer.finish(summary)
         self.directory.files.flush()  # a run with a summary has all its rows
         self.directory.write_json("summary.json", summary)
         self.display.finish(summary)
+        self.summary = summary
 
     def _restarts(self) -> dict[str, Any]:
         """What the summary says of restarts, of runs that have them."""

@@ -13,7 +13,7 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.paths import found_path, is_local, local_path
 from mora_jax.training.config import TEMPLATES, Config, lay_over
-from mora_jax.training.files import open_files
+from mora_jax.training.files import Files, MemoryFiles, open_files
 
 CONTENTS = (
     "config.json",
@@ -48,10 +48,13 @@ class RunDirectory:
     Attributes:
         path: the folder; a `pathlib.Path`, or in a bucket an `epath.Path`.
         files: reads and writes what is in it.
+        kept: whether there are files at all.
     """
 
+    kept = True
+
     def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
-        self.files = open_files(path)
+        self.files: Files = open_files(path)
         self.path = self.files.path
         if odd := _ODD.search(os.fspath(self.path)):
             raise InputError(f"{self.path}: no run can be kept where a path has {odd[0]!r} in it; choose another")
@@ -206,6 +209,17 @@ def _with_absolute_paths(config: Config) -> Config:
     if data.template not in (None, "tokenizer", *TEMPLATES):
         paths["data.template"] = found_path(data.template)
     return lay_over(config, [(name, value, "config.json") for name, value in paths.items() if value is not None])
+
+
+class MemoryDirectory(RunDirectory):
+    """The record of a run that writes nothing: its metrics, in memory."""
+
+    kept = False
+
+    def __init__(self) -> None:
+        self.files = MemoryFiles()
+        self.path = self.files.path
+        self.writes = True
 
 
 def _line(row: Mapping[str, Any]) -> str:

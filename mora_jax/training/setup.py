@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from mora_jax.data.report import CAUSES
 from mora_jax.data.weights import MODES, LossWeights
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
+from mora_jax.interop.tokenizer import load_tokenizer
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adapter_settings import adapter_config
 from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, check_warmup
@@ -189,7 +191,27 @@ def describe_mode(config: Config) -> str:
     return words
 
 
-def prepare(config: Config) -> Setup:
+@dataclass(frozen=True)
+class Objects:
+    """What a program has in memory, in place of what the configuration names.
+
+    Attributes:
+        model: a decoder, for `model.path`; one with adapters is trained as it is.
+        tokenizer: for that of the model's folder.
+        rows, eval_rows: dictionaries, for `data.train` and `data.eval`.
+    """
+
+    model: Decoder | None = None
+    tokenizer: Any = None
+    rows: Any = None
+    eval_rows: Any = None
+
+
+#: What a command has.
+NOTHING = Objects()
+
+
+def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
     """Loads, encodes, attaches and checks; writes nothing.
 
     Raises:
@@ -197,19 +219,25 @@ def prepare(config: Config) -> Setup:
     """
     assert config.model.path is not None, "the configuration demands it"
     mesh = mesh_shape(config.mesh, config.train.micro_batch_size or config.train.batch_size)
-    model, tokenizer = load_pretrained(
-        config.model.path,
-        dtype=config.model.dtype,
-        unroll=config.model.unroll,
-        remat=config.model.remat,
-        quantize=config.model.quantize,
-        shardings=partial(base_shardings, mesh) if is_spread(config.mesh, mesh) else None,
-    )
+    if objects.model is not None:
+        model, tokenizer = objects.model, objects.tokenizer
+        if tokenizer is None and model.folder is not None:
+            tokenizer = load_tokenizer(Path(model.folder))
+    else:
+        model, tokenizer = load_pretrained(
+            config.model.path,
+            dtype=config.model.dtype,
+            unroll=config.model.unroll,
+            remat=config.model.remat,
+            quantize=config.model.quantize,
+            shardings=partial(base_shardings, mesh) if is_spread(config.mesh, mesh) else None,
+        )
+        tokenizer = tokenizer if objects.tokenizer is None else objects.tokenizer
     if tokenizer is None:
         raise InputError(
             f"{config.model.path} has no tokenizer files; training on text needs them in the model's folder"
         )
-    train, evaluation = encode_data(config, tokenizer, model.config.vocab_size)
+    train, evaluation = encode_data(config, tokenizer, model.config.vocab_size, objects.rows, objects.eval_rows)
     plan = BatchPlan(
         train.lengths,
         config.train.batch_size,
@@ -221,7 +249,8 @@ def prepare(config: Config) -> Setup:
         bucketing=config.data.bucketing,
     )
     check_warmup(config, plan.steps)
-    attached = put_adapter(model, config, plan.steps)
+    given = objects.model is not None and any(True for _ in adapters_of(model))
+    attached = report_of(model) if given else put_adapter(model, config, plan.steps)
     if is_spread(config.mesh, mesh):
         place_model(mesh, model)
     if config.loss.kl_weight:
@@ -256,16 +285,20 @@ def check_divergence(model: Decoder) -> None:
         raise InputError("config: loss.kl_weight needs a frozen base: train no biases and no adapter.modules_to_save")
 
 
-def encode_data(config: Config, tokenizer: Any, vocab_size: int) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """Training and evaluation data as tokens with weights.
+def encode_data(
+    config: Config, tokenizer: Any, vocab_size: int, rows_given: Any = None, eval_rows: Any = None
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """Training and evaluation data as tokens with weights; rows that are given come in place of `data.train`'s.
 
     Evaluation always scores responses (the masked loss), so that runs of different loss modes compare.
     """
     data = config.data
-    store = data_source(data, data.train or (), data.split).load(tokenizer)
+    store = data_source(data, rows_given if rows_given is not None else data.train or (), data.split).load(tokenizer)
     rows, held_out, held_out_store = None, None, store
     if data.eval is not None:
-        held_out_store = data_source(data, data.eval, data.eval_split).load(tokenizer)
+        held_out_store = data_source(data, data.eval if eval_rows is None else eval_rows, data.eval_split).load(
+            tokenizer
+        )
     elif data.eval_fraction > 0:
         rows, held_out = split_rows(len(store), data.eval_fraction, config.seed)
     settings: dict[str, Any] = {

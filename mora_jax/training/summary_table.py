@@ -15,7 +15,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("steps", _steps(summary)),
         ("compute", _compute(summary)),
         ("memory", _memory(summary)),
-        ("result", summary.get("result", "")),
+        ("result", summary.get("result") or ""),
         *summary.get("open", {}).items(),
     ]
     return [(name, words) for name, words in rows if words]

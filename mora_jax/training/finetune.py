@@ -1,0 +1,257 @@
+"""Fine-tuning from Python: the loop of `mora-jax train` on a model and rows that a program has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import nnx
+
+from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.merge import merge
+from mora_jax.data.memory_rows import NAME, memory_rows
+from mora_jax.errors import InputError
+from mora_jax.interop import save_adapter, save_pretrained
+from mora_jax.models.decoder import Decoder
+from mora_jax.training.adapter_settings import adapter_settings
+from mora_jax.training.config import RESTARTED, RESULT_IS_MODEL, Config, check_together, lay_over
+from mora_jax.training.display import Display, make_display
+from mora_jax.training.loop import Trainer, new_run
+from mora_jax.training.run_directory import MemoryDirectory, RunDirectory
+from mora_jax.training.setup import Objects
+
+#: Stands for a model in memory where a path would.
+MODEL = "a model in memory"
+
+
+@dataclass
+class FinetuneResult:
+    """What `finetune` gives back.
+
+    Attributes:
+        model: with the trained adapters on it (merged after ReLoRA and ReMoRA), or fully fine-tuned.
+        tokenizer: of the model.
+        metrics: the rows of `metrics.jsonl`, one dictionary a logged step or evaluation: `pandas.DataFrame(metrics)`.
+        summary: what `summary.json` holds; empty after an interrupt.
+        interrupted: whether the run was stopped by a signal before its last step.
+        out: the run directory; None where nothing was written.
+        config: the whole configuration.
+    """
+
+    model: Decoder
+    tokenizer: Any
+    metrics: list[dict[str, Any]] = field(repr=False)
+    summary: dict[str, Any]
+    interrupted: bool
+    out: str | None
+    config: Config = field(repr=False)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the loss of the steps and of the evaluations.
+
+        Args:
+            path: where to write the picture, if anywhere; the ending says the format.
+
+        Returns:
+            A `matplotlib.figure.Figure`, which a notebook shows.
+
+        Raises:
+            InputError: matplotlib isn't installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError:
+            raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        steps = [row for row in self.metrics if row.get("loss") is not None]
+        evaluations = [row for row in self.metrics if row.get("eval_loss") is not None]
+        axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="#0072B2", label="training")
+        if evaluations:
+            xs, ys = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
+            axes.plot(xs, ys, color="#D55E00", marker="o", label="held-out answers")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats a token")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        if path is not None:
+            figure.savefig(path, dpi=130)
+        return figure
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the adapter as a PEFT folder, or after `full`, ReLoRA and ReMoRA the model as a HuggingFace folder.
+
+        Raises:
+            InputError: something is there already and `overwrite` is False.
+        """
+        if self.config.adapter.method in RESULT_IS_MODEL:
+            save_pretrained(self.model, path, self.tokenizer, overwrite=overwrite)
+        else:
+            save_adapter(self.model, path, overwrite=overwrite)
+
+
+def finetune(
+    model: Decoder | str | os.PathLike[str],
+    rows: Any,
+    adapter_config: Any = None,
+    *,
+    tokenizer: Any = None,
+    loss: str = "masked",
+    eval_rows: Any = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> FinetuneResult:
+    """Fine-tunes a model on instruction data, by the loop of `mora-jax train`: same settings, same losses.
+
+    Args:
+        model: a folder, a hub id, or a model of `load_pretrained`, which is trained in place. If it carries
+            adapters already, those are trained.
+        rows: dictionaries in any of the formats that files may have, a `datasets.Dataset`, a table of pandas; or
+            paths, as `data.train`.
+        adapter_config: a method's configuration, such as `MoRAConfig(rank=8)`; None for a model with adapters.
+        tokenizer: for that of the model's folder.
+        loss: the loss mode, as `loss.mode`.
+        eval_rows: as `rows`; scored by the masked loss at the end and every `train.eval_every` steps.
+        steps: optimiser steps; None: `train.epochs` passes over the data.
+        batch_size: rows an optimiser step; None: the default of `train.batch_size`.
+        learning_rate: its peak; None: the default of `optimizer.learning_rate`.
+        out: the run directory; None writes nothing.
+        callbacks: each is called with every row of metrics, of steps and of evaluations, in order; one that returns
+            True ends the training after the step at hand.
+        config: any other keys of the configuration by dotted name: `{"data.max_length": 128}`.
+        overwrite: replace a run that is in `out`.
+        display: what is shown; None: a live bar on a terminal or in a notebook, plain lines elsewhere.
+
+    Returns:
+        The trained model with its metrics. An interrupt ends the training after the step at hand, and what was
+        trained until then is returned.
+
+    Raises:
+        InputError: whatever has to be mended, in one line.
+
+    Example:
+        >>> import mora_jax as mj
+        >>> from mora_jax import demo
+        >>> rows = [{"prompt": "What is the capital of France?", "completion": "Paris"}] * 8
+        >>> config = mj.LoRAConfig(rank=4)
+        >>> result = mj.finetune(demo.model_path(), rows, config, steps=2, config={"data.max_length": 64})
+        >>> [row["step"] for row in result.metrics]
+        [1, 2]
+    """
+    objects = Objects(
+        model=model if isinstance(model, nnx.Module) else None,
+        tokenizer=tokenizer,
+        rows=memory_rows(rows),
+        eval_rows=memory_rows(eval_rows),
+    )
+    whole = _configuration(
+        objects,
+        adapter_config,
+        {
+            "model.path": None if objects.model is not None else os.fspath(model),  # type: ignore[arg-type]
+            "data.train": _paths(rows, objects.rows, "rows"),
+            "data.eval": None if eval_rows is None else _paths(eval_rows, objects.eval_rows, "eval_rows"),
+            "loss.mode": loss,
+            "train.steps": steps,
+            "train.batch_size": batch_size,
+            "optimizer.learning_rate": learning_rate,
+            "out": None if out is None else os.fspath(out),
+        },
+        dict(config or {}),
+    )
+    shown = make_display() if display is None else display
+    directory = MemoryDirectory() if out is None else RunDirectory(os.fspath(out))
+    with new_run(whole, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
+        try:
+            code = trainer.run()
+        finally:
+            # The steps took over the arrays of a model that was given.
+            trained = _trained(trainer, objects.model)
+    return FinetuneResult(
+        trained,
+        trainer.setup.tokenizer,
+        directory.read_metrics(),
+        dict(trainer.summary),
+        code != 0,
+        None if out is None else str(directory.path),
+        whole,
+    )
+
+
+def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:
+    """What the configuration says of data: the paths, or that there were rows."""
+    if rows is not None:
+        return (NAME,)
+    many = (given,) if isinstance(given, str | os.PathLike) else tuple(given) if isinstance(given, Iterable) else ()
+    if not many:
+        raise InputError(f"{name} is empty: give dictionaries, or paths of files that hold them")
+    if not all(isinstance(path, str | os.PathLike) for path in many):
+        wrong = next(path for path in many if not isinstance(path, str | os.PathLike))
+        raise InputError(f"{name} should be dictionaries or paths, and one is {type(wrong).__name__}")
+    return tuple(os.fspath(path) for path in many)
+
+
+def _configuration(
+    objects: Objects, adapter_config: Any, arguments: dict[str, Any], keys: dict[str, Any]
+) -> Config:
+    """All settings as one checked configuration."""
+    model = objects.model
+    if model is not None:
+        if not isinstance(model, Decoder):
+            raise InputError(
+                f"model should be a path or a model of load_pretrained, not {type(model).__name__}: a model of one's "
+                "own is trained by a loop of one's own"
+            )
+        said = [name for name in keys if name.startswith("model.")]
+        if said:
+            raise InputError(f"config: {said[0]} says how a model is loaded, and the model given is loaded already")
+        arguments["model.path"] = model.name_or_path or MODEL
+    adapters = list(adapters_of(model)) if model is not None else []
+    settings: list[tuple[str, Any, str]] = []
+    if adapter_config is not None:
+        if adapters:
+            raise InputError("the model carries adapters already: leave out adapter_config to train them")
+        given = adapter_settings(adapter_config)
+        settings += [(f"adapter.{name}", value, "adapter_config") for name, value in given.items()]
+    elif adapters:
+        settings.append(("adapter.method", adapters[0].method, "the model's adapters"))
+        if adapters[0].method in RESTARTED:
+            raise InputError(f"{adapters[0].method} starts from a model without adapters: give adapter_config")
+    elif not any(name.startswith("adapter.") for name in keys):
+        raise InputError("adapter_config is missing: say what to train, such as LoRAConfig(rank=8) or FullConfig()")
+    settings += [(name, value, name) for name, value in arguments.items() if value is not None]
+    for name, value in keys.items():
+        if arguments.get(name) is not None and name != "loss.mode":
+            raise InputError(f"config: {name} is given as an argument too")
+        settings.append((name, value, "config"))
+    if arguments["out"] is None:
+        asked = next((name for name in keys if name in _NEED_FOLDER and keys[name]), None)
+        if asked:
+            raise InputError(f"config: {asked} writes files, which need a run directory: give out=")
+        settings.append(("out", "(nothing is written)", "out"))
+    whole = lay_over(Config(), settings)
+    check_together(whole)
+    return whole
+
+
+#: Keys that make no sense without a run directory.
+_NEED_FOLDER = ("train.save_every", "train.keep_best", "log.tensorboard", "log.wandb", "log.profile_steps")
+
+
+def _trained(trainer: Trainer, given: Decoder | None) -> Decoder:
+    """The trained model: the one that was given, if one was."""
+    trained = trainer.trained_model()
+    if given is not None:
+        nnx.update(given, nnx.state(trained))
+        trained = given
+    if trainer.config.adapter.method in RESTARTED:
+        merge(trained)
+    return trained
