@@ -146,6 +146,8 @@ def finetune(
         >>> [row["step"] for row in result.metrics]
         [1, 2]
     """
+    if not isinstance(model, nnx.Module | str | os.PathLike):
+        raise InputError(f"model should be a path, a hub id or a model of load_pretrained, not {type(model).__name__}")
     objects = Objects(
         model=model if isinstance(model, nnx.Module) else None,
         tokenizer=tokenizer,
@@ -156,7 +158,7 @@ def finetune(
         objects,
         adapter_config,
         {
-            "model.path": None if objects.model is not None else os.fspath(model),  # type: ignore[arg-type]
+            "model.path": None if isinstance(model, nnx.Module) else os.fspath(model),
             "data.train": _paths(rows, objects.rows, "rows"),
             "data.eval": None if eval_rows is None else _paths(eval_rows, objects.eval_rows, "eval_rows"),
             "loss.mode": loss,
@@ -222,9 +224,10 @@ def _configuration(
         given = adapter_settings(adapter_config)
         settings += [(f"adapter.{name}", value, "adapter_config") for name, value in given.items()]
     elif adapters:
-        settings.append(("adapter.method", adapters[0].method, "the model's adapters"))
         if adapters[0].method in RESTARTED:
             raise InputError(f"{adapters[0].method} starts from a model without adapters: give adapter_config")
+        given = adapter_settings(adapters[0].config)
+        settings += [(f"adapter.{name}", value, "the model's adapters") for name, value in given.items()]
     elif not any(name.startswith("adapter.") for name in keys):
         raise InputError("adapter_config is missing: say what to train, such as LoRAConfig(rank=8) or FullConfig()")
     settings += [(name, value, name) for name, value in arguments.items() if value is not None]

@@ -1,0 +1,201 @@
+"""`finetune`: the loop of the command on rows and models in memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.errors import InputError
+from mora_jax.training import loop
+from mora_jax.training.config import Config, lay_over
+from mora_jax.training.display import Display
+from tests.evaluation import tiny
+
+ROWS = [{"instruction": f"Say {word}", "input": "", "output": word} for word in ("red", "blue", "green", "black")] * 2
+KEYS = {"model.unroll": 1, "model.dtype": "float32", "mesh.data": 1}
+CONFIG = mj.LoRAConfig(rank=2, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "model"
+    tiny.save_folder(path)
+    return path
+
+
+def quiet() -> Display:
+    return Display(io.StringIO())
+
+
+def tune(model, rows=ROWS, adapter=CONFIG, keys=None, **settings):
+    loaded = KEYS if isinstance(model, str | os.PathLike) else {"mesh.data": 1}
+    settings = {"display": quiet(), "steps": 4, "config": loaded | (keys or {})} | settings
+    return mj.finetune(model, rows, adapter, **settings)
+
+
+def losses(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def result(model_path):
+    return tune(model_path, eval_rows=ROWS[:2], keys={"train.eval_every": 2})
+
+
+def test_the_same_losses_as_the_command(model_path, result, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text(json.dumps(ROWS))
+    Path("held_out.json").write_text(json.dumps(ROWS[:2]))
+    values = {
+        **KEYS,
+        "model.path": str(model_path),
+        "data.train": "rows.json",
+        "data.eval": "held_out.json",
+        "train.eval_every": 2,
+        "out": "runs/a",
+        "train.steps": 4,
+        "adapter.rank": 2,
+        "adapter.dropout": 0.1,
+    }
+    config = lay_over(Config(), [(name, value, "test") for name, value in values.items()])
+    assert loop.train(config, quiet()) == 0
+    rows = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    assert losses(rows) == losses(result.metrics)
+    scores = [[row["eval_loss"] for row in of if "eval_loss" in row] for of in (rows, result.metrics)]
+    assert scores[0] == scores[1] and len(scores[0]) == 2
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert summary["final_loss"] == result.summary["final_loss"]
+    saved = mj.load_pretrained(model_path, dtype="float32")[0]
+    mj.load_adapter(saved, "runs/a/adapter")
+    ids = np.array([[1, 2, 3, 4]])
+    result.model.eval()
+    np.testing.assert_allclose(saved(ids), result.model(ids), atol=1e-6)
+
+
+def test_writes_nothing_without_out(model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = tune(model_path, steps=1)
+    assert found.out is None and found.summary["result"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_trained_in_place_and_trained_on(model_path, result):
+    model, tokenizer = mj.load_pretrained(model_path, dtype="float32", unroll=1)
+    base = np.array(model.embed_tokens.embedding[...])
+    found = tune(model, tokenizer=tokenizer)
+    assert found.model is model
+    assert losses(found.metrics) == losses(result.metrics)
+    assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(nnx.state(model, mj.AdapterParam)))
+    np.testing.assert_array_equal(model.embed_tokens.embedding[...], base)
+    again = tune(model, adapter=None, steps=2)
+    assert again.config.adapter.rank == 2
+    assert again.metrics[0]["loss"] != found.metrics[0]["loss"]
+    with pytest.raises(InputError, match="the model carries adapters already"):
+        tune(model)
+
+
+def test_saves_what_was_trained(result, model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result.save("adapter")
+    with pytest.raises(InputError, match="overwrite"):
+        result.save("adapter")
+    result.save("adapter", overwrite=True)
+    model = mj.load_pretrained(model_path, dtype="float32")[0]
+    mj.load_adapter(model, "adapter")
+    full = tune(model_path, adapter=mj.FullConfig(), steps=1)
+    full.save("whole")
+    ids = np.array([[1, 2, 3, 4]])
+    np.testing.assert_allclose(mj.load_pretrained("whole", dtype="float32")[0](ids), full.model(ids), atol=1e-6)
+
+
+def test_plots(result, tmp_path):
+    figure = result.plot(tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    training, held_out = figure.axes[0].lines
+    assert list(training.get_ydata()) == losses(result.metrics)
+    assert list(held_out.get_xdata()) == [2, 4]
+
+
+def test_callbacks_see_every_row_and_can_end_the_training(model_path):
+    seen = []
+    found = tune(model_path, steps=50, eval_rows=ROWS[:2], callbacks=[seen.append, lambda row: row["step"] >= 2])
+    assert found.summary["steps"] < 5 and not found.interrupted
+    assert seen == found.metrics
+    assert "eval_loss" in seen[-1]
+
+
+def test_an_interrupt_gives_back_what_was_trained(model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(row):
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    found = tune(model_path, steps=50, callbacks=[interrupt], out="runs/b", keys={"train.save_every": 100})
+    assert found.interrupted and found.summary == {}
+    assert 2 <= len(found.metrics) < 6
+    assert list(Path("runs/b/checkpoints").iterdir())
+    assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(nnx.state(found.model, mj.AdapterParam)))
+
+
+def test_restarts_end_in_a_plain_model(model_path):
+    found = tune(model_path, adapter=mj.ReLoRAConfig(rank=2, restart_every=2, restart_warmup=1))
+    assert found.summary["restarts"] == 1
+    with pytest.raises(ValueError, match="nothing to train"):
+        mj.partition(found.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapter": None}, "adapter_config is missing"),
+        ({"adapter": 3}, "should be one of a method, such as LoRAConfig"),
+        ({"rows": []}, "rows is empty"),
+        ({"rows": [3]}, "one is int"),
+        ({"rows": {"instruction": "a"}}, "put it into a list"),
+        ({"rows": [{"colour": "red"}]}, "rows in memory, row 1"),
+        ({"rows": "absent.json"}, "no such data file: .*absent.json"),
+        ({"model": 3}, "model should be a path"),
+        ({"adapter": mj.LoRAConfig(rank=2, init="eva")}, "init"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(model_path, change, message):
+    with pytest.raises(InputError, match=message) as error:
+        tune(change.pop("model", model_path), **change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"train.stepz": 3}, "did you mean 'train.steps'"),
+        ({"train.steps": 3}, "train.steps is given as an argument too"),
+        ({"train.save_every": 3}, "train.save_every writes files"),
+        ({"log.tensorboard": True}, "log.tensorboard writes files"),
+    ],
+)
+def test_keys_are_those_of_the_command(model_path, keys, message):
+    with pytest.raises(InputError, match=message):
+        mj.finetune(model_path, ROWS, CONFIG, steps=1, config=keys, display=quiet())
+
+
+def test_tables_and_iterators_of_rows(model_path, result):
+    class Table:
+        columns = ("instruction", "input", "output")
+
+        def to_dict(self, orient):
+            assert orient == "records"
+            return ROWS
+
+    found = tune(model_path, rows=Table(), steps=1)
+    assert found.metrics[0]["loss"] == pytest.approx(result.metrics[0]["loss"])
+    assert tune(model_path, rows=iter(ROWS), steps=1).metrics[0]["loss"] == found.metrics[0]["loss"]
