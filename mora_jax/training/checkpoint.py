@@ -327,6 +327,9 @@ class NoCheckpoints:
     def newest(self, like: TrainState, base_at: Callable[[int], Arrays]) -> Restored | None:
         return None
 
+    def scored(self, step: int, eval_loss: float | None) -> None:
+        pass
+
     def is_best(self, eval_loss: float | None) -> bool:
         return False
 

@@ -302,7 +302,7 @@ class Trainer:
         best = settings.keep_best if self.setup.evaluation is not None else 0
         return Checkpoints(self.directory.checkpoints, settings.keep, identity, keep_best=best, note=self.display.note)
 
-    def _remember(self, rows: list[dict[str, Any]], checkpoints: Checkpoints) -> None:
+    def _remember(self, rows: list[dict[str, Any]], checkpoints: Checkpoints | NoCheckpoints) -> None:
         """Takes up what the rows of the steps before a resumption say."""
         for row in rows:
             if row.get("loss") is not None:
