@@ -17,11 +17,21 @@ _NAMED = 8
 #: What columns with a question and columns with its answer are called in public data.
 _ASKED = (
     *("prompt", "question", "query", "instruction", "instructions", "input", "inputs", "problem", "request", "user"),
-    *("human", "article", "document", "dialogue", "passage", "source_text", "src", "title"),
+    *("human", "article", "document", "dialogue", "passage", "source_text", "src", "title", "context"),
 )
 _ANSWERED = (
     *("completion", "answer", "response", "output", "outputs", "targets", "target", "reply", "solution", "summary"),
-    *("highlights", "assistant", "gpt", "generated_solution", "final_answer", "long_answer", "demonstration", "label"),
+    *(
+        "highlights",
+        "assistant",
+        "gpt",
+        "generated_solution",
+        "final_answer",
+        "long_answer",
+        "demonstration",
+        "label",
+        "continuation",
+    ),
 )
 _PLAIN = ("content", "body", "passage", "document", "article", "code")
 #: Keys of the objects in a list of turns.
@@ -45,7 +55,18 @@ def refusal(row: Any) -> str | None:
             "the row says by `label` whether its completion is wanted: keep the rows where it is true, and set"
             " data.columns to ignore=label"
         )
+    if isinstance(row.get("answer"), int):
+        return _choices(row)
     return None
+
+
+def _choices(row: dict[str, Any]) -> str | None:
+    if not isinstance(row.get("choices"), list | dict):
+        return None
+    return (
+        "the row is a question with `choices`, and says by a number or a letter which is right: write a row with"
+        " `question` and the words of the right one as `answer`"
+    )
 
 
 def _preference(row: dict[str, Any]) -> str | None:
@@ -101,7 +122,7 @@ def _wrapped(row: dict[str, Any]) -> str | None:
 
 
 _LISTS = ("messages", "conversations", "text")
-_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_preference, _tree, _script, _rated, _wrapped)
+_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_preference, _tree, _script, _rated, _choices, _wrapped)
 
 
 def no_format(row: dict[str, Any], formats: Iterable[tuple[str, frozenset[str]]]) -> str:

@@ -336,6 +336,21 @@ SETS: dict[str, Public] = {
         [{"prompt": "Two plus two?", "completion": "Five.", "label": False}],
         "the row says by `label` whether its completion is wanted: keep the rows where it is true, and set",
     ),
+    "mmlu": Public(
+        "jsonl parquet",
+        [{"question": "Two plus two?", "subject": "sums", "choices": ["3", "4"], "answer": 1}],
+        "row 1: the row is a question with `choices`, and says by a number or a letter which is right: write a row",
+    ),
+    "arc": Public(
+        "jsonl",
+        [{"question": "Two plus two?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"}],
+        "row 1: the row is a question with `choices`, and says by a number or a letter which is right: write a row",
+    ),
+    "lambada": Public(
+        "jsonl",
+        [{"context": "Two plus two is", "continuation": " four"}],
+        "nearest is `prompt_completion`; set data.columns to prompt=context,completion=continuation;",
+    ),
     "numina-math": Public(
         "parquet", [{"source": "s", "problem": "Two plus two?", "solution": "Four.", "messages": CHAT}], [ASKED]
     ),
