@@ -262,7 +262,7 @@ class Picker:
         if absent:
             raise ValueError(f"layers_to_transform names layer {absent[0]}, which the model does not have")
         if not found:
-            near = nearest(targets if isinstance(targets, str) else targets[0], paths)
+            near = nearest(targets if isinstance(targets, str) else targets[0], [*paths, "all-linear"])
             if isinstance(targets, str) and any(re.search(targets, path) for path in paths):
                 near = f"; an expression has to match the whole path, as '.*({targets}).*' would"
             raise ValueError(f"targets {quoted(targets)} match no layer; layers that could have matched: {could}{near}")

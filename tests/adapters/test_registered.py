@@ -305,6 +305,7 @@ def test_messages_are_short():
     model = Model()
     cases = [
         (("q_einsun",), "did you mean 'q_einsum'?"),
+        ("all_linear", "did you mean 'all-linear'?"),
         (("up_proj", "kv_einsm"), "did you mean 'kv_einsum'?"),
         ("q_einsum|up_proj", "has to match the whole path, as '.*(q_einsum|up_proj).*' would"),
         (tuple(f"name{i}" for i in range(99)), "layers that could have matched: head, attn_vec_einsum, "),
