@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from mora_jax.training.display import is_live
+
 LINE_SECONDS = 10.0
 
 
@@ -15,7 +17,7 @@ def progress(words: str) -> Iterator[Callable[[int, int], None]]:
     Args:
         words: what is going on, such as "scoring".
     """
-    if not sys.stderr.isatty():
+    if not is_live():
         yield _lines(words)
         return
     from rich.console import Console

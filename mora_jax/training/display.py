@@ -151,11 +151,16 @@ class Silent(Display):
 
 def make_display() -> Display:
     """Returns the display that suits stderr: live on a terminal, plain elsewhere."""
-    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    if is_live():
         from mora_jax.training.live_display import LiveDisplay
 
         return LiveDisplay()
     return Display()
+
+
+def is_live() -> bool:
+    """Whether stderr is a terminal on which lines can be drawn anew."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def printable(text: str) -> str:
