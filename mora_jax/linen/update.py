@@ -21,6 +21,7 @@ from mora_jax.adapters.config import (
     VeRAConfig,
 )
 from mora_jax.adapters.lora import LoRA
+from mora_jax.adapters.meshes import placed_like
 from mora_jax.adapters.product import scale_features
 from mora_jax.adapters.registry import adapter_class
 from mora_jax.adapters.variables import AdapterParam
@@ -180,41 +181,53 @@ def adapted_output(
         raise ValueError(f"{title(module)} computes in {y.dtype}: adapters are real, so complex layers can't carry one")
     if not ready:
         params = _arrays(module, config, matrix)  # of the kernel that the call made; fresh, so the inputs keep theirs
-    rows = product.rows(y)
-    bias = None
-    if getattr(module, "use_bias", False):
-        bias = matrix.take_bias(param(module, "bias"))
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    total = rows.astype(wide)
-    gain = method.output_gain(config, params, lambda: matrix.take(param(module, matrix.array)))
-    if gain is not None:
-        # As a change, so that a gain of 1 changes no bit.
-        total = total + (gain - 1.0) * (total if bias is None else total - bias.astype(wide))
-    if method.additive:
-        x = _dropped(module, config, product.flat(inputs.astype(y.dtype)), deterministic)
-        update = method.delta(config, matrix.out_features, x.reshape(-1, x.shape[-1]), params).reshape(rows.shape)
-        total = total + (update if gain is None else update * gain)
-    added = method.added_bias(config, params, bias)
-    if added is not None:
-        total = total + added
-    return product.shaped(total.astype(y.dtype))
+
+    def run(y: Array, inputs: Array, params: Arrays, kernel: Array, bias: Array | None, key: Array | None) -> Array:
+        rows, wide = product.rows(y), jnp.promote_types(y.dtype, jnp.float32)
+        total = rows.astype(wide)
+        bias = None if bias is None else matrix.take_bias(bias)
+        gain = method.output_gain(config, params, lambda: matrix.take(kernel))
+        if gain is not None:
+            # As a change, so that a gain of 1 changes no bit.
+            total = total + (gain - 1.0) * (total if bias is None else total - bias.astype(wide))
+        if method.additive:
+            x = _dropped(config, product.flat(inputs.astype(y.dtype)), key)
+            update = method.delta(config, matrix.out_features, x.reshape(-1, x.shape[-1]), params).reshape(rows.shape)
+            total = total + (update if gain is None else update * gain)
+        added = method.added_bias(config, params, bias)
+        if added is not None:
+            total = total + added
+        return product.shaped(total.astype(y.dtype))
+
+    bias = param(module, "bias") if getattr(module, "use_bias", False) else None
+    key = _dropout_key(module, config, deterministic)
+    return placed_like(y, run, y, inputs, params, param(module, matrix.array), bias, key)
 
 
 def _scale_inputs(product: Product, inputs: Array, scale: Array) -> Array:
     """Only layers whose input is already `[..., in]` have a gain on inputs."""
     if product.flat(inputs).shape != inputs.shape:
         raise ValueError("(IA)³ scales the inputs of nn.Dense alone; leave layers of another class out of feedforward")
-    return scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
+
+    def run(inputs: Array, scale: Array) -> Array:
+        return scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
+
+    return placed_like(inputs, run, inputs, scale)
 
 
-def _dropped(module: nn.Module, config: Any, x: Array, deterministic: bool | None) -> Array:
+def _dropout_key(module: nn.Module, config: Any, deterministic: bool | None) -> Array | None:
+    """The key of the layer's dropout; None where nothing is dropped."""
     if config.dropout == 0.0:
-        return x
+        return None
     if deterministic is None:
         raise ValueError(f"dropout is {config.dropout}: deterministic must be True (no dropout) or False")
-    if deterministic:
+    return None if deterministic else module.make_rng("dropout")
+
+
+def _dropped(config: Any, x: Array, key: Array | None) -> Array:
+    if key is None:
         return x
-    kept = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - config.dropout, x.shape)
+    kept = jax.random.bernoulli(key, 1.0 - config.dropout, x.shape)
     return jnp.where(kept, x / (1.0 - config.dropout), 0.0).astype(x.dtype)
 
 
@@ -222,19 +235,29 @@ def embedded(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Arr
     """Looked-up rows of a table with an adapter; dropout doesn't act on token ids, as in PEFT."""
     y = call(ids)
     params, method = _table(module, config, matrix)
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    total = y.astype(wide) + method.rows(ids, y.dtype, params)
-    gain = method.output_gain(config, params, lambda: param(module, matrix.array))
-    return (total if gain is None else total * gain).astype(y.dtype)
+
+    def run(y: Array, ids: Array, params: Arrays, table: Array) -> Array:
+        total = y.astype(jnp.promote_types(y.dtype, jnp.float32)) + method.rows(ids, y.dtype, params)
+        gain = method.output_gain(config, params, lambda: table)
+        return (total if gain is None else total * gain).astype(y.dtype)
+
+    return placed_like(y, run, y, ids, params, param(module, matrix.array))
 
 
 def attended(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], query: Array) -> Array:
     """Products with every row of the adapted table: a tied output head."""
     params, method = _table(module, config, matrix)
-    gain = method.output_gain(config, params, lambda: param(module, matrix.array))
-    query = query if gain is None else (query * gain).astype(query.dtype)
+
+    def scaled_query(query: Array, params: Arrays, table: Array) -> Array:
+        gain = method.output_gain(config, params, lambda: table)
+        return query if gain is None else (query * gain).astype(query.dtype)
+
+    def run(y: Array, query: Array, params: Arrays) -> Array:
+        return (y + method.scores(query.astype(y.dtype), params)).astype(y.dtype)
+
+    query = placed_like(query, scaled_query, query, params, param(module, matrix.array))
     y = call(query)
-    return (y + method.scores(query.astype(y.dtype), params)).astype(y.dtype)
+    return placed_like(y, run, y, query, params)
 
 
 def _table(module: nn.Module, config: Any, matrix: Matrix) -> tuple[Arrays, type[LoRA]]:

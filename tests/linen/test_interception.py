@@ -447,3 +447,27 @@ def test_train_state_of_flax_trains_the_adapters_alone():
     jax.tree.map(np.testing.assert_array_equal, state.params["params"], variables["params"])
     with adapted(config), pytest.raises(ValueError, match="dropout is 0.1: deterministic"):
         model.apply(state.params, X)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.parametrize("config", [LoRAConfig(rank=2), DoRAConfig(rank=2)], ids=["lora", "dora"])
+def test_on_the_mesh_that_make_mesh_gives(config):
+    """Axes are Explicit there: the output lies as the plain layer's, and gradients are those of one device."""
+    model, mesh = nn.DenseGeneral((2, 4)), jax.make_mesh((2, 2), ("data", "model"))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3, 8)), jnp.float32)
+
+    def value_and_gradient(variables, x):
+        return model.apply(variables, x), jax.grad(lambda v: jnp.sum(model.apply(v, x) ** 2))(variables)
+
+    with adapted(config):
+        variables = model.init(KEY, x)
+        variables = {**variables, "adapters": filled(variables["adapters"])}
+        y, gradients = jax.jit(value_and_gradient)(variables, x)
+        with jax.set_mesh(mesh):
+            cut = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.P()), variables)
+            cut["params"]["kernel"] = jax.device_put(variables["params"]["kernel"], jax.P(None, "model"))
+            placed, found = jax.jit(value_and_gradient)(cut, jax.device_put(x, jax.P("data")))
+
+    assert placed.sharding.spec == jax.P("data", None, "model", None)
+    np.testing.assert_allclose(placed, y, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, gradients)
