@@ -63,7 +63,8 @@ class CacheSlot:
 
     def write(self, keys: jax.Array, values: jax.Array) -> "CacheSlot":
         """The slot with `keys` and `values` `[B, T, G, H]` written."""
-        start = (self.layer, 0, self.length, 0, 0)
+        zero = jnp.zeros_like(self.length)  # indices of one type, with float64 on too
+        start = (self.layer.astype(zero.dtype), zero, self.length, zero, zero)
         return dataclasses.replace(
             self,
             keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),

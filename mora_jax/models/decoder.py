@@ -339,7 +339,7 @@ class Decoder(nnx.Module):
             before = jnp.sum(cache.segments, axis=1, keepdims=True)
             positions = before + jnp.cumsum(segments, axis=1) - segments
         positions = positions.astype(jnp.int32)
-        start = (0, cache.length)
+        start = (jnp.int32(0), cache.length)  # of one type, with float64 on too
         cache = dataclasses.replace(
             cache,
             segments=jax.lax.dynamic_update_slice(cache.segments, segments, start),
