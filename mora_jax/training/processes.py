@@ -190,6 +190,7 @@ def check_shared(folder: Path) -> None:
         probe.unlink()
         if made:
             folder.rmdir()
+    gather(np.zeros(1))  # nobody ends the others before that is gone
     if not everywhere.all():
         raise InputError(
             f"process {int(np.argmin(everywhere))} can't see the run directory {folder} that process 0 writes: "
