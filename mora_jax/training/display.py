@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Self, TextIO
 
 from mora_jax.training.summary_table import summary_rows
@@ -150,7 +151,13 @@ class Silent(Display):
 
 
 def make_display() -> Display:
-    """Returns the display that suits stderr: live on a terminal, plain elsewhere."""
+    """Returns the display that suits stderr: live on a terminal and in a notebook, plain elsewhere."""
+    if in_notebook() and find_spec("ipywidgets"):
+        from rich.console import Console
+
+        from mora_jax.training.live_display import LiveDisplay
+
+        return LiveDisplay(Console(highlight=False))
     if is_live():
         from mora_jax.training.live_display import LiveDisplay
 
@@ -161,6 +168,12 @@ def make_display() -> Display:
 def is_live() -> bool:
     """Whether stderr is a terminal on which lines can be drawn anew."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def in_notebook() -> bool:
+    """Whether this is the kernel of a Jupyter or Colab notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and ("google.colab" in str(type(shell)) or type(shell).__name__ == "ZMQInteractiveShell")
 
 
 def printable(text: str) -> str:
