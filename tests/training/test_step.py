@@ -1,9 +1,5 @@
 """The training step: the same update however the rows are split, on one device or four, by jit or pmap."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +16,6 @@ from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from mora_jax.training.step import make_step
-from tests.conftest import ROOT
 from tests.models.tiny import LLAMA, fill_randomly
 
 CONFIGS = {
@@ -104,35 +99,6 @@ def test_whole_arrays_under_pmap_need_no_program_of_all_devices():
     whole = runner.whole(placed)
     assert {tuple(array.devices()) for array in whole.values()} == {(jax.devices()[0],)}
     jax.tree.map(np.testing.assert_array_equal, whole, state)
-
-
-# One core for four devices: steps, and whole states while steps are under way, as in a run that saves often.
-MANY_PROGRAMS = """
-import os
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-import jax, mora_jax as mj
-from tests.training.test_step import *
-
-graphdef, adapters, frozen = mj.partition(model_for("lora"))
-optimizer, schedule = make_optimizer(OPTIMIZER, 400), make_schedule(OPTIMIZER, 400)
-step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, axis_name="data")
-runner = PmapRunner(step, 4)
-state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
-held = runner.place(flat_arrays(frozen))
-batch = runner.place_batch({name: value[None] for name, value in batches()[0].items()})
-for number in range(400):
-    state, metrics = runner(state, held, batch)
-    kept = runner.whole(state)
-print(float(metrics.loss) > 0)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can't be chosen here")
-def test_devices_of_a_cpu_do_not_wait_for_one_another_forever():
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_CPU_ENABLE_ASYNC_DISPATCH": "1"}
-    done = subprocess.run([sys.executable, "-c", MANY_PROGRAMS], env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_dropout_changes_the_run_and_every_step_draws_anew():
