@@ -91,7 +91,6 @@ class Adapter(nnx.Module):
         config: the method's frozen configuration.
         additive: whether the method adds to the kernel, so that it has `delta` and `dense`.
         on_embeddings: whether the method has a form for embedding tables; it then has `for_embedding`.
-        layers: `()`, or `(L,)` for a stack.
         scaling: float32 `[*layers]`; 0 for layers of a stack that are not adapted.
         bias: `[*layers, out]`, what is added to the layer's bias; only where biases are trained.
         magnitude: `[*layers, out]`, DoRA's; only where the configuration asks for it.
@@ -107,19 +106,33 @@ class Adapter(nnx.Module):
         out_features: int,
         config: Any,
         *,
-        num_layers: int | None = None,
+        num_layers: int | tuple[int, ...] | None = None,
         layer_mask: Any = None,
         axes: tuple[str, str] = ("embed", "mlp"),
     ):
+        """Makes the arrays.
+
+        Args:
+            in_features, out_features: sizes of the matrix.
+            config: the method's configuration.
+            num_layers: length of the stack, or its lengths where it has several axes; None for a single matrix.
+            layer_mask: bool, one a layer of the stack: which are adapted. None for all.
+            axes: logical names of the matrix's axes.
+        """
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
-        self.layers = () if num_layers is None else (num_layers,)
         self.axes = tuple(axes)
-        scaling = jnp.full(self.layers, self.scale(config), jnp.float32)
+        layers = () if num_layers is None else (num_layers,) if isinstance(num_layers, int) else tuple(num_layers)
+        scaling = jnp.full(layers, self.scale(config), jnp.float32)
         if layer_mask is not None:
-            scaling = jnp.where(jnp.asarray(layer_mask), scaling, 0.0)
-        self.scaling = AdapterState(scaling, axes=self.stacked())
+            scaling = jnp.where(jnp.asarray(layer_mask).reshape(layers), scaling, 0.0)
+        self.scaling = AdapterState(scaling, axes=("layers",) * len(layers))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The axes of the stack, as the arrays have them now: `()` inside a scan over it."""
+        return tuple(self.scaling.shape)
 
     def stacked(self, *axes: str) -> tuple[str, ...]:
         """Logical axes of an array of this adapter: those given, behind that of the stack."""
@@ -202,9 +215,7 @@ class Adapter(nnx.Module):
 
     def map_layers(self, one: Callable[..., Any], *arrays: Any) -> Any:
         """`one(params, *arrays)` for each layer of a stack, results stacked; once for a single matrix."""
-        if not self.layers:
-            return one(self.params(), *arrays)
-        return jax.lax.map(lambda operands: one(*operands), (self.params(), *arrays))
+        return over_layers(len(self.layers), one, (self.params(), *arrays))
 
     def delta_weight(self) -> Array:
         """The update as float32 kernels `[*layers, in, out]`; zero for a method that adds nothing to the kernel."""
@@ -249,6 +260,13 @@ class Adapter(nnx.Module):
             return total.astype(w.dtype)
 
         return self.map_layers(one, kernel, gains)
+
+
+def over_layers(depth: int, one: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    """`one(*operands)` for each index of their first `depth` axes, one after the other; results stacked."""
+    if not depth:
+        return one(*operands)
+    return jax.lax.map(lambda layer: over_layers(depth - 1, one, layer), operands)
 
 
 def params_of(adapter: Adapter) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from mora_jax.adapters.detach import undone_on_error
 from mora_jax.adapters.forms import FORMS
 from mora_jax.adapters.head import OutputHead
 from mora_jax.adapters.layers import turn_adapted
+from mora_jax.adapters.matrices import stacked_in_front, weight_of
 from mora_jax.adapters.naming import summary
 from mora_jax.adapters.patterns import resolve
 from mora_jax.adapters.projection import Projection
@@ -119,6 +120,12 @@ def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: 
         raise ValueError(f"{place.title} has no bias, and logits get none; leave it out of targets")
     if type(place.layer) in FORMS and not place.has_bias and method is BitFit:
         raise ValueError(f"{place.title} has no bias, nor a place for one; leave it out of targets")
+    if not isinstance(place.layer, Projection | OutputHead) and not stacked_in_front(place.layer):
+        shape, sizes = list(weight_of(place.layer).shape), f"{place.in_features} by {place.out_features}"
+        raise ValueError(
+            f"{place.title} holds {shape}, no layers of {sizes} stacked along axes in front: make it with "
+            "nnx.vmap(…, out_axes=0)"
+        )
     ranks = resolve(config, method, place.paths, mask).ranks
     if ranks is not None and not hasattr(method, "limit_ranks"):
         raise ValueError(
@@ -131,16 +138,16 @@ def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, 
     resolved = resolve(config, method, place.paths, mask)
     sizes = place.in_features, place.out_features
     options: dict[str, Any] = {}
+    if place.stack:
+        options = {"num_layers": place.stack, "layer_mask": None if all(mask) else np.array(mask)}
     if isinstance(place.layer, Projection):
         assert place.part is not None, "a place in a projection is one of its parts"
-        stacked = place.layer.num_layers is not None
-        options = {"num_layers": place.layer.num_layers, "axes": place.layer.part_axes(place.part)}
-        options["layer_mask"] = np.array(mask) if stacked and not all(mask) else None
+        options["axes"] = place.layer.part_axes(place.part)
     make = method.for_embedding if place.is_embedding else method
     adapter = make(*sizes, resolved.config, rngs=rngs, **options)
     adapter.fit(place.dtype)
     if resolved.scalings is not None:
-        adapter.scaling[...] = jnp.asarray(resolved.scalings)
+        adapter.scaling[...] = jnp.asarray(resolved.scalings).reshape(adapter.layers)
     if resolved.ranks is not None:
         adapter.limit_ranks(resolved.ranks)
     adapter.start(place.kernel)

@@ -49,13 +49,18 @@ class Bank(Adapter):
         config: Any,
         *,
         slots: int,
-        num_layers: int | None = None,
+        num_layers: int | tuple[int, ...] | None = None,
         axes: tuple[str, str] = ("embed", "mlp"),
     ):
         super().__init__(in_features, out_features, config, num_layers=num_layers, axes=axes)
         self.slots = slots
-        self.scaling = AdapterState(jnp.zeros((*self.layers, slots), jnp.float32), axes=self.stacked("slots"))
-        self.chosen = AdapterState(jnp.full(self.layers, NO_SLOT, jnp.int32), axes=self.stacked())
+        layers, names = self.scaling.shape, ("layers",) * self.scaling.ndim
+        self.scaling = AdapterState(jnp.zeros((*layers, slots), jnp.float32), axes=(*names, "slots"))
+        self.chosen = AdapterState(jnp.full(layers, NO_SLOT, jnp.int32), axes=self.stacked())
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.scaling.shape[:-1])
 
     def _factor(self, *shape: int, axes: tuple[str, str]) -> AdapterParam:
         zeros = jnp.zeros((*self.layers, self.slots, *shape), jnp.float32)

@@ -59,7 +59,7 @@ def set_directions(model: nnx.Module, grams: Mapping[str, np.ndarray | Array]) -
         for i, path in enumerate(place.paths):
             if path in grams:
                 _, vectors = np.linalg.eigh(np.asarray(grams[path], np.float64))
-                lora_a[i if place.stacked else ...] = vectors[:, ::-1][:, :rank]
+                lora_a[place.index(i)] = vectors[:, ::-1][:, :rank]
         adapter.lora_a[...] = jnp.asarray(lora_a)
         adapter.lora_b[...] = jnp.zeros_like(adapter.lora_b[...])
 
@@ -87,7 +87,7 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
     for place in places(probed):
         if isinstance(place.adapter, Probe):
             gram = np.asarray(place.adapter.gram[...])
-            found |= {path: gram[i] if place.stacked else gram for i, path in enumerate(place.paths)}
+            found |= {path: gram[place.index(i)] for i, path in enumerate(place.paths)}
     return found
 
 

@@ -19,8 +19,10 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter, Layout, params_of
 from mora_jax.adapters.dense import widened
-from mora_jax.adapters.forms import bias_param, equation_of, form_of, kernel_of
+from mora_jax.adapters.matrices import einsum_matrix, matrix_of, stack_of
+from mora_jax.adapters.meshes import explicit_axes, placed_like
 from mora_jax.adapters.product import adapted_product, scale_features
+from mora_jax.adapters.stacks import stacked_dropout
 
 Array = jax.Array
 
@@ -43,7 +45,7 @@ class Adapted:
         """Adds `adapter` to a layer that has none."""
         self.adapter = adapter
         rate = adapter.config.dropout
-        self.adapter_dropout = nnx.Dropout(rate, rngs=rngs) if rate > 0 else None
+        self.adapter_dropout = stacked_dropout(rate, rngs, stack_of(self)) if rate > 0 else None
 
     def take_adapter(self) -> Adapter:
         """Removes and returns the adapter; the layer is of its plain class again."""
@@ -56,6 +58,23 @@ class Adapted:
     def dropping(self) -> bool:
         return self.adapter_dropout is not None and not self.adapter_dropout.deterministic
 
+    def _on_mesh(self, plain: Callable[[Array], Array], again: Callable[[Any, Array], Array], x: Array) -> Array:
+        """A call on a mesh with Explicit axes: placed as the plain layer's output, computed with the axes Auto.
+
+        Args:
+            plain: the plain layer's call, which says where the output lies.
+            again: the adapted layer's call, `(layer, x)`.
+            x: the input.
+        """
+        graphdef, state = nnx.split(self)
+        if self.adapter_dropout is not None and self.dropping:
+            self.adapter_dropout.rngs()  # the copy below draws the same key, and only this one remembers it
+
+        def run(state: nnx.State, x: Array) -> Array:
+            return again(nnx.merge(graphdef, state), x)
+
+        return placed_like(jax.eval_shape(plain, x), run, state, x)
+
     def _product(self, x: Array, matrix: Array, bias: Array | None, stored: Callable[[], Array]) -> Array:
         """The adapted product: `x [..., in]`, `matrix [in, out]` and `bias [out]` in one dtype → `[..., out]`.
 
@@ -63,6 +82,10 @@ class Adapted:
         """
         adapter = self.adapter
         _refuse_complex(x)
+        if matrix.ndim > 2:
+            raise ValueError(
+                f"this layer is a stack of {list(matrix.shape[:-2])} layers: call it inside nnx.scan or nnx.vmap"
+            )
         layout = Layout((adapter.out_features,), 0, (adapter.out_features,))
         dropout = self.adapter_dropout
         drop = (lambda _, x: dropout(x)) if dropout is not None and self.dropping else None
@@ -97,6 +120,9 @@ class AdaptedLinear(nnx.Linear, Adapted):
     """`nnx.Linear` with an adapter: `y = x W + b + update(x)`."""
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
+        if explicit_axes(inputs, self.kernel[...]):
+            plain = functools.partial(nnx.Linear.__call__, self, out_sharding=out_sharding)
+            return self._on_mesh(plain, AdaptedLinear.__call__, inputs)
         custom = self.precision is not None or self.dot_general is not jax.lax.dot_general
         if custom or out_sharding is not None or self.preferred_element_type is not None:
             return self._around(inputs, out_sharding)
@@ -127,6 +153,9 @@ class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
     """`nnx.LinearGeneral` with an adapter on the matrix that its contracted and its new axes form."""
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
+        if explicit_axes(inputs, self.kernel[...]):
+            plain = functools.partial(nnx.LinearGeneral.__call__, self, out_sharding=out_sharding)
+            return self._on_mesh(plain, AdaptedLinearGeneral.__call__, inputs)
         axes = [a % inputs.ndim for a in self.axis]
         kept = [a for a in range(inputs.ndim) if a not in axes]
 
@@ -153,6 +182,9 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
                 f"the adapter on this nnx.Einsum is for {spec!r}, and merges for it; with {einsum_str!r}, given at the "
                 "call, it would be another"
             )
+        if explicit_axes(inputs, self.kernel[...]):
+            plain = functools.partial(nnx.Einsum.__call__, self, out_sharding=out_sharding)
+            return self._on_mesh(plain, AdaptedEinsum.__call__, inputs)
         found = einsum_matrix(spec, self.kernel.shape, inputs.ndim)
         if found is None:
             raise ValueError(f"einsum {spec!r} is no product with a matrix, so it can't carry an adapter")
@@ -185,53 +217,6 @@ def _einsum_bias(layer: nnx.Einsum, kept: int, permutation: list[int], sizes: li
     return bias.transpose([order.index(axis) for axis in range(len(order))]).reshape(-1)
 
 
-def einsum_axes(spec: str | None, kernel_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Contracted and free axes of an einsum's kernel, or None where it is no product with a matrix."""
-    if spec is None:
-        return None
-    spec = spec.replace(" ", "")
-    operands, _, output = spec.partition("->")
-    left, _, right = operands.partition(",")
-    if "..." in right or len(set(right)) != len(right) or len(right) != len(kernel_shape):
-        return None
-    contracted = tuple(i for i, label in enumerate(right) if label in left and label not in output)
-    free = tuple(i for i, label in enumerate(right) if label not in left and label in output)
-    if len(contracted) + len(free) != len(right) or not contracted or not free:
-        return None
-    return contracted, free
-
-
-def einsum_matrix(spec: str, kernel_shape: tuple[int, ...], ndim: int):
-    """How to see an einsum as `[..., in] @ [in, out]`.
-
-    Returns:
-        The input's transposition (kept axes, then contracted ones in the kernel's order), the kernel's (contracted,
-        free) axes, and the transposition of `[kept..., free...]` to the output; None where it is no such product.
-    """
-    axes = einsum_axes(spec, kernel_shape)
-    if axes is None:
-        return None
-    contracted, free = axes
-    operands, _, output = spec.partition("->")
-    left, _, right = operands.partition(",")
-    if "..." in left:
-        # Stand-in labels for the axes under the ellipsis; upper code points can't collide with letters.
-        hidden = "".join(chr(0x1000 + i) for i in range(ndim - len(left.replace("...", ""))))
-        left, output = left.replace("...", hidden), output.replace("...", hidden)
-    if len(left) != ndim or len(set(left)) != len(left):
-        return None
-    in_labels = [right[a] for a in contracted]
-    kept = [label for label in left if label not in in_labels]
-    if any(label not in output for label in kept):
-        return None
-    result = kept + [right[a] for a in free]
-    return (
-        [left.index(label) for label in kept + in_labels],
-        (contracted, free),
-        [result.index(label) for label in output],
-    )
-
-
 class AdaptedEmbed(nnx.Embed, Adapted):
     """`nnx.Embed` with an adapter: row v of the table becomes `gain ⊙ (E[v] + update[v])`.
 
@@ -244,6 +229,9 @@ class AdaptedEmbed(nnx.Embed, Adapted):
         self.adapter_dropout = None
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
+        if explicit_axes(inputs, self.embedding[...]):
+            plain = functools.partial(super().__call__, out_sharding=out_sharding)
+            return self._on_mesh(plain, lambda layer, ids: layer(ids), inputs)
         y = super().__call__(inputs, out_sharding)
         adapter, p = self.adapter, params_of(self.adapter)
         total = widened(y) + adapter.rows(inputs, y.dtype, p)
@@ -251,6 +239,9 @@ class AdaptedEmbed(nnx.Embed, Adapted):
         return (total if gain is None else total * gain).astype(y.dtype)
 
     def attend(self, query: Array, out_sharding=None) -> Array:
+        if explicit_axes(query, self.embedding[...]):
+            plain = functools.partial(super().attend, out_sharding=out_sharding)
+            return self._on_mesh(plain, lambda layer, query: layer.attend(query), query)
         adapter, p = self.adapter, params_of(self.adapter)
         gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
         query = query if gain is None else (query * gain).astype(query.dtype)
@@ -310,105 +301,3 @@ def turn_adapted(layer: Any) -> None:
     if form is None:
         raise TypeError(f"{kind.__name__} has no adapted form")
     layer.__class__ = form
-
-
-def matrix_shape(layer: nnx.Module) -> tuple[int, int] | None:
-    """`(in_features, out_features)` of the matrix in a plain layer, or None where it holds no single matrix."""
-    if isinstance(layer, nnx.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, nnx.Embed):
-        return layer.num_embeddings, layer.features
-    if isinstance(layer, nnx.LinearGeneral):
-        if layer.batch_axis:
-            return None
-        return math.prod(layer.in_features), math.prod(layer.out_features)
-    if form_of(layer) is not None:
-        shape = kernel_of(layer).shape
-        axes = einsum_axes(equation_of(layer), shape)
-        if axes is None:
-            return None
-        contracted, free = axes
-        return math.prod(shape[a] for a in contracted), math.prod(shape[a] for a in free)
-    return None
-
-
-def _free_order(layer: Any) -> list[int]:
-    """The axes of a layer's kernel, contracted ones first."""
-    if form_of(layer) is None:
-        return list(range(layer.kernel.ndim))
-    axes = einsum_axes(equation_of(layer), kernel_of(layer).shape)
-    assert axes is not None, "only products with a matrix get adapters"
-    return [*axes[0], *axes[1]]
-
-
-def matrix_of(layer: Any) -> Array:
-    """The matrix `[in, out]` of a layer that has one, in the layer's dtype."""
-    if isinstance(layer, nnx.Embed):
-        return layer.embedding[...]
-    shape = matrix_shape(layer)
-    assert shape is not None, "only products with a matrix get adapters"
-    return kernel_of(layer)[...].transpose(*_free_order(layer)).reshape(shape)
-
-
-def put_matrix(layer: Any, matrix: Array) -> None:
-    """Writes the matrix of a layer, laid out as `matrix_of` gives it."""
-    if isinstance(layer, nnx.Embed):
-        layer.embedding[...] = matrix
-        return
-    kernel = kernel_of(layer)
-    order, shape = _free_order(layer), kernel.shape
-    shaped = matrix.reshape([shape[a] for a in order])
-    kernel[...] = shaped.transpose([order.index(a) for a in range(len(order))])
-
-
-def add_to_bias(layer: Any, change: Array) -> None:
-    """Adds `change [out]`, in the order of `matrix_of`, to the bias of a layer; makes one where there is none."""
-    kernel, own = kernel_of(layer)[...], bias_param(layer)
-    if form_of(layer) is not None:
-        axes = einsum_axes(equation_of(layer), kernel.shape)
-        assert axes is not None, "only products with a matrix get adapters"
-        change = change.reshape([kernel.shape[a] for a in axes[1]]).transpose(_output_order(layer, axes[1]))
-    elif isinstance(layer, nnx.LinearGeneral):
-        change = change.reshape(layer.out_features)
-    if own is None:
-        layer.bias = nnx.Param(change.astype(kernel.dtype))
-        _say_bias(layer, change.shape)
-        return
-    bias = own[...]
-    own[...] = (widened(bias) + change.reshape(bias.shape)).astype(bias.dtype)
-
-
-def bias_of(layer: Any) -> Array | None:
-    """The bias `[out]` of a layer, in the order of `matrix_of`."""
-    own = bias_param(layer)
-    if own is None:
-        return None
-    bias = own[...]
-    if form_of(layer) is not None:
-        shape = kernel_of(layer).shape
-        axes = einsum_axes(equation_of(layer), shape)
-        assert axes is not None, "only products with a matrix get adapters"
-        order = _output_order(layer, axes[1])
-        bias = bias.reshape([shape[axes[1][i]] for i in order])
-        bias = bias.transpose([order.index(i) for i in range(len(order))])
-    return bias.reshape(-1)
-
-
-def _output_order(layer: nnx.Module, free: tuple[int, ...]) -> list[int]:
-    """Which of the kernel's free axes comes when in the output."""
-    right, _, output = (equation_of(layer) or "").partition(",")[2].partition("->")
-    return sorted(range(len(free)), key=lambda i: output.index(right[free[i]]))
-
-
-def drop_bias(layer: Any) -> None:
-    """Takes away a bias that `add_to_bias` made."""
-    layer.bias = nnx.data(None)
-    _say_bias(layer, None)
-
-
-def _say_bias(layer: Any, shape: tuple[int, ...] | None) -> None:
-    """Keeps what a layer says about its bias true."""
-    if isinstance(layer, nnx.Einsum):
-        layer.bias_shape = shape
-    else:
-        layer.use_bias = shape is not None

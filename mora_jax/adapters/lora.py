@@ -18,10 +18,11 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters import starts
-from mora_jax.adapters.adapter import Adapter, Layout, positive
+from mora_jax.adapters.adapter import Adapter, Layout, over_layers, positive
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.dense import Delta, added, dot32, dot32_nt, dot32_tn, trained_dot, widened
 from mora_jax.adapters.layers import AdaptedLinear
+from mora_jax.adapters.meshes import whole
 from mora_jax.adapters.variables import AdapterParam, AdapterState
 
 Array = jax.Array
@@ -124,7 +125,7 @@ class LoRA(Adapter):
         config: LoRAConfig,
         *,
         rngs: nnx.Rngs,
-        num_layers: int | None = None,
+        num_layers: int | tuple[int, ...] | None = None,
         layer_mask: Array | None = None,
         axes: tuple[str, str] = ("embed", "mlp"),
     ):
@@ -137,19 +138,21 @@ class LoRA(Adapter):
                 raise ValueError(f"orthogonal halves its rank, which must be even, not {config.rank}")
             keys = jax.random.split(rngs.params(), self.layers) if self.layers else rngs.params()
             draw = partial(starts.orthogonal, in_features=in_features, out_features=out_features, rank=config.rank)
-            lora_a, lora_b = jax.lax.map(draw, keys) if self.layers else draw(keys)
+            lora_a, lora_b = over_layers(len(self.layers), draw, (keys,))
         self.lora_a: nnx.Variable = AdapterParam(lora_a, axes=self.stacked(axes[0], "rank"))
         self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", axes[1]))
 
     def limit_ranks(self, ranks: np.ndarray) -> None:
         """Gives each layer of a stack its own rank: what lies beyond it has no effect and gets no gradient."""
-        used = np.arange(self.config.rank) < np.asarray(ranks)[:, None]
+        used = np.arange(self.config.rank) < np.asarray(ranks).reshape(*self.layers, 1)
         self.rank_mask = AdapterState(jnp.asarray(used, jnp.float32), axes=self.stacked("rank"))
 
     @classmethod
-    def for_embedding(cls, num_embeddings: int, features: int, config: LoRAConfig, *, rngs: nnx.Rngs) -> LoRA:
+    def for_embedding(
+        cls, num_embeddings: int, features: int, config: LoRAConfig, *, rngs: nnx.Rngs, **placing: Any
+    ) -> LoRA:
         """LoRA on an embedding table `[V, D]`: A `[V, rank]` zero, B `[rank, D]` normal, as PEFT starts them."""
-        adapter = cls(num_embeddings, features, config, rngs=rngs, axes=("vocab", "embed"))
+        adapter = cls(num_embeddings, features, config, rngs=rngs, axes=("vocab", "embed"), **placing)
         adapter.lora_a[...] = jnp.zeros_like(adapter.lora_a[...])
         adapter.lora_b[...] = jax.random.normal(rngs.params(), adapter.lora_b.shape, jnp.float32)
         return adapter
@@ -164,7 +167,7 @@ class LoRA(Adapter):
                     f"rank {rank}"
                 )
             find = starts.pissa if init == "pissa" else starts.olora
-            lora_a, lora_b = self.map_layers(lambda p, w: find(w, rank, p["scaling"]), kernel())
+            lora_a, lora_b = self.map_layers(lambda p, w: find(w, rank, p["scaling"]), whole(kernel()))
             self.lora_a[...], self.lora_b[...] = lora_a, lora_b
             # Copies: what is trained is donated to the step, what is frozen is not.
             self.initial_a = AdapterState(jnp.copy(lora_a), axes=self.stacked(self.axes[0], "rank"))

@@ -14,7 +14,8 @@ from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.bank import refuse_banks
 from mora_jax.adapters.detach import take_adapter
 from mora_jax.adapters.head import OutputHead
-from mora_jax.adapters.layers import add_to_bias, drop_bias, put_matrix, turn_adapted
+from mora_jax.adapters.layers import turn_adapted
+from mora_jax.adapters.matrices import add_to_bias, drop_bias, put_matrix
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.quantized import quantized_format
 from mora_jax.adapters.report import adapter_at

@@ -267,7 +267,7 @@ class MoRA(Adapter):
         config: MoRAConfig,
         *,
         rngs: nnx.Rngs | None = None,
-        num_layers: int | None = None,
+        num_layers: int | tuple[int, ...] | None = None,
         layer_mask: Array | None = None,
         axes: tuple[str, str] = ("embed", "mlp"),
     ):

@@ -16,16 +16,8 @@ from flax import nnx
 
 from mora_jax.adapters.adapter import params_of
 from mora_jax.adapters.forms import FORMS, LayerForm, equation_of, kernel_of
-from mora_jax.adapters.layers import (
-    ADAPTED,
-    Adapted,
-    adapted_class,
-    bias_of,
-    einsum_axes,
-    einsum_matrix,
-    matrix_of,
-    plain_class,
-)
+from mora_jax.adapters.layers import ADAPTED, Adapted, adapted_class, plain_class
+from mora_jax.adapters.matrices import bias_of, einsum_axes, einsum_matrix, matrix_of
 from mora_jax.adapters.product import scale_features
 
 Array = jax.Array

@@ -139,7 +139,7 @@ def _used(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
     mask = getattr(adapter, "rank_mask", None)
     if mask is None or name not in ("lora_a", "lora_b"):
         return size * int(active.sum())
-    ranks = np.asarray(mask[...]).sum(-1).astype(int)
+    ranks = np.asarray(mask[...]).sum(-1).astype(int).reshape(-1)
     return int((ranks * active).sum()) * (size // mask.shape[-1])
 
 
@@ -205,7 +205,7 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
         # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
         arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
         for i, path in enumerate(place.paths):
-            params = {name: value[i] for name, value in arrays.items()} if place.stacked else dict(arrays)
+            params = {name: value[place.index(i)] for name, value in arrays.items()}
             if params["scaling"] == 0:
                 continue
             config = adapter.config

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.adapter import Adapter
 from mora_jax.adapters.config import Targets
 from mora_jax.adapters.forms import FORMS, bias_param, kernel_of
 from mora_jax.adapters.head import OutputHead
-from mora_jax.adapters.layers import Adapted, adapted_class, bias_of, matrix_of, matrix_shape, plain_class
+from mora_jax.adapters.layers import Adapted, adapted_class, plain_class
+from mora_jax.adapters.matrices import bias_of, matrix_of, matrix_shape, stack_of
 from mora_jax.adapters.naming import nearest, quoted, summary
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.registered import recognise
+from mora_jax.adapters.stacks import stacked_paths
 from mora_jax.adapters.unknown import LINEN, unknown_matrices, why_unknown
 
 
@@ -26,8 +29,9 @@ class Place:
     """A matrix that could carry an adapter.
 
     Attributes:
-        paths: its module path; for a stacked projection one a layer, in HuggingFace's names.
-        aliases: the other paths of a module that the model uses in several places.
+        paths: its module path; for a stack one a layer: of a stacked projection in HuggingFace's names, of a layer
+            made by `nnx.vmap` those that it would have in a list of layers (see `stacked_paths`).
+        aliases: the other paths of a module that the model uses in several places; of a stack its own, too.
         layer: the module that holds it.
         part: its name inside a `Projection`, else None.
         in_features, out_features: its sizes.
@@ -45,8 +49,19 @@ class Place:
         return isinstance(self.layer, nnx.Embed)
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes in front of the matrix that stand for layers, `()` for a single one."""
+        if isinstance(self.layer, Projection):
+            return () if self.layer.num_layers is None else (self.layer.num_layers,)
+        return () if isinstance(self.layer, OutputHead) else stack_of(self.layer)
+
+    @property
     def stacked(self) -> bool:
-        return isinstance(self.layer, Projection) and self.layer.num_layers is not None
+        return bool(self.stack)
+
+    def index(self, layer: int) -> tuple[int, ...]:
+        """Where the arrays of one of `paths` lie in arrays of the whole place."""
+        return tuple(int(i) for i in np.unravel_index(layer, self.stack)) if self.stack else ()
 
     @property
     def adapter(self) -> Adapter | None:
@@ -90,6 +105,10 @@ class Place:
         """One path for the whole stack, `*` in place of the layer."""
         if isinstance(self.layer, Projection):
             return self.layer.module_path(self.part or "", "*")
+        if self.stack:
+            first, last = (path.split(".") for path in (self.paths[0], self.paths[-1]))
+            same = {i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a == b}
+            return ".".join(name if i in same else "*" for i, name in enumerate(first))
         return self.paths[0] or "(the model itself)"
 
 
@@ -113,7 +132,12 @@ def places(model: nnx.Module) -> Iterator[Place]:
                 own = getattr(node, "path", None)  # the decoder's embedding knows its name in files
                 if isinstance(own, str):
                     first, others = own, [first, *others]
-                yield Place((first,), node, None, *shape, aliases=tuple(others))
+                stack = stack_of(node)
+                if not stack:
+                    yield Place((first,), node, None, *shape, aliases=tuple(others))
+                    continue
+                paths = stacked_paths(model, first, stack)
+                yield Place(paths, node, None, *shape, aliases=(first, *others))
 
 
 def _can_adapt(node: nnx.Module) -> bool:
@@ -231,9 +255,11 @@ class Picker:
         self._number = number
         self._matches = matcher(config.targets)
 
-    def __call__(self, path: str, *, is_embedding: bool = False) -> bool:
+    def __call__(self, path: str, aliases: Sequence[str] = (), *, is_embedding: bool = False) -> bool:
+        """Whether a path is picked; `aliases` are other names of the same layer that `targets` may give."""
         layers = self.config.layers_to_transform
-        return (layers is None or self._number(path) in layers) and self.in_any_layer(path, is_embedding=is_embedding)
+        in_layer = layers is None or self._number(path) in layers
+        return in_layer and any(self.in_any_layer(name, is_embedding=is_embedding) for name in (path, *aliases))
 
     def in_any_layer(self, path: str, *, is_embedding: bool = False) -> bool:
         """Whether the rule would pick a path if it named no layers."""
@@ -282,9 +308,10 @@ def select(model: nnx.Module, config: Any) -> list[tuple[Place, tuple[bool, ...]
     found, seen = [], []
     for place in places(model):
         seen.append(place)
-        mask = tuple(picks(path, is_embedding=place.is_embedding) for path in place.paths)
-        if any(picks(path, is_embedding=place.is_embedding) for path in place.aliases):
-            mask = (True,)
+        if place.stacked:
+            mask = tuple(picks(path, place.aliases, is_embedding=place.is_embedding) for path in place.paths)
+        else:
+            mask = (any(picks(p, is_embedding=place.is_embedding) for p in (*place.paths, *place.aliases)),)
         if any(mask):
             found.append((place, mask))
     by_path(seen)

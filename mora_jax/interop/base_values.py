@@ -25,7 +25,7 @@ def base_bias(place: Place, layer: int) -> np.ndarray:
     bias = place.bias()
     if bias is None:
         return np.zeros(place.out_features, np.float32)
-    return host(bias[layer] if place.stacked else bias).astype(np.float32, copy=False)
+    return host(bias[place.index(layer)]).astype(np.float32, copy=False)
 
 
 def trained_weights(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:

@@ -108,7 +108,7 @@ def _fill(place: Place, values: dict[int, Mapping[str, np.ndarray]]) -> None:
         array = np.array(variable[...])
         for layer, arrays in values.items():
             if name in arrays:
-                index = (layer,) if place.stacked else ()
+                index: tuple[Any, ...] = place.index(layer)
                 array[index] = 0
                 array[(*index, *(slice(size) for size in np.shape(arrays[name])))] = arrays[name]
         variable.set_value(jnp.asarray(array))

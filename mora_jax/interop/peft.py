@@ -101,7 +101,7 @@ def _trained_as(fillings: dict[str, Filling], method: LoRAConfig, found: list[Pl
         kernels = functools.cache(lambda place=place: host(place.kernel()))
         for layer, path in enumerate(place.paths):
             if path in fillings:
-                at = layer if place.stacked else ...
+                at = place.index(layer)
                 kernel = functools.partial(lambda kernels, at: kernels()[at], kernels, at)
                 changed[path] = trained_as(fillings[path], method, kernel, path)
     return changed

@@ -71,9 +71,11 @@ def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
     if old is not None and old.slots >= slots and old.config == config:
         return
     options: dict[str, Any] = {}
+    if place.stack:
+        options["num_layers"] = place.stack
     if isinstance(place.layer, Projection):
         assert place.part is not None, "a place in a projection is one of its parts"
-        options = {"num_layers": place.layer.num_layers, "axes": place.layer.part_axes(place.part)}
+        options["axes"] = place.layer.part_axes(place.part)
     make: Any = MoRABank if isinstance(config, MoRAConfig) else LoRABank
     bank = make(place.in_features, place.out_features, config, slots=slots, **options)
     if old is not None:
@@ -92,7 +94,7 @@ def write_slot(place: Place, bank: Bank, slot: int, fillings: Fillings) -> None:
         for layer, path in enumerate(place.paths):
             if path in fillings:
                 value = np.asarray(fillings[path].values[name])
-                index: list[Any] = [layer] * stack + [slice(size) for size in value.shape]
+                index: list[Any] = [*place.index(layer), *(slice(size) for size in value.shape)]
                 array[tuple(index)] = value
         values[name] = array
     bank.write(slot, values)
@@ -104,7 +106,7 @@ def read_slot(place: Place, bank: Bank, slot: int, configs: Mapping[str, Any]) -
     fillings = {}
     for layer, path in enumerate(place.paths):
         if path in configs:
-            values = {name: array[layer] if bank.layers else array for name, array in arrays.items()}
+            values = {name: array[place.index(layer)] for name, array in arrays.items()}
             if "lora_a" in values:
                 rank = configs[path].rank
                 values |= {"lora_a": values["lora_a"][:, :rank], "lora_b": values["lora_b"][:rank]}

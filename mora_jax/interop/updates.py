@@ -118,7 +118,7 @@ def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, l
     change = method.dense(config, *sizes, params) if method.additive else jnp.zeros(sizes, jnp.float32)
     if method.additive and "magnitude" not in params:
         return np.asarray(change)
-    base = (place.kernel()[layer] if place.stacked else place.kernel()).astype(jnp.float32)
+    base = (place.kernel()[place.index(layer)]).astype(jnp.float32)
     inputs, outputs = method.input_gain(config, params), method.output_gain(config, params, lambda: base)
     total = base + change
     total = total if outputs is None else total * outputs

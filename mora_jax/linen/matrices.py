@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mora_jax.adapters.layers import einsum_matrix
+from mora_jax.adapters.matrices import einsum_matrix
 
 Array = jax.Array
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.adapters.layers import put_matrix
+from mora_jax.adapters.matrices import put_matrix
 from mora_jax.adapters.partition import partition
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.targets import Place, places

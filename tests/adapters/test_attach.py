@@ -8,7 +8,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.layers import einsum_axes
+from mora_jax.adapters.matrices import einsum_axes
 from mora_jax.adapters.projection import Part, Projection
 
 
@@ -84,10 +84,10 @@ def test_report_prints_a_table():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (mj.LoRAConfig(targets=("nope",)), "match no layer; layers that could have matched: attention.key, "),
+        (mj.LoRAConfig(targets=("nope",)), "match no layer; layers that could have matched: key, out, "),
         (mj.LoRAConfig(targets=("first", "q_proj")), "target 'q_proj' matches no layer"),
         (mj.LoRAConfig(targets=r"["), "no regular expression"),
-        (mj.LoRAConfig(targets="experts"), "match no layer"),  # one matrix an expert, not a single product
+        (mj.LoRAConfig(targets="experts"), "no product with one matrix"),  # one matrix an expert, not a single product
         (mj.MoRAConfig(targets=("embed",)), "embed is an embedding, for which mora has no form"),
     ],
 )
