@@ -113,7 +113,7 @@ def _gradients_agree(model, listed):
     stacked, single = gradients(model), gradients(listed)
     for (first, *path), value in stacked.items():
         if first != "blocks":
-            np.testing.assert_allclose(value[...], single[(first, *path)][...], atol=1e-4)
+            np.testing.assert_allclose(value[...], single[(first, *path)][...], rtol=1e-4, atol=1e-4)
             continue
         for i in range(DEPTH):
-            np.testing.assert_allclose(value[...][i], single[("blocks", i, *path)][...], atol=1e-4)
+            np.testing.assert_allclose(value[...][i], single[("blocks", i, *path)][...], rtol=1e-4, atol=1e-4)
