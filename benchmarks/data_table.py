@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mora_jax.data import EncodedDataset, LossWeights, Source, load_tokenizer
-from mora_jax.data.weights import MODES
+from mora_jax.data.loss_weights import MODES
 from mora_jax.errors import InputError
 
 # One weight for the modes that take one; it changes no share, since a token of any weight counts.

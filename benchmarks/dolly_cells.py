@@ -14,10 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mora_jax.evaluation.answers import generate_batch
-from mora_jax.evaluation.scoring import score
+from mora_jax.evaluation.chat import generate_batch
+from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_adapter, load_pretrained
-from mora_jax.training.config_file import load_config
+from mora_jax.training.config.load import load_config
 from mora_jax.training.setup import prepare
 
 PROMPTS = (

@@ -21,8 +21,8 @@ from typing import Any
 
 import mora_jax
 from mora_jax.training import loop
-from mora_jax.training.config import Config, lay_over
-from mora_jax.training.display import Display
+from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.display.plain import Display
 
 ASSETS = Path(mora_jax.__file__).parent / "demo" / "assets"
 RUNS: dict[str, dict[str, Any]] = {

@@ -25,11 +25,11 @@ os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5l
 import jax
 from jax.experimental import topologies
 
+from mora_jax.models.backend import compiling_for
 from mora_jax.models.families import read_config
-from mora_jax.models.target import compiling_for
-from mora_jax.planning.abstract import abstract_model, assemble_abstract
-from mora_jax.planning.models import read_model
-from mora_jax.training.config import Config, lay_over
+from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
+from mora_jax.planning.model_shapes import read_model
+from mora_jax.training.config.schema import Config, lay_over
 
 #: Topology, chips, rows of 131,072 tokens, and the mesh (data, fsdp, tensor, context).
 CASES = [

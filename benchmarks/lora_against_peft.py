@@ -25,10 +25,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import mora_jax as mj
-from mora_jax.training.config import OptimizerConfig
-from mora_jax.training.mesh import make_mesh
+from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
-from mora_jax.training.runner import JitRunner
+from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from mora_jax.training.step import make_step
 

@@ -24,11 +24,11 @@ import numpy as np
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.mora import KINDS
+from mora_jax.adapters.methods.mora import KINDS
 from mora_jax.errors import InputError
-from mora_jax.training.assembly import assemble
-from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, OptimizerConfig
-from mora_jax.training.restarts import Restarter
+from mora_jax.training.build_step import assemble
+from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, OptimizerConfig
+from mora_jax.training.relora import Restarter
 from mora_jax.training.setup import put_adapter
 
 STEPS = 2000

@@ -29,7 +29,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mora_jax as mj
-from mora_jax.interop.convert import convert_to_lora
+from mora_jax.interop.convert.convert import convert_to_lora
 
 RATE, RANK = 5e-4, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -21,12 +21,12 @@ from typing import Any
 
 import jax
 
-from mora_jax.planning.compiling import Compiled, CompilerError, ask
+from mora_jax.planning.model_shapes import PUBLISHED
 from mora_jax.planning.plan import Plan, by_formula, with_figures
-from mora_jax.planning.published import PUBLISHED
 from mora_jax.planning.topology import read_topology
-from mora_jax.training.config import Config, lay_over
-from mora_jax.training.config_file import load_config
+from mora_jax.planning.tpu_compile import Compiled, CompilerError, ask
+from mora_jax.training.config.load import load_config
+from mora_jax.training.config.schema import Config, lay_over
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -230,8 +230,8 @@ the best settings: `mora-jax plan` looks for better ones.
 ## GB on each chip
 
 Bold: it fits. A `c` marks figures of the TPU's own compiler (libtpu, on a machine without TPUs); all others are by the
-formula of `mora_jax/planning/formula.py`. A chip has 16.9 (v5e), 101.7 (v5p) and 34.1 (v6e) GB that a program can use.
-The number in a v5p slice's name counts TensorCores, two a chip.
+formula of `mora_jax/planning/memory_model.py`. A chip has 16.9 (v5e), 101.7 (v5p) and 34.1 (v6e) GB that a program can
+use. The number in a v5p slice's name counts TensorCores, two a chip.
 
 {fits_table(known)}
 

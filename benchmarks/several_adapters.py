@@ -22,8 +22,8 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.bank import choose_rows
-from mora_jax.adapters.variables import AdapterParam
-from mora_jax.interop.fillings import bare
+from mora_jax.adapters.base import AdapterParam
+from mora_jax.interop.read_adapter import bare
 
 METHODS: dict[str, Callable[[int], Any]] = {
     "LoRA": lambda rank: mj.LoRAConfig(rank=rank),

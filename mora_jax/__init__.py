@@ -26,22 +26,22 @@ _HOMES = {
     "IA3Config": "mora_jax.adapters.config",
     "BitFitConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
-    "LoRALinear": "mora_jax.adapters.lora",
-    "MoRALinear": "mora_jax.adapters.mora",
-    "AdapterParam": "mora_jax.adapters.variables",
-    "mutable_state": "mora_jax.adapters.variables",
+    "LoRALinear": "mora_jax.adapters.methods.lora",
+    "MoRALinear": "mora_jax.adapters.methods.mora",
+    "AdapterParam": "mora_jax.adapters.base",
+    "mutable_state": "mora_jax.adapters.base",
     "attach": "mora_jax.adapters.attach",
-    "register_layer": "mora_jax.adapters.registered",
-    "partition": "mora_jax.adapters.partition",
+    "register_layer": "mora_jax.adapters.matching.registered",
+    "partition": "mora_jax.adapters.attach",
     "merge": "mora_jax.adapters.merge",
     "unmerge": "mora_jax.adapters.merge",
-    "detach": "mora_jax.adapters.detach",
+    "detach": "mora_jax.adapters.attach",
     "load_pretrained": "mora_jax.interop",
     "save_pretrained": "mora_jax.interop",
     "load_adapter": "mora_jax.interop",
     "save_adapter": "mora_jax.interop",
     "finetune": "mora_jax.training.finetune",
-    "NamedAdapters": "mora_jax.interop.named",
+    "NamedAdapters": "mora_jax.interop.multi_adapter",
     "InputError": "mora_jax.errors",
 }
 _ROOMS = ("adapters", "linen", "models", "interop", "data", "training", "evaluation", "demo")
@@ -50,6 +50,10 @@ __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
     from mora_jax.adapters.attach import attach as attach
+    from mora_jax.adapters.attach import detach as detach
+    from mora_jax.adapters.attach import partition as partition
+    from mora_jax.adapters.base import AdapterParam as AdapterParam
+    from mora_jax.adapters.base import mutable_state as mutable_state
     from mora_jax.adapters.config import AdaLoRAConfig as AdaLoRAConfig
     from mora_jax.adapters.config import BitFitConfig as BitFitConfig
     from mora_jax.adapters.config import DoRAConfig as DoRAConfig
@@ -65,21 +69,17 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import ReMoRAConfig as ReMoRAConfig
     from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig
     from mora_jax.adapters.config import VeRAConfig as VeRAConfig
-    from mora_jax.adapters.detach import detach as detach
-    from mora_jax.adapters.lora import LoRALinear as LoRALinear
+    from mora_jax.adapters.matching.registered import register_layer as register_layer
     from mora_jax.adapters.merge import merge as merge
     from mora_jax.adapters.merge import unmerge as unmerge
-    from mora_jax.adapters.mora import MoRALinear as MoRALinear
-    from mora_jax.adapters.partition import partition as partition
-    from mora_jax.adapters.registered import register_layer as register_layer
-    from mora_jax.adapters.variables import AdapterParam as AdapterParam
-    from mora_jax.adapters.variables import mutable_state as mutable_state
+    from mora_jax.adapters.methods.lora import LoRALinear as LoRALinear
+    from mora_jax.adapters.methods.mora import MoRALinear as MoRALinear
     from mora_jax.errors import InputError as InputError
     from mora_jax.interop import load_adapter as load_adapter
     from mora_jax.interop import load_pretrained as load_pretrained
     from mora_jax.interop import save_adapter as save_adapter
     from mora_jax.interop import save_pretrained as save_pretrained
-    from mora_jax.interop.named import NamedAdapters as NamedAdapters
+    from mora_jax.interop.multi_adapter import NamedAdapters as NamedAdapters
     from mora_jax.training.finetune import finetune as finetune
 
 

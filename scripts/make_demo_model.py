@@ -77,8 +77,8 @@ def make_start(folder: Path) -> None:
     """Writes a folder with the tokenizer and random weights."""
     from flax import nnx
 
+    from mora_jax.interop.hub import load_tokenizer
     from mora_jax.interop.save import save_pretrained
-    from mora_jax.interop.tokenizer import load_tokenizer
     from mora_jax.models.init import init_decoder
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -93,7 +93,7 @@ def make_start(folder: Path) -> None:
 
 def pretrain(start: Path, corpus_file: Path, out: Path) -> None:
     """Trains every weight on plain text, as `mora-jax train` does."""
-    from mora_jax.training.config import (
+    from mora_jax.training.config.schema import (
         AdapterConfig,
         Config,
         DataConfig,
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def finish(trained: Path, folder: Path) -> None:
     """Rounds the trained weights to float16 and writes the folder to embed."""
-    from mora_jax.interop.base import load_pretrained
+    from mora_jax.interop.load import load_pretrained
     from mora_jax.interop.save import save_pretrained
 
     model, _ = load_pretrained(trained, dtype="float32")

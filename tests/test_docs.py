@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 import mora_jax.data
-from mora_jax.data.cutting import TRUNCATIONS
-from mora_jax.data.formats import FORMATS
-from mora_jax.data.normalize import NORMALIZERS
-from mora_jax.data.report import CAUSES
-from mora_jax.data.templates import TEMPLATES
-from mora_jax.data.weights import ENDS, HEADERS, MODES
-from mora_jax.training.config import KINDS, METHOD_KEYS, QUANTIZE, keys, sections
+from mora_jax.data.formats.registry import FORMATS
+from mora_jax.data.inspect.report import CAUSES
+from mora_jax.data.loss_weights import ENDS, HEADERS, MODES, NORMALIZERS
+from mora_jax.data.templates.builtin import TEMPLATES
+from mora_jax.data.truncation import TRUNCATIONS
+from mora_jax.training.config.schema import KINDS, METHOD_KEYS, QUANTIZE, keys, sections
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

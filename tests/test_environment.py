@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mora_jax import environment
-from mora_jax.cli.failures import report
+from mora_jax.cli.errors import report
 from mora_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from mora_jax.adapters.config import DoRAConfig, LoRAConfig, MoRAConfig, RsLoRAConfig
-from mora_jax.adapters.mora import KINDS
+from mora_jax.adapters.methods.mora import KINDS
 from mora_jax.linen import LoRADense, MoRADense, adapted, merge, rename_layers
 
 IN, OUT, RANK, ALPHA = 10, 7, 3, 5.0

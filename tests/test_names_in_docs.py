@@ -13,7 +13,7 @@ import pytest
 
 from mora_jax.cli.main import COMMANDS, build_parser
 from mora_jax.cli.options import take_overrides
-from mora_jax.training.config import find_key, keys, sections
+from mora_jax.training.config.schema import find_key, keys, sections
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_jax.data.locating import locate
+from mora_jax.data.read.locate import locate
 from mora_jax.errors import InputError
 from mora_jax.paths import found_path, glob_pattern, local_path, new_file
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,30 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter, as_rngs
-from mora_jax.adapters.bitfit import BitFit
+from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs
 from mora_jax.adapters.config import FullConfig
-from mora_jax.adapters.detach import undone_on_error
-from mora_jax.adapters.forms import FORMS
-from mora_jax.adapters.head import OutputHead
+from mora_jax.adapters.config.patterns import resolve
 from mora_jax.adapters.layers import turn_adapted
+from mora_jax.adapters.matching.forms import FORMS
+from mora_jax.adapters.matching.naming import summary
+from mora_jax.adapters.matching.targets import Place, has_adapter, places, select
 from mora_jax.adapters.matrices import stacked_in_front, weight_of
-from mora_jax.adapters.naming import summary
-from mora_jax.adapters.patterns import resolve
-from mora_jax.adapters.projection import Projection
-from mora_jax.adapters.quantized import quantized_format
-from mora_jax.adapters.registry import adapter_class
-from mora_jax.adapters.report import AdapterEntry as AdapterEntry
-from mora_jax.adapters.report import AttachReport as AttachReport
-from mora_jax.adapters.report import Match as Match
-from mora_jax.adapters.report import adapted_layers as adapted_layers
-from mora_jax.adapters.report import adapter_at as adapter_at
-from mora_jax.adapters.report import adapters_of as adapters_of
-from mora_jax.adapters.report import count, report_of
-from mora_jax.adapters.starts import FROM_BASE
-from mora_jax.adapters.targets import Place, has_adapter, places, select
-from mora_jax.adapters.trained import Masters, train_biases, train_modules
-from mora_jax.adapters.variables import AdapterParam
+from mora_jax.adapters.methods.bitfit import BitFit
+from mora_jax.adapters.methods.lora_init import FROM_BASE
+from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.products.quantization import quantized_format
+from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.summary import AdapterEntry as AdapterEntry
+from mora_jax.adapters.summary import AttachReport as AttachReport
+from mora_jax.adapters.summary import Match as Match
+from mora_jax.adapters.summary import adapted_layers as adapted_layers
+from mora_jax.adapters.summary import adapter_at as adapter_at
+from mora_jax.adapters.summary import adapters_of as adapters_of
+from mora_jax.adapters.summary import count, report_of
+from mora_jax.adapters.trainable_base import Masters, kept, restore, train_biases, train_modules
 
 
 def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> AttachReport:
@@ -191,3 +190,78 @@ def _train_everything(model: nnx.Module) -> None:
 
 def _report_of_everything(model: nnx.Module) -> AttachReport:
     return AttachReport("full", (), count(model, AdapterParam), count(model))
+
+
+def detach(model: nnx.Module) -> None:
+    """Removes every adapter of `model`, in place, without folding anything in: the layers are plain again.
+
+    No method touches the base, so the base is as it was, bit for bit; modules that were trained whole get their
+    frozen values back.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    found = [place for place in places(model) if has_adapter(place)]
+    if not found and not list(kept(model)):
+        raise ValueError("the model has no adapter to remove")
+    for place in found:
+        take_adapter(place)
+    restore(model, trained=False)
+
+
+def take_adapter(place: Place) -> None:
+    """Takes the adapter off one place."""
+    if isinstance(place.layer, Projection):
+        del place.layer.adapters[place.part]
+    else:
+        place.layer.take_adapter()
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nnx.Module) -> Iterator[None]:
+    """Puts every module of `model` back to the class and the attributes that it had, when what is done inside fails."""
+    before = [(node, type(node), dict(vars(node))) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    try:
+        yield
+    except BaseException:
+        for node, kind, attributes in before:
+            object.__setattr__(node, "__class__", kind)
+            vars(node).clear()
+            vars(node).update(attributes)
+        raise
+
+
+def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Splits `model` into its structure, its trainable float32 arrays and everything else.
+
+    Differentiate with respect to the second, give the second to optax, and pass the third through unchanged;
+    `nnx.merge(graphdef, adapters, frozen)` puts the model together again, inside a compiled function too.
+
+    The third holds what a call may change too: counters of dropout, batch statistics, caches. Where a model has such
+    state and is in training mode, take it out as a part of its own that the step returns:
+    `nnx.split(model, mj.AdapterParam, mj.mutable_state, ...)`, see `mutable_state`.
+
+    Returns:
+        `(graphdef, adapters, frozen)`.
+
+    Raises:
+        ValueError: the model has no adapter and wasn't prepared for full fine-tuning.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> graphdef, adapters, frozen = mj.partition(model)
+        >>> loss = lambda adapters, x: (nnx.merge(graphdef, adapters, frozen)(x) ** 2).mean()
+        >>> gradients = jax.jit(jax.grad(loss))(adapters, jnp.ones((3, 4)))
+        >>> optimizer = optax.adamw(1e-3)
+        >>> updates, _ = optimizer.update(gradients, optimizer.init(adapters), adapters)
+        >>> adapters = optax.apply_updates(adapters, updates)
+    """
+    graphdef, *states = nnx.split(model, AdapterParam, ...)
+    adapters, frozen = states
+    if not adapters:
+        raise ValueError("the model has nothing to train; call attach(model, config, rngs=…) first")
+    return graphdef, adapters, frozen

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
-from mora_jax.adapters.dense import row_dot, trained_dot
-from mora_jax.adapters.mora import square_rank, update
-from mora_jax.adapters.variables import AdapterParam, AdapterState
+from mora_jax.adapters.methods.mora import square_rank, update
+from mora_jax.adapters.products.matmul import row_dot, trained_dot
 
 Array = jax.Array
 NO_SLOT = -1

@@ -16,15 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter
-from mora_jax.adapters.attach import put_adapter
+from mora_jax.adapters.attach import detach, partition, put_adapter
+from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config import CommonConfig, Targets
-from mora_jax.adapters.detach import detach
-from mora_jax.adapters.head import OutputHead
-from mora_jax.adapters.lora import LoRA
-from mora_jax.adapters.partition import partition
-from mora_jax.adapters.targets import Place, has_adapter, places
-from mora_jax.adapters.variables import AdapterParam
+from mora_jax.adapters.matching.targets import Place, has_adapter, places
+from mora_jax.adapters.methods.lora import LoRA
+from mora_jax.adapters.projection import OutputHead
 
 Array = jax.Array
 

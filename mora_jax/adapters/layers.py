@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter, Layout, params_of
-from mora_jax.adapters.dense import widened
+from mora_jax.adapters.base import Adapter, Layout, params_of
 from mora_jax.adapters.matrices import einsum_matrix, matrix_of, stack_of
-from mora_jax.adapters.meshes import explicit_axes, placed_like
-from mora_jax.adapters.product import adapted_product, scale_features
+from mora_jax.adapters.products.adapted_matmul import adapted_product, scale_features
+from mora_jax.adapters.products.explicit_mesh import explicit_axes, placed_like
+from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.stacks import stacked_dropout
 
 Array = jax.Array

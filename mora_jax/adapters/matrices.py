@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mora_jax.adapters.dense import widened
-from mora_jax.adapters.forms import bias_param, equation_of, form_of, kernel_of
-from mora_jax.adapters.meshes import cut_like, whole
+from mora_jax.adapters.matching.forms import bias_param, equation_of, form_of, kernel_of
+from mora_jax.adapters.products.explicit_mesh import cut_like, whole
+from mora_jax.adapters.products.matmul import widened
 
 Array = jax.Array
 

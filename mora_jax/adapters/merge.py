@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.attach import take_adapter
 from mora_jax.adapters.bank import refuse_banks
-from mora_jax.adapters.detach import take_adapter
-from mora_jax.adapters.head import OutputHead
+from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.layers import turn_adapted
+from mora_jax.adapters.matching.targets import Holders, Place, has_adapter, holders_of, places
 from mora_jax.adapters.matrices import add_to_bias, drop_bias, put_matrix
-from mora_jax.adapters.projection import Projection
-from mora_jax.adapters.quantized import quantized_format
-from mora_jax.adapters.report import adapter_at
-from mora_jax.adapters.targets import Holders, Place, has_adapter, holders_of, places
-from mora_jax.adapters.trained import kept, restore
+from mora_jax.adapters.products.quantization import quantized_format
+from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.summary import adapter_at
+from mora_jax.adapters.trainable_base import kept, restore
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter, Layout
-from mora_jax.adapters.dropping import Dropping
-from mora_jax.adapters.product import adapted_product
-from mora_jax.adapters.quantized import QuantizedKernel
+from mora_jax.adapters.base import Adapter, Layout
+from mora_jax.adapters.products.adapted_matmul import adapted_product
+from mora_jax.adapters.products.dropout import Dropping
+from mora_jax.adapters.products.quantization import QuantizedKernel
 
 Array = jax.Array
 
@@ -201,3 +201,35 @@ def _led_by(layout: Layout, lead: int) -> Layout:
     """The layout with the axis `lead` of its output moved to the front."""
     order = [lead, *(i for i in range(len(layout.out_shape)) if i != lead)]
     return Layout(tuple(layout.out_shape[i] for i in order), order.index(layout.part_axis), layout.sizes)
+
+
+class OutputHead(nnx.Module):
+    """A frozen, perhaps adapted, table of output weights.
+
+    Attributes:
+        kernel: `[V, D]`, as in files.
+        path: HuggingFace module path.
+        adapter: on the matrix `[D, V]`, or None.
+    """
+
+    def __init__(self, table: Array, *, path: str):
+        """Takes the `table`, logical axes `("vocab", "embed")`."""
+        self.kernel = nnx.Param(table, axes=("vocab", "embed"))
+        self.path = path
+        self.adapter: Any = nnx.data(None)
+
+    def table(self) -> Array:
+        """The table `[V, D]`: as stored, or float32 where an adapter is added."""
+        kernel = self.kernel[...]
+        if self.adapter is None:
+            return kernel
+        matrix = kernel.astype(jnp.float32).T
+        return self.adapter.merged(matrix, self.adapter.gains(matrix)).T
+
+    def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
+        """Adds `adapter` to a head that has none."""
+        self.adapter = adapter
+
+    def take_adapter(self) -> None:
+        """Takes the adapter off."""
+        self.adapter = nnx.data(None)

@@ -99,13 +99,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"{', '.join(absent)} missing (see mora-jax convert --help)")
     if args.combine and len(args.weights) != len(args.adapter):
         raise InputError(f"--weights has {len(args.weights)} numbers for {len(args.adapter)} adapters; give one each")
-    from mora_jax.interop.folders import check_out
+    from mora_jax.interop.atomic_folder import check_out
 
     check_out(args.out, overwrite=args.overwrite)
 
 
 def _difference(args: argparse.Namespace) -> tuple[Any, Any]:
-    from mora_jax.interop.difference import adapter_from_difference
+    from mora_jax.interop.convert.difference import adapter_from_difference
 
     base, tuned = args.from_diff
     kind = args.kind if args.to == "mora" else None
@@ -113,10 +113,10 @@ def _difference(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
-    from mora_jax.cli.models import adapter_folder
-    from mora_jax.interop.base import load_pretrained, load_shapes
-    from mora_jax.interop.convert import convert_to_lora, convert_to_mora, peft_knows
-    from mora_jax.interop.peft import load_adapter, needs_base
+    from mora_jax.cli.load import adapter_folder
+    from mora_jax.interop.convert.convert import convert_to_lora, convert_to_mora, peft_knows
+    from mora_jax.interop.load import load_pretrained, load_shapes
+    from mora_jax.interop.peft.load import load_adapter, needs_base
 
     folder = adapter_folder(args.adapter[0])
     model = load_pretrained(args.model, dtype="float32")[0] if needs_base(folder) else load_shapes(args.model)
@@ -129,12 +129,12 @@ def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
-    from mora_jax.cli.models import named_adapters
-    from mora_jax.interop.base import load_pretrained, load_shapes
-    from mora_jax.interop.combine import combine
-    from mora_jax.interop.fillings import read_adapter
-    from mora_jax.interop.install import install
-    from mora_jax.interop.peft import needs_base
+    from mora_jax.cli.load import named_adapters
+    from mora_jax.interop.adapter_values import install
+    from mora_jax.interop.convert.combine import combine
+    from mora_jax.interop.load import load_pretrained, load_shapes
+    from mora_jax.interop.peft.load import needs_base
+    from mora_jax.interop.read_adapter import read_adapter
 
     folders = named_adapters(args.adapter)
     whole = any(needs_base(folder) for folder in folders.values())
@@ -149,7 +149,7 @@ def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
 def _check(engine: str, folder: str) -> int:
     if engine != "vllm":
         raise InputError(f"--check knows vllm, not {engine!r}")
-    from mora_jax.interop.vllm import check_folder
+    from mora_jax.interop.vllm_check import check_folder
 
     findings = check_folder(folder)
     for finding in findings:

@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.cli.models import load
+    from mora_jax.cli.load import load
     from mora_jax.cli.options import read_data
-    from mora_jax.evaluation.scoring import score
+    from mora_jax.evaluation.perplexity import score
 
     reading = {"strict": args.strict, "kind": args.adapter_kind}
     model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1, quantize=args.quantize, **reading)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     import jax
 
-    from mora_jax.cli.models import load, named_adapters
+    from mora_jax.cli.load import load, named_adapters
     from mora_jax.evaluation import Sampling, stream_text
 
     # Measured with 135 M parameters, one row at a time on CPU: float32 is many times faster a token than
@@ -75,7 +75,7 @@ def _answer_each(
     """Prints what each adapter answers."""
     from mora_jax.evaluation import generate_batch
     from mora_jax.evaluation.text_stream import REPLACEMENT
-    from mora_jax.interop.named import NamedAdapters
+    from mora_jax.interop.multi_adapter import NamedAdapters
 
     named = NamedAdapters(model, slots=len(adapters))
     try:
@@ -107,7 +107,7 @@ def _answer_in_turn(
     """Prints what each adapter answers, for those that can't share a batch."""
     from mora_jax.evaluation import stream_text
     from mora_jax.interop import load_adapter
-    from mora_jax.interop.fillings import bare
+    from mora_jax.interop.read_adapter import bare
 
     loaded: dict[str, Any] = {name: bare(model) for name in adapters}  # one base; adapters are small beside it
     for name, folder in adapters.items():

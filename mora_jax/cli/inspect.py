@@ -30,12 +30,12 @@ def run(args: argparse.Namespace) -> int:
 
     from mora_jax.cli.options import read_data
     from mora_jax.data import load_tokenizer
-    from mora_jax.data.describe import describe_example
-    from mora_jax.data.inspecting import inspect_dataset
-    from mora_jax.data.page import make_page, write_page
-    from mora_jax.data.terminal import report_view
+    from mora_jax.data.inspect.describe import describe_example
+    from mora_jax.data.inspect.inspecting import inspect_dataset
+    from mora_jax.data.inspect.page import make_page, write_page
+    from mora_jax.data.inspect.terminal import report_view
     from mora_jax.interop.hub import local_folder
-    from mora_jax.training.example_text import print_examples
+    from mora_jax.training.display.example import print_examples
 
     html = None if args.html is None else _page_path(args.html)
     tokenizer = load_tokenizer(local_folder(args.model))

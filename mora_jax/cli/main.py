@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 
 from mora_jax.cli import convert, demo, generate, inspect, merge, plan, train
 from mora_jax.cli import eval as eval_command
-from mora_jax.cli.failures import report, stopped
+from mora_jax.cli.errors import report, stopped
 from mora_jax.cli.options import OVERRIDE, take_overrides
 from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words
 from mora_jax.environment import check_versions, prepare
 from mora_jax.errors import InputError
-from mora_jax.training.stopping import ASKING, Stoppable, Stopped
+from mora_jax.training.distributed.signals import ASKING, Stoppable, Stopped
 
 COMMANDS = {
     "train": train,

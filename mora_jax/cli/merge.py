@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from mora_jax.adapters.merge import merge
-    from mora_jax.cli.models import load
+    from mora_jax.cli.load import load
     from mora_jax.interop import save_pretrained
-    from mora_jax.interop.folders import check_out
+    from mora_jax.interop.atomic_folder import check_out
 
     check_out(args.out, overwrite=args.overwrite)
 

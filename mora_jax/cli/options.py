@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import keys
-from mora_jax.training.config_key import Allowed, Key
+from mora_jax.training.config.key import Allowed, Key
+from mora_jax.training.config.schema import keys
 
 if TYPE_CHECKING:
     from mora_jax.data.dataset import EncodedDataset
@@ -107,8 +107,8 @@ def read_data(args: argparse.Namespace, tokenizer: Any, vocab_size: int | None =
         InputError: for data or options that can't be used.
     """
     from mora_jax.data.dataset import EncodedDataset
-    from mora_jax.training.config import DataConfig, LossConfig
-    from mora_jax.training.data_settings import data_source, loss_weights
+    from mora_jax.training.config.schema import DataConfig, LossConfig
+    from mora_jax.training.config.to_data import data_source, loss_weights
 
     shared = {field.name for field in dataclasses.fields(DataConfig)} & vars(args).keys()
     section = dataclasses.replace(DataConfig(), **{name: getattr(args, name) for name in shared})

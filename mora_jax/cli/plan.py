@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
     from mora_jax.errors import InputError
     from mora_jax.planning.advice import advise
-    from mora_jax.planning.models import read_model
+    from mora_jax.planning.model_shapes import read_model
     from mora_jax.planning.plan import check_plannable
     from mora_jax.planning.report import as_json, view
     from mora_jax.planning.topology import read_topology
-    from mora_jax.training.config_file import load_config
+    from mora_jax.training.config.load import load_config
 
     # Shapes are all that is worked with here: leave the machine's accelerators, if it has any, to others.
     jax.config.update("jax_platforms", "cpu")

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from mora_jax.training.display import is_live
+from mora_jax.training.display.choose import is_live
 
 LINE_SECONDS = 10.0
 

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from mora_jax.cli.options import OVERRIDE, KeyAction
 from mora_jax.errors import InputError
-from mora_jax.training.config import keys
-from mora_jax.training.config_key import meant, nearest, words_for
+from mora_jax.training.config.key import meant, nearest, words_for
+from mora_jax.training.config.schema import keys
 
 #: What commands of this kind are called elsewhere.
 COMMAND_ALIASES = {

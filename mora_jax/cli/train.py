@@ -9,9 +9,9 @@ import re
 import textwrap
 from typing import Any
 
-from mora_jax.cli.processes import add_processes, together
+from mora_jax.cli.distributed import add_processes, together
 from mora_jax.errors import InputError
-from mora_jax.training.config import keys
+from mora_jax.training.config.schema import keys
 
 HELP = "fine-tune a model"
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             if given:
                 raise InputError(f"{flag} can't be given with --resume, which goes on as the run's config.json says")
         return together(args, args.resume, lambda display: _resume(args, profile, display))
-    from mora_jax.training.config_file import load_config
+    from mora_jax.training.config.load import load_config
 
     overrides = [*args.overrides, *((name, str(value)) for name, value in profile.items())]
     config, note = load_config(args.config, overrides)

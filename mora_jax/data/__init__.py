@@ -13,26 +13,26 @@ Step by step, each value printable:
     batch = dataset.batch(plan.rows(0))                         # see describe_batch
 """
 
-from mora_jax.data.advice import Advice, advise, advise_on
+from mora_jax.data.batch_plan import BatchPlan
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
 from mora_jax.data.dataset import EncodedDataset, Example, split_rows
-from mora_jax.data.describe import describe_batch, describe_example, token_texts
-from mora_jax.data.encoding import RowEncoder
-from mora_jax.data.formats import FORMATS
-from mora_jax.data.inspecting import inspect_data, inspect_dataset
-from mora_jax.data.loading import RowStream, load_rows, open_rows
-from mora_jax.data.mapping import Mapping
-from mora_jax.data.page import make_page, write_page
-from mora_jax.data.plan import BatchPlan
-from mora_jax.data.rendering import Prompt, Renderer, render_prompt
-from mora_jax.data.report import Report
-from mora_jax.data.rows import Rows
+from mora_jax.data.formats.column_mapping import Mapping
+from mora_jax.data.formats.load import RowStream, load_rows, open_rows
+from mora_jax.data.formats.registry import FORMATS
+from mora_jax.data.formats.rows import Rows
+from mora_jax.data.inspect.advice import Advice, advise, advise_on
+from mora_jax.data.inspect.describe import describe_batch, describe_example, token_texts
+from mora_jax.data.inspect.inspecting import inspect_data, inspect_dataset
+from mora_jax.data.inspect.page import make_page, write_page
+from mora_jax.data.inspect.report import Report
+from mora_jax.data.loss_weights import MODES, LossWeights, token_weights
 from mora_jax.data.segments import Piece, Rendered, Segment
 from mora_jax.data.sources import Source
-from mora_jax.data.templates import TEMPLATES
-from mora_jax.data.tokenizer import load_tokenizer
-from mora_jax.data.tokens import Tokens, tokenize
-from mora_jax.data.weights import MODES, LossWeights, token_weights
+from mora_jax.data.templates.builtin import TEMPLATES
+from mora_jax.data.templates.render import Prompt, Renderer, render_prompt
+from mora_jax.data.tokens.encode import RowEncoder
+from mora_jax.data.tokens.tokenize import Tokens, tokenize
+from mora_jax.data.tokens.tokenizer import load_tokenizer
 
 __all__ = [
     "FORMATS",

@@ -9,19 +9,18 @@ from typing import Any, overload
 
 import numpy as np
 
+from mora_jax.data.batch_plan import padded_length
 from mora_jax.data.conversation import Row
-from mora_jax.data.cutting import TRUNCATIONS, Cut
-from mora_jax.data.encoding import RowEncoder
-from mora_jax.data.normalize import normalize
-from mora_jax.data.oddities import notes
-from mora_jax.data.plan import padded_length
-from mora_jax.data.report import Counted, Report, count
-from mora_jax.data.rows import Rows
-from mora_jax.data.scanning import Fates, find_examples, flat_weights
+from mora_jax.data.examples import Fates, find_examples, flat_weights
+from mora_jax.data.formats.rows import Rows
+from mora_jax.data.inspect.report import Counted, Report, count
+from mora_jax.data.loss_weights import LossWeights, normalize, response_tokens, token_weights
 from mora_jax.data.segments import INSTRUCTION, Segment, runs
-from mora_jax.data.store import FlatRows, TokenStore
-from mora_jax.data.token_cache import build_store
-from mora_jax.data.weights import LossWeights, response_tokens, token_weights
+from mora_jax.data.tokens.cache import build_store
+from mora_jax.data.tokens.encode import RowEncoder
+from mora_jax.data.tokens.row_warnings import notes
+from mora_jax.data.tokens.store import FlatRows, TokenStore
+from mora_jax.data.truncation import TRUNCATIONS, Cut
 from mora_jax.errors import InputError
 
 

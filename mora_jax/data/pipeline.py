@@ -9,8 +9,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from mora_jax.data.batch_plan import BatchPlan
 from mora_jax.data.dataset import EncodedDataset
-from mora_jax.data.plan import BatchPlan
 
 Batch = dict[str, np.ndarray]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mora_jax.data.encoding import RowEncoder
-from mora_jax.data.loading import open_rows
-from mora_jax.data.mapping import Mapping
-from mora_jax.data.store import TokenStore
-from mora_jax.data.token_cache import build_store, default_folder, fingerprint, tokenizer_fingerprint, writable
+from mora_jax.data.formats.column_mapping import Mapping
+from mora_jax.data.formats.load import open_rows
+from mora_jax.data.tokens.cache import build_store, default_folder, fingerprint, tokenizer_fingerprint, writable
+from mora_jax.data.tokens.encode import RowEncoder
+from mora_jax.data.tokens.store import TokenStore
 from mora_jax.paths import local_path
 
 #: In place of a folder for tokens: keep them in memory, for this run.

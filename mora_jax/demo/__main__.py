@@ -1,8 +1,12 @@
 """`python -m mora_jax.demo`."""
 
+import argparse
 import sys
 
-from mora_jax.cli.main import main
+from mora_jax.demo.options import add_arguments
+from mora_jax.demo.run import execute
 
 if __name__ == "__main__":
-    sys.exit(main(["demo", *sys.argv[1:]]))
+    parser = argparse.ArgumentParser(prog="python -m mora_jax.demo")
+    add_arguments(parser)
+    sys.exit(execute(parser.parse_args()))

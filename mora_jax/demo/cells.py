@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import attach
+from mora_jax.adapters.attach import attach, partition
 from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
-from mora_jax.adapters.partition import partition
 from mora_jax.data import BatchPlan, EncodedDataset
 from mora_jax.demo import model_path
 from mora_jax.demo.options import STEPS
 from mora_jax.interop import load_pretrained
-from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.state import Arrays, Structure, flat_arrays, initial_state
 from mora_jax.training.step import make_step

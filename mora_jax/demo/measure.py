@@ -12,9 +12,9 @@ from mora_jax.adapters.merge import merge
 from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.data.conversation import Conversation
 from mora_jax.demo import corpus, data_path, instructions
-from mora_jax.demo.scoring import exact_match, mean_scores
-from mora_jax.evaluation.answers import generate_batch
-from mora_jax.evaluation.scoring import score
+from mora_jax.evaluation.chat import generate_batch
+from mora_jax.evaluation.perplexity import score
+from mora_jax.evaluation.qa_metrics import exact_match, mean_scores
 from mora_jax.training.state import Structure, flat_arrays
 
 MAX_NEW_TOKENS = 16

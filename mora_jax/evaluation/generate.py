@@ -17,8 +17,8 @@ from flax import nnx
 
 from mora_jax.adapters.bank import banks, checked_ids, choose_rows
 from mora_jax.errors import InputError
-from mora_jax.models.cache import Cache
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.kv_cache import Cache
 
 BUCKET = 64
 

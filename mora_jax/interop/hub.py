@@ -1,9 +1,13 @@
 """From a path or a hub id to a local folder."""
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+from mora_jax.data.tokens import tokenizer as any_tokenizer
 from mora_jax.errors import InputError
 from mora_jax.paths import local_path
 
@@ -39,3 +43,25 @@ def _download(repository: str) -> Path:
         raise InputError(
             f"{repository} is not a local folder, and could not be fetched from the hub (that needs network): {cause}"
         ) from None
+
+
+TOKENIZER_FILES = (
+    *any_tokenizer.VOCABULARIES,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The transformers tokenizer of a local folder; None when it has no tokenizer files.
+
+    Raises:
+        InputError: when the files are there but cannot be read.
+    """
+    if not any((folder / name).exists() for name in any_tokenizer.VOCABULARIES):
+        return None
+    return any_tokenizer.load_tokenizer(folder)

@@ -1,5 +1,7 @@
 """Models as HuggingFace folders."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import json
@@ -14,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.host import host
+from mora_jax.adapters.base import host
+from mora_jax.adapters.projection import Projection
 from mora_jax.errors import InputError
-from mora_jax.interop.added_biases import bias_fields, zero_biases
-from mora_jax.interop.folders import new_folder
-from mora_jax.interop.layout import Entry, Piece, tensor_plan
-from mora_jax.interop.stream import write_tensors
-from mora_jax.interop.tokenizer import TOKENIZER_FILES
+from mora_jax.interop.atomic_folder import new_folder
+from mora_jax.interop.hub import TOKENIZER_FILES
+from mora_jax.interop.safetensors_io import write_tensors
+from mora_jax.interop.tensor_map import Entry, Piece, tensor_plan
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import family_of
@@ -193,3 +195,55 @@ def _gathered(entry: Entry) -> Iterator[tuple[Piece, np.ndarray]]:
 @jax.jit
 def _layer(stack: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+# By family, the fields of its config that announce biases, and the parts of a block that each is about.
+_FIELDS = {
+    "llama": {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")},
+    "qwen3": {"attention_bias": ("qkv", "out")},
+    "gemma2": {"attention_bias": ("qkv", "out")},
+}
+
+
+def bias_fields(model: Decoder) -> dict[str, bool]:
+    """The fields of `config.json` that announce the biases that were added; empty where there are none.
+
+    Raises:
+        InputError: the family has no field for one of them.
+    """
+    added = [
+        part for part, (projection, announced) in _parts(model).items() if projection.bias is not None and not announced
+    ]
+    fields = _FIELDS.get(model.config.family, {})
+    found = {name: True for name, parts in fields.items() if set(parts) & set(added)}
+    stray = [part for part in added if not any(part in fields[name] for name in found)]
+    if stray:
+        names = ", ".join(part.name for part in _parts(model)[stray[0]][0].parts)
+        raise InputError(
+            f"the adapter gave biases to {names}, for which {model.config.family} models have no place: use the "
+            "adapter beside its base, without merging"
+        )
+    return found
+
+
+def zero_biases(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """The biases that `bias_fields` announces beside those that the model has."""
+    parts, fields = _parts(model), _FIELDS.get(model.config.family, {})
+    for name in bias_fields(model):
+        for projection in (parts[part][0] for part in fields[name]):
+            if projection.bias is None:
+                for layer in range(projection.num_layers or 0):
+                    for part in projection.parts:
+                        path = projection.module_path(part.name, layer)
+                        yield f"{path}.bias", np.zeros(projection.part_features(part.name), np.float32)
+
+
+def _parts(model: Decoder) -> dict[str, tuple[Projection, bool]]:
+    """The projections of a block, and whether the config announces their biases."""
+    block, config = model.layers, model.config
+    return {
+        "qkv": (block.self_attn.qkv_proj, config.qkv_bias),
+        "out": (block.self_attn.o_proj, config.out_bias),
+        "gate_up": (block.mlp.gate_up_proj, config.mlp_bias),
+        "down": (block.mlp.down_proj, config.mlp_bias),
+    }

@@ -3,7 +3,7 @@
 `LoRADense` and `MoRADense` stand where `flax.linen.Dense` stood. Kernel and bias stay in the collection
 `params` under the names of `nn.Dense`, so a trained tree loads; the factors are float32 in the collection
 `adapters`. A model that should stay as it is gets its adapters by interception, see `adapted`. Everything
-computed here is in the adapters' own classes, see `mora_jax.adapters.registry`.
+computed here is in the adapters' own classes, see `mora_jax.adapters.methods.registry`.
 
 Example:
     >>> import jax, jax.numpy as jnp

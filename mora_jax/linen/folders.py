@@ -19,12 +19,12 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 from mora_jax.adapters.config import RsLoRAConfig
-from mora_jax.adapters.dense import wide
-from mora_jax.adapters.patterns import config_at, exactly, pattern_for
-from mora_jax.adapters.report import AdapterEntry, adapters_of
+from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
+from mora_jax.adapters.products.matmul import wide
+from mora_jax.adapters.summary import AdapterEntry, adapters_of
 from mora_jax.errors import InputError
-from mora_jax.interop import peft, peft_save
-from mora_jax.interop.install import Filling, install
+from mora_jax.interop.adapter_values import Filling, install
+from mora_jax.interop.peft import load, save
 from mora_jax.linen.matrices import Matrix
 from mora_jax.linen.merging import Path, layers_of, plain_tree, possible_matrices
 from mora_jax.linen.report import LinenReport
@@ -107,7 +107,7 @@ def save_adapter(
     others = [place for place in _arrays_of(variables) if place.path not in taken]
     model = _as_nnx(places, others)
     install(model, fillings)
-    peft_save.save_adapter(model, out, base_model_name_or_path=base_model_name_or_path)
+    save.save_adapter(model, out, base_model_name_or_path=base_model_name_or_path)
 
 
 def load_adapter(
@@ -143,11 +143,11 @@ def load_adapter(
         ...     model.apply(variables, x).shape
         (3, 4)
     """
-    given = peft.tensor_shapes(path)
+    given = load.tensor_shapes(path)
     places = [_placed(place, given, report) for place in _arrays_of(variables)]
     known = {name: (place, index) for place in places for index, name in place.names()}
     model = _as_nnx([place for place in places if any(name in given for _, name in place.names())], places)
-    peft.load_adapter(model, path)
+    load.load_adapter(model, path)
     found: dict[Path, dict[tuple[int, ...], AdapterEntry]] = {}
     for entry in adapters_of(model):
         place, index = known[entry.path]

@@ -89,12 +89,12 @@ class MoRADense(nn.Module):
     """`nn.Dense` with MoRA: `y = x W + b + decompress(compress(x) Mᵀ)`.
 
     Variables: `params/kernel [in, features]`, `params/bias [features]`, and float32 `adapters/m [q, q]` with q of
-    `mora_jax.adapters.mora.square_rank`. M starts at zero, so a fresh layer computes what `nn.Dense` does.
+    `mora_jax.adapters.methods.mora.square_rank`. M starts at zero, so a fresh layer computes what `nn.Dense` does.
 
     Attributes:
         features: size of the last axis of the output.
         rank: LoRA rank of equal parameter count.
-        kind: one of `mora_jax.adapters.mora.KINDS`.
+        kind: one of `mora_jax.adapters.methods.mora.KINDS`.
         dropout, deterministic, use_dora: as in `LoRADense`.
 
     The other attributes are those of `nn.Dense`.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from mora_jax.adapters.patterns import config_at
-from mora_jax.adapters.targets import Picker
+from mora_jax.adapters.config.patterns import config_at
+from mora_jax.adapters.matching.targets import Picker
 from mora_jax.linen.matrices import Matrix, layer_number
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, in_words, scaled

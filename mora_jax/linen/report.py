@@ -12,12 +12,12 @@ import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from mora_jax.adapters.naming import summary
-from mora_jax.adapters.registry import adapter_class
-from mora_jax.adapters.report import AttachReport, Match, warnings_of
-from mora_jax.adapters.skipped import grouped, why_left
-from mora_jax.adapters.targets import Picker, named
-from mora_jax.adapters.unknown import VECTORS
+from mora_jax.adapters.matching.naming import summary
+from mora_jax.adapters.matching.skipped import grouped, why_left
+from mora_jax.adapters.matching.targets import Picker, named
+from mora_jax.adapters.matching.unknown import VECTORS
+from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.summary import AttachReport, Match, warnings_of
 from mora_jax.linen.matrices import KINDS, Matrix, layer_number
 from mora_jax.linen.update import COLLECTION
 

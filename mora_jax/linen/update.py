@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config import (
     AdaLoRAConfig,
     FullConfig,
@@ -20,11 +20,10 @@ from mora_jax.adapters.config import (
     ReMoRAConfig,
     VeRAConfig,
 )
-from mora_jax.adapters.lora import LoRA
-from mora_jax.adapters.meshes import placed_like
-from mora_jax.adapters.product import scale_features
-from mora_jax.adapters.registry import adapter_class
-from mora_jax.adapters.variables import AdapterParam
+from mora_jax.adapters.methods.lora import LoRA
+from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.products.adapted_matmul import scale_features
+from mora_jax.adapters.products.explicit_mesh import placed_like
 from mora_jax.linen.matrices import Matrix, Product
 
 Array = jax.Array

@@ -3,8 +3,9 @@
 Queries are taken in blocks. In a row that attends to itself a block looks only at the keys up to its own end (and,
 with a fixed window, from its window's start), so the masked half of the scores is never computed, and the largest
 array is one block of scores. Backward recomputes the probabilities (Dao et al., 2022, arXiv 2205.14135, without tiles
-of keys). For long rows a block of scores is large itself: there keys are taken in tiles too (tiles.py), by loops, so
-that neither memory nor the program grows with the number of blocks. Rows cut over devices go through a ring (ring.py).
+of keys). For long rows a block of scores is large itself: there keys are taken in tiles too (flash_attention.py), by
+loops, so that neither memory nor the program grows with the number of blocks. Rows that are sharded over devices go
+through a ring (ring_attention.py).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from mora_jax.models.kept import kept
-from mora_jax.models.ring import Ring, ring_attention
-from mora_jax.models.target import backend
-from mora_jax.models.tiles import MASKED, Tiling, product, scores_of, tiled_attention
+from mora_jax.models.backend import backend
+from mora_jax.models.flash_attention import MASKED, Tiling, product, scores_of, tiled_attention
+from mora_jax.models.remat import kept
+from mora_jax.models.ring_attention import Ring, ring_attention
 
 Array = jax.Array
 
@@ -69,7 +70,7 @@ def attention(
         window: how many places back a query sees, itself included; None for all. May be traced (one a layer).
         scale: factor on the scores.
         softcap: scores become `softcap · tanh(scores / softcap)`; None for no cap.
-        ring: the devices that share each row, for folded rows (see ring.py); None for whole rows.
+        ring: the devices that share each row, for folded rows (see ring_attention.py); None for whole rows.
 
     Returns:
         `[B, T, G, N, H]` in the dtype of `query`; rows that see no key are 0.

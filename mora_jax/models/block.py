@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.dropping import Dropping
+from mora_jax.adapters.products.dropout import Dropping
 from mora_jax.adapters.projection import Part, Projection
+from mora_jax.models.activations import gated
 from mora_jax.models.attention import attention
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.gating import gated
-from mora_jax.models.kept import kept
 from mora_jax.models.norms import RMSNorm
-from mora_jax.models.ring import Ring
+from mora_jax.models.remat import kept
+from mora_jax.models.ring_attention import Ring
 from mora_jax.models.rope import rotate
 
 

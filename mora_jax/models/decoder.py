@@ -10,20 +10,19 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.bank import banks, checked_ids, choose_rows
-from mora_jax.adapters.dropping import Dropping
-from mora_jax.adapters.head import OutputHead
-from mora_jax.adapters.projection import Projection
-from mora_jax.adapters.quantized import FORMATS
+from mora_jax.adapters.products.dropout import Dropping
+from mora_jax.adapters.products.quantization import FORMATS
+from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.models.backend import backend
 from mora_jax.models.block import Block, CacheSlot, Layout
-from mora_jax.models.cache import Cache, empty_cache
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.embedding import TokenEmbedding, normal
+from mora_jax.models.kv_cache import Cache, empty_cache
+from mora_jax.models.layer_scan import Places, run_stack
 from mora_jax.models.norms import RMSNorm
+from mora_jax.models.partitioning import Spread
 from mora_jax.models.rope import tables
 from mora_jax.models.segments import check_token_ids, default_positions
-from mora_jax.models.spread import Spread
-from mora_jax.models.stack import Places, run_stack
-from mora_jax.models.target import backend
 
 _NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 REMAT = ("none", "dots", "full", "offload")
@@ -57,7 +56,8 @@ class Decoder(nnx.Module):
             quantised kernels.
         remat: what the backward pass computes again: "none", "dots" (all but the results of projections and
             of attention), "full", or "offload" (full, and what is kept lies in the host's memory).
-        quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see `mora_jax.adapters.quantized`).
+        quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
+            `mora_jax.adapters.products.quantization`).
         layers: one `Block` whose leaves have a leading `[L]`.
         spread: how arrays lie on a mesh of devices; None for one device, or where the compiler decides.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.

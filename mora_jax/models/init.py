@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.errors import InputError
+from mora_jax.models.backend import read_dtype
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.models.precision import read_dtype
 from mora_jax.paths import expanded
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.environment import has_libtpu
-from mora_jax.planning.compiling import CompilerError
 from mora_jax.planning.plan import Plan, by_formula, compiled
-from mora_jax.planning.recommend import recommend
+from mora_jax.planning.search import recommend
 from mora_jax.planning.topology import Topology, larger
-from mora_jax.training.config import Config, lay_over
-from mora_jax.training.mesh import AXES
+from mora_jax.planning.tpu_compile import CompilerError
+from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.sharding.mesh import AXES
 
 Note = Callable[[str], None]
 

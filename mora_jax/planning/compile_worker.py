@@ -25,13 +25,13 @@ os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 import jax
 from jax.experimental import topologies
 
+from mora_jax.losses.chunked_logits import chunk_size
+from mora_jax.models.backend import compiling_for
 from mora_jax.models.families import read_config
-from mora_jax.models.target import compiling_for
-from mora_jax.planning.abstract import abstract_model, assemble_abstract
+from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Loops, collectives
-from mora_jax.planning.shortage import read_shortage
-from mora_jax.training.chunks import chunk_size
-from mora_jax.training.config import Config, flatten, lay_over
+from mora_jax.planning.tpu_compile import read_shortage
+from mora_jax.training.config.schema import Config, flatten, lay_over
 
 
 def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.planning.collectives import Collective
-from mora_jax.planning.compiling import Compiled, compile_elsewhere
-from mora_jax.planning.estimate import Estimate, estimate
-from mora_jax.planning.formula import Memory, reckon
+from mora_jax.planning.memory_model import Memory, reckon
+from mora_jax.planning.roofline import Estimate, estimate
 from mora_jax.planning.topology import Topology
-from mora_jax.training.config import Config
-from mora_jax.training.mesh import AXES, mesh_shape
+from mora_jax.planning.tpu_compile import Compiled, compile_elsewhere
+from mora_jax.training.config.schema import Config
+from mora_jax.training.sharding.mesh import AXES, mesh_shape
 
 
 @dataclass(frozen=True)

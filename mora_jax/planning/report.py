@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mora_jax.planning.advice import Advice
-from mora_jax.planning.estimate import ASSUMPTION
 from mora_jax.planning.plan import Plan
+from mora_jax.planning.roofline import ASSUMPTION
 
 _GB = 1e9
 QUANTISATION = {

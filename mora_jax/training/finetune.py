@@ -11,15 +11,16 @@ from flax import nnx
 
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.merge import merge
-from mora_jax.data.memory_rows import NAME, memory_rows
+from mora_jax.data.read.memory_rows import NAME, memory_rows
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
-from mora_jax.training.adapter_settings import adapter_settings
-from mora_jax.training.config import RESTARTED, RESULT_IS_MODEL, Config, check_together, lay_over
-from mora_jax.training.display import Display, make_display
+from mora_jax.training.config.schema import RESTARTED, RESULT_IS_MODEL, Config, check_together, lay_over
+from mora_jax.training.config.to_adapter import adapter_settings
+from mora_jax.training.display.choose import make_display
+from mora_jax.training.display.plain import Display
 from mora_jax.training.loop import Trainer, new_run
-from mora_jax.training.run_directory import MemoryDirectory, RunDirectory
+from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
 from mora_jax.training.setup import Objects
 
 #: Stands for a model in memory where a path would.

@@ -13,7 +13,7 @@ import jax
 import optax
 from flax import nnx
 
-from mora_jax.adapters.variables import AdapterParam
+from mora_jax.adapters.base import AdapterParam
 
 TRAINED, FROZEN = "trained", "frozen"
 

@@ -11,31 +11,31 @@ from typing import Any
 
 import jax
 
-from mora_jax.adapters.quantized import packed_sizes
+from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.data.pipeline import Batch, BatchIterator
-from mora_jax.evaluation.scoring import score
+from mora_jax.evaluation.perplexity import score
 from mora_jax.models.decoder import Decoder
-from mora_jax.training.assembly import assemble
-from mora_jax.training.checkpoint import Checkpoints, NoCheckpoints
-from mora_jax.training.config import Config, lay_over
-from mora_jax.training.display import Display
-from mora_jax.training.identity import run_identity
+from mora_jax.training.build_step import assemble
+from mora_jax.training.config.resume import changed, check_found
+from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.display.plain import Display
+from mora_jax.training.distributed.processes import Agreement, check_same, check_shared, is_main, several
+from mora_jax.training.distributed.signals import StopSignals
+from mora_jax.training.distributed.watchdog import Watchdog
 from mora_jax.training.nonfinite import NonFinite
 from mora_jax.training.observe.flops import StepFlops
+from mora_jax.training.observe.loss_spikes import Spikes
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.observe.profile import check_profile
 from mora_jax.training.observe.writers import check_writers
-from mora_jax.training.processes import Agreement, check_same, check_shared, is_main, several
-from mora_jax.training.restarts import Restarter
-from mora_jax.training.result import result_name, write_result
-from mora_jax.training.resuming import changed, check_found
-from mora_jax.training.run_directory import RunDirectory
+from mora_jax.training.relora import Restarter
+from mora_jax.training.run.checkpoint import Checkpoints, NoCheckpoints
+from mora_jax.training.run.directory import RunDirectory
+from mora_jax.training.run.export import result_name, write_result
+from mora_jax.training.run.identity import run_identity
 from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
-from mora_jax.training.spikes import Spikes
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepMetrics
-from mora_jax.training.stopping import StopSignals
-from mora_jax.training.watchdog import Watchdog
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -108,7 +108,7 @@ def resume(
     Args:
         out: the run's directory.
         display: as for `train`.
-        changes: (dotted key, text) pairs that hold from now on, such as another mesh; see resuming.py. They are
+        changes: (dotted key, text) pairs that hold from now on, such as another mesh; see resume.py. They are
             written into the run's `config.json`.
         profile: keys `log.profile_*` for this process alone, in place of the run's own.
 

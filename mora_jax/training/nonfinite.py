@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from mora_jax.errors import InputError
-from mora_jax.training.streaming import OnHost
+from mora_jax.training.optimizer_offload import OnHost
 
 Array = jax.Array
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import optax
 
-from mora_jax.training.config import OptimizerConfig
-from mora_jax.training.restarts import Restarts
+from mora_jax.training.config.schema import OptimizerConfig
+from mora_jax.training.optimizer_offload import streamed
+from mora_jax.training.relora import Restarts
 from mora_jax.training.state import weight_masks
-from mora_jax.training.streaming import streamed
 
 
 def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None = None) -> optax.Schedule:

@@ -14,23 +14,23 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
+from mora_jax.adapters.base import FullParam
 from mora_jax.adapters.config import LoRAConfig
-from mora_jax.adapters.variables import FullParam
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
+from mora_jax.data.inspect.report import CAUSES
+from mora_jax.data.loss_weights import MODES, LossWeights
 from mora_jax.data.pipeline import BatchSource
-from mora_jax.data.report import CAUSES
-from mora_jax.data.weights import MODES, LossWeights
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
-from mora_jax.interop.tokenizer import load_tokenizer
+from mora_jax.interop.hub import load_tokenizer
 from mora_jax.models.decoder import Decoder
-from mora_jax.training.adapter_settings import adapter_config
-from mora_jax.training.config import METHOD_KEYS, AdapterConfig, Config, check_warmup
-from mora_jax.training.data_settings import data_source, loss_weights
-from mora_jax.training.display import RunInfo
-from mora_jax.training.mesh import mesh_shape
-from mora_jax.training.rank_budget import reschedule
-from mora_jax.training.spreading import base_shardings, is_spread, place_model
+from mora_jax.training.adalora import reschedule
+from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, check_warmup
+from mora_jax.training.config.to_adapter import adapter_config
+from mora_jax.training.config.to_data import data_source, loss_weights
+from mora_jax.training.display.plain import RunInfo
+from mora_jax.training.sharding.mesh import mesh_shape
+from mora_jax.training.sharding.place_model import base_shardings, is_spread, place_model
 
 #: From which share of padding on other ways are looked at, and on how many rows.
 MUCH_PADDING = 0.4

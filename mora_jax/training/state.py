@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.variables import VECTORS, FullParam
+from mora_jax.adapters.base import VECTORS, FullParam
 from mora_jax.training.nonfinite import Skips
 
 Array = jax.Array

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.adapters.detach import detach
-from mora_jax.training.kl import weighted_kl
-from mora_jax.training.loss import next_token_targets, weighted_loss
+from mora_jax.adapters.attach import detach
+from mora_jax.losses.cross_entropy import next_token_targets, weighted_loss
+from mora_jax.losses.kl import weighted_kl
 from mora_jax.training.neftune import embedding_noise
 from mora_jax.training.nonfinite import chosen
-from mora_jax.training.sharding import Placement
+from mora_jax.training.sharding.rules import Placement
 from mora_jax.training.state import Arrays, Structure, TrainState
 
 Array = jax.Array
@@ -78,8 +78,9 @@ def make_step(
     Args:
         structure: of the model, split into trainable and frozen arrays.
         optimizer, schedule: from optimizer.py; the schedule is only reported.
-        shards: devices among which the rows of a micro-batch are laid (see chunks.py); None: those of `placement`.
-        placement: where arrays lie on a mesh (see sharding.py); None where all weights are on every device.
+        shards: devices among which the rows of a micro-batch are laid (see chunked_logits.py); None: those of
+            `placement`.
+        placement: where arrays lie on a mesh (see rules.py); None where all weights are on every device.
         dropout: whether adapters' dropout is on.
         axis_name: the mapped axis to sum over, under `jax.pmap`.
         divisor: a fixed normaliser; None: the sum of `counts`, or without them of the weights.

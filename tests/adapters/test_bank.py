@@ -11,10 +11,10 @@ from jax.test_util import check_grads
 from mora_jax.adapters.attach import add_adapter
 from mora_jax.adapters.bank import LoRABank, MoRABank, use
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.matching.targets import places
 from mora_jax.adapters.merge import merge
-from mora_jax.adapters.mora import KINDS
+from mora_jax.adapters.methods.mora import KINDS
 from mora_jax.adapters.projection import Part, Projection
-from mora_jax.adapters.targets import places
 from tests.adapters import oracle
 
 SLOTS, TOKENS = 3, 4

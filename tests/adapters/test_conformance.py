@@ -12,8 +12,8 @@ from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.methods.registry import METHODS
 from mora_jax.adapters.projection import Part, Projection
-from mora_jax.adapters.registry import METHODS
 from tests.adapters.formulas import COUNTS, FORMULAS
 
 IN, TOKENS = 7, 11

@@ -8,7 +8,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.variables import FullParam
+from mora_jax.adapters.base import FullParam
 from mora_jax.models import init_decoder
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
 

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.detach import detach
+from mora_jax.adapters.attach import detach
 from mora_jax.models import init_decoder
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
 

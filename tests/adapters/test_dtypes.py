@@ -12,7 +12,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.matrices import matrix_of
-from mora_jax.adapters.registry import config_from
+from mora_jax.adapters.methods.registry import config_from
 from tests.adapters.formulas import FORMULAS
 
 IN = 7

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.adapter import Adapter
+from mora_jax.adapters.base import Adapter
 from tests.adapters.test_attach import IDS, Model, fill
 from tests.adapters.test_conformance import CASES
 

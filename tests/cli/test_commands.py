@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mora_jax import DoRAConfig, LoRAConfig, MoRAConfig, attach, load_pretrained, save_adapter
-from mora_jax.adapters.variables import AdapterParam
+from mora_jax.adapters.base import AdapterParam
 from mora_jax.evaluation import generate_batch
 from tests.models.tiny_torch import hf_logits, load_torch
 

@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 
-from mora_jax.cli import failures
+from mora_jax.cli import errors
 from mora_jax.cli.main import COMMANDS, main
 from mora_jax.cli.options import take_overrides
 from mora_jax.errors import InputError
-from mora_jax.training.config import keys
-from mora_jax.training.config_key import ALIASES
+from mora_jax.training.config.key import ALIASES
+from mora_jax.training.config.schema import keys
 
 QUIET_IMPORTS = "jax", "flax", "transformers", "numpy", "ml_collections", "rich"
 
@@ -217,7 +217,7 @@ def run_shell(line):
 def test_a_reader_that_goes_away_is_no_error():
     done = run_shell("$MORA train --help | head -n 1 >/dev/null; echo ${PIPESTATUS[0]}")
     assert done.stderr == ""
-    assert done.stdout.strip() in ("0", str(failures.EXIT_PIPE))
+    assert done.stdout.strip() in ("0", str(errors.EXIT_PIPE))
 
 
 def test_a_full_disk_is_an_error_without_traceback():

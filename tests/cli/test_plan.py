@@ -8,7 +8,7 @@ import pytest
 from mora_jax.cli.main import main
 from mora_jax.planning import advice
 from mora_jax.planning.collectives import Collective
-from mora_jax.planning.compiling import Compiled, CompilerError
+from mora_jax.planning.tpu_compile import Compiled, CompilerError
 from tests.models.tiny import LLAMA
 
 KEYS = ["--config.data.max_length=64", "--config.train.batch_size=8", "--config.train.steps=3600"]

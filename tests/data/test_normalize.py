@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mora_jax.data import Segment
-from mora_jax.data.normalize import NORMALIZERS, normalize
+from mora_jax.data.loss_weights import NORMALIZERS, normalize
 
 U, A = Segment.USER, Segment.ASSISTANT
 SEGMENTS = np.array([U, U, A, A, A], np.int8)

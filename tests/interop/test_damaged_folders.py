@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import mora_jax as mj
-from mora_jax.evaluation.answers import find_stop_ids
+from mora_jax.evaluation.chat import find_stop_ids
 
 DEMO = Path(mj.__file__).parent / "demo/assets/model"
 DOWN = "model.layers.0.mlp.down_proj.weight"

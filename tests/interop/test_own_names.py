@@ -10,7 +10,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.patterns import pattern_for, targets_for, value_at
+from mora_jax.adapters.config.patterns import pattern_for, targets_for, value_at
 from mora_jax.errors import InputError
 from tests.models.tiny import fill_randomly
 from tests.peers import peft, torch

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.variables import FullParam
+from mora_jax.adapters.base import FullParam
 from tests.models.tiny import fill_randomly, hf_folder, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model
 from tests.peers import peft, torch

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.quantized import FORMATS, quantize
-from mora_jax.interop import quantizing
+from mora_jax.adapters.products.quantization import FORMATS, quantize
+from mora_jax.interop import sharded_read
 from mora_jax.models.init import init_decoder
-from mora_jax.training.spreading import base_shardings
+from mora_jax.training.sharding.place_model import base_shardings
 from mora_jax.training.state import flat_arrays
 from tests.models.quantized import projections
 from tests.models.tiny import LLAMA
@@ -69,8 +69,8 @@ def test_no_more_than_one_layer_is_read_at_once(folder, monkeypatch):
         sizes.append(found.size)
         return found
 
-    real = quantizing.read_region
-    monkeypatch.setattr(quantizing, "read_region", read_region)
+    real = sharded_read.read_region
+    monkeypatch.setattr(sharded_read, "read_region", read_region)
     mj.load_pretrained(folder, dtype="float32", quantize="nf4")
     assert max(sizes) == 192 * 2 * 320 and len(sizes) == 2 * 2 * 4
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
-from mora_jax.adapters.variables import AdapterParam
-from mora_jax.interop.stream import write_tensors
+from mora_jax.adapters.base import AdapterParam
+from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.models import init_decoder
 from tests.models.tiny import LLAMA, fill_randomly
 

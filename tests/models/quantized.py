@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.products.quantization import quantize
 from mora_jax.adapters.projection import Projection
-from mora_jax.adapters.quantized import quantize
 from mora_jax.models.decoder import Decoder
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.interop.layout import tensor_plan
+from mora_jax.interop.tensor_map import tensor_plan
 from tests.models.tiny import random_ids
 from tests.models.tiny_torch import hf_model, save_torch
 from tests.peers import torch

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import pytest
 
 import mora_jax as mj
-from mora_jax.models import precision
+from mora_jax.models import backend
 
 
 def test_flags_of_the_processor(tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text("processor : 0\nflags\t\t: fpu avx512_bf16 sse\nprocessor : 1\nflags\t\t: fpu\n")
-    assert precision._cpu_flags(file) == {"fpu", "avx512_bf16", "sse"}
+    assert backend._cpu_flags(file) == {"fpu", "avx512_bf16", "sse"}
     file.write_text("nothing\n")
-    assert precision._cpu_flags(file) == set()
-    assert precision._cpu_flags(tmp_path / "absent") == set()
+    assert backend._cpu_flags(file) == set()
+    assert backend._cpu_flags(tmp_path / "absent") == set()
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,13 @@ def test_flags_of_the_processor(tmp_path):
 )
 def test_default(monkeypatch, backend, flags, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(precision, "_cpu_flags", lambda: flags)
-    assert precision.read_dtype(None) == jnp.dtype(expected)
+    monkeypatch.setattr(backend, "_cpu_flags", lambda: flags)
+    assert backend.read_dtype(None) == jnp.dtype(expected)
 
 
 def test_names():
-    assert precision.read_dtype("float32") == jnp.float32
-    assert precision.read_dtype(jnp.bfloat16) == jnp.bfloat16
+    assert backend.read_dtype("float32") == jnp.float32
+    assert backend.read_dtype(jnp.bfloat16) == jnp.bfloat16
     for bad in ("float16", "int8", "fast"):
         with pytest.raises(mj.InputError, match=f"dtype '{bad}' is not supported; give one of float32, bfloat16"):
-            precision.read_dtype(bad)
+            backend.read_dtype(bad)

@@ -8,12 +8,12 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import add_adapters
-from mora_jax.adapters.quantized import FORMATS
-from mora_jax.adapters.report import count
+from mora_jax.adapters.products.quantization import FORMATS
+from mora_jax.adapters.summary import count
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.models.init import init_decoder
-from mora_jax.planning.traced import read_traced
+from mora_jax.planning.jaxpr_cost import read_traced
 from tests.models.quantized import quantized_copy, rounded_copy
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
 

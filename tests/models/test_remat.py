@@ -9,7 +9,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.models.decoder import REMAT
 from mora_jax.models.init import init_decoder
-from mora_jax.planning.traced import read_traced
+from mora_jax.planning.jaxpr_cost import read_traced
 from tests.models.tiny import LLAMA, fill_randomly
 
 METHODS = {"lora": mj.LoRAConfig(rank=2), "mora": mj.MoRAConfig(rank=2, kind="rotation")}

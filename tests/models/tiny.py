@@ -10,7 +10,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import save_file
 
-from mora_jax.adapters.variables import AdapterParam
+from mora_jax.adapters.base import AdapterParam
 
 SIZES = {
     "vocab_size": 97,

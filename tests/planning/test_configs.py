@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from mora_jax.models.backend import compiling_for
 from mora_jax.models.families import read_config
-from mora_jax.models.target import compiling_for
-from mora_jax.planning.abstract import abstract_model, assemble_abstract
-from mora_jax.planning.models import read_model
+from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
+from mora_jax.planning.model_shapes import read_model
 from mora_jax.planning.plan import by_formula
 from mora_jax.planning.topology import read_topology
-from mora_jax.training.config_file import load_config
+from mora_jax.training.config.load import load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 PLANNED = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem.startswith(("tpu_", "gpu_")))

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.planning.published import PUBLISHED
+from mora_jax.planning.model_shapes import PUBLISHED
 
 #: Numbers of parameters in the published safetensors files (of Gemma 3 27B in its text decoder).
 COUNTS = {

@@ -2,11 +2,11 @@
 
 import pytest
 
+from mora_jax.planning.model_shapes import PUBLISHED
 from mora_jax.planning.plan import by_formula
-from mora_jax.planning.published import PUBLISHED
-from mora_jax.planning.recommend import formats, recommend
+from mora_jax.planning.search import formats, recommend
 from mora_jax.planning.topology import read_topology
-from mora_jax.training.config import Config, lay_over
+from mora_jax.training.config.schema import Config, lay_over
 
 ONE = read_topology("v5e-1")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mora_jax.planning.shortage import read_shortage
 from mora_jax.planning.topology import read_topology
+from mora_jax.planning.tpu_compile import read_shortage
 
 NEW = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "

@@ -16,11 +16,11 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.training.config import OptimizerConfig
-from mora_jax.training.mesh import make_mesh
+from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
-from mora_jax.training.runner import JitRunner
-from mora_jax.training.sharding import Placement
+from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import Structure, TrainState, flat_arrays, initial_state
 from mora_jax.training.step import make_step
 from tests.models.quantized import quantized_copy

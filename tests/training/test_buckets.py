@@ -8,11 +8,11 @@ import sys
 import urllib.request
 
 import pytest
+from tests.training.test_checkpoint import newest, same, state, write
 
 from mora_jax.errors import InputError
-from mora_jax.training import files
-from mora_jax.training.run_directory import RunDirectory
-from tests.training.test_checkpoint import newest, same, state, write
+from mora_jax.training.run import storage
+from mora_jax.training.run.directory import RunDirectory
 
 pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
 create_server = pytest.importorskip("gcp_storage_emulator.server", reason="the emulator is not installed").create_server
@@ -49,7 +49,7 @@ def test_a_file_that_grows_is_written_anew_now_and_then(bucket, monkeypatch):
     again = RunDirectory("gs://runs/files")
     assert again.read_metrics()[1] == {"step": 2, "loss": None}
     assert again.rewind_metrics(1) == [{"step": 1, "loss": 2.0}]
-    monkeypatch.setattr(files.BucketFiles, "interval", 0.0)
+    monkeypatch.setattr(storage.BucketFiles, "interval", 0.0)
     again.append_metrics([{"step": 2, "loss": 1.0}])
     assert [row["loss"] for row in directory.read_metrics()] == [2.0, 1.0]
     with again.files.folder("adapter") as local:
@@ -106,7 +106,7 @@ def test_what_can_not_be_reached_is_said_in_one_line(bucket, monkeypatch):
         RunDirectory("gs://none/run").write_json("config.json", {})
     with pytest.raises(InputError, match="runs can be kept in a local folder or on gs://, not on ftp://"):
         RunDirectory("ftp://runs/run")
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.setattr(storage, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"gs:// needs the package gcsfs: pip install 'mora-jax\[gcs\]'"):
         RunDirectory("gs://runs/run")
 

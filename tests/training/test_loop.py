@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mora_jax.errors import InputError
-from mora_jax.training import assembly, loop
-from mora_jax.training.config import Config, lay_over
-from mora_jax.training.display import Display
+from mora_jax.training import build_step, loop
+from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.display.plain import Display
 from mora_jax.training.step import make_step
 from tests.evaluation import tiny
 
@@ -329,7 +329,7 @@ def test_a_diverging_run_says_so(inputs, tmp_path, monkeypatch):
 
         return diverging
 
-    monkeypatch.setattr(assembly, "make_step", broken)
+    monkeypatch.setattr(build_step, "make_step", broken)
     shown = quiet()
     with pytest.raises(InputError, match="the loss is nan at step 5, number 3 in a row .*: lower optimizer.learning_r"):
         loop.train(config(inputs, tmp_path / "run"), shown)

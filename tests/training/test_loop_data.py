@@ -14,9 +14,9 @@ from mora_jax.data import BatchPlan
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.training import loop
-from mora_jax.training.adapter_keys import RESULT_IS_MODEL
-from mora_jax.training.config import METHOD_KEYS, check_together
-from mora_jax.training.display import Display
+from mora_jax.training.config.adapter import RESULT_IS_MODEL
+from mora_jax.training.config.schema import METHOD_KEYS, check_together
+from mora_jax.training.display.plain import Display
 from mora_jax.training.setup import Setup
 from tests.evaluation import tiny
 from tests.training.test_loop import Interrupting, config, metrics, quiet

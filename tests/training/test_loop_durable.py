@@ -8,8 +8,9 @@ import time
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training import loop, storage_errors
-from mora_jax.training.display import Display
+from mora_jax.training import loop
+from mora_jax.training.display.plain import Display
+from mora_jax.training.run import retry
 from tests.evaluation import tiny
 from tests.training.test_loop import ROWS, Interrupting, config, metrics, quiet
 
@@ -99,7 +100,7 @@ def test_a_run_killed_at_its_very_end_knows_what_came_before(inputs, tmp_path, l
 
 
 def test_a_disk_that_takes_no_metrics_ends_the_run_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_errors, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     directory = loop.RunDirectory(tmp_path)
     directory.append_metrics([{"step": 1, "loss": 2.0}])
     before = directory.metrics.read_text()

@@ -6,10 +6,10 @@ import pytest
 
 import mora_jax as mj
 from mora_jax.errors import InputError
-from mora_jax.training.mesh import make_mesh
 from mora_jax.training.nonfinite import NonFinite
 from mora_jax.training.optimizer import make_optimizer, make_schedule
-from mora_jax.training.runner import JitRunner, PmapRunner
+from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from mora_jax.training.step import make_step
 from tests.training.test_step import LENGTH, OPTIMIZER, STEPS, batches, model_for

@@ -13,9 +13,9 @@ import mora_jax as mj
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training import step as step_module
-from mora_jax.training.mesh import make_mesh
 from mora_jax.training.neftune import embedding_noise
-from mora_jax.training.runner import JitRunner, PmapRunner
+from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from mora_jax.training.step import make_step
 from tests.models.tiny import LLAMA, fill_randomly

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import Config, check_together, lay_over
-from mora_jax.training.streaming import OnHost, streamed
+from mora_jax.training.config.schema import Config, check_together, lay_over
+from mora_jax.training.optimizer_offload import OnHost, streamed
 from tests.training.meshed import run
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.models import init_decoder
-from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, scale_rates
 from mora_jax.training.state import flat_arrays, weight_masks
 from tests.models.tiny import LLAMA

@@ -4,17 +4,17 @@ import json
 
 import numpy as np
 import pytest
+from tests.training.test_processes import alone, arguments, same_run
 
 from mora_jax.cli.main import main
 from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained
 from mora_jax.training import loop
-from mora_jax.training.adapter_keys import METHOD_KEYS
-from mora_jax.training.config import Config, check_quantize, lay_over
+from mora_jax.training.config.adapter import METHOD_KEYS
+from mora_jax.training.config.schema import Config, check_quantize, lay_over
 from tests.evaluation import tiny
 from tests.training.launching import run as launched
 from tests.training.test_loop import ROWS, Interrupting, config, metrics, quiet
-from tests.training.test_processes import alone, arguments, same_run
 
 HELD = {"model__quantize": "nf4", "data__eval_fraction": 0.2, "train__eval_every": 3}
 

@@ -21,9 +21,9 @@ class LoRAConfig(CommonConfig):
         rank_pattern, alpha_pattern: other ranks and alphas for some layers, by the end of a module path or a regular
             expression for it; the first key that matches counts. Layers of one stack may have different ranks.
         bias: which existing biases are trained too: `"none"`, `"lora_only"` (of adapted layers) or `"all"`.
-        use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude (see `magnitude.py`).
+        use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude (see `base.py`).
         init: where the factors start: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"olora"` or `"eva"`
-            (see `starts.py`).
+            (see `lora_init.py`).
     """
 
     rank: int = 8

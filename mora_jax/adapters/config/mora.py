@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 
 from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets
 
+KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
+SHARED = ("sharing", "grouped", "grouped_tile", "strided_interleave")  # kinds with one M for groups of both sides
+
+
+def check_kind(kind: str) -> None:
+    """Raises `ValueError` unless `kind` is one of `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+
 
 @dataclass(frozen=True)
 class MoRAConfig(CommonConfig):
@@ -15,7 +24,7 @@ class MoRAConfig(CommonConfig):
 
     Attributes:
         rank: the LoRA rank whose parameter count the square matrix takes; its side follows from `square_rank`.
-        kind: how inputs are compressed and outputs restored, one of `mora_jax.adapters.mora.KINDS`.
+        kind: how inputs are compressed and outputs restored, one of `KINDS`.
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers, see the module's docstring.
         rank_pattern: as in `LoRAConfig`, but layers of one stack have one rank: it fixes the square's side.
@@ -30,7 +39,5 @@ class MoRAConfig(CommonConfig):
     use_dora: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
-        from mora_jax.adapters.mora import check_kind
-
         super().__post_init__()
         check_kind(self.kind)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mora_jax.adapters.config.lora import LoRAConfig
-from mora_jax.adapters.config.mora import MoRAConfig
+from mora_jax.adapters.config.mora import SHARED, MoRAConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ReMoRAConfig(MoRAConfig):
     Attributes:
         rank, dropout, targets, rank_pattern, use_dora: as in `MoRAConfig`.
         kinds: the kinds in turn, the first again after the last: of those that share one M among groups
-            (`mora_jax.adapters.mora.SHARED`), which have the same side q.
+            (`mora_jax.adapters.methods.mora.SHARED`), which have the same side q.
         restart_every, restart_warmup: as in `ReLoRAConfig`.
         prune: as in `ReLoRAConfig`; the authors reset all of the moments.
     """
@@ -53,8 +53,6 @@ class ReMoRAConfig(MoRAConfig):
     restart_warmup: int = field(default=50, kw_only=True)
 
     def __post_init__(self):
-        from mora_jax.adapters.mora import SHARED
-
         super().__post_init__()
         _check_restarts(self)
         kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)

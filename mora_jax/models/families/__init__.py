@@ -7,7 +7,7 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.families import gemma2, gemma3, llama, mistral, qwen2, qwen3
-from mora_jax.models.families.fields import Fields
+from mora_jax.models.families.hf_config import Fields
 
 FAMILIES: tuple[ModuleType, ...] = (llama, mistral, qwen2, qwen3, gemma2, gemma3)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.families.fields import Fields
+from mora_jax.models.families.hf_config import Fields
 from mora_jax.models.families.rope import read_rope
 
 _ACTIVATIONS = {

@@ -5,7 +5,7 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig, TensorNames
 from mora_jax.models.families.common import layer_types, read_activation, read_common, windows_of
-from mora_jax.models.families.fields import Fields
+from mora_jax.models.families.hf_config import Fields
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 MODEL_TYPE = "gemma2"

@@ -3,8 +3,8 @@
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.families.common import layer_types
-from mora_jax.models.families.fields import Fields
 from mora_jax.models.families.gemma2 import read_gemma
+from mora_jax.models.families.hf_config import Fields
 from mora_jax.models.families.rope import rope_of
 from mora_jax.models.rope import Rope
 

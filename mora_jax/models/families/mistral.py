@@ -2,7 +2,7 @@
 
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.families.common import read_common
-from mora_jax.models.families.fields import Fields
+from mora_jax.models.families.hf_config import Fields
 
 ARCHITECTURE = "MistralForCausalLM"
 MODEL_TYPE = "mistral"

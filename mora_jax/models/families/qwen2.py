@@ -2,7 +2,7 @@
 
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.families.common import layer_types, read_common, windows_of
-from mora_jax.models.families.fields import Fields
+from mora_jax.models.families.hf_config import Fields
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"

@@ -1,7 +1,7 @@
 """Rotary settings in both spellings: `rope_scaling` with `rope_theta`, and the newer `rope_parameters`."""
 
 from mora_jax.errors import InputError
-from mora_jax.models.families.fields import Fields
+from mora_jax.models.families.hf_config import Fields
 from mora_jax.models.rope import KINDS, Rope, yarn_attention_factor
 
 

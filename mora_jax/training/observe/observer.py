@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from mora_jax.training.config import Config
-from mora_jax.training.display import Display
+from mora_jax.training.config.schema import Config
+from mora_jax.training.display.plain import Display
+from mora_jax.training.display.summary import bytes_words
 from mora_jax.training.observe import profile
 from mora_jax.training.observe.background import Background
 from mora_jax.training.observe.compile_log import Compilation, CompileLog
@@ -18,8 +19,7 @@ from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
 from mora_jax.training.observe.memory import device_memory, peak_memory, planned_memory
 from mora_jax.training.observe.timing import StepClock, StepTimes
 from mora_jax.training.observe.writers import Writer, open_writers
-from mora_jax.training.run_directory import RunDirectory
-from mora_jax.training.summary_table import bytes_words
+from mora_jax.training.run.directory import RunDirectory
 
 
 class Observer:

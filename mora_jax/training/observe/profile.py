@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import Config, LogConfig
+from mora_jax.training.config.schema import Config, LogConfig
 
 #: Steps of a trace where `--profile` says no more.
 DEFAULT_STEPS = 3

@@ -9,9 +9,9 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 
-from mora_jax.training.config import Config
-from mora_jax.training.observe.writers import tagged
-from mora_jax.training.run_directory import RunDirectory
+from mora_jax.training.config.schema import Config
+from mora_jax.training.observe.tags import tagged
+from mora_jax.training.run.directory import RunDirectory
 
 FOLDER = "tensorboard"
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import wandb
 
 from mora_jax.errors import InputError
-from mora_jax.training.config import Config
-from mora_jax.training.files import Files
-from mora_jax.training.observe.writers import tagged
-from mora_jax.training.run_directory import RunDirectory
+from mora_jax.training.config.schema import Config
+from mora_jax.training.observe.tags import tagged
+from mora_jax.training.run.directory import RunDirectory
+from mora_jax.training.run.storage import Files
 
 ID_FILE = "wandb.json"
 FOLDER = "wandb"

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mora_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from mora_jax.training.config import Config
-    from mora_jax.training.run_directory import RunDirectory
-
-_SPEED = frozenset(
-    {"tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "host_seconds", "device_seconds"}
-)  # fmt: skip
-
+    from mora_jax.training.config.schema import Config
+    from mora_jax.training.run.directory import RunDirectory
 
 class Writer(Protocol):
     """A place for metrics.
@@ -33,22 +28,6 @@ class Writer(Protocol):
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """Ends the log: with the run's summary where it came to its end."""
-
-
-def tagged(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's numbers under the names that plots are grouped by: `train/loss`, `eval/loss`, `speed/mfu`, ..."""
-    found = {}
-    for name, value in row.items():
-        if name == "step" or value is None:
-            continue
-        if name.startswith("eval_"):
-            tag = f"eval/{name.removeprefix('eval_')}"
-        elif name in _SPEED:
-            tag = f"speed/{name}"
-        else:
-            tag = f"memory/{name}" if name.endswith("_bytes") else f"train/{name}"
-        found[tag] = float(value)
-    return found
 
 
 def check_writers(config: Config) -> None:

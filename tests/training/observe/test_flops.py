@@ -10,7 +10,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.training.config import OptimizerConfig
+from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.observe.flops import StepFlops, peak_flops, span
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.state import Structure, flat_arrays, initial_state

@@ -11,7 +11,7 @@ import pytest
 
 from mora_jax.errors import InputError
 from mora_jax.training import loop
-from mora_jax.training.config import Config
+from mora_jax.training.config.schema import Config
 from mora_jax.training.observe import writers
 from tests.evaluation import tiny
 from tests.training.test_loop import ROWS, Interrupting, config, quiet

@@ -1,0 +1,417 @@
+"""What every adapter method has in common: sizes, arrays, and the two ways to use them (as a path, as a weight)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from mora_jax.adapters.config.limits import POSITIVE, number
+from mora_jax.adapters.products.matmul import Delta, wide, widened
+from mora_jax.environment import check_versions
+
+Array = jax.Array
+
+
+def positive(**sizes: int) -> None:
+    """Raises `ValueError` with the name and the number of the first size that is no positive integer."""
+    for name, size in sizes.items():
+        POSITIVE.check(size, name)
+
+
+def as_rngs(rngs: Any) -> nnx.Rngs:
+    """`rngs` itself, or those of a seed or a key.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(rngs, nnx.Rngs):
+        return rngs
+    if number(rngs, whole=True) is not None:
+        return nnx.Rngs(int(rngs))
+    if isinstance(rngs, jax.Array) and (jax.dtypes.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.shape == (2,)):
+        return nnx.Rngs(rngs)
+    raise TypeError(f"rngs must be nnx.Rngs, a seed or a key, such as nnx.Rngs(0), not {type(rngs).__name__}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How named matrices share one output: `sizes` along `part_axis` of `out_shape`, in order."""
+
+    out_shape: tuple[int, ...]
+    part_axis: int
+    sizes: tuple[int, ...]
+
+    @property
+    def features(self) -> int:
+        return int(np.prod(self.out_shape))
+
+    def part_shape(self, index: int) -> tuple[int, ...]:
+        shape = list(self.out_shape)
+        shape[self.part_axis] = self.sizes[index]
+        return tuple(shape)
+
+    def part_features(self, index: int) -> int:
+        return int(np.prod(self.part_shape(index)))
+
+    def take(self, y: Array, index: int) -> Array:
+        """`y [..., *out_shape]` → one part, `[..., features of the part]`, in the order of its own matrix."""
+        start = sum(self.sizes[:index])
+        leading = y.ndim - len(self.out_shape)
+        part = jax.lax.slice_in_dim(y, start, start + self.sizes[index], axis=leading + self.part_axis)
+        return part.reshape(*y.shape[:leading], self.part_features(index))
+
+    def join(self, parts: list[Array]) -> Array:
+        """The inverse of `take` over all parts: `[..., features of part i]` each → `[..., features]`, flat."""
+        leading = parts[0].shape[:-1]
+        shaped = [part.reshape(*leading, *self.part_shape(i)) for i, part in enumerate(parts)]
+        if len(shaped) == 1:
+            return parts[0]
+        return jnp.concatenate(shaped, axis=len(leading) + self.part_axis).reshape(*leading, self.features)
+
+
+class Adapter(nnx.Module):
+    """The arrays of one adapter on one matrix, or on a stack of matrices when they carry a leading layer axis.
+
+    With it a matrix W computes `gain ⊙ ((scale ⊙ x) W + delta(scale ⊙ x)) + bias + added bias`. A method is a subclass
+    that creates its `AdapterParam`s in `__init__` and says in pure functions of a dictionary of arrays without layer
+    axis what they do: `delta` and `dense` where it adds to the kernel, `output_gain`, `input_gain` and `added_bias`
+    where it does that. They are class methods, never static ones: `nnx.tabulate` replaces the functions of a class for
+    a while, and turns static methods into functions for good. Layers of a stack that are left out have scaling 0, gain
+    1 and no bias.
+
+    Attributes:
+        in_features, out_features: sizes of the matrix that is adapted.
+        config: the method's frozen configuration.
+        additive: whether the method adds to the kernel, so that it has `delta` and `dense`.
+        on_embeddings: whether the method has a form for embedding tables; it then has `for_embedding`.
+        scaling: float32 `[*layers]`; 0 for layers of a stack that are not adapted.
+        bias: `[*layers, out]`, what is added to the layer's bias; only where biases are trained.
+        magnitude: `[*layers, out]`, DoRA's; only where the configuration asks for it.
+    """
+
+    method: ClassVar[str]
+    additive: ClassVar[bool] = True
+    on_embeddings: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: Any,
+        *,
+        num_layers: int | tuple[int, ...] | None = None,
+        layer_mask: Any = None,
+        axes: tuple[str, str] = ("embed", "mlp"),
+    ):
+        """Makes the arrays.
+
+        Args:
+            in_features, out_features: sizes of the matrix.
+            config: the method's configuration.
+            num_layers: length of the stack, or its lengths where it has several axes; None for a single matrix.
+            layer_mask: bool, one a layer of the stack: which are adapted. None for all.
+            axes: logical names of the matrix's axes.
+        """
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config
+        self.axes = tuple(axes)
+        layers = () if num_layers is None else (num_layers,) if isinstance(num_layers, int) else tuple(num_layers)
+        scaling = jnp.full(layers, self.scale(config), jnp.float32)
+        if layer_mask is not None:
+            scaling = jnp.where(jnp.asarray(layer_mask).reshape(layers), scaling, 0.0)
+        self.scaling = AdapterState(scaling, axes=("layers",) * len(layers))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The axes of the stack, as the arrays have them now: `()` inside a scan over it."""
+        return tuple(self.scaling.shape)
+
+    def stacked(self, *axes: str) -> tuple[str, ...]:
+        """Logical axes of an array of this adapter: those given, behind that of the stack."""
+        return (*("layers",) * len(self.layers), *axes)
+
+    @classmethod
+    def scale(cls, config: Any) -> float:
+        """The factor on the update."""
+        return 1.0
+
+    @classmethod
+    def suited(cls, config: Any, sizes: Iterable[tuple[int, int]]) -> Any:
+        """The configuration for layers of these sizes `(in, out)`, for methods in which layers share something."""
+        return config
+
+    def start(self, kernel: Callable[[], Array]) -> None:
+        """Takes from the base what the method starts from; `kernel()` is `[*layers, in, out]`."""
+        if getattr(self.config, "use_dora", False):
+            self.magnitude = AdapterParam(column_norms(kernel()), axes=self.stacked(self.axes[1]))
+
+    def fit(self, dtype: Any) -> None:
+        """Holds the arrays of a fresh adapter in float64 where the base has that, before it takes its start from it."""
+        if dtype != jnp.float64:
+            return
+        for value in vars(self).values():
+            if isinstance(value, nnx.Variable) and jnp.issubdtype(value.dtype, jnp.floating):
+                value.set_value(value.get_value().astype(dtype))
+        if not self.layers:
+            self.scaling.set_value(jnp.asarray(self.scale(self.config), dtype))
+
+    def train_bias(self) -> None:
+        """Adds a trained bias that starts at zero."""
+        self.bias = AdapterParam(
+            jnp.zeros((*self.layers, self.out_features), self.scaling.dtype), axes=self.stacked(self.axes[1])
+        )
+
+    @classmethod
+    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        """`x [N, in]` → the update, float32 `[N, out]`; products in the dtype of `x`, sums in float32."""
+        raise NotImplementedError  # abstract: each additive method's file defines it
+
+    @classmethod
+    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+        """The update as a float32 kernel `[in, out]`."""
+        raise NotImplementedError  # abstract: each additive method's file defines it
+
+    @classmethod
+    def output_gain(cls, config: Any, params: dict[str, Array], kernel: Callable[[], Array]) -> Array | None:
+        """The factor on every output, float32 `[out]`, or None; `kernel()` is the base's `[in, out]`."""
+        if "magnitude" not in params:
+            return None
+        base = kernel()
+        gain = magnitude_gain(params["magnitude"], base, cls.dense(config, base.shape[0], base.shape[1], params))
+        return jnp.where(params["scaling"] != 0, gain, 1.0)
+
+    @classmethod
+    def input_gain(cls, config: Any, params: dict[str, Array]) -> Array | None:
+        """The factor on every input, float32 `[in]`, or None."""
+        return None
+
+    @classmethod
+    def added_bias(cls, config: Any, params: dict[str, Array], bias: Array | None) -> Array | None:
+        """What is added to the layer's `bias [out]` (None: it has none), float32 `[out]`, or None."""
+        added = params.get("bias")
+        return None if added is None else jnp.where(params["scaling"] != 0, added, 0.0)
+
+    @classmethod
+    def fuse(cls, layout: Layout, configs: tuple[Any | None, ...]) -> Delta | None:
+        """A faster joint form for several matrices with one input, or None; `configs[i]` is None for a bare part."""
+        return None
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether the adapter adds to the kernel and does nothing else."""
+        return self.additive and not hasattr(self, "magnitude") and not hasattr(self, "bias")
+
+    def params(self) -> dict[str, Array]:
+        """The arrays by name, `scaling` among them."""
+        return params_of(self)
+
+    def map_layers(self, one: Callable[..., Any], *arrays: Any) -> Any:
+        """`one(params, *arrays)` for each layer of a stack, results stacked; once for a single matrix."""
+        return over_layers(len(self.layers), one, (self.params(), *arrays))
+
+    def delta_weight(self) -> Array:
+        """The update as float32 kernels `[*layers, in, out]`; zero for a method that adds nothing to the kernel."""
+        if not self.additive:
+            return jnp.zeros((*self.layers, self.in_features, self.out_features), jnp.float32)
+        return self.map_layers(lambda p: self.dense(self.config, self.in_features, self.out_features, p))
+
+    def bias_change(self, bias: Array | None) -> Array | None:
+        """What merging adds to the layer's `bias [*layers, out]`, in that shape, or None."""
+        return self.map_layers(lambda p, bias: self.added_bias(self.config, p, bias), bias)
+
+    def gains(self, kernel: Array) -> tuple[Array | None, Array | None]:
+        """Factors on outputs `[*layers, out]` and on inputs `[*layers, in]` over the base's `[*layers, in, out]`."""
+        return self.map_layers(
+            lambda p, w: (self.output_gain(self.config, p, lambda: w), self.input_gain(self.config, p)), kernel
+        )
+
+    def merged(self, kernel: Array, gains: tuple[Array | None, Array | None]) -> Array:
+        """The kernel that does what the base's `[*layers, in, out]` and the adapter do, summed in float32."""
+
+        def one(p, w, gains):
+            outputs, inputs = gains
+            total = widened(w)
+            if self.additive:
+                total = total + self.dense(self.config, self.in_features, self.out_features, p)
+            total = total if outputs is None else total * outputs
+            total = total if inputs is None else total * inputs[:, None]
+            return total.astype(w.dtype)
+
+        return self.map_layers(one, kernel, gains)
+
+    def unmerged(self, kernel: Array, gains: tuple[Array | None, Array | None]) -> Array:
+        """The inverse of `merged`, up to rounding; `gains` are those that were merged, none of them 0."""
+
+        def one(p, w, gains):
+            outputs, inputs = gains
+            total = widened(w)
+            total = total if inputs is None else total / inputs[:, None]
+            total = total if outputs is None else total / outputs
+            if self.additive:
+                total = total - self.dense(self.config, self.in_features, self.out_features, p)
+            return total.astype(w.dtype)
+
+        return self.map_layers(one, kernel, gains)
+
+
+def over_layers(depth: int, one: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    """`one(*operands)` for each index of their first `depth` axes, one after the other; results stacked."""
+    if not depth:
+        return one(*operands)
+    return jax.lax.map(lambda layer: over_layers(depth - 1, one, layer), operands)
+
+
+def params_of(adapter: Adapter) -> dict[str, Array]:
+    """`adapter.params()` for the layers' own calls: a function, since `nnx.tabulate` gives every method call a row."""
+    return {name: value.get_value() for name, value in vars(adapter).items() if isinstance(value, nnx.Variable)}
+
+
+@dataclass(frozen=True)
+class PartwiseDelta:
+    """The general form of a joint update: each part on its own, then joined. Backward by autodiff of the parts."""
+
+    layout: Layout
+    methods: tuple[type[Adapter] | None, ...]
+    configs: tuple[Any | None, ...]
+
+    def update(self, x: Array, params: tuple[dict[str, Array] | None, ...]) -> Array:
+        """`x [N, in]` → float32 `[N, features]`."""
+        parts = []
+        for i, (method, config) in enumerate(zip(self.methods, self.configs, strict=True)):
+            features = self.layout.part_features(i)
+            arrays = params[i]
+            if method is None or arrays is None:
+                parts.append(jnp.zeros((x.shape[0], features), wide(x.dtype)))
+            else:
+                parts.append(method.delta(config, features, x, arrays).astype(wide(x.dtype)))
+        return self.layout.join(parts)
+
+    def forward(self, x: Array, params: Any) -> tuple[Array, Any]:
+        tree: Any
+        leaves, tree = jax.tree.flatten(params)
+        changing = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+        def update(x: Array, floats: list[Array]) -> Array:
+            values = iter(floats)
+            merged = [next(values) if change else leaf for change, leaf in zip(changing, leaves, strict=True)]
+            return self.update(x, tree.unflatten(merged))
+
+        floats = [leaf for change, leaf in zip(changing, leaves, strict=True) if change]
+        y, tangent = jax.linearize(update, x, floats)
+        return y, (tangent, _Types(tree, tuple(changing), jax.typeof(x), tuple(jax.typeof(leaf) for leaf in floats)))
+
+    def moved(self, dparams: Any) -> Any:
+        return dparams
+
+    def tangent(self, residuals: Any, dx: Array | None, dparams: Any) -> Array | None:
+        tangent, types = residuals
+        changes = types.tree.flatten_up_to(dparams)
+        if dx is None and all(change is None for change in changes):
+            return None
+        floats = [leaf for change, leaf in zip(types.changing, changes, strict=True) if change]
+        filled = [_or_zeros(leaf, like) for leaf, like in zip(floats, types.floats, strict=True)]
+        return tangent(_or_zeros(dx, types.x), filled)
+
+    def backward(self, residuals: Any, dy: Array) -> tuple[Array, Any]:
+        tangent, types = residuals
+        dx, floats = jax.linear_transpose(tangent, types.x, list(types.floats))(widened(dy))
+        found = iter(floats)
+        return widened(dx), types.tree.unflatten([next(found) if c else None for c in types.changing])
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Types:
+    """What a tangent takes: the tree of the parameters, which of them change (integers don't), and the types."""
+
+    tree: Any
+    changing: tuple[bool, ...]
+    x: Any
+    floats: tuple[Any, ...]
+
+
+def _or_zeros(change: Array | None, like: Any) -> Array:
+    return jnp.zeros(like.shape, like.dtype) if change is None else change
+
+
+check_versions()  # every layer's module comes this way
+
+
+class AdapterParam(nnx.LoRAParam):
+    """A trainable float32 array of an adapter.
+
+    A subclass of `nnx.LoRAParam`, so code that filters on `nnx.LoRAParam` finds it too. `partition` puts exactly
+    the variables of this type into the trainable tree.
+    """
+
+
+class FullParam(AdapterParam):
+    """A base weight that is trained itself (full fine-tuning): a float32 master, cast to the compute dtype at use."""
+
+
+# Arrays of adapters that hold one number a feature; a stack's leading axis doesn't make matrices of them.
+VECTORS = frozenset({"bias", "magnitude", "ia3_l", "vera_d", "vera_b_scale", "lora_e"})
+
+
+class AdapterState(nnx.Variable):
+    """An array that an adapter reads and the optimizer never sees: scalings and layer masks."""
+
+
+def mutable_state(path: tuple[Any, ...], value: Any) -> bool:
+    """A filter of Flax NNX: the variables that a model changes while it is called.
+
+    These are the counters of random streams (dropout), batch statistics, caches, and every other `nnx.Variable` that is
+    neither an `nnx.Param` nor a constant of an adapter. A compiled training step has to return them, or each
+    step draws the same dropout mask and forgets its statistics; the base weights don't need to be returned.
+
+    Example:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> rngs = nnx.Rngs(0)
+        >>> layers = nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+        >>> model = nnx.Sequential(*layers)
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=rngs)
+        >>> graphdef, adapters, state, frozen = nnx.split(model, mj.AdapterParam, mj.mutable_state, ...)
+        >>> [".".join(map(str, path[2:])) for path, _ in nnx.to_flat_state(state)]
+        ['mean', 'var', 'rngs.count', 'rngs.key']
+    """
+    kind = getattr(value, "type", type(value))
+    return issubclass(kind, nnx.Variable) and not issubclass(kind, nnx.Param | AdapterState)
+
+
+def column_norms(kernel: Array) -> Array:
+    """Lengths of the columns of `kernel [..., in, out]`, float32 `[..., out]`."""
+    return jnp.sqrt(jnp.sum(jnp.square(widened(kernel)), axis=-2))
+
+
+def magnitude_gain(magnitude: Array, kernel: Array, delta: Array) -> Array:
+    """`m / ‖W + ΔW‖` by output, the norm detached; 1 for a column of zeros, which has no direction.
+
+    Args:
+        magnitude: `[out]`.
+        kernel, delta: `[in, out]`.
+
+    Returns:
+        float32 `[out]`.
+    """
+    norms = jax.lax.stop_gradient(column_norms(widened(kernel) + delta))
+    return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1.0), 1.0)
+
+
+def host(array: Any) -> np.ndarray:
+    """The whole array in this host's memory.
+
+    Where other processes hold parts that this one lacks, they are gathered: then all processes have to call this, for
+    the same arrays in the same order.
+    """
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

@@ -1,0 +1,1 @@
+"""Which layers of a model carry an adapter, which can't, and why."""

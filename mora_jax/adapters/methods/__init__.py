@@ -1,0 +1,1 @@
+"""Adapter methods, and the table of them by name."""

@@ -1,0 +1,205 @@
+"""AdaLoRA: `y = x W + s · ((x P) ⊙ λ) Q + b`, ranks by budget (Zhang et al., 2023, arXiv 2303.10512, equation 3).
+
+P and Q stand for singular vectors, λ for singular values; λ starts at zero, so a fresh adapter changes nothing. Two
+things belong to training, as pure functions of flat dictionaries (dotted name → array) such as a training step has
+(`mora_jax.training.adalora` puts them there):
+
+- `orthogonality` (equation 4), to be added to the loss times `config.orth_weight`;
+- `allocate` (equations 6 to 12), to be called after each update with its gradients: it keeps smoothed importances, and
+  zeroes the λ of the least important triplets (column of P, λ, row of Q) over all matrices, as many as the budget of
+  the step leaves out. Shapes stay as they are, so a step that contains it is compiled once.
+
+Between two allocations λ that were zeroed are trained on, and may win their place back; when the budget has reached its
+end they stay zero. Steps, masks and the end are those of PEFT's `RankAllocator`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.base import Adapter, AdapterParam, host
+from mora_jax.adapters.config import AdaLoRAConfig
+from mora_jax.adapters.products.matmul import trained_dot
+
+Array = jax.Array
+Arrays = dict[str, Array]
+Masks = Mapping[str, np.ndarray]
+
+_FACTORS = ("lora_a", "lora_e", "lora_b")
+
+
+class AdaLoRA(Adapter):
+    """`lora_a [*layers, in, rank]` (P), `lora_e [*layers, rank]` (λ) and `lora_b [*layers, rank, out]` (Q)."""
+
+    method: ClassVar[str] = "adalora"
+
+    def __init__(self, in_features: int, out_features: int, config: AdaLoRAConfig, *, rngs: nnx.Rngs, **placing: Any):
+        super().__init__(in_features, out_features, config, **placing)
+        rank = config.rank
+        lora_a = 0.02 * jax.random.normal(rngs.params(), (*self.layers, in_features, rank), jnp.float32)
+        lora_b = 0.02 * jax.random.normal(rngs.params(), (*self.layers, rank, out_features), jnp.float32)
+        self.lora_a = AdapterParam(lora_a, axes=self.stacked(self.axes[0], "rank"))
+        self.lora_e = AdapterParam(jnp.zeros((*self.layers, rank), jnp.float32), axes=self.stacked("rank"))
+        self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", self.axes[1]))
+
+    @classmethod
+    def scale(cls, config: AdaLoRAConfig) -> float:
+        return config.alpha / (config.rank + 1e-5)  # as in PEFT
+
+    @classmethod
+    def delta(cls, config: AdaLoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        hidden = trained_dot(x, params["lora_a"]) * (params["lora_e"] * params["scaling"])
+        return trained_dot(hidden.astype(x.dtype), params["lora_b"])
+
+    @classmethod
+    def dense(cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+        left = params["lora_a"] * (params["lora_e"] * params["scaling"])
+        return jnp.matmul(left, params["lora_b"], precision=jax.lax.Precision.HIGHEST)
+
+
+class Importance(NamedTuple):
+    """What allocation remembers, by name of the factors.
+
+    Attributes:
+        sensitivity: smoothed |weight · gradient|.
+        uncertainty: smoothed deviation of that from its smoothed value.
+        kept: for each λ 1 where it is in use, else 0; by name of the λ.
+    """
+
+    sensitivity: Arrays
+    uncertainty: Arrays
+    kept: Arrays
+
+
+def triplets(adapters: Arrays) -> tuple[str, ...]:
+    """The prefixes of AdaLoRA's adapters among named arrays."""
+    return tuple(sorted(name.removesuffix("lora_e") for name in adapters if name.rpartition(".")[2] == "lora_e"))
+
+
+def existing(adapters: Arrays, states: Arrays) -> Masks:
+    """Which triplets there are, bool by name of the λ: none in layers that are left out, none where P is zero.
+
+    Args:
+        adapters: the trained arrays; where they are shapes alone, all count as existing.
+        states: the frozen ones, with the adapters' `scaling`.
+    """
+    found = {}
+    for prefix in triplets(adapters):
+        if isinstance(adapters[prefix + "lora_a"], jax.ShapeDtypeStruct):
+            found[prefix + "lora_e"] = np.ones(adapters[prefix + "lora_e"].shape, bool)
+            continue
+        adapted = host(states[prefix + "scaling"]) != 0
+        found[prefix + "lora_e"] = adapted[..., None] & host(adapters[prefix + "lora_a"]).any(-2)
+    return found
+
+
+def start_importance(adapters: Arrays, exists: Masks | None = None) -> Importance:
+    """Nothing seen, every triplet in use that exists (None: all)."""
+    zeros = {
+        prefix + name: jnp.zeros_like(adapters[prefix + name]) for prefix in triplets(adapters) for name in _FACTORS
+    }
+    kept = {}
+    for prefix in triplets(adapters):
+        ones = jnp.ones_like(adapters[prefix + "lora_e"])
+        kept[prefix + "lora_e"] = ones if exists is None else ones * exists[prefix + "lora_e"]
+    return Importance(zeros, {name: jnp.zeros_like(value) for name, value in zeros.items()}, kept)
+
+
+def orthogonality(adapters: Arrays, exists: Masks | None = None) -> Array:
+    """The mean over all P and Q of ‖Pᵀ P − I‖ and ‖Q Qᵀ − I‖ (Frobenius), a float32 scalar.
+
+    Triplets that don't exist are no part of P, Q and I, nor is a matrix that has none (None: all exist).
+    """
+    norms, counted = [], []
+    for prefix in triplets(adapters):
+        p, q = adapters[prefix + "lora_a"], adapters[prefix + "lora_b"]
+        here = np.ones((*p.shape[:-2], p.shape[-1]), bool) if exists is None else exists[prefix + "lora_e"]
+        both = here[..., :, None] & here[..., None, :]
+        eye = np.eye(p.shape[-1], dtype=np.float32) * both
+        for gram in (jnp.einsum("...ir,...is->...rs", p, p), jnp.einsum("...ro,...so->...rs", q, q)):
+            # The root of 0 has no slope: exact orthogonality would give NaN.
+            total = jnp.sum(jnp.square(jnp.where(both, gram, 0) - eye), axis=(-2, -1))
+            norms.append(jnp.sqrt(total + 1e-12).reshape(-1))
+            counted.append(here.any(-1).reshape(-1))
+    used = np.concatenate(counted).astype(np.float32)
+    return jnp.sum(jnp.concatenate(norms) * used) / max(float(used.sum()), 1.0)
+
+
+def budget(config: AdaLoRAConfig, exists: Masks, step: int) -> int:
+    """How many triplets are in use after `step` steps: a cubic fall between two plateaus (equation 12).
+
+    All that exist until step `tinit`, `config.target_rank` for each matrix that has any from `total_steps − tfinal` on.
+    """
+    whole = int(sum(mask.sum() for mask in exists.values()))
+    end = min(whole, config.target_rank * int(sum(mask.any(-1).sum() for mask in exists.values())))
+    last = config.total_steps - config.tfinal
+    left = 1 - (min(max(step, config.tinit), last) - config.tinit) / (last - config.tinit)
+    return int((whole - end) * left**3 + end)
+
+
+def allocate(
+    config: AdaLoRAConfig,
+    importance: Importance,
+    adapters: Arrays,
+    gradients: Arrays,
+    step: Array,
+    exists: Masks | None = None,
+) -> tuple[Importance, Arrays]:
+    """Importances after one more step, and the arrays with the λ beyond the budget zeroed.
+
+    Args:
+        config: the schedule and the smoothing.
+        importance: of the steps before.
+        adapters: after the update; arrays of other methods pass through.
+        gradients: of this step, by the same names.
+        step: how many steps are done with this one. Which triplets are in use changes every `delta_t` steps after
+            `tinit`, for the last time when `tfinal` steps are left.
+        exists: see `existing`; None for all.
+    """
+    if exists is None:
+        exists = {prefix + "lora_e": np.ones(adapters[prefix + "lora_e"].shape, bool) for prefix in triplets(adapters)}
+    last = config.total_steps - config.tfinal
+    sensitivity, uncertainty = _smoothed(config, importance, adapters, gradients, step < last)
+    scores = [_scores(name, sensitivity, uncertainty, exists[name]) for name in exists]
+    flat = jnp.concatenate([score.reshape(-1) for score in scores])
+    places = jnp.argsort(jnp.argsort(-flat))  # 0 for the most important
+    table = jnp.asarray([budget(config, exists, number) for number in range(config.total_steps + 1)], jnp.int32)
+    within = places < table[jnp.clip(step, 0, config.total_steps)]
+    changes = (step > config.tinit) & (step <= last) & ((step % config.delta_t == 0) | (step == last))
+    kept, zeroed, start = {}, dict(adapters), 0
+    for name, mask in exists.items():
+        here = within[start : start + mask.size].reshape(mask.shape) & mask
+        kept[name] = jnp.where(changes, here * 1.0, importance.kept[name])
+        start += mask.size
+        zeroed[name] = jnp.where((changes | (step > last)) & (kept[name] == 0), 0.0, adapters[name])
+    return Importance(sensitivity, uncertainty, kept), zeroed
+
+
+def _smoothed(
+    config: AdaLoRAConfig, importance: Importance, adapters: Arrays, gradients: Arrays, counts: Array
+) -> tuple[Arrays, Arrays]:
+    """Sensitivity and uncertainty with this step's (equations 7 to 9), if it `counts`."""
+    sensitivity, uncertainty = {}, {}
+    for name, before in importance.sensitivity.items():
+        now = jnp.abs(adapters[name] * gradients[name])
+        smoothed = config.beta1 * before + (1.0 - config.beta1) * now
+        spread = config.beta2 * importance.uncertainty[name] + (1.0 - config.beta2) * jnp.abs(now - smoothed)
+        sensitivity[name] = jnp.where(counts, smoothed, before)
+        uncertainty[name] = jnp.where(counts, spread, importance.uncertainty[name])
+    return sensitivity, uncertainty
+
+
+def _scores(name: str, sensitivity: Arrays, uncertainty: Arrays, exists: np.ndarray) -> Array:
+    """Importance of each triplet, `[*layers, rank]`: that of λ and the means over its column of P and row of Q.
+
+    Those that don't exist come last, below any that does.
+    """
+    prefix = name.removesuffix("lora_e")
+    p, value, q = (sensitivity[prefix + factor] * uncertainty[prefix + factor] for factor in _FACTORS)
+    return jnp.where(exists, value + jnp.mean(p, axis=-2) + jnp.mean(q, axis=-1), -1.0)

@@ -1,0 +1,32 @@
+"""BitFit: `y = x W + b + Δb`, biases alone are trained (Ben Zaken et al., 2021, arXiv 2106.10199, section 3).
+
+The change of a bias is a parameter of its own that starts at zero; adaptive optimizers take the same steps as on the
+bias itself. A layer without a bias gets one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from flax import nnx
+
+from mora_jax.adapters.base import Adapter
+from mora_jax.adapters.config import BitFitConfig
+
+
+class BitFit(Adapter):
+    """A trained addition to the bias of one matrix, or of a stack of them."""
+
+    method: ClassVar[str] = "bitfit"
+    additive: ClassVar[bool] = False
+
+    def __init__(
+        self, in_features: int, out_features: int, config: BitFitConfig, *, rngs: nnx.Rngs | None = None, **placing
+    ):
+        super().__init__(in_features, out_features, config, **placing)
+        self.train_bias()
+
+    @classmethod
+    def only(cls, config: Any) -> BitFitConfig:
+        """The configuration of a bias that another method trains beside its own layers."""
+        return BitFitConfig(targets=config.targets)

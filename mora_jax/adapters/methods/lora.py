@@ -1,0 +1,353 @@
+"""LoRA: `y = x W + (alpha / rank) · (x A) B` (Hu et al., 2021, arXiv 2106.09685, equation 3).
+
+A maps in → rank and B maps rank → out. A starts uniform in ±1/√in (Kaiming with a = √5), B at zero, so a fresh
+adapter changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Layout, over_layers, positive
+from mora_jax.adapters.config import LoRAConfig
+from mora_jax.adapters.layers import AdaptedLinear
+from mora_jax.adapters.methods import lora_init
+from mora_jax.adapters.products.explicit_mesh import whole
+from mora_jax.adapters.products.matmul import Delta, added, dot32, dot32_nt, dot32_tn, trained_dot, widened
+
+Array = jax.Array
+
+
+def init(
+    key: Array, in_features: int, out_features: int, rank: int, *, layers: tuple[int, ...] = ()
+) -> tuple[Array, Array]:
+    """Fresh factors: A uniform in ±1/√in, B zero.
+
+    Returns:
+        float32 `(lora_a [*layers, in, rank], lora_b [*layers, rank, out])`.
+
+    Raises:
+        ValueError: a size or the rank is not a positive integer.
+    """
+    positive(in_features=in_features, out_features=out_features, rank=rank)
+    bound = 1.0 / math.sqrt(in_features)
+    lora_a = jax.random.uniform(key, (*layers, in_features, rank), jnp.float32, -bound, bound)
+    return lora_a, jnp.zeros((*layers, rank, out_features), jnp.float32)
+
+
+def _check(lora_a: Array, lora_b: Array, in_features: int | None = None) -> None:
+    if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[1] != lora_b.shape[0]:
+        raise ValueError(
+            f"lora_a must be [in, rank] and lora_b [rank, out] with one rank; got {lora_a.shape} and {lora_b.shape}"
+        )
+    if in_features is not None and in_features != lora_a.shape[0]:
+        raise ValueError(f"x has {in_features} features, lora_a takes {lora_a.shape[0]} (shape {lora_a.shape})")
+
+
+def apply(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> Array:
+    """The update that LoRA adds: `scaling · (x A) B`.
+
+    Args:
+        x: `[..., in]`, any number of leading dimensions.
+        lora_a: `[in, rank]`.
+        lora_b: `[rank, out]`.
+        scaling: alpha / rank.
+
+    Returns:
+        `[..., out]` in the dtype of `x`; both products accumulate in float32.
+
+    Raises:
+        ValueError: the shapes don't fit.
+    """
+    _check(lora_a, lora_b, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    return _delta(flat, lora_a, lora_b, scaling).astype(x.dtype).reshape(*x.shape[:-1], lora_b.shape[1])
+
+
+def _delta(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float) -> Array:
+    """`x [N, in]` → float32 `[N, out]`; the factors are used in the dtype of `x`."""
+    hidden = trained_dot(x, lora_a) * scaling
+    return trained_dot(hidden.astype(x.dtype), lora_b)
+
+
+def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> Array:
+    """The dense update `scaling · A B` as a Flax kernel, float32 `[in, out]`.
+
+    Raises:
+        ValueError: the shapes don't fit.
+    """
+    _check(lora_a, lora_b)
+    product = jnp.matmul(widened(lora_a), widened(lora_b), precision=jax.lax.Precision.HIGHEST)
+    return product * scaling
+
+
+def _scaling(params: dict[str, Array]) -> Array:
+    """The factor on the hidden features: `[]`, or `[rank]` where layers of a stack have their own ranks."""
+    mask = params.get("rank_mask")
+    return params["scaling"] if mask is None else params["scaling"] * mask
+
+
+def _initial(params: dict[str, Array] | None) -> dict[str, Array] | None:
+    """The factors that the update is counted from, in place of the trained ones; None where it starts at zero."""
+    if params is None or "initial_a" not in params:
+        return None
+    return params | {"lora_a": params["initial_a"], "lora_b": params["initial_b"]}
+
+
+def _dense(params: dict[str, Array]) -> Array:
+    scaling = _scaling(params)
+    if scaling.ndim:
+        return delta_weight(params["lora_a"] * scaling, params["lora_b"])
+    return delta_weight(params["lora_a"], params["lora_b"], scaling)
+
+
+class LoRA(Adapter):
+    """LoRA's factors for one matrix, or for one matrix a layer when they carry a leading layer axis."""
+
+    method: ClassVar[str] = "lora"
+    on_embeddings: ClassVar[bool] = True
+    config: LoRAConfig
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: LoRAConfig,
+        *,
+        rngs: nnx.Rngs,
+        num_layers: int | tuple[int, ...] | None = None,
+        layer_mask: Array | None = None,
+        axes: tuple[str, str] = ("embed", "mlp"),
+    ):
+        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask, axes=axes)
+        lora_a, lora_b = init(rngs.params(), in_features, out_features, config.rank, layers=self.layers)
+        if config.init == "gaussian":
+            lora_a = jax.random.normal(rngs.params(), lora_a.shape, jnp.float32) / config.rank
+        elif config.init == "orthogonal":
+            if config.rank % 2:
+                raise ValueError(f"orthogonal halves its rank, which must be even, not {config.rank}")
+            keys = jax.random.split(rngs.params(), self.layers) if self.layers else rngs.params()
+            draw = partial(lora_init.orthogonal, in_features=in_features, out_features=out_features, rank=config.rank)
+            lora_a, lora_b = over_layers(len(self.layers), draw, (keys,))
+        self.lora_a: nnx.Variable = AdapterParam(lora_a, axes=self.stacked(axes[0], "rank"))
+        self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", axes[1]))
+
+    def limit_ranks(self, ranks: np.ndarray) -> None:
+        """Gives each layer of a stack its own rank: what lies beyond it has no effect and gets no gradient."""
+        used = np.arange(self.config.rank) < np.asarray(ranks).reshape(*self.layers, 1)
+        self.rank_mask = AdapterState(jnp.asarray(used, jnp.float32), axes=self.stacked("rank"))
+
+    @classmethod
+    def for_embedding(
+        cls, num_embeddings: int, features: int, config: LoRAConfig, *, rngs: nnx.Rngs, **placing: Any
+    ) -> LoRA:
+        """LoRA on an embedding table `[V, D]`: A `[V, rank]` zero, B `[rank, D]` normal, as PEFT starts them."""
+        adapter = cls(num_embeddings, features, config, rngs=rngs, axes=("vocab", "embed"), **placing)
+        adapter.lora_a[...] = jnp.zeros_like(adapter.lora_a[...])
+        adapter.lora_b[...] = jax.random.normal(rngs.params(), adapter.lora_b.shape, jnp.float32)
+        return adapter
+
+    def start(self, kernel: Callable[[], Array]) -> None:
+        init = self.config.init
+        if init in lora_init.FROM_BASE:
+            rank = self.config.rank
+            if rank > min(self.in_features, self.out_features):
+                raise ValueError(
+                    f"{init} takes its start from a kernel of {self.in_features} by {self.out_features}, which has no "
+                    f"rank {rank}"
+                )
+            find = lora_init.pissa if init == "pissa" else lora_init.olora
+            lora_a, lora_b = self.map_layers(lambda p, w: find(w, rank, p["scaling"]), whole(kernel()))
+            self.lora_a[...], self.lora_b[...] = lora_a, lora_b
+            # Copies: what is trained is donated to the step, what is frozen is not.
+            self.initial_a = AdapterState(jnp.copy(lora_a), axes=self.stacked(self.axes[0], "rank"))
+            self.initial_b = AdapterState(jnp.copy(lora_b), axes=self.stacked("rank", self.axes[1]))
+        super().start(kernel)
+
+    @classmethod
+    def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
+        """What is added to looked-up rows of an embedding table, float32 `[..., D]`."""
+        picked = (jnp.take(params["lora_a"], ids, axis=0) * _scaling(params)).astype(dtype)
+        flat = trained_dot(picked.reshape(-1, picked.shape[-1]), params["lora_b"])
+        return flat.reshape(*ids.shape, flat.shape[-1])
+
+    @classmethod
+    def scores(cls, query: Array, params: dict[str, Array]) -> Array:
+        """What is added to products of `query [..., D]` with every row of an embedding table, float32 `[..., V]`."""
+        flat = query.reshape(-1, query.shape[-1])
+        hidden = (trained_dot(flat, params["lora_b"].T) * _scaling(params)).astype(query.dtype)
+        return trained_dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], len(params["lora_a"]))
+
+    @classmethod
+    def scale(cls, config: LoRAConfig) -> float:
+        return config.alpha / config.rank
+
+    @classmethod
+    def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        y = _delta(x, params["lora_a"], params["lora_b"], _scaling(params))
+        first = _initial(params)
+        return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], _scaling(params))
+
+    @classmethod
+    def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+        first = _initial(params)
+        return _dense(params) if first is None else _dense(params) - _dense(first)
+
+    @classmethod
+    def fuse(cls, layout: Layout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
+        return FusedLoRA(layout, tuple(config is not None for config in configs))
+
+
+@dataclass(frozen=True)
+class FusedLoRA:
+    """LoRA on several matrices with one input, as one pair of products: A side by side, B block-diagonal.
+
+    The backward is written out: autodiff compiles the contractions over tokens into transposed copies of the large
+    operand.
+    """
+
+    layout: Layout
+    present: tuple[bool, ...]
+    frozen_a: bool = False
+
+    def _factors(self, params, dtype) -> tuple[Array, Array, Array]:
+        """A `[in, R]`, B `[R, features]` in `dtype` and the scaling `[R]`, R the sum of the ranks."""
+        used = [p for p in params if p is not None]
+        lora_a = jnp.concatenate([p["lora_a"].astype(dtype) for p in used], axis=1)
+        scaling = jnp.concatenate([jnp.broadcast_to(_scaling(p), p["lora_a"].shape[1:]) for p in used])
+        if len(params) == 1:
+            return lora_a, used[0]["lora_b"].astype(dtype), scaling
+        rows = []
+        for i, p in enumerate(params):
+            if p is not None:
+                rank = p["lora_b"].shape[0]
+                blocks = [jnp.zeros((rank, self.layout.part_features(j)), dtype) for j in range(len(params))]
+                blocks[i] = p["lora_b"].astype(dtype)
+                rows.append(self.layout.join(blocks))
+        return lora_a, jnp.concatenate(rows, axis=0), scaling
+
+    def _product(self, x: Array, params) -> tuple[Array, Array]:
+        lora_a, lora_b, scaling = self._factors(params, x.dtype)
+        hidden = (dot32(x, lora_a) * scaling).astype(x.dtype)
+        return dot32(hidden, lora_b), hidden
+
+    def forward(self, x: Array, params):
+        y, hidden = self._product(x, params)
+        first = tuple(_initial(p) for p in params)
+        if any(p is not None for p in first):
+            # As a product of its own, so that a fresh update cancels to the last bit.
+            y = y - self._product(x, first)[0]
+        return y, (None if self.frozen_a else x, hidden, params)
+
+    def moved(self, dparams):
+        names = ("lora_b",) if self.frozen_a else ("lora_a", "lora_b")
+        return tuple(None if d is None else {name: d[name] if name in names else None for name in d} for d in dparams)
+
+    def tangent(self, residuals, dx: Array | None, dparams) -> Array | None:
+        x, hidden, params = residuals
+        lora_a, lora_b, scaling = self._factors(params, hidden.dtype)
+        by_name = {name: self._changes(name, params, dparams) for name in ("lora_a", "lora_b")}
+        dhidden = [] if dx is None else [dot32(dx, lora_a)]
+        if by_name["lora_a"] is not None:
+            dhidden.append(dot32(x, self._factors(by_name["lora_a"], hidden.dtype)[0]))
+        terms = [dot32((added(*dhidden) * scaling).astype(hidden.dtype), lora_b)] if dhidden else []
+        if by_name["lora_b"] is not None:
+            terms.append(dot32(hidden, self._factors(by_name["lora_b"], hidden.dtype)[1]))
+        first = tuple(_initial(p) for p in params)
+        if dx is not None and any(p is not None for p in first):
+            terms.append(-self._product(dx, first)[0])
+        return added(*terms) if terms else None
+
+    @staticmethod
+    def _changes(name: str, params, dparams):
+        """`params` with the changes of one factor in its place, zero where it does not change; None without any."""
+        changed = [None if d is None else d[name] for d in dparams]
+        if all(change is None for change in changed):
+            return None
+        return tuple(
+            None if p is None else p | {name: jnp.zeros_like(p[name]) if d is None else d}
+            for p, d in zip(params, changed, strict=True)
+        )
+
+    def backward(self, residuals, dy: Array):
+        x, hidden, params = residuals
+        dtype = hidden.dtype
+        lora_a, lora_b, scaling = self._factors(params, dtype)
+        dhidden = (dot32_nt(dy, lora_b) * scaling).astype(dtype)
+        dx = dot32_nt(dhidden, lora_a)
+        first = tuple(_initial(p) for p in params)
+        if any(p is not None for p in first):
+            first_a, first_b, scaling = self._factors(first, dtype)
+            dx = dx - dot32_nt((dot32_nt(dy, first_b) * scaling).astype(dtype), first_a)
+        da = None if x is None else dot32_tn(x, dhidden)
+        db = dot32_tn(hidden, dy)
+        gradients: list[dict[str, Array | None] | None] = []
+        start = 0
+        for i, p in enumerate(params):
+            if p is None:
+                gradients.append(None)
+                continue
+            rows = slice(start, start + p["lora_b"].shape[0])
+            start = rows.stop
+            part = self.layout.take(db[rows].reshape(-1, *self.layout.out_shape), i)
+            gradients.append(dict.fromkeys(p) | {"lora_a": None if da is None else da[:, rows], "lora_b": part})
+        return dx, tuple(gradients)
+
+
+class LoRALinear(AdaptedLinear):
+    """A Flax NNX linear layer with LoRA: `y = x W + b + (alpha / rank) · (x A) B`.
+
+    The kernel `[in, out]` and bias are `nnx.Param` under the names of `nnx.Linear`; the factors are `AdapterParam`.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        rank: inner size of the update.
+        alpha: numerator of the scaling alpha / rank.
+        dropout: probability of dropping an input feature of the adapter path (never of the base path); it is on
+            unless `layer.eval()` was called, as in `nnx.Dropout`.
+        rngs: keys for the parameters, and for dropout when `dropout` > 0.
+        **linear: whatever `nnx.Linear` takes: `use_bias`, `dtype`, `param_dtype`, `kernel_init`, …
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> layer = mj.LoRALinear(8, 4, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((3, 8))).shape
+        (3, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+        **linear,
+    ):
+        nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
+        config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
+        adapter = LoRA(in_features, out_features, config, rngs=rngs)
+        adapter.fit(self.kernel.dtype)
+        self.put_adapter(adapter, rngs)
+
+    @property
+    def lora_a(self) -> AdapterParam:
+        return self.adapter.lora_a
+
+    @property
+    def lora_b(self) -> AdapterParam:
+        return self.adapter.lora_b

@@ -1,0 +1,326 @@
+"""MoRA: a square matrix M in place of LoRA's two thin factors (Jiang et al., 2024, arXiv 2405.12130).
+
+`y = x W + decompress(compress(x) Mᵀ)`, where compression and decompression have no parameters. The kinds:
+
+| kind                 | compress                         | decompress          | where                          |
+|----------------------|----------------------------------|---------------------|--------------------------------|
+| `sharing`            | strided groups, cyclic padding   | tile                | equation 6, reference type 1   |
+| `grouped`            | contiguous groups                | repeat each entry   | ReMoRA, reference type 2       |
+| `grouped_tile`       | contiguous groups                | tile                | ReMoRA, reference type 3       |
+| `strided_interleave` | strided groups, cyclic padding   | repeat each entry   | ReMoRA, reference type 4       |
+| `rotation`           | blocks, block k rotated by kθ    | concatenate, tile   | equation 9, reference type 6   |
+| `decouple`           | blocks                           | concatenate, tile   | equation 8                     |
+| `truncation`         | the first q features             | zeros after         | equations 4 and 5              |
+
+M starts at zero, so a fresh adapter changes nothing. Neither alpha nor 1/rank scales MoRA. Where paper and the authors'
+code differ (rounding of q, pairing in the rotation, cyclic padding), files made by the authors' code decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, positive
+from mora_jax.adapters.config import MoRAConfig
+from mora_jax.adapters.config.mora import KINDS as KINDS
+from mora_jax.adapters.config.mora import SHARED as SHARED
+from mora_jax.adapters.config.mora import check_kind
+from mora_jax.adapters.layers import AdaptedLinear
+from mora_jax.adapters.products.matmul import trained_dot, widened
+
+Array = jax.Array
+
+STRIDED = ("sharing", "strided_interleave")
+TILED = ("sharing", "grouped_tile")
+_BLOCKS = ("rotation", "decouple")
+
+
+def square_rank(in_features: int, out_features: int, rank: int, kind: str = "sharing") -> int:
+    """The side q of M that spends LoRA's parameters: `round(√((in + out) · rank))`, halves up.
+
+    `rotation` and `decouple` take it down to an even number, since they pair features (2 at least).
+
+    Raises:
+        ValueError: a size or the rank is not a positive integer, or the kind is unknown.
+    """
+    check_kind(kind)
+    positive(in_features=in_features, out_features=out_features, rank=rank)
+    q = int(math.sqrt((in_features + out_features) * rank) + 0.5)
+    return max(2, q - q % 2) if kind in _BLOCKS else q
+
+
+def _check(m: Array, in_features: int, out_features: int, kind: str) -> int:
+    check_kind(kind)
+    positive(in_features=in_features, out_features=out_features)
+    if m.ndim != 2 or m.shape[0] != m.shape[1] or m.shape[0] < 1:
+        raise ValueError(f"m must be a square matrix [q, q], not {m.shape}")
+    if kind in _BLOCKS and m.shape[0] % 2:
+        raise ValueError(f"kind {kind!r} pairs features, so the side of m must be even, not {m.shape[0]}")
+    return m.shape[0]
+
+
+def _pad_cyclic(x: Array, length: int) -> Array:
+    """Extends the last axis to `length` by starting again from the first feature, as often as needed."""
+    n = x.shape[-1]
+    if length == n:
+        return x
+    if length <= 2 * n:
+        return jnp.concatenate([x, x[..., : length - n]], axis=-1)
+    return jnp.tile(x, (1,) * (x.ndim - 1) + (-(-length // n),))[..., :length]
+
+
+def _blocks(x: Array, q: int) -> Array:
+    """`[N, in]` → `[N, ceil(in / q), q]`, padded cyclically."""
+    count = -(-x.shape[-1] // q)
+    return _pad_cyclic(x, count * q).reshape(x.shape[0], count, q)
+
+
+def _group_sums(x: Array, q: int) -> Array:
+    """Sums of q contiguous groups, the first `in mod q` of them one feature longer. `[N, in]` → `[N, q]`."""
+    size, longer = divmod(x.shape[-1], q)
+    head = x[:, : longer * (size + 1)].reshape(x.shape[0], longer, size + 1).sum(-1)
+    tail = x[:, longer * (size + 1) :].reshape(x.shape[0], q - longer, size).sum(-1)
+    return jnp.concatenate([head, tail], axis=-1)
+
+
+def _tile(y: Array, out_features: int) -> Array:
+    return _pad_cyclic(y, out_features) if out_features >= y.shape[-1] else y[:, :out_features]
+
+
+def _interleave(y: Array, out_features: int) -> Array:
+    """Each entry repeated in place, the first `out mod q` once more than the rest. `[N, q]` → `[N, out]`."""
+    q = y.shape[-1]
+    size, longer = divmod(out_features, q)
+    head = jnp.repeat(y[:, :longer], size + 1, axis=-1)
+    tail = jnp.repeat(y[:, longer:], size, axis=-1)
+    return jnp.concatenate([head, tail], axis=-1)
+
+
+def _angles(count: int, q: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of k · 10000^(−2j/q), `[count, q / 2]` in `dtype`."""
+    theta = 10000.0 ** (-2.0 * np.arange(q // 2) / q)
+    angle = np.arange(count)[:, None] * theta
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+
+
+def _rotate(z: Array) -> Array:
+    """Rotates block k by k · θ, feature j paired with j + q/2. float32 `[N, count, q]`."""
+    half = z.shape[-1] // 2
+    cos, sin = _angles(z.shape[-2], z.shape[-1], z.dtype)
+    first, second = z[..., :half], z[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _used_blocks(in_features: int, out_features: int, q: int) -> int:
+    """Blocks whose output is not cut off: with more inputs than outputs the later blocks have no effect."""
+    return min(-(-in_features // q), -(-out_features // q))
+
+
+def _delta(x: Array, m: Array, out_features: int, kind: str) -> Array:
+    """`x [N, in]` → float32 `[N, out]`."""
+    return update(x, m.shape[0], out_features, kind, lambda sums: trained_dot(sums, m.T[: sums.shape[-1]]))
+
+
+def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Array], Array]) -> Array:
+    """What a kind makes of a product with M: sums and rotations in float32, the product in the dtype of `x`.
+
+    Args:
+        x: `[N, in]`.
+        q: side of M.
+        out_features: size of the output.
+        kind: one of `KINDS`.
+        product: `[K, n]` → float32 `[K, q]`, the product with the first n rows of Mᵀ. K is N or a multiple of it,
+            what belongs to one of the N then standing together.
+
+    Returns:
+        float32 `[N, out]`.
+    """
+    n, in_features = x.shape
+    if kind == "truncation":
+        y = product(x[:, : min(q, in_features)])[:, :out_features]
+        return jnp.pad(y, ((0, 0), (0, out_features - y.shape[1])))
+    if kind in _BLOCKS:
+        blocks = _blocks(x, q)[:, : _used_blocks(in_features, out_features, q)]
+        if kind == "rotation" and blocks.shape[1] > 1:
+            blocks = _rotate(widened(blocks)).astype(x.dtype)
+        return _tile(product(blocks.reshape(-1, q)).reshape(n, blocks.shape[1] * q), out_features)
+    return decompress(product(compress(widened(x), q, kind).astype(x.dtype)), out_features, kind)
+
+
+def compress(x: Array, q: int, kind: str) -> Array:
+    """Sums of groups of features, for the kinds that share rows and columns: `[N, in]` → `[N, q]`."""
+    return _blocks(x, q).sum(1) if kind in STRIDED else _group_sums(x, q)
+
+
+def decompress(y: Array, out_features: int, kind: str) -> Array:
+    """Tiled or repeated entries, for the kinds that share rows and columns: `[N, q]` → `[N, out]`."""
+    return _tile(y, out_features) if kind in TILED else _interleave(y, out_features)
+
+
+def apply(x: Array, m: Array, out_features: int, kind: str = "sharing") -> Array:
+    """The update that MoRA adds: compress, multiply by `m`, decompress.
+
+    Args:
+        x: `[..., in]`, any number of leading dimensions.
+        m: `[q, q]`, laid out as in the authors' files: a compressed input a becomes `a @ m.T`.
+        out_features: size of the output.
+        kind: one of `KINDS`.
+
+    Returns:
+        `[..., out_features]` in the dtype of `x`; the product accumulates in float32.
+
+    Raises:
+        ValueError: unknown kind, `m` not square, or of odd side where the kind pairs features.
+    """
+    if x.ndim < 1:
+        raise ValueError("x must have at least one axis, the features; got a scalar")
+    _check(m, x.shape[-1], out_features, kind)
+    y = _delta(x.reshape(-1, x.shape[-1]), m, out_features, kind)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def _fold_rows(rows: Array, in_features: int) -> Array:
+    """Adds the rows of cyclic padding back to the features that they repeat. `[S, out]` → `[in, out]`."""
+    if rows.shape[0] == in_features:
+        return rows
+    return jax.ops.segment_sum(rows, np.arange(rows.shape[0]) % in_features, num_segments=in_features)
+
+
+def _repeat_counts(features: int, q: int) -> np.ndarray:
+    """To which of q contiguous groups each feature belongs, `[features]`."""
+    size, longer = divmod(features, q)
+    return np.repeat(np.arange(q), [size + 1] * longer + [size] * (q - longer))
+
+
+def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sharing") -> Array:
+    """The dense update as a Flax kernel: `x @ delta_weight(…)` equals `apply(x, …)`.
+
+    Args:
+        m: `[q, q]`.
+        in_features, out_features: sizes of the adapted matrix.
+        kind: one of `KINDS`.
+
+    Returns:
+        float32 `[in, out]`.
+
+    Raises:
+        ValueError: as `apply`.
+    """
+    q = _check(m, in_features, out_features, kind)
+    mt = widened(m).T
+    if kind == "truncation":
+        kept_in, kept_out = min(q, in_features), min(q, out_features)
+        return jnp.zeros((in_features, out_features), mt.dtype).at[:kept_in, :kept_out].set(mt[:kept_in, :kept_out])
+    columns = np.arange(out_features)
+    if kind in _BLOCKS:
+        count = -(-in_features // q)
+        rotated = jnp.broadcast_to(mt, (count, q, q))  # [block, in, out]
+        if kind == "rotation":
+            cos, sin = (a[:, :, None] for a in _angles(count, q, mt.dtype))
+            first, second = mt[: q // 2], mt[q // 2 :]
+            rotated = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=1)
+        rows = np.arange(count * q)
+        block_of_column = (columns % (count * q)) // q
+        values = rotated[(rows // q)[:, None], (rows % q)[:, None], (columns % q)[None, :]]
+        return _fold_rows(jnp.where((rows // q)[:, None] == block_of_column[None, :], values, 0.0), in_features)
+    wide = mt[:, columns % q] if kind in TILED else mt[:, _repeat_counts(out_features, q)]
+    if kind in STRIDED:
+        padded = -(-in_features // q) * q
+        return _fold_rows(wide[np.arange(padded) % q], in_features)
+    return wide[_repeat_counts(in_features, q)]
+
+
+def unused_inputs(in_features: int, out_features: int, rank: int, kind: str) -> int:
+    """How many input features have no effect, because the kind cuts off their block (in > out) or their tail."""
+    q = square_rank(in_features, out_features, rank, kind)
+    if kind == "truncation":
+        return max(0, in_features - q)
+    if kind not in _BLOCKS:
+        return 0
+    reached = _used_blocks(in_features, out_features, q) * q
+    return max(0, in_features - reached) if reached < in_features else 0
+
+
+class MoRA(Adapter):
+    """MoRA's square matrix for one matrix, or for one matrix a layer when it carries a leading layer axis."""
+
+    method: ClassVar[str] = "mora"
+    config: MoRAConfig
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: MoRAConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        num_layers: int | tuple[int, ...] | None = None,
+        layer_mask: Array | None = None,
+        axes: tuple[str, str] = ("embed", "mlp"),
+    ):
+        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask, axes=axes)
+        q = square_rank(in_features, out_features, config.rank, config.kind)
+        zeros = jnp.zeros((*self.layers, q, q), jnp.float32)
+        self.m = AdapterParam(zeros, axes=self.stacked("square_out", "square_in"))
+
+    @classmethod
+    def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        return _delta(x, params["m"] * params["scaling"], out_features, config.kind)
+
+    @classmethod
+    def dense(cls, config: MoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+        return delta_weight(params["m"] * params["scaling"], in_features, out_features, config.kind)
+
+
+class MoRALinear(AdaptedLinear):
+    """A Flax NNX linear layer with MoRA: `y = x W + b + decompress(compress(x) Mᵀ)`.
+
+    The kernel `[in, out]` and bias are `nnx.Param` under the names of `nnx.Linear`; `m [q, q]` is an `AdapterParam`.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        rank: LoRA rank of equal parameter count; `square_rank` makes q of it.
+        kind: one of `mora_jax.adapters.methods.mora.KINDS`.
+        dropout: probability of dropping an input feature of the adapter path (never of the base path); it is on
+            unless `layer.eval()` was called, as in `nnx.Dropout`.
+        rngs: keys for the parameters, and for dropout when `dropout` > 0.
+        **linear: whatever `nnx.Linear` takes: `use_bias`, `dtype`, `param_dtype`, `kernel_init`, …
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> layer = mj.MoRALinear(8, 4, rank=2, kind="rotation", rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((3, 8))).shape
+        (3, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        kind: str = "sharing",
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+        **linear,
+    ):
+        rngs = as_rngs(rngs)
+        nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
+        config = MoRAConfig(rank=rank, kind=kind, dropout=dropout)
+        adapter = MoRA(in_features, out_features, config)
+        adapter.fit(self.kernel.dtype)
+        self.put_adapter(adapter, rngs)
+
+    @property
+    def m(self) -> AdapterParam:
+        return self.adapter.m

@@ -1,0 +1,95 @@
+"""The methods by name: configuration and adapter class. A new method is one file and one line here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mora_jax.adapters.base import Adapter
+from mora_jax.adapters.config import (
+    AdaLoRAConfig,
+    BitFitConfig,
+    DoRAConfig,
+    FullConfig,
+    IA3Config,
+    LoRAConfig,
+    LoRAFAConfig,
+    LoRAPlusConfig,
+    MoRAConfig,
+    OLoRAConfig,
+    PiSSAConfig,
+    ReLoRAConfig,
+    ReMoRAConfig,
+    RsLoRAConfig,
+    VeRAConfig,
+)
+from mora_jax.adapters.methods.adalora import AdaLoRA
+from mora_jax.adapters.methods.bitfit import BitFit
+from mora_jax.adapters.methods.ia3 import IA3
+from mora_jax.adapters.methods.lora import LoRA
+from mora_jax.adapters.methods.lora_variants import DoRA, LoRAFA, LoRAPlus, OLoRA, PiSSA, ReLoRA, RsLoRA
+from mora_jax.adapters.methods.mora import MoRA
+from mora_jax.adapters.methods.remora import ReMoRA
+from mora_jax.adapters.methods.vera import VeRA
+
+
+class Method(NamedTuple):
+    """A method: its configuration, and its adapter class (None for full fine-tuning, which has none)."""
+
+    config: type
+    adapter: type[Adapter] | None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the configuration can be given."""
+        return tuple(field.name for field in dataclasses.fields(self.config) if field.init)
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(LoRAConfig, LoRA),
+    "rslora": Method(RsLoRAConfig, RsLoRA),
+    "dora": Method(DoRAConfig, DoRA),
+    "pissa": Method(PiSSAConfig, PiSSA),
+    "olora": Method(OLoRAConfig, OLoRA),
+    "lora_plus": Method(LoRAPlusConfig, LoRAPlus),
+    "lora_fa": Method(LoRAFAConfig, LoRAFA),
+    "mora": Method(MoRAConfig, MoRA),
+    "vera": Method(VeRAConfig, VeRA),
+    "adalora": Method(AdaLoRAConfig, AdaLoRA),
+    "ia3": Method(IA3Config, IA3),
+    "relora": Method(ReLoRAConfig, ReLoRA),
+    "remora": Method(ReMoRAConfig, ReMoRA),
+    "bitfit": Method(BitFitConfig, BitFit),
+    "full": Method(FullConfig, None),
+}
+CONFIGS: dict[str, type] = {name: method.config for name, method in METHODS.items()}
+METHOD_KEYS: dict[str, tuple[str, ...]] = {name: method.keys for name, method in METHODS.items()}
+
+
+def adapter_class(config: Any) -> type[Adapter]:
+    """The adapter class of a configuration.
+
+    Raises:
+        TypeError: `config` is no adapter configuration.
+    """
+    for method in METHODS.values():
+        if method.config is type(config) and method.adapter is not None:
+            return method.adapter
+    known = ", ".join(kind.__name__ for kind in CONFIGS.values())
+    raise TypeError(f"config must be one of {known}, not {type(config).__name__}")
+
+
+def config_from(values: Mapping[str, Any]) -> Any:
+    """The configuration that a dictionary with the key `method` describes.
+
+    Keys that the method does not know are left out, and so are values that are None.
+
+    Raises:
+        ValueError: an unknown method, or a value that the method refuses.
+    """
+    name = values.get("method")
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+    method = METHODS[name]
+    return method.config(**{key: values[key] for key in method.keys if values.get(key) is not None})

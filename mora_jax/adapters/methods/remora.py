@@ -1,0 +1,66 @@
+"""ReMoRA: MoRA folded into the base again and again, each time with the next kind (Jiang et al., 2024, section 5.3).
+
+The kind is data, not structure: one compiled step serves all of them. The kinds in question differ only in how they
+sum inputs into groups (strided or contiguous) and how they spread outputs (tiled or repeated); both sides are cheap
+beside the product with M, so where the cycle has both forms of a side, both are computed and one is selected.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax.adapters.base import AdapterState
+from mora_jax.adapters.config import ReMoRAConfig
+from mora_jax.adapters.methods.mora import STRIDED, TILED, MoRA, compress, decompress, delta_weight
+from mora_jax.adapters.products.matmul import trained_dot, widened
+
+Array = jax.Array
+
+
+class ReMoRA(MoRA):
+    """MoRA that can be started anew with the next of its kinds.
+
+    Attributes:
+        turn: float32 `[*layers]`, the number of the current kind in `config.kinds`.
+    """
+
+    method: ClassVar[str] = "remora"
+    config: ReMoRAConfig
+
+    def __init__(self, in_features: int, out_features: int, config: ReMoRAConfig, **options: Any):
+        super().__init__(in_features, out_features, config, **options)
+        self.turn = AdapterState(jnp.zeros(self.layers, jnp.float32), axes=self.stacked())
+
+    @classmethod
+    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+        m, kinds = params["m"] * params["scaling"], config.kinds
+        choose = partial(_choose, kinds, params["turn"])
+        sums = choose(STRIDED, lambda kind: compress(widened(x), m.shape[0], kind))
+        y = trained_dot(sums.astype(x.dtype), m.T)
+        return choose(TILED, lambda kind: decompress(y, out_features, kind))
+
+    @classmethod
+    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+        forms = [
+            partial(delta_weight, in_features=in_features, out_features=out_features, kind=k) for k in config.kinds
+        ]
+        return jax.lax.switch(params["turn"].astype(jnp.int32), forms, params["m"] * params["scaling"])
+
+    def renew(self, key: Array) -> None:
+        """A zero M of the next kind; what was trained must have been folded into the base before."""
+        self.m[...] = jnp.zeros_like(self.m[...])
+        self.turn[...] = (self.turn[...] + 1) % len(self.config.kinds)
+
+
+def _choose(kinds: tuple[str, ...], turn: Array, group: tuple[str, ...], form: Any) -> Array:
+    """`form(kind)` of the current kind, where kinds in `group` agree in it and so do the others."""
+    inside = [kind for kind in kinds if kind in group]
+    outside = [kind for kind in kinds if kind not in group]
+    if not inside or not outside:
+        return form(kinds[0])
+    member = jnp.asarray([kind in group for kind in kinds])[turn.astype(jnp.int32)]
+    return jnp.where(member, form(inside[0]), form(outside[0]))

@@ -1,0 +1,1 @@
+"""Matrix products with adapters beside them, and what these need."""

@@ -1,0 +1,240 @@
+"""One adapted projection in its general form: `y = gain ⊙ ((scale ⊙ x) W + delta(scale ⊙ x)) + bias`.
+
+Methods that only add (LoRA, MoRA) take `adapted_dot`, whose backward is written out; a gain on outputs or inputs, or a
+trained bias, is put around it here, for several matrices with one input as for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mora_jax.adapters.base import Adapter, Layout, PartwiseDelta, params_of
+from mora_jax.adapters.products.matmul import (
+    Delta,
+    Kernel,
+    adapted_dot,
+    added,
+    dot32,
+    dot32_nt,
+    dot32_tn,
+    kernel_tangent,
+    matrix_for,
+    perturbed_product,
+    widened,
+)
+from mora_jax.adapters.products.quantization import Quantized
+from mora_jax.adapters.products.tangent import any_perturbed, linear, perturbed
+
+Array = jax.Array
+Dropout = Callable[[int, Array], Array]
+
+
+def adapted_product(
+    layout: Layout,
+    adapters: tuple[Adapter | None, ...],
+    x: Array,
+    kernel: Kernel,
+    bias: Array | None,
+    dropout: Dropout | None = None,
+    stored: Callable[[], Array] | None = None,
+) -> Array:
+    """The output of matrices that share one input, each with its adapter or without.
+
+    Args:
+        layout: how the matrices lie in the output.
+        adapters: one a matrix, on leaves without layer axis; None for a bare matrix.
+        x: `[N, in]` in the compute dtype.
+        kernel: `[in, *layout.out_shape]`, perhaps quantised.
+        bias: `[*layout.out_shape]` or None.
+        dropout: `(number of the part, x) → x` for the adapters' inputs; None without dropout.
+        stored: gives the kernel as it is stored, where `kernel` is rounded to the compute dtype: a gain is that of the
+            kernel which is merged.
+
+    Returns:
+        `[N, layout.features]` in the dtype of `x`.
+    """
+    params = tuple(None if a is None else params_of(a) for a in adapters)
+    scales = [None if a is None else a.input_gain(a.config, p or {}) for a, p in zip(adapters, params, strict=True)]
+    if any(scale is not None for scale in scales):
+        if len(adapters) > 1:
+            return _one_by_one(layout, adapters, x, kernel, bias, dropout)
+        x = scale_features(x, scales[0])
+    gain = _gain(layout, adapters, params, kernel if stored is None else stored(), x)
+    bias = _bias(layout, adapters, params, bias)
+    methods = tuple(type(a) if a is not None and a.additive else None for a in adapters)
+    configs = tuple(a.config if a is not None and a.additive else None for a in adapters)
+    given = tuple(p if method is not None else None for p, method in zip(params, methods, strict=True))
+    if dropout is not None:
+        y = adapted_dot(None, x, kernel, bias if gain is None else None, None)
+        y = widened(y)
+        y = y + _dropped(layout, methods, configs, given, x, dropout)
+        if gain is not None:
+            y = y * gain
+            y = y if bias is None else y + widened(bias.reshape(-1))
+        return y.astype(x.dtype)
+    kinds = {method for method in methods if method is not None}
+    delta: Delta | None = kinds.pop().fuse(layout, configs) if len(kinds) == 1 else None
+    if delta is None and any(method is not None for method in methods):
+        delta = PartwiseDelta(layout, methods, configs)
+    arrays = None if delta is None else given
+    if gain is None:
+        return adapted_dot(delta, x, kernel, bias, arrays)
+    return scaled_dot(delta, x, kernel, bias, gain, arrays)
+
+
+def _one_by_one(layout, adapters, x, kernel, bias, dropout) -> Array:
+    """Matrices whose inputs are scaled differently are as many products."""
+    parts = []
+    for i, adapter in enumerate(adapters):
+        alone = Layout((layout.part_features(i),), 0, (layout.part_features(i),))
+        part_bias = None if bias is None else layout.take(bias, i)
+        drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
+        parts.append(adapted_product(alone, (adapter,), x, _taken(layout, kernel, i), part_bias, drop))
+    return layout.join(parts)
+
+
+def _taken(layout: Layout, kernel: Kernel, index: int) -> Kernel:
+    """The kernel of one part; quantised as the whole is."""
+    return jax.tree.map(lambda array: layout.take(array, index), kernel)
+
+
+def _dense_part(layout: Layout, kernel: Kernel, index: int, x: Array) -> Array:
+    """The kernel of one part, dense: what a quantised one is in a product with `x`."""
+    part = _taken(layout, kernel, index)
+    return matrix_for(part, lax.stop_gradient(x)) if isinstance(part, Quantized) else part
+
+
+def _gain(layout: Layout, adapters, params, kernel: Kernel, x: Array) -> Array | None:
+    """The gains of all parts, float32 `[features]`; None where no part has one."""
+    gains = [
+        None if a is None else a.output_gain(a.config, p, partial(_dense_part, layout, kernel, i, x))
+        for i, (a, p) in enumerate(zip(adapters, params, strict=True))
+    ]
+    if all(gain is None for gain in gains):
+        return None
+    ones = [jnp.ones((layout.part_features(i),), jnp.float32) if g is None else g for i, g in enumerate(gains)]
+    return layout.join(ones)
+
+
+def _bias(layout: Layout, adapters, params, bias: Array | None) -> Array | None:
+    """The layer's bias with what adapters add to it; flat float32 where they add anything."""
+    added = [
+        None if a is None else a.added_bias(a.config, p, None if bias is None else layout.take(bias, i))
+        for i, (a, p) in enumerate(zip(adapters, params, strict=True))
+    ]
+    if all(value is None for value in added):
+        return bias
+    zeros = [jnp.zeros((layout.part_features(i),), jnp.float32) if b is None else b for i, b in enumerate(added)]
+    total = layout.join(zeros)
+    return total if bias is None else widened(bias.reshape(-1)) + total
+
+
+def _dropped(layout: Layout, methods, configs, params, x: Array, dropout: Dropout) -> Array:
+    """The updates with dropout on their inputs, float32 `[N, features]`."""
+    parts = []
+    for i, (method, config) in enumerate(zip(methods, configs, strict=True)):
+        features = layout.part_features(i)
+        if method is None:
+            parts.append(jnp.zeros((x.shape[0], features), jnp.float32))
+        else:
+            parts.append(method.delta(config, features, dropout(i, x) if config.dropout > 0 else x, params[i]))
+    return layout.join(parts)
+
+
+@jax.custom_jvp
+def scale_features(x: Array, gain: Array) -> Array:
+    """`x [N, in]` times a trained `gain [in]`, in the dtype of `x`; the gain's gradient is summed in float32."""
+    return (widened(x) * gain).astype(x.dtype)
+
+
+@partial(scale_features.defjvp, symbolic_zeros=True)
+def _scale_features_jvp(primals, tangents):
+    y = scale_features(*primals)
+    return y, linear(_scale_features_tangent, _scale_features_backward, primals, perturbed(tangents), y)
+
+
+def _scale_features_tangent(residuals, tangents):
+    (x, gain), (dx, dgain) = residuals, tangents
+    by_x = None if dx is None else widened(dx) * gain
+    return added(by_x, None if dgain is None else widened(x) * dgain).astype(x.dtype)
+
+
+def _scale_features_backward(residuals, dy):
+    x, gain = residuals
+    dy = widened(dy)
+    return (dy * gain).astype(x.dtype), jnp.sum(dy * widened(x), axis=0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def scaled_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | None, gain: Array, params: Any) -> Array:
+    """`gain ⊙ (x @ kernel + delta(x)) + bias`, with the promises of `adapted_dot`; `gain` is float32 `[out]`."""
+    return _finish(_sum(delta, x, kernel, params)[0], gain, bias).astype(x.dtype)
+
+
+def _sum(delta, x, kernel, params):
+    y = dot32(x, matrix_for(kernel, x))
+    if delta is None:
+        return y, None
+    update, residuals = delta.forward(x, params)
+    return y + update, residuals
+
+
+def _finish(y, gain, bias):
+    y = y * gain
+    return y if bias is None else y + widened(bias.reshape(-1))
+
+
+@partial(scaled_dot.defjvp, symbolic_zeros=True)
+def _scaled_dot_jvp(delta, primals, tangents):
+    x, kernel, bias, gain, params = primals
+    moved = perturbed_product(delta, tangents)
+    _, dkernel, dbias, dgain, _ = moved
+    y, residuals = _sum(delta, x, kernel, params)
+    # The gain's gradient needs the product before the gain; in the compute dtype, as a layer's output would be kept.
+    product = None if dgain is None else y.astype(x.dtype)
+    saved = None if dkernel is None else x, kernel, None if dbias is None else bias, gain, product, residuals
+    y = _finish(y, gain, bias).astype(x.dtype)
+    if not any_perturbed(moved):
+        return y, jnp.zeros_like(y)
+    backward = partial(_scaled_dot_backward, delta)
+    return y, linear(partial(_scaled_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved, y)
+
+
+def _scaled_dot_tangent(delta, shape, dtype, saved, tangents):
+    kept_x, kernel, _, gain, product, residuals = saved
+    dx, dkernel, dbias, dgain, dparams = tangents
+    inner = (
+        None if dx is None else dot32(dx, matrix_for(kernel, dx)),
+        None if kept_x is None else kernel_tangent(kept_x, dkernel),
+        None if delta is None else delta.tangent(residuals, dx, dparams),
+    )
+    dy = added(
+        *(None if term is None else term * gain for term in inner),
+        None if product is None else widened(product) * dgain,
+        None if dbias is None else widened(dbias.reshape(-1)),
+    )
+    return jnp.broadcast_to(dy.astype(dtype), shape)
+
+
+def _scaled_dot_backward(delta, saved, dy):
+    kept_x, kernel, bias_like, gain, product, residuals = saved
+    dy32 = widened(dy)
+    inner = (dy32 * gain).astype(dy.dtype)
+    dx = dot32_nt(inner, matrix_for(kernel, inner))
+    dparams = dkernel = dbias = dgain = None
+    if delta is not None:
+        dx_added, dparams = delta.backward(residuals, inner)
+        dx = dx + dx_added
+    if kept_x is not None:
+        dkernel = dot32_tn(kept_x, inner).reshape(kernel.shape).astype(kernel.dtype)
+    if bias_like is not None:
+        dbias = jnp.sum(dy32, axis=0).reshape(bias_like.shape).astype(bias_like.dtype)
+    if product is not None:
+        dgain = jnp.sum(dy32 * widened(product), axis=0)
+    return dx.astype(dy.dtype), dkernel, dbias, dgain, dparams

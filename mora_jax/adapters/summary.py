@@ -1,0 +1,223 @@
+"""What a model carries: a report for people, and one entry a layer for files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.bank import refuse_banks
+from mora_jax.adapters.base import Adapter, AdapterParam, host
+from mora_jax.adapters.config import MoRAConfig
+from mora_jax.adapters.layers import Adapted
+from mora_jax.adapters.matching.naming import wrapped
+from mora_jax.adapters.matching.skipped import Skipped, skipped
+from mora_jax.adapters.matching.targets import Place, has_adapter, places
+from mora_jax.adapters.methods.mora import unused_inputs
+from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
+from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.trainable_base import kept
+
+
+@dataclass(frozen=True)
+class Match:
+    """One line of a report: a matrix (or a stack of them), its sizes, and what is trained on it.
+
+    For a module that is trained whole, `layers`, `in_features` and `out_features` are 0.
+    """
+
+    path: str
+    layers: int
+    in_features: int
+    out_features: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did; prints as a table.
+
+    Attributes:
+        method: name of the method.
+        matches: the adapted layers, and the modules that are trained whole.
+        trainable, total: numbers of parameters, adapters included in both.
+        warnings: what a user should know, one sentence each.
+        skipped: matrices without an adapter, those of one reason together.
+    """
+
+    method: str
+    matches: tuple[Match, ...]
+    trainable: int
+    total: int
+    warnings: tuple[str, ...] = field(default=())
+    skipped: tuple[Skipped, ...] = field(default=())
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "layers", "in", "out", "trainable")]
+        for m in self.matches:
+            layers, inputs, outputs = (str(n) if m.layers else "" for n in (m.layers, m.in_features, m.out_features))
+            rows.append((m.path, layers, inputs, outputs, f"{m.trainable:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]).rstrip()
+            for row in rows
+        ]
+        rule = "─" * max(len(line) for line in lines)
+        lines = [lines[0], rule, *lines[1:], rule] if self.matches else []
+        share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
+        lines.append(f"{self.method}: {share}")
+        lines += [line for one in self.skipped for line in wrapped(str(one))]
+        lines += [line for text in self.warnings for line in wrapped(f"warning: {text}")]
+        return "\n".join(lines)
+
+
+def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
+    """The report on the adapters that `model` carries, wherever they came from.
+
+    Args:
+        model: with adapters.
+        config: what they were attached with; with it the report says what was passed over.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    matches, warnings, methods = [], [], []
+    for place in places(model):
+        if not has_adapter(place):
+            continue
+        adapter = adapter_at(place)
+        # A bank has a scaling for each of its slots, too.
+        scaling = np.asarray(adapter.scaling[...]).reshape(*adapter.layers, -1)
+        active = int(np.count_nonzero(scaling.any(-1)))
+        matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
+        warnings += warnings_of(adapter.config, place.title, place.in_features, place.out_features)
+        methods.append(adapter.method)
+    if not matches:
+        raise ValueError("the model carries no adapter")
+    seen: set[int] = set()
+    for paths, module, values in kept(model):
+        masters = [getattr(module, name) for name in values]
+        size = sum(master[...].size for master in masters if id(master) not in seen)
+        seen.update(id(master) for master in masters)
+        matches.append(Match(", ".join(paths), 0, 0, 0, size))
+        if not isinstance(module, Projection | OutputHead) and not isinstance(getattr(module, "path", None), str):
+            warnings.append(
+                f"{', '.join(paths) or '(the model itself)'} is trained whole, which save_adapter has no name for in a "
+                "model of your own: merge and save the model's state, or save that of mj.partition"
+            )
+    trainable = sum(match.trainable for match in matches)
+    total = count(model, nnx.Not(AdapterParam)) + trainable
+    passed_over = () if config is None else skipped(model, config)
+    return AttachReport(
+        "+".join(dict.fromkeys(methods)), tuple(matches), trainable, total, tuple(warnings), passed_over
+    )
+
+
+def _trainable(adapter: Adapter) -> int:
+    """Trained numbers that have an effect: none in layers that are left out, or beyond a layer's rank."""
+    state = nnx.state(adapter, AdapterParam)
+    active = np.asarray(adapter.scaling[...]).reshape(-1) != 0
+    total = 0
+    for path, variable in nnx.to_flat_state(state):
+        total += _used(str(path[-1]), variable.get_value().size // len(active), adapter, active)
+    return total
+
+
+def _used(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
+    mask = getattr(adapter, "rank_mask", None)
+    if mask is None or name not in ("lora_a", "lora_b"):
+        return size * int(active.sum())
+    ranks = np.asarray(mask[...]).sum(-1).astype(int).reshape(-1)
+    return int((ranks * active).sum()) * (size // mask.shape[-1])
+
+
+def count(model: nnx.Module, *filters) -> int:
+    """How many numbers the parameters of a model have; quantised ones count as what they stand for."""
+    state = nnx.state(model, nnx.All(nnx.Param, *filters))
+    kernels = nnx.state(model, nnx.All(QuantizedParam, *filters))
+    packed = sum(packed_sizes(model).values()) if jax.tree.leaves(kernels) else 0
+    return sum(leaf.size for leaf in jax.tree.leaves(state)) + packed
+
+
+def adapter_at(place: Place) -> Adapter:
+    """The adapter of a place that has one."""
+    assert place.adapter is not None, f"{place.title} carries no adapter"
+    return place.adapter
+
+
+def warnings_of(config: Any, title: str, in_features: int, out_features: int) -> list[str]:
+    """What a user should know about a method on a matrix of this size."""
+    if not isinstance(config, MoRAConfig):
+        return []
+    unused = unused_inputs(in_features, out_features, config.rank, config.kind)
+    if not unused:
+        return []
+    why = "" if config.kind == "truncation" else " (in > out, as in the authors' code)"
+    return [f"{config.kind} at rank {config.rank} ignores {unused} of the {in_features} inputs of {title}{why}"]
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapted matrix of one layer, without the stacking and fusing of memory.
+
+    Attributes:
+        path: module path; HuggingFace's for the decoder's layers.
+        method: name of the method.
+        config: the method's configuration, with the rank of this layer.
+        in_features, out_features: sizes of the matrix.
+        is_embedding: whether the matrix is an embedding table.
+        params: arrays by name (`lora_a [in, r]`, `lora_b [r, out]`, `m [q, q]`, `scaling []`, `magnitude [out]`,
+            `bias [out]`, …), as numpy.
+    """
+
+    path: str
+    method: str
+    config: Any
+    in_features: int
+    out_features: int
+    is_embedding: bool
+    params: dict[str, np.ndarray]
+
+
+def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
+    """Every adapted matrix of `model`, one entry a layer; layers that a stacked adapter leaves out don't occur.
+
+    Raises:
+        ValueError: the model has several named adapters.
+    """
+    refuse_banks(model, "take")
+    for place in places(model):
+        if not has_adapter(place):
+            continue
+        adapter = adapter_at(place)
+        # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
+        arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
+        for i, path in enumerate(place.paths):
+            params = {name: value[place.index(i)] for name, value in arrays.items()}
+            if params["scaling"] == 0:
+                continue
+            config = adapter.config
+            mask = params.pop("rank_mask", None)
+            if mask is not None:
+                rank = int(mask.sum())
+                params |= {"lora_a": params["lora_a"][:, :rank], "lora_b": params["lora_b"][:rank]}
+                config = dataclasses.replace(config, rank=rank)
+            sizes = place.in_features, place.out_features
+            yield AdapterEntry(path, adapter.method, config, *sizes, place.is_embedding, params)
+
+
+def adapted_layers(model: nnx.Module) -> Iterator[Any]:
+    """The modules that hold adapters: `Projection`s with any, adapted layers, an adapted head."""
+    for _, node in nnx.iter_graph(model):
+        adapted_head = isinstance(node, OutputHead) and node.adapter is not None
+        if isinstance(node, Adapted) or adapted_head or (isinstance(node, Projection) and len(node.adapters)):
+            yield node

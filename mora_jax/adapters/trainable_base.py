@@ -1,0 +1,127 @@
+"""Base weights that are trained themselves: float32 masters in place of frozen parameters.
+
+Full fine-tuning trains all of them and keeps nothing else. For `modules_to_save`, and for biases beside adapters, the
+frozen values stay with the module under `trained_from`, so that adapters can be taken off again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mora_jax.adapters.base import AdapterParam, AdapterState, FullParam
+from mora_jax.adapters.layers import Adapted
+from mora_jax.adapters.products.matmul import widened
+from mora_jax.adapters.projection import Projection
+
+KEPT = "trained_from"
+
+
+class Masters:
+    """Makes masters of parameters; a parameter that several modules share stays shared."""
+
+    def __init__(self, *, keep: bool):
+        """With `keep`, modules keep the frozen values too."""
+        self._made: dict[int, tuple[FullParam, AdapterState]] = {}
+        self._keep = keep
+
+    def train(self, module: nnx.Module, name: str) -> int:
+        """Trains the parameter `module.name`; returns how many numbers that adds, 0 where it is trained already."""
+        value = getattr(module, name)
+        if not isinstance(value, nnx.Param) or isinstance(value, AdapterParam):
+            return 0
+        added = 0
+        if id(value) not in self._made:
+            array = value[...]
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                return 0
+            axes = value.get_metadata().get("axes")
+            metadata = {} if axes is None else {"axes": axes}
+            self._made[id(value)] = FullParam(widened(array), **metadata), AdapterState(array, **metadata)
+            added = array.size
+        master, frozen = self._made[id(value)]
+        setattr(module, name, master)
+        if self._keep:
+            if not hasattr(module, KEPT):
+                setattr(module, KEPT, nnx.Dict())
+            getattr(module, KEPT)[name] = frozen
+        return added
+
+    def train_all(self, module: nnx.Module) -> int:
+        """Trains every parameter that `module` holds itself; returns how many numbers that adds."""
+        return sum(self.train(module, name) for name, value in list(vars(module).items()) if _is_param(value))
+
+
+def _is_param(value: Any) -> bool:
+    return isinstance(value, nnx.Param) and not isinstance(value, AdapterParam)
+
+
+def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
+    """Trains the modules whose path has one of `names` as a component, keeping their frozen values.
+
+    Raises:
+        ValueError: a name that no module has; a matrix that is stored together with others which are not named.
+    """
+    masters, found = Masters(keep=True), set()
+    for path, module in named_modules(model):
+        hits = [name for name in names if any(name in one.split(".") for one in path)]
+        if not hits:
+            continue
+        if isinstance(module, Projection):
+            others = [one for one in path if not any(name in one.split(".") for name in names)]
+            if module.quantized is not None:
+                raise ValueError(
+                    f"modules_to_save: {hits[0]} can't be trained whole: model.quantize={module.quantized} holds it in "
+                    "few bits"
+                )
+            if others:
+                raise ValueError(f"modules_to_save: {hits[0]} is stored together with {others[0]}; name that too")
+        found.update(hits)
+        masters.train_all(module)
+    missing = [name for name in names if name not in found]
+    if missing:
+        known = sorted({one.rpartition(".")[2] for path, _ in named_modules(model) for one in path})
+        raise ValueError(f"modules_to_save: no module is called {missing[0]!r}; there are {', '.join(known)}")
+
+
+def train_biases(model: nnx.Module) -> None:
+    """Trains every `bias` of modules without adapters (norms, convolutions), keeping the frozen values."""
+    masters = Masters(keep=True)
+    for _, module in named_modules(model):
+        if not isinstance(module, Projection | Adapted) and _is_param(getattr(module, "bias", None)):
+            masters.train(module, "bias")
+
+
+def named_modules(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module]]:
+    """Modules that hold parameters themselves, with their paths: those in files where they are known."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Projection):
+            yield tuple(node.module_path(part.name, "*") for part in node.parts), node
+            continue
+        if not isinstance(node, nnx.Module) or not any(isinstance(v, nnx.Param) for v in vars(node).values()):
+            continue
+        own = getattr(node, "path", None)  # where the decoder's modules lie in files
+        yield (own.format(layer="*") if isinstance(own, str) else ".".join(str(p) for p in path),), node
+
+
+def kept(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module, dict[str, AdapterState]]]:
+    """Modules with masters beside their frozen values: paths, module, and the frozen values by name."""
+    for path, module in named_modules(model):
+        if hasattr(module, KEPT):
+            yield path, module, dict(getattr(module, KEPT))
+
+
+def restore(model: nnx.Module, *, trained: bool) -> None:
+    """Makes frozen parameters of masters again: with the trained values, in the dtype of old, or with those of old."""
+    made: dict[int, nnx.Param] = {}
+    for _, module, values in list(kept(model)):
+        for name, frozen in values.items():
+            master, array = getattr(module, name), frozen[...]
+            if id(master) not in made:
+                metadata = {key: value for key, value in frozen.get_metadata().items() if key == "axes"}
+                made[id(master)] = nnx.Param(master[...].astype(array.dtype) if trained else array, **metadata)
+            setattr(module, name, made[id(master)])
+        delattr(module, KEPT)

@@ -1,0 +1,272 @@
+"""Files to rows of one kind: reads, finds out the format, and says which row breaks it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from mora_jax.data.conversation import Row
+from mora_jax.data.formats.column_mapping import Mapping
+from mora_jax.data.formats.registry import FORMATS, Format, detect_format, find_format, recognise
+from mora_jax.data.formats.rows import Rows, Skipped, or_skip
+from mora_jax.data.read.locate import Origin, locate
+from mora_jax.data.read.validate import check_weight, found
+from mora_jax.errors import InputError
+
+_NO_MAPPING = Mapping()
+#: Rows in which a format is looked for.
+_LOOK_AT = 20
+ON_ERROR = ("raise", "skip")
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Turns a row as a file holds it into rows; it can be sent to another process.
+
+    Attributes:
+      format: the name of the format.
+      guessed: whether the format was recognised rather than asked for; a row of another one is then an error.
+      mapping: other names for columns and roles.
+    """
+
+    format: str
+    guessed: bool = False
+    mapping: Mapping = _NO_MAPPING
+
+    def __call__(self, source: str, raw: Any) -> list[Row]:
+        """Converts a row.
+
+        Args:
+          source: file and row, for errors.
+          raw: the row as it was read. An error in its place is raised.
+
+        Returns:
+          Nearly always one row; one for each instance of self_instruct.
+
+        Raises:
+          InputError: says what in the row cannot be used.
+        """
+        if isinstance(raw, InputError):
+            raise raw
+        try:
+            return self._convert(source, self.mapping.apply(raw))
+        except InputError as error:
+            raise self.mapping.explain(error) from None
+
+    def _convert(self, source: str, row: Any) -> list[Row]:
+        chosen = FORMATS[self.format]
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{source}: a row should be an object with keys and is {found(row)}; expected {chosen.wanted}"
+            )
+        if self.guessed and not chosen.matches(row) and (other := recognise(row)):
+            raise InputError(
+                f"{source}: mixed formats: this row is of format `{other.name}`, others are of `{chosen.name}`"
+                f" (expected {chosen.wanted}); give each format a file of its own"
+            )
+        rows = list(chosen.convert(row, source, self.mapping))
+        weight = row.get("weight")
+        # An empty cell of a CSV table says nothing.
+        if weight is None or weight == "":
+            return rows
+        factor = check_weight(weight, "weight", source)
+        return [replace(item, weight=factor) for item in rows]
+
+
+class RowStream(Iterable[Row]):
+    """The rows of one or more files, read anew and one at a time whenever they are iterated over.
+
+    Made by `open_rows`.
+
+    Attributes:
+      files: the paths and ids that the rows come from.
+      skipped: what was left out of the last pass, with `on_error="skip"`.
+      notes: what a user should be told about the files.
+    """
+
+    def __init__(
+        self,
+        origins: tuple[Origin, ...],
+        chosen: Format | None,
+        mapping: Mapping,
+        on_error: str,
+        max_rows: int | None,
+        notes: tuple[str, ...] = (),
+    ):
+        self._origins = origins
+        self._asked = chosen
+        self._mapping = mapping
+        self._on_error = on_error
+        self._max_rows = max_rows
+        self.notes = notes
+        self.files = tuple(origin.name for origin in origins)
+        self.skipped = Skipped()
+
+    @property
+    def format(self) -> str:
+        """The name of the format. If none was asked for, the first rows are looked at."""
+        return self.converter.format
+
+    @cached_property
+    def converter(self) -> Converter:
+        """What turns the rows of `raw` into rows; it can be sent to other processes."""
+        if self._asked:
+            return Converter(self._asked.name, False, self._mapping)
+        return Converter(self._detect().name, True, self._mapping)
+
+    def _detect(self) -> Format:
+        seen: list[tuple[str, Any]] = []
+        skipped = Skipped()
+        try:
+            for source, raw in self.raw():
+                if isinstance(raw, InputError):
+                    skipped.add(raw)
+                    continue
+                seen.append((source, self._mapping.apply(raw)))
+                if len(seen) == _LOOK_AT or recognise(seen[-1][1]):
+                    break
+        except InputError:
+            if not seen:
+                raise
+        if not seen:
+            raise _nothing_left(skipped)
+        try:
+            return detect_format(seen)
+        except InputError as error:
+            raise self._mapping.explain(error) from None
+
+    def raw(self) -> Iterator[tuple[str, Any]]:
+        """Reads the rows as they are, for `converter` to convert, here or in another process.
+
+        Yields:
+          `(source, row)`: file and number of the row, and its keys and values. With `on_error="skip"` the error
+          comes in place of a row that cannot be read; `converter` raises it.
+
+        Raises:
+          InputError: for what cannot be read.
+        """
+        return islice(self._read(), self._max_rows)
+
+    def _read(self) -> Iterator[tuple[str, Any]]:
+        for origin in self._origins:
+            empty = True
+            for number, row in origin.rows():
+                empty = False
+                if self._on_error == "raise" and isinstance(row, InputError):
+                    raise or_skip(row)
+                yield f"{origin.name}, row {number}", row
+            if empty:
+                raise InputError(f"{origin.name} holds no rows")
+
+    def __iter__(self) -> Iterator[Row]:
+        convert = self.converter
+        skipped = self.skipped = Skipped()
+        kept = 0
+        for source, raw in self.raw():
+            try:
+                rows = convert(source, raw)
+            except InputError as error:
+                if self._on_error == "raise":
+                    raise or_skip(error) from None
+                skipped.add(error)
+                continue
+            kept += len(rows)
+            yield from rows
+        if not kept:
+            raise _nothing_left(skipped)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the data and of all settings that change what rows are made of it."""
+        settings = {
+            "format": self._asked.name if self._asked else None,
+            "columns": self._mapping.columns,
+            "roles": self._mapping.roles,
+            "on_error": self._on_error,
+            "max_rows": self._max_rows,
+            "data": [origin.digest() for origin in self._origins],
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"rows of format `{self.format}` from {', '.join(self.files)}"
+
+
+def _nothing_left(skipped: Skipped) -> InputError:
+    return InputError(f"no row can be used: {skipped}")
+
+
+def open_rows(
+    paths: Any,
+    format: str | None = None,
+    *,
+    mapping: Mapping | None = None,
+    on_error: str = "raise",
+    split: str | None = None,
+    subset: str | None = None,
+    streaming: bool = False,
+    max_rows: int | None = None,
+) -> RowStream:
+    """Finds data; its rows are read when they are asked for, and memory holds one of them at a time.
+
+    Args:
+      paths: one or several: data files, globs, folders of data files, folders saved by `datasets`, or hub ids
+        (`owner/name`); all of one format. Or rows in memory: dictionaries, a `datasets.Dataset`, a table of pandas.
+      format: a name in `formats.FORMATS`, or None to find it out from the first rows.
+      mapping: the data's names of columns and roles.
+      on_error: `raise` at the first row that breaks the format, or `skip` such rows and count them. What cannot be
+        read at all is an error in either case, and so is data of which every row is skipped.
+      split: of hub data (default `train`), of saved folders with several splits, and of folders whose files are
+        named after several.
+      subset: of hub data.
+      streaming: read hub data over the network as it is needed.
+      max_rows: read so many rows and no more.
+
+    Raises:
+      InputError: for paths that lead nowhere and settings that do not exist.
+    """
+    if on_error not in ON_ERROR:
+        raise InputError(f"unknown on_error {on_error!r}: choose one of {', '.join(ON_ERROR)}")
+    if max_rows is not None and max_rows < 1:
+        raise InputError(f"max_rows is {max_rows}: it must be at least 1")
+    chosen = find_format(format) if format else None
+    notes: list[str] = []
+    origins = locate(paths, split, subset, streaming, notes)
+    return RowStream(origins, chosen, mapping or _NO_MAPPING, on_error, max_rows, tuple(notes))
+
+
+def load_rows(
+    paths: Any,
+    format: str | None = None,
+    *,
+    mapping: Mapping | None = None,
+    on_error: str = "raise",
+    split: str | None = None,
+    subset: str | None = None,
+    streaming: bool = False,
+    max_rows: int | None = None,
+) -> Rows:
+    """Reads data into memory; for the arguments see `open_rows`.
+
+    Returns:
+      The rows, with the name of their format and what was skipped.
+
+    Raises:
+      InputError: names the file, the row and the key that cannot be used.
+    """
+    stream = open_rows(
+        paths,
+        format,
+        mapping=mapping,
+        on_error=on_error,
+        split=split,
+        subset=subset,
+        streaming=streaming,
+        max_rows=max_rows,
+    )
+    rows = list(stream)
+    return Rows(rows, stream.format, stream.files, stream.skipped)

@@ -1,0 +1,209 @@
+"""What a user is told of rows that no format reads: what they are, or which format is nearest and what to map."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mora_jax.data.formats.column_mapping import COLUMNS
+from mora_jax.data.read.validate import shown
+
+#: Formats, the most used first.
+_USED = ("messages", "alpaca", "prompt_completion", "question_answer", "sharegpt")
+_LIST = "docs/formats.md lists all formats"
+#: Columns of a row that are named.
+_NAMED = 8
+#: What columns with a question and columns with its answer are called in public data.
+_ASKED = (
+    *("prompt", "question", "query", "instruction", "instructions", "input", "inputs", "problem", "request", "user"),
+    *("human", "article", "document", "dialogue", "passage", "source_text", "src", "title", "context"),
+)
+_ANSWERED = (
+    *("completion", "answer", "response", "output", "outputs", "targets", "target", "reply", "solution", "summary"),
+    *(
+        "highlights",
+        "assistant",
+        "gpt",
+        "generated_solution",
+        "final_answer",
+        "long_answer",
+        "demonstration",
+        "label",
+        "continuation",
+    ),
+)
+_PLAIN = ("content", "body", "passage", "document", "article", "code")
+#: Keys of the objects in a list of turns.
+_TURNS = (("role", "content"), ("from", "value"), ("input", "output"))
+_SPEAKERS = ("role", "from", "speaker", "author", "sender", "who", "user", "name")
+_WORDS = ("content", "value", "text", "message", "utterance", "words", "said", "body")
+_CHATS = ("data", "dialog", "dialogue", "chat", "turns", "chat_history")
+
+
+def refusal(row: Any) -> str | None:
+    """Why a row should not be read although it has the keys of a format; None for other rows."""
+    if not isinstance(row, dict):
+        return None
+    if {"message_id", "parent_id", "role", "text"} <= row.keys():
+        return (
+            "the row is one message of a tree (`message_id`, `parent_id`), as OpenAssistant publishes them: join each"
+            " path from root to leaf into one row with `messages`, or set data.format=text to train on single messages"
+        )
+    if {"prompt", "completion"} <= row.keys() and isinstance(row.get("label"), bool):
+        return (
+            "the row says by `label` whether its completion is wanted: keep the rows where it is true, and set"
+            " data.columns to ignore=label"
+        )
+    if isinstance(row.get("answer"), int):
+        return _choices(row)
+    return None
+
+
+def _choices(row: dict[str, Any]) -> str | None:
+    if not isinstance(row.get("choices"), list | dict):
+        return None
+    return (
+        "the row is a question with `choices`, and says by a number or a letter which is right: write a row with"
+        " `question` and the words of the right one as `answer`"
+    )
+
+
+def _preference(row: dict[str, Any]) -> str | None:
+    if not {"chosen", "rejected"} <= row.keys():
+        return None
+    partner = {"prompt": "completion", "question": "answer", "query": "response", "instruction": "output"}
+    if isinstance(row["chosen"], list):
+        ours = "messages"
+    else:
+        ours = next((answer for key, answer in partner.items() if row.get(key) is not None), "text")
+    return (
+        "the row is a pair of answers to prefer between (`chosen`, `rejected`), and training is on one: set"
+        f" data.columns to {ours}=chosen to train on the chosen ones"
+    )
+
+
+def _tree(row: dict[str, Any]) -> str | None:
+    if not ("message_tree_id" in row and isinstance(row.get("prompt"), dict)):
+        return None
+    return (
+        "the row is a tree of messages (`message_tree_id`, `prompt` with `replies`), as OpenAssistant publishes them:"
+        " join each path from root to leaf into one row with `messages`"
+    )
+
+
+def _script(row: dict[str, Any]) -> str | None:
+    chat = row.get("chat")
+    if not (isinstance(chat, str) and "ASSISTANT:" in chat):
+        return None
+    return (
+        "`chat` holds a whole conversation as one text (USER: ..., ASSISTANT: ...), as Glaive publishes them: split it"
+        " into `messages` (llamafactory/glaive_toolcall_en is such a copy), or set data.columns to text=chat to train"
+        " on all of it"
+    )
+
+
+def _rated(row: dict[str, Any]) -> str | None:
+    answers = row.get("completions")
+    if not (isinstance(answers, list) and any(isinstance(answer, dict) for answer in answers)):
+        return None
+    return (
+        "`completions` holds several answers to one instruction, as UltraFeedback publishes them: choose one of them,"
+        " and write it beside the instruction as `output`"
+    )
+
+
+def _wrapped(row: dict[str, Any]) -> str | None:
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and any(map(value[0].get, _ASKED + _LISTS)):
+            if _chat_keys(key, value) is None:
+                return f"the file holds one object, with the rows in its list {shown(key)}: write that list alone"
+    return None
+
+
+_LISTS = ("messages", "conversations", "text")
+_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_preference, _tree, _script, _rated, _choices, _wrapped)
+
+
+def no_format(row: dict[str, Any], formats: Iterable[tuple[str, frozenset[str]]]) -> str:
+    """What to say of a row that is of no format.
+
+    Args:
+      row: its keys and values, under our names.
+      formats: names of formats, each with the keys that it needs.
+
+    Returns:
+      What public data of this kind is and what to do with it; for other data the columns, the nearest format and the
+      columns to map.
+    """
+    for kind in _KNOWN:
+        if words := kind(row):
+            return words
+    names = ", ".join(map(shown, list(row)[:_NAMED])) + (f" and {len(row) - _NAMED} more" if len(row) > _NAMED else "")
+    intro = f"no format has the columns {names or '(none)'}"
+    found = _nearest(row, dict(formats))
+    if found is None:
+        return f"{intro}: name those to read in data.columns, as in prompt=COLUMN,completion=COLUMN; {_LIST}"
+    name, needed, columns = found
+    text = f"{intro}: nearest is `{name}`"
+    if lacking := [key for key in sorted(needed) if key not in row and key not in columns]:
+        text += f", which needs {' and '.join(f'`{key}`' for key in lacking)} too"
+    settings = ",".join(f"{ours}={theirs}" for ours, theirs in (columns | dict.fromkeys(lacking, "COLUMN")).items())
+    return f"{text}; set data.columns to {settings}; {_LIST}"
+
+
+#: A format, the keys that it needs, and which columns should be mapped to them.
+_Found = tuple[str, frozenset[str], dict[str, str]]
+
+
+def _nearest(row: dict[str, Any], needs: dict[str, frozenset[str]]) -> _Found | None:
+    own = {key.strip().lower(): key for key in row}
+    for key, value in row.items():
+        if (keys := _chat_keys(key, value)) is not None:
+            return "messages", needs["messages"], {"messages": key} | keys
+    asked, answered = _first(own, _ASKED), _first(own, _ANSWERED)
+    best: _Found | None = None
+    score = 0.0
+    # The first of those that are equally near: the most used ones come first.
+    for name in sorted(needs, key=lambda name: _USED.index(name) if name in _USED else len(_USED)):
+        needed = needs[name]
+        places = {ours: theirs for ours in sorted(needed) if (theirs := _alike(own, ours)) is not None}
+        value = len(places) / len(needed) + 0.01 * len(places)
+        if value > score:
+            columns = {ours: theirs for ours, theirs in places.items() if ours != theirs}
+            # Columns beside them that are called as ours but for case.
+            columns |= {ours: theirs for ours, theirs in own.items() if ours in COLUMNS and ours != theirs}
+            best, score = (name, needed, columns), value
+    if score < 1.0 and asked and answered and asked != answered:
+        pair = {"prompt": asked, "completion": answered}
+        columns = {ours: theirs for ours, theirs in pair.items() if ours != theirs}
+        return "prompt_completion", needs["prompt_completion"], columns
+    if best is None and (plain := _first(own, _PLAIN)):
+        return "text", needs["text"], {"text": plain}
+    return best
+
+
+def _first(own: dict[str, str], names: Sequence[str]) -> str | None:
+    return next((own[name] for name in names if name in own), None)
+
+
+def _alike(own: dict[str, str], ours: str) -> str | None:
+    """The column that is called so but for case and a slip."""
+    close = [ours] if ours in own else difflib.get_close_matches(ours, own, n=1, cutoff=0.8)
+    return own[close[0]] if close else None
+
+
+def _chat_keys(key: str, value: Any) -> dict[str, str] | None:
+    """For a column with the turns of a conversation, the keys of a turn that are to be mapped; else None."""
+    if not isinstance(value, list) or not value:
+        return None
+    first = value[0]
+    if isinstance(first, str):
+        return {} if key.lower() in _CHATS else None
+    if not isinstance(first, dict):
+        return None
+    if any({role, text} <= first.keys() for role, text in _TURNS):
+        return {}
+    own = {key.lower(): key for key in first}
+    speaker, words = _first(own, _SPEAKERS), _first(own, _WORDS)
+    return {"role": speaker, "content": words} if speaker and words else None

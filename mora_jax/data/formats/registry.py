@@ -1,0 +1,233 @@
+"""Formats: what the keys of a row mean. A format is one function and one entry in `FORMATS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mora_jax.data.conversation import Conversation, Message, Row
+from mora_jax.data.formats.column_mapping import Mapping
+from mora_jax.data.formats.messages import read_message, read_turns
+from mora_jax.data.formats.nearest import no_format, refusal
+from mora_jax.data.formats.pretokenized import read_segments, read_tokens
+from mora_jax.data.formats.tool_calls import read_spoken_calls, read_tools
+from mora_jax.data.read.validate import absent, check_list, check_object, check_text, found, optional_list
+from mora_jax.errors import InputError
+
+__all__ = ["FORMATS", "Format", "RawRow", "detect_format", "find_format", "read_message", "recognise"]
+
+#: A row as a file holds it, under our names.
+RawRow = dict[str, Any]
+Convert = Callable[[RawRow, str, Mapping], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys that make a row one of a format.
+
+    Attributes:
+      needed: all of these, with values.
+      barred: none of these, filled or not: they would say that the needed ones mean something else.
+    """
+
+    needed: frozenset[str]
+    barred: frozenset[str] = frozenset()
+
+    def match(self, row: RawRow, filled: bool = True) -> bool:
+        """Whether the row has these keys; with a value, if `filled`."""
+        return self.needed <= {key for key, value in row.items() if not (filled and absent(value))} and (
+            self.barred.isdisjoint(row)
+        )
+
+    def __str__(self) -> str:
+        return " + ".join(f"`{key}`" for key in sorted(self.needed))
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows with certain keys become conversations, passages or token ids.
+
+    Attributes:
+      name: as a user writes it in `config.data.format`.
+      keys: a row that has one of these is of this format. The first are the names that `data.columns` maps to.
+      convert: `(row, source, mapping)` -> rows (nearly always one). The columns are mapped already.
+    """
+
+    name: str
+    keys: tuple[Keys, ...]
+    convert: Convert
+
+    def matches(self, row: RawRow, filled: bool = True) -> bool:
+        """Whether the row has the keys of this format; with a value, if `filled`."""
+        return any(keys.match(row, filled) for keys in self.keys)
+
+    @property
+    def wanted(self) -> str:
+        """The keys in words."""
+        return " or ".join(map(str, self.keys))
+
+
+def _text(row: RawRow, *keys: str, source: str, default: str | None = None) -> str:
+    """The text under the first of the keys that holds one that is not empty; null and NaN count as absent."""
+    given = [key for key in keys if not absent(row.get(key))]
+    if given:
+        key = next((key for key in given if row[key] != ""), given[0])
+        return check_text(row[key], key, source)
+    if default is not None:
+        return default
+    missing = " or ".join(f"`{key}`" for key in keys)
+    state = "is null" if any(key in row for key in keys) else "is missing"
+    raise InputError(f"{source}: {missing} {state}; expected text")
+
+
+def _conversation(row: RawRow, source: str, turns: list[Message]) -> Conversation:
+    """The turns, behind the system message and with the tools that stand beside them."""
+    system = _text(row, "system", "system_prompt", source=source, default="")
+    # Some data has the text at both places.
+    if system and turns[:1] != [opening := Message("system", system)]:
+        turns = [opening, *turns]
+    key = next((key for key in ("tools", "functions") if optional_list(row.get(key), key, source)), "tools")
+    return Conversation(tuple(turns), source=source, tools=read_tools(row.get(key), key, source))
+
+
+def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    del mapping
+    messages = []
+    for turn, pair in enumerate(optional_list(row.get("history"), "history", source)):
+        key = f"history[{turn}]"
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"{source}: `{key}` should be a pair of texts, [instruction, answer]")
+        messages.append(Message("user", check_text(pair[0], f"{key}[0]", source)))
+        messages.append(Message("assistant", check_text(pair[1], f"{key}[1]", source)))
+    instruction = _text(row, "instruction", source=source)
+    context = _text(row, "input", "context", source=source, default="")
+    messages.append(Message("user", instruction, context))
+    messages.append(Message("assistant", _text(row, "output", "response", source=source)))
+    yield _conversation(row, source, messages)
+
+
+def _messages(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    yield _conversation(row, source, read_turns(row.get("messages"), "messages", source, mapping))
+
+
+def _sharegpt(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    key = _filled(row, "conversations", "conversation")
+    yield _conversation(row, source, read_turns(row.get(key), key, source, mapping))
+
+
+def _prompt_completion(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    messages = []
+    for role, keys in (
+        ("user", ("prompt", "inputs", "input")),
+        ("assistant", ("completion", "targets", "response", "output")),
+    ):
+        key = _filled(row, *keys)
+        messages += (
+            read_turns(row[key], key, source, mapping)
+            if isinstance(row.get(key), list)
+            else [Message(role, _text(row, *keys, source=source))]
+        )
+    yield _conversation(row, source, messages)
+
+
+def _question_answer(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    del mapping
+    context = _text(row, "context", source=source, default="")
+    question = Message("user", _text(row, "question", "query", source=source), context)
+    if _filled(row, "answer", "response", "answers") == "answers":
+        answer = Message("assistant", "", tool_calls=read_spoken_calls(row["answers"], "answers", source))
+    else:
+        answer = Message("assistant", _text(row, "answer", "response", source=source))
+    yield _conversation(row, source, [question, answer])
+
+
+def _self_instruct(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    instruction = _text(row, "instruction", source=source)
+    for index, item in enumerate(check_list(row.get("instances"), "instances", source)):
+        instance = check_object(item, f"instances[{index}]", source, "`input` and `output`")
+        yield from _alpaca({"instruction": instruction, **instance}, f"{source}, `instances[{index}]`", mapping)
+
+
+def _plain(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
+    del mapping
+    yield Conversation(text=_text(row, "text", source=source), source=source)
+
+
+def _filled(row: RawRow, *keys: str) -> str:
+    """The first of the keys that has a value; the first of all if none has."""
+    return next((key for key in keys if not absent(row.get(key))), keys[0])
+
+
+def _format(name: str, convert: Convert, *keys: str, barred: dict[str, str] | None = None) -> Format:
+    without = barred or {}
+    entries = (
+        Keys(frozenset(alternative.split("+")), frozenset(without.get(alternative, "").split())) for alternative in keys
+    )
+    return Format(name, tuple(entries), convert)
+
+
+#: In the order in which a row is compared with them: those whose keys say most come first. Rows that were
+#: tokenised often keep the columns that they were made from.
+FORMATS = {
+    entry.name: entry
+    for entry in (
+        _format("tokens", read_tokens, "input_ids"),
+        _format("segments", read_segments, "segments"),
+        _format("messages", _messages, "messages"),
+        _format("sharegpt", _sharegpt, "conversations", "conversation"),
+        _format("self_instruct", _self_instruct, "instruction+instances"),
+        _format("alpaca", _alpaca, "instruction+output", "instruction+response"),
+        _format(
+            "prompt_completion",
+            _prompt_completion,
+            *("prompt+completion", "prompt+response", "inputs+targets", "input+output"),
+            # A row of an Alpaca set whose instruction is null.
+            barred={"input+output": "instruction"},
+        ),
+        _format(
+            "question_answer",
+            _question_answer,
+            *("question+answer", "query+response", "question+response", "query+answer", "query+answers+tools"),
+        ),
+        _format("text", _plain, "text"),
+    )
+}
+
+
+def find_format(name: str) -> Format:
+    """The format of that name, or `InputError` with the names that exist."""
+    if name not in FORMATS:
+        raise InputError(f"unknown data format {name!r}: choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def recognise(row: Any) -> Format | None:
+    """The first format whose keys the row has, with values; None if it is of none."""
+    if not isinstance(row, dict):
+        return None
+    return next((candidate for candidate in FORMATS.values() if candidate.matches(row)), None)
+
+
+def detect_format(rows: Sequence[tuple[str, Any]]) -> Format:
+    """The format of the first row of which one is recognised.
+
+    Args:
+      rows: the first rows, under our names, each with its source.
+
+    Raises:
+      InputError: if none is recognised; it speaks of the first row.
+    """
+    for source, row in rows:
+        if reason := refusal(row):
+            raise InputError(f"{source}: {reason}")
+        if chosen := recognise(row):
+            return chosen
+    source, row = rows[0]
+    if not isinstance(row, dict):
+        raise InputError(f"{source}: a row should be an object with keys and is {found(row)}")
+    for candidate in FORMATS.values():
+        # All keys of a format and null in one of them: its own check says which.
+        if candidate.matches(row, filled=False):
+            return candidate
+    raise InputError(f"{source}: {no_format(row, [(entry.name, entry.keys[0].needed) for entry in FORMATS.values()])}")

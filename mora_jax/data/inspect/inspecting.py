@@ -1,0 +1,177 @@
+"""A look at a data set: which of its tokens carry loss, how long its rows are, and which loss mode suits it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mora_jax.data.dataset import EncodedDataset
+from mora_jax.data.inspect.advice import advise_on
+from mora_jax.data.inspect.describe import training_weights, visible
+from mora_jax.data.inspect.report import NEAR_EMPTY, Report
+from mora_jax.data.loss_weights import MODES, LossWeights
+from mora_jax.data.segments import ANSWER, INSTRUCTION, Segment
+from mora_jax.data.sources import OFF, Source
+
+# Characters of a repeated prompt that are shown.
+_SHOWN = 80
+
+
+def inspect_data(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    tokenizer: Any,
+    *,
+    mode: str = "masked",
+    prompt_weight: float = 0.0,
+    max_length: int = 512,
+    truncation: str = "right",
+    examples: int = 0,
+    **source: Any,
+) -> dict[str, Any]:
+    """Encodes data files and reports on them.
+
+    Args:
+      paths: one file or several.
+      tokenizer: a fast `transformers` tokenizer.
+      mode: a loss mode, see `weights.MODES`.
+      prompt_weight: weight of instruction tokens in `weighted` and `wit`.
+      max_length: the most tokens of an example.
+      truncation: see `cutting.TRUNCATIONS`.
+      examples: how many encoded rows to give along.
+      **source: see `Source`, such as `format` and `template`.
+
+    Returns:
+      See `inspect_dataset`.
+    """
+    names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    settings: dict[str, Any] = {"cache": OFF, "workers": 1} | source
+    where = Source(tuple(os.fspath(name) for name in names), **settings)
+    loss = LossWeights(mode, prompt_weight)
+    special = tokenizer.all_special_ids
+    dataset = EncodedDataset(where.load(tokenizer), loss, max_length, truncation, special_ids=special)
+    return inspect_dataset(dataset, examples)
+
+
+def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any]:
+    """What there is to say of a data set.
+
+    Args:
+      dataset: the encoded rows.
+      examples: how many of them to give along.
+
+    Returns:
+      An object that JSON can hold. Rows: `format`, `files`, `template`, `rows`, `kept`, `dropped` (by cause),
+      `truncated`, `split`, `bad_rows` (what was wrong with the first of them). Loss: `mode`, `loss` (its settings),
+      `tokens`, `trained_tokens`, `trained_fraction`, `segments` (tokens of each kind and their mean weight,
+      before any cut), `ratio`
+      (instruction tokens for each response token) and `ratio_median` (the median of the rows). Lengths: `lengths`,
+      `histogram` (`from`: the classes' lower ends, and `rows`), `max_length`, `over_max_length` (rows),
+      `lost_fraction` (of the trained tokens), `recommended_max_length`. What else to look at: `duplicates`,
+      `near_empty`, `seam_rows`, `special_rows`, `fell_back`, `notes`, `advice` (one line that begins with the mode)
+      and `advice_details`. Then `examples`: a list of `input_ids`, `weights` and `segments` (names), where
+      `weights[i]` is the weight of predicting token i, with the row's own weight in it.
+    """
+    report, advice = dataset.report, advise_on(dataset.report)
+    starts, rows = report.histogram()
+    return {
+        "format": report.format,
+        "files": report.files,
+        "rows": report.rows,
+        "kept": report.kept,
+        "dropped": report.dropped,
+        "bad_rows": report.reasons,
+        "truncated": report.truncated,
+        "split": report.split,
+        "tokens": report.tokens,
+        "trained_tokens": report.trained_tokens,
+        "trained_fraction": report.trained_fraction,
+        "segments": {name: {"tokens": n, "mean_weight": weight} for name, n, weight in segment_table(report)},
+        "ratio": report.ratio,
+        "ratio_median": report.median_ratio,
+        "lengths": report.quantiles,
+        "histogram": {"from": starts.tolist(), "rows": rows.tolist()},
+        "max_length": report.max_length,
+        "over_max_length": report.over_length,
+        "lost_fraction": report.lost_share,
+        "recommended_max_length": report.recommended_max_length,
+        "duplicates": {"rows": report.duplicated, "fraction": report.duplicated_share},
+        "near_empty": {"rows": report.near_empty, "at_most_tokens": NEAR_EMPTY},
+        "seam_rows": report.seam_rows,
+        "special_rows": report.special_rows,
+        "fell_back": report.fell_back,
+        "template": report.template,
+        "mode": report.mode,
+        "loss": asdict(dataset.loss) | {"roles": list(dataset.loss.roles)},
+        "notes": report.notes,
+        "advice": advice.text,
+        "advice_details": {
+            "mode": advice.mode,
+            "prompt_weight": advice.prompt_weight,
+            "confidence": advice.confidence,
+            "evidence": list(advice.evidence),
+            "limits": list(advice.limits),
+        },
+        "examples": [
+            {
+                "input_ids": example.input_ids.tolist(),
+                "weights": training_weights(example).tolist(),
+                "segments": [Segment(segment).label for segment in example.segments.tolist()],
+            }
+            for example in dataset[:examples]
+        ],
+    }
+
+
+def loss_words(loss: LossWeights) -> str:
+    """The loss mode, with those of its settings that count and are not the defaults."""
+    words = loss.mode
+    if loss.mode in ("weighted", "wit"):
+        words += f", prompt_weight {loss.prompt_weight:g}"
+    if MODES[loss.mode].roles and loss.roles != ("assistant",):
+        words += f", roles {' and '.join(loss.roles)}"
+    for name in ("end_of_turn", "headers"):
+        if (value := getattr(loss, name)) is not None:
+            words += f", {name} {value}"
+    return words
+
+
+def segment_table(report: Report) -> list[tuple[str, int, float]]:
+    """The kinds of tokens that occur, before any cut: name, tokens, and the mean of their weights."""
+    counts: dict[str, int] = {}
+    weights: dict[str, float] = {}
+    for segment in Segment:
+        if report.by_segment[segment]:
+            name = segment.label
+            counts[name] = counts.get(name, 0) + int(report.by_segment[segment])
+            weights[name] = weights.get(name, 0.0) + float(report.weight_by_segment[segment])
+    return [(name, count, weights[name] / count) for name, count in counts.items()]
+
+
+def repeated_prompts(dataset: EncodedDataset, tokenizer: Any, most: int = 3) -> list[tuple[str, int]]:
+    """The instructions that most rows share.
+
+    Args:
+      dataset: the encoded rows, all of their store.
+      tokenizer: the tokenizer that encoded them.
+      most: how many to give.
+
+    Returns:
+      The beginning of each instruction, and how many rows ask it; those that are asked more than once.
+    """
+    prompts = dataset.report.prompts
+    values, first, counts = np.unique(prompts, return_index=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    chosen = [place for place in order.tolist() if values[place] and counts[place] > 1][:most]
+    told = []
+    for place in chosen:
+        tokens = dataset.store[int(first[place])]
+        answers = np.flatnonzero(np.isin(tokens.segments, ANSWER))
+        before = slice(0, answers[0] if len(answers) else len(tokens))
+        asked = tokens.input_ids[before][np.isin(tokens.segments[before], INSTRUCTION)]
+        text = visible(" ".join(tokenizer.decode(asked[: 2 * _SHOWN].tolist()).split()))
+        told.append((text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...", int(counts[place])))
+    return told

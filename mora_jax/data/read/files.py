@@ -1,0 +1,201 @@
+"""Data files to numbered rows (dicts), one row at a time. What the keys of a row mean is `registry.py`'s matter.
+
+Parquet goes through `datasets`. JSON and CSV do not: its readers guess types from the values, so that an
+answer "2011-01-01" comes back as a datetime and "007" as 7, and their errors know neither row nor key.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from mora_jax.data.read.byte_streams import TextReader, decode, open_bytes, read_lines
+from mora_jax.data.read.hf_datasets import read_parquet
+from mora_jax.data.read.json_stream import ListReader, parse
+from mora_jax.errors import InputError
+
+#: A row's number in its file, counted from 1 (lines for files of lines), and its keys and values. A row that
+#: cannot be read, where the next one can, comes as the error.
+NumberedRow = tuple[int, Any]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file.
+
+    Attributes:
+      path: a .json, .jsonl, .ndjson, .csv or .txt file, or one of these in .gz, or a .parquet file. The three kinds
+        of JSON may each hold a list, or a row a line.
+
+    Raises:
+      InputError: if the ending of the name is none of these.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        kind, packed = self._kind
+        if kind not in READERS:
+            raise InputError(
+                f"{self.path}: cannot tell the kind of file from its name; known endings: {', '.join(READERS)}, .gz"
+            )
+        if kind == ".parquet" and packed:
+            raise InputError(f"{self.path}: a .parquet file is compressed inside; unpack the .gz first")
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return str(self.path)
+
+    @property
+    def _kind(self) -> tuple[str, bool]:
+        before, last = ["", "", *(suffix.lower() for suffix in self.path.suffixes)][-2:]
+        return (before, True) if last == ".gz" else (last, False)
+
+    def rows(self) -> Iterator[NumberedRow]:
+        """Reads the file, row by row.
+
+        Raises:
+          InputError: for a file, an encoding or a syntax that cannot be read.
+        """
+        return READERS[self._kind[0]](self.path)
+
+    def digest(self) -> str:
+        """SHA-256 of how the file is read, and of its bytes."""
+        try:
+            with open(self.path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror or error}") from None
+        return f"{self._kind} {content}"
+
+
+def _json_or_error(line: bytes, path: Path, number: int) -> Any:
+    try:
+        return parse(decode(line, path, number), path, number)
+    except InputError as error:
+        return error
+
+
+def _text_or_error(line: bytes, path: Path, number: int) -> Any:
+    try:
+        return {"text": decode(line, path, number).removesuffix("\n").removesuffix("\r")}
+    except InputError as error:
+        return error
+
+
+def _read_json_lines(path: Path) -> Iterator[NumberedRow]:
+    with open_bytes(path) as file:
+        if _first_byte(file) != b"[":
+            yield from _rows_of_lines(file, path)
+            return
+    yield from _read_json(path)
+
+
+def _rows_of_lines(file: IO[bytes], path: Path) -> Iterator[NumberedRow]:
+    number = 0
+    for number, line in read_lines(file):
+        yield number, _json_or_error(line, path, number)
+    if not number:
+        raise InputError(f"{path} is empty")
+
+
+def _read_json(path: Path) -> Iterator[NumberedRow]:
+    with open_bytes(path) as file:
+        first = _first_byte(file)
+        if not first:
+            raise InputError(f"{path} is empty")
+        if first == b"[":
+            rows: Iterator[NumberedRow] = iter(ListReader(TextReader(file, path).read, path))
+            empty = f"{path} holds an empty list"
+        else:
+            rows = _rows_of_lines(file, path)
+            empty = f"{path} is empty"
+        row = next(rows, None)
+        if row is None:
+            raise InputError(empty)
+        if first == b"{" and isinstance(row[1], InputError):
+            raise InputError(
+                f"{path}: expected a list of rows, [...], or one row a line; of an object that holds the rows, write"
+                f" their list alone ({row[1]})"
+            )
+        if isinstance(row[1], InputError):
+            raise row[1]
+        yield row
+        yield from rows
+
+
+def _first_byte(file: IO[bytes]) -> bytes:
+    """The first byte that is no space, without moving on; empty if there is none."""
+    start = file.tell()
+    while piece := file.read(1 << 16):
+        if piece.strip():
+            break
+    file.seek(start)
+    return piece.lstrip()[:1]
+
+
+def _read_csv(path: Path) -> Iterator[NumberedRow]:
+    with open_bytes(path) as file:
+        texts = (decode(line, path, number) for number, line in enumerate(file, start=1))
+        table = csv.reader(texts, strict=True)
+        names: list[str] | None = []
+        while names is not None and not any(name.strip() for name in names):
+            names = _next_fields(table, path)
+        if names is None:
+            raise InputError(f"{path} is empty")
+        names = [name.strip() for name in names]
+        if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+            raise InputError(f"{path}: the header has no comma but {mark!r}; save the table with commas between cells")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"{path}: the header names the column {twice[0]!r} twice; rename one")
+        number = 0
+        while (fields := _next_fields(table, path)) is not None:
+            number += 1
+            if not fields:
+                continue
+            if len(fields) == len(names):
+                yield number, dict(zip(names, fields, strict=True))
+            else:
+                yield (
+                    number,
+                    InputError(
+                        f"{path}, row {number}: {len(fields)} fields where the header names {len(names)} columns"
+                    ),
+                )
+
+
+def _next_fields(table: Any, path: Path) -> list[str] | None:
+    # The limit on a field, 128 KiB, belongs to the whole process; it is put back before anyone else reads.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        return next(table, None)
+    except csv.Error as error:
+        raise InputError(f"{path}, line {table.line_num}: broken CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_text(path: Path) -> Iterator[NumberedRow]:
+    """One row a line, as `datasets` reads text files; blank lines are none."""
+    number = 0
+    with open_bytes(path) as file:
+        for number, line in read_lines(file):
+            yield number, _text_or_error(line, path, number)
+    if not number:
+        raise InputError(f"{path} is empty")
+
+
+#: How to read a file, by the ending of its name.
+READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".csv": _read_csv,
+    ".txt": _read_text,
+    ".parquet": read_parquet,
+}

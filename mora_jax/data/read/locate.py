@@ -1,0 +1,163 @@
+"""Where rows are: files, globs, folders, folders that `datasets` saved, and data sets on the hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from mora_jax.data.read.files import READERS, DataFile, NumberedRow
+from mora_jax.data.read.hf_datasets import HubData, SavedFolder
+from mora_jax.data.read.memory_rows import memory_rows
+from mora_jax.errors import InputError
+from mora_jax.paths import expanded, glob_pattern
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DATA_NAME = re.compile(rf".*({'|'.join(map(re.escape, READERS))})(\.gz)?", re.IGNORECASE | re.DOTALL)
+
+
+class Origin(Protocol):
+    """Something that holds rows."""
+
+    @property
+    def name(self) -> str:
+        """What a user knows it by; errors begin with it."""
+
+    def rows(self) -> Iterator[NumberedRow]:
+        """Reads it from the beginning."""
+
+    def digest(self) -> str:
+        """Another text if the rows are others."""
+
+
+def locate(
+    paths: Any,
+    split: str | None = None,
+    subset: str | None = None,
+    streaming: bool = False,
+    notes: list[str] | None = None,
+) -> tuple[Origin, ...]:
+    """Finds what paths mean.
+
+    Args:
+      paths: each a file, a folder of files, a folder saved by `datasets`, a glob, or the id of a data set on the
+        hub, `owner/name`, that is no path; or rows in memory.
+      split: of hub data, of saved folders, and of folders whose files are named after several splits.
+      subset: of hub data.
+      streaming: of hub data.
+      notes: what a user should be told is added to it.
+
+    Raises:
+      InputError: for a path that leads nowhere.
+    """
+    rows = memory_rows(paths)
+    if rows is not None:
+        return (rows,)
+    given = (paths,) if isinstance(paths, str | Path) else tuple(paths)
+    if not given or not all(map(str, given)):
+        raise InputError("no data file given: name files, a folder, a glob or a data set on the hub")
+    told = [] if notes is None else notes
+    try:
+        return tuple(origin for path in given for origin in _find(str(path), split, subset, streaming, told))
+    except NoSuchFile as error:
+        if len(given) > 1:
+            raise InputError(
+                f"{error} (commas separate paths; one with a comma in its name is given by its folder or a glob)"
+            ) from None
+        raise
+
+
+class NoSuchFile(InputError):
+    """A path that leads nowhere."""
+
+
+def _find(text: str, split: str | None, subset: str | None, streaming: bool, notes: list[str]) -> list[Origin]:
+    path = expanded(text)
+    # A file whose name has brackets in it is that file.
+    if path.is_dir():
+        return [SavedFolder(path, split)] if SavedFolder.is_one(path) else _data_files(path, split or "train", notes)
+    if path.exists():
+        return [DataFile(path)]
+    if glob.has_magic(text):
+        found = sorted(Path(name) for name in glob.glob(_pattern(text), recursive=True))
+        files: list[Origin] = [DataFile(name) for name in found if name.is_file()]
+        if not files:
+            hint = "; a name with [ in it is written with [[] in a glob" if "[" in text else ""
+            raise InputError(f"no file matches {text}{hint}")
+        return files
+    # An owner of the name of a folder here is more likely a path that was mistyped.
+    if _HUB_ID.fullmatch(text) and not _DATA_NAME.fullmatch(text) and not path.parent.is_dir():
+        return [HubData(text, split, subset, streaming)]
+    if path.is_symlink():
+        raise NoSuchFile(f"no such data file: {text} is a link to {path.readlink()}, which is not there")
+    raise NoSuchFile(f"no such data file: {text}" + ("; folders are separated by /" if "\\" in text else ""))
+
+
+def _pattern(text: str) -> str:
+    """What `glob` is asked for: names are shown to the user as they were given."""
+    return glob_pattern(text) if text.startswith("~") else text
+
+
+#: Files that lie beside data and hold none, by the beginnings of their names.
+_BESIDE = ("readme", "license", "licence", "requirements", "dataset_info", "dataset_dict", "state.json", "citation")
+#: What the files of a split are called, by the name of the split.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+
+
+def _data_files(folder: Path, split: str, notes: list[str]) -> list[Origin]:
+    files = [file for file in sorted(folder.iterdir()) if _is_data(file)]
+    if not files:
+        raise InputError(f"{folder} is a folder without data files; {_elsewhere(folder)}")
+    for file in files:
+        if not file.exists():
+            raise InputError(f"{file} is a link to {file.readlink()}, which is not there")
+    chosen = _of_split(folder, files, split)
+    if len(chosen) < len(files):
+        others = ", ".join(file.name for file in files if file not in chosen)
+        notes.append(f"{folder}: files of other splits than {split} are left out: {others}")
+    return [DataFile(file) for file in chosen]
+
+
+def _is_data(file: Path) -> bool:
+    name = file.name.lower()
+    known = _DATA_NAME.fullmatch(name) and not name.startswith((".", *_BESIDE))
+    return bool(known) and (file.is_file() or (file.is_symlink() and not file.exists()))
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where the data may be, or which endings are known."""
+    below = next((file for file in sorted(folder.glob("*/*")) if _is_data(file) and file.exists()), None)
+    if below is not None:
+        return f"there are some in {below.parent}: name that folder, or a glob such as {folder}/**/*{below.suffix}"
+    return f"known endings: {', '.join(READERS)}, .gz"
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """The files of one split, with those that are named after none; all of them if there are not several splits."""
+    names = {file: _split_of(file, split) for file in files}
+    known = {name for name in names.values() if name}
+    if len(known) < 2:
+        return files
+    wanted = next((name for name, spelled in _SPLITS.items() if split in spelled), split)
+    if wanted not in known:
+        raise InputError(
+            f"{folder} has files of the splits {', '.join(sorted(known))}, and none of {split!r}: set data.split and"
+            " data.eval_split, or name the files"
+        )
+    return [file for file in files if names[file] in (wanted, None)]
+
+
+def _split_of(file: Path, split: str) -> str | None:
+    """The split that a file is named after, as its first or last word; None for none."""
+    stem = re.sub(r"-\d+-of-\d+", "", file.name.lower()).partition(".")[0]
+    if split not in {word for words in _SPLITS.values() for word in words} and stem.startswith(split.lower()):
+        return split  # One of its own, such as train_sft.
+    words = re.split(r"[-_ ]+", stem)
+    ends = (words[0], words[-1])
+    return next((name for name, spelled in _SPLITS.items() if not {*spelled}.isdisjoint(ends)), None)

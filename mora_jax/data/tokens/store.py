@@ -1,0 +1,185 @@
+"""Tokens on disk: rows in Arrow record batches, memory-mapped, read at any place without loading the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mora_jax.data.segments import ANSWER, INSTRUCTION
+from mora_jax.data.tokens.tokenize import Tokens
+
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("segments", pa.list_(pa.int8())),
+        ("turns", pa.list_(pa.int16())),
+        ("turn_weights", pa.list_(pa.float32())),
+        ("weights", pa.list_(pa.float32())),
+        ("weight", pa.float32()),
+        ("seams", pa.int32()),
+        ("prompt", pa.uint64()),
+        ("source", pa.string()),
+    ]
+)
+
+
+def make_batch(rows: Sequence[tuple[Tokens, str]]) -> pa.RecordBatch:
+    """Rows and their sources as one record batch of `SCHEMA`."""
+    tokens = [row for row, _ in rows]
+    columns = [
+        _lists([row.input_ids for row in tokens], pa.int32()),
+        _lists([row.segments for row in tokens], pa.int8()),
+        _lists([row.turns for row in tokens], pa.int16()),
+        pa.array([row.turn_weights for row in tokens], SCHEMA.field("turn_weights").type),
+        pa.array([row.weights for row in tokens], SCHEMA.field("weights").type),
+        pa.array([row.weight for row in tokens], pa.float32()),
+        pa.array([row.seams for row in tokens], pa.int32()),
+        pa.array([prompt_hash(row) for row in tokens], pa.uint64()),
+        pa.array([source for _, source in rows], pa.string()),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _lists(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(offsets, pa.array(flat, value_type))
+
+
+_IS_INSTRUCTION = np.isin(np.arange(128), INSTRUCTION)
+_IS_ANSWER = np.isin(np.arange(128), ANSWER)
+
+
+def prompt_hash(tokens: Tokens) -> int:
+    """A number that rows with the same instruction tokens before the first answer share; 0 for no instruction."""
+    answers = np.flatnonzero(_IS_ANSWER[tokens.segments])
+    stop = answers[0] if len(answers) else len(tokens)
+    words = tokens.input_ids[:stop][_IS_INSTRUCTION[tokens.segments[:stop]]]
+    if not len(words):
+        return 0
+    from xxhash import xxh3_64_intdigest
+
+    return xxh3_64_intdigest(words.tobytes())
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """The rows of one record batch, their tokens one after the other.
+
+    Attributes:
+      offsets: `[R + 1]`, where each row begins.
+      input_ids, segments, turns: `[T]`.
+      turn_offsets: `[R + 1]` into `turn_weights`.
+      turn_weights: float32, what the data says that single messages count.
+      own: for rows whose tokens have weights of their own, these weights by row.
+      weight: `[R]` float32, what each row counts.
+      seams: `[R]`.
+      prompts: `[R]` uint64, see `prompt_hash`.
+    """
+
+    offsets: np.ndarray
+    input_ids: np.ndarray
+    segments: np.ndarray
+    turns: np.ndarray
+    turn_offsets: np.ndarray
+    turn_weights: np.ndarray
+    own: dict[int, np.ndarray]
+    weight: np.ndarray
+    seams: np.ndarray
+    prompts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[R]`, tokens of each row."""
+        return np.diff(self.offsets)
+
+    def per_row(self, marked: np.ndarray) -> np.ndarray:
+        """How many tokens of each row are marked: `[T]` bool -> `[R]`."""
+        sums = np.concatenate([[0], np.cumsum(marked)])
+        return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
+
+
+class TokenStore:
+    """Rows of tokens, in memory or in a memory-mapped file.
+
+    Args:
+      batches: record batches of `SCHEMA`.
+      facts: what was found out while the rows were read (format, skipped rows, notes); JSON values.
+    """
+
+    def __init__(self, batches: Iterable[pa.RecordBatch], facts: dict[str, Any] | None = None):
+        self._batches = [batch for batch in batches if batch.num_rows]
+        self._starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)])
+        self.facts = facts or {}
+
+    @classmethod
+    def open(cls, path: Path, facts: dict[str, Any]) -> TokenStore:
+        """Maps a file that `write` made."""
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        return cls((reader.get_batch(index) for index in range(reader.num_record_batches)), facts)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Tokens:
+        """One row."""
+        batch, row = self._find(index)
+        own = batch.column("weights")[row].values
+        return Tokens(
+            _row(batch, "input_ids", row),
+            _row(batch, "segments", row),
+            _row(batch, "turns", row),
+            batch.column("seams")[row].as_py(),
+            tuple(_row(batch, "turn_weights", row).tolist()),
+            None if own is None else own.to_numpy(),
+            batch.column("weight")[row].as_py(),
+        )
+
+    def source(self, index: int) -> str:
+        """File and row number of one row."""
+        batch, row = self._find(index)
+        return batch.column("source")[row].as_py()
+
+    def _find(self, index: int) -> tuple[pa.RecordBatch, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._batches[number], index - int(self._starts[number])
+
+    def flat(self) -> Iterable[FlatRows]:
+        """All rows, some hundred at a time."""
+        for batch in self._batches:
+            ids, weights, own = batch.column("input_ids"), batch.column("turn_weights"), batch.column("weights")
+            given = np.flatnonzero(own.is_valid().to_numpy(zero_copy_only=False))
+            yield FlatRows(
+                ids.offsets.to_numpy(),
+                ids.values.to_numpy(),
+                batch.column("segments").values.to_numpy(),
+                batch.column("turns").values.to_numpy(),
+                weights.offsets.to_numpy(),
+                weights.values.to_numpy(),
+                {int(row): own[int(row)].values.to_numpy() for row in given},
+                batch.column("weight").to_numpy(),
+                batch.column("seams").to_numpy(),
+                batch.column("prompt").to_numpy(),
+            )
+
+
+def _row(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
+    return batch.column(name)[row].values.to_numpy()
+
+
+def write(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Writes record batches to a file, one after the other: only one is in memory at a time."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)

@@ -1,0 +1,108 @@
+"""Prompts in, text out: the chat template, the tokens that end an answer, and decoding around `Generator`."""
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mora_jax.data.conversation import Conversation, Message
+from mora_jax.data.segments import Segment
+from mora_jax.data.templates.render import Renderer, render_prompt
+from mora_jax.data.tokens.tokenize import tokenize
+from mora_jax.errors import InputError
+from mora_jax.evaluation.generate import GREEDY, Generator, Sampling
+from mora_jax.evaluation.text_stream import decode_stream
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.init import read_json
+
+Chat = str | Sequence[Message | Mapping[str, str]]
+
+
+def find_stop_ids(model: Decoder, tokenizer: Any, template: str | None = None) -> frozenset[int]:
+    """Returns the tokens that end an answer.
+
+    These are the tokenizer's end-of-sequence token, those of config.json and generation_config.json, and the
+    special token that the chat template writes after an answer.
+
+    Args:
+        model: its config holds the content of config.json, its folder may hold generation_config.json.
+        tokenizer: a transformers tokenizer.
+        template: as for `mora_jax.data.Renderer`.
+
+    Raises:
+        InputError: a file's `eos_token_id` is no token id.
+    """
+    found: set[int] = set()
+    sources = {"the tokenizer": {"eos_token_id": tokenizer.eos_token_id}, "config.json": model.config.hf_config}
+    if model.folder is not None and (path := Path(model.folder) / "generation_config.json").exists():
+        sources[str(path)] = read_json(path)
+    for name, source in sources.items():
+        stated = source.get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise InputError(f"{name}: eos_token_id must be a token id or a list of them, found {reprlib.repr(stated)}")
+        # Others are never made: -1 stands for none in some files.
+        found.update(token for token in ids if 0 <= token < model.config.vocab_size)
+    turns = (Message("user", "Question"), Message("assistant", "Answer"))
+    tokens = tokenize([Renderer(tokenizer, template).render(Conversation(turns))], tokenizer)[0]
+    closing = tokens.input_ids[tokens.segments == Segment.END_OF_TURN]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    found.update(int(token) for token in closing if token in special)
+    return frozenset(found)
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: Any,
+    prompt: Chat,
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    template: str | None = None,
+) -> Iterator[str]:
+    """Yields the answer to a prompt, piece by piece.
+
+    Args:
+        model: a decoder, with or without adapters.
+        tokenizer: its transformers tokenizer.
+        prompt: a user's text, or messages.
+        max_new_tokens: at most so many tokens are made.
+        sampling: how tokens are drawn.
+        template: as for `mora_jax.data.Renderer`.
+    """
+    prompt_ids = render_prompt(tokenizer, prompt, template).input_ids
+    generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
+    return decode_stream(tokenizer, generator.stream(prompt_ids, max_new_tokens))
+
+
+def generate_batch(
+    model: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[Chat],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    sampling: Sampling = GREEDY,
+    template: str | None = None,
+    adapter_ids: Sequence[int] | np.ndarray | None = None,
+) -> list[str]:
+    """Returns the answers to many prompts, in their order.
+
+    Batches are made of prompts of similar length, padded to few shapes, so few functions are compiled.
+    Arguments are as for `stream_text`; `adapter_ids`, one a prompt, is as for `Generator.batch`.
+    """
+    generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
+    ids = [render_prompt(tokenizer, prompt, template).input_ids for prompt in prompts]
+    order = np.argsort([len(prompt) for prompt in ids], kind="stable")
+    answers = [""] * len(ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        # The last batch is filled up with its own last prompt, to keep the compiled shape.
+        filled = [*rows, *[rows[-1]] * (min(batch_size, len(order)) - len(rows))]
+        chosen = None if adapter_ids is None else np.asarray(adapter_ids)[filled]
+        tokens = generator.batch([ids[row] for row in filled], max_new_tokens, chosen)
+        for row, answer in zip(rows, tokens, strict=False):
+            answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
+    return answers

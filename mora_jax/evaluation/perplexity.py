@@ -1,0 +1,141 @@
+"""Perplexity and next-token accuracy of a model on a data set.
+
+Every token counts with its weight over the whole data set, never as a mean of batch means. The logits of a batch never
+exist (see mora_jax/losses/cross_entropy.py). Instructions are scored beside the tokens that carry loss, whatever the
+loss mode: only then do runs of different modes compare.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mora_jax.data.dataset import EncodedDataset
+from mora_jax.losses import cross_entropy
+from mora_jax.models.decoder import Decoder
+
+SHORTEST = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetScores:
+    """Scores over the tokens of a data set that carry loss.
+
+    Attributes:
+        nll: weighted mean of the negative log-likelihood, in nats a token.
+        accuracy: share of these tokens that were the likeliest next token.
+        tokens: number of tokens whose weight is not 0.
+        weight: sum of their weights.
+        prompt_nll: mean negative log-likelihood of instruction tokens, in nats; None where there are none.
+        prompt_tokens: number of instruction tokens, the first of an example left out.
+    """
+
+    nll: float
+    accuracy: float
+    tokens: int
+    weight: float
+    prompt_nll: float | None = None
+    prompt_tokens: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean, kept finite."""
+        return math.exp(min(self.nll, 700.0))
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """All scores, ready for JSON."""
+        return {"perplexity": self.perplexity, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        """One line for people."""
+        text = (
+            f"perplexity {self.perplexity:.4f}, nll {self.nll:.4f} nats a token, "
+            f"accuracy {self.accuracy:.2%} on {self.tokens:,} tokens"
+        )
+        if self.prompt_nll is None:
+            return text
+        return f"{text}; instructions: nll {self.prompt_nll:.4f} on {self.prompt_tokens:,} tokens"
+
+
+def score(
+    model: Decoder,
+    dataset: EncodedDataset,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> DatasetScores:
+    """Scores a model on every example of a data set.
+
+    Args:
+        model: a decoder, with or without adapters; dropout is off.
+        dataset: encoded with the loss mode that says which tokens count.
+        batch_size: rows computed at once; the result doesn't depend on it but for rounding.
+        progress: called with (rows done, all rows) after each batch.
+    """
+    graphdef, state = nnx.split(model)
+    sums = np.zeros(6)
+    done = 0
+    for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
+        batch = dataset.batch(rows, batch_size, length, extra={"prompt_weights": "prompt"})
+        sums += np.array([float(value) for value in _score(graphdef, state, batch)])
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(dataset))
+    nll, weight, correct, tokens, prompt_nll, prompt_tokens = sums.tolist()
+    return DatasetScores(
+        nll / weight,
+        correct / tokens,
+        int(tokens),
+        weight,
+        prompt_nll / prompt_tokens if prompt_tokens else None,
+        int(prompt_tokens),
+    )
+
+
+def batches(lengths: Sequence[int] | np.ndarray, batch_size: int, longest: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Groups rows of similar length into batches of few shapes.
+
+    Lengths are 64, 128, 256 ...; what doesn't fill a batch of its length goes into the next longer one.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a batch.
+        longest: no batch is longer.
+
+    Yields:
+        Row numbers, at most `batch_size`, and the length they are padded to.
+    """
+    order = np.argsort(lengths, kind="stable")
+    start, length = 0, min(SHORTEST, longest)
+    while start < len(order):
+        fitting = int(np.searchsorted(np.sort(lengths)[start:], length, side="right"))
+        last = start + fitting == len(order)
+        full = fitting if last else fitting // batch_size * batch_size
+        for first in range(start, start + full, batch_size):
+            yield order[first : min(first + batch_size, start + full)], length
+        start += full
+        length = min(2 * length, longest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(graphdef: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """Sums over a batch: NLL, weight, right ones and tokens of what carries loss; NLL and tokens of instructions."""
+    model = nnx.merge(graphdef, state)
+    head = model.head()
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    hidden = model.hidden(ids, segments, batch["positions"])
+    answers, prompts = (
+        cross_entropy.score(
+            hidden,
+            head.kernel,
+            *cross_entropy.next_token_targets(ids, batch[name], segments),
+            softcap=head.softcap,
+        )
+        for name in ("weights", "prompt_weights")
+    )
+    return (*answers, prompts.nll, prompts.tokens)

@@ -1,0 +1,112 @@
+"""Values of adapters into the slots of banks, and out of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.attach import add_adapter, take_adapter
+from mora_jax.adapters.bank import Bank, LoRABank, MoRABank
+from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.matching.targets import Place, places
+from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import Filling, first
+from mora_jax.interop.read_adapter import Fillings
+
+
+def placed_banks(model: nnx.Module) -> Iterator[tuple[Place, Bank]]:
+    """Every bank of `model` with its place."""
+    for place in places(model):
+        if isinstance(place.adapter, Bank):
+            yield place, place.adapter
+
+
+def check_places(model: nnx.Module, fillings: Fillings) -> list[tuple[Place, list[Filling]]]:
+    """The places that an adapter is for, with its values for them.
+
+    Raises:
+        InputError: a path that the model lacks, or a place where the adapter can't stand beside those that are there.
+    """
+    found = list(places(model))
+    absent = sorted(set(fillings) - {path for place in found for path in place.paths})
+    if absent:
+        raise InputError(f"the model has no {first(absent)}")
+    filled = [(place, [fillings[path] for path in place.paths if path in fillings]) for place in found]
+    filled = [(place, values) for place, values in filled if values]
+    for place, values in filled:
+        if place.is_embedding or isinstance(place.layer, OutputHead):
+            raise InputError(
+                f"{place.title} is a table that all rows share; an adapter on it can't stand beside others: merge it"
+            )
+        sides = {len(filling.values["m"]) for filling in values if "m" in filling.values}
+        if isinstance(place.adapter, MoRABank):
+            sides.add(place.adapter.m.shape[-1])
+        if len(sides) > 1:
+            raise InputError(
+                f"{place.title}: MoRA's matrices have sides {' and '.join(map(str, sorted(sides)))}; a square can't be "
+                "padded, so only adapters of one rank stand together"
+            )
+    return filled
+
+
+def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
+    """Sees that a place has a bank for `configs`, of at least `slots` slots and, for LoRA, `rank`.
+
+    What its present bank holds is kept.
+    """
+    old = place.adapter
+    assert old is None or isinstance(old, Bank), "the model had no other adapters"
+    known = configs if old is None else [old.config, *configs]
+    config: Any
+    if isinstance(known[0], MoRAConfig):
+        config = MoRAConfig(rank=known[0].rank, kind=known[0].kind)
+    else:
+        config = LoRAConfig(rank=max(rank, *(one.rank for one in known)), alpha=1.0)
+    if old is not None and old.slots >= slots and old.config == config:
+        return
+    options: dict[str, Any] = {}
+    if place.stack:
+        options["num_layers"] = place.stack
+    if isinstance(place.layer, Projection):
+        assert place.part is not None, "a place in a projection is one of its parts"
+        options["axes"] = place.layer.part_axes(place.part)
+    make: Any = MoRABank if isinstance(config, MoRAConfig) else LoRABank
+    bank = make(place.in_features, place.out_features, config, slots=slots, **options)
+    if old is not None:
+        bank.copy_from(old)
+        take_adapter(place)
+    add_adapter(place, bank, None)
+
+
+def write_slot(place: Place, bank: Bank, slot: int, fillings: Fillings) -> None:
+    """Writes what `fillings` have for a place, zeros for layers without any, those of a lower rank padded."""
+    stack = len(bank.layers)
+    values = {}
+    for name, variable in bank.arrays().items():
+        shape = variable.get_value().shape
+        array = np.zeros(shape[:stack] + shape[stack + 1 :], np.float32)
+        for layer, path in enumerate(place.paths):
+            if path in fillings:
+                value = np.asarray(fillings[path].values[name])
+                index: list[Any] = [*place.index(layer), *(slice(size) for size in value.shape)]
+                array[tuple(index)] = value
+        values[name] = array
+    bank.write(slot, values)
+
+
+def read_slot(place: Place, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, Filling]:
+    """The values of an adapter at one place, without padding; `configs` are its configurations by module path."""
+    arrays = bank.read(slot)
+    fillings = {}
+    for layer, path in enumerate(place.paths):
+        if path in configs:
+            values = {name: array[place.index(layer)] for name, array in arrays.items()}
+            if "lora_a" in values:
+                rank = configs[path].rank
+                values |= {"lora_a": values["lora_a"][:, :rank], "lora_b": values["lora_b"][:rank]}
+            fillings[path] = Filling(configs[path], values)
+    return fillings

@@ -1,0 +1,1 @@
+"""Adapters of one method as adapters of another."""

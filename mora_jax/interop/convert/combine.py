@@ -1,0 +1,133 @@
+"""Weighted combinations of several adapters into one of the same method.
+
+| combination | for  | what comes out                                                             |
+|-------------|------|----------------------------------------------------------------------------|
+| `cat`       | LoRA | the weighted sum Σ wᵢ ΔWᵢ, exactly: factors side by side, rank Σ rᵢ        |
+| `svd`       | LoRA | the LoRA of a given rank nearest to that sum (Eckart and Young, 1936)      |
+| `linear`    | LoRA | A = Σ ±√(wᵢ sᵢ) Aᵢ, B = Σ √(wᵢ sᵢ) Bᵢ, as in PEFT; equal ranks only        |
+| `sum`       | MoRA | M = Σ wᵢ Mᵢ: the weighted sum, exactly, every kind's update being linear   |
+
+`linear` is not the weighted sum: its product has the cross terms Aᵢ Bⱼ too. Scalings sᵢ go into the factors, and what
+comes out has scaling 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.config import LoRAConfig
+from mora_jax.adapters.matching.targets import places
+from mora_jax.adapters.methods import mora
+from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.convert.convert import Conversion, Row, lora_fillings
+from mora_jax.interop.convert.low_rank import best_factors_of_product
+from mora_jax.interop.convert.updates import Update
+from mora_jax.interop.read_adapter import Fillings, same_form
+
+COMBINATIONS = ("linear", "cat", "svd", "sum")
+Terms = list[tuple[float, Filling]]
+Combined = tuple[dict[str, Filling], Conversion]
+
+
+def combine(
+    model: nnx.Module,
+    adapters: Mapping[str, Fillings],
+    weights: Mapping[str, float],
+    combination: str,
+    rank: int | None = None,
+) -> Combined:
+    """One adapter out of several.
+
+    Args:
+        model: what they are for; only its sizes are read.
+        adapters: values by name, each by module path. A module that an adapter leaves alone gets nothing from it.
+        weights: of each adapter, any sign.
+        combination: one of `COMBINATIONS`.
+        rank: for `svd`; None for the highest among the adapters.
+
+    Returns:
+        The values of the combination, and its error against the weighted sum of the updates.
+
+    Raises:
+        InputError: the adapters are of different methods or sizes, or the combination is not for theirs.
+    """
+    form = same_form(adapters)
+    fitting = ("linear", "cat", "svd") if form == "LoRA" else ("sum",)
+    if combination not in fitting:
+        raise InputError(f"adapters of {form} are combined by {' or '.join(fitting)}, not by {combination}")
+    if rank is not None and combination != "svd":
+        raise InputError(f"a rank is for svd; what {combination} gives has its own")
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise InputError(f"the weight of {name} is {weight}; give a finite number")
+    paths = dict.fromkeys(path for fillings in adapters.values() for path in fillings)
+    terms = {
+        path: [(weights[name], fillings[path]) for name, fillings in adapters.items() if path in fillings]
+        for path in paths
+    }
+    what = f"{combination} of " + " and ".join(f"{weights[name]:g} {name}" for name in adapters)
+    if combination in ("linear", "sum"):
+        sizes = {path: (place.in_features, place.out_features) for place in places(model) for path in place.paths}
+        make = _linear if combination == "linear" else _sum
+        parts = {path: make(path, *sizes[path], term) for path, term in terms.items()}
+        rows = tuple(row for _, row in parts.values())
+        return {path: filling for path, (filling, _) in parts.items()}, Conversion(what, rows)
+    chosen = None
+    if combination == "svd":
+        chosen = rank or max(filling.config.rank for term in terms.values() for _, filling in term)
+    fillings, conversion = lora_fillings([_whole(path, term) for path, term in terms.items()], chosen)
+    return fillings, replace(conversion, method=what)
+
+
+def _factors(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
+    """Σ wᵢ sᵢ Aᵢ Bᵢ as one product `a [in, Σ r] @ b [Σ r, out]`."""
+    a = [weight * float(filling.values["scaling"]) * filling.values["lora_a"] for weight, filling in terms]
+    return np.concatenate(a, axis=1), np.concatenate([filling.values["lora_b"] for _, filling in terms])
+
+
+def _whole(path: str, terms: Terms) -> Update:
+    a, b = _factors(terms)
+    rank = a.shape[1]
+    return Update(
+        path, a.shape[0], b.shape[1], False, "LoRA", lambda: a @ b, lambda: (a, b), rank, rank, dropout=_dropout(terms)
+    )
+
+
+def _dropout(terms: Terms) -> float:
+    return max(filling.config.dropout for _, filling in terms)
+
+
+def _linear(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[Filling, Row]:
+    ranks = sorted({filling.config.rank for _, filling in terms})
+    if len(ranks) > 1:
+        raise InputError(f"{path}: linear needs equal ranks, not {' and '.join(map(str, ranks))}; use cat or svd")
+    factors = [weight * float(filling.values["scaling"]) for weight, filling in terms]
+    roots = np.sqrt(np.abs(factors)).astype(np.float32)
+    signs = np.sign(factors).astype(np.float32)
+    lora_a = np.sum([s * r * x.values["lora_a"] for s, r, (_, x) in zip(signs, roots, terms, strict=True)], axis=0)
+    lora_b = np.sum([r * x.values["lora_b"] for r, (_, x) in zip(roots, terms, strict=True)], axis=0)
+    a, b = _factors(terms)
+    rest = np.concatenate([a, lora_a], axis=1), np.concatenate([b, -lora_b])
+    norm, error = (best_factors_of_product(*pair, pair[0].shape[1]).norm for pair in ((a, b), rest))
+    rank = ranks[0]
+    config = LoRAConfig(rank=rank, alpha=float(rank), dropout=_dropout(terms))
+    values = {"lora_a": lora_a, "lora_b": lora_b, "scaling": np.ones((), np.float32)}
+    return Filling(config, values), Row(path, in_features, out_features, rank, norm, error)
+
+
+def _sum(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[Filling, Row]:
+    sides = sorted({len(filling.values["m"]) for _, filling in terms})
+    if len(sides) > 1:
+        raise InputError(f"{path}: MoRA's matrices have sides {' and '.join(map(str, sides))}, which can't be added")
+    m = np.sum([np.float32(weight) * filling.values["m"] for weight, filling in terms], axis=0)
+    config = replace(terms[0][1].config, dropout=_dropout(terms))
+    norm = float(jnp.linalg.norm(mora.delta_weight(jnp.asarray(m), in_features, out_features, config.kind)))
+    values = {"m": m, "scaling": np.ones((), np.float32)}
+    return Filling(config, values), Row(path, in_features, out_features, len(m), norm, 0.0)

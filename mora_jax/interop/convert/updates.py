@@ -1,0 +1,145 @@
+"""Updates of weight matrices, whatever holds them: an adapter, or the difference of two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.attach import AdapterEntry, adapters_of
+from mora_jax.adapters.config import AdaLoRAConfig, LoRAConfig, MoRAConfig, VeRAConfig
+from mora_jax.adapters.matching.targets import Place, by_path, places
+from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.errors import InputError
+from mora_jax.interop.convert.mora_fit import BLOCK_KINDS, exact_factors, exact_rank
+from mora_jax.interop.peft.normalise import plain
+from mora_jax.interop.tensor_map import trained_weights
+
+
+@dataclass(frozen=True)
+class Update:
+    """The change of one matrix, read or computed only when it is asked for.
+
+    Attributes:
+        path: module path.
+        in_features, out_features: sizes of the matrix.
+        is_embedding: whether it is an embedding table.
+        what: the method and kind that it comes from, for messages.
+        kernel: gives the dense change, float32 `[in, out]`.
+        product: gives `a [in, k]` and `b [k, out]`, whose product times `scaling` is the change; None where the change
+            has full rank.
+        exact_rank: the smallest rank of a LoRA that is exact whatever the values; None where the change has full rank.
+        rank: of the adapter that it comes from; 0 for none.
+        scaling: the factor on `product`.
+        dropout: of the adapter that it comes from.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    is_embedding: bool
+    what: str
+    kernel: Callable[[], np.ndarray]
+    product: Callable[[], tuple[np.ndarray, np.ndarray]] | None
+    exact_rank: int | None
+    rank: int = 0
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+
+def updates_of(model: nnx.Module) -> Iterator[Update]:
+    """The updates of the adapters of `model`, one a matrix and layer.
+
+    Raises:
+        InputError: an adapter does what no update of a matrix does.
+    """
+    if next(trained_weights(model), None) is not None:
+        raise InputError("modules that are trained whole can't be converted with an adapter; merge the adapter instead")
+    where = by_path(places(model))
+    for entry in adapters_of(model):
+        if "bias" in entry.params:
+            raise InputError(f"{entry.path} trains its bias, which can't be converted; merge the adapter instead")
+        place, layer = where[entry.path]
+        if entry.method == "ia3" and place.has_bias:
+            raise InputError(f"{entry.path} scales its bias, which can't be converted; merge the adapter instead")
+        yield _update(plain(entry), place, layer)
+
+
+def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
+    config, params = entry.config, entry.params
+    sizes = entry.in_features, entry.out_features
+    product: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    exact, scaling, what = None, 1.0, entry.method
+
+    def kernel() -> np.ndarray:
+        return _change_of_kernel(config, {name: jnp.asarray(value) for name, value in params.items()}, place, layer)
+
+    if "magnitude" in params:
+        # The gain multiplies the base too, so the change has full rank.
+        what = f"{entry.method} with a magnitude"
+    elif isinstance(config, LoRAConfig):
+        exact, scaling = params["lora_a"].shape[1], float(params["scaling"])
+
+        def factors() -> tuple[np.ndarray, np.ndarray]:
+            return params["lora_a"], params["lora_b"]
+
+        product = factors
+    elif isinstance(config, VeRAConfig | AdaLoRAConfig):
+        found = _thin(_around_diagonal(params))
+        exact, scaling = found[0].shape[1], float(params["scaling"])
+
+        def two() -> tuple[np.ndarray, np.ndarray]:
+            return found
+
+        product = two
+    elif isinstance(config, MoRAConfig):
+        what = f"MoRA of kind {config.kind}"
+        if config.kind not in BLOCK_KINDS:
+            exact = exact_rank(*sizes, config.rank, config.kind)
+
+            def lifted() -> tuple[np.ndarray, np.ndarray]:
+                return _thin(exact_factors(params["m"] * params["scaling"], *sizes, config.kind))
+
+            product = lifted
+
+    rank = getattr(config, "rank", 0)
+    return Update(entry.path, *sizes, entry.is_embedding, what, kernel, product, exact, rank, scaling, config.dropout)
+
+
+def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, layer: int) -> np.ndarray:
+    """The merged kernel minus the base's, float32 `[in, out]`; the base is read only where a gain multiplies it."""
+    method = adapter_class(config)
+    sizes = place.in_features, place.out_features
+    change = method.dense(config, *sizes, params) if method.additive else jnp.zeros(sizes, jnp.float32)
+    if method.additive and "magnitude" not in params:
+        return np.asarray(change)
+    base = (place.kernel()[place.index(layer)]).astype(jnp.float32)
+    inputs, outputs = method.input_gain(config, params), method.output_gain(config, params, lambda: base)
+    total = base + change
+    total = total if outputs is None else total * outputs
+    total = total if inputs is None else total * inputs[:, None]
+    return np.asarray(total - base)
+
+
+def _around_diagonal(params: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """VeRA's and AdaLoRA's update as a product, the vectors multiplied in; without triplets that were pruned."""
+    if "vera_a" in params:
+        return params["vera_a"] * params["vera_d"], params["vera_b"] * params["vera_b_scale"]
+    used = params["lora_e"] != 0
+    used[0] |= not used.any()
+    return (params["lora_a"] * params["lora_e"])[:, used], params["lora_b"][used]
+
+
+def _thin(factors: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The same product with an inner size of at most the smaller outer one."""
+    assert factors is not None, "asked only of kinds that are products"
+    a, b = factors
+    (n_in, inner), n_out = a.shape, b.shape[1]
+    if inner <= min(n_in, n_out):
+        return a, b
+    return (np.eye(n_in, dtype=np.float32), a @ b) if n_in <= n_out else (a @ b, np.eye(n_out, dtype=np.float32))

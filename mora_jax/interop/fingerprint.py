@@ -1,0 +1,65 @@
+"""What a base model is, in a few letters: a hash over its tensors, cheap enough for every start of a run.
+
+Names, dtypes, shapes and a sample of every tensor's bytes go in: all of a small tensor, of a large one 16 blocks of
+4 KiB, evenly spread from its first byte to its last. Any other training of the same architecture changes nearly every
+weight, so the sample tells them apart; it is no protection against somebody who wants to deceive. How the tensors are
+shared out over files, in which order, and where the folder lies makes no difference.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from mora_jax.errors import InputError
+from mora_jax.interop.safetensors_io import checkpoint_files
+
+_BLOCK, _BLOCKS = 4096, 16
+
+
+def base_hash(folder: str | Path) -> str:
+    """The hash of the safetensors files of a HuggingFace folder, as `xxh3:` and 32 hexadecimal digits.
+
+    Raises:
+        InputError: a file is missing or isn't a safetensors file.
+    """
+    tensors: list[tuple[str, Path, int, dict[str, Any]]] = []
+    for file in checkpoint_files(Path(folder)):
+        start, header = _header(file)
+        tensors += [(name, file, start, entry) for name, entry in header.items() if name != "__metadata__"]
+    total = xxhash.xxh3_128()
+    opened: dict[Path, BinaryIO] = {}
+    try:
+        for name, file, start, entry in sorted(tensors, key=lambda tensor: tensor[0]):
+            total.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            if file not in opened:
+                opened[file] = file.open("rb")
+            first, end = entry["data_offsets"]
+            _sample(total, opened[file], start + first, end - first)
+    finally:
+        for handle in opened.values():
+            handle.close()
+    return f"xxh3:{total.hexdigest()}"
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data begin, and the JSON header."""
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            return 8 + length, json.loads(handle.read(length))
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        raise InputError(f"{file} is not a complete safetensors file ({error}): download it again") from None
+
+
+def _sample(total: xxhash.xxh3_128, handle: BinaryIO, start: int, size: int) -> None:
+    if size <= _BLOCK * _BLOCKS:
+        starts, length = [0], size
+    else:
+        starts, length = [index * (size - _BLOCK) // (_BLOCKS - 1) for index in range(_BLOCKS)], _BLOCK
+    for offset in starts:
+        handle.seek(start + offset)
+        total.update(handle.read(length))

@@ -1,0 +1,179 @@
+"""Base models from HuggingFace folders."""
+
+import dataclasses
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.products.quantization import FORMATS, QuantizedKernel
+from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import first
+from mora_jax.interop.hub import load_tokenizer, local_folder
+from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
+from mora_jax.interop.sharded_read import Shardings, read_quantized, read_sharded
+from mora_jax.interop.tensor_map import Entry, Piece, tensor_plan
+from mora_jax.models.backend import read_dtype
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
+from mora_jax.models.init import read_json
+from mora_jax.paths import found_path
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    unroll: int | None = None,
+    remat: str = "none",
+    quantize: str = "none",
+    shardings: Callable[[Decoder], Shardings] | None = None,
+) -> tuple[Decoder, Any | None]:
+    """Loads a model and its tokenizer.
+
+    Args:
+        path: a HuggingFace model folder with safetensors weights, or a hub id.
+        dtype: "float32" or "bfloat16": compute dtype and storage of the weights; None: bfloat16 where it
+            is fast.
+        unroll: layers per iteration of the scan; None for the backend's default.
+        remat: "none", "dots", "full" or "offload".
+        quantize: how the layers' kernels are held: "none" as they are, "int8" or "nf4" in few bits. Each is quantised
+            as it is read, layer by layer. Such a base is frozen: it carries adapters, and can't be trained or merged.
+        shardings: from the model's shapes to where each parameter lies. They are read straight into their shards, so
+            that no process holds more of the base than its devices do. None: whole, on the default device.
+
+    Returns:
+        The model, and a transformers tokenizer or None when the folder has no tokenizer files.
+
+    Raises:
+        InputError: when the folder cannot be used; the message says why.
+    """
+    folder = local_folder(path)
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = open_checkpoint(folder)
+    _check_sizes(config, files)
+    config = _with_real_tying(config, files)
+    compute = read_dtype(dtype)
+    if quantize not in ("none", *FORMATS):
+        raise InputError(f"quantize {quantize!r} is not supported; give one of none, {', '.join(FORMATS)}")
+    # Before the weights: a broken one is told at once.
+    tokenizer = load_tokenizer(folder)
+    # Shapes alone first: the weights then exist only once, built parameter by parameter.
+    model = nnx.eval_shape(
+        lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat, quantize=quantize)
+    )
+    _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
+    model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
+    return model, tokenizer
+
+
+def load_shapes(path: str | os.PathLike[str]) -> Decoder:
+    """The model of a folder without its weights: structure, names and shapes, for work on adapters alone.
+
+    Raises:
+        InputError: when the folder cannot be used; the message says why.
+    """
+    folder = local_folder(path)
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = open_checkpoint(folder)
+    _check_sizes(config, files)
+    config = _with_real_tying(config, files)
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=None))
+    pieces = [piece for entry in tensor_plan(model) for piece in entry.pieces]
+    _check(pieces, files, _head_for_embedding(config, files))
+    model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
+    return model
+
+
+def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
+    """Compares the sizes of a config with the tensors, before anything is made in these sizes."""
+    names = config.names
+    table = files.shapes.get(f"{names.embedding}.weight") or files.shapes.get(f"{names.head}.weight")
+    before, after = names.layer.split("{layer}")
+    layer = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}\.")
+    numbers = [int(found.group(1)) for found in map(layer.match, files.shapes) if found]
+    first_layer = names.layer.format(layer=0)
+    q, k, gate = (
+        files.shapes.get(f"{first_layer}.{name}.weight")
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    )
+    stated: list[tuple[str, int, int | None]] = [
+        ("num_hidden_layers", config.num_layers, max(numbers) + 1 if numbers else None),
+        ("vocab_size", config.vocab_size, table[0] if table else None),
+        ("hidden_size", config.hidden_size, table[-1] if table else None),
+        ("intermediate_size", config.intermediate_size, gate[0] if gate else None),
+        ("num_attention_heads × head_dim", config.num_heads * config.head_dim, q[0] if q else None),
+        ("num_key_value_heads × head_dim", config.num_kv_heads * config.head_dim, k[0] if k else None),
+    ]
+    wrong = [f"{name} is {size}, the tensors have {found}" for name, size, found in stated if found not in (None, size)]
+    if wrong:
+        raise InputError(f"{files.folder}: config.json does not describe the weights beside it: {'; '.join(wrong)}")
+
+
+def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:
+    """Unties a head that the config calls tied but whose stored weights differ, as transformers does."""
+    head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
+    if not config.tie_embeddings or head not in files or embedding not in files:
+        return config
+    if files.shapes[head] == files.shapes[embedding] and np.array_equal(files.read(head), files.read(embedding)):
+        return config
+    warnings.warn(
+        f"{files.folder}: config.json ties {head} to {embedding}, but the file has different values for "
+        "both; they are kept apart",
+        stacklevel=3,
+    )
+    source = config.hf_config | {"tie_word_embeddings": False}
+    return dataclasses.replace(config, tie_embeddings=False, source=json.dumps(source))
+
+
+def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, str]:
+    """Names to read under another name: a tied checkpoint may store the head alone."""
+    head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
+    if config.tie_embeddings and embedding not in files and head in files:
+        return {embedding: head}
+    return {}
+
+
+def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shardings: Shardings | None) -> None:
+    """Gives every parameter of the plan its values."""
+    _check([piece for entry in plan for piece in entry.pieces], files, stored_as)
+    for entry in plan:
+        if isinstance(entry.parameter, QuantizedKernel):
+            read_quantized(entry, entry.parameter, files, stored_as, shardings)
+            continue
+        if shardings is not None:
+            entry.parameter.set_value(read_sharded(entry, files, stored_as, shardings(entry.parameter)))
+            continue
+        buffer = np.empty(entry.parameter.shape, dtype=entry.parameter.dtype)
+        for piece in entry.pieces:
+            piece.put(buffer, files.read(stored_as.get(piece.name, piece.name)))
+        entry.parameter.set_value(jnp.asarray(buffer))
+
+
+def _check(pieces: list[Piece], files: TensorFiles, stored_as: dict[str, str]) -> None:
+    """Compares names and shapes of all tensors before any is read."""
+    names = [stored_as.get(piece.name, piece.name) for piece in pieces]
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {first(missing)}")
+    extra = sorted(name for name in set(files.shapes) - set(names) if not _harmless(name))
+    if extra:
+        raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {first(extra)}")
+    for piece, name in zip(pieces, names, strict=True):
+        if files.shapes[name] != piece.shape:
+            raise InputError(
+                f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but config.json "
+                f"implies {list(piece.shape)}"
+            )
+
+
+def _harmless(name: str) -> bool:
+    """Rotary tables are recomputed; a head that is not wanted here equals the embedding (checked before)."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"

@@ -1,0 +1,235 @@
+"""Named adapters on one base: load, switch, mix in one batch, combine, save, merge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.attach import detach
+from mora_jax.adapters.bank import NO_SLOT, use
+from mora_jax.adapters.matching.targets import has_adapter, places
+from mora_jax.adapters.merge import Merged, merge
+from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import Filling, install
+from mora_jax.interop.bank_slots import check_places, make_room, placed_banks, read_slot, write_slot
+from mora_jax.interop.convert.combine import combine
+from mora_jax.interop.convert.convert import Conversion
+from mora_jax.interop.peft.config import put_extra_fields
+from mora_jax.interop.peft.save import save_adapter
+from mora_jax.interop.read_adapter import Fillings, bare, fillings_of, read_adapter, same_form
+from mora_jax.paths import local_path
+
+
+class _Named(NamedTuple):
+    """Where an adapter lies, what it is by module path, and what else its folder said."""
+
+    slot: int
+    configs: Mapping[str, Any]
+    extra: Mapping[str, Any]
+
+
+class NamedAdapters:
+    """Adapters under names on one model, all LoRA or all MoRA of one kind.
+
+    The adapters lie in slots of arrays on the model (see `mora_jax.adapters.bank`). Adding, deleting, combining and
+    switching change these arrays alone, so nothing is compiled again; only an adapter that the slots have no room for
+    (a further slot, a higher rank, another module) makes larger arrays, and the next call compiles.
+
+    Args:
+        model: a model without adapters, changed in place: this library's decoder, or any `nnx.Module` for which
+            `attach` works.
+        slots: adapters that there is room for at first.
+        rank: LoRA rank that there is room for at first; None for the first adapter's.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> def tuned(seed):
+        ...     model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        ...     _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=nnx.Rngs(seed))
+        ...     model.adapter.lora_b[...] = model.adapter.lora_b[...] + seed
+        ...     return model
+        >>> model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        >>> named = mj.NamedAdapters(model)
+        >>> named.add("one", tuned(1))
+        >>> named.add("two", tuned(2))
+        >>> named.names, named.active
+        (('one', 'two'), 'one')
+        >>> named.set_active(["two", None])  # by row
+        >>> x = jnp.ones((2, 4))
+        >>> bool(jnp.allclose(model(x), jnp.stack([tuned(2)(x)[0], nnx.Linear(4, 4, rngs=nnx.Rngs(0))(x)[1]])))
+        True
+    """
+
+    def __init__(self, model: nnx.Module, *, slots: int = 4, rank: int | None = None):
+        if slots < 1 or (rank is not None and rank < 1):
+            raise ValueError(f"slots and rank must be positive integers, not {slots} and {rank}")
+        if any(has_adapter(place) for place in places(model)):
+            raise InputError("the model carries an adapter already: detach it and add it under a name")
+        self.model = model
+        self._slots = slots
+        self._rank = rank or 1
+        self._named: dict[str, _Named] = {}
+        self._active: str | None | tuple[str | None, ...] = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order in which they were added."""
+        return tuple(self._named)
+
+    @property
+    def active(self) -> str | None | tuple[str | None, ...]:
+        """What a call without ids uses: one adapter, the base alone (None), or one of these for each row."""
+        return self._active
+
+    def load(self, path: str | os.PathLike[str], name: str | None = None, *, strict: bool = False) -> str:
+        """Adds the adapter of a PEFT folder; returns its name.
+
+        Args:
+            path: the folder, or a hub id, as for `load_adapter`.
+            name: what it is called from now on; None for the last component of the path.
+            strict: refuse an adapter that names another base model, instead of warning.
+
+        Raises:
+            InputError: as `load_adapter` and `add`.
+        """
+        name = name if name is not None else local_path(path).name
+        self._check_new(name)
+        fillings, extra = read_adapter(self.model, path, strict=strict)
+        self._put(name, fillings, extra)
+        return name
+
+    def add(self, name: str, source: nnx.Module) -> None:
+        """Adds a copy of the adapter on `source`, a model with the same module paths.
+
+        The first adapter of a collection becomes the active one.
+
+        Raises:
+            InputError: the name is taken; the adapter is of another method than those here, does not fit the model, or
+                does more than add to matrices of linear layers.
+        """
+        self._check_new(name)
+        self._put(name, fillings_of(source), {})
+
+    def add_weighted(
+        self, name: str, weights: Mapping[str, float], combination: str, *, rank: int | None = None
+    ) -> Conversion:
+        """Adds a combination of adapters as one more.
+
+        Args:
+            name: of the new adapter.
+            weights: by the names of those to combine.
+            combination: `"cat"` or `"sum"` for the exact weighted sum of LoRA or MoRA, `"svd"` or `"linear"` for a LoRA
+                of lower rank (see `mora_jax.interop.convert.combine`).
+            rank: for `"svd"`; None for the highest among the adapters.
+
+        Returns:
+            The error of each matrix against the weighted sum; `print` it.
+
+        Raises:
+            InputError: as `add`, or the combination is none for these adapters.
+        """
+        self._check_new(name)
+        if not weights:
+            raise InputError("give the weight of at least one adapter")
+        adapters = {one: self._read(one) for one in weights}
+        fillings, conversion = combine(self.model, adapters, weights, combination, rank)
+        self._put(name, fillings, {})
+        return conversion
+
+    def delete(self, name: str) -> None:
+        """Forgets an adapter; its slot is zero and free. Where it was active, the base alone is."""
+        slot = self._find(name).slot
+        for _, bank in placed_banks(self.model):
+            bank.write(slot, {})
+        del self._named[name]
+        if isinstance(self._active, tuple):
+            self.set_active([None if one == name else one for one in self._active])
+        elif self._active == name:
+            self.set_active(None)
+
+    def ids(self, names: Sequence[str | None]) -> np.ndarray:
+        """The slots of names, int32 `[B]`: `adapter_ids` for a batch. None is the base alone."""
+        return np.array([NO_SLOT if name is None else self._find(name).slot for name in names], np.int32)
+
+    def set_active(self, names: str | None | Sequence[str | None]) -> None:
+        """Says what calls without ids use: one adapter, None for the base alone, or a name or None for each row."""
+        if names is not None and not isinstance(names, str):
+            names = tuple(names)
+        ids = self.ids(names) if isinstance(names, tuple) else self.ids([names])[0]
+        if any(True for _ in placed_banks(self.model)):
+            use(self.model, ids)
+        self._active = names
+
+    def save(
+        self,
+        name: str,
+        out: str | os.PathLike[str],
+        *,
+        base_model_name_or_path: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes one adapter as a PEFT folder, with its own rank; see `save_adapter`."""
+        copy = bare(self.model)
+        install(copy, self._read(name))
+        put_extra_fields(copy, self._find(name).extra)
+        save_adapter(copy, out, base_model_name_or_path=base_model_name_or_path, overwrite=overwrite)
+
+    def keep(self, name: str) -> None:
+        """Leaves one adapter on the model, as `load_adapter` would have put it there, and nothing of the others."""
+        fillings, extra = self._read(name), self._find(name).extra
+        self.clear()
+        install(self.model, fillings)
+        put_extra_fields(self.model, extra)
+
+    def merge(self, name: str) -> tuple[Merged, ...]:
+        """Folds one adapter into the base and forgets the others; see `mora_jax.merge`."""
+        self.keep(name)
+        return merge(self.model)
+
+    def clear(self) -> None:
+        """Takes everything off the model, which is the bare base again."""
+        if any(True for _ in placed_banks(self.model)):
+            detach(self.model)
+        self._named, self._active = {}, None
+
+    def _check_new(self, name: str) -> None:
+        if not name:
+            raise InputError("an adapter's name is empty; give one")
+        if name in self._named:
+            raise InputError(f"there is an adapter {name!r} already; delete it first, or give another name")
+
+    def _find(self, name: str) -> _Named:
+        if name not in self._named:
+            known = ", ".join(self._named) or "none"
+            raise InputError(f"there is no adapter {name!r}; there are {known}")
+        return self._named[name]
+
+    def _read(self, name: str) -> dict[str, Filling]:
+        """The values of an adapter as they are now."""
+        slot, configs, _ = self._find(name)
+        found = [read_slot(place, bank, slot, configs) for place, bank in placed_banks(self.model)]
+        return {path: filling for part in found for path, filling in part.items()}
+
+    def _put(self, name: str, fillings: Fillings, extra: Mapping[str, Any]) -> None:
+        """Writes a new adapter into a free slot, making room where there is none."""
+        if self._named:
+            other = next(iter(self._named))
+            same_form({other: self._read(other), name: fillings})
+        filled = check_places(self.model, fillings)
+        used = {one.slot for one in self._named.values()}
+        slot = next(i for i in range(len(used) + 1) if i not in used)
+        self._slots = self._slots if slot < self._slots else 2 * self._slots
+        for place, values in filled:
+            make_room(place, [filling.config for filling in values], self._slots, self._rank)
+        for place, _ in list(placed_banks(self.model)):
+            make_room(place, [], self._slots, self._rank)
+        for place, bank in placed_banks(self.model):
+            write_slot(place, bank, slot, fillings)
+        self._named[name] = _Named(slot, {path: filling.config for path, filling in fillings.items()}, extra)
+        self.set_active(name if len(self._named) == 1 else self._active)

@@ -1,0 +1,148 @@
+"""PEFT's ADALORA: P, λ and Q of each target; after pruning, those of the triplets that are left."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mora_jax.adapters.attach import AdapterEntry, adapter_at
+from mora_jax.adapters.base import host
+from mora_jax.adapters.config import AdaLoRAConfig
+from mora_jax.adapters.matching.targets import Place
+from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.peft.format import (
+    FACTORS,
+    PREFIX,
+    Format,
+    Target,
+    plain,
+    require,
+    require_bias,
+    require_positive,
+    require_share,
+    same,
+)
+from mora_jax.interop.peft.lora import LoraFormat
+
+# The fields of the schedule, by their names here.
+_SCHEDULE = {
+    "tinit": "tinit",
+    "tfinal": "tfinal",
+    "deltaT": "delta_t",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "orth_reg_weight": "orth_weight",
+    "total_step": "total_steps",
+    "target_r": "target_rank",
+}
+_KEY = re.compile(rf"({re.escape(PREFIX)})?(?P<path>.+)\.lora_E(\.\w+)?")
+
+
+@dataclass(frozen=True)
+class AdaloraFormat(Format):
+    """A triplet whose λ is exactly 0 does nothing: it was pruned, and is left out.
+
+    Attributes:
+        fresh: whether all λ of a model are 0, before the first step; then nothing is left out.
+    """
+
+    fresh: bool = False
+
+    peft_type: ClassVar[str] = "ADALORA"
+    refused: ClassVar[tuple[str, ...]] = (*LoraFormat.refused, "use_dora", "loftq_config")
+    # PEFT inherits all of LoRA's fields, of which AdaLoRA reads few: r, alpha_pattern and use_rslora change nothing.
+    fields: ClassVar[frozenset[str]] = LoraFormat.fields | {"init_r", *_SCHEDULE}
+
+    def check(self, values: dict[str, Any], where: str) -> None:
+        require_positive(values, where, "init_r", 12, whole=True)
+        require_positive(values, where, "lora_alpha", 8)
+        require_share(values, where, "lora_dropout")
+        require_bias(values, where, "lora_only")
+        try:
+            _config(values, "any")
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}: {error}") from None
+        pattern, rank = values.get("rank_pattern"), values.get("init_r", 12)
+        require(values, where, "rank_pattern", pattern is None or isinstance(pattern, dict), "names with lists")
+        for key, mask in (pattern or {}).items():
+            good = isinstance(mask, list) and len(mask) == rank and all(type(on) is bool for on in mask)
+            if not good or _KEY.fullmatch(key) is None:
+                raise InputError(f"{where}: rank_pattern of {key!r} must be a list of {rank} truth values (init_r)")
+
+    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
+        return {"a", "b", "e"}, {"a", "b", "e"}
+
+    def read(self, values: dict[str, Any], target: Target) -> Filling:
+        """What was pruned stays as columns, numbers and rows of zeros, so that all layers have one shape."""
+        config, place = _config(values, target.path), target.place
+        used = _used(values, target.path, config.rank)
+        count = int(used.sum())
+        lora_a = np.zeros((place.in_features, config.rank), np.float32)
+        lora_e = np.zeros(config.rank, np.float32)
+        lora_b = np.zeros((config.rank, place.out_features), np.float32)
+        lora_a[:, used] = target.read("a", (count, place.in_features)).T
+        lora_e[used] = target.read("e", (count, 1))[:, 0]
+        lora_b[used] = target.read("b", (place.out_features, count)).T
+        return Filling(config, {"lora_a": lora_a, "lora_e": lora_e, "lora_b": lora_b})
+
+    def names(self, entry: AdapterEntry) -> dict[str, str]:
+        return FACTORS | {"a": "lora_A", "b": "lora_B"}
+
+    def for_model(self, places: list[Place]) -> AdaloraFormat:
+        values = [host(adapter_at(place).params()["lora_e"]) for place in places]
+        return AdaloraFormat(fresh=not any(value.any() for value in values))
+
+    def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
+        params, used = entry.params, self._left(entry)
+        a, e, b = params["lora_a"][:, used].T, params["lora_e"][used][:, None], params["lora_b"][used].T
+        return {"a": a, "b": b, "e": e}
+
+    def kept(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
+        return {"lora_e": entry.params["lora_e"]}
+
+    def _left(self, entry: AdapterEntry) -> np.ndarray:
+        """Which triplets are written, `[rank]`."""
+        return (entry.params["lora_e"] != 0) | self.fresh
+
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
+        masks = {f"{entry.path}.lora_E": self._left(entry).tolist() for entry in entries}
+        pruned = not all(all(mask) for mask in masks.values())
+        return {
+            "alpha_pattern": {},
+            "bias": same(entries, "bias"),
+            "exclude_modules": None,
+            "init_lora_weights": True,
+            "init_r": same(entries, "rank"),
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "lora_alpha": plain(same(entries, "alpha")),
+            "lora_dropout": max(entry.config.dropout for entry in entries),
+            "r": 8,  # PEFT's default, which it warns to leave alone
+            "rank_pattern": masks if pruned else None,
+            "target_modules": targets,
+        } | {name: same(entries, ours) for name, ours in _SCHEDULE.items()}
+
+
+def _config(values: dict[str, Any], path: str) -> AdaLoRAConfig:
+    schedule = {ours: values[name] for name, ours in _SCHEDULE.items() if values.get(name) is not None}
+    return AdaLoRAConfig(
+        rank=values.get("init_r", 12),
+        alpha=float(values.get("lora_alpha", 8)),
+        dropout=values.get("lora_dropout", 0.0),
+        targets=(path,),
+        bias=values.get("bias", "none"),
+        **schedule,
+    )
+
+
+def _used(values: dict[str, Any], path: str, rank: int) -> np.ndarray:
+    """Which triplets of a target are left, `[rank]`."""
+    for key, mask in (values.get("rank_pattern") or {}).items():
+        found = _KEY.fullmatch(key)
+        if found is not None and found["path"] == path:
+            return np.array(mask)
+    return np.ones(rank, bool)

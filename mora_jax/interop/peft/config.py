@@ -1,0 +1,175 @@
+"""`adapter_config.json`: the `peft_type`s that are known, which modules it names, and fields of newer versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from mora_jax.errors import InputError
+from mora_jax.interop.peft.adalora import AdaloraFormat
+from mora_jax.interop.peft.bitfit import BitfitFormat
+from mora_jax.interop.peft.format import COMMON, Format, is_names, require, require_names
+from mora_jax.interop.peft.ia3 import Ia3Format
+from mora_jax.interop.peft.lora import LoraFormat
+from mora_jax.interop.peft.vera import VeraFormat
+
+FORMATS: dict[str, Format] = {
+    form.peft_type: form for form in (LoraFormat(), VeraFormat(), Ia3Format(), AdaloraFormat())
+}
+# What methods are written as; LORA where nothing else is said.
+_WRITTEN: dict[str, Format] = {
+    "vera": FORMATS["VERA"],
+    "ia3": FORMATS["IA3"],
+    "adalora": FORMATS["ADALORA"],
+    "bitfit": BitfitFormat(),
+}
+_EXTRA = "peft_fields"  # the attribute of a model that holds fields of newer versions, as JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """What an `adapter_config.json` says.
+
+    Attributes:
+        format: its `peft_type`.
+        values: the file's fields.
+        where: the file, for error messages.
+    """
+
+    format: Format
+    values: dict[str, Any]
+    where: str
+
+    def matches(self, path: str) -> bool:
+        """Whether PEFT would adapt the module at `path`."""
+        if self.saves(path):
+            return False
+        targets = self.values.get("target_modules")
+        excluded = self.values.get("exclude_modules")
+        if excluded and _named(excluded, path):
+            return False
+        if targets is None:
+            targets = list(self.format.default_targets)
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            return path.rpartition(".")[2] not in ("lm_head", "embed_tokens")
+        if not _named(targets, path):
+            return False
+        if not isinstance(targets, str) and path in targets:
+            return True  # a whole path, whatever layers are named
+        layers = self.values.get("layers_to_transform")
+        if layers is None or layers == [] or isinstance(targets, str):
+            return True
+        patterns = self.values.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+            if found:
+                return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
+        return False
+
+    @property
+    def bias(self) -> str:
+        """Which biases the file holds: "none", "lora_only" (of adapted layers) or "all"."""
+        bias = self.values.get("bias", "none")
+        return "lora_only" if bias == self.format.bias_name else bias
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """Fields of a newer PEFT."""
+        known = COMMON | self.format.fields
+        return {name: value for name, value in self.values.items() if name not in known}
+
+    def saves(self, path: str) -> bool:
+        """Whether PEFT trains the module at `path`, or one around it, whole."""
+        names = self.values.get("modules_to_save") or []
+        parts = path.split(".")
+        above = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        return any(module.endswith(name) for name in names for module in above)
+
+
+def _named(names: str | list[str], path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith("." + name) for name in names)
+
+
+def format_of(values: dict[str, Any], where: str) -> Format:
+    """The type of an `adapter_config.json`.
+
+    Raises:
+        InputError: PEFT has it, or not, but it is not supported here.
+    """
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise InputError(f"{where}: peft_type must be one of {', '.join(FORMATS)}, found {kind!r}")
+    return _WRITTEN["bitfit"] if kind == "LORA" and values.get("lora_bias") else FORMATS[kind]
+
+
+def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
+    """Checks the fields of an `adapter_config.json`.
+
+    Raises:
+        InputError: for another kind of adapter, or a field that changes the function in an unsupported way.
+    """
+    form = format_of(values, where)
+    for name in form.refused:
+        if values.get(name):
+            raise InputError(f"{where}: {name} is set, which is not supported")
+    form.check(values, where)
+    _check_common(values, where)
+    file = AdapterFile(form, values, where)
+    if file.unknown:
+        names = ", ".join(sorted(file.unknown))
+        warnings.warn(f"{where}: unknown fields are kept, but have no effect: {names}", stacklevel=3)
+    return file
+
+
+def _check_common(values: dict[str, Any], where: str) -> None:
+    base = values.get("base_model_name_or_path")
+    require(values, where, "base_model_name_or_path", base is None or isinstance(base, str), "a path or a hub id")
+    saved = values.get("modules_to_save")
+    require(values, where, "modules_to_save", saved is None or is_names(saved), "a list of names")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        require_names(values, where, name)
+    layers = values.get("layers_to_transform")
+    indices = layers if isinstance(layers, list) else [layers]
+    good = layers is None or all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
+    require(values, where, "layers_to_transform", good, "a layer's number or a list of them")
+
+
+def format_for(method: str) -> Format:
+    """The type that a method is written as."""
+    return _WRITTEN.get(method, FORMATS["LORA"])
+
+
+def common_fields(form: Format, base: str | None) -> dict[str, Any]:
+    """The fields of every `adapter_config.json`, as PEFT writes them where nothing else is said."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "peft_type": form.peft_type,
+        "revision": None,
+    }
+
+
+def keep_extra_fields(model: nnx.Module, file: AdapterFile) -> None:
+    """Notes the fields of a newer PEFT on the model, to be written back when its adapter is saved."""
+    put_extra_fields(model, file.unknown)
+
+
+def put_extra_fields(model: nnx.Module, fields: Mapping[str, Any]) -> None:
+    """Makes `fields` those that a model's adapter is saved with, beside its own."""
+    if fields or extra_fields(model):
+        setattr(model, _EXTRA, json.dumps(dict(fields), sort_keys=True))
+
+
+def extra_fields(model: nnx.Module) -> dict[str, Any]:
+    """Fields that `keep_extra_fields` noted."""
+    return json.loads(getattr(model, _EXTRA, "{}"))

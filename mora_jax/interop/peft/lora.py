@@ -1,0 +1,268 @@
+"""PEFT's LORA: LoRA and its relatives, and MoRA with the two fields that its authors add."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mora_jax.adapters.attach import AdapterEntry
+from mora_jax.adapters.config import (
+    DoRAConfig,
+    LoRAConfig,
+    MoRAConfig,
+    OLoRAConfig,
+    PiSSAConfig,
+    RsLoRAConfig,
+)
+from mora_jax.adapters.config.patterns import pattern_for, value_at
+from mora_jax.adapters.methods.mora import KINDS, square_rank
+from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.peft.format import (
+    EMBEDDING_FACTORS,
+    FACTORS,
+    Format,
+    Target,
+    check_regex,
+    is_positive,
+    plain,
+    require,
+    require_bias,
+    require_positive,
+    require_share,
+    same,
+)
+
+MORA_TYPES = {1: "sharing", 2: "grouped", 3: "grouped_tile", 4: "strided_interleave", 6: "rotation"}
+KIND_FIELD = "mora_jax_kind"  # for the kinds that the authors' format has no number for
+
+# Starts that leave the base weights alone, and those that PEFT takes from them again whenever it loads the folder.
+_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_FROM_BASE = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
+
+
+class LoraFormat(Format):
+    peft_type = "LORA"
+    refused: ClassVar[tuple[str, ...]] = (
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_qalora",
+    )
+    fields = frozenset(
+        {
+            *refused,
+            KIND_FIELD,
+            "alpha_pattern",
+            "corda_config",
+            "eva_config",
+            "init_lora_weights",
+            "loftq_config",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_ga_config",
+            "megatron_config",
+            "megatron_core",
+            "mora_type",
+            "qalora_group_size",
+            "r",
+            "rank_pattern",
+            "use_dora",
+            "use_mora",
+            "use_rslora",
+            "velora_config",
+        }
+    )
+
+    def check(self, values: dict[str, Any], where: str) -> None:
+        init = values.get("init_lora_weights", True)
+        known = init is None or isinstance(init, bool | str | int)
+        if not known or (init not in _HARMLESS_INITS and init not in _FROM_BASE):
+            raise InputError(
+                f"{where}: init_lora_weights {init!r} changes the base weights in a way that can't be repeated; "
+                "convert it to plain LoRA (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        for name in ("use_rslora", "use_dora", "use_mora"):
+            require(values, where, name, values.get(name) in (None, True, False), "true or false")
+        kind = _kind(values, where)
+        require_positive(values, where, "r", 8, whole=True)
+        require_positive(values, where, "lora_alpha", 8)
+        require_share(values, where, "lora_dropout")
+        require_bias(values, where, "lora_only")
+        for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+            pattern = values.get(name) or {}
+            good = isinstance(pattern, dict) and all(is_positive(value, whole=whole) for value in pattern.values())
+            require(values, where, name, good, f"names with positive {'whole ' if whole else ''}numbers")
+            for key in pattern:
+                check_regex(where, name, key)
+        if kind is not None and values.get("bias", "none") != "none":
+            raise InputError(f"{where}: bias {values['bias']!r} beside MoRA is not supported")
+
+    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
+        needed, allowed = {"a", "b"}, {"a", "b"}
+        if _kind(values, "") is not None:
+            needed = {"a"}
+        return (needed | {"magnitude"}, allowed | {"magnitude"}) if values.get("use_dora") else (needed, allowed)
+
+    def needs_base(self, values: dict[str, Any]) -> bool:
+        start = values.get("init_lora_weights") in _FROM_BASE
+        return bool(values.get("use_dora")) or start or super().needs_base(values)
+
+    def read(self, values: dict[str, Any], target: Target) -> Filling:
+        config, place = lora_config(values, target.path), target.place
+        arrays: dict[str, np.ndarray] = {}
+        if isinstance(config, MoRAConfig):
+            side = square_rank(place.in_features, place.out_features, config.rank, config.kind)
+            arrays["m"] = target.read("a", (side, side))
+            if "b" in target.names and not np.array_equal(arrays["m"], target.read("b", (side, side))):
+                both = f"{target.names['a']} and {target.names['b']}"
+                raise InputError(f"{target.files.folder}: {both} differ, but MoRA has one matrix")
+        else:
+            arrays["lora_a"] = target.read("a", (config.rank, place.in_features)).T
+            arrays["lora_b"] = target.read("b", (place.out_features, config.rank)).T
+            arrays["scaling"] = np.asarray(scaling_at(values, target.path), np.float32)
+        if "magnitude" in target.names:
+            arrays["magnitude"] = target.read("magnitude", (place.out_features,))
+        return Filling(config, arrays)
+
+    def names(self, entry: AdapterEntry) -> Mapping[str, str]:
+        return EMBEDDING_FACTORS if entry.is_embedding else FACTORS
+
+    def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
+        params = entry.params
+        tensors: dict[str, np.ndarray] = {}
+        if "m" in params:
+            tensors |= {"a": params["m"], "b": params["m"]}
+        if "lora_a" in params:
+            tensors |= {"a": params["lora_a"].T, "b": params["lora_b"].T}
+        if "magnitude" in params:
+            tensors["magnitude"] = params["magnitude"]
+        return tensors
+
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
+        """Ranks below the highest and alphas that differ go into the patterns.
+
+        `r` is the highest rank, and `lora_alpha` gives the commonest scaling there: loaders that read no patterns make
+        room by the one and scale by the other.
+        """
+        rank = max(entry.config.rank for entry in entries)
+        ranks = pattern_for({entry.path: entry.config.rank for entry in entries}, rank)
+        dropout = max(entry.config.dropout for entry in entries)
+        config = dataclasses.replace(entries[0].config, rank=rank, dropout=dropout)
+        if isinstance(config, MoRAConfig):
+            same(entries, "kind")
+            return mora_fields(config, targets=targets, ranks=ranks)
+        if len({entry.config.use_dora for entry in entries}) > 1:
+            raise InputError("one folder holds LoRA with or without DoRA's magnitude, but the model has both")
+        # From the scaling that is really used, which may differ by layer.
+        scalings = {entry.path: float(entry.params["scaling"]) for entry in entries}
+        power = 0.5 if isinstance(config, RsLoRAConfig) else 1.0
+        alpha_of = {entry.path: _alpha(scalings[entry.path], entry.config.rank, power) for entry in entries}
+        alpha = _alpha(collections.Counter(scalings.values()).most_common(1)[0][0], rank, power)
+        alphas = pattern_for(alpha_of, alpha)
+        return lora_fields(config, targets=targets, alpha=alpha, ranks=ranks, alphas=alphas)
+
+
+def _alpha(scaling: float, rank: int, power: float) -> float:
+    """The alpha of a scaling; rounded, since scalings are kept in float32."""
+    return round(scaling * math.pow(rank, power), 6)
+
+
+def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
+    """The configuration at `path`, which is a target."""
+    rank = _at(values, "rank_pattern", path, values.get("r", 8))
+    dropout = values.get("lora_dropout", 0.0)
+    use_dora = bool(values.get("use_dora"))
+    kind = _kind(values, "")
+    if kind is not None:
+        return MoRAConfig(rank=rank, kind=kind, dropout=dropout, targets=(path,), use_dora=use_dora)
+    alpha = float(_at(values, "alpha_pattern", path, values.get("lora_alpha", 8)))
+    init = values.get("init_lora_weights")
+    start = init if init in _FROM_BASE else "kaiming"
+    plain_kind = _FROM_BASE.get(start, DoRAConfig if use_dora else LoRAConfig)
+    method = RsLoRAConfig if values.get("use_rslora") else plain_kind
+    bias = values.get("bias", "none")
+    return method(rank=rank, alpha=alpha, dropout=dropout, targets=(path,), bias=bias, use_dora=use_dora, init=start)
+
+
+def scaling_at(values: dict[str, Any], path: str) -> float:
+    """The factor on LoRA's update at `path`, as PEFT means it."""
+    rank = _at(values, "rank_pattern", path, values.get("r", 8))
+    alpha = _at(values, "alpha_pattern", path, values.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+def _at(values: dict[str, Any], pattern: str, path: str, default: Any) -> Any:
+    return value_at((values.get(pattern) or {}).items(), path, default)
+
+
+def _kind(values: dict[str, Any], where: str) -> str | None:
+    """The MoRA kind; None for LoRA."""
+    if KIND_FIELD in values:
+        if values[KIND_FIELD] not in KINDS:
+            raise InputError(f"{where}: {KIND_FIELD} must be one of {', '.join(KINDS)}, found {values[KIND_FIELD]!r}")
+        return values[KIND_FIELD]
+    if not values.get("use_mora"):
+        return None
+    number = values.get("mora_type", 1)
+    if number not in MORA_TYPES:
+        raise InputError(f"{where}: mora_type must be one of {sorted(MORA_TYPES)}, found {number!r}")
+    return MORA_TYPES[number]
+
+
+def lora_fields(
+    config: LoRAConfig, *, targets: list[str] | str, alpha: float, ranks: dict[str, int], alphas: dict[str, float]
+) -> dict[str, Any]:
+    """The fields of a LoRA's `adapter_config.json`; the ones that PEFT 0.21 knows, and those alone."""
+    return _shared_fields(config, targets, alpha, ranks) | {
+        "alpha_pattern": {path: plain(value) for path, value in alphas.items()},
+        "bias": config.bias,
+        "exclude_modules": None,
+        "lora_bias": False,
+        "use_rslora": isinstance(config, RsLoRAConfig),
+    }
+
+
+def mora_fields(config: MoRAConfig, *, targets: list[str] | str, ranks: dict[str, int]) -> dict[str, Any]:
+    """The fields of a MoRA's `adapter_config.json`: PEFT 0.9's for LoRA, `use_mora` and `mora_type`.
+
+    A kind that the authors' code does not have is named in a field of its own and claims no `mora_type`, so
+    their code refuses the file instead of computing something else.
+    """
+    fields = _shared_fields(config, targets, config.rank, ranks) | {"alpha_pattern": {}}
+    numbers = {kind: number for number, kind in MORA_TYPES.items()}
+    if config.kind in numbers:
+        return fields | {"use_mora": True, "mora_type": numbers[config.kind]}
+    return fields | {KIND_FIELD: config.kind}
+
+
+def _shared_fields(
+    config: LoRAConfig | MoRAConfig, targets: list[str] | str, alpha: float, ranks: dict[str, int]
+) -> dict[str, Any]:
+    return {
+        "bias": "none",
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": plain(alpha),
+        "lora_dropout": config.dropout,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "r": config.rank,
+        "rank_pattern": ranks,
+        "target_modules": targets,
+        "use_dora": config.use_dora,
+        "use_rslora": False,
+    }

@@ -1,0 +1,178 @@
+"""Adapters into PEFT folders, and MoRA into its authors' layout of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeGuard
+
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.attach import AdapterEntry, adapter_at, adapters_of
+from mora_jax.adapters.base import Adapter
+from mora_jax.adapters.config.patterns import targets_for
+from mora_jax.adapters.matching.targets import Place, by_path, has_adapter, places
+from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.trainable_base import named_modules
+from mora_jax.errors import InputError
+from mora_jax.interop.atomic_folder import new_folder
+from mora_jax.interop.peft.bitfit import BitfitFormat
+from mora_jax.interop.peft.config import common_fields, extra_fields, format_for
+from mora_jax.interop.peft.format import CONFIG_NAME, FACTORS, PREFIX, SHARED_PREFIX, WEIGHTS_NAME, Format, meaning
+from mora_jax.interop.peft.normalise import file_method, plain
+from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
+from mora_jax.interop.safetensors_io import write_tensors
+from mora_jax.interop.save import tensors_of, write_model
+from mora_jax.interop.tensor_map import base_bias, base_names, trained_weights
+from mora_jax.models.decoder import Decoder
+
+#: What a folder with an adapter holds.
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_FOLDER)
+
+
+def save_adapter(
+    model: nnx.Module,
+    out: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
+    write: bool = True,
+) -> None:
+    """Writes the adapters of a model as a PEFT folder.
+
+    Tensors are gathered from the devices and written one after the other, so a model that was trained sharded never has
+    its adapters in one memory twice. With adapters of ReLoRA and ReMoRA, whose base changes, the base goes with them
+    (see `mora_jax.interop.peft.restarted_base`).
+
+    Args:
+        model: a model with adapters of one method. PiSSA and OLoRA become LoRA of twice the rank, BitFit a LoRA that
+            is nothing but its own bias; AdaLoRA leaves out what it has pruned.
+        out: the folder; must not exist, or be empty.
+        base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
+        overwrite: replace the adapter that is in `out`; files that belong to none stay there.
+        write: False on all processes but one of those that hold parts of the adapters: all have to call this.
+
+    Raises:
+        InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
+    """
+    form, adapted = _format(model)
+    # Two passes over the model: names, sizes and scalings first, so that none of the arrays has to stay.
+    shapes: dict[str, tuple[int, ...]] = {}
+    main = []
+    for entry, tensors in _gathered(model, form):
+        shapes |= {name: tensor.shape for name, tensor in tensors.items()}
+        odd = [name for name in tensors if meaning(name)[1] not in (entry.path, _head(model))]
+        if odd:
+            raise InputError(f"{entry.path} has a name that PEFT's files can't hold ({odd[0]}): rename that layer")
+        if _is_main(entry, form):
+            main.append(dataclasses.replace(entry, params=form.kept(entry)))
+    shared = {SHARED_PREFIX + name: tensor for name, tensor in form.shared_of(adapted).items()}
+    whole = {PREFIX + name: tensor.shape for name, tensor in trained_weights(model)}
+    base = base_model_name_or_path or getattr(model, "name_or_path", None)
+    targets = targets_for((entry.path for entry in main), _all_paths(model))
+    fields = common_fields(form, base) | form.written(main, targets)
+    fields["task_type"] = "CAUSAL_LM" if isinstance(model, Decoder) else None
+    fields |= {"modules_to_save": _saved_modules(model, list(whole))}
+    if _tied(model) and _trains_table(model, main, whole):
+        fields["ensure_weight_tying"] = True
+    if not write:
+        base_tensors = tensors_of(model) if _has_own_base(model) else ()
+        for _ in itertools.chain(_all_tensors(model, form, shared), base_tensors):
+            pass  # gathered for the process that writes
+        return
+    with new_folder(out, ours=ADAPTER_FILES, overwrite=overwrite) as folder:
+        text = json.dumps(extra_fields(model) | fields, indent=2, sort_keys=True)
+        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
+        write_tensors(folder / WEIGHTS_NAME, shapes, _all_tensors(model, form, shared))
+        if _has_own_base(model):
+            write_model(model, folder / BASE_FOLDER)
+
+
+def _all_paths(model: nnx.Module) -> set[str]:
+    """Of all modules, among which PEFT looks for targets: those that hold others, too."""
+    paths = {path for place in places(model) for path in (*place.paths, *place.aliases)}
+    others = [named for named, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
+    paths |= {path for named in others for path in named if "*" not in path}
+    return {".".join(parts[:end]) for parts in (path.split(".") for path in paths) for end in range(1, len(parts) + 1)}
+
+
+def _tied(model: nnx.Module) -> TypeGuard[Decoder]:
+    return isinstance(model, Decoder) and model.config.tie_embeddings
+
+
+def _head(model: nnx.Module) -> str | None:
+    """The path of a tied head, whose share of a table's adapter is written beside it."""
+    return model.config.names.head if _tied(model) else None
+
+
+def _has_own_base(model: nnx.Module) -> TypeGuard[Decoder]:
+    return isinstance(model, Decoder) and has_other_base(model)
+
+
+def _trains_table(model: Decoder, entries: list[AdapterEntry], whole: Iterable[str]) -> bool:
+    return any(entry.is_embedding for entry in entries) or f"{PREFIX}{model.config.names.embedding}.weight" in whole
+
+
+def _all_tensors(model: nnx.Module, form: Format, shared: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    for _, tensors in _gathered(model, form):
+        yield from tensors.items()
+    yield from shared.items()
+    for name, tensor in trained_weights(model):
+        yield PREFIX + name, tensor
+
+
+def _format(model: nnx.Module) -> tuple[Format, list[Place]]:
+    """The one format of a model's adapters, and the places that it is for; biases beside them have none of their own.
+
+    Raises:
+        InputError: there is no adapter, or there are several methods.
+    """
+    adapted = [place for place in places(model) if has_adapter(place)]
+    if not adapted:
+        raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
+    main = [place for place in adapted if adapter_at(place).method != "bitfit"] or adapted
+    methods = sorted({file_method(adapter_at(place)) for place in main})
+    if len(methods) == 1 and len(main) < len(adapted) and adapter_at(main[0]).config.bias != "all":
+        methods = ["bitfit", *methods]
+    if len(methods) > 1:
+        raise InputError(f"one folder holds one method, but the model has adapters of {', '.join(methods)}")
+    return format_for(methods[0]).for_model(main), main
+
+
+def _is_main(entry: AdapterEntry, form: Format) -> bool:
+    return entry.method != "bitfit" or isinstance(form, BitfitFormat)
+
+
+def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
+    """Each adapted matrix with its tensors under their names in files."""
+    where = by_path(places(model))
+    for entry in map(plain, adapters_of(model)):
+        path, main = PREFIX + entry.path, _is_main(entry, form)
+        found = form.write(entry) if main else {}
+        names = form.names(entry)
+        tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
+        if entry.is_embedding and _tied(model):
+            head = f"{PREFIX}{_head(model)}"
+            tensors |= {f"{head}.{FACTORS['a']}": found["b"].T, f"{head}.{FACTORS['b']}": found["a"].T}
+        if "bias" in entry.params and "added" not in found:
+            inner = "base_layer.bias" if main else "bias"
+            tensors[f"{path}.{inner}"] = base_bias(*where[entry.path]) + entry.params["bias"]
+        yield entry, tensors
+
+
+def _saved_modules(model: nnx.Module, names: list[str]) -> list[str] | None:
+    """The shortest names that PEFT takes for exactly these modules: it takes any module whose path ends so."""
+    if not names:
+        return None
+    saved = {name.removeprefix(PREFIX).rpartition(".")[0] for name in names}
+    possible = {name.rpartition(".")[0] for name in base_names(model)}
+    short = set()
+    for path in saved:
+        last = path.rpartition(".")[2]
+        short.add(last if {other for other in possible if other.endswith(last)} <= saved else path)
+    return sorted(short)

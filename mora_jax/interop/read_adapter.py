@@ -1,0 +1,105 @@
+"""Adapters as plain values: read from a model or a folder beside the model that they are for, which stays as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from flax import nnx
+
+from mora_jax.adapters.attach import detach
+from mora_jax.adapters.config import LoRAConfig, MoRAConfig, RsLoRAConfig
+from mora_jax.adapters.matching.targets import has_adapter, places
+from mora_jax.adapters.summary import adapters_of
+from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.peft.config import extra_fields
+from mora_jax.interop.peft.load import load_adapter
+from mora_jax.interop.peft.normalise import plain_lora
+from mora_jax.interop.peft.restarted_base import has_other_base
+from mora_jax.interop.tensor_map import trained_weights
+
+Fillings = Mapping[str, Filling]
+
+
+def bare(model: nnx.Module) -> nnx.Module:
+    """A second model on the same base arrays, without adapters."""
+    graphdef, state = nnx.split(model)
+    copy = nnx.merge(graphdef, state)
+    if any(has_adapter(place) for place in places(copy)):
+        detach(copy)
+    return copy
+
+
+def read_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Fillings, dict]:
+    """The values of an adapter folder, by module path, and the fields of a newer PEFT in its configuration.
+
+    Args:
+        model: what the adapter is for.
+        path: as for `load_adapter`.
+        strict: as for `load_adapter`.
+
+    Raises:
+        InputError: as `load_adapter` and `fillings_of`.
+    """
+    copy = bare(model)
+    load_adapter(copy, path, strict=strict)
+    try:
+        return fillings_of(copy), extra_fields(copy)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def fillings_of(model: nnx.Module) -> Fillings:
+    """The adapters of a model, by module path: LoRA (whatever it was trained as) or MoRA of one kind.
+
+    Raises:
+        InputError: there is none, there are several methods, or one does more than add an update to a matrix.
+    """
+    if next(trained_weights(model), None) is not None:
+        raise InputError("it trains modules whole (modules_to_save), which several adapters can't share; merge it")
+    if has_other_base(model):
+        raise InputError("it comes with a base of its own, which several adapters can't share; merge it")
+    fillings: dict[str, Filling] = {}
+    for entry in map(plain_lora, adapters_of(model)):
+        for name, what in (("magnitude", "DoRA's magnitude"), ("bias", "a trained bias")):
+            if name in entry.params:
+                raise InputError(f"{entry.path} has {what}, which doesn't add up with other adapters; merge it instead")
+        if type(entry.config) not in (LoRAConfig, RsLoRAConfig, MoRAConfig):
+            raise InputError(f"{entry.path} has {entry.method}, but only LoRA and MoRA can stand beside others")
+        fillings[entry.path] = Filling(entry.config, entry.params)
+    if not fillings:
+        raise InputError("the model has no adapter")
+    form_of(fillings)
+    return fillings
+
+
+def form_of(fillings: Fillings) -> str:
+    """The method of all values, in words: those of equal words can share a bank, or be added up.
+
+    Raises:
+        InputError: there are several methods.
+    """
+    forms = {
+        f"MoRA of kind {filling.config.kind}" if isinstance(filling.config, MoRAConfig) else "LoRA"
+        for filling in fillings.values()
+    }
+    if len(forms) > 1:
+        raise InputError(f"it has {' and '.join(sorted(forms))}, but one adapter is of one method here")
+    return forms.pop()
+
+
+def same_form(adapters: Mapping[str, Fillings]) -> str:
+    """The method of several adapters, by name.
+
+    Raises:
+        InputError: they have different ones.
+    """
+    forms = {name: form_of(fillings) for name, fillings in adapters.items()}
+    first, *others = forms
+    for other in others:
+        if forms[other] != forms[first]:
+            raise InputError(
+                f"{first} is {forms[first]}, {other} is {forms[other]}: only adapters of one method stand together"
+            )
+    return forms[first]

@@ -1,0 +1,150 @@
+"""Parameters of a decoder read from files region by region: what a device doesn't hold is never read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from mora_jax.adapters.products.quantization import BLOCK, QuantizedKernel, block_scales, quantize, rows_per_block
+from mora_jax.interop.safetensors_io import TensorFiles
+from mora_jax.interop.tensor_map import Entry, Piece
+
+#: The sharding of each parameter of a model.
+Shardings = Callable[[nnx.Variable], Sharding]
+
+
+def read_sharded(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], sharding: Sharding) -> jax.Array:
+    """A parameter on its devices; each region is read when its device's turn comes, and let go of again.
+
+    Args:
+        entry: the parameter and the tensors that make it up.
+        files: where they are.
+        stored_as: names of tensors in files that differ from the entry's.
+        sharding: of the parameter.
+    """
+    dtype = entry.parameter.dtype
+    return made_in_place(
+        tuple(entry.parameter.shape), sharding, lambda index: read_region(entry, files, stored_as, index, dtype)
+    )
+
+
+def made_in_place(
+    shape: tuple[int, ...], sharding: Sharding, make: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array on its devices, each region made by `make` when its device's turn comes."""
+    last: dict[Any, np.ndarray] = {}
+
+    def region(index: Any) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in last:  # devices with copies of one region follow each other
+            last.clear()
+            last[key] = make(index)
+        return last[key]
+
+    return jax.make_array_from_callback(shape, sharding, region)
+
+
+def read_region(
+    entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], index: tuple[slice, ...], dtype: Any
+) -> np.ndarray:
+    """The values of `parameter[index]`, as `dtype`; of each tensor only the rows and columns needed are read."""
+    shape = tuple(entry.parameter.shape)
+    box = [range(size)[part] for part, size in zip(index, shape, strict=True)]
+    values = np.empty([len(part) for part in box], dtype=dtype)
+    for piece in entry.pieces:
+        found = _shared(piece, shape, box)
+        if found is not None:
+            target, inner = found
+            values[target] = _read(piece, files, stored_as.get(piece.name, piece.name), inner)
+    return values
+
+
+def _shared(piece: Piece, shape: tuple[int, ...], box: list[range]) -> tuple[tuple[Any, ...], list[range]] | None:
+    """What a piece and a box of the parameter share: where that lies in the box, and in the piece's region."""
+    target: list[Any] = []
+    inner: list[range] = []
+    for i, (size, wanted) in enumerate(zip(shape, box, strict=True)):
+        part = piece.index[i] if i < len(piece.index) else slice(None)
+        if isinstance(part, int):
+            if part not in wanted:
+                return None
+            target.append(part - wanted.start)
+            continue
+        held = range(size)[part]
+        start, stop = max(held.start, wanted.start), min(held.stop, wanted.stop)
+        if start >= stop:
+            return None
+        target.append(slice(start - wanted.start, stop - wanted.start))
+        inner.append(range(start - held.start, stop - held.start))
+    return tuple(target), inner
+
+
+def _read(piece: Piece, files: TensorFiles, name: str, inner: list[range]) -> np.ndarray:
+    """Part of a tensor, laid out as the piece's region is."""
+    sizes = [len(part) for part in inner]
+    if not piece.matrix:
+        part = tuple(slice(part.start, part.stop) for part in inner)
+        if piece.shape == piece.region:
+            return files.read_part(name, part)
+        return files.read(name).reshape(piece.region)[part]
+    columns, outs = inner[0], inner[1:]
+    # The rows of a tensor [out, in] are the region's output axes, flattened: the smallest run that holds all wanted.
+    flat = np.arange(piece.shape[0]).reshape(piece.region[1:])[np.ix_(*outs)].ravel()
+    first, last = int(flat[0]), int(flat[-1]) + 1
+    rows = files.read_part(name, (slice(first, last), slice(columns.start, columns.stop)))
+    return (rows if len(flat) == last - first else rows[flat - first]).T.reshape(sizes)
+
+
+def read_quantized(
+    entry: Entry,
+    kernel: QuantizedKernel,
+    files: TensorFiles,
+    stored_as: Mapping[str, str],
+    shardings: Shardings | None,
+) -> None:
+    """Fills the codes and scales of a stacked kernel `[L, in, *out]`.
+
+    Args:
+        entry: the kernel and the tensors that make it up.
+        kernel: of the entry.
+        files: where they are.
+        stored_as: names of tensors in files that differ from the entry's.
+        shardings: where codes and scales lie; None: whole, on the default device.
+    """
+    for variable in (kernel.values, kernel.scales):
+        make = partial(_region, entry, kernel, files, stored_as, variable is kernel.scales)
+        shape = tuple(variable.shape)
+        if shardings is None:
+            variable.set_value(jnp.asarray(make(tuple(slice(0, size) for size in shape))))
+        else:
+            variable.set_value(made_in_place(shape, shardings(variable), make))
+
+
+def _region(
+    entry: Entry,
+    kernel: QuantizedKernel,
+    files: TensorFiles,
+    stored_as: Mapping[str, str],
+    scales: bool,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """`kernel.scales[index]` or `kernel.values[index]`: the blocks that it touches are read and quantised whole."""
+    variable = kernel.scales if scales else kernel.values
+    box = [range(size)[part] for part, size in zip(index, variable.shape, strict=True)]
+    layers, rows = box[:2]
+    height = 1 if scales else rows_per_block(kernel.format)
+    first, last = rows.start // height, -(-rows.stop // height)
+    inputs = slice(first * BLOCK, min(last * BLOCK, kernel.in_features))
+    found = np.empty([len(part) for part in box], variable.dtype)
+    for number, layer in enumerate(layers):
+        part = read_region(entry, files, stored_as, (slice(layer, layer + 1), inputs, *index[2:]), np.float32)[0]
+        whole = block_scales(part, kernel.format) if scales else quantize(part, kernel.format)[0]
+        found[number] = whole[rows.start - first * height :][: len(rows)]
+    return found

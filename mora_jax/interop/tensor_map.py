@@ -1,0 +1,151 @@
+"""Which HuggingFace tensor lies where in the decoder's stacked and fused parameters, for both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.base import FullParam, host
+from mora_jax.adapters.matching.targets import Place
+from mora_jax.adapters.projection import Projection
+from mora_jax.errors import InputError
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.norms import RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor of a file and its region of a parameter.
+
+    Attributes:
+        name: the tensor's name in files.
+        index: the region, as an index into the parameter.
+        region: the region's shape.
+        shape: the tensor's shape in files.
+        matrix: whether it is a matrix, `[out, in]` in files and `[in, ...out]` in the parameter.
+    """
+
+    name: str
+    index: tuple[int | slice, ...]
+    region: tuple[int, ...]
+    shape: tuple[int, ...]
+    matrix: bool = False
+
+    def put(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
+        """Copies a tensor of a file into its region, casting to the parameter's dtype."""
+        parameter[self.index] = (tensor.T if self.matrix else tensor).reshape(self.region)
+
+    def take(self, parameter: np.ndarray) -> np.ndarray:
+        """The tensor as files have it."""
+        part = parameter[self.index]
+        return part.reshape(self.region[0], -1).T if self.matrix else part.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A parameter (or the quantised kernel in its place) and the tensors that make it up."""
+
+    parameter: Any
+    pieces: tuple[Piece, ...]
+
+
+def tensor_plan(model: Decoder) -> list[Entry]:
+    """Every base parameter of a decoder with its HuggingFace tensors, in the order of the forward pass."""
+    config = model.config
+    table = (config.vocab_size, config.hidden_size)
+    entries = [Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))]
+    block = model.layers
+    attention = block.self_attn
+    for norm in (
+        block.attention_norm,
+        attention.q_norm,
+        attention.k_norm,
+        block.post_attention_norm,
+        block.mlp_norm,
+        block.post_mlp_norm,
+    ):
+        if norm is not None:
+            entries.append(_norm(norm, config.num_layers))
+    for projection in (
+        block.self_attn.qkv_proj,
+        block.self_attn.o_proj,
+        block.mlp.gate_up_proj,
+        block.mlp.down_proj,
+    ):
+        entries.extend(_projection(projection))
+    entries.append(_norm(model.norm, None))
+    if model.lm_head is not None:
+        entries.append(Entry(model.lm_head.kernel, (Piece(f"{config.names.head}.weight", (), table, table),)))
+    return entries
+
+
+def _norm(norm: RMSNorm, num_layers: int | None) -> Entry:
+    size = norm.weight.shape[-1]
+    if num_layers is None:
+        return Entry(norm.weight, (Piece(f"{norm.path}.weight", (), (size,), (size,)),))
+    names = [norm.path.format(layer=layer) for layer in range(num_layers)]
+    return Entry(norm.weight, tuple(Piece(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names)))
+
+
+def _projection(projection: Projection) -> Iterator[Entry]:
+    kernels, biases = [], []
+    layers = range(projection.num_layers or 0)
+    for layer in layers:
+        for part in projection.parts:
+            shape = list(projection.layout.out_shape)
+            shape[projection.layout.part_axis] = part.size
+            where = projection.part_slice(part.name)
+            path = projection.module_path(part.name, layer)
+            size, region = projection.part_features(part.name), (projection.in_features, *shape)
+            file_shape = (size, projection.in_features)
+            kernels.append(Piece(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True))
+            biases.append(Piece(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
+    yield Entry(projection.kernel, tuple(kernels))
+    if projection.bias is not None:
+        yield Entry(projection.bias, tuple(biases))
+
+
+def base_bias(place: Place, layer: int) -> np.ndarray:
+    """The bias of the base at one path of a place, float32 `[out]`; zeros where it has none."""
+    bias = place.bias()
+    if bias is None:
+        return np.zeros(place.out_features, np.float32)
+    return host(bias[place.index(layer)]).astype(np.float32, copy=False)
+
+
+def trained_weights(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """Names in files and values of the base tensors that are trained whole, one parameter at a time.
+
+    Raises:
+        InputError: the model is somebody else's, whose names in files are not known.
+    """
+    if not isinstance(model, Decoder):
+        if any(isinstance(node, FullParam) for _, node in nnx.iter_graph(model)):
+            raise InputError("modules_to_save have no names in files for models other than this library's decoder")
+        return
+    for entry in tensor_plan(model):
+        if isinstance(entry.parameter, FullParam):
+            values = host(entry.parameter[...])
+            for piece in entry.pieces:
+                yield piece.name, piece.take(values)
+
+
+def base_names(model: nnx.Module) -> list[str]:
+    """Names in files of all base tensors of a decoder; none for other models."""
+    return [piece.name for entry in tensor_plan(model) for piece in entry.pieces] if isinstance(model, Decoder) else []
+
+
+def put_trained_weights(model: Decoder, values: Mapping[str, np.ndarray]) -> None:
+    """Gives the modules of a model that are trained whole their values, by name in files."""
+    for entry in tensor_plan(model):
+        pieces = [piece for piece in entry.pieces if piece.name in values]
+        if pieces:
+            buffer = np.array(entry.parameter[...])
+            for piece in pieces:
+                piece.put(buffer, values[piece.name])
+            entry.parameter.set_value(jnp.asarray(buffer))

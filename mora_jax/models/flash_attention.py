@@ -1,0 +1,271 @@
+"""Attention between two pieces of a row, tile by tile: memory grows with the length, never with its square.
+
+The softmax is carried from tile to tile (Dao et al., 2022, arXiv 2205.14135). Tiles that no query can see, because they
+come later or lie before the window, are never computed. Pieces may come from anywhere in the row, so that a whole row
+is one piece with itself, and a ring of devices (ring_attention.py) is many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mora_jax.models.remat import kept
+
+Array = jax.Array
+
+MASKED = -1e30  # finite, so that rows without a visible key stay finite
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The static part.
+
+    Attributes:
+        scale: factor on the scores.
+        softcap: scores become `softcap · tanh(scores / softcap)`; None for no cap.
+        window: how many places back a query sees, itself included; None for all, or where it is traced.
+        rows, columns: queries and keys a tile.
+    """
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    rows: int
+    columns: int
+
+
+class Piece(NamedTuple):
+    """Where a piece of a row lies.
+
+    Attributes:
+        start: int32 scalar, the place of its first token.
+        segments: int32 `[B, T]`; 0 is padding.
+    """
+
+    start: Array
+    segments: Array
+
+
+class Running(NamedTuple):
+    """A softmax under way, all float32.
+
+    Attributes:
+        mixed: `[B, G, N, T, H]`, values weighted by `exp(score − top)`.
+        top: `[B, G, N, T]`, the largest score so far.
+        total: `[B, G, N, T]`, the sum of the weights.
+    """
+
+    mixed: Array
+    top: Array
+    total: Array
+
+    @classmethod
+    def empty(cls, query: Array) -> Running:
+        """Nothing seen yet, for `query [B, G, N, T, H]`."""
+        row = query.shape[:-1]
+        return cls(jnp.zeros(query.shape, jnp.float32), jnp.full(row, MASKED), jnp.zeros(row, jnp.float32))
+
+    def finish(self) -> tuple[Array, Array]:
+        """The mixed values, float32 `[B, G, N, T, H]`, and log-sum-exp `[B, G, N, T]` for the backward.
+
+        A row that sees nothing gives 0, and a sum so large that its probabilities are 0 in the backward.
+        """
+        safe = jnp.maximum(self.total, 1e-30)
+        return self.mixed / safe[..., None], jnp.where(self.total > 0, self.top + jnp.log(safe), -MASKED)
+
+
+def attend(
+    tiling: Tiling, query: Array, asks: Piece, key: Array, value: Array, holds: Piece, moving: Array | None, so_far: Any
+) -> Any:
+    """Adds what `query [B, G, N, T, H]` sees of `key, value [B, G, S, H]` to a softmax under way.
+
+    Args:
+        tiling: the static part; T and S are multiples of its tiles.
+        asks, holds: where queries and keys lie.
+        moving: int32 scalar, a traced window; None without.
+        so_far: the `Running` of the queries.
+    """
+    b, g, n, _, h = query.shape
+
+    def rows(i: Array, running: Running) -> Running:
+        first = i * tiling.rows
+        q = _slice(query, first, tiling.rows, 3)
+        asked = Piece(asks.start + first, _slice(asks.segments, first, tiling.rows, 1))
+
+        def columns(j: Array, tile: Running) -> Running:
+            at = j * tiling.columns
+            k, v = _slice(key, at, tiling.columns, 2), _slice(value, at, tiling.columns, 2)
+            held = Piece(holds.start + at, _slice(holds.segments, at, tiling.columns, 1))
+            scores = jnp.where(_visible(tiling, asked, held, moving), scores_of(tiling, q, k), MASKED)
+            top = jnp.maximum(tile.top, jnp.max(scores, axis=-1))
+            weights = jnp.where(scores > 0.5 * MASKED, jnp.exp(scores - top[..., None]), 0.0)
+            shrink = jnp.exp(tile.top - top)
+            flat = weights.astype(query.dtype).reshape(b, g, -1, tiling.columns)
+            mixed = product(flat, v, 3, 2).reshape(b, g, n, -1, h)
+            total = tile.total * shrink + jnp.sum(weights, axis=-1)
+            return Running(tile.mixed * shrink[..., None] + mixed, top, total)
+
+        tile = jax.tree.map(lambda x: _slice(x, first, tiling.rows, 3), running)
+        tile = lax.fori_loop(*_reach(tiling, asked.start, holds, moving), columns, tile)
+        return jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, first, 3), running, tile)
+
+    return lax.fori_loop(0, query.shape[3] // tiling.rows, rows, so_far)
+
+
+class Slopes(NamedTuple):
+    """Derivatives, float32, in the shapes of query, key and value."""
+
+    query: Array
+    key: Array
+    value: Array
+
+
+class Answer(NamedTuple):
+    """What the backward pass knows of each query.
+
+    Attributes:
+        slope: `[B, G, N, T, H]`, the derivative by the output.
+        log_sum: `[B, G, N, T]`, see `Running.finish`.
+        mean: float32 `[B, G, N, T]`, Σ slope · output.
+    """
+
+    slope: Array
+    log_sum: Array
+    mean: Array
+
+
+def pull(
+    tiling: Tiling,
+    query: Array,
+    asks: Piece,
+    answer: Answer,
+    key: Array,
+    value: Array,
+    holds: Piece,
+    moving: Array | None,
+    so_far: Slopes,
+) -> Slopes:
+    """The way back through `attend`: adds the derivatives of this pair of pieces to those so far."""
+    b, g, n, _, h = query.shape
+
+    def rows(i: Array, slopes: Slopes) -> Slopes:
+        first = i * tiling.rows
+        q = _slice(query, first, tiling.rows, 3)
+        do, log_sum, mean = jax.tree.map(lambda x: _slice(x, first, tiling.rows, 3), answer)
+        do_flat, q_flat = do.reshape(b, g, -1, h), q.reshape(b, g, -1, h)
+        asked = Piece(asks.start + first, _slice(asks.segments, first, tiling.rows, 1))
+
+        def columns(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dkey, dvalue = carry
+            at = j * tiling.columns
+            k, v = _slice(key, at, tiling.columns, 2), _slice(value, at, tiling.columns, 2)
+            held = Piece(holds.start + at, _slice(holds.segments, at, tiling.columns, 1))
+            scores = scores_of(tiling, q, k)
+            p = jnp.where(_visible(tiling, asked, held, moving), jnp.exp(scores - log_sum[..., None]), 0.0)
+            dp = product(do_flat, v, 3, 3).reshape(p.shape)
+            ds = p * (dp - mean[..., None]) * tiling.scale
+            if tiling.softcap is not None:
+                ds = ds * (1.0 - jnp.square(scores / tiling.softcap))
+            ds = ds.astype(query.dtype).reshape(b, g, -1, tiling.columns)
+            p = p.astype(query.dtype).reshape(b, g, -1, tiling.columns)
+            dq = dq + product(ds, k, 3, 2).reshape(q.shape)
+            return dq, _add(dkey, at, product(ds, q_flat, 2, 2)), _add(dvalue, at, product(p, do_flat, 2, 2))
+
+        start = _slice(slopes.query, first, tiling.rows, 3), slopes.key, slopes.value
+        bounds = _reach(tiling, asked.start, holds, moving)
+        dq, dkey, dvalue = lax.fori_loop(*bounds, columns, start)
+        return Slopes(lax.dynamic_update_slice_in_dim(slopes.query, dq, first, 3), dkey, dvalue)
+
+    return lax.fori_loop(0, query.shape[3] // tiling.rows, rows, so_far)
+
+
+def _reach(tiling: Tiling, first: Array, holds: Piece, moving: Array | None) -> tuple[Array, Array]:
+    """The tiles of keys, from and to, of which a tile of queries that starts at place `first` can see anything."""
+    count = holds.segments.shape[1] // tiling.columns
+    after = (first + tiling.rows - 1 - holds.start) // tiling.columns + 1
+    window = tiling.window if moving is None else moving
+    before = 0 if window is None else (first - window + 1 - holds.start) // tiling.columns
+    return jnp.clip(before, 0, count).astype(jnp.int32), jnp.clip(after, 0, count).astype(jnp.int32)
+
+
+def _visible(tiling: Tiling, asked: Piece, held: Piece, moving: Array | None) -> Array:
+    """bool `[B, 1, 1, rows, columns]`."""
+    back = asked.start + jnp.arange(tiling.rows)[:, None] - held.start - jnp.arange(tiling.columns)[None]
+    seen = (asked.segments[:, :, None] == held.segments[:, None]) & (asked.segments[:, :, None] > 0) & (back >= 0)
+    window = tiling.window if moving is None else moving
+    if window is not None:
+        seen &= back < window
+    return seen[:, None, None]
+
+
+def scores_of(tiling: Any, query: Array, key: Array) -> Array:
+    """`[B, G, N, t, H]`, `[B, G, s, H]` → float32 `[B, G, N, t, s]`, scaled and capped as `tiling` says."""
+    b, g, n, t, h = query.shape
+    raw = product(query.reshape(b, g, n * t, h), key, 3, 3).reshape(b, g, n, t, -1) * tiling.scale
+    return raw if tiling.softcap is None else tiling.softcap * jnp.tanh(raw / tiling.softcap)
+
+
+def product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    """Batched product over axes 0 and 1 with float32 accumulation."""
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def _slice(array: Array, start: Array, size: int, axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _add(array: Array, start: Array, values: Array) -> Array:
+    """`values [B, G, s, H]` added to `array` from place `start` on."""
+    there = _slice(array, start, values.shape[2], 2)
+    return lax.dynamic_update_slice_in_dim(array, there + values, start, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tiled_attention(
+    tiling: Tiling, query: Array, key: Array, value: Array, segments: Array, moving: Array | None
+) -> Array:
+    """Causal attention of a row with itself, `[B, G, N, T, H]` in the dtype of `query`; T needn't fill whole tiles.
+
+    Args:
+        tiling: `rows` and `columns` agree.
+        query, key, value: as in `attend`, S = T.
+        segments: int `[B, T]`; 0 is padding.
+        moving: int32 scalar, a traced window; None without.
+    """
+    return _tiled_forward(tiling, query, key, value, segments, moving)[0]
+
+
+def _padded(tiling: Tiling, array: Array, axis: int) -> Array:
+    widths = [(0, -array.shape[axis] % tiling.rows if i == axis else 0) for i in range(array.ndim)]
+    return jnp.pad(array, widths)
+
+
+def _tiled_forward(tiling, query, key, value, segments, moving):
+    q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
+    row = Piece(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
+    out, log_sum = attend(tiling, q, row, k, v, row, moving, Running.empty(q)).finish()
+    length = query.shape[3]
+    out, log_sum = kept((out[:, :, :, :length].astype(query.dtype), log_sum[..., :length]))
+    return out, (query, key, value, out, log_sum, segments, moving)
+
+
+def _tiled_backward(tiling, saved, dout):
+    query, key, value, out, log_sum, segments, moving = saved
+    q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
+    row = Piece(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
+    mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    answer = Answer(*(_padded(tiling, array, 3) for array in (dout, log_sum, mean)))
+    nothing = Slopes(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
+    found = pull(tiling, q, row, answer, k, v, row, moving, nothing)
+    length = query.shape[3]
+    dquery, dkey, dvalue = found.query[:, :, :, :length], found.key[:, :, :length], found.value[:, :, :length]
+    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), None, None
+
+
+tiled_attention.defvjp(_tiled_forward, _tiled_backward)

@@ -1,0 +1,67 @@
+"""What a decoder asks of whoever lays its arrays over several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from mora_jax.models.ring_attention import Ring
+
+Array = jax.Array
+Axes = tuple[str | None, ...]
+
+
+class Spread(Protocol):
+    """Where arrays lie on a mesh while a decoder computes. Hashable: it is part of a compiled function's key.
+
+    `axes` are the logical names of an array's axes, as its metadata has them.
+    """
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether weights are cut at all, and not only rows."""
+        ...
+
+    def rows(self, x: Array, *, folded: bool = False) -> Array:
+        """`x [B, …]` with its rows cut over the devices that share the batch, and whole otherwise.
+
+        With `folded` the rows are those of `fold`.
+        """
+        ...
+
+    def ring(self, rows: int) -> Ring | None:
+        """The devices that share so many rows along their length; None where each row is whole."""
+        ...
+
+    def fold(self, x: Array) -> Array:
+        """`x [B, T, …]` as `[c · B, t, …]`: each row in c shares of t tokens, row `j · B + b` the j-th of row b.
+
+        t is even; what is missing is filled up with zeros at the end. Without a ring `x` itself.
+        """
+        ...
+
+    def unfold(self, x: Array, rows: int, length: int) -> Array:
+        """The inverse of `fold` of `rows` rows of `length` tokens."""
+        ...
+
+    def stored(self, axes: Axes, shape: tuple[int, ...]) -> Any:
+        """The sharding of a parameter where it is kept, and of its gradient."""
+        ...
+
+    def used(self, axes: Axes, shape: tuple[int, ...]) -> Any:
+        """The sharding of a parameter where it is computed with."""
+        ...
+
+    def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
+        """Which axis of a kernel `[in, …]` of several output axes has to come first among them: the one that is cut."""
+        ...
+
+    def gathered(self, array: Array, axes: Axes) -> Array:
+        """A stored parameter as it is used; its gradient goes back to where it is stored."""
+        ...
+
+    def looked_up(self, axes: Axes, shape: tuple[int, int], ids: Array, table: Callable[[Array], Array]) -> Array:
+        """`table(ids)` by rows, `[B, T, D]`, for a stored embedding of `axes` and `shape` `[V, D]`."""
+        ...

@@ -1,0 +1,299 @@
+"""Causal attention of rows that are cut along their length over a ring of devices.
+
+Keys and values travel around the ring (Liu et al., 2023, arXiv 2310.01889); each device holds one share of them at a
+time and carries its queries' softmax on (flash_attention.py), so that memory is that of one share. The backward pass
+sends keys and values around once more, with their gradients.
+
+In causal order the device with a row's end would have all the work and that with its start none. So each row is dealt
+in 2·c pieces before the ring starts, device i getting the pieces i and 2·c − 1 − i (Brandon et al., 2023, arXiv
+2311.09431): at every turn each device then computes two pairs of pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from mora_jax.models.flash_attention import Answer, Piece, Running, Slopes, Tiling, attend, pull
+from mora_jax.models.remat import kept
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The devices that share rows. Hashable: it is part of a compiled function's key.
+
+    Attributes:
+        mesh: with the axis `axis`.
+        axis: along it lie the shares of a row.
+        rows: the mesh axes of the folded rows `[c · B, T / c]`, `axis` first (see `Spread.fold`).
+        heads: the mesh axis of key/value heads; None where every device computes all of them.
+    """
+
+    mesh: Mesh
+    axis: str
+    rows: tuple[str, ...]
+    heads: str | None
+
+    @property
+    def size(self) -> int:
+        """Devices of one ring."""
+        return self.mesh.shape[self.axis]
+
+    def mapped(self, function: Any, kinds: str, results: str) -> Any:
+        """`function` on each device's share. Kinds: `q` `[R, G, N, t, H]`, `k` `[R, G, t, H]`, `r` `[R, G, N, t]`,
+        `s` `[R, t]`, `w` a scalar."""
+        specs = {
+            "q": PartitionSpec(self.rows, self.heads),
+            "k": PartitionSpec(self.rows, self.heads),
+            "r": PartitionSpec(self.rows, self.heads),
+            "s": PartitionSpec(self.rows),
+            "w": PartitionSpec(),
+        }
+        into = tuple(specs[kind] for kind in kinds)
+        out = tuple(specs[kind] for kind in results)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
+
+
+def ring_attention(
+    ring: Ring,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segments: Array,
+    window: int | Array | None,
+    scale: float,
+    softcap: float | None,
+    tile: int,
+) -> Array:
+    """Causal attention inside segments, as `attention` without positions, of folded rows.
+
+    Args:
+        ring: the devices.
+        query: `[c · B, t, G, N, H]`, where row `j · B + b` is the j-th share of row b; t is even.
+        key, value: `[c · B, t, G, H]`.
+        segments: int `[c · B, t]`; 0 is padding.
+        window: how many places back a query sees, itself included; None for all. May be traced.
+        scale, softcap: see `attention`.
+        tile: most queries, and keys, computed at once.
+
+    Returns:
+        `[c · B, t, G, N, H]` in the dtype of `query`.
+    """
+    fixed = window if isinstance(window, int) else None
+    moving = jnp.asarray(0 if window is None or fixed is not None else window, jnp.int32)
+    traced = window is not None and fixed is None
+    tile = min(tile, -(-query.shape[1] // 2))
+    options = _Options(ring, Tiling(float(scale), softcap, fixed, tile, tile), traced)
+    query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    return _ring(options, query, key, value, segments, moving).transpose(0, 3, 1, 2, 4)
+
+
+@dataclass(frozen=True)
+class _Options:
+    ring: Ring
+    tiling: Tiling
+    traced: bool  # whether the window is traced
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(options: _Options, query: Array, key: Array, value: Array, segments: Array, moving: Array) -> Array:
+    return _forward(options, query, key, value, segments, moving)[0]
+
+
+def _forward(options, query, key, value, segments, moving):
+    around = options.ring.mapped(partial(_around, options), "qkksw", "qr")
+    out, log_sum = kept(around(query, key, value, segments, moving))
+    return out, (query, key, value, out, log_sum, segments, moving)
+
+
+def _backward(options, saved, dout):
+    query, key, value, out, log_sum, segments, moving = saved
+    back = options.ring.mapped(partial(_back, options), "qkkqqrsw", "qkk")
+    return (*back(query, key, value, out, dout, log_sum, segments, moving), None, None)
+
+
+_ring.defvjp(_forward, _backward)
+
+
+class _Held(NamedTuple):
+    """A piece of keys `[B, G, t, H]`, its values and segments `[B, t]`, on its way around the ring."""
+
+    key: Array
+    value: Array
+    segments: Array
+
+
+class _Pair(NamedTuple):
+    """What a device holds of a row: the pieces i (`early`) and 2·c − 1 − i (`late`)."""
+
+    early: Any
+    late: Any
+
+
+def _chosen(condition: Array, pair: _Pair) -> Any:
+    """The early piece where the condition holds, else the late one."""
+    return jax.tree.map(lambda early, late: jnp.where(condition, early, late), pair.early, pair.late)
+
+
+def _put(condition: Array, pair: _Pair, values: Any) -> _Pair:
+    """The pair with the piece that `_chosen` takes replaced."""
+    early = jax.tree.map(lambda new, old: jnp.where(condition, new, old), values, pair.early)
+    late = jax.tree.map(lambda new, old: jnp.where(condition, old, new), values, pair.late)
+    return _Pair(early, late)
+
+
+class _Dealer:
+    """Deals pieces of a row out and takes them back, inside `shard_map`.
+
+    Device i has the contiguous pieces 2i and 2i + 1. Each half of the devices' pieces, the even and the odd ones, goes
+    to distinct devices, so that two permutations deal all.
+    """
+
+    def __init__(self, ring: Ring, share: int, tile: int):
+        count = ring.size
+        self.axis, self.half, self.padding = ring.axis, share // 2, -(share // 2) % tile
+        self.index = lax.axis_index(ring.axis)
+        self.even = [(i, min(2 * i, 2 * count - 1 - 2 * i)) for i in range(count)]
+        self.odd = [(i, min(2 * i + 1, 2 * count - 2 - 2 * i)) for i in range(count)]
+        self.next = [(i, (i + 1) % count) for i in range(count)]
+        self.is_even = self.index % 2 == 0
+
+    def deal(self, array: Array, axis: int) -> _Pair:
+        """The pieces of this device, filled up to whole tiles, of an array whose places lie along `axis`."""
+        even, odd = jnp.split(array, 2, axis)
+        even = lax.ppermute(even, self.axis, self.even)
+        odd = lax.ppermute(odd, self.axis, self.odd)
+        widths = [(0, self.padding if i == axis else 0) for i in range(array.ndim)]
+        even, odd = jnp.pad(even, widths), jnp.pad(odd, widths)
+        # Piece i is an even one on an even device.
+        return _Pair(jnp.where(self.is_even, even, odd), jnp.where(self.is_even, odd, even))
+
+    def collect(self, pair: _Pair, axis: int) -> Array:
+        """The inverse of `deal`."""
+        early, late = (lax.slice_in_dim(piece, 0, self.half, axis=axis) for piece in pair)
+        even, odd = jnp.where(self.is_even, early, late), jnp.where(self.is_even, late, early)
+        even = lax.ppermute(even, self.axis, [(target, source) for source, target in self.even])
+        odd = lax.ppermute(odd, self.axis, [(target, source) for source, target in self.odd])
+        return jnp.concatenate([even, odd], axis)
+
+    def pass_on(self, tree: Any) -> Any:
+        """Every array goes to the next device of the ring."""
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axis, self.next), tree)
+
+    def starts(self, holder: Array) -> _Pair:
+        """Where the pieces of device `holder` start in the row."""
+        return _Pair(holder * self.half, (2 * len(self.next) - 1 - holder) * self.half)
+
+
+class _Turn(NamedTuple):
+    """The second pair of pieces of a turn, beside late queries and early keys.
+
+    Attributes:
+        any: whether there is one; not in the first turn, where a device holds its own keys.
+        early: whether the keys come from an earlier device. Then it is early queries and early keys, else late and
+            late.
+    """
+
+    any: Array
+    early: Array
+
+
+def _turn(dealer: _Dealer, number: Array) -> tuple[Array, _Turn]:
+    """Whose keys are here, and what is to be computed with them."""
+    holder = (dealer.index - number) % len(dealer.next)
+    return holder, _Turn(holder != dealer.index, holder < dealer.index)
+
+
+def _hidden_unless(condition: Array, asks: Piece) -> Piece:
+    """Queries at a place where they see nothing, unless the condition holds: their tiles are then skipped."""
+    return asks._replace(start=jnp.where(condition, asks.start, -(2**30)))
+
+
+def _around(options: _Options, query, key, value, segments, moving):
+    """Forward on one device: the output and log-sum-exp of its share."""
+    tiling, count = options.tiling, options.ring.size
+    moving = moving if options.traced else None
+    dealer = _Dealer(options.ring, query.shape[3], tiling.rows)
+    asked, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
+    asks = _Pair(*map(Piece, dealer.starts(dealer.index), marks))
+    held = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
+    running = _Pair(*(Running.empty(piece) for piece in asked))
+    # Each piece with itself; in the ring's first turn only late queries and early keys are left.
+    pieces = zip(asked, asks, held, running, strict=True)
+    running = _Pair(*(attend(tiling, q, a, h.key, h.value, a, moving, r) for q, a, h, r in pieces))
+
+    def turn(number: Array, carry: tuple[_Pair, _Pair]) -> tuple[_Pair, _Pair]:
+        held, running = carry
+        arriving = dealer.pass_on(held)
+        holder, second = _turn(dealer, number)
+        starts = dealer.starts(holder)
+        early_keys = Piece(starts.early, held.early.segments)
+        key, value, _ = held.early
+        late = attend(tiling, asked.late, asks.late, key, value, early_keys, moving, running.late)
+        running = running._replace(late=late)
+        query, place = _chosen(second.early, asked), _hidden_unless(second.any, _chosen(second.early, asks))
+        key, value, mark = _chosen(second.early, held)
+        piece = Piece(_chosen(second.early, starts), mark)
+        found = attend(tiling, query, place, key, value, piece, moving, _chosen(second.early, running))
+        return arriving, _put(second.early, running, found)
+
+    _, running = lax.fori_loop(0, count, turn, (held, running))
+    finished = [piece.finish() for piece in running]
+    out, log_sum = (_Pair(*pieces) for pieces in zip(*finished, strict=True))
+    out = _Pair(*(piece.astype(query.dtype) for piece in out))
+    return dealer.collect(out, 3), dealer.collect(log_sum, 3)
+
+
+def _back(options: _Options, query, key, value, out, dout, log_sum, segments, moving):
+    """Backward on one device: the derivatives by its share of queries, keys and values."""
+    tiling, count = options.tiling, options.ring.size
+    moving = moving if options.traced else None
+    dealer = _Dealer(options.ring, query.shape[3], tiling.rows)
+    mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    asked, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
+    asks = _Pair(*map(Piece, dealer.starts(dealer.index), marks))
+    answer = _Pair(*map(Answer, dealer.deal(dout, 3), dealer.deal(log_sum, 3), dealer.deal(mean, 3)))
+    held = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
+    slopes = [
+        pull(tiling, q, a, r, h.key, h.value, a, moving, _no_slopes(q, h.key, h.value))
+        for q, a, r, h in zip(asked, asks, answer, held, strict=True)
+    ]
+    dquery = _Pair(*(slope.query for slope in slopes))
+    dheld = _Pair(*((slope.key, slope.value) for slope in slopes))
+
+    def turn(number: Array, carry: tuple[_Pair, _Pair, _Pair]) -> tuple[_Pair, _Pair, _Pair]:
+        held, dheld, dquery = carry
+        holder, second = _turn(dealer, number)
+        starts = dealer.starts(holder)
+        early_keys = Piece(starts.early, held.early.segments)
+        so_far = Slopes(dquery.late, *dheld.early)
+        key, value, _ = held.early
+        late = pull(tiling, asked.late, asks.late, answer.late, key, value, early_keys, moving, so_far)
+        dquery, dheld = dquery._replace(late=late.query), dheld._replace(early=(late.key, late.value))
+        query, place = _chosen(second.early, asked), _hidden_unless(second.any, _chosen(second.early, asks))
+        key, value, mark = _chosen(second.early, held)
+        piece = Piece(_chosen(second.early, starts), mark)
+        so_far = Slopes(_chosen(second.early, dquery), *_chosen(second.early, dheld))
+        found = pull(tiling, query, place, _chosen(second.early, answer), key, value, piece, moving, so_far)
+        dquery = _put(second.early, dquery, found.query)
+        dheld = _put(second.early, dheld, (found.key, found.value))
+        # Keys go on with what they have gathered; after the last turn both are at home.
+        return dealer.pass_on(held), dealer.pass_on(dheld), dquery
+
+    _, dheld, dquery = lax.fori_loop(0, count, turn, (held, dheld, dquery))
+    dkey, dvalue = (_Pair(*pieces) for pieces in zip(*dheld, strict=True))
+    found = dealer.collect(dquery, 3), dealer.collect(dkey, 2), dealer.collect(dvalue, 2)
+    return tuple(slope.astype(like.dtype) for slope, like in zip(found, (query, key, value), strict=True))
+
+
+def _no_slopes(*arrays: Array) -> Slopes:
+    return Slopes(*(jnp.zeros(array.shape, jnp.float32) for array in arrays))

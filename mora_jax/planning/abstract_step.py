@@ -1,0 +1,84 @@
+"""A model of the real shapes without any weights, with its adapters, and the step that would train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mora_jax.adapters.attach import add_adapters
+from mora_jax.errors import InputError
+from mora_jax.models.backend import read_dtype
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.decoder import Decoder
+from mora_jax.training.build_step import Assembly, assemble, shapes_in_place
+from mora_jax.training.config.schema import Config
+from mora_jax.training.config.to_adapter import adapter_config
+from mora_jax.training.optimizer import make_optimizer
+from mora_jax.training.sharding.runner import JitRunner
+from mora_jax.training.state import initial_state
+
+STEPS = 1000  # of a run whose length nobody said; the schedule needs one, and nothing of a step's cost depends on it
+
+
+def abstract_model(decoder: DecoderConfig, config: Config) -> Decoder:
+    """The model that `train` would load and adapt, as shapes.
+
+    Raises:
+        InputError: the adapter doesn't fit the model.
+    """
+    method = adapter_config(config.adapter)
+
+    def build() -> Decoder:
+        settings = config.model
+        model = Decoder(
+            decoder,
+            dtype=read_dtype(settings.dtype),
+            rngs=None,
+            unroll=settings.unroll,
+            remat=settings.remat,
+            quantize=settings.quantize,
+        )
+        add_adapters(model, method, rngs=nnx.Rngs(0))
+        return model
+
+    try:
+        return nnx.eval_shape(build)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"adapter: {error}") from None
+
+
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of one step, `[micro-batches, rows, T]`, as `training.loop` places it."""
+    train = config.train
+    rows = train.micro_batch_size or train.batch_size
+    shape = (train.batch_size // rows, rows, config.data.max_length)
+    integers, floats = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch = {"input_ids": integers, "segment_ids": integers, "positions": integers, "weights": floats}
+    batch["counts"] = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
+    if config.loss.kl_weight:
+        batch["kl_weights"] = floats
+    return batch
+
+
+def assemble_abstract(
+    model: Decoder, config: Config, mesh: tuple[int, ...], devices: Sequence[Any] | None = None
+) -> tuple[Assembly, tuple[Any, Any, Any]]:
+    """The step, and the shapes of its arguments with their places: state, frozen arrays, batch."""
+    made = assemble(model, config, config.train.steps or STEPS, mesh, devices)
+    assert made.placement is not None and isinstance(made.runner, JitRunner), "pmap is refused before"
+    runner, rows = made.runner, made.placement.batch(1)
+    state = jax.eval_shape(lambda adapters: initial_state(adapters, made.optimizer, config.seed), made.adapters)
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows)
+        for name, value in abstract_batch(config).items()
+    }
+    return made, (shapes_in_place(runner, state), shapes_in_place(runner, made.frozen), batch)
+
+
+def optimizer_shapes(config: Config, trained: dict[str, Any]) -> Any:
+    """The shapes of the optimizer's state for the trained arrays."""
+    return jax.eval_shape(make_optimizer(config.optimizer, config.train.steps or STEPS).init, trained)

@@ -1,0 +1,311 @@
+"""Memory and traffic of a step by formula, for chips whose compiler isn't here.
+
+Per chip:
+
+- *weights, adapters, optimizer, batch*: exact, from every array's shape and the sharding that training gives it;
+- *activations*: what the forward pass keeps for the backward pass, read from the traced step (see jaxpr_cost.py);
+- *temp*: the gradients of what is trained (twice with several micro-batches), and the larger of two moments. In a
+  layer's backward pass: what is alive in the layer, and under `fsdp` the weights of two layers gathered (this one and
+  the next). In the loss: what is alive there. The output head is gathered before and stays. Under `tensor` also a copy
+  of the frozen kernels that hold several matrices: TPUs turn them once a step, so that the axis that is cut leads.
+  (Under `fsdp` alone they may too: docs/plan.md says what that leaves out, and what makes up for it.)
+
+Along `tensor` everything is cut but arrays as wide as the residual stream and what MoRA makes of its inputs, along
+`context` everything. MoRA mixes all features, so what is cut along `tensor` is sent to all who share it: inputs and the
+outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. What is offloaded to the host
+counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations,
+is not in it: `benchmarks/results/plan.md` has a table of how far off that leaves it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from mora_jax.adapters.attach import partition
+from mora_jax.adapters.base import AdapterParam
+from mora_jax.adapters.methods.mora import MoRA
+from mora_jax.adapters.products.quantization import QuantizedParam
+from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.summary import count
+from mora_jax.losses.chunked_logits import chunk_size
+from mora_jax.models.backend import compiling_for
+from mora_jax.models.config import DecoderConfig
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
+from mora_jax.planning.abstract_step import abstract_batch, abstract_model, assemble_abstract, optimizer_shapes
+from mora_jax.planning.collectives import Collective
+from mora_jax.planning.jaxpr_cost import Traced, read_traced
+from mora_jax.training.config.adapter import AdapterConfig
+from mora_jax.training.config.schema import Config, ModelConfig, lay_over
+from mora_jax.training.sharding.mesh import AXES
+from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.sharding.runner import JitRunner, places
+from mora_jax.training.state import dotted, flat_arrays
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each chip.
+
+    Attributes:
+        weights: of frozen arrays.
+        adapters: of what is trained: with full fine-tuning the whole model, as float32.
+        optimizer: its moments.
+        batch: of one step.
+        activations: kept between the forward and the backward pass.
+        temp: everything else that is alive at the fullest moment; under a compiler its own figure less `activations`.
+        padding: what the compiler's layouts add to the arguments; 0 by formula.
+    """
+
+    weights: float
+    adapters: float
+    optimizer: float
+    batch: float
+    activations: float
+    temp: float
+    padding: float = 0.0
+
+    @property
+    def arguments(self) -> float:
+        """Of what is there before the step starts."""
+        return self.weights + self.adapters + self.optimizer + self.batch + self.padding
+
+    @property
+    def total(self) -> float:
+        """At the fullest moment."""
+        return self.arguments + self.activations + self.temp
+
+
+@dataclass(frozen=True)
+class Reckoned:
+    """One step on each chip, by formula.
+
+    Attributes:
+        memory: see `Memory`.
+        flops, bytes: of matrix products, in a whole step on one chip.
+        collectives: of a step.
+        trainable, parameters: numbers that are trained, and that the model has, over all chips.
+    """
+
+    memory: Memory
+    flops: float
+    bytes: float
+    collectives: tuple[Collective, ...]
+    trainable: int
+    parameters: int
+
+
+def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backend: str) -> Reckoned:
+    """The formula for a model and a mesh.
+
+    Args:
+        config: of the run.
+        values: the model's HuggingFace config.
+        mesh: devices along each of its axes.
+        backend: what the step is for, `tpu` or `gpu`.
+    """
+    decoder = read_config(values, "the model")
+    axes = dict(zip(AXES, mesh, strict=True))
+    tensor, context = axes["tensor"], axes["context"]
+    sharing = axes["data"] * axes["fsdp"]
+    with compiling_for(backend):
+        model = _model(config.model, config.adapter, _text(values), backend)
+        _, adapters, frozen = partition(model)
+        # It has the axes of a mesh and no devices, which is all that shapes of shards need.
+        abstract: Any = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        placement = Placement.of(abstract, adapters, frozen)
+        shardings = placement.table(adapters, frozen)
+        trained, kept = flat_arrays(adapters), flat_arrays(frozen)
+        batch = abstract_batch(config)
+
+    def held(tree: Any) -> float:
+        return _bytes_held(tree, shardings, placement.sharding())
+
+    micro, rows, length = batch["input_ids"].shape
+    local = rows // sharing
+    traced = _traced(config, values, local, backend)
+    width = jnp.dtype(model.dtype).itemsize
+    layers = _gathered(placement, (adapters, frozen), width)
+    head = decoder.vocab_size * decoder.hidden_size * width / tensor
+    gradients = held(trained) * (2 if micro > 1 else 1)
+    saved = (traced.uncut + (traced.saved - traced.uncut) / tensor) / context
+    cut = axes["fsdp"] * context > 1
+    backward = traced.layer / tensor / context + (2 * layers / decoder.num_layers if cut else 0)
+    memory = Memory(
+        weights=held(kept),
+        adapters=held(trained),
+        optimizer=0.0 if config.optimizer.offload else held(optimizer_shapes(config, trained)),
+        batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / sharing,
+        activations=0.0 if config.model.remat == "offload" else saved,
+        temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0) + _turned(placement, model, kept),
+    )
+    tokens = local * length // context
+    moved = _collectives(decoder, axes, micro, tokens, layers, head, trained, width, config)
+    mixed = micro * decoder.num_layers * tokens * _mixed(placement, model, width, config.model.remat)
+    if mixed:
+        moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
+    trainable = sum(math.prod(array.shape) for array in trained.values())
+    parameters = trainable + count(model, nnx.Not(AdapterParam))
+    return Reckoned(
+        memory,
+        micro * traced.flops / tensor / context,
+        micro * traced.bytes / tensor / context,
+        moved,
+        trainable,
+        parameters,
+    )
+
+
+def _size(shape: tuple[int, ...], dtype: Any) -> float:
+    # Typed keys have a dtype that numpy doesn't know.
+    return math.prod(shape) * getattr(dtype, "itemsize", 8)
+
+
+def _bytes_held(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> float:
+    """Bytes of a tree on each chip."""
+    found = zip(jax.tree.leaves(tree), jax.tree.leaves(places(tree, shardings, whole)), strict=True)
+    return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in found)
+
+
+def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> float:
+    """Bytes of all layers' matrices as layers use them: whole along `fsdp`, cut along `tensor`. Quantised ones are
+    gathered as they are."""
+    total = 0.0
+    for state in states:
+        for path, variable in nnx.to_flat_state(state):
+            axes, shape = variable.get_metadata().get("axes") or (), tuple(variable.get_value().shape)
+            if dotted(path).startswith("layers.") and len(axes) > 2:
+                used = placement.used(axes[1:], shape[1:]).shard_shape(shape[1:])
+                packed = isinstance(variable, QuantizedParam)
+                total += shape[0] * math.prod(used) * (variable.get_value().dtype.itemsize if packed else width)
+    return total
+
+
+def _projections(model: Decoder) -> list[tuple[str, Projection]]:
+    """The layers' projections with their dotted paths."""
+    return [(dotted(path), node) for path, node in nnx.iter_graph(model) if isinstance(node, Projection)]
+
+
+def _turned(placement: Placement, model: Decoder, kept: dict[str, Any]) -> float:
+    """Bytes of the frozen kernels of several matrices, which are copied where `tensor` cuts them."""
+    total = 0.0
+    if placement.mesh.shape["tensor"] == 1:
+        return total
+    for path, projection in _projections(model):
+        kernel, axes = kept.get(f"{path}.kernel"), ("layers", *projection.axes)  # None: trained, or quantised
+        several = len(projection.layout.out_shape) > 1
+        if kernel is not None and several and any(placement.used(axes, kernel.shape).spec):
+            total += _size(placement.stored(axes, kernel.shape).shard_shape(kernel.shape), kernel.dtype)
+    return total
+
+
+def _mixed(placement: Placement, model: Decoder, width: int, remat: str) -> float:
+    """Bytes a token that a device sends in a layer because MoRA mixes features which `tensor` cuts."""
+    tensor = placement.mesh.shape["tensor"]
+    inputs, outputs = 0, 0
+    for _, projection in _projections(model):
+        shape = (projection.in_features, *projection.layout.out_shape)
+        first, *others = placement.used(projection.axes, shape).spec
+        for i, part in enumerate(projection.parts):
+            if isinstance(projection.adapters.get(part.name), MoRA):
+                inputs += projection.in_features if first else 0
+                outputs += projection.layout.part_features(i) if any(others) else 0
+    # Forward once, or twice where remat repeats it; backward once.
+    forward_in, forward_out = {"none": (1, 1), "dots": (2, 1)}.get(remat, (2, 2))
+    numbers = inputs * (forward_in * width + 4) + outputs * (forward_out * 4 + width)
+    return numbers / tensor * (tensor - 1) / tensor
+
+
+def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> Traced:
+    """A micro-batch of `rows` on one device: everything in it grows evenly with the rows."""
+    one, two = (_traced_rows(_for_trace(config), _text(values), count, backend) for count in (1, 2))
+
+    def grown(name: str) -> float:
+        first, second = getattr(one, name), getattr(two, name)
+        return first + (rows - 1) * (second - first)
+
+    return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "uncut", "layer", "head")))
+
+
+def _for_trace(config: Config) -> Config:
+    """The configuration without what a micro-batch doesn't depend on, so that like ones are traced once."""
+    settings: list[tuple[str, Any, str]] = [("out", None, ""), ("train.micro_batch_size", None, "")]
+    settings += [(f"mesh.{axis}", 1, "") for axis in AXES]
+    return lay_over(config, settings)
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _model(model: ModelConfig, adapter: AdapterConfig, values: str, backend: str) -> Decoder:
+    """The shapes, once for all meshes and batches."""
+    with compiling_for(backend):
+        return abstract_model(read_config(json.loads(values), "the model"), Config(model=model, adapter=adapter))
+
+
+@functools.lru_cache(maxsize=256)
+def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced:
+    decoder = read_config(json.loads(values), "the model")
+    config = lay_over(config, [("train.batch_size", rows, "")])
+    with compiling_for(backend):
+        model = _model(config.model, config.adapter, values, backend)
+        made, arguments = assemble_abstract(model, config, (1,) * len(AXES))
+        assert isinstance(made.runner, JitRunner), "pmap is refused before"
+        program = made.runner.trace(*arguments).jaxpr
+    tokens = rows * config.data.max_length
+    chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
+    flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
+    squares = (variable for _, variable in flat if "square_in" in (variable.get_metadata().get("axes") or ()))
+    sides = frozenset(variable.get_value().shape[-1] for variable in squares)
+    return read_traced(program, decoder.num_layers, chunks, decoder.hidden_size, sides)
+
+
+def _collectives(
+    decoder: DecoderConfig,
+    axes: dict[str, int],
+    micro: int,
+    tokens: int,
+    layers: float,
+    head: float,
+    trained: dict[str, Any],
+    width: int,
+    config: Config,
+) -> tuple[Collective, ...]:
+    """Gathers of weights along `fsdp` and `context`, forward and backward; sums of gradients; sums of activations along
+    `tensor`, float32, one for each product over a cut axis; keys and values around the ring of `context`, forward and
+    backward, there with their gradients."""
+    tensor, context, gathering = axes["tensor"], axes["context"], axes["fsdp"] * axes["context"]
+    sharing = axes["data"] * gathering
+    count, found = decoder.num_layers, []
+    # So that what is summed or sent around forward is not made again backward.
+    keeps_results = config.model.remat in ("none", "dots")
+    if gathering > 1:
+        size = (micro * 2 * layers + head) * (gathering - 1) / gathering
+        found.append(Collective("all-gather", micro * 2 * count + 1, size))
+    if sharing > 1:
+        gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
+        found.append(Collective("all-reduce", micro * count, 2 * micro * gradient * (sharing - 1) / sharing))
+    if tensor > 1:
+        # Two forward and two backward. The last projection's isn't made again: the backward pass has no use for it.
+        passes = 4 if keeps_results else 5
+        size = micro * passes * count * tokens * decoder.hidden_size * 4 * 2 * (tensor - 1) / tensor
+        found.append(Collective("all-reduce", micro * passes * count, size))
+    if context > 1:
+        forward = 1 if keeps_results else 2
+        turns = micro * count * context
+        keys = 2 * tokens * decoder.num_kv_heads * decoder.head_dim / tensor
+        found.append(
+            Collective("collective-permute", turns * (2 * forward + 4), turns * keys * (width * (forward + 1) + 4))
+        )
+    return tuple(found)

@@ -1,0 +1,121 @@
+"""One training step put together from a model and a configuration: what `train` runs and `plan` compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from mora_jax.adapters.attach import partition
+from mora_jax.adapters.matching.targets import has_adapter, places
+from mora_jax.adapters.summary import adapter_at
+from mora_jax.data.loss_weights import MODES
+from mora_jax.models.decoder import Decoder
+from mora_jax.training.adalora import RankBudget
+from mora_jax.training.config.schema import Config
+from mora_jax.training.config.to_adapter import adapter_config
+from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.relora import Restarts
+from mora_jax.training.sharding.device_put import put
+from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.sharding.runner import JitRunner, PmapRunner
+from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
+from mora_jax.training.step import make_step
+
+
+class Assembly(NamedTuple):
+    """A step and what it works on.
+
+    Attributes:
+        structure: of the model, split.
+        adapters, frozen: its arrays (or their shapes), by path, not placed yet.
+        optimizer: of the trained ones.
+        placement: where arrays lie; None under `pmap`.
+        runner: runs, or only lowers, the step.
+        restarts: those of the method; None without.
+        budget: AdaLoRA's; None without.
+    """
+
+    structure: Structure
+    adapters: Arrays
+    frozen: Arrays
+    optimizer: optax.GradientTransformation
+    placement: Placement | None
+    runner: JitRunner | PmapRunner
+    restarts: Restarts | None
+    budget: RankBudget | None
+
+    def initial_state(self, seed: int) -> TrainState:
+        """The state before the first step, not placed yet."""
+        return initial_state(self.adapters, self.optimizer, seed)
+
+    def placed_state(self, seed: int) -> TrainState:
+        """The state before the first step, on its devices; the optimizer's part is made in its shards."""
+        if isinstance(self.runner, PmapRunner) or len(self.runner.devices) == 1:
+            return self.runner.place(self.initial_state(seed))
+        places = self.runner.places(jax.eval_shape(lambda: self.initial_state(seed)))
+        adapters = put(self.adapters, places.adapters)
+        optimizer = jax.jit(self.optimizer.init, out_shardings=places.optimizer)(adapters)
+        start = initial_state({}, optax.identity(), seed)._replace(adapters=adapters, optimizer=optimizer)
+        return put(start, places)
+
+
+def assemble(
+    model: Decoder,
+    config: Config,
+    steps: int,
+    mesh_shape: tuple[int, ...],
+    devices: Sequence[Any] | None = None,
+) -> Assembly:
+    """The step that `config` asks for.
+
+    Args:
+        model: with its adapters; its arrays may be shapes alone.
+        config: the whole run.
+        steps: of the run.
+        mesh_shape: devices along each axis of the mesh.
+        devices: that make up the mesh, also such as are only described; None: those of this run.
+    """
+    graphdef, adapters, frozen = partition(model)
+    structure = Structure(graphdef, adapters, frozen)
+    method = adapter_config(config.adapter, steps)
+    restarts = Restarts.of(method, steps)
+    optimizer = make_optimizer(config.optimizer, steps, getattr(method, "rates", None), restarts=restarts)
+    arrays = flat_arrays(adapters), flat_arrays(frozen)
+    budget = RankBudget.of(model, *arrays)
+    if budget is not None:
+        optimizer = budget.around(optimizer)
+    pmap, mesh = config.mesh.pmap, make_mesh(*mesh_shape, devices=devices)
+    placement = None if pmap else Placement.of(mesh, adapters, frozen)
+    normalize = config.loss.normalize or MODES[config.loss.mode].normalize
+    step = make_step(
+        structure,
+        optimizer,
+        make_schedule(config.optimizer, steps, restarts),
+        placement=placement,
+        dropout=any(adapter_at(place).config.dropout > 0 for place in places(model) if has_adapter(place)),
+        axis_name="data" if pmap else None,
+        divisor=config.loss.constant if normalize == "constant" else None,
+        neftune_alpha=config.train.neftune_alpha,
+        kl_weight=config.loss.kl_weight,
+        penalty=None if budget is None else budget.penalty,
+    )
+    runner: JitRunner | PmapRunner
+    if placement is None:
+        runner = PmapRunner(step, mesh.size)
+    else:
+        table = placement.table(adapters, frozen)
+        runner = JitRunner(step, mesh, table)
+    return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget)
+
+
+def shapes_in_place(runner: JitRunner, tree: Any) -> Any:
+    """The shapes of a tree with the shardings that the runner gives its arrays: enough to lower a step."""
+
+    def described(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(described, tree, runner.places(tree))

@@ -1,0 +1,447 @@
+"""The configuration of a training run: every key, with its type, default and range.
+
+`Config` is what the code reads; `configs/*.py` and `--config.section.key=value` (load.py) fill it.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.training.config.adapter import (
+    HOW,
+    METHOD_KEYS,
+    RESTARTED,
+    RESULT_IS_MODEL,
+    START,
+    START_FROM_BASE,
+    AdapterConfig,
+    check_adapter,
+)
+from mora_jax.training.config.adapter import KINDS as KINDS
+from mora_jax.training.config.key import Key, key, meant
+
+# Repeated from mora_jax.data, which imports too much for a command's --help; a test compares.
+FORMATS = (
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "self_instruct",
+    "alpaca",
+    "question_answer",
+    "segments",
+    "tokens",
+    "text",
+)
+TEMPLATES = ("alpaca", "plain", "chatml", "llama2", "llama3", "mistral", "tulu", "zephyr", "phi3", "gemma")
+QUANTIZE = ("none", "int8", "nf4")
+MODES = ("masked", "unmasked", "full", "weighted", "last_turn", "im_paper", "wit")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Section `model`: the base model and how it is computed."""
+
+    path: str | None = key(None, "Base model: a HuggingFace folder or a hub id. Required.")
+    dtype: str | None = key(
+        None,
+        "Compute dtype and storage of frozen weights; none chooses by machine.",
+        choices=("float32", "bfloat16"),
+    )
+    unroll: int | None = key(
+        None, "Layers unrolled in one step of the layer scan; none chooses by backend.", at_least=1
+    )
+    remat: str = key(
+        "none",
+        "What the backward pass computes again to save memory: nothing; all but the results of "
+        "projections and attention (dots); everything; offload is full with the layers' inputs in the host's memory.",
+        choices=("none", "dots", "full", "offload"),
+    )
+    quantize: str = key(
+        "none",
+        "How the layers' kernels are held: as they are, in 8 bits, or as 4-bit NormalFloat (QLoRA); for adapters on a "
+        "base that stays frozen.",
+        choices=QUANTIZE,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Section `data`: the examples."""
+
+    train: tuple[str, ...] | None = key(
+        None, "Training data: files, globs, a folder, or the id of a data set on the hub. Required."
+    )
+    eval: tuple[str, ...] | None = key(None, "Evaluation data, named in the same ways.")
+    eval_fraction: float = key(
+        0.0, "Share of the training rows to hold out when data.eval isn't set.", at_least=0, below=1
+    )
+    split: str = key("train", "Which split of a hub data set (or of a folder saved by datasets) is trained on.")
+    eval_split: str = key("validation", "Which split data.eval means there.")
+    subset: str | None = key(None, "Which subset (configuration) of a hub data set.")
+    streaming: bool = key(False, "Read a hub data set without downloading it first.")
+    max_rows: int | None = key(None, "Read no more than so many rows of each data set.", at_least=1)
+    format: str | None = key(None, "Format of the rows; none recognises it.", choices=FORMATS)
+    columns: tuple[str, ...] | None = key(
+        None, "Keys under other names, as OURS=THEIRS: instruction=question,output=reply."
+    )
+    roles: tuple[str, ...] | None = key(None, "Roles under other names, as THEIRS=OURS: bot=assistant.")
+    on_error: str = key(
+        "raise", "A row that breaks the format: stop, or count it and go on.", choices=("raise", "skip")
+    )
+    template: str | None = key(
+        None,
+        f"Chat template: tokenizer (its own), {', '.join(TEMPLATES)}, or a Jinja file; none takes the tokenizer's own, "
+        "or alpaca where it has none.",
+    )
+    fallback: str | None = key(
+        None, "Built-in template for rows whose own one can't be tracked; none refuses them.", choices=TEMPLATES
+    )
+    max_length: int = key(512, "Longest example in tokens.", at_least=2)
+    truncation: str = key(
+        "right",
+        "Longer examples: right or left cuts that end, prompt_first keeps the last answer, split makes several, "
+        "drop leaves them out.",
+        choices=("right", "left", "prompt_first", "split", "drop"),
+    )
+    packing: bool = key(False, "Several examples in one row, each seeing only itself.")
+    bucketing: bool = key(False, "Batches of examples of like length, padded to few lengths.")
+    workers: int | None = key(None, "Processes that tokenise; none: one a core, up to 16.", at_least=1)
+    cache: str | None = key(
+        None, "Folder where tokens are kept between runs; none: the user's cache folder; off: nowhere."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Section `loss`: which tokens carry loss."""
+
+    mode: str = key(
+        "masked",
+        "masked: responses; unmasked: instructions too; full: every token; weighted: see prompt_weight; last_turn: "
+        "the last response; im_paper, wit: as these papers' code.",
+        choices=MODES,
+    )
+    prompt_weight: float = key(0.1, "Weight of instruction tokens in modes weighted and wit.", at_least=0, at_most=1)
+    roles: tuple[str, ...] = key(("assistant",), "Whose turns masked and last_turn train.")
+    end_of_turn: str | None = key(
+        None,
+        "Which ends of turns are trained: of trained turns, all, the last trained one, none; unset, as the mode says.",
+        choices=("turn", "all", "last", "none"),
+    )
+    headers: str | None = key(
+        None,
+        "Which headers of turns are trained: none, of trained turns, all; unset, as the mode says.",
+        choices=("none", "turn", "all"),
+    )
+    normalize: str | None = key(
+        None,
+        "What the loss of a step is divided by: token: sum of weights; example: examples; response: response tokens; "
+        "nonzero: tokens of any weight; constant; unset: as the mode says (token; im_paper example; wit nonzero).",
+        choices=("token", "example", "response", "nonzero", "constant"),
+    )
+    constant: float | None = key(None, "The divisor of normalize=constant.", above=0)
+    kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)
+    kl_tokens: str = key("response", "The tokens on which it is taken.", choices=("response", "prompt"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection:
+    """Section `train`: how long, how many rows, and what is written when."""
+
+    steps: int | None = key(None, "Optimiser steps; wins over epochs.", at_least=1)
+    epochs: int = key(1, "Passes over the data when steps isn't set.", at_least=1)
+    batch_size: int = key(4, "Rows an optimiser step, over all devices.", at_least=1)
+    micro_batch_size: int | None = key(
+        None, "Rows computed at once; divides batch_size; none means batch_size.", at_least=1
+    )
+    log_every: int = key(1, "Steps between logged rows.", at_least=1)
+    eval_every: int = key(0, "Steps between evaluations; 0: only at the end.", at_least=0)
+    neftune_alpha: float = key(
+        0.0, "NEFTune: noise on the embeddings in training, scaled by each example's length; 0: none.", at_least=0
+    )
+    save_every: int = key(0, "Steps between checkpoints; 0: none.", at_least=0)
+    keep: int = key(2, "Newest checkpoints kept.", at_least=1)
+    keep_best: int = key(
+        0, "Checkpoints with the lowest evaluation loss written and kept besides; the best one is exported.", at_least=0
+    )
+    max_skipped: int = key(
+        3,
+        "Updates in a row left out for a loss or gradient that is not finite, at which the run stops.",
+        at_least=1,
+    )
+    watchdog_seconds: float = key(
+        900.0, "Seconds after which a step that has not ended is reported with all stacks; 0: never.", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Section `log`: what is recorded beside metrics.jsonl."""
+
+    tensorboard: bool = key(False, "Write metrics for TensorBoard too, into the run directory.")
+    wandb: str | None = key(None, "Project of Weights & Biases to log to; none: no logging there.")
+    wandb_mode: str = key(
+        "offline",
+        "offline: into the run directory, for wandb sync; online: to the server at once.",
+        choices=("offline", "online"),
+    )
+    profile_steps: int = key(0, "Steps to trace for XProf, into the run directory; 0: none.", at_least=0)
+    profile_first: int | None = key(
+        None, "First step to trace; none: the third one of the process, after compiling and warming up.", at_least=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Section `optimizer`."""
+
+    name: str = key("adamw", "The optimizer.", choices=("adamw",))
+    learning_rate: float = key(2e-4, "Peak learning rate.", above=0, at_most=10)
+    schedule: str = key(
+        "linear", "Course of the learning rate after warm-up.", choices=("constant", "linear", "cosine")
+    )
+    min_ratio: float = key(0.0, "Share of the peak at which linear and cosine end.", at_least=0, at_most=1)
+    warmup_steps: int = key(0, "Steps over which the learning rate rises; at most the run's steps.", at_least=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
+    clip_norm: float | None = key(1.0, "Largest global gradient norm; none: no clipping.", above=0)
+    offload: bool = key(False, "Keep the optimizer's state in the host's memory; it comes to the device in each step.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Section `mesh`: how the devices are used. Rows of a batch are shared by data × fsdp devices."""
+
+    data: int = key(-1, "Devices that share rows, each with its own weights; -1: the rest.", at_least=1, extra=-1)
+    fsdp: int = key(1, "Devices that share rows and cut the weights between them; -1: the rest.", at_least=1, extra=-1)
+    tensor: int = key(1, "Devices that cut heads, MLP and vocabulary between them; -1: the rest.", at_least=1, extra=-1)
+    context: int = key(
+        1, "Devices that share each row along its length, for long inputs; -1: the rest.", at_least=1, extra=-1
+    )
+    pmap: bool = key(False, "Use jax.pmap instead of jax.jit over a mesh.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. `Config()` holds the defaults; `lay_over` changes keys by name."""
+
+    seed: int = key(0, "Seed of initial weights, data order and dropout.", at_least=0, at_most=2**31 - 1)
+    out: str | None = key(None, "Run directory. Required.")
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], origin: str = "config.json") -> "Config":
+        """Reads what `to_dict` wrote (also after JSON made lists of tuples), checking every key again."""
+        config = lay_over(cls(), [(name, value, origin) for name, value in flatten(values)])
+        check_together(config)
+        return config
+
+
+def sections() -> dict[str, type]:
+    """Returns the sections' names and dataclasses."""
+    hints = typing.get_type_hints(Config).items()
+    return {name: hint for name, hint in hints if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+
+
+def keys() -> dict[str, Key]:
+    """Returns every key by its dotted name, in the order of the documentation."""
+    found = dict(_keys_of(Config, ""))
+    for name, section in sections().items():
+        found.update(_keys_of(section, f"{name}."))
+    return found
+
+
+def _keys_of(section: type, prefix: str) -> Iterator[tuple[str, Key]]:
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if "allowed" in field.metadata:
+            yield prefix + field.name, Key.of(prefix + field.name, hints[field.name], field)
+
+
+def find_key(name: str, origin: str) -> Key:
+    """Returns the key called `name`.
+
+    Raises:
+        InputError: when there is none; names the nearest.
+    """
+    known = keys()
+    if name in known:
+        return known[name]
+    section, _, last = name.rpartition(".")
+    hint = meant(name, known)
+    if not section and last in sections():
+        tail = f"did you mean {hint!r}? " if hint else ""
+        raise InputError(f"{origin}: {last} is a section, not a key; {tail}its keys are {_listed(last)}")
+    if hint:
+        raise InputError(f"{origin}: unknown key {name!r}; did you mean {hint!r}?")
+    if section in sections():
+        raise InputError(f"{origin}: unknown key {name!r}; the keys of {section} are {_listed(section)}")
+    raise InputError(f"{origin}: unknown key {name!r}; the sections are {', '.join(sections())}")
+
+
+def _listed(section: str) -> str:
+    return ", ".join(field.name for field in dataclasses.fields(sections()[section]))
+
+
+def flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields dotted names and values of nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and str(name) in sections():
+            yield from ((f"{name}.{inner}", leaf) for inner, leaf in value.items())
+        else:
+            yield str(name), value
+
+
+def lay_over(config: Config, settings: Collection[tuple[str, Any, str]]) -> Config:
+    """Returns `config` with keys changed.
+
+    Args:
+        config: where to start.
+        settings: (dotted name, value, origin for the error message); later ones win.
+
+    Raises:
+        InputError: on an unknown key, a wrong type or a value out of range.
+    """
+    for name, value, origin in settings:
+        checked = find_key(name, origin).check(value, origin)
+        section, _, last = name.rpartition(".")
+        if section:
+            inner = dataclasses.replace(getattr(config, section), **{last: checked})
+            config = dataclasses.replace(config, **{section: inner})
+        else:
+            config = dataclasses.replace(config, **{last: checked})
+    return config
+
+
+def check_together(config: Config) -> None:
+    """Refuses values that are fine alone and impossible together, and missing required keys.
+
+    Raises:
+        InputError: naming the keys and what is allowed.
+    """
+    required = {"model.path": config.model.path, "data.train": config.data.train, "out": config.out}
+    missing = [name for name, value in required.items() if value is None]
+    if missing:
+        flags = " ".join(f"--config.{name}=..." for name in missing)
+        raise InputError(f"config: {', '.join(missing)} must be set, in the file or by {flags}")
+    train = config.train
+    micro = train.micro_batch_size
+    if micro is not None and train.batch_size % micro:
+        raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
+    mesh = config.mesh
+    if mesh.pmap and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1):
+        raise InputError(
+            f"config: mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, "
+            f"{mesh.tensor}, {mesh.context}) to 1"
+        )
+    if mesh.pmap and config.optimizer.offload:
+        raise InputError("config: optimizer.offload needs jit over a mesh; set mesh.pmap=false with it")
+    if train.steps is not None:
+        check_warmup(config, train.steps)
+    check_adapter(config.adapter)
+    check_quantize(config)
+    _check_data_and_loss(config)
+
+
+def check_quantize(config: Config) -> None:
+    """Refuses a quantised base for methods that change it, or that start from its numbers.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    adapter, held = config.adapter, config.model.quantize
+    if held == "none":
+        return
+    asked = f"adapter.method={adapter.method}"
+    if adapter.method not in RESULT_IS_MODEL and adapter.method not in START_FROM_BASE:
+        if adapter.init not in START_FROM_BASE or "init" not in METHOD_KEYS[adapter.method]:
+            return
+        asked = f"adapter.init={adapter.init}"
+    why = "changes it" if adapter.method in RESULT_IS_MODEL else "takes its start from the exact weights"
+    raise InputError(
+        f"config: model.quantize={held} holds the base frozen, with rounded weights, and {asked} {why}; set "
+        "model.quantize=none, or another method"
+    )
+
+
+def _check_data_and_loss(config: Config) -> None:
+    loss, data = config.loss, config.data
+    if loss.normalize == "constant" and loss.constant is None:
+        raise InputError("config: loss.normalize=constant needs loss.constant, the number to divide by")
+    if unknown := [role for role in loss.roles if role not in ROLES]:
+        raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLES)}")
+    if loss.kl_weight and config.adapter.method in RESULT_IS_MODEL:
+        raise InputError(
+            f"config: loss.kl_weight needs a base that stays frozen, and adapter.method={config.adapter.method} "
+            f"changes it"
+        )
+    if data.packing and data.bucketing:
+        raise InputError("config: data.packing fills rows of one length; set data.bucketing=false with it")
+
+
+def check_warmup(config: Config, steps: int) -> None:
+    """Refuses a warm-up longer than the run, and restarts that it never reaches; for when its steps are known."""
+    warmup, every = config.optimizer.warmup_steps, config.adapter.restart_every
+    if warmup > steps:
+        raise InputError(f"config: optimizer.warmup_steps={warmup} must be at most the run's {steps} steps")
+    if config.adapter.method in RESTARTED and every >= steps:
+        raise InputError(
+            f"config: adapter.restart_every={every} must be less than the run's {steps} steps, or nothing restarts"
+        )
+
+
+def unused(config: Config, given: Collection[str]) -> str | None:
+    """Returns one line about keys that were given but that this run doesn't read, or None.
+
+    Args:
+        config: the whole configuration.
+        given: dotted names that the file or the command line set.
+    """
+    method, groups = config.adapter.method, []
+    unread = {field.name for field in dataclasses.fields(AdapterConfig)} - METHOD_KEYS[method] - {"method"}
+    groups.append((f"adapter.method={method}", [f"adapter.{name}" for name in unread]))
+    if config.adapter.path is not None and "path" in METHOD_KEYS[method]:
+        # The adapter's folder says all this, but not how to train.
+        said = METHOD_KEYS[method] - START - HOW
+        groups.append(("adapter.path", [f"adapter.{name}" for name in said]))
+    mode = config.loss.mode
+    if mode not in ("weighted", "wit"):
+        groups.append((f"loss.mode={mode}", ["loss.prompt_weight"]))
+    if mode not in ("masked", "last_turn"):
+        groups.append((f"loss.mode={mode}", ["loss.roles"]))
+    if config.loss.normalize != "constant":
+        groups.append((f"loss.normalize={config.loss.normalize or 'unset'}", ["loss.constant"]))
+    if config.loss.kl_weight == 0:
+        groups.append(("loss.kl_weight=0", ["loss.kl_tokens"]))
+    if config.data.eval is None:
+        groups.append(("no data.eval", ["data.eval_split"]))
+    if config.log.wandb is None:
+        groups.append(("no log.wandb", ["log.wandb_mode"]))
+    if config.log.profile_steps == 0:
+        groups.append(("log.profile_steps=0", ["log.profile_first"]))
+    if config.train.steps is not None:
+        groups.append(("train.steps", ["train.epochs"]))
+    if config.data.eval is not None:
+        groups.append(("data.eval", ["data.eval_fraction"]))
+    elif config.data.eval_fraction == 0:
+        groups.append(("no evaluation data", ["train.eval_every", "train.keep_best"]))
+    order = list(keys())
+    parts = []
+    for reason, names in groups:
+        ignored = sorted((name for name in names if name in given), key=order.index)
+        if ignored:
+            parts.append(f"{', '.join(ignored)} (not used with {reason})")
+    return f"ignored: {'; '.join(parts)}" if parts else None

@@ -1,0 +1,34 @@
+"""The sections `data` and `loss` of a configuration, as the data room takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mora_jax.data.loss_weights import LossWeights
+from mora_jax.data.sources import Source
+from mora_jax.training.config.schema import DataConfig, LossConfig
+
+
+def data_source(section: DataConfig, paths: Any, split: str) -> Source:
+    """Where rows come from, as the section `data` says."""
+    return Source(
+        paths,
+        format=section.format,
+        template=section.template,
+        fallback=section.fallback,
+        columns=section.columns or (),
+        roles=section.roles or (),
+        on_error=section.on_error,
+        split=split,
+        subset=section.subset,
+        streaming=section.streaming,
+        max_rows=section.max_rows,
+        workers=section.workers,
+        cache=section.cache,
+    )
+
+
+def loss_weights(section: LossConfig) -> LossWeights:
+    """Which tokens carry loss, as the section `loss` says."""
+    weight = section.prompt_weight if section.mode in ("weighted", "wit") else 0.0
+    return LossWeights(section.mode, weight, section.roles, section.end_of_turn, section.headers)

@@ -1,0 +1,198 @@
+"""Restarts of ReLoRA and ReMoRA: fold adapters into the base, start them anew, prune their moments, warm up again.
+
+Lialin et al., 2023 (arXiv 2307.05695, algorithm 1 and section 3); ReMoRA: Jiang et al., 2024 (arXiv 2405.12130,
+section 5.3). A restart is one compiled function between two steps; the step itself is never compiled again, since
+shapes stay and even ReMoRA's kind is data.
+
+The sum `W + ΔW` is taken in float32 and rounded once to the dtype in which the base is stored. With a bfloat16 base
+(8 significant bits) a restart loses whatever of an update is smaller than half a step of the weight, about 0.2 % of
+it: train in float32 (`model.dtype`) where that matters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mora_jax.adapters.attach import partition
+from mora_jax.adapters.matching.targets import Place, places
+from mora_jax.adapters.matrices import put_matrix
+from mora_jax.adapters.projection import Projection
+from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays
+
+Array = jax.Array
+
+_RESTART = 2**32 - 1  # folded into the key for fresh factors; steps fold in their own, smaller numbers
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """When a run restarts, and how.
+
+    Attributes:
+        every: steps between restarts.
+        steps: the run's steps. There is no restart after the last: what is left is merged with the result.
+        warmup: steps over which the learning rate rises again.
+        prune: share of the moments that are set to zero.
+    """
+
+    every: int
+    steps: int
+    warmup: int
+    prune: float
+
+    @classmethod
+    def of(cls, config: Any, steps: int) -> Restarts | None:
+        """Those that an adapter configuration asks for, or None."""
+        if not hasattr(config, "restart_every"):
+            return None
+        return cls(config.restart_every, steps, config.restart_warmup, config.prune)
+
+    def due(self, done: int) -> bool:
+        """Whether a restart follows the first `done` steps."""
+        return done % self.every == 0 and 0 < done < self.steps
+
+    def count(self, done: int) -> int:
+        """How many restarts there have been when `done` steps are done."""
+        return max(0, min(done, self.steps - 1)) // self.every
+
+    def rewarm(self, schedule: optax.Schedule, first_warmup: int) -> optax.Schedule:
+        """`schedule` that after each restart rises from zero again: jagged, a pure function of the step.
+
+        In step k (from 0) after a restart the rate is (k + 1) / warmup of what `schedule` gives at the end of this
+        warm-up, and from then on `schedule` itself. The run's own warm-up is left alone.
+
+        Args:
+            schedule: step from 0 → rate.
+            first_warmup: steps of the run's own warm-up, which is part of `schedule`.
+        """
+        if self.warmup == 0:
+            return schedule
+
+        def jagged(step):
+            since = step % self.every
+            rising = (step >= self.every) & (step >= first_warmup) & (since < self.warmup)
+            return jnp.where(rising, (since + 1) / self.warmup * schedule(step - since + self.warmup), schedule(step))
+
+        return jagged
+
+
+def prune(array: Array, share: float) -> Array:
+    """Sets the smallest entries in magnitude to zero, matrix by matrix.
+
+    Entries stay where they are larger than the quantile `share` of their matrix (the last two axes; a stack of
+    matrices has one more).
+    """
+    if share == 0:
+        return array
+    if share == 1:
+        return jnp.zeros_like(array)
+    size = jnp.abs(array)
+    border = jnp.quantile(size, share, axis=(-2, -1) if array.ndim > 2 else None, keepdims=True)
+    return jnp.where(size > border, array, 0)
+
+
+def prune_moments(optimizer_state: Any, arrays: Arrays, names: Iterable[str], share: float) -> Any:
+    """Prunes an optax state's moments of some of the trained arrays; counts, and other arrays' moments, are kept.
+
+    First and second moments are pruned each by its own magnitude, as in the authors' code.
+    """
+    chosen = frozenset(names)
+
+    def pruned(path, leaf):
+        name = getattr(path[-1], "key", None) if path else None
+        # Moments lie in dictionaries like that of the arrays themselves, however deep optax nests them.
+        if name not in chosen or leaf.shape != arrays[name].shape:
+            return leaf
+        return prune(leaf, share)
+
+    return jax.tree.map_with_path(pruned, optimizer_state)
+
+
+def renewed(structure: Structure, adapters: Arrays, frozen: Arrays, key: Array) -> tuple[Arrays, Arrays]:
+    """Folds every adapter into its base and starts it anew; returns the trained and frozen arrays that changed.
+
+    DoRA's magnitudes start anew from the columns of the new base. Trained biases and modules that are trained whole
+    have no low rank to overcome; they go on.
+    """
+    model = structure.model(adapters, frozen)
+    found = [place for place in places(model) if place.adapter is not None]
+    for number, place in enumerate(found):
+        _renew(place, jax.random.fold_in(key, number))
+    _, trained, rest = partition(model)
+    return _changed(adapters, flat_arrays(trained)), _changed(frozen, flat_arrays(rest))
+
+
+def _renew(place: Place, key: Array) -> None:
+    adapter: Any = place.adapter  # of a method with restarts, which has `renew`
+    kernel = place.kernel()
+    merged = adapter.merged(kernel, adapter.gains(kernel))
+    if isinstance(place.layer, Projection):
+        assert place.part is not None, "a place in a projection is one of its parts"
+        place.layer.put_part_weight(place.part, merged)
+    else:
+        put_matrix(place.layer, merged)
+    adapter.renew(key)
+    adapter.start(lambda: merged)
+
+
+def _changed(before: Arrays, after: Arrays) -> Arrays:
+    return {name: array for name, array in after.items() if array is not before[name]}
+
+
+class Restarter:
+    """Restarts a run; its one compiled function is made at the first restart.
+
+    Args:
+        structure: of the model.
+        restarts: how.
+        state, frozen: arrays as the run has them; only shapes are looked at.
+
+    Attributes:
+        names: the frozen arrays that restarts change, so that a checkpoint has to hold them.
+        compile_seconds: what compiling took.
+    """
+
+    def __init__(self, structure: Structure, restarts: Restarts, state: TrainState, frozen: Arrays):
+        self.restarts = restarts
+        self.compile_seconds = 0.0
+        self._compiled: Any = None
+        names: dict[str, list[str]] = {}
+
+        def look(adapters: Arrays, frozen: Arrays, key: Array) -> None:
+            trained, rest = renewed(structure, adapters, frozen, key)
+            names.update(trained=list(trained), frozen=list(rest))
+
+        jax.eval_shape(look, state.adapters, frozen, state.key)
+        self.names = tuple(names["frozen"])
+
+        def restart(state: TrainState, changing: Arrays, staying: Arrays) -> tuple[TrainState, Arrays]:
+            key = jax.random.fold_in(jax.random.fold_in(state.key, _RESTART), state.step)
+            trained, rest = renewed(structure, state.adapters, staying | changing, key)
+            moments = prune_moments(state.optimizer, state.adapters, names["trained"], restarts.prune)
+            return state._replace(adapters=state.adapters | trained, optimizer=moments), rest
+
+        self._restart = restart
+
+    def base(self, frozen: Arrays) -> Arrays:
+        """The frozen arrays that restarts change."""
+        return {name: frozen[name] for name in self.names}
+
+    def __call__(self, state: TrainState, frozen: Arrays) -> tuple[TrainState, Arrays]:
+        """The state and the frozen arrays after a restart, each where it was. What changes is donated."""
+        changing = self.base(frozen)
+        staying = {name: array for name, array in frozen.items() if name not in changing}
+        if self._compiled is None:
+            start = time.perf_counter()
+            places = jax.tree.map(lambda array: array.sharding, (state, changing))
+            jitted = jax.jit(self._restart, donate_argnums=(0, 1), out_shardings=places)
+            self._compiled = jitted.lower(state, changing, staying).compile()
+            self.compile_seconds += time.perf_counter() - start
+        state, changed = self._compiled(state, changing, staying)
+        return state, staying | changed

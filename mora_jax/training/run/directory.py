@@ -1,0 +1,228 @@
+"""The folder of one run: configuration, metrics, summary, checkpoints and the result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.paths import found_path, is_local, local_path
+from mora_jax.training.config.schema import TEMPLATES, Config, lay_over
+from mora_jax.training.run.storage import Files, MemoryFiles, open_files
+
+CONTENTS = (
+    "config.json",
+    "metrics.jsonl",
+    "compile.jsonl",
+    "summary.json",
+    "adapter",
+    "model",
+    "best",
+    "checkpoints",
+    "profile",
+    "tensorboard",
+    "wandb",
+    "wandb.json",
+)
+
+
+# Orbax and etils take these for patterns, or can't read them back.
+_ODD = re.compile(r"[*?\[\\\x00-\x1f]")
+
+
+class RunDirectory:
+    """A run's files; each is written beside and renamed, but for the metrics, which grow line by line.
+
+    Args:
+        path: the folder, local or in a bucket.
+        writes: whether this process writes; of several only one does.
+
+    Raises:
+        InputError: the path can't be used.
+
+    Attributes:
+        path: the folder; a `pathlib.Path`, or in a bucket an `epath.Path`.
+        files: reads and writes what is in it.
+        kept: whether there are files at all.
+    """
+
+    kept = True
+
+    def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
+        self.files: Files = open_files(path)
+        self.path = self.files.path
+        if odd := _ODD.search(os.fspath(self.path)):
+            raise InputError(f"{self.path}: no run can be kept where a path has {odd[0]!r} in it; choose another")
+        self.writes = writes
+
+    @property
+    def checkpoints(self) -> Any:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Any:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Any:
+        return self.path / "model"
+
+    @property
+    def best(self) -> Any:
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> Any:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Any:
+        return self.path / "summary.json"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuses a path that can't become a run's folder, before anything is computed.
+
+        Raises:
+            InputError: it holds a run (names --resume), or is a file, or nothing can be written there.
+        """
+        if not self.files.remote and self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; set config.out to a folder")
+        if not self.files.remote and self.writes:
+            there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise InputError(f"{self.path} can't be made: {there} takes no files; set another config.out")
+        taken = self.files.present(CONTENTS)
+        if taken and not overwrite:
+            raise InputError(
+                f"{self.path} holds a run already ({', '.join(taken)}); continue it with --resume {self.path}, "
+                f"replace it with --overwrite, or set another config.out"
+            )
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it.
+
+        Raises:
+            InputError: another run is writing to it.
+        """
+        if not self.writes:
+            yield
+            return
+        self.files.make()
+        with self.files.claimed():
+            yield
+
+    def create(self, config: Config, overwrite: bool) -> None:
+        """Removes an earlier run if that was asked for, and writes `config.json`.
+
+        Raises:
+            InputError: a run began here since `check_free`.
+        """
+        if not self.writes:
+            return
+        self.check_free(overwrite)
+        if overwrite:
+            for name in CONTENTS:
+                self.files.remove(name)
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Writes `config.json`, with paths that hold from any working directory."""
+        self.write_json("config.json", _with_absolute_paths(config).to_dict())
+
+    def read_config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            InputError: there is no run here, or its configuration can't be read.
+        """
+        file = self.path / "config.json"
+        try:
+            text = self.files.read("config.json")
+            if text is None:
+                raise InputError(f"{self.path} holds no run: {file} is missing")
+            values = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{file} must hold a JSON object")
+        return Config.from_dict(values, origin=str(file))
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Writes one JSON file, whole or not at all."""
+        if not self.writes:
+            return
+        self.files.write(name, json.dumps(values, indent=2) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows written so far; a last line that a killed run left unfinished is dropped."""
+        rows: list[dict[str, Any]] = []
+        for line in (self.files.read("metrics.jsonl") or "").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Forgets rows of steps after `step`, which a resumed run computes again; returns the others."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        if self.writes:
+            self.files.write("metrics.jsonl", "".join(_line(row) for row in rows))
+        return rows
+
+    def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows to `metrics.jsonl`."""
+        if not self.writes:
+            return
+        self.files.append("metrics.jsonl", "".join(_line(row) for row in rows))
+
+    def append_compilations(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows to `compile.jsonl`, which keeps those of every process that worked on the run."""
+        self.files.append("compile.jsonl", "".join(_line(row) for row in rows))
+
+    def append_hang(self, report: str) -> None:
+        """Adds a report of a hung step to `hangs.txt`."""
+        if self.writes or not self.files.remote:  # in a bucket processes would overwrite each other's
+            self.files.append("hangs.txt", f"{report}\n\n")
+            self.files.flush()
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The configuration with what it names on this machine's disk by absolute paths; not hub ids and buckets."""
+    data = config.data
+    paths: dict[str, Any] = {
+        "model.path": config.model.path and found_path(config.model.path),
+        "adapter.path": config.adapter.path and found_path(config.adapter.path),
+        "data.train": data.train and tuple(map(found_path, data.train)),
+        "data.eval": data.eval and tuple(map(found_path, data.eval)),
+    }
+    if config.out and is_local(config.out):
+        paths["out"] = str(local_path(config.out))
+    if data.cache not in (None, "off"):
+        paths["data.cache"] = str(local_path(data.cache))
+    if data.template not in (None, "tokenizer", *TEMPLATES):
+        paths["data.template"] = found_path(data.template)
+    return lay_over(config, [(name, value, "config.json") for name, value in paths.items() if value is not None])
+
+
+class MemoryDirectory(RunDirectory):
+    """The record of a run that writes nothing: its metrics, in memory."""
+
+    kept = False
+
+    def __init__(self) -> None:
+        self.files = MemoryFiles()
+        self.path = self.files.path
+        self.writes = True
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    # JSON has no number that is not finite.
+    values = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+    return json.dumps(values) + "\n"

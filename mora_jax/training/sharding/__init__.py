@@ -1,0 +1,1 @@
+"""Which part of each array every device holds."""

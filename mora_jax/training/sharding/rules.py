@@ -1,0 +1,245 @@
+"""Where arrays live: the table from logical axes to mesh axes, and what follows from it for every array.
+
+Every parameter names its logical axes (`axes` in its metadata). Three things follow for it:
+
+- *stored*: matrices are cut along `fsdp`, `context` and `tensor`, so no device holds the whole base. Gradients and
+  optimizer states lie like the parameters they belong to.
+- *used*: inside the layer that needs it a matrix is gathered along `fsdp` and `context` and stays cut along `tensor`.
+- rows of a batch are cut along `data` and `fsdp`, and so is the residual stream. With `context` each row is cut along
+  its length as well: it is folded into that many shorter rows, which only attention puts together again
+  (ring_attention.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.lax import with_sharding_constraint as constrain
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mora_jax.models.ring_attention import Ring
+from mora_jax.training.state import dotted
+
+Array = jax.Array
+Axes = tuple[str | None, ...]
+
+# Logical axis of an array → mesh axes. A LoRA rank is never cut; the square matrix of MoRA is cut along `fsdp` in
+# storage alone, where it pays: its optimizer state is as large as LoRA's.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "layers": (),
+    "embed": ("fsdp", "context"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "q_per_kv": (),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "gate_up": (),
+    "rank": (),
+    "square_in": (),
+    "square_out": ("fsdp", "context"),
+    "slots": (),
+    "rows": (),
+}
+_GATHERED = ("fsdp", "context")  # the mesh axes along which a layer gathers its weights
+_CONTEXT = "context"
+_ADAPTER_AXES = frozenset({"rank", "square_in", "square_out"})
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh, and which logical axes of a model stay whole on it. Hashable, so that a compiled function can hold it.
+
+    Attributes:
+        mesh: with the axes `data`, `fsdp`, `tensor` and `context`.
+        undivided: logical axes that don't divide over their mesh axis, with the size that doesn't.
+    """
+
+    mesh: Mesh
+    undivided: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, mesh: Mesh, *states: nnx.State) -> Placement:
+        """For the states of a split model (their arrays may be shapes alone).
+
+        An axis is cut along `tensor` in every array that has it or in none: query heads of a kernel and of the
+        adapter beside it would else lie on different devices.
+        """
+        sizes: dict[str, int] = {}
+        for _, axes, shape in _described(states):
+            for axis, size in zip(axes, shape, strict=True):
+                if axis is not None and "tensor" in RULES.get(axis, ()):
+                    sizes[axis] = math.gcd(sizes.get(axis, 0), size)
+        return cls(mesh, tuple(sorted((axis, n) for axis, n in sizes.items() if n % mesh.shape["tensor"])))
+
+    @property
+    def row_shards(self) -> int:
+        """Devices among which the rows of a micro-batch are laid."""
+        return math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether weights are cut at all, and not only rows."""
+        return math.prod(self.mesh.shape[axis] for axis in (*_GATHERED, "tensor")) > 1
+
+    def notes(self) -> list[str]:
+        """What the mesh can't cut, in words."""
+        tensor = self.mesh.shape["tensor"]
+        return [
+            f"{axis} ({size}) doesn't divide over mesh.tensor={tensor}: every device of that axis computes all of it"
+            for axis, size in self.undivided
+        ]
+
+    def sharding(self, *entries: Any) -> NamedSharding:
+        """A sharding on this mesh."""
+        return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+    def batch(self, dimension: int = 0) -> NamedSharding:
+        """Of an array whose axis `dimension` is the rows of a batch."""
+        return self.sharding(*(None,) * dimension, RULES["batch"])
+
+    def used(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """Of a parameter where it is computed with: gathered along `fsdp`."""
+        return self.sharding(*self._cut(axes, shape, "tensor"))
+
+    def stored(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """Of a parameter where it is kept, of its gradient and its optimizer state.
+
+        A matrix whose own axis doesn't divide is cut along another that does, the width first.
+        """
+        return self.sharding(*self._stored(axes, shape))
+
+    def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
+        """Which axis of a kernel `[in, …]` has to stand at place 1 for its flattened columns to be cut in blocks.
+
+        Factors of adapters are taken as they are, in slots too.
+        """
+        if len(axes) < 3 or _ADAPTER_AXES.intersection(axes):
+            return 1
+        cut = self._cut(axes, shape, "tensor")
+        return next((i for i, entry in enumerate(cut) if i > 1 and entry), 1)
+
+    def _stored(self, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+        entries = self._cut(axes, shape, "tensor")
+        if sum(axis != "layers" for axis in axes) < 2:
+            return entries  # vectors are small, and needed whole
+        gathered = [name for name in _GATHERED if name != _CONTEXT or self.mesh.shape[name] > 1]
+        for name in gathered:
+            where = [i for i, axis in enumerate(axes) if name in RULES.get(axis or "", ())]
+            self._add(entries, shape, name, where)
+        if not _ADAPTER_AXES.intersection(axes):
+            for name in ("tensor", *gathered):
+                wanted = any(name in RULES.get(axis or "", ()) for axis in axes)
+                if wanted and not any(name in entry for entry in entries):
+                    order = sorted(range(len(axes)), key=lambda i: (axes[i] != "embed", -shape[i]))
+                    self._add(entries, shape, name, [i for i in order if axes[i] != "layers"])
+        return entries
+
+    def _add(self, entries: list[tuple[str, ...]], shape: tuple[int, ...], name: str, where: list[int]) -> None:
+        """Cuts the first of some axes that divides along one more mesh axis, if there is one."""
+        for i in where:
+            if shape[i] % math.prod(self.mesh.shape[axis] for axis in (*entries[i], name)) == 0:
+                entries[i] = (*entries[i], name)
+                return
+
+    def _cut(self, axes: Axes, shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:
+        """For each axis of an array `(name,)` where the table cuts it along that mesh axis, else `()`."""
+        entries: list[tuple[str, ...]] = [()] * len(axes)
+        undivided = {axis for axis, _ in self.undivided}
+        count = self.mesh.shape[name]
+        for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+            if axis is not None and name in RULES.get(axis, ()) and axis not in undivided and size % count == 0:
+                entries[i] = (name,)
+                break
+        return entries
+
+    def rows(self, x: Array, *, folded: bool = False) -> Array:
+        """Keeps `x [B, …]` cut by rows and whole otherwise; rows that can't be shared evenly stay as they are.
+
+        With `folded` these are the shorter rows of `fold`.
+        """
+        if folded:
+            return constrain(x, self.sharding((_CONTEXT, *RULES["batch"])))
+        return x if x.shape[0] % self.row_shards else constrain(x, self.batch())
+
+    def ring(self, rows: int) -> Ring | None:
+        """The devices that share each of so many rows; None without the axis `context`, or for uneven rows."""
+        if self.mesh.shape[_CONTEXT] == 1 or rows % self.row_shards:
+            return None
+        whole = "kv_heads" in dict(self.undivided) or self.mesh.shape["tensor"] == 1
+        return Ring(self.mesh, _CONTEXT, (_CONTEXT, *RULES["batch"]), None if whole else "tensor")
+
+    def fold(self, x: Array) -> Array:
+        """See `Spread.fold`."""
+        ring = self.ring(x.shape[0])
+        if ring is None:
+            return x
+        rows, length, *rest = x.shape
+        share = -(-length // (2 * ring.size)) * 2
+        x = jnp.pad(x, [(0, 0), (0, ring.size * share - length), *((0, 0) for _ in rest)])
+        x = constrain(x, self.sharding(RULES["batch"], _CONTEXT))
+        x = x.reshape(rows, ring.size, share, *rest).swapaxes(0, 1)
+        return self.rows(x.reshape(ring.size * rows, share, *rest), folded=True)
+
+    def unfold(self, x: Array, rows: int, length: int) -> Array:
+        """See `Spread.unfold`."""
+        ring = self.ring(rows)
+        if ring is None:
+            return x
+        _, share, *rest = x.shape
+        x = self.rows(x, folded=True).reshape(ring.size, rows, share, *rest).swapaxes(0, 1)
+        x = constrain(x.reshape(rows, ring.size * share, *rest), self.sharding(RULES["batch"], _CONTEXT))
+        return x[:, :length]
+
+    def gathered(self, array: Array, axes: Axes) -> Array:
+        """A stored parameter where it is used; its gradient goes back to where it is stored."""
+        return _gathered(self.used(axes, array.shape), self.stored(axes, array.shape), array)
+
+    def looked_up(self, axes: Axes, shape: tuple[int, int], ids: Array, table: Callable[[Array], Array]) -> Array:
+        """`table(ids)`, `[B, T, D]` by rows, for a stored embedding `[V, D]` that is never gathered along D.
+
+        Every device looks its columns up for all the rows of its `fsdp` group; the group then exchanges columns for
+        rows.
+        """
+        columns = self._stored(axes, shape)[1]
+        groups = tuple(axis for axis in RULES["batch"] if axis not in columns)
+        if not columns or ids.shape[0] % self.row_shards:
+            return self.rows(table(ids))
+        found = table(constrain(ids, self.sharding(groups)))
+        found = constrain(found, self.sharding(groups, None, columns))
+        # One exchange after the other, the innermost cut first: the partitioner can't do several in one. Columns cut
+        # along `tensor` come together, those along `context` become a cut along the length, those of `fsdp` of rows.
+        columns = tuple(axis for axis in columns if axis != "tensor")
+        found = constrain(found, self.sharding(groups, None, columns))
+        columns = tuple(axis for axis in columns if axis != _CONTEXT)
+        along = (_CONTEXT,) if self.ring(ids.shape[0]) and found.shape[1] % self.mesh.shape[_CONTEXT] == 0 else ()
+        found = constrain(found, self.sharding(groups, along, columns))
+        return constrain(found, self.sharding(RULES["batch"], along))
+
+    def table(self, *states: nnx.State) -> dict[str, NamedSharding]:
+        """The stored sharding of every array of a split model, by dotted path."""
+        return {name: self.stored(axes, shape) for name, axes, shape in _described(states)}
+
+
+def _described(states: tuple[nnx.State, ...]) -> Iterator[tuple[str, Axes, tuple[int, ...]]]:
+    """Dotted path, logical axes and shape of every array; an array without names has no axis that is ever cut."""
+    for state in states:
+        for path, variable in nnx.to_flat_state(state):
+            shape = tuple(variable.get_value().shape)
+            yield dotted(path), variable.get_metadata().get("axes") or (None,) * len(shape), shape
+
+
+def _gathered(used: NamedSharding, stored: NamedSharding, array: Array) -> Array:
+    @jax.custom_vjp
+    def gather(array):
+        return constrain(array, used)
+
+    gather.defvjp(lambda array: (constrain(array, used), None), lambda _, slope: (constrain(slope, stored),))
+    return gather(array)

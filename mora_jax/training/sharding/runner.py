@@ -1,0 +1,213 @@
+"""The two ways to run a step on several devices: `jax.jit` over a mesh, and `jax.pmap`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mora_jax.training.observe.compile_log import Compilation, shape_words
+from mora_jax.training.optimizer_offload import moments_on_host
+from mora_jax.training.sharding.device_put import put, put_rows, rows_here
+from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.state import Arrays, TrainState
+from mora_jax.training.step import Batch, StepFunction, StepMetrics
+
+Array = jax.Array
+
+
+class Runner:
+    """A step with the cache of its compiled forms, one for each set of shapes.
+
+    Attributes:
+        devices: those that it runs on, of all processes.
+        compilation_log: every compilation, oldest first.
+        while_compiling: a context that is entered for each.
+    """
+
+    devices: list[jax.Device]
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Any] = {}
+        self.compilation_log: list[Compilation] = []
+        self.while_compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        """The step, traced for these arguments (arrays, or shapes with shardings) and not compiled yet."""
+        raise NotImplementedError  # abstract: each way to run a step defines it
+
+    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Runs the step, compiling it first for a batch shape that is new. `state` is donated."""
+        signature = tuple((name, value.shape) for name, value in batch.items())
+        compiled = self._compiled.get(signature)
+        if compiled is None:
+            with self.while_compiling():
+                compiled = self._compiled[signature] = self._compile(state, frozen, batch)
+        # Devices of a CPU share one pool of threads, in which each of them waits for the others at a collective. With
+        # several such programs under way the threads may all be taken by some of the devices: then nobody gets on.
+        alone = len(self.devices) > 1 and self.devices[0].platform == "cpu"
+        if alone:
+            jax.block_until_ready((state, frozen, batch))
+        result = compiled(state, frozen, batch)
+        return jax.block_until_ready(result) if alone else result
+
+    def _compile(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        started, start = time.time(), time.perf_counter()
+        lowered = self.lower(state, frozen, batch)
+        middle = time.perf_counter()
+        compiled = lowered.compile()
+        shapes = {name: shape_words(value) for name, value in batch.items()}
+        times = middle - start, time.perf_counter() - middle
+        self.compilation_log.append(Compilation(started, *times, shapes, compiled))
+        return compiled
+
+    @property
+    def compile_seconds(self) -> float:
+        """What all compilations took, tracing included."""
+        return sum(one.lower_seconds + one.seconds for one in self.compilation_log)
+
+    @property
+    def compiled(self) -> list[Any]:
+        """The compiled forms, oldest first; each tells its memory, its cost and its text."""
+        return list(self._compiled.values())
+
+    @property
+    def compilations(self) -> int:
+        """How often the step was traced and compiled: the size of its cache. A compiled step can't trace again."""
+        return len(self._compiled)
+
+
+class JitRunner(Runner):
+    """The step under `jax.jit` over a mesh.
+
+    Args:
+        step: the pure step, made for `placement` where `shardings` are given.
+        mesh: the mesh; rows of a batch are cut along `data` and `fsdp`.
+        shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
+            None everything, is on every device.
+    """
+
+    def __init__(
+        self,
+        step: StepFunction,
+        mesh: Mesh,
+        shardings: dict[str, NamedSharding] | None = None,
+    ):
+        super().__init__()
+        self._step = step
+        self._shardings = shardings or {}
+        self.devices = list(mesh.devices.flat)
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._rows = Placement(mesh).batch(1)
+        self._here: tuple[int, ...] | None = None
+        self._micro_batch = 0
+
+    def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        return self.trace(state, frozen, batch).lower()
+
+    def trace(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        """The step, traced and not lowered yet: it tells its operations."""
+        places = jax.tree.map(lambda array: array.sharding, state)
+        jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=(places, self._whole))
+        return jitted.trace(state, frozen, batch)
+
+    def places(self, tree: Any) -> Any:
+        """The sharding of every leaf of a state or of a dictionary of arrays (or shapes); see `places`."""
+        return moments_on_host(places(tree, self._shardings, self._whole))
+
+    def place(self, tree: Any) -> Any:
+        """State or frozen arrays, cut as the table says."""
+        return put(tree, self.places(tree))
+
+    def share(self, rows: int) -> tuple[int, ...] | None:
+        """Which of the rows of a micro-batch this process has to make for `place_batch`; None for all."""
+        self._here, self._micro_batch = rows_here(self._rows, rows), rows
+        return self._here
+
+    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
+        """A batch `[micro-batches, rows, …]` of this process's rows, spread over the devices."""
+        return put_rows(batch, self._rows, self._here, self._micro_batch)
+
+    def whole(self, tree: Any) -> Any:
+        """The tree without what `place` added: nothing, arrays of `jit` have their own shapes."""
+        return tree
+
+
+def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> Any:
+    """The sharding of every leaf of a state or of a dictionary of arrays (or shapes).
+
+    A leaf of an optimizer's state lies like the parameter under whose name it stands if it has its shape.
+
+    Args:
+        tree: the state or the arrays.
+        shardings: of trained and frozen arrays by dotted path (`Placement.table`).
+        whole: what the others get.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        found = shardings.get(names[-1]) if names else None
+        return whole if found is None or not _fits(found, leaf.shape) else found
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be cut so; factored moments, say, have another."""
+    if len(sharding.spec) > len(shape):
+        return False
+    for size, entry in zip(shape, sharding.spec, strict=False):
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        if size % int(np.prod([sharding.mesh.shape[axis] for axis in axes], dtype=int)):
+            return False
+    return True
+
+
+class PmapRunner(Runner):
+    """The same pure step under `jax.pmap`: every array has a leading device axis.
+
+    For code that is built around `pmap`. `jit` over a mesh does the same and more; choose it for anything new.
+    """
+
+    def __init__(self, step: StepFunction, count: int):
+        super().__init__()
+        self.count = count
+        self.devices = jax.devices()[:count]
+        mesh = Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
+        self._sharding = NamedSharding(mesh, PartitionSpec("data"))
+        # Every device has the same metrics: one copy comes out.
+        self._step = jax.pmap(step, axis_name="data", devices=self.devices, donate_argnums=(0,), out_axes=(0, None))
+
+    def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
+        return self._step.lower(state, frozen, batch)
+
+    def place(self, tree: Any) -> Any:
+        """State or frozen arrays, one copy a device along a new leading axis."""
+
+        def copies(x):
+            return jax.device_put(jnp.broadcast_to(x[None], (self.count, *x.shape)), self._sharding)
+
+        return jax.tree.map(copies, tree)
+
+    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
+        """A batch `[micro-batches, rows, …]` → `[devices, micro-batches, rows / devices, …]`."""
+
+        def split(x):
+            micro, rows, *rest = x.shape
+            return x.reshape(micro, self.count, rows // self.count, *rest).swapaxes(0, 1)
+
+        return jax.device_put({name: split(value) for name, value in batch.items()}, self._sharding)
+
+    def share(self, rows: int) -> None:
+        """Which rows this process makes: all, there is one process."""
+
+    def whole(self, tree: Any) -> Any:
+        """The tree without the device axis, on the first device: every device holds the same."""
+        # Not `x[0]`, which would be a program of all devices for each array.
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)

@@ -1,0 +1,156 @@
+"""MoRA against dense matrices built by loops, and against the outputs of the authors' code."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax.adapters.methods import mora
+from tests.adapters import oracle
+
+TYPES = {1: "sharing", 2: "grouped", 3: "grouped_tile", 4: "strided_interleave", 6: "rotation"}
+# in, out, rank: square, out > in, in > out, in not divisible by q, odd q, in = 1, out = 1, q >= both, q > 2 in.
+SHAPES = [(64, 64, 4), (16, 40, 3), (40, 16, 3), (33, 20, 2), (1, 7, 3), (7, 1, 2), (12, 9, 30), (5, 90, 8)]
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def everything(m, x, g, out_features, kind):
+    """Weight, update and gradients in one program: a compilation a case and not one an operation."""
+    y, pullback = jax.vjp(lambda m, x: mora.apply(x, m, out_features, kind), m, x)
+    return mora.delta_weight(m, x.shape[-1], out_features, kind), y, *pullback(g)
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", mora.KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_loops(kind, shape):
+    in_features, out_features, rank = shape
+    q = mora.square_rank(in_features, out_features, rank, kind)
+    m, x = random(1, q, q), random(2, 3, in_features)
+    expected = oracle.dense(m, in_features, out_features, kind)
+    scale = np.abs(expected).max()
+    weight, y, _, _ = everything(m, x, np.zeros((3, out_features), np.float32), out_features, kind)
+    np.testing.assert_allclose(weight, expected.T, rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(y, x @ expected.T, rtol=0, atol=1e-5 * max(1.0, np.abs(x @ expected.T).max()))
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3)])
+def test_any_leading_axes(leading):
+    m, x = random(0, 5, 5), random(1, *leading, 8)
+    y = mora.apply(x, m, 6)
+    assert y.shape == (*leading, 6)
+    flat = mora.apply(x.reshape(-1, 8), m, 6)
+    np.testing.assert_array_equal(np.asarray(y).reshape(-1, 6), flat)
+
+
+@pytest.mark.parametrize("kind", mora.KINDS)
+def test_bfloat16_stays_bfloat16(kind):
+    q = mora.square_rank(24, 16, 4, kind)
+    m, x = random(0, q, q), random(1, 6, 24)
+    y = mora.apply(jnp.asarray(x, jnp.bfloat16), m, 16, kind)
+    assert y.dtype == jnp.bfloat16
+    exact = x @ oracle.dense(m, 24, 16, kind).T
+    np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=0, atol=0.03 * np.abs(exact).max())
+
+
+def test_square_rank_matches_published_sizes():
+    sizes = {(4096, 4096, 8): 256, (4096, 11008, 8): 348, (4096, 1024, 8): 202, (768, 768, 8): 111}
+    for (in_features, out_features, rank), q in sizes.items():
+        assert mora.square_rank(in_features, out_features, rank) == q
+        assert mora.square_rank(in_features, out_features, rank, "rotation") == q - q % 2
+        assert mora.square_rank(in_features, out_features, rank, "decouple") == q - q % 2
+        assert mora.square_rank(in_features, out_features, rank, "truncation") == q
+
+
+@pytest.mark.parametrize("kind", mora.KINDS)
+def test_gradients_against_the_dense_matrix(kind):
+    q = mora.square_rank(10, 14, 3, kind)
+    m, x, g = random(0, q, q), random(1, 5, 10), random(2, 5, 14)
+    dm, dx = jax.grad(lambda m, x: jnp.sum(mora.apply(x, m, 14, kind) * g), (0, 1))(jnp.asarray(m), x)
+    np.testing.assert_allclose(dx, g @ oracle.dense(m, 10, 14, kind), atol=1e-4)
+    # The update is linear in M, so its derivative in the direction of one entry is the update of a unit matrix.
+    for row, column in [(0, 0), (q - 1, 0), (q // 2, q - 1)]:
+        unit = np.zeros((q, q))
+        unit[row, column] = 1
+        expected = np.sum(x @ oracle.dense(unit, 10, 14, kind).T * g)
+        np.testing.assert_allclose(dm[row, column], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: mora.square_rank(0, 4, 2), "in_features must be a positive integer, not 0"),
+        (lambda: mora.square_rank(4, 4, -1), "rank must be a positive integer, not -1"),
+        (lambda: mora.square_rank(4, 4, 2.5), "not 2.5"),
+        (lambda: mora.square_rank(4, 4, 2, "square"), "kind must be one of .* not 'square'"),
+        (lambda: mora.apply(jnp.ones((2, 4)), jnp.ones((3, 4)), 5), r"square matrix .* not \(3, 4\)"),
+        (lambda: mora.apply(jnp.ones((2, 4)), jnp.ones((3, 3)), 5, "rotation"), "even, not 3"),
+        (lambda: mora.apply(jnp.ones((2, 4)), jnp.ones((3, 3)), 0), "out_features must be .* not 0"),
+        (lambda: mora.apply(jnp.float32(1), jnp.ones((3, 3)), 2), "scalar"),
+        (lambda: mora.delta_weight(jnp.ones((2, 2)), 4, 0), "out_features"),
+    ],
+)
+def test_bad_arguments(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_unused_inputs_are_those_with_a_zero_row():
+    for kind in mora.KINDS:
+        for in_features, out_features, rank in [(160, 64, 4), (64, 160, 4), (512, 64, 8), (30, 30, 2)]:
+            q = mora.square_rank(in_features, out_features, rank, kind)
+            weight = oracle.dense(random(0, q, q), in_features, out_features, kind)
+            unused = int(np.sum(~weight.any(axis=0)))
+            assert mora.unused_inputs(in_features, out_features, rank, kind) == unused, (kind, in_features)
+
+
+@pytest.mark.shared
+def test_goldens(shared_dir):
+    cases = json.loads((shared_dir / "goldens/mora_goldens.json").read_text())["cases"]
+    arrays = np.load(shared_dir / "goldens/mora_goldens.npz")
+    checked = 0
+    for case in cases:
+        kind, key = TYPES.get(case["mora_type"]), case["key"]
+        if kind is None or f"{key}/M" not in arrays:
+            continue
+        i, o = case["in"], case["out"]
+        m = arrays[f"{key}/M"]
+        assert mora.square_rank(i, o, case["r"], kind) == case["rhat"] == len(m)
+        if f"{key}/dW" in arrays:
+            reference = arrays[f"{key}/dW"]
+        elif f"{key}/jac" in arrays:
+            reference = arrays[f"{key}/jac"]
+        else:
+            continue
+        expected = {"dW": reference.T}
+        if f"{key}/delta" in arrays:  # absent where the authors' forward pass crashes
+            expected |= {name: arrays[f"{key}/{name}"] for name in ("delta", "dM", "dx")}
+        x, g = np.zeros((1, i), np.float32), np.zeros((1, o), np.float32)
+        if "delta" in expected:
+            x, g = arrays[f"{key}/x"], arrays[f"{key}/g"]
+        found = dict(zip(("dW", "delta", "dM", "dx"), everything(m, x, g, o, kind), strict=True))
+        for name, right in expected.items():
+            value = found[name]
+            atol = 1e-5 * max(1.0, np.abs(right).max())
+            np.testing.assert_allclose(value, right, rtol=0, atol=atol, err_msg=f"{key}/{name}")
+        checked += 1
+    assert checked > 100
+
+
+@pytest.mark.shared
+def test_golden_remora_chains(shared_dir):
+    arrays = np.load(shared_dir / "goldens/mora_goldens.npz")
+    chains = sorted({key.split("/")[0] for key in arrays if key.startswith("remora_")})
+    assert chains
+    for chain in chains:
+        weight = arrays[f"{chain}/W0"]
+        for step, kind in enumerate(("sharing", "grouped", "grouped_tile", "strided_interleave", "sharing")):
+            out_features, in_features = weight.shape
+            weight = weight + mora.delta_weight(arrays[f"{chain}/M{step}"], in_features, out_features, kind).T
+            np.testing.assert_allclose(weight, arrays[f"{chain}/W{step + 1}"], rtol=0, atol=1e-4)

@@ -1,0 +1,120 @@
+"""Methods by name."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.adapters.config.limits import NUMBERS
+from mora_jax.adapters.methods.registry import CONFIGS, METHOD_KEYS, METHODS, adapter_class, config_from
+from mora_jax.training.config.schema import keys
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_named_configured_and_exported(name):
+    config = config_from({"method": name, "rank": None, "unknown": 1})
+    assert config == CONFIGS[name]()
+    assert getattr(mj, type(config).__name__) is CONFIGS[name]
+    assert set(METHOD_KEYS[name]) == {field.name for field in dataclasses.fields(config)}
+    if name != "full":
+        assert adapter_class(config).method == name
+    assert hash(config) == hash(CONFIGS[name]())
+
+
+def test_settings_reach_the_configuration():
+    section = {"method": "dora", "rank": 4, "alpha": 2.0, "kind": "rotation", "rank_pattern": {"q_proj": 2}}
+    assert config_from(section) == mj.DoRAConfig(4, 2.0, rank_pattern={"q_proj": 2})
+    with pytest.raises(ValueError, match="method must be one of lora, .*, not 'lorra'"):
+        config_from({"method": "lorra"})
+
+
+NUMBERS_OF = [
+    (name, field.name, field.type)
+    for name, method in METHODS.items()
+    for field in dataclasses.fields(method.config)
+    if field.type in ("int", "float")
+]
+
+
+@pytest.mark.parametrize(("method", "name", "kind"), NUMBERS_OF)
+def test_every_number_of_every_configuration_is_checked(method, name, kind):
+    make = CONFIGS[method]
+    good = getattr(make(), name)
+    for value in (np.int64(good), np.int32(good)) if kind == "int" else (np.float64(good), np.float64(good)):
+        config = make(**{name: value})
+        assert getattr(config, name) == good and type(getattr(config, name)) in (int, float)
+        assert config == make() and hash(config) == hash(make())
+    for value in (math.nan, math.inf, "16", True, None, 1j, -1.5, [1], jnp.ones(3)):
+        if name == "d_initial" and isinstance(value, float) and value == -1.5:
+            continue  # may be negative
+        with pytest.raises(ValueError, match=f"^{name} must be a[^\n]* not [^\n]*$") as raised:
+            make(**{name: value})
+        assert len(str(raised.value)) < 160
+    if kind == "int":
+        with pytest.raises(ValueError, match=f"^{name} must be .*integer.*, not 2.0"):
+            make(**{name: 2.0})
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "alpha" in METHODS[name].keys])
+@pytest.mark.parametrize("alpha", [0, 0.0, -1])
+def test_alpha_is_above_zero(method, alpha):
+    with pytest.raises(ValueError, match=f"alpha must be a positive number, not {alpha}"):
+        CONFIGS[method](alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: mj.LoRAConfig(use_dora=1), "use_dora must be True or False, not 1"),
+        (lambda: mj.MoRAConfig(use_dora="no"), "use_dora must be True or False, not 'no'"),
+        (lambda: mj.LoRAConfig(targets=5), "targets must be layer names, .*, not 5"),
+        (lambda: mj.LoRAConfig(modules_to_save=5), "modules_to_save must be module names, not 5"),
+        (lambda: mj.LoRAConfig(layers_to_transform="1"), "layers_to_transform must be layer numbers, not '1'"),
+        (lambda: mj.LoRAConfig(layers_to_transform=1.5), "layers_to_transform must be an integer, at least 0, not 1.5"),
+        (lambda: mj.LoRAConfig(layers_to_transform=(True,)), "layers_to_transform must be .*, not True"),
+        (lambda: mj.LoRAConfig(rank_pattern=5), "rank_pattern must be numbers by regular expression"),
+        (lambda: mj.LoRAConfig(rank_pattern={3: 4}), "rank_pattern must be numbers by regular expression"),
+        (lambda: mj.LoRAConfig(alpha_pattern="q=1"), "alpha_pattern must be numbers by regular expression"),
+        (lambda: mj.LoRAConfig(alpha_pattern={"q": math.nan}), r"alpha_pattern\['q'\] must be a positive number"),
+        (lambda: mj.IA3Config(feedforward=3), "feedforward must be layer names, not 3"),
+        (lambda: mj.VeRAConfig(widths=(3,)), "widths must be a number of inputs and one of outputs"),
+        (lambda: mj.ReLoRAConfig(kind="x"), "unexpected keyword"),
+    ],
+)
+def test_what_is_no_setting_is_refused_in_one_line(make, words):
+    with pytest.raises((ValueError, TypeError), match=words) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+
+
+def test_numpys_integers_are_ranks_and_layers():
+    config = mj.LoRAConfig(rank=np.int64(4), rank_pattern={"q": np.int32(2)}, layers_to_transform=np.arange(2))
+    assert config == mj.LoRAConfig(rank=4, rank_pattern={"q": 2}, layers_to_transform=(0, 1))
+    assert mj.LoRAConfig(layers_to_transform=np.int64(3)).layers_to_transform == (3,)
+
+
+def test_the_command_line_has_the_same_ranges():
+    for name, key in keys().items():
+        section, _, setting = name.partition(".")
+        if section == "adapter" and setting in NUMBERS:
+            assert key.allowed.bounds == NUMBERS[setting].bounds, name
+
+
+def test_keys_may_be_a_seed_or_a_key_and_nothing_else():
+    def start(rngs):
+        model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        mj.attach(model, mj.LoRAConfig(rank=2), rngs=rngs)
+        return np.asarray(model.adapter.lora_a[...])
+
+    expected = start(nnx.Rngs(5))
+    for rngs in (5, np.int64(5), jax.random.key(5)):
+        np.testing.assert_array_equal(start(rngs), expected)
+    for bad in (None, "5", 1.5, True):
+        with pytest.raises(TypeError, match=f"^rngs must be nnx.Rngs, a seed or a key.* not {type(bad).__name__}$"):
+            start(bad)
+    assert mj.LoRALinear(3, 4, rank=2, alpha=1.0, rngs=5)(np.ones((1, 3))).shape == (1, 4)

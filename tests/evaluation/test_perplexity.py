@@ -1,0 +1,85 @@
+"""Scores of a data set against a plain loop over its tokens."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mora_jax.data import Conversation, EncodedDataset, Message, Passage
+from mora_jax.data.segments import INSTRUCTION
+from mora_jax.evaluation.perplexity import DatasetScores, batches, score
+
+
+def conversations():
+    words = ["hi", "a longer instruction, " * 4, "naïve?", "x" * 70, "one more"]
+    return [
+        Conversation((Message("user", text), Message("assistant", text[::-1][: 9 * place + 3])), source=str(place))
+        for place, text in enumerate(words)
+    ]
+
+
+def plain_loop(model, dataset):
+    nll = weight = correct = tokens = prompt_nll = prompt_tokens = 0.0
+    for example in dataset:
+        logits = np.asarray(model(example.input_ids[None]), np.float64)[0]
+        log_z = np.log(np.exp(logits).sum(-1))
+        for place in range(1, len(example)):
+            if example.weights[place] > 0:
+                token = example.input_ids[place]
+                nll += float(example.weights[place]) * (log_z[place - 1] - logits[place - 1, token])
+                weight += float(example.weights[place])
+                correct += logits[place - 1].argmax() == token
+                tokens += 1
+            if example.segments[place] in INSTRUCTION:
+                prompt_nll += log_z[place - 1] - logits[place - 1, example.input_ids[place]]
+                prompt_tokens += 1
+    return nll / weight, correct / tokens, tokens, weight, prompt_nll / prompt_tokens, prompt_tokens
+
+
+@pytest.mark.parametrize("mode, prompt_weight", [("masked", 0.0), ("weighted", 0.3), ("full", 0.0)])
+def test_scores_equal_a_plain_loop(model, tokenizer, mode, prompt_weight):
+    dataset = EncodedDataset.build(conversations(), tokenizer, None, mode, prompt_weight, 128)
+    expected = plain_loop(model, dataset)
+    for batch_size in (2, 5):
+        scores = score(model, dataset, batch_size=batch_size)
+        found = (scores.nll, scores.accuracy, scores.tokens, scores.weight, scores.prompt_nll, scores.prompt_tokens)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert 0 < scores.prompt_tokens != scores.tokens
+    assert scores.to_dict()["perplexity"] == pytest.approx(np.exp(expected[0]), rel=1e-5)
+
+
+def test_without_instructions_there_is_no_score_of_them(model, tokenizer):
+    dataset = EncodedDataset.build([Passage((("some text", True),))], tokenizer, max_length=64)
+    scores = score(model, dataset)
+    assert scores.prompt_nll is None
+    assert scores.prompt_tokens == 0
+    assert np.isfinite(scores.nll)
+
+
+def test_progress_counts_rows(model, tokenizer):
+    seen = []
+    dataset = EncodedDataset.build(conversations(), tokenizer, max_length=128)
+    score(model, dataset, batch_size=2, progress=lambda done, rows: seen.append((done, rows)))
+    assert seen[-1] == (5, 5)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_batches_hold_every_row_once_in_few_shapes(batch_size):
+    lengths = np.random.default_rng(0).integers(2, 300, 50).tolist()
+    seen, shapes = [], []
+    for rows, length in batches(lengths, batch_size, 300):
+        assert 0 < len(rows) <= batch_size
+        assert max(lengths[row] for row in rows) <= length
+        seen += rows.tolist()
+        shapes.append(length)
+    assert sorted(seen) == list(range(50))
+    assert set(shapes) <= {64, 128, 256, 300}
+
+
+def test_perplexity_stays_finite():
+    assert np.isfinite(DatasetScores(nll=1e6, accuracy=0.0, tokens=1, weight=1.0).perplexity)
+    scores = DatasetScores(nll=1.0, accuracy=0.5, tokens=1000, weight=1.0)
+    assert "perplexity 2.7183" in str(scores)
+    assert "instructions" not in str(scores)
+    assert "instructions: nll 2.0000 on 3 tokens" in str(dataclasses.replace(scores, prompt_nll=2.0, prompt_tokens=3))

@@ -1,0 +1,96 @@
+"""The chunked vocabulary loss against the plain formula over the whole logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mora_jax.losses.chunked_logits import chunk_size
+from mora_jax.losses.cross_entropy import next_token_targets, score, weighted_loss
+
+
+def case(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(4, 13, 8)).astype(np.float32)
+    kernel = rng.normal(size=(37, 8)).astype(np.float32)
+    targets = rng.integers(0, 37, (4, 13))
+    weights = (rng.random((4, 13)) * (rng.random((4, 13)) > 0.5)).astype(np.float32)
+    return hidden, kernel, targets, weights
+
+
+def plain(hidden, kernel, targets, weights, softcap=None):
+    logits = hidden @ kernel.T
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("shards", "chunk"), [(1, 5), (2, 7), (4, 1), (1, 100)])
+def test_value_and_gradients(softcap, shards, chunk):
+    hidden, kernel, targets, weights = case()
+
+    @jax.jit
+    def ours(hidden, kernel):
+        return weighted_loss(hidden, kernel, targets, weights, softcap=softcap, shards=shards, chunk=chunk)
+
+    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
+    expected, right = jax.value_and_grad(plain, (0, 1))(hidden, kernel, targets, weights, softcap)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(ours(hidden, kernel), expected, rtol=1e-5)
+    for found, wanted in zip(gradients, right, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_no_weight_gives_zero_and_finite_gradients():
+    hidden, kernel, targets, weights = case()
+    hidden[0, 0] = np.inf  # not looked at
+    value, gradients = jax.value_and_grad(lambda h, k: weighted_loss(h, k, targets, 0 * weights, chunk=5), (0, 1))(
+        hidden, kernel
+    )
+    assert value == 0
+    assert all(not np.any(gradient) for gradient in gradients)
+
+
+def test_logits_of_the_whole_batch_never_exist():
+    hidden, kernel = jnp.zeros((2, 512, 8)), jnp.zeros((5000, 8))
+    targets, weights = jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512))
+    compiled = jax.jit(jax.grad(lambda h: weighted_loss(h, kernel, targets, weights, chunk=64))).lower(hidden).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 5000 * 4 / 4
+    assert chunk_size(50_000, 4096) * 50_000 * 4 <= 2**27
+
+
+def test_scores():
+    hidden, kernel, targets, weights = case()
+    logits = hidden @ kernel.T
+    found = score(hidden, kernel, targets, weights, chunk=5)
+    np.testing.assert_allclose(found.nll, plain(hidden, kernel, targets, weights), rtol=1e-5)
+    np.testing.assert_allclose(found.weight, weights.sum(), rtol=1e-6)
+    assert found.tokens == np.sum(weights > 0)
+    assert found.correct == np.sum((logits.argmax(-1) == targets) & (weights > 0))
+
+
+def test_targets_and_weights_shift_together():
+    ids = np.array([[5, 6, 7, 8]])
+    weights = np.array([[0.0, 0.0, 1.0, 0.5]], np.float32)  # token 7 counts 1, token 8 counts a half
+    targets, shifted = next_token_targets(ids, weights)
+    assert targets[0, :3].tolist() == [6, 7, 8]
+    assert shifted.tolist() == [[0.0, 1.0, 0.5, 0.0]]
+
+
+def test_no_token_is_predicted_from_another_example_or_at_padding():
+    ids = np.arange(8)[None]
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0, 3]])
+    targets, shifted = next_token_targets(ids, np.ones((1, 8), np.float32), segments)
+    # Tokens 1 and 2 of the first example, token 4 of the second.
+    assert shifted.tolist() == [[1, 1, 0, 1, 0, 0, 0, 0]]
+    assert targets[0, [0, 1, 3]].tolist() == [1, 2, 4]
+    mask = segments > 0
+    assert next_token_targets(ids, np.ones((1, 8), np.float32), mask)[1].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+
+
+def test_shards_must_share_the_rows():
+    hidden, kernel, targets, weights = case()
+    with pytest.raises(ValueError, match="3 shards can't share 4 rows"):
+        weighted_loss(hidden, kernel, targets, weights, shards=3)

@@ -1,0 +1,29 @@
+"""The gated activation, and its own backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax.models.activations import ACTIVATIONS, gated
+
+FUSED = np.random.default_rng(0).standard_normal((3, 2, 7)).astype(np.float32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_and_gradients(activation):
+    def plain(fused):
+        return ACTIVATIONS[activation](fused[..., 0, :]) * fused[..., 1, :]
+
+    cotangent = jnp.arange(21.0).reshape(3, 7)
+    found, pull = jax.vjp(lambda fused: gated(activation, fused), FUSED)
+    expected, plain_pull = jax.vjp(plain, FUSED)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(pull(cotangent)[0], plain_pull(cotangent)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_backward_keeps_its_input_alone():
+    half = jnp.asarray(FUSED, jnp.bfloat16)
+    result, pull = jax.vjp(lambda fused: gated("silu", fused), half)
+    assert [(leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(pull)] == [("bfloat16", FUSED.shape)]
+    assert result.dtype == pull(result)[0].dtype == jnp.bfloat16
