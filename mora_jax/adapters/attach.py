@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs
+from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, constant, params_of
 from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.config.patterns import resolve
 from mora_jax.adapters.layers import turn_adapted
@@ -42,6 +42,10 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
     matrix), `nnx.Embed` (LoRA), this library's stacked `Projection`, or layers of other classes that are einsums, too
     (see `mj.register_layer`). A fresh adapter changes no output. What was passed over stands in the report.
 
+    It works while a function is traced, too (`nnx.jit`, `nnx.eval_shape`), and on a model of shapes alone: there the
+    arrays that a method takes from the base (DoRA's magnitude, PiSSA's factors, masters) are shapes, and the others
+    have their values.
+
     Args:
         model: changed in place; its own variables stay where they are.
         config: the configuration of a method (see `mora_jax.adapters.config`).
@@ -66,7 +70,7 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
 
 
 def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> None:
-    """`attach` without its report: it reads no values, so that under `nnx.eval_shape` shapes are enough."""
+    """`attach` without its report."""
     rngs = as_rngs(rngs)
     _check_base(model, config)
     if isinstance(config, FullConfig):
@@ -146,12 +150,32 @@ def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, 
     adapter = make(*sizes, resolved.config, rngs=rngs, **options)
     adapter.fit(place.dtype)
     if resolved.scalings is not None:
-        adapter.scaling[...] = jnp.asarray(resolved.scalings).reshape(adapter.layers)
+        scaling = np.asarray(resolved.scalings, adapter.scaling.dtype)
+        adapter.scaling.set_value(constant(scaling.reshape(adapter.layers)))
     if resolved.ranks is not None:
         adapter.limit_ranks(resolved.ranks)
-    adapter.start(place.kernel)
+    if isinstance(weight_of(place.layer).get_value(), jax.ShapeDtypeStruct):
+        _start_abstract(adapter, jax.ShapeDtypeStruct((*place.stack, *sizes), place.dtype))
+    else:
+        adapter.start(place.kernel)
     add_adapter(place, adapter, rngs)
     return adapter
+
+
+def _start_abstract(adapter: Adapter, kernel: jax.ShapeDtypeStruct) -> None:
+    """`adapter.start` on a base without values: what is taken from it has a shape and a dtype alone."""
+    taken: list[str] = []
+
+    def start(kernel: jax.Array) -> Adapter:
+        copy = nnx.clone(adapter)
+        before = params_of(copy)
+        copy.start(lambda: kernel)
+        taken.extend(name for name, value in params_of(copy).items() if before.get(name) is not value)
+        return copy
+
+    started = nnx.eval_shape(start, kernel)
+    for name in taken:
+        setattr(adapter, name, getattr(started, name))
 
 
 def add_adapter(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:

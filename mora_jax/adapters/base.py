@@ -124,10 +124,10 @@ class Adapter(nnx.Module):
         self.config = config
         self.axes = tuple(axes)
         layers = () if num_layers is None else (num_layers,) if isinstance(num_layers, int) else tuple(num_layers)
-        scaling = jnp.full(layers, self.scale(config), jnp.float32)
+        scaling = np.full(layers, self.scale(config), np.float32)
         if layer_mask is not None:
-            scaling = jnp.where(jnp.asarray(layer_mask).reshape(layers), scaling, 0.0)
-        self.scaling = AdapterState(scaling, axes=("layers",) * len(layers))
+            scaling = np.where(np.asarray(layer_mask).reshape(layers), scaling, np.float32(0.0))
+        self.scaling = AdapterState(constant(scaling), axes=("layers",) * len(layers))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -157,11 +157,12 @@ class Adapter(nnx.Module):
         """Holds the arrays of a fresh adapter in float64 where the base has that, before it takes its start from it."""
         if dtype != jnp.float64:
             return
+        scaling = self.scaling.get_value()
         for value in vars(self).values():
             if isinstance(value, nnx.Variable) and jnp.issubdtype(value.dtype, jnp.floating):
                 value.set_value(value.get_value().astype(dtype))
-        if not self.layers:
-            self.scaling.set_value(jnp.asarray(self.scale(self.config), dtype))
+        scaling = np.where(np.asarray(scaling) != 0, self.scale(self.config), 0.0)
+        self.scaling.set_value(constant(scaling.astype(dtype)))
 
     def train_bias(self) -> None:
         """Adds a trained bias that starts at zero."""
@@ -404,6 +405,17 @@ def magnitude_gain(magnitude: Array, kernel: Array, delta: Array) -> Array:
     """
     norms = jax.lax.stop_gradient(column_norms(widened(kernel) + delta))
     return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1.0), 1.0)
+
+
+def constant(array: np.ndarray) -> Array:
+    """An array with values that are known while a function around it is traced, too."""
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(array)
+
+
+def known(array: Any) -> bool:
+    """Whether an array has values, as under `nnx.jit` and in an abstract model few have."""
+    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
 def host(array: Any) -> np.ndarray:

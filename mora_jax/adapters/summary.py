@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.bank import refuse_banks
-from mora_jax.adapters.base import Adapter, AdapterParam, host
+from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.matching.naming import wrapped
@@ -96,8 +96,7 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
             continue
         adapter = adapter_at(place)
         # A bank has a scaling for each of its slots, too.
-        scaling = np.asarray(adapter.scaling[...]).reshape(*adapter.layers, -1)
-        active = int(np.count_nonzero(scaling.any(-1)))
+        active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
         warnings += warnings_of(adapter.config, place.title, place.in_features, place.out_features)
         methods.append(adapter.method)
@@ -106,7 +105,7 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
     seen: set[int] = set()
     for paths, module, values in kept(model):
         masters = [getattr(module, name) for name in values]
-        size = sum(master[...].size for master in masters if id(master) not in seen)
+        size = sum(master.get_value().size for master in masters if id(master) not in seen)
         seen.update(id(master) for master in masters)
         matches.append(Match(", ".join(paths), 0, 0, 0, size))
         if not isinstance(module, Projection | OutputHead) and not isinstance(getattr(module, "path", None), str):
@@ -125,19 +124,25 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
 def _trainable(adapter: Adapter) -> int:
     """Trained numbers that have an effect: none in layers that are left out, or beyond a layer's rank."""
     state = nnx.state(adapter, AdapterParam)
-    active = np.asarray(adapter.scaling[...]).reshape(-1) != 0
+    active = _used(adapter.scaling).reshape(-1)
     total = 0
     for path, variable in nnx.to_flat_state(state):
-        total += _used(str(path[-1]), variable.get_value().size // len(active), adapter, active)
+        total += _used_of(str(path[-1]), variable.get_value().size // len(active), adapter, active)
     return total
 
 
-def _used(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
+def _used_of(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
     mask = getattr(adapter, "rank_mask", None)
     if mask is None or name not in ("lora_a", "lora_b"):
         return size * int(active.sum())
-    ranks = np.asarray(mask[...]).sum(-1).astype(int).reshape(-1)
+    ranks = _used(mask).sum(-1).reshape(-1)
     return int((ranks * active).sum()) * (size // mask.shape[-1])
+
+
+def _used(state: nnx.Variable) -> np.ndarray:
+    """Where a scaling or a mask is not zero; everywhere, where it was handed to a function that is being traced."""
+    array = state.get_value()
+    return np.asarray(array) != 0 if known(array) else np.ones(array.shape, bool)
 
 
 def count(model: nnx.Module, *filters) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -35,12 +36,14 @@ class Masters:
             return 0
         added = 0
         if id(value) not in self._made:
-            array = value[...]
+            array = value.get_value()
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 return 0
             axes = value.get_metadata().get("axes")
             metadata = {} if axes is None else {"axes": axes}
-            self._made[id(value)] = FullParam(widened(array), **metadata), AdapterState(array, **metadata)
+            abstract = isinstance(array, jax.ShapeDtypeStruct)
+            wide = jax.eval_shape(widened, array) if abstract else widened(array)
+            self._made[id(value)] = FullParam(wide, **metadata), AdapterState(array, **metadata)
             added = array.size
         master, frozen = self._made[id(value)]
         setattr(module, name, master)
@@ -119,7 +122,7 @@ def restore(model: nnx.Module, *, trained: bool) -> None:
     made: dict[int, nnx.Param] = {}
     for _, module, values in list(kept(model)):
         for name, frozen in values.items():
-            master, array = getattr(module, name), frozen[...]
+            master, array = getattr(module, name), frozen.get_value()
             if id(master) not in made:
                 metadata = {key: value for key, value in frozen.get_metadata().items() if key == "axes"}
                 made[id(master)] = nnx.Param(master[...].astype(array.dtype) if trained else array, **metadata)

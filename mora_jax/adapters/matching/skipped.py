@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import AdapterParam
+from mora_jax.adapters.base import AdapterParam, known
 from mora_jax.adapters.matching.naming import star, summary
 from mora_jax.adapters.matching.targets import Picker, Place, places
 from mora_jax.adapters.matching.unknown import unknown_matrices, why_unknown
@@ -99,8 +98,8 @@ def _left_out(place: Place, config: Any) -> list[str]:
         return list(place.paths)
     if not place.stacked:
         return []
-    scaling = adapter.scaling[...]
-    if isinstance(scaling, jax.core.Tracer | jax.ShapeDtypeStruct):
+    scaling = adapter.scaling.get_value()
+    if not known(scaling):
         picks = Picker(config)
         return [path for path in place.paths if not picks(path, is_embedding=place.is_embedding)]
     layers = np.asarray(scaling).reshape(len(place.paths), -1)

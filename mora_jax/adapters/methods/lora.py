@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Layout, over_layers, positive
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Layout, constant, over_layers, positive
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
@@ -144,7 +144,7 @@ class LoRA(Adapter):
     def limit_ranks(self, ranks: np.ndarray) -> None:
         """Gives each layer of a stack its own rank: what lies beyond it has no effect and gets no gradient."""
         used = np.arange(self.config.rank) < np.asarray(ranks).reshape(*self.layers, 1)
-        self.rank_mask = AdapterState(jnp.asarray(used, jnp.float32), axes=self.stacked("rank"))
+        self.rank_mask = AdapterState(constant(used.astype(np.float32)), axes=self.stacked("rank"))
 
     @classmethod
     def for_embedding(
