@@ -218,7 +218,7 @@ def test_a_registered_class_with_a_bias(tmp_path):
         fill_randomly(model)
         tuned = np.asarray(model(X))
         if not isinstance(config, mj.IA3Config):
-            mj.save_adapter(model, tmp_path)
+            mj.save_adapter(model, tmp_path, overwrite=True)
             again = nnx.Sequential(Own(nnx.Rngs(0)))
             mj.load_adapter(again, tmp_path)
             np.testing.assert_allclose(again(X), tuned, rtol=1e-4, atol=1e-4)
