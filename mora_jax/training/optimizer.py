@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from mora_jax.training.config.schema import OptimizerConfig
@@ -34,10 +35,16 @@ def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None
         decay = optax.cosine_decay_schedule(peak, rest, alpha=config.min_ratio)
     else:
         raise ValueError(f"schedule must be constant, linear or cosine, not {config.schedule!r}")
+    decay = _above(decay, config.min_ratio * peak)
     if warmup:
         rise = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)
         decay = optax.join_schedules([rise, decay], [warmup])
     return decay if restarts is None else restarts.rewarm(decay, warmup)
+
+
+def _above(schedule: optax.Schedule, lowest: float) -> optax.Schedule:
+    """`schedule` without what rounding takes below its end, as where compiled code multiplies by 1 / steps."""
+    return lambda step: jnp.maximum(schedule(step), lowest)
 
 
 def make_optimizer(

@@ -10,7 +10,8 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.models import init_decoder
 from mora_jax.training.config.schema import OptimizerConfig
-from mora_jax.training.optimizer import make_optimizer, scale_rates
+from mora_jax.training.optimizer import make_optimizer, make_schedule, scale_rates
+from mora_jax.training.relora import Restarts
 from mora_jax.training.state import flat_arrays, weight_masks
 from tests.models.tiny import LLAMA
 
@@ -27,6 +28,19 @@ def test_lora_plus_is_two_optimizers_with_one_clip():
         alone = optax.adamw(rate, weight_decay=decay)
         clipped, param = GRADIENTS[name] * 0.5 / norm, PARAMS[name]
         np.testing.assert_allclose(ours[name], alone.update(clipped, alone.init(param), param)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("restarts", [None, Restarts(5, 47, 2, 0.9)])
+def test_no_rate_falls_below_the_end(restarts):
+    # Of these numbers of steps 37 times float32's 1 / 37 is more than 1.
+    for schedule in ("linear", "cosine"):
+        config = OptimizerConfig(learning_rate=3e-4, schedule=schedule, warmup_steps=10)
+        rates = jax.jit(jax.vmap(make_schedule(config, 47, restarts)))(jnp.arange(60))
+        assert rates.min() >= 0 and rates[46] < 1e-5, schedule
+    config = OptimizerConfig(learning_rate=3e-4, schedule="linear", warmup_steps=10, min_ratio=0.25)
+    rates = jax.jit(jax.vmap(make_schedule(config, 47)))(jnp.arange(60))
+    assert rates[10:].min() >= np.float32(0.25 * 3e-4) and rates[40] > rates[46]
+    np.testing.assert_allclose(rates[9:11], 3e-4, rtol=1e-6)
 
 
 def test_other_arrays_keep_their_rate():
