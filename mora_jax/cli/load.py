@@ -47,6 +47,8 @@ def adapter_folder(path: str) -> str:
     """
     from mora_jax.interop.hub import local_folder
 
+    if not path:
+        raise InputError("--adapter is empty: give a folder, a run directory or a hub id")
     found = local_folder(path)
     for folder in (found, found / "adapter"):
         if (folder / "adapter_config.json").is_file():
@@ -58,13 +60,16 @@ def named_adapters(texts: Iterable[str]) -> dict[str, str]:
     """Adapter folders by name, of texts `NAME=PATH` or `PATH`; a path alone is named after its folder.
 
     Raises:
-        InputError: there is no adapter, or two have one name.
+        InputError: a text lacks one of the two, there is no adapter, or two have one name.
     """
     found: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or expanded(text).exists():
             name, path = "", text
+        elif not name or not path:
+            lacks = "no name before its path" if path else "no path behind its name"
+            raise InputError(f"--adapter {text}: it has {lacks}; write --adapter PATH or --adapter NAME=PATH")
         folder = adapter_folder(path)
         place = local_path(path)
         # A run directory holds its adapter in a folder that is always called the same.

@@ -89,6 +89,18 @@ def test_generate_with_several_adapters_gives_the_answer_of_each(run, fails, mod
     assert "is not a folder" in fails(*base, *lora, "--adapter", f"nothing={tmp_path / 'nothing'}")
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("=runs/poet", "--adapter =runs/poet: it has no name before its path"),
+        ("poet=", "--adapter poet=: it has no path behind its name"),
+        ("", "--adapter is empty"),
+    ],
+)
+def test_half_of_a_named_adapter_is_refused(fails, model_dir, text, line):
+    assert line in fails("generate", "--model", model_dir, "--prompt", "Hello", "--adapter", text)
+
+
 def test_generate_with_methods_that_share_no_batch_answers_in_turn(run, fails, model_dir, adapters, tmp_path):
     base = ["generate", "--model", model_dir, "--prompt", "Hello", "--max-new-tokens", "12"]
     dora = write_adapter(model_dir, tmp_path / "dora", DoRAConfig(rank=4))
