@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -83,7 +84,11 @@ def run(
 def execute(args: argparse.Namespace) -> int:
     """Runs the demo with parsed options; returns the exit code."""
     say = _Progress()
-    out = make_out(args.out)
+    with out_folder(args.out) as out:
+        return _run_into(out, args, say)
+
+
+def _run_into(out: Path, args: argparse.Namespace, say: Say) -> int:
     results = run(steps=args.steps, seed=args.seed, say=say)
     title = f"Held-out questions: {len(results.rows[0].scores.answers)}; {args.steps} steps a cell"
     print_table(results.rows, title)
@@ -96,19 +101,30 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_out(given: str | Path) -> Path:
+@contextlib.contextmanager
+def out_folder(given: str | Path) -> Iterator[Path]:
     """The folder of plot and figures, made and tried before minutes go into what is to be written there.
+
+    Where the block fails or is stopped, folders that were made for it and are empty go again.
 
     Raises:
         InputError: it can't be made, or takes no files.
     """
     out = local_path(given)
+    absent = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return out
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+        yield out
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in absent:
+                folder.rmdir()
+        raise
 
 
 def write_figures(results: Results, path: Path) -> None:

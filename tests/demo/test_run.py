@@ -51,6 +51,20 @@ def test_from_end_to_end(two_methods, tmp_path, capsys):
         assert row["response_perplexity"] < 0.5 * base["response_perplexity"]
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_stopped_early_it_leaves_no_empty_folder(monkeypatch, tmp_path, made):
+    def stopped(**settings):
+        assert (tmp_path / "deep" / "out").is_dir()
+        raise KeyboardInterrupt
+
+    if made:
+        (tmp_path / "deep" / "out").mkdir(parents=True)
+    monkeypatch.setattr(run, "run", stopped)
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--out", "deep/out"]) == 130
+    assert (tmp_path / "deep").exists() == made
+
+
 def test_without_matplotlib_it_says_so(monkeypatch, tmp_path, capsys):
     find = importlib.util.find_spec
     scores = Scores(0.0, 0.0, {}, 9.0, 2.0, ("x",))
