@@ -2,14 +2,17 @@
 
 import errno
 import os
+import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import mora_jax as mj
-from mora_jax.interop.atomic_folder import new_folder
+from mora_jax.interop.atomic_folder import check_out, new_folder
+from mora_jax.interop.hub import local_folder
 
 
 def test_it_appears_when_the_block_ends(tmp_path):
@@ -56,6 +59,67 @@ def test_an_earlier_folder_stays_until_the_new_one_is_whole(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["b", "d", "notes"]
     assert list((out / "d").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def replace(out, stop):
+    """Replaces what is in a folder; in place of the last renaming `stop` is called."""
+    calls, rename = [], Path.rename
+
+    def counted(self, target):
+        calls.append(target)
+        return stop() if len(calls) == 6 else rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "rename", counted)
+        with new_folder(out, ours={"a_config.json", "w", "d"}, overwrite=True) as folder:
+            for name in ("a_config.json", "more", "w"):
+                (folder / name).write_text("new")
+
+
+@pytest.fixture
+def old(tmp_path):
+    out = tmp_path / "out"
+    (out / "d").mkdir(parents=True)
+    for name in ("a_config.json", "w", "d/x", "notes"):
+        (out / name).write_text("old")
+    return out
+
+
+def is_half_done(out):
+    # What nobody should take for whole has no configuration.
+    return not (out / "a_config.json").exists() and (out / "more").exists() and not (out / "d").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "broken")])
+def test_a_stop_between_two_files_leaves_the_old_folder(old, error):
+    def stop():
+        local_folder(old)  # nobody mends what a living process is about
+        assert is_half_done(old)
+        raise error
+
+    before = content(old)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else mj.InputError):
+        replace(old, stop)
+    assert content(old) == before
+    assert sorted(path.name for path in old.iterdir()) == ["a_config.json", "d", "notes", "w"]
+
+
+@pytest.mark.parametrize("look", [local_folder, lambda out: check_out(out, overwrite=True)])
+def test_after_a_kill_the_old_folder_comes_back(old, look):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tests.interop.test_atomic_folder import replace; "
+        "replace(Path(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    before = content(old)
+    assert subprocess.run([sys.executable, "-c", code, str(old)], check=False).returncode == -signal.SIGKILL
+    assert is_half_done(old)
+    look(old)
+    assert content(old) == before
+    assert sorted(path.name for path in old.iterdir()) == ["a_config.json", "d", "notes", "w"]
 
 
 def test_its_mode_is_the_usual_one(tmp_path):
