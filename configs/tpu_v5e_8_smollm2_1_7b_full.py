@@ -1,4 +1,4 @@
-"""SmolLM2-1.7B, full fine-tuning on one TPU v5e-8 host: float32 masters and moments, cut over the chips.
+"""SmolLM2-1.7B, full fine-tuning on one TPU v5e-8 host: float32 masters and moments, sharded over the chips.
 
     pip install 'mora-jax[tpu]'
     mora-jax train --config configs/tpu_v5e_8_smollm2_1_7b_full.py \

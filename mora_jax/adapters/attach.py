@@ -97,10 +97,10 @@ def _check_base(model: nnx.Module, config: Any) -> None:
     if held is None:
         return
     if isinstance(config, FullConfig):
-        raise ValueError(f"full fine-tuning trains the base, which model.quantize={held} holds frozen in few bits")
+        raise ValueError(f"full fine-tuning trains the base, which model.quantize={held} holds quantised and frozen")
     if hasattr(config, "restart_every"):
         raise ValueError(
-            f"{adapter_class(config).method} merges into the base, which model.quantize={held} holds in few bits"
+            f"{adapter_class(config).method} merges into the base, which model.quantize={held} holds quantised"
         )
     if getattr(config, "init", None) in FROM_BASE:
         raise ValueError(
@@ -271,7 +271,7 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     Raises:
         ValueError: the model has no adapter and wasn't prepared for full fine-tuning.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from flax import nnx
         >>> import mora_jax as mj

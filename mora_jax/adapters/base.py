@@ -373,7 +373,7 @@ def mutable_state(path: tuple[Any, ...], value: Any) -> bool:
     neither an `nnx.Param` nor a constant of an adapter. A compiled training step has to return them, or each
     step draws the same dropout mask and forgets its statistics; the base weights don't need to be returned.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> import mora_jax as mj
         >>> rngs = nnx.Rngs(0)

@@ -65,7 +65,7 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
     held = quantized_format(model)
     if held is not None:
         raise ValueError(
-            f"the model's kernels are held in few bits (quantize={held}), which a merged weight wouldn't fit: save the "
+            f"the model's kernels are quantised (quantize={held}), which a merged weight wouldn't fit: save the "
             "adapter, and merge it into the model loaded without quantize, as mora-jax merge does"
         )
     found = [place for place in places(model) if has_adapter(place)]

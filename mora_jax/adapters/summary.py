@@ -45,7 +45,8 @@ class AttachReport:
     Attributes:
         method: name of the method.
         matches: the adapted layers, and the modules that are trained whole.
-        trainable, total: numbers of parameters, adapters included in both.
+        trainable: number of parameters that are trained.
+        total: number of parameters, those of adapters included.
         warnings: what a user should know, one sentence each.
         skipped: matrices without an adapter, those of one reason together.
     """
@@ -59,6 +60,7 @@ class AttachReport:
 
     @property
     def percent(self) -> float:
+        """`trainable` in percent of `total`."""
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:

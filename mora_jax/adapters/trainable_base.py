@@ -77,8 +77,8 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
             others = [one for one in path if not any(name in one.split(".") for name in names)]
             if module.quantized is not None:
                 raise ValueError(
-                    f"modules_to_save: {hits[0]} can't be trained whole: model.quantize={module.quantized} holds it in "
-                    "few bits"
+                    f"modules_to_save: {hits[0]} can't be trained whole: model.quantize={module.quantized} holds it "
+                    "quantised"
                 )
             if others:
                 raise ValueError(f"modules_to_save: {hits[0]} is stored together with {others[0]}; name that too")

@@ -29,7 +29,7 @@ def refuse_command(word: str, commands: Sequence[str]) -> NoReturn:
         InputError: always.
     """
     if word.startswith("-"):
-        raise InputError(f"{word} stands before the command: mora-jax COMMAND {word} ... (see mora-jax --help)")
+        raise InputError(f"{word} comes before the command: mora-jax COMMAND {word} ... (see mora-jax --help)")
     if word.endswith(".py"):
         raise InputError(f"{word} is no command; did you mean: mora-jax train --config {shlex.quote(word)}?")
     lowered = word.lower().replace("_", "-")

@@ -309,7 +309,7 @@ def split_rows(count: int, fraction: float, seed: int = 0) -> tuple[np.ndarray, 
       Numbers of the rows to train on and of those to evaluate on, each in order.
     """
     if not 0.0 < fraction < 1.0:
-        raise InputError(f"eval_fraction is {fraction}: it must lie between 0 and 1")
+        raise InputError(f"eval_fraction is {fraction}: it must be between 0 and 1")
     held_out = max(1, round(fraction * count))
     if held_out >= count:
         raise InputError(f"eval_fraction {fraction} of {count} rows leaves nothing to train on")

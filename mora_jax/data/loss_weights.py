@@ -85,7 +85,7 @@ class LossWeights:
         if self.mode not in MODES:
             raise InputError(f"unknown loss mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if not 0.0 <= self.prompt_weight <= 1.0:
-            raise InputError(f"prompt_weight is {self.prompt_weight}: it must lie in [0, 1]")
+            raise InputError(f"prompt_weight is {self.prompt_weight}: it must be between 0 and 1")
         if unknown := [role for role in self.roles if role not in ROLE_SEGMENT]:
             raise InputError(f"unknown role {unknown[0]!r}: choose from {', '.join(ROLE_SEGMENT)}")
         if self.end_of_turn not in (None, *ENDS):

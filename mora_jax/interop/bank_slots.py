@@ -40,7 +40,7 @@ def check_places(model: nnx.Module, fillings: Fillings) -> list[tuple[Place, lis
     for place, values in filled:
         if place.is_embedding or isinstance(place.layer, OutputHead):
             raise InputError(
-                f"{place.title} is a table that all rows share; an adapter on it can't stand beside others: merge it"
+                f"{place.title} is a table that all rows share; an adapter on it can't be used beside others: merge it"
             )
         sides = {len(filling.values["m"]) for filling in values if "m" in filling.values}
         if isinstance(place.adapter, MoRABank):
@@ -48,7 +48,7 @@ def check_places(model: nnx.Module, fillings: Fillings) -> list[tuple[Place, lis
         if len(sides) > 1:
             raise InputError(
                 f"{place.title}: MoRA's matrices have sides {' and '.join(map(str, sorted(sides)))}; a square can't be "
-                "padded, so only adapters of one rank stand together"
+                "padded, so only adapters of one rank go together"
             )
     return filled
 

@@ -44,7 +44,7 @@ def load_pretrained(
             is fast.
         unroll: layers per iteration of the scan; None for the backend's default.
         remat: "none", "dots", "full" or "offload".
-        quantize: how the layers' kernels are held: "none" as they are, "int8" or "nf4" in few bits. Each is quantised
+        quantize: how the layers' kernels are held: "none" as they are, "int8" or "nf4" quantised. Each is quantised
             as it is read, layer by layer. Such a base is frozen: it carries adapters, and can't be trained or merged.
         shardings: from the model's shapes to where each parameter lies. They are read straight into their shards, so
             that no process holds more of the base than its devices do. None: whole, on the default device.

@@ -45,7 +45,7 @@ class NamedAdapters:
         slots: adapters that there is room for at first.
         rank: LoRA rank that there is room for at first; None for the first adapter's.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> import jax.numpy as jnp
         >>> import mora_jax as mj

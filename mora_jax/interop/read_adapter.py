@@ -66,7 +66,7 @@ def fillings_of(model: nnx.Module) -> Fillings:
             if name in entry.params:
                 raise InputError(f"{entry.path} has {what}, which doesn't add up with other adapters; merge it instead")
         if type(entry.config) not in (LoRAConfig, RsLoRAConfig, MoRAConfig):
-            raise InputError(f"{entry.path} has {entry.method}, but only LoRA and MoRA can stand beside others")
+            raise InputError(f"{entry.path} has {entry.method}, but only LoRA and MoRA can be used beside others")
         fillings[entry.path] = Filling(entry.config, entry.params)
     if not fillings:
         raise InputError("the model has no adapter")
@@ -100,6 +100,6 @@ def same_form(adapters: Mapping[str, Fillings]) -> str:
     for other in others:
         if forms[other] != forms[first]:
             raise InputError(
-                f"{first} is {forms[first]}, {other} is {forms[other]}: only adapters of one method stand together"
+                f"{first} is {forms[first]}, {other} is {forms[other]}: only adapters of one method go together"
             )
     return forms[first]

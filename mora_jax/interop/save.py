@@ -54,7 +54,7 @@ def save_pretrained(
 
     Args:
         model: a model without adapters (merge them first).
-        out: the folder; must not exist, or be empty.
+        out: the folder; one that holds something is refused without `overwrite`.
         tokenizer: a transformers tokenizer to save with it; None to copy the files of the folder that the
             model was loaded from.
         dtype: "float32", "bfloat16" or "float16" on disk; None for float32, which loses nothing.

@@ -1,11 +1,11 @@
 """LoRA, MoRA and their relatives for Flax Linen.
 
-`LoRADense` and `MoRADense` stand where `flax.linen.Dense` stood. Kernel and bias stay in the collection
+`LoRADense` and `MoRADense` replace `flax.linen.Dense`. Kernel and bias stay in the collection
 `params` under the names of `nn.Dense`, so a trained tree loads; the factors are float32 in the collection
 `adapters`. A model that should stay as it is gets its adapters by interception, see `adapted`. Everything
 computed here is in the adapters' own classes, see `mora_jax.adapters.methods.registry`.
 
-Example:
+Examples:
     >>> import jax, jax.numpy as jnp
     >>> from mora_jax.linen import LoRADense
     >>> layer = LoRADense(features=4, rank=2, alpha=4.0)

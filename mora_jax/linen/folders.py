@@ -128,7 +128,7 @@ def load_adapter(
     Raises:
         InputError: as `mora_jax.load_adapter`, or Linen has no form of what the folder holds.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp
         >>> from flax import linen as nn
         >>> from mora_jax.adapters.config import LoRAConfig

@@ -46,7 +46,7 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
         ValueError: the configuration has no form in Linen; at the end, when models ran and no target named one of their
             layers, or a name of `targets` or a layer number matched nothing.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
         >>> from mora_jax.adapters.config import MoRAConfig

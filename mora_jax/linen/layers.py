@@ -95,7 +95,9 @@ class MoRADense(nn.Module):
         features: size of the last axis of the output.
         rank: LoRA rank of equal parameter count.
         kind: one of `mora_jax.adapters.methods.mora.KINDS`.
-        dropout, deterministic, use_dora: as in `LoRADense`.
+        dropout: as in `LoRADense`.
+        deterministic: as in `LoRADense`.
+        use_dora: as in `LoRADense`.
 
     The other attributes are those of `nn.Dense`.
     """

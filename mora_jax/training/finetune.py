@@ -138,7 +138,7 @@ def finetune(
     Raises:
         InputError: whatever has to be mended, in one line.
 
-    Example:
+    Examples:
         >>> import mora_jax as mj
         >>> from mora_jax import demo
         >>> rows = [{"prompt": "What is the capital of France?", "completion": "Paris"}] * 8
@@ -202,9 +202,7 @@ def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:
     return tuple(os.fspath(path) for path in many)
 
 
-def _configuration(
-    objects: Objects, adapter_config: Any, arguments: dict[str, Any], keys: dict[str, Any]
-) -> Config:
+def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, Any], keys: dict[str, Any]) -> Config:
     """All settings as one checked configuration."""
     model = objects.model
     if model is not None:

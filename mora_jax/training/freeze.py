@@ -60,7 +60,7 @@ def train_adapters(optimizer: optax.GradientTransformation) -> optax.GradientTra
     adapters' gradients. Works with the variables of Linen models and with NNX states, also inside
     `nnx.Optimizer`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from mora_jax.linen import LoRADense
         >>> from mora_jax.training.freeze import train_adapters

@@ -318,7 +318,7 @@ class Trainer:
         state, frozen = self.restarter(*self.runner.whole((self.state, self.frozen)))
         self.state, self.frozen = self.runner.place(state), self.runner.place(frozen)
         number = self.restarter.restarts.count(done)
-        self.display.note(f"restart {number} after step {done}: adapters merged into the base and started anew")
+        self.display.note(f"restart {number} after step {done}: adapters merged into the base and reinitialised")
 
     def _base(self, done: int) -> Arrays:
         """The frozen arrays that restarts have changed in the first `done` steps.

@@ -176,7 +176,7 @@ def describe_method(config: AdapterConfig) -> str:
     if hasattr(found, "target_rank"):
         words += f", mean rank {found.target_rank} at the end"
     if hasattr(found, "restart_every"):
-        words += f", started anew every {found.restart_every} steps"
+        words += f", reinitialised every {found.restart_every} steps"
     return words
 
 

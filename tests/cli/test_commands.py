@@ -107,7 +107,7 @@ def test_generate_with_methods_that_share_no_batch_answers_in_turn(run, fails, m
     folders = [adapters["lora"], adapters["mora"], dora]
     alone = [run(*base, "--adapter", folder)[1] for folder in folders]
     code, out, err = run(*base, *(text for folder in folders for text in ("--adapter", folder)))
-    why = "lora is LoRA, run is MoRA of kind rotation: only adapters of one method stand together"
+    why = "lora is LoRA, run is MoRA of kind rotation: only adapters of one method go together"
     assert (code, err) == (0, f"the adapters answer one after the other: {why}\n")
     assert out == "".join(f"[{name}]\n{text}\n" for name, text in zip(("lora", "run", "dora"), alone, strict=True))
     broken = tmp_path / "broken"

@@ -56,8 +56,8 @@ def test_without_arguments_the_commands_are_shown(run):
         (["trian"], "there is no command 'trian'; did you mean train? The commands are train, eval"),
         (["finetune", "--lr", "1"], "did you mean train?"),
         (["runs.py"], "mora-jax train --config runs.py"),
-        (["--frobnicate"], "--frobnicate stands before the command"),
-        (["--model", "x", "eval"], "--model stands before the command"),
+        (["--frobnicate"], "--frobnicate comes before the command"),
+        (["--model", "x", "eval"], "--model comes before the command"),
         (
             ["train", "--frobnicate"],
             "train has no option --frobnicate; mora-jax train --help lists what there is",

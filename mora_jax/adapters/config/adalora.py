@@ -15,13 +15,15 @@ class AdaLoRAConfig(CommonConfig):
         rank: inner size of every update at the start.
         alpha: numerator of the scaling alpha / rank.
         dropout: probability of dropping a feature at the input of the adapter path.
-        targets: which layers, see the module's docstring.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         target_rank: mean rank that is left at the end.
-        tinit, tfinal: steps at the start with the whole budget, and at the end with the final one; together fewer
-            than `total_steps`, so that ranks have time to fall.
+        tinit: steps at the start with the whole budget.
+        tfinal: steps at the end with the final one; with `tinit` fewer than `total_steps`, so that ranks have time to
+            fall.
         total_steps: of the training run.
         delta_t: steps between two allocations.
-        beta1, beta2: smoothing of importances and of their uncertainty.
+        beta1: smoothing of importances.
+        beta2: smoothing of their uncertainty.
         orth_weight: factor on the orthogonality penalty in the loss.
         bias: which existing biases are trained too, as in `LoRAConfig`.
     """

@@ -13,7 +13,7 @@ class IA3Config(CommonConfig):
     """(IA)³ (Liu et al., 2022, arXiv 2205.05638): learned vectors rescale keys, values and feed-forward inputs.
 
     Attributes:
-        targets: which layers, see the module's docstring.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         feedforward: names of those layers whose inputs are scaled; outputs are scaled of the others.
     """
 

@@ -17,13 +17,14 @@ class LoRAConfig(CommonConfig):
         rank: inner size of the update.
         alpha: numerator of the scaling alpha / rank, above 0.
         dropout: probability of dropping a feature at the input of the adapter path.
-        targets: which layers, see the module's docstring.
-        rank_pattern, alpha_pattern: other ranks and alphas for some layers, by the end of a module path or a regular
-            expression for it; the first key that matches counts. Layers of one stack may have different ranks.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
+        rank_pattern: other ranks for some layers, by the end of a module path or a regular expression for it; the first
+            key that matches counts. Layers of one stack may have different ranks.
+        alpha_pattern: other alphas, likewise.
         bias: which existing biases are trained too: `"none"`, `"lora_only"` (of adapted layers) or `"all"`.
-        use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude (see `base.py`).
+        use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude.
         init: where the factors start: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"olora"` or `"eva"`
-            (see `lora_init.py`).
+            (see `mora_jax.adapters.methods.lora_init`).
     """
 
     rank: int = 8

@@ -26,7 +26,7 @@ class MoRAConfig(CommonConfig):
         rank: the LoRA rank whose parameter count the square matrix takes; its side follows from `square_rank`.
         kind: how inputs are compressed and outputs restored, one of `KINDS`.
         dropout: probability of dropping a feature at the input of the adapter path.
-        targets: which layers, see the module's docstring.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         rank_pattern: as in `LoRAConfig`, but layers of one stack have one rank: it fixes the square's side.
         use_dora: as in `LoRAConfig`.
     """

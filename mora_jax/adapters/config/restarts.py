@@ -1,4 +1,4 @@
-"""ReLoRA and ReMoRA, which merge and start anew during training."""
+"""ReLoRA and ReMoRA, which are merged and reinitialised during training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mora_jax.adapters.config.mora import SHARED, MoRAConfig
 
 @dataclass(frozen=True)
 class ReLoRAConfig(LoRAConfig):
-    """ReLoRA (Lialin et al., 2023, arXiv 2307.05695): LoRA that is merged into the base and started anew, repeatedly.
+    """ReLoRA (Lialin et al., 2023, arXiv 2307.05695): LoRA, merged into the base and reinitialised repeatedly.
 
     The sum of low-rank updates has a higher rank than each. The attributes are those of `LoRAConfig`, and:
 
@@ -34,16 +34,17 @@ class ReLoRAConfig(LoRAConfig):
 
 @dataclass(frozen=True)
 class ReMoRAConfig(MoRAConfig):
-    """ReMoRA (Jiang et al., 2024, arXiv 2405.12130, section 5.3): MoRA merged and started anew with another kind.
+    """ReMoRA (Jiang et al., 2024, arXiv 2405.12130, section 5.3): MoRA, merged and reinitialised as another kind.
 
-    One kind can only reach updates that its groups allow; the next kind groups differently.
+    One kind can only reach updates that its groups allow; the next kind groups differently. The attributes are those of
+    `MoRAConfig`, with `kinds` in place of `kind`, and:
 
     Attributes:
-        rank, dropout, targets, rank_pattern, use_dora: as in `MoRAConfig`.
         kinds: the kinds in turn, the first again after the last: of those that share one M among groups
             (`mora_jax.adapters.methods.mora.SHARED`), which have the same side q.
-        restart_every, restart_warmup: as in `ReLoRAConfig`.
+        restart_every: as in `ReLoRAConfig`.
         prune: as in `ReLoRAConfig`; the authors reset all of the moments.
+        restart_warmup: as in `ReLoRAConfig`.
     """
 
     kind: ClassVar[str] = "sharing"  # type: ignore[misc]  # for sizes and reports alone: all kinds agree in them

@@ -15,7 +15,7 @@ class VeRAConfig(CommonConfig):
     Attributes:
         rank: inner size of the frozen factors; far higher than LoRA's.
         dropout: probability of dropping a feature at the input of the adapter path.
-        targets: which layers, see the module's docstring.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         d_initial: what the inner vector starts from.
         projection_prng_key: seed of the frozen factors, which are PEFT's for the same seed, rank and widths.
         widths: inputs and outputs of the frozen factors, of which every layer takes its first ones; None for those of

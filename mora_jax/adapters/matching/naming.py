@@ -14,7 +14,7 @@ SHOWN = 8
 def summary(paths: Iterable[str], shown: int = SHOWN) -> str:
     """Module paths in few words: stacks of layers once, with `*` for their numbers, by the ends that tell them apart.
 
-    Example:
+    Examples:
         >>> summary(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.head"])
         'up_proj, head'
         >>> summary(["blocks.0", "blocks.1", "out", "heads.0.out"])

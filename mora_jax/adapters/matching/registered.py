@@ -42,7 +42,7 @@ def register_layer(cls: type, *, kernel: str = "kernel", einsum: str = "einsum_s
     Raises:
         TypeError: `cls` is no subclass of `nnx.Module`, or a layer that is known already.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> import jax.numpy as jnp
         >>> import mora_jax as mj

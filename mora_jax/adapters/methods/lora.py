@@ -318,7 +318,7 @@ class LoRALinear(AdaptedLinear):
         rngs: keys for the parameters, and for dropout when `dropout` > 0.
         **linear: whatever `nnx.Linear` takes: `use_bias`, `dtype`, `param_dtype`, `kernel_init`, …
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> import mora_jax as mj
@@ -336,7 +336,7 @@ class LoRALinear(AdaptedLinear):
         alpha: float,
         dropout: float = 0.0,
         rngs: nnx.Rngs,
-        **linear,
+        **linear: Any,
     ):
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)

@@ -97,7 +97,7 @@ class ReLoRA(LoRA):
     Between restarts it is LoRA. `W ← W + (alpha / rank) · A B`, then A is drawn anew and B is zero (algorithm 1); the
     training loop says when (see `mora_jax.training.relora`).
 
-    LoRA that can be started anew.
+    LoRA that can be reinitialised.
     """
 
     method: ClassVar[str] = "relora"

@@ -294,7 +294,7 @@ class MoRALinear(AdaptedLinear):
         rngs: keys for the parameters, and for dropout when `dropout` > 0.
         **linear: whatever `nnx.Linear` takes: `use_bias`, `dtype`, `param_dtype`, `kernel_init`, …
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> import mora_jax as mj
@@ -312,7 +312,7 @@ class MoRALinear(AdaptedLinear):
         kind: str = "sharing",
         dropout: float = 0.0,
         rngs: nnx.Rngs,
-        **linear,
+        **linear: Any,
     ):
         rngs = as_rngs(rngs)
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)

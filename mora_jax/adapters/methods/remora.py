@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 class ReMoRA(MoRA):
-    """MoRA that can be started anew with the next of its kinds.
+    """MoRA that can be reinitialised with the next of its kinds.
 
     Attributes:
         turn: float32 `[*layers]`, the number of the current kind in `config.kinds`.

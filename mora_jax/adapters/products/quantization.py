@@ -1,4 +1,4 @@
-"""Frozen kernels in few bits: the format in memory, the way into it, and the way back for one product at a time.
+"""Quantised frozen kernels: the format in memory, the way into it, and the way back for one product at a time.
 
 A kernel `[in, *out]` is cut into blocks of 64 inputs, for each output by itself. A block keeps one float32 scale and a
 code a number:
@@ -65,7 +65,7 @@ def blocks_of(in_features: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """A kernel `[in, *out]` in few bits, or a stack of them `[L, in, *out]`.
+    """A quantised kernel `[in, *out]`, or a stack of them `[L, in, *out]`.
 
     Attributes:
         values: codes, `int8 [*layers, 64 · blocks, *out]` or, of `nf4`, `uint8 [*layers, 32 · blocks, *out]`.

@@ -51,7 +51,7 @@ def save_adapter(
     Args:
         model: a model with adapters of one method. PiSSA and OLoRA become LoRA of twice the rank, BitFit a LoRA that
             is nothing but its own bias; AdaLoRA leaves out what it has pruned.
-        out: the folder; must not exist, or be empty.
+        out: the folder; one that holds something is refused without `overwrite`.
         base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
         overwrite: replace the adapter that is in `out`; files that belong to none stay there.
         write: False on all processes but one of those that hold parts of the adapters: all have to call this.

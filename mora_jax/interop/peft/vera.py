@@ -55,7 +55,7 @@ class VeraFormat(Format):
             if names:
                 raise InputError(
                     f"{files.folder}: save_projection is false, but there is {first_of(names)}, which PEFT would leave "
-                    "unread and draw anew: set save_projection to true if the tensors are the projections to use"
+                    "unread and redraw: set save_projection to true if the tensors are the projections to use"
                 )
             drawn = projections(rank, least, seed)
             return {"vera_A": drawn[0].T, "vera_B": drawn[1].T}

@@ -80,7 +80,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] | None = key(None, "Modules that are trained whole, such as lm_head.")
     kinds: tuple[str, ...] = key(RESTARTED_KINDS, f"ReMoRA's kinds in turn, of {', '.join(RESTARTED_KINDS)}.")
     restart_every: int = key(
-        1000, "relora, remora: steps after which adapters are merged and started anew.", **limits("restart_every")
+        1000, "relora, remora: steps after which adapters are merged and reinitialised.", **limits("restart_every")
     )
     restart_warmup: int = key(
         50, "Steps over which the learning rate rises again after a restart.", **limits("restart_warmup")

@@ -70,7 +70,7 @@ def read_flags(
     if index is None or count is None:
         raise InputError("--coordinator needs --process-id (from 0) and --process-count beside it")
     if not 0 <= index < count:
-        raise InputError(f"--process-id {index} must lie between 0 and {count - 1}, for --process-count {count}")
+        raise InputError(f"--process-id {index} must be between 0 and {count - 1}, for --process-count {count}")
     return Cluster(name, coordinator, index, count, _local_devices(environ)) if count > 1 else None
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mora_jax.training.config.schema import Config
     from mora_jax.training.run.directory import RunDirectory
 
+
 class Writer(Protocol):
     """A place for metrics.
 

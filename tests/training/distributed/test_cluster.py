@@ -85,7 +85,7 @@ def test_flags():
         (("node0", 0, 2), "--coordinator node0: give the host of process 0 and a free port"),
         (("node0:99999", 0, 2), "a free port"),
         (("node0:1234", 0, None), "--coordinator needs --process-id"),
-        (("node0:1234", 2, 2), "--process-id 2 must lie between 0 and 1"),
+        (("node0:1234", 2, 2), "--process-id 2 must be between 0 and 1"),
     ],
 )
 def test_flags_that_make_no_sense(flags, words):
