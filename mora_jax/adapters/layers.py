@@ -67,13 +67,15 @@ class Adapted:
             x: the input.
         """
         graphdef, state = nnx.split(self)
-        if self.adapter_dropout is not None and self.dropping:
-            self.adapter_dropout.rngs()  # the copy below draws the same key, and only this one remembers it
 
         def run(state: nnx.State, x: Array) -> Array:
             return again(nnx.merge(graphdef, state), x)
 
-        return placed_like(jax.eval_shape(plain, x), run, state, x)
+        y = placed_like(jax.eval_shape(plain, x), run, state, x)
+        if self.adapter_dropout is not None and self.dropping:
+            # Only the copy has drawn a key; behind it, since the copy's state holds these same variables.
+            self.adapter_dropout.rngs()
+        return y
 
     def _product(self, x: Array, matrix: Array, bias: Array | None, stored: Callable[[], Array]) -> Array:
         """The adapted product: `x [..., in]`, `matrix [in, out]` and `bias [out]` in one dtype → `[..., out]`.
@@ -82,10 +84,6 @@ class Adapted:
         """
         adapter = self.adapter
         _refuse_complex(x)
-        if matrix.ndim > 2:
-            raise ValueError(
-                f"this layer is a stack of {list(matrix.shape[:-2])} layers: call it inside nnx.scan or nnx.vmap"
-            )
         layout = Layout((adapter.out_features,), 0, (adapter.out_features,))
         dropout = self.adapter_dropout
         drop = (lambda _, x: dropout(x)) if dropout is not None and self.dropping else None
@@ -106,6 +104,12 @@ class Adapted:
         return y.reshape(*x.shape[:-1], adapter.out_features)
 
 
+def refuse_stack(layer: Any) -> None:
+    """Raises `ValueError` where a layer's arrays are those of several."""
+    if stack := stack_of(layer):
+        raise ValueError(f"this layer is a stack of {list(stack)} layers: call it inside nnx.scan or nnx.vmap")
+
+
 def _refuse_complex(x: Array) -> None:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"adapters have no complex form, and the input of an adapted layer is {x.dtype}")
@@ -120,6 +124,7 @@ class AdaptedLinear(nnx.Linear, Adapted):
     """`nnx.Linear` with an adapter: `y = x W + b + update(x)`."""
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
+        refuse_stack(self)
         if explicit_axes(inputs, self.kernel[...]):
             plain = functools.partial(nnx.Linear.__call__, self, out_sharding=out_sharding)
             return self._on_mesh(plain, AdaptedLinear.__call__, inputs)
@@ -153,6 +158,7 @@ class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
     """`nnx.LinearGeneral` with an adapter on the matrix that its contracted and its new axes form."""
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
+        refuse_stack(self)
         if explicit_axes(inputs, self.kernel[...]):
             plain = functools.partial(nnx.LinearGeneral.__call__, self, out_sharding=out_sharding)
             return self._on_mesh(plain, AdaptedLinearGeneral.__call__, inputs)
@@ -176,6 +182,7 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
     """`nnx.Einsum` with an adapter, where the einsum is a product with a matrix (see `einsum_matrix`)."""
 
     def __call__(self, inputs: Array, einsum_str: str | None = None, out_sharding=None) -> Array:
+        refuse_stack(self)
         spec = self.einsum_str.replace(" ", "")
         if einsum_str is not None and einsum_str.replace(" ", "") != spec:
             raise ValueError(
@@ -229,6 +236,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
         self.adapter_dropout = None
 
     def __call__(self, inputs: Array, out_sharding=None) -> Array:
+        refuse_stack(self)
         if explicit_axes(inputs, self.embedding[...]):
             plain = functools.partial(super().__call__, out_sharding=out_sharding)
             return self._on_mesh(plain, lambda layer, ids: layer(ids), inputs)
@@ -239,6 +247,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
         return (total if gain is None else total * gain).astype(y.dtype)
 
     def attend(self, query: Array, out_sharding=None) -> Array:
+        refuse_stack(self)
         if explicit_axes(query, self.embedding[...]):
             plain = functools.partial(super().attend, out_sharding=out_sharding)
             return self._on_mesh(plain, lambda layer, query: layer.attend(query), query)

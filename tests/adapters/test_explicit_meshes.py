@@ -93,11 +93,18 @@ def test_as_on_one_device_and_placed_as_the_plain_layer(mesh, kind, config, kern
         np.testing.assert_allclose(call(layer, x, attend, **placing), expected, atol=1e-5)
 
 
-def test_dropout_draws_anew_at_each_call(mesh):
-    with jax.set_mesh(mesh):
+def test_dropout_draws_the_masks_of_one_device(mesh):
+    def layer():
         layer = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
         mj.attach(layer, mj.LoRAConfig(rank=2, dropout=0.5), rngs=nnx.Rngs(1))
         layer.adapter.lora_b[...] = jnp.ones((2, 6))
-        x = jax.device_put(X, NamedSharding(mesh, P("data")))
-        first, second = layer(x), layer(x)
-    assert not np.allclose(first, second)
+        return layer
+
+    alone = layer()
+    expected = [alone(X) for _ in range(3)]
+    assert not np.allclose(expected[0], expected[1])
+    with jax.set_mesh(mesh):
+        there = layer()
+        x = jax.device_put(X, NamedSharding(mesh, P("data", None, "model")))
+        found = [there(x), there(x), nnx.jit(lambda layer, x: layer(x))(there, x)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import params_of
-from mora_jax.adapters.layers import ADAPTED, Adapted, adapted_class, plain_class
+from mora_jax.adapters.layers import ADAPTED, Adapted, adapted_class, plain_class, refuse_stack
 from mora_jax.adapters.matching.forms import FORMS, LayerForm, equation_of, kernel_of
 from mora_jax.adapters.matrices import bias_of, einsum_axes, einsum_matrix, matrix_of
 from mora_jax.adapters.products.adapted_matmul import scale_features
@@ -106,11 +106,19 @@ def guess(layer: nnx.Module) -> LayerForm | None:
     params = {name: value for name, value in values.items() if isinstance(value, nnx.Variable)}
     if len(equations) != 1 or any(isinstance(value, nnx.Module) for value in values.values()):
         return None
-    kernels = [name for name, value in params.items() if isinstance(value, nnx.Param) and _rank(value) > 1]
+    ranks = {name: _rank(value) for name, value in params.items() if isinstance(value, nnx.Param)}
+    depth = _depth(values[equations[0]], max(ranks.values(), default=0))
+    kernels = [name for name, rank in ranks.items() if rank > depth + 1]
     biases = [name for name in params if name not in kernels]
     if len(kernels) != 1 or len(biases) > 1:
         return None
     return LayerForm(kernels[0], equations[0], biases[0] if biases else None)
+
+
+def _depth(equation: str, rank: int) -> int:
+    """How many axes of a kernel with `rank` axes stand for layers, since `nnx.vmap` made it."""
+    right = equation.replace(" ", "").partition("->")[0].partition(",")[2]
+    return max(0, rank - len(right))
 
 
 def _rank(variable: nnx.Variable) -> int:
@@ -134,16 +142,18 @@ def difference(layer: nnx.Module, form: LayerForm) -> str:
 
 def _try(layer: nnx.Module, form: LayerForm, equation: str) -> str:
     kernel = getattr(layer, form.kernel)
-    axes = einsum_axes(equation, kernel.shape)
+    depth = _depth(equation, len(kernel.shape))
+    own = kernel.shape[depth:]  # of one layer, where several are stacked
+    axes = einsum_axes(equation, own)
     if axes is None:
         return "its einsum is no product with one matrix"
     left, _, right = equation.partition("->")[0].partition(",")
-    sizes = {right[axis]: kernel.shape[axis] for axis in axes[0]}
+    sizes = {right[axis]: own[axis] for axis in axes[0]}
     shape = [sizes.get(label, 2 + i) for i, label in enumerate(left.replace("...", ""))]
     keys = iter(jax.random.split(jax.random.key(0), 16))
     graphdef, state = nnx.split(layer)
     # Numbers of its own: the model's may be zeros, or abstract, or spread over devices.
-    state = jax.tree.map(lambda leaf: _random(next(keys), leaf.shape, leaf.dtype), state)
+    state = jax.tree.map(lambda leaf: _random(next(keys), leaf.shape[depth:], leaf.dtype), state)
     copy: Any = nnx.merge(graphdef, state)
     x = _random(next(keys), tuple(shape), jnp.float32)
     expected = jnp.einsum(equation, x, getattr(copy, form.kernel)[...].astype(jnp.float32))
@@ -167,6 +177,7 @@ def _random(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 def _call(self: Any, inputs: Array, *args: Any, **options: Any) -> Array:
     """The call of an adapted layer: the plain one, and around it what the adapter does."""
+    refuse_stack(self)
     adapter, params, kernel = self.adapter, params_of(self.adapter), kernel_of(self)
     found = einsum_matrix(equation_of(self) or "", kernel.shape, inputs.ndim)
     if found is None:

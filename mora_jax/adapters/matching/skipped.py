@@ -74,12 +74,14 @@ def _matrices(model: nnx.Module, config: Any) -> Iterator[tuple[str, str, int, s
     seen: set[int] = set()
     for place in found:
         keys, left = _params(place.layer), _left_out(place, config)
-        if left and place.part is None and keys & adapted.keys():
+        if left and place.adapter is None and place.part is None and keys & adapted.keys():
             title = adapted[next(iter(keys & adapted.keys()))]
             yield place.title, "", 0, f"their matrix is that of {title}, too"
         elif left and not _trained_whole(place.layer) and (place.part is not None or not keys & seen):
             head = isinstance(place.layer, OutputHead)
-            why = why_left(picks, left[0], is_embedding=place.is_embedding, is_head=head)
+            embedding = place.is_embedding
+            named = [name for name in (left[0], *place.aliases) if picks.in_any_layer(name, is_embedding=embedding)]
+            why = why_left(picks, named[0] if named else left[0], is_embedding=embedding, is_head=head)
             yield place.title, "", len(left) * place.in_features * place.out_features, why
         seen |= keys
     for path, module, size in unknown_matrices(model, {id(place.layer) for place in found}, seen):
