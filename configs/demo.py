@@ -1,8 +1,8 @@
 """LoRA on the embedded model and instructions, by the ordinary trainer (`make demo` compares all methods).
 
-Run it from anywhere with `mora-jax train --config configs/demo.py --config.out=runs/demo_lora`.
+    mora-jax train --config configs/demo.py --config.out=runs/demo_lora
 
-150 steps take about 40 seconds of CPU time.
+Model and data come with the package; 150 steps take about 40 seconds of CPU time.
 """
 
 import ml_collections

@@ -29,7 +29,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_stored_without_outputs(path):
+def test_notebook_is_valid_and_stored_without_outputs(path):
+    keys = {"id", "cell_type", "metadata", "source"}
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        assert not cell.get("outputs")
-        assert cell.get("execution_count") is None
+        code = {"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}
+        assert set(cell) == keys | set(code)  # the format allows no others
+        assert {name: cell[name] for name in code} == code

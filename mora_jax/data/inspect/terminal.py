@@ -33,7 +33,7 @@ def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, re
     report, loss = dataset.report, loss_words(dataset.loss)
     advice, repeated = advise_on(report), repeated_prompts(dataset, tokenizer)
     bar = "█" if console.encoding.lower().startswith("utf") else "#"
-    parts: list[RenderableType] = [_facts(report, loss, recognised), _title("Rows by fate"), _fates(report)]
+    parts: list[RenderableType] = [_facts(report, loss, recognised), _title("Rows by outcome"), _fates(report)]
     parts += [_title("Tokens, before any cut"), _segments(report, bar, console.width)]
     parts += [
         _title("Row lengths in tokens, before any cut"),
