@@ -71,6 +71,7 @@ def save_adapter(
     *,
     report: LinenReport | None = None,
     base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes the adapters of a Linen model as a PEFT folder, as `mora_jax.save_adapter` does for NNX.
 
@@ -81,6 +82,7 @@ def save_adapter(
         report: what `adapted` gave; needed for layers under `nn.scan` or `nn.vmap`, and where shapes alone don't say
             how a kernel is a matrix.
         base_model_name_or_path: what the folder names as its base.
+        overwrite: replace the adapter that is in `out`; files that belong to none stay there.
 
     Raises:
         InputError: as `mora_jax.save_adapter`, or the variables don't fit the configuration.
@@ -107,7 +109,7 @@ def save_adapter(
     others = [place for place in _arrays_of(variables) if place.path not in taken]
     model = _as_nnx(places, others)
     install(model, fillings)
-    save.save_adapter(model, out, base_model_name_or_path=base_model_name_or_path)
+    save.save_adapter(model, out, base_model_name_or_path=base_model_name_or_path, overwrite=overwrite)
 
 
 def load_adapter(

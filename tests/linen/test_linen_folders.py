@@ -154,6 +154,13 @@ def test_refusals(tmp_path):
     with pytest.raises(mj.InputError, match="no collection 'adapters'"):
         save_adapter({"params": variables["params"]}, tmp_path / "adapter", config)
     save_adapter(variables, tmp_path / "adapter", config)
+    with pytest.raises(mj.InputError, match="overwrite=True"):
+        save_adapter(variables, tmp_path / "adapter", config)
+    doubled = variables | {"adapters": jax.tree.map(lambda leaf: 2 * leaf, variables["adapters"])}
+    save_adapter(doubled, tmp_path / "adapter", config, overwrite=True)
+    loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter")[1]["adapters"]
+    jax.tree.map(np.testing.assert_array_equal, loaded, doubled["adapters"])
+    save_adapter(variables, tmp_path / "adapter", config, overwrite=True)
     with pytest.raises(mj.InputError, match="layers_1"):
         load_adapter({"params": {"layers_0": variables["params"]["layers_0"]}}, tmp_path / "adapter")
     other = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]) if leaf.ndim == 2 else leaf, variables["params"])
