@@ -16,11 +16,25 @@ X = np.random.default_rng(0).normal(size=(4, 2, 8)).astype(np.float32)
 IDS = np.arange(8).reshape(4, 2)
 LORA, DORA = mj.LoRAConfig(rank=2, targets=".*"), mj.LoRAConfig(rank=2, use_dora=True, targets=".*")
 
+
+class Turned(nnx.Module):
+    """A layer of a class that Flax does not have."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (6, 8)))
+        self.bias = nnx.Param(jax.random.normal(rngs.params(), (6,)))
+        self.equation = "...i,oi->...o"
+
+    def __call__(self, x):
+        return jnp.einsum(self.equation, x, self.kernel[...]) + self.bias[...]
+
+
 LAYERS = {
     "linear": lambda: nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
     "general": lambda: nnx.LinearGeneral(8, (2, 4), rngs=nnx.Rngs(0)),
     "einsum": lambda: nnx.Einsum("...td,dnh->...tnh", (8, 2, 3), (2, 3), rngs=nnx.Rngs(0)),
     "embed": lambda: nnx.Embed(10, 8, rngs=nnx.Rngs(0)),
+    "turned": lambda: Turned(nnx.Rngs(0)),
 }
 
 
@@ -50,6 +64,9 @@ def call(layer, x, attend, **placing):
         ("einsum", DORA, P(None, "model"), P("data"), None),
         ("embed", LORA, P("model"), P("data"), P("data", None, None)),
         ("attend", DORA, P("model"), P("data"), None),
+        ("turned", LORA, P("model"), P("data"), None),
+        ("turned", DORA, P(None, "model"), P("data"), None),
+        ("turned", CASES["ia3 on inputs"], P("model"), P("data"), None),
     ],
 )
 def test_as_on_one_device_and_placed_as_the_plain_layer(mesh, kind, config, kernel, inputs, out):
@@ -108,3 +125,27 @@ def test_dropout_draws_the_masks_of_one_device(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P("data", None, "model")))
         found = [there(x), there(x), nnx.jit(lambda layer, x: layer(x))(there, x)]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [mj.LoRALinear, mj.MoRALinear])
+def test_layers_with_adapters_of_their_own(mesh, cls):
+    def values(layer, x):
+        graphdef, adapters, frozen = mj.partition(fill(layer))
+
+        def run(adapters):
+            return jnp.tanh(nnx.merge(graphdef, adapters, frozen)(x))
+
+        return jax.jit(run)(adapters), jax.jit(jax.grad(lambda adapters: jnp.sum(run(adapters))))(adapters)
+
+    def make():
+        return cls(8, 6, rank=2, rngs=nnx.Rngs(0), **({"alpha": 4.0} if cls is mj.LoRALinear else {}))
+
+    expected, expected_gradients = values(make(), X)
+    with jax.set_mesh(mesh):
+        layer = make()
+        layer.kernel.set_value(jax.device_put(layer.kernel.get_value(), NamedSharding(mesh, P(None, "model"))))
+        y, gradients = values(layer, jax.device_put(X, NamedSharding(mesh, P("data"))))
+    assert jax.typeof(y).sharding.spec == P("data", None, "model")
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

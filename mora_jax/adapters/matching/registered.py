@@ -19,6 +19,7 @@ from mora_jax.adapters.layers import ADAPTED, Adapted, adapted_class, plain_clas
 from mora_jax.adapters.matching.forms import FORMS, LayerForm, equation_of, kernel_of
 from mora_jax.adapters.matrices import bias_of, einsum_axes, einsum_matrix, matrix_of
 from mora_jax.adapters.products.adapted_matmul import scale_features
+from mora_jax.adapters.products.explicit_mesh import explicit_axes
 
 Array = jax.Array
 
@@ -179,6 +180,11 @@ def _call(self: Any, inputs: Array, *args: Any, **options: Any) -> Array:
     """The call of an adapted layer: the plain one, and around it what the adapter does."""
     refuse_stack(self)
     adapter, params, kernel = self.adapter, params_of(self.adapter), kernel_of(self)
+    called = plain_class(type(self)).__call__
+    if explicit_axes(inputs, kernel[...]):
+        return self._on_mesh(
+            lambda x: called(self, x, *args, **options), lambda layer, x: _call(layer, x, *args, **options), inputs
+        )
     found = einsum_matrix(equation_of(self) or "", kernel.shape, inputs.ndim)
     if found is None:
         raise ValueError(f"einsum {equation_of(self)!r} takes no input with {inputs.ndim} axes")
@@ -198,7 +204,7 @@ def _call(self: Any, inputs: Array, *args: Any, **options: Any) -> Array:
         rows = scale_features(rows.reshape(-1, rows.shape[-1]), scale)
         shape = [inputs.shape[a] for a in to_in]
         inputs = rows.reshape(shape).transpose(*np.argsort(to_in))
-    plain = plain_class(type(self)).__call__(self, inputs, *args, **options)
+    plain = called(self, inputs, *args, **options)
     y = plain.astype(jnp.promote_types(plain.dtype, jnp.float32))
     update = restored(self._update(flat(inputs.astype(plain.dtype)))) if adapter.additive else None
     if not adapter.only_adds:
