@@ -19,7 +19,7 @@
 #   SLICES       how many slices work together                 (1)
 #   RESTARTS     how often a run that was cut off starts again (100)
 #
-# TRAIN is cut into words at blanks, and at nothing else.
+# TRAIN is split into words at blanks, and at nothing else.
 # shellcheck disable=SC2153 # settings come from the environment
 set -euo pipefail
 

@@ -2,7 +2,7 @@
 # Cloud TPU VMs through queued resources: create, watch over, look into, delete. See docs/tpu_vms.md.
 #
 #   tpu_vm.sh create    ask for slices; each host runs tpu_startup.sh at every boot, which starts or resumes the run
-#   tpu_vm.sh watch     look every minute; ask anew when spot machines were taken; delete all when the run is finished
+#   tpu_vm.sh watch     look every minute; ask again when spot machines were taken; delete all when the run is finished
 #   tpu_vm.sh status    the state of the request, and the end of each host's log
 #   tpu_vm.sh run CMD   run a command on all hosts
 #   tpu_vm.sh delete    give the slices back
@@ -19,7 +19,7 @@
 #   FILES    gs://… with configuration and data, which each host copies to where it runs   (none)
 #   PACKAGE  what pip installs                              (mora-jax[tpu,gcs])
 #
-# TRAIN is cut into words at blanks, and at nothing else.
+# TRAIN is split into words at blanks, and at nothing else.
 # shellcheck disable=SC2153 # settings come from the environment
 set -euo pipefail
 
