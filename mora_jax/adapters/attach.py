@@ -32,7 +32,7 @@ from mora_jax.adapters.summary import adapted_layers as adapted_layers
 from mora_jax.adapters.summary import adapter_at as adapter_at
 from mora_jax.adapters.summary import adapters_of as adapters_of
 from mora_jax.adapters.summary import count, report_of
-from mora_jax.adapters.trainable_base import Masters, kept, restore, train_biases, train_modules
+from mora_jax.adapters.trainable_base import KEPT, Masters, kept, restore, train_biases, train_modules
 
 
 def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> AttachReport:
@@ -193,7 +193,8 @@ def add_adapter(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
 def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs) -> None:
     """`bias="all"`: those of layers without an adapter, too."""
     for place in list(places(model)):
-        if not has_adapter(place) and place.has_bias and not place.is_embedding:
+        whole = hasattr(place.layer, KEPT)
+        if not has_adapter(place) and not whole and place.has_bias and not place.is_embedding:
             put_adapter(place, (True,) * len(place.paths), BitFit, BitFit.only(config), rngs)
     train_biases(model)
 

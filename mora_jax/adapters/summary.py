@@ -109,12 +109,7 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
         masters = [getattr(module, name) for name in values]
         size = sum(master.get_value().size for master in masters if id(master) not in seen)
         seen.update(id(master) for master in masters)
-        matches.append(Match(", ".join(paths), 0, 0, 0, size))
-        if not isinstance(module, Projection | OutputHead) and not isinstance(getattr(module, "path", None), str):
-            warnings.append(
-                f"{', '.join(paths) or '(the model itself)'} is trained whole, which save_adapter has no name for in a "
-                "model of your own: merge and save the model's state, or save that of mj.partition"
-            )
+        matches.append(Match(", ".join(paths) or "(the model itself)", 0, 0, 0, size))
     trainable = sum(match.trainable for match in matches)
     total = count(model, nnx.Not(AdapterParam)) + trainable
     passed_over = () if config is None else skipped(model, config)

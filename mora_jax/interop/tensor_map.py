@@ -1,21 +1,24 @@
-"""Which HuggingFace tensor lies where in the decoder's stacked and fused parameters, for both ways."""
+"""Which tensor of a file lies where in a model's parameters, stacked and fused as they may be, for both ways."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import FullParam, host
-from mora_jax.adapters.matching.targets import Place
+from mora_jax.adapters.base import AdapterParam, FullParam, host
+from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.adapters.projection import Projection
-from mora_jax.errors import InputError
+from mora_jax.adapters.trainable_base import Masters
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.norms import RMSNorm
+
+# Flax calls `scale` what torch calls `weight`.
+_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,15 @@ class Entry:
     pieces: tuple[Piece, ...]
 
 
-def tensor_plan(model: Decoder) -> list[Entry]:
-    """Every base parameter of a decoder with its HuggingFace tensors, in the order of the forward pass."""
+def tensor_plan(model: nnx.Module) -> list[Entry]:
+    """Every base parameter of a model with its tensors.
+
+    A decoder's have HuggingFace's names, and come in the order of the forward pass. Those of other models are called by
+    module paths: the kernel of an `nnx.Linear` is `weight [out, in]`, the table of an `nnx.Embed` and the scale of a
+    norm are `weight`, as torch has them; all else has its own name and shape.
+    """
+    if not isinstance(model, Decoder):
+        return [Entry(getattr(module, name), (piece,)) for module, name, piece in _own_parameters(model)]
     config = model.config
     table = (config.vocab_size, config.hidden_size)
     entries = [Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))]
@@ -110,6 +120,48 @@ def _projection(projection: Projection) -> Iterator[Entry]:
         yield Entry(projection.bias, tuple(biases))
 
 
+def _own_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """The modules of somebody else's model with their paths; of what can carry adapters as adapters are called."""
+    known = {id(place.layer): place.paths[0] for place in places(model) if place.part is None and not place.stack}
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Module):
+            yield known.get(id(module), ".".join(map(str, path))), module
+
+
+def _own_parameters(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, Piece]]:
+    """The base's floating parameters of somebody else's model: the module, the attribute, and the tensor."""
+    for path, module in _own_modules(model):
+        for name, value in list(vars(module).items()):
+            if not _is_base(value):
+                continue
+            shape = tuple(value.shape)
+            matrix = isinstance(module, nnx.Linear) and name == "kernel" and len(shape) == 2
+            table = isinstance(module, nnx.Embed) and name == "embedding"
+            scale = isinstance(module, _NORMS) and name == "scale"
+            leaf = "weight" if (matrix or table or scale) and not hasattr(module, "weight") else name
+            yield module, name, Piece(f"{path}.{leaf}", (), shape, shape[::-1] if matrix else shape, matrix)
+
+
+def _is_base(value: Any) -> bool:
+    """Whether a variable is a parameter of the base, trained or frozen."""
+    if not isinstance(value, nnx.Param) or (isinstance(value, AdapterParam) and not isinstance(value, FullParam)):
+        return False
+    dtype = getattr(value, "dtype", None)  # quantised kernels have none
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def loose_biases(model: nnx.Module) -> set[str]:
+    """Names in files of the biases of modules that can't carry adapters, which `bias="all"` trains, too."""
+    if isinstance(model, Decoder):
+        return set()  # its norms have none
+    held = {id(place.layer) for place in places(model)}
+    return {
+        f"{path}.bias"
+        for path, module in _own_modules(model)
+        if id(module) not in held and _is_base(getattr(module, "bias", None))
+    }
+
+
 def base_bias(place: Place, layer: int) -> np.ndarray:
     """The bias of the base at one path of a place, float32 `[out]`; zeros where it has none."""
     bias = place.bias()
@@ -119,15 +171,7 @@ def base_bias(place: Place, layer: int) -> np.ndarray:
 
 
 def trained_weights(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """Names in files and values of the base tensors that are trained whole, one parameter at a time.
-
-    Raises:
-        InputError: the model is somebody else's, whose names in files are not known.
-    """
-    if not isinstance(model, Decoder):
-        if any(isinstance(node, FullParam) for _, node in nnx.iter_graph(model)):
-            raise InputError("modules_to_save have no names in files for models other than this library's decoder")
-        return
+    """Names in files and values of the base tensors that are trained whole, one parameter at a time."""
     for entry in tensor_plan(model):
         if isinstance(entry.parameter, FullParam):
             values = host(entry.parameter[...])
@@ -136,11 +180,19 @@ def trained_weights(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def base_names(model: nnx.Module) -> list[str]:
-    """Names in files of all base tensors of a decoder; none for other models."""
-    return [piece.name for entry in tensor_plan(model) for piece in entry.pieces] if isinstance(model, Decoder) else []
+    """Names in files of all base tensors of a model."""
+    return [piece.name for entry in tensor_plan(model) for piece in entry.pieces]
 
 
-def put_trained_weights(model: Decoder, values: Mapping[str, np.ndarray]) -> None:
+def train_own_weights(model: nnx.Module, names: Container[str]) -> None:
+    """Makes parameters of somebody else's model, by name in files, trained ones; their frozen values are kept."""
+    masters = Masters(keep=True)
+    for module, name, piece in list(_own_parameters(model)):
+        if piece.name in names:
+            masters.train(module, name)
+
+
+def put_trained_weights(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
     """Gives the modules of a model that are trained whole their values, by name in files."""
     for entry in tensor_plan(model):
         pieces = [piece for piece in entry.pieces if piece.name in values]

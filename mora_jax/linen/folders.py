@@ -146,6 +146,8 @@ def load_adapter(
         (3, 4)
     """
     given = load.tensor_shapes(path)
+    if whole := load.whole_modules(path):
+        raise InputError(f"{path}: it trains {', '.join(whole)} whole, for which Linen has no form; leave that away")
     places = [_placed(place, given, report) for place in _arrays_of(variables)]
     known = {name: (place, index) for place in places for index, name in place.names()}
     model = _as_nnx([place for place in places if any(name in given for _, name in place.names())], places)

@@ -239,12 +239,3 @@ def test_an_einsum_that_is_given_at_the_call():
     np.testing.assert_array_equal(model(jnp.ones((2, 3)), "td, df -> tf"), model(jnp.ones((2, 3))))
     with pytest.raises(ValueError, match="is for 'td,df->tf', and merges for it; with 'tf,df->td'"):
         model(jnp.ones((2, 3)), "tf,df->td")
-
-
-@pytest.mark.parametrize("setting", [{"bias": "all"}, {"modules_to_save": ("norm",)}])
-def test_what_an_adapter_folder_cannot_hold_is_said_before_training(setting, tmp_path):
-    model = Model(nnx.Rngs(0))
-    report = mj.attach(model, mj.LoRAConfig(rank=2, **setting), rngs=nnx.Rngs(1))
-    assert any(text.startswith("norm is trained whole, which save_adapter has no") for text in report.warnings)
-    with pytest.raises(mj.InputError, match="no names in files"):
-        mj.save_adapter(model, tmp_path / "a")

@@ -40,11 +40,14 @@ class AdapterFile:
         format: its `peft_type`.
         values: the file's fields.
         where: the file, for error messages.
+        whole_components: whether a name in `modules_to_save` stands for whole components of a path. PEFT takes any path
+            that ends with its letters, so that `norm` is `final_norm`, too; models of one's own are not so regular.
     """
 
     format: Format
     values: dict[str, Any]
     where: str
+    whole_components: bool = False
 
     def matches(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`."""
@@ -89,6 +92,8 @@ class AdapterFile:
         names = self.values.get("modules_to_save") or []
         parts = path.split(".")
         above = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        if self.whole_components:
+            return any(_named(names, module) for module in above)
         return any(module.endswith(name) for name in names for module in above)
 
 

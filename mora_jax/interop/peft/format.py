@@ -256,6 +256,7 @@ class Stored:
         biases: for each module path, the file's name of its bias.
         weights: for each module path, the file's name of its whole weight.
         frozen: as `weights`, for the copies of base weights that PEFT saves beside adapters on embeddings.
+        others: by module path and name in one, the file's name of what may be another parameter of a module.
     """
 
     factors: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -263,6 +264,7 @@ class Stored:
     biases: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def stored_tensors(files: TensorFiles) -> Stored:
@@ -280,25 +282,40 @@ def stored_tensors(files: TensorFiles) -> Stored:
         if group == "factors":
             _put(found.factors.setdefault(path, {}), kind, name, files)
         elif not group:
-            raise InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
+            raise unknown(files, name)
+        elif group == "others":
+            _put(found.others, f"{path}.{kind}", name, files)
         else:
             _put(getattr(found, group), path, name, files)
     return found
 
 
 def meaning(name: str) -> tuple[str, str, str]:
-    """What a tensor's name says: the attribute of `Stored`, the module path, and for a factor its name in `FACTORS`.
+    """What a tensor's name says: the attribute of `Stored`, the module path, and what it is of the module.
 
-    The first is empty for a name that is none of PEFT's.
+    The last is a factor's name in `FACTORS`, or the name of another parameter, else empty. The first is empty for a
+    name that is none of PEFT's.
     """
     factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
     if factor is not None:
         kind = _kind(factor["name"], factor["leaf"])
         return ("", "", "") if kind is None else ("factors", factor["path"].removeprefix(PREFIX), kind)
     if base is None:
-        return "", "", ""
+        path, dot, leaf = name.rpartition(".")
+        return ("others", path.removeprefix(PREFIX), leaf) if dot else ("", "", "")
     group = "biases" if base["leaf"] == "bias" else "frozen" if base["inner"] else "weights"
     return group, base["path"].removeprefix(PREFIX), ""
+
+
+def base_name(name: str) -> str:
+    """What a file's tensor is called in base checkpoints; a factor's name means nothing there."""
+    group, path, leaf = meaning(name)
+    ends = {"weights": "weight", "biases": "bias"}
+    return f"{path}.{ends.get(group, leaf)}"
+
+
+def unknown(files: TensorFiles, name: str) -> InputError:
+    return InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
 
 
 def _kind(name: str, leaf: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mora_jax.adapters.attach import undone_on_error
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.matching.targets import Place, by_path, has_adapter, places
@@ -18,11 +20,27 @@ from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import Filling, first, install
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.peft.config import AdapterFile, format_of, keep_extra_fields, read_adapter_config
-from mora_jax.interop.peft.format import CONFIG_NAME, FACTORS, WEIGHTS_NAME, Stored, Target, read_tensor, stored_tensors
+from mora_jax.interop.peft.format import (
+    CONFIG_NAME,
+    FACTORS,
+    WEIGHTS_NAME,
+    Stored,
+    Target,
+    read_tensor,
+    stored_tensors,
+    unknown,
+)
 from mora_jax.interop.peft.normalise import trained_as
 from mora_jax.interop.peft.restarted_base import has_own_base, own_base, with_kind
 from mora_jax.interop.safetensors_io import TensorFiles
-from mora_jax.interop.tensor_map import base_bias, base_names, put_trained_weights, tensor_plan
+from mora_jax.interop.tensor_map import (
+    base_bias,
+    base_names,
+    loose_biases,
+    put_trained_weights,
+    tensor_plan,
+    train_own_weights,
+)
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
 from mora_jax.paths import found_path
@@ -57,6 +75,8 @@ def load_adapter(
     where = str(folder / CONFIG_NAME)
     values = with_kind(read_json(folder / CONFIG_NAME), kind, where)
     file = read_adapter_config(values, where)
+    own = not isinstance(model, Decoder)
+    file = dataclasses.replace(file, whole_components=own)
     files = _open(folder)
     all_places = list(places(model))
     if any(has_adapter(place) for place in all_places):
@@ -64,6 +84,9 @@ def load_adapter(
     _check_base(model, file, strict)
     base = own_base(model, folder, files, kind_is_known=kind is not None or not values.get("use_mora"))
     stored = stored_tensors(files)
+    known = set(base_names(model)) if own else set()
+    if stray := [stored.others[name] for name in stored.others if name not in known]:
+        raise unknown(files, stray[0])
     _drop_tied_head(model, stored, files, file)
     try:
         everything = by_path(all_places)
@@ -79,17 +102,20 @@ def load_adapter(
         fillings[path] = file.format.read(file.values, target)
     if method is not None:
         fillings = _trained_as(fillings, method, all_places)
-    _add_biases(fillings, stored, everything, files, file)
+    loose = loose_biases(model) if file.bias == "all" else set()
+    _add_biases(fillings, stored, everything, loose, files, file)
     _check_frozen(stored, chosen, files)
-    whole = _whole_weights(model, stored, files, file)
-    modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in whole})
+    whole = _whole_weights(model, stored, loose, files, file)
     if base is not None:
         assert isinstance(model, Decoder), "checked with its tensors"
         base.put(model)
-    install(model, fillings, modules_to_save=tuple(modules))
-    if whole:
-        assert isinstance(model, Decoder), "checked with the names"
-        put_trained_weights(model, whole)
+    with undone_on_error(model):
+        if own:
+            train_own_weights(model, whole)
+        modules = () if own else tuple(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in whole}))
+        install(model, fillings, modules_to_save=modules)
+        if whole:
+            put_trained_weights(model, whole)
     keep_extra_fields(model, file)
 
 
@@ -116,6 +142,11 @@ def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, dict[str, tuple[int
         module: {kind: files.shapes[name] for kind, name in names.items()}
         for module, names in stored_tensors(files).factors.items()
     }
+
+
+def whole_modules(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the modules that the adapter in a PEFT folder trains whole."""
+    return read_json(local_folder(path) / CONFIG_NAME).get("modules_to_save") or []
 
 
 def needs_base(path: str | os.PathLike[str]) -> bool:
@@ -212,11 +243,16 @@ def _short(kind: str) -> str:
 
 
 def _add_biases(
-    fillings: dict[str, Filling], stored: Stored, everything: Chosen, files: TensorFiles, file: AdapterFile
+    fillings: dict[str, Filling],
+    stored: Stored,
+    everything: Chosen,
+    loose: set[str],
+    files: TensorFiles,
+    file: AdapterFile,
 ) -> None:
     """Adds the change of every stored bias; adapters hold changes, files hold biases."""
     for path, name in stored.biases.items():
-        if file.saves(path):
+        if file.saves(path) or f"{path}.bias" in loose:
             continue
         wanted = file.bias == "all" or (file.bias == "lora_only" and path in fillings)
         place, layer = everything.get(path, (None, 0))
@@ -233,6 +269,7 @@ def _add_biases(
         for path, (place, _) in everything.items()
         if place.has_bias and not place.is_embedding and (file.bias == "all" or path in fillings)
     ]
+    expected += [name.removesuffix(".bias") for name in loose]
     missing = [path for path in expected if path not in stored.biases]
     if missing:
         raise InputError(f"{file.where}: bias is {file.bias!r}, but the biases of {len(missing)} modules are missing")
@@ -251,24 +288,30 @@ def _check_frozen(stored: Stored, chosen: Chosen, files: TensorFiles) -> None:
                 raise InputError(f"{files.folder}: tensor {name} is not the base model's: the base was trained too")
 
 
-def _whole_weights(model: nnx.Module, stored: Stored, files: TensorFiles, file: AdapterFile) -> dict[str, np.ndarray]:
-    """The tensors of modules that are trained whole, by name in base checkpoints."""
+def _whole_weights(
+    model: nnx.Module, stored: Stored, loose: set[str], files: TensorFiles, file: AdapterFile
+) -> dict[str, np.ndarray]:
+    """The tensors of base parameters that are trained themselves, by name in base checkpoints."""
+
+    def saved_whole(name: str) -> bool:
+        return file.saves(name.rpartition(".")[0])
+
     given = {f"{path}.weight": name for path, name in stored.weights.items()}
     given |= {f"{path}.bias": name for path, name in stored.biases.items() if file.saves(path)}
+    given |= {f"{path}.bias": name for path, name in stored.biases.items() if f"{path}.bias" in loose}
     saved = file.values.get("modules_to_save")
-    known = set(base_names(model))
-    extra = [stored for name, stored in given.items() if name not in known or not file.saves(name.rpartition(".")[0])]
+    plan = tensor_plan(model)
+    known = {piece.name for entry in plan for piece in entry.pieces}
+    given |= stored.others
+    extra = [stored for name, stored in given.items() if name not in known or not (saved_whole(name) or name in loose)]
     if extra:
         why = f"modules_to_save is {saved}" if saved else "modules_to_save is not set"
         raise InputError(f"{files.folder}: {len(extra)} tensors belong to nothing ({why}): {first(extra)}")
-    missing = sorted(name for name in known if file.saves(name.rpartition(".")[0]) and name not in given)
-    if missing or (saved and not given):
+    missing = sorted(name for name in known if saved_whole(name) and name not in given)
+    if missing or (saved and not any(map(saved_whole, given))):
         raise InputError(f"{file.where}: modules_to_save is {saved}, but there is no tensor {first(missing)}".rstrip())
-    if not given:
-        return {}
-    assert isinstance(model, Decoder), "only its names are known"
     values: dict[str, np.ndarray] = {}
-    for entry in tensor_plan(model):
+    for entry in plan:
         pieces = [piece for piece in entry.pieces if piece.name in given]
         if pieces and len(pieces) < len(entry.pieces):
             raise InputError(

@@ -22,12 +22,21 @@ from mora_jax.errors import InputError
 from mora_jax.interop.atomic_folder import new_folder
 from mora_jax.interop.peft.bitfit import BitfitFormat
 from mora_jax.interop.peft.config import common_fields, extra_fields, format_for
-from mora_jax.interop.peft.format import CONFIG_NAME, FACTORS, PREFIX, SHARED_PREFIX, WEIGHTS_NAME, Format, meaning
+from mora_jax.interop.peft.format import (
+    CONFIG_NAME,
+    FACTORS,
+    PREFIX,
+    SHARED_PREFIX,
+    WEIGHTS_NAME,
+    Format,
+    base_name,
+    meaning,
+)
 from mora_jax.interop.peft.normalise import file_method, plain
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
 from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.interop.save import tensors_of, write_model
-from mora_jax.interop.tensor_map import base_bias, base_names, trained_weights
+from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, trained_weights
 from mora_jax.models.decoder import Decoder
 
 #: What a folder with an adapter holds.
@@ -72,11 +81,15 @@ def save_adapter(
             main.append(dataclasses.replace(entry, params=form.kept(entry)))
     shared = {SHARED_PREFIX + name: tensor for name, tensor in form.shared_of(adapted).items()}
     whole = {PREFIX + name: tensor.shape for name, tensor in trained_weights(model)}
+    for name in whole:
+        if PREFIX + base_name(name) != name:
+            raise InputError(f"{name} is trained, and PEFT's files can't hold that name: rename the module")
     base = base_model_name_or_path or getattr(model, "name_or_path", None)
     targets = targets_for((entry.path for entry in main), _all_paths(model))
     fields = common_fields(form, base) | form.written(main, targets)
     fields["task_type"] = "CAUSAL_LM" if isinstance(model, Decoder) else None
-    fields |= {"modules_to_save": _saved_modules(model, list(whole))}
+    whole_modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in _of_whole_modules(model, whole, main)}
+    fields |= {"modules_to_save": _saved_modules(model, whole_modules)}
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
     if not write:
@@ -98,6 +111,11 @@ def _all_paths(model: nnx.Module) -> set[str]:
     paths = {path for place in places(model) for path in (*place.paths, *place.aliases)}
     others = [named for named, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
     paths |= {path for named in others for path in named if "*" not in path}
+    return _with_owners(paths)
+
+
+def _with_owners(paths: Iterable[str]) -> set[str]:
+    """Module paths, and those of the modules around them."""
     return {".".join(parts[:end]) for parts in (path.split(".") for path in paths) for end in range(1, len(parts) + 1)}
 
 
@@ -165,12 +183,20 @@ def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, d
         yield entry, tensors
 
 
-def _saved_modules(model: nnx.Module, names: list[str]) -> list[str] | None:
+def _of_whole_modules(model: nnx.Module, whole: Iterable[str], entries: list[AdapterEntry]) -> set[str]:
+    """Without the biases that are trained beside adapters alone, of modules that `modules_to_save` doesn't name."""
+    if all(getattr(entry.config, "bias", "none") != "all" for entry in entries):
+        return set(whole)
+    loose = {PREFIX + name for name in loose_biases(model)}
+    others = {name.rpartition(".")[0] for name in whole if name not in loose}
+    return {name for name in whole if name.rpartition(".")[0] in others}
+
+
+def _saved_modules(model: nnx.Module, saved: set[str]) -> list[str] | None:
     """The shortest names that PEFT takes for exactly these modules: it takes any module whose path ends so."""
-    if not names:
+    if not saved:
         return None
-    saved = {name.removeprefix(PREFIX).rpartition(".")[0] for name in names}
-    possible = {name.rpartition(".")[0] for name in base_names(model)}
+    possible = _with_owners(name.rpartition(".")[0] for name in base_names(model))
     short = set()
     for path in saved:
         last = path.rpartition(".")[2]
