@@ -136,7 +136,7 @@ def test_round_trip_of_stacks_tables_and_einsums(config, tmp_path):
     ids = jnp.arange(6).reshape(2, 3)
     variables, y, report = trained(Mixed(), config, ids)
     save_adapter(variables, tmp_path / "adapter", config, report=report)
-    shapes = mj.interop.peft.tensor_shapes(tmp_path / "adapter")
+    shapes = mj.interop.peft.load.tensor_shapes(tmp_path / "adapter")
     table = {"table"} if isinstance(config.targets, tuple) and "table" in config.targets else set()
     assert set(shapes) == {"out", "block.0.out", "block.1.out"} | table
     found, loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter", report=report)
