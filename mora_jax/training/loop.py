@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.relora import Restarter
 from mora_jax.training.run.checkpoint import Checkpoints, NoCheckpoints
 from mora_jax.training.run.directory import RunDirectory
-from mora_jax.training.run.export import result_name, write_result
+from mora_jax.training.run.export import result_name, write_persistently, write_result
 from mora_jax.training.run.identity import run_identity
 from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
 from mora_jax.training.state import Arrays, TrainState
@@ -423,10 +424,18 @@ class Trainer:
         if not self.directory.kept:
             return
         restarted = self.restarter is not None
-        write = self.directory.writes
-        with self.directory.files.folder(name, write=write) as out:
+        files, write = self.directory.files, self.directory.writes
+
+        def write_to(out: Path) -> None:
             model, tokenizer = self.trained_model(), self.setup.tokenizer
             write_result(model, out, self.config, tokenizer, restarted=restarted, write=write)
+
+        with files.folder(name, write=write) as out:
+            if several():
+                write_to(out)  # each try gathers from all of them
+            else:
+                saved = self.config.train.save_every > 0  # a checkpoint has the last step
+                write_persistently(write_to, out, files, rescue=not saved)
 
     def _write_best(self, checkpoints: Checkpoints | NoCheckpoints) -> dict[str, Any]:
         """Writes what the best checkpoint gives, where it isn't the last; returns what the summary says of it."""

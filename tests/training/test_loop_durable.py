@@ -1,13 +1,18 @@
 """What a run does about the best of its states, a step that hangs, and a folder that takes no more."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
+import shutil
+import tempfile
 import time
 
 import pytest
 
 from mora_jax.errors import InputError
+from mora_jax.interop.peft import save
 from mora_jax.training import loop
 from mora_jax.training.display.plain import Display
 from mora_jax.training.run import retry
@@ -112,6 +117,61 @@ def test_a_disk_that_takes_no_metrics_ends_the_run_in_one_line(tmp_path, monkeyp
         directory.files.append("full", "a line\n")
     assert shown.stream.getvalue().count("No space left on device; trying again in") == 3
     assert directory.metrics.read_text() == before
+
+
+@pytest.fixture
+def full_disk(monkeypatch, tmp_path):
+    """Folders below any of these paths take no adapter, as often as it says."""
+    full, real = {}, save.write_tensors
+
+    def write_tensors(path, *args, **settings):
+        for folder in full:
+            if path.is_relative_to(folder) and full[folder]:
+                full[folder] -= 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *args, **settings)
+
+    monkeypatch.setattr(save, "write_tensors", write_tensors)
+    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return full
+
+
+def test_a_full_disk_at_the_end_does_not_lose_the_adapter(inputs, tmp_path, full_disk):
+    out, settings = tmp_path / "run", {"train__steps": 2, "train__save_every": 0}
+    full_disk[out] = 2
+    shown = Display(io.StringIO())
+    assert loop.train(config(inputs, out, **settings), shown) == 0
+    assert shown.stream.getvalue().count(f"{out}/adapter can't be written: No space left on device; trying again") == 2
+    expected = (out / "adapter" / ADAPTER).read_bytes()
+
+    other = tmp_path / "other"
+    full_disk[other] = 99
+    with pytest.raises(
+        InputError, match=r"adapter can't be written: No space left on device \(4 tries\); what was"
+    ) as e:
+        loop.train(config(inputs, other, **settings), quiet())
+    (rescued,) = (tmp_path / "tmp").iterdir()
+    assert f"what was trained is in {rescued}/adapter: make room, and move it there" in str(e.value)
+    assert (rescued / "adapter" / ADAPTER).read_bytes() == expected
+    assert not (other / "adapter").exists() and not (other / "summary.json").exists()
+
+    shutil.rmtree(rescued)
+    full_disk[tmp_path / "tmp"] = 99
+    with pytest.raises(InputError, match=f"nor in {tmp_path}/tmp, so what was trained is lost: make room"):
+        loop.train(config(inputs, other, **settings), quiet(), overwrite=True)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_with_a_checkpoint_a_full_disk_is_resumed_from(inputs, tmp_path, full_disk):
+    out = tmp_path / "run"
+    full_disk[out] = 4
+    with pytest.raises(InputError, match=r"\(4 tries\); make room there .* continue with --resume"):
+        loop.train(config(inputs, out, train__steps=2, train__save_every=1), quiet())
+    assert not list((tmp_path / "tmp").iterdir()) and not (out / "adapter").exists()
+    assert loop.resume(str(out), quiet()) == 0
+    assert (out / "adapter" / ADAPTER).is_file() and (out / "summary.json").is_file()
 
 
 def test_two_runs_at_once_do_not_share_a_folder(inputs, tmp_path, monkeypatch):
