@@ -10,10 +10,10 @@ import pytest
 import transformers
 from flax import nnx
 from safetensors import safe_open
-from tests.interop.test_base import write_tokenizer
 
 import mora_jax as mj
 from mora_jax.models import init_decoder
+from tests.interop.test_load import write_tokenizer
 from tests.models.tiny import LLAMA, fill_randomly, hf_folder, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tests.interop.test_base import write_tokenizer
 
 import mora_jax as mj
 from mora_jax.interop.convert.convert import convert_to_lora
 from mora_jax.interop.load import load_shapes
 from mora_jax.interop.vllm_check import check_folder
+from tests.interop.test_load import write_tokenizer
 from tests.models.tiny import fill_randomly, hf_folder
 
 

@@ -3,13 +3,13 @@
 import math
 
 import pytest
-from tests.planning.test_formula import MODEL
 
 from mora_jax.planning.plan import by_formula
 from mora_jax.planning.search import MARGIN, candidates, recommend
 from mora_jax.planning.topology import read_topology
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.sharding.mesh import AXES
+from tests.planning.test_memory_model import MODEL
 
 
 def run_of(**settings) -> Config:

@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from tests.planning.test_formula import MODEL
 
 from mora_jax.environment import has_libtpu
 from mora_jax.planning.plan import Plan, by_formula
 from mora_jax.planning.topology import read_topology
 from mora_jax.planning.tpu_compile import Compiled, compile_elsewhere
 from mora_jax.training.config.schema import Config, lay_over
+from tests.planning.test_memory_model import MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed")]
 

@@ -8,11 +8,11 @@ import sys
 import urllib.request
 
 import pytest
-from tests.training.test_checkpoint import newest, same, state, write
 
 from mora_jax.errors import InputError
 from mora_jax.training.run import storage
 from mora_jax.training.run.directory import RunDirectory
+from tests.training.run.test_checkpoint import newest, same, state, write
 
 pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
 create_server = pytest.importorskip("gcp_storage_emulator.server", reason="the emulator is not installed").create_server

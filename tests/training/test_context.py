@@ -5,9 +5,9 @@ import re
 import jax
 import numpy as np
 import pytest
-from tests.training.test_sharding import assert_same_curve, eight_devices, gathers
 
 from tests.training.meshed import run
+from tests.training.sharding.test_rules import assert_same_curve, eight_devices, gathers
 
 CASES = [
     ("lora", (1, 1, 1, 4), {"dropout": 0.3}),

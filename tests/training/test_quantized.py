@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from tests.training.test_processes import alone, arguments, same_run
 
 from mora_jax.cli.main import main
 from mora_jax.errors import InputError
@@ -13,6 +12,7 @@ from mora_jax.training import loop
 from mora_jax.training.config.adapter import METHOD_KEYS
 from mora_jax.training.config.schema import Config, check_quantize, lay_over
 from tests.evaluation import tiny
+from tests.training.distributed.test_processes import alone, arguments, same_run
 from tests.training.launching import run as launched
 from tests.training.test_loop import ROWS, Interrupting, config, metrics, quiet
 
