@@ -16,7 +16,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # They also share a pool of threads, in which programs of several devices that are under way together can wait for one
 # another for ever: one after the other.
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# Tests compile much and compute little, so LLVM's optimisations cost more than they save.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+)
 # torch's idle threads would spin on the cores that jax uses.
 os.environ["OMP_NUM_THREADS"] = "1"
 # No test reaches the network.

@@ -52,7 +52,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"use_cache": "x"},
         "transformers, which reads config.json for the tokenizer, refuses it: .*'use_c",
     ),
-    "dtype": ({"dtype": "x"}, "cannot load a tokenizer from .*: AttributeError: "),
     "remote code": ({"auto_map": 3}, "cannot load a tokenizer from .*: TypeError: "),
 }
 WEIGHTS: dict[str, tuple[bytes, str]] = {

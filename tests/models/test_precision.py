@@ -18,7 +18,7 @@ def test_flags_of_the_processor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "backend, flags, expected",
+    "platform, flags, expected",
     [
         ("cpu", {"avx512_bf16"}, "bfloat16"),
         ("cpu", {"amx_bf16", "fpu"}, "bfloat16"),
@@ -27,8 +27,8 @@ def test_flags_of_the_processor(tmp_path):
         ("tpu", set(), "bfloat16"),
     ],
 )
-def test_default(monkeypatch, backend, flags, expected):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_default(monkeypatch, platform, flags, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(backend, "_cpu_flags", lambda: flags)
     assert backend.read_dtype(None) == jnp.dtype(expected)
 

@@ -252,7 +252,7 @@ def test_settings_that_cannot_be(config):
     for values, words in (
         ({"restart_every": 0}, "restart_every"),
         ({"restart_every": 5, "restart_warmup": 6}, "restart_warmup must be an integer from 0 to restart_every=5"),
-        ({"prune": 1.5}, "prune must be a share"),
+        ({"prune": 1.5}, "prune must be a finite number, at least 0 and at most 1"),
     ):
         with pytest.raises(ValueError, match=words):
             config(**values)

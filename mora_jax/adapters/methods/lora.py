@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Layout, constant, over_layers, positive
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Layout, as_rngs, constant, over_layers, positive
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
@@ -335,9 +335,10 @@ class LoRALinear(AdaptedLinear):
         rank: int,
         alpha: float,
         dropout: float = 0.0,
-        rngs: nnx.Rngs,
+        rngs: Any,
         **linear: Any,
     ):
+        rngs = as_rngs(rngs)
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
         adapter = LoRA(in_features, out_features, config, rngs=rngs)

@@ -1,6 +1,7 @@
 """The clock, the range of a trace, the names of plots, and the reasons for a second compilation."""
 
 import threading
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,8 @@ def test_an_error_of_a_writer_reaches_the_run():
 
 class Doubling(Runner):
     """The smallest runner."""
+
+    devices: ClassVar[list] = jax.devices()[:1]
 
     def lower(self, state, frozen, batch):
         return jax.jit(lambda state, frozen, batch: (state, 2 * batch["x"])).lower(state, frozen, batch)
