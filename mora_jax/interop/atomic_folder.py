@@ -44,7 +44,7 @@ def new_folder(out: str | os.PathLike[str], *, ours: Collection[str] = (), overw
     try:
         parent = target if inside else target.parent
         parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=os.path.realpath(parent)))
     except OSError as error:
         raise InputError(f"{target} cannot be made: {error.strerror}") from None
     try:
@@ -143,7 +143,7 @@ def _move_into(staged: Path, target: Path, ours: Collection[str]) -> None:
     new = sorted(path.name for path in staged.iterdir())
     old = [path.name for path in target.iterdir()]
     replaced = [name for name in old if name in new or any(fnmatch.fnmatchcase(name, one) for one in ours)]
-    aside = Path(tempfile.mkdtemp(prefix=_OLD, dir=target))
+    aside = Path(tempfile.mkdtemp(prefix=_OLD, dir=os.path.realpath(target)))
     with _held(aside):
         try:
             (aside / _ADDED).write_text("\n".join(set(new) - set(old)), encoding="utf-8")

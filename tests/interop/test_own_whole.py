@@ -145,6 +145,7 @@ def test_files_that_do_not_fit_change_nothing(tmp_path, settings, broken, line):
     assert nnx.graphdef(model) == before
 
 
+@pytest.mark.peers
 def test_the_real_peft_loads_it(tmp_path):
     class Twin(torch.nn.Module):
         def __init__(self):

@@ -183,9 +183,9 @@ def test_two_runs_at_once_do_not_share_a_folder(inputs, tmp_path, monkeypatch):
         assert list(out.iterdir()) == []
     real = loop.prepare
 
-    def slow(wanted):
+    def slow(wanted, objects):
         loop.RunDirectory(out).create(dataclasses.replace(wanted, seed=5), overwrite=False)  # the other one is quicker
-        return real(wanted)
+        return real(wanted, objects)
 
     monkeypatch.setattr(loop, "prepare", slow)
     with pytest.raises(InputError, match=r"holds a run already \(config.json\)"):

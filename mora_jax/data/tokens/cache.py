@@ -93,7 +93,8 @@ def writable(folder: Path) -> bool:
 
 
 def _fill(place: Path, collected: _Collected, facts: dict[str, Any]) -> None:
-    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    # The real path: from Python 3.12 on mkdtemp cuts "link/.." out of what it returns, which is another folder.
+    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=os.path.realpath(place.parent)))
     try:
         write(beside / "tokens.arrow", collected)
         known = facts | collected.facts()
