@@ -353,7 +353,7 @@ class Trainer:
             if note:
                 self.display.note(note)
         self.last_loss = loss if math.isfinite(loss) else self.last_loss
-        if step % self.config.train.log_every == 0 or step == self.setup.plan.steps:
+        if step % self.config.train.log_every == 0 or step == self._last_step:
             row = {
                 "step": step,
                 "loss": loss,

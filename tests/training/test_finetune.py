@@ -131,6 +131,9 @@ def test_callbacks_see_every_row_and_can_end_the_training(model_path):
     assert found.summary["steps"] < 5 and not found.interrupted
     assert seen == found.metrics
     assert "eval_loss" in seen[-1]
+    # The last step is logged, whatever log_every says.
+    found = tune(model_path, steps=50, callbacks=[lambda row: row["step"] >= 3], keys={"train.log_every": 3})
+    assert [row["step"] for row in found.metrics] == [3, found.summary["steps"]]
 
 
 def test_an_interrupt_gives_back_what_was_trained(model_path, tmp_path, monkeypatch):
