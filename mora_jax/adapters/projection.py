@@ -173,11 +173,6 @@ class Projection(nnx.Module):
         self._index(name)
         self.adapters[name] = adapter
 
-    def remove_adapters(self) -> None:
-        """Takes every adapter off; the kernel stays as it is."""
-        for name in list(self.adapters):
-            del self.adapters[name]
-
     def put_part_weight(self, name: str, weight: Array) -> None:
         """Writes the kernel of one part, laid out as `part_weight` gives it."""
         shape = self.layout.part_shape(self._index(name))

@@ -21,7 +21,7 @@ Shardings = Callable[[nnx.Variable], Sharding]
 
 
 def read_sharded(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], sharding: Sharding) -> jax.Array:
-    """A parameter on its devices; each region is read when its device's turn comes, and let go of again.
+    """A parameter on its devices; each region is read when its device's turn comes, and freed again.
 
     Args:
         entry: the parameter and the tensors that make it up.

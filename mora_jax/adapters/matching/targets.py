@@ -13,7 +13,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config import Targets
-from mora_jax.adapters.layers import Adapted, adapted_class, plain_class
+from mora_jax.adapters.layers import Adapted, adapted_class
 from mora_jax.adapters.matching.forms import FORMS, bias_param, kernel_of
 from mora_jax.adapters.matching.naming import nearest, quoted, summary
 from mora_jax.adapters.matching.registered import recognise
@@ -205,11 +205,6 @@ def has_adapter(place: Place) -> bool:
 def layer_number(path: str) -> int | None:
     """The number of the layer that a module path lies in: its first component that is a number, behind a name."""
     return next((int(name) for name in path.split(".")[1:] if name.isdecimal()), None)
-
-
-def layer_kind(place: Place) -> type:
-    """The plain class of the layer, whether it is adapted already or not."""
-    return plain_class(type(place.layer)) if isinstance(place.layer, Adapted) else type(place.layer)
 
 
 def matcher(targets: Targets) -> Callable[[str, bool], bool]:

@@ -166,7 +166,7 @@ class Stoppable:
 
 
 class StopSignals:
-    """Turns signals into a wish that the loop reads at each step's border. A context manager.
+    """Turns signals into a stop request that the loop reads after each step. A context manager.
 
     A second SIGINT stops at once: as a KeyboardInterrupt, and where the process is too deep in compiled code or in a
     wait to notice it, two seconds later by ending the process. Whole checkpoints stay whole.
