@@ -12,6 +12,7 @@ from flax import nnx
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.merge import merge
 from mora_jax.data.read.memory_rows import NAME, memory_rows
+from mora_jax.data.sources import OFF
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
@@ -124,7 +125,7 @@ def finetune(
         steps: optimiser steps; None: `train.epochs` passes over the data.
         batch_size: rows an optimiser step; None: the default of `train.batch_size`.
         learning_rate: its peak; None: the default of `optimizer.learning_rate`.
-        out: the run directory; None writes nothing.
+        out: the run directory; None writes nothing, no tokens into the cache either.
         callbacks: each is called with every row of metrics, of steps and of evaluations, in order; one that returns
             True ends the training after the step at hand.
         config: any other keys of the configuration by dotted name: `{"data.max_length": 128}`.
@@ -239,6 +240,8 @@ def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, A
         if asked:
             raise InputError(f"config: {asked} writes files, which need a run directory: give out=")
         settings.append(("out", "(nothing is written)", "out"))
+        if "data.cache" not in keys:
+            settings.append(("data.cache", OFF, "out"))
     whole = lay_over(Config(), settings)
     check_together(whole)
     return whole

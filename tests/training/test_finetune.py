@@ -83,7 +83,8 @@ def test_the_same_losses_as_the_command(model_path, result, tmp_path, monkeypatc
 
 def test_writes_nothing_without_out(model_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = tune(model_path, steps=1)
+    monkeypatch.setenv("MORA_JAX_CACHE", str(tmp_path / "cache"))
+    found = tune(model_path, rows=[*ROWS, ROWS[0]], steps=1)
     assert found.out is None and found.summary["result"] is None
     assert list(tmp_path.iterdir()) == []
 
