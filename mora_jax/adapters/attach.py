@@ -61,7 +61,7 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
     """
     add_adapters(model, config, rngs=rngs)
     if isinstance(config, FullConfig):
-        return _report_of_everything(model)
+        return report_of_trained(model)
     report = report_of(model, config)
     for one in report.skipped:
         if one.asked:
@@ -213,7 +213,10 @@ def _train_everything(model: nnx.Module) -> None:
         raise ValueError("the model has no parameters to train")
 
 
-def _report_of_everything(model: nnx.Module) -> AttachReport:
+def report_of_trained(model: nnx.Module) -> AttachReport:
+    """The report on what `model` trains: its adapters, or without any all of its parameters."""
+    if any(has_adapter(place) for place in places(model)):
+        return report_of(model)
     return AttachReport("full", (), count(model, AdapterParam), count(model))
 
 

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from flax import nnx
 
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.base import FullParam
+from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.merge import merge
 from mora_jax.data.read.memory_rows import NAME, memory_rows
 from mora_jax.data.sources import OFF
@@ -115,7 +118,7 @@ def finetune(
 
     Args:
         model: a folder, a hub id, or a model of `load_pretrained`, which is trained in place. If it carries
-            adapters already, those are trained.
+            adapters already, those are trained, and after full fine-tuning all parameters again.
         rows: dictionaries in any of the formats that files may have, a `datasets.Dataset`, a table of pandas; or
             paths, as `data.train`.
         adapter_config: a method's configuration, such as `MoRAConfig(rank=8)`; None for a model with adapters.
@@ -218,7 +221,10 @@ def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, A
         arguments["model.path"] = model.name_or_path or MODEL
     adapters = list(adapters_of(model)) if model is not None else []
     settings: list[tuple[str, Any, str]] = []
-    if adapter_config is not None:
+    whole_trained = model is not None and not adapters and bool(jax.tree.leaves(nnx.state(model, FullParam)))
+    if whole_trained and (adapter_config is None or isinstance(adapter_config, FullConfig)):
+        settings.append(("adapter.method", "full", "the model's parameters"))
+    elif adapter_config is not None:
         if adapters:
             raise InputError("the model carries adapters already: leave out adapter_config to train them")
         given = adapter_settings(adapter_config)

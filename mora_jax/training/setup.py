@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of
-from mora_jax.adapters.base import FullParam
+from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of, report_of_trained
+from mora_jax.adapters.base import AdapterParam, FullParam
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.inspect.report import CAUSES
@@ -249,8 +249,8 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
         bucketing=config.data.bucketing,
     )
     check_warmup(config, plan.steps)
-    given = objects.model is not None and any(True for _ in adapters_of(model))
-    attached = report_of(model) if given else put_adapter(model, config, plan.steps)
+    given = objects.model is not None and bool(jax.tree.leaves(nnx.state(model, AdapterParam)))
+    attached = report_of_trained(model) if given else put_adapter(model, config, plan.steps)
     if is_spread(config.mesh, mesh):
         place_model(mesh, model)
     if config.loss.kl_weight:

@@ -11,6 +11,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.base import magnitude_gain
 from mora_jax.adapters.matrices import matrix_of
 from mora_jax.adapters.methods.registry import config_from
 from tests.adapters.formulas import FORMULAS
@@ -163,3 +164,18 @@ def test_complex_inputs_are_refused():
         TypeError, match="adapters have no complex form, and the input of an adapted layer is complex64"
     ):
         model(jnp.ones((2, 3), jnp.complex64))
+
+
+def test_a_magnitude_that_is_the_norm_up_to_rounding_has_gain_1_and_its_gradient():
+    kernel = jax.random.normal(jax.random.key(0), (300, 5), jnp.float32)
+    norms = np.linalg.norm(np.asarray(kernel, np.float64), axis=0)
+
+    def gain(magnitude):
+        return magnitude_gain(magnitude, kernel, jnp.zeros_like(kernel))
+
+    # The sums of two programs differ by so much.
+    for off in (-2e-6, 3e-7, 2e-6):
+        np.testing.assert_array_equal(gain(jnp.asarray(norms * (1 + off), jnp.float32)), np.ones(5))
+    np.testing.assert_allclose(gain(jnp.asarray(norms * 1.0001, jnp.float32)), np.full(5, 1.0001), rtol=1e-6)
+    slope = jax.grad(lambda magnitude: gain(magnitude).sum())(jnp.asarray(norms, jnp.float32))
+    np.testing.assert_allclose(slope, 1 / norms, rtol=1e-5)

@@ -112,9 +112,7 @@ def test_nothing_that_can_be_trained(rows, settings, message, tokenizer):
 def test_ids_outside_the_vocabulary(tokenizer):
     rows = [row("ab", "c", source="f.json, row 9")]
     EncodedDataset.build(rows, tokenizer, vocab_size=len(tokenizer))
-    with pytest.raises(
-        InputError, match=r"f\.json, row 9: token id \d+ is outside the model's 50 embeddings"
-    ):
+    with pytest.raises(InputError, match=r"f\.json, row 9: token id \d+ is outside the model's 50 embeddings"):
         EncodedDataset.build(rows, tokenizer, vocab_size=50)
 
 

@@ -21,7 +21,6 @@ def answers(layers: int, unroll: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.asarray(logits), Generator(model).batch([list(ids[0]), list(ids[1][:4])], 4)
 
 
-
 def test_extend_and_generate_give_what_they_give_without():
     expected = answers(2, 1)
     with jax.enable_x64(True):

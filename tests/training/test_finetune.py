@@ -104,6 +104,15 @@ def test_a_model_is_trained_in_place_and_trained_on(model_path, result):
         tune(model)
 
 
+def test_full_fine_tuning_goes_on(model_path):
+    model, _ = mj.load_pretrained(model_path, dtype="float32", unroll=1)
+    first = tune(model, adapter=mj.FullConfig(), steps=2)
+    again = tune(model, adapter=mj.FullConfig(), steps=1)
+    assert again.summary["trainable_parameters"] == first.summary["trainable_parameters"]
+    assert again.metrics[0]["loss"] < first.metrics[0]["loss"]
+    assert tune(model, adapter=None, steps=1).config.adapter.method == "full"
+
+
 def test_saves_what_was_trained(result, model_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result.save("adapter")

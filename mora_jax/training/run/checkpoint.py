@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -232,11 +233,12 @@ class Checkpoints:
 
     def _none_readable(self, damaged: Mapping[int, str]) -> InputError:
         """What to do where no checkpoint can be read: nothing that loses one, since all of them may be whole."""
-        causes = {why.replace(str(step), "STEP") for step, why in damaged.items()}
-        if len(causes) == 1:
-            (why,) = causes
+        # The messages may name their own step, as a number of its own; the folder's path has digits too.
+        a_step = re.compile(rf"(?<!\d)({'|'.join(map(str, damaged))})(?!\d)")
+        if len({a_step.sub("STEP", why) for why in damaged.values()}) == 1:
+            step, why = next(iter(damaged.items()))
             return InputError(
-                f"no checkpoint in {self._directory} can be read, all for one reason ({why}): the checkpoints may be "
+                f"no checkpoint in {self._directory} can be read, all for one reason (step {step}: {why}): they may be "
                 "whole, so leave them there; see that path, permissions and installed versions are those of the run"
             )
         listed = "; ".join(f"step {step}: {why}" for step, why in damaged.items())

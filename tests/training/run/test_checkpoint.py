@@ -149,17 +149,20 @@ def test_where_all_are_damaged_nothing_is_thrown_away(tmp_path):
 
 
 def test_where_all_fail_alike_they_may_be_whole(tmp_path, monkeypatch):
-    write(tmp_path, {3: None, 6: None})
-    with Checkpoints(tmp_path, 2, IDENTITY) as checkpoints:
+    folder = tmp_path / "run-136" / "6"
+    write(folder, {3: None, 6: None})
+    with Checkpoints(folder, 2, IDENTITY) as checkpoints:
 
         def load(step, **settings):
-            raise ValueError(f"{tmp_path}/{step} was refused")
+            raise ValueError(f"{folder}/{step} was refused")
 
         monkeypatch.setattr(checkpoints._inner, "load", load)
-        with pytest.raises(InputError, match=r"for one reason \(.*/STEP was refused\): .* leave them there") as error:
+        with pytest.raises(
+            InputError, match=r"one reason \(step 6: .*/6/6 was refused\): .* leave them there"
+        ) as error:
             checkpoints.newest(state(0), lambda step: {})
     assert "remove" not in str(error.value)
-    assert newest(tmp_path).step == 6
+    assert newest(folder).step == 6
 
 
 def test_a_folder_named_from_where_one_stands(tmp_path, monkeypatch):
