@@ -15,7 +15,7 @@ from flax import nnx
 from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, constant, params_of
 from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.config.patterns import resolve
-from mora_jax.adapters.layers import turn_adapted
+from mora_jax.adapters.layers import to_adapted_class
 from mora_jax.adapters.matching.forms import FORMS
 from mora_jax.adapters.matching.naming import summary
 from mora_jax.adapters.matching.targets import Place, has_adapter, places, select
@@ -32,7 +32,7 @@ from mora_jax.adapters.summary import adapted_layers as adapted_layers
 from mora_jax.adapters.summary import adapter_at as adapter_at
 from mora_jax.adapters.summary import adapters_of as adapters_of
 from mora_jax.adapters.summary import count, report_of
-from mora_jax.adapters.trainable_base import KEPT, Masters, kept, restore, train_biases, train_modules
+from mora_jax.adapters.trainable_base import KEPT, TrainableBase, kept, restore, train_biases, train_modules
 
 
 def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> AttachReport:
@@ -79,7 +79,7 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
     selected = select(model, config)
     for place, mask in selected:
         _check(place, mask, method, config)
-    config = method.suited(config, [(place.in_features, place.out_features) for place, _ in selected])
+    config = method.configure_for_shapes(config, [(place.in_features, place.out_features) for place, _ in selected])
     with undone_on_error(model):
         if config.modules_to_save:
             train_modules(model, config.modules_to_save)
@@ -157,7 +157,7 @@ def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, 
     if isinstance(weight_of(place.layer).get_value(), jax.ShapeDtypeStruct):
         _start_abstract(adapter, jax.ShapeDtypeStruct((*place.stack, *sizes), place.dtype))
     else:
-        adapter.start(place.kernel)
+        adapter.init_from_kernel(place.kernel)
     add_adapter(place, adapter, rngs)
     return adapter
 
@@ -169,7 +169,7 @@ def _start_abstract(adapter: Adapter, kernel: jax.ShapeDtypeStruct) -> None:
     def start(kernel: jax.Array) -> Adapter:
         copy = nnx.clone(adapter)
         before = params_of(copy)
-        copy.start(lambda: kernel)
+        copy.init_from_kernel(lambda: kernel)
         taken.extend(name for name, value in params_of(copy).items() if before.get(name) is not value)
         return copy
 
@@ -186,7 +186,7 @@ def add_adapter(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
         return
     if not isinstance(place.layer, OutputHead):
         # The layer keeps its identity, so every reference to it in the user's model sees the adapter.
-        turn_adapted(place.layer)
+        to_adapted_class(place.layer)
     place.layer.put_adapter(adapter, rngs)
 
 
@@ -205,11 +205,11 @@ def _train_everything(model: nnx.Module) -> None:
         if isinstance(node, nnx.Param) and jnp.issubdtype(node.dtype, jnp.complexfloating):
             name = ".".join(map(str, path))
             raise ValueError(f"{name} is {node.dtype}, and full fine-tuning trains real numbers alone")
-    masters, trainable = Masters(keep=False), 0
+    base, trained = TrainableBase(keep=False), 0
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
-            trainable += masters.train_all(node)
-    if not trainable:
+            trained += base.train_all(node)
+    if not trained:
         raise ValueError("the model has no parameters to train")
 
 

@@ -41,7 +41,7 @@ def as_rngs(rngs: Any) -> nnx.Rngs:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FusedLayout:
     """How named matrices share one output: `sizes` along `part_axis` of `out_shape`, in order."""
 
     out_shape: tuple[int, ...]
@@ -144,11 +144,11 @@ class Adapter(nnx.Module):
         return 1.0
 
     @classmethod
-    def suited(cls, config: Any, sizes: Iterable[tuple[int, int]]) -> Any:
+    def configure_for_shapes(cls, config: Any, sizes: Iterable[tuple[int, int]]) -> Any:
         """The configuration for layers of these sizes `(in, out)`, for methods in which layers share something."""
         return config
 
-    def start(self, kernel: Callable[[], Array]) -> None:
+    def init_from_kernel(self, kernel: Callable[[], Array]) -> None:
         """Takes from the base what the method starts from; `kernel()` is `[*layers, in, out]`."""
         if getattr(self.config, "use_dora", False):
             self.magnitude = AdapterParam(column_norms(kernel()), axes=self.stacked(self.axes[1]))
@@ -201,7 +201,7 @@ class Adapter(nnx.Module):
         return None if added is None else jnp.where(params["scaling"] != 0, added, 0.0)
 
     @classmethod
-    def fuse(cls, layout: Layout, configs: tuple[Any | None, ...]) -> Delta | None:
+    def fuse(cls, layout: FusedLayout, configs: tuple[Any | None, ...]) -> Delta | None:
         """A faster joint form for several matrices with one input, or None; `configs[i]` is None for a bare part."""
         return None
 
@@ -279,7 +279,7 @@ def params_of(adapter: Adapter) -> dict[str, Array]:
 class PartwiseDelta:
     """The general form of a joint update: each part on its own, then joined. Backward by autodiff of the parts."""
 
-    layout: Layout
+    layout: FusedLayout
     methods: tuple[type[Adapter] | None, ...]
     configs: tuple[Any | None, ...]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, Layout, params_of
+from mora_jax.adapters.base import Adapter, FusedLayout, params_of
 from mora_jax.adapters.matrices import einsum_matrix, matrix_of, stack_of
 from mora_jax.adapters.products.adapted_matmul import adapted_product, scale_features
 from mora_jax.adapters.products.explicit_mesh import explicit_axes, placed_like
@@ -84,7 +84,7 @@ class Adapted:
         """
         adapter = self.adapter
         _refuse_complex(x)
-        layout = Layout((adapter.out_features,), 0, (adapter.out_features,))
+        layout = FusedLayout((adapter.out_features,), 0, (adapter.out_features,))
         dropout = self.adapter_dropout
         drop = (lambda _, x: dropout(x)) if dropout is not None and self.dropping else None
         y = adapted_product(layout, (adapter,), x.reshape(-1, x.shape[-1]), matrix, None, drop, stored)
@@ -303,7 +303,7 @@ def _goes_on(call: Any) -> bool:
     return code is not None and {"super", "__call__"} <= set(code.co_names)
 
 
-def turn_adapted(layer: Any) -> None:
+def to_adapted_class(layer: Any) -> None:
     """Makes a plain layer, in place, one of the adapted class, which is still to be given its adapter."""
     kind: Any = type(layer)
     form = adapted_class(kind)

@@ -13,7 +13,7 @@ from flax import nnx
 from mora_jax.adapters.attach import take_adapter
 from mora_jax.adapters.bank import refuse_banks
 from mora_jax.adapters.base import Adapter
-from mora_jax.adapters.layers import turn_adapted
+from mora_jax.adapters.layers import to_adapted_class
 from mora_jax.adapters.matching.targets import Holders, Place, has_adapter, holders_of, places
 from mora_jax.adapters.matrices import add_to_bias, drop_bias, put_matrix
 from mora_jax.adapters.products.quantization import quantized_format
@@ -192,5 +192,5 @@ def _unmerge(place: Place, entry: Merged) -> None:
     if isinstance(place.layer, OutputHead):
         place.layer.adapter = entry.adapter
         return
-    turn_adapted(place.layer)
+    to_adapted_class(place.layer)
     place.layer.adapter, place.layer.adapter_dropout = entry.adapter, entry.dropout

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, Layout
+from mora_jax.adapters.base import Adapter, FusedLayout
 from mora_jax.adapters.products.adapted_matmul import adapted_product
-from mora_jax.adapters.products.dropout import Dropping
+from mora_jax.adapters.products.dropout import TokenDropout
 from mora_jax.adapters.products.quantization import QuantizedKernel
 
 Array = jax.Array
@@ -69,7 +69,7 @@ class Projection(nnx.Module):
             raise ValueError(f"parts of sizes {sizes} don't fill axis {part_axis} of out_shape {out_shape}")
         self.parts = tuple(parts)
         self.in_features = in_features
-        self.layout = Layout(tuple(out_shape), part_axis, tuple(part.size for part in parts))
+        self.layout = FusedLayout(tuple(out_shape), part_axis, tuple(part.size for part in parts))
         self.axes = tuple(axes)
         self.num_layers = num_layers
         self.path = path
@@ -94,13 +94,13 @@ class Projection(nnx.Module):
         self.bias = nnx.data(bias)
         self.adapters: Any = nnx.Dict()
 
-    def __call__(self, x: Array, *, dropping: Dropping | None = None) -> Array:
+    def __call__(self, x: Array, *, token_dropout: TokenDropout | None = None) -> Array:
         """`x [..., in]` → `[..., *out_shape]` in the dtype of `x`, on leaves without layer axis.
 
         Args:
             x: input in the compute dtype. With `lead` the kernel comes as `[in, lead axis, other axes]`: flattened,
                 it is then cut into blocks of whole columns, as a mesh cuts it.
-            dropping: turns the adapters' dropout on; each part draws its own mask.
+            token_dropout: turns the adapters' dropout on; each part draws its own mask.
         """
         flat = x.reshape(-1, self.in_features)
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
@@ -112,10 +112,10 @@ class Projection(nnx.Module):
             bias = None if bias is None else jnp.moveaxis(bias, lead, 0)
         found = tuple(self.adapters.get(part.name) for part in self.parts)
         dropout = None
-        if dropping is not None and any(a is not None and a.config.dropout > 0 for a in found):
+        if token_dropout is not None and any(a is not None and a.config.dropout > 0 for a in found):
 
             def dropout(i: int, x: Array) -> Array:
-                return dropping.fold(i).drop(x, found[i].config.dropout)
+                return token_dropout.fold(i).drop(x, found[i].config.dropout)
 
         y = adapted_product(layout, found, flat, kernel, bias, dropout)
         y = y.reshape(*x.shape[:-1], *layout.out_shape)
@@ -192,10 +192,10 @@ class Projection(nnx.Module):
         self.bias[...] = bias.at[index].set(total.astype(bias.dtype))
 
 
-def _led_by(layout: Layout, lead: int) -> Layout:
+def _led_by(layout: FusedLayout, lead: int) -> FusedLayout:
     """The layout with the axis `lead` of its output moved to the front."""
     order = [lead, *(i for i in range(len(layout.out_shape)) if i != lead)]
-    return Layout(tuple(layout.out_shape[i] for i in order), order.index(layout.part_axis), layout.sizes)
+    return FusedLayout(tuple(layout.out_shape[i] for i in order), order.index(layout.part_axis), layout.sizes)
 
 
 class OutputHead(nnx.Module):

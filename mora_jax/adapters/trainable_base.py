@@ -21,7 +21,7 @@ from mora_jax.adapters.projection import Projection
 KEPT = "trained_from"
 
 
-class Masters:
+class TrainableBase:
     """Makes masters of parameters; a parameter that several modules share stays shared."""
 
     def __init__(self, *, keep: bool):
@@ -68,7 +68,7 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
     Raises:
         ValueError: a name that no module has; a matrix that is stored together with others which are not named.
     """
-    masters, found = Masters(keep=True), set()
+    trainable, found = TrainableBase(keep=True), set()
     for path, module in named_modules(model):
         hits = [name for name in names if any(name in one.split(".") for one in path)]
         if not hits:
@@ -83,7 +83,7 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
             if others:
                 raise ValueError(f"modules_to_save: {hits[0]} is stored together with {others[0]}; name that too")
         found.update(hits)
-        masters.train_all(module)
+        trainable.train_all(module)
     missing = [name for name in names if name not in found]
     if missing:
         known = sorted({one.rpartition(".")[2] for path, _ in named_modules(model) for one in path})
@@ -92,10 +92,10 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
 
 def train_biases(model: nnx.Module) -> None:
     """Trains every `bias` of modules without adapters (norms, convolutions), keeping the frozen values."""
-    masters = Masters(keep=True)
+    trainable = TrainableBase(keep=True)
     for _, module in named_modules(model):
         if not isinstance(module, Projection | Adapted) and _is_param(getattr(module, "bias", None)):
-            masters.train(module, "bias")
+            trainable.train(module, "bias")
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module]]:

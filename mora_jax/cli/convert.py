@@ -141,8 +141,8 @@ def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
     model = load_pretrained(args.model, dtype="float32")[0] if whole else load_shapes(args.model)
     adapters = {name: read_adapter(model, folder, strict=args.strict)[0] for name, folder in folders.items()}
     weights = dict(zip(folders, args.weights, strict=True))
-    fillings, conversion = combine(model, adapters, weights, args.combine, args.rank)
-    install(model, fillings)
+    by_path, conversion = combine(model, adapters, weights, args.combine, args.rank)
+    install(model, by_path)
     return model, conversion
 
 

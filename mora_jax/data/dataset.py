@@ -11,7 +11,7 @@ import numpy as np
 
 from mora_jax.data.batch_plan import padded_length
 from mora_jax.data.conversation import Row
-from mora_jax.data.examples import Fates, find_examples, flat_weights
+from mora_jax.data.examples import RowOutcomes, find_examples, flat_weights
 from mora_jax.data.formats.rows import Rows
 from mora_jax.data.inspect.report import Counted, Report, count
 from mora_jax.data.loss_weights import LossWeights, normalize, response_tokens, token_weights
@@ -146,11 +146,11 @@ class EncodedDataset(Sequence[Example]):
         if rows is not None:
             chosen[:] = False
             chosen[rows] = True
-        fates = Fates()
+        outcomes = RowOutcomes()
         counts = facts.get("counts", {})
         if counts.get("skipped"):
             # Of the whole store, also where only a part of its rows is chosen: a bad row belongs to no part.
-            fates.dropped["bad_row"] = counts["skipped"]
+            outcomes.dropped["bad_row"] = counts["skipped"]
         found: list[np.ndarray] = []
         counted: list[Counted] = []
         first = 0
@@ -159,7 +159,7 @@ class EncodedDataset(Sequence[Example]):
             if here.any():
                 self._check_ids(flat, first, vocab_size)
                 weights = flat_weights(flat, self.loss)
-                examples = find_examples(flat, weights, here, self.max_length, self.truncation, fates)
+                examples = find_examples(flat, weights, here, self.max_length, self.truncation, outcomes)
                 found.append(examples + np.array([first, 0, 0, 0]))
                 counted.append(count(flat, weights, here, special))
             first += len(flat)
@@ -171,7 +171,7 @@ class EncodedDataset(Sequence[Example]):
         }
         known |= {"fell_back": counts.get("fell_back", 0), "notes": [*facts.get("notes", ()), *notes(counts)]}
         self.report = Report.of(
-            counted, fates, kept=len(table), mode=self.loss.mode, max_length=self.max_length, **known
+            counted, outcomes, kept=len(table), mode=self.loss.mode, max_length=self.max_length, **known
         )
 
     def _check_ids(self, flat: FlatRows, first: int, vocab_size: int | None) -> None:

@@ -12,7 +12,7 @@ from mora_jax.data.truncation import Cut, cut
 
 
 @dataclass
-class Fates:
+class RowOutcomes:
     """What became of rows, counted.
 
     Attributes:
@@ -63,7 +63,7 @@ def flat_weights(flat: FlatRows, loss: LossWeights) -> np.ndarray:
 
 
 def find_examples(
-    flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, max_length: int, truncation: str, fates: Fates
+    flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, max_length: int, truncation: str, outcomes: RowOutcomes
 ) -> np.ndarray:
     """The examples that rows become.
 
@@ -73,7 +73,7 @@ def find_examples(
       chosen: `[R]` bool, the rows to look at.
       max_length: the most tokens of an example.
       truncation: see `cutting.cut`.
-      fates: counts, added to.
+      outcomes: counts, added to.
 
     Returns:
       `[E, 4]` int64: the row of each example, and its `Cut`.
@@ -84,27 +84,27 @@ def find_examples(
     usable = (flat.weight > 0) & (trained > 0)
     whole = chosen & usable & (lengths <= max_length)
     examples = [(row, 0, 0, int(lengths[row])) for row in np.flatnonzero(whole).tolist()]
-    fates.tokens += int(lengths[whole].sum())
-    fates.trained_tokens += int(trained[whole].sum())
-    fates.trained_before += int(trained[chosen & usable].sum())
+    outcomes.tokens += int(lengths[whole].sum())
+    outcomes.trained_tokens += int(trained[whole].sum())
+    outcomes.trained_before += int(trained[chosen & usable].sum())
     for row in np.flatnonzero(chosen & ~whole).tolist():
         if not usable[row]:
-            fates.drop("no_weight" if answers[row] else "no_answer")
+            outcomes.drop("no_weight" if answers[row] else "no_answer")
             continue
         part = slice(int(flat.offsets[row]), int(flat.offsets[row + 1]))
         cuts = cut(flat.segments[part], weights[part], max_length, truncation)
-        _count_cuts(fates, cuts, truncation)
+        _count_cuts(outcomes, cuts, truncation)
         for piece in cuts:
             examples.append((row, *piece))
-            fates.tokens += piece.length
-            fates.trained_tokens += int(np.count_nonzero(piece.take(weights[part])[1:]))
+            outcomes.tokens += piece.length
+            outcomes.trained_tokens += int(np.count_nonzero(piece.take(weights[part])[1:]))
     return np.array(sorted(examples), np.int64).reshape(-1, 4)
 
 
-def _count_cuts(fates: Fates, cuts: list[Cut], truncation: str) -> None:
+def _count_cuts(outcomes: RowOutcomes, cuts: list[Cut], truncation: str) -> None:
     if not cuts:
-        fates.drop("too_long" if truncation == "drop" else "answer_cut_off")
+        outcomes.drop("too_long" if truncation == "drop" else "answer_cut_off")
     elif truncation == "split":
-        fates.split += 1
+        outcomes.split += 1
     else:
-        fates.truncated += 1
+        outcomes.truncated += 1

@@ -17,7 +17,7 @@ from mora_jax.adapters.methods.lora_init import FROM_BASE
 from mora_jax.errors import InputError
 
 
-class Filling(NamedTuple):
+class AdapterValues(NamedTuple):
     """What one matrix gets.
 
     Attributes:
@@ -30,12 +30,12 @@ class Filling(NamedTuple):
     values: Mapping[str, np.ndarray]
 
 
-def install(model: nnx.Module, fillings: Mapping[str, Filling], *, modules_to_save: tuple[str, ...] = ()) -> None:
-    """Attaches an adapter to every path of `fillings` and gives it its values.
+def install(model: nnx.Module, by_path: Mapping[str, AdapterValues], *, modules_to_save: tuple[str, ...] = ()) -> None:
+    """Attaches an adapter to every path of `by_path` and gives it its values.
 
     Args:
         model: a model without adapters; changed in place.
-        fillings: by module path.
+        by_path: by module path.
         modules_to_save: names of modules that become trained whole.
 
     Raises:
@@ -45,15 +45,15 @@ def install(model: nnx.Module, fillings: Mapping[str, Filling], *, modules_to_sa
     if any(has_adapter(place) for place in found):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
     possible = [path for place in found for path in place.paths]
-    absent = sorted(set(fillings) - set(possible))
+    absent = sorted(set(by_path) - set(possible))
     if absent:
         raise InputError(f"the model has no {first(absent)}")
     for place in found:
-        settings = {_settings(fillings[path].config) for path in place.paths if path in fillings} - {None}
+        settings = {_settings(by_path[path].config) for path in place.paths if path in by_path} - {None}
         if len(settings) > 1:
             raise InputError(f"{place.title} is one stack, whose layers have to agree in everything but their ranks")
     with undone_on_error(model):
-        for config in _configs(fillings, possible):
+        for config in _configs(by_path, possible):
             changes = dataclasses.replace(config, modules_to_save=modules_to_save)
             try:
                 attach(model, changes, rngs=nnx.Rngs(0))
@@ -61,15 +61,15 @@ def install(model: nnx.Module, fillings: Mapping[str, Filling], *, modules_to_sa
                 raise InputError(str(error)) from None
             modules_to_save = ()
         for place in found:
-            layers = {i: fillings[path].values for i, path in enumerate(place.paths) if path in fillings}
+            layers = {i: by_path[path].values for i, path in enumerate(place.paths) if path in by_path}
             if layers:
                 _fill(place, layers)
 
 
-def _configs(fillings: Mapping[str, Filling], possible: list[str]) -> list[Any]:
+def _configs(by_path: Mapping[str, AdapterValues], possible: list[str]) -> list[Any]:
     """As few configurations as there are methods, with patterns for what differs by layer."""
     groups: dict[Any, list[str]] = {}
-    for path, (config, _) in fillings.items():
+    for path, (config, _) in by_path.items():
         if config is not None:
             groups.setdefault(_settings(config), []).append(path)
     configs = []
@@ -77,7 +77,7 @@ def _configs(fillings: Mapping[str, Filling], possible: list[str]) -> list[Any]:
         targets = targets_for(paths, possible)
         changes: dict[str, Any] = {"targets": targets if isinstance(targets, str) else tuple(targets)}
         for name in _varied(config):
-            values = {path: getattr(fillings[path].config, name) for path in paths}
+            values = {path: getattr(by_path[path].config, name) for path in paths}
             # Scalings are filled in afterwards; only what is taken from the base has to know them before.
             if name == "rank" or config.init in FROM_BASE:
                 changes[name] = max(values.values())

@@ -14,8 +14,8 @@ from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling, first
-from mora_jax.interop.read_adapter import Fillings
+from mora_jax.interop.adapter_values import AdapterValues, first
+from mora_jax.interop.read_adapter import ValuesByPath
 
 
 def placed_banks(model: nnx.Module) -> Iterator[tuple[Place, Bank]]:
@@ -25,24 +25,24 @@ def placed_banks(model: nnx.Module) -> Iterator[tuple[Place, Bank]]:
             yield place, place.adapter
 
 
-def check_places(model: nnx.Module, fillings: Fillings) -> list[tuple[Place, list[Filling]]]:
+def check_places(model: nnx.Module, by_path: ValuesByPath) -> list[tuple[Place, list[AdapterValues]]]:
     """The places that an adapter is for, with its values for them.
 
     Raises:
         InputError: a path that the model lacks, or a place where the adapter can't stand beside those that are there.
     """
     found = list(places(model))
-    absent = sorted(set(fillings) - {path for place in found for path in place.paths})
+    absent = sorted(set(by_path) - {path for place in found for path in place.paths})
     if absent:
         raise InputError(f"the model has no {first(absent)}")
-    filled = [(place, [fillings[path] for path in place.paths if path in fillings]) for place in found]
+    filled = [(place, [by_path[path] for path in place.paths if path in by_path]) for place in found]
     filled = [(place, values) for place, values in filled if values]
     for place, values in filled:
         if place.is_embedding or isinstance(place.layer, OutputHead):
             raise InputError(
                 f"{place.title} is a table that all rows share; an adapter on it can't be used beside others: merge it"
             )
-        sides = {len(filling.values["m"]) for filling in values if "m" in filling.values}
+        sides = {len(adapter_values.values["m"]) for adapter_values in values if "m" in adapter_values.values}
         if isinstance(place.adapter, MoRABank):
             sides.add(place.adapter.m.shape[-1])
         if len(sides) > 1:
@@ -82,31 +82,31 @@ def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
     add_adapter(place, bank, None)
 
 
-def write_slot(place: Place, bank: Bank, slot: int, fillings: Fillings) -> None:
-    """Writes what `fillings` have for a place, zeros for layers without any, those of a lower rank padded."""
+def write_slot(place: Place, bank: Bank, slot: int, by_path: ValuesByPath) -> None:
+    """Writes what `by_path` have for a place, zeros for layers without any, those of a lower rank padded."""
     stack = len(bank.layers)
     values = {}
     for name, variable in bank.arrays().items():
         shape = variable.get_value().shape
         array = np.zeros(shape[:stack] + shape[stack + 1 :], np.float32)
         for layer, path in enumerate(place.paths):
-            if path in fillings:
-                value = np.asarray(fillings[path].values[name])
+            if path in by_path:
+                value = np.asarray(by_path[path].values[name])
                 index: list[Any] = [*place.index(layer), *(slice(size) for size in value.shape)]
                 array[tuple(index)] = value
         values[name] = array
     bank.write(slot, values)
 
 
-def read_slot(place: Place, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, Filling]:
+def read_slot(place: Place, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, AdapterValues]:
     """The values of an adapter at one place, without padding; `configs` are its configurations by module path."""
     arrays = bank.read(slot)
-    fillings = {}
+    by_path = {}
     for layer, path in enumerate(place.paths):
         if path in configs:
             values = {name: array[place.index(layer)] for name, array in arrays.items()}
             if "lora_a" in values:
                 rank = configs[path].rank
                 values |= {"lora_a": values["lora_a"][:, :rank], "lora_b": values["lora_b"][:rank]}
-            fillings[path] = Filling(configs[path], values)
-    return fillings
+            by_path[path] = AdapterValues(configs[path], values)
+    return by_path

@@ -18,7 +18,7 @@ from mora_jax.interop.adapter_values import first
 from mora_jax.interop.hub import load_tokenizer, local_folder
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
 from mora_jax.interop.sharded_read import Shardings, read_quantized, read_sharded
-from mora_jax.interop.tensor_map import Entry, Piece, tensor_plan
+from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.backend import read_dtype
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -157,7 +157,7 @@ def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shar
         entry.parameter.set_value(jnp.asarray(buffer))
 
 
-def _check(pieces: list[Piece], files: TensorFiles, stored_as: dict[str, str]) -> None:
+def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str]) -> None:
     """Compares names and shapes of all tensors before any is read."""
     names = [stored_as.get(piece.name, piece.name) for piece in pieces]
     missing = [name for name in names if name not in files]

@@ -14,13 +14,13 @@ from mora_jax.adapters.bank import NO_SLOT, use
 from mora_jax.adapters.matching.targets import has_adapter, places
 from mora_jax.adapters.merge import Merged, merge
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling, install
+from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.bank_slots import check_places, make_room, placed_banks, read_slot, write_slot
 from mora_jax.interop.convert.combine import combine
 from mora_jax.interop.convert.convert import Conversion
 from mora_jax.interop.peft.config import put_extra_fields
 from mora_jax.interop.peft.save import save_adapter
-from mora_jax.interop.read_adapter import Fillings, bare, fillings_of, read_adapter, same_form
+from mora_jax.interop.read_adapter import ValuesByPath, bare, read_adapter, same_form, values_of
 from mora_jax.paths import local_path
 
 
@@ -100,8 +100,8 @@ class NamedAdapters:
         """
         name = name if name is not None else local_path(path).name
         self._check_new(name)
-        fillings, extra = read_adapter(self.model, path, strict=strict)
-        self._put(name, fillings, extra)
+        by_path, extra = read_adapter(self.model, path, strict=strict)
+        self._put(name, by_path, extra)
         return name
 
     def add(self, name: str, source: nnx.Module) -> None:
@@ -114,7 +114,7 @@ class NamedAdapters:
                 does more than add to matrices of linear layers.
         """
         self._check_new(name)
-        self._put(name, fillings_of(source), {})
+        self._put(name, values_of(source), {})
 
     def add_weighted(
         self, name: str, weights: Mapping[str, float], combination: str, *, rank: int | None = None
@@ -138,8 +138,8 @@ class NamedAdapters:
         if not weights:
             raise InputError("give the weight of at least one adapter")
         adapters = {one: self._read(one) for one in weights}
-        fillings, conversion = combine(self.model, adapters, weights, combination, rank)
-        self._put(name, fillings, {})
+        by_path, conversion = combine(self.model, adapters, weights, combination, rank)
+        self._put(name, by_path, {})
         return conversion
 
     def delete(self, name: str) -> None:
@@ -182,9 +182,9 @@ class NamedAdapters:
 
     def keep(self, name: str) -> None:
         """Leaves one adapter on the model, as `load_adapter` would have put it there, and nothing of the others."""
-        fillings, extra = self._read(name), self._find(name).extra
+        by_path, extra = self._read(name), self._find(name).extra
         self.clear()
-        install(self.model, fillings)
+        install(self.model, by_path)
         put_extra_fields(self.model, extra)
 
     def merge(self, name: str) -> tuple[Merged, ...]:
@@ -210,26 +210,28 @@ class NamedAdapters:
             raise InputError(f"there is no adapter {name!r}; there are {known}")
         return self._named[name]
 
-    def _read(self, name: str) -> dict[str, Filling]:
+    def _read(self, name: str) -> dict[str, AdapterValues]:
         """The values of an adapter as they are now."""
         slot, configs, _ = self._find(name)
         found = [read_slot(place, bank, slot, configs) for place, bank in placed_banks(self.model)]
-        return {path: filling for part in found for path, filling in part.items()}
+        return {path: adapter_values for part in found for path, adapter_values in part.items()}
 
-    def _put(self, name: str, fillings: Fillings, extra: Mapping[str, Any]) -> None:
+    def _put(self, name: str, by_path: ValuesByPath, extra: Mapping[str, Any]) -> None:
         """Writes a new adapter into a free slot, making room where there is none."""
         if self._named:
             other = next(iter(self._named))
-            same_form({other: self._read(other), name: fillings})
-        filled = check_places(self.model, fillings)
+            same_form({other: self._read(other), name: by_path})
+        filled = check_places(self.model, by_path)
         used = {one.slot for one in self._named.values()}
         slot = next(i for i in range(len(used) + 1) if i not in used)
         self._slots = self._slots if slot < self._slots else 2 * self._slots
         for place, values in filled:
-            make_room(place, [filling.config for filling in values], self._slots, self._rank)
+            make_room(place, [adapter_values.config for adapter_values in values], self._slots, self._rank)
         for place, _ in list(placed_banks(self.model)):
             make_room(place, [], self._slots, self._rank)
         for place, bank in placed_banks(self.model):
-            write_slot(place, bank, slot, fillings)
-        self._named[name] = _Named(slot, {path: filling.config for path, filling in fillings.items()}, extra)
+            write_slot(place, bank, slot, by_path)
+        self._named[name] = _Named(
+            slot, {path: adapter_values.config for path, adapter_values in by_path.items()}, extra
+        )
         self.set_active(name if len(self._named) == 1 else self._active)

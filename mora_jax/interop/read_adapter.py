@@ -12,14 +12,14 @@ from mora_jax.adapters.config import LoRAConfig, MoRAConfig, RsLoRAConfig
 from mora_jax.adapters.matching.targets import has_adapter, places
 from mora_jax.adapters.summary import adapters_of
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.config import extra_fields
 from mora_jax.interop.peft.load import load_adapter
 from mora_jax.interop.peft.normalise import plain_lora
 from mora_jax.interop.peft.restarted_base import has_other_base
 from mora_jax.interop.tensor_map import trained_weights
 
-Fillings = Mapping[str, Filling]
+ValuesByPath = Mapping[str, AdapterValues]
 
 
 def bare(model: nnx.Module) -> nnx.Module:
@@ -31,7 +31,7 @@ def bare(model: nnx.Module) -> nnx.Module:
     return copy
 
 
-def read_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Fillings, dict]:
+def read_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: bool = False) -> tuple[ValuesByPath, dict]:
     """The values of an adapter folder, by module path, and the fields of a newer PEFT in its configuration.
 
     Args:
@@ -40,17 +40,17 @@ def read_adapter(model: nnx.Module, path: str | os.PathLike[str], *, strict: boo
         strict: as for `load_adapter`.
 
     Raises:
-        InputError: as `load_adapter` and `fillings_of`.
+        InputError: as `load_adapter` and `values_of`.
     """
     copy = bare(model)
     load_adapter(copy, path, strict=strict)
     try:
-        return fillings_of(copy), extra_fields(copy)
+        return values_of(copy), extra_fields(copy)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def fillings_of(model: nnx.Module) -> Fillings:
+def values_of(model: nnx.Module) -> ValuesByPath:
     """The adapters of a model, by module path: LoRA (whatever it was trained as) or MoRA of one kind.
 
     Raises:
@@ -60,42 +60,42 @@ def fillings_of(model: nnx.Module) -> Fillings:
         raise InputError("it trains modules whole (modules_to_save), which several adapters can't share; merge it")
     if has_other_base(model):
         raise InputError("it comes with a base of its own, which several adapters can't share; merge it")
-    fillings: dict[str, Filling] = {}
+    by_path: dict[str, AdapterValues] = {}
     for entry in map(plain_lora, adapters_of(model)):
         for name, what in (("magnitude", "DoRA's magnitude"), ("bias", "a trained bias")):
             if name in entry.params:
                 raise InputError(f"{entry.path} has {what}, which doesn't add up with other adapters; merge it instead")
         if type(entry.config) not in (LoRAConfig, RsLoRAConfig, MoRAConfig):
             raise InputError(f"{entry.path} has {entry.method}, but only LoRA and MoRA can be used beside others")
-        fillings[entry.path] = Filling(entry.config, entry.params)
-    if not fillings:
+        by_path[entry.path] = AdapterValues(entry.config, entry.params)
+    if not by_path:
         raise InputError("the model has no adapter")
-    form_of(fillings)
-    return fillings
+    form_of(by_path)
+    return by_path
 
 
-def form_of(fillings: Fillings) -> str:
+def form_of(by_path: ValuesByPath) -> str:
     """The method of all values, in words: those of equal words can share a bank, or be added up.
 
     Raises:
         InputError: there are several methods.
     """
     forms = {
-        f"MoRA of kind {filling.config.kind}" if isinstance(filling.config, MoRAConfig) else "LoRA"
-        for filling in fillings.values()
+        f"MoRA of kind {adapter_values.config.kind}" if isinstance(adapter_values.config, MoRAConfig) else "LoRA"
+        for adapter_values in by_path.values()
     }
     if len(forms) > 1:
         raise InputError(f"it has {' and '.join(sorted(forms))}, but one adapter is of one method here")
     return forms.pop()
 
 
-def same_form(adapters: Mapping[str, Fillings]) -> str:
+def same_form(adapters: Mapping[str, ValuesByPath]) -> str:
     """The method of several adapters, by name.
 
     Raises:
         InputError: they have different ones.
     """
-    forms = {name: form_of(fillings) for name, fillings in adapters.items()}
+    forms = {name: form_of(by_path) for name, by_path in adapters.items()}
     first, *others = forms
     for other in others:
         if forms[other] != forms[first]:

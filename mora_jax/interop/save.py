@@ -22,7 +22,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop.atomic_folder import new_folder
 from mora_jax.interop.hub import TOKENIZER_FILES
 from mora_jax.interop.safetensors_io import write_tensors
-from mora_jax.interop.tensor_map import Entry, Piece, tensor_plan
+from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import family_of
@@ -179,7 +179,7 @@ def tensors_of(model: Decoder, dtype: np.dtype | type = np.float32) -> Iterator[
         yield name, zeros.astype(dtype)
 
 
-def _gathered(entry: Entry) -> Iterator[tuple[Piece, np.ndarray]]:
+def _gathered(entry: Entry) -> Iterator[tuple[TensorRegion, np.ndarray]]:
     """The tensors of one parameter; of a stack no more than one layer is brought from the devices at once."""
     array = entry.parameter.get_value()
     for layer, group in itertools.groupby(entry.pieces, key=lambda piece: piece.index[0] if piece.index else None):

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 from mora_jax.adapters.products.quantization import BLOCK, QuantizedKernel, block_scales, quantize, rows_per_block
 from mora_jax.interop.safetensors_io import TensorFiles
-from mora_jax.interop.tensor_map import Entry, Piece
+from mora_jax.interop.tensor_map import Entry, TensorRegion
 
 #: The sharding of each parameter of a model.
 Shardings = Callable[[nnx.Variable], Sharding]
@@ -66,7 +66,9 @@ def read_region(
     return values
 
 
-def _shared(piece: Piece, shape: tuple[int, ...], box: list[range]) -> tuple[tuple[Any, ...], list[range]] | None:
+def _shared(
+    piece: TensorRegion, shape: tuple[int, ...], box: list[range]
+) -> tuple[tuple[Any, ...], list[range]] | None:
     """What a piece and a box of the parameter share: where that lies in the box, and in the piece's region."""
     target: list[Any] = []
     inner: list[range] = []
@@ -86,7 +88,7 @@ def _shared(piece: Piece, shape: tuple[int, ...], box: list[range]) -> tuple[tup
     return tuple(target), inner
 
 
-def _read(piece: Piece, files: TensorFiles, name: str, inner: list[range]) -> np.ndarray:
+def _read(piece: TensorRegion, files: TensorFiles, name: str, inner: list[range]) -> np.ndarray:
     """Part of a tensor, laid out as the piece's region is."""
     sizes = [len(part) for part in inner]
     if not piece.matrix:

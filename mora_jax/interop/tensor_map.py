@@ -13,7 +13,7 @@ from flax import nnx
 from mora_jax.adapters.base import AdapterParam, FullParam, host
 from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.adapters.projection import Projection
-from mora_jax.adapters.trainable_base import Masters
+from mora_jax.adapters.trainable_base import TrainableBase
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.norms import RMSNorm
 
@@ -22,7 +22,7 @@ _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.Instance
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class TensorRegion:
     """One tensor of a file and its region of a parameter.
 
     Attributes:
@@ -54,7 +54,7 @@ class Entry:
     """A parameter (or the quantised kernel in its place) and the tensors that make it up."""
 
     parameter: Any
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorRegion, ...]
 
 
 def tensor_plan(model: nnx.Module) -> list[Entry]:
@@ -68,7 +68,9 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
         return [Entry(getattr(module, name), (piece,)) for module, name, piece in _own_parameters(model)]
     config = model.config
     table = (config.vocab_size, config.hidden_size)
-    entries = [Entry(model.embed_tokens.embedding, (Piece(f"{model.embed_tokens.path}.weight", (), table, table),))]
+    entries = [
+        Entry(model.embed_tokens.embedding, (TensorRegion(f"{model.embed_tokens.path}.weight", (), table, table),))
+    ]
     block = model.layers
     attention = block.self_attn
     for norm in (
@@ -90,16 +92,18 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
         entries.extend(_projection(projection))
     entries.append(_norm(model.norm, None))
     if model.lm_head is not None:
-        entries.append(Entry(model.lm_head.kernel, (Piece(f"{config.names.head}.weight", (), table, table),)))
+        entries.append(Entry(model.lm_head.kernel, (TensorRegion(f"{config.names.head}.weight", (), table, table),)))
     return entries
 
 
 def _norm(norm: RMSNorm, num_layers: int | None) -> Entry:
     size = norm.weight.shape[-1]
     if num_layers is None:
-        return Entry(norm.weight, (Piece(f"{norm.path}.weight", (), (size,), (size,)),))
+        return Entry(norm.weight, (TensorRegion(f"{norm.path}.weight", (), (size,), (size,)),))
     names = [norm.path.format(layer=layer) for layer in range(num_layers)]
-    return Entry(norm.weight, tuple(Piece(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names)))
+    return Entry(
+        norm.weight, tuple(TensorRegion(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names))
+    )
 
 
 def _projection(projection: Projection) -> Iterator[Entry]:
@@ -113,8 +117,10 @@ def _projection(projection: Projection) -> Iterator[Entry]:
             path = projection.module_path(part.name, layer)
             size, region = projection.part_features(part.name), (projection.in_features, *shape)
             file_shape = (size, projection.in_features)
-            kernels.append(Piece(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True))
-            biases.append(Piece(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
+            kernels.append(
+                TensorRegion(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True)
+            )
+            biases.append(TensorRegion(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
     yield Entry(projection.kernel, tuple(kernels))
     if projection.bias is not None:
         yield Entry(projection.bias, tuple(biases))
@@ -128,7 +134,7 @@ def _own_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             yield known.get(id(module), ".".join(map(str, path))), module
 
 
-def _own_parameters(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, Piece]]:
+def _own_parameters(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, TensorRegion]]:
     """The base's floating parameters of somebody else's model: the module, the attribute, and the tensor."""
     for path, module in _own_modules(model):
         for name, value in list(vars(module).items()):
@@ -139,7 +145,7 @@ def _own_parameters(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, Piece]
             table = isinstance(module, nnx.Embed) and name == "embedding"
             scale = isinstance(module, _NORMS) and name == "scale"
             leaf = "weight" if (matrix or table or scale) and not hasattr(module, "weight") else name
-            yield module, name, Piece(f"{path}.{leaf}", (), shape, shape[::-1] if matrix else shape, matrix)
+            yield module, name, TensorRegion(f"{path}.{leaf}", (), shape, shape[::-1] if matrix else shape, matrix)
 
 
 def _is_base(value: Any) -> bool:
@@ -186,10 +192,10 @@ def base_names(model: nnx.Module) -> list[str]:
 
 def train_own_weights(model: nnx.Module, names: Container[str]) -> None:
     """Makes parameters of somebody else's model, by name in files, trained ones; their frozen values are kept."""
-    masters = Masters(keep=True)
+    trainable = TrainableBase(keep=True)
     for module, name, piece in list(_own_parameters(model)):
         if piece.name in names:
-            masters.train(module, name)
+            trainable.train(module, name)
 
 
 def put_trained_weights(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:

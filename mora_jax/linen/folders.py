@@ -23,7 +23,7 @@ from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
 from mora_jax.adapters.products.matmul import wide
 from mora_jax.adapters.summary import AdapterEntry, adapters_of
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling, install
+from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.peft import load, save
 from mora_jax.linen.matrices import Matrix
 from mora_jax.linen.merging import Path, layers_of, plain_tree, possible_matrices
@@ -91,7 +91,7 @@ def save_adapter(
         layers = list(layers_of(variables, (config,), report))
     except ValueError as error:
         raise InputError(str(error)) from None
-    places, fillings = [], {}
+    places, by_path = [], {}
     for layer in layers:
         lifts = () if report is None else report.lifts_at(layer.path)
         if len(lifts) != len(layer.stack):
@@ -104,11 +104,11 @@ def save_adapter(
         scaling = np.asarray(check_config(layer.config).scale(layer.config), np.float32)
         for index, name in place.names():
             values = {key: np.asarray(value[index]) for key, value in layer.arrays.items()}
-            fillings[name] = Filling(layer.config, values | {"scaling": scaling})
+            by_path[name] = AdapterValues(layer.config, values | {"scaling": scaling})
     taken = {place.path for place in places}
     others = [place for place in _arrays_of(variables) if place.path not in taken]
     model = _as_nnx(places, others)
-    install(model, fillings)
+    install(model, by_path)
     save.save_adapter(model, out, base_model_name_or_path=base_model_name_or_path, overwrite=overwrite)
 
 

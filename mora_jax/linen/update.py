@@ -71,7 +71,7 @@ def fresh(config: Any, matrix: Matrix, key: Array, kernel: Array) -> tuple[Array
     make = method.for_embedding if matrix.is_embedding else method
     adapter = make(matrix.in_features, matrix.out_features, config, rngs=nnx.Rngs(params=key))
     adapter.fit(kernel.dtype)
-    adapter.start(lambda: kernel)
+    adapter.init_from_kernel(lambda: kernel)
     trained: Arrays = {}
     fixed: Arrays = {}
     for name, variable in vars(adapter).items():

@@ -36,7 +36,7 @@ def chunk_size(vocab_size: int, tokens: int) -> int:
     return max(1, min(wanted, tokens))
 
 
-def compact(
+def pack_weighted_tokens(
     weights: Array, *arrays: Array, vocab_size: int, softcap: float | None, shards: int, chunk: int | None
 ) -> tuple[Options, tuple[Array, ...]]:
     """Brings tokens of non-zero weight to the front of each shard and fills up the last chunk.
@@ -94,7 +94,7 @@ def logits(options: Options, hidden: Array, kernel: Array) -> Array:
     return raw if options.softcap is None else options.softcap * jnp.tanh(raw / options.softcap)
 
 
-def pull_logits(options: Options, capped: Array, slope: Array, kernel: Array) -> tuple[Array, Array]:
+def logits_vjp(options: Options, capped: Array, slope: Array, kernel: Array) -> tuple[Array, Array]:
     """The way back through `logits`.
 
     Args:
@@ -111,7 +111,7 @@ def pull_logits(options: Options, capped: Array, slope: Array, kernel: Array) ->
     return slope, lax.dot_general(slope, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def pull_kernel(slope: Array, hidden: Array) -> Array:
+def kernel_vjp(slope: Array, hidden: Array) -> Array:
     """The derivative by the kernel, float32 `[V, D]`, from that by the uncapped logits `[shards, chunk, V]`."""
     flat, rows = slope.reshape(-1, slope.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
     return lax.dot_general(flat, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.losses.chunked_logits import Options, compact, logits, pull_kernel, pull_logits, put, take, used_chunks
+from mora_jax.losses.chunked_logits import (
+    Options,
+    kernel_vjp,
+    logits,
+    logits_vjp,
+    pack_weighted_tokens,
+    put,
+    take,
+    used_chunks,
+)
 
 Array = jax.Array
 
@@ -81,7 +90,7 @@ def weighted_loss(
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
     """
-    options, (scales, flat, goals) = compact(
+    options, (scales, flat, goals) = pack_weighted_tokens(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
     return _loss(options, flat, kernel, goals, scales)
@@ -97,7 +106,7 @@ def score(
     chunk: int | None = None,
 ) -> Scores:
     """The sums that evaluation reports, in the same chunks as the loss; arguments as in `weighted_loss`."""
-    options, (scales, flat, goals) = compact(
+    options, (scales, flat, goals) = pack_weighted_tokens(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=1, chunk=chunk
     )
     kernel = kernel.astype(flat.dtype)
@@ -147,10 +156,10 @@ def _loss_fwd(options, hidden, kernel, targets, weights):
         nll = (jnp.log(norm) + top)[..., 0] - _picked(z, t)
         total = total + jnp.sum(jnp.where(w > 0, nll * w, 0.0))
         hot = lax.broadcasted_iota(jnp.int32, z.shape, 2) == t[..., None]
-        slope, dh = pull_logits(options, z, (powers / norm - hot) * w[..., None], used)
+        slope, dh = logits_vjp(options, z, (powers / norm - hot) * w[..., None], used)
         dhidden = put(options, index, dhidden, dh)
         if dkernel is not None:
-            dkernel = dkernel + pull_kernel(slope, h)
+            dkernel = dkernel + kernel_vjp(slope, h)
         return total, dhidden, dkernel
 
     start = (

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.losses.chunked_logits import Options, compact, logits, pull_kernel, pull_logits, put, take, used_chunks
+from mora_jax.losses.chunked_logits import (
+    Options,
+    kernel_vjp,
+    logits,
+    logits_vjp,
+    pack_weighted_tokens,
+    put,
+    take,
+    used_chunks,
+)
 
 Array = jax.Array
 
@@ -43,7 +52,7 @@ def weighted_kl(
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
     """
-    options, (scales, tuned, base) = compact(
+    options, (scales, tuned, base) = pack_weighted_tokens(
         weights, hidden, base_hidden, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
     if base_kernel is None:
@@ -87,9 +96,9 @@ def _kl_fwd(options, tuned, kernel, base, base_kernel, weights):
         kl, z, p, ratio = _divergence(options, h, used, b, base_used)
         total = total + jnp.sum(jnp.where(w > 0, kl * w, 0.0))
         # ∂KL/∂z(v) = p(v) · (log p(v) − log q(v) − KL)
-        slope, dh = pull_logits(options, z, p * (ratio - kl[..., None]) * w[..., None], used)
+        slope, dh = logits_vjp(options, z, p * (ratio - kl[..., None]) * w[..., None], used)
         if dkernel is not None:
-            dkernel = dkernel + pull_kernel(slope, h)
+            dkernel = dkernel + kernel_vjp(slope, h)
         return total, put(options, index, dtuned, dh), dkernel
 
     dkernel = jnp.zeros(kernel.shape, jnp.float32) if head_trained else None

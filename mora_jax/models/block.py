@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.products.dropout import Dropping
+from mora_jax.adapters.products.dropout import TokenDropout
 from mora_jax.adapters.projection import Part, Projection
 from mora_jax.models.activations import gated
 from mora_jax.models.attention import attention
@@ -19,7 +19,7 @@ from mora_jax.models.rope import rotate
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Who sees whom, and where everything stands; the same for all layers of a kind.
 
     Attributes:
@@ -47,7 +47,7 @@ class Layout:
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def of(cls, arrays: dict[str, Any]) -> "Layout":
+    def of(cls, arrays: dict[str, Any]) -> "RowLayout":
         """The inverse of `arrays`; sees every place before it."""
         return cls(**arrays, window=None)
 
@@ -93,8 +93,8 @@ def _join_heads(_: None, parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple
 split_heads.defvjp(lambda fused: (split_heads(fused), None), _join_heads)
 
 
-def _fold(dropping: Dropping | None, index: int) -> Dropping | None:
-    return None if dropping is None else dropping.fold(index)
+def _fold(token_dropout: TokenDropout | None, index: int) -> TokenDropout | None:
+    return None if token_dropout is None else token_dropout.fold(index)
 
 
 class Attention(nnx.Module):
@@ -137,10 +137,10 @@ class Attention(nnx.Module):
         self.softcap = config.attention_softcap
 
     def __call__(
-        self, x: jax.Array, layout: Layout, slot: CacheSlot | None, dropping: Dropping | None
+        self, x: jax.Array, layout: RowLayout, slot: CacheSlot | None, token_dropout: TokenDropout | None
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
-        fused = kept(self.qkv_proj(x, dropping=_fold(dropping, 0)))  # [B, T, G, N + 2, H]
+        fused = kept(self.qkv_proj(x, token_dropout=_fold(token_dropout, 0)))  # [B, T, G, N + 2, H]
         query, key, value = split_heads(fused)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -163,7 +163,7 @@ class Attention(nnx.Module):
             ring=layout.ring,
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1)
-        return kept(self.o_proj(mixed, dropping=_fold(dropping, 1))), slot
+        return kept(self.o_proj(mixed, token_dropout=_fold(token_dropout, 1))), slot
 
 
 class MLP(nnx.Module):
@@ -201,10 +201,10 @@ class MLP(nnx.Module):
         )
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array, dropping: Dropping | None) -> jax.Array:
+    def __call__(self, x: jax.Array, token_dropout: TokenDropout | None) -> jax.Array:
         """`x [B, T, D]` to `[B, T, D]`."""
-        fused = kept(self.gate_up_proj(x, dropping=_fold(dropping, 2)))  # [B, T, 2, M]
-        return kept(self.down_proj(gated(self.activation, fused), dropping=_fold(dropping, 3)))
+        fused = kept(self.gate_up_proj(x, token_dropout=_fold(token_dropout, 2)))  # [B, T, 2, M]
+        return kept(self.down_proj(gated(self.activation, fused), token_dropout=_fold(token_dropout, 3)))
 
 
 class Block(nnx.Module):
@@ -223,16 +223,16 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        layout: Layout,
+        layout: RowLayout,
         slot: CacheSlot | None = None,
-        dropping: Dropping | None = None,
+        token_dropout: TokenDropout | None = None,
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` through one layer; also the cache slot after this layer's write."""
-        mixed, slot = self.self_attn(self.attention_norm(x), layout, slot, dropping)
+        mixed, slot = self.self_attn(self.attention_norm(x), layout, slot, token_dropout)
         if self.post_attention_norm is not None:
             mixed = self.post_attention_norm(mixed)
         x = x + mixed
-        out = self.mlp(self.mlp_norm(x), dropping)
+        out = self.mlp(self.mlp_norm(x), token_dropout)
         if self.post_mlp_norm is not None:
             out = self.post_mlp_norm(out)
         return x + out, slot

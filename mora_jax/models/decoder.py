@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.bank import banks, checked_ids, choose_rows
-from mora_jax.adapters.products.dropout import Dropping
+from mora_jax.adapters.products.dropout import TokenDropout
 from mora_jax.adapters.products.quantization import FORMATS
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.models.backend import backend
-from mora_jax.models.block import Block, CacheSlot, Layout
+from mora_jax.models.block import Block, CacheSlot, RowLayout
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.embedding import TokenEmbedding, normal
 from mora_jax.models.kv_cache import Cache, empty_cache
@@ -135,8 +135,8 @@ class Decoder(nnx.Module):
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        dropping = _dropping(dropout_key, arrays[0], None)
-        return _logits(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropping)
+        token_dropout = _token_dropout(dropout_key, arrays[0], None)
+        return _logits(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, token_dropout)
 
     def hidden(
         self,
@@ -159,8 +159,8 @@ class Decoder(nnx.Module):
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         graphdef, state = nnx.split(self)
-        dropping = _dropping(dropout_key, arrays[0], row_numbers)
-        return _hidden(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, dropping, embedding_noise)
+        token_dropout = _token_dropout(dropout_key, arrays[0], row_numbers)
+        return _hidden(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, token_dropout, embedding_noise)
 
     def head(self) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
@@ -245,9 +245,9 @@ class Decoder(nnx.Module):
     def _run_layers(
         self,
         x: jax.Array,
-        layout: Layout,
+        layout: RowLayout,
         cache: Cache | None = None,
-        dropping: Dropping | None = None,
+        token_dropout: TokenDropout | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """`x [B, T, D]` through the stack. `layout.cos` and `layout.sin` are `[R, B, T, H / 2]` here."""
         config = self.config
@@ -264,7 +264,7 @@ class Decoder(nnx.Module):
         xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
         ring, folded = layout.ring, layout.ring is not None
 
-        def layer_layout(layout: Layout, window: Any, rope: Any) -> Layout:
+        def layer_layout(layout: RowLayout, window: Any, rope: Any) -> RowLayout:
             seen = config.windows[0] if same_window else window
             layout = dataclasses.replace(layout, window=seen, ring=ring)
             if same_rope:
@@ -275,16 +275,16 @@ class Decoder(nnx.Module):
 
             def body(x: jax.Array, layer: Any, shared: Any) -> jax.Array:
                 index, leaves, window, rope = layer
-                arrays, dropping = shared
-                here = layer_layout(Layout.of(arrays), window, rope)
-                dropping = None if dropping is None else dropping.fold(index)
+                arrays, token_dropout = shared
+                here = layer_layout(RowLayout.of(arrays), window, rope)
+                token_dropout = None if token_dropout is None else token_dropout.fold(index)
                 if spread is None:
-                    return nnx.merge(graphdef, leaves)(x, here, None, dropping)[0]
+                    return nnx.merge(graphdef, leaves)(x, here, None, token_dropout)[0]
                 x = spread.rows(x, folded=folded)
-                return spread.rows(nnx.merge(graphdef, leaves)(x, here, None, dropping)[0], folded=folded)
+                return spread.rows(nnx.merge(graphdef, leaves)(x, here, None, token_dropout)[0], folded=folded)
 
             places = None if spread is None else _places(spread, xs)
-            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), dropping), places), None
+            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), token_dropout), places), None
 
         def extend(carry: Any, layer: Any) -> tuple[Any, None]:
             x, (keys, values) = carry
@@ -308,7 +308,7 @@ class Decoder(nnx.Module):
         input_ids: jax.Array,
         segment_ids: jax.Array | None,
         positions: jax.Array | None,
-        dropping: Dropping | None,
+        token_dropout: TokenDropout | None,
         noise: jax.Array | None = None,
     ) -> jax.Array:
         if segment_ids is None:
@@ -323,10 +323,10 @@ class Decoder(nnx.Module):
         if self.spread is not None and (ring := self.spread.ring(x.shape[0])) is not None:
             x, segments = self.spread.fold(x), self.spread.fold(segments)
             cos, sin = jax.vmap(self.spread.fold)(cos), jax.vmap(self.spread.fold)(sin)
-            if dropping is not None:
-                dropping = dropping._replace(tokens=self.spread.fold(dropping.tokens))
-        layout = Layout(segments, segments, None, None, cos, sin, window=None, ring=ring)
-        x, _ = self._run_layers(x, layout, dropping=dropping)
+            if token_dropout is not None:
+                token_dropout = token_dropout._replace(tokens=self.spread.fold(token_dropout.tokens))
+        layout = RowLayout(segments, segments, None, None, cos, sin, window=None, ring=ring)
+        x, _ = self._run_layers(x, layout, token_dropout=token_dropout)
         x = self.norm(x)
         return x if ring is None or self.spread is None else self.spread.unfold(x, *input_ids.shape)
 
@@ -346,7 +346,7 @@ class Decoder(nnx.Module):
             positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
         )
         cos, sin = tables(self.config.ropes, self.config.head_dim, positions)
-        layout = Layout(segments, cache.segments, positions, cache.positions, cos, sin, window=None)
+        layout = RowLayout(segments, cache.segments, positions, cache.positions, cos, sin, window=None)
         x, written = self._run_layers(self._embed(input_ids), layout, cache=cache)
         assert written is not None
         columns = jnp.arange(shape[1])
@@ -393,8 +393,8 @@ def _extend(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> tuple[ja
     return _merged(graphdef, state, adapter_ids, args[1])._extend(*args)
 
 
-def _dropping(key: jax.Array | None, input_ids: jax.Array, numbers: jax.Array | None) -> Dropping | None:
-    return None if key is None else Dropping.of(key, len(input_ids), input_ids.shape[1], numbers)
+def _token_dropout(key: jax.Array | None, input_ids: jax.Array, numbers: jax.Array | None) -> TokenDropout | None:
+    return None if key is None else TokenDropout.of(key, len(input_ids), input_ids.shape[1], numbers)
 
 
 def _merged(graphdef: Any, state: Any, adapter_ids: Any, input_ids: jax.Array) -> Decoder:

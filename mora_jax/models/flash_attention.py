@@ -40,7 +40,7 @@ class Tiling:
     columns: int
 
 
-class Piece(NamedTuple):
+class Block(NamedTuple):
     """Where a piece of a row lies.
 
     Attributes:
@@ -52,73 +52,80 @@ class Piece(NamedTuple):
     segments: Array
 
 
-class Running(NamedTuple):
+class SoftmaxState(NamedTuple):
     """A softmax under way, all float32.
 
     Attributes:
-        mixed: `[B, G, N, T, H]`, values weighted by `exp(score − top)`.
-        top: `[B, G, N, T]`, the largest score so far.
+        accumulator: `[B, G, N, T, H]`, values weighted by `exp(score − running_max)`.
+        running_max: `[B, G, N, T]`, the largest score so far.
         total: `[B, G, N, T]`, the sum of the weights.
     """
 
-    mixed: Array
-    top: Array
+    accumulator: Array
+    running_max: Array
     total: Array
 
     @classmethod
-    def empty(cls, query: Array) -> Running:
+    def empty(cls, query: Array) -> SoftmaxState:
         """Nothing seen yet, for `query [B, G, N, T, H]`."""
         row = query.shape[:-1]
         return cls(jnp.zeros(query.shape, jnp.float32), jnp.full(row, MASKED), jnp.zeros(row, jnp.float32))
 
     def finish(self) -> tuple[Array, Array]:
-        """The mixed values, float32 `[B, G, N, T, H]`, and log-sum-exp `[B, G, N, T]` for the backward.
+        """The weighted mean of values, float32 `[B, G, N, T, H]`, and log-sum-exp `[B, G, N, T]` for the backward.
 
         A row that sees nothing gives 0, and a sum so large that its probabilities are 0 in the backward.
         """
         safe = jnp.maximum(self.total, 1e-30)
-        return self.mixed / safe[..., None], jnp.where(self.total > 0, self.top + jnp.log(safe), -MASKED)
+        return self.accumulator / safe[..., None], jnp.where(self.total > 0, self.running_max + jnp.log(safe), -MASKED)
 
 
 def attend(
-    tiling: Tiling, query: Array, asks: Piece, key: Array, value: Array, holds: Piece, moving: Array | None, so_far: Any
+    tiling: Tiling,
+    query: Array,
+    query_block: Block,
+    key: Array,
+    value: Array,
+    key_block: Block,
+    traced_window: Array | None,
+    so_far: Any,
 ) -> Any:
     """Adds what `query [B, G, N, T, H]` sees of `key, value [B, G, S, H]` to a softmax under way.
 
     Args:
         tiling: the static part; T and S are multiples of its tiles.
-        asks, holds: where queries and keys lie.
-        moving: int32 scalar, a traced window; None without.
-        so_far: the `Running` of the queries.
+        query_block, key_block: where queries and keys lie.
+        traced_window: int32 scalar, a traced window; None without.
+        so_far: the `SoftmaxState` of the queries.
     """
     b, g, n, _, h = query.shape
 
-    def rows(i: Array, running: Running) -> Running:
+    def rows(i: Array, running: SoftmaxState) -> SoftmaxState:
         first = i * tiling.rows
         q = _slice(query, first, tiling.rows, 3)
-        asked = Piece(asks.start + first, _slice(asks.segments, first, tiling.rows, 1))
+        queries = Block(query_block.start + first, _slice(query_block.segments, first, tiling.rows, 1))
 
-        def columns(j: Array, tile: Running) -> Running:
+        def columns(j: Array, tile: SoftmaxState) -> SoftmaxState:
             at = j * tiling.columns
             k, v = _slice(key, at, tiling.columns, 2), _slice(value, at, tiling.columns, 2)
-            held = Piece(holds.start + at, _slice(holds.segments, at, tiling.columns, 1))
-            scores = jnp.where(_visible(tiling, asked, held, moving), scores_of(tiling, q, k), MASKED)
-            top = jnp.maximum(tile.top, jnp.max(scores, axis=-1))
-            weights = jnp.where(scores > 0.5 * MASKED, jnp.exp(scores - top[..., None]), 0.0)
-            shrink = jnp.exp(tile.top - top)
+            keys = Block(key_block.start + at, _slice(key_block.segments, at, tiling.columns, 1))
+            scores = jnp.where(_visible(tiling, queries, keys, traced_window), scores_of(tiling, q, k), MASKED)
+            running_max = jnp.maximum(tile.running_max, jnp.max(scores, axis=-1))
+            weights = jnp.where(scores > 0.5 * MASKED, jnp.exp(scores - running_max[..., None]), 0.0)
+            correction = jnp.exp(tile.running_max - running_max)
             flat = weights.astype(query.dtype).reshape(b, g, -1, tiling.columns)
-            mixed = product(flat, v, 3, 2).reshape(b, g, n, -1, h)
-            total = tile.total * shrink + jnp.sum(weights, axis=-1)
-            return Running(tile.mixed * shrink[..., None] + mixed, top, total)
+            accumulator = product(flat, v, 3, 2).reshape(b, g, n, -1, h)
+            total = tile.total * correction + jnp.sum(weights, axis=-1)
+            return SoftmaxState(tile.accumulator * correction[..., None] + accumulator, running_max, total)
 
         tile = jax.tree.map(lambda x: _slice(x, first, tiling.rows, 3), running)
-        tile = lax.fori_loop(*_reach(tiling, asked.start, holds, moving), columns, tile)
+        tile = lax.fori_loop(*_reach(tiling, queries.start, key_block, traced_window), columns, tile)
         return jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, first, 3), running, tile)
 
     return lax.fori_loop(0, query.shape[3] // tiling.rows, rows, so_far)
 
 
-class Slopes(NamedTuple):
+class Gradients(NamedTuple):
     """Derivatives, float32, in the shapes of query, key and value."""
 
     query: Array
@@ -126,12 +133,12 @@ class Slopes(NamedTuple):
     value: Array
 
 
-class Answer(NamedTuple):
+class OutputGradients(NamedTuple):
     """What the backward pass knows of each query.
 
     Attributes:
         slope: `[B, G, N, T, H]`, the derivative by the output.
-        log_sum: `[B, G, N, T]`, see `Running.finish`.
+        log_sum: `[B, G, N, T]`, see `SoftmaxState.finish`.
         mean: float32 `[B, G, N, T]`, Σ slope · output.
     """
 
@@ -140,34 +147,34 @@ class Answer(NamedTuple):
     mean: Array
 
 
-def pull(
+def attend_vjp(
     tiling: Tiling,
     query: Array,
-    asks: Piece,
-    answer: Answer,
+    query_block: Block,
+    output_grads: OutputGradients,
     key: Array,
     value: Array,
-    holds: Piece,
-    moving: Array | None,
-    so_far: Slopes,
-) -> Slopes:
+    key_block: Block,
+    traced_window: Array | None,
+    so_far: Gradients,
+) -> Gradients:
     """The way back through `attend`: adds the derivatives of this pair of pieces to those so far."""
     b, g, n, _, h = query.shape
 
-    def rows(i: Array, slopes: Slopes) -> Slopes:
+    def rows(i: Array, grads: Gradients) -> Gradients:
         first = i * tiling.rows
         q = _slice(query, first, tiling.rows, 3)
-        do, log_sum, mean = jax.tree.map(lambda x: _slice(x, first, tiling.rows, 3), answer)
+        do, log_sum, mean = jax.tree.map(lambda x: _slice(x, first, tiling.rows, 3), output_grads)
         do_flat, q_flat = do.reshape(b, g, -1, h), q.reshape(b, g, -1, h)
-        asked = Piece(asks.start + first, _slice(asks.segments, first, tiling.rows, 1))
+        queries = Block(query_block.start + first, _slice(query_block.segments, first, tiling.rows, 1))
 
         def columns(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dkey, dvalue = carry
             at = j * tiling.columns
             k, v = _slice(key, at, tiling.columns, 2), _slice(value, at, tiling.columns, 2)
-            held = Piece(holds.start + at, _slice(holds.segments, at, tiling.columns, 1))
+            keys = Block(key_block.start + at, _slice(key_block.segments, at, tiling.columns, 1))
             scores = scores_of(tiling, q, k)
-            p = jnp.where(_visible(tiling, asked, held, moving), jnp.exp(scores - log_sum[..., None]), 0.0)
+            p = jnp.where(_visible(tiling, queries, keys, traced_window), jnp.exp(scores - log_sum[..., None]), 0.0)
             dp = product(do_flat, v, 3, 3).reshape(p.shape)
             ds = p * (dp - mean[..., None]) * tiling.scale
             if tiling.softcap is not None:
@@ -177,28 +184,28 @@ def pull(
             dq = dq + product(ds, k, 3, 2).reshape(q.shape)
             return dq, _add(dkey, at, product(ds, q_flat, 2, 2)), _add(dvalue, at, product(p, do_flat, 2, 2))
 
-        start = _slice(slopes.query, first, tiling.rows, 3), slopes.key, slopes.value
-        bounds = _reach(tiling, asked.start, holds, moving)
+        start = _slice(grads.query, first, tiling.rows, 3), grads.key, grads.value
+        bounds = _reach(tiling, queries.start, key_block, traced_window)
         dq, dkey, dvalue = lax.fori_loop(*bounds, columns, start)
-        return Slopes(lax.dynamic_update_slice_in_dim(slopes.query, dq, first, 3), dkey, dvalue)
+        return Gradients(lax.dynamic_update_slice_in_dim(grads.query, dq, first, 3), dkey, dvalue)
 
     return lax.fori_loop(0, query.shape[3] // tiling.rows, rows, so_far)
 
 
-def _reach(tiling: Tiling, first: Array, holds: Piece, moving: Array | None) -> tuple[Array, Array]:
+def _reach(tiling: Tiling, first: Array, key_block: Block, traced_window: Array | None) -> tuple[Array, Array]:
     """The tiles of keys, from and to, of which a tile of queries that starts at place `first` can see anything."""
-    count = holds.segments.shape[1] // tiling.columns
-    after = (first + tiling.rows - 1 - holds.start) // tiling.columns + 1
-    window = tiling.window if moving is None else moving
-    before = 0 if window is None else (first - window + 1 - holds.start) // tiling.columns
+    count = key_block.segments.shape[1] // tiling.columns
+    after = (first + tiling.rows - 1 - key_block.start) // tiling.columns + 1
+    window = tiling.window if traced_window is None else traced_window
+    before = 0 if window is None else (first - window + 1 - key_block.start) // tiling.columns
     return jnp.clip(before, 0, count).astype(jnp.int32), jnp.clip(after, 0, count).astype(jnp.int32)
 
 
-def _visible(tiling: Tiling, asked: Piece, held: Piece, moving: Array | None) -> Array:
+def _visible(tiling: Tiling, queries: Block, keys: Block, traced_window: Array | None) -> Array:
     """bool `[B, 1, 1, rows, columns]`."""
-    back = asked.start + jnp.arange(tiling.rows)[:, None] - held.start - jnp.arange(tiling.columns)[None]
-    seen = (asked.segments[:, :, None] == held.segments[:, None]) & (asked.segments[:, :, None] > 0) & (back >= 0)
-    window = tiling.window if moving is None else moving
+    back = queries.start + jnp.arange(tiling.rows)[:, None] - keys.start - jnp.arange(tiling.columns)[None]
+    seen = (queries.segments[:, :, None] == keys.segments[:, None]) & (queries.segments[:, :, None] > 0) & (back >= 0)
+    window = tiling.window if traced_window is None else traced_window
     if window is not None:
         seen &= back < window
     return seen[:, None, None]
@@ -228,7 +235,7 @@ def _add(array: Array, start: Array, values: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tiled_attention(
-    tiling: Tiling, query: Array, key: Array, value: Array, segments: Array, moving: Array | None
+    tiling: Tiling, query: Array, key: Array, value: Array, segments: Array, traced_window: Array | None
 ) -> Array:
     """Causal attention of a row with itself, `[B, G, N, T, H]` in the dtype of `query`; T needn't fill whole tiles.
 
@@ -236,9 +243,9 @@ def tiled_attention(
         tiling: `rows` and `columns` agree.
         query, key, value: as in `attend`, S = T.
         segments: int `[B, T]`; 0 is padding.
-        moving: int32 scalar, a traced window; None without.
+        traced_window: int32 scalar, a traced window; None without.
     """
-    return _tiled_forward(tiling, query, key, value, segments, moving)[0]
+    return _tiled_forward(tiling, query, key, value, segments, traced_window)[0]
 
 
 def _padded(tiling: Tiling, array: Array, axis: int) -> Array:
@@ -246,23 +253,23 @@ def _padded(tiling: Tiling, array: Array, axis: int) -> Array:
     return jnp.pad(array, widths)
 
 
-def _tiled_forward(tiling, query, key, value, segments, moving):
+def _tiled_forward(tiling, query, key, value, segments, traced_window):
     q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
-    row = Piece(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
-    out, log_sum = attend(tiling, q, row, k, v, row, moving, Running.empty(q)).finish()
+    row = Block(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
+    out, log_sum = attend(tiling, q, row, k, v, row, traced_window, SoftmaxState.empty(q)).finish()
     length = query.shape[3]
     out, log_sum = kept((out[:, :, :, :length].astype(query.dtype), log_sum[..., :length]))
-    return out, (query, key, value, out, log_sum, segments, moving)
+    return out, (query, key, value, out, log_sum, segments, traced_window)
 
 
 def _tiled_backward(tiling, saved, dout):
-    query, key, value, out, log_sum, segments, moving = saved
+    query, key, value, out, log_sum, segments, traced_window = saved
     q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
-    row = Piece(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
+    row = Block(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
     mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    answer = Answer(*(_padded(tiling, array, 3) for array in (dout, log_sum, mean)))
-    nothing = Slopes(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-    found = pull(tiling, q, row, answer, k, v, row, moving, nothing)
+    output_grads = OutputGradients(*(_padded(tiling, array, 3) for array in (dout, log_sum, mean)))
+    nothing = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
+    found = attend_vjp(tiling, q, row, output_grads, k, v, row, traced_window, nothing)
     length = query.shape[3]
     dquery, dkey, dvalue = found.query[:, :, :, :length], found.key[:, :, :length], found.value[:, :, :length]
     return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), None, None

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from mora_jax.models.flash_attention import Answer, Piece, Running, Slopes, Tiling, attend, pull
+from mora_jax.models.flash_attention import Block, Gradients, OutputGradients, SoftmaxState, Tiling, attend, attend_vjp
 from mora_jax.models.remat import kept
 
 Array = jax.Array
@@ -89,12 +89,12 @@ def ring_attention(
         `[c · B, t, G, N, H]` in the dtype of `query`.
     """
     fixed = window if isinstance(window, int) else None
-    moving = jnp.asarray(0 if window is None or fixed is not None else window, jnp.int32)
+    traced_window = jnp.asarray(0 if window is None or fixed is not None else window, jnp.int32)
     traced = window is not None and fixed is None
     tile = min(tile, -(-query.shape[1] // 2))
     options = _Options(ring, Tiling(float(scale), softcap, fixed, tile, tile), traced)
     query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    return _ring(options, query, key, value, segments, moving).transpose(0, 3, 1, 2, 4)
+    return _ring(options, query, key, value, segments, traced_window).transpose(0, 3, 1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,20 @@ class _Options:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(options: _Options, query: Array, key: Array, value: Array, segments: Array, moving: Array) -> Array:
-    return _forward(options, query, key, value, segments, moving)[0]
+def _ring(options: _Options, query: Array, key: Array, value: Array, segments: Array, traced_window: Array) -> Array:
+    return _forward(options, query, key, value, segments, traced_window)[0]
 
 
-def _forward(options, query, key, value, segments, moving):
+def _forward(options, query, key, value, segments, traced_window):
     around = options.ring.mapped(partial(_around, options), "qkksw", "qr")
-    out, log_sum = kept(around(query, key, value, segments, moving))
-    return out, (query, key, value, out, log_sum, segments, moving)
+    out, log_sum = kept(around(query, key, value, segments, traced_window))
+    return out, (query, key, value, out, log_sum, segments, traced_window)
 
 
 def _backward(options, saved, dout):
-    query, key, value, out, log_sum, segments, moving = saved
+    query, key, value, out, log_sum, segments, traced_window = saved
     back = options.ring.mapped(partial(_back, options), "qkkqqrsw", "qkk")
-    return (*back(query, key, value, out, dout, log_sum, segments, moving), None, None)
+    return (*back(query, key, value, out, dout, log_sum, segments, traced_window), None, None)
 
 
 _ring.defvjp(_forward, _backward)
@@ -133,14 +133,14 @@ class _Held(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """What a device holds of a row: the pieces i (`early`) and 2·c − 1 − i (`late`)."""
+    """What a device key_block of a row: the pieces i (`early`) and 2·c − 1 − i (`late`)."""
 
     early: Any
     late: Any
 
 
 def _chosen(condition: Array, pair: _Pair) -> Any:
-    """The early piece where the condition holds, else the late one."""
+    """The early piece where the condition key_block, else the late one."""
     return jax.tree.map(lambda early, late: jnp.where(condition, early, late), pair.early, pair.late)
 
 
@@ -174,7 +174,7 @@ class _Dealer:
         odd = lax.ppermute(odd, self.axis, self.odd)
         widths = [(0, self.padding if i == axis else 0) for i in range(array.ndim)]
         even, odd = jnp.pad(even, widths), jnp.pad(odd, widths)
-        # Piece i is an even one on an even device.
+        # Block i is an even one on an even device.
         return _Pair(jnp.where(self.is_even, even, odd), jnp.where(self.is_even, odd, even))
 
     def collect(self, pair: _Pair, axis: int) -> Array:
@@ -213,87 +213,91 @@ def _turn(dealer: _Dealer, number: Array) -> tuple[Array, _Turn]:
     return holder, _Turn(holder != dealer.index, holder < dealer.index)
 
 
-def _hidden_unless(condition: Array, asks: Piece) -> Piece:
-    """Queries at a place where they see nothing, unless the condition holds: their tiles are then skipped."""
-    return asks._replace(start=jnp.where(condition, asks.start, -(2**30)))
+def _hidden_unless(condition: Array, query_block: Block) -> Block:
+    """Queries at a place where they see nothing, unless the condition key_block: their tiles are then skipped."""
+    return query_block._replace(start=jnp.where(condition, query_block.start, -(2**30)))
 
 
-def _around(options: _Options, query, key, value, segments, moving):
+def _around(options: _Options, query, key, value, segments, traced_window):
     """Forward on one device: the output and log-sum-exp of its share."""
     tiling, count = options.tiling, options.ring.size
-    moving = moving if options.traced else None
+    traced_window = traced_window if options.traced else None
     dealer = _Dealer(options.ring, query.shape[3], tiling.rows)
-    asked, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
-    asks = _Pair(*map(Piece, dealer.starts(dealer.index), marks))
-    held = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
-    running = _Pair(*(Running.empty(piece) for piece in asked))
+    queries, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
+    query_block = _Pair(*map(Block, dealer.starts(dealer.index), marks))
+    keys = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
+    running = _Pair(*(SoftmaxState.empty(piece) for piece in queries))
     # Each piece with itself; in the ring's first turn only late queries and early keys are left.
-    pieces = zip(asked, asks, held, running, strict=True)
-    running = _Pair(*(attend(tiling, q, a, h.key, h.value, a, moving, r) for q, a, h, r in pieces))
+    pieces = zip(queries, query_block, keys, running, strict=True)
+    running = _Pair(*(attend(tiling, q, a, h.key, h.value, a, traced_window, r) for q, a, h, r in pieces))
 
     def turn(number: Array, carry: tuple[_Pair, _Pair]) -> tuple[_Pair, _Pair]:
-        held, running = carry
-        arriving = dealer.pass_on(held)
+        keys, running = carry
+        arriving = dealer.pass_on(keys)
         holder, second = _turn(dealer, number)
         starts = dealer.starts(holder)
-        early_keys = Piece(starts.early, held.early.segments)
-        key, value, _ = held.early
-        late = attend(tiling, asked.late, asks.late, key, value, early_keys, moving, running.late)
+        early_keys = Block(starts.early, keys.early.segments)
+        key, value, _ = keys.early
+        late = attend(tiling, queries.late, query_block.late, key, value, early_keys, traced_window, running.late)
         running = running._replace(late=late)
-        query, place = _chosen(second.early, asked), _hidden_unless(second.any, _chosen(second.early, asks))
-        key, value, mark = _chosen(second.early, held)
-        piece = Piece(_chosen(second.early, starts), mark)
-        found = attend(tiling, query, place, key, value, piece, moving, _chosen(second.early, running))
+        query, place = _chosen(second.early, queries), _hidden_unless(second.any, _chosen(second.early, query_block))
+        key, value, mark = _chosen(second.early, keys)
+        piece = Block(_chosen(second.early, starts), mark)
+        found = attend(tiling, query, place, key, value, piece, traced_window, _chosen(second.early, running))
         return arriving, _put(second.early, running, found)
 
-    _, running = lax.fori_loop(0, count, turn, (held, running))
+    _, running = lax.fori_loop(0, count, turn, (keys, running))
     finished = [piece.finish() for piece in running]
     out, log_sum = (_Pair(*pieces) for pieces in zip(*finished, strict=True))
     out = _Pair(*(piece.astype(query.dtype) for piece in out))
     return dealer.collect(out, 3), dealer.collect(log_sum, 3)
 
 
-def _back(options: _Options, query, key, value, out, dout, log_sum, segments, moving):
+def _back(options: _Options, query, key, value, out, dout, log_sum, segments, traced_window):
     """Backward on one device: the derivatives by its share of queries, keys and values."""
     tiling, count = options.tiling, options.ring.size
-    moving = moving if options.traced else None
+    traced_window = traced_window if options.traced else None
     dealer = _Dealer(options.ring, query.shape[3], tiling.rows)
     mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    asked, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
-    asks = _Pair(*map(Piece, dealer.starts(dealer.index), marks))
-    answer = _Pair(*map(Answer, dealer.deal(dout, 3), dealer.deal(log_sum, 3), dealer.deal(mean, 3)))
-    held = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
-    slopes = [
-        pull(tiling, q, a, r, h.key, h.value, a, moving, _no_slopes(q, h.key, h.value))
-        for q, a, r, h in zip(asked, asks, answer, held, strict=True)
+    queries, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
+    query_block = _Pair(*map(Block, dealer.starts(dealer.index), marks))
+    output_grads = _Pair(*map(OutputGradients, dealer.deal(dout, 3), dealer.deal(log_sum, 3), dealer.deal(mean, 3)))
+    keys = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
+    grads = [
+        attend_vjp(tiling, q, a, r, h.key, h.value, a, traced_window, _no_slopes(q, h.key, h.value))
+        for q, a, r, h in zip(queries, query_block, output_grads, keys, strict=True)
     ]
-    dquery = _Pair(*(slope.query for slope in slopes))
-    dheld = _Pair(*((slope.key, slope.value) for slope in slopes))
+    dquery = _Pair(*(slope.query for slope in grads))
+    dheld = _Pair(*((slope.key, slope.value) for slope in grads))
 
     def turn(number: Array, carry: tuple[_Pair, _Pair, _Pair]) -> tuple[_Pair, _Pair, _Pair]:
-        held, dheld, dquery = carry
+        keys, dheld, dquery = carry
         holder, second = _turn(dealer, number)
         starts = dealer.starts(holder)
-        early_keys = Piece(starts.early, held.early.segments)
-        so_far = Slopes(dquery.late, *dheld.early)
-        key, value, _ = held.early
-        late = pull(tiling, asked.late, asks.late, answer.late, key, value, early_keys, moving, so_far)
+        early_keys = Block(starts.early, keys.early.segments)
+        so_far = Gradients(dquery.late, *dheld.early)
+        key, value, _ = keys.early
+        late = attend_vjp(
+            tiling, queries.late, query_block.late, output_grads.late, key, value, early_keys, traced_window, so_far
+        )
         dquery, dheld = dquery._replace(late=late.query), dheld._replace(early=(late.key, late.value))
-        query, place = _chosen(second.early, asked), _hidden_unless(second.any, _chosen(second.early, asks))
-        key, value, mark = _chosen(second.early, held)
-        piece = Piece(_chosen(second.early, starts), mark)
-        so_far = Slopes(_chosen(second.early, dquery), *_chosen(second.early, dheld))
-        found = pull(tiling, query, place, _chosen(second.early, answer), key, value, piece, moving, so_far)
+        query, place = _chosen(second.early, queries), _hidden_unless(second.any, _chosen(second.early, query_block))
+        key, value, mark = _chosen(second.early, keys)
+        piece = Block(_chosen(second.early, starts), mark)
+        so_far = Gradients(_chosen(second.early, dquery), *_chosen(second.early, dheld))
+        found = attend_vjp(
+            tiling, query, place, _chosen(second.early, output_grads), key, value, piece, traced_window, so_far
+        )
         dquery = _put(second.early, dquery, found.query)
         dheld = _put(second.early, dheld, (found.key, found.value))
         # Keys go on with what they have gathered; after the last turn both are at home.
-        return dealer.pass_on(held), dealer.pass_on(dheld), dquery
+        return dealer.pass_on(keys), dealer.pass_on(dheld), dquery
 
-    _, dheld, dquery = lax.fori_loop(0, count, turn, (held, dheld, dquery))
+    _, dheld, dquery = lax.fori_loop(0, count, turn, (keys, dheld, dquery))
     dkey, dvalue = (_Pair(*pieces) for pieces in zip(*dheld, strict=True))
     found = dealer.collect(dquery, 3), dealer.collect(dkey, 2), dealer.collect(dvalue, 2)
     return tuple(slope.astype(like.dtype) for slope, like in zip(found, (query, key, value), strict=True))
 
 
-def _no_slopes(*arrays: Array) -> Slopes:
-    return Slopes(*(jnp.zeros(array.shape, jnp.float32) for array in arrays))
+def _no_slopes(*arrays: Array) -> Gradients:
+    return Gradients(*(jnp.zeros(array.shape, jnp.float32) for array in arrays))

@@ -86,7 +86,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Reckoned:
+class Estimate:
     """One step on each chip, by formula.
 
     Attributes:
@@ -104,7 +104,7 @@ class Reckoned:
     parameters: int
 
 
-def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backend: str) -> Reckoned:
+def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backend: str) -> Estimate:
     """The formula for a model and a mesh.
 
     Args:
@@ -155,7 +155,7 @@ def reckon(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backen
         moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
     trainable = sum(math.prod(array.shape) for array in trained.values())
     parameters = trainable + count(model, nnx.Not(AdapterParam))
-    return Reckoned(
+    return Estimate(
         memory,
         micro * traced.flops / tensor / context,
         micro * traced.bytes / tensor / context,

@@ -8,7 +8,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.planning.collectives import Collective
-from mora_jax.planning.memory_model import Memory, reckon
+from mora_jax.planning.memory_model import Memory, estimate_memory
 from mora_jax.planning.roofline import Estimate, estimate
 from mora_jax.planning.topology import Topology
 from mora_jax.planning.tpu_compile import Compiled, compile_elsewhere
@@ -100,7 +100,7 @@ def by_formula(config: Config, values: dict[str, Any], topology: Topology) -> Pl
     """
     train = config.train
     mesh = mesh_shape(config.mesh, train.micro_batch_size or train.batch_size, topology.chips)
-    found = reckon(config, values, mesh, "tpu" if topology.tpu else "gpu")
+    found = estimate_memory(config, values, mesh, "tpu" if topology.tpu else "gpu")
     cost = estimate(found.flops, found.bytes, found.collectives, topology)
     needed = found.memory.total
     fits = needed <= topology.usable_bytes

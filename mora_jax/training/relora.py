@@ -139,7 +139,7 @@ def _renew(place: Place, key: Array) -> None:
     else:
         put_matrix(place.layer, merged)
     adapter.renew(key)
-    adapter.start(lambda: merged)
+    adapter.init_from_kernel(lambda: merged)
 
 
 def _changed(before: Arrays, after: Arrays) -> Arrays:

@@ -67,11 +67,11 @@ def test_values_and_slopes_are_those_of_whole_rows(monkeypatch, size, tile, wind
 
     @jax.jit
     def both(inputs, slope):
-        out, pull = jax.vjp(ours, *inputs)
-        return out, pull(fold(slope, size))
+        out, attend_vjp = jax.vjp(ours, *inputs)
+        return out, attend_vjp(fold(slope, size))
 
-    out, slopes = both(inputs, slope)
-    expected, pull = jax.vjp(lambda *a: dense(*a, window, softcap), *inputs)
+    out, grads = both(inputs, slope)
+    expected, attend_vjp = jax.vjp(lambda *a: dense(*a, window, softcap), *inputs)
     np.testing.assert_allclose(out, fold(expected, size), atol=5e-6)
-    for found, right in zip(slopes, pull(slope), strict=True):
+    for found, right in zip(grads, attend_vjp(slope), strict=True):
         np.testing.assert_allclose(found, right, atol=1e-5)

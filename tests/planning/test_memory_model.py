@@ -13,7 +13,7 @@ from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Loops, collectives
 from mora_jax.planning.jaxpr_cost import read_traced
-from mora_jax.planning.memory_model import reckon
+from mora_jax.planning.memory_model import estimate_memory
 from mora_jax.training.config.schema import Config, lay_over
 
 # Wide and long enough for activations to outweigh what is constant.
@@ -49,7 +49,7 @@ def compiled_and_reckoned(config: Config, mesh: tuple[int, ...]):
     with compiling_for("tpu"):
         made, arguments = assemble_abstract(abstract_model(read_config(MODEL), config), config, mesh)
         compiled = made.runner.lower(*arguments).compile()
-    return compiled, reckon(config, MODEL, mesh, "tpu")
+    return compiled, estimate_memory(config, MODEL, mesh, "tpu")
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_memory_and_gathers(method, mesh, remat):
     compiled, found = compiled_and_reckoned(run_of(method, mesh, remat), mesh)
     stats = compiled.memory_analysis()
     assert found.memory.arguments == pytest.approx(stats.argument_size_in_bytes, rel=0.01)
-    reckoned = found.memory.activations + found.memory.temp
-    assert reckoned == pytest.approx(stats.temp_size_in_bytes, rel=0.35)
+    estimated = found.memory.activations + found.memory.temp
+    assert estimated == pytest.approx(stats.temp_size_in_bytes, rel=0.35)
     parsed = {entry.kind: entry for entry in collectives(compiled.as_text(), 4, Loops(6, 1, 1))}
     own = {entry.kind: entry for entry in found.collectives}
     if mesh[1] > 1:
@@ -71,7 +71,7 @@ def test_memory_and_gathers(method, mesh, remat):
 def test_flops_are_those_of_the_layers():
     """Against a count by hand, of LoRA on every matrix without remat."""
     config = run_of("lora", (1, 1, 1, 1))
-    found = reckon(config, MODEL, (1, 1, 1, 1), "tpu")
+    found = estimate_memory(config, MODEL, (1, 1, 1, 1), "tpu")
     width, wide, layers, rank, heads, kv, head = 128, 384, 6, 8, 8, 4, 16
     sizes = [(width, heads * head), (width, kv * head), (width, kv * head), (heads * head, width)]
     sizes += [(width, wide), (width, wide), (wide, width)]
@@ -84,7 +84,7 @@ def test_flops_are_those_of_the_layers():
     tokens = 8 * LENGTH
     least = 2 * tokens * (layers * (2 * base + 3 * adapters + attention) + 2 * vocabulary)
     assert found.flops == pytest.approx(least, rel=0.06)
-    more = reckon(run_of("lora", (1, 1, 1, 1), "full", 2), MODEL, (1, 1, 1, 1), "tpu")
+    more = estimate_memory(run_of("lora", (1, 1, 1, 1), "full", 2), MODEL, (1, 1, 1, 1), "tpu")
     again = 2 * (found.flops + 2 * tokens * layers * (base + adapters + 2 * LENGTH * heads * head))
     assert more.flops == pytest.approx(again, rel=0.03)
 
@@ -110,10 +110,10 @@ def test_what_tensor_makes_devices_send():
     mesh = (1, 1, 4, 1)
     tokens, layers, width, wide, qkv = 8 * LENGTH, 6, 128, 384, 256
     sums = 4 * layers * tokens * width * 4 * 2 * 3 / 4  # forward after the output and down projections; two backward
-    lora = reckon(run_of("lora", mesh), MODEL, mesh, "tpu")
+    lora = estimate_memory(run_of("lora", mesh), MODEL, mesh, "tpu")
     assert {entry.kind for entry in lora.collectives} == {"all-reduce"}
     assert sum(entry.bytes for entry in lora.collectives if entry.count == 4 * layers) == sums
-    mora = reckon(run_of("mora", mesh), MODEL, mesh, "tpu")
+    mora = estimate_memory(run_of("mora", mesh), MODEL, mesh, "tpu")
     # Float32 forward and backward. Of what a device has, a quarter, three quarters go to others.
     cut = (width + wide) + (qkv + 2 * wide)
     (mixed,) = [entry for entry in mora.collectives if entry.kind == "all-to-all"]
@@ -122,7 +122,7 @@ def test_what_tensor_makes_devices_send():
 
 def test_fused_kernels_are_held_twice_where_tensor_cuts_them():
     meshes = (1, 2, 1, 1), (1, 2, 2, 1)
-    before, after = (reckon(run_of("lora", mesh), MODEL, mesh, "tpu").memory.temp for mesh in meshes)
+    before, after = (estimate_memory(run_of("lora", mesh), MODEL, mesh, "tpu").memory.temp for mesh in meshes)
     kernels = 6 * 128 * (256 + 2 * 384) * 4 / 4
     # Everything else that is temporary halves.
     assert after - before / 2 == pytest.approx(kernels, rel=0.1)

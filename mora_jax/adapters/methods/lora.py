@@ -17,7 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Layout, as_rngs, constant, over_layers, positive
+from mora_jax.adapters.base import (
+    Adapter,
+    AdapterParam,
+    AdapterState,
+    FusedLayout,
+    as_rngs,
+    constant,
+    over_layers,
+    positive,
+)
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
@@ -156,7 +165,7 @@ class LoRA(Adapter):
         adapter.lora_b[...] = jax.random.normal(rngs.params(), adapter.lora_b.shape, jnp.float32)
         return adapter
 
-    def start(self, kernel: Callable[[], Array]) -> None:
+    def init_from_kernel(self, kernel: Callable[[], Array]) -> None:
         init = self.config.init
         if init in lora_init.FROM_BASE:
             rank = self.config.rank
@@ -171,7 +180,7 @@ class LoRA(Adapter):
             # Copies: what is trained is donated to the step, what is frozen is not.
             self.initial_a = AdapterState(jnp.copy(lora_a), axes=self.stacked(self.axes[0], "rank"))
             self.initial_b = AdapterState(jnp.copy(lora_b), axes=self.stacked("rank", self.axes[1]))
-        super().start(kernel)
+        super().init_from_kernel(kernel)
 
     @classmethod
     def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
@@ -203,7 +212,7 @@ class LoRA(Adapter):
         return _dense(params) if first is None else _dense(params) - _dense(first)
 
     @classmethod
-    def fuse(cls, layout: Layout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
+    def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
         return FusedLoRA(layout, tuple(config is not None for config in configs))
 
 
@@ -215,7 +224,7 @@ class FusedLoRA:
     operand.
     """
 
-    layout: Layout
+    layout: FusedLayout
     present: tuple[bool, ...]
     frozen_a: bool = False
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from mora_jax.adapters.base import AdapterState, Layout
+from mora_jax.adapters.base import AdapterState, FusedLayout
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.methods.lora import FusedLoRA, LoRA, init
 from mora_jax.adapters.products.matmul import Delta
@@ -87,7 +87,7 @@ class LoRAFA(LoRA):
         self.lora_a = AdapterState(lora_a, axes=self.stacked(self.axes[0], "rank"))
 
     @classmethod
-    def fuse(cls, layout: Layout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
+    def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
         return FusedLoRA(layout, tuple(config is not None for config in configs), frozen_a=True)
 
 

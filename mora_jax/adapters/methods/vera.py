@@ -72,7 +72,7 @@ class VeRA(Adapter):
         self.vera_b_scale = AdapterParam(zeros, axes=self.stacked(self.axes[1]))
 
     @classmethod
-    def suited(cls, config: VeRAConfig, sizes: Iterable[tuple[int, int]]) -> VeRAConfig:
+    def configure_for_shapes(cls, config: VeRAConfig, sizes: Iterable[tuple[int, int]]) -> VeRAConfig:
         if config.widths is not None:
             return config
         inputs, outputs = zip(*sizes, strict=True)

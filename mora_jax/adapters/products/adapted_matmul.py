@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.adapters.base import Adapter, Layout, PartwiseDelta, params_of
+from mora_jax.adapters.base import Adapter, FusedLayout, PartwiseDelta, params_of
 from mora_jax.adapters.products.matmul import (
     Delta,
     Kernel,
@@ -36,7 +36,7 @@ Dropout = Callable[[int, Array], Array]
 
 
 def adapted_product(
-    layout: Layout,
+    layout: FusedLayout,
     adapters: tuple[Adapter | None, ...],
     x: Array,
     kernel: Kernel,
@@ -92,25 +92,25 @@ def _one_by_one(layout, adapters, x, kernel, bias, dropout) -> Array:
     """Matrices whose inputs are scaled differently are as many products."""
     parts = []
     for i, adapter in enumerate(adapters):
-        alone = Layout((layout.part_features(i),), 0, (layout.part_features(i),))
+        alone = FusedLayout((layout.part_features(i),), 0, (layout.part_features(i),))
         part_bias = None if bias is None else layout.take(bias, i)
         drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
         parts.append(adapted_product(alone, (adapter,), x, _taken(layout, kernel, i), part_bias, drop))
     return layout.join(parts)
 
 
-def _taken(layout: Layout, kernel: Kernel, index: int) -> Kernel:
+def _taken(layout: FusedLayout, kernel: Kernel, index: int) -> Kernel:
     """The kernel of one part; quantised as the whole is."""
     return jax.tree.map(lambda array: layout.take(array, index), kernel)
 
 
-def _dense_part(layout: Layout, kernel: Kernel, index: int, x: Array) -> Array:
+def _dense_part(layout: FusedLayout, kernel: Kernel, index: int, x: Array) -> Array:
     """The kernel of one part, dense: what a quantised one is in a product with `x`."""
     part = _taken(layout, kernel, index)
     return matrix_for(part, lax.stop_gradient(x)) if isinstance(part, Quantized) else part
 
 
-def _gain(layout: Layout, adapters, params, kernel: Kernel, x: Array) -> Array | None:
+def _gain(layout: FusedLayout, adapters, params, kernel: Kernel, x: Array) -> Array | None:
     """The gains of all parts, float32 `[features]`; None where no part has one."""
     gains = [
         None if a is None else a.output_gain(a.config, p, partial(_dense_part, layout, kernel, i, x))
@@ -122,7 +122,7 @@ def _gain(layout: Layout, adapters, params, kernel: Kernel, x: Array) -> Array |
     return layout.join(ones)
 
 
-def _bias(layout: Layout, adapters, params, bias: Array | None) -> Array | None:
+def _bias(layout: FusedLayout, adapters, params, bias: Array | None) -> Array | None:
     """The layer's bias with what adapters add to it; flat float32 where they add anything."""
     added = [
         None if a is None else a.added_bias(a.config, p, None if bias is None else layout.take(bias, i))
@@ -135,7 +135,7 @@ def _bias(layout: Layout, adapters, params, bias: Array | None) -> Array | None:
     return total if bias is None else widened(bias.reshape(-1)) + total
 
 
-def _dropped(layout: Layout, methods, configs, params, x: Array, dropout: Dropout) -> Array:
+def _dropped(layout: FusedLayout, methods, configs, params, x: Array, dropout: Dropout) -> Array:
     """The updates with dropout on their inputs, float32 `[N, features]`."""
     parts = []
     for i, (method, config) in enumerate(zip(methods, configs, strict=True)):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-class Dropping(NamedTuple):
+class TokenDropout(NamedTuple):
     """What the masks of dropout are drawn from.
 
     Every token has a key of its own, made of the place in the network and the token's number in the step. So a mask
@@ -26,7 +26,7 @@ class Dropping(NamedTuple):
     tokens: Array
 
     @classmethod
-    def of(cls, key: Array, rows: int, length: int, numbers: Array | None = None) -> Dropping:
+    def of(cls, key: Array, rows: int, length: int, numbers: Array | None = None) -> TokenDropout:
         """For tokens `[rows, length]`.
 
         Args:
@@ -38,7 +38,7 @@ class Dropping(NamedTuple):
         tokens = numbers.astype(jnp.uint32)[:, None] * jnp.uint32(length) + jnp.arange(length, dtype=jnp.uint32)
         return cls(key, tokens)
 
-    def fold(self, number: Array | int) -> Dropping:
+    def fold(self, number: Array | int) -> TokenDropout:
         """For one of several places."""
         return self._replace(key=jax.random.fold_in(self.key, number))
 

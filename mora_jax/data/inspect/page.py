@@ -16,7 +16,7 @@ from mora_jax.data.inspect.advice import advise_on
 from mora_jax.data.inspect.describe import describe_example, visible
 from mora_jax.data.inspect.inspecting import loss_words, repeated_prompts, segment_table
 from mora_jax.data.inspect.report import Report
-from mora_jax.data.inspect.terminal import fates, ratio_words
+from mora_jax.data.inspect.terminal import outcomes, ratio_words
 from mora_jax.paths import new_file
 
 # The histogram's drawing, in its own units.
@@ -44,7 +44,7 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
         recognised=recognised,
         loss=loss_words(dataset.loss),
         ratio=ratio_words(report),
-        fates=[(words.strip(), words.startswith(" "), n, _share(n, report.rows)) for words, n in fates(report)],
+        outcomes=[(words.strip(), words.startswith(" "), n, _share(n, report.rows)) for words, n in outcomes(report)],
         segments=_segments(report),
         histogram=_histogram(report),
         repeated=repeated_prompts(dataset, tokenizer, most=5),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.data.examples import Fates
+from mora_jax.data.examples import RowOutcomes
 from mora_jax.data.segments import ANSWER, CONTENT, INSTRUCTION, Segment
 from mora_jax.data.tokens.store import FlatRows
 
@@ -90,9 +90,9 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, parts: Sequence[Counted], fates: Fates, **known: Any) -> Report:
+    def of(cls, parts: Sequence[Counted], outcomes: RowOutcomes, **known: Any) -> Report:
         """Sums up what `count` said of batches of rows, and what became of them."""
-        report = cls(**known, **vars(fates))
+        report = cls(**known, **vars(outcomes))
         for name in ("rows", "instruction_tokens", "response_tokens", "seam_rows", "special_rows", "near_empty"):
             setattr(report, name, sum(getattr(part, name) for part in parts))
         report.rows += report.dropped.get("bad_row", 0)

@@ -33,7 +33,7 @@ def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, re
     report, loss = dataset.report, loss_words(dataset.loss)
     advice, repeated = advise_on(report), repeated_prompts(dataset, tokenizer)
     bar = "█" if console.encoding.lower().startswith("utf") else "#"
-    parts: list[RenderableType] = [_facts(report, loss, recognised), _title("Rows by outcome"), _fates(report)]
+    parts: list[RenderableType] = [_facts(report, loss, recognised), _title("Rows by outcome"), _outcomes_table(report)]
     parts += [_title("Tokens, before any cut"), _segments(report, bar, console.width)]
     parts += [
         _title("Row lengths in tokens, before any cut"),
@@ -82,7 +82,7 @@ def ratio_words(report: Report) -> str:
     return f"{report.ratio:.2f} instruction tokens a response token (median of rows {report.median_ratio:.2f})"
 
 
-def fates(report: Report) -> list[tuple[str, int]]:
+def outcomes(report: Report) -> list[tuple[str, int]]:
     """What became of the rows, in words, with how many rows; then what is odd about some of those kept."""
     rows = [("read", report.rows)]
     rows += [(f"dropped: {CAUSES[cause]}", n) for cause, n in report.dropped.items()]
@@ -99,9 +99,9 @@ def fates(report: Report) -> list[tuple[str, int]]:
     return rows + [(f"  {words}", n) for words, n in odd if n]
 
 
-def _fates(report: Report) -> Table:
+def _outcomes_table(report: Report) -> Table:
     table = _table("", "rows", "share")
-    for words, n in fates(report):
+    for words, n in outcomes(report):
         table.add_row(Text(words), f"{n:,}", f"{n / report.rows:.1%}" if report.rows else "")
     return table
 

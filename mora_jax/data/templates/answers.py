@@ -14,7 +14,7 @@ from os.path import commonprefix
 
 from mora_jax.data.conversation import Message
 from mora_jax.data.templates.locate import Located
-from mora_jax.data.templates.skeleton import Layout, find_layout
+from mora_jax.data.templates.skeleton import TemplateLayout, find_layout
 from mora_jax.data.templates.spans import Span, Untrackable
 
 #: Renders messages with these contents, with the generation prompt after them if so asked.
@@ -75,7 +75,7 @@ def find_answer(
     if layout is None:
         raise Untrackable(f"it looks into what message {turn + 1} says beside its tool calls or reasoning")
 
-    def other_layout(others: Sequence[Message], prompt: bool = False) -> Layout:
+    def other_layout(others: Sequence[Message], prompt: bool = False) -> TemplateLayout:
         count = sum(owner < len(others) for owner in owners)
         return find_layout(
             lambda given: render(others, given, prompt), contents[:count], located.groups[:count], located.keep
@@ -111,7 +111,7 @@ def _place(spans: Sequence[Span], literal: int, offset: int) -> int:
 
 
 def _beginning(
-    turn: int, messages: Sequence[Message], layout: Layout, other_layout: Callable[..., Layout]
+    turn: int, messages: Sequence[Message], layout: TemplateLayout, other_layout: Callable[..., TemplateLayout]
 ) -> tuple[int, int]:
     """The literal in which the turn begins, and where in it."""
     if not turn:
@@ -128,7 +128,11 @@ def _beginning(
 
 
 def _end_of_calls(
-    turn: int, messages: Sequence[Message], layout: Layout, last: int, other_layout: Callable[..., Layout]
+    turn: int,
+    messages: Sequence[Message],
+    layout: TemplateLayout,
+    last: int,
+    other_layout: Callable[..., TemplateLayout],
 ) -> int:
     """Where in a literal the last thing stands that depends on the arguments of the turn's calls."""
     renamed = other_layout(_with_calls(messages, turn, name=_WORD))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.data.templates.char_trace import trace
-from mora_jax.data.templates.skeleton import Layout, find_layout, match_layout
+from mora_jax.data.templates.skeleton import TemplateLayout, find_layout, match_layout
 from mora_jax.data.templates.spans import RenderContents, Span
 
 _MAX_LAYOUTS = 1024
@@ -32,7 +32,7 @@ class Located:
 
     spans: list[Span]
     groups: list[int]
-    layout: Layout | None
+    layout: TemplateLayout | None
     keep: Sequence[bool] = ()
 
 
@@ -40,7 +40,7 @@ class Tracker:
     """Locates contents in renderings of one template; remembers its layouts, one a sequence of kinds."""
 
     def __init__(self) -> None:
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._layouts: dict[tuple[Any, ...], TemplateLayout] = {}
 
     def locate(
         self,
@@ -84,7 +84,7 @@ class Tracker:
         groups: Sequence[int],
         keep: Sequence[bool],
         key: tuple[Any, ...] | None,
-    ) -> Iterator[Layout]:
+    ) -> Iterator[TemplateLayout]:
         """The layout as remembered, then a new one: templates can write the time."""
         if key is None:
             yield find_layout(render, contents, groups, keep)

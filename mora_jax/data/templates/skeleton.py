@@ -15,7 +15,7 @@ from mora_jax.data.templates.spans import RenderContents, Span
 
 
 @dataclass(frozen=True)
-class Layout:
+class TemplateLayout:
     """What a template writes around the contents.
 
     Attributes:
@@ -46,7 +46,9 @@ def stand_in(index: int) -> str:
 _STAND_IN = re.compile(r"Qz(\d+)xMessage\1xzQ")
 
 
-def find_layout(render: RenderContents, contents: Sequence[str], groups: Sequence[int], keep: Sequence[bool]) -> Layout:
+def find_layout(
+    render: RenderContents, contents: Sequence[str], groups: Sequence[int], keep: Sequence[bool]
+) -> TemplateLayout:
     """Renders stand-ins and reads the template's own text around them.
 
     Args:
@@ -58,7 +60,7 @@ def find_layout(render: RenderContents, contents: Sequence[str], groups: Sequenc
     """
     text = render([contents[i] if keep[i] else stand_in(group) for i, group in enumerate(groups)])
     parts = _STAND_IN.split(text)
-    return Layout(tuple(parts[::2]), tuple(_members(map(int, parts[1::2]), groups)))
+    return TemplateLayout(tuple(parts[::2]), tuple(_members(map(int, parts[1::2]), groups)))
 
 
 def _members(seen: Iterable[int], groups: Sequence[int]) -> Iterator[int]:
@@ -70,7 +72,7 @@ def _members(seen: Iterable[int], groups: Sequence[int]) -> Iterator[int]:
         yield members[group].pop(0) if len(members[group]) > 1 else members[group][0]
 
 
-def match_layout(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
+def match_layout(layout: TemplateLayout, contents: Sequence[str], text: str) -> list[Span] | None:
     """The spans of the contents if the text is the layout filled with them, else None."""
     for strip in _STRIPS[:2]:
         spans = _fill(layout, [strip(content) for content in contents], text)
@@ -79,7 +81,7 @@ def match_layout(layout: Layout, contents: Sequence[str], text: str) -> list[Spa
     return _fill_mixed(layout, contents, text)
 
 
-def _fill(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
+def _fill(layout: TemplateLayout, contents: Sequence[str], text: str) -> list[Span] | None:
     spans, at = [], 0
     for literal, message in zip(layout.literals, layout.order, strict=False):
         at += len(literal)
@@ -93,7 +95,7 @@ def _fill(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | No
     return spans if "".join(parts) == text else None
 
 
-def _fill_mixed(layout: Layout, contents: Sequence[str], text: str) -> list[Span] | None:
+def _fill_mixed(layout: TemplateLayout, contents: Sequence[str], text: str) -> list[Span] | None:
     """As `_fill`, where each message may be stripped in its own way: a walk over the few ways that fit."""
     literals, order = layout.literals, layout.order
     if not text.startswith(literals[0]):

@@ -25,20 +25,20 @@ from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.matching.targets import places
 from mora_jax.adapters.methods import mora
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
-from mora_jax.interop.convert.convert import Conversion, Row, lora_fillings
+from mora_jax.interop.adapter_values import AdapterValues
+from mora_jax.interop.convert.convert import Conversion, Row, lora_values
 from mora_jax.interop.convert.low_rank import best_factors_of_product
 from mora_jax.interop.convert.updates import Update
-from mora_jax.interop.read_adapter import Fillings, same_form
+from mora_jax.interop.read_adapter import ValuesByPath, same_form
 
 COMBINATIONS = ("linear", "cat", "svd", "sum")
-Terms = list[tuple[float, Filling]]
-Combined = tuple[dict[str, Filling], Conversion]
+Terms = list[tuple[float, AdapterValues]]
+Combined = tuple[dict[str, AdapterValues], Conversion]
 
 
 def combine(
     model: nnx.Module,
-    adapters: Mapping[str, Fillings],
+    adapters: Mapping[str, ValuesByPath],
     weights: Mapping[str, float],
     combination: str,
     rank: int | None = None,
@@ -67,9 +67,9 @@ def combine(
     for name, weight in weights.items():
         if not math.isfinite(weight):
             raise InputError(f"the weight of {name} is {weight}; give a finite number")
-    paths = dict.fromkeys(path for fillings in adapters.values() for path in fillings)
+    paths = dict.fromkeys(path for by_path in adapters.values() for path in by_path)
     terms = {
-        path: [(weights[name], fillings[path]) for name, fillings in adapters.items() if path in fillings]
+        path: [(weights[name], by_path[path]) for name, by_path in adapters.items() if path in by_path]
         for path in paths
     }
     what = f"{combination} of " + " and ".join(f"{weights[name]:g} {name}" for name in adapters)
@@ -78,18 +78,21 @@ def combine(
         make = _linear if combination == "linear" else _sum
         parts = {path: make(path, *sizes[path], term) for path, term in terms.items()}
         rows = tuple(row for _, row in parts.values())
-        return {path: filling for path, (filling, _) in parts.items()}, Conversion(what, rows)
+        return {path: adapter_values for path, (adapter_values, _) in parts.items()}, Conversion(what, rows)
     chosen = None
     if combination == "svd":
-        chosen = rank or max(filling.config.rank for term in terms.values() for _, filling in term)
-    fillings, conversion = lora_fillings([_whole(path, term) for path, term in terms.items()], chosen)
-    return fillings, replace(conversion, method=what)
+        chosen = rank or max(adapter_values.config.rank for term in terms.values() for _, adapter_values in term)
+    by_path, conversion = lora_values([_whole(path, term) for path, term in terms.items()], chosen)
+    return by_path, replace(conversion, method=what)
 
 
 def _factors(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
     """Σ wᵢ sᵢ Aᵢ Bᵢ as one product `a [in, Σ r] @ b [Σ r, out]`."""
-    a = [weight * float(filling.values["scaling"]) * filling.values["lora_a"] for weight, filling in terms]
-    return np.concatenate(a, axis=1), np.concatenate([filling.values["lora_b"] for _, filling in terms])
+    a = [
+        weight * float(adapter_values.values["scaling"]) * adapter_values.values["lora_a"]
+        for weight, adapter_values in terms
+    ]
+    return np.concatenate(a, axis=1), np.concatenate([adapter_values.values["lora_b"] for _, adapter_values in terms])
 
 
 def _whole(path: str, terms: Terms) -> Update:
@@ -101,14 +104,14 @@ def _whole(path: str, terms: Terms) -> Update:
 
 
 def _dropout(terms: Terms) -> float:
-    return max(filling.config.dropout for _, filling in terms)
+    return max(adapter_values.config.dropout for _, adapter_values in terms)
 
 
-def _linear(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[Filling, Row]:
-    ranks = sorted({filling.config.rank for _, filling in terms})
+def _linear(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[AdapterValues, Row]:
+    ranks = sorted({adapter_values.config.rank for _, adapter_values in terms})
     if len(ranks) > 1:
         raise InputError(f"{path}: linear needs equal ranks, not {' and '.join(map(str, ranks))}; use cat or svd")
-    factors = [weight * float(filling.values["scaling"]) for weight, filling in terms]
+    factors = [weight * float(adapter_values.values["scaling"]) for weight, adapter_values in terms]
     roots = np.sqrt(np.abs(factors)).astype(np.float32)
     signs = np.sign(factors).astype(np.float32)
     lora_a = np.sum([s * r * x.values["lora_a"] for s, r, (_, x) in zip(signs, roots, terms, strict=True)], axis=0)
@@ -119,15 +122,15 @@ def _linear(path: str, in_features: int, out_features: int, terms: Terms) -> tup
     rank = ranks[0]
     config = LoRAConfig(rank=rank, alpha=float(rank), dropout=_dropout(terms))
     values = {"lora_a": lora_a, "lora_b": lora_b, "scaling": np.ones((), np.float32)}
-    return Filling(config, values), Row(path, in_features, out_features, rank, norm, error)
+    return AdapterValues(config, values), Row(path, in_features, out_features, rank, norm, error)
 
 
-def _sum(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[Filling, Row]:
-    sides = sorted({len(filling.values["m"]) for _, filling in terms})
+def _sum(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[AdapterValues, Row]:
+    sides = sorted({len(adapter_values.values["m"]) for _, adapter_values in terms})
     if len(sides) > 1:
         raise InputError(f"{path}: MoRA's matrices have sides {' and '.join(map(str, sides))}, which can't be added")
-    m = np.sum([np.float32(weight) * filling.values["m"] for weight, filling in terms], axis=0)
+    m = np.sum([np.float32(weight) * adapter_values.values["m"] for weight, adapter_values in terms], axis=0)
     config = replace(terms[0][1].config, dropout=_dropout(terms))
     norm = float(jnp.linalg.norm(mora.delta_weight(jnp.asarray(m), in_features, out_features, config.kind)))
     values = {"m": m, "scaling": np.ones((), np.float32)}
-    return Filling(config, values), Row(path, in_features, out_features, len(m), norm, 0.0)
+    return AdapterValues(config, values), Row(path, in_features, out_features, len(m), norm, 0.0)

@@ -16,7 +16,7 @@ from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.matching.naming import star
 from mora_jax.adapters.methods import mora
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling, install
+from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.convert.low_rank import best_factors, best_factors_of_product, singular_values
 from mora_jax.interop.convert.mora_fit import nearest_m
 from mora_jax.interop.convert.updates import Update, updates_of
@@ -41,9 +41,9 @@ def convert_to_lora(model: nnx.Module, *, rank: int | None = None) -> Conversion
     updates = list(updates_of(model))
     if not updates:
         raise InputError("the model has no adapter to convert")
-    fillings, conversion = lora_fillings(updates, rank)
+    by_path, conversion = lora_values(updates, rank)
     detach(model)
-    install(model, fillings)
+    install(model, by_path)
     return conversion
 
 
@@ -64,9 +64,9 @@ def convert_to_mora(model: nnx.Module, *, kind: str = "sharing", rank: int | Non
     updates = list(updates_of(model))
     if not updates:
         raise InputError("the model has no adapter to convert")
-    fillings, conversion = mora_fillings(updates, kind, rank)
+    by_path, conversion = mora_values(updates, kind, rank)
     detach(model)
-    install(model, fillings)
+    install(model, by_path)
     return conversion
 
 
@@ -75,12 +75,12 @@ def peft_knows(model: nnx.Module) -> bool:
     return not any(isinstance(entry.config, MoRAConfig) for entry in adapters_of(model))
 
 
-def lora_fillings(updates: Iterable[Update], rank: int | None) -> tuple[dict[str, Filling], Conversion]:
+def lora_values(updates: Iterable[Update], rank: int | None) -> tuple[dict[str, AdapterValues], Conversion]:
     """The LoRA of each update, read one at a time; see `convert_to_lora`."""
     updates = list(updates)
     if rank is None:
         _refuse_loss(updates)
-    fillings, rows = {}, []
+    by_path, rows = {}, []
     for update in updates:
         scaling = 1.0
         chosen = rank or update.exact_rank
@@ -92,16 +92,16 @@ def lora_fillings(updates: Iterable[Update], rank: int | None) -> tuple[dict[str
             scaling = update.scaling
         config = LoRAConfig(rank=chosen, alpha=scaling * chosen, dropout=update.dropout)
         values = {"lora_a": factors.a, "lora_b": factors.b, "scaling": np.asarray(scaling, np.float32)}
-        fillings[update.path] = Filling(config, values)
+        by_path[update.path] = AdapterValues(config, values)
         size = abs(scaling)
         rows.append(_row(update, chosen, size * factors.norm, size * factors.error))
     what = "LoRA" if rank is None else f"LoRA of rank {rank}"
-    return fillings, Conversion(what, tuple(rows))
+    return by_path, Conversion(what, tuple(rows))
 
 
-def mora_fillings(updates: Iterable[Update], kind: str, rank: int | None) -> tuple[dict[str, Filling], Conversion]:
+def mora_values(updates: Iterable[Update], kind: str, rank: int | None) -> tuple[dict[str, AdapterValues], Conversion]:
     """The MoRA nearest to each update, read one at a time; see `convert_to_mora`."""
-    fillings, rows = {}, []
+    by_path, rows = {}, []
     for update in updates:
         if update.is_embedding:
             raise InputError(f"{update.path} is an embedding, for which MoRA has no form; convert to lora instead")
@@ -110,9 +110,9 @@ def mora_fillings(updates: Iterable[Update], kind: str, rank: int | None) -> tup
         kernel = update.kernel()
         m = nearest_m(kernel, q, kind)
         fitted = mora.delta_weight(jnp.asarray(m), update.in_features, update.out_features, kind)
-        fillings[update.path] = Filling(config, {"m": m})
+        by_path[update.path] = AdapterValues(config, {"m": m})
         rows.append(_row(update, q, float(np.linalg.norm(kernel)), float(np.linalg.norm(kernel - fitted))))
-    return fillings, Conversion(f"MoRA of kind {kind}", tuple(rows))
+    return by_path, Conversion(f"MoRA of kind {kind}", tuple(rows))
 
 
 def _row(update: Update, size: int, norm: float, error: float) -> Row:

@@ -13,7 +13,7 @@ from mora_jax.adapters.config import Targets
 from mora_jax.adapters.matching.targets import matcher, places
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first, install
-from mora_jax.interop.convert.convert import Conversion, lora_fillings, mora_fillings
+from mora_jax.interop.convert.convert import Conversion, lora_values, mora_values
 from mora_jax.interop.convert.updates import Update
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.load import load_shapes
@@ -63,14 +63,14 @@ def adapter_from_difference(
     if not updates:
         raise InputError(f"targets {targets!r} match no matrix of {base}")
     if kind is None:
-        fillings, conversion = lora_fillings(updates, rank)
+        by_path, conversion = lora_values(updates, rank)
     else:
         if rank is None:
             raise InputError("a rank is needed to say how many parameters MoRA's matrices take")
-        fillings, conversion = mora_fillings(updates, kind, rank)
+        by_path, conversion = mora_values(updates, kind, rank)
     taken = {f"{update.path}.weight" for update in updates}
     rest = {name: _norm(before, after, name) for name in sorted(set(before.shapes) - taken)}
-    install(model, fillings)
+    install(model, by_path)
     changed = {name: norm for name, norm in rest.items() if norm > 0}
     return model, Conversion(conversion.method, conversion.rows, changed)
 

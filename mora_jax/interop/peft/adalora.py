@@ -13,7 +13,7 @@ from mora_jax.adapters.base import host
 from mora_jax.adapters.config import AdaLoRAConfig
 from mora_jax.adapters.matching.targets import Place
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import (
     FACTORS,
     PREFIX,
@@ -76,7 +76,7 @@ class AdaloraFormat(Format):
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
         return {"a", "b", "e"}, {"a", "b", "e"}
 
-    def read(self, values: dict[str, Any], target: Target) -> Filling:
+    def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         """What was pruned stays as columns, numbers and rows of zeros, so that all layers have one shape."""
         config, place = _config(values, target.path), target.place
         used = _used(values, target.path, config.rank)
@@ -87,7 +87,7 @@ class AdaloraFormat(Format):
         lora_a[:, used] = target.read("a", (count, place.in_features)).T
         lora_e[used] = target.read("e", (count, 1))[:, 0]
         lora_b[used] = target.read("b", (place.out_features, count)).T
-        return Filling(config, {"lora_a": lora_a, "lora_e": lora_e, "lora_b": lora_b})
+        return AdapterValues(config, {"lora_a": lora_a, "lora_e": lora_e, "lora_b": lora_b})
 
     def names(self, entry: AdapterEntry) -> dict[str, str]:
         return FACTORS | {"a": "lora_A", "b": "lora_B"}

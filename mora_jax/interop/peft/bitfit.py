@@ -13,7 +13,7 @@ import numpy as np
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config import BitFitConfig, LoRAConfig
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import Target, require
 from mora_jax.interop.peft.lora import LoraFormat, lora_fields, scaling_at
 
@@ -31,15 +31,15 @@ class BitfitFormat(LoraFormat):
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
         return {"a", "b", "added"}, {"a", "b", "added"}
 
-    def read(self, values: dict[str, Any], target: Target) -> Filling:
-        filling = super().read(values, target)
-        if filling.values["lora_a"].any() or filling.values["lora_b"].any():
+    def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
+        adapter_values = super().read(values, target)
+        if adapter_values.values["lora_a"].any() or adapter_values.values["lora_b"].any():
             raise InputError(
                 f"{target.files.folder}: lora_bias beside a LoRA that is not zero, as in {target.names['a']}, is not "
                 "supported; merge it in PEFT"
             )
         change = target.read("added", (target.place.out_features,)) * np.float32(scaling_at(values, target.path))
-        return Filling(BitFitConfig(targets=(target.path,)), {"bias": change})
+        return AdapterValues(BitFitConfig(targets=(target.path,)), {"bias": change})
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         zero_a = np.zeros((1, entry.in_features), np.float32)

@@ -17,7 +17,7 @@ from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config import BIASES
 from mora_jax.adapters.matching.targets import Place
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.safetensors_io import TensorFiles
 
 # Fields of every type.
@@ -99,7 +99,7 @@ class Format:
             raise InputError(f"{files.folder}: tensor {first_of(names)} belongs to no {self.peft_type} adapter")
         return {}
 
-    def read(self, values: dict[str, Any], target: Target) -> Filling:
+    def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         """The configuration and the checked arrays of one target, in this library's orientation."""
         raise NotImplementedError  # abstract: each type's file defines it
 

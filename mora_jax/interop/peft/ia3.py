@@ -10,7 +10,7 @@ import numpy as np
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config import IA3Config
 from mora_jax.adapters.config.patterns import exactly
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import Format, Target, require, require_names
 
 _FEEDFORWARD = ("down_proj",)
@@ -31,12 +31,12 @@ class Ia3Format(Format):
     def needs_base(self, values: dict[str, Any]) -> bool:
         return True  # what it changes is a multiple of the base
 
-    def read(self, values: dict[str, Any], target: Target) -> Filling:
+    def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         inputs = _is_feedforward(values.get("feedforward_modules"), target.path)
         name = (target.path.rpartition(".")[2],)
         config = IA3Config(targets=(target.path,), feedforward=name if inputs else ())
         shape = (1, target.place.in_features) if inputs else (target.place.out_features, 1)
-        return Filling(config, {"ia3_l": target.read("l", shape).reshape(-1)})
+        return AdapterValues(config, {"ia3_l": target.read("l", shape).reshape(-1)})
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         return {"l": entry.params["ia3_l"].reshape((1, -1) if entry.config.feedforward else (-1, 1))}

@@ -17,7 +17,7 @@ from mora_jax.adapters.base import host
 from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.matching.targets import Place, by_path, has_adapter, places
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling, first, install
+from mora_jax.interop.adapter_values import AdapterValues, first, install
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.peft.config import AdapterFile, format_of, keep_extra_fields, read_adapter_config
 from mora_jax.interop.peft.format import (
@@ -96,14 +96,14 @@ def load_adapter(
     _check_factors(stored, chosen, file)
     found = [place for place, _ in chosen.values()]
     shared = file.format.shared(file.values, stored.shared, files, found)
-    fillings = {}
+    values_by_path = {}
     for path, (place, layer) in chosen.items():
         target = Target(path, place, layer, stored.factors[path], files, shared)
-        fillings[path] = file.format.read(file.values, target)
+        values_by_path[path] = file.format.read(file.values, target)
     if method is not None:
-        fillings = _trained_as(fillings, method, all_places)
+        values_by_path = _trained_as(values_by_path, method, all_places)
     loose = loose_biases(model) if file.bias == "all" else set()
-    _add_biases(fillings, stored, everything, loose, files, file)
+    _add_biases(values_by_path, stored, everything, loose, files, file)
     _check_frozen(stored, chosen, files)
     whole = _whole_weights(model, stored, loose, files, file)
     if base is not None:
@@ -113,21 +113,23 @@ def load_adapter(
         if own:
             train_own_weights(model, whole)
         modules = () if own else tuple(sorted({name.rpartition(".")[0].rpartition(".")[2] for name in whole}))
-        install(model, fillings, modules_to_save=modules)
+        install(model, values_by_path, modules_to_save=modules)
         if whole:
             put_trained_weights(model, whole)
     keep_extra_fields(model, file)
 
 
-def _trained_as(fillings: dict[str, Filling], method: LoRAConfig, found: list[Place]) -> dict[str, Filling]:
+def _trained_as(
+    values_by_path: dict[str, AdapterValues], method: LoRAConfig, found: list[Place]
+) -> dict[str, AdapterValues]:
     changed = {}
     for place in found:
         kernels = functools.cache(lambda place=place: host(place.kernel()))
         for layer, path in enumerate(place.paths):
-            if path in fillings:
+            if path in values_by_path:
                 at = place.index(layer)
                 kernel = functools.partial(lambda kernels, at: kernels()[at], kernels, at)
-                changed[path] = trained_as(fillings[path], method, kernel, path)
+                changed[path] = trained_as(values_by_path[path], method, kernel, path)
     return changed
 
 
@@ -243,7 +245,7 @@ def _short(kind: str) -> str:
 
 
 def _add_biases(
-    fillings: dict[str, Filling],
+    values_by_path: dict[str, AdapterValues],
     stored: Stored,
     everything: Chosen,
     loose: set[str],
@@ -254,20 +256,20 @@ def _add_biases(
     for path, name in stored.biases.items():
         if file.saves(path) or f"{path}.bias" in loose:
             continue
-        wanted = file.bias == "all" or (file.bias == "lora_only" and path in fillings)
+        wanted = file.bias == "all" or (file.bias == "lora_only" and path in values_by_path)
         place, layer = everything.get(path, (None, 0))
         if not wanted or place is None or not place.has_bias:
             why = f"bias is {file.bias!r}" if not wanted else "the model has no such bias"
             raise InputError(f"{files.folder}: tensor {name} belongs to nothing: {why}")
         change = read_tensor(files, name, (place.out_features,)) - base_bias(place, layer)
-        before = fillings.get(path, Filling(None, {}))
-        fillings[path] = before._replace(values=dict(before.values) | {"bias": change})
+        before = values_by_path.get(path, AdapterValues(None, {}))
+        values_by_path[path] = before._replace(values=dict(before.values) | {"bias": change})
     if file.bias == "none":
         return
     expected = [
         path
         for path, (place, _) in everything.items()
-        if place.has_bias and not place.is_embedding and (file.bias == "all" or path in fillings)
+        if place.has_bias and not place.is_embedding and (file.bias == "all" or path in values_by_path)
     ]
     expected += [name.removesuffix(".bias") for name in loose]
     missing = [path for path in expected if path not in stored.biases]

@@ -22,7 +22,7 @@ from mora_jax.adapters.config import (
 from mora_jax.adapters.config.patterns import pattern_for, value_at
 from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import (
     EMBEDDING_FACTORS,
     FACTORS,
@@ -119,7 +119,7 @@ class LoraFormat(Format):
         start = values.get("init_lora_weights") in _FROM_BASE
         return bool(values.get("use_dora")) or start or super().needs_base(values)
 
-    def read(self, values: dict[str, Any], target: Target) -> Filling:
+    def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         config, place = lora_config(values, target.path), target.place
         arrays: dict[str, np.ndarray] = {}
         if isinstance(config, MoRAConfig):
@@ -134,7 +134,7 @@ class LoraFormat(Format):
             arrays["scaling"] = np.asarray(scaling_at(values, target.path), np.float32)
         if "magnitude" in target.names:
             arrays["magnitude"] = target.read("magnitude", (place.out_features,))
-        return Filling(config, arrays)
+        return AdapterValues(config, arrays)
 
     def names(self, entry: AdapterEntry) -> Mapping[str, str]:
         return EMBEDDING_FACTORS if entry.is_embedding else FACTORS

@@ -29,7 +29,7 @@ from mora_jax.adapters.config import (
 )
 from mora_jax.adapters.methods.lora_init import is_start
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 
 
 def plain(entry: AdapterEntry) -> AdapterEntry:
@@ -69,14 +69,16 @@ def plain_lora(entry: AdapterEntry) -> AdapterEntry:
     return dataclasses.replace(entry, method=method, config=plain(rank=rank, **same), params=params)
 
 
-def trained_as(filling: Filling, method: LoRAConfig, kernel: Callable[[], np.ndarray], path: str) -> Filling:
+def trained_as(
+    adapter_values: AdapterValues, method: LoRAConfig, kernel: Callable[[], np.ndarray], path: str
+) -> AdapterValues:
     """A LoRA out of a file as an adapter of another method, which computes the same and is trained otherwise.
 
     LoRA+ and LoRA-FA take any LoRA. PiSSA and OLoRA take what they wrote: the half of the ranks that is their start is
-    the start again. Where `method` is another function than the file's, the filling comes back as it is.
+    the start again. Where `method` is another function than the file's, the values come back as it is.
 
     Args:
-        filling: of one matrix.
+        adapter_values: of one matrix.
         method: the configuration of the method; its rank, alpha and so on are of no matter.
         kernel: gives the base's `[in, out]`.
         path: where the matrix is, for messages.
@@ -84,12 +86,12 @@ def trained_as(filling: Filling, method: LoRAConfig, kernel: Callable[[], np.nda
     Raises:
         InputError: PiSSA or OLoRA, and the file holds no LoRA that started so from this base.
     """
-    given, values = filling.config, dict(filling.values)
+    given, values = adapter_values.config, dict(adapter_values.values)
     if not isinstance(given, LoRAConfig) or type(given) is type(method):
-        return filling
+        return adapter_values
     other = isinstance(given, RsLoRAConfig) or isinstance(method, RsLoRAConfig | DoRAConfig)
     if other and not isinstance(method, LoRAPlusConfig | LoRAFAConfig):
-        return filling
+        return adapter_values
     rank, init = given.rank, given.init
     if isinstance(method, PiSSAConfig | OLoRAConfig):
         rank, init = rank // 2, method.init
@@ -105,4 +107,4 @@ def trained_as(filling: Filling, method: LoRAConfig, kernel: Callable[[], np.nda
     same = {name: getattr(given, name) for name in ("dropout", "targets", "use_dora", "bias")}
     ratio: dict[str, Any] = {"lr_ratio": method.lr_ratio} if isinstance(method, LoRAPlusConfig) else {}
     config = type(method)(rank=rank, alpha=float(values["scaling"]) * rank, init=init, **same, **ratio)
-    return Filling(config, values)
+    return AdapterValues(config, values)

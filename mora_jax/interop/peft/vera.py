@@ -13,7 +13,7 @@ from mora_jax.adapters.config import VeRAConfig
 from mora_jax.adapters.matching.targets import Place
 from mora_jax.adapters.methods.vera import projections
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import Filling
+from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import (
     SHARED,
     Format,
@@ -73,7 +73,7 @@ class VeraFormat(Format):
             arrays[name] = files.read(names[name]).astype(np.float32)
         return arrays
 
-    def read(self, values: dict[str, Any], target: Target) -> Filling:
+    def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         place, left, right = target.place, target.shared["vera_A"], target.shared["vera_B"]
         bias = values.get("bias", "none")
         config = VeRAConfig(
@@ -91,7 +91,7 @@ class VeraFormat(Format):
             "vera_d": target.read("d", (config.rank,)),
             "vera_b_scale": target.read("b_scale", (place.out_features,)),
         }
-        return Filling(config, arrays)
+        return AdapterValues(config, arrays)
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         return {"b_scale": entry.params["vera_b_scale"], "d": entry.params["vera_d"]}

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
-from mora_jax.adapters.products.dropout import Dropping
+from mora_jax.adapters.products.dropout import TokenDropout
 from mora_jax.adapters.projection import Part, Projection
 
 
@@ -148,7 +148,7 @@ def test_dropout_draws_a_mask_for_each_matrix():
     base = made.kernel[...].reshape(10, -1).sum(0).reshape(2, 4, 3)
     quiet = made(x) - base
     np.testing.assert_allclose(quiet, 10.0, atol=1e-4)
-    noisy = made(x, dropping=Dropping.of(jax.random.key(0), 1, 64)) - base
+    noisy = made(x, token_dropout=TokenDropout.of(jax.random.key(0), 1, 64)) - base
     sums = {name: np.asarray(made.part(noisy, name))[:, 0] for name in ("q_proj", "k_proj", "v_proj")}
     for values in sums.values():
         np.testing.assert_allclose(values / 2, np.round(values / 2), atol=1e-3)  # kept features count twice

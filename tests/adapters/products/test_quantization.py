@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mora_jax as mj
-from mora_jax.adapters.base import Layout
+from mora_jax.adapters.base import FusedLayout
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.methods.lora_init import FROM_BASE
 from mora_jax.adapters.products.adapted_matmul import scaled_dot
@@ -138,7 +138,7 @@ def products(held, dtype):
     }
     gain = jnp.asarray(draws.standard_normal(6), jnp.float32)
     bias = jnp.asarray(draws.standard_normal((2, 3)), dtype)
-    delta = LoRA.fuse(Layout((2, 3), 0, (2,)), (mj.LoRAConfig(rank=2),))
+    delta = LoRA.fuse(FusedLayout((2, 3), 0, (2,)), (mj.LoRAConfig(rank=2),))
 
     def results(kernel):
         def plain(x, params):

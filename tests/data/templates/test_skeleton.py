@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mora_jax.data.templates.skeleton import Layout, find_layout, match_layout, stand_in
+from mora_jax.data.templates.skeleton import TemplateLayout, find_layout, match_layout, stand_in
 from mora_jax.data.templates.spans import Span
 
 
@@ -16,19 +16,19 @@ def swapped(contents):
 
 def test_layout_is_what_stands_around_the_messages():
     layout = find_layout(swapped, ["a", "b"], [0, 1], [False, False])
-    assert layout == Layout(("<", ">[", "]!"), (1, 0))
+    assert layout == TemplateLayout(("<", ">[", "]!"), (1, 0))
     spans = match_layout(layout, [" a ", " b"], swapped([" a ", " b"]))
     assert spans == [Span(1, 3, 1), Span(5, 6, 0)]
 
 
 def test_a_message_that_is_kept_belongs_to_the_layout():
     layout = find_layout(swapped, ["", "b"], [0, 1], [True, False])
-    assert layout == Layout(("<", ">[]!"), (1,))
+    assert layout == TemplateLayout(("<", ">[]!"), (1,))
 
 
 def test_equal_messages_are_told_apart_by_their_order():
     layout = find_layout("|".join, ["a", "a", "b"], [0, 0, 2], [False] * 3)
-    assert layout == Layout(("", "|", "|", ""), (0, 1, 2))
+    assert layout == TemplateLayout(("", "|", "|", ""), (0, 1, 2))
 
 
 @pytest.mark.parametrize("text", ["<b>[a]", "<b>[a]!!", "<b>[x]!", "<x>[a]!", "", "<b>[ab]!"])
@@ -39,7 +39,7 @@ def test_text_that_the_layout_does_not_explain(text):
 
 def test_each_message_may_be_stripped_in_its_own_way():
     contents = ["\n a\n", " b ", "  ", "c "]
-    layout = Layout(("", "\n", "\n", "\n", "."), (0, 1, 2, 3))
+    layout = TemplateLayout(("", "\n", "\n", "\n", "."), (0, 1, 2, 3))
     spans = match_layout(layout, contents, "\n a\n\nb\n\nc.")
     assert spans is not None
     assert [("\n a\n\nb\n\nc.")[span.start : span.stop] for span in spans] == ["\n a\n", "b", "", "c"]
