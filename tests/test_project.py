@@ -52,7 +52,7 @@ def test_importing_every_public_name_starts_no_backend(tmp_path):
     assert python(code, cwd=tmp_path) == "False\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_help_is_quick(arguments, tmp_path):
     code = (
         "import sys\n"

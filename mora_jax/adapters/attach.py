@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, constant, params_of
-from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.config.patterns import resolve
 from mora_jax.adapters.layers import to_adapted_class
 from mora_jax.adapters.matching.forms import FORMS
@@ -21,6 +20,7 @@ from mora_jax.adapters.matching.naming import summary
 from mora_jax.adapters.matching.targets import Place, has_adapter, places, select
 from mora_jax.adapters.matrices import stacked_in_front, weight_of
 from mora_jax.adapters.methods.bitfit import BitFit
+from mora_jax.adapters.methods.full import FullConfig
 from mora_jax.adapters.methods.lora_init import FROM_BASE
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.products.quantization import quantized_format

@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig
-from mora_jax.adapters.methods.mora import square_rank, update
+from mora_jax.adapters.methods.lora import LoRAConfig
+from mora_jax.adapters.methods.mora import MoRAConfig, square_rank, update
 from mora_jax.adapters.products.matmul import row_dot, trained_dot
 
 Array = jax.Array

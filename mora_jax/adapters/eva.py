@@ -18,7 +18,7 @@ from flax import nnx
 
 from mora_jax.adapters.attach import detach, partition, put_adapter
 from mora_jax.adapters.base import Adapter, AdapterParam
-from mora_jax.adapters.config import CommonConfig, Targets
+from mora_jax.adapters.config.common import CommonConfig, Targets
 from mora_jax.adapters.matching.targets import Place, has_adapter, places
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.projection import OutputHead

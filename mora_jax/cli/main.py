@@ -1,7 +1,7 @@
 """Entry point of `mora-jax`: parsing, exit codes and what a stranger sees of an error.
 
 Exit codes: 0 success; 2 bad input, with one line that starts `error:`; 130 after SIGINT and 143 after
-SIGTERM; 1, with a traceback, only for a bug. Nothing here imports jax: commands do that when they run.
+SIGTERM; 1, with a traceback, only for a bug. Nothing here imports jax: commands do that when they are asked for.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from mora_jax.cli import convert, demo, generate, inspect, merge, plan, train
@@ -63,8 +63,12 @@ class ShowVersion(argparse.Action):
         raise SystemExit(0)
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """Returns the parser of all commands, and each command's own."""
+def build_parser(described: Collection[str] = tuple(COMMANDS)) -> tuple[Parser, dict[str, Parser]]:
+    """Returns the parser of all commands, and each command's own.
+
+    Args:
+        described: the commands whose options are there; what they describe is imported.
+    """
     parser = Parser(
         prog="mora-jax",
         description="Fine-tune language models with LoRA and MoRA in JAX.",
@@ -82,7 +86,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
+        if name in described:
+            module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser, commands.choices
 
@@ -126,14 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     rest, overrides = take_overrides(argv)
-    parser, commands = build_parser()
     if rest[:1] == ["help"]:
         rest = [*rest[1:2], "--help"]
+    name = rest[0] if rest else ""
+    if name in COMMANDS:
+        _before_jax(name, helps=not {"-h", "--help"}.isdisjoint(rest))
+    parser, commands = build_parser([name])
     if not rest:
         parser.print_help(sys.stderr)
         print(file=sys.stderr)
         raise InputError(f"no command given; choose one of {', '.join(COMMANDS)}")
-    name = rest[0]
     try:
         if name in COMMANDS:
             takes_keys = name in TAKE_KEYS
@@ -145,17 +152,21 @@ def _run(argv: Sequence[str]) -> int:
         args, words = parser.parse_known_args(rest)
         refuse_words(name, words, name in TAKE_KEYS)
         args.overrides = overrides
-        try:
-            check_versions()
-        except ImportError as error:
-            raise InputError(str(error)) from None
-        if name != "plan":  # which takes the CPU whatever is named
-            prepare()
         return args.run(args)
     except SystemExit as stop:  # --help and --version
         if isinstance(stop, Stopped):
             raise
         return stop.code if isinstance(stop.code, int) else 0
+
+
+def _before_jax(name: str, helps: bool) -> None:
+    """What has to be found good before a command's options are described, since that imports jax."""
+    try:
+        check_versions()
+    except ImportError as error:
+        raise InputError(str(error)) from None
+    if name != "plan" and not helps:  # plan takes the CPU whatever is named
+        prepare()
 
 
 def _refuse_key(command: str, parser: Parser, key: str) -> NoReturn:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from mora_jax.errors import InputError
 from mora_jax.training.config.key import Allowed, Key
-from mora_jax.training.config.schema import keys
 
 if TYPE_CHECKING:
     from mora_jax.data.dataset import EncodedDataset
@@ -39,6 +38,8 @@ def add_key(parser: argparse.ArgumentParser, flag: str, name: str, *, help: str 
         help: a sentence in place of the key's own.
         **changes: argparse arguments, such as `default` or `required`.
     """
+    from mora_jax.training.config.schema import keys
+
     add_value(parser, flag, keys()[name], help=help, **changes)
 
 
@@ -69,6 +70,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """Adds what says how an adapter is read: `--strict` and `--adapter-kind`."""
+    from mora_jax.training.config.schema import keys
+
     parser.add_argument("--strict", action="store_true", help="refuse an adapter that names another base model")
     key = dataclasses.replace(keys()["adapter.kind"], default=None, types=(str, type(None)))
     words = "Kind of a MoRA adapter whose file has an older one, as the MoRA authors' ReMoRA leaves it"
@@ -85,6 +88,8 @@ def add_out(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which examples are read and which of their tokens carry loss."""
+    from mora_jax.training.config.schema import keys
+
     data = dataclasses.replace(keys()["data.train"], name="--data", default=None)
     parser.add_argument("--data", action=KeyAction, key=data, required=True, metavar="FILE", help="data file or files")
     for name in ("format", "columns", "roles", "on_error", "split", "subset", "max_rows", "template", "fallback"):

@@ -9,7 +9,6 @@ from typing import NoReturn
 from mora_jax.cli.options import OVERRIDE, KeyAction
 from mora_jax.errors import InputError
 from mora_jax.training.config.key import meant, nearest, words_for
-from mora_jax.training.config.schema import keys
 
 #: What commands of this kind are called elsewhere.
 COMMAND_ALIASES = {
@@ -115,6 +114,8 @@ def _key_words(
     word: str, values: Sequence[str], flags: Mapping[str, str], known: Mapping[str, argparse.Action]
 ) -> str | None:
     """An option of train, or a configuration key with its value."""
+    from mora_jax.training.config.schema import keys
+
     if "." in word:
         key = meant(word, keys())
     else:
@@ -132,6 +133,8 @@ def _flag_words(
     word: str, values: Sequence[str], flags: Mapping[str, str], known: Mapping[str, argparse.Action]
 ) -> str | None:
     """An option of a command without configuration keys."""
+    from mora_jax.training.config.schema import keys
+
     key = words_for(keys()).get(word.replace("-", "_"))
     flag = flag_of(key.partition("=")[0], known) if key else None
     close = nearest(word.replace("_", "-"), flags)

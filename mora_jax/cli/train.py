@@ -11,7 +11,6 @@ from typing import Any
 
 from mora_jax.cli.distributed import add_processes, together
 from mora_jax.errors import InputError
-from mora_jax.training.config.schema import keys
 
 HELP = "fine-tune a model"
 
@@ -40,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory; without a range, of three steps after warming up",
     )
     add_processes(parser)
+    from mora_jax.training.config.schema import keys
+
     lines = ["configuration keys:"]
     for name, key in keys().items():
         default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.default}"

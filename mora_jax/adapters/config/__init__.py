@@ -1,50 +1,27 @@
-"""What to adapt and how: one frozen dataclass a method.
+"""What to adapt and how: one frozen dataclass a method, which stands in the method's file in `adapters/methods/`.
 
 `targets` is the same for every method: a sequence of layer names (`("q_proj", "v_proj")`; a name matches the last
 components of a module path), one regular expression that must match the whole path (`r".*attn.*"`), or `"all-linear"`
 (every linear layer but the output head). `layers_to_transform` keeps some numbered layers of those.
 """
 
-from mora_jax.adapters.config.adalora import AdaLoRAConfig
-from mora_jax.adapters.config.bitfit import BitFitConfig
-from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
-from mora_jax.adapters.config.full import FullConfig
-from mora_jax.adapters.config.ia3 import IA3Config
-from mora_jax.adapters.config.lora import (
-    INITS,
-    DoRAConfig,
-    LoRAConfig,
-    LoRAFAConfig,
-    LoRAPlusConfig,
-    OLoRAConfig,
-    PiSSAConfig,
-    RsLoRAConfig,
-)
-from mora_jax.adapters.config.mora import MoRAConfig
-from mora_jax.adapters.config.restarts import ReLoRAConfig, ReMoRAConfig
-from mora_jax.adapters.config.vera import VeRAConfig
+from __future__ import annotations
 
-AdapterConfig = CommonConfig | FullConfig
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "BIASES",
-    "INITS",
-    "AdaLoRAConfig",
-    "AdapterConfig",
-    "BitFitConfig",
-    "CommonConfig",
-    "DoRAConfig",
-    "FullConfig",
-    "IA3Config",
-    "LoRAConfig",
-    "LoRAFAConfig",
-    "LoRAPlusConfig",
-    "MoRAConfig",
-    "OLoRAConfig",
-    "PiSSAConfig",
-    "ReLoRAConfig",
-    "ReMoRAConfig",
-    "RsLoRAConfig",
-    "Targets",
-    "VeRAConfig",
-]
+from mora_jax.adapters.config.common import BIASES as BIASES
+from mora_jax.adapters.config.common import CommonConfig as CommonConfig
+from mora_jax.adapters.config.common import Targets as Targets
+
+if TYPE_CHECKING:
+    from mora_jax.adapters.methods.registry import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """The methods' configurations, imported at their first use: their files import this package's."""
+    from mora_jax.adapters.methods import registry
+
+    found = vars(registry).get(name)
+    if name.startswith("_") or found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

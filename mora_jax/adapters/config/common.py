@@ -37,6 +37,13 @@ def check_bias(value: Any) -> None:
         raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {value!r}")
 
 
+def check_restarts(config: Any) -> None:
+    """Raises `ValueError` where the learning rate would still rise at the next restart."""
+    every, warmup = config.restart_every, config.restart_warmup
+    if warmup > every:
+        raise ValueError(f"restart_warmup must be an integer from 0 to restart_every={every}, not {warmup!r}")
+
+
 def freeze_pattern(pattern: Pattern, name: str) -> tuple[tuple[str, Any], ...]:
     """A pattern (`rank_pattern`, …) as pairs, which can be hashed; keys are regular expressions."""
     pairs = _listed(pattern.items() if isinstance(pattern, Mapping) else pattern)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter
-from mora_jax.adapters.config import Targets
+from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.layers import Adapted, adapted_class
 from mora_jax.adapters.matching.forms import FORMS, bias_param, kernel_of
 from mora_jax.adapters.matching.naming import nearest, quoted, summary

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,13 +27,51 @@ from mora_jax.adapters.base import (
     over_layers,
     positive,
 )
-from mora_jax.adapters.config import LoRAConfig
+from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets, check_bias
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
 from mora_jax.adapters.products.explicit_mesh import whole
 from mora_jax.adapters.products.matmul import Delta, added, dot32, dot32_nt, dot32_tn, trained_dot, widened
 
 Array = jax.Array
+
+
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
+
+
+@dataclass(frozen=True)
+class LoRAConfig(CommonConfig):
+    """LoRA (Hu et al., 2021, arXiv 2106.09685): a product of two thin factors, scaled by alpha / rank.
+
+    Attributes:
+        rank: inner size of the update.
+        alpha: numerator of the scaling alpha / rank, above 0.
+        dropout: probability of dropping a feature at the input of the adapter path.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
+        rank_pattern: other ranks for some layers, by the end of a module path or a regular expression for it; the first
+            key that matches counts. Layers of one stack may have different ranks.
+        alpha_pattern: other alphas, likewise.
+        bias: which existing biases are trained too: `"none"`, `"lora_only"` (of adapted layers) or `"all"`.
+        use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude.
+        init: where the factors start: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"olora"` or `"eva"`
+            (see `mora_jax.adapters.methods.lora_init`).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+    rank_pattern: Pattern = field(default=(), kw_only=True)
+    alpha_pattern: Pattern = field(default=(), kw_only=True)
+    bias: str = field(default="none", kw_only=True)
+    use_dora: bool = field(default=False, kw_only=True)
+    init: str = field(default="kaiming", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
+        check_bias(self.bias)
 
 
 def init(

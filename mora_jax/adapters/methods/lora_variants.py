@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
 
 from mora_jax.adapters.base import AdapterState, FusedLayout
-from mora_jax.adapters.config import LoRAConfig
-from mora_jax.adapters.methods.lora import FusedLoRA, LoRA, init
+from mora_jax.adapters.config.common import check_restarts
+from mora_jax.adapters.methods.lora import FusedLoRA, LoRA, LoRAConfig, init
 from mora_jax.adapters.products.matmul import Delta
+
+
+@dataclass(frozen=True)
+class RsLoRAConfig(LoRAConfig):
+    """Rank-stabilised LoRA (Kalajdzievski, 2023, arXiv 2312.03732): LoRA scaled by alpha / √rank.
+
+    With alpha / rank the update of a high rank learns ever more slowly; with alpha / √rank its size does not depend
+    on the rank. The attributes are those of `LoRAConfig`.
+    """
 
 
 class RsLoRA(LoRA):
@@ -26,6 +36,22 @@ class RsLoRA(LoRA):
         return config.alpha / math.sqrt(config.rank)
 
 
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """DoRA (Liu et al., 2024, arXiv 2402.09353): LoRA changes directions, a trained vector holds the magnitudes.
+
+    The attributes are those of `LoRAConfig`. `use_dora=True` puts the same magnitude on `RsLoRAConfig` and
+    `MoRAConfig`.
+    """
+
+    use_dora: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_dora:
+            raise ValueError("DoRA without its magnitude is LoRA; use LoRAConfig")
+
+
 class DoRA(LoRA):
     """DoRA: `y = m ⊙ (x (W + s A B)) / ‖W + s A B‖ + b` (Liu et al., 2024, arXiv 2402.09353, equations 5 and 11).
 
@@ -34,6 +60,16 @@ class DoRA(LoRA):
     """
 
     method: ClassVar[str] = "dora"
+
+
+@dataclass(frozen=True)
+class PiSSAConfig(LoRAConfig):
+    """PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the kernel's principal singular vectors.
+
+    The attributes are those of `LoRAConfig`.
+    """
+
+    init: str = field(default="pissa", kw_only=True)
 
 
 class PiSSA(LoRA):
@@ -48,6 +84,16 @@ class PiSSA(LoRA):
     on_embeddings: ClassVar[bool] = False
 
 
+@dataclass(frozen=True)
+class OLoRAConfig(LoRAConfig):
+    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): LoRA that starts from the kernel's QR decomposition.
+
+    The attributes are those of `LoRAConfig`.
+    """
+
+    init: str = field(default="olora", kw_only=True)
+
+
 class OLoRA(LoRA):
     """OLoRA: LoRA that starts from the QR decomposition of W (Büyükakyüz, 2024, arXiv 2406.01775, section 3).
 
@@ -58,6 +104,23 @@ class OLoRA(LoRA):
     on_embeddings: ClassVar[bool] = False
 
 
+@dataclass(frozen=True)
+class LoRAPlusConfig(LoRAConfig):
+    """LoRA+ (Hayou et al., 2024, arXiv 2402.12354): LoRA whose B has a higher learning rate than A.
+
+    The other attributes are those of `LoRAConfig`.
+
+    Attributes:
+        lr_ratio: learning rate of B, of magnitudes and of biases over that of A.
+    """
+
+    lr_ratio: float = field(default=16.0, kw_only=True)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return dict.fromkeys(("lora_b", "magnitude", "bias"), self.lr_ratio)
+
+
 class LoRAPlus(LoRA):
     """LoRA+: LoRA whose B learns faster than A (Hayou et al., 2024, arXiv 2402.12354, section 4).
 
@@ -66,6 +129,11 @@ class LoRAPlus(LoRA):
     """
 
     method: ClassVar[str] = "lora_plus"
+
+
+@dataclass(frozen=True)
+class LoRAFAConfig(LoRAConfig):
+    """LoRA-FA (Zhang et al., 2023, arXiv 2308.03303): LoRA with A frozen; the attributes are those of `LoRAConfig`."""
 
 
 class LoRAFA(LoRA):
@@ -89,6 +157,29 @@ class LoRAFA(LoRA):
     @classmethod
     def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
         return FusedLoRA(layout, tuple(config is not None for config in configs), frozen_a=True)
+
+
+@dataclass(frozen=True)
+class ReLoRAConfig(LoRAConfig):
+    """ReLoRA (Lialin et al., 2023, arXiv 2307.05695): LoRA, merged into the base and reinitialised repeatedly.
+
+    The sum of low-rank updates has a higher rank than each. The attributes are those of `LoRAConfig`, and:
+
+    Attributes:
+        restart_every: steps between restarts.
+        prune: share of the optimizer's moments that a restart sets to zero, the smallest in magnitude of each matrix.
+        restart_warmup: steps over which the learning rate rises again after a restart.
+    """
+
+    restart_every: int = field(default=1000, kw_only=True)
+    prune: float = field(default=0.99, kw_only=True)
+    restart_warmup: int = field(default=50, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init != "kaiming":
+            raise ValueError(f"ReLoRA draws its factors anew at each restart, as init='kaiming', not {self.init!r}")
+        check_restarts(self)
 
 
 class ReLoRA(LoRA):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -28,18 +29,50 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, positive
-from mora_jax.adapters.config import MoRAConfig
-from mora_jax.adapters.config.mora import KINDS as KINDS
-from mora_jax.adapters.config.mora import SHARED as SHARED
-from mora_jax.adapters.config.mora import check_kind
+from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.products.matmul import trained_dot, widened
 
 Array = jax.Array
 
+KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
+SHARED = ("sharing", "grouped", "grouped_tile", "strided_interleave")  # kinds with one M for groups of both sides
 STRIDED = ("sharing", "strided_interleave")
 TILED = ("sharing", "grouped_tile")
 _BLOCKS = ("rotation", "decouple")
+
+
+def check_kind(kind: str) -> None:
+    """Raises `ValueError` unless `kind` is one of `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+
+
+@dataclass(frozen=True)
+class MoRAConfig(CommonConfig):
+    """MoRA (Jiang et al., 2024, arXiv 2405.12130): a square matrix between fixed compression and decompression.
+
+    MoRA has no alpha and no factor that depends on the rank, so there is no rank-stabilised form of it.
+
+    Attributes:
+        rank: the LoRA rank whose parameter count the square matrix takes; its side follows from `square_rank`.
+        kind: how inputs are compressed and outputs restored, one of `KINDS`.
+        dropout: probability of dropping a feature at the input of the adapter path.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
+        rank_pattern: as in `LoRAConfig`, but layers of one stack have one rank: it fixes the square's side.
+        use_dora: as in `LoRAConfig`.
+    """
+
+    rank: int = 8
+    kind: str = "sharing"
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+    rank_pattern: Pattern = field(default=(), kw_only=True)
+    use_dora: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_kind(self.kind)
 
 
 def square_rank(in_features: int, out_features: int, rank: int, kind: str = "sharing") -> int:

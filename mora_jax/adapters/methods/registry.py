@@ -7,31 +7,34 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mora_jax.adapters.base import Adapter
-from mora_jax.adapters.config import (
-    AdaLoRAConfig,
-    BitFitConfig,
+from mora_jax.adapters.config.common import CommonConfig
+from mora_jax.adapters.methods.adalora import AdaLoRA, AdaLoRAConfig
+from mora_jax.adapters.methods.bitfit import BitFit, BitFitConfig
+from mora_jax.adapters.methods.full import FullConfig
+from mora_jax.adapters.methods.ia3 import IA3, IA3Config
+from mora_jax.adapters.methods.lora import INITS as INITS
+from mora_jax.adapters.methods.lora import LoRA, LoRAConfig
+from mora_jax.adapters.methods.lora_variants import (
+    DoRA,
     DoRAConfig,
-    FullConfig,
-    IA3Config,
-    LoRAConfig,
+    LoRAFA,
     LoRAFAConfig,
+    LoRAPlus,
     LoRAPlusConfig,
-    MoRAConfig,
+    OLoRA,
     OLoRAConfig,
+    PiSSA,
     PiSSAConfig,
+    ReLoRA,
     ReLoRAConfig,
-    ReMoRAConfig,
+    RsLoRA,
     RsLoRAConfig,
-    VeRAConfig,
 )
-from mora_jax.adapters.methods.adalora import AdaLoRA
-from mora_jax.adapters.methods.bitfit import BitFit
-from mora_jax.adapters.methods.ia3 import IA3
-from mora_jax.adapters.methods.lora import LoRA
-from mora_jax.adapters.methods.lora_variants import DoRA, LoRAFA, LoRAPlus, OLoRA, PiSSA, ReLoRA, RsLoRA
-from mora_jax.adapters.methods.mora import MoRA
-from mora_jax.adapters.methods.remora import ReMoRA
-from mora_jax.adapters.methods.vera import VeRA
+from mora_jax.adapters.methods.mora import MoRA, MoRAConfig
+from mora_jax.adapters.methods.remora import ReMoRA, ReMoRAConfig
+from mora_jax.adapters.methods.vera import VeRA, VeRAConfig
+
+AdapterConfig = CommonConfig | FullConfig
 
 
 class Method(NamedTuple):

@@ -7,6 +7,7 @@ beside the product with M, so where the cycle has both forms of a side, both are
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,11 +15,41 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax.adapters.base import AdapterState
-from mora_jax.adapters.config import ReMoRAConfig
-from mora_jax.adapters.methods.mora import STRIDED, TILED, MoRA, compress, decompress, delta_weight
+from mora_jax.adapters.config.common import check_restarts
+from mora_jax.adapters.methods.mora import SHARED, STRIDED, TILED, MoRA, MoRAConfig, compress, decompress, delta_weight
 from mora_jax.adapters.products.matmul import trained_dot, widened
 
 Array = jax.Array
+
+
+@dataclass(frozen=True)
+class ReMoRAConfig(MoRAConfig):
+    """ReMoRA (Jiang et al., 2024, arXiv 2405.12130, section 5.3): MoRA, merged and reinitialised as another kind.
+
+    One kind can only reach updates that its groups allow; the next kind groups differently. The attributes are those of
+    `MoRAConfig`, with `kinds` in place of `kind`, and:
+
+    Attributes:
+        kinds: the kinds in turn, the first again after the last: of those that share one M among groups
+            (`mora_jax.adapters.methods.mora.SHARED`), which have the same side q.
+        restart_every: as in `ReLoRAConfig`.
+        prune: as in `ReLoRAConfig`; the authors reset all of the moments.
+        restart_warmup: as in `ReLoRAConfig`.
+    """
+
+    kind: ClassVar[str] = "sharing"  # type: ignore[misc]  # for sizes and reports alone: all kinds agree in them
+    kinds: tuple[str, ...] = field(default=("sharing", "grouped", "grouped_tile", "strided_interleave"), kw_only=True)
+    restart_every: int = field(default=1000, kw_only=True)
+    prune: float = field(default=1.0, kw_only=True)
+    restart_warmup: int = field(default=50, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_restarts(self)
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+        if not kinds or any(kind not in SHARED for kind in kinds):
+            raise ValueError(f"kinds must be some of {', '.join(SHARED)}, not {self.kinds!r}")
+        object.__setattr__(self, "kinds", kinds)
 
 
 class ReMoRA(MoRA):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry
-from mora_jax.adapters.config import BIASES
+from mora_jax.adapters.config.common import BIASES
 from mora_jax.adapters.matching.targets import Place
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues

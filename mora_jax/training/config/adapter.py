@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from mora_jax.adapters.config.limits import NUMBERS
-from mora_jax.adapters.config.mora import KINDS
-from mora_jax.adapters.config.mora import SHARED as RESTARTED_KINDS
+from mora_jax.adapters.methods.mora import KINDS
+from mora_jax.adapters.methods.mora import SHARED as RESTARTED_KINDS
 from mora_jax.errors import InputError
 from mora_jax.training.config.key import key
 

@@ -317,7 +317,10 @@ def test_lists_split_outside_brackets_only():
 
 
 def test_configuration_needs_no_backend():
-    code = "import mora_jax.training.config.load, sys; sys.exit('jax' in sys.modules)"
+    code = (
+        "import mora_jax.training.config.load, sys; from jax._src import xla_bridge;"
+        "sys.exit(xla_bridge.backends_are_initialized())"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
