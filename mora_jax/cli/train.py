@@ -1,7 +1,7 @@
 """Fine-tune a model: LoRA, MoRA or full, with masked, unmasked or weighted instruction loss.
 
 A config file is a Python file with get_config() returning an ml_collections.ConfigDict; it sets only what it
-changes. Every key below can be set by --config.KEY=VALUE, whether or not the file names it.
+changes. Every configuration key can be set by --config.KEY=VALUE, whether or not the file names it.
 """
 
 import argparse
