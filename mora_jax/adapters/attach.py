@@ -21,7 +21,6 @@ from mora_jax.adapters.matching.targets import Place, has_adapter, places, selec
 from mora_jax.adapters.matrices import stacked_in_front, weight_of
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.methods.full import FullConfig
-from mora_jax.adapters.methods.lora_init import FROM_BASE
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.products.quantization import quantized_format
 from mora_jax.adapters.projection import OutputHead, Projection
@@ -98,11 +97,11 @@ def _check_base(model: nnx.Module, config: Any) -> None:
         return
     if isinstance(config, FullConfig):
         raise ValueError(f"full fine-tuning trains the base, which model.quantize={held} holds quantised and frozen")
-    if hasattr(config, "restart_every"):
+    if config.restarts:
         raise ValueError(
             f"{adapter_class(config).method} merges into the base, which model.quantize={held} holds quantised"
         )
-    if getattr(config, "init", None) in FROM_BASE:
+    if config.starts_from_base:
         raise ValueError(
             f"{config.init} takes the adapter's start out of the base, of which model.quantize={held} holds rounded "
             "numbers"

@@ -13,7 +13,6 @@ from flax import nnx
 from mora_jax.adapters.attach import adapter_at, attach, undone_on_error
 from mora_jax.adapters.config.patterns import pattern_for, targets_for
 from mora_jax.adapters.matching.targets import Place, has_adapter, places
-from mora_jax.adapters.methods.lora_init import FROM_BASE
 from mora_jax.errors import InputError
 
 
@@ -79,7 +78,7 @@ def _configs(by_path: Mapping[str, AdapterValues], possible: list[str]) -> list[
         for name in _varied(config):
             values = {path: getattr(by_path[path].config, name) for path in paths}
             # Scalings are filled in afterwards; only what is taken from the base has to know them before.
-            if name == "rank" or config.init in FROM_BASE:
+            if name == "rank" or config.starts_from_base:
                 changes[name] = max(values.values())
                 changes[f"{name}_pattern"] = pattern_for(values, changes[name])
         configs.append(dataclasses.replace(config, **changes))

@@ -25,7 +25,7 @@ from mora_jax.adapters.methods.adalora import (
     orthogonality,
     start_importance,
 )
-from mora_jax.training.config.adapter import BUDGET, AdapterConfig
+from mora_jax.training.config.adapter import AdapterConfig
 from mora_jax.training.state import Arrays
 
 Array = jax.Array
@@ -51,9 +51,8 @@ def reschedule(model: nnx.Module, section: AdapterConfig, steps: int) -> None:
     Raises:
         ValueError: a schedule that can't be.
     """
-    changes: dict[str, Any] = {name: getattr(section, name) for name in BUDGET - {"target_rank"}}
-    if section.target_rank is not None:
-        changes["target_rank"] = section.target_rank
+    schedule = {name: getattr(section, name) for name in AdaLoRAConfig.training_settings()}
+    changes = {name: value for name, value in schedule.items() if value is not None}
     for adapter in _adapters(model):
         adapter.config = replace(adapter.config, total_steps=steps, **changes)
 

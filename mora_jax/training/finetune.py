@@ -19,7 +19,7 @@ from mora_jax.data.sources import OFF
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
-from mora_jax.training.config.schema import RESTARTED, RESULT_IS_MODEL, Config, check_together, lay_over
+from mora_jax.training.config.schema import Config, check_together, lay_over
 from mora_jax.training.config.to_adapter import adapter_settings
 from mora_jax.training.display.choose import make_display
 from mora_jax.training.display.plain import Display
@@ -91,7 +91,7 @@ class FinetuneResult:
         Raises:
             InputError: something is there already and `overwrite` is False.
         """
-        if self.config.adapter.method in RESULT_IS_MODEL:
+        if self.config.adapter.config_class.changes_base:
             save_pretrained(self.model, path, self.tokenizer, overwrite=overwrite)
         else:
             save_adapter(self.model, path, overwrite=overwrite)
@@ -230,7 +230,7 @@ def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, A
         given = adapter_settings(adapter_config)
         settings += [(f"adapter.{name}", value, "adapter_config") for name, value in given.items()]
     elif adapters:
-        if adapters[0].method in RESTARTED:
+        if adapters[0].config.restarts:
             raise InputError(f"{adapters[0].method} starts from a model without adapters: give adapter_config")
         given = adapter_settings(adapters[0].config)
         settings += [(f"adapter.{name}", value, "the model's adapters") for name, value in given.items()]
@@ -263,6 +263,6 @@ def _trained(trainer: Trainer, given: Decoder | None) -> Decoder:
     if given is not None:
         nnx.update(given, nnx.state(trained))
         trained = given
-    if trainer.config.adapter.method in RESTARTED:
+    if trainer.config.adapter.config_class.restarts:
         merge(trained)
     return trained

@@ -50,7 +50,7 @@ class Restarts:
     @classmethod
     def of(cls, config: Any, steps: int) -> Restarts | None:
         """Those that an adapter configuration asks for, or None."""
-        if not hasattr(config, "restart_every"):
+        if not config.restarts:
             return None
         return cls(config.restart_every, steps, config.restart_warmup, config.prune)
 

@@ -169,15 +169,11 @@ def _stored(model: Decoder) -> str:
 def describe_method(config: AdapterConfig) -> str:
     """The method with its settings, in a few words."""
     found = adapter_config(config)
-    words = f"mora {config.kind}" if config.method == "mora" else config.method
+    words = f"{config.method} {found.kind}" if "kind" in METHOD_KEYS[config.method] else config.method
     for name in ("rank", "alpha"):
         if hasattr(found, name):
             words += f", {name} {getattr(found, name):g}"
-    if hasattr(found, "target_rank"):
-        words += f", mean rank {found.target_rank} at the end"
-    if hasattr(found, "restart_every"):
-        words += f", reinitialised every {found.restart_every} steps"
-    return words
+    return ", ".join((words, *found.details))
 
 
 def describe_mode(config: Config) -> str:
@@ -262,7 +258,7 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
     """Attaches what the configuration asks for, or loads the adapter that it starts from; `steps` are the run's."""
     section = config.adapter
     try:
-        if section.path is None or "path" not in METHOD_KEYS[section.method]:
+        if section.path is None or section.config_class.changes_base:
             return attach(model, adapter_config(section, steps), rngs=nnx.Rngs(config.seed))
         method = adapter_config(section, steps)
         as_method = method if isinstance(method, LoRAConfig) else None

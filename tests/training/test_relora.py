@@ -363,8 +363,8 @@ def test_settings_of_a_run_are_checked_together(inputs, tmp_path):
     for more, words in (
         ({"adapter__restart_every": 8}, "restart_every=8 must be less than the run's 8 steps"),
         ({"loss__kl_weight": 0.1}, "kl_weight needs a base that stays frozen"),
-        ({"adapter__restart_warmup": 4}, "restart_warmup=4 must be at most adapter.restart_every=3"),
-        ({"adapter__kinds": ("sharing", "rotation")}, "'rotation' is none of ReMoRA's kinds"),
+        ({"adapter__restart_warmup": 4}, "adapter: restart_warmup must be an integer from 0 to restart_every=3"),
+        ({"adapter__kinds": ("sharing", "rotation")}, "adapter: kinds must be some of sharing, grouped"),
     ):
         wrong = config(inputs, tmp_path / "x", **settings("relora", **more)).to_dict()
         with pytest.raises(InputError, match=re.escape(words)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mora_jax.adapters.config.limits import NUMBERS
 
@@ -29,12 +30,6 @@ def freeze_targets(targets) -> Targets:
 def _listed(values: Any) -> tuple[Any, ...]:
     """What a list or another iterable holds; nothing of what is none, for the caller to refuse."""
     return tuple(values) if isinstance(values, Iterable) else ()
-
-
-def check_bias(value: Any) -> None:
-    """Raises `ValueError` for what says nothing about which biases are trained."""
-    if value not in BIASES:
-        raise ValueError(f"bias must be one of {', '.join(BIASES)}, not {value!r}")
 
 
 def check_restarts(config: Any) -> None:
@@ -67,9 +62,78 @@ def module_names(names: Any, what: str) -> tuple[str, ...]:
     return given
 
 
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is asked about every method. What is no field is an attribute of the class.
+
+    A field's metadata may say: `choices`, the values allowed, and `run_choices`, those of them that a run can take;
+    `training`, that the setting says how the method is trained, which an adapter's file doesn't keep; `unset`, what a
+    run takes that leaves it open, in words; `by_run`, that the run says it.
+
+    Attributes:
+        changes_base: whether training changes the base itself, so that the result is a whole model.
+        restarts: whether the adapter is folded into the base and reinitialised again and again; it then has
+            `restart_every`, `restart_warmup` and `prune`, and its adapter class has `renew`.
+        implied: fields that are no settings of a run: the method, the model or the run says them.
+        starts_from_base: whether the adapter takes its start from the base's exact numbers.
+    """
+
+    changes_base: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
+    implied: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def starts_from_base(self) -> bool:
+        return False
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        """The settings of a run with this method: its own, then those of all methods."""
+        names = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in cls.implied]
+        return tuple(sorted(names, key=lambda name: name in CommonConfig.__annotations__))
+
+    @classmethod
+    def training_settings(cls) -> frozenset[str]:
+        """Those that say how the method is trained."""
+        return frozenset(name for name in cls.settings() if "training" in cls.field(name).metadata)
+
+    @classmethod
+    def field(cls, name: str) -> dataclasses.Field:
+        """One field."""
+        return next(field for field in dataclasses.fields(cls) if field.name == name)
+
+    @classmethod
+    def described(cls, name: str) -> str:
+        """What the docstring of the class, or of one that it extends, says of a setting; empty where it says none."""
+        for base in cls.__mro__:
+            text = inspect.cleandoc(vars(base).get("__doc__") or "")
+            found = re.search(rf"^    {name}: (.*(?:\n        .*)*)", text, re.MULTILINE)
+            if found is not None:
+                return " ".join(found[1].split())
+        return ""
+
+    @classmethod
+    def for_run(cls, settings: Mapping[str, Any], steps: int | None) -> Any:
+        """The configuration for a run.
+
+        Args:
+            settings: those that are said; the others are the method's own.
+            steps: of the run; None where that is no matter.
+
+        Raises:
+            ValueError: a setting that can't be.
+        """
+        return cls(**settings)
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """What a summary says of this method beside name, rank and alpha."""
+        return ()
+
+
 @dataclass(frozen=True, kw_only=True)
-class CommonConfig:
-    """What every method has.
+class CommonConfig(MethodConfig):
+    """What every method with an adapter has.
 
     Attributes:
         layers_to_transform: numbers of the layers that are adapted, one number or several; None for all. The number
@@ -111,7 +175,11 @@ class CommonConfig:
     def _check_field(self, name: str, annotation: Any) -> None:
         """Checks a setting by its name and type, and makes a plain number of it."""
         value = getattr(self, name)
-        if annotation in ("int", "float"):
+        choices = self.field(name).metadata.get("choices")
+        if choices is not None and annotation == "str":
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        elif annotation in ("int", "float"):
             object.__setattr__(self, name, NUMBERS[name].check(value, name))
         elif annotation == "bool":
             if not isinstance(value, bool):

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host
-from mora_jax.adapters.config.common import CommonConfig, Targets, check_bias
+from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.products.matmul import trained_dot
 
 Array = jax.Array
@@ -33,6 +33,9 @@ Arrays = dict[str, Array]
 Masks = Mapping[str, np.ndarray]
 
 _FACTORS = ("lora_a", "lora_e", "lora_b")
+
+
+_TRAINING = {"training": True}
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,39 @@ class AdaLoRAConfig(CommonConfig):
     alpha: float = 16.0
     dropout: float = 0.0
     targets: Targets = "all-linear"
-    target_rank: int = field(default=8, kw_only=True)
-    tinit: int = field(default=0, kw_only=True)
-    tfinal: int = field(default=0, kw_only=True)
-    total_steps: int = field(default=1000, kw_only=True)
-    delta_t: int = field(default=1, kw_only=True)
-    beta1: float = field(default=0.85, kw_only=True)
-    beta2: float = field(default=0.85, kw_only=True)
-    orth_weight: float = field(default=0.5, kw_only=True)
-    bias: str = field(default="none", kw_only=True)
+    target_rank: int = field(default=8, kw_only=True, metadata=_TRAINING | {"unset": "two thirds of rank"})
+    tinit: int = field(default=0, kw_only=True, metadata=_TRAINING)
+    tfinal: int = field(default=0, kw_only=True, metadata=_TRAINING)
+    total_steps: int = field(default=1000, kw_only=True, metadata={"by_run": True})
+    delta_t: int = field(default=1, kw_only=True, metadata=_TRAINING)
+    beta1: float = field(default=0.85, kw_only=True, metadata=_TRAINING)
+    beta2: float = field(default=0.85, kw_only=True, metadata=_TRAINING)
+    orth_weight: float = field(default=0.5, kw_only=True, metadata=_TRAINING)
+    bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
+    implied = ("total_steps",)
 
     def __post_init__(self):
         super().__post_init__()
         if self.target_rank > self.rank:
             raise ValueError(f"target_rank is {self.target_rank}, more than rank {self.rank}")
-        check_bias(self.bias)
         if self.tinit + self.tfinal >= self.total_steps:
             plateaus = self.tinit + self.tfinal
             raise ValueError(
                 f"tinit + tfinal is {plateaus}, which must be less than total_steps {self.total_steps}, so that ranks "
                 "have time to fall"
             )
+
+    @classmethod
+    def for_run(cls, settings: Mapping[str, Any], steps: int | None) -> AdaLoRAConfig:
+        values = dict(settings)
+        values["total_steps"] = values.get("tinit", 0) + values.get("tfinal", 0) + 1 if steps is None else steps
+        if "rank" in values:
+            values.setdefault("target_rank", max(1, 2 * values["rank"] // 3))
+        return cls(**values)
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        return (f"mean rank {self.target_rank} at the end",)
 
 
 class AdaLoRA(Adapter):

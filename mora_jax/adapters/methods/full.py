@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from mora_jax.adapters.config.common import MethodConfig
 
 
 @dataclass(frozen=True)
-class FullConfig:
+class FullConfig(MethodConfig):
     """Full fine-tuning: every parameter of the model is trained as a float32 master."""
+
+    changes_base: ClassVar[bool] = True

@@ -6,7 +6,7 @@ l starts at one, so a fresh adapter changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ class IA3Config(CommonConfig):
     """
 
     targets: Targets = ("k_proj", "v_proj", "down_proj")
-    feedforward: tuple[str, ...] = field(default=("down_proj",), kw_only=True)
+    feedforward: tuple[str, ...] = field(default=("down_proj",), kw_only=True, metadata={"unset": "down_proj"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,6 +40,14 @@ class IA3Config(CommonConfig):
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"feedforward must be layer names, not {given!r}")
         object.__setattr__(self, "feedforward", names)
+
+    @classmethod
+    def for_run(cls, settings: Mapping[str, Any], steps: int | None) -> IA3Config:
+        config = cls(**settings)
+        stray = [name for name in settings.get("feedforward", ()) if name not in config.targets]
+        if stray and not isinstance(config.targets, str):
+            raise ValueError(f"feedforward: {stray[0]!r} is none of targets, which are {', '.join(config.targets)}")
+        return config
 
     def at_path(self, path: str) -> IA3Config:
         found = any(path == name or path.endswith("." + name) for name in self.feedforward)

@@ -27,7 +27,7 @@ from mora_jax.adapters.base import (
     over_layers,
     positive,
 )
-from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets, check_bias
+from mora_jax.adapters.config.common import BIASES, CommonConfig, Pattern, Targets
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
 from mora_jax.adapters.products.explicit_mesh import whole
@@ -36,7 +36,7 @@ from mora_jax.adapters.products.matmul import Delta, added, dot32, dot32_nt, dot
 Array = jax.Array
 
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")  # the last needs data, see adapters/eva.py
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class LoRAConfig(CommonConfig):
         alpha_pattern: other alphas, likewise.
         bias: which existing biases are trained too: `"none"`, `"lora_only"` (of adapted layers) or `"all"`.
         use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude.
-        init: where the factors start: `"kaiming"`, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"olora"` or `"eva"`
-            (see `mora_jax.adapters.methods.lora_init`).
+        init: where the factors start, see `mora_jax.adapters.methods.lora_init`.
     """
 
     rank: int = 8
@@ -63,15 +62,13 @@ class LoRAConfig(CommonConfig):
     targets: Targets = "all-linear"
     rank_pattern: Pattern = field(default=(), kw_only=True)
     alpha_pattern: Pattern = field(default=(), kw_only=True)
-    bias: str = field(default="none", kw_only=True)
+    bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
     use_dora: bool = field(default=False, kw_only=True)
-    init: str = field(default="kaiming", kw_only=True)
+    init: str = field(default="kaiming", kw_only=True, metadata={"choices": INITS, "run_choices": INITS[:-1]})
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
-        check_bias(self.bias)
+    @property
+    def starts_from_base(self) -> bool:
+        return self.init in lora_init.FROM_BASE
 
 
 def init(

@@ -10,7 +10,7 @@ import jax
 
 from mora_jax.adapters.base import AdapterState, FusedLayout
 from mora_jax.adapters.config.common import check_restarts
-from mora_jax.adapters.methods.lora import FusedLoRA, LoRA, LoRAConfig, init
+from mora_jax.adapters.methods.lora import INITS, FusedLoRA, LoRA, LoRAConfig, init
 from mora_jax.adapters.products.matmul import Delta
 
 
@@ -45,6 +45,7 @@ class DoRAConfig(LoRAConfig):
     """
 
     use_dora: bool = field(default=True, kw_only=True)
+    implied = ("use_dora",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,7 +70,8 @@ class PiSSAConfig(LoRAConfig):
     The attributes are those of `LoRAConfig`.
     """
 
-    init: str = field(default="pissa", kw_only=True)
+    init: str = field(default="pissa", kw_only=True, metadata={"choices": INITS})
+    implied = ("init",)
 
 
 class PiSSA(LoRA):
@@ -91,7 +93,8 @@ class OLoRAConfig(LoRAConfig):
     The attributes are those of `LoRAConfig`.
     """
 
-    init: str = field(default="olora", kw_only=True)
+    init: str = field(default="olora", kw_only=True, metadata={"choices": INITS})
+    implied = ("init",)
 
 
 class OLoRA(LoRA):
@@ -114,7 +117,7 @@ class LoRAPlusConfig(LoRAConfig):
         lr_ratio: learning rate of B, of magnitudes and of biases over that of A.
     """
 
-    lr_ratio: float = field(default=16.0, kw_only=True)
+    lr_ratio: float = field(default=16.0, kw_only=True, metadata={"training": True})
 
     @property
     def rates(self) -> dict[str, float]:
@@ -174,12 +177,17 @@ class ReLoRAConfig(LoRAConfig):
     restart_every: int = field(default=1000, kw_only=True)
     prune: float = field(default=0.99, kw_only=True)
     restart_warmup: int = field(default=50, kw_only=True)
+    implied, changes_base, restarts = ("init",), True, True
 
     def __post_init__(self):
         super().__post_init__()
         if self.init != "kaiming":
             raise ValueError(f"ReLoRA draws its factors anew at each restart, as init='kaiming', not {self.init!r}")
         check_restarts(self)
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        return (f"reinitialised every {self.restart_every} steps",)
 
 
 class ReLoRA(LoRA):

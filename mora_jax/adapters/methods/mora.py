@@ -56,7 +56,7 @@ class MoRAConfig(CommonConfig):
 
     Attributes:
         rank: the LoRA rank whose parameter count the square matrix takes; its side follows from `square_rank`.
-        kind: how inputs are compressed and outputs restored, one of `KINDS`.
+        kind: how inputs are compressed and outputs restored.
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         rank_pattern: as in `LoRAConfig`, but layers of one stack have one rank: it fixes the square's side.
@@ -64,15 +64,11 @@ class MoRAConfig(CommonConfig):
     """
 
     rank: int = 8
-    kind: str = "sharing"
+    kind: str = field(default="sharing", metadata={"choices": KINDS})
     dropout: float = 0.0
     targets: Targets = "all-linear"
     rank_pattern: Pattern = field(default=(), kw_only=True)
     use_dora: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_kind(self.kind)
 
 
 def square_rank(in_features: int, out_features: int, rank: int, kind: str = "sharing") -> int:

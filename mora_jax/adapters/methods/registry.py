@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mora_jax.adapters.base import Adapter
-from mora_jax.adapters.config.common import CommonConfig
+from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.methods.adalora import AdaLoRA, AdaLoRAConfig
 from mora_jax.adapters.methods.bitfit import BitFit, BitFitConfig
 from mora_jax.adapters.methods.full import FullConfig
@@ -34,13 +34,13 @@ from mora_jax.adapters.methods.mora import MoRA, MoRAConfig
 from mora_jax.adapters.methods.remora import ReMoRA, ReMoRAConfig
 from mora_jax.adapters.methods.vera import VeRA, VeRAConfig
 
-AdapterConfig = CommonConfig | FullConfig
+AdapterConfig = MethodConfig
 
 
 class Method(NamedTuple):
     """A method: its configuration, and its adapter class (None for full fine-tuning, which has none)."""
 
-    config: type
+    config: type[MethodConfig]
     adapter: type[Adapter] | None
 
     @property
@@ -66,7 +66,7 @@ METHODS: dict[str, Method] = {
     "bitfit": Method(BitFitConfig, BitFit),
     "full": Method(FullConfig, None),
 }
-CONFIGS: dict[str, type] = {name: method.config for name, method in METHODS.items()}
+CONFIGS: dict[str, type[MethodConfig]] = {name: method.config for name, method in METHODS.items()}
 METHOD_KEYS: dict[str, tuple[str, ...]] = {name: method.keys for name, method in METHODS.items()}
 
 

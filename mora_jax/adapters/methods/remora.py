@@ -30,8 +30,8 @@ class ReMoRAConfig(MoRAConfig):
     `MoRAConfig`, with `kinds` in place of `kind`, and:
 
     Attributes:
-        kinds: the kinds in turn, the first again after the last: of those that share one M among groups
-            (`mora_jax.adapters.methods.mora.SHARED`), which have the same side q.
+        kinds: the kinds in turn, the first again after the last: some of `sharing`, `grouped`, `grouped_tile` and
+            `strided_interleave`, which share one M among groups and have the same side q.
         restart_every: as in `ReLoRAConfig`.
         prune: as in `ReLoRAConfig`; the authors reset all of the moments.
         restart_warmup: as in `ReLoRAConfig`.
@@ -42,6 +42,7 @@ class ReMoRAConfig(MoRAConfig):
     restart_every: int = field(default=1000, kw_only=True)
     prune: float = field(default=1.0, kw_only=True)
     restart_warmup: int = field(default=50, kw_only=True)
+    changes_base, restarts = True, True
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,6 +51,10 @@ class ReMoRAConfig(MoRAConfig):
         if not kinds or any(kind not in SHARED for kind in kinds):
             raise ValueError(f"kinds must be some of {', '.join(SHARED)}, not {self.kinds!r}")
         object.__setattr__(self, "kinds", kinds)
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        return (f"reinitialised every {self.restart_every} steps",)
 
 
 class ReMoRA(MoRA):

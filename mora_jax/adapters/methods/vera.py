@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState
-from mora_jax.adapters.config.common import CommonConfig, Targets, check_bias
+from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import POSITIVE
 from mora_jax.adapters.products.matmul import trained_dot
 
@@ -47,11 +47,11 @@ class VeRAConfig(CommonConfig):
     d_initial: float = field(default=0.1, kw_only=True)
     projection_prng_key: int = field(default=0, kw_only=True)
     widths: tuple[int, int] | None = field(default=None, kw_only=True)
-    bias: str = field(default="none", kw_only=True)
+    bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
+    implied = ("widths",)
 
     def __post_init__(self):
         super().__post_init__()
-        check_bias(self.bias)
         if self.widths is not None:
             if not isinstance(self.widths, tuple | list) or len(self.widths) != 2:
                 raise ValueError(f"widths must be a number of inputs and one of outputs, not {self.widths!r}")

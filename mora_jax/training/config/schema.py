@@ -9,18 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.training.config.adapter import (
-    HOW,
-    METHOD_KEYS,
-    RESTARTED,
-    RESULT_IS_MODEL,
-    START,
-    START_FROM_BASE,
-    AdapterConfig,
-    check_adapter,
-)
-from mora_jax.training.config.adapter import KINDS as KINDS
+from mora_jax.training.config.adapter import METHOD_KEYS, START, AdapterConfig
 from mora_jax.training.config.key import Key, key, meant
+from mora_jax.training.config.to_adapter import adapter_config
 
 # Repeated from mora_jax.data, which imports too much for a command's --help; a test compares.
 FORMATS = (
@@ -351,7 +342,7 @@ def check_together(config: Config) -> None:
         raise InputError("config: optimizer.offload needs jit over a mesh; set mesh.pmap=false with it")
     if train.steps is not None:
         check_warmup(config, train.steps)
-    check_adapter(config.adapter)
+    adapter_config(config.adapter)
     check_quantize(config)
     _check_data_and_loss(config)
 
@@ -365,12 +356,12 @@ def check_quantize(config: Config) -> None:
     adapter, held = config.adapter, config.model.quantize
     if held == "none":
         return
-    asked = f"adapter.method={adapter.method}"
-    if adapter.method not in RESULT_IS_MODEL and adapter.method not in START_FROM_BASE:
-        if adapter.init not in START_FROM_BASE or "init" not in METHOD_KEYS[adapter.method]:
-            return
-        asked = f"adapter.init={adapter.init}"
-    why = "changes it" if adapter.method in RESULT_IS_MODEL else "takes its start from the exact weights"
+    method = adapter.config_class
+    if not method.changes_base and not adapter_config(adapter).starts_from_base:
+        return
+    by_method = method.changes_base or method().starts_from_base
+    asked = f"adapter.method={adapter.method}" if by_method else f"adapter.init={adapter.init}"
+    why = "changes it" if method.changes_base else "takes its start from the exact weights"
     raise InputError(
         f"config: model.quantize={held} holds the base frozen, with rounded weights, and {asked} {why}; set "
         "model.quantize=none, or another method"
@@ -383,7 +374,7 @@ def _check_data_and_loss(config: Config) -> None:
         raise InputError("config: loss.normalize=constant needs loss.constant, the number to divide by")
     if unknown := [role for role in loss.roles if role not in ROLES]:
         raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLES)}")
-    if loss.kl_weight and config.adapter.method in RESULT_IS_MODEL:
+    if loss.kl_weight and config.adapter.config_class.changes_base:
         raise InputError(
             f"config: loss.kl_weight needs a base that stays frozen, and adapter.method={config.adapter.method} "
             f"changes it"
@@ -397,7 +388,7 @@ def check_warmup(config: Config, steps: int) -> None:
     warmup, every = config.optimizer.warmup_steps, config.adapter.restart_every
     if warmup > steps:
         raise InputError(f"config: optimizer.warmup_steps={warmup} must be at most the run's {steps} steps")
-    if config.adapter.method in RESTARTED and every >= steps:
+    if config.adapter.config_class.restarts and every >= steps:
         raise InputError(
             f"config: adapter.restart_every={every} must be less than the run's {steps} steps, or nothing restarts"
         )
@@ -415,7 +406,7 @@ def unused(config: Config, given: Collection[str]) -> str | None:
     groups.append((f"adapter.method={method}", [f"adapter.{name}" for name in unread]))
     if config.adapter.path is not None and "path" in METHOD_KEYS[method]:
         # The adapter's folder says all this, but not how to train.
-        said = METHOD_KEYS[method] - START - HOW
+        said = METHOD_KEYS[method] - START - config.adapter.config_class.training_settings()
         groups.append(("adapter.path", [f"adapter.{name}" for name in said]))
     mode = config.loss.mode
     if mode not in ("weighted", "wit"):

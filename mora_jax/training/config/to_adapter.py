@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mora_jax.adapters.methods.registry import METHODS, config_from
+from mora_jax.adapters.methods.registry import CONFIGS
 from mora_jax.errors import InputError
-from mora_jax.training.config.adapter import START
-from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig
+from mora_jax.training.config.adapter import AdapterConfig
 
 
 def adapter_config(section: AdapterConfig, steps: int | None = None) -> Any:
@@ -21,18 +20,16 @@ def adapter_config(section: AdapterConfig, steps: int | None = None) -> Any:
     Raises:
         InputError: a value that the method refuses.
     """
-    values: dict[str, Any] = {name: getattr(section, name) for name in METHOD_KEYS[section.method] - START}
-    if section.method == "adalora":
-        values["total_steps"] = section.tinit + section.tfinal + 1 if steps is None else steps
-        if section.target_rank is None and section.rank is not None:
-            values["target_rank"] = max(1, 2 * section.rank // 3)
+    config = section.config_class
+    said = {name: getattr(section, name) for name in config.settings()}
+    values: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         if values.get(name):
             values[name] = tuple(_pair(text, name, kind) for text in values[name])
     try:
-        return config_from({"method": section.method, **values})
+        return config.for_run(values, steps)
     except ValueError as error:
-        raise InputError(f"adapter: {error}") from None
+        raise InputError(f"config: adapter: {error}") from None
 
 
 def adapter_settings(config: Any) -> dict[str, Any]:
@@ -41,13 +38,13 @@ def adapter_settings(config: Any) -> dict[str, Any]:
     Raises:
         InputError: it is no configuration of a method, or has a setting that the section has no key for.
     """
-    method = next((name for name, found in METHODS.items() if found.config is type(config)), None)
+    method = next((name for name, found in CONFIGS.items() if found is type(config)), None)
     if method is None:
         raise InputError(
             f"the adapter's configuration should be one of a method, such as LoRAConfig(rank=8), and is "
             f"{type(config).__name__}"
         )
-    known = METHOD_KEYS[method] - START
+    known = config.settings()
     values: dict[str, Any] = {"method": method}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -57,7 +54,7 @@ def adapter_settings(config: Any) -> dict[str, Any]:
             elif value == ():
                 value = None
             values[field.name] = value
-        elif field.init and value != _default(field) and field.name != "total_steps":
+        elif field.init and value != _default(field) and "by_run" not in field.metadata:
             raise InputError(f"adapter: {type(config).__name__}({field.name}={value!r}) can't be set for a run")
     return values
 

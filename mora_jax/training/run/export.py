@@ -12,14 +12,14 @@ from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.paths import found_path
-from mora_jax.training.config.schema import RESULT_IS_MODEL, Config
+from mora_jax.training.config.schema import Config
 from mora_jax.training.run.retry import persistently
 from mora_jax.training.run.storage import Files
 
 
 def result_name(config: Config) -> str:
     """The name of its folder in the run's."""
-    return "model" if config.adapter.method in RESULT_IS_MODEL else "adapter"
+    return "model" if config.adapter.config_class.changes_base else "adapter"
 
 
 def write_result(
@@ -35,7 +35,7 @@ def write_result(
         restarted: whether the method folds its adapters into the base.
         write: False on processes that only take part in gathering.
     """
-    if config.adapter.method not in RESULT_IS_MODEL:
+    if not config.adapter.config_class.changes_base:
         base = found_path(config.model.path or "")
         save_adapter(model, out, base_model_name_or_path=base, overwrite=True, write=write)
         return

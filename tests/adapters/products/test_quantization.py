@@ -10,11 +10,9 @@ import pytest
 import mora_jax as mj
 from mora_jax.adapters.base import FusedLayout
 from mora_jax.adapters.methods.lora import LoRA
-from mora_jax.adapters.methods.lora_init import FROM_BASE
 from mora_jax.adapters.products.adapted_matmul import scaled_dot
 from mora_jax.adapters.products.matmul import adapted_dot
 from mora_jax.adapters.products.quantization import FORMATS, NF4, Quantized, QuantizedKernel, quantize
-from mora_jax.training.config.adapter import START_FROM_BASE
 from mora_jax.training.config.schema import QUANTIZE
 
 SHAPES = [(64, 3), (100, 2, 3), (40, 5), (256, 4)]
@@ -66,7 +64,6 @@ def test_the_table_is_that_of_its_definition():
 
 def test_the_formats_are_those_of_the_configuration():
     assert ("none", *FORMATS) == QUANTIZE
-    assert set(START_FROM_BASE) == set(FROM_BASE)
 
 
 @pytest.mark.parametrize("held", FORMATS)

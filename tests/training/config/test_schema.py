@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from mora_jax.adapters.methods.registry import CONFIGS
 from mora_jax.errors import InputError
 from mora_jax.training.config.adapter import START
 from mora_jax.training.config.key import split_list
 from mora_jax.training.config.load import load_config, read_config_file
 from mora_jax.training.config.schema import (
     FORMATS,
-    KINDS,
     METHOD_KEYS,
     MODES,
     TEMPLATES,
@@ -324,14 +324,30 @@ def test_configuration_needs_no_backend():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_methods_kinds_and_their_keys_are_those_of_the_adapters():
-    from mora_jax.adapters.methods.mora import KINDS as ADAPTER_KINDS
-    from mora_jax.adapters.methods.registry import CONFIGS
-
+def test_keys_are_those_that_the_methods_declare():
+    section = {field.name: field for field in dataclasses.fields(Config().adapter)}
     assert set(METHOD_KEYS) == set(CONFIGS)
     for method, read in METHOD_KEYS.items():
-        assert read - START <= {field.name for field in dataclasses.fields(CONFIGS[method]) if field.init}
-    assert set(KINDS) == set(ADAPTER_KINDS)
+        settings = read - START
+        assert settings <= {field.name for field in dataclasses.fields(CONFIGS[method]) if field.init}
+        assert settings <= section.keys()
+        for name in settings:
+            default = CONFIGS[method].field(name).default
+            assert section[name].default in (None, default), (method, name)
+            assert section[name].metadata["allowed"].doc.endswith(".")
+    assert METHOD_KEYS["full"] == frozenset()
+    assert {"use_dora", "init"} & METHOD_KEYS["dora"] == {"init"}
+    assert METHOD_KEYS["pissa"] == METHOD_KEYS["lora"] - {"init"}
+    assert METHOD_KEYS["adalora"] >= {"target_rank", "tinit"} and "total_steps" not in METHOD_KEYS["adalora"]
+
+
+def test_help_says_where_methods_differ():
+    known = keys()
+    assert "none: the method's own, 8 (vera 256, adalora 12" in known["adapter.rank"].allowed.doc
+    assert known["adapter.target_rank"].allowed.doc.startswith("adalora: mean rank")
+    assert known["adapter.target_rank"].allowed.doc.endswith("none: two thirds of rank.")
+    assert known["adapter.init"].allowed.choices == ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+    assert known["adapter.rank_pattern"].allowed.doc.endswith("given as REGEX=RANK.")
 
 
 def test_formats_and_templates_are_those_of_the_data_package():
@@ -344,10 +360,10 @@ def test_formats_and_templates_are_those_of_the_data_package():
     assert set(MODES) == set(DATA_MODES)
 
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIG_FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_hold_no_unused_key(path):
     assert path.name in path.read_text().split('"""')[1], "the docstring must state the command"
     config, note = load_config(str(path), REQUIRED)
