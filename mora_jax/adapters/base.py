@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +13,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from mora_jax.adapters.config.limits import POSITIVE, number
-from mora_jax.adapters.products.matmul import Delta, wide, widened
+from mora_jax.adapters.products.fused import FusedLayout
+from mora_jax.adapters.products.matmul import Delta, widened
 from mora_jax.environment import check_versions
 
 Array = jax.Array
@@ -40,56 +41,22 @@ def as_rngs(rngs: Any) -> nnx.Rngs:
     raise TypeError(f"rngs must be nnx.Rngs, a seed or a key, such as nnx.Rngs(0), not {type(rngs).__name__}")
 
 
-@dataclass(frozen=True)
-class FusedLayout:
-    """How named matrices share one output: `sizes` along `part_axis` of `out_shape`, in order."""
-
-    out_shape: tuple[int, ...]
-    part_axis: int
-    sizes: tuple[int, ...]
-
-    @property
-    def features(self) -> int:
-        return int(np.prod(self.out_shape))
-
-    def part_shape(self, index: int) -> tuple[int, ...]:
-        shape = list(self.out_shape)
-        shape[self.part_axis] = self.sizes[index]
-        return tuple(shape)
-
-    def part_features(self, index: int) -> int:
-        return int(np.prod(self.part_shape(index)))
-
-    def take(self, y: Array, index: int) -> Array:
-        """`y [..., *out_shape]` → one part, `[..., features of the part]`, in the order of its own matrix."""
-        start = sum(self.sizes[:index])
-        leading = y.ndim - len(self.out_shape)
-        part = jax.lax.slice_in_dim(y, start, start + self.sizes[index], axis=leading + self.part_axis)
-        return part.reshape(*y.shape[:leading], self.part_features(index))
-
-    def join(self, parts: list[Array]) -> Array:
-        """The inverse of `take` over all parts: `[..., features of part i]` each → `[..., features]`, flat."""
-        leading = parts[0].shape[:-1]
-        shaped = [part.reshape(*leading, *self.part_shape(i)) for i, part in enumerate(parts)]
-        if len(shaped) == 1:
-            return parts[0]
-        return jnp.concatenate(shaped, axis=len(leading) + self.part_axis).reshape(*leading, self.features)
-
-
 class Adapter(nnx.Module):
     """The arrays of one adapter on one matrix, or on a stack of matrices when they carry a leading layer axis.
 
-    With it a matrix W computes `gain ⊙ ((scale ⊙ x) W + delta(scale ⊙ x)) + bias + added bias`. A method is a subclass
-    that creates its `AdapterParam`s in `__init__` and says in pure functions of a dictionary of arrays without layer
-    axis what they do: `delta` and `dense` where it adds to the kernel, `output_gain`, `input_gain` and `added_bias`
-    where it does that. They are class methods, never static ones: `nnx.tabulate` replaces the functions of a class for
-    a while, and turns static methods into functions for good. Layers of a stack that are left out have scaling 0, gain
-    1 and no bias.
+    With it a matrix W computes `gain ⊙ (T(x) K(W) + delta(T(x))) + bias + added bias`. A method is a subclass that
+    creates its `AdapterParam`s in `__init__` and says in pure functions of a dictionary of arrays without layer axis
+    what they do: `delta` and `dense` where it adds to the kernel, `transform_input` (T), `transform_kernel` (K),
+    `output_gain` and `added_bias` where it does that. What merging does to a kernel follows from these. They are class
+    methods, never static ones: `nnx.tabulate` replaces the functions of a class for a while, and turns static methods
+    into functions for good. Layers of a stack that are left out have scaling 0, for which each of these functions
+    leaves things as they are.
 
     Attributes:
         in_features, out_features: sizes of the matrix that is adapted.
         config: the method's frozen configuration.
         additive: whether the method adds to the kernel, so that it has `delta` and `dense`.
+        transforms_kernel: whether it has `transform_kernel`.
         on_embeddings: whether the method has a form for embedding tables; it then has `for_embedding`.
         scaling: float32 `[*layers]`; 0 for layers of a stack that are not adapted.
         bias: `[*layers, out]`, what is added to the layer's bias; only where biases are trained.
@@ -98,6 +65,7 @@ class Adapter(nnx.Module):
 
     method: ClassVar[str]
     additive: ClassVar[bool] = True
+    transforms_kernel: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = False
 
     def __init__(
@@ -190,9 +158,21 @@ class Adapter(nnx.Module):
         return jnp.where(params["scaling"] != 0, gain, 1.0)
 
     @classmethod
-    def input_gain(cls, config: Any, params: dict[str, Array]) -> Array | None:
-        """The factor on every input, float32 `[in]`, or None."""
+    def transform_input(cls, config: Any, params: dict[str, Array], x: Array) -> Array | None:
+        """What takes the place of `x [N, in]`, in its shape and dtype and linear in it; None where x stays."""
         return None
+
+    @classmethod
+    def transforms_input(cls, config: Any, params: dict[str, Any], in_features: int) -> bool:
+        """Whether `transform_input` is anything; of `params` shapes are enough."""
+        x = jax.ShapeDtypeStruct((1, in_features), jnp.float32)
+        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+        return jax.eval_shape(lambda p, x: cls.transform_input(config, p, x), shapes, x) is not None
+
+    @classmethod
+    def transform_kernel(cls, config: Any, params: dict[str, Array], kernel: Array) -> Array:
+        """What takes the place of the base's `kernel [in, out]`, float32; it is used in the dtype of the inputs."""
+        raise NotImplementedError  # abstract: each method that has transforms_kernel defines it
 
     @classmethod
     def added_bias(cls, config: Any, params: dict[str, Array], bias: Array | None) -> Array | None:
@@ -205,10 +185,35 @@ class Adapter(nnx.Module):
         """A faster joint form for several matrices with one input, or None; `configs[i]` is None for a bare part."""
         return None
 
+    @classmethod
+    def merged_kernel(cls, config: Any, params: dict[str, Array], kernel: Array) -> Array:
+        """The kernel that does what the base's `kernel [in, out]` and the adapter do, float32."""
+        with jax.default_matmul_precision("highest"):
+            total = widened(kernel)
+            if cls.transforms_kernel:
+                total = cls.transform_kernel(config, params, total)
+            if cls.additive:
+                total = total + cls.dense(config, kernel.shape[0], kernel.shape[1], params)
+            gain = cls.output_gain(config, params, lambda: kernel)
+            total = total if gain is None else total * gain
+            if not cls.transforms_input(config, params, kernel.shape[0]):
+                return total
+            # T(x) is x M for some M, so its transpose takes the rows of a Wᵀ to those of (M W)ᵀ.
+            transform = functools.partial(cls.transform_input, config, params)
+            (rows,) = jax.linear_transpose(transform, total.T)(total.T)
+            return rows.T
+
     @property
     def only_adds(self) -> bool:
-        """Whether the adapter adds to the kernel and does nothing else."""
+        """Whether the adapter adds to the kernel, without a trained magnitude or bias."""
         return self.additive and not hasattr(self, "magnitude") and not hasattr(self, "bias")
+
+    @property
+    def transforms(self) -> bool:
+        """Whether it transforms inputs or the kernel, so that a merged kernel does not tell the base's."""
+        depth = len(self.layers)
+        single = {n: jax.ShapeDtypeStruct(value.shape[depth:], value.dtype) for n, value in self.params().items()}
+        return self.transforms_kernel or self.transforms_input(self.config, single, self.in_features)
 
     def params(self) -> dict[str, Array]:
         """The arrays by name, `scaling` among them."""
@@ -228,39 +233,24 @@ class Adapter(nnx.Module):
         """What merging adds to the layer's `bias [*layers, out]`, in that shape, or None."""
         return self.map_layers(lambda p, bias: self.added_bias(self.config, p, bias), bias)
 
-    def gains(self, kernel: Array) -> tuple[Array | None, Array | None]:
-        """Factors on outputs `[*layers, out]` and on inputs `[*layers, in]` over the base's `[*layers, in, out]`."""
-        return self.map_layers(
-            lambda p, w: (self.output_gain(self.config, p, lambda: w), self.input_gain(self.config, p)), kernel
-        )
+    def gain(self, kernel: Array) -> Array | None:
+        """The factors on outputs `[*layers, out]` over the base's `[*layers, in, out]`, or None."""
+        return self.map_layers(lambda p, w: self.output_gain(self.config, p, lambda: w), kernel)
 
-    def merged(self, kernel: Array, gains: tuple[Array | None, Array | None]) -> Array:
-        """The kernel that does what the base's `[*layers, in, out]` and the adapter do, summed in float32."""
+    def merged(self, kernel: Array) -> Array:
+        """`merged_kernel` over the base's `[*layers, in, out]`, rounded to its dtype."""
+        return self.map_layers(lambda p, w: self.merged_kernel(self.config, p, w).astype(w.dtype), kernel)
 
-        def one(p, w, gains):
-            outputs, inputs = gains
-            total = widened(w)
-            if self.additive:
-                total = total + self.dense(self.config, self.in_features, self.out_features, p)
-            total = total if outputs is None else total * outputs
-            total = total if inputs is None else total * inputs[:, None]
-            return total.astype(w.dtype)
+    def unmerged(self, kernel: Array, gain: Array | None) -> Array:
+        """The inverse of `merged` up to rounding, without transforms; `gain` is what was merged, nowhere 0."""
 
-        return self.map_layers(one, kernel, gains)
-
-    def unmerged(self, kernel: Array, gains: tuple[Array | None, Array | None]) -> Array:
-        """The inverse of `merged`, up to rounding; `gains` are those that were merged, none of them 0."""
-
-        def one(p, w, gains):
-            outputs, inputs = gains
-            total = widened(w)
-            total = total if inputs is None else total / inputs[:, None]
-            total = total if outputs is None else total / outputs
+        def one(p, w, gain):
+            total = widened(w) if gain is None else widened(w) / gain
             if self.additive:
                 total = total - self.dense(self.config, self.in_features, self.out_features, p)
             return total.astype(w.dtype)
 
-        return self.map_layers(one, kernel, gains)
+        return self.map_layers(one, kernel, gain)
 
 
 def over_layers(depth: int, one: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
@@ -273,74 +263,6 @@ def over_layers(depth: int, one: Callable[..., Any], operands: tuple[Any, ...]) 
 def params_of(adapter: Adapter) -> dict[str, Array]:
     """`adapter.params()` for the layers' own calls: a function, since `nnx.tabulate` gives every method call a row."""
     return {name: value.get_value() for name, value in vars(adapter).items() if isinstance(value, nnx.Variable)}
-
-
-@dataclass(frozen=True)
-class PartwiseDelta:
-    """The general form of a joint update: each part on its own, then joined. Backward by autodiff of the parts."""
-
-    layout: FusedLayout
-    methods: tuple[type[Adapter] | None, ...]
-    configs: tuple[Any | None, ...]
-
-    def update(self, x: Array, params: tuple[dict[str, Array] | None, ...]) -> Array:
-        """`x [N, in]` → float32 `[N, features]`."""
-        parts = []
-        for i, (method, config) in enumerate(zip(self.methods, self.configs, strict=True)):
-            features = self.layout.part_features(i)
-            arrays = params[i]
-            if method is None or arrays is None:
-                parts.append(jnp.zeros((x.shape[0], features), wide(x.dtype)))
-            else:
-                parts.append(method.delta(config, features, x, arrays).astype(wide(x.dtype)))
-        return self.layout.join(parts)
-
-    def forward(self, x: Array, params: Any) -> tuple[Array, Any]:
-        tree: Any
-        leaves, tree = jax.tree.flatten(params)
-        changing = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-        def update(x: Array, floats: list[Array]) -> Array:
-            values = iter(floats)
-            merged = [next(values) if change else leaf for change, leaf in zip(changing, leaves, strict=True)]
-            return self.update(x, tree.unflatten(merged))
-
-        floats = [leaf for change, leaf in zip(changing, leaves, strict=True) if change]
-        y, tangent = jax.linearize(update, x, floats)
-        return y, (tangent, _Types(tree, tuple(changing), jax.typeof(x), tuple(jax.typeof(leaf) for leaf in floats)))
-
-    def moved(self, dparams: Any) -> Any:
-        return dparams
-
-    def tangent(self, residuals: Any, dx: Array | None, dparams: Any) -> Array | None:
-        tangent, types = residuals
-        changes = types.tree.flatten_up_to(dparams)
-        if dx is None and all(change is None for change in changes):
-            return None
-        floats = [leaf for change, leaf in zip(types.changing, changes, strict=True) if change]
-        filled = [_or_zeros(leaf, like) for leaf, like in zip(floats, types.floats, strict=True)]
-        return tangent(_or_zeros(dx, types.x), filled)
-
-    def backward(self, residuals: Any, dy: Array) -> tuple[Array, Any]:
-        tangent, types = residuals
-        dx, floats = jax.linear_transpose(tangent, types.x, list(types.floats))(widened(dy))
-        found = iter(floats)
-        return widened(dx), types.tree.unflatten([next(found) if c else None for c in types.changing])
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Types:
-    """What a tangent takes: the tree of the parameters, which of them change (integers don't), and the types."""
-
-    tree: Any
-    changing: tuple[bool, ...]
-    x: Any
-    floats: tuple[Any, ...]
-
-
-def _or_zeros(change: Array | None, like: Any) -> Array:
-    return jnp.zeros(like.shape, like.dtype) if change is None else change
 
 
 check_versions()  # every layer's module comes this way

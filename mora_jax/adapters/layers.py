@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, FusedLayout, params_of
+from mora_jax.adapters.base import Adapter, params_of
 from mora_jax.adapters.matrices import einsum_matrix, matrix_of, stack_of
-from mora_jax.adapters.products.adapted_matmul import adapted_product, scale_features
+from mora_jax.adapters.products.adapted_matmul import adapted_product
+from mora_jax.adapters.products.around import ProductView, transformed_input, view_by_axes, with_adapter
 from mora_jax.adapters.products.explicit_mesh import explicit_axes, placed_like
+from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.stacks import stacked_dropout
 
@@ -93,15 +95,21 @@ class Adapted:
             y = (y + bias if change is None or hasattr(adapter, "bias") else widened(y) + bias + change).astype(x.dtype)
         return y.reshape(*x.shape[:-1], adapter.out_features)
 
-    def _update(self, x: Array) -> Array:
-        """What an additive adapter adds to the product for `x [..., in]`: float32 `[..., out]`."""
-        adapter = self.adapter
-        _refuse_complex(x)
-        if self.adapter_dropout is not None:
-            x = self.adapter_dropout(x)
-        flat = x.reshape(-1, adapter.in_features)
-        y = adapter.delta(adapter.config, adapter.out_features, flat, params_of(adapter))
-        return y.reshape(*x.shape[:-1], adapter.out_features)
+    def _around(
+        self,
+        view: ProductView,
+        call: Callable[[Array], Array],
+        inputs: Array,
+        kernel: Callable[[], Array],
+        bias: Array | None = None,
+    ) -> Array:
+        """The adapter around a product that the layer keeps: `call` computes it, `view` says how it is one."""
+        adapter, params = self.adapter, params_of(self.adapter)
+        _refuse_complex(inputs)
+        own = type(adapter), adapter.config, params, view
+        inputs = transformed_input(*own, inputs)
+        drop = (lambda x: x) if self.adapter_dropout is None else self.adapter_dropout
+        return with_adapter(*own, call(inputs), inputs, kernel, bias, adapter.out_features, drop)
 
 
 def refuse_stack(layer: Any) -> None:
@@ -130,28 +138,12 @@ class AdaptedLinear(nnx.Linear, Adapted):
             return self._on_mesh(plain, AdaptedLinear.__call__, inputs)
         custom = self.precision is not None or self.dot_general is not jax.lax.dot_general
         if custom or out_sharding is not None or self.preferred_element_type is not None:
-            return self._around(inputs, out_sharding)
+            call = functools.partial(nnx.Linear.__call__, self, out_sharding=out_sharding)
+            bias = None if self.bias is None else self.bias[...]
+            return self._around(ProductView(), call, inputs, lambda: self.kernel[...], bias)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         return self._product(x, kernel, bias, lambda: self.kernel[...])
-
-    def _around(self, inputs: Array, out_sharding) -> Array:
-        """A layer with a product of its own keeps it; the rest of the general form is put around it."""
-        adapter, params = self.adapter, params_of(self.adapter)
-        scale = adapter.input_gain(adapter.config, params)
-        if scale is not None:
-            inputs = scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
-        plain = nnx.Linear.__call__(self, inputs, out_sharding)
-        y = widened(plain)
-        gain = adapter.output_gain(adapter.config, params, lambda: self.kernel[...])
-        update = self._update(inputs.astype(plain.dtype)) if adapter.additive else None
-        if gain is not None:
-            without_bias = y if self.bias is None else y - widened(self.bias[...])
-            y = y + (gain - 1.0) * without_bias
-            update = None if update is None else update * gain
-        y = y if update is None else y + update
-        added = adapter.added_bias(adapter.config, params, None if self.bias is None else self.bias[...])
-        return (y if added is None else y + added).astype(plain.dtype)
 
 
 class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
@@ -164,16 +156,13 @@ class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
             return self._on_mesh(plain, AdaptedLinearGeneral.__call__, inputs)
         axes = [a % inputs.ndim for a in self.axis]
         kept = [a for a in range(inputs.ndim) if a not in axes]
-
-        def flat(x):
-            return x.transpose(*kept, *axes).reshape(*(inputs.shape[a] for a in kept), self.adapter.in_features)
-
+        view = view_by_axes(inputs, [*kept, *axes], len(kept), self.out_features)
         if self.adapter.only_adds:
-            y = nnx.LinearGeneral.__call__(self, inputs, out_sharding)
-            return (y + self._update(flat(inputs.astype(y.dtype))).reshape(y.shape)).astype(y.dtype)
+            call = functools.partial(nnx.LinearGeneral.__call__, self, out_sharding=out_sharding)
+            return self._around(view, call, inputs, lambda: matrix_of(self))
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        x, bias = flat(x), None if bias is None else bias.reshape(-1)
+        x, bias = view.flat(x), None if bias is None else bias.reshape(-1)
         y = self._product(x, kernel.reshape(x.shape[-1], -1), bias, lambda: matrix_of(self))
         return y.reshape(*x.shape[:-1], *self.out_features)
 
@@ -197,22 +186,15 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
             raise ValueError(f"einsum {spec!r} is no product with a matrix, so it can't carry an adapter")
         to_in, (contracted, free), permutation = found
         sizes = [self.kernel.shape[a] for a in free]
-
-        def flat(x):
-            x = x.transpose(*to_in)
-            return x.reshape(*x.shape[: x.ndim - len(contracted)], self.adapter.in_features)
-
-        def restored(y):
-            return y.reshape(*y.shape[:-1], *sizes).transpose(*permutation)
-
+        view = view_by_axes(inputs, to_in, inputs.ndim - len(contracted), sizes, permutation)
         if self.adapter.only_adds:
-            y = nnx.Einsum.__call__(self, inputs, out_sharding=out_sharding)
-            return (y + restored(self._update(flat(inputs.astype(y.dtype))))).astype(y.dtype)
+            call = functools.partial(nnx.Einsum.__call__, self, out_sharding=out_sharding)
+            return self._around(view, call, inputs, lambda: matrix_of(self))
         x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
-        x, matrix = flat(x), kernel.transpose(*contracted, *free).reshape(-1, math.prod(sizes))
+        x, matrix = view.flat(x), kernel.transpose(*contracted, *free).reshape(-1, math.prod(sizes))
         bias = _einsum_bias(self, x.ndim - 1, permutation, sizes)
         bias = None if bias is None else bias.astype(x.dtype)
-        return restored(self._product(x, matrix, bias, lambda: matrix_of(self)))
+        return view.shaped(self._product(x, matrix, bias, lambda: matrix_of(self)))
 
 
 def _einsum_bias(layer: nnx.Einsum, kept: int, permutation: list[int], sizes: list[int]) -> Array | None:
@@ -259,10 +241,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
 
     def table(self) -> Array:
         """The adapted table, float32 `[V, D]`."""
-        adapter, p, base = self.adapter, params_of(self.adapter), self.embedding[...]
-        total = widened(base) + adapter.dense(adapter.config, *base.shape, p)
-        gain = adapter.output_gain(adapter.config, p, lambda: base)
-        return total if gain is None else total * gain
+        return self.adapter.merged_kernel(self.adapter.config, params_of(self.adapter), self.embedding[...])
 
 
 ADAPTED: dict[type, type] = {

@@ -31,7 +31,8 @@ class Merged:
         part: its name in a projection, else None.
         adapter: the adapter.
         dropout: the layer's dropout, if any.
-        gains: factors on outputs `[*layers, out]` and inputs `[*layers, in]` that were multiplied in, or None.
+        gain: factors on outputs `[*layers, out]` that were multiplied in, or None.
+        kernel: the kernel `[*layers, in, out]` as it was, where a merged one does not tell it; else None.
         bias_change: what was added to the bias, `[*layers, out]`, or None.
         had_bias: whether the layer had a bias before.
         shared: by name, the parameters that other modules hold too; the layer has its own in their place.
@@ -41,7 +42,8 @@ class Merged:
     part: str | None
     adapter: Adapter
     dropout: Any
-    gains: tuple[Any, Any]
+    gain: Any
+    kernel: Any
     bias_change: Any
     had_bias: bool
     shared: dict[str, nnx.Variable] = field(default_factory=dict)
@@ -50,9 +52,9 @@ class Merged:
 def merge(model: nnx.Module) -> tuple[Merged, ...]:
     """Folds every adapter of `model` into its base layer, in place; the layers are plain again afterwards.
 
-    The kernel becomes `gain ⊙ (W + ΔW)`, taken in float32 and rounded once to the dtype of the weight; modules that
-    were trained whole get their trained values, in the dtype they had. A parameter that another module holds too (a
-    tied embedding) stays as it is for that module: the layer gets one of its own, with a warning.
+    The kernel becomes `gain ⊙ T (K(W) + ΔW)` (see `Adapter`), taken in float32 and rounded once to the dtype of the
+    weight; modules that were trained whole get their trained values, in the dtype they had. A parameter that another
+    module holds too (a tied embedding) stays as it is for that module: the layer gets one of its own, with a warning.
 
     Returns:
         What `unmerge` needs to take the adapters out again.
@@ -97,18 +99,20 @@ def _check_whole(place: Place) -> None:
 def _merge(place: Place, had_bias: bool, holders: Holders) -> Merged:
     adapter, layer = adapter_at(place), place.layer
     dropout = getattr(layer, "adapter_dropout", None)
-    gains = adapter.gains(place.kernel())
+    kernel = place.kernel()
+    gain = adapter.gain(kernel)
     # A bias that the merge of another part has just made is none that the adapter knew.
     change = adapter.bias_change(place.bias() if had_bias else None)
-    weight = adapter.merged(place.kernel(), gains) if _changes_kernel(adapter, gains) else None
+    weight = adapter.merged(kernel) if _changes_kernel(adapter, gain) else None
     take_adapter(place)
     shared = _own_params(place, holders, kernel=weight is not None, bias=change is not None)
     _write(place, weight, change)
-    return Merged(place.paths, place.part, adapter, dropout, gains, change, had_bias, shared)
+    before = kernel if adapter.transforms else None
+    return Merged(place.paths, place.part, adapter, dropout, gain, before, change, had_bias, shared)
 
 
-def _changes_kernel(adapter: Adapter, gains: tuple[Any, Any]) -> bool:
-    return adapter.additive or any(gain is not None for gain in gains)
+def _changes_kernel(adapter: Adapter, gain: Any) -> bool:
+    return adapter.additive or adapter.transforms or gain is not None
 
 
 def _own_params(place: Place, holders: Holders, *, kernel: bool, bias: bool) -> dict[str, nnx.Variable]:
@@ -152,9 +156,9 @@ def _write(place: Place, weight: Any, change: Any) -> None:
 def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
     """Takes adapters out of the weights that `merge` folded them into, and puts them back beside them.
 
-    The update is subtracted and gains are divided out, in float32, so weights come back up to rounding; parameters that
-    other modules hold too are those again, bit for bit. Modules that were trained whole keep their trained values,
-    frozen.
+    The update is subtracted and gains are divided out, in float32, so weights come back up to rounding. Kernels that
+    were transformed, and parameters that other modules hold too, are those again, bit for bit. Modules that were
+    trained whole keep their trained values, frozen.
 
     Args:
         model: a model whose weights are as `merge` left them.
@@ -168,16 +172,16 @@ def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
         place = by_path.get((entry.paths, entry.part))
         if place is None or has_adapter(place):
             raise ValueError(f"{entry.paths[0]} is not as merging left it: absent, or adapted again")
-        if any(gain is not None and not bool(jnp.all(gain != 0)) for gain in entry.gains):
+        if entry.kernel is None and entry.gain is not None and not bool(jnp.all(entry.gain != 0)):
             raise ValueError(f"{entry.paths[0]}: a gain of 0 was merged, which can't be divided out again")
     for entry in merged:
         _unmerge(by_path[entry.paths, entry.part], entry)
 
 
 def _unmerge(place: Place, entry: Merged) -> None:
-    change = entry.bias_change
-    changed = _changes_kernel(entry.adapter, entry.gains)
-    weight = entry.adapter.unmerged(place.kernel(), entry.gains) if changed else None
+    change, weight = entry.bias_change, entry.kernel
+    if weight is None and _changes_kernel(entry.adapter, entry.gain):
+        weight = entry.adapter.unmerged(place.kernel(), entry.gain)
     _write(place, weight, None if change is None or not entry.had_bias else -change)
     for name, value in entry.shared.items():
         setattr(place.layer, name, value)

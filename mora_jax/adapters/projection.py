@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, FusedLayout
+from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.products.adapted_matmul import adapted_product
 from mora_jax.adapters.products.dropout import TokenDropout
+from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.quantization import QuantizedKernel
 
 Array = jax.Array
@@ -218,8 +219,7 @@ class OutputHead(nnx.Module):
         kernel = self.kernel[...]
         if self.adapter is None:
             return kernel
-        matrix = kernel.astype(jnp.float32).T
-        return self.adapter.merged(matrix, self.adapter.gains(matrix)).T
+        return self.adapter.merged(kernel.astype(jnp.float32).T).T
 
     def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
         """Adds `adapter` to a head that has none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 
 from mora_jax.adapters.matrices import einsum_matrix
+from mora_jax.adapters.products.around import ProductView, view_by_axes
 
 Array = jax.Array
 
@@ -86,31 +87,23 @@ class Product:
 
     Attributes:
         matrix: the layer's.
-        flat: the call's input as `[..., in]`.
-        rows: the call's output as `[..., out]`, in the order of the matrix.
-        shaped: the inverse of `rows`.
+        view: where its axes are in the call's input and output.
     """
 
     matrix: Matrix
-    flat: Callable[[Array], Array]
-    rows: Callable[[Array], Array]
-    shaped: Callable[[Array], Array]
+    view: ProductView = ProductView()
 
 
 def product_of(module: nn.Module, inputs: Array, einsum_str: str | None) -> Product | str:
     """How a layer of one of `KINDS` computes its output from `inputs`, or in words why that is no single product."""
     if isinstance(module, nn.Dense):
-        return Product(Matrix.plain("kernel", (inputs.shape[-1], module.features)), *(_same,) * 3)
+        return Product(Matrix.plain("kernel", (inputs.shape[-1], module.features)))
     if isinstance(module, nn.DenseGeneral):
         return _general(module, inputs)
     if isinstance(module, nn.Einsum):
         return _einsum(module, inputs, einsum_str or module.einsum_str or "")
     assert isinstance(module, nn.Embed), "one of KINDS"
-    return Product(Matrix.plain("embedding", (module.num_embeddings, module.features)), *(_same,) * 3)
-
-
-def _same(x: Array) -> Array:
-    return x
+    return Product(Matrix.plain("embedding", (module.num_embeddings, module.features)))
 
 
 def _general(module: nn.DenseGeneral, inputs: Array) -> Product | str:
@@ -120,17 +113,7 @@ def _general(module: nn.DenseGeneral, inputs: Array) -> Product | str:
     kept = [axis for axis in range(inputs.ndim) if axis not in axes]
     features = _sizes(module.features)
     matrix = Matrix.plain("kernel", (*(inputs.shape[axis] for axis in axes), *features), len(axes))
-    leading = tuple(inputs.shape[axis] for axis in kept)
-
-    def flat(x):
-        return x.transpose(*kept, *axes).reshape(*leading, matrix.in_features)
-
-    return Product(
-        matrix,
-        flat,
-        lambda y: y.reshape(*leading, matrix.out_features),
-        lambda y: y.reshape(*leading, *features),
-    )
+    return Product(matrix, view_by_axes(inputs, [*kept, *axes], len(kept), features))
 
 
 def _einsum(module: nn.Einsum, inputs: Array, einsum_str: str) -> Product | str:
@@ -140,24 +123,9 @@ def _einsum(module: nn.Einsum, inputs: Array, einsum_str: str) -> Product | str:
         return f"{spec!r} is no product with one matrix"
     to_in, (contracted, free), permutation = found
     kept = inputs.ndim - len(contracted)
-    sizes = [shape[axis] for axis in free]
-    back = [permutation.index(axis) for axis in range(len(permutation))]
     bias_axes = tuple(axis - kept for axis in permutation if axis >= kept)
-
-    def flat(x):
-        x = x.transpose(*to_in)
-        return x.reshape(*x.shape[:kept], -1)
-
-    def rows(y):
-        y = y.transpose(*back)
-        return y.reshape(*y.shape[:kept], -1)
-
-    return Product(
-        Matrix("kernel", shape, contracted, free, bias_axes),
-        flat,
-        rows,
-        lambda y: y.reshape(*y.shape[:kept], *sizes).transpose(*permutation),
-    )
+    view = view_by_axes(inputs, to_in, kept, [shape[axis] for axis in free], permutation)
+    return Product(Matrix("kernel", shape, contracted, free, bias_axes), view)
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
 from mora_jax.adapters.config.patterns import config_at
 from mora_jax.adapters.matching.targets import Picker
+from mora_jax.adapters.products.matmul import widened
 from mora_jax.linen.matrices import Matrix, layer_number
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, in_words, scaled
@@ -172,17 +172,9 @@ def _merged(layer: Layer) -> tuple[Array, Array | None]:
 
     def one(kernel: Array, bias: Array | None, arrays: dict[str, Array]) -> tuple[Array, Array | None]:
         params = scaled(config, arrays)
-        total = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-        if method.additive:
-            total = total + method.dense(config, matrix.in_features, matrix.out_features, params)
-        gain, scale = method.output_gain(config, params, lambda: kernel), method.input_gain(config, params)
-        total = total if gain is None else total * gain
-        total = total if scale is None else total * scale[:, None]
+        merged = method.merged_kernel(config, params, kernel).astype(kernel.dtype)
         added = method.added_bias(config, params, bias)
-        if bias is None or added is None:
-            return total.astype(kernel.dtype), None
-        wide = jnp.promote_types(bias.dtype, jnp.float32)
-        return total.astype(kernel.dtype), (bias.astype(wide) + added).astype(bias.dtype)
+        return merged, None if bias is None or added is None else (widened(bias) + added).astype(bias.dtype)
 
     for _ in layer.stack:
         one = jax.vmap(one)

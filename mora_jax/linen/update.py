@@ -22,7 +22,7 @@ from mora_jax.adapters.config import (
 )
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.methods.registry import adapter_class
-from mora_jax.adapters.products.adapted_matmul import scale_features
+from mora_jax.adapters.products.around import transformed_input, with_adapter
 from mora_jax.adapters.products.explicit_mesh import placed_like
 from mora_jax.linen.matrices import Matrix, Product
 
@@ -168,13 +168,16 @@ def adapted_output(
         inputs: as the layer takes them.
         deterministic: whether dropout is off; None where the configuration has none.
     """
-    method, matrix = check_config(config), product.matrix
+    method, matrix, view = check_config(config), product.matrix, product.view
     ready = all(module.has_variable(COLLECTION, name) for name in expected(config, matrix)[0])
     if ready:
         params = _arrays(module, config, matrix)
-        scale = method.input_gain(config, params)
-        if scale is not None:
-            inputs = _scale_inputs(product, inputs, scale)
+        if method.transforms_input(config, params, matrix.in_features):
+
+            def transformed(inputs: Array, params: Arrays) -> Array:
+                return transformed_input(method, config, params, view, inputs)
+
+            inputs = placed_like(inputs, transformed, inputs, params)
     y = call(inputs)
     if jnp.issubdtype(y.dtype, jnp.complexfloating):
         raise ValueError(f"{title(module)} computes in {y.dtype}: adapters are real, so complex layers can't carry one")
@@ -182,36 +185,14 @@ def adapted_output(
         params = _arrays(module, config, matrix)  # of the kernel that the call made; fresh, so the inputs keep theirs
 
     def run(y: Array, inputs: Array, params: Arrays, kernel: Array, bias: Array | None, key: Array | None) -> Array:
-        rows, wide = product.rows(y), jnp.promote_types(y.dtype, jnp.float32)
-        total = rows.astype(wide)
         bias = None if bias is None else matrix.take_bias(bias)
-        gain = method.output_gain(config, params, lambda: matrix.take(kernel))
-        if gain is not None:
-            # As a change, so that a gain of 1 changes no bit.
-            total = total + (gain - 1.0) * (total if bias is None else total - bias.astype(wide))
-        if method.additive:
-            x = _dropped(config, product.flat(inputs.astype(y.dtype)), key)
-            update = method.delta(config, matrix.out_features, x.reshape(-1, x.shape[-1]), params).reshape(rows.shape)
-            total = total + (update if gain is None else update * gain)
-        added = method.added_bias(config, params, bias)
-        if added is not None:
-            total = total + added
-        return product.shaped(total.astype(y.dtype))
+        drop = functools.partial(_dropped, config, key=key)
+        take = functools.partial(matrix.take, kernel)
+        return with_adapter(method, config, params, view, y, inputs, take, bias, matrix.out_features, drop)
 
     bias = param(module, "bias") if getattr(module, "use_bias", False) else None
     key = _dropout_key(module, config, deterministic)
     return placed_like(y, run, y, inputs, params, param(module, matrix.array), bias, key)
-
-
-def _scale_inputs(product: Product, inputs: Array, scale: Array) -> Array:
-    """Only layers whose input is already `[..., in]` have a gain on inputs."""
-    if product.flat(inputs).shape != inputs.shape:
-        raise ValueError("(IA)³ scales the inputs of nn.Dense alone; leave layers of another class out of feedforward")
-
-    def run(inputs: Array, scale: Array) -> Array:
-        return scale_features(inputs.reshape(-1, inputs.shape[-1]), scale).reshape(inputs.shape)
-
-    return placed_like(inputs, run, inputs, scale)
 
 
 def _dropout_key(module: nn.Module, config: Any, deterministic: bool | None) -> Array | None:

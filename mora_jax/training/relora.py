@@ -132,7 +132,7 @@ def renewed(structure: Structure, adapters: Arrays, frozen: Arrays, key: Array) 
 def _renew(place: Place, key: Array) -> None:
     adapter: Any = place.adapter  # of a method with restarts, which has `renew`
     kernel = place.kernel()
-    merged = adapter.merged(kernel, adapter.gains(kernel))
+    merged = adapter.merged(kernel)
     if isinstance(place.layer, Projection):
         assert place.part is not None, "a place in a projection is one of its parts"
         place.layer.put_part_weight(place.part, merged)

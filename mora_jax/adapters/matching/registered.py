@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import params_of
 from mora_jax.adapters.layers import ADAPTED, Adapted, adapted_class, plain_class, refuse_stack
 from mora_jax.adapters.matching.forms import FORMS, LayerForm, equation_of, kernel_of
 from mora_jax.adapters.matrices import bias_of, einsum_axes, einsum_matrix, matrix_of
-from mora_jax.adapters.products.adapted_matmul import scale_features
+from mora_jax.adapters.products.around import view_by_axes
 from mora_jax.adapters.products.explicit_mesh import explicit_axes
 
 Array = jax.Array
@@ -179,7 +178,7 @@ def _random(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 def _call(self: Any, inputs: Array, *args: Any, **options: Any) -> Array:
     """The call of an adapted layer: the plain one, and around it what the adapter does."""
     refuse_stack(self)
-    adapter, params, kernel = self.adapter, params_of(self.adapter), kernel_of(self)
+    kernel = kernel_of(self)
     called = plain_class(type(self)).__call__
     if explicit_axes(inputs, kernel[...]):
         return self._on_mesh(
@@ -189,35 +188,7 @@ def _call(self: Any, inputs: Array, *args: Any, **options: Any) -> Array:
     if found is None:
         raise ValueError(f"einsum {equation_of(self)!r} takes no input with {inputs.ndim} axes")
     to_in, (contracted, free), permutation = found
-    kept = inputs.ndim - len(contracted)
-
-    def flat(x):
-        x = x.transpose(*to_in)
-        return x.reshape(*x.shape[:kept], adapter.in_features)
-
-    def restored(y):
-        return y.reshape(*y.shape[:-1], *(kernel.shape[a] for a in free)).transpose(*permutation)
-
-    scale = adapter.input_gain(adapter.config, params)
-    if scale is not None:
-        rows = flat(inputs)
-        rows = scale_features(rows.reshape(-1, rows.shape[-1]), scale)
-        shape = [inputs.shape[a] for a in to_in]
-        inputs = rows.reshape(shape).transpose(*np.argsort(to_in))
-    plain = called(self, inputs, *args, **options)
-    y = plain.astype(jnp.promote_types(plain.dtype, jnp.float32))
-    update = restored(self._update(flat(inputs.astype(plain.dtype)))) if adapter.additive else None
-    if not adapter.only_adds:
-        bias = bias_of(self)
-
-        def spread(vector):
-            return restored(vector.reshape(*[1] * kept, -1))
-
-        gain = adapter.output_gain(adapter.config, params, lambda: matrix_of(self))
-        if gain is not None:
-            gain = spread(gain)
-            y = y + (gain - 1.0) * (y if bias is None else y - spread(bias))
-            update = None if update is None else update * gain
-        added = adapter.added_bias(adapter.config, params, bias)
-        y = y if added is None else y + spread(added)
-    return (y if update is None else y + update).astype(plain.dtype)
+    sizes = [kernel.shape[a] for a in free]
+    view = view_by_axes(inputs, to_in, inputs.ndim - len(contracted), sizes, permutation)
+    bias = None if self.adapter.only_adds else bias_of(self)
+    return self._around(view, lambda x: called(self, x, *args, **options), inputs, lambda: matrix_of(self), bias)

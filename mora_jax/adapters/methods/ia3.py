@@ -16,7 +16,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import CommonConfig, Targets
-from mora_jax.adapters.products.matmul import widened
+from mora_jax.adapters.products.matmul import scale_features, widened
 
 Array = jax.Array
 
@@ -72,8 +72,8 @@ class IA3(Adapter):
         return None if config.feedforward else _vector(params)
 
     @classmethod
-    def input_gain(cls, config: IA3Config, params: dict[str, Array]) -> Array | None:
-        return _vector(params) if config.feedforward and params else None
+    def transform_input(cls, config: IA3Config, params: dict[str, Array], x: Array) -> Array | None:
+        return scale_features(x, _vector(params)) if config.feedforward else None
 
     @classmethod
     def added_bias(cls, config: IA3Config, params: dict[str, Array], bias: Array | None) -> Array | None:

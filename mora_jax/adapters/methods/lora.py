@@ -21,7 +21,6 @@ from mora_jax.adapters.base import (
     Adapter,
     AdapterParam,
     AdapterState,
-    FusedLayout,
     as_rngs,
     constant,
     over_layers,
@@ -31,6 +30,7 @@ from mora_jax.adapters.config.common import BIASES, CommonConfig, Pattern, Targe
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
 from mora_jax.adapters.products.explicit_mesh import whole
+from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import Delta, added, dot32, dot32_nt, dot32_tn, trained_dot, widened
 
 Array = jax.Array

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import jax
 
-from mora_jax.adapters.base import AdapterState, FusedLayout
+from mora_jax.adapters.base import AdapterState
 from mora_jax.adapters.config.common import check_restarts
 from mora_jax.adapters.methods.lora import INITS, FusedLoRA, LoRA, LoRAConfig, init
+from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import Delta
 
 

@@ -1,7 +1,7 @@
-"""One adapted projection in its general form: `y = gain ⊙ ((scale ⊙ x) W + delta(scale ⊙ x)) + bias`.
+"""One adapted projection in its general form: `y = gain ⊙ (T(x) K(W) + delta(T(x))) + bias`.
 
-Methods that only add (LoRA, MoRA) take `adapted_dot`, whose backward is written out; a gain on outputs or inputs, or a
-trained bias, is put around it here, for several matrices with one input as for one.
+Methods that only add (LoRA, MoRA) take `adapted_dot`, whose backward is written out; transforms of the input and of the
+kernel, a gain on outputs, or a trained bias are put around it here, for several matrices with one input as for one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.adapters.base import Adapter, FusedLayout, PartwiseDelta, params_of
+from mora_jax.adapters.base import Adapter, params_of
+from mora_jax.adapters.products.around import update_of
+from mora_jax.adapters.products.fused import FusedLayout, PartwiseDelta
 from mora_jax.adapters.products.matmul import (
     Delta,
     Kernel,
@@ -29,7 +31,7 @@ from mora_jax.adapters.products.matmul import (
     widened,
 )
 from mora_jax.adapters.products.quantization import Quantized
-from mora_jax.adapters.products.tangent import any_perturbed, linear, perturbed
+from mora_jax.adapters.products.tangent import any_perturbed, linear
 
 Array = jax.Array
 Dropout = Callable[[int, Array], Array]
@@ -60,20 +62,33 @@ def adapted_product(
         `[N, layout.features]` in the dtype of `x`.
     """
     params = tuple(None if a is None else params_of(a) for a in adapters)
-    scales = [None if a is None else a.input_gain(a.config, p or {}) for a, p in zip(adapters, params, strict=True)]
-    if any(scale is not None for scale in scales):
-        if len(adapters) > 1:
-            return _one_by_one(layout, adapters, x, kernel, bias, dropout)
-        x = scale_features(x, scales[0])
+    inputs = [
+        None if a is None or p is None else a.transform_input(a.config, p, x)
+        for a, p in zip(adapters, params, strict=True)
+    ]
+    if all(own is None for own in inputs):
+        return _one_input(layout, adapters, params, x, kernel, bias, dropout, stored)
+    parts = []
+    for i, own in enumerate(inputs):  # matrices whose inputs differ are as many products
+        alone = FusedLayout((layout.part_features(i),), 0, (layout.part_features(i),))
+        part_bias = None if bias is None else layout.take(bias, i)
+        drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
+        part, own_stored = _taken(layout, kernel, i), stored if len(inputs) == 1 else None
+        own = x if own is None else own
+        parts.append(_one_input(alone, (adapters[i],), (params[i],), own, part, part_bias, drop, own_stored))
+    return layout.join(parts)
+
+
+def _one_input(layout, adapters, params, x, kernel, bias, dropout, stored) -> Array:
+    """`adapted_product` behind what the adapters do to its input."""
     gain = _gain(layout, adapters, params, kernel if stored is None else stored(), x)
     bias = _bias(layout, adapters, params, bias)
     methods = tuple(type(a) if a is not None and a.additive else None for a in adapters)
     configs = tuple(a.config if a is not None and a.additive else None for a in adapters)
-    given = tuple(p if method is not None else None for p, method in zip(params, methods, strict=True))
     if dropout is not None:
         y = adapted_dot(None, x, kernel, bias if gain is None else None, None)
         y = widened(y)
-        y = y + _dropped(layout, methods, configs, given, x, dropout)
+        y = y + _dropped(layout, adapters, params, x, kernel, dropout)
         if gain is not None:
             y = y * gain
             y = y if bias is None else y + widened(bias.reshape(-1))
@@ -82,21 +97,19 @@ def adapted_product(
     delta: Delta | None = kinds.pop().fuse(layout, configs) if len(kinds) == 1 else None
     if delta is None and any(method is not None for method in methods):
         delta = PartwiseDelta(layout, methods, configs)
-    arrays = None if delta is None else given
-    if gain is None:
-        return adapted_dot(delta, x, kernel, bias, arrays)
-    return scaled_dot(delta, x, kernel, bias, gain, arrays)
 
+    def product(x, kernel, bias, gain, params):
+        kernel = _kernel(layout, adapters, params, kernel, x)
+        arrays = None
+        if delta is not None:
+            arrays = tuple(p if method is not None else None for p, method in zip(params, methods, strict=True))
+        if gain is None:
+            return adapted_dot(delta, x, kernel, bias, arrays)
+        return scaled_dot(delta, x, kernel, bias, gain, arrays)
 
-def _one_by_one(layout, adapters, x, kernel, bias, dropout) -> Array:
-    """Matrices whose inputs are scaled differently are as many products."""
-    parts = []
-    for i, adapter in enumerate(adapters):
-        alone = FusedLayout((layout.part_features(i),), 0, (layout.part_features(i),))
-        part_bias = None if bias is None else layout.take(bias, i)
-        drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
-        parts.append(adapted_product(alone, (adapter,), x, _taken(layout, kernel, i), part_bias, drop))
-    return layout.join(parts)
+    if any(a is not None and a.transforms_kernel for a in adapters):
+        product = jax.checkpoint(product)  # the backward pass makes the kernel again rather than keep one a layer
+    return product(x, kernel, bias, gain, params)
 
 
 def _taken(layout: FusedLayout, kernel: Kernel, index: int) -> Kernel:
@@ -108,6 +121,18 @@ def _dense_part(layout: FusedLayout, kernel: Kernel, index: int, x: Array) -> Ar
     """The kernel of one part, dense: what a quantised one is in a product with `x`."""
     part = _taken(layout, kernel, index)
     return matrix_for(part, lax.stop_gradient(x)) if isinstance(part, Quantized) else part
+
+
+def _kernel(layout: FusedLayout, adapters, params, kernel: Kernel, x: Array) -> Kernel:
+    """The kernel, its parts transformed whose adapters do that; where one does, it is float32 `[in, features]`."""
+    if not any(a is not None and a.transforms_kernel for a in adapters):
+        return kernel
+    parts = []
+    for i, (adapter, p) in enumerate(zip(adapters, params, strict=True)):
+        part = _dense_part(layout, kernel, i, x)
+        changes = adapter is not None and adapter.transforms_kernel
+        parts.append(adapter.transform_kernel(adapter.config, p, part) if changes else widened(part))
+    return layout.join(parts)
 
 
 def _gain(layout: FusedLayout, adapters, params, kernel: Kernel, x: Array) -> Array | None:
@@ -135,40 +160,17 @@ def _bias(layout: FusedLayout, adapters, params, bias: Array | None) -> Array | 
     return total if bias is None else widened(bias.reshape(-1)) + total
 
 
-def _dropped(layout: FusedLayout, methods, configs, params, x: Array, dropout: Dropout) -> Array:
+def _dropped(layout: FusedLayout, adapters, params, x: Array, kernel: Kernel, dropout: Dropout) -> Array:
     """The updates with dropout on their inputs, float32 `[N, features]`."""
     parts = []
-    for i, (method, config) in enumerate(zip(methods, configs, strict=True)):
-        features = layout.part_features(i)
-        if method is None:
-            parts.append(jnp.zeros((x.shape[0], features), jnp.float32))
-        else:
-            parts.append(method.delta(config, features, dropout(i, x) if config.dropout > 0 else x, params[i]))
+    for i, (adapter, p) in enumerate(zip(adapters, params, strict=True)):
+        features, update = layout.part_features(i), None
+        if adapter is not None:
+            own = dropout(i, x) if adapter.config.dropout > 0 else x
+            base = partial(_dense_part, layout, kernel, i, x)
+            update = update_of(type(adapter), adapter.config, p, own, features, base)
+        parts.append(jnp.zeros((x.shape[0], features), jnp.float32) if update is None else update)
     return layout.join(parts)
-
-
-@jax.custom_jvp
-def scale_features(x: Array, gain: Array) -> Array:
-    """`x [N, in]` times a trained `gain [in]`, in the dtype of `x`; the gain's gradient is summed in float32."""
-    return (widened(x) * gain).astype(x.dtype)
-
-
-@partial(scale_features.defjvp, symbolic_zeros=True)
-def _scale_features_jvp(primals, tangents):
-    y = scale_features(*primals)
-    return y, linear(_scale_features_tangent, _scale_features_backward, primals, perturbed(tangents), y)
-
-
-def _scale_features_tangent(residuals, tangents):
-    (x, gain), (dx, dgain) = residuals, tangents
-    by_x = None if dx is None else widened(dx) * gain
-    return added(by_x, None if dgain is None else widened(x) * dgain).astype(x.dtype)
-
-
-def _scale_features_backward(residuals, dy):
-    x, gain = residuals
-    dy = widened(dy)
-    return (dy * gain).astype(x.dtype), jnp.sum(dy * widened(x), axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -103,6 +103,30 @@ def _row_dot_backward(residuals, dy):
     return _batched(dy, w.astype(x.dtype), 2, 2).astype(x.dtype), _batched(x, dy, 1, 1).astype(w.dtype)
 
 
+@jax.custom_jvp
+def scale_features(x: Array, gain: Array) -> Array:
+    """`x [N, in]` times a trained `gain [in]`, in the dtype of `x`; the gain's gradient is summed in float32."""
+    return (widened(x) * gain).astype(x.dtype)
+
+
+@partial(scale_features.defjvp, symbolic_zeros=True)
+def _scale_features_jvp(primals, tangents):
+    y = scale_features(*primals)
+    return y, linear(_scale_features_tangent, _scale_features_backward, primals, perturbed(tangents), y)
+
+
+def _scale_features_tangent(residuals, tangents):
+    (x, gain), (dx, dgain) = residuals, tangents
+    by_x = None if dx is None else widened(dx) * gain
+    return added(by_x, None if dgain is None else widened(x) * dgain).astype(x.dtype)
+
+
+def _scale_features_backward(residuals, dy):
+    x, gain = residuals
+    dy = widened(dy)
+    return (dy * gain).astype(x.dtype), jnp.sum(dy * widened(x), axis=0)
+
+
 def added(*terms: Array | None) -> Array:
     """The sum of the terms that there are."""
     return sum(term for term in terms if term is not None)  # type: ignore[return-value]

@@ -112,18 +112,13 @@ def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
 
 
 def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, layer: int) -> np.ndarray:
-    """The merged kernel minus the base's, float32 `[in, out]`; the base is read only where a gain multiplies it."""
-    method = adapter_class(config)
-    sizes = place.in_features, place.out_features
-    change = method.dense(config, *sizes, params) if method.additive else jnp.zeros(sizes, jnp.float32)
-    if method.additive and "magnitude" not in params:
-        return np.asarray(change)
+    """The merged kernel minus the base's, float32 `[in, out]`; an update that is only added needs no base."""
+    method, sizes = adapter_class(config), (place.in_features, place.out_features)
+    transforms = method.transforms_kernel or method.transforms_input(config, params, place.in_features)
+    if method.additive and "magnitude" not in params and not transforms:
+        return np.asarray(method.dense(config, *sizes, params))
     base = (place.kernel()[place.index(layer)]).astype(jnp.float32)
-    inputs, outputs = method.input_gain(config, params), method.output_gain(config, params, lambda: base)
-    total = base + change
-    total = total if outputs is None else total * outputs
-    total = total if inputs is None else total * inputs[:, None]
-    return np.asarray(total - base)
+    return np.asarray(method.merged_kernel(config, params, base) - base)
 
 
 def _around_diagonal(params: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

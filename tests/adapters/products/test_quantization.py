@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import mora_jax as mj
-from mora_jax.adapters.base import FusedLayout
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.products.adapted_matmul import scaled_dot
+from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import adapted_dot
 from mora_jax.adapters.products.quantization import FORMATS, NF4, Quantized, QuantizedKernel, quantize
 from mora_jax.training.config.schema import QUANTIZE
