@@ -46,7 +46,15 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("page", "blocks"),
-    [("finetune", 1), ("walkthrough", 8), ("own_models", 15), ("transforms", 6), ("convert", 3), ("peft", 5)],
+    [
+        ("index", 1),
+        ("finetune", 1),
+        ("walkthrough", 8),
+        ("own_models", 15),
+        ("transforms", 6),
+        ("convert", 3),
+        ("peft", 5),
+    ],
 )
 def test_blocks_print_what_they_show(page, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
