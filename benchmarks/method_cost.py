@@ -7,8 +7,8 @@ takes turns with LoRA in the same process, one step each a round, and its time i
 over LoRA's in the same round, so that what else the machine does weighs on both. It is given by the clock and as CPU
 time of all threads; on a machine that does other things too, the second is the one to trust. Memory is what the
 compiler plans: the arguments of the step (base, trained arrays, optimizer, batch) and its temporary buffers. Writes a
-Markdown table into `--out`, anew after each method. Compiling all of them takes long: `--untimed` leaves out what needs
-a compiled step, and `--keep` adds rows to the table of an earlier run.
+Markdown table into `--out`, rewritten after each method. Compiling all of them takes long: `--untimed` leaves out what
+needs a compiled step, and `--keep` adds rows to the table of an earlier run.
 """
 
 import argparse

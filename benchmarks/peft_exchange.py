@@ -195,7 +195,7 @@ class Exchange:
         self.note(Crossing(f"{title}, here to PEFT", losses, difference, np.abs(expected).max(), [], []))
 
     def note(self, crossing: Crossing) -> None:
-        """Writes the report anew, so that an interrupted run leaves what it has."""
+        """Rewrites the report, so that an interrupted run leaves what it has."""
         self.crossings.append(crossing)
         self.args.out.write_text(report(self.crossings, self.args), encoding="utf-8")
 

@@ -225,6 +225,9 @@ def detach(model: nnx.Module) -> None:
     No method touches the base, so the base is as it was, bit for bit; modules that were trained whole get their
     frozen values back.
 
+    Args:
+        model: a module to which `attach` or `load_adapter` was applied; changed in place.
+
     Raises:
         ValueError: the model has no adapter.
     """
@@ -268,8 +271,11 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     state and is in training mode, take it out as a part of its own that the step returns:
     `nnx.split(model, mj.AdapterParam, mj.mutable_state, ...)`, see `mutable_state`.
 
+    Args:
+        model: a module to which `attach` was applied; it isn't changed.
+
     Returns:
-        `(graphdef, adapters, frozen)`.
+        `(graphdef, adapters, frozen)`: the structure, and two states of `nnx.Variable`s.
 
     Raises:
         ValueError: the model has no adapter and wasn't prepared for full fine-tuning.

@@ -64,7 +64,7 @@ class Adapted:
         """A call on a mesh with Explicit axes: placed as the plain layer's output, computed with the axes Auto.
 
         Args:
-            plain: the plain layer's call, which says where the output lies.
+            plain: the plain layer's call, which says how the output is sharded.
             again: the adapted layer's call, `(layer, x)`.
             x: the input.
         """

@@ -87,7 +87,7 @@ def _plain_ndim(layer: Any) -> int:
 
 
 def stacked_in_front(layer: Any) -> bool:
-    """Whether what lies behind the axes in front is the layer that its attributes speak of."""
+    """Whether what follows the leading axes is the layer that its attributes speak of."""
     weight = weight_of(layer)
     own = weight.shape[len(stack_of(layer)) :]
     if isinstance(layer, nnx.Linear):

@@ -56,6 +56,9 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
     weight; modules that were trained whole get their trained values, in the dtype they had. A parameter that another
     module holds too (a tied embedding) stays as it is for that module: the layer gets one of its own, with a warning.
 
+    Args:
+        model: a module with adapters, in evaluation mode (`model.eval()`) where these have dropout; changed in place.
+
     Returns:
         What `unmerge` needs to take the adapters out again.
 

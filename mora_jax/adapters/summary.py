@@ -28,6 +28,13 @@ class Match:
     """One line of a report: a matrix (or a stack of them), its sizes, and what is trained on it.
 
     For a module that is trained whole, `layers`, `in_features` and `out_features` are 0.
+
+    Attributes:
+        path: the path of the module, a `*` where several layers have the same sizes.
+        layers: number of matrices, 1 where none are stacked.
+        in_features: inputs of each.
+        out_features: outputs of each.
+        trainable: number of parameters that are trained on all of them.
     """
 
     path: str

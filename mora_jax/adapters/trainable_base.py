@@ -1,7 +1,7 @@
 """Base weights that are trained themselves: float32 masters in place of frozen parameters.
 
 Full fine-tuning trains all of them and keeps nothing else. For `modules_to_save`, and for biases beside adapters, the
-frozen values stay with the module under `trained_from`, so that adapters can be taken off again.
+frozen values stay with the module under `trained_from`, so that adapters can be removed again.
 """
 
 from __future__ import annotations

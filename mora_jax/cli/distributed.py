@@ -62,7 +62,7 @@ def together(args: argparse.Namespace, out: str | None, work: Callable[[Display]
 
 
 def _leave(watch: Watch, error: BaseException) -> NoReturn:
-    """Ends this process as `main` would, and the others with it; JAX's own farewell would wait for them."""
+    """Ends this process as `main` would, and the others with it; JAX's own shutdown would wait for them."""
     import jax
 
     if isinstance(error, SystemExit):

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.unraisablehook = unraisable
         warnings.formatwarning = format_warning
         if argv is None and threading.current_thread() is threading.main_thread():
-            # All is done but the interpreter's own farewell, which a Ctrl-C would end with a traceback.
+            # All is done but the interpreter's shutdown, which a Ctrl-C would end with a traceback.
             for number in ASKING:
                 signal.signal(number, signal.SIG_DFL)
 

@@ -88,7 +88,14 @@ class BatchPlan:
         return self.steps
 
     def epoch(self, step: int) -> int:
-        """The pass over the data that a step belongs to, from 0."""
+        """The pass over the data that a step belongs to.
+
+        Args:
+          step: from 0.
+
+        Returns:
+          The pass, from 0.
+        """
         if not self.packing:
             return step // self.steps_per_epoch
         epoch = 0
@@ -112,11 +119,26 @@ class BatchPlan:
         return [np.atleast_1d(row) for row in self._epoch_rows(epoch)[start : start + self.batch_size]]
 
     def indices(self, step: int) -> np.ndarray:
-        """All examples of a batch, `[E]` int64."""
+        """All examples of a batch.
+
+        Args:
+          step: from 0.
+
+        Returns:
+          Their numbers, int64 `[E]`.
+        """
         return np.concatenate(self.rows(step))
 
     def length(self, step: int, fixed: int) -> int:
-        """The tokens that the rows of a batch are padded to: `fixed`, unless buckets are asked for."""
+        """The tokens that the rows of a batch are padded to.
+
+        Args:
+          step: from 0.
+          fixed: the length where no buckets are asked for, and the longest with buckets.
+
+        Returns:
+          `fixed`, or with buckets the smallest of few lengths that holds the longest example.
+        """
         if not self.bucketing:
             return fixed
         longest = int(self._lengths[self.indices(step)].max())

@@ -57,7 +57,7 @@ class Example:
 class EncodedDataset(Sequence[Example]):
     """Examples that a model can be trained on: a sequence of them.
 
-    The tokens are the store's; weights and cuts are made anew for each example that is asked for, so that data sets
+    The tokens are the store's; weights and cuts are made for each example that is asked for, so that data sets
     of several loss modes share one store, and memory holds a few numbers an example.
 
     Args:
@@ -223,7 +223,16 @@ class EncodedDataset(Sequence[Example]):
         return digest.hexdigest()[:32]
 
     def with_loss(self, loss: LossWeights, rows: np.ndarray | None = None, **changes: Any) -> EncodedDataset:
-        """The same tokens under another loss mode, or other rows of the same store."""
+        """The same tokens under another loss mode, or other rows of the same store; nothing is tokenised again.
+
+        Args:
+          loss: which tokens carry loss.
+          rows: numbers of the store's rows, int64 `[N]`; None for all.
+          **changes: further arguments of `EncodedDataset`.
+
+        Returns:
+          A new data set; this one stays as it is.
+        """
         return EncodedDataset(self.store, loss, self.max_length, self.truncation, rows=rows, **changes)
 
     def batch(

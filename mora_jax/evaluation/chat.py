@@ -91,7 +91,19 @@ def generate_batch(
     """Returns the answers to many prompts, in their order.
 
     Batches are made of prompts of similar length, padded to few shapes, so few functions are compiled.
-    Arguments are as for `stream_text`; `adapter_ids`, one a prompt, is as for `Generator.batch`.
+
+    Args:
+        model: a decoder, with or without adapters.
+        tokenizer: the model's.
+        prompts: a user's text each, or messages.
+        max_new_tokens: the longest answer in tokens.
+        batch_size: prompts that are answered at once.
+        sampling: how tokens are drawn; greedy unless given.
+        template: as for `stream_text`.
+        adapter_ids: the adapter of each prompt, int `[N]`, as for `Generator.batch`; None for the active one.
+
+    Returns:
+        The answers, without special tokens.
     """
     generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
     ids = [render_prompt(tokenizer, prompt, template).input_ids for prompt in prompts]

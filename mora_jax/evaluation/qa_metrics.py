@@ -13,7 +13,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def normalise(text: str) -> str:
-    """Puts one space between words, none around the text, and takes off a last full stop."""
+    """Puts one space between words, none around the text, and removes a last full stop."""
     return " ".join(text.split()).removesuffix(".").rstrip()
 
 

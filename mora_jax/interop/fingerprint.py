@@ -3,7 +3,7 @@
 Names, dtypes, shapes and a sample of every tensor's bytes go in: all of a small tensor, of a large one 16 blocks of
 4 KiB, evenly spread from its first byte to its last. Any other training of the same architecture changes nearly every
 weight, so the sample tells them apart; it is no protection against somebody who wants to deceive. How the tensors are
-shared out over files, in which order, and where the folder lies makes no difference.
+shared out over files, in which order, and where the folder is makes no difference.
 """
 
 from __future__ import annotations

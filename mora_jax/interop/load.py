@@ -46,8 +46,8 @@ def load_pretrained(
         remat: "none", "dots", "full" or "offload".
         quantize: how the layers' kernels are held: "none" as they are, "int8" or "nf4" quantised. Each is quantised
             as it is read, layer by layer. Such a base is frozen: it carries adapters, and can't be trained or merged.
-        shardings: from the model's shapes to where each parameter lies. They are read straight into their shards, so
-            that no process holds more of the base than its devices do. None: whole, on the default device.
+        shardings: from the model's shapes to the sharding of each parameter. They are read straight into their shards,
+            so that no process holds more of the base than its devices do. None: whole, on the default device.
 
     Returns:
         The model, and a transformers tokenizer or None when the folder has no tokenizer files.

@@ -25,7 +25,7 @@ from mora_jax.paths import local_path
 
 
 class _Named(NamedTuple):
-    """Where an adapter lies, what it is by module path, and what else its folder said."""
+    """The slot of an adapter, its configuration by module path, and further fields of its folder."""
 
     slot: int
     configs: Mapping[str, Any]
@@ -79,7 +79,7 @@ class NamedAdapters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """In the order in which they were added."""
+        """The adapters' names, in the order in which they were added."""
         return tuple(self._named)
 
     @property
@@ -88,12 +88,15 @@ class NamedAdapters:
         return self._active
 
     def load(self, path: str | os.PathLike[str], name: str | None = None, *, strict: bool = False) -> str:
-        """Adds the adapter of a PEFT folder; returns its name.
+        """Adds the adapter of a PEFT folder.
 
         Args:
             path: the folder, or a hub id, as for `load_adapter`.
             name: what it is called from now on; None for the last component of the path.
             strict: refuse an adapter that names another base model, instead of warning.
+
+        Returns:
+            The name.
 
         Raises:
             InputError: as `load_adapter` and `add`.
@@ -108,6 +111,10 @@ class NamedAdapters:
         """Adds a copy of the adapter on `source`, a model with the same module paths.
 
         The first adapter of a collection becomes the active one.
+
+        Args:
+            name: what it is called from now on.
+            source: a model to which `attach` or `load_adapter` was applied; it isn't changed.
 
         Raises:
             InputError: the name is taken; the adapter is of another method than those here, does not fit the model, or
@@ -143,7 +150,14 @@ class NamedAdapters:
         return conversion
 
     def delete(self, name: str) -> None:
-        """Forgets an adapter; its slot is zero and free. Where it was active, the base alone is."""
+        """Removes an adapter; its slot is zero and free. Where it was active, the base alone is.
+
+        Args:
+            name: the adapter's.
+
+        Raises:
+            InputError: there is no adapter of that name.
+        """
         slot = self._find(name).slot
         for _, bank in placed_banks(self.model):
             bank.write(slot, {})
@@ -154,11 +168,28 @@ class NamedAdapters:
             self.set_active(None)
 
     def ids(self, names: Sequence[str | None]) -> np.ndarray:
-        """The slots of names, int32 `[B]`: `adapter_ids` for a batch. None is the base alone."""
+        """The slots of adapters: `adapter_ids` for a batch.
+
+        Args:
+            names: an adapter's name for each of the B rows; None is the base alone.
+
+        Returns:
+            int32 `[B]`; -1 for the base alone.
+
+        Raises:
+            InputError: there is no adapter of that name.
+        """
         return np.array([NO_SLOT if name is None else self._find(name).slot for name in names], np.int32)
 
     def set_active(self, names: str | None | Sequence[str | None]) -> None:
-        """Says what calls without ids use: one adapter, None for the base alone, or a name or None for each row."""
+        """Says what calls without ids use.
+
+        Args:
+            names: one adapter, None for the base alone, or a name or None for each row.
+
+        Raises:
+            InputError: there is no adapter of that name.
+        """
         if names is not None and not isinstance(names, str):
             names = tuple(names)
         ids = self.ids(names) if isinstance(names, tuple) else self.ids([names])[0]
@@ -174,26 +205,53 @@ class NamedAdapters:
         base_model_name_or_path: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Writes one adapter as a PEFT folder, with its own rank; see `save_adapter`."""
+        """Writes one adapter as a PEFT folder, with its own rank.
+
+        Args:
+            name: the adapter's.
+            out: the folder.
+            base_model_name_or_path: as for `save_adapter`.
+            overwrite: replace an adapter that is in the folder.
+
+        Raises:
+            InputError: there is no adapter of that name; or as `save_adapter`.
+        """
         copy = bare(self.model)
         install(copy, self._read(name))
         put_extra_fields(copy, self._find(name).extra)
         save_adapter(copy, out, base_model_name_or_path=base_model_name_or_path, overwrite=overwrite)
 
     def keep(self, name: str) -> None:
-        """Leaves one adapter on the model, as `load_adapter` would have put it there, and nothing of the others."""
+        """Leaves one adapter on the model, as `load_adapter` would have put it there, and nothing of the others.
+
+        Args:
+            name: the adapter's.
+
+        Raises:
+            InputError: there is no adapter of that name.
+        """
         by_path, extra = self._read(name), self._find(name).extra
         self.clear()
         install(self.model, by_path)
         put_extra_fields(self.model, extra)
 
     def merge(self, name: str) -> tuple[Merged, ...]:
-        """Folds one adapter into the base and forgets the others; see `mora_jax.merge`."""
+        """Folds one adapter into the base and removes the others.
+
+        Args:
+            name: the adapter's.
+
+        Returns:
+            What `mora_jax.unmerge` takes, as of `mora_jax.merge`.
+
+        Raises:
+            InputError: there is no adapter of that name.
+        """
         self.keep(name)
         return merge(self.model)
 
     def clear(self) -> None:
-        """Takes everything off the model, which is the bare base again."""
+        """Removes everything from the model, which is the bare base again."""
         if any(True for _ in placed_banks(self.model)):
             detach(self.model)
         self._named, self._active = {}, None

@@ -69,7 +69,7 @@ def read_region(
 def _shared(
     piece: TensorRegion, shape: tuple[int, ...], box: list[range]
 ) -> tuple[tuple[Any, ...], list[range]] | None:
-    """What a piece and a box of the parameter share: where that lies in the box, and in the piece's region."""
+    """What a piece and a box of the parameter share: where that is in the box, and in the piece's region."""
     target: list[Any] = []
     inner: list[range] = []
     for i, (size, wanted) in enumerate(zip(shape, box, strict=True)):

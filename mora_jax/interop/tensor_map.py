@@ -1,4 +1,4 @@
-"""Which tensor of a file lies where in a model's parameters, stacked and fused as they may be, for both ways."""
+"""Which tensor of a file is where in a model's parameters, stacked and fused as they may be, for both ways."""
 
 from __future__ import annotations
 

@@ -33,7 +33,13 @@ _OTHER_FIELDS = ("layer_replication", "lora_bias", "target_parameters", "trainab
 
 
 def check_folder(folder: str | os.PathLike[str]) -> list[str]:
-    """What vLLM would refuse or misread in an adapter folder or a model folder, one sentence each; empty for nothing.
+    """Checks an adapter folder or a model folder for what vLLM would refuse or misread.
+
+    Args:
+        folder: with `adapter_config.json` or `config.json`.
+
+    Returns:
+        One sentence for each finding; empty where there is none.
 
     Raises:
         InputError: the folder is neither.

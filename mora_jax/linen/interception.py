@@ -17,7 +17,7 @@ from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import adapted_output, attended, check_config, embedded
 
 # Part of the key of what jax.jit has compiled: a function that was traced outside a context, or inside one of another
-# configuration, is traced anew.
+# configuration, is traced again.
 _CONTEXT = jax.make_user_context(None)
 
 

@@ -79,7 +79,15 @@ class LoRADense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
-        """`[..., in]` → `[..., features]`."""
+        """Applies the layer.
+
+        Args:
+            inputs: `[..., in]`.
+            deterministic: whether dropout is off; None takes the attribute of the layer.
+
+        Returns:
+            `[..., features]`, in the dtype of `nn.Dense`.
+        """
         method = RsLoRAConfig if self.use_rslora else LoRAConfig
         config = method(rank=self.rank, alpha=self.alpha, dropout=self.dropout, use_dora=self.use_dora)
         return _adapted_dense(self, config, inputs, deterministic)
@@ -120,6 +128,14 @@ class MoRADense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
-        """`[..., in]` → `[..., features]`."""
+        """Applies the layer.
+
+        Args:
+            inputs: `[..., in]`.
+            deterministic: whether dropout is off; None takes the attribute of the layer.
+
+        Returns:
+            `[..., features]`, in the dtype of `nn.Dense`.
+        """
         config = MoRAConfig(rank=self.rank, kind=self.kind, dropout=self.dropout, use_dora=self.use_dora)
         return _adapted_dense(self, config, inputs, deterministic)

@@ -133,7 +133,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def layer_number(path: str) -> int | None:
-    """The number of the layer that a Linen module lies in: the first in its path, 3 in `h.3`, `layers_3` or `Block_3`.
+    """The number of the layer that a Linen module is in: the first in its path, 3 in `h.3`, `layers_3` or `Block_3`.
 
     The number in a layer's own automatic name (`Dense_0`) counts layers of one class, so it is none.
     """

@@ -41,7 +41,7 @@ class Tiling:
 
 
 class Block(NamedTuple):
-    """Where a piece of a row lies.
+    """The position of a piece of a row.
 
     Attributes:
         start: int32 scalar, the place of its first token.

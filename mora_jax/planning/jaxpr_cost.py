@@ -2,7 +2,7 @@
 
 Matrix products are counted as they stand in the program, those that remat repeats and the halves of attention that are
 never computed included. Memory is followed through the program in its own order: results of matrix products, gathers,
-concatenations and loops are held until their last use, and what lies between them is fused into its neighbours.
+concatenations and loops are held until their last use, and what is between them is fused into its neighbours.
 """
 
 from __future__ import annotations

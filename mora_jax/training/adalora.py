@@ -1,6 +1,6 @@
 """AdaLoRA in the training step: the penalty for its loss, and its allocation as a stage around the optimizer.
 
-What allocation remembers is a part of the optimizer's state, so it is in every checkpoint, lies on a mesh like the
+The state of the allocation is a part of the optimizer's state, so it is in every checkpoint, is sharded like the
 arrays that it is about, and is carried through the one compiled step.
 """
 

@@ -88,6 +88,10 @@ class FinetuneResult:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the adapter as a PEFT folder, or after `full`, ReLoRA and ReMoRA the model as a HuggingFace folder.
 
+        Args:
+            path: the folder.
+            overwrite: replace an adapter or a model that is in it; other files stay.
+
         Raises:
             InputError: something is there already and `overwrite` is False.
         """

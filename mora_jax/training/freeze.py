@@ -60,6 +60,12 @@ def train_adapters(optimizer: optax.GradientTransformation) -> optax.GradientTra
     adapters' gradients. Works with the variables of Linen models and with NNX states, also inside
     `nnx.Optimizer`.
 
+    Args:
+        optimizer: what updates the adapters.
+
+    Returns:
+        An optimizer for the whole tree. Its `init` and `update` raise ValueError where the tree has no adapter.
+
     Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from mora_jax.linen import LoRADense

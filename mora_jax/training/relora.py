@@ -1,4 +1,4 @@
-"""Restarts of ReLoRA and ReMoRA: fold adapters into the base, start them anew, prune their moments, warm up again.
+"""Restarts of ReLoRA and ReMoRA: fold adapters into the base, reinitialise them, prune their moments, warm up again.
 
 Lialin et al., 2023 (arXiv 2307.05695, algorithm 1 and section 3); ReMoRA: Jiang et al., 2024 (arXiv 2405.12130,
 section 5.3). A restart is one compiled function between two steps; the step itself is never compiled again, since
@@ -116,10 +116,10 @@ def prune_moments(optimizer_state: Any, arrays: Arrays, names: Iterable[str], sh
 
 
 def renewed(structure: Structure, adapters: Arrays, frozen: Arrays, key: Array) -> tuple[Arrays, Arrays]:
-    """Folds every adapter into its base and starts it anew; returns the trained and frozen arrays that changed.
+    """Folds every adapter into its base and reinitialises it; returns the trained and frozen arrays that changed.
 
-    DoRA's magnitudes start anew from the columns of the new base. Trained biases and modules that are trained whole
-    have no low rank to overcome; they go on.
+    DoRA's magnitudes are reinitialised from the columns of the new base. Trained biases and modules that are trained
+    whole have no low rank to overcome; they are left as they are.
     """
     model = structure.model(adapters, frozen)
     found = [place for place in places(model) if place.adapter is not None]

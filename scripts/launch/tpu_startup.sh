@@ -34,7 +34,7 @@ fi
 
 there() { gcloud storage ls "$OUT/$1" >/dev/null 2>&1; }
 
-# A host that comes back later than the others finds the run begun: all of them resume then. So each attempt looks anew.
+# A host that comes back later than the others finds the run begun: all of them resume then. So each attempt looks again.
 for attempt in $(seq 1 100); do
     if there summary.json; then
         echo "$RUN is finished"

@@ -203,12 +203,12 @@ def has_adapter(place: Place) -> bool:
 
 
 def layer_number(path: str) -> int | None:
-    """The number of the layer that a module path lies in: its first component that is a number, behind a name."""
+    """The number of the layer that a module path is in: its first component that is a number, behind a name."""
     return next((int(name) for name in path.split(".")[1:] if name.isdecimal()), None)
 
 
 def matcher(targets: Targets) -> Callable[[str, bool], bool]:
-    """A predicate on (module path, whether an embedding lies there) for a rule.
+    """A predicate on (module path, whether it is an embedding) for a rule.
 
     A sequence of names matches a path whose last components are the name. A string is a regular expression for the
     whole path, but a plain name in a string works as a name. `"all-linear"` is every linear layer but the output head.
@@ -238,7 +238,7 @@ class Picker:
 
     Args:
         config: of a method.
-        number: the number of the layer that a module path lies in, or None.
+        number: the number of the layer that a module path is in, or None.
 
     Raises:
         ValueError: `targets` is an invalid regular expression.

@@ -88,6 +88,9 @@ class Mapping:
           columns: texts "ours=theirs", such as "instruction=question".
           roles: texts "theirs=ours", such as "bot=assistant".
 
+        Returns:
+          The mapping.
+
         Raises:
           InputError: for a text of another form.
         """
@@ -105,14 +108,28 @@ class Mapping:
         return bool(self.columns or self.roles)
 
     def role(self, name: Any) -> str | None:
-        """The key in `ROLES` for a role of the data; None if there is none."""
+        """The role here for a role of the data.
+
+        Args:
+          name: what the data calls it.
+
+        Returns:
+          A key of `ROLES`; None if there is none.
+        """
         if not isinstance(name, str):
             return None
         name = self.roles.get(name, name)
         return next((known for known in (name, name.lower()) if known in ROLES), None)
 
     def apply(self, row: Any) -> Any:
-        """The row under our names: a copy, or the row itself if nothing is mapped."""
+        """Renames the columns of a row.
+
+        Args:
+          row: as it was read.
+
+        Returns:
+          A copy under our names, or the row itself if nothing is mapped.
+        """
         if not self.columns or not isinstance(row, dict):
             return row
         renamed = self._rename(row)

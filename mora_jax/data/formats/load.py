@@ -79,7 +79,7 @@ class Converter:
 
 
 class RowStream(Iterable[Row]):
-    """The rows of one or more files, read anew and one at a time whenever they are iterated over.
+    """The rows of one or more files, read again, one at a time, at each iteration.
 
     Made by `open_rows`.
 
@@ -250,7 +250,10 @@ def load_rows(
     streaming: bool = False,
     max_rows: int | None = None,
 ) -> Rows:
-    """Reads data into memory; for the arguments see `open_rows`.
+    """Reads data into memory.
+
+    Args:
+      paths, format, mapping, on_error, split, subset, streaming, max_rows: as for `open_rows`.
 
     Returns:
       The rows, with the name of their format and what was skipped.

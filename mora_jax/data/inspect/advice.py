@@ -178,5 +178,12 @@ def _long_prompts(examples: int, ratio: float, shape: str, limits: tuple[str, ..
 
 
 def advise_on(report: Report) -> Advice:
-    """Proposes a loss mode for the rows of a report."""
+    """Proposes a loss mode for the rows of a report.
+
+    Args:
+      report: of a data set, `EncodedDataset.report`.
+
+    Returns:
+      The mode with its confidence, evidence and limits.
+    """
     return advise(report.kept, report.ratio, report.median_ratio, report.duplicated_share, report.over_length_share)

@@ -54,7 +54,15 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
 
 
 def write_page(path: str | os.PathLike[str], page: str) -> None:
-    """Writes a page, whole or not at all."""
+    """Writes a page, whole or not at all.
+
+    Args:
+      path: the file.
+      page: what `make_page` returns.
+
+    Raises:
+      InputError: the file can't be written.
+    """
     with new_file(path) as file:
         file.write_text(page, encoding="utf-8")
 

@@ -114,6 +114,12 @@ class Renderer:
     def render(self, row: Conversation | Passage) -> Rendered:
         """Renders a row: a conversation, plain text with an end-of-sequence token after it, or a passage as it is.
 
+        Args:
+          row: as `load_rows` gives it.
+
+        Returns:
+          The text, and the segment of each stretch of it.
+
         Raises:
           InputError: if the template refuses the messages, or what it makes of them cannot be tracked.
         """
@@ -160,7 +166,14 @@ class Renderer:
         return template.pieces(row.messages, self.eos)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text after which the model answers: how `render` begins if an answer is added."""
+        """The text after which the model answers: how `render` begins if an answer is added.
+
+        Args:
+          messages: up to the turn that is to be answered.
+
+        Returns:
+          The text.
+        """
         if self._chat is not None:
             return self._chat.prompt(messages)
         pieces = TEMPLATES[self.template].pieces(messages, self.eos, prompt=True)

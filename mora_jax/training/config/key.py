@@ -106,7 +106,7 @@ class Allowed(Limits):
     extra: int | None = None
 
     def admits(self, value: Any) -> bool:
-        """Says whether a value of the right type lies in the range."""
+        """Says whether a value of the right type is in the range."""
         if self.choices is not None:
             return value in self.choices
         if isinstance(value, str):

@@ -23,7 +23,7 @@ def make_display() -> Display:
 
 
 def is_live() -> bool:
-    """Whether stderr is a terminal on which lines can be drawn anew."""
+    """Whether stderr is a terminal on which lines can be redrawn."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 

@@ -53,7 +53,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For work of unknown length inside a step, such as compiling; the step's time begins anew after it."""
+        """For work of unknown length inside a step, such as compiling; the step's time starts again after it."""
         with self._lock:
             self._pauses += 1
         try:

@@ -44,7 +44,7 @@ def _refusal(why: object) -> InputError:
 class WandbWriter:
     """One run of Weights & Biases, the same one after a resume: its id is kept in `wandb.json`.
 
-    Offline, every process that goes on with a run writes the whole of it anew, from `metrics.jsonl`, and removes what
+    Offline, every process that resumes a run writes the whole of it again, from `metrics.jsonl`, and removes what
     its forerunner had written: one folder is there to be synchronised, and no step is in it twice. Online, the server
     ignores steps that it knows already.
 

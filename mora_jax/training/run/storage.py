@@ -169,7 +169,7 @@ class Files:
 
 
 class BucketFiles(Files):
-    """Files in a bucket, which knows no appending: a file that grows is kept in memory and written anew.
+    """Files in a bucket, which knows no appending: a file that grows is kept in memory and rewritten.
 
     That happens every 30 seconds at most, and with every `flush`: before each checkpoint, so that a run which goes on
     from it finds the rows of all its steps. Folders of `on_disk` are copied at the same times.

@@ -142,7 +142,7 @@ class JitRunner(Runner):
 def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> Any:
     """The sharding of every leaf of a state or of a dictionary of arrays (or shapes).
 
-    A leaf of an optimizer's state lies like the parameter under whose name it stands if it has its shape.
+    A leaf of an optimizer's state is sharded like the parameter of the same name if it has its shape.
 
     Args:
         tree: the state or the arrays.
