@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,31 +32,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = tempfile.TemporaryDirectory(prefix="mora-jax-tests-")
 os.environ["MORA_JAX_CACHE"] = _CACHE.name
 
+# Tests compile the same programs again and again: a run and what resumes it, a command and its twin in Python. All
+# processes of a session share what is compiled; a folder that is named in the environment keeps it for the next one.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="mora-jax-programs-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _PROGRAMS.name)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 REQUIRE_SHARED = os.environ.get("MORA_JAX_REQUIRE_SHARED") == "1"
 
 
-# Linux gives a process 65,530 mappings, a compiled program takes some dozens, and XLA aborts where there are no more.
-_MAPPINGS = Path("/proc/self/maps")
-_MANY = 20_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_let_go():
-    """Forgets compiled programs after a file of tests where they have become many."""
-    yield
-    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
-        import jax
-
-        jax.clear_caches()
-        gc.collect()
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """Watches the `shared` tests, in the process that hears of every test where there are several."""
+    """Watches the `shared` tests, in the process that hears of every test where there are several; and mappings."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(SharedTests())
+    if MAPPINGS.exists():
+        config.pluginmanager.register(Mappings(int(Path("/proc/sys/vm/max_map_count").read_text())))
 
 
 @pytest.hookimpl(trylast=True)
@@ -69,6 +64,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in absent.items():
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+MAPPINGS = Path("/proc/self/maps")
+
+
+class Mappings:
+    """Keeps a process of tests below Linux's limit of memory mappings, beyond which XLA aborts.
+
+    A compiled program takes some dozens as long as jax keeps it, so programs are let go at a third of the limit. A
+    test that alone takes more than another third is an error: it would end every test of its process.
+    """
+
+    # Mappings are counted, which takes milliseconds, after so many programs: by far less than a third of the limit.
+    PROGRAMS = 100
+
+    def __init__(self, limit: int) -> None:
+        self.third, self.programs, self.listens = limit // 3, 0, False
+
+    def _compiled(self, event: str, *_: object, **__: object) -> None:
+        self.programs += event == "/jax/core/compile/backend_compile_duration"
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self) -> Iterator[None]:
+        """Counts, and lets programs go, after the test and what it used."""
+        yield
+        if "jax" not in sys.modules:
+            return
+        import jax
+
+        if not self.listens:
+            jax.monitoring.register_event_duration_secs_listener(self._compiled)
+            self.programs, self.listens = self.PROGRAMS, True
+        if self.programs < self.PROGRAMS:
+            return
+        self.programs = 0
+        found = MAPPINGS.read_bytes().count(b"\n")
+        if found > self.third:
+            jax.clear_caches()
+            gc.collect()
+        assert found < 2 * self.third, f"{found} memory mappings after this test: it compiles too many programs"
 
 
 class SharedTests:
