@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ from mora_jax.adapters.attach import adapted_layers
 from mora_jax.adapters.merge import merge
 from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.data.conversation import Conversation
-from mora_jax.demo import corpus, data_path, instructions
+from mora_jax.demo import corpus
+from mora_jax.demo.cells import MAX_LENGTH
+from mora_jax.demo.instructions import Question
 from mora_jax.evaluation.chat import generate_batch
 from mora_jax.evaluation.perplexity import score
 from mora_jax.evaluation.qa_metrics import exact_match, mean_scores
@@ -43,46 +46,36 @@ class Scores:
 
 
 class Judge:
-    """Holds the held-out questions and texts; every model is judged by the same compiled functions."""
+    """Holds held-out questions and texts; every model is judged by the same compiled functions."""
 
-    def __init__(self, base: Any, tokenizer: Any, *, questions: int | None = None) -> None:
-        """Takes the base model, whose structure every judged model is brought into.
+    def __init__(self, base: Any, tokenizer: Any, questions: Sequence[Question]) -> None:
+        """Takes what the models are judged by.
 
         Args:
-          base: the decoder without adapters.
+          base: the decoder without adapters, into whose structure every judged model is brought.
           tokenizer: its tokenizer.
-          questions: use only so many questions of each task; None: all.
+          questions: with the right answers.
         """
-        self.tokenizer = tokenizer
-        _train, held_out = instructions.build()
-        count = questions or instructions.HELD_OUT_PER_TASK
-        keep = [i for i in range(len(held_out)) if i % instructions.HELD_OUT_PER_TASK < count]
-        rows = load_rows(data_path("held_out"))
-        self.questions = [held_out[i] for i in keep]
-        self.responses = EncodedDataset.build([rows[i] for i in keep], tokenizer, mode="masked")
-        # The curves look at every second answer only, to save time.
-        self.watched = EncodedDataset.build([rows[i] for i in keep[::2]], tokenizer, mode="masked")
+        self.tokenizer, self.questions = tokenizer, questions
+        rows = load_rows([question.row() for question in questions])
+        self.responses = EncodedDataset.build(rows, tokenizer, mode="masked", max_length=MAX_LENGTH)
         start = corpus.HELD_OUT_FROM
-        texts = list(corpus.Corpus().documents(start, start + BASE_DOCUMENTS))
-        self.texts = _plain_text(texts, tokenizer)
+        texts = corpus.Corpus().documents(start, start + BASE_DOCUMENTS)
+        self.texts = EncodedDataset.build([Conversation(text=text) for text in texts], tokenizer, mode="full")
         graphdef, state = nnx.split(base)
         self._structure = Structure(graphdef, state)
         self._names = flat_arrays(state).keys()
 
-    def plain(self, model: Any) -> Any:
+    def _plain(self, model: Any) -> Any:
         """The same weights in the structure of the base model; adapters of `model` are folded in."""
         if any(True for _ in adapted_layers(model)):
             merge(model)
         arrays = flat_arrays(nnx.state(model))
         return self._structure.model({name: arrays[name] for name in self._names})
 
-    def response_loss(self, model: Any) -> float:
-        """Mean negative log-likelihood of every second held-out answer, in nats a token."""
-        return score(self.plain(model), self.watched, batch_size=BATCH_SIZE).nll
-
     def __call__(self, model: Any) -> Scores:
-        """Measures everything."""
-        model = self.plain(model)
+        """Measures a model, whose adapters are merged."""
+        model = self._plain(model)
         answers = generate_batch(
             model,
             self.tokenizer,
@@ -103,7 +96,3 @@ class Judge:
             base_perplexity=score(model, self.texts, batch_size=BATCH_SIZE).perplexity,
             answers=tuple(answer.strip() for answer in answers),
         )
-
-
-def _plain_text(texts: list[str], tokenizer: Any) -> EncodedDataset:
-    return EncodedDataset.build([Conversation(text=text) for text in texts], tokenizer, mode="full")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 import tempfile
@@ -15,10 +16,10 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from mora_jax.data import EncodedDataset, load_rows
-from mora_jax.demo import data_path, model_path
-from mora_jax.demo.cells import METHODS, MODES, Curve, Method, Trainer
+from mora_jax.demo import instructions, model_path
+from mora_jax.demo.cells import METHODS, MODES, Curve, Method, train_cell
 from mora_jax.demo.measure import Judge
 from mora_jax.demo.options import STEPS
 from mora_jax.demo.plot import draw
@@ -44,7 +45,7 @@ def run(
     methods: Sequence[Method] = METHODS,
     steps: int = STEPS,
     seed: int = 0,
-    questions: int | None = None,
+    questions: int = instructions.HELD_OUT_PER_TASK,
     say: Say = lambda line: None,
 ) -> Results:
     """Fine-tunes with every method in both loss modes and measures each.
@@ -53,32 +54,54 @@ def run(
       methods: the rows of the table, each twice.
       steps: optimiser steps of a cell.
       seed: of initial adapters and of the order of the data.
-      questions: held-out questions of each task; None: all.
+      questions: held-out questions of each task.
       say: takes lines about the progress.
     """
     begun = time.perf_counter()
+    train, held_out = instructions.build()
+    asked = [question for i, question in enumerate(held_out) if i % instructions.HELD_OUT_PER_TASK < questions]
+    rows, held_out_rows = ([question.row() for question in part] for part in (train, asked))
     base, tokenizer = load_pretrained(model_path(), dtype="float32")
-    judge = Judge(base, tokenizer, questions=questions)
+    judge = Judge(base, tokenizer, asked)
     before = judge(base)
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(base, nnx.Param)))
     say(f"base model: {total:,} parameters, held-out exact match {before.exact_match:.1%}")
     results = Results([Row("base model", "-", 0, before)], {}, {})
-    rows = load_rows(data_path("train"))
-    datasets = {mode: EncodedDataset.build(rows, tokenizer, mode=mode) for mode in MODES}
-    for method in methods:
-        started = time.perf_counter()
-        trainer = Trainer(method, steps=steps, seed=seed)
-        for mode in MODES:
-            trained = trainer.run(datasets[mode], held_out_loss=judge.response_loss)
+    with compiled_once():
+        for method, mode in itertools.product(methods, MODES):
+            started = time.perf_counter()
+            trained = train_cell(method, mode, rows, held_out_rows, steps=steps, seed=seed)
             scores = judge(trained.model)
             seconds = time.perf_counter() - started
-            key = (method.name, mode)
-            results.rows.append(Row(*key, trained.trainable, scores, before, trained.tokens_per_second))
-            results.curves[key], results.seconds[key] = trained.curve, seconds
+            key, summary = (method.name, mode), trained.summary
+            results.rows.append(
+                Row(*key, summary["trainable_parameters"], scores, before, summary["tokens_per_second"])
+            )
+            results.curves[key] = Curve.of(trained.metrics, before.response_perplexity)
+            results.seconds[key] = seconds
             say(f"{method.name}, {mode}: exact match {scores.exact_match:.1%} after {seconds:.1f} s")
-            started = time.perf_counter()
     say(f"all cells: {time.perf_counter() - begun:.0f} s")
     return results
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Lets runs that compile the same program share it: both loss modes of a method do."""
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    keys = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    given = [getattr(jax.config, key) for key in keys]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            for key, value in zip(keys, (folder, 0.5), strict=True):
+                jax.config.update(key, value)
+            reset_cache()
+            yield
+        finally:
+            for key, value in zip(keys, given, strict=True):
+                jax.config.update(key, value)
+            reset_cache()
 
 
 def execute(args: argparse.Namespace) -> int:
