@@ -34,6 +34,11 @@ class Mode:
     roles: bool = False
     last: bool = False
 
+    @property
+    def uses_prompt_weight(self) -> bool:
+        """Whether the prompt weight changes anything."""
+        return self.table(0.0) != self.table(1.0)
+
 
 _RESPONSE = _each(RESPONSE, 1.0)
 _ALL = _RESPONSE | _each(INSTRUCTION, 1.0) | _each(TEMPLATE_TEXT, 1.0)

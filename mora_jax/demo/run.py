@@ -86,20 +86,20 @@ def run(
 
 @contextlib.contextmanager
 def compiled_once() -> Iterator[None]:
-    """Lets runs that compile the same program share it: both loss modes of a method do."""
-    if jax.config.jax_compilation_cache_dir:
+    """Lets runs that compile the same program share it, as both loss modes of a method do."""
+    folder, seconds = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    given = {key: getattr(jax.config, key) for key in (folder, seconds)}
+    if given[folder]:
         yield
         return
-    keys = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    given = [getattr(jax.config, key) for key in keys]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
         try:
-            for key, value in zip(keys, (folder, 0.5), strict=True):
-                jax.config.update(key, value)
+            jax.config.update(folder, made)
+            jax.config.update(seconds, 0.5)
             reset_cache()
             yield
         finally:
-            for key, value in zip(keys, given, strict=True):
+            for key, value in given.items():
                 jax.config.update(key, value)
             reset_cache()
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.data.dataset import EncodedDataset
-from mora_jax.losses import cross_entropy
+from mora_jax.losses.cross_entropy import TokenSums, next_token_targets, token_sums
 from mora_jax.models.decoder import Decoder
 
 SHORTEST = 64
@@ -78,22 +78,21 @@ def score(
         progress: called with (rows done, all rows) after each batch.
     """
     graphdef, state = nnx.split(model)
-    sums = np.zeros(6)
-    done = 0
+    sums, done = np.zeros((2, len(TokenSums._fields))), 0
     for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
         batch = dataset.batch(rows, batch_size, length, extra={"prompt_weights": "prompt"})
-        sums += np.array([float(value) for value in _score(graphdef, state, batch)])
+        sums += np.array(jax.device_get(_score(graphdef, state, batch)))
         done += len(rows)
         if progress is not None:
             progress(done, len(dataset))
-    nll, weight, correct, tokens, prompt_nll, prompt_tokens = sums.tolist()
+    of_answers, of_prompts = (TokenSums(*row) for row in sums.tolist())
     return DatasetScores(
-        nll / weight,
-        correct / tokens,
-        int(tokens),
-        weight,
-        prompt_nll / prompt_tokens if prompt_tokens else None,
-        int(prompt_tokens),
+        nll=of_answers.nll / of_answers.weight,
+        accuracy=of_answers.correct / of_answers.tokens,
+        tokens=int(of_answers.tokens),
+        weight=of_answers.weight,
+        prompt_nll=of_prompts.nll / of_prompts.tokens if of_prompts.tokens else None,
+        prompt_tokens=int(of_prompts.tokens),
     )
 
 
@@ -123,19 +122,15 @@ def batches(lengths: Sequence[int] | np.ndarray, batch_size: int, longest: int) 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graphdef: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """Sums over a batch: NLL, weight, right ones and tokens of what carries loss; NLL and tokens of instructions."""
+def _score(graphdef: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[TokenSums, TokenSums]:
+    """Sums over a batch: of the tokens that carry loss, and of instructions."""
     model = nnx.merge(graphdef, state)
     head = model.head()
     ids, segments = batch["input_ids"], batch["segment_ids"]
     hidden = model.hidden(ids, segments, batch["positions"])
-    answers, prompts = (
-        cross_entropy.score(
-            hidden,
-            head.kernel,
-            *cross_entropy.next_token_targets(ids, batch[name], segments),
-            softcap=head.softcap,
-        )
-        for name in ("weights", "prompt_weights")
-    )
-    return (*answers, prompts.nll, prompts.tokens)
+
+    def sums(weights: jax.Array) -> TokenSums:
+        targets = next_token_targets(ids, weights, segments)
+        return token_sums(hidden, head.kernel, *targets, softcap=head.softcap)
+
+    return sums(batch["weights"]), sums(batch["prompt_weights"])

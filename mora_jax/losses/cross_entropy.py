@@ -6,7 +6,7 @@ Every token has a weight (0 for prompt and padding under the masked loss).
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from mora_jax.losses.chunked_logits import (
 Array = jax.Array
 
 
-class Scores(NamedTuple):
+class TokenSums(NamedTuple):
     """Sums over tokens, float32 scalars.
 
     Attributes:
@@ -37,10 +37,10 @@ class Scores(NamedTuple):
         tokens: number of tokens of non-zero weight.
     """
 
-    nll: Array
-    weight: Array
-    correct: Array
-    tokens: Array
+    nll: Any
+    weight: Any
+    correct: Any
+    tokens: Any
 
 
 def next_token_targets(input_ids: Array, weights: Array, segment_ids: Array | None = None) -> tuple[Array, Array]:
@@ -96,7 +96,7 @@ def weighted_loss(
     return _loss(options, flat, kernel, goals, scales)
 
 
-def score(
+def token_sums(
     hidden: Array,
     kernel: Array,
     targets: Array,
@@ -104,8 +104,8 @@ def score(
     *,
     softcap: float | None = None,
     chunk: int | None = None,
-) -> Scores:
-    """The sums that evaluation reports, in the same chunks as the loss; arguments as in `weighted_loss`."""
+) -> TokenSums:
+    """What evaluation adds up, in the same chunks as the loss; arguments as in `weighted_loss`."""
     options, (scales, flat, goals) = pack_weighted_tokens(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=1, chunk=chunk
     )
@@ -120,7 +120,7 @@ def score(
 
     zero = jnp.zeros((), jnp.float32)
     nll, correct = lax.fori_loop(0, used_chunks(options, scales), add, (zero, jnp.zeros((), jnp.int32)))
-    return Scores(nll, jnp.sum(weights), correct.astype(jnp.float32), jnp.sum(weights > 0).astype(jnp.float32))
+    return TokenSums(nll, jnp.sum(weights), correct.astype(jnp.float32), jnp.sum(weights > 0).astype(jnp.float32))
 
 
 def _picked(z: Array, targets: Array) -> Array:

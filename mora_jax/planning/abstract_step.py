@@ -54,7 +54,7 @@ def abstract_model(decoder: DecoderConfig, config: Config) -> Decoder:
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of one step, `[micro-batches, rows, T]`, as `training.loop` places it."""
     train = config.train
-    rows = train.micro_batch_size or train.batch_size
+    rows = train.micro_batch
     shape = (train.batch_size // rows, rows, config.data.max_length)
     integers, floats = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
     batch = {"input_ids": integers, "segment_ids": integers, "positions": integers, "weights": floats}

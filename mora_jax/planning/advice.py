@@ -54,7 +54,7 @@ def advise(config: Config, values: dict[str, Any], topology: Topology, tries: in
     asked = by_formula(config, values, topology)
     used = math.prod(asked.mesh)
     if used < topology.chips:
-        why = f"more can't share micro-batches of {asked.micro_batch} evenly"
+        why = f"more can't share micro-batches of {asked.config.train.micro_batch} evenly"
         if -1 not in (getattr(config.mesh, axis) for axis in AXES):
             why = f"the mesh names {used}"
         notes.append(f"as configured, {used} of the {topology.chips} chips work: {why}")

@@ -48,11 +48,6 @@ class Plan:
     compile_seconds: float | None = None
 
     @property
-    def micro_batch(self) -> int:
-        """Rows computed at once, over all chips."""
-        return self.config.train.micro_batch_size or self.config.train.batch_size
-
-    @property
     def tokens(self) -> int:
         """Places for tokens in one step, over all chips."""
         return self.config.train.batch_size * self.config.data.max_length
@@ -69,7 +64,7 @@ class Plan:
         """The keys of the configuration that make this plan what it is."""
         train = self.config.train
         found: dict[str, Any] = {f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)}
-        found["train.batch_size"], found["train.micro_batch_size"] = train.batch_size, self.micro_batch
+        found["train.batch_size"], found["train.micro_batch_size"] = train.batch_size, train.micro_batch
         found["model.remat"] = self.config.model.remat
         found["model.quantize"] = self.config.model.quantize
         return found
@@ -98,8 +93,7 @@ def by_formula(config: Config, values: dict[str, Any], topology: Topology) -> Pl
     Raises:
         InputError: the mesh doesn't fit the chips or the rows, or the adapter doesn't fit the model.
     """
-    train = config.train
-    mesh = mesh_shape(config.mesh, train.micro_batch_size or train.batch_size, topology.chips)
+    mesh = mesh_shape(config.mesh, config.train.micro_batch, topology.chips)
     found = estimate_memory(config, values, mesh, "tpu" if topology.tpu else "gpu")
     cost = estimate(found.flops, found.bytes, found.collectives, topology)
     needed = found.memory.total

@@ -90,4 +90,4 @@ def _rank(plan: Plan) -> tuple[Any, ...]:
     middle = (plan.estimate.fastest + plan.estimate.slowest) / 2 / plan.tokens
     axes = sum(size > 1 for size in plan.mesh)
     # Two significant digits: figures closer together than the formula can tell counts as equal.
-    return float(f"{middle:.1e}"), axes, REMAT.index(plan.config.model.remat), plan.micro_batch
+    return float(f"{middle:.1e}"), axes, REMAT.index(plan.config.model.remat), plan.config.train.micro_batch

@@ -70,7 +70,7 @@ class Setup:
     @property
     def micro_batch(self) -> int:
         """Rows computed at once."""
-        return self.config.train.micro_batch_size or self.config.train.batch_size
+        return self.config.train.micro_batch
 
     @property
     def normalize(self) -> str:
@@ -180,7 +180,7 @@ def describe_mode(config: Config) -> str:
     """The loss mode with its weight where it has one."""
     loss = config.loss
     words = loss.mode
-    if loss.mode in ("weighted", "wit"):
+    if MODES[loss.mode].uses_prompt_weight:
         words += f" (prompt {loss.prompt_weight:g})"
     if loss.roles != ("assistant",) and MODES[loss.mode].roles:
         words += f" (turns of {', '.join(loss.roles)})"
@@ -214,7 +214,7 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
         InputError: whatever the user has to mend, in one line.
     """
     assert config.model.path is not None, "the configuration demands it"
-    mesh = mesh_shape(config.mesh, config.train.micro_batch_size or config.train.batch_size)
+    mesh = mesh_shape(config.mesh, config.train.micro_batch)
     if objects.model is not None:
         model, tokenizer = objects.model, objects.tokenizer
         if tokenizer is None and model.folder is not None:
@@ -258,9 +258,9 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
     """Attaches what the configuration asks for, or loads the adapter that it starts from; `steps` are the run's."""
     section = config.adapter
     try:
-        if section.path is None or section.config_class.changes_base:
-            return attach(model, adapter_config(section, steps), rngs=nnx.Rngs(config.seed))
         method = adapter_config(section, steps)
+        if section.path is None or section.config_class.changes_base:
+            return attach(model, method, rngs=nnx.Rngs(config.seed))
         as_method = method if isinstance(method, LoRAConfig) else None
         load_adapter(model, section.path, strict=section.strict, method=as_method)
         reschedule(model, section, steps)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mora_jax.losses.chunked_logits import chunk_size
-from mora_jax.losses.cross_entropy import next_token_targets, score, weighted_loss
+from mora_jax.losses.cross_entropy import next_token_targets, token_sums, weighted_loss
 
 
 def case(seed: int = 0):
@@ -61,10 +61,10 @@ def test_logits_of_the_whole_batch_never_exist():
     assert chunk_size(50_000, 4096) * 50_000 * 4 <= 2**27
 
 
-def test_scores():
+def test_token_sums():
     hidden, kernel, targets, weights = case()
     logits = hidden @ kernel.T
-    found = score(hidden, kernel, targets, weights, chunk=5)
+    found = token_sums(hidden, kernel, targets, weights, chunk=5)
     np.testing.assert_allclose(found.nll, plain(hidden, kernel, targets, weights), rtol=1e-5)
     np.testing.assert_allclose(found.weight, weights.sum(), rtol=1e-6)
     assert found.tokens == np.sum(weights > 0)

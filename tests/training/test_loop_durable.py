@@ -108,7 +108,7 @@ def test_a_disk_that_takes_no_metrics_ends_the_run_in_one_line(tmp_path, monkeyp
     monkeypatch.setattr(retry, "sleep", lambda seconds: None)
     directory = loop.RunDirectory(tmp_path)
     directory.append_metrics([{"step": 1, "loss": 2.0}])
-    before = directory.metrics.read_text()
+    before = (directory.path / "metrics.jsonl").read_text()
     shown = Display(io.StringIO())
     directory.files.note = shown.note
     # The one device that is always full.
@@ -116,7 +116,7 @@ def test_a_disk_that_takes_no_metrics_ends_the_run_in_one_line(tmp_path, monkeyp
     with pytest.raises(InputError, match=r"full can't be written: No space left on device \(4 tries\); make room"):
         directory.files.append("full", "a line\n")
     assert shown.stream.getvalue().count("No space left on device; trying again in") == 3
-    assert directory.metrics.read_text() == before
+    assert (directory.path / "metrics.jsonl").read_text() == before
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
 def loss_words(loss: LossWeights) -> str:
     """The loss mode, with those of its settings that count and are not the defaults."""
     words = loss.mode
-    if loss.mode in ("weighted", "wit"):
+    if MODES[loss.mode].uses_prompt_weight:
         words += f", prompt_weight {loss.prompt_weight:g}"
     if MODES[loss.mode].roles and loss.roles != ("assistant",):
         words += f", roles {' and '.join(loss.roles)}"

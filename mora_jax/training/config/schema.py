@@ -167,6 +167,11 @@ class TrainSection:
         900.0, "Seconds after which a step that has not ended is reported with all stacks; 0: never.", at_least=0
     )
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows computed at once, over all devices."""
+        return self.micro_batch_size or self.batch_size
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mora_jax.data.loss_weights import LossWeights
+from mora_jax.data.loss_weights import MODES, LossWeights
 from mora_jax.data.sources import Source
 from mora_jax.training.config.schema import DataConfig, LossConfig
 
@@ -30,5 +30,5 @@ def data_source(section: DataConfig, paths: Any, split: str) -> Source:
 
 def loss_weights(section: LossConfig) -> LossWeights:
     """Which tokens carry loss, as the section `loss` says."""
-    weight = section.prompt_weight if section.mode in ("weighted", "wit") else 0.0
+    weight = section.prompt_weight if MODES[section.mode].uses_prompt_weight else 0.0
     return LossWeights(section.mode, weight, section.roles, section.end_of_turn, section.headers)

@@ -10,8 +10,6 @@ import jax
 from mora_jax.errors import InputError
 from mora_jax.training.config.schema import Config, LogConfig
 
-#: Steps of a trace where `--profile` says no more.
-DEFAULT_STEPS = 3
 FOLDER = "profile"
 # The first step of a process compiles and the second one still warms up.
 _WARM_UP = 2

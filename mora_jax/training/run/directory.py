@@ -62,27 +62,13 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Any:
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
-    def adapter(self) -> Any:
-        return self.path / "adapter"
-
-    @property
-    def model(self) -> Any:
-        return self.path / "model"
-
-    @property
     def best(self) -> Any:
+        """The folder of what the best checkpoint gives."""
         return self.path / "best"
-
-    @property
-    def metrics(self) -> Any:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Any:
-        return self.path / "summary.json"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuses a path that can't become a run's folder, before anything is computed.

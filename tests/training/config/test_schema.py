@@ -19,6 +19,7 @@ from mora_jax.training.config.schema import (
     MODES,
     TEMPLATES,
     Config,
+    LossConfig,
     check_warmup,
     keys,
     unused,
@@ -358,6 +359,10 @@ def test_formats_and_templates_are_those_of_the_data_package():
     assert set(FORMATS) == set(DATA_FORMATS)
     assert set(TEMPLATES) == set(DATA_TEMPLATES)
     assert set(MODES) == set(DATA_MODES)
+    for name, mode in DATA_MODES.items():
+        config = dataclasses.replace(Config(), loss=LossConfig(mode=name))
+        for key, read in (("prompt_weight", mode.uses_prompt_weight), ("roles", mode.roles)):
+            assert (unused(config, [f"loss.{key}"]) is None) == read
 
 
 CONFIG_FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
