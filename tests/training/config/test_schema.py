@@ -365,7 +365,7 @@ def test_formats_and_templates_are_those_of_the_data_package():
             assert (unused(config, [f"loss.{key}"]) is None) == read
 
 
-CONFIG_FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIG_FILES = sorted((Path(__file__).parents[3] / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
