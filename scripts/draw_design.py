@@ -1,4 +1,4 @@
-"""Draws the way of the data, `docs/design.svg`: from rows, a checkpoint and a configuration to an adapter.
+"""Draws the data flow, `docs/design.svg`: from rows, a checkpoint and a configuration to an adapter.
 
 usage: python scripts/draw_design.py [FILE]
 """
@@ -20,7 +20,7 @@ COLOURS = {"data": "#dceaf7", "frozen": "#ebebeb", "trained": "#fde3cf", "step":
 # name: (centre x, centre y, title, second line, colour)
 BOXES = {
     "rows": (1.3, 5, "rows", "JSONL, CSV, Parquet, hub", "data"),
-    "text": (4.6, 5, "rendered chat", "a segment a character", "data"),
+    "text": (4.6, 5, "rendered chat", "each character has a segment", "data"),
     "tokens": (7.9, 5, "tokens and weights", "loss mode: segment → weight", "data"),
     "batches": (11.2, 5, "batches [B, T]", "packed or padded", "data"),
     "checkpoint": (1.3, 3, "checkpoint", "safetensors", "frozen"),
