@@ -118,9 +118,9 @@ def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: 
         raise ValueError(
             f"{place.title} is an embedding, for which {method.method} has no form; leave it out of targets"
         )
-    if isinstance(place.layer, OutputHead) and method is BitFit:
+    if isinstance(place.layer, OutputHead) and config.biases_alone:
         raise ValueError(f"{place.title} has no bias, and logits get none; leave it out of targets")
-    if type(place.layer) in FORMS and not place.has_bias and method is BitFit:
+    if type(place.layer) in FORMS and not place.has_bias and config.biases_alone:
         raise ValueError(f"{place.title} has no bias, nor a place for one; leave it out of targets")
     if not isinstance(place.layer, Projection | OutputHead) and not stacked_in_front(place.layer):
         shape, sizes = list(weight_of(place.layer).shape), f"{place.in_features} by {place.out_features}"

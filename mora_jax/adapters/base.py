@@ -57,6 +57,10 @@ class Adapter(nnx.Module):
         config: the method's frozen configuration.
         additive: whether the method adds to the kernel, so that it has `delta` and `dense`.
         transforms_kernel: whether it has `transform_kernel`.
+        file_method: the method that it is in a file; empty for its own.
+        vectors: its arrays that hold one number a feature; a stack's leading axis doesn't make matrices of them.
+        scales_bias: whether it multiplies the layer's own bias.
+        holds_start: whether a file's factors hold the start that is subtracted again, as `in_file` puts it there.
         on_embeddings: whether the method has a form for embedding tables; it then has `for_embedding`.
         scaling: float32 `[*layers]`; 0 for layers of a stack that are not adapted.
         bias: `[*layers, out]`, what is added to the layer's bias; only where biases are trained.
@@ -64,6 +68,10 @@ class Adapter(nnx.Module):
     """
 
     method: ClassVar[str]
+    file_method: ClassVar[str] = ""
+    holds_start: ClassVar[bool] = False
+    vectors: ClassVar[frozenset[str]] = frozenset({"bias", "magnitude"})
+    scales_bias: ClassVar[bool] = False
     additive: ClassVar[bool] = True
     transforms_kernel: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = False
@@ -181,6 +189,26 @@ class Adapter(nnx.Module):
         return None if added is None else jnp.where(params["scaling"] != 0, added, 0.0)
 
     @classmethod
+    def in_file(cls, config: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The configuration and the arrays of one matrix in the form that files have; arrays as numpy."""
+        return config, params
+
+    @classmethod
+    def low_rank(
+        cls, config: Any, in_features: int, out_features: int, params: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        """Arrays `[in, k]` and `[k, out]` whose product times the scaling is the update whatever the values, as numpy.
+
+        None where the update has full rank.
+        """
+        return None
+
+    @classmethod
+    def continues(cls, config: Any, given: Any) -> bool:
+        """Whether an adapter of the configuration `given`, out of a file, can be trained on with this method."""
+        return False
+
+    @classmethod
     def fuse(cls, layout: FusedLayout, configs: tuple[Any | None, ...]) -> Delta | None:
         """A faster joint form for several matrices with one input, or None; `configs[i]` is None for a bare part."""
         return None
@@ -278,10 +306,6 @@ class AdapterParam(nnx.LoRAParam):
 
 class FullParam(AdapterParam):
     """A base weight that is trained itself (full fine-tuning): a float32 master, cast to the compute dtype at use."""
-
-
-# Arrays of adapters that hold one number a feature; a stack's leading axis doesn't make matrices of them.
-VECTORS = frozenset({"bias", "magnitude", "ia3_l", "vera_d", "vera_b_scale", "lora_e"})
 
 
 class AdapterState(nnx.Variable):

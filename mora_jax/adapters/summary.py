@@ -17,7 +17,6 @@ from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.matching.naming import wrapped
 from mora_jax.adapters.matching.skipped import Skipped, skipped
 from mora_jax.adapters.matching.targets import Place, has_adapter, places
-from mora_jax.adapters.methods.mora import MoRAConfig, unused_inputs
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.adapters.trainable_base import kept
@@ -106,7 +105,7 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
         # A bank has a scaling for each of its slots, too.
         active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
-        warnings += warnings_of(adapter.config, place.title, place.in_features, place.out_features)
+        warnings += adapter.config.warnings(place.title, place.in_features, place.out_features)
         methods.append(adapter.method)
     if not matches:
         raise ValueError("the model carries no adapter")
@@ -160,17 +159,6 @@ def adapter_at(place: Place) -> Adapter:
     """The adapter of a place that has one."""
     assert place.adapter is not None, f"{place.title} carries no adapter"
     return place.adapter
-
-
-def warnings_of(config: Any, title: str, in_features: int, out_features: int) -> list[str]:
-    """What a user should know about a method on a matrix of this size."""
-    if not isinstance(config, MoRAConfig):
-        return []
-    unused = unused_inputs(in_features, out_features, config.rank, config.kind)
-    if not unused:
-        return []
-    why = "" if config.kind == "truncation" else " (in > out, as in the authors' code)"
-    return [f"{config.kind} at rank {config.rank} ignores {unused} of the {in_features} inputs of {title}{why}"]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from flax import nnx
 
 from mora_jax.adapters.attach import detach
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig, RsLoRAConfig
 from mora_jax.adapters.matching.targets import has_adapter, places
 from mora_jax.adapters.summary import adapters_of
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.config import extra_fields
 from mora_jax.interop.peft.load import load_adapter
-from mora_jax.interop.peft.normalise import plain_lora
+from mora_jax.interop.peft.normalise import plain
 from mora_jax.interop.peft.restarted_base import has_other_base
 from mora_jax.interop.tensor_map import trained_weights
 
@@ -61,11 +60,11 @@ def values_of(model: nnx.Module) -> ValuesByPath:
     if has_other_base(model):
         raise InputError("it comes with a base of its own, which several adapters can't share; merge it")
     by_path: dict[str, AdapterValues] = {}
-    for entry in map(plain_lora, adapters_of(model)):
+    for entry in map(plain, adapters_of(model)):
         for name, what in (("magnitude", "DoRA's magnitude"), ("bias", "a trained bias")):
             if name in entry.params:
                 raise InputError(f"{entry.path} has {what}, which doesn't add up with other adapters; merge it instead")
-        if type(entry.config) not in (LoRAConfig, RsLoRAConfig, MoRAConfig):
+        if not entry.config.joint_form:
             raise InputError(f"{entry.path} has {entry.method}, but only LoRA and MoRA can be used beside others")
         by_path[entry.path] = AdapterValues(entry.config, entry.params)
     if not by_path:
@@ -80,10 +79,7 @@ def form_of(by_path: ValuesByPath) -> str:
     Raises:
         InputError: there are several methods.
     """
-    forms = {
-        f"MoRA of kind {adapter_values.config.kind}" if isinstance(adapter_values.config, MoRAConfig) else "LoRA"
-        for adapter_values in by_path.values()
-    }
+    forms = {adapter_values.config.joint_form for adapter_values in by_path.values()}
     if len(forms) > 1:
         raise InputError(f"it has {' and '.join(sorted(forms))}, but one adapter is of one method here")
     return forms.pop()

@@ -18,7 +18,6 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx, traverse_util
 
-from mora_jax.adapters.config import RsLoRAConfig
 from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
 from mora_jax.adapters.products.matmul import wide
 from mora_jax.adapters.summary import AdapterEntry, adapters_of
@@ -272,7 +271,7 @@ def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
     ranks, alphas, feedforward, plain = {}, {}, [], set()
     for where, entries in found.items():
         path, first = ".".join(where), entries[0]
-        if "bias" in first.params and first.method != "bitfit":
+        if "bias" in first.params and not first.config.biases_alone:
             raise InputError(f"{path} trains a bias beside its adapter, which Linen layers don't have")
         if any((e.config, e.params["scaling"]) != (first.config, first.params["scaling"]) for e in entries):
             raise InputError(f"{path} is one stack, whose layers have to agree in their ranks and scalings")
@@ -280,8 +279,7 @@ def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
         if hasattr(first.config, "rank_pattern"):
             ranks[path], changes["rank"] = first.config.rank, 1
         if hasattr(first.config, "alpha_pattern"):
-            power = 0.5 if isinstance(first.config, RsLoRAConfig) else 1.0
-            alphas[path] = round(float(first.params["scaling"]) * first.config.rank**power, 6)
+            alphas[path] = round(float(first.params["scaling"]) * first.config.rank**first.config.scale_power, 6)
             changes["alpha"] = 1.0
         if hasattr(first.config, "feedforward"):
             feedforward += [path] if first.config.feedforward else []

@@ -17,7 +17,7 @@ from mora_jax.adapters.matching.skipped import grouped, why_left
 from mora_jax.adapters.matching.targets import Picker, named
 from mora_jax.adapters.matching.unknown import VECTORS
 from mora_jax.adapters.methods.registry import adapter_class
-from mora_jax.adapters.summary import AttachReport, Match, warnings_of
+from mora_jax.adapters.summary import AttachReport, Match
 from mora_jax.linen.matrices import KINDS, Matrix, layer_number
 from mora_jax.linen.update import COLLECTION
 
@@ -139,7 +139,7 @@ class LinenReport:
                 trained = sum(size for name, size in self._adapters.items() if name[:-1] == path)
                 title, sizes = _title(path), (seen.matrix.in_features, seen.matrix.out_features)
                 matches.append(Match(title, math.prod(self._stack(path)), *sizes, trained))
-                notes += warnings_of(seen.config, title, *sizes)
+                notes += seen.config.warnings(title, *sizes)
         trainable = sum(match.trainable for match in matches)
         total = trainable + sum(math.prod(shape) for shape in self._params.values())
         method = adapter_class(self.config).method

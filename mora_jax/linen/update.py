@@ -12,14 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
-from mora_jax.adapters.config import (
-    AdaLoRAConfig,
-    FullConfig,
-    LoRAPlusConfig,
-    ReLoRAConfig,
-    ReMoRAConfig,
-    VeRAConfig,
-)
+from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.products.around import transformed_input, with_adapter
@@ -32,14 +25,6 @@ Arrays = dict[str, Array]
 COLLECTION = "adapters"  # what is trained
 FIXED = "adapter_state"  # what methods with frozen factors (LoRA-FA, PiSSA, OLoRA, VeRA) keep beside it
 
-_NO_LINEN_FORM = {
-    FullConfig: "full fine-tuning has no adapter: train variables['params']",
-    LoRAPlusConfig: "LoRA+ is LoRA with two learning rates, and in Linen those are your optimizer's: take LoRAConfig",
-    AdaLoRAConfig: "AdaLoRA takes ranks away while it trains, which Linen layers don't have",
-    ReLoRAConfig: "ReLoRA merges into the base while it trains, which Linen layers don't have",
-    ReMoRAConfig: "ReMoRA merges into the base while it trains, which Linen layers don't have",
-}
-
 
 def check_config(config: Any) -> type[Adapter]:
     """The adapter class of a configuration that has a form in Linen.
@@ -48,8 +33,8 @@ def check_config(config: Any) -> type[Adapter]:
         TypeError: `config` is no adapter configuration.
         ValueError: the method, or one of its settings, has no form in Linen.
     """
-    if type(config) in _NO_LINEN_FORM:
-        raise ValueError(_NO_LINEN_FORM[type(config)])
+    if isinstance(config, MethodConfig) and config.linen_refusal:
+        raise ValueError(config.linen_refusal)
     method = adapter_class(config)
     if config.bias != "none":
         raise ValueError(f"Linen layers have no bias={config.bias!r}; BitFitConfig trains biases alone")
@@ -58,10 +43,6 @@ def check_config(config: Any) -> type[Adapter]:
             f"modules_to_save names {config.modules_to_save[0]!r}, but in Linen adapters alone are added: train that "
             "part of variables['params'] with your optimizer"
         )
-    if getattr(config, "init", None) == "eva":
-        raise ValueError("init='eva' takes its start from data, which Linen layers don't have; fill lora_a yourself")
-    if isinstance(config, VeRAConfig) and config.widths is None:
-        raise ValueError("VeRA's frozen factors serve all layers: give widths=(largest inputs, largest outputs)")
     return method
 
 

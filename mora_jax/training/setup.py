@@ -15,7 +15,6 @@ from flax import nnx
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of, report_of_trained
 from mora_jax.adapters.base import AdapterParam, FullParam
-from mora_jax.adapters.config import LoRAConfig
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.inspect.report import CAUSES
 from mora_jax.data.loss_weights import MODES, LossWeights
@@ -261,13 +260,13 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
         method = adapter_config(section, steps)
         if section.path is None or section.config_class.changes_base:
             return attach(model, method, rngs=nnx.Rngs(config.seed))
-        as_method = method if isinstance(method, LoRAConfig) else None
-        load_adapter(model, section.path, strict=section.strict, method=as_method)
+        load_adapter(model, section.path, strict=section.strict, method=method)
         reschedule(model, section, steps)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"adapter: {error}") from None
-    methods = {entry.method for entry in adapters_of(model)}
-    held = next(iter(methods - {"bitfit"} or methods))  # biases beside an adapter are trained as BitFit's
+    entries = list(adapters_of(model))
+    main = [entry for entry in entries if not entry.config.biases_alone]  # others train biases beside an adapter
+    held = (main or entries)[0].method
     if held != section.method:
         raise InputError(
             f"{section.path} holds a {held} adapter, but adapter.method is {section.method}; set adapter.method={held}"

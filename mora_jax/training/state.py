@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.base import VECTORS, FullParam
+from mora_jax.adapters.base import FullParam
+from mora_jax.adapters.methods.registry import VECTORS
 from mora_jax.training.nonfinite import Skips
 
 Array = jax.Array

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mora_jax.adapters.config.limits import NUMBERS
+from mora_jax.adapters.config.limits import NUMBERS, Number
 
 Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
@@ -66,7 +66,8 @@ def module_names(names: Any, what: str) -> tuple[str, ...]:
 class MethodConfig:
     """What is asked about every method. What is no field is an attribute of the class.
 
-    A field's metadata may say: `choices`, the values allowed, and `run_choices`, those of them that a run can take;
+    A field's metadata may say: `limits`, which numbers it takes (by default those of `NUMBERS`);
+    `choices`, the values allowed, and `run_choices`, those of them that a run can take;
     `training`, that the setting says how the method is trained, which an adapter's file doesn't keep; `unset`, what a
     run takes that leaves it open, in words; `by_run`, that the run says it.
 
@@ -74,12 +75,19 @@ class MethodConfig:
         changes_base: whether training changes the base itself, so that the result is a whole model.
         restarts: whether the adapter is folded into the base and reinitialised again and again; it then has
             `restart_every`, `restart_warmup` and `prune`, and its adapter class has `renew`.
+        biases_alone: whether biases are all that is trained, as other methods do beside their layers.
+        in_peft: whether PEFT has the method, or a form of it.
+        scale_power: the power of the rank that alpha is divided by, for methods with alpha.
+        joint_form: what adapters have to agree in to be used beside each other; empty for a method whose can't be.
         implied: fields that are no settings of a run: the method, the model or the run says them.
         starts_from_base: whether the adapter takes its start from the base's exact numbers.
     """
 
     changes_base: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    biases_alone: ClassVar[bool] = False
+    in_peft: ClassVar[bool] = True
+    scale_power: ClassVar[float] = 1.0
     implied: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -103,6 +111,11 @@ class MethodConfig:
         return next(field for field in dataclasses.fields(cls) if field.name == name)
 
     @classmethod
+    def limits(cls, name: str) -> Number:
+        """Which numbers a setting takes."""
+        return cls.field(name).metadata.get("limits") or NUMBERS[name]
+
+    @classmethod
     def described(cls, name: str) -> str:
         """What the docstring of the class, or of one that it extends, says of a setting; empty where it says none."""
         for base in cls.__mro__:
@@ -124,6 +137,22 @@ class MethodConfig:
             ValueError: a setting that can't be.
         """
         return cls(**settings)
+
+    @property
+    def linen_refusal(self) -> str:
+        """Why this has no form in Linen; empty where it has one."""
+        if not self.restarts:
+            return ""
+        name = type(self).__name__.removesuffix("Config")
+        return f"{name} merges into the base while it trains, which Linen layers don't have"
+
+    def warnings(self, title: str, in_features: int, out_features: int) -> list[str]:
+        """What a user should know about the method on a matrix of this size, which `title` names."""
+        return []
+
+    @property
+    def joint_form(self) -> str:
+        return ""
 
     @property
     def details(self) -> tuple[str, ...]:
@@ -180,7 +209,7 @@ class CommonConfig(MethodConfig):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         elif annotation in ("int", "float"):
-            object.__setattr__(self, name, NUMBERS[name].check(value, name))
+            object.__setattr__(self, name, self.limits(name).check(value, name))
         elif annotation == "bool":
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, not {value!r}")

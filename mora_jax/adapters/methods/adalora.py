@@ -94,6 +94,10 @@ class AdaLoRAConfig(CommonConfig):
         return cls(**values)
 
     @property
+    def linen_refusal(self) -> str:
+        return "AdaLoRA takes ranks away while it trains, which Linen layers don't have"
+
+    @property
     def details(self) -> tuple[str, ...]:
         return (f"mean rank {self.target_rank} at the end",)
 
@@ -102,6 +106,7 @@ class AdaLoRA(Adapter):
     """`lora_a [*layers, in, rank]` (P), `lora_e [*layers, rank]` (λ) and `lora_b [*layers, rank, out]` (Q)."""
 
     method: ClassVar[str] = "adalora"
+    vectors: ClassVar[frozenset[str]] = Adapter.vectors | {"lora_e"}
 
     def __init__(self, in_features: int, out_features: int, config: AdaLoRAConfig, *, rngs: nnx.Rngs, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
@@ -125,6 +130,15 @@ class AdaLoRA(Adapter):
     def dense(cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         left = params["lora_a"] * (params["lora_e"] * params["scaling"])
         return jnp.matmul(left, params["lora_b"], precision=jax.lax.Precision.HIGHEST)
+
+    @classmethod
+    def low_rank(
+        cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """Without triplets that were pruned."""
+        used = params["lora_e"] != 0
+        used[0] |= not used.any()
+        return (params["lora_a"] * params["lora_e"])[:, used], params["lora_b"][used]
 
 
 class Importance(NamedTuple):

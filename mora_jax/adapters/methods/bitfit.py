@@ -24,6 +24,7 @@ class BitFitConfig(CommonConfig):
     """
 
     targets: Targets = "all-linear"
+    biases_alone = True
 
 
 class BitFit(Adapter):

@@ -13,3 +13,7 @@ class FullConfig(MethodConfig):
     """Full fine-tuning: every parameter of the model is trained as a float32 master."""
 
     changes_base: ClassVar[bool] = True
+
+    @property
+    def linen_refusal(self) -> str:
+        return "full fine-tuning has no adapter: train variables['params']"

@@ -58,6 +58,8 @@ class IA3(Adapter):
     """One vector `ia3_l`, `[*layers, in]` where the configuration names a feed-forward layer, else `[*layers, out]`."""
 
     method: ClassVar[str] = "ia3"
+    vectors: ClassVar[frozenset[str]] = Adapter.vectors | {"ia3_l"}
+    scales_bias: ClassVar[bool] = True
     additive: ClassVar[bool] = False
 
     def __init__(

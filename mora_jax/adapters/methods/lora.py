@@ -67,6 +67,16 @@ class LoRAConfig(CommonConfig):
     init: str = field(default="kaiming", kw_only=True, metadata={"choices": INITS, "run_choices": INITS[:-1]})
 
     @property
+    def linen_refusal(self) -> str:
+        if self.init != "eva":
+            return super().linen_refusal
+        return "init='eva' takes its start from data, which Linen layers don't have; fill lora_a yourself"
+
+    @property
+    def joint_form(self) -> str:
+        return "LoRA"
+
+    @property
     def starts_from_base(self) -> bool:
         return self.init in lora_init.FROM_BASE
 
@@ -158,6 +168,8 @@ class LoRA(Adapter):
     """LoRA's factors for one matrix, or for one matrix a layer when they carry a leading layer axis."""
 
     method: ClassVar[str] = "lora"
+    file_method: ClassVar[str] = "lora"
+    file_config: ClassVar[type[LoRAConfig]] = LoRAConfig
     on_embeddings: ClassVar[bool] = True
     config: LoRAConfig
 
@@ -233,7 +245,7 @@ class LoRA(Adapter):
 
     @classmethod
     def scale(cls, config: LoRAConfig) -> float:
-        return config.alpha / config.rank
+        return config.alpha / config.rank**config.scale_power
 
     @classmethod
     def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
@@ -245,6 +257,29 @@ class LoRA(Adapter):
     def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         first = _initial(params)
         return _dense(params) if first is None else _dense(params) - _dense(first)
+
+    @classmethod
+    def in_file(cls, config: LoRAConfig, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """One pair of factors: `A B − A₀ B₀` is `[A A₀] [B; −B₀]`."""
+        params = dict(params)
+        first_a, first_b = params.pop("initial_a", None), params.pop("initial_b", None)
+        rank = params["lora_a"].shape[1]
+        if first_a is not None and first_b is not None:
+            params["lora_a"] = np.concatenate([params["lora_a"], first_a[:, :rank]], axis=1)
+            params["lora_b"] = np.concatenate([params["lora_b"], -first_b[:rank]], axis=0)
+            rank *= 2
+        same = {name: getattr(config, name) for name in ("alpha", "dropout", "targets", "use_dora", "bias")}
+        return cls.file_config(rank=rank, **same), params
+
+    @classmethod
+    def low_rank(
+        cls, config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        return params["lora_a"], params["lora_b"]
+
+    @classmethod
+    def continues(cls, config: LoRAConfig, given: Any) -> bool:
+        return isinstance(given, LoRAConfig) and given.scale_power == config.scale_power
 
     @classmethod
     def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:

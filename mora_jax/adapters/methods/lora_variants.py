@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,6 +22,8 @@ class RsLoRAConfig(LoRAConfig):
     on the rank. The attributes are those of `LoRAConfig`.
     """
 
+    scale_power = 0.5
+
 
 class RsLoRA(LoRA):
     """Rank-stabilised LoRA: `y = x W + (alpha / √rank) · (x A) B` (Kalajdzievski, 2023, arXiv 2312.03732, theorem 3.2).
@@ -31,10 +32,12 @@ class RsLoRA(LoRA):
     """
 
     method: ClassVar[str] = "rslora"
+    file_method: ClassVar[str] = "rslora"
+    file_config: ClassVar[type[LoRAConfig]] = RsLoRAConfig
 
     @classmethod
-    def scale(cls, config: LoRAConfig) -> float:
-        return config.alpha / math.sqrt(config.rank)
+    def continues(cls, config: LoRAConfig, given: Any) -> bool:
+        return False  # LoRA has another scaling, and rsLoRA is written as itself
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class DoRA(LoRA):
 
     method: ClassVar[str] = "dora"
 
+    @classmethod
+    def continues(cls, config: LoRAConfig, given: Any) -> bool:
+        return False  # written as itself
+
 
 @dataclass(frozen=True)
 class PiSSAConfig(LoRAConfig):
@@ -84,6 +91,7 @@ class PiSSA(LoRA):
     """
 
     method: ClassVar[str] = "pissa"
+    holds_start: ClassVar[bool] = True
     on_embeddings: ClassVar[bool] = False
 
 
@@ -105,6 +113,7 @@ class OLoRA(LoRA):
     """
 
     method: ClassVar[str] = "olora"
+    holds_start: ClassVar[bool] = True
     on_embeddings: ClassVar[bool] = False
 
 
@@ -121,6 +130,10 @@ class LoRAPlusConfig(LoRAConfig):
     lr_ratio: float = field(default=16.0, kw_only=True, metadata={"training": True})
 
     @property
+    def linen_refusal(self) -> str:
+        return "LoRA+ is LoRA with two learning rates, and in Linen those are your optimizer's: take LoRAConfig"
+
+    @property
     def rates(self) -> dict[str, float]:
         return dict.fromkeys(("lora_b", "magnitude", "bias"), self.lr_ratio)
 
@@ -133,6 +146,10 @@ class LoRAPlus(LoRA):
     """
 
     method: ClassVar[str] = "lora_plus"
+
+    @classmethod
+    def continues(cls, config: LoRAConfig, given: Any) -> bool:
+        return isinstance(given, LoRAConfig)  # of either scaling
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,10 @@ class LoRAFA(LoRA):
         lora_a = self.lora_a[...]
         del self.lora_a
         self.lora_a = AdapterState(lora_a, axes=self.stacked(self.axes[0], "rank"))
+
+    @classmethod
+    def continues(cls, config: LoRAConfig, given: Any) -> bool:
+        return isinstance(given, LoRAConfig)  # of either scaling
 
     @classmethod
     def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:

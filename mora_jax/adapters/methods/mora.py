@@ -69,6 +69,18 @@ class MoRAConfig(CommonConfig):
     targets: Targets = "all-linear"
     rank_pattern: Pattern = field(default=(), kw_only=True)
     use_dora: bool = field(default=False, kw_only=True)
+    in_peft = False
+
+    def warnings(self, title: str, in_features: int, out_features: int) -> list[str]:
+        unused = unused_inputs(in_features, out_features, self.rank, self.kind)
+        if not unused:
+            return []
+        why = "" if self.kind == "truncation" else " (in > out, as in the authors' code)"
+        return [f"{self.kind} at rank {self.rank} ignores {unused} of the {in_features} inputs of {title}{why}"]
+
+    @property
+    def joint_form(self) -> str:
+        return f"MoRA of kind {self.kind}"
 
 
 def square_rank(in_features: int, out_features: int, rank: int, kind: str = "sharing") -> int:

@@ -67,6 +67,8 @@ METHODS: dict[str, Method] = {
     "full": Method(FullConfig, None),
 }
 CONFIGS: dict[str, type[MethodConfig]] = {name: method.config for name, method in METHODS.items()}
+# The arrays of all adapters that hold one number a feature.
+VECTORS = Adapter.vectors.union(*(method.adapter.vectors for method in METHODS.values() if method.adapter is not None))
 METHOD_KEYS: dict[str, tuple[str, ...]] = {name: method.keys for name, method in METHODS.items()}
 
 

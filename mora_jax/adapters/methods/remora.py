@@ -65,6 +65,7 @@ class ReMoRA(MoRA):
     """
 
     method: ClassVar[str] = "remora"
+    file_method: ClassVar[str] = "mora"
     config: ReMoRAConfig
 
     def __init__(self, in_features: int, out_features: int, config: ReMoRAConfig, **options: Any):
@@ -85,6 +86,13 @@ class ReMoRA(MoRA):
             partial(delta_weight, in_features=in_features, out_features=out_features, kind=k) for k in config.kinds
         ]
         return jax.lax.switch(params["turn"].astype(jnp.int32), forms, params["m"] * params["scaling"])
+
+    @classmethod
+    def in_file(cls, config: ReMoRAConfig, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The MoRA of the kind whose turn it is."""
+        same = {name: getattr(config, name) for name in ("rank", "dropout", "targets", "use_dora")}
+        kept = {name: value for name, value in params.items() if name != "turn"}
+        return MoRAConfig(kind=config.kinds[int(params["turn"])], **same), kept
 
     def renew(self, key: Array) -> None:
         """A zero M of the next kind; what was trained must have been folded into the base before."""

@@ -50,6 +50,12 @@ class VeRAConfig(CommonConfig):
     bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
     implied = ("widths",)
 
+    @property
+    def linen_refusal(self) -> str:
+        if self.widths is not None:
+            return ""
+        return "VeRA's frozen factors serve all layers: give widths=(largest inputs, largest outputs)"
+
     def __post_init__(self):
         super().__post_init__()
         if self.widths is not None:
@@ -89,6 +95,7 @@ class VeRA(Adapter):
     """Two trained vectors, `vera_d [*layers, rank]` and `vera_b_scale [*layers, out]`, around frozen factors."""
 
     method: ClassVar[str] = "vera"
+    vectors: ClassVar[frozenset[str]] = Adapter.vectors | {"vera_d", "vera_b_scale"}
 
     def __init__(
         self, in_features: int, out_features: int, config: VeRAConfig, *, rngs: nnx.Rngs | None = None, **placing: Any
@@ -125,3 +132,9 @@ class VeRA(Adapter):
         left = params["vera_a"] * params["vera_d"]
         product = jnp.matmul(left, params["vera_b"], precision=jax.lax.Precision.HIGHEST)
         return product * (params["vera_b_scale"] * params["scaling"])
+
+    @classmethod
+    def low_rank(
+        cls, config: VeRAConfig, in_features: int, out_features: int, params: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        return params["vera_a"] * params["vera_d"], params["vera_b"] * params["vera_b_scale"]

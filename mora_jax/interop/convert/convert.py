@@ -72,7 +72,7 @@ def convert_to_mora(model: nnx.Module, *, kind: str = "sharing", rank: int | Non
 
 def peft_knows(model: nnx.Module) -> bool:
     """Whether PEFT has the methods of all adapters of a model, or a form of them, so that it loads them as they are."""
-    return not any(isinstance(entry.config, MoRAConfig) for entry in adapters_of(model))
+    return all(entry.config.in_peft for entry in adapters_of(model))
 
 
 def lora_values(updates: Iterable[Update], rank: int | None) -> tuple[dict[str, AdapterValues], Conversion]:

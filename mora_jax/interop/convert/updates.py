@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import AdapterEntry, adapters_of
-from mora_jax.adapters.config import AdaLoRAConfig, LoRAConfig, MoRAConfig, VeRAConfig
+from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.matching.targets import Place, by_path, places
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.errors import InputError
@@ -65,7 +65,7 @@ def updates_of(model: nnx.Module) -> Iterator[Update]:
         if "bias" in entry.params:
             raise InputError(f"{entry.path} trains its bias, which can't be converted; merge the adapter instead")
         place, layer = where[entry.path]
-        if entry.method == "ia3" and place.has_bias:
+        if adapter_class(entry.config).scales_bias and place.has_bias:
             raise InputError(f"{entry.path} scales its bias, which can't be converted; merge the adapter instead")
         yield _update(plain(entry), place, layer)
 
@@ -82,21 +82,6 @@ def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
     if "magnitude" in params:
         # The gain multiplies the base too, so the change has full rank.
         what = f"{entry.method} with a magnitude"
-    elif isinstance(config, LoRAConfig):
-        exact, scaling = params["lora_a"].shape[1], float(params["scaling"])
-
-        def factors() -> tuple[np.ndarray, np.ndarray]:
-            return params["lora_a"], params["lora_b"]
-
-        product = factors
-    elif isinstance(config, VeRAConfig | AdaLoRAConfig):
-        found = _thin(_around_diagonal(params))
-        exact, scaling = found[0].shape[1], float(params["scaling"])
-
-        def two() -> tuple[np.ndarray, np.ndarray]:
-            return found
-
-        product = two
     elif isinstance(config, MoRAConfig):
         what = f"MoRA of kind {config.kind}"
         if config.kind not in BLOCK_KINDS:
@@ -106,6 +91,14 @@ def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
                 return _thin(exact_factors(params["m"] * params["scaling"], *sizes, config.kind))
 
             product = lifted
+    elif (factors := adapter_class(config).low_rank(config, *sizes, params)) is not None:
+        thin = _thin(factors)
+        exact, scaling = thin[0].shape[1], float(params["scaling"])
+
+        def given() -> tuple[np.ndarray, np.ndarray]:
+            return thin
+
+        product = given
 
     rank = getattr(config, "rank", 0)
     return Update(entry.path, *sizes, entry.is_embedding, what, kernel, product, exact, rank, scaling, config.dropout)
@@ -119,15 +112,6 @@ def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, l
         return np.asarray(method.dense(config, *sizes, params))
     base = (place.kernel()[place.index(layer)]).astype(jnp.float32)
     return np.asarray(method.merged_kernel(config, params, base) - base)
-
-
-def _around_diagonal(params: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """VeRA's and AdaLoRA's update as a product, the vectors multiplied in; without triplets that were pruned."""
-    if "vera_a" in params:
-        return params["vera_a"] * params["vera_d"], params["vera_b"] * params["vera_b_scale"]
-    used = params["lora_e"] != 0
-    used[0] |= not used.any()
-    return (params["lora_a"] * params["lora_e"])[:, used], params["lora_b"][used]
 
 
 def _thin(factors: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:

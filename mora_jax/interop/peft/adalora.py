@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,6 @@ from mora_jax.adapters.matching.targets import Place
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import (
-    FACTORS,
     PREFIX,
     Format,
     Target,
@@ -53,6 +53,8 @@ class AdaloraFormat(Format):
     fresh: bool = False
 
     peft_type: ClassVar[str] = "ADALORA"
+    methods: ClassVar[tuple[str, ...]] = ("adalora",)
+    tensor_names: ClassVar[Mapping[str, str]] = {"a": "lora_A", "b": "lora_B", "e": "lora_E"}
     refused: ClassVar[tuple[str, ...]] = (*LoraFormat.refused, "use_dora", "loftq_config")
     # PEFT inherits all of LoRA's fields, of which AdaLoRA reads few: r, alpha_pattern and use_rslora change nothing.
     fields: ClassVar[frozenset[str]] = LoraFormat.fields | {"init_r", *_SCHEDULE}
@@ -88,9 +90,6 @@ class AdaloraFormat(Format):
         lora_e[used] = target.read("e", (count, 1))[:, 0]
         lora_b[used] = target.read("b", (place.out_features, count)).T
         return AdapterValues(config, {"lora_a": lora_a, "lora_e": lora_e, "lora_b": lora_b})
-
-    def names(self, entry: AdapterEntry) -> dict[str, str]:
-        return FACTORS | {"a": "lora_A", "b": "lora_B"}
 
     def for_model(self, places: list[Place]) -> AdaloraFormat:
         values = [host(adapter_at(place).params()["lora_e"]) for place in places]

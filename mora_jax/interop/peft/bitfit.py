@@ -6,7 +6,8 @@ gradient of each of them is a product with the other, neither can be trained: su
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,7 +20,13 @@ from mora_jax.interop.peft.lora import LoraFormat, lora_fields, scaling_at
 
 
 class BitfitFormat(LoraFormat):
+    methods = ("bitfit",)
+    tensor_names: ClassVar[Mapping[str, str]] = {**LoraFormat.tensor_names, "added": "lora_B.bias"}
+    biases_alone = True
     refused = tuple(name for name in LoraFormat.refused if name != "lora_bias")
+
+    def holds(self, values: dict[str, Any]) -> bool:
+        return bool(values.get("lora_bias"))
 
     def check(self, values: dict[str, Any], where: str) -> None:
         super().check(values, where)

@@ -19,16 +19,7 @@ from mora_jax.interop.peft.ia3 import Ia3Format
 from mora_jax.interop.peft.lora import LoraFormat
 from mora_jax.interop.peft.vera import VeraFormat
 
-FORMATS: dict[str, Format] = {
-    form.peft_type: form for form in (LoraFormat(), VeraFormat(), Ia3Format(), AdaloraFormat())
-}
-# What methods are written as; LORA where nothing else is said.
-_WRITTEN: dict[str, Format] = {
-    "vera": FORMATS["VERA"],
-    "ia3": FORMATS["IA3"],
-    "adalora": FORMATS["ADALORA"],
-    "bitfit": BitfitFormat(),
-}
+FORMATS: tuple[Format, ...] = (BitfitFormat(), LoraFormat(), VeraFormat(), Ia3Format(), AdaloraFormat())
 _EXTRA = "peft_fields"  # the attribute of a model that holds fields of newer versions, as JSON
 
 
@@ -110,9 +101,11 @@ def format_of(values: dict[str, Any], where: str) -> Format:
         InputError: PEFT has it, or not, but it is not supported here.
     """
     kind = values.get("peft_type")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise InputError(f"{where}: peft_type must be one of {', '.join(FORMATS)}, found {kind!r}")
-    return _WRITTEN["bitfit"] if kind == "LORA" and values.get("lora_bias") else FORMATS[kind]
+    found = next((form for form in FORMATS if form.peft_type == kind and form.holds(values)), None)
+    if found is None:
+        known = dict.fromkeys(form.peft_type for form in FORMATS)
+        raise InputError(f"{where}: peft_type must be one of {', '.join(known)}, found {kind!r}")
+    return found
 
 
 def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
@@ -149,7 +142,7 @@ def _check_common(values: dict[str, Any], where: str) -> None:
 
 def format_for(method: str) -> Format:
     """The type that a method is written as."""
-    return _WRITTEN.get(method, FORMATS["LORA"])
+    return next(form for form in FORMATS if method in form.methods)
 
 
 def common_fields(form: Format, base: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +50,7 @@ class Target:
     Attributes:
         path: its module path.
         place, layer: where it is in the model.
-        names: its tensors' names in the file, by `FACTORS`.
+        names: its tensors' names in the file, by the keys of the type's `tensor_names`.
         files: the file.
         shared: arrays that all targets share, as the file has them.
     """
@@ -76,19 +76,33 @@ class Format:
         refused: those that, when set, change the function in a way that is not supported here.
         default_targets: what PEFT adapts in the families here where the config names nothing.
         bias_name: what its config calls the biases of adapted layers.
+        methods: what is written as this type, by `Adapter.file_method`.
+        tensor_names: what files call a target's values, by the short names that the methods below take.
+        embedding_names: those of a target that is an embedding table, where they differ.
+        shared_names: what files call the arrays that all targets share, which stand beside the model.
+        biases_alone: whether the type's adapters train biases and nothing else.
     """
 
     peft_type: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]]
+    tensor_names: ClassVar[Mapping[str, str]]
+    embedding_names: ClassVar[Mapping[str, str]] = {}
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    biases_alone: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]]
     refused: ClassVar[tuple[str, ...]] = ()
     default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
     bias_name: ClassVar[str] = "lora_only"
 
+    def holds(self, values: dict[str, Any]) -> bool:
+        """Whether a config of this `peft_type` is of this form; the first form that says so is taken."""
+        return True
+
     def check(self, values: dict[str, Any], where: str) -> None:
         """Raises `InputError` for fields of this type that have no meaning here."""
 
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
-        """Which tensors a target must have and which it may have, by `FACTORS`."""
+        """Which tensors a target must have and which it may have, by their keys in `tensor_names`."""
         raise NotImplementedError  # abstract: each type's file defines it
 
     def shared(
@@ -112,15 +126,15 @@ class Format:
         return self
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
-        """The tensors of one adapted matrix, by `FACTORS`."""
+        """The tensors of one adapted matrix, by their keys in `tensor_names`."""
         raise NotImplementedError  # abstract: each type's file defines it
 
     def names(self, entry: AdapterEntry) -> Mapping[str, str]:
         """How files call the tensors of `write`."""
-        return FACTORS
+        return {**self.tensor_names, **self.embedding_names} if entry.is_embedding else self.tensor_names
 
     def shared_of(self, places: list[Place]) -> dict[str, np.ndarray]:
-        """The tensors that adapters on these places share, by `SHARED`."""
+        """The tensors that adapters on these places share, by `shared_names`."""
         return {}
 
     def kept(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
@@ -221,109 +235,3 @@ def same(entries: list[AdapterEntry], name: str) -> Any:
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-# What the files call a value of an adapter, for matrices and for embedding tables, by its name here.
-FACTORS = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-    "added": "lora_B.bias",
-    "e": "lora_E",
-    "d": "vera_lambda_d",
-    "b_scale": "vera_lambda_b",
-    "l": "ia3_l",
-}
-EMBEDDING_FACTORS = FACTORS | {"a": "lora_embedding_A", "b": "lora_embedding_B"}
-# Of those that all modules share, which stand beside the model.
-SHARED_PREFIX, SHARED = "base_model.", ("vera_A", "vera_B")
-
-_FACTOR = re.compile(
-    r"(?P<path>.+)\.(?P<name>lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd]|ia3_l)"
-    r"(\.default)?(\.(?P<leaf>weight|bias))?"
-)
-_KINDS = {name.removesuffix(".weight"): kind for table in (FACTORS, EMBEDDING_FACTORS) for kind, name in table.items()}
-_SHARED = re.compile(rf"((base_model\.)?(model\.)?)(?P<name>{'|'.join(SHARED)})(\.default)?")
-_BASE = re.compile(r"(?P<path>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
-
-
-@dataclass
-class Stored:
-    """The tensors of an adapter's file.
-
-    Attributes:
-        factors: for each module path, the file's names by `FACTORS`.
-        shared: the file's names of what all modules share, by `SHARED`.
-        biases: for each module path, the file's name of its bias.
-        weights: for each module path, the file's name of its whole weight.
-        frozen: as `weights`, for the copies of base weights that PEFT saves beside adapters on embeddings.
-        others: by module path and name in one, the file's name of what may be another parameter of a module.
-    """
-
-    factors: dict[str, dict[str, str]] = field(default_factory=dict)
-    shared: dict[str, str] = field(default_factory=dict)
-    biases: dict[str, str] = field(default_factory=dict)
-    weights: dict[str, str] = field(default_factory=dict)
-    frozen: dict[str, str] = field(default_factory=dict)
-    others: dict[str, str] = field(default_factory=dict)
-
-
-def stored_tensors(files: TensorFiles) -> Stored:
-    """Sorts the tensors of a file by what they belong to; names may lack PEFT's prefix or carry an adapter's name.
-
-    Raises:
-        InputError: a name that is none of PEFT's, or two for one thing.
-    """
-    found = Stored()
-    for name in sorted(files.shapes):
-        if (shared := _SHARED.fullmatch(name)) is not None:
-            _put(found.shared, shared["name"], name, files)
-            continue
-        group, path, kind = meaning(name)
-        if group == "factors":
-            _put(found.factors.setdefault(path, {}), kind, name, files)
-        elif not group:
-            raise unknown(files, name)
-        elif group == "others":
-            _put(found.others, f"{path}.{kind}", name, files)
-        else:
-            _put(getattr(found, group), path, name, files)
-    return found
-
-
-def meaning(name: str) -> tuple[str, str, str]:
-    """What a tensor's name says: the attribute of `Stored`, the module path, and what it is of the module.
-
-    The last is a factor's name in `FACTORS`, or the name of another parameter, else empty. The first is empty for a
-    name that is none of PEFT's.
-    """
-    factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
-    if factor is not None:
-        kind = _kind(factor["name"], factor["leaf"])
-        return ("", "", "") if kind is None else ("factors", factor["path"].removeprefix(PREFIX), kind)
-    if base is None:
-        path, dot, leaf = name.rpartition(".")
-        return ("others", path.removeprefix(PREFIX), leaf) if dot else ("", "", "")
-    group = "biases" if base["leaf"] == "bias" else "frozen" if base["inner"] else "weights"
-    return group, base["path"].removeprefix(PREFIX), ""
-
-
-def base_name(name: str) -> str:
-    """What a file's tensor is called in base checkpoints; a factor's name means nothing there."""
-    group, path, leaf = meaning(name)
-    ends = {"weights": "weight", "biases": "bias"}
-    return f"{path}.{ends.get(group, leaf)}"
-
-
-def unknown(files: TensorFiles, name: str) -> InputError:
-    return InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
-
-
-def _kind(name: str, leaf: str | None) -> str | None:
-    """What a factor is called here; None for a bias that no method has."""
-    return _KINDS[name] if leaf != "bias" else _KINDS.get(f"{name}.bias")
-
-
-def _put(place: dict[str, str], key: str, name: str, files: TensorFiles) -> None:
-    if key in place:
-        raise InputError(f"{files.folder}: tensors {place[key]} and {name} are the same factor")
-    place[key] = name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ _FEEDFORWARD = ("down_proj",)
 
 class Ia3Format(Format):
     peft_type = "IA3"
+    methods = ("ia3",)
+    tensor_names: ClassVar[Mapping[str, str]] = {"l": "ia3_l"}
     fields = frozenset({"feedforward_modules", "init_ia3_weights"})
     default_targets = ("k_proj", "v_proj", "down_proj")
 

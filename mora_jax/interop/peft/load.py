@@ -14,7 +14,7 @@ from flax import nnx
 
 from mora_jax.adapters.attach import undone_on_error
 from mora_jax.adapters.base import host
-from mora_jax.adapters.config import LoRAConfig
+from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.matching.targets import Place, by_path, has_adapter, places
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, first, install
@@ -22,16 +22,13 @@ from mora_jax.interop.hub import local_folder
 from mora_jax.interop.peft.config import AdapterFile, format_of, keep_extra_fields, read_adapter_config
 from mora_jax.interop.peft.format import (
     CONFIG_NAME,
-    FACTORS,
     WEIGHTS_NAME,
-    Stored,
     Target,
     read_tensor,
-    stored_tensors,
-    unknown,
 )
 from mora_jax.interop.peft.normalise import trained_as
 from mora_jax.interop.peft.restarted_base import has_own_base, own_base, with_kind
+from mora_jax.interop.peft.stored import Stored, stored_tensors, unknown
 from mora_jax.interop.safetensors_io import TensorFiles
 from mora_jax.interop.tensor_map import (
     base_bias,
@@ -54,7 +51,7 @@ def load_adapter(
     *,
     strict: bool = False,
     kind: str | None = None,
-    method: LoRAConfig | None = None,
+    method: MethodConfig | None = None,
 ) -> None:
     """Attaches the adapter in a PEFT folder to a model and fills it with the folder's values.
 
@@ -120,7 +117,7 @@ def load_adapter(
 
 
 def _trained_as(
-    values_by_path: dict[str, AdapterValues], method: LoRAConfig, found: list[Place]
+    values_by_path: dict[str, AdapterValues], method: MethodConfig, found: list[Place]
 ) -> dict[str, AdapterValues]:
     changed = {}
     for place in found:
@@ -134,7 +131,7 @@ def _trained_as(
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of the tensors in a PEFT folder: by module path, then by `FACTORS`.
+    """The shapes of the tensors in a PEFT folder: by module path, then by the keys of `Format.tensor_names`.
 
     Raises:
         InputError: the folder is incomplete, or a name is none of PEFT's.
@@ -228,20 +225,17 @@ def _check_factors(stored: Stored, chosen: Chosen, file: AdapterFile) -> None:
             f"{file.where}: the tensors of {len(extra)} modules belong to no target that the model has: {first(extra)}"
         )
     needed, allowed = file.format.tensors(file.values)
+    short = {kind: name.removesuffix(".weight") for kind, name in file.format.tensor_names.items()}
     missing, unwanted = [], []
     for path in chosen:
         have = set(stored.factors.get(path, ()))
         if needed - have:
-            missing.append(f"{path} ({', '.join(_short(kind) for kind in sorted(needed - have))})")
+            missing.append(f"{path} ({', '.join(short[kind] for kind in sorted(needed - have))})")
         unwanted += [stored.factors[path][kind] for kind in sorted(have - allowed)]
     if missing:
         raise InputError(f"{file.where}: {len(missing)} targets lack tensors: {first(missing)}")
     if unwanted:
         raise InputError(f"{file.where}: by its config the adapter has no {first(unwanted)}")
-
-
-def _short(kind: str) -> str:
-    return FACTORS[kind].removesuffix(".weight")
 
 
 def _add_biases(

@@ -24,8 +24,6 @@ from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import (
-    EMBEDDING_FACTORS,
-    FACTORS,
     Format,
     Target,
     check_regex,
@@ -48,6 +46,13 @@ _FROM_BASE = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 
 class LoraFormat(Format):
     peft_type = "LORA"
+    methods: ClassVar[tuple[str, ...]] = ("lora", "rslora", "mora")
+    tensor_names: ClassVar[Mapping[str, str]] = {
+        "a": "lora_A.weight",
+        "b": "lora_B.weight",
+        "magnitude": "lora_magnitude_vector",
+    }
+    embedding_names: ClassVar[Mapping[str, str]] = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
     refused: ClassVar[tuple[str, ...]] = (
         "alora_invocation_tokens",
         "arrow_config",
@@ -136,9 +141,6 @@ class LoraFormat(Format):
             arrays["magnitude"] = target.read("magnitude", (place.out_features,))
         return AdapterValues(config, arrays)
 
-    def names(self, entry: AdapterEntry) -> Mapping[str, str]:
-        return EMBEDDING_FACTORS if entry.is_embedding else FACTORS
-
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         params = entry.params
         tensors: dict[str, np.ndarray] = {}
@@ -167,7 +169,7 @@ class LoraFormat(Format):
             raise InputError("one folder holds LoRA with or without DoRA's magnitude, but the model has both")
         # From the scaling that is really used, which may differ by layer.
         scalings = {entry.path: float(entry.params["scaling"]) for entry in entries}
-        power = 0.5 if isinstance(config, RsLoRAConfig) else 1.0
+        power = config.scale_power
         alpha_of = {entry.path: _alpha(scalings[entry.path], entry.config.rank, power) for entry in entries}
         alpha = _alpha(collections.Counter(scalings.values()).most_common(1)[0][0], rank, power)
         alphas = pattern_for(alpha_of, alpha)

@@ -20,20 +20,16 @@ from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.trainable_base import named_modules
 from mora_jax.errors import InputError
 from mora_jax.interop.atomic_folder import new_folder
-from mora_jax.interop.peft.bitfit import BitfitFormat
 from mora_jax.interop.peft.config import common_fields, extra_fields, format_for
 from mora_jax.interop.peft.format import (
     CONFIG_NAME,
-    FACTORS,
     PREFIX,
-    SHARED_PREFIX,
     WEIGHTS_NAME,
     Format,
-    base_name,
-    meaning,
 )
 from mora_jax.interop.peft.normalise import file_method, plain
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
+from mora_jax.interop.peft.stored import SHARED_PREFIX, base_name, meaning
 from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.interop.save import tensors_of, write_model
 from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, trained_weights
@@ -153,7 +149,7 @@ def _format(model: nnx.Module) -> tuple[Format, list[Place]]:
     adapted = [place for place in places(model) if has_adapter(place)]
     if not adapted:
         raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
-    main = [place for place in adapted if adapter_at(place).method != "bitfit"] or adapted
+    main = [place for place in adapted if not adapter_at(place).config.biases_alone] or adapted
     methods = sorted({file_method(adapter_at(place)) for place in main})
     if len(methods) == 1 and len(main) < len(adapted) and adapter_at(main[0]).config.bias != "all":
         methods = ["bitfit", *methods]
@@ -163,7 +159,7 @@ def _format(model: nnx.Module) -> tuple[Format, list[Place]]:
 
 
 def _is_main(entry: AdapterEntry, form: Format) -> bool:
-    return entry.method != "bitfit" or isinstance(form, BitfitFormat)
+    return not entry.config.biases_alone or form.biases_alone
 
 
 def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
@@ -176,7 +172,8 @@ def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, d
         tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
         if entry.is_embedding and _tied(model):
             head = f"{PREFIX}{_head(model)}"
-            tensors |= {f"{head}.{FACTORS['a']}": found["b"].T, f"{head}.{FACTORS['b']}": found["a"].T}
+            a, b = form.tensor_names["a"], form.tensor_names["b"]
+            tensors |= {f"{head}.{a}": found["b"].T, f"{head}.{b}": found["a"].T}
         if "bias" in entry.params and "added" not in found:
             inner = "base_layer.bias" if main else "bias"
             tensors[f"{path}.{inner}"] = base_bias(*where[entry.path]) + entry.params["bias"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from mora_jax.adapters.methods.vera import projections
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import (
-    SHARED,
     Format,
     Target,
     first_of,
@@ -30,6 +29,9 @@ from mora_jax.interop.safetensors_io import TensorFiles
 
 class VeraFormat(Format):
     peft_type = "VERA"
+    methods = ("vera",)
+    tensor_names: ClassVar[Mapping[str, str]] = {"d": "vera_lambda_d", "b_scale": "vera_lambda_b"}
+    shared_names = ("vera_A", "vera_B")
     fields = frozenset({"d_initial", "init_weights", "projection_prng_key", "r", "save_projection", "vera_dropout"})
     bias_name = "vera_only"
 
@@ -59,7 +61,7 @@ class VeraFormat(Format):
                 )
             drawn = projections(rank, least, seed)
             return {"vera_A": drawn[0].T, "vera_B": drawn[1].T}
-        absent = [name for name in SHARED if name not in names]
+        absent = [name for name in self.shared_names if name not in names]
         if absent:
             raise InputError(f"{files.folder}: save_projection is true, but {' and '.join(absent)} are missing")
         arrays = {}

@@ -45,7 +45,8 @@ def _declared() -> Iterator[tuple[str, Any, Any]]:
         elif "unset" in metadata:
             doc = f"{doc[:-1]}; none: {metadata['unset']}."
         choices = metadata.get("run_choices", metadata.get("choices")) if kind is str else None
-        limits = {} if choices or name not in NUMBERS else NUMBERS[name].bounds
+        limited = not choices and (name in NUMBERS or "limits" in metadata)
+        limits = first.limits(name).bounds if limited else {}
         yield name, kind | None if default is None else kind, key(default, doc, choices=choices, **limits)
 
 

@@ -1,0 +1,109 @@
+"""The tensors of a PEFT folder, sorted by what their names say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from mora_jax.errors import InputError
+from mora_jax.interop.peft.config import FORMATS
+from mora_jax.interop.peft.format import PREFIX
+from mora_jax.interop.safetensors_io import TensorFiles
+
+SHARED_PREFIX = "base_model."  # of what all modules share, which stands beside the model
+
+# What all types' files call a value of an adapter, and what it is called here.
+_KINDS = {
+    name.removesuffix(".weight"): kind
+    for form in FORMATS
+    for table in (form.tensor_names, form.embedding_names)
+    for kind, name in table.items()
+}
+_NAMES = sorted({name.removesuffix(".bias") for name in _KINDS})
+_FACTOR = re.compile(rf"(?P<path>.+)\.(?P<name>{'|'.join(_NAMES)})(\.default)?(\.(?P<leaf>weight|bias))?")
+_SHARED_NAMES = sorted({name for form in FORMATS for name in form.shared_names})
+_SHARED = re.compile(rf"((base_model\.)?(model\.)?)(?P<name>{'|'.join(_SHARED_NAMES)})(\.default)?")
+_BASE = re.compile(r"(?P<path>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
+
+
+@dataclass
+class Stored:
+    """The tensors of an adapter's file.
+
+    Attributes:
+        factors: for each module path, the file's names by the keys of `Format.tensor_names`.
+        shared: the file's names of what all modules share, by `Format.shared_names`.
+        biases: for each module path, the file's name of its bias.
+        weights: for each module path, the file's name of its whole weight.
+        frozen: as `weights`, for the copies of base weights that PEFT saves beside adapters on embeddings.
+        others: by module path and name in one, the file's name of what may be another parameter of a module.
+    """
+
+    factors: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+
+def stored_tensors(files: TensorFiles) -> Stored:
+    """Sorts the tensors of a file by what they belong to; names may lack PEFT's prefix or carry an adapter's name.
+
+    Raises:
+        InputError: a name that is none of PEFT's, or two for one thing.
+    """
+    found = Stored()
+    for name in sorted(files.shapes):
+        if (shared := _SHARED.fullmatch(name)) is not None:
+            _put(found.shared, shared["name"], name, files)
+            continue
+        group, path, kind = meaning(name)
+        if group == "factors":
+            _put(found.factors.setdefault(path, {}), kind, name, files)
+        elif not group:
+            raise unknown(files, name)
+        elif group == "others":
+            _put(found.others, f"{path}.{kind}", name, files)
+        else:
+            _put(getattr(found, group), path, name, files)
+    return found
+
+
+def meaning(name: str) -> tuple[str, str, str]:
+    """What a tensor's name says: the attribute of `Stored`, the module path, and what it is of the module.
+
+    The last is a factor's key in `Format.tensor_names`, or the name of another parameter, else empty. The first is
+    empty for a name that is none of PEFT's.
+    """
+    factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
+    if factor is not None:
+        kind = _kind(factor["name"], factor["leaf"])
+        return ("", "", "") if kind is None else ("factors", factor["path"].removeprefix(PREFIX), kind)
+    if base is None:
+        path, dot, leaf = name.rpartition(".")
+        return ("others", path.removeprefix(PREFIX), leaf) if dot else ("", "", "")
+    group = "biases" if base["leaf"] == "bias" else "frozen" if base["inner"] else "weights"
+    return group, base["path"].removeprefix(PREFIX), ""
+
+
+def base_name(name: str) -> str:
+    """What a file's tensor is called in base checkpoints; a factor's name means nothing there."""
+    group, path, leaf = meaning(name)
+    ends = {"weights": "weight", "biases": "bias"}
+    return f"{path}.{ends.get(group, leaf)}"
+
+
+def unknown(files: TensorFiles, name: str) -> InputError:
+    return InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
+
+
+def _kind(name: str, leaf: str | None) -> str | None:
+    """What a factor is called here; None for a bias that no method has."""
+    return _KINDS[name] if leaf != "bias" else _KINDS.get(f"{name}.bias")
+
+
+def _put(place: dict[str, str], key: str, name: str, files: TensorFiles) -> None:
+    if key in place:
+        raise InputError(f"{files.folder}: tensors {place[key]} and {name} are the same factor")
+    place[key] = name
