@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for given, flag in others:
             if given:
-                raise InputError(f"{flag} can't be given with --resume, which goes on as the run's config.json says")
+                raise InputError(f"{flag} can't be given with --resume, which continues as the run's config.json says")
         return together(args, args.resume, lambda display: _resume(args, profile, display))
     from mora_jax.training.config.load import load_config
 

@@ -26,7 +26,7 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
     """Puts adapters on the layers of models that run inside the context; their code stays as it is.
 
     Inside, `model.init` makes the collection `adapters` beside `params`, and `model.apply` uses it; the names in
-    `params` are those of the plain model. Outside, `apply` passes over the collection without a word. A function under
+    `params` are those of the plain model. Outside, `apply` silently ignores the collection. A function under
     `jax.jit` is compiled once for inside and once for outside.
 
     Adapters go on `nn.Dense`, `nn.DenseGeneral` (so on the projections of `nn.MultiHeadDotProductAttention` and its

@@ -21,11 +21,11 @@ class Spread(Protocol):
 
     @property
     def cuts_weights(self) -> bool:
-        """Whether weights are cut at all, and not only rows."""
+        """Whether weights are sharded at all, and not only rows."""
         ...
 
     def rows(self, x: Array, *, folded: bool = False) -> Array:
-        """`x [B, …]` with its rows cut over the devices that share the batch, and whole otherwise.
+        """`x [B, …]` with its rows sharded over the devices that share the batch, and whole otherwise.
 
         With `folded` the rows are those of `fold`.
         """
@@ -55,7 +55,7 @@ class Spread(Protocol):
         ...
 
     def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
-        """Which axis of a kernel `[in, …]` of several output axes has to come first among them: the one that is cut."""
+        """Which axis of a kernel `[in, …]` of several output axes has to come first: the one that is sharded."""
         ...
 
     def gathered(self, array: Array, axes: Axes) -> Array:

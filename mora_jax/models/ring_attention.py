@@ -1,4 +1,4 @@
-"""Causal attention of rows that are cut along their length over a ring of devices.
+"""Causal attention of rows that are sharded along their length over a ring of devices.
 
 Keys and values travel around the ring (Liu et al., 2023, arXiv 2310.01889); each device holds one share of them at a
 time and carries its queries' softmax on (flash_attention.py), so that memory is that of one share. The backward pass

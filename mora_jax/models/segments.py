@@ -47,9 +47,9 @@ def _runs(segment_ids: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array, ja
     segment_ids = jnp.asarray(segment_ids, jnp.int32)
     places = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
     ids, order = lax.sort((segment_ids, places), dimension=1, num_keys=1, is_stable=True)
-    border = ids[:, 1:] != ids[:, :-1]
-    opens = jnp.pad(border, ((0, 0), (1, 0)), constant_values=True)[:, : ids.shape[1]]
-    closes = jnp.pad(border, ((0, 0), (0, 1)), constant_values=True)[:, : ids.shape[1]]
+    boundary = ids[:, 1:] != ids[:, :-1]
+    opens = jnp.pad(boundary, ((0, 0), (1, 0)), constant_values=True)[:, : ids.shape[1]]
+    closes = jnp.pad(boundary, ((0, 0), (0, 1)), constant_values=True)[:, : ids.shape[1]]
     first = lax.cummax(jnp.where(opens, places, 0), axis=1)
     last = lax.cummin(jnp.where(closes, places, ids.shape[1] - 1), axis=1, reverse=True)
     return places, first, last, order

@@ -96,7 +96,7 @@ def _why_formula(tries: int, topology: Topology) -> str:
 
 
 def _smallest(config: Config, values: dict[str, Any], topology: Topology) -> str | None:
-    """The smallest larger slice that holds the run with every array cut over all chips, one row a chip."""
+    """The smallest larger slice that holds the run with every array sharded over all chips, one row a chip."""
     for other in larger(topology):
         settings: dict[str, Any] = {"mesh.data": 1, "mesh.fsdp": other.chips, "mesh.tensor": 1, "mesh.context": 1}
         settings |= {"model.remat": "full", "train.batch_size": other.chips, "train.micro_batch_size": other.chips}

@@ -35,7 +35,7 @@ class Traced:
         flops: of its matrix products.
         bytes: operands and results of its matrix products.
         saved: bytes that the forward pass keeps for the backward pass, over all layers.
-        uncut: those of them that no axis but those of rows cuts: in arrays as wide as the residual stream, and in
+        uncut: those of them that no axis but those of rows shards: in arrays as wide as the residual stream, and in
             inputs that MoRA has put together in rows of its matrix's side.
         layer: most bytes alive at once inside a layer.
         head: most bytes alive at once in the vocabulary loss.

@@ -7,12 +7,12 @@ Per chip:
 - *temp*: the gradients of what is trained (twice with several micro-batches), and the larger of two moments. In a
   layer's backward pass: what is alive in the layer, and under `fsdp` the weights of two layers gathered (this one and
   the next). In the loss: what is alive there. The output head is gathered before and stays. Under `tensor` also a copy
-  of the frozen kernels that hold several matrices: TPUs turn them once a step, so that the axis that is cut leads.
+  of the frozen kernels that hold several matrices: TPUs turn them once a step, so that the axis that is sharded leads.
   (Under `fsdp` alone they may too: docs/plan.md says what that leaves out, and what makes up for it.)
 
-Along `tensor` everything is cut but arrays as wide as the residual stream and what MoRA makes of its inputs, along
-`context` everything. MoRA mixes all features, so what is cut along `tensor` is sent to all who share it: inputs and the
-outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. What is offloaded to the host
+Along `tensor` everything is sharded but arrays as wide as the residual stream and what MoRA makes of its inputs, along
+`context` everything. MoRA mixes all features, so what is sharded along `tensor` is sent to all who share it: inputs and
+the outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. What is offloaded to the host
 counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations,
 is not in it: `benchmarks/results/plan.md` has a table of how far off that leaves it.
 """
@@ -177,7 +177,7 @@ def _bytes_held(tree: Any, shardings: dict[str, NamedSharding], whole: NamedShar
 
 
 def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> float:
-    """Bytes of all layers' matrices as layers use them: whole along `fsdp`, cut along `tensor`. Quantised ones are
+    """Bytes of all layers' matrices as layers use them: whole along `fsdp`, sharded along `tensor`. Quantised ones are
     gathered as they are."""
     total = 0.0
     for state in states:
@@ -196,7 +196,7 @@ def _projections(model: Decoder) -> list[tuple[str, Projection]]:
 
 
 def _turned(placement: Placement, model: Decoder, kept: dict[str, Any]) -> float:
-    """Bytes of the frozen kernels of several matrices, which are copied where `tensor` cuts them."""
+    """Bytes of the frozen kernels of several matrices, which are copied where `tensor` shards them."""
     total = 0.0
     if placement.mesh.shape["tensor"] == 1:
         return total
@@ -209,7 +209,7 @@ def _turned(placement: Placement, model: Decoder, kept: dict[str, Any]) -> float
 
 
 def _mixed(placement: Placement, model: Decoder, width: int, remat: str) -> float:
-    """Bytes a token that a device sends in a layer because MoRA mixes features which `tensor` cuts."""
+    """Bytes a token that a device sends in a layer because MoRA mixes features which `tensor` shards."""
     tensor = placement.mesh.shape["tensor"]
     inputs, outputs = 0, 0
     for _, projection in _projections(model):
@@ -283,8 +283,8 @@ def _collectives(
     config: Config,
 ) -> tuple[Collective, ...]:
     """Gathers of weights along `fsdp` and `context`, forward and backward; sums of gradients; sums of activations along
-    `tensor`, float32, one for each product over a cut axis; keys and values around the ring of `context`, forward and
-    backward, there with their gradients."""
+    `tensor`, float32, one for each product over a sharded axis; keys and values around the ring of `context`, forward
+    and backward, there with their gradients."""
     tensor, context, gathering = axes["tensor"], axes["context"], axes["fsdp"] * axes["context"]
     sharing = axes["data"] * gathering
     count, found = decoder.num_layers, []

@@ -13,7 +13,7 @@ from mora_jax.planning.topology import Topology
 from mora_jax.training.config.schema import QUANTIZE, Config, check_quantize, lay_over
 from mora_jax.training.sharding.mesh import AXES
 
-#: What is tried first, and where nothing of it fits: the layers' inputs on the host, rows cut along their length.
+#: What is tried first, and where nothing of it fits: the layers' inputs on the host, rows split along their length.
 _REMAT, _LAST_REMAT = ("none", "dots", "full"), ("full", "offload")
 _ROWS = (1, 2, 4, 8, 16)  # of a micro-batch, on the devices that share one row's place
 #: Room that a plan by formula leaves before it is recommended: as much as the formula is off at most (docs/plan.md).
@@ -70,7 +70,7 @@ def recommend(config: Config, values: dict[str, Any], topology: Topology) -> lis
     """Every way that fits by formula with some room, the fastest first.
 
     A base in fewer bits than was asked for is looked at only where nothing else fits: `int8` first, then `nf4`.
-    Of ways that come out alike to two digits the simpler one leads: fewer axes cut, then less remat, then fewer rows.
+    Of ways that come out alike to two digits the simpler one leads: fewer sharded axes, less remat, fewer rows.
     """
     for held, last in itertools.product(formats(config), (False, True)):
         found = []

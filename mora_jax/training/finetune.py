@@ -134,13 +134,13 @@ def finetune(
         learning_rate: its peak; None: the default of `optimizer.learning_rate`.
         out: the run directory; None writes nothing, no tokens into the cache either.
         callbacks: each is called with every row of metrics, of steps and of evaluations, in order; one that returns
-            True ends the training after the step at hand.
+            True ends the training after the current step.
         config: any other keys of the configuration by dotted name: `{"data.max_length": 128}`.
         overwrite: replace a run that is in `out`.
         display: what is shown; None: a live bar on a terminal or in a notebook, plain lines elsewhere.
 
     Returns:
-        The trained model with its metrics. An interrupt ends the training after the step at hand, and what was
+        The trained model with its metrics. An interrupt ends the training after the current step, and what was
         trained until then is returned.
 
     Raises:

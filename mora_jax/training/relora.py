@@ -94,8 +94,8 @@ def prune(array: Array, share: float) -> Array:
     if share == 1:
         return jnp.zeros_like(array)
     size = jnp.abs(array)
-    border = jnp.quantile(size, share, axis=(-2, -1) if array.ndim > 2 else None, keepdims=True)
-    return jnp.where(size > border, array, 0)
+    threshold = jnp.quantile(size, share, axis=(-2, -1) if array.ndim > 2 else None, keepdims=True)
+    return jnp.where(size > threshold, array, 0)
 
 
 def prune_moments(optimizer_state: Any, arrays: Arrays, names: Iterable[str], share: float) -> Any:

@@ -127,7 +127,7 @@ class Setup:
             causes = ", ".join(f"{count} {CAUSES[cause]}" for cause, count in report.dropped.items())
             notes.append(f"{sum(report.dropped.values())} of {report.rows} rows dropped: {causes}")
         if report.truncated:
-            notes.append(f"{report.truncated} rows were cut to {self.train.max_length} tokens")
+            notes.append(f"{report.truncated} rows were truncated to {self.train.max_length} tokens")
         if report.split:
             notes.append(f"{report.split} rows were split into examples of {self.train.max_length} tokens or fewer")
         if first_step == 0 and (advice := self.padding_advice()) is not None:

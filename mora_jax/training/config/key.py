@@ -24,8 +24,8 @@ TYPE_NAMES = {
     int: "an integer",
     float: "a number",
     bool: "true or false",
-    str: "a text",
-    TEXTS: "a list of texts",
+    str: "a string",
+    TEXTS: "a list of strings",
     INTS: "a list of integers",
 }
 

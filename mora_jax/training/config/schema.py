@@ -93,7 +93,7 @@ class DataConfig:
     max_length: int = key(512, "Longest example in tokens.", at_least=2)
     truncation: str = key(
         "right",
-        "Longer examples: right or left cuts that end, prompt_first keeps the last answer, split makes several, "
+        "Longer examples: right or left removes that end, prompt_first keeps the last answer, split makes several, "
         "drop leaves them out.",
         choices=("right", "left", "prompt_first", "split", "drop"),
     )
@@ -211,8 +211,8 @@ class MeshConfig:
     """Section `mesh`: how the devices are used. Rows of a batch are shared by data × fsdp devices."""
 
     data: int = key(-1, "Devices that share rows, each with its own weights; -1: the rest.", at_least=1, extra=-1)
-    fsdp: int = key(1, "Devices that share rows and cut the weights between them; -1: the rest.", at_least=1, extra=-1)
-    tensor: int = key(1, "Devices that cut heads, MLP and vocabulary between them; -1: the rest.", at_least=1, extra=-1)
+    fsdp: int = key(1, "Devices that share rows and shard the weights; -1: the rest.", at_least=1, extra=-1)
+    tensor: int = key(1, "Devices that shard heads, MLP and vocabulary; -1: the rest.", at_least=1, extra=-1)
     context: int = key(
         1, "Devices that share each row along its length, for long inputs; -1: the rest.", at_least=1, extra=-1
     )

@@ -1,7 +1,7 @@
 """A run of several processes: how they find each other, agree, and end.
 
 Every process runs the same program on its own devices and its own rows of each batch. Process 0 alone writes the run's
-files and speaks to the user. One process can't go on without the others: what ends one ends all (see peer_monitor.py).
+files and prints. One process can't run without the others: what ends one ends all (see peer_monitor.py).
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _names(cluster: Cluster) -> list[str]:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and speaks to the user."""
+    """Whether this process writes files and prints."""
     return jax.process_index() == 0
 
 

@@ -1,4 +1,4 @@
-"""Stop when the system or the user asks for it: a command at once and cleanly, a run at a step's border."""
+"""Stop when the system or the user asks for it: a command at once and cleanly, a run at a step boundary."""
 
 from __future__ import annotations
 

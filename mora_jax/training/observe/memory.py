@@ -1,4 +1,4 @@
-"""Memory: of the devices while a run goes on, and of a compiled step as the compiler planned it."""
+"""Memory: of the devices during a run, and of a compiled step as the compiler planned it."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 Every parameter names its logical axes (`axes` in its metadata). Three things follow for it:
 
-- *stored*: matrices are cut along `fsdp`, `context` and `tensor`, so no device holds the whole base. Gradients and
-  optimizer states lie like the parameters they belong to.
-- *used*: inside the layer that needs it a matrix is gathered along `fsdp` and `context` and stays cut along `tensor`.
-- rows of a batch are cut along `data` and `fsdp`, and so is the residual stream. With `context` each row is cut along
-  its length as well: it is folded into that many shorter rows, which only attention puts together again
+- *stored*: matrices are sharded along `fsdp`, `context` and `tensor`, so no device holds the whole base. Gradients and
+  optimizer states are sharded like the parameters they belong to.
+- *used*: inside the layer that needs it a matrix is gathered along `fsdp` and `context` and stays sharded along
+  `tensor`.
+- rows of a batch are sharded along `data` and `fsdp`, and so is the residual stream. With `context` each row is sharded
+  along its length as well: it is folded into that many shorter rows, which only attention puts together again
   (ring_attention.py).
 """
 
@@ -29,8 +30,8 @@ from mora_jax.training.state import dotted
 Array = jax.Array
 Axes = tuple[str | None, ...]
 
-# Logical axis of an array → mesh axes. A LoRA rank is never cut; the square matrix of MoRA is cut along `fsdp` in
-# storage alone, where it pays: its optimizer state is as large as LoRA's.
+# Logical axis of an array → mesh axes. A LoRA rank is never sharded; the square matrix of MoRA is sharded along `fsdp`
+# in storage alone, where it pays: its optimizer state is as large as LoRA's.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "layers": (),
@@ -69,7 +70,7 @@ class Placement:
     def of(cls, mesh: Mesh, *states: nnx.State) -> Placement:
         """For the states of a split model (their arrays may be shapes alone).
 
-        An axis is cut along `tensor` in every array that has it or in none: query heads of a kernel and of the
+        An axis is sharded along `tensor` in every array that has it or in none: query heads of a kernel and of the
         adapter beside it would else lie on different devices.
         """
         sizes: dict[str, int] = {}
@@ -86,11 +87,11 @@ class Placement:
 
     @property
     def cuts_weights(self) -> bool:
-        """Whether weights are cut at all, and not only rows."""
+        """Whether weights are sharded at all, and not only rows."""
         return math.prod(self.mesh.shape[axis] for axis in (*_GATHERED, "tensor")) > 1
 
     def notes(self) -> list[str]:
-        """What the mesh can't cut, in words."""
+        """What the mesh can't shard, in words."""
         tensor = self.mesh.shape["tensor"]
         return [
             f"{axis} ({size}) doesn't divide over mesh.tensor={tensor}: every device of that axis computes all of it"
@@ -112,12 +113,12 @@ class Placement:
     def stored(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """Of a parameter where it is kept, of its gradient and its optimizer state.
 
-        A matrix whose own axis doesn't divide is cut along another that does, the width first.
+        A matrix whose own axis doesn't divide is sharded along another that does, the width first.
         """
         return self.sharding(*self._stored(axes, shape))
 
     def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
-        """Which axis of a kernel `[in, …]` has to stand at place 1 for its flattened columns to be cut in blocks.
+        """Which axis of a kernel `[in, …]` has to stand at place 1 for its flattened columns to be sharded in blocks.
 
         Factors of adapters are taken as they are, in slots too.
         """
@@ -150,7 +151,7 @@ class Placement:
                 return
 
     def _cut(self, axes: Axes, shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:
-        """For each axis of an array `(name,)` where the table cuts it along that mesh axis, else `()`."""
+        """For each axis of an array `(name,)` where the table shards it along that mesh axis, else `()`."""
         entries: list[tuple[str, ...]] = [()] * len(axes)
         undivided = {axis for axis, _ in self.undivided}
         count = self.mesh.shape[name]
@@ -161,7 +162,7 @@ class Placement:
         return entries
 
     def rows(self, x: Array, *, folded: bool = False) -> Array:
-        """Keeps `x [B, …]` cut by rows and whole otherwise; rows that can't be shared evenly stay as they are.
+        """Keeps `x [B, …]` sharded by rows and whole otherwise; rows that can't be shared evenly stay as they are.
 
         With `folded` these are the shorter rows of `fold`.
         """
@@ -214,8 +215,9 @@ class Placement:
             return self.rows(table(ids))
         found = table(constrain(ids, self.sharding(groups)))
         found = constrain(found, self.sharding(groups, None, columns))
-        # One exchange after the other, the innermost cut first: the partitioner can't do several in one. Columns cut
-        # along `tensor` come together, those along `context` become a cut along the length, those of `fsdp` of rows.
+        # One exchange after the other, the innermost axis first: the partitioner can't do several in one. Columns that
+        # are sharded along `tensor` are gathered, those along `context` become shards of the length, those of `fsdp`
+        # shards of rows.
         columns = tuple(axis for axis in columns if axis != "tensor")
         found = constrain(found, self.sharding(groups, None, columns))
         columns = tuple(axis for axis in columns if axis != _CONTEXT)
@@ -229,7 +231,7 @@ class Placement:
 
 
 def _described(states: tuple[nnx.State, ...]) -> Iterator[tuple[str, Axes, tuple[int, ...]]]:
-    """Dotted path, logical axes and shape of every array; an array without names has no axis that is ever cut."""
+    """Dotted path, logical axes and shape of every array; an array without names has no axis that is ever sharded."""
     for state in states:
         for path, variable in nnx.to_flat_state(state):
             shape = tuple(variable.get_value().shape)

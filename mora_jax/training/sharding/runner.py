@@ -88,7 +88,7 @@ class JitRunner(Runner):
 
     Args:
         step: the pure step, made for `placement` where `shardings` are given.
-        mesh: the mesh; rows of a batch are cut along `data` and `fsdp`.
+        mesh: the mesh; rows of a batch are sharded along `data` and `fsdp`.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
             None everything, is on every device.
     """
@@ -122,7 +122,7 @@ class JitRunner(Runner):
         return moments_on_host(places(tree, self._shardings, self._whole))
 
     def place(self, tree: Any) -> Any:
-        """State or frozen arrays, cut as the table says."""
+        """State or frozen arrays, sharded as the table says."""
         return put(tree, self.places(tree))
 
     def share(self, rows: int) -> tuple[int, ...] | None:
@@ -159,7 +159,7 @@ def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding)
 
 
 def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
-    """Whether an array of this shape can be cut so; factored moments, say, have another."""
+    """Whether an array of this shape can be sharded so; factored moments, say, have another."""
     if len(sharding.spec) > len(shape):
         return False
     for size, entry in zip(shape, sharding.spec, strict=False):

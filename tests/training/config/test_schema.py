@@ -180,7 +180,7 @@ def test_bad_overrides_name_key_value_and_what_is_allowed(name, text, words):
         ("adapter.alpha = 'big'", ["number"]),
         ("adapter.targets = ()", ["targets"]),
         ("adapter.targets = ('q_proj', 3)", ["targets"]),
-        ("data.train = 3", ["list of texts"]),
+        ("data.train = 3", ["list of strings"]),
         ("mesh.pmap = 1", ["true or false"]),
         ("optimizer.lr = 1e-4", ["unknown key"]),
         ("optimzer.learning_rate = 1e-4", ["unknown key 'optimzer'"]),
