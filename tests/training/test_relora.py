@@ -360,12 +360,16 @@ def test_the_loss_goes_on_at_a_restart_on_one_device_or_two(inputs, tmp_path, me
 
 
 def test_settings_of_a_run_are_checked_together(inputs, tmp_path):
-    for more, words in (
-        ({"adapter__restart_every": 8}, "restart_every=8 must be less than the run's 8 steps"),
-        ({"loss__kl_weight": 0.1}, "kl_weight needs a base that stays frozen"),
-        ({"adapter__restart_warmup": 4}, "adapter: restart_warmup must be an integer from 0 to restart_every=3"),
-        ({"adapter__kinds": ("sharing", "rotation")}, "adapter: kinds must be some of sharing, grouped"),
+    for method, more, words in (
+        ("relora", {"adapter__restart_every": 8}, "restart_every=8 must be less than the run's 8 steps"),
+        ("relora", {"loss__kl_weight": 0.1}, "kl_weight needs a base that stays frozen"),
+        (
+            "relora",
+            {"adapter__restart_warmup": 4},
+            "adapter: restart_warmup must be an integer from 0 to restart_every=3",
+        ),
+        ("remora", {"adapter__kinds": ("sharing", "rotation")}, "adapter: kinds must be some of sharing, grouped"),
     ):
-        wrong = config(inputs, tmp_path / "x", **settings("relora", **more)).to_dict()
+        wrong = config(inputs, tmp_path / "x", **settings(method, **more)).to_dict()
         with pytest.raises(InputError, match=re.escape(words)):
             type(config(inputs, tmp_path / "x")).from_dict(wrong)
