@@ -11,6 +11,7 @@ class TextStream:
 
     A token may be part of a character, and may be decoded differently at the start of a text. So each new
     token is decoded behind the ones before it, and text is given out only when it ends in a whole character.
+    (`tokenizers.decoders.DecodeStream` raises on bytes that are no UTF-8, which a model with byte tokens may make.)
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -123,7 +123,8 @@ def tables(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array) -> tupl
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (j, j + H/2) of the last axis, in float32, and returns the dtype of `x`.
 
-    Linear in `x`: its backward is the rotation by the opposite angles and keeps nothing but the tables.
+    Linear in `x`: its backward is the rotation by the opposite angles and keeps nothing but the tables, which all
+    layers share. Autodiff is as fast, but in a scan keeps the reshaped tables of every layer.
 
     Args:
         x: `[B, T, ..., H]`.

@@ -16,7 +16,8 @@ class Watchdog:
 
     A hung step is reported once, and the run is left alone: a network may come back, and a debugger can still be
     attached. Code that holds Python's lock and never gives it back stops the watching thread, too; what waits for
-    devices, files and other processes doesn't hold it.
+    devices, files and other processes doesn't hold it. (`faulthandler.dump_traceback_later` would get past that, but
+    has one timer a process and writes to a file alone.)
 
     Args:
         seconds: how long a step may take; 0 watches nothing.

@@ -357,7 +357,7 @@ def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 class Keeping:
-    """Orbax's policy of what to keep: the newest, and the best by a score of ours.
+    """A preservation policy for orbax: the newest, and the best by evaluation losses, which may come after the writing.
 
     Attributes:
         scores: evaluation losses by step, of the best checkpoints.
