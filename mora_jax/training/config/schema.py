@@ -8,27 +8,18 @@ import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from mora_jax.data.formats.load import ON_ERROR
+from mora_jax.data.formats.registry import FORMATS
+from mora_jax.data.loss_weights import ENDS, HEADERS, MODES, NORMALIZERS
+from mora_jax.data.segments import ROLE_SEGMENT
+from mora_jax.data.templates.builtin import TEMPLATES
+from mora_jax.data.truncation import TRUNCATIONS
 from mora_jax.errors import InputError
 from mora_jax.training.config.adapter import METHOD_KEYS, START, AdapterConfig
 from mora_jax.training.config.key import Key, key, meant
 from mora_jax.training.config.to_adapter import adapter_config
 
-# Repeated from mora_jax.data, which imports too much for a command's --help; a test compares.
-FORMATS = (
-    "messages",
-    "sharegpt",
-    "prompt_completion",
-    "self_instruct",
-    "alpaca",
-    "question_answer",
-    "segments",
-    "tokens",
-    "text",
-)
-TEMPLATES = ("alpaca", "plain", "chatml", "llama2", "llama3", "mistral", "tulu", "zephyr", "phi3", "gemma")
 QUANTIZE = ("none", "int8", "nf4")
-MODES = ("masked", "unmasked", "full", "weighted", "last_turn", "im_paper", "wit")
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +65,26 @@ class DataConfig:
     subset: str | None = key(None, "Which subset (configuration) of a hub data set.")
     streaming: bool = key(False, "Read a hub data set without downloading it first.")
     max_rows: int | None = key(None, "Read no more than so many rows of each data set.", at_least=1)
-    format: str | None = key(None, "Format of the rows; none recognises it.", choices=FORMATS)
+    format: str | None = key(None, "Format of the rows; none recognises it.", choices=tuple(FORMATS))
     columns: tuple[str, ...] | None = key(
         None, "Keys under other names, as OURS=THEIRS: instruction=question,output=reply."
     )
     roles: tuple[str, ...] | None = key(None, "Roles under other names, as THEIRS=OURS: bot=assistant.")
-    on_error: str = key(
-        "raise", "A row that breaks the format: stop, or count it and go on.", choices=("raise", "skip")
-    )
+    on_error: str = key("raise", "A row that breaks the format: stop, or count it and go on.", choices=ON_ERROR)
     template: str | None = key(
         None,
         f"Chat template: tokenizer (its own), {', '.join(TEMPLATES)}, or a Jinja file; none takes the tokenizer's own, "
         "or alpaca where it has none.",
     )
     fallback: str | None = key(
-        None, "Built-in template for rows whose own one can't be tracked; none refuses them.", choices=TEMPLATES
+        None, "Built-in template for rows whose own one can't be tracked; none refuses them.", choices=tuple(TEMPLATES)
     )
     max_length: int = key(512, "Longest example in tokens.", at_least=2)
     truncation: str = key(
         "right",
         "Longer examples: right or left removes that end, prompt_first keeps the last answer, split makes several, "
         "drop leaves them out.",
-        choices=("right", "left", "prompt_first", "split", "drop"),
+        choices=tuple(TRUNCATIONS),
     )
     packing: bool = key(False, "Several examples in one row, each seeing only itself.")
     bucketing: bool = key(False, "Batches of examples of like length, padded to few lengths.")
@@ -111,27 +100,26 @@ class LossConfig:
 
     mode: str = key(
         "masked",
-        "masked: responses; unmasked: instructions too; full: every token; weighted: see prompt_weight; last_turn: "
-        "the last response; im_paper, wit: as these papers' code.",
-        choices=MODES,
+        f"{'; '.join(f'{name}: {mode.doc}' for name, mode in MODES.items())}.",
+        choices=tuple(MODES),
     )
     prompt_weight: float = key(0.1, "Weight of instruction tokens in modes weighted and wit.", at_least=0, at_most=1)
     roles: tuple[str, ...] = key(("assistant",), "Whose turns masked and last_turn train.")
     end_of_turn: str | None = key(
         None,
         "Which ends of turns are trained: of trained turns, all, the last trained one, none; unset, as the mode says.",
-        choices=("turn", "all", "last", "none"),
+        choices=ENDS,
     )
     headers: str | None = key(
         None,
         "Which headers of turns are trained: none, of trained turns, all; unset, as the mode says.",
-        choices=("none", "turn", "all"),
+        choices=HEADERS,
     )
     normalize: str | None = key(
         None,
         "What the loss of a step is divided by: token: sum of weights; example: examples; response: response tokens; "
         "nonzero: tokens of any weight; constant; unset: as the mode says (token; im_paper example; wit nonzero).",
-        choices=("token", "example", "response", "nonzero", "constant"),
+        choices=tuple(NORMALIZERS),
     )
     constant: float | None = key(None, "The divisor of normalize=constant.", above=0)
     kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)
@@ -377,8 +365,8 @@ def _check_data_and_loss(config: Config) -> None:
     loss, data = config.loss, config.data
     if loss.normalize == "constant" and loss.constant is None:
         raise InputError("config: loss.normalize=constant needs loss.constant, the number to divide by")
-    if unknown := [role for role in loss.roles if role not in ROLES]:
-        raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLES)}")
+    if unknown := [role for role in loss.roles if role not in ROLE_SEGMENT]:
+        raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLE_SEGMENT)}")
     if loss.kl_weight and config.adapter.config_class.changes_base:
         raise InputError(
             f"config: loss.kl_weight needs a base that stays frozen, and adapter.method={config.adapter.method} "
@@ -414,9 +402,9 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         said = METHOD_KEYS[method] - START - config.adapter.config_class.training_settings()
         groups.append(("adapter.path", [f"adapter.{name}" for name in said]))
     mode = config.loss.mode
-    if mode not in ("weighted", "wit"):
+    if not MODES[mode].uses_prompt_weight:
         groups.append((f"loss.mode={mode}", ["loss.prompt_weight"]))
-    if mode not in ("masked", "last_turn"):
+    if not MODES[mode].roles:
         groups.append((f"loss.mode={mode}", ["loss.roles"]))
     if config.loss.normalize != "constant":
         groups.append((f"loss.normalize={config.loss.normalize or 'unset'}", ["loss.constant"]))

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.errors import InputError
 from mora_jax.paths import found_path, is_local, local_path
-from mora_jax.training.config.schema import TEMPLATES, Config, lay_over
+from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.run.storage import Files, MemoryFiles, open_files
 
 CONTENTS = (
@@ -192,7 +193,7 @@ def _with_absolute_paths(config: Config) -> Config:
         paths["out"] = str(local_path(config.out))
     if data.cache not in (None, "off"):
         paths["data.cache"] = str(local_path(data.cache))
-    if data.template not in (None, "tokenizer", *TEMPLATES):
+    if data.template is not None and data.template not in ("tokenizer", *TEMPLATES):
         paths["data.template"] = found_path(data.template)
     return lay_over(config, [(name, value, "config.json") for name, value in paths.items() if value is not None])
 

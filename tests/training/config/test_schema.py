@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 
 from mora_jax.adapters.methods.registry import CONFIGS
+from mora_jax.data import MODES
 from mora_jax.errors import InputError
 from mora_jax.training.config.adapter import START
 from mora_jax.training.config.key import split_list
 from mora_jax.training.config.load import load_config, read_config_file
 from mora_jax.training.config.schema import (
-    FORMATS,
     METHOD_KEYS,
-    MODES,
-    TEMPLATES,
     Config,
     LossConfig,
     check_warmup,
@@ -351,15 +349,8 @@ def test_help_says_where_methods_differ():
     assert known["adapter.rank_pattern"].allowed.doc.endswith("given as REGEX=RANK.")
 
 
-def test_formats_and_templates_are_those_of_the_data_package():
-    from mora_jax.data import FORMATS as DATA_FORMATS
-    from mora_jax.data import MODES as DATA_MODES
-    from mora_jax.data import TEMPLATES as DATA_TEMPLATES
-
-    assert set(FORMATS) == set(DATA_FORMATS)
-    assert set(TEMPLATES) == set(DATA_TEMPLATES)
-    assert set(MODES) == set(DATA_MODES)
-    for name, mode in DATA_MODES.items():
+def test_unused_keys_of_the_loss_follow_its_mode():
+    for name, mode in MODES.items():
         config = dataclasses.replace(Config(), loss=LossConfig(mode=name))
         for key, read in (("prompt_weight", mode.uses_prompt_weight), ("roles", mode.roles)):
             assert (unused(config, [f"loss.{key}"]) is None) == read
