@@ -54,7 +54,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row of messages, or plain text that is learned as it stands.
+    """A row of messages, or plain text that is trained as it is.
 
     Attributes:
       messages: the turns; empty for plain text.
