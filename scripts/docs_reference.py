@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = re.compile(r"^<!-- names: (\S+)(?: in ([^>]+?))? -->$", re.MULTILINE)
 # Columns that a page has room for.
 WIDTH = 76
-# Tables of choices, which the guides explain, and names that stand under another package.
-TABLES = {"FORMATS", "MODES", "TEMPLATES", "COLLECTION"}
+# Tables of choices, which the guides explain, and names that are under `mora_jax` already.
+TABLES = {"FORMATS", "MODES", "TEMPLATES", "COLLECTION", "KINDS", "LoRALinear", "MoRALinear"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -46,7 +46,9 @@ def public(package: str) -> dict[str, str]:
         import mora_jax
 
         return dict(mora_jax._HOMES)
-    tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
+    path = ROOT / package.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module != "__future__"]
     names = {alias.asname or alias.name: str(node.module) for node in imports for alias in node.names}
     return {name: module for name, module in names.items() if name not in TABLES}

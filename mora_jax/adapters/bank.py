@@ -59,6 +59,7 @@ class Bank(Adapter):
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The axes of stacked layers in front, `()` for a single layer."""
         return tuple(self.scaling.shape[:-1])
 
     def _factor(self, *shape: int, axes: tuple[str, str]) -> AdapterParam:

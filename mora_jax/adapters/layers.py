@@ -58,6 +58,7 @@ class Adapted:
 
     @property
     def dropping(self) -> bool:
+        """Whether the adapter has a dropout that is on."""
         return self.adapter_dropout is not None and not self.adapter_dropout.deterministic
 
     def _on_mesh(self, plain: Callable[[Array], Array], again: Callable[[Any, Array], Array], x: Array) -> Array:
@@ -214,6 +215,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
     """
 
     def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
+        """Adds `adapter` to a table that has none; dropout doesn't act on token ids."""
         self.adapter = adapter
         self.adapter_dropout = None
 
@@ -229,6 +231,7 @@ class AdaptedEmbed(nnx.Embed, Adapted):
         return (total if gain is None else total * gain).astype(y.dtype)
 
     def attend(self, query: Array, out_sharding=None) -> Array:
+        """The table as an output head: `[..., features]` → `[..., num_embeddings]`."""
         refuse_stack(self)
         if explicit_axes(query, self.embedding[...]):
             plain = functools.partial(super().attend, out_sharding=out_sharding)

@@ -46,14 +46,17 @@ class Matrix:
 
     @property
     def in_features(self) -> int:
+        """Inputs of the layer, the contracted axes flattened."""
         return math.prod(self.shape[axis] for axis in self.contracted)
 
     @property
     def out_features(self) -> int:
+        """Outputs of the layer, the other axes flattened."""
         return math.prod(self.shape[axis] for axis in self.free)
 
     @property
     def is_embedding(self) -> bool:
+        """Whether the matrix is an embedding table."""
         return self.array == "embedding"
 
     def take(self, array: Array) -> Array:

@@ -128,6 +128,7 @@ def in_words(config: Any) -> str:
 
 
 def title(module: nn.Module) -> str:
+    """The path of a module in words, for messages."""
     return ".".join(module.path) or "(the model itself)"
 
 

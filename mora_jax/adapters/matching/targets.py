@@ -45,6 +45,7 @@ class Place:
 
     @property
     def is_embedding(self) -> bool:
+        """Whether the matrix is an embedding table."""
         return isinstance(self.layer, nnx.Embed)
 
     @property
@@ -56,6 +57,7 @@ class Place:
 
     @property
     def stacked(self) -> bool:
+        """Whether the matrix stands for several layers."""
         return bool(self.stack)
 
     def index(self, layer: int) -> tuple[int, ...]:
@@ -71,6 +73,7 @@ class Place:
 
     @property
     def has_bias(self) -> bool:
+        """Whether the layer has a bias."""
         return bias_param(self.layer) is not None
 
     @property
@@ -199,6 +202,7 @@ def holders_of(model: nnx.Module) -> Holders:
 
 
 def has_adapter(place: Place) -> bool:
+    """Whether there is an adapter at a place."""
     return place.adapter is not None
 
 

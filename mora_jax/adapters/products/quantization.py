@@ -182,6 +182,7 @@ class QuantizedKernel(nnx.Module):
 
     @property
     def ndim(self) -> int:
+        """Number of axes, those of layers in front included."""
         return self.values.ndim
 
     @property
