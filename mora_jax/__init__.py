@@ -25,6 +25,7 @@ _HOMES = {
     "AdaLoRAConfig": "mora_jax.adapters.config",
     "IA3Config": "mora_jax.adapters.config",
     "BitFitConfig": "mora_jax.adapters.config",
+    "HiRAConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
     "LoRALinear": "mora_jax.adapters.methods.lora",
     "MoRALinear": "mora_jax.adapters.methods.mora",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import BitFitConfig as BitFitConfig
     from mora_jax.adapters.config import DoRAConfig as DoRAConfig
     from mora_jax.adapters.config import FullConfig as FullConfig
+    from mora_jax.adapters.config import HiRAConfig as HiRAConfig
     from mora_jax.adapters.config import IA3Config as IA3Config
     from mora_jax.adapters.config import LoRAConfig as LoRAConfig
     from mora_jax.adapters.config import LoRAFAConfig as LoRAFAConfig

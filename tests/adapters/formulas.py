@@ -71,6 +71,14 @@ def adalora(base, bias, params, config, fixed):
     return base + product(params["lora_a"] * params["lora_e"], params["lora_b"], config.alpha / config.rank), 0.0
 
 
+def hira(base, bias, params, config, fixed):
+    factor, result = product(params["hira_a"], params["hira_b"], 1.0), np.zeros_like(base)
+    for i in range(base.shape[0]):
+        for o in range(base.shape[1]):
+            result[i, o] = base[i, o] + base[i, o] * factor[i, o]
+    return result, 0.0
+
+
 def lora_count(i, o, config):
     return config.rank * (i + o) + (o if config.use_dora else 0)
 
@@ -95,6 +103,7 @@ FORMULAS = {
     "vera": vera,
     "adalora": adalora,
     "ia3": ia3,
+    "hira": hira,
     "bitfit": bitfit,
 }
 COUNTS = {
@@ -110,6 +119,7 @@ COUNTS = {
     "remora": mora_count,
     "vera": lambda i, o, config: config.rank + o,
     "adalora": lambda i, o, config: config.rank * (i + o + 1),
+    "hira": lambda i, o, config: config.rank * (i + o),
     "ia3": lambda i, o, config: i if config.feedforward else o,
     "bitfit": lambda i, o, config: o,
 }

@@ -49,6 +49,11 @@ CASES = {
             "lora_b": ("lora_B.default", True),
         },
     ),
+    "hira": (
+        mj.HiRAConfig(rank=RANK),
+        peft.HiraConfig(r=RANK, target_modules=["layer"]),
+        {"hira_a": ("hira_A.default", True), "hira_b": ("hira_B.default", True)},
+    ),
     "ia3": (
         mj.IA3Config(targets="all-linear", feedforward=()),
         peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),

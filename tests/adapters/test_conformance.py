@@ -288,7 +288,10 @@ def test_bfloat16_is_not_promoted_and_the_kernel_gets_no_gradient(case, place):
         assert [v.aval.dtype for v in product.invars] == [jnp.bfloat16] * 2, product
         shape = product.outvars[0].aval.shape
         is_kernel = IN in shape and np.prod(shape) == IN * columns
-        assert not is_kernel, f"a product with the kernel's shape: {product}"
+        # What multiplies the kernel entry by entry has the gradient of the kernel behind it, and hands none on.
+        assert not is_kernel or METHODS[next(adapters_of(model)).method].adapter.transforms_kernel, (
+            f"a product with the kernel's shape: {product}"
+        )
 
 
 def test_parameters_are_counted(case, place):

@@ -97,7 +97,7 @@ def test_jacobians_agree(name):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lora", "mora rotation", "dora"])
+@pytest.mark.parametrize("name", ["lora", "mora rotation", "dora", "hira"])
 def test_under_remat_vmap_and_nnx(name):
     """Gradients under `jax.checkpoint`; several adapters at once under `jax.vmap`; `nnx.jit` over `nnx.grad`."""
     adapters, f = trained_layer(CASES[name])

@@ -78,6 +78,12 @@ def from_peft(name: str, folder: Path) -> np.ndarray:
 
 ADALORA = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}
 READ = {
+    "hira": (
+        "tied",
+        "HiraConfig",
+        {"r": 4, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    ),
+    "hira beside biases": ("qwen2", "HiraConfig", {"r": 3, "target_modules": "all-linear", "hira_dropout": 0.1}),
     "vera": ("tied", "VeraConfig", {"r": 5, "target_modules": "all-linear", "projection_prng_key": 7}),
     "vera without projections": (
         "llama",
@@ -153,6 +159,7 @@ def test_both_ways(bases, tmp_path, case):
 
 
 WRITTEN = {
+    "hira": ("qwen2", mj.HiRAConfig(rank=3, modules_to_save=("norm",))),
     "vera": ("llama", mj.VeRAConfig(rank=5, projection_prng_key=7, layers_to_transform=(1,))),
     "ia3": ("llama", mj.IA3Config()),
     "adalora": ("qwen2", mj.AdaLoRAConfig(rank=4, target_rank=2, bias="all", targets=("q_proj",))),
@@ -191,6 +198,7 @@ def test_a_fresh_adalora_is_written_whole(bases, tmp_path):
 
 
 MADE = {
+    "hira": mj.HiRAConfig(rank=3, targets=("q_proj",)),
     "vera": mj.VeRAConfig(rank=5, targets=("q_proj", "down_proj")),
     "ia3": mj.IA3Config(),
     "adalora": mj.AdaLoRAConfig(rank=3, target_rank=2, targets=("q_proj",)),
@@ -235,6 +243,14 @@ def added(part: str):
 
 
 BROKEN = {
+    "no hira_B": ("hira", {}, without("1.self_attn.q_proj.hira_B"), r"1 targets lack tensors: .*q_proj \(hira_B\)"),
+    "another rank of hira": (
+        "hira",
+        {"r": 2},
+        None,
+        r"shape \[3, 32\], .* \[2, 32\]",
+    ),
+    "a bias of hira": ("hira", {"bias": "all"}, None, "bias must be none"),
     "no projection": ("vera", {}, without("vera_A"), "save_projection is true, but vera_A are missing"),
     "a projection left unread": ("vera", {"save_projection": False}, None, "save_projection is false, but there is"),
     "a projection that is too small": (

@@ -16,6 +16,7 @@ from mora_jax.adapters.config import (
     BitFitConfig,
     DoRAConfig,
     FullConfig,
+    HiRAConfig,
     IA3Config,
     LoRAConfig,
     LoRAFAConfig,
@@ -72,6 +73,8 @@ METHODS = {
     "lora_fa": LoRAFAConfig(rank=2),
     "mora": MoRAConfig(rank=1, kind="rotation", use_dora=True),
     "ia3": IA3Config(targets="all-linear", feedforward=["Dense_0"]),
+    "ia3 on inputs": IA3Config(targets="all-linear", feedforward=["mix", "Dense_0"]),
+    "hira": HiRAConfig(rank=2),
     "bitfit": BitFitConfig(),
     "vera": VeRAConfig(rank=3, widths=(8, 8)),
 }

@@ -11,6 +11,7 @@ from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.methods.adalora import AdaLoRA, AdaLoRAConfig
 from mora_jax.adapters.methods.bitfit import BitFit, BitFitConfig
 from mora_jax.adapters.methods.full import FullConfig
+from mora_jax.adapters.methods.hira import HiRA, HiRAConfig
 from mora_jax.adapters.methods.ia3 import IA3, IA3Config
 from mora_jax.adapters.methods.lora import INITS as INITS
 from mora_jax.adapters.methods.lora import LoRA, LoRAConfig
@@ -61,6 +62,7 @@ METHODS: dict[str, Method] = {
     "vera": Method(VeRAConfig, VeRA),
     "adalora": Method(AdaLoRAConfig, AdaLoRA),
     "ia3": Method(IA3Config, IA3),
+    "hira": Method(HiRAConfig, HiRA),
     "relora": Method(ReLoRAConfig, ReLoRA),
     "remora": Method(ReMoRAConfig, ReMoRA),
     "bitfit": Method(BitFitConfig, BitFit),

@@ -15,11 +15,12 @@ from mora_jax.errors import InputError
 from mora_jax.interop.peft.adalora import AdaloraFormat
 from mora_jax.interop.peft.bitfit import BitfitFormat
 from mora_jax.interop.peft.format import COMMON, Format, is_names, require, require_names
+from mora_jax.interop.peft.hira import HiraFormat
 from mora_jax.interop.peft.ia3 import Ia3Format
 from mora_jax.interop.peft.lora import LoraFormat
 from mora_jax.interop.peft.vera import VeraFormat
 
-FORMATS: tuple[Format, ...] = (BitfitFormat(), LoraFormat(), VeraFormat(), Ia3Format(), AdaloraFormat())
+FORMATS: tuple[Format, ...] = (BitfitFormat(), LoraFormat(), VeraFormat(), Ia3Format(), AdaloraFormat(), HiraFormat())
 _EXTRA = "peft_fields"  # the attribute of a model that holds fields of newer versions, as JSON
 
 

@@ -1,0 +1,54 @@
+"""HiRA: `y = x (W + W ⊙ (A B)) + b` (Huang et al., ICLR 2025, openreview.net/forum?id=TwJrTz9cRS, equation 3).
+
+The product of two thin factors multiplies the kernel entry by entry, so the change has a high rank. As in PEFT there is
+no scaling. A starts as LoRA's, B at zero, so a fresh adapter changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from mora_jax.adapters.base import Adapter, AdapterParam
+from mora_jax.adapters.config.common import CommonConfig, Targets
+from mora_jax.adapters.methods import lora
+from mora_jax.adapters.products.matmul import trained_dot, widened
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class HiRAConfig(CommonConfig):
+    """HiRA (Huang et al., ICLR 2025): the kernel times one plus a product of two thin factors, entry by entry.
+
+    Attributes:
+        rank: inner size of the factors.
+        dropout: probability of dropping a feature at the input of the adapter path.
+        targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
+    """
+
+    rank: int = 32
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+
+
+class HiRA(Adapter):
+    """The factors `hira_a [*layers, in, rank]` and `hira_b [*layers, rank, out]`."""
+
+    method: ClassVar[str] = "hira"
+    additive: ClassVar[bool] = False
+    transforms_kernel: ClassVar[bool] = True
+
+    def __init__(self, in_features: int, out_features: int, config: HiRAConfig, *, rngs: nnx.Rngs, **placing: Any):
+        super().__init__(in_features, out_features, config, **placing)
+        hira_a, hira_b = lora.init(rngs.params(), in_features, out_features, config.rank, layers=self.layers)
+        self.hira_a = AdapterParam(hira_a, axes=self.stacked(self.axes[0], "rank"))
+        self.hira_b = AdapterParam(hira_b, axes=self.stacked("rank", self.axes[1]))
+
+    @classmethod
+    def transform_kernel(cls, config: HiRAConfig, params: dict[str, Array], kernel: Array) -> Array:
+        product = trained_dot(params["hira_a"].astype(kernel.dtype), params["hira_b"])
+        return widened(kernel) * (1.0 + product * params["scaling"])
