@@ -26,6 +26,7 @@ _HOMES = {
     "IA3Config": "mora_jax.adapters.config",
     "BitFitConfig": "mora_jax.adapters.config",
     "HiRAConfig": "mora_jax.adapters.config",
+    "MiSSConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
     "LoRALinear": "mora_jax.adapters.methods.lora",
     "MoRALinear": "mora_jax.adapters.methods.mora",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import LoRAConfig as LoRAConfig
     from mora_jax.adapters.config import LoRAFAConfig as LoRAFAConfig
     from mora_jax.adapters.config import LoRAPlusConfig as LoRAPlusConfig
+    from mora_jax.adapters.config import MiSSConfig as MiSSConfig
     from mora_jax.adapters.config import MoRAConfig as MoRAConfig
     from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
     from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig

@@ -79,6 +79,14 @@ def hira(base, bias, params, config, fixed):
     return result, 0.0
 
 
+def miss(base, bias, params, config, fixed):
+    block, result = params["miss_block"], base.copy()
+    for i in range(base.shape[0]):
+        for o in range(base.shape[1]):
+            result[i, o] += block[i % config.rank, o % config.mini_rank if config.form == "mini" else o]
+    return result, params.get("bias", 0.0)
+
+
 def lora_count(i, o, config):
     return config.rank * (i + o) + (o if config.use_dora else 0)
 
@@ -102,6 +110,7 @@ FORMULAS = {
     "remora": mora,  # in its first turn
     "vera": vera,
     "adalora": adalora,
+    "miss": miss,
     "ia3": ia3,
     "hira": hira,
     "bitfit": bitfit,
@@ -120,6 +129,7 @@ COUNTS = {
     "vera": lambda i, o, config: config.rank + o,
     "adalora": lambda i, o, config: config.rank * (i + o + 1),
     "hira": lambda i, o, config: config.rank * (i + o),
+    "miss": lambda i, o, config: config.rank * (config.mini_rank if config.form == "mini" else o),
     "ia3": lambda i, o, config: i if config.feedforward else o,
     "bitfit": lambda i, o, config: o,
 }

@@ -54,6 +54,16 @@ CASES = {
         peft.HiraConfig(r=RANK, target_modules=["layer"]),
         {"hira_a": ("hira_A.default", True), "hira_b": ("hira_B.default", True)},
     ),
+    "miss": (
+        mj.MiSSConfig(rank=RANK),
+        peft.MissConfig(r=RANK, target_modules=["layer"]),
+        {"miss_block": ("miss_block.default", False)},
+    ),
+    "miss of form mini": (
+        mj.MiSSConfig(rank=RANK, form="mini", mini_rank=3),
+        peft.MissConfig(r=RANK, mini_r=3, init_weights="mini", target_modules=["layer"]),
+        {"miss_block": ("miss_block.default", False)},
+    ),
     "ia3": (
         mj.IA3Config(targets="all-linear", feedforward=()),
         peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),
@@ -115,5 +125,5 @@ def test_outputs_and_gradients_agree(case):
     found = jax.grad(lambda a: jnp.sum(nnx.merge(graphdef, a, frozen)(x) * slopes))(adapters)["layer"]["adapter"]
     for name, (suffix, transposed) in tensors.items():
         theirs_gradient = parameters[suffix].grad.numpy()
-        theirs_gradient = theirs_gradient.T if transposed else theirs_gradient.reshape(-1)
+        theirs_gradient = theirs_gradient.T if transposed else theirs_gradient.reshape(found[name].shape)
         np.testing.assert_allclose(found[name][...], theirs_gradient, atol=2e-5, err_msg=name)

@@ -27,7 +27,7 @@ LAYERS = {
 }
 CONFIGS = {
     name: config_from({"method": name, "rank": 2, "target_rank": 1, "targets": ".*", "alpha": 3.0})
-    for name in ("lora", "dora", "pissa", "lora_fa", "mora", "vera", "adalora", "ia3", "hira", "bitfit")
+    for name in ("lora", "dora", "pissa", "lora_fa", "mora", "vera", "adalora", "ia3", "hira", "miss", "bitfit")
 } | {
     "rotation": mj.MoRAConfig(rank=2, kind="rotation", targets=".*"),
     "biases": mj.LoRAConfig(rank=2, bias="lora_only", targets=".*"),

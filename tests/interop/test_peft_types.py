@@ -117,6 +117,12 @@ READ = {
         "AdaLoraConfig",
         dict(ADALORA, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]),
     ),
+    "miss": ("qwen2", "MissConfig", {"r": 5, "target_modules": ["q_proj", "down_proj"], "bias": "MiSS_only"}),
+    "miss of form mini": (
+        "llama",
+        "MissConfig",
+        {"r": 7, "mini_r": 4, "init_weights": "mini", "target_modules": "all-linear", "layers_to_transform": None},
+    ),
     "pissa": (
         "llama",
         "LoraConfig",
@@ -163,6 +169,8 @@ WRITTEN = {
     "vera": ("llama", mj.VeRAConfig(rank=5, projection_prng_key=7, layers_to_transform=(1,))),
     "ia3": ("llama", mj.IA3Config()),
     "adalora": ("qwen2", mj.AdaLoRAConfig(rank=4, target_rank=2, bias="all", targets=("q_proj",))),
+    "miss": ("qwen2", mj.MiSSConfig(rank=6, bias="all", targets=("k_proj", "up_proj"))),
+    "miss of form mini": ("tied", mj.MiSSConfig(rank=6, form="mini", mini_rank=2, layers_to_transform=(0, 2))),
     "bitfit": ("llama", mj.BitFitConfig(targets=("q_proj", "down_proj"))),
     "bitfit on biases": ("qwen2", mj.BitFitConfig(layers_to_transform=(0,), modules_to_save=("norm",))),
 }

@@ -21,6 +21,7 @@ from mora_jax.adapters.config import (
     LoRAConfig,
     LoRAFAConfig,
     LoRAPlusConfig,
+    MiSSConfig,
     MoRAConfig,
     OLoRAConfig,
     PiSSAConfig,
@@ -77,6 +78,7 @@ METHODS = {
     "hira": HiRAConfig(rank=2),
     "bitfit": BitFitConfig(),
     "vera": VeRAConfig(rank=3, widths=(8, 8)),
+    "miss": MiSSConfig(rank=3),
 }
 
 

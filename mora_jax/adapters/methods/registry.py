@@ -31,6 +31,7 @@ from mora_jax.adapters.methods.lora_variants import (
     RsLoRA,
     RsLoRAConfig,
 )
+from mora_jax.adapters.methods.miss import MiSS, MiSSConfig
 from mora_jax.adapters.methods.mora import MoRA, MoRAConfig
 from mora_jax.adapters.methods.remora import ReMoRA, ReMoRAConfig
 from mora_jax.adapters.methods.vera import VeRA, VeRAConfig
@@ -63,6 +64,7 @@ METHODS: dict[str, Method] = {
     "adalora": Method(AdaLoRAConfig, AdaLoRA),
     "ia3": Method(IA3Config, IA3),
     "hira": Method(HiRAConfig, HiRA),
+    "miss": Method(MiSSConfig, MiSS),
     "relora": Method(ReLoRAConfig, ReLoRA),
     "remora": Method(ReMoRAConfig, ReMoRA),
     "bitfit": Method(BitFitConfig, BitFit),

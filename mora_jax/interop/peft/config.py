@@ -18,9 +18,18 @@ from mora_jax.interop.peft.format import COMMON, Format, is_names, require, requ
 from mora_jax.interop.peft.hira import HiraFormat
 from mora_jax.interop.peft.ia3 import Ia3Format
 from mora_jax.interop.peft.lora import LoraFormat
+from mora_jax.interop.peft.miss import MissFormat
 from mora_jax.interop.peft.vera import VeraFormat
 
-FORMATS: tuple[Format, ...] = (BitfitFormat(), LoraFormat(), VeraFormat(), Ia3Format(), AdaloraFormat(), HiraFormat())
+FORMATS: tuple[Format, ...] = (
+    BitfitFormat(),
+    LoraFormat(),
+    VeraFormat(),
+    Ia3Format(),
+    AdaloraFormat(),
+    HiraFormat(),
+    MissFormat(),
+)
 _EXTRA = "peft_fields"  # the attribute of a model that holds fields of newer versions, as JSON
 
 
@@ -148,10 +157,10 @@ def format_for(method: str) -> Format:
 
 def common_fields(form: Format, base: str | None) -> dict[str, Any]:
     """The fields of every `adapter_config.json`, as PEFT writes them where nothing else is said."""
-    return {
+    stored = {"fan_in_fan_out": False} if form.fan_in_fan_out else {}
+    return stored | {
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "peft_type": form.peft_type,
         "revision": None,

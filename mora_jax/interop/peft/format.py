@@ -80,6 +80,7 @@ class Format:
         tensor_names: what files call a target's values, by the short names that the methods below take.
         embedding_names: those of a target that is an embedding table, where they differ.
         shared_names: what files call the arrays that all targets share, which stand beside the model.
+        fan_in_fan_out: whether its config has the field of that name.
         biases_alone: whether the type's adapters train biases and nothing else.
     """
 
@@ -88,6 +89,7 @@ class Format:
     tensor_names: ClassVar[Mapping[str, str]]
     embedding_names: ClassVar[Mapping[str, str]] = {}
     shared_names: ClassVar[tuple[str, ...]] = ()
+    fan_in_fan_out: ClassVar[bool] = True
     biases_alone: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]]
     refused: ClassVar[tuple[str, ...]] = ()
