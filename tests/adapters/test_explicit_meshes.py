@@ -83,10 +83,11 @@ def test_as_on_one_device_and_placed_as_the_plain_layer(mesh, kind, config, kern
         graphdef, adapters, frozen = mj.partition(layer)
 
         def run(adapters, x):
-            return call(nnx.merge(graphdef, adapters, frozen), x, attend, **placing)
+            y = call(nnx.merge(graphdef, adapters, frozen), x, attend, **placing)
+            return jnp.sum(jnp.tanh(y)), y
 
-        gradients = jax.jit(jax.grad(lambda adapters, x: jnp.sum(jnp.tanh(run(adapters, x))), wrt))(adapters, x)
-        return jax.jit(run)(adapters, x), gradients
+        gradients, y = jax.jit(jax.grad(run, wrt, has_aux=True))(adapters, x)
+        return y, gradients
 
     expected, expected_gradients = values(alone, x)
     with jax.set_mesh(mesh):
@@ -133,9 +134,11 @@ def test_layers_with_adapters_of_their_own(mesh, cls):
         graphdef, adapters, frozen = mj.partition(fill(layer))
 
         def run(adapters):
-            return jnp.tanh(nnx.merge(graphdef, adapters, frozen)(x))
+            y = jnp.tanh(nnx.merge(graphdef, adapters, frozen)(x))
+            return jnp.sum(y), y
 
-        return jax.jit(run)(adapters), jax.jit(jax.grad(lambda adapters: jnp.sum(run(adapters))))(adapters)
+        gradients, y = jax.jit(jax.grad(run, has_aux=True))(adapters)
+        return y, gradients
 
     def make():
         return cls(8, 6, rank=2, rngs=nnx.Rngs(0), **({"alpha": 4.0} if cls is mj.LoRALinear else {}))

@@ -53,6 +53,8 @@ def test_negative_lengths_and_steps_outside():
         BatchPlan(1, 1, steps=-1)
     with pytest.raises(ValueError, match="step 2 is outside the plan's 2 steps"):
         BatchPlan(2, 1, epochs=1).indices(2)
+    nothing = BatchPlan(2, 1, steps=0)
+    assert (len(nothing), nothing.padding(8)) == (0, 0.0)
 
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 200)

@@ -12,6 +12,7 @@ import pytest
 
 import mora_jax as mj
 from mora_jax.evaluation.chat import find_stop_ids
+from tests.models.tiny import hf_folder
 
 DEMO = Path(mj.__file__).parent / "demo/assets/model"
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -114,6 +115,13 @@ def test_config(case, folder):
     values = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps(values))
     refused(folder, message)
+
+
+def test_sizes_of_a_model_of_one_layer(tmp_path):
+    refused(
+        hf_folder(tmp_path, num_hidden_layers=1, changes={"intermediate_size": 2**30}),
+        "intermediate_size is 1073741824, the tensors have 48",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "9" * 5000, "[" * 100_000, "\ud800"])

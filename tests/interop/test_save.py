@@ -1,5 +1,6 @@
 """Saved models: transformers loads them, and so do we."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -96,17 +97,28 @@ def test_dtypes(dtype, tmp_path):
     )
 
 
-@pytest.mark.peers
 def test_shards(tmp_path):
     model = fresh()
     mj.save_pretrained(model, tmp_path / "out", max_shard_bytes=30_000)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    sizes = []
+    for file in files:
+        with safe_open(tmp_path / "out" / file, "np") as tensors:
+            sizes.append([tensors.get_tensor(name).nbytes for name in tensors.keys()])
     assert len(files) > 2
+    assert all(sum(held) <= 30_000 for held in sizes)
+    assert all(sum(held) + max(after) > 30_000 for held, after in itertools.pairwise(sizes)), "a file is filled"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    np.testing.assert_allclose(torch_logits(tmp_path / "out"), np.asarray(model(IDS)), atol=1e-4)
     np.testing.assert_array_equal(np.asarray(load(tmp_path / "out")(IDS)), np.asarray(model(IDS)))
+
+
+@pytest.mark.peers
+def test_transformers_loads_shards(tmp_path):
+    model = fresh()
+    mj.save_pretrained(model, tmp_path / "out", max_shard_bytes=30_000)
+    np.testing.assert_allclose(torch_logits(tmp_path / "out"), np.asarray(model(IDS)), atol=1e-4)
 
 
 def test_full_fine_tuning_is_saved(tmp_path):

@@ -89,7 +89,7 @@ def test_two_heads(softcap):
 
     def ours(hidden, kernel, base_kernel):
         options = {"softcap": softcap, "shards": 2, "chunk": 5}
-        return weighted_kl(hidden, base, kernel, weights, base_kernel=base_kernel, **options)
+        return -3 * weighted_kl(hidden, base, kernel, weights, base_kernel=base_kernel, **options)
 
     def plainly(hidden, kernel):
         def log_probabilities(states, kernel):
@@ -97,7 +97,7 @@ def test_two_heads(softcap):
             return jax.nn.log_softmax(logits if softcap is None else softcap * jnp.tanh(logits / softcap))
 
         log_p, log_q = log_probabilities(hidden, kernel), log_probabilities(base, base_kernel)
-        return jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+        return -3 * jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
     value, found = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(hidden, kernel, base_kernel)
     expected, wanted = jax.value_and_grad(plainly, (0, 1))(hidden, kernel)

@@ -76,10 +76,13 @@ def test_packed_equals_alone(family, method):
     if method != "full":
         fill_randomly(model)
     graphdef, trained, frozen = mj.partition(model)
-    packed, alone, places = laid([9, 6, 11], 30)
-    cotangents = np.random.default_rng(1).standard_normal((3, 11, SIZES["vocab_size"])).astype(np.float32)
-    cotangents *= alone[1][:, :, None]
-    joined = np.zeros((1, 30, SIZES["vocab_size"]), np.float32)
+    (ids, segments, positions), (alone, mask, _), places = laid([9, 6, 11], 30)
+    # Both of one shape, so that one program computes them: two empty rows follow the packed one.
+    packed = [np.pad(array, ((0, 2), (0, 0))) for array in (ids, segments, positions)]
+    alone, mask = (np.pad(array, ((0, 0), (0, 19))) for array in (alone, mask))
+    cotangents = np.random.default_rng(1).standard_normal((3, 30, SIZES["vocab_size"])).astype(np.float32)
+    cotangents *= mask[:, :, None]
+    joined = np.zeros_like(cotangents)
     for number, here in enumerate(places):
         joined[0, here] = cotangents[number, : here.stop - here.start]
 
@@ -92,8 +95,8 @@ def test_packed_equals_alone(family, method):
         return jax.grad(value, has_aux=True)(trained)
 
     gradient, logits = run(trained, packed, joined)
-    expected_gradient, expected = run(trained, alone, cotangents)
-    for found, wanted in zip(per_example(logits, places), per_example(expected, places), strict=True):
+    expected_gradient, expected = run(trained, [alone, mask, np.broadcast_to(np.arange(30), mask.shape)], cotangents)
+    for found, wanted in zip(per_example(logits[:1], places), per_example(expected, places), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
     leaves = jax.tree.leaves_with_path(gradient), jax.tree.leaves(expected_gradient)
     for (path, found), wanted in zip(*leaves, strict=True):
