@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--combine", choices=COMBINATIONS, help="how to make one adapter of several")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="the adapters' weights for --combine")
     add_out(parser)
-    add_number(parser, "--rank", int, None, "Rank to come down to; accepts the error that this makes", at_least=1)
+    add_number(parser, "--rank", int, None, "Rank of the result; accepts the error that this makes", at_least=1)
     add_key(parser, "--kind", "adapter.kind", help="Kind of MoRA to fit")
     add_key(parser, "--targets", "adapter.targets", help="Matrices to extract with --from-diff", default="all-linear")
     add_adapter(parser)

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="continue the run in this directory from its last checkpoint; it needs nothing else, and takes "
-        "--config.mesh.* and whatever else doesn't make another run of it",
+        help="continue the run in this directory from its last checkpoint, without further options; those that don't "
+        "change the run's result, such as --config.mesh.*, may be given",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in config.out")
     parser.add_argument(

@@ -166,7 +166,7 @@ def _try(layer: nnx.Module, form: LayerForm, equation: str) -> str:
     if getattr(y, "shape", None) != expected.shape:
         return f"its call gives no {list(expected.shape)} for an input {list(shape)}, as its einsum does"
     off, size = np.linalg.norm(np.asarray(y, np.float64) - expected), np.linalg.norm(expected)
-    return "" if off <= _TOLERANCE * size else "its call computes something else than its einsum"
+    return "" if off <= _TOLERANCE * size else "its call computes something other than its einsum"
 
 
 def _random(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

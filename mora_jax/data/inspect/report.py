@@ -187,7 +187,7 @@ class Report:
             "answer_cut_off": f"{needed} or set truncation to `prompt_first`",
             "no_answer": "give the rows an assistant's turn, or set loss mode to `unmasked`",
             "no_weight": "give the rows an answer and a weight above 0, or set loss mode to `full`",
-            "bad_row": "mend the rows, or name their format and columns",
+            "bad_row": "fix the rows, or name their format and columns",
         }
         main = max(self.dropped, key=lambda cause: self.dropped[cause])
         where = f"{', '.join(self.files[:3])}: " if self.files else ""

@@ -196,7 +196,7 @@ class Conversion:
             return None
         return (
             f"what was written differs from the change by {self.error:.3g} of its norm (more than {LOSSY:g}), so it "
-            "will answer otherwise"
+            "will answer differently"
         )
 
     @property

@@ -144,7 +144,9 @@ class TrainSection:
     save_every: int = key(0, "Steps between checkpoints; 0: none.", at_least=0)
     keep: int = key(2, "Newest checkpoints kept.", at_least=1)
     keep_best: int = key(
-        0, "Checkpoints with the lowest evaluation loss written and kept besides; the best one is exported.", at_least=0
+        0,
+        "Checkpoints with the lowest evaluation loss that are kept in addition; the best one is exported.",
+        at_least=0,
     )
     max_skipped: int = key(
         3,

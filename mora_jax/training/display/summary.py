@@ -37,7 +37,7 @@ def _time(summary: Mapping[str, Any]) -> str:
     rest = max(summary["wall_seconds"] - steps - compiling - others, 0.0)
     return (
         f"steps {steps:,.1f} s, compiling {compiling + others:,.1f} s (the step {compiling:,.1f} s), "
-        f"evaluating, saving and else {rest:,.1f} s"
+        f"evaluating, saving and other {rest:,.1f} s"
     )
 
 

@@ -52,7 +52,7 @@ class Checkpoints:
         directory: the folder that holds them, also on `gs://`.
         keep: how many of the newest are kept.
         identity: what a checkpoint belongs to (identity.py); a restore into something else is refused.
-        keep_best: how many of those with the lowest evaluation loss are kept besides.
+        keep_best: how many of those with the lowest evaluation loss are kept in addition.
         note: is told, in one line each, of what went wrong and was mended.
     """
 
@@ -91,7 +91,7 @@ class Checkpoints:
                 )
 
         what = f"the checkpoints in {self._directory} can't be opened"
-        return persistently(opened, what, "mend the path or its permissions", self._note)
+        return persistently(opened, what, "fix the path or its permissions", self._note)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -168,7 +168,7 @@ class Checkpoints:
             self._note(f"a checkpoint in {self._directory} was not written: {reason(error)}; writing step {step} now")
         what = f"the checkpoint of step {step} can't be written to {self._directory}"
         whole = f"the checkpoint of step {self.steps()[-1]} is whole; " if self.steps() else ""
-        hint = f"{whole}mend that and continue with --resume {self._directory.parent}"
+        hint = f"{whole}fix that and continue with --resume {self._directory.parent}"
         # One of several processes can't try again alone.
         attempts = 4 if jax.process_count() == 1 else 1
         self._reported = True

@@ -61,7 +61,7 @@ class Files:
     """
 
     remote = False
-    hint = "make room there or mend its permissions, then continue with --resume"
+    hint = "make room there or fix its permissions, then continue with --resume"
     attempts = 4
 
     def __init__(self, path: Any):

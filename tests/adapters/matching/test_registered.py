@@ -236,7 +236,7 @@ def test_what_can_not_be_registered_or_adapted():
     with pytest.raises(TypeError, match="takes a class of nnx.Module"):
         mj.register_layer(Turned(nnx.Rngs(0)))
     mj.register_layer(Turned, kernel="weight", einsum="...i,oi->...o")
-    with pytest.raises(ValueError, match="Turned is registered, but its call computes something else than its einsum"):
+    with pytest.raises(ValueError, match="Turned is registered, but its call computes something other than its einsum"):
         mj.attach(nnx.Sequential(Turned(nnx.Rngs(0))), mj.LoRAConfig(rank=2), rngs=0)
     mj.register_layer(Turned, kernel="weight", einsum="...i,oi->...o", bias="b")
     model = nnx.Dict(same=Same(nnx.Rngs(0)), louder=Louder(nnx.Rngs(0)))
@@ -257,7 +257,7 @@ def test_a_layer_that_does_more_than_its_einsum_is_left_alone():
     report = mj.attach(model, mj.LoRAConfig(rank=2), rngs=0)
     assert [match.path for match in report.matches] == ["layers.0"]
     assert [(one.parameters, one.reason) for one in report.skipped] == [
-        (36, "its call computes something else than its einsum"),
+        (36, "its call computes something other than its einsum"),
         (72, "its einsum is no product with one matrix"),
     ]
     with pytest.warns(UserWarning, match=r"targets name what can't be adapted: layers\.\*, its call computes"):

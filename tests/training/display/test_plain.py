@@ -214,7 +214,7 @@ MEASURED = {
 def test_the_table_at_the_end():
     rows = dict(summary_rows(MEASURED))
     assert rows == {
-        "time": "steps 80.0 s, compiling 10.0 s (the step 9.0 s), evaluating, saving and else 10.0 s",
+        "time": "steps 80.0 s, compiling 10.0 s (the step 9.0 s), evaluating, saving and other 10.0 s",
         "steps": "90.0% waiting for the device, 2.5% waiting for data, 7.5% the loop itself",
         "compute": "4 TFLOP/s, MFU 40.0% (4N)",
         "memory": "at most 3.21 GB in this device; the compiled step takes 2.5 MB a device",
