@@ -3,7 +3,7 @@
 A page asks for it by a comment on a line of its own:
 
     <!-- names: PACKAGE in MODULE ... -->   the public names of a package that are defined in these modules
-    <!-- names: PACKAGE -->                 all of them
+    <!-- names: PACKAGE -->                 all of them; with `; no members` at its end, classes without their methods
     <!-- commands -->                       every command, from its argument parser
     <!-- keys -->                           every configuration key, from the schema
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = re.compile(r"^<!-- names: (\S+)(?: in ([^>]+?))? -->$", re.MULTILINE)
+NAMES = re.compile(r"^<!-- names: ([\w.]+)(?: in ([^>;]+))?(; no members)? -->$", re.MULTILINE)
 # Columns that a page has room for.
 WIDTH = 76
 # Tables of choices, which the guides explain, and names that are under `mora_jax` already.
@@ -33,7 +33,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def fill(markdown: str) -> str:
     """The text of a page with its comments replaced by what they ask for."""
-    markdown = NAMES.sub(lambda match: _names(match[1], (match[2] or "").split()), markdown)
+    markdown = NAMES.sub(lambda match: _names(match[1], (match[2] or "").split(), match[3] is None), markdown)
     for comment, text in (("<!-- commands -->", commands), ("<!-- keys -->", keys)):
         if comment in markdown:
             markdown = markdown.replace(comment, text())
@@ -54,15 +54,16 @@ def public(package: str) -> dict[str, str]:
     return {name: module for name, module in names.items() if name not in TABLES}
 
 
-def _names(package: str, modules: list[str]) -> str:
+def _names(package: str, modules: list[str], members: bool) -> str:
+    options = "" if members else "\n    options:\n      members: false"
     found = [
-        f"::: {package}.{name}"
+        f"::: {package}.{name}{options}"
         for name, home in public(package).items()
         if not modules or any(home == module or home.startswith(f"{module}.") for module in modules)
     ]
     if not found:
         raise ValueError(f"no public name of {package} is in {' '.join(modules)}")
-    return "\n".join(found)
+    return "\n\n".join(found)
 
 
 def commands() -> str:

@@ -62,7 +62,7 @@ def slugs(page: Path) -> set[str]:
     # What `scripts/docs_reference.py` puts in when the site is built counts as the names of the package.
     names = {
         f"{package}.{name}"
-        for package in re.findall(r"^<!-- names: (\S+)", text, re.MULTILINE)
+        for package in re.findall(r"^<!-- names: ([\w.]+)", text, re.MULTILINE)
         for name in public(package)
     }
     return {re.sub(r"\s+", "-", title) for title in found} | names | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
