@@ -60,7 +60,7 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
         environ: the process's environment variables; `JAX_PLATFORMS` is set where that is needed.
 
     Raises:
-        InputError: a platform that can't be had, and how to mend it.
+        InputError: a platform that can't be had, and how to fix it.
     """
     if "PJRT_NAMES_AND_LIBRARY_PATHS" in environ:  # whoever adds platforms by hand knows what is there
         return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Input that the user has to mend: a path, a file's content, a setting.
+    """Input that the user has to fix: a path, a file's content, a setting.
 
-    The message is one line that says what is wrong, where, and how to mend it. The command line prints it
+    The message is one line that says what is wrong, where, and how to fix it. The command line prints it
     as `error: <message>` and exits with status 2. Code that is called with arguments it cannot work with,
     such as a pure function, raises a plain `ValueError` instead.
     """

@@ -29,7 +29,7 @@ def new_folder(out: str | os.PathLike[str], *, ours: Collection[str] = (), overw
 
     A folder that isn't there yet appears as a whole. One that is there, perhaps through a link or as the place where a
     disk is mounted, gets the files one after the other, all of them written before. What stops that in between, a
-    signal or a full disk, leaves it as it was; after a kill `mend` does so.
+    signal or a full disk, leaves it as it was; after a kill `repair` does so.
 
     Args:
         out: must not exist, or be empty.
@@ -78,7 +78,7 @@ def check_out(out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     target = Path(os.path.realpath(given)) if given.is_symlink() else given
     if target.exists() and not target.is_dir():
         raise InputError(f"{given} is a file; give a folder that does not exist yet")
-    mend(target)
+    repair(target)
     try:
         found = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     except OSError as error:
@@ -107,7 +107,7 @@ def _umask() -> int:
     return mask
 
 
-def mend(folder: Path) -> None:
+def repair(folder: Path) -> None:
     """Undoes what a process that was killed in `new_folder` left half done in `folder`: what it held comes back."""
     for left in folder.glob(f"{_PREFIX}*"):
         # Where it can't be undone, on a disk that may only be read, readers say what is missing.

@@ -9,7 +9,7 @@ from typing import Any
 
 from mora_jax.data.tokens import tokenizer as any_tokenizer
 from mora_jax.errors import InputError
-from mora_jax.interop.atomic_folder import mend
+from mora_jax.interop.atomic_folder import repair
 from mora_jax.paths import local_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -24,7 +24,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     """
     folder = local_path(path)
     if folder.is_dir():
-        mend(folder)
+        repair(folder)
         return folder
     if folder.exists():
         raise InputError(f"{folder} is a file; give the folder that holds config.json")

@@ -144,7 +144,7 @@ def finetune(
         trained until then is returned.
 
     Raises:
-        InputError: whatever has to be mended, in one line.
+        InputError: whatever has to be fixed, in one line.
 
     Examples:
         >>> import mora_jax as mj

@@ -210,7 +210,7 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
     """Loads, encodes, attaches and checks; writes nothing.
 
     Raises:
-        InputError: whatever the user has to mend, in one line.
+        InputError: whatever the user has to fix, in one line.
     """
     assert config.model.path is not None, "the configuration demands it"
     mesh = mesh_shape(config.mesh, config.train.micro_batch)

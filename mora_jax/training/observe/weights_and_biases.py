@@ -24,7 +24,7 @@ def check_login() -> None:
     """Refuses to go online where nobody is logged in.
 
     Raises:
-        InputError: names the ways to mend it.
+        InputError: names how to fix it.
     """
     try:
         known = wandb.login(prompt=False)

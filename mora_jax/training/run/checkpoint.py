@@ -53,7 +53,7 @@ class Checkpoints:
         keep: how many of the newest are kept.
         identity: what a checkpoint belongs to (identity.py); a restore into something else is refused.
         keep_best: how many of those with the lowest evaluation loss are kept in addition.
-        note: is told, in one line each, of what went wrong and was mended.
+        note: is told, in one line each, of what went wrong and was repaired.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ def persistently(
     Args:
         action: what to do; each try does all of it.
         what: the sentence's start, such as "the checkpoint of step 4 can't be written to runs/a".
-        hint: how to mend it.
+        hint: how to fix it.
         note: is told of each failed try.
         attempts: tries in all.
 
