@@ -219,9 +219,9 @@ def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, A
                 f"model should be a path or a model of load_pretrained, not {type(model).__name__}; a model of your "
                 "own needs a training loop of your own"
             )
-        model_keys = [name for name in keys if name.startswith("model.")]
-        if model_keys:
-            raise InputError(f"config: {model_keys[0]} says how a model is loaded, and the model given is loaded already")
+        loading = [name for name in keys if name.startswith("model.")]
+        if loading:
+            raise InputError(f"config: {loading[0]} says how a model is loaded, and the model given is loaded already")
         arguments["model.path"] = model.name_or_path or MODEL
     adapters = list(adapters_of(model)) if model is not None else []
     settings: list[tuple[str, Any, str]] = []
