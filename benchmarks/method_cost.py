@@ -30,6 +30,7 @@ from mora_jax.training.build_step import assemble
 from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, OptimizerConfig
 from mora_jax.training.relora import Restarter
 from mora_jax.training.setup import put_adapter
+from mora_jax.training.sharding.mesh import make_mesh
 
 STEPS = 2000
 # Rows of the table, and the keys of the section `adapter` that they mean.
@@ -72,7 +73,7 @@ class Contestant:
         model = nnx.merge(*base)
         self.trainable = put_adapter(model, config, STEPS).trainable
         self.disk = disk_bytes(model)
-        assembly = assemble(model, config, STEPS, (1, 1, 1))
+        assembly = assemble(model, config, STEPS, make_mesh(1))
         self.runner: Any = assembly.runner
         # Steps donate their state; masters of a float32 base would be the base itself.
         trained = {name: array.copy() for name, array in assembly.adapters.items()}

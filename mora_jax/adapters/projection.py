@@ -74,8 +74,6 @@ class Projection(nnx.Module):
         self.axes = tuple(axes)
         self.num_layers = num_layers
         self.path = path
-        # The axis of `out_shape` that stands first in the kernel of a call, for kernels cut over devices along it.
-        self.lead = 0
         stack = () if num_layers is None else (num_layers,)
         names = ("layers",) * len(stack)
         shape = (*stack, in_features, *out_shape)
@@ -95,19 +93,20 @@ class Projection(nnx.Module):
         self.bias = nnx.data(bias)
         self.adapters: Any = nnx.Dict()
 
-    def __call__(self, x: Array, *, token_dropout: TokenDropout | None = None) -> Array:
+    def __call__(self, x: Array, *, token_dropout: TokenDropout | None = None, lead: int = 0) -> Array:
         """`x [..., in]` → `[..., *out_shape]` in the dtype of `x`, on leaves without layer axis.
 
         Args:
-            x: input in the compute dtype. With `lead` the kernel comes as `[in, lead axis, other axes]`: flattened,
-                it is then cut into blocks of whole columns, as a mesh cuts it.
+            x: input in the compute dtype.
             token_dropout: turns the adapters' dropout on; each part draws its own mask.
+            lead: the axis of `out_shape` that stands first in the kernel, which is `[in, lead axis, other axes]`:
+                flattened, it is cut into blocks of whole columns, as a mesh shards it.
         """
         flat = x.reshape(-1, self.in_features)
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        layout, lead = self.layout, self.lead
+        layout = self.layout
         if lead:
             layout = _led_by(layout, lead)
             bias = None if bias is None else jnp.moveaxis(bias, lead, 0)

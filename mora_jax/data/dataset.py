@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 
+from mora_jax.batch import Batch
 from mora_jax.data.batch_plan import padded_length
 from mora_jax.data.conversation import Row
 from mora_jax.data.examples import RowOutcomes, find_examples, flat_weights
@@ -243,7 +244,7 @@ class EncodedDataset(Sequence[Example]):
         *,
         how: str = "token",
         extra: Mapping[str, str] | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> Batch:
         """Lays examples into rows of one shape.
 
         Args:
@@ -255,9 +256,8 @@ class EncodedDataset(Sequence[Example]):
             `prompt` those of instructions, but never the first of an example.
 
         Returns:
-          `input_ids`, `segment_ids` (1, 2, ... for the examples of a row, 0 for padding) and `positions` (from 0 in
-          each example), int32 `[B, T]`; `weights` float32 `[B, T]`, `counts` float32 `[B]`, and what `extra` names,
-          float32 with 1 for a marked token.
+          A batch with `positions` (from 0 in each example), `counts`, and what `extra` names: float32 with 1 for a
+          marked token.
         """
         batch_size = len(rows) if batch_size is None else batch_size
         length = self.batch_length if length is None else length
@@ -288,7 +288,7 @@ class EncodedDataset(Sequence[Example]):
                     batch[name][row, used] = _marked(example, kind)
                 start, count = used.stop, count + part
             batch["counts"][row] = count
-        return batch
+        return cast(Batch, batch)
 
     def __str__(self) -> str:
         return str(self.report)

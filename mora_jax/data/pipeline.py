@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
 
+from mora_jax.batch import Batch
 from mora_jax.data.batch_plan import BatchPlan
 from mora_jax.data.dataset import EncodedDataset
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ class BatchSource:
         rows = self.plan.rows(step)
         empty = np.zeros(0, np.int64)
         chosen = [rows[i] if i < len(rows) else empty for i in mine.ravel().tolist()]
-        batch = self.dataset.batch(chosen, len(chosen), length, how=self.normalize, extra=self.extra)
-        return {name: value.reshape(micros, len(share), *value.shape[1:]) for name, value in batch.items()}
+        batch: Any = self.dataset.batch(chosen, len(chosen), length, how=self.normalize, extra=self.extra)
+        split = {name: value.reshape(micros, len(share), *value.shape[1:]) for name, value in batch.items()}
+        return cast(Batch, split)
 
     @property
     def length(self) -> int:

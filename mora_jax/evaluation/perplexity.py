@@ -15,9 +15,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mora_jax.batch import Batch
 from mora_jax.data.dataset import EncodedDataset
 from mora_jax.losses.cross_entropy import TokenSums, next_token_targets, token_sums
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.partitioning import Partitioner
 
 SHORTEST = 64
 
@@ -68,6 +70,7 @@ def score(
     *,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    partitioner: Partitioner | None = None,
 ) -> DatasetScores:
     """Scores a model on every example of a data set.
 
@@ -76,12 +79,13 @@ def score(
         dataset: encoded with the loss mode that says which tokens count.
         batch_size: rows computed at once; the result doesn't depend on it but for rounding.
         progress: called with (rows done, all rows) after each batch.
+        partitioner: how the model's arrays are laid over devices; see `Decoder`.
     """
     graphdef, state = nnx.split(model)
     sums, done = np.zeros((2, len(TokenSums._fields))), 0
     for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
         batch = dataset.batch(rows, batch_size, length, extra={"prompt_weights": "prompt"})
-        sums += np.array(jax.device_get(_score(graphdef, state, batch)))
+        sums += np.array(jax.device_get(_score(graphdef, partitioner, state, batch)))
         done += len(rows)
         if progress is not None:
             progress(done, len(dataset))
@@ -121,13 +125,15 @@ def batches(lengths: Sequence[int] | np.ndarray, batch_size: int, longest: int) 
         length = min(2 * length, longest)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(graphdef: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[TokenSums, TokenSums]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(
+    graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Batch
+) -> tuple[TokenSums, TokenSums]:
     """Sums over a batch: of the tokens that carry loss, and of instructions."""
     model = nnx.merge(graphdef, state)
-    head = model.head()
+    head = model.head(partitioner)
     ids, segments = batch["input_ids"], batch["segment_ids"]
-    hidden = model.hidden(ids, segments, batch["positions"])
+    hidden = model.hidden(ids, segments, batch["positions"], partitioner=partitioner)
 
     def sums(weights: jax.Array) -> TokenSums:
         targets = next_token_targets(ids, weights, segments)

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from mora_jax.models.backend import backend
 from mora_jax.models.flash_attention import MASKED, Tiling, product, scores_of, tiled_attention
-from mora_jax.models.remat import kept
-from mora_jax.models.ring_attention import Ring, ring_attention
+from mora_jax.models.layer_scan import checkpointed
+
+if TYPE_CHECKING:
+    from mora_jax.models.ring_attention import Ring
 
 Array = jax.Array
 
@@ -84,8 +87,8 @@ def attention(
     if by_index and query.shape[1] != key.shape[1]:
         raise ValueError(f"without positions T and S must agree, not {query.shape[1]} and {key.shape[1]}")
     if by_index and ring is not None:
-        return ring_attention(
-            ring, query, key, value, segments=q_segments, window=window, scale=scale, softcap=softcap, tile=_TILE
+        return ring.attention(
+            query, key, value, segments=q_segments, window=window, scale=scale, softcap=softcap, tile=_TILE
         )
     if by_index:
         index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
@@ -155,7 +158,7 @@ def _forward(options, query, key, value, places):
         outs.append((mixed / jnp.maximum(total, 1e-30)).astype(query.dtype))
         # log-sum-exp of a row; huge where nothing is visible, which makes its probabilities 0 in the backward.
         sums.append(jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -MASKED)[..., 0])
-    out, sums = kept((outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3), sums))
+    out, sums = checkpointed((outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3), sums))
     return out, (query, key, value, out, sums, places)
 
 

@@ -1,21 +1,32 @@
-"""One decoder layer: attention and MLP with their norms, every matrix product in a `Projection` slot."""
+"""One decoder layer: attention and MLP with their norms, every matrix product in a `Projection` slot.
+
+The parameters of all layers are stacked; `LayerRunner` takes the stack apart and runs one layer after the other.
+"""
+
+from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.products.dropout import TokenDropout
 from mora_jax.adapters.projection import Part, Projection
 from mora_jax.models.activations import gated
 from mora_jax.models.attention import attention
-from mora_jax.models.config import DecoderConfig
+from mora_jax.models.kv_cache import Cache, CacheSlot
+from mora_jax.models.layer_scan import Places, checkpointed, run_stack
 from mora_jax.models.norms import RMSNorm
-from mora_jax.models.remat import kept
-from mora_jax.models.ring_attention import Ring
 from mora_jax.models.rope import rotate
+
+if TYPE_CHECKING:
+    from mora_jax.adapters.products.dropout import TokenDropout
+    from mora_jax.models.config import DecoderConfig
+    from mora_jax.models.partitioning import Partitioner
+    from mora_jax.models.ring_attention import Ring
+
+_NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +40,8 @@ class RowLayout:
             where it is by index.
         cos, sin: float32 `[B, T, head_dim / 2]`.
         window: how many positions back a query sees; None for all.
-        ring: the devices that share each row, whose shares are rows here (`Spread.fold`); None for whole rows.
+        ring: the devices that share each row, whose shares are rows here (`Partitioner.fold`); None for whole rows.
+        partitioner: how the devices of a mesh share the weights; None where each has all of them.
     """
 
     segments: jax.Array
@@ -40,40 +52,24 @@ class RowLayout:
     sin: jax.Array
     window: int | jax.Array | None
     ring: Ring | None = None
+    partitioner: Partitioner | None = None
 
     def arrays(self) -> dict[str, jax.Array | None]:
-        """All but the window and the ring, as a pytree."""
-        names = [field.name for field in dataclasses.fields(self) if field.name not in ("window", "ring")]
-        return {name: getattr(self, name) for name in names}
+        """All but the window, the ring and the partitioner, as a pytree."""
+        static = ("window", "ring", "partitioner")
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in static}
 
-    @classmethod
-    def of(cls, arrays: dict[str, Any]) -> "RowLayout":
-        """The inverse of `arrays`; sees every place before it."""
-        return cls(**arrays, window=None)
+    def with_arrays(self, arrays: dict[str, Any]) -> RowLayout:
+        """The layout with other arrays, as `arrays` gives them."""
+        return dataclasses.replace(self, **arrays)
 
-
-@dataclasses.dataclass(frozen=True)
-class CacheSlot:
-    """Where a layer writes keys and values: `[layer, :, length:length + T]` of `[L, B, S, G, H]` arrays."""
-
-    keys: jax.Array
-    values: jax.Array
-    layer: jax.Array
-    length: jax.Array
-
-    def write(self, keys: jax.Array, values: jax.Array) -> "CacheSlot":
-        """The slot with `keys` and `values` `[B, T, G, H]` written."""
-        zero = jnp.zeros_like(self.length)  # indices of one type, with float64 on too
-        start = (self.layer.astype(zero.dtype), zero, self.length, zero, zero)
-        return dataclasses.replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
-            values=jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
-        )
-
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """This layer's keys and values, `[B, S, G, H]` each."""
-        return self.keys[self.layer], self.values[self.layer]
+    def project(self, projection: Projection, x: jax.Array, token_dropout: TokenDropout | None) -> jax.Array:
+        """`projection(x)` with a kernel as the partitioner lays it."""
+        lead = 0
+        if self.partitioner is not None:
+            shape = (projection.in_features, *projection.layout.out_shape)
+            lead = self.partitioner.lead(projection.axes, shape) - 1
+        return projection(x, token_dropout=token_dropout, lead=lead)
 
 
 @jax.custom_vjp
@@ -140,7 +136,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, layout: RowLayout, slot: CacheSlot | None, token_dropout: TokenDropout | None
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
-        fused = kept(self.qkv_proj(x, token_dropout=_fold(token_dropout, 0)))  # [B, T, G, N + 2, H]
+        fused = checkpointed(layout.project(self.qkv_proj, x, _fold(token_dropout, 0)))  # [B, T, G, N + 2, H]
         query, key, value = split_heads(fused)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -163,7 +159,7 @@ class Attention(nnx.Module):
             ring=layout.ring,
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1)
-        return kept(self.o_proj(mixed, token_dropout=_fold(token_dropout, 1))), slot
+        return checkpointed(layout.project(self.o_proj, mixed, _fold(token_dropout, 1))), slot
 
 
 class MLP(nnx.Module):
@@ -201,10 +197,11 @@ class MLP(nnx.Module):
         )
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array, token_dropout: TokenDropout | None) -> jax.Array:
+    def __call__(self, x: jax.Array, layout: RowLayout, token_dropout: TokenDropout | None) -> jax.Array:
         """`x [B, T, D]` to `[B, T, D]`."""
-        fused = kept(self.gate_up_proj(x, token_dropout=_fold(token_dropout, 2)))  # [B, T, 2, M]
-        return kept(self.down_proj(gated(self.activation, fused), token_dropout=_fold(token_dropout, 3)))
+        fused = checkpointed(layout.project(self.gate_up_proj, x, _fold(token_dropout, 2)))  # [B, T, 2, M]
+        inner = gated(self.activation, fused)
+        return checkpointed(layout.project(self.down_proj, inner, _fold(token_dropout, 3)))
 
 
 class Block(nnx.Module):
@@ -232,10 +229,108 @@ class Block(nnx.Module):
         if self.post_attention_norm is not None:
             mixed = self.post_attention_norm(mixed)
         x = x + mixed
-        out = self.mlp(self.mlp_norm(x), token_dropout)
+        out = self.mlp(self.mlp_norm(x), layout, token_dropout)
         if self.post_mlp_norm is not None:
             out = self.post_mlp_norm(out)
         return x + out, slot
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRunner:
+    """Runs stacked layers one after the other: the stack is split once, and a layer merged where it is traced.
+
+    Attributes:
+        config: the model's.
+        unroll: layers an iteration of the loop.
+        remat: see `run_stack`.
+    """
+
+    config: DecoderConfig
+    unroll: int
+    remat: str
+
+    def __call__(
+        self, layers: Block, x: jax.Array, layout: RowLayout, token_dropout: TokenDropout | None = None
+    ) -> jax.Array:
+        """`x [B, T, D]` through all layers, with their own backward.
+
+        Args:
+            layers: the stack.
+            x: the embeddings.
+            layout: for all layers; its `cos` and `sin` are `[R, B, T, H / 2]`.
+            token_dropout: turns the adapters' dropout on.
+        """
+        graphdef, per_layer = self._split(layers)
+        layout = self._shared(layout)
+        partitioner, folded = layout.partitioner, layout.ring is not None
+
+        def by_rows(x: jax.Array) -> jax.Array:
+            return x if partitioner is None else partitioner.rows(x, folded=folded)
+
+        def body(x: jax.Array, layer: Any, shared: Any) -> jax.Array:
+            index, leaves, window, rope = layer
+            arrays, token_dropout = shared
+            here = self._of_layer(layout.with_arrays(arrays), window, rope)
+            token_dropout = None if token_dropout is None else token_dropout.fold(index)
+            return by_rows(nnx.merge(graphdef, leaves)(by_rows(x), here, None, token_dropout)[0])
+
+        places = None if partitioner is None else _places(partitioner, per_layer)
+        return run_stack(body, self.unroll, self.remat, x, per_layer, (layout.arrays(), token_dropout), places)
+
+    def extend(self, layers: Block, x: jax.Array, layout: RowLayout, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`x` through all layers behind the tokens of the cache, and the cache with its keys and values."""
+        graphdef, per_layer = self._split(layers)
+        layout = self._shared(layout)
+
+        def body(carry: Any, layer: Any) -> tuple[Any, None]:
+            x, (keys, values) = carry
+            index, leaves, window, rope = layer
+            slot = CacheSlot(keys, values, index, cache.length)
+            x, written = nnx.merge(graphdef, leaves)(x, self._of_layer(layout, window, rope), slot, None)
+            assert written is not None
+            return (x, (written.keys, written.values)), None
+
+        (x, stored), _ = jax.lax.scan(body, (x, (cache.keys, cache.values)), per_layer, unroll=self.unroll)
+        return x, dataclasses.replace(cache, keys=stored[0], values=stored[1])
+
+    def _split(self, layers: Block) -> tuple[Any, Any]:
+        """The structure of a layer, and what differs between layers: number, leaves, and window and angles or None."""
+        graphdef, leaves = nnx.split(layers)
+        config = self.config
+        windows = None if self._one_window else jnp.asarray([window or _NO_WINDOW for window in config.windows])
+        ropes = None if self._one_rope else jnp.asarray(config.layer_ropes)
+        return graphdef, (jnp.arange(config.num_layers), leaves, windows, ropes)
+
+    @property
+    def _one_rope(self) -> bool:
+        return len(self.config.ropes) == 1
+
+    @property
+    def _one_window(self) -> bool:
+        return len(set(self.config.windows)) == 1
+
+    def _shared(self, layout: RowLayout) -> RowLayout:
+        """The layout with the angles of all layers where they are the same."""
+        return dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0]) if self._one_rope else layout
+
+    def _of_layer(self, layout: RowLayout, window: Any, rope: Any) -> RowLayout:
+        layout = dataclasses.replace(layout, window=self.config.windows[0] if self._one_window else window)
+        if self._one_rope:
+            return layout
+        return dataclasses.replace(layout, cos=layout.cos[rope], sin=layout.sin[rope])
+
+
+def _places(partitioner: Partitioner, per_layer: Any) -> Places:
+    """Where one layer's share of each leaf is: stacked parameters by their axes, nothing else."""
+    stored: list[Any] = []
+    used: list[Any] = []
+    leads: list[int] = []
+    for leaf in jax.tree.leaves(per_layer, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        axes = (leaf.get_metadata().get("axes") or ())[1:] if isinstance(leaf, nnx.Variable) else ()
+        stored.append(partitioner.stored(axes, leaf.shape[1:]) if axes else None)
+        used.append(partitioner.used(axes, leaf.shape[1:]) if axes else None)
+        leads.append(partitioner.lead(axes, leaf.shape[1:]) if axes else 1)
+    return Places(tuple(stored), tuple(used), tuple(leads))
 
 
 def _head_norm(config: DecoderConfig, name: str) -> RMSNorm:

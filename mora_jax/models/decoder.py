@@ -1,8 +1,10 @@
 """The decoder: one configurable transformer for all families, layers stacked and run by `jax.lax.scan`."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +14,19 @@ from flax import nnx
 from mora_jax.adapters.bank import banks, checked_ids, choose_rows
 from mora_jax.adapters.products.dropout import TokenDropout
 from mora_jax.adapters.products.quantization import FORMATS
-from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.projection import OutputHead
 from mora_jax.models.backend import backend
-from mora_jax.models.block import Block, CacheSlot, RowLayout
-from mora_jax.models.config import DecoderConfig
+from mora_jax.models.block import Block, LayerRunner, RowLayout
 from mora_jax.models.embedding import TokenEmbedding, normal
 from mora_jax.models.kv_cache import Cache, empty_cache
-from mora_jax.models.layer_scan import Places, run_stack
 from mora_jax.models.norms import RMSNorm
-from mora_jax.models.partitioning import Spread
 from mora_jax.models.rope import tables
 from mora_jax.models.segments import check_token_ids, default_positions
 
-_NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
+if TYPE_CHECKING:
+    from mora_jax.models.config import DecoderConfig
+    from mora_jax.models.partitioning import Partitioner
+
 REMAT = ("none", "dots", "full", "offload")
 
 
@@ -59,7 +61,6 @@ class Decoder(nnx.Module):
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
             `mora_jax.adapters.products.quantization`).
         layers: one `Block` whose leaves have a leading `[L]`.
-        spread: how arrays lie on a mesh of devices; None for one device, or where the compiler decides.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
     """
@@ -87,7 +88,6 @@ class Decoder(nnx.Module):
         self.unroll = unroll
         self.remat = remat
         self.quantize = quantize
-        self.spread: Spread | None = None
         self.name_or_path: str | None = None
         self.folder: str | None = None
         scale = 0.0 if rngs is None else config.initializer_range
@@ -118,6 +118,7 @@ class Decoder(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
         adapter_ids: jax.Array | None = None,
+        partitioner: Partitioner | None = None,
     ) -> jax.Array:
         """The logits of every token.
 
@@ -129,14 +130,15 @@ class Decoder(nnx.Module):
             dropout_key: turns on the adapters' dropout.
             adapter_ids: int `[B]`, which of several named adapters each row uses (see `mj.NamedAdapters`), -1 for the
                 base alone; None: the active one.
+            partitioner: how the model's arrays are laid over the devices of a mesh; None for one device, or where the
+                compiler decides.
 
         Returns:
             float32 `[B, T, V]`; finite, but without meaning, at padding.
         """
         arrays = self._checked(input_ids, segment_ids, positions)
-        graphdef, state = nnx.split(self)
-        token_dropout = _token_dropout(dropout_key, arrays[0], None)
-        return _logits(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, token_dropout)
+        rows = self._rows(adapter_ids, input_ids)
+        return _logits(*nnx.split(self), partitioner, rows, *arrays, dropout_key)
 
     def hidden(
         self,
@@ -148,26 +150,66 @@ class Decoder(nnx.Module):
         row_numbers: jax.Array | None = None,
         embedding_noise: jax.Array | None = None,
         adapter_ids: jax.Array | None = None,
+        partitioner: Partitioner | None = None,
     ) -> jax.Array:
         """The states after the final norm, `[B, T, D]` in the compute dtype.
 
         Args:
-            input_ids, segment_ids, positions, dropout_key, adapter_ids: as in `__call__`.
+            input_ids, segment_ids, positions, dropout_key, adapter_ids, partitioner: as in `__call__`.
+            row_numbers, embedding_noise: as in `forward`.
+        """
+        arrays = self._checked(input_ids, segment_ids, positions)
+        rows = self._rows(adapter_ids, input_ids)
+        return _hidden(*nnx.split(self), partitioner, rows, *arrays, dropout_key, row_numbers, embedding_noise)
+
+    def forward(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+        row_numbers: jax.Array | None = None,
+        embedding_noise: jax.Array | None = None,
+        partitioner: Partitioner | None = None,
+    ) -> jax.Array:
+        """`hidden` inside a compiled function: nothing is checked, and nothing is compiled by itself.
+
+        Args:
+            input_ids, segment_ids, positions, dropout_key, partitioner: as in `__call__`.
             row_numbers: int `[B]`, the number of each row among those that share `dropout_key`, by which they get their
                 masks; None: these are all of them.
             embedding_noise: float32 `[B, T, D]`, added to the looked-up embeddings before the family scales them.
         """
-        arrays = self._checked(input_ids, segment_ids, positions)
-        graphdef, state = nnx.split(self)
-        token_dropout = _token_dropout(dropout_key, arrays[0], row_numbers)
-        return _hidden(graphdef, state, self._rows(adapter_ids, input_ids), *arrays, token_dropout, embedding_noise)
+        if segment_ids is None:
+            segments = jnp.ones(input_ids.shape, dtype=jnp.int32)
+            implied = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        else:
+            segments = segment_ids.astype(jnp.int32)
+            implied = default_positions(segments) if positions is None else segments
+        places = implied if positions is None else positions.astype(jnp.int32)
+        cos, sin = tables(self.config.ropes, self.config.head_dim, places)
+        token_dropout = None
+        if dropout_key is not None:
+            token_dropout = TokenDropout.of(dropout_key, len(input_ids), input_ids.shape[1], row_numbers)
+        x = self._embed(input_ids, embedding_noise, partitioner)
+        ring = None if partitioner is None else partitioner.ring(x.shape[0])
+        if partitioner is not None and ring is not None:
+            x, segments = partitioner.fold(x), partitioner.fold(segments)
+            cos, sin = jax.vmap(partitioner.fold)(cos), jax.vmap(partitioner.fold)(sin)
+            if token_dropout is not None:
+                token_dropout = token_dropout._replace(tokens=partitioner.fold(token_dropout.tokens))
+        sharded = partitioner if partitioner is not None and partitioner.cuts_weights else None
+        layout = RowLayout(segments, segments, None, None, cos, sin, window=None, ring=ring, partitioner=sharded)
+        x = self.norm(self._runner(self.layers, x, layout, token_dropout))
+        return x if ring is None or partitioner is None else partitioner.unfold(x, *input_ids.shape)
 
-    def head(self) -> Head:
+    def head(self, partitioner: Partitioner | None = None) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
         parameter = self.embed_tokens.embedding if self.lm_head is None else self.lm_head.kernel
         kernel = self.embed_tokens.table() if self.lm_head is None else self.lm_head.table()
-        if self.spread is not None:
-            kernel = self.spread.gathered(kernel, parameter.get_metadata()["axes"])
+        if partitioner is not None:
+            kernel = partitioner.gathered(kernel, parameter.get_metadata()["axes"])
         return Head(kernel, self.config.final_softcap)
 
     @property
@@ -207,9 +249,7 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"the cache has {cache.max_length} slots, {int(used)} in use: no room for {input_ids.shape[1]} tokens"
             )
-        graphdef, state = nnx.split(self)
-        rows = self._rows(adapter_ids, input_ids)
-        return _extend(graphdef, state, rows, cache, input_ids, positions, segment_ids)
+        return _extend(*nnx.split(self), self._rows(adapter_ids, input_ids), cache, input_ids, positions, segment_ids)
 
     def _rows(self, adapter_ids: Any, input_ids: Any) -> Any:
         return None if adapter_ids is None else checked_ids(list(banks(self)), adapter_ids, len(input_ids))
@@ -229,106 +269,28 @@ class Decoder(nnx.Module):
             check_token_ids(input_ids, self.config.vocab_size)
         return input_ids, segment_ids, positions
 
-    def _embed(self, input_ids: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        if self.spread is None:
+    def _embed(self, input_ids: jax.Array, noise: jax.Array | None, partitioner: Partitioner | None) -> jax.Array:
+        if partitioner is None:
             x = self.embed_tokens(input_ids)
         else:
             axes = self.embed_tokens.embedding.get_metadata()["axes"]
             shape = self.config.vocab_size, self.config.hidden_size
-            x = self.spread.looked_up(axes, shape, input_ids, self.embed_tokens)
+            x = partitioner.looked_up(axes, shape, input_ids, self.embed_tokens)
         if noise is not None:
             x = (x.astype(jnp.float32) + noise).astype(x.dtype)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, dtype=x.dtype)
         return x
 
-    def _run_layers(
-        self,
-        x: jax.Array,
-        layout: RowLayout,
-        cache: Cache | None = None,
-        token_dropout: TokenDropout | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """`x [B, T, D]` through the stack. `layout.cos` and `layout.sin` are `[R, B, T, H / 2]` here."""
-        config = self.config
-        spread = self.spread if cache is None and self.spread is not None and self.spread.cuts_weights else None
-        if spread is not None:
-            _lead(spread, self.layers)
-        graphdef, leaves = nnx.split(self.layers)
-        same_rope = len(config.ropes) == 1
-        same_window = len(set(config.windows)) == 1
-        windows = None if same_window else jnp.asarray([window or _NO_WINDOW for window in config.windows])
-        ropes = None if same_rope else jnp.asarray(config.layer_ropes)
-        if same_rope:
-            layout = dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0])
-        xs = (jnp.arange(config.num_layers), leaves, windows, ropes)
-        ring, folded = layout.ring, layout.ring is not None
-
-        def layer_layout(layout: RowLayout, window: Any, rope: Any) -> RowLayout:
-            seen = config.windows[0] if same_window else window
-            layout = dataclasses.replace(layout, window=seen, ring=ring)
-            if same_rope:
-                return layout
-            return dataclasses.replace(layout, cos=layout.cos[rope], sin=layout.sin[rope])
-
-        if cache is None:
-
-            def body(x: jax.Array, layer: Any, shared: Any) -> jax.Array:
-                index, leaves, window, rope = layer
-                arrays, token_dropout = shared
-                here = layer_layout(RowLayout.of(arrays), window, rope)
-                token_dropout = None if token_dropout is None else token_dropout.fold(index)
-                if spread is None:
-                    return nnx.merge(graphdef, leaves)(x, here, None, token_dropout)[0]
-                x = spread.rows(x, folded=folded)
-                return spread.rows(nnx.merge(graphdef, leaves)(x, here, None, token_dropout)[0], folded=folded)
-
-            places = None if spread is None else _places(spread, xs)
-            return run_stack(body, self._unroll(), self.remat, x, xs, (layout.arrays(), token_dropout), places), None
-
-        def extend(carry: Any, layer: Any) -> tuple[Any, None]:
-            x, (keys, values) = carry
-            index, leaves, window, rope = layer
-            slot: Any = CacheSlot(keys, values, index, cache.length)
-            x, written = nnx.merge(graphdef, leaves)(x, layer_layout(layout, window, rope), slot, None)
-            assert written is not None
-            return (x, (written.keys, written.values)), None
-
-        (x, stored), _ = jax.lax.scan(extend, (x, (cache.keys, cache.values)), xs, unroll=self._unroll())
-        return x, dataclasses.replace(cache, keys=stored[0], values=stored[1])
+    @property
+    def _runner(self) -> LayerRunner:
+        return LayerRunner(self.config, self._unroll(), self.remat)
 
     def _unroll(self) -> int:
         if self.unroll is not None:
             return min(self.unroll, self.config.num_layers)
         # Without a loop XLA on CPUs keeps the quantised kernels of all layers dense at once.
         return self.config.num_layers if backend() == "cpu" and self.quantize == "none" else 1
-
-    def _hidden(
-        self,
-        input_ids: jax.Array,
-        segment_ids: jax.Array | None,
-        positions: jax.Array | None,
-        token_dropout: TokenDropout | None,
-        noise: jax.Array | None = None,
-    ) -> jax.Array:
-        if segment_ids is None:
-            segments = jnp.ones(input_ids.shape, dtype=jnp.int32)
-            implied = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
-        else:
-            segments = segment_ids.astype(jnp.int32)
-            implied = default_positions(segments) if positions is None else segments
-        places = implied if positions is None else positions.astype(jnp.int32)
-        cos, sin = tables(self.config.ropes, self.config.head_dim, places)
-        x, ring = self._embed(input_ids, noise), None
-        if self.spread is not None and (ring := self.spread.ring(x.shape[0])) is not None:
-            x, segments = self.spread.fold(x), self.spread.fold(segments)
-            cos, sin = jax.vmap(self.spread.fold)(cos), jax.vmap(self.spread.fold)(sin)
-            if token_dropout is not None:
-                token_dropout = token_dropout._replace(tokens=self.spread.fold(token_dropout.tokens))
-        layout = RowLayout(segments, segments, None, None, cos, sin, window=None, ring=ring)
-        x, _ = self._run_layers(x, layout, token_dropout=token_dropout)
-        x = self.norm(x)
-        return x if ring is None or self.spread is None else self.spread.unfold(x, *input_ids.shape)
 
     def _extend(
         self, cache: Cache, input_ids: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
@@ -347,54 +309,43 @@ class Decoder(nnx.Module):
         )
         cos, sin = tables(self.config.ropes, self.config.head_dim, positions)
         layout = RowLayout(segments, cache.segments, positions, cache.positions, cos, sin, window=None)
-        x, written = self._run_layers(self._embed(input_ids), layout, cache=cache)
-        assert written is not None
+        x, written = self._runner.extend(self.layers, self._embed(input_ids, None, None), layout, cache)
         columns = jnp.arange(shape[1])
         last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
         hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
         return self.head().logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
 
 
-def _places(spread: Spread, xs: Any) -> Places:
-    """Where one layer's share of each leaf of `xs` lies: stacked parameters by their axes, nothing else."""
-    stored: list[Any] = []
-    used: list[Any] = []
-    leads: list[int] = []
-    for leaf in jax.tree.leaves(xs, is_leaf=lambda node: isinstance(node, nnx.Variable)):
-        axes = (leaf.get_metadata().get("axes") or ())[1:] if isinstance(leaf, nnx.Variable) else ()
-        stored.append(spread.stored(axes, leaf.shape[1:]) if axes else None)
-        used.append(spread.used(axes, leaf.shape[1:]) if axes else None)
-        leads.append(spread.lead(axes, leaf.shape[1:]) if axes else 1)
-    return Places(tuple(stored), tuple(used), tuple(leads))
+# Compiled once per structure and shape, so that eager calls don't compile the scan anew each time.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _logits(
+    graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, ids: Any, segments: Any, positions: Any, key: Any
+) -> jax.Array:
+    model = _merged(graphdef, state, adapter_ids, ids)
+    hidden = model.forward(ids, segments, positions, dropout_key=key, partitioner=partitioner)
+    return model.head(partitioner).logits(hidden)
 
 
-def _lead(spread: Spread, layers: Block) -> None:
-    """Tells the projections whose kernels are cut along an axis that isn't their first to expect it in front."""
-    for _, node in nnx.iter_graph(layers):
-        if isinstance(node, Projection):
-            node.lead = spread.lead(node.axes, (node.in_features, *node.layout.out_shape)) - 1
-
-
-# Compiled once per structure and shape. Inside somebody else's `jax.jit` these are inlined; called eagerly
-# they keep the scan from being compiled anew for every call.
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> jax.Array:
-    model = _merged(graphdef, state, adapter_ids, args[0])
-    return model.head().logits(model._hidden(*args))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> jax.Array:
-    return _merged(graphdef, state, adapter_ids, args[0])._hidden(*args)
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _hidden(
+    graphdef: Any,
+    state: Any,
+    partitioner: Any,
+    adapter_ids: Any,
+    ids: Any,
+    segments: Any,
+    positions: Any,
+    key: Any,
+    row_numbers: Any,
+    noise: Any,
+) -> jax.Array:
+    options = {"dropout_key": key, "row_numbers": row_numbers, "embedding_noise": noise, "partitioner": partitioner}
+    return _merged(graphdef, state, adapter_ids, ids).forward(ids, segments, positions, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _extend(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> tuple[jax.Array, Cache]:
     return _merged(graphdef, state, adapter_ids, args[1])._extend(*args)
-
-
-def _token_dropout(key: jax.Array | None, input_ids: jax.Array, numbers: jax.Array | None) -> TokenDropout | None:
-    return None if key is None else TokenDropout.of(key, len(input_ids), input_ids.shape[1], numbers)
 
 
 def _merged(graphdef: Any, state: Any, adapter_ids: Any, input_ids: jax.Array) -> Decoder:

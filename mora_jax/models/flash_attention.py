@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.models.remat import kept
+from mora_jax.models.layer_scan import checkpointed
 
 Array = jax.Array
 
@@ -258,7 +258,7 @@ def _tiled_forward(tiling, query, key, value, segments, traced_window):
     row = Block(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
     out, log_sum = attend(tiling, q, row, k, v, row, traced_window, SoftmaxState.empty(q)).finish()
     length = query.shape[3]
-    out, log_sum = kept((out[:, :, :, :length].astype(query.dtype), log_sum[..., :length]))
+    out, log_sum = checkpointed((out[:, :, :, :length].astype(query.dtype), log_sum[..., :length]))
     return out, (query, key, value, out, log_sum, segments, traced_window)
 
 

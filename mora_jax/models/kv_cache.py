@@ -1,11 +1,15 @@
 """The key/value cache of generation."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from mora_jax.models.config import DecoderConfig
+if TYPE_CHECKING:
+    from mora_jax.models.config import DecoderConfig
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +35,30 @@ class Cache:
     def max_length(self) -> int:
         """The number of slots, S."""
         return self.keys.shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSlot:
+    """Where a layer writes keys and values: `[layer, :, length:length + T]` of `[L, B, S, G, H]` arrays."""
+
+    keys: jax.Array
+    values: jax.Array
+    layer: jax.Array
+    length: jax.Array
+
+    def write(self, keys: jax.Array, values: jax.Array) -> CacheSlot:
+        """The slot with `keys` and `values` `[B, T, G, H]` written."""
+        zero = jnp.zeros_like(self.length)  # indices of one type, with float64 on too
+        start = (self.layer.astype(zero.dtype), zero, self.length, zero, zero)
+        return dataclasses.replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
+            values=jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
+        )
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """This layer's keys and values, `[B, S, G, H]` each."""
+        return self.keys[self.layer], self.values[self.layer]
 
 
 def empty_cache(config: DecoderConfig, batch_size: int, max_length: int, dtype: jnp.dtype) -> Cache:

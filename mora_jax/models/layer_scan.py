@@ -14,12 +14,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-
-from mora_jax.models.remat import POLICY
 
 Array = jax.Array
 Body = Callable[[Array, Any, Any], Array]
+
+_SAVED = "saved"
+_SAVE_MARKED = jax.checkpoint_policies.save_only_these_names(_SAVED)
+
+
+def checkpointed(arrays: Any) -> Any:
+    """A pytree of arrays, marked as what `remat="dots"` saves of a layer besides its input; the same values.
+
+    These are the results of its projections and of its attention, marked where they are made, rounded to the compute
+    dtype. A policy that goes by operations would save the float32 sums inside a projection instead, the base product's
+    and the adapter's each, which is more than `remat="none"` saves.
+    """
+    return jax.tree.map(lambda array: checkpoint_name(array, _SAVED), arrays)
 
 
 class Places(NamedTuple):
@@ -107,7 +119,7 @@ def run_stack(
         body: one layer, a pure function of its arguments.
         unroll: layers an iteration of the loop; all of them for no loop.
         remat: "none" keeps what the layers' backward needs, "full" only each layer's input, "dots" also what
-            the layer marks (remat.py); "offload" only each layer's input, and that in the host's memory.
+            the layer marks (`checkpointed`); "offload" only each layer's input, and that in the host's memory.
         x: the input of the first layer; every layer keeps its shape and dtype.
         layers: any pytree of arrays `[L, …]`; arrays that nothing differentiates get no gradient.
         shared: any pytree of arrays that every layer reads; they get no gradient.
@@ -213,7 +225,7 @@ def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...], *,
 
         if remat == "dots":
             # A loop's backward can't share anything with its forward; elsewhere the compiler has to be kept from it.
-            on_active = jax.checkpoint(on_active, policy=POLICY, prevent_cse=unrolled)
+            on_active = jax.checkpoint(on_active, policy=_SAVE_MARKED, prevent_cse=unrolled)
         trained = [leaf for on, leaf in zip(active, layer, strict=True) if on]
         return jax.vjp(on_active, x, trained)
 

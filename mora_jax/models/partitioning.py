@@ -1,23 +1,29 @@
-"""What a decoder asks of whoever lays its arrays over several devices."""
+"""What a decoder and a training step ask of whoever lays their arrays over several devices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
-from mora_jax.models.ring_attention import Ring
+if TYPE_CHECKING:
+    from mora_jax.models.ring_attention import Ring
 
 Array = jax.Array
 Axes = tuple[str | None, ...]
 
 
-class Spread(Protocol):
+class Partitioner(Protocol):
     """Where arrays lie on a mesh while a decoder computes. Hashable: it is part of a compiled function's key.
 
     `axes` are the logical names of an array's axes, as its metadata has them.
     """
+
+    @property
+    def row_shards(self) -> int:
+        """Devices among which the rows of a micro-batch are laid."""
+        ...
 
     @property
     def cuts_weights(self) -> bool:

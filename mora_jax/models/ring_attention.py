@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from mora_jax.models.flash_attention import Block, Gradients, OutputGradients, SoftmaxState, Tiling, attend, attend_vjp
-from mora_jax.models.remat import kept
+from mora_jax.models.layer_scan import checkpointed
 
 Array = jax.Array
 
@@ -33,7 +33,7 @@ class Ring:
     Attributes:
         mesh: with the axis `axis`.
         axis: along it lie the shares of a row.
-        rows: the mesh axes of the folded rows `[c · B, T / c]`, `axis` first (see `Spread.fold`).
+        rows: the mesh axes of the folded rows `[c · B, T / c]`, `axis` first (see `Partitioner.fold`).
         heads: the mesh axis of key/value heads; None where every device computes all of them.
     """
 
@@ -60,6 +60,10 @@ class Ring:
         into = tuple(specs[kind] for kind in kinds)
         out = tuple(specs[kind] for kind in results)
         return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
+
+    def attention(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        """`ring_attention` around this ring."""
+        return ring_attention(self, query, key, value, **options)
 
 
 def ring_attention(
@@ -111,7 +115,7 @@ def _ring(options: _Options, query: Array, key: Array, value: Array, segments: A
 
 def _forward(options, query, key, value, segments, traced_window):
     around = options.ring.mapped(partial(_around, options), "qkksw", "qr")
-    out, log_sum = kept(around(query, key, value, segments, traced_window))
+    out, log_sum = checkpointed(around(query, key, value, segments, traced_window))
     return out, (query, key, value, out, log_sum, segments, traced_window)
 
 

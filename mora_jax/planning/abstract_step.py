@@ -18,6 +18,7 @@ from mora_jax.training.build_step import Assembly, assemble, shapes_in_place
 from mora_jax.training.config.schema import Config
 from mora_jax.training.config.to_adapter import adapter_config
 from mora_jax.training.optimizer import make_optimizer
+from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import initial_state
 
@@ -68,7 +69,7 @@ def assemble_abstract(
     model: Decoder, config: Config, mesh: tuple[int, ...], devices: Sequence[Any] | None = None
 ) -> tuple[Assembly, tuple[Any, Any, Any]]:
     """The step, and the shapes of its arguments with their places: state, frozen arrays, batch."""
-    made = assemble(model, config, config.train.steps or STEPS, mesh, devices)
+    made = assemble(model, config, config.train.steps or STEPS, make_mesh(*mesh, devices=devices))
     assert made.placement is not None and isinstance(made.runner, JitRunner), "pmap is refused before"
     runner, rows = made.runner, made.placement.batch(1)
     state = jax.eval_shape(lambda adapters: initial_state(adapters, made.optimizer, config.seed), made.adapters)

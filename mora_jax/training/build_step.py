@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from flax import nnx
+from jax.sharding import Mesh
 
-from mora_jax.adapters.attach import partition
+from mora_jax.adapters.attach import detach, partition
 from mora_jax.adapters.matching.targets import has_adapter, places
 from mora_jax.adapters.summary import adapter_at
 from mora_jax.data.loss_weights import MODES
@@ -19,11 +20,11 @@ from mora_jax.training.config.to_adapter import adapter_config
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.device_put import put
-from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.place_model import place_model
 from mora_jax.training.sharding.rules import Placement
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
-from mora_jax.training.step import make_step
+from mora_jax.training.step import StepConfig, make_step
 
 
 class Assembly(NamedTuple):
@@ -63,23 +64,22 @@ class Assembly(NamedTuple):
         return put(start, places)
 
 
-def assemble(
-    model: Decoder,
-    config: Config,
-    steps: int,
-    mesh_shape: tuple[int, ...],
-    devices: Sequence[Any] | None = None,
-) -> Assembly:
+def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly:
     """The step that `config` asks for.
 
     Args:
-        model: with its adapters; its arrays may be shapes alone.
+        model: with its adapters; its arrays may be shapes alone. Arrays are put where the mesh stores them, except
+            under `pmap`, which copies them later.
         config: the whole run.
         steps: of the run.
-        mesh_shape: devices along each axis of the mesh.
-        devices: that make up the mesh, also such as are only described; None: those of this run.
+        mesh: as `make_mesh` makes it; its devices may be such as are only described.
     """
     graphdef, adapters, frozen = partition(model)
+    pmap = config.mesh.pmap
+    placement = None if pmap else Placement.of(mesh, adapters, frozen)
+    if placement is not None and placement.partitioner is not None and not is_abstract(model):
+        place_model(placement, model)
+        graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
     method = adapter_config(config.adapter, steps)
     restarts = Restarts.of(method, steps)
@@ -88,21 +88,18 @@ def assemble(
     budget = RankBudget.of(model, *arrays)
     if budget is not None:
         optimizer = budget.around(optimizer)
-    pmap, mesh = config.mesh.pmap, make_mesh(*mesh_shape, devices=devices)
-    placement = None if pmap else Placement.of(mesh, adapters, frozen)
     normalize = config.loss.normalize or MODES[config.loss.mode].normalize
-    step = make_step(
-        structure,
-        optimizer,
-        make_schedule(config.optimizer, steps, restarts),
-        placement=placement,
+    settings = StepConfig(
+        partitioner=None if placement is None else placement.partitioner,
         dropout=any(adapter_at(place).config.dropout > 0 for place in places(model) if has_adapter(place)),
         axis_name="data" if pmap else None,
         divisor=config.loss.constant if normalize == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,
         kl_weight=config.loss.kl_weight,
+        base=base_structure(model) if config.loss.kl_weight else None,
         penalty=None if budget is None else budget.penalty,
     )
+    step = make_step(structure, optimizer, make_schedule(config.optimizer, steps, restarts), settings)
     runner: JitRunner | PmapRunner
     if placement is None:
         runner = PmapRunner(step, mesh.size)
@@ -110,6 +107,18 @@ def assemble(
         table = placement.table(adapters, frozen)
         runner = JitRunner(step, mesh, table)
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget)
+
+
+def base_structure(model: nnx.Module) -> Structure:
+    """The structure of a model without its adapters, for `StepConfig.base`."""
+    base = nnx.merge(*nnx.split(model))
+    detach(base)
+    return Structure(*nnx.split(base))
+
+
+def is_abstract(model: nnx.Module) -> bool:
+    """Whether a model's arrays are shapes alone."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
 def shapes_in_place(runner: JitRunner, tree: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from mora_jax.adapters.products.quantization import packed_sizes
-from mora_jax.data.pipeline import Batch, BatchIterator
+from mora_jax.batch import Batch
+from mora_jax.data.pipeline import BatchIterator
 from mora_jax.evaluation.perplexity import score
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import assemble
@@ -206,8 +207,9 @@ class Trainer:
             if found is not None:
                 self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
                 del found
-            source = dataclasses.replace(self.setup.batches, rows=self.runner.share(self.setup.micro_batch))
-            batches = BatchIterator(source, first, place=self.runner.place_batch)
+            share = self.runner.share(self.setup.micro_batch)
+            source = dataclasses.replace(self.setup.batches, rows=share.rows)
+            batches = BatchIterator(source, first, place=share.place)
             context.enter_context(contextlib.closing(batches))
             context.callback(self.directory.files.close)
             self._remember(self.directory.rewind_metrics(first), checkpoints)
@@ -388,9 +390,7 @@ class Trainer:
     def trained_model(self) -> Decoder:
         """The model as trained so far."""
         adapters = self.runner.whole(self.state).adapters
-        model = self.structure.model(adapters, self.runner.whole(self.frozen))
-        model.spread = self.placement if self.placement is not None and self.placement.mesh.size > 1 else None
-        return model
+        return self.structure.model(adapters, self.runner.whole(self.frozen))
 
     def _evaluate(self, step: int, signals: StopSignals) -> None:
         """Scores the model after `step`, or doesn't get to the end of it: where a signal comes."""
@@ -405,8 +405,14 @@ class Trainer:
         self.display.loading("evaluating")
         started = time.perf_counter()
         try:
-            model, rows = self.trained_model(), self.setup.micro_batch
-            scores = score(model, self.setup.evaluation, batch_size=rows, progress=progress)
+            partitioner = None if self.placement is None else self.placement.partitioner
+            scores = score(
+                self.trained_model(),
+                self.setup.evaluation,
+                batch_size=self.setup.micro_batch,
+                progress=progress,
+                partitioner=partitioner,
+            )
         except _Interrupted:
             return
         finally:

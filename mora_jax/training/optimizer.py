@@ -63,7 +63,7 @@ def make_optimizer(
         restarts: see `make_schedule`.
 
     Returns:
-        A transformation whose `update` takes `taken`: whether the step counts (see nonfinite.py); only moments in the
+        A transformation whose `update` takes `taken`: whether the step counts (see `state.chosen`); only moments in the
         host's memory (`config.offload`) look at it.
     """
     adam = optax.scale_by_adam(mu_dtype="float32")

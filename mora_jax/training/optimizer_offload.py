@@ -17,6 +17,7 @@ class OnHost(optax.ScaleByAdamState):
     """Adam's state with its moments in the host's memory: fields `count`, `mu` and `nu`, the latter by name."""
 
     __slots__ = ()
+    chosen_by_update = True  # see `state.chosen`
 
 
 def streamed(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of, report_of_trained
 from mora_jax.adapters.base import AdapterParam, FullParam
@@ -28,8 +29,8 @@ from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, 
 from mora_jax.training.config.to_adapter import adapter_config
 from mora_jax.training.config.to_data import data_source, loss_weights
 from mora_jax.training.display.plain import RunInfo
-from mora_jax.training.sharding.mesh import mesh_shape
-from mora_jax.training.sharding.place_model import base_shardings, is_spread, place_model
+from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
+from mora_jax.training.sharding.place_model import base_shardings
 
 #: From which share of padding on other ways are looked at, and on how many rows.
 MUCH_PADDING = 0.4
@@ -54,7 +55,7 @@ class Setup:
         attached: what is trained.
         train, evaluation: the encoded data; `evaluation` is None without evaluation data.
         plan: which examples make up which batch.
-        mesh: devices along `data`, `fsdp`, `tensor` and `context`.
+        mesh: the devices along `data`, `fsdp`, `tensor` and `context`.
     """
 
     config: Config
@@ -64,7 +65,7 @@ class Setup:
     train: EncodedDataset
     evaluation: EncodedDataset | None
     plan: BatchPlan
-    mesh: tuple[int, int, int, int]
+    mesh: Mesh
 
     @property
     def micro_batch(self) -> int:
@@ -132,7 +133,7 @@ class Setup:
             notes.append(f"{report.split} rows were split into examples of {self.train.max_length} tokens or fewer")
         if first_step == 0 and (advice := self.padding_advice()) is not None:
             notes.append(advice)
-        data, fsdp, tensor, context = self.mesh
+        data, fsdp, tensor, context = self.mesh.axis_sizes
         if data * fsdp > 1:
             notes.append(f"{data * fsdp} devices share each micro-batch of {self.micro_batch} rows")
         if context > 1:
@@ -213,7 +214,8 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
         InputError: whatever the user has to fix, in one line.
     """
     assert config.model.path is not None, "the configuration demands it"
-    mesh = mesh_shape(config.mesh, config.train.micro_batch)
+    mesh = make_mesh(*mesh_shape(config.mesh, config.train.micro_batch))
+    sharded = mesh.size > 1 and not config.mesh.pmap
     if objects.model is not None:
         model, tokenizer = objects.model, objects.tokenizer
         if tokenizer is None and model.folder is not None:
@@ -225,7 +227,7 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
             unroll=config.model.unroll,
             remat=config.model.remat,
             quantize=config.model.quantize,
-            shardings=partial(base_shardings, mesh) if is_spread(config.mesh, mesh) else None,
+            shardings=partial(base_shardings, mesh) if sharded else None,
         )
         tokenizer = tokenizer if objects.tokenizer is None else objects.tokenizer
     if tokenizer is None:
@@ -246,8 +248,6 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
     check_warmup(config, plan.steps)
     given = objects.model is not None and bool(jax.tree.leaves(nnx.state(model, AdapterParam)))
     attached = report_of_trained(model) if given else put_adapter(model, config, plan.steps)
-    if is_spread(config.mesh, mesh):
-        place_model(mesh, model)
     if config.loss.kl_weight:
         check_divergence(model)
     return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh)

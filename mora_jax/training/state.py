@@ -10,14 +10,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from mora_jax.adapters.base import FullParam
 from mora_jax.adapters.methods.registry import VECTORS
-from mora_jax.training.nonfinite import Skips
 
 Array = jax.Array
 Arrays = dict[str, Array]
+
+
+class Skips(NamedTuple):
+    """How many updates were left out, part of the state that checkpoints hold.
+
+    Attributes:
+        total: int32, since the run's first step.
+        in_row: int32, of the last steps without a break.
+    """
+
+    total: Array
+    in_row: Array
+
+    @classmethod
+    def none(cls) -> Skips:
+        """Before the first step; two arrays, since a state is donated and no buffer can be given away twice."""
+        return cls(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def after(self, taken: Array) -> Skips:
+        """After a step whose update was taken or left out."""
+        left_out = jnp.logical_not(taken).astype(jnp.int32)
+        return Skips(self.total + left_out, (self.in_row + 1) * left_out)
 
 
 class TrainState(NamedTuple):
@@ -84,3 +106,20 @@ def initial_state(adapters: Arrays, optimizer: Any, seed: int) -> TrainState:
     """The state before the first step."""
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, adapters, optimizer.init(adapters), jax.random.key(seed), Skips.none())
+
+
+def chosen(taken: Array, new: Any, old: Any) -> Any:
+    """`new` where the update is taken, else `old`: trained arrays, or an optax state.
+
+    One infinite or undefined number in a gradient would make every trained weight and every moment of the optimizer
+    undefined for good, so the step chooses by one number that all devices share. The choice is elementwise and needs
+    the old values and the new ones at once: XLA on CPU takes up to one more copy of what is trained for it. A step that
+    is left out still counts as a step: its batch is used up and the learning rate goes on, so a schedule's state is
+    always the new one. Weights, moments and the optimizer's own count of updates (Adam's correction of its bias) stay
+    as they were. A state that says `chosen_by_update` has been chosen already.
+    """
+
+    def is_new(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState) or getattr(node, "chosen_by_update", False)
+
+    return jax.tree.map(lambda new, old: new if is_new(new) else jnp.where(taken, new, old), new, old, is_leaf=is_new)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.adapters.attach import detach
 from mora_jax.losses.cross_entropy import next_token_targets, weighted_loss
 from mora_jax.losses.kl import weighted_kl
 from mora_jax.training.neftune import embedding_noise
-from mora_jax.training.nonfinite import chosen
-from mora_jax.training.sharding.rules import Placement
-from mora_jax.training.state import Arrays, Structure, TrainState
+from mora_jax.training.state import Arrays, Structure, TrainState, chosen
+
+if TYPE_CHECKING:
+    from mora_jax.batch import Batch
+    from mora_jax.models.partitioning import Partitioner
 
 Array = jax.Array
-Batch = dict[str, Array]
 
 _NOISE = 2**31  # folded into the key for NEFTune; dropout folds the numbers of layers in
 
@@ -52,140 +53,140 @@ class StepMetrics(NamedTuple):
     penalty: Array
 
 
-StepFunction = Callable[[TrainState, Arrays, Batch], tuple[TrainState, StepMetrics]]
+@dataclass(frozen=True)
+class StepConfig:
+    """What is fixed when a step is made.
+
+    Attributes:
+        shards: devices among which the rows of a micro-batch are laid (see chunked_logits.py); None: those of
+            `partitioner`.
+        partitioner: how arrays are laid over the devices of a mesh (see sharding/rules.py); None where each device
+            has all weights.
+        dropout: whether the adapters' dropout is on.
+        axis_name: the mapped axis to sum over, under `jax.pmap`.
+        divisor: a fixed normaliser; None: the sum of `counts`, or without them of the weights.
+        neftune_alpha: strength of the noise on the embeddings (see neftune.py); 0 for none.
+        kl_weight: factor on the mean divergence from the base (see kl.py); 0 for no such term.
+        base: the same model without its adapters, which the divergence is from: its arrays are among the frozen ones.
+            It is run once more forward, without dropout and noise.
+        penalty: a term of the loss that depends on the trained arrays alone; it counts once a step.
+
+    Raises:
+        ValueError: a divisor that is not positive; `kl_weight` without a `base`.
+    """
+
+    shards: int | None = None
+    partitioner: Partitioner | None = None
+    dropout: bool = False
+    axis_name: str | None = None
+    divisor: float | None = None
+    neftune_alpha: float = 0.0
+    kl_weight: float = 0.0
+    base: Structure | None = None
+    penalty: Callable[[Arrays], Array] | None = None
+
+    def __post_init__(self) -> None:
+        if self.divisor is not None and not self.divisor > 0:
+            raise ValueError(f"divisor must be positive, got {self.divisor}")
+        if self.kl_weight and self.base is None:
+            raise ValueError(
+                "kl_weight needs the base that the divergence is from; full fine-tuning keeps no frozen base"
+            )
+
+    @property
+    def row_shards(self) -> int:
+        """Devices among which the rows of a micro-batch are laid."""
+        if self.shards is not None:
+            return self.shards
+        return 1 if self.partitioner is None else self.partitioner.row_shards
+
+    def total(self, x: Array) -> Array:
+        """The sum over the mapped devices."""
+        return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+
+
+class MicroBatch(NamedTuple):
+    """What one evaluation of the loss takes; stacked, all micro-batches of a step.
+
+    Attributes:
+        input_ids, segment_ids, positions: int `[rows, T]`, as in the batch.
+        targets: int `[rows, T]`, the next token of each.
+        weights, kl_weights: float32 `[rows, T]`, by target, divided by what the whole step sums to.
+        numbers: int `[rows]`, of each row in the step, where something random is drawn for it.
+    """
+
+    input_ids: Array
+    segment_ids: Array
+    positions: Array | None
+    targets: Array
+    weights: Array
+    kl_weights: Array | None
+    numbers: Array | None
+
+
+class Keys(NamedTuple):
+    """What every micro-batch of a step draws from, by the numbers of its rows; None turns a kind of noise off."""
+
+    dropout: Array | None
+    noise: Array | None
+
+
+StepFunction = Callable[[TrainState, Arrays, "Batch"], tuple[TrainState, StepMetrics]]
 
 
 def make_step(
     structure: Structure,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    *,
-    shards: int | None = None,
-    placement: Placement | None = None,
-    dropout: bool = False,
-    axis_name: str | None = None,
-    divisor: float | None = None,
-    neftune_alpha: float = 0.0,
-    kl_weight: float = 0.0,
-    penalty: Callable[[Arrays], Array] | None = None,
+    config: StepConfig = StepConfig(),
 ) -> StepFunction:
     """The pure step: gradients of the trainable tree alone, summed over micro-batches and devices.
 
     Weights are divided by their normaliser, which runs over the whole step, all micro-batches and devices, before
     anything is summed: any split of the same rows gives the same update. A step whose normaliser or whose weights
-    are 0 has loss 0 and gradient 0. One whose loss or gradient is not finite changes nothing (see nonfinite.py).
+    are 0 has loss 0 and gradient 0. One whose loss or gradient is not finite changes nothing (see `state.chosen`).
 
     Args:
         structure: of the model, split into trainable and frozen arrays.
         optimizer, schedule: from optimizer.py; the schedule is only reported.
-        shards: devices among which the rows of a micro-batch are laid (see chunked_logits.py); None: those of
-            `placement`.
-        placement: where arrays lie on a mesh (see rules.py); None where all weights are on every device.
-        dropout: whether adapters' dropout is on.
-        axis_name: the mapped axis to sum over, under `jax.pmap`.
-        divisor: a fixed normaliser; None: the sum of `counts`, or without them of the weights.
-        neftune_alpha: strength of the noise on the embeddings (see neftune.py); 0 for none.
-        kl_weight: factor on the mean divergence from the base (see kl.py); 0 for no such term. The base is the same
-            model without its adapters, dropout and noise, run once more forward.
-        penalty: a term of the loss that depends on the trained arrays alone; it counts once a step.
+        config: what else is fixed.
 
     Returns:
-        `step(state, frozen, batch) → (state, metrics)`. `batch` holds, each `[micro-batches, rows, T]`:
-
-        - `input_ids`, `segment_ids`: tokens, and the example of each (0 is padding).
-        - `weights`: of predicting token t. Those of padding and of an example's first token are left out.
-        - `positions`, optional: of the rotary angles; they restart with each example anyway.
-        - `kl_weights`, with a `kl_weight`: of the divergence in predicting token t.
-
-        and `counts`, optional, float `[micro-batches, rows]`: what each row adds to the normaliser. Other keys are
-        not looked at.
+        `step(state, frozen, batch) → (state, metrics)`. The batch is a `mora_jax.batch.Batch` of
+        `[micro-batches, rows]`; keys that the step has no use for are not looked at.
 
     Raises:
-        ValueError: `kl_weight` where the base itself is trained, so that there is none to compare with; a divisor
-            that is not positive.
+        ValueError: `kl_weight` where the base itself is trained, so that there is none to compare with.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    if kl_weight and structure.trains_base:
+    if config.kl_weight and structure.trains_base:
         raise ValueError("full fine-tuning keeps no frozen base, so there is no divergence from it: use kl_weight=0")
-    if divisor is not None and not divisor > 0:
-        raise ValueError(f"divisor must be positive, got {divisor}")
-    if shards is None:
-        shards = 1 if placement is None else placement.row_shards
-    spread = placement if placement is not None and placement.mesh.size > 1 else None
 
-    def objective(adapters: Arrays, frozen: Arrays, rows: Batch, keys: Keys) -> tuple[Array, Array]:
-        """Loss and KL of one micro-batch; their weights are divided already, so that both are shares of the step's."""
-        model = structure.model(adapters, frozen)
-        model.spread = spread
-        inputs = rows["input_ids"], rows["segment_ids"], rows.get("positions")
-        noise = None
-        if keys.noise is not None:
-            width = model.config.hidden_size
-            noise = embedding_noise(keys.noise, rows["numbers"], rows["segment_ids"], width, neftune_alpha)
-        hidden = model.hidden(*inputs, dropout_key=keys.dropout, row_numbers=rows.get("numbers"), embedding_noise=noise)
-        head = model.head()
-        ring = None if spread is None else spread.ring(hidden.shape[0])
-        fold = spread.fold if spread is not None else lambda x: x
-        shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards * (1 if ring is None else ring.size)}
-        loss = weighted_loss(fold(hidden), head.kernel, fold(rows["targets"]), fold(rows["weights"]), **shared)
-        if not kl_weight:
-            return loss, jnp.zeros((), jnp.float32)
-        adapted_head = model.has_adapted_head
-        detach(model)
-        shared["base_kernel"] = model.head().kernel if adapted_head else None
-        kl = weighted_kl(fold(hidden), fold(model.hidden(*inputs)), head.kernel, fold(rows["kl_weights"]), **shared)
-        return loss + kl_weight * kl, kl
-
-    def total(x: Array) -> Array:
-        return x if axis_name is None else jax.lax.psum(x, axis_name)
-
-    def row_numbers(micro_batches: int, rows: int) -> Array:
-        """The number of each row in the whole step, `[micro-batches, rows]` on this device."""
-        if axis_name is None:
-            return jnp.arange(micro_batches * rows).reshape(micro_batches, rows)
-        devices = jax.lax.psum(1, axis_name)
-        number = jnp.arange(micro_batches)[:, None] * devices + jax.lax.axis_index(axis_name)
-        return number * rows + jnp.arange(rows)
+    def objective(adapters: Arrays, frozen: Arrays, rows: MicroBatch, keys: Keys) -> tuple[Array, Array]:
+        """Loss and KL of one micro-batch, both shares of the step's."""
+        return _objective(config, structure.model(adapters, frozen), frozen, rows, keys)
 
     def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        ids, segments = batch["input_ids"], batch["segment_ids"]
-        targets, weights = next_token_targets(ids, batch["weights"], segments)
-        if divisor is None:
-            normalizer = total(jnp.sum(batch.get("counts", weights), dtype=jnp.float32))
-        else:
-            normalizer = jnp.asarray(divisor, jnp.float32)
-        rows = {"input_ids": ids, "segment_ids": segments, "targets": targets}
-        rows["weights"] = weights * _inverse(normalizer)
-        if "positions" in batch:
-            rows["positions"] = batch["positions"]
-        if kl_weight:
-            _, kl_weights = next_token_targets(ids, batch["kl_weights"], segments)
-            rows["kl_weights"] = kl_weights * _inverse(total(jnp.sum(kl_weights)))
-        count = ids.shape[0]
-        if dropout or neftune_alpha:
-            rows["numbers"] = row_numbers(*ids.shape[:2])
-
+        rows, normalizer, trained_tokens = _divided(config, batch)
         key = jax.random.fold_in(state.key, state.step)
-        keys = Keys(key if dropout else None, jax.random.fold_in(key, _NOISE) if neftune_alpha else None)
+        keys = Keys(key if config.dropout else None, jax.random.fold_in(key, _NOISE) if config.neftune_alpha else None)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
-        def micro(carry, rows):
-            found = value_and_grad(state.adapters, frozen, rows, keys)
-            return jax.tree.map(jnp.add, carry, found), None
+        def add_micro_batch(sums: Any, rows: MicroBatch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, value_and_grad(state.adapters, frozen, rows, keys)), None
 
-        if count == 1:
-            rows = {name: value[0] for name, value in rows.items()}
-            sums = value_and_grad(state.adapters, frozen, rows, keys)
+        if len(rows.input_ids) == 1:
+            sums = value_and_grad(state.adapters, frozen, jax.tree.map(lambda x: x[0], rows), keys)
         else:
             zero = jnp.zeros((), jnp.float32)
             start = ((zero, zero), jax.tree.map(jnp.zeros_like, state.adapters))
-            sums, _ = jax.lax.scan(micro, start, rows)
+            sums, _ = jax.lax.scan(add_micro_batch, start, rows)
 
-        (loss, kl), gradient = jax.tree.map(total, sums)
-        extra = jnp.zeros((), jnp.float32)
-        if penalty is not None:
-            extra, slope = jax.value_and_grad(penalty)(state.adapters)
-            loss, gradient = loss + extra, jax.tree.map(jnp.add, gradient, slope)
+        (loss, kl), gradient = jax.tree.map(config.total, sums)
+        penalty = jnp.zeros((), jnp.float32)
+        if config.penalty is not None:
+            penalty, penalty_gradient = jax.value_and_grad(config.penalty)(state.adapters)
+            loss, gradient = loss + penalty, jax.tree.map(jnp.add, gradient, penalty_gradient)
         grad_norm = optax.tree.norm(gradient)
         taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         skips = state.skips.after(taken)
@@ -193,13 +194,13 @@ def make_step(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-            tokens=total(jnp.sum(segments > 0)),
-            trained_tokens=total(jnp.sum(weights > 0)),
+            tokens=config.total(jnp.sum(rows.segment_ids > 0)),
+            trained_tokens=trained_tokens,
             normalizer=normalizer,
             kl=kl,
             skipped=skips.total,
             skipped_in_row=skips.in_row,
-            penalty=extra,
+            penalty=penalty,
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters, taken=taken)
         adapters: Any = optax.apply_updates(state.adapters, updates)
@@ -210,11 +211,60 @@ def make_step(
     return step
 
 
-class Keys(NamedTuple):
-    """What every micro-batch of a step draws from, by the numbers of its rows; None turns a kind of noise off."""
+def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch, keys: Keys) -> tuple[Array, Array]:
+    """Loss and KL of one micro-batch; their weights are divided already, so that both are shares of the step's."""
+    partitioner = config.partitioner
+    inputs = rows.input_ids, rows.segment_ids, rows.positions
+    noise = None
+    if keys.noise is not None:
+        assert rows.numbers is not None, "rows are numbered where noise is drawn"
+        width = model.config.hidden_size
+        noise = embedding_noise(keys.noise, rows.numbers, rows.segment_ids, width, config.neftune_alpha)
+    hidden = model.forward(
+        *inputs, dropout_key=keys.dropout, row_numbers=rows.numbers, embedding_noise=noise, partitioner=partitioner
+    )
+    head = model.head(partitioner)
+    ring = None if partitioner is None else partitioner.ring(hidden.shape[0])
+    fold = partitioner.fold if partitioner is not None else lambda x: x
+    shards = config.row_shards * (1 if ring is None else ring.size)
+    shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards}
+    loss = weighted_loss(fold(hidden), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
+    if not config.kl_weight:
+        return loss, jnp.zeros((), jnp.float32)
+    assert config.base is not None, "the configuration demands it"
+    base = config.base.model(frozen)
+    base_hidden = base.forward(*inputs, partitioner=partitioner)
+    shared["base_kernel"] = base.head(partitioner).kernel if model.has_adapted_head else None
+    assert rows.kl_weights is not None, "there are some where the divergence counts"
+    kl = weighted_kl(fold(hidden), fold(base_hidden), head.kernel, fold(rows.kl_weights), **shared)
+    return loss + config.kl_weight * kl, kl
 
-    dropout: Array | None
-    noise: Array | None
+
+def _divided(config: StepConfig, batch: Batch) -> tuple[MicroBatch, Array, Array]:
+    """The micro-batches with weights over the normaliser, the normaliser, and how many tokens carry loss."""
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    targets, weights = next_token_targets(ids, batch["weights"], segments)
+    if config.divisor is None:
+        normalizer = config.total(jnp.sum(batch.get("counts", weights), dtype=jnp.float32))
+    else:
+        normalizer = jnp.asarray(config.divisor, jnp.float32)
+    kl_weights = None
+    if config.kl_weight:
+        _, kl_weights = next_token_targets(ids, batch["kl_weights"], segments)
+        kl_weights = kl_weights * _inverse(config.total(jnp.sum(kl_weights)))
+    numbers = _row_numbers(config.axis_name, *ids.shape[:2]) if config.dropout or config.neftune_alpha else None
+    divided = weights * _inverse(normalizer)
+    rows = MicroBatch(ids, segments, batch.get("positions"), targets, divided, kl_weights, numbers)
+    return rows, normalizer, config.total(jnp.sum(weights > 0))
+
+
+def _row_numbers(axis_name: str | None, micro_batches: int, rows: int) -> Array:
+    """The number of each row in the whole step, `[micro-batches, rows]` on this device."""
+    if axis_name is None:
+        return jnp.arange(micro_batches * rows).reshape(micro_batches, rows)
+    devices = jax.lax.psum(1, axis_name)
+    number = jnp.arange(micro_batches)[:, None] * devices + jax.lax.axis_index(axis_name)
+    return number * rows + jnp.arange(rows)
 
 
 def _inverse(normalizer: Array) -> Array:

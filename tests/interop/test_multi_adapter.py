@@ -181,8 +181,9 @@ def test_rows_on_a_mesh_that_cuts_the_base(pair):
     names = [dotted(path) for path, _ in nnx.to_flat_state(state)]
     placed = [jax.device_put(leaf, places[name]) for name, leaf in zip(names, leaves, strict=True)]
     model = nnx.merge(graphdef, jax.tree.unflatten(tree, placed))
-    model.spread = placement
-    np.testing.assert_allclose(model(IDS, adapter_ids=ids), named.model(IDS, adapter_ids=ids), atol=1e-4)
+    np.testing.assert_allclose(
+        model(IDS, adapter_ids=ids, partitioner=placement), named.model(IDS, adapter_ids=ids), atol=1e-4
+    )
 
 
 @pytest.mark.slow

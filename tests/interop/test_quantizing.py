@@ -10,6 +10,7 @@ import mora_jax as mj
 from mora_jax.adapters.products.quantization import FORMATS, quantize
 from mora_jax.interop import sharded_read
 from mora_jax.models.init import init_decoder
+from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.place_model import base_shardings
 from mora_jax.training.state import flat_arrays
 from tests.models.quantized import projections
@@ -49,7 +50,7 @@ def test_codes_are_those_of_each_layer_of_the_file(folder, held):
 def test_a_shard_has_the_numbers_of_the_whole(folder, held, mesh):
     whole = flat_arrays(nnx.state(mj.load_pretrained(folder, dtype="float32", quantize=held)[0]))
     model, _ = mj.load_pretrained(
-        folder, dtype="float32", quantize=held, shardings=lambda shapes: base_shardings(mesh, shapes)
+        folder, dtype="float32", quantize=held, shardings=lambda shapes: base_shardings(make_mesh(*mesh), shapes)
     )
     spread = flat_arrays(nnx.state(model))
     assert whole.keys() == spread.keys()

@@ -8,6 +8,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.interop import safetensors_io
 from mora_jax.models.init import init_decoder
+from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.place_model import base_shardings
 from mora_jax.training.state import flat_arrays
 
@@ -38,7 +39,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("mesh", [(1, 4, 1, 1), (1, 1, 4, 1), (1, 2, 2, 1), (1, 1, 2, 2)])
 def test_values_and_places(folder, mesh):
     whole = flat_arrays(nnx.state(mj.load_pretrained(folder, dtype="float32")[0]))
-    model, _ = mj.load_pretrained(folder, dtype="float32", shardings=lambda shapes: base_shardings(mesh, shapes))
+    model, _ = mj.load_pretrained(
+        folder, dtype="float32", shardings=lambda shapes: base_shardings(make_mesh(*mesh), shapes)
+    )
     spread = flat_arrays(nnx.state(model))
     assert whole.keys() == spread.keys()
     for name, array in whole.items():
@@ -56,7 +59,7 @@ def test_no_region_is_read_twice_or_whole(folder, monkeypatch):
         return part
 
     monkeypatch.setattr(safetensors_io.TensorFiles, "read_part", read_part)
-    mj.load_pretrained(folder, dtype="float32", shardings=lambda shapes: base_shardings((1, 4, 1, 1), shapes))
+    mj.load_pretrained(folder, dtype="float32", shardings=lambda shapes: base_shardings(make_mesh(1, 4), shapes))
     files = safetensors_io.open_checkpoint(folder)
     matrices = {name: shape for name, shape in files.shapes.items() if len(shape) == 2}
     assert len(matrices) == 2 + 2 * 7

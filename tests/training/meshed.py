@@ -22,7 +22,7 @@ from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.rules import Placement
 from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import Structure, TrainState, flat_arrays, initial_state
-from mora_jax.training.step import make_step
+from mora_jax.training.step import StepConfig, make_step
 from tests.models.quantized import quantized_copy
 from tests.models.tiny import LLAMA, fill_randomly
 
@@ -112,7 +112,7 @@ def run(
     config = dataclasses.replace(OPTIMIZER, offload=offload)
     optimizer, schedule = make_optimizer(config, STEPS), make_schedule(config, STEPS)
     structure = Structure(graphdef, adapters, frozen)
-    step = make_step(structure, optimizer, schedule, placement=placement, dropout=dropout > 0)
+    step = make_step(structure, optimizer, schedule, StepConfig(partitioner=placement.partitioner, dropout=dropout > 0))
     runner = JitRunner(step, devices, placement.table(adapters, frozen))
     state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
     held = runner.place(flat_arrays(frozen))

@@ -11,7 +11,7 @@ from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
-from mora_jax.training.step import make_step
+from mora_jax.training.step import StepConfig, make_step
 from tests.training.test_step import LENGTH, OPTIMIZER, STEPS, batches, model_for
 
 
@@ -29,9 +29,9 @@ def test_a_bad_row_changes_nothing_but_the_counts(pmap):
     optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
     structure = Structure(graphdef, adapters, frozen)
     if pmap:
-        runner = PmapRunner(make_step(structure, optimizer, schedule, shards=1, axis_name="data"), 2)
+        runner = PmapRunner(make_step(structure, optimizer, schedule, StepConfig(shards=1, axis_name="data")), 2)
     else:
-        runner = JitRunner(make_step(structure, optimizer, schedule, shards=2), make_mesh(2))
+        runner = JitRunner(make_step(structure, optimizer, schedule, StepConfig(shards=2)), make_mesh(2))
     good = [{name: value.reshape(1, -1, LENGTH) for name, value in batch.items()} for batch in batches()]
     bad = good[2] | {"weights": good[2]["weights"].copy()}
     row = int(np.argmax(bad["segment_ids"][0].sum(1)))

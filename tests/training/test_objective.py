@@ -13,11 +13,12 @@ import mora_jax as mj
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training import step as step_module
+from mora_jax.training.build_step import base_structure
 from mora_jax.training.neftune import embedding_noise
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
-from mora_jax.training.step import make_step
+from mora_jax.training.step import StepConfig, make_step
 from tests.models.tiny import LLAMA, fill_randomly
 
 SMALL = LLAMA | {"num_hidden_layers": 2}
@@ -92,9 +93,12 @@ def run(model, batch, *, micro_batches=1, devices=1, pmap=False, **options):
         Structure(graphdef, adapters, frozen),
         optax.sgd(1.0),
         optax.constant_schedule(1.0),
-        shards=1 if pmap else devices,
-        axis_name="data" if pmap else None,
-        **options,
+        StepConfig(
+            shards=1 if pmap else devices,
+            axis_name="data" if pmap else None,
+            base=base_structure(model) if options.get("kl_weight") else None,
+            **options,
+        ),
     )
     runner = PmapRunner(step, devices) if pmap else JitRunner(step, make_mesh(devices))
     arrays = flat_arrays(adapters)
@@ -272,10 +276,12 @@ def test_full_fine_tuning_has_no_base_to_diverge_from():
     graphdef, adapters, frozen = mj.partition(model_for("full"))
     structure = Structure(graphdef, adapters, frozen)
     with pytest.raises(ValueError, match="full fine-tuning keeps no frozen base"):
-        make_step(structure, optax.sgd(1.0), optax.constant_schedule(1.0), kl_weight=0.1)
+        make_step(structure, optax.sgd(1.0), optax.constant_schedule(1.0), StepConfig(kl_weight=0.1, base=structure))
+    with pytest.raises(ValueError, match="kl_weight needs the base"):
+        StepConfig(kl_weight=0.1)
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="divisor must be positive"):
-            make_step(structure, optax.sgd(1.0), optax.constant_schedule(1.0), divisor=bad)
+            StepConfig(divisor=bad)
 
 
 def step_noise(batch, alpha: float) -> jax.Array:
@@ -331,7 +337,10 @@ def test_noise_is_new_in_every_step_and_absent_without_alpha():
 
     def compiled(alpha: float):
         step = make_step(
-            Structure(graphdef, adapters, frozen), optax.sgd(0.0), optax.constant_schedule(0.0), neftune_alpha=alpha
+            Structure(graphdef, adapters, frozen),
+            optax.sgd(0.0),
+            optax.constant_schedule(0.0),
+            StepConfig(neftune_alpha=alpha),
         )
         return jax.jit(step).lower(state, flat_arrays(frozen), batch).compile()
 

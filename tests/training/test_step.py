@@ -17,7 +17,7 @@ from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
-from mora_jax.training.step import make_step
+from mora_jax.training.step import StepConfig, make_step
 from tests.models.tiny import LLAMA, fill_randomly
 
 CONFIGS = {
@@ -62,9 +62,7 @@ def run(method: str, *, devices: int = 1, micro_batches: int = 1, pmap: bool = F
         Structure(graphdef, adapters, frozen),
         optimizer,
         schedule,
-        shards=1 if pmap else devices,
-        axis_name="data" if pmap else None,
-        dropout=method == "dropout",
+        StepConfig(shards=1 if pmap else devices, axis_name="data" if pmap else None, dropout=method == "dropout"),
     )
     runner = PmapRunner(step, devices) if pmap else JitRunner(step, make_mesh(devices))
     state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))

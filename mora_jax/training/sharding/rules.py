@@ -24,6 +24,7 @@ from flax import nnx
 from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mora_jax.models.partitioning import Partitioner
 from mora_jax.models.ring_attention import Ring
 from mora_jax.training.state import dotted
 
@@ -79,6 +80,11 @@ class Placement:
                 if axis is not None and "tensor" in RULES.get(axis, ()):
                     sizes[axis] = math.gcd(sizes.get(axis, 0), size)
         return cls(mesh, tuple(sorted((axis, n) for axis, n in sizes.items() if n % mesh.shape["tensor"])))
+
+    @property
+    def partitioner(self) -> Partitioner | None:
+        """Itself, or None on one device, where there is nothing to lay out."""
+        return self if self.mesh.size > 1 else None
 
     @property
     def row_shards(self) -> int:

@@ -5,21 +5,34 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mora_jax.batch import Batch
 from mora_jax.training.observe.compile_log import Compilation, shape_words
 from mora_jax.training.optimizer_offload import moments_on_host
 from mora_jax.training.sharding.device_put import put, put_rows, rows_here
-from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.sharding.rules import RULES
 from mora_jax.training.state import Arrays, TrainState
-from mora_jax.training.step import Batch, StepFunction, StepMetrics
+from mora_jax.training.step import StepFunction, StepMetrics
 
 Array = jax.Array
+
+
+class RowShare(NamedTuple):
+    """A process's share of every batch.
+
+    Attributes:
+        rows: which rows of each micro-batch it makes, ascending; None for all.
+        place: puts a batch `[micro-batches, those rows, …]` on the devices.
+    """
+
+    rows: tuple[int, ...] | None
+    place: Callable[[Any], Batch]
 
 
 class Runner:
@@ -42,9 +55,21 @@ class Runner:
         """The step, traced for these arguments (arrays, or shapes with shardings) and not compiled yet."""
         raise NotImplementedError  # abstract: each way to run a step defines it
 
+    def share(self, rows: int) -> RowShare:
+        """What this process has to make of micro-batches of so many rows, and what places it."""
+        raise NotImplementedError  # abstract: each way to run a step defines it
+
+    def place_batch(self, batch: Any) -> Batch:
+        """A whole batch `[micro-batches, rows, …]`, which every process has, on the devices."""
+        share = self.share(batch["input_ids"].shape[1])
+        if share.rows is not None:
+            batch = {name: value[:, list(share.rows)] for name, value in batch.items()}
+        return share.place(batch)
+
     def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Runs the step, compiling it first for a batch shape that is new. `state` is donated."""
-        signature = tuple((name, value.shape) for name, value in batch.items())
+        arrays: Any = batch
+        signature = tuple((name, value.shape) for name, value in arrays.items())
         compiled = self._compiled.get(signature)
         if compiled is None:
             with self.while_compiling():
@@ -104,9 +129,7 @@ class JitRunner(Runner):
         self._shardings = shardings or {}
         self.devices = list(mesh.devices.flat)
         self._whole = NamedSharding(mesh, PartitionSpec())
-        self._rows = Placement(mesh).batch(1)
-        self._here: tuple[int, ...] | None = None
-        self._micro_batch = 0
+        self._rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         return self.trace(state, frozen, batch).lower()
@@ -125,14 +148,10 @@ class JitRunner(Runner):
         """State or frozen arrays, sharded as the table says."""
         return put(tree, self.places(tree))
 
-    def share(self, rows: int) -> tuple[int, ...] | None:
-        """Which of the rows of a micro-batch this process has to make for `place_batch`; None for all."""
-        self._here, self._micro_batch = rows_here(self._rows, rows), rows
-        return self._here
-
-    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch `[micro-batches, rows, …]` of this process's rows, spread over the devices."""
-        return put_rows(batch, self._rows, self._here, self._micro_batch)
+    def share(self, rows: int) -> RowShare:
+        """What this process has to make of micro-batches of so many rows, and what places it."""
+        mine = rows_here(self._rows, rows)
+        return RowShare(mine, lambda batch: put_rows(batch, self._rows, mine, rows))
 
     def whole(self, tree: Any) -> Any:
         """The tree without what `place` added: nothing, arrays of `jit` have their own shapes."""
@@ -195,17 +214,16 @@ class PmapRunner(Runner):
 
         return jax.tree.map(copies, tree)
 
-    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch `[micro-batches, rows, …]` → `[devices, micro-batches, rows / devices, …]`."""
+    def share(self, rows: int) -> RowShare:
+        """All rows, as there is one process; placed as `[devices, micro-batches, rows / devices, …]`."""
 
-        def split(x):
-            micro, rows, *rest = x.shape
-            return x.reshape(micro, self.count, rows // self.count, *rest).swapaxes(0, 1)
+        def split(x: np.ndarray) -> np.ndarray:
+            return x.reshape(len(x), self.count, rows // self.count, *x.shape[2:]).swapaxes(0, 1)
 
-        return jax.device_put({name: split(value) for name, value in batch.items()}, self._sharding)
+        def place(batch: Any) -> Any:
+            return jax.device_put({name: split(value) for name, value in batch.items()}, self._sharding)
 
-    def share(self, rows: int) -> None:
-        """Which rows this process makes: all, there is one process."""
+        return RowShare(None, place)
 
     def whole(self, tree: Any) -> Any:
         """The tree without the device axis, on the first device: every device holds the same."""

@@ -13,10 +13,9 @@ import optax
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.nonfinite import Skips
 from mora_jax.training.run import retry
 from mora_jax.training.run.checkpoint import Checkpoints
-from mora_jax.training.state import TrainState, initial_state
+from mora_jax.training.state import Skips, TrainState, initial_state
 
 IDENTITY = {"base": "xxh3:00", "base_path": "models/a", "method": "lora", "rank": 8, "targets": ["k_proj", "q_proj"]}
 

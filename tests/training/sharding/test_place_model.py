@@ -10,7 +10,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training.build_step import assemble
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.sharding.place_model import place_model
+from mora_jax.training.sharding.mesh import make_mesh
 from tests.training.meshed import SIZES
 
 MESH = (1, 2, 2, 1)
@@ -20,9 +20,8 @@ MESH = (1, 2, 2, 1)
 def made():
     model = Decoder(read_config(SIZES["even"], "config.json"), rngs=nnx.Rngs(0))
     mj.attach(model, mj.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-    place_model(MESH, model)
     config = lay_over(Config(), [("mesh.fsdp", 2, "test"), ("mesh.tensor", 2, "test"), ("adapter.rank", 2, "test")])
-    return assemble(model, config, 4, MESH)
+    return assemble(model, config, 4, make_mesh(*MESH))
 
 
 def test_a_placed_model_is_taken_as_it_is(made):

@@ -1,0 +1,30 @@
+"""What a batch holds: the keys, shapes and dtypes that data makes, the step trains on and evaluation scores."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+Array = Any  # of numpy on the host, of jax on the devices
+
+
+class Batch(TypedDict):
+    """Rows of tokens. B stands for the rows: `[rows]` of a data set, `[micro-batches, rows]` in a training step.
+
+    Attributes:
+        input_ids: int32 `[B, T]`, the tokens; 0 at padding.
+        segment_ids: int32 `[B, T]`, the number of each token's example in its row, from 1; 0 is padding.
+        weights: float32 `[B, T]`, of predicting token t from those before it. Those of padding and of an example's
+            first token count nothing.
+        positions: int32 `[B, T]`, of the rotary angles; None: they restart with each example.
+        counts: float32 `[B]`, what each row adds to the normaliser; without it the row's weights do.
+        kl_weights: float32 `[B, T]`, of the divergence from the base in predicting token t.
+        prompt_weights: float32 `[B, T]`, 1 at the tokens of instructions, which evaluation scores beside the others.
+    """
+
+    input_ids: Array
+    segment_ids: Array
+    weights: Array
+    positions: NotRequired[Array]
+    counts: NotRequired[Array]
+    kl_weights: NotRequired[Array]
+    prompt_weights: NotRequired[Array]
