@@ -22,14 +22,20 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports_of(path: Path, *, for_types: bool) -> set[str]:
-    """The modules of the library that a file imports anywhere; `for_types`: also those for type checkers alone."""
+def imports_of(path: Path, *, for_types: bool, on_demand: bool = True) -> set[str]:
+    """The modules of the library that a file imports.
+
+    Args:
+        path: the file.
+        for_types: also those for type checkers alone.
+        on_demand: also those that a function imports when it runs.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = set()
-    if not for_types:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-                skipped |= {id(child) for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if (typing and not for_types) or (isinstance(node, ast.FunctionDef) and not on_demand):
+            skipped |= {id(child) for child in ast.walk(node)}
     found = set()
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -79,6 +85,32 @@ def test_no_circle():
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
+
+
+def loaded_by(*starts: str) -> set[str]:
+    """The modules of the library that importing `starts` runs, those that only import on demand left out.
+
+    A package's `__init__` runs before its modules, so what it imports counts, and it itself if it imports anything.
+    """
+    found: set[str] = set()
+    waiting = list(starts)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += imports_of(MODULES[name], for_types=False, on_demand=False)
+            parts = name.split(".")
+            waiting += [".".join(parts[:end]) for end in range(1, len(parts))]
+    inits = {name for name in found if MODULES[name].stem == "__init__"}
+    return found - {name for name in inits if not imports_of(MODULES[name], for_types=False, on_demand=False)}
+
+
+def test_a_training_step_can_be_followed_through_few_files():
+    found = loaded_by("mora_jax.training.step", "mora_jax.models.decoder")
+    assert {"mora_jax.losses.cross_entropy", "mora_jax.adapters.base"} <= found
+    assert len(found) <= 25, sorted(found)
+    on_demand = {name for name in found if imports_of(MODULES[name], for_types=False) - found}
+    assert on_demand == set(), "what a function imports is read as well"
 
 
 def test_folders_can_be_grasped():

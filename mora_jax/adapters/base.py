@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -12,18 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from mora_jax.adapters.config.limits import POSITIVE, number
 from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import Delta, widened
 from mora_jax.environment import check_versions
 
 Array = jax.Array
-
-
-def positive(**sizes: int) -> None:
-    """Raises `ValueError` with the name and the number of the first size that is no positive integer."""
-    for name, size in sizes.items():
-        POSITIVE.check(size, name)
 
 
 def as_rngs(rngs: Any) -> nnx.Rngs:
@@ -34,7 +28,7 @@ def as_rngs(rngs: Any) -> nnx.Rngs:
     """
     if isinstance(rngs, nnx.Rngs):
         return rngs
-    if number(rngs, whole=True) is not None:
+    if isinstance(rngs, numbers.Integral) and not isinstance(rngs, bool):
         return nnx.Rngs(int(rngs))
     if isinstance(rngs, jax.Array) and (jax.dtypes.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.shape == (2,)):
         return nnx.Rngs(rngs)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.attach import take_adapter
-from mora_jax.adapters.bank import refuse_banks
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.layers import to_adapted_class
 from mora_jax.adapters.matching.targets import Holders, Place, has_adapter, holders_of, places
 from mora_jax.adapters.matrices import add_to_bias, drop_bias, put_matrix
 from mora_jax.adapters.products.quantization import quantized_format
 from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.slots import refuse_banks
 from mora_jax.adapters.summary import adapter_at
 from mora_jax.adapters.trainable_base import kept, restore
 

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.bank import refuse_banks
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.matching.naming import wrapped
@@ -19,6 +18,7 @@ from mora_jax.adapters.matching.skipped import Skipped, skipped
 from mora_jax.adapters.matching.targets import Place, has_adapter, places
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.slots import refuse_banks
 from mora_jax.adapters.trainable_base import kept
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.bank import banks, checked_ids, choose_rows
+from mora_jax.adapters.slots import banks, checked_ids, choose_rows
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.kv_cache import Cache

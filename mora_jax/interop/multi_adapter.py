@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import detach
-from mora_jax.adapters.bank import NO_SLOT, use
 from mora_jax.adapters.matching.targets import has_adapter, places
 from mora_jax.adapters.merge import Merged, merge
+from mora_jax.adapters.slots import NO_SLOT, use
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.bank_slots import check_places, make_room, placed_banks, read_slot, write_slot

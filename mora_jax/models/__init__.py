@@ -1,17 +1,39 @@
-"""The decoder and the model families it can be."""
+"""The decoder and the model families it can be.
 
-from mora_jax.models.config import DecoderConfig
-from mora_jax.models.decoder import Decoder, Head
-from mora_jax.models.families import read_config
-from mora_jax.models.init import init_decoder
-from mora_jax.models.segments import check_token_ids, default_positions
+Names are imported when they are first used, so that the decoder's file doesn't bring every family along.
+"""
 
-__all__ = [
-    "Decoder",
-    "DecoderConfig",
-    "Head",
-    "check_token_ids",
-    "default_positions",
-    "init_decoder",
-    "read_config",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mora_jax.models.config import DecoderConfig as DecoderConfig
+    from mora_jax.models.decoder import Decoder as Decoder
+    from mora_jax.models.decoder import Head as Head
+    from mora_jax.models.families import read_config as read_config
+    from mora_jax.models.init import init_decoder as init_decoder
+    from mora_jax.models.segments import check_token_ids as check_token_ids
+    from mora_jax.models.segments import default_positions as default_positions
+
+_HOMES = {
+    "Decoder": "decoder",
+    "DecoderConfig": "config",
+    "Head": "decoder",
+    "check_token_ids": "segments",
+    "default_positions": "segments",
+    "init_decoder": "init",
+    "read_config": "families",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

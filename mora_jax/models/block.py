@@ -6,14 +6,15 @@ The parameters of all layers are stacked; `LayerRunner` takes the stack apart an
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.projection import Part, Projection
-from mora_jax.models.activations import gated
+from mora_jax.adapters.projection import Part, Projection, TokenDropout
 from mora_jax.models.attention import attention
 from mora_jax.models.kv_cache import Cache, CacheSlot
 from mora_jax.models.layer_scan import Places, checkpointed, run_stack
@@ -21,7 +22,6 @@ from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import rotate
 
 if TYPE_CHECKING:
-    from mora_jax.adapters.products.dropout import TokenDropout
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
     from mora_jax.models.ring_attention import Ring
@@ -160,6 +160,50 @@ class Attention(nnx.Module):
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         return checkpointed(layout.project(self.o_proj, mixed, _fold(token_dropout, 1))), slot
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(activation: str, fused: jax.Array) -> jax.Array:
+    """`activation(gate) · up`, computed in float32 and rounded once.
+
+    Its own backward keeps `fused` alone; autodiff would keep three arrays of the size of the result.
+
+    Args:
+        activation: a name in `ACTIVATIONS`.
+        fused: `[..., 2, M]`, gate and up.
+
+    Returns:
+        `[..., M]` in the dtype of `fused`.
+    """
+    gate, up = _halves(fused)
+    return (ACTIVATIONS[activation](gate) * up).astype(fused.dtype)
+
+
+def _halves(fused: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return fused[..., 0, :].astype(jnp.float32), fused[..., 1, :].astype(jnp.float32)
+
+
+def _gated_forward(activation: str, fused: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gated(activation, fused), fused
+
+
+def _gated_backward(activation: str, fused: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    gate, up = _halves(fused)
+    dy = dy.astype(jnp.float32)
+    active, pull = jax.vjp(ACTIVATIONS[activation], gate)
+    (dgate,) = pull(dy * up)
+    return (jnp.stack([dgate, dy * active], axis=-2).astype(fused.dtype),)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 class MLP(nnx.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.models.activations import ACTIVATIONS, gated
+from mora_jax.models.block import ACTIVATIONS, gated
 
 FUSED = np.random.default_rng(0).standard_normal((3, 2, 7)).astype(np.float32)
 

@@ -105,3 +105,9 @@ NUMBERS: dict[str, Number] = {
     "beta2": Number(above=0, below=1),
     "orth_weight": Number(at_least=0),
 }
+
+
+def positive(**sizes: int) -> None:
+    """Raises `ValueError` with the name and the number of the first size that is no positive integer."""
+    for name, size in sizes.items():
+        POSITIVE.check(size, name)

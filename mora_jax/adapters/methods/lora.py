@@ -24,9 +24,9 @@ from mora_jax.adapters.base import (
     as_rngs,
     constant,
     over_layers,
-    positive,
 )
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Pattern, Targets
+from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
 from mora_jax.adapters.products.explicit_mesh import whole

@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, positive
+from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs
 from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets
+from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.products.matmul import trained_dot, widened
 

@@ -8,8 +8,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
-from mora_jax.adapters.products.dropout import TokenDropout
-from mora_jax.adapters.projection import Part, Projection
+from mora_jax.adapters.projection import Part, Projection, TokenDropout
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
