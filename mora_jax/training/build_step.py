@@ -74,12 +74,11 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         steps: of the run.
         mesh: as `make_mesh` makes it; its devices may be such as are only described.
     """
-    graphdef, adapters, frozen = partition(model)
     pmap = config.mesh.pmap
-    placement = None if pmap else Placement.of(mesh, adapters, frozen)
+    placement = None if pmap else Placement.of(mesh, nnx.state(model))
     if placement is not None and placement.partitioner is not None and not is_abstract(model):
         place_model(placement, model)
-        graphdef, adapters, frozen = partition(model)
+    graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
     method = adapter_config(config.adapter, steps)
     restarts = Restarts.of(method, steps)
