@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 
 from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import Delta, widened
-from mora_jax.environment import check_versions
 
 Array = jax.Array
 
@@ -285,9 +284,6 @@ def over_layers(depth: int, one: Callable[..., Any], operands: tuple[Any, ...]) 
 def params_of(adapter: Adapter) -> dict[str, Array]:
     """`adapter.params()` for the layers' own calls: a function, since `nnx.tabulate` gives every method call a row."""
     return {name: value.get_value() for name, value in vars(adapter).items() if isinstance(value, nnx.Variable)}
-
-
-check_versions()  # every layer's module comes this way
 
 
 class AdapterParam(nnx.LoRAParam):

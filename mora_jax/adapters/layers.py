@@ -25,6 +25,9 @@ from mora_jax.adapters.products.explicit_mesh import explicit_axes, placed_like
 from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.stacks import stacked_dropout
+from mora_jax.environment import check_versions
+
+check_versions()  # every method's module comes this way
 
 Array = jax.Array
 

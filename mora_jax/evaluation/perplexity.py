@@ -126,9 +126,7 @@ def batches(lengths: Sequence[int] | np.ndarray, batch_size: int, longest: int) 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(
-    graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Batch
-) -> tuple[TokenSums, TokenSums]:
+def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Batch) -> tuple[TokenSums, TokenSums]:
     """Sums over a batch: of the tokens that carry loss, and of instructions."""
     model = nnx.merge(graphdef, state)
     head = model.head(partitioner)

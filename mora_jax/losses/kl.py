@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.losses.chunked_logits import (
+from mora_jax.losses.cross_entropy import (
     Options,
     kernel_vjp,
     logits,

@@ -6,8 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mora_jax.losses.chunked_logits import chunk_size
-from mora_jax.losses.cross_entropy import next_token_targets, token_sums, weighted_loss
+from mora_jax.losses.cross_entropy import chunk_size, next_token_targets, token_sums, weighted_loss
 
 
 def case(seed: int = 0):
