@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
+from mora_jax.adapters.methods.registry import VECTORS
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer_offload import streamed
 from mora_jax.training.relora import Restarts
-from mora_jax.training.state import weight_masks
+from mora_jax.training.state import Arrays
 
 
 def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None = None) -> optax.Schedule:
@@ -45,6 +47,17 @@ def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None
 def _above(schedule: optax.Schedule, lowest: float) -> optax.Schedule:
     """`schedule` without what rounding takes below its end, as where compiled code multiplies by 1 / steps."""
     return lambda step: jnp.maximum(schedule(step), lowest)
+
+
+def decays(name: str, array: jax.Array) -> bool:
+    """Whether weight decay applies: to matrices, not to norms, biases and other vectors, stacked or not."""
+    last = name.rpartition(".")[2]
+    return array.ndim >= 2 and "norm" not in name and last not in VECTORS
+
+
+def weight_masks(adapters: Arrays) -> dict[str, bool]:
+    """Which arrays weight decay applies to."""
+    return {name: decays(name, array) for name, array in adapters.items()}
 
 
 def make_optimizer(

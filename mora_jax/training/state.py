@@ -14,7 +14,6 @@ import optax
 from flax import nnx
 
 from mora_jax.adapters.base import FullParam
-from mora_jax.adapters.methods.registry import VECTORS
 
 Array = jax.Array
 Arrays = dict[str, Array]
@@ -89,17 +88,6 @@ def dotted(path: tuple[Any, ...]) -> str:
 def flat_arrays(state: nnx.State) -> Arrays:
     """A flat dictionary of the arrays of a state, by dotted path."""
     return {dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-
-
-def decays(name: str, array: Array) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, biases and other vectors, stacked or not."""
-    last = name.rpartition(".")[2]
-    return array.ndim >= 2 and "norm" not in name and last not in VECTORS
-
-
-def weight_masks(adapters: Arrays) -> dict[str, bool]:
-    """Which arrays weight decay applies to."""
-    return {name: decays(name, array) for name, array in adapters.items()}
 
 
 def initial_state(adapters: Arrays, optimizer: Any, seed: int) -> TrainState:

@@ -10,9 +10,9 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.models import init_decoder
 from mora_jax.training.config.schema import OptimizerConfig
-from mora_jax.training.optimizer import make_optimizer, make_schedule, scale_rates
+from mora_jax.training.optimizer import make_optimizer, make_schedule, scale_rates, weight_masks
 from mora_jax.training.relora import Restarts
-from mora_jax.training.state import flat_arrays, weight_masks
+from mora_jax.training.state import flat_arrays
 from tests.models.tiny import LLAMA
 
 PARAMS = {"q.lora_a": jnp.ones((3, 2)), "q.lora_b": jnp.ones((2, 4)), "q.bias": jnp.ones(4)}

@@ -21,7 +21,7 @@ import numpy as np
 
 from mora_jax.accelerators import by_device_kind
 from mora_jax.models.config import DecoderConfig
-from mora_jax.training.state import decays
+from mora_jax.training.optimizer import decays
 
 #: The convention of `mfu`, in words.
 CONVENTION = "4N + 2N_trained + 12LHQT a token, head for tokens with loss; against dense bf16 peak"
