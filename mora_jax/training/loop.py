@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
-from mora_jax.evaluation.perplexity import score
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import assemble
 from mora_jax.training.config.resume import changed, check_found
@@ -24,11 +21,11 @@ from mora_jax.training.display.plain import Display
 from mora_jax.training.distributed.processes import Agreement, check_same, check_shared, is_main, several
 from mora_jax.training.distributed.signals import StopSignals
 from mora_jax.training.distributed.watchdog import Watchdog
-from mora_jax.training.nonfinite import NonFinite
+from mora_jax.training.evaluator import Evaluator
 from mora_jax.training.observe.flops import StepFlops
-from mora_jax.training.observe.loss_spikes import Spikes
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.observe.profile import check_profile
+from mora_jax.training.observe.step_rows import StepRows
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.relora import Restarter
 from mora_jax.training.run.checkpoint import Checkpoints, NoCheckpoints
@@ -143,10 +140,6 @@ def resume(
 _FINISHING = ("writing the result, then stopping", "stop at once")
 
 
-class _Interrupted(Exception):
-    """A signal came during an evaluation."""
-
-
 class Trainer:
     """One run in this process.
 
@@ -164,11 +157,9 @@ class Trainer:
         self.setup, self.directory, self.display = setup, directory, display
         self.callbacks, self.summary = tuple(callbacks), dict[str, Any]()
         self._enough = False  # whether a callback has said so
-        self._last_step = setup.plan.steps
         self.config = config = setup.config
         made = assemble(setup.model, config, setup.plan.steps, setup.mesh)
         self.structure, self.placement, restarts = made.structure, made.placement, made.restarts
-        self.budget = made.budget
         self.runner: Any = made.runner
         self.frozen = self.runner.place(made.frozen)
         self.state: TrainState = made.placed_state(config.seed)
@@ -181,13 +172,12 @@ class Trainer:
         flops = StepFlops.of(setup.model.config, made.adapters, made.frozen, lengths, kl=kl, packed=packed)
         devices, steps = self.runner.devices, setup.plan.steps
         self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
-        self.nonfinite = NonFinite(config.train.max_skipped, config.optimizer.learning_rate)
-        self.spikes = Spikes()
+        partitioner = None if made.placement is None else made.placement.partitioner
+        self.evaluator = Evaluator(setup, self.observer, display, self._call, partitioner)
+        left = self.evaluator.seconds_left
+        self.step_rows = StepRows(config, self.observer, display, made.budget, left, self._call, steps)
         self.watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
         self.runner.while_compiling = self.watchdog.paused
-        self.last_loss = math.nan
-        self.evaluated: dict[str, Any] = {}
-        self.evaluations: list[float] = []
 
     def run(self) -> int:
         """Trains to the end, or to the border of the step in which a signal came; returns the exit code."""
@@ -217,9 +207,9 @@ class Trainer:
             context.enter_context(self.observer.open(first))
             for note in self.placement.notes() if self.placement is not None else ():
                 self.display.note(note)
-            if self._owes_evaluation(first):
-                self._evaluate(first, signals)
-                checkpoints.scored(first, self.evaluated.get("eval_loss"))
+            if self.evaluator.owed(first):
+                self.evaluator(self.trained_model(), first, signals)
+                checkpoints.scored(first, self.evaluator.row.get("eval_loss"))
                 self.observer.clock.restart()
                 if signals.received:
                     return self._stopped(first, signals)
@@ -228,7 +218,7 @@ class Trainer:
             context.enter_context(self.watchdog)
             for step in range(first, plan.steps):
                 self.watchdog.begin(step + 1)
-                if step + 1 == plan.steps and not self._evaluates(plan.steps):
+                if step + 1 == plan.steps and not self.evaluator.due(plan.steps):
                     signals.words = _FINISHING
                 with self.observer.step(step + 1):
                     batch = self._next(batches)
@@ -238,11 +228,9 @@ class Trainer:
                     self._report(pending)
                 pending = (step + 1, metrics)
                 done = step + 1
-                if self._enough:
-                    self._last_step = done
-                last = done == self._last_step
+                last = self._is_last(done)
                 signals.look()
-                evaluate = self._evaluates(done)
+                evaluate = self.evaluator.due(done)
                 save = settings.save_every and (last or done % settings.save_every == 0)
                 restart = self.restarter is not None and self.restarter.restarts.due(done)
                 trace_ends = self.observer.ends_trace(done)
@@ -255,11 +243,10 @@ class Trainer:
                         if restart:
                             self._restart(done)
                         if evaluate and not signals.received:
-                            self._evaluate(done, signals)
-                    evaluated = self.evaluated.get("step") == done
-                    eval_loss = self.evaluated["eval_loss"] if evaluated else None
+                            self.evaluator(self.trained_model(), done, signals)
+                    eval_loss = self.evaluator.loss_after(done)
                     # A stop in the last step finishes the run, unless an evaluation would have to be waited for.
-                    stops = signals.received and (not last or (evaluate and not evaluated))
+                    stops = signals.received and (not last or (evaluate and eval_loss is None))
                     if save or stops or checkpoints.is_best(eval_loss):
                         wait = bool(last or signals.received)
                         self.directory.files.flush()
@@ -277,20 +264,16 @@ class Trainer:
 
     def _stopped(self, done: int, signals: StopSignals) -> int:
         """Says how the run goes on; returns the exit code."""
-        owed = ", before its evaluation" if self._owes_evaluation(done) else ""
+        owed = ", before its evaluation" if self.evaluator.owed(done) else ""
         how = f"; continue with --resume {self.directory.path}" if self.directory.kept else ""
         self.display.note(f"stopped after step {done}{owed}{how}")
         return signals.exit_code
 
-    def _evaluates(self, done: int) -> bool:
-        """Whether there is an evaluation after so many steps."""
-        every = self.config.train.eval_every
-        due = done == self._last_step or bool(every and done % every == 0)
-        return due and self.setup.evaluation is not None
-
-    def _owes_evaluation(self, done: int) -> bool:
-        """Whether the evaluation after so many steps was not made or not ended."""
-        return done > 0 and self._evaluates(done) and self.evaluated.get("step") != done
+    def _is_last(self, done: int) -> bool:
+        """Whether the run ends after so many steps: they are all, or a callback has had enough."""
+        if self._enough:
+            self.step_rows.last_step = self.evaluator.last_step = done
+        return done == self.step_rows.last_step
 
     def _report_hang(self, text: str) -> None:
         self.display.note(text)
@@ -308,11 +291,9 @@ class Trainer:
     def _remember(self, rows: list[dict[str, Any]], checkpoints: Checkpoints | NoCheckpoints) -> None:
         """Takes up what the rows of the steps before a resumption say."""
         for row in rows:
-            if row.get("loss") is not None:
-                self.last_loss = row["loss"]
-                self.spikes.note(row["step"], row["loss"])
+            self.step_rows.remember(row)
             if "eval_loss" in row:
-                self.evaluated = row
+                self.evaluator.row = row
                 checkpoints.scored(row["step"], row["eval_loss"])
 
     def _restart(self, done: int) -> None:
@@ -341,47 +322,8 @@ class Trainer:
 
     def _report(self, pending: tuple[int, StepMetrics] | None) -> None:
         """Waits for a step's metrics and records them."""
-        if pending is None:
-            return
-        step, on_device = pending
-        asked = time.perf_counter()
-        metrics = jax.device_get(on_device)
-        self.observer.clock.waited_for_device(asked)
-        counts = int(metrics.tokens), int(metrics.trained_tokens)
-        times = self.observer.lap(*counts)
-        loss, grad_norm, skipped = float(metrics.loss), float(metrics.grad_norm), int(metrics.skipped)
-        skip = self.nonfinite.note(step, loss, grad_norm, skipped, int(metrics.skipped_in_row))
-        for note in (skip, self.spikes.note(step, loss) if counts[1] else None):
-            if note:
-                self.display.note(note)
-        self.last_loss = loss if math.isfinite(loss) else self.last_loss
-        if step % self.config.train.log_every == 0 or step == self._last_step:
-            row = {
-                "step": step,
-                "loss": loss,
-                "learning_rate": float(metrics.learning_rate),
-                "grad_norm": grad_norm,
-                "tokens": counts[0],
-                "trained_tokens": counts[1],
-                "skipped": skipped,
-                **self.observer.measures(times, *counts),
-            }
-            if self.config.loss.kl_weight:
-                row["kl"] = float(metrics.kl)
-            if self.budget is not None:
-                row |= {"penalty": float(metrics.penalty), "mean_rank": self.budget.mean_rank(step)}
-            self.observer.write(row)
-            self.display.step(row | {"seconds_left": self._seconds_left(step)})
-            self._call(row)
-
-    def _seconds_left(self, step: int) -> float:
-        """What the steps and evaluations after `step` should take, by the means of this process; not compiling."""
-        steps, every = self.setup.plan.steps, self.config.train.eval_every
-        left = (steps - step) * self.observer.clock.mean_step
-        if self.setup.evaluation is None or not self.evaluations:
-            return left
-        evaluations = 1 + ((steps - 1) // every - step // every if every else 0)
-        return left + evaluations * sum(self.evaluations) / len(self.evaluations)
+        if pending is not None:
+            self.step_rows(*pending)
 
     def _call(self, row: dict[str, Any]) -> None:
         for callback in self.callbacks:
@@ -391,39 +333,6 @@ class Trainer:
         """The model as trained so far."""
         adapters = self.runner.whole(self.state).adapters
         return self.structure.model(adapters, self.runner.whole(self.frozen))
-
-    def _evaluate(self, step: int, signals: StopSignals) -> None:
-        """Scores the model after `step`, or doesn't get to the end of it: where a signal comes."""
-        assert self.setup.evaluation is not None
-
-        def progress(done: int, total: int) -> None:
-            self.display.progress("evaluating", done, total)
-            if signals.look() and done < total:
-                raise _Interrupted
-
-        before, signals.words = signals.words, ("stopping this evaluation", "stop without saving")
-        self.display.loading("evaluating")
-        started = time.perf_counter()
-        try:
-            partitioner = None if self.placement is None else self.placement.partitioner
-            scores = score(
-                self.trained_model(),
-                self.setup.evaluation,
-                batch_size=self.setup.micro_batch,
-                progress=progress,
-                partitioner=partitioner,
-            )
-        except _Interrupted:
-            return
-        finally:
-            signals.words = before
-        self.evaluations.append(time.perf_counter() - started)
-        self.evaluated = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
-        self.evaluated |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
-        self.evaluated |= {"eval_prompt_loss": scores.prompt_nll}
-        self.observer.write(self.evaluated)
-        self.display.evaluation(self.evaluated)
-        self._call(self.evaluated)
 
     def _write_result(self, name: str) -> None:
         """Writes the adapter or the model as trained so far into a folder of the run."""
@@ -450,7 +359,7 @@ class Trainer:
             return {}
         assert isinstance(checkpoints, Checkpoints), "there is a best one only where some are written"
         (step, loss), name = best, result_name(self.config)
-        if step != self._last_step:
+        if step != self.step_rows.last_step:
             found = checkpoints.restore(step, self.runner.whole(self.state), self._base(step))
             self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
             name = self.directory.best.name
@@ -465,16 +374,16 @@ class Trainer:
             "method": self.config.adapter.method,
             "trainable_parameters": self.setup.attached.trainable,
             "total_parameters": self.setup.attached.total,
-            "steps": self._last_step,
+            "steps": self.step_rows.last_step,
             "compilations": self.runner.compilations,
             "compile_seconds": self.runner.compile_seconds,
-            **self._restarts(),
+            **(self.restarter.summary(self.setup.plan.steps) if self.restarter is not None else {}),
             **self.observer.summary(),
             "trained_fraction": self.setup.train.report.trained_fraction,
             "padding": self.setup.plan.padding(self.setup.batches.length),
-            "final_loss": None if math.isnan(self.last_loss) else self.last_loss,
-            "eval_loss": self.evaluated.get("eval_loss"),
-            "eval_perplexity": self.evaluated.get("eval_perplexity"),
+            "final_loss": None if math.isnan(self.step_rows.last_loss) else self.step_rows.last_loss,
+            "eval_loss": self.evaluator.row.get("eval_loss"),
+            "eval_perplexity": self.evaluator.row.get("eval_perplexity"),
             **self._write_best(checkpoints),
             "wall_seconds": time.perf_counter() - started,
             "result": str(self.directory.path / result_name(self.config)) if self.directory.kept else None,
@@ -484,11 +393,3 @@ class Trainer:
         self.directory.write_json("summary.json", summary)
         self.display.finish(summary)
         self.summary = summary
-
-    def _restarts(self) -> dict[str, Any]:
-        """What the summary says of restarts, of runs that have them."""
-        if self.restarter is None:
-            return {}
-        steps = self.setup.plan.steps
-        count = self.restarter.restarts.count(steps)
-        return {"restarts": count, "restart_compile_seconds": self.restarter.compile_seconds}

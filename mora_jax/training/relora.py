@@ -184,6 +184,10 @@ class Restarter:
         """The frozen arrays that restarts change."""
         return {name: frozen[name] for name in self.names}
 
+    def summary(self, steps: int) -> dict[str, Any]:
+        """What the summary of a run of so many steps says."""
+        return {"restarts": self.restarts.count(steps), "restart_compile_seconds": self.compile_seconds}
+
     def __call__(self, state: TrainState, frozen: Arrays) -> tuple[TrainState, Arrays]:
         """The state and the frozen arrays after a restart, each where it was. What changes is donated."""
         changing = self.base(frozen)

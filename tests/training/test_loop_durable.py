@@ -13,7 +13,7 @@ import pytest
 
 from mora_jax.errors import InputError
 from mora_jax.interop.peft import save
-from mora_jax.training import loop
+from mora_jax.training import evaluator, loop
 from mora_jax.training.display.plain import Display
 from mora_jax.training.run import retry
 from tests.evaluation import tiny
@@ -45,8 +45,8 @@ def losses(monkeypatch):
     def score(*args, **settings):
         return dataclasses.replace(real(*args, **settings), nll=given.pop(0))
 
-    real = loop.score
-    monkeypatch.setattr(loop, "score", score)
+    real = evaluator.score
+    monkeypatch.setattr(evaluator, "score", score)
     return given
 
 

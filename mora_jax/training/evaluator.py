@@ -1,0 +1,99 @@
+"""Scores held-out data in the course of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mora_jax.evaluation.perplexity import score
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.partitioning import Partitioner
+from mora_jax.training.display.plain import Display
+from mora_jax.training.distributed.signals import StopSignals
+from mora_jax.training.observe.observer import Observer
+from mora_jax.training.setup import Setup
+
+
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
+class Evaluator:
+    """The evaluations of a run.
+
+    Args:
+        setup: of the run; without evaluation data none is ever due.
+        observer: writes the row of each evaluation.
+        display: shows it, and how far an evaluation is.
+        call: called with the row.
+        partitioner: how the model's arrays are laid over devices.
+
+    Attributes:
+        row: of the last evaluation; empty before the first.
+        seconds: what each took, of this process.
+        last_step: the run's, after which there is always one.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        observer: Observer,
+        display: Display,
+        call: Callable[[dict[str, Any]], None],
+        partitioner: Partitioner | None = None,
+    ):
+        self._setup, self._observer, self._display = setup, observer, display
+        self._call, self._partitioner = call, partitioner
+        self.row: dict[str, Any] = {}
+        self.seconds: list[float] = []
+        self.last_step = setup.plan.steps
+
+    def due(self, done: int) -> bool:
+        """Whether there is an evaluation after so many steps."""
+        every = self._setup.config.train.eval_every
+        due = done == self.last_step or bool(every and done % every == 0)
+        return due and self._setup.evaluation is not None
+
+    def owed(self, done: int) -> bool:
+        """Whether the evaluation after so many steps was not made or not ended."""
+        return done > 0 and self.due(done) and self.row.get("step") != done
+
+    def loss_after(self, done: int) -> float | None:
+        """The loss after so many steps, if it was evaluated then."""
+        return self.row["eval_loss"] if self.row.get("step") == done else None
+
+    def __call__(self, model: Decoder, step: int, signals: StopSignals) -> None:
+        """Scores the model after `step`, or doesn't get to the end of it: where a signal comes."""
+        assert self._setup.evaluation is not None
+
+        def progress(done: int, total: int) -> None:
+            self._display.progress("evaluating", done, total)
+            if signals.look() and done < total:
+                raise _Interrupted
+
+        before, signals.words = signals.words, ("stopping this evaluation", "stop without saving")
+        self._display.loading("evaluating")
+        started = time.perf_counter()
+        options: dict[str, Any] = {"progress": progress, "partitioner": self._partitioner}
+        try:
+            scores = score(model, self._setup.evaluation, batch_size=self._setup.micro_batch, **options)
+        except _Interrupted:
+            return
+        finally:
+            signals.words = before
+        self.seconds.append(time.perf_counter() - started)
+        self.row = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
+        self.row |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
+        self.row |= {"eval_prompt_loss": scores.prompt_nll}
+        self._observer.write(self.row)
+        self._display.evaluation(self.row)
+        self._call(self.row)
+
+    def seconds_left(self, step: int) -> float:
+        """What the evaluations after `step` should take, by the mean of this process."""
+        if self._setup.evaluation is None or not self.seconds:
+            return 0.0
+        steps, every = self._setup.plan.steps, self._setup.config.train.eval_every
+        left = 1 + ((steps - 1) // every - step // every if every else 0)
+        return left * sum(self.seconds) / len(self.seconds)
