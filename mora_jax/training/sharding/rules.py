@@ -184,7 +184,7 @@ class Placement:
         return Ring(self.mesh, _CONTEXT, (_CONTEXT, *RULES["batch"]), None if whole else "tensor")
 
     def fold(self, x: Array) -> Array:
-        """See `Spread.fold`."""
+        """See `Partitioner.fold`."""
         ring = self.ring(x.shape[0])
         if ring is None:
             return x
@@ -196,7 +196,7 @@ class Placement:
         return self.rows(x.reshape(ring.size * rows, share, *rest), folded=True)
 
     def unfold(self, x: Array, rows: int, length: int) -> Array:
-        """See `Spread.unfold`."""
+        """See `Partitioner.unfold`."""
         ring = self.ring(rows)
         if ring is None:
             return x
