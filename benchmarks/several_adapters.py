@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.bank import choose_rows
 from mora_jax.adapters.base import AdapterParam
+from mora_jax.adapters.slots import choose_rows
 from mora_jax.interop.read_adapter import bare
 
 METHODS: dict[str, Callable[[int], Any]] = {

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.adapters.products.dropout import TokenDropout
+from mora_jax.adapters.projection import TokenDropout
 
 ROWS, LENGTH, WIDTH = 3, 4, 64
 ONES = jnp.ones((ROWS * LENGTH, WIDTH))
