@@ -181,7 +181,7 @@ class BatchPlan:
     def _epoch_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
         with self._lock:
             if epoch not in self._rows:
-                # Two epochs are kept, because threads that make batches ahead stand on both sides of a border.
+                # Two epochs are kept, because threads that make batches ahead are on both sides of a boundary.
                 kept = dict(list(self._rows.items())[-1:])
                 self._rows = {**kept, epoch: self._make_rows(epoch)}
             return self._rows[epoch]

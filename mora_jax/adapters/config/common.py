@@ -17,6 +17,7 @@ BIASES = ("none", "lora_only", "all")
 
 
 def freeze_targets(targets) -> Targets:
+    """Targets as a string or a tuple of names, checked."""
     if isinstance(targets, str):
         if not targets:
             raise ValueError("targets is empty; give layer names, a regular expression or 'all-linear'")
@@ -56,6 +57,7 @@ def freeze_pattern(pattern: Pattern, name: str) -> tuple[tuple[str, Any], ...]:
 
 
 def module_names(names: Any, what: str) -> tuple[str, ...]:
+    """Module names as a tuple, checked; `what` names them in the error."""
     given = (names,) if isinstance(names, str) else _listed(() if names is None else names)
     if (names and not given) or not all(isinstance(name, str) and name for name in given):
         raise ValueError(f"{what} must be module names, not {names!r}")
@@ -92,6 +94,7 @@ class MethodConfig:
 
     @property
     def starts_from_base(self) -> bool:
+        """Whether the adapter takes its initial values from the base's exact numbers."""
         return False
 
     @classmethod
@@ -152,6 +155,7 @@ class MethodConfig:
 
     @property
     def joint_form(self) -> str:
+        """What adapters have to agree in to be used beside each other; empty where they can't be."""
         return ""
 
     @property
@@ -180,11 +184,11 @@ class CommonConfig(MethodConfig):
 
     @property
     def rates(self) -> dict[str, float]:
-        """How many times the learning rate arrays of some names get."""
+        """Factors on the learning rate, by the name of an array of the adapter; 1 for those that aren't named."""
         return {}
 
     def at_path(self, path: str) -> CommonConfig:
-        """The configuration for one module path."""
+        """The configuration for one module path, such as `"model.layers.0.self_attn.q_proj"`."""
         return self
 
     def __post_init__(self):

@@ -32,7 +32,7 @@ class Limits:
         return {name: bound for name in _NAMES.values() if (bound := getattr(self, name)) is not None}
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in the range."""
+        """Whether a number is in the range."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)

@@ -86,6 +86,12 @@ def init(
 ) -> tuple[Array, Array]:
     """Fresh factors: A uniform in ±1/√in, B zero.
 
+    Args:
+        key: of JAX's random numbers.
+        in_features, out_features: sizes of the adapted matrix.
+        rank: inner size of the update.
+        layers: axes in front, where several layers are stacked.
+
     Returns:
         float32 `(lora_a [*layers, in, rank], lora_b [*layers, rank, out])`.
 
@@ -134,7 +140,15 @@ def _delta(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float) -> Ar
 
 
 def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> Array:
-    """The dense update `scaling · A B` as a Flax kernel, float32 `[in, out]`.
+    """The dense update `scaling · A B` as a Flax kernel.
+
+    Args:
+        lora_a: `[in, rank]`.
+        lora_b: `[rank, out]`.
+        scaling: alpha / rank.
+
+    Returns:
+        float32 `[in, out]`.
 
     Raises:
         ValueError: the shapes don't fit.
@@ -198,7 +212,7 @@ class LoRA(Adapter):
         self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", axes[1]))
 
     def limit_ranks(self, ranks: np.ndarray) -> None:
-        """Gives each layer of a stack its own rank: what lies beyond it has no effect and gets no gradient."""
+        """Gives each layer of a stack its own rank: what is beyond it has no effect and gets no gradient."""
         used = np.arange(self.config.rank) < np.asarray(ranks).reshape(*self.layers, 1)
         self.rank_mask = AdapterState(constant(used.astype(np.float32)), axes=self.stacked("rank"))
 
@@ -426,8 +440,10 @@ class LoRALinear(AdaptedLinear):
 
     @property
     def lora_a(self) -> AdapterParam:
+        """A, float32 `[in, rank]`."""
         return self.adapter.lora_a
 
     @property
     def lora_b(self) -> AdapterParam:
+        """B, float32 `[rank, out]`."""
         return self.adapter.lora_b

@@ -12,7 +12,7 @@
 The last two start from an update that is not zero. The papers subtract it from the frozen W; here W stays as it is and
 the update itself is counted from its start, `s (A B − A₀ B₀)`, which is the same function with the same gradients. So
 step 0 is the base bit for bit, in bfloat16 too, where W − s A₀ B₀ would be rounded; and the base is there whenever the
-adapter is taken off. As one plain LoRA of twice the rank it is `[A, A₀]` and `[B; −B₀]`.
+adapter is removed. As one plain LoRA of twice the rank it is `[A, A₀]` and `[B; −B₀]`.
 """
 
 from __future__ import annotations

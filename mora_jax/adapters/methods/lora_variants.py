@@ -204,7 +204,7 @@ class ReLoRAConfig(LoRAConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.init != "kaiming":
-            raise ValueError(f"ReLoRA draws its factors anew at each restart, as init='kaiming', not {self.init!r}")
+            raise ValueError(f"ReLoRA redraws its factors at each restart, as init='kaiming', not {self.init!r}")
         check_restarts(self)
 
     @property
@@ -215,7 +215,7 @@ class ReLoRAConfig(LoRAConfig):
 class ReLoRA(LoRA):
     """ReLoRA: LoRA whose product is folded into the base again and again (Lialin et al., 2023, arXiv 2307.05695).
 
-    Between restarts it is LoRA. `W ← W + (alpha / rank) · A B`, then A is drawn anew and B is zero (algorithm 1); the
+    Between restarts it is LoRA. `W ← W + (alpha / rank) · A B`, then A is redrawn and B is zero (algorithm 1); the
     training loop says when (see `mora_jax.training.relora`).
 
     LoRA that can be reinitialised.

@@ -89,6 +89,14 @@ def square_rank(in_features: int, out_features: int, rank: int, kind: str = "sha
 
     `rotation` and `decouple` take it down to an even number, since they pair features (2 at least).
 
+    Args:
+        in_features, out_features: sizes of the adapted matrix.
+        rank: that of the LoRA with as many parameters.
+        kind: one of `KINDS`.
+
+    Returns:
+        q, at least 1.
+
     Raises:
         ValueError: a size or the rank is not a positive integer, or the kind is unknown.
     """
@@ -197,12 +205,30 @@ def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Ar
 
 
 def compress(x: Array, q: int, kind: str) -> Array:
-    """Sums of groups of features, for the kinds that share rows and columns: `[N, in]` → `[N, q]`."""
+    """Sums of groups of features, for the kinds that share rows and columns.
+
+    Args:
+        x: `[N, in]`.
+        q: side of M.
+        kind: `sharing`, `grouped`, `grouped_tile` or `strided_interleave`.
+
+    Returns:
+        `[N, q]`.
+    """
     return _blocks(x, q).sum(1) if kind in STRIDED else _group_sums(x, q)
 
 
 def decompress(y: Array, out_features: int, kind: str) -> Array:
-    """Tiled or repeated entries, for the kinds that share rows and columns: `[N, q]` → `[N, out]`."""
+    """Tiled or repeated entries, for the kinds that share rows and columns.
+
+    Args:
+        y: `[N, q]`.
+        out_features: size of the output.
+        kind: as for `compress`.
+
+    Returns:
+        `[N, out]`.
+    """
     return _tile(y, out_features) if kind in TILED else _interleave(y, out_features)
 
 
@@ -280,7 +306,19 @@ def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sha
 
 
 def unused_inputs(in_features: int, out_features: int, rank: int, kind: str) -> int:
-    """How many input features have no effect, because the kind cuts off their block (in > out) or their tail."""
+    """How many input features have no effect, because the kind leaves out their block (in > out) or their tail.
+
+    Args:
+        in_features, out_features: sizes of the adapted matrix.
+        rank: that of the LoRA with as many parameters.
+        kind: one of `KINDS`.
+
+    Returns:
+        A number from 0 to `in_features`.
+
+    Raises:
+        ValueError: as `square_rank`.
+    """
     q = square_rank(in_features, out_features, rank, kind)
     if kind == "truncation":
         return max(0, in_features - q)
@@ -365,4 +403,5 @@ class MoRALinear(AdaptedLinear):
 
     @property
     def m(self) -> AdapterParam:
+        """M, float32 `[q, q]`."""
         return self.adapter.m

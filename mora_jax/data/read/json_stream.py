@@ -1,4 +1,4 @@
-"""A JSON list, element by element: only the element at hand and one piece of the file are in memory."""
+"""A JSON list, element by element: only the current element and one piece of the file are in memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ListReader:
         self._read, self._path, self._piece = read, path, piece
         self._decoder = json.JSONDecoder()
         self._text, self._at, self._ended = "", 0, False
-        # The line, and the characters of it, before the text at hand.
+        # The line, and the characters of it, before the current text.
         self._line, self._before = 1, 0
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
