@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import io
 import re
 from pathlib import Path
@@ -140,7 +141,11 @@ def test_reference_has_every_public_name(hook):
     names = {name for name in missing if name.rpartition(".")[2] not in others}
     assert {name for name in names if not isinstance(_find(name), type(pytest))} == set()
     for name in named:
-        assert (_find(name).__doc__ or "").strip(), name
+        described = _find(name)
+        doc = inspect.getdoc(described) or ""
+        assert doc, name
+        parameters = inspect.signature(described).parameters if inspect.isfunction(described) else ()
+        assert [one for one in parameters if not re.search(rf"\b{one}\b", doc)] == [], name
 
 
 def _find(name: str) -> object:

@@ -307,7 +307,14 @@ def mutable_state(path: tuple[Any, ...], value: Any) -> bool:
 
     These are the counters of random streams (dropout), batch statistics, caches, and every other `nnx.Variable` that is
     neither an `nnx.Param` nor a constant of an adapter. A compiled training step has to return them, or each
-    step draws the same dropout mask and forgets its statistics; the base weights don't need to be returned.
+    step draws the same dropout mask and loses its statistics; the base weights don't need to be returned.
+
+    Args:
+        path: of the variable, as NNX gives it to a filter; not looked at.
+        value: the variable, or its state.
+
+    Returns:
+        Whether it is one of these.
 
     Examples:
         >>> from flax import nnx
