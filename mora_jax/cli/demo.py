@@ -1,10 +1,10 @@
-"""Fine-tune the embedded model with every method, masked and unmasked; print a table, draw a plot."""
+"""Fine-tune the embedded model with LoRA, MoRA and in full, on masked and unmasked loss; print a table, draw a plot."""
 
 import argparse
 
 from mora_jax.demo.options import add_arguments as add_arguments
 
-HELP = "compare all methods on the embedded model"
+HELP = "compare LoRA, MoRA and full fine-tuning on the embedded model"
 
 
 def run(args: argparse.Namespace) -> int:

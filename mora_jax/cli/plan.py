@@ -1,4 +1,4 @@
-"""Say before anything is rented whether a run fits, and what a step will cost: memory on each chip, FLOPs, collectives,
+"""Say before you rent anything whether a run fits, and what a step will cost: memory on each chip, FLOPs, collectives,
 time, and the mesh, micro-batch and remat that fit best.
 
 The real training step of the real shapes is compiled for the TPU asked for, on any machine, where libtpu is installed
@@ -15,7 +15,7 @@ from mora_jax.cli.options import add_number
 HELP = "say whether a run fits, and what it costs"
 # Columns where there is no terminal to ask.
 _WIDTH = 110
-_UNNAMED = "a model that nobody named"
+_UNNAMED = "an unnamed model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
