@@ -94,11 +94,19 @@ class BatchIterator(Iterator[Any]):
         return next(self._inner)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands: the number of the next step. Any number of processes can go on from it."""
+        """The position: the number of the next step. Any number of processes can continue from it.
+
+        Returns:
+            What `set_state` takes.
+        """
         return self._inner.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a state that `get_state` gave."""
+        """Continues from a position.
+
+        Args:
+            state: what `get_state` returned.
+        """
         self._inner.set_state(state)
 
     def close(self) -> None:

@@ -82,7 +82,15 @@ class Rendered:
 
     @classmethod
     def join(cls, pieces: Iterable[Piece], source: str = "") -> Rendered:
-        """Joins consecutive pieces; empty ones are left out."""
+        """Joins consecutive pieces.
+
+        Args:
+          pieces: in order; empty ones are left out.
+          source: file and row, for messages.
+
+        Returns:
+          The text with its pieces.
+        """
         kept = tuple(piece for piece in pieces if piece.text)
         return cls("".join(piece.text for piece in kept), kept, source)
 

@@ -145,7 +145,14 @@ class Mapping:
         return {key: value for key, value in row.items() if key not in self.columns} | mapped
 
     def explain(self, error: InputError) -> InputError:
-        """The error, with the data's own names of the columns it speaks of."""
+        """An error with the data's own names of the columns that it names.
+
+        Args:
+          error: about a row whose columns were renamed.
+
+        Returns:
+          A new error, or the same one where no renamed column is named.
+        """
         text = str(error)
         names = [f"`{ours}` is `{theirs}` in the data" for theirs, ours in self.columns.items() if f"`{ours}" in text]
         return InputError(f"{text} ({', '.join(names)})") if names else error

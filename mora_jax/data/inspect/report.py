@@ -91,7 +91,16 @@ class Report:
 
     @classmethod
     def of(cls, parts: Sequence[Counted], outcomes: RowOutcomes, **known: Any) -> Report:
-        """Sums up what `count` said of batches of rows, and what became of them."""
+        """Sums up the counts of batches of rows, and what became of them.
+
+        Args:
+          parts: what `count` returned for each batch.
+          outcomes: of the rows.
+          **known: further fields, such as the name of the format.
+
+        Returns:
+          The report.
+        """
         report = cls(**known, **vars(outcomes))
         for name in ("rows", "instruction_tokens", "response_tokens", "seam_rows", "special_rows", "near_empty"):
             setattr(report, name, sum(getattr(part, name) for part in parts))
@@ -177,7 +186,14 @@ class Report:
         return np.arange(first, last + 1) * width, np.bincount(classes, minlength=last - first + 1)
 
     def nothing_left(self, max_length: int) -> str:
-        """Why no row is left, with the setting to change."""
+        """Why no row is left, with the setting to change.
+
+        Args:
+          max_length: tokens that a row may have.
+
+        Returns:
+          A sentence for an error message.
+        """
         if not self.rows:
             return "there are no rows to encode"
         causes = ", ".join(f"{n} {CAUSES[cause]}" for cause, n in self.dropped.items())

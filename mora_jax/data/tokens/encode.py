@@ -89,6 +89,12 @@ class RowEncoder:
     def __call__(self, chunk: list[RawRow]) -> Encoded:
         """Encodes a chunk.
 
+        Args:
+          chunk: rows as they were read.
+
+        Returns:
+          Their tokens, segments and turns, one row after the other.
+
         Raises:
           InputError: for the first row that cannot be used, unless such rows are skipped.
         """
