@@ -27,6 +27,7 @@ _HOMES = {
     "BitFitConfig": "mora_jax.adapters.config",
     "HiRAConfig": "mora_jax.adapters.config",
     "MiSSConfig": "mora_jax.adapters.config",
+    "RandLoRAConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
     "LoRALinear": "mora_jax.adapters.methods.lora",
     "MoRALinear": "mora_jax.adapters.methods.mora",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import MoRAConfig as MoRAConfig
     from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
     from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig
+    from mora_jax.adapters.config import RandLoRAConfig as RandLoRAConfig
     from mora_jax.adapters.config import ReLoRAConfig as ReLoRAConfig
     from mora_jax.adapters.config import ReMoRAConfig as ReMoRAConfig
     from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig

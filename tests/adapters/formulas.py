@@ -87,6 +87,27 @@ def miss(base, bias, params, config, fixed):
     return result, params.get("bias", 0.0)
 
 
+def randlora(base, bias, params, config, fixed):
+    """`s · Σ_q B[:, q] A[q]`: columns of the B's base by base, rows of the scaled A rank by rank, as in PEFT."""
+    a, b, left, right = (params[f"randlora_{name}"] for name in ("a", "b", "lambda", "gamma"))
+    rank, count = left.shape
+    on_inputs = base.shape[0] <= base.shape[1]  # which side A lies on
+    result = base.copy()
+    for q in range(rank * count):
+        (basis, inner), (other, number) = divmod(q, rank), divmod(q, count)
+        for i in range(base.shape[0]):
+            for o in range(base.shape[1]):
+                small, large = (i, o) if on_inputs else (o, i)
+                scaled = left[other, number] * a[other, small] * right[number, small]
+                result[i, o] += config.alpha / config.rank * b[large, basis, inner] * scaled
+    return result, params.get("bias", 0.0)
+
+
+def randlora_count(i, o, config):
+    smaller = min(i, o)
+    return -(-smaller // config.rank) * (config.rank + smaller)
+
+
 def lora_count(i, o, config):
     return config.rank * (i + o) + (o if config.use_dora else 0)
 
@@ -111,6 +132,7 @@ FORMULAS = {
     "vera": vera,
     "adalora": adalora,
     "miss": miss,
+    "randlora": randlora,
     "ia3": ia3,
     "hira": hira,
     "bitfit": bitfit,
@@ -129,6 +151,7 @@ COUNTS = {
     "vera": lambda i, o, config: config.rank + o,
     "adalora": lambda i, o, config: config.rank * (i + o + 1),
     "hira": lambda i, o, config: config.rank * (i + o),
+    "randlora": randlora_count,
     "miss": lambda i, o, config: config.rank * (config.mini_rank if config.form == "mini" else o),
     "ia3": lambda i, o, config: i if config.feedforward else o,
     "bitfit": lambda i, o, config: o,

@@ -54,6 +54,11 @@ CASES = {
         peft.HiraConfig(r=RANK, target_modules=["layer"]),
         {"hira_a": ("hira_A.default", True), "hira_b": ("hira_B.default", True)},
     ),
+    "randlora": (
+        mj.RandLoRAConfig(RANK, 6.0, projection_prng_key=2),
+        peft.RandLoraConfig(r=RANK, randlora_alpha=6, projection_prng_key=2, target_modules=["layer"]),
+        {"randlora_lambda": ("randlora_lambda.default", False), "randlora_gamma": ("randlora_gamma.default", False)},
+    ),
     "miss": (
         mj.MiSSConfig(rank=RANK),
         peft.MissConfig(r=RANK, target_modules=["layer"]),

@@ -33,6 +33,7 @@ CASES = {name: registered(name) for name in METHODS if name != "full"} | {
     "rslora with magnitude": mj.RsLoRAConfig(rank=2, use_dora=True),
     "pissa with magnitude": mj.PiSSAConfig(rank=2, alpha=3.0, use_dora=True),
     "lora_fa with magnitude": mj.LoRAFAConfig(rank=2, use_dora=True),
+    "randlora of sparse bases": mj.RandLoRAConfig(rank=3, alpha=2.0, bases="sparse", widths=(20, 30)),
     "miss of form mini": mj.MiSSConfig(rank=3, form="mini"),
     "ia3 on inputs": mj.IA3Config(targets="all-linear", feedforward=("", "q_proj", "k_proj")),
     "orthogonal": mj.LoRAConfig(rank=2, init="orthogonal"),

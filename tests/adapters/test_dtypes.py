@@ -13,7 +13,7 @@ import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.base import magnitude_gain
 from mora_jax.adapters.matrices import matrix_of
-from mora_jax.adapters.methods.registry import config_from
+from mora_jax.adapters.methods.registry import METHODS, config_from
 from tests.adapters.formulas import FORMULAS
 
 IN = 7
@@ -27,7 +27,8 @@ LAYERS = {
 }
 CONFIGS = {
     name: config_from({"method": name, "rank": 2, "target_rank": 1, "targets": ".*", "alpha": 3.0})
-    for name in ("lora", "dora", "pissa", "lora_fa", "mora", "vera", "adalora", "ia3", "hira", "miss", "bitfit")
+    for name in METHODS
+    if name not in ("full", "rslora", "olora", "lora_plus", "relora", "remora")
 } | {
     "rotation": mj.MoRAConfig(rank=2, kind="rotation", targets=".*"),
     "biases": mj.LoRAConfig(rank=2, bias="lora_only", targets=".*"),

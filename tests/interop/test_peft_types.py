@@ -77,6 +77,7 @@ def from_peft(name: str, folder: Path) -> np.ndarray:
 
 
 ADALORA = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}
+RANDLORA = {"randlora_alpha": 4}
 READ = {
     "hira": (
         "tied",
@@ -116,6 +117,26 @@ READ = {
         "tied",
         "AdaLoraConfig",
         dict(ADALORA, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]),
+    ),
+    "randlora": (
+        "qwen2",
+        "RandLoraConfig",
+        {"r": 5, "target_modules": ["q_proj", "k_proj", "down_proj"], "bias": "randlora_only", "randlora_alpha": 4},
+    ),
+    "randlora without bases": (
+        "llama",
+        "RandLoraConfig",
+        {"r": 7, "target_modules": "all-linear", "save_projection": False, "projection_prng_key": 3, **RANDLORA},
+    ),
+    "randlora of sparse bases": (
+        "llama",
+        "RandLoraConfig",
+        {"r": 4, "target_modules": ["o_proj", "up_proj"], "sparse": True, "save_projection": False, **RANDLORA},
+    ),
+    "randlora of very sparse bases": (
+        "tied",
+        "RandLoraConfig",
+        {"r": 4, "target_modules": ["k_proj", "up_proj"], "very_sparse": True, "save_projection": False, **RANDLORA},
     ),
     "miss": ("qwen2", "MissConfig", {"r": 5, "target_modules": ["q_proj", "down_proj"], "bias": "MiSS_only"}),
     "miss of form mini": (
@@ -169,6 +190,12 @@ WRITTEN = {
     "vera": ("llama", mj.VeRAConfig(rank=5, projection_prng_key=7, layers_to_transform=(1,))),
     "ia3": ("llama", mj.IA3Config()),
     "adalora": ("qwen2", mj.AdaLoRAConfig(rank=4, target_rank=2, bias="all", targets=("q_proj",))),
+    "randlora": ("qwen2", mj.RandLoRAConfig(rank=5, alpha=4.0, bias="all", targets=("k_proj", "down_proj"))),
+    "randlora of sparse bases": (
+        "llama",
+        mj.RandLoRAConfig(rank=6, alpha=4.0, bases="sparse", projection_prng_key=7, layers_to_transform=(1,)),
+    ),
+    "randlora with its bases": ("llama", mj.RandLoRAConfig(rank=6, alpha=4.0, widths=(200, 300), targets=("v_proj",))),
     "miss": ("qwen2", mj.MiSSConfig(rank=6, bias="all", targets=("k_proj", "up_proj"))),
     "miss of form mini": ("tied", mj.MiSSConfig(rank=6, form="mini", mini_rank=2, layers_to_transform=(0, 2))),
     "bitfit": ("llama", mj.BitFitConfig(targets=("q_proj", "down_proj"))),

@@ -25,6 +25,7 @@ from mora_jax.adapters.config import (
     MoRAConfig,
     OLoRAConfig,
     PiSSAConfig,
+    RandLoRAConfig,
     ReLoRAConfig,
     ReMoRAConfig,
     VeRAConfig,
@@ -78,6 +79,7 @@ METHODS = {
     "hira": HiRAConfig(rank=2),
     "bitfit": BitFitConfig(),
     "vera": VeRAConfig(rank=3, widths=(8, 8)),
+    "randlora": RandLoRAConfig(rank=3, alpha=2.0, widths=(8, 8)),
     "miss": MiSSConfig(rank=3),
 }
 
@@ -228,6 +230,7 @@ def test_layer_numbers_and_patterns_are_those_of_attach():
         (ReLoRAConfig(), "ReLoRA merges into the base"),
         (ReMoRAConfig(), "ReMoRA merges into the base"),
         (VeRAConfig(), "give widths="),
+        (RandLoRAConfig(), "give widths="),
         (FullConfig(), "full fine-tuning has no adapter"),
     ],
 )

@@ -48,7 +48,7 @@ def test_defaults_are_the_documented_ones():
     config, note = load_config(None, REQUIRED)
     assert note is None
     assert (config.seed, config.out) == (0, "run")
-    assert (config.adapter.method, config.adapter.rank, config.adapter.alpha) == ("lora", None, 16.0)
+    assert (config.adapter.method, config.adapter.rank, config.adapter.alpha) == ("lora", None, None)
     assert (config.adapter.targets, config.adapter.kind, config.adapter.dropout) == (
         None,
         "sharing",
