@@ -13,7 +13,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import Adapted
-from mora_jax.adapters.matching.naming import wrapped
+from mora_jax.adapters.matching.naming import aligned, wrapped
 from mora_jax.adapters.matching.skipped import Skipped, skipped
 from mora_jax.adapters.matching.targets import Place, has_adapter, places
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
@@ -73,11 +73,7 @@ class AttachReport:
         for m in self.matches:
             layers, inputs, outputs = (str(n) if m.layers else "" for n in (m.layers, m.in_features, m.out_features))
             rows.append((m.path, layers, inputs, outputs, f"{m.trainable:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         rule = "─" * max(len(line) for line in lines)
         lines = [lines[0], rule, *lines[1:], rule] if self.matches else []
         share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"

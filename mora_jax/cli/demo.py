@@ -2,7 +2,7 @@
 
 import argparse
 
-from mora_jax.demo.options import add_arguments as add_arguments
+from mora_jax.demo import add_arguments as add_arguments
 
 HELP = "compare LoRA, MoRA and full fine-tuning on the embedded model"
 

@@ -16,7 +16,7 @@ class RowOutcomes:
     """What became of rows, counted.
 
     Attributes:
-      dropped: rows left out, by cause.
+      dropped: rows left out, by cause (keys of `CAUSES` in report.py).
       truncated: rows that lost a part.
       split: rows that became several examples.
       tokens: tokens of the examples.

@@ -242,6 +242,14 @@ NORMALIZERS: dict[str, Normalizer] = {
     "nonzero": _nonzero,
     "constant": _constant,
 }
+#: What each of them divides by, in words.
+DIVISORS = {
+    "token": "the sum of weights",
+    "example": "the number of examples",
+    "response": "the number of response tokens",
+    "nonzero": "the number of tokens with a weight",
+    "constant": "a constant",
+}
 
 
 def normalize(
@@ -253,9 +261,8 @@ def normalize(
       weights: `[T]` float32, the weight of predicting each token.
       segments: `[T]` values of `Segment`.
       row: what the whole example counts beside the others, at least 0.
-      how: `token`: the sum of the weights; `example`: the number of examples, each with the mean over its own
-        tokens; `response`: the number of response tokens, whatever the prompt's weight; `nonzero`: the number of
-        tokens whose weight is not 0; `constant`: a number that the step is given.
+      how: a key of `DIVISORS`. `example` gives each the mean over its own tokens; for `response` the prompt's weight
+        doesn't count; `constant` is a number that the step is given.
 
     Returns:
       The weights of the sum, `[T]` float32, and what the example adds to the denominator.

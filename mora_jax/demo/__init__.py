@@ -6,10 +6,12 @@ paths of what is embedded.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("train", "held_out")
+STEPS = 110
 
 
 def model_path() -> str:
@@ -31,3 +33,19 @@ def data_path(part: str = "train") -> str:
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
     return str(ASSETS / f"instructions_{part}.jsonl")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the demo's options."""
+    parser.add_argument("--out", default="demo_out", help="folder of plot and figures")
+    parser.add_argument(
+        "--steps", type=_positive, default=STEPS, help=f"optimiser steps of each cell (default {STEPS})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of adapters and data order (default 0)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number of steps")
+    return value

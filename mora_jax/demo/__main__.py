@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from mora_jax.demo.options import add_arguments
+from mora_jax.demo import add_arguments
 from mora_jax.demo.run import execute
 
 if __name__ == "__main__":

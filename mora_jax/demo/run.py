@@ -18,10 +18,9 @@ import jax
 from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from mora_jax.demo import instructions, model_path
+from mora_jax.demo import STEPS, instructions, model_path
 from mora_jax.demo.cells import METHODS, MODES, Curve, Method, train_cell
 from mora_jax.demo.measure import Judge
-from mora_jax.demo.options import STEPS
 from mora_jax.demo.plot import draw
 from mora_jax.demo.table import Row, print_table
 from mora_jax.errors import InputError

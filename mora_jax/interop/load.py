@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,11 +56,7 @@ def load_pretrained(
     Raises:
         InputError: when the folder cannot be used; the message says why.
     """
-    folder = local_folder(path)
-    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    files = open_checkpoint(folder)
-    _check_sizes(config, files)
-    config = _with_real_tying(config, files)
+    folder, config, files = _open(path)
     compute = read_dtype(dtype)
     if quantize not in ("none", *FORMATS):
         raise InputError(f"quantize {quantize!r} is not supported; give one of none, {', '.join(FORMATS)}")
@@ -80,16 +77,21 @@ def load_shapes(path: str | os.PathLike[str]) -> Decoder:
     Raises:
         InputError: when the folder cannot be used; the message says why.
     """
-    folder = local_folder(path)
-    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    files = open_checkpoint(folder)
-    _check_sizes(config, files)
-    config = _with_real_tying(config, files)
+    folder, config, files = _open(path)
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=None))
     pieces = [piece for entry in tensor_plan(model) for piece in entry.pieces]
     _check(pieces, files, _head_for_embedding(config, files))
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Path, DecoderConfig, TensorFiles]:
+    """A model's folder with its configuration and its tensors, compared."""
+    folder = local_folder(path)
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = open_checkpoint(folder)
+    _check_sizes(config, files)
+    return folder, _with_real_tying(config, files), files
 
 
 def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:

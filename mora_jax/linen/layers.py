@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,30 +18,60 @@ from mora_jax.linen.update import adapted_output
 Array = jax.Array
 
 
-def _adapted_dense(module: LoRADense | MoRADense, config: Any, inputs: Array, deterministic: bool | None) -> Array:
-    # A real nn.Dense in the module's own scope: the same numbers as without adapter, whatever its fields say.
-    base = nn.Dense(
-        module.features,
-        use_bias=module.use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        precision=module.precision,
-        kernel_init=module.kernel_init,
-        bias_init=module.bias_init,
-        promote_dtype=module.promote_dtype,
-        dot_general=module.dot_general,
-        dot_general_cls=module.dot_general_cls,
-        name="base",
-    )
-    nn.share_scope(module, base)
-    product = product_of(base, inputs, None)
-    assert not isinstance(product, str), "nn.Dense is a product with its kernel"
-    if deterministic is None:
-        deterministic = module.deterministic
-    return adapted_output(module, config, product, base, inputs, deterministic)
+class _AdaptedDense(nn.Module, kw_only=True):
+    """What both have: the other attributes of `nn.Dense`, and the call."""
+
+    features: int
+    use_bias: bool = True
+    dropout: float = 0.0
+    deterministic: bool | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Callable[..., Array] = nn.linear.default_kernel_init
+    bias_init: Callable[..., Array] = nn.initializers.zeros_init()
+    promote_dtype: Any = promote_dtype
+    dot_general: Any = None
+    dot_general_cls: Any = None
+    use_dora: bool = False
+
+    def _config(self) -> Any:
+        raise NotImplementedError  # abstract: each method has its own
+
+    @nn.compact
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+        """Applies the layer.
+
+        Args:
+            inputs: `[..., in]`.
+            deterministic: whether dropout is off; None takes the attribute of the layer.
+
+        Returns:
+            `[..., features]`, in the dtype of `nn.Dense`.
+        """
+        # A real nn.Dense in the module's own scope: the same numbers as without adapter, whatever its fields say.
+        base = nn.Dense(
+            self.features,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            promote_dtype=self.promote_dtype,
+            dot_general=self.dot_general,
+            dot_general_cls=self.dot_general_cls,
+            name="base",
+        )
+        nn.share_scope(self, base)
+        product = product_of(base, inputs, None)
+        assert not isinstance(product, str), "nn.Dense is a product with its kernel"
+        if deterministic is None:
+            deterministic = self.deterministic
+        return adapted_output(self, self._config(), product, base, inputs, deterministic)
 
 
-class LoRADense(nn.Module):
+class LoRADense(_AdaptedDense):
     """`nn.Dense` with LoRA: `y = x W + b + (alpha / rank) · (x A) B`.
 
     Variables: `params/kernel [in, features]`, `params/bias [features]`, and float32 `adapters/lora_a [in, rank]`,
@@ -56,44 +87,21 @@ class LoRADense(nn.Module):
         use_rslora: scale by alpha / √rank, as rsLoRA.
         use_dora: train a magnitude for each output too, `adapters/magnitude [features]`, as DoRA.
 
-    The other attributes are those of `nn.Dense`. The factors are used in the dtype of the computation and
+    The other attributes are those of `nn.Dense`, by name. The factors are used in the dtype of the computation and
     accumulated in float32.
     """
 
     features: int
     rank: int
     alpha: float
-    use_bias: bool = True
-    dropout: float = 0.0
-    deterministic: bool | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    kernel_init: Callable[..., Array] = nn.linear.default_kernel_init
-    bias_init: Callable[..., Array] = nn.initializers.zeros_init()
-    promote_dtype: Any = promote_dtype
-    dot_general: Any = None
-    dot_general_cls: Any = None
-    use_rslora: bool = False
-    use_dora: bool = False
+    use_rslora: bool = dataclasses.field(default=False, kw_only=True)
 
-    @nn.compact
-    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
-        """Applies the layer.
-
-        Args:
-            inputs: `[..., in]`.
-            deterministic: whether dropout is off; None takes the attribute of the layer.
-
-        Returns:
-            `[..., features]`, in the dtype of `nn.Dense`.
-        """
+    def _config(self) -> Any:
         method = RsLoRAConfig if self.use_rslora else LoRAConfig
-        config = method(rank=self.rank, alpha=self.alpha, dropout=self.dropout, use_dora=self.use_dora)
-        return _adapted_dense(self, config, inputs, deterministic)
+        return method(rank=self.rank, alpha=self.alpha, dropout=self.dropout, use_dora=self.use_dora)
 
 
-class MoRADense(nn.Module):
+class MoRADense(_AdaptedDense):
     """`nn.Dense` with MoRA: `y = x W + b + decompress(compress(x) Mᵀ)`.
 
     Variables: `params/kernel [in, features]`, `params/bias [features]`, and float32 `adapters/m [q, q]` with q of
@@ -107,35 +115,12 @@ class MoRADense(nn.Module):
         deterministic: as in `LoRADense`.
         use_dora: as in `LoRADense`.
 
-    The other attributes are those of `nn.Dense`.
+    The other attributes are those of `nn.Dense`, by name.
     """
 
     features: int
     rank: int
     kind: str = "sharing"
-    use_bias: bool = True
-    dropout: float = 0.0
-    deterministic: bool | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    kernel_init: Callable[..., Array] = nn.linear.default_kernel_init
-    bias_init: Callable[..., Array] = nn.initializers.zeros_init()
-    promote_dtype: Any = promote_dtype
-    dot_general: Any = None
-    dot_general_cls: Any = None
-    use_dora: bool = False
 
-    @nn.compact
-    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
-        """Applies the layer.
-
-        Args:
-            inputs: `[..., in]`.
-            deterministic: whether dropout is off; None takes the attribute of the layer.
-
-        Returns:
-            `[..., features]`, in the dtype of `nn.Dense`.
-        """
-        config = MoRAConfig(rank=self.rank, kind=self.kind, dropout=self.dropout, use_dora=self.use_dora)
-        return _adapted_dense(self, config, inputs, deterministic)
+    def _config(self) -> Any:
+        return MoRAConfig(rank=self.rank, kind=self.kind, dropout=self.dropout, use_dora=self.use_dora)

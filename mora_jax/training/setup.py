@@ -18,7 +18,7 @@ from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_o
 from mora_jax.adapters.base import AdapterParam, FullParam
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.inspect.report import CAUSES
-from mora_jax.data.loss_weights import MODES, LossWeights
+from mora_jax.data.loss_weights import DIVISORS, MODES, LossWeights
 from mora_jax.data.pipeline import BatchSource
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
@@ -35,14 +35,6 @@ from mora_jax.training.sharding.place_model import base_shardings
 #: From which share of padding on other ways are looked at, and on how many rows.
 MUCH_PADDING = 0.4
 PADDING_SAMPLE = 20_000
-#: What a normaliser divides by, in words.
-DIVISORS = {
-    "token": "the sum of weights",
-    "example": "the number of examples",
-    "response": "the number of response tokens",
-    "nonzero": "the number of tokens with a weight",
-    "constant": "a constant",
-}
 
 
 @dataclass(frozen=True)

@@ -30,23 +30,17 @@ _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
 @dataclass
-class Report:
-    """Counts over the rows of a data set. Tokens are those of the kept examples, after any cut.
+class Report(RowOutcomes):
+    """Counts over the rows of a data set, with what became of them. Tokens are those of the examples, after any cut.
 
     Attributes:
       rows: rows read, with those that broke the format.
       kept: examples.
-      dropped: rows left out, by cause (keys of `CAUSES`).
-      truncated: rows that lost a part.
-      split: rows that became several examples.
-      tokens: tokens of all examples.
-      trained_tokens: tokens whose weight is not 0.
       instruction_tokens: of system, user and tool messages, in all rows before any cut.
       response_tokens: of answers, in all rows before any cut.
       seam_rows: rows in which a token joins an answer's characters to others.
       special_rows: rows whose own words hold a special token's text.
       near_empty: rows that are answered with `NEAR_EMPTY` tokens or fewer.
-      trained_before: tokens with a weight before any cut, of the rows that have some.
       lengths: `[N]`, tokens of every row before any cut.
       ratios: `[N]`, instruction tokens for each response token, of the rows that have an answer.
       prompts: `[N]`, equal for rows with the same instruction; 0 for rows without.
@@ -64,12 +58,6 @@ class Report:
 
     rows: int = 0
     kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
-    split: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    trained_before: int = 0
     instruction_tokens: int = 0
     response_tokens: int = 0
     seam_rows: int = 0

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mora_jax.adapters.attach import adapters_of, detach
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
-from mora_jax.adapters.matching.naming import star
+from mora_jax.adapters.matching.naming import aligned, star
 from mora_jax.adapters.methods import mora
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, install
@@ -236,11 +236,7 @@ class Conversion:
                     f"{max(row.relative for row in rows):.3g}",
                 )
             )
-        widths = [max(len(row[i]) for row in cells) for i in range(8)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 8))]).rstrip()
-            for row in cells
-        ]
+        lines = aligned(cells)
         lines.append(f"{self.method}, {len(self.rows)} matrices: relative Frobenius error {self.error:.3g} in total")
         if self.left_out:
             names = sorted(self.left_out, key=lambda name: -self.left_out[name])

@@ -35,9 +35,16 @@ class Fields:
 
     def integer(self, name: str, default: Any = _MISSING) -> int:
         """A positive whole number."""
+        return self._at_least(1, name, default, "a positive whole number")
+
+    def whole(self, name: str, default: Any = _MISSING) -> int:
+        """A whole number, 0 or more."""
+        return self._at_least(0, name, default, "a whole number, 0 or more")
+
+    def _at_least(self, least: int, name: str, default: Any, wanted: str) -> int:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.bad(name, "a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.bad(name, wanted)
         return self._bounded(name, value, _LARGEST)
 
     def layers(self) -> int:
@@ -48,13 +55,6 @@ class Fields:
         if value > largest:
             raise self.bad(name, f"at most {largest}")
         return value
-
-    def whole(self, name: str, default: Any = _MISSING) -> int:
-        """A whole number, 0 or more."""
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.bad(name, "a whole number, 0 or more")
-        return self._bounded(name, value, _LARGEST)
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A positive number."""

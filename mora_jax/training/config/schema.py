@@ -10,7 +10,7 @@ from typing import Any
 
 from mora_jax.data.formats.load import ON_ERROR
 from mora_jax.data.formats.registry import FORMATS
-from mora_jax.data.loss_weights import ENDS, HEADERS, MODES, NORMALIZERS
+from mora_jax.data.loss_weights import DIVISORS, ENDS, HEADERS, MODES
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.data.truncation import TRUNCATIONS
 from mora_jax.errors import InputError
@@ -118,9 +118,9 @@ class LossConfig:
     )
     normalize: str | None = key(
         None,
-        "What the loss of a step is divided by: token: sum of weights; example: examples; response: response tokens; "
-        "nonzero: tokens of any weight; constant; unset: as the mode says (token; im_paper example; wit nonzero).",
-        choices=tuple(NORMALIZERS),
+        f"What the loss of a step is divided by: {'; '.join(f'{name}: {words}' for name, words in DIVISORS.items())}; "
+        "unset: as the mode says (token; im_paper example; wit nonzero).",
+        choices=tuple(DIVISORS),
     )
     constant: float | None = key(None, "The divisor of normalize=constant.", above=0)
     kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)

@@ -21,8 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local, local_path
 from mora_jax.training.run.identity import check_identity
-from mora_jax.training.run.quiet import quiet
-from mora_jax.training.run.retry import lasting, persistently, reason, storage_errors
+from mora_jax.training.run.retry import lasting, persistently, quiet, reason, storage_errors
 from mora_jax.training.state import Arrays, TrainState
 
 # What a damaged checkpoint makes orbax and TensorStore raise.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import sleep
 from typing import TypeVar
 
@@ -46,6 +49,27 @@ def lasting(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | PermissionError):
         return True
     return number in _LASTING or any(word in str(error) for word in _LASTING_WORDS)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what orbax and clients of buckets say to themselves (each error a second time) from a run's stderr."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs", "root")]
+    levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    except BaseException:
+        # Coroutines that were left behind complain when they are collected.
+        gc.collect()
+        raise
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def persistently(

@@ -21,9 +21,7 @@ except ImportError:  # Windows
 
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local, local_path
-from mora_jax.training.run.mirror import Mirror
-from mora_jax.training.run.quiet import quiet
-from mora_jax.training.run.retry import persistently
+from mora_jax.training.run.retry import persistently, quiet
 
 T = TypeVar("T")
 
@@ -166,6 +164,34 @@ class Files:
     def folder(self, name: str, *, write: bool = True) -> Iterator[Path]:
         """Where a folder of this name is to be written; of several processes only one does."""
         yield self.path / name
+
+
+class Mirror:
+    """A folder on this machine's disk, for programs that write to disks alone, copied into a bucket now and then.
+
+    Args:
+        folder: on the disk; what links to somewhere else is left out.
+        put: copies one file, given its path and its name below the folder.
+    """
+
+    def __init__(self, folder: Path, put: Callable[[Path, str], None]):
+        self.folder = folder
+        self._put = put
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    def copy(self) -> None:
+        """Copies the files that have grown or changed since they were copied last.
+
+        Somebody may be writing to one meanwhile: it is copied again the next time.
+        """
+        for file in sorted(self.folder.rglob("*")):
+            if file.is_symlink() or not file.is_file():
+                continue
+            name, found = str(file.relative_to(self.folder)), file.stat()
+            state = found.st_size, found.st_mtime_ns
+            if self._copied.get(name) != state:
+                self._put(file, name)
+                self._copied[name] = state
 
 
 class BucketFiles(Files):
