@@ -6,6 +6,7 @@ others and whole chunks of them are skipped, so the vocabulary product costs wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def weighted_loss(
     options, (scales, flat, goals) = pack_weighted_tokens(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
-    return _loss(options, flat, kernel, goals, scales)
+    return weighted_sum(options, _negative_log_likelihood, flat, kernel, (goals,), (), scales)
 
 
 def token_sums(
@@ -104,7 +105,7 @@ def token_sums(
     def add(index, sums):
         h, t, w = take(options, index, flat, goals, scales)
         z = logits(options, h, kernel)
-        nll = jax.nn.logsumexp(z, axis=-1) - _picked(z, t)
+        nll, _ = _negative_log_likelihood(options, z, (t,), ())
         right = (jnp.argmax(z, axis=-1) == t) & (w > 0)
         return sums[0] + jnp.sum(jnp.where(w > 0, nll * w, 0.0)), sums[1] + jnp.sum(right)
 
@@ -113,63 +114,16 @@ def token_sums(
     return TokenSums(nll, jnp.sum(weights), correct.astype(jnp.float32), jnp.sum(weights > 0).astype(jnp.float32))
 
 
-def _picked(z: Array, targets: Array) -> Array:
-    return jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(options: Options, hidden: Array, kernel: Array, targets: Array, weights: Array) -> Array:
-    used = kernel.astype(hidden.dtype)
-
-    def add(index, total):
-        h, t, w = take(options, index, hidden, targets, weights)
-        z = logits(options, h, used)
-        nll = jax.nn.logsumexp(z, axis=-1) - _picked(z, t)
-        return total + jnp.sum(jnp.where(w > 0, nll * w, 0.0))
-
-    return lax.fori_loop(0, used_chunks(options, weights), add, jnp.zeros((), jnp.float32))
-
-
-def _loss_fwd(options, hidden, kernel, targets, weights):
-    """Loss and gradient together: the loss is a scalar, so its gradient needs no second pass over the logits."""
-    head_trained = kernel.perturbed
-    hidden, kernel, targets, weights = hidden.value, kernel.value, targets.value, weights.value
-    used = kernel.astype(hidden.dtype)
-
-    def add(index, carry):
-        total, dhidden, dkernel = carry
-        h, t, w = take(options, index, hidden, targets, weights)
-        z = logits(options, h, used)
-        top = jnp.max(z, axis=-1, keepdims=True)
-        powers = jnp.exp(z - top)
-        norm = jnp.sum(powers, axis=-1, keepdims=True)
-        nll = (jnp.log(norm) + top)[..., 0] - _picked(z, t)
-        total = total + jnp.sum(jnp.where(w > 0, nll * w, 0.0))
-        hot = lax.broadcasted_iota(jnp.int32, z.shape, 2) == t[..., None]
-        slope, dh = logits_vjp(options, z, (powers / norm - hot) * w[..., None], used)
-        dhidden = put(options, index, dhidden, dh)
-        if dkernel is not None:
-            dkernel = dkernel + kernel_vjp(slope, h)
-        return total, dhidden, dkernel
-
-    start = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros_like(hidden),
-        jnp.zeros(kernel.shape, jnp.float32) if head_trained else None,
-    )
-    total, dhidden, dkernel = lax.fori_loop(0, used_chunks(options, weights), add, start)
-    return total, (dhidden, None if dkernel is None else dkernel.astype(kernel.dtype))
-
-
-def _loss_bwd(options, saved, dtotal):
-    dhidden, dkernel = saved
-    if isinstance(dtotal, SymbolicZero):
-        dtotal = jnp.zeros(dtotal.shape, dtotal.dtype)
-    scaled = (dhidden.astype(jnp.float32) * dtotal).astype(dhidden.dtype)
-    return scaled, None if dkernel is None else dkernel * dtotal, None, None
-
-
-_loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)
+def _negative_log_likelihood(
+    options: Options, z: Array, targets: tuple[Array, ...], shared: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    (t,) = targets
+    top = jnp.max(z, axis=-1, keepdims=True)
+    powers = jnp.exp(z - top)
+    norm = jnp.sum(powers, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(z, t[..., None], axis=-1)[..., 0]
+    hot = lax.broadcasted_iota(jnp.int32, z.shape, 2) == t[..., None]
+    return (jnp.log(norm) + top)[..., 0] - picked, powers / norm - hot
 
 
 class Options(NamedTuple):
@@ -272,3 +226,77 @@ def kernel_vjp(slope: Array, hidden: Array) -> Array:
     """The derivative by the kernel, float32 `[V, D]`, from that by the uncapped logits `[shards, chunk, V]`."""
     flat, rows = slope.reshape(-1, slope.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
     return lax.dot_general(flat, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+#: `(options, logits [shards, chunk, V], the chunk of arrays by token, arrays that all chunks read)` → what is summed,
+#: float32 `[shards, chunk]`, and its derivative by the logits.
+TokenValue = Callable[[Options, Array, tuple[Array, ...], tuple[Array, ...]], tuple[Array, Array]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def weighted_sum(
+    options: Options,
+    value_of: TokenValue,
+    hidden: Array,
+    kernel: Array,
+    by_token: tuple[Array, ...],
+    shared: tuple[Array, ...],
+    weights: Array,
+) -> Array:
+    """Σ weight · value over tokens, differentiated by `hidden` and, where it is trained, by `kernel` alone.
+
+    Args:
+        options: as `pack_weighted_tokens` gave them.
+        value_of: the value of each token and its derivative by the logits.
+        hidden: `[shards, tokens, D]` in the compute dtype.
+        kernel: `[V, D]`, used in the dtype of `hidden`.
+        by_token: arrays `[shards, tokens, …]` that `value_of` reads.
+        shared: other arrays that it reads.
+        weights: float32 `[shards, tokens]`; values of tokens of weight 0 don't matter.
+
+    Returns:
+        float32 scalar.
+    """
+    used = kernel.astype(hidden.dtype)
+
+    def add(index: Array, total: Array) -> Array:
+        h, w, *others = take(options, index, hidden, weights, *by_token)
+        value, _ = value_of(options, logits(options, h, used), tuple(others), shared)
+        return total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
+
+    return lax.fori_loop(0, used_chunks(options, weights), add, jnp.zeros((), jnp.float32))
+
+
+def _forward(
+    options: Options, value_of: TokenValue, hidden: Any, kernel: Any, *others: Any
+) -> tuple[Array, tuple[Array, Array | None]]:
+    """Sum and gradient together: the sum is a scalar, so its gradient needs no second pass over the logits."""
+    head_trained, hidden, kernel = kernel.perturbed, hidden.value, kernel.value
+    by_token, shared, weights = jax.tree.map(lambda primal: primal.value, others)
+    used = kernel.astype(hidden.dtype)
+
+    def add(index: Array, carry: Any) -> Any:
+        total, dhidden, dkernel = carry
+        h, w, *others = take(options, index, hidden, weights, *by_token)
+        z = logits(options, h, used)
+        value, slope = value_of(options, z, tuple(others), shared)
+        total = total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
+        slope, dh = logits_vjp(options, z, slope * w[..., None], used)
+        dhidden = put(options, index, dhidden, dh)
+        return total, dhidden, None if dkernel is None else dkernel + kernel_vjp(slope, h)
+
+    dkernel = jnp.zeros(kernel.shape, jnp.float32) if head_trained else None
+    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), dkernel)
+    total, dhidden, dkernel = lax.fori_loop(0, used_chunks(options, weights), add, start)
+    return total, (dhidden, None if dkernel is None else dkernel.astype(kernel.dtype))
+
+
+def _backward(options: Options, value_of: TokenValue, saved: tuple[Array, Array | None], dtotal: Any) -> Any:
+    dhidden, dkernel = saved
+    if isinstance(dtotal, SymbolicZero):
+        dtotal = jnp.zeros(dtotal.shape, dtotal.dtype)
+    scaled = (dhidden.astype(jnp.float32) * dtotal).astype(dhidden.dtype)
+    return scaled, None if dkernel is None else dkernel * dtotal, None, None, None
+
+
+weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -5,23 +5,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.losses.cross_entropy import (
-    Options,
-    kernel_vjp,
-    logits,
-    logits_vjp,
-    pack_weighted_tokens,
-    put,
-    take,
-    used_chunks,
-)
+from mora_jax.losses.cross_entropy import Options, logits, pack_weighted_tokens, weighted_sum
 
 Array = jax.Array
 
@@ -57,62 +45,18 @@ def weighted_kl(
     )
     if base_kernel is None:
         base_kernel = kernel = lax.stop_gradient(kernel)
-    return _kl(options, tuned, kernel, lax.stop_gradient(base), lax.stop_gradient(base_kernel), scales)
+    shared = (lax.stop_gradient(base_kernel).astype(tuned.dtype),)
+    return weighted_sum(options, _divergence, tuned, kernel, (lax.stop_gradient(base),), shared, scales)
 
 
 def _divergence(
-    options: Options, tuned: Array, kernel: Array, base: Array, base_kernel: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Of one chunk: the KL of each token `[shards, chunk]`, and the tuned logits, probabilities, log-ratios."""
-    z, y = logits(options, tuned, kernel), logits(options, base, base_kernel)
+    options: Options, z: Array, base: tuple[Array, ...], base_kernel: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    y = logits(options, *base, *base_kernel)
     # log p − log q, without making either: a tenth faster than two log_softmax.
     log_norm = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     ratio = z - y - (log_norm - jax.nn.logsumexp(y, axis=-1, keepdims=True))
     p = jnp.exp(z - log_norm)
-    return jnp.sum(p * ratio, axis=-1), z, p, ratio
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kl(options: Options, tuned: Array, kernel: Array, base: Array, base_kernel: Array, weights: Array) -> Array:
-    kernels = kernel.astype(tuned.dtype), base_kernel.astype(tuned.dtype)
-
-    def add(index, total):
-        h, b, w = take(options, index, tuned, base, weights)
-        kl = _divergence(options, h, kernels[0], b, kernels[1])[0]
-        return total + jnp.sum(jnp.where(w > 0, kl * w, 0.0))
-
-    return lax.fori_loop(0, used_chunks(options, weights), add, jnp.zeros((), jnp.float32))
-
-
-def _kl_fwd(options, tuned, kernel, base, base_kernel, weights):
-    """Value and gradient together, as in the loss: one pass over the logits."""
-    head_trained = kernel.perturbed
-    tuned, kernel, base, base_kernel, weights = (x.value for x in (tuned, kernel, base, base_kernel, weights))
-    used, base_used = kernel.astype(tuned.dtype), base_kernel.astype(tuned.dtype)
-
-    def add(index, carry):
-        total, dtuned, dkernel = carry
-        h, b, w = take(options, index, tuned, base, weights)
-        kl, z, p, ratio = _divergence(options, h, used, b, base_used)
-        total = total + jnp.sum(jnp.where(w > 0, kl * w, 0.0))
-        # ∂KL/∂z(v) = p(v) · (log p(v) − log q(v) − KL)
-        slope, dh = logits_vjp(options, z, p * (ratio - kl[..., None]) * w[..., None], used)
-        if dkernel is not None:
-            dkernel = dkernel + kernel_vjp(slope, h)
-        return total, put(options, index, dtuned, dh), dkernel
-
-    dkernel = jnp.zeros(kernel.shape, jnp.float32) if head_trained else None
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(tuned), dkernel)
-    total, dtuned, dkernel = lax.fori_loop(0, used_chunks(options, weights), add, start)
-    return total, (dtuned, None if dkernel is None else dkernel.astype(kernel.dtype))
-
-
-def _kl_bwd(options, saved, dtotal):
-    dtuned, dkernel = saved
-    if isinstance(dtotal, SymbolicZero):
-        dtotal = jnp.zeros(dtotal.shape, dtotal.dtype)
-    scaled = (dtuned.astype(jnp.float32) * dtotal).astype(dtuned.dtype)
-    return scaled, None if dkernel is None else dkernel * dtotal, None, None, None
-
-
-_kl.defvjp(_kl_fwd, _kl_bwd, symbolic_zeros=True)
+    kl = jnp.sum(p * ratio, axis=-1)
+    # ∂KL/∂z(v) = p(v) · (log p(v) − log q(v) − KL)
+    return kl, p * (ratio - kl[..., None])

@@ -47,6 +47,8 @@ def rows_here(sharding: NamedSharding, rows: int) -> tuple[int, ...] | None:
 def put_rows(batch: dict[str, np.ndarray], sharding: NamedSharding, here: tuple[int, ...] | None, rows: int) -> Any:
     """Places a batch of which this process has some rows.
 
+    `jax.make_array_from_process_local_data` would do where no processes share a part of their rows alone.
+
     Args:
         batch: arrays `[micro-batches, rows of this process, …]`.
         sharding: of the whole.
