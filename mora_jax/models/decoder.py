@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
         unroll: how many layers the scan runs per iteration; None for all on CPU, one elsewhere and for
             quantised kernels.
         remat: what the backward pass computes again: "none", "dots" (all but the results of projections and
-            of attention), "full", or "offload" (full, and what is kept lies in the host's memory).
+            of attention), "full", or "offload" (full, and what is saved is in the host's memory).
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
             `mora_jax.adapters.products.quantization`).
         layers: one `Block` whose leaves have a leading `[L]`.
@@ -350,7 +350,7 @@ class Decoder(nnx.Module):
         return self.head().logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
 
 
-# Compiled once per structure and shape, so that eager calls don't compile the scan anew each time.
+# Compiled once per structure and shape, so that eager calls don't compile the scan again each time.
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _logits(
     graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, ids: Any, segments: Any, positions: Any, key: Any

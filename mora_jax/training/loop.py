@@ -180,7 +180,7 @@ class Trainer:
         self.runner.while_compiling = self.watchdog.paused
 
     def run(self) -> int:
-        """Trains to the end, or to the border of the step in which a signal came; returns the exit code."""
+        """Trains to the end, or to the step boundary after a signal; returns the exit code."""
         started = time.perf_counter()
         plan, settings = self.setup.plan, self.config.train
         self.directory.files.note = self.display.note
@@ -297,7 +297,7 @@ class Trainer:
                 checkpoints.scored(row["step"], row["eval_loss"])
 
     def _restart(self, done: int) -> None:
-        """Folds the adapters into the base and starts them anew."""
+        """Folds the adapters into the base and reinitialises them."""
         assert self.restarter is not None, "only runs with restarts get here"
         state, frozen = self.restarter(*self.runner.whole((self.state, self.frozen)))
         self.state, self.frozen = self.runner.place(state), self.runner.place(frozen)

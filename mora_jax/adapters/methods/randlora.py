@@ -2,7 +2,7 @@
 
 `ΔW = s · Σ_j B_j Λ_j A Γ_j`: one A and n products of rank r, enough for the rank of W. A and all B_j are random, frozen
 and the same for all layers; only the diagonals Λ and Γ are trained. Λ starts at zero, so a fresh adapter changes
-nothing. A lies on the smaller side of W, the B_j on the larger one. Every matrix takes the first features of bases that
+nothing. A is on the smaller side of W, the B_j on the larger one. Every matrix takes the first features of bases that
 are as large as the largest adapted layer (`config.widths`), drawn from `projection_prng_key` as PEFT draws them.
 
 PEFT pairs the columns of `[B_1 … B_n]` with the rows of A, scaled and stacked, in two orders: the columns base by base,

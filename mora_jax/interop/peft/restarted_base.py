@@ -2,7 +2,7 @@
 
 That is the layout of the MoRA authors' training script, which writes the base after every restart: the state of a
 `LlamaModel` with its adapters in place, so names lack `model.`, weights under adapters are called `base_layer.weight`,
-M lies beside them, and there is no output head. Its `adapter_config.json` keeps the `mora_type` of the run's start,
+M is beside them, and there is no output head. Its `adapter_config.json` keeps the `mora_type` of the run's start,
 while every restart goes on to the next type. Files written here have the type of the moment, and in `base-model` a
 model with plain names that `transformers` loads.
 """
