@@ -334,6 +334,7 @@ class FusedLoRA:
         return dot32(hidden, lora_b), hidden
 
     def forward(self, x: Array, params):
+        """As `Delta.forward`."""
         y, hidden = self._product(x, params)
         first = tuple(_initial(p) for p in params)
         if any(p is not None for p in first):
@@ -342,10 +343,12 @@ class FusedLoRA:
         return y, (None if self.frozen_a else x, hidden, params)
 
     def moved(self, dparams):
+        """As `Delta.moved`: the factors that are trained."""
         names = ("lora_b",) if self.frozen_a else ("lora_a", "lora_b")
         return tuple(None if d is None else {name: d[name] if name in names else None for name in d} for d in dparams)
 
     def tangent(self, residuals, dx: Array | None, dparams) -> Array | None:
+        """As `Delta.tangent`."""
         x, hidden, params = residuals
         lora_a, lora_b, scaling = self._factors(params, hidden.dtype)
         by_name = {name: self._changes(name, params, dparams) for name in ("lora_a", "lora_b")}
@@ -372,6 +375,7 @@ class FusedLoRA:
         )
 
     def backward(self, residuals, dy: Array):
+        """As `Delta.backward`."""
         x, hidden, params = residuals
         dtype = hidden.dtype
         lora_a, lora_b, scaling = self._factors(params, dtype)

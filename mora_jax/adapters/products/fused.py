@@ -24,14 +24,17 @@ class FusedLayout:
 
     @property
     def features(self) -> int:
+        """Outputs of all parts together."""
         return int(np.prod(self.out_shape))
 
     def part_shape(self, index: int) -> tuple[int, ...]:
+        """Shape of the output of one part."""
         shape = list(self.out_shape)
         shape[self.part_axis] = self.sizes[index]
         return tuple(shape)
 
     def part_features(self, index: int) -> int:
+        """Outputs of one part."""
         return int(np.prod(self.part_shape(index)))
 
     def take(self, y: Array, index: int) -> Array:
@@ -71,6 +74,7 @@ class PartwiseDelta:
         return self.layout.join(parts)
 
     def forward(self, x: Array, params: Any) -> tuple[Array, Any]:
+        """As `Delta.forward`; the residuals are the linearised update."""
         tree: Any
         leaves, tree = jax.tree.flatten(params)
         changing = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
@@ -85,9 +89,11 @@ class PartwiseDelta:
         return y, (tangent, _Types(tree, tuple(changing), jax.typeof(x), tuple(jax.typeof(leaf) for leaf in floats)))
 
     def moved(self, dparams: Any) -> Any:
+        """As `Delta.moved`: all of them."""
         return dparams
 
     def tangent(self, residuals: Any, dx: Array | None, dparams: Any) -> Array | None:
+        """As `Delta.tangent`."""
         tangent, types = residuals
         changes = types.tree.flatten_up_to(dparams)
         if dx is None and all(change is None for change in changes):
@@ -97,6 +103,7 @@ class PartwiseDelta:
         return tangent(_or_zeros(dx, types.x), filled)
 
     def backward(self, residuals: Any, dy: Array) -> tuple[Array, Any]:
+        """As `Delta.backward`."""
         tangent, types = residuals
         dx, floats = jax.linear_transpose(tangent, types.x, list(types.floats))(widened(dy))
         found = iter(floats)

@@ -163,6 +163,7 @@ def read_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.nda
 
 
 def first_of(names: Mapping[str, str]) -> str:
+    """The first of the values."""
     return next(iter(names.values()))
 
 
@@ -179,6 +180,7 @@ def require_positive(values: Mapping[str, Any], where: str, name: str, default: 
 
 
 def is_positive(value: Any, *, whole: bool = False) -> bool:
+    """Whether a field holds a finite number above 0; `whole`: an integer."""
     kinds = (int,) if whole else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf
 
@@ -205,6 +207,7 @@ def require_bias(values: Mapping[str, Any], where: str, only: str) -> None:
 
 
 def is_names(value: Any) -> bool:
+    """Whether a field holds a list of strings."""
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

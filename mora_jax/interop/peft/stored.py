@@ -95,6 +95,7 @@ def base_name(name: str) -> str:
 
 
 def unknown(files: TensorFiles, name: str) -> InputError:
+    """The error for a tensor that no adapter has."""
     return InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
 
 

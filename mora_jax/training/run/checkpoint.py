@@ -326,19 +326,22 @@ class NoCheckpoints:
         pass
 
     def newest(self, like: TrainState, base_at: Callable[[int], Arrays]) -> Restored | None:
+        """None: nothing was saved."""
         return None
 
     def scored(self, step: int, eval_loss: float | None) -> None:
-        pass
+        """Does nothing."""
 
     def is_best(self, eval_loss: float | None) -> bool:
+        """False: nothing is kept."""
         return False
 
     def best(self) -> tuple[int, float] | None:
+        """None: nothing is kept."""
         return None
 
     def save(self, *state: Any, **how: Any) -> None:
-        pass
+        """Does nothing."""
 
 
 class _Damaged(Exception):
@@ -367,6 +370,7 @@ class Keeping:
         self.scores: dict[int, float] = {}
 
     def is_best(self, loss: float | None) -> bool:
+        """Whether a state with this evaluation loss belongs to the best."""
         if not self._best or loss is None or not math.isfinite(loss):
             return False
         return len(self.scores) < self._best or loss < max(self.scores.values())
