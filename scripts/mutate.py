@@ -421,10 +421,12 @@ def sample(repository: Path, patterns: list[str], count: int, seed: int) -> list
 
 
 def load_results(work: Path) -> dict[str, dict[str, Any]]:
-    """The last result of each mutant that the sources still have."""
+    """The last result of each mutant that the copy of the library still has."""
+    repository = work / "repository"
+    there = {mutant.name for path in (repository / "mora_jax").rglob("*.py") for mutant in mutants_of(path, repository)}
     path = work / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return {record["name"]: record for record in map(json.loads, lines)}
+    return {record["name"]: record for record in map(json.loads, lines) if record["name"] in there}
 
 
 def load_equivalent() -> dict[str, str]:
@@ -442,8 +444,6 @@ def report(work: Path) -> None:
         rows[record["path"].removeprefix("mora_jax/")][result] += 1
         if result not in ("killed", "equivalent"):
             survivors.append(record)
-    for name in equivalent.keys() - load_results(work).keys():
-        rows[name.split(":")[0]]["equivalent"] += 1
     total: collections.Counter[str] = sum(rows.values(), collections.Counter())
     print("| file | mutants | equivalent | killed | survived |\n| --- | ---: | ---: | ---: | ---: |")
     for path, counts in [*sorted(rows.items()), ("all", total)]:

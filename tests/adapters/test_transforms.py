@@ -78,9 +78,13 @@ def test_forward_mode(name):
     at = (adapters, X)
     along = direction(at, 1)
     gradient = jax.jit(jax.grad(f, (0, 1)))
-    _, slope = jax.jvp(f, at, along)
+
+    @jax.jit
+    def forward(at, along):
+        return jax.jvp(f, at, along)[1], jax.jvp(jax.grad(f, (0, 1)), at, along)[1]
+
+    slope, bent = forward(at, along)
     np.testing.assert_allclose(slope, dot(gradient(*at), along), rtol=1e-4, atol=1e-4)
-    _, bent = jax.jvp(gradient, at, along)
     if getattr(CASES[name], "use_dora", False):
         return  # the norm counts as a constant in each derivative, so that the gradient's differences see more
     steps = [gradient(*jax.tree.map(lambda v, d, s=s: v + s * 4e-3 * d, at, along)) for s in (1, -1)]
@@ -92,7 +96,7 @@ def test_forward_mode(name):
 @pytest.mark.parametrize("name", ["lora", "mora", "ia3 on inputs"])
 def test_jacobians_agree(name):
     adapters, f = trained_layer(CASES[name])
-    forward, backward = jax.jacfwd(f)(adapters, X), jax.grad(f)(adapters, X)
+    forward, backward = jax.jit(lambda *at: (jax.jacfwd(f)(*at), jax.grad(f)(*at)))(adapters, X)
     for a, b in zip(jax.tree.leaves(forward), jax.tree.leaves(backward), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -101,15 +105,16 @@ def test_jacobians_agree(name):
 def test_under_remat_vmap_and_nnx(name):
     """Gradients under `jax.checkpoint`; several adapters at once under `jax.vmap`; `nnx.jit` over `nnx.grad`."""
     adapters, f = trained_layer(CASES[name])
-    plain = jax.grad(f)(adapters, X)
-    rematerialised = jax.grad(jax.checkpoint(f))(adapters, X)
+    gradient = jax.jit(jax.grad(f))
+    plain = gradient(adapters, X)
+    rematerialised = jax.jit(jax.grad(jax.checkpoint(f)))(adapters, X)
     several = [direction(adapters, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
-    at_once = jax.vmap(jax.grad(f), (0, None))(stacked, X)
+    at_once = jax.jit(jax.vmap(jax.grad(f), (0, None)))(stacked, X)
     for a, b in zip(jax.tree.leaves(rematerialised), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     for i, one in enumerate(several):
-        for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(jax.grad(f)(one, X)), strict=True):
+        for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(gradient(one, X)), strict=True):
             np.testing.assert_allclose(a[i], b, atol=1e-5)
 
     layer = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
@@ -117,9 +122,9 @@ def test_under_remat_vmap_and_nnx(name):
     layer = fill(layer)
 
     @nnx.jit
-    def gradient(layer, x):
+    def by_nnx(layer, x):
         loss = nnx.remat(lambda layer, x: jnp.sum(jnp.tanh(layer(x))))
         return nnx.grad(loss, argnums=nnx.DiffState(0, mj.AdapterParam))(layer, x)
 
-    for a, b in zip(jax.tree.leaves(gradient(layer, X)), jax.tree.leaves(plain), strict=True):
+    for a, b in zip(jax.tree.leaves(by_nnx(layer, X)), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
