@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -329,19 +330,30 @@ def load_coverage(work: Path) -> tuple[dict[str, dict[int, set[str]]], dict[str,
     return tests, seconds
 
 
-def choose_tests(mutant: Mutant, tests: dict[str, dict[int, set[str]]], seconds: dict[str, float]) -> list[str]:
+def choose_tests(
+    mutant: Mutant, repository: Path, tests: dict[str, dict[int, set[str]]], seconds: dict[str, float]
+) -> list[str]:
     """The tests that run the mutant's lines; first those of the file that mirrors the module, then the fastest."""
     lines = tests.get(mutant.path, {})
-    # What runs while the module is imported concerns every test that runs something of the module.
-    numbers = range(mutant.line, mutant.last_line + 1) if mutant.in_function else list(lines)
-    found = set().union(*(lines.get(number, set()) for number in numbers))
+    if mutant.in_function:
+        found = set().union(*(lines.get(number, set()) for number in range(mutant.line, mutant.last_line + 1)))
+    else:
+        # What runs while the module is imported: every test of the module, and of lines elsewhere with its name.
+        found = set().union(*lines.values())
+        text = (repository / mutant.path).read_text().splitlines()[mutant.line - 1]
+        if name := re.match(r"\s*(\w+)\s*[:=]", text):
+            for path, others in tests.items():
+                source = (repository / path).read_text().splitlines()
+                for number, those in others.items():
+                    if re.search(rf"\b{name[1]}\b", source[number - 1]):
+                        found |= those
     mirror = f"test_{Path(mutant.path).stem}.py"
     return sorted(found, key=lambda test: (f"/{mirror}::" not in test, seconds[test]))
 
 
-def control(repository: Path, work: Path, selected: list[str]) -> bool:
-    """Whether the tests can be collected and pass without the mutant."""
-    return run_pytest(repository, ["-x", *selected], work / "control.log", 900) == 0
+def collected(repository: Path, work: Path, selected: list[str]) -> bool:
+    """Whether the tests are there without the mutant."""
+    return run_pytest(repository, ["--collect-only", *selected], work / "control.log", 900) == 0
 
 
 def run(work: Path, patterns: list[str], count: int, seed: int, budget: float, again: bool) -> None:
@@ -355,7 +367,7 @@ def run(work: Path, patterns: list[str], count: int, seed: int, budget: float, a
     for mutant in sample(repository, patterns, count, seed):
         if mutant.name in done or mutant.name in equivalent:
             continue
-        chosen = choose_tests(mutant, tests, seconds)
+        chosen = choose_tests(mutant, repository, tests, seconds)
         selected, total = [], 0.0
         for test in chosen:
             if selected and total + seconds[test] > budget:
@@ -374,7 +386,7 @@ def run(work: Path, patterns: list[str], count: int, seed: int, budget: float, a
                 result = run_pytest(repository, ["-x", *selected], work / "mutant.log", 60 + 4 * total)
             finally:
                 file.write_text(original)
-        if result in (2, 3, 4, 5, "timeout", "crash") and not control(repository, work, selected):
+        if result in (2, 3, 4, 5) and not collected(repository, work, selected):
             result = "unclear"
         record = mutant._asdict() | {
             "result": "survived" if result in (0, "no test") else "unclear" if result == "unclear" else "killed",

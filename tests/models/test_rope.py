@@ -21,6 +21,35 @@ def test_llama3_keeps_short_waves_and_stretches_long_ones():
     assert (np.diff(ratio) <= 1e-6).all()
 
 
+def test_llama3_by_its_wavelengths():
+    """Waves shorter than 8192 / 4 positions are kept, longer than 8192 divided by 8, between them interpolated."""
+    found = inverse_frequencies(Rope(500_000.0, "llama3", factor=8.0, original_positions=8192), 128)
+    for j, value in enumerate(found):
+        plain = 500_000.0 ** (-2 * j / 128)
+        turns = 8192 * plain / (2 * np.pi)
+        share = 1.0 if turns > 4 else 0.0 if turns < 1 else (turns - 1) / 3
+        assert value == pytest.approx(share * plain + (1 - share) * plain / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_by_its_rotations(truncate):
+    """Peng et al., 2023, section 3.2, with the ramp over dimensions of its code: 32 rotations and more are kept, one
+    and fewer divided by the factor."""
+    size, theta, factor, trained = 64, 10_000.0, 4.0, 2048
+    rope = Rope(theta, "yarn", factor=factor, original_positions=trained, truncate=truncate)
+
+    def dimension(rotations):  # where trained / wavelength is this number
+        return size / 2 * np.log(trained / (2 * np.pi * rotations)) / np.log(theta)
+
+    low, high = dimension(32), dimension(1)
+    if truncate:
+        low, high = np.floor(low), np.ceil(high)
+    for j, value in enumerate(inverse_frequencies(rope, size)):
+        plain = theta ** (-2 * j / size)
+        divided = min(max((j - low) / (high - low), 0.0), 1.0)
+        assert value == pytest.approx(plain * (1 - divided) + plain / factor * divided, rel=1e-5)
+
+
 def test_yarn_attention_factor():
     assert yarn_attention_factor(1.0) == 1.0
     assert yarn_attention_factor(4.0) == pytest.approx(0.1 * np.log(4.0) + 1.0)

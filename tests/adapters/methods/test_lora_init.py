@@ -7,6 +7,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.eva import input_grams, set_directions, start_from_inputs
+from mora_jax.adapters.methods.lora_init import is_start
 from mora_jax.models import init_decoder
 from tests.models.tiny import LLAMA, random_ids
 from tests.peers import peft, torch
@@ -100,6 +101,12 @@ def test_eva_takes_the_principal_directions_of_what_layers_read():
     found = np.asarray(model.layers.self_attn.qkv_proj.adapters["q_proj"].lora_a[...])[0]
     _, _, vt = np.linalg.svd(x, full_matrices=False)
     np.testing.assert_allclose(np.abs(vt[:4] @ found), np.eye(4), atol=0.02)
+
+
+def test_a_matrix_of_zeros_starts_from_zeros():
+    kernel, a, b = np.zeros((6, 5)), np.zeros((6, 2)), np.zeros((2, 5))
+    assert is_start("pissa", kernel, a, b, 1.0) and is_start("olora", kernel, a, b, 1.0)
+    assert not is_start("pissa", kernel, a + 1, b, 1.0)
 
 
 def test_eva_needs_lora_and_room():

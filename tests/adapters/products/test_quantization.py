@@ -1,5 +1,6 @@
 """Both formats against loops over single numbers, and products with a quantised kernel against dense ones."""
 
+import dataclasses
 from statistics import NormalDist
 
 import jax
@@ -76,6 +77,8 @@ def test_numbers_are_those_of_a_loop(held, shape):
     np.testing.assert_allclose(found.dense(jnp.float32, len(shape) - 1), expected, rtol=1e-6)
     blocks = -(-shape[0] // 64)
     largest = np.repeat([np.abs(kernel[64 * b : 64 * b + 64]).max(0) for b in range(blocks)], 64, axis=0)[: shape[0]]
+    filled_up = dataclasses.replace(found, in_features=64 * blocks).dense(jnp.float32, len(shape) - 1)
+    assert not np.any(filled_up[shape[0] :])
     # Half of the largest distance between two codes.
     error = np.abs(expected - kernel) / np.where(largest > 0, largest, 1)
     assert 0 < error.max() <= {"int8": 0.5 / 127, "nf4": (1.0 - 0.6961928) / 2}[held] + 1e-6
