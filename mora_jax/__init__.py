@@ -28,6 +28,7 @@ _HOMES = {
     "HiRAConfig": "mora_jax.adapters.config",
     "MiSSConfig": "mora_jax.adapters.config",
     "RandLoRAConfig": "mora_jax.adapters.config",
+    "OFTConfig": "mora_jax.adapters.config",
     "FullConfig": "mora_jax.adapters.config",
     "LoRALinear": "mora_jax.adapters.methods.lora",
     "MoRALinear": "mora_jax.adapters.methods.mora",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import LoRAPlusConfig as LoRAPlusConfig
     from mora_jax.adapters.config import MiSSConfig as MiSSConfig
     from mora_jax.adapters.config import MoRAConfig as MoRAConfig
+    from mora_jax.adapters.config import OFTConfig as OFTConfig
     from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
     from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig
     from mora_jax.adapters.config import RandLoRAConfig as RandLoRAConfig

@@ -108,6 +108,35 @@ def randlora_count(i, o, config):
     return -(-smaller // config.rank) * (config.rank + smaller)
 
 
+def oft_blocks(i, config):
+    """How many blocks, and their size, of sizes that divide."""
+    size = i // config.blocks if config.blocks else min(config.block_size, i)
+    return i // size, size
+
+
+def oft(base, bias, params, config, fixed):
+    count, size = oft_blocks(len(base), config)
+    rotation = np.zeros((len(base), len(base)))
+    for block in range(count):
+        values = iter(params["oft_r"][0 if config.block_share else block])
+        skew = np.zeros((size, size))
+        for i in range(size):
+            for j in range(i + 1, size):
+                skew[i, j] = next(values)
+                skew[j, i] = -skew[i, j]
+        one = np.eye(size)
+        if config.use_cayley_neumann:
+            power, terms = np.eye(size), config.num_cayley_neumann_terms
+            factors = [2.0] if terms == 2 else [2.0, 2.0, 1.0] if terms == 3 else [2.0] * (terms - 2) + [1.0]
+            for factor in factors:
+                power = power @ skew
+                one = one + factor * power
+        else:
+            one = (one - skew) @ np.linalg.inv(one + skew)
+        rotation[block * size : (block + 1) * size, block * size : (block + 1) * size] = one
+    return product(rotation, base, 1.0), params.get("bias", 0.0)
+
+
 def lora_count(i, o, config):
     return config.rank * (i + o) + (o if config.use_dora else 0)
 
@@ -135,6 +164,7 @@ FORMULAS = {
     "randlora": randlora,
     "ia3": ia3,
     "hira": hira,
+    "oft": oft,
     "bitfit": bitfit,
 }
 COUNTS = {
@@ -153,6 +183,7 @@ COUNTS = {
     "hira": lambda i, o, config: config.rank * (i + o),
     "randlora": randlora_count,
     "miss": lambda i, o, config: config.rank * (config.mini_rank if config.form == "mini" else o),
+    "oft": lambda i, o, config: oft_blocks(i, config)[0] * math.comb(oft_blocks(i, config)[1], 2),
     "ia3": lambda i, o, config: i if config.feedforward else o,
     "bitfit": lambda i, o, config: o,
 }

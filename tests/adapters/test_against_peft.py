@@ -25,6 +25,7 @@ def lora(**options):
 # Our configuration, theirs, and where their tensors lie: our name → (suffix of theirs, whether it is transposed).
 FACTORS = {"lora_a": ("lora_A.default.weight", True), "lora_b": ("lora_B.default.weight", True)}
 MAGNITUDE = {"magnitude": ("lora_magnitude_vector.default.weight", False)}
+TRIANGLES = {"oft_r": ("oft_R.default.weight", False)}
 VECTOR = {"ia3_l": ("ia3_l.default", False)}
 CASES = {
     "lora": (mj.LoRAConfig(RANK, 6.0), lora(), FACTORS),
@@ -68,6 +69,17 @@ CASES = {
         mj.MiSSConfig(rank=RANK, form="mini", mini_rank=3),
         peft.MissConfig(r=RANK, mini_r=3, init_weights="mini", target_modules=["layer"]),
         {"miss_block": ("miss_block.default", False)},
+    ),
+    "oft": (mj.OFTConfig(3), peft.OFTConfig(oft_block_size=3, target_modules=["layer"]), TRIANGLES),
+    "oft by inverse": (
+        mj.OFTConfig(blocks=3, use_cayley_neumann=False),
+        peft.OFTConfig(r=3, oft_block_size=0, use_cayley_neumann=False, target_modules=["layer"]),
+        TRIANGLES,
+    ),
+    "oft of shared blocks": (
+        mj.OFTConfig(3, block_share=True, num_cayley_neumann_terms=7),
+        peft.OFTConfig(oft_block_size=3, block_share=True, num_cayley_neumann_terms=7, target_modules=["layer"]),
+        TRIANGLES,
     ),
     "ia3": (
         mj.IA3Config(targets="all-linear", feedforward=()),

@@ -36,13 +36,14 @@ CASES = {name: registered(name) for name in METHODS if name != "full"} | {
     "randlora of sparse bases": mj.RandLoRAConfig(rank=3, alpha=2.0, bases="sparse", widths=(20, 30)),
     "miss of form mini": mj.MiSSConfig(rank=3, form="mini"),
     "ia3 on inputs": mj.IA3Config(targets="all-linear", feedforward=("", "q_proj", "k_proj")),
+    "oft by inverse": mj.OFTConfig(use_cayley_neumann=False),
     "orthogonal": mj.LoRAConfig(rank=2, init="orthogonal"),
     "lora with biases": mj.LoRAConfig(rank=2, bias="lora_only"),
 }
 # A norm is computed in two orders, once at the start and once in the forward pass; orthogonal factors cancel; matrices
 # with inputs of their own are several products where the base has one.
 ROUNDED = {name for name, config in CASES.items() if getattr(config, "use_dora", False)}
-ROUNDED |= {"orthogonal", "ia3 on inputs"}
+ROUNDED |= {"orthogonal", "ia3 on inputs", "oft", "oft by inverse"}
 
 
 def linear(dtype, bias):

@@ -67,6 +67,10 @@ def call(layer, x, attend, **placing):
         ("turned", LORA, P("model"), P("data"), None),
         ("turned", DORA, P(None, "model"), P("data"), None),
         ("turned", CASES["ia3 on inputs"], P("model"), P("data"), None),
+        ("linear", CASES["hira"], P("model"), P("data"), None),
+        ("turned", CASES["hira"], P("model"), P("data"), None),
+        ("linear", CASES["oft"], P(None, "model"), P("data"), None),
+        ("turned", CASES["oft"], P(None, "model"), P("data"), None),
     ],
 )
 def test_as_on_one_device_and_placed_as_the_plain_layer(mesh, kind, config, kernel, inputs, out):

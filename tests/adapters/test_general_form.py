@@ -15,6 +15,7 @@ from tests.adapters.formulas import FORMULAS
 CONFIGS = {
     "ia3 on inputs": mj.IA3Config(targets=".*", feedforward=("",)),
     "hira": mj.HiRAConfig(rank=2, targets=".*"),
+    "oft": mj.OFTConfig(3, targets=".*"),
 }
 LAYERS = {
     "linear": lambda **o: nnx.Linear(6, 8, **o),

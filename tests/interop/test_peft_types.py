@@ -79,6 +79,22 @@ def from_peft(name: str, folder: Path) -> np.ndarray:
 ADALORA = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}
 RANDLORA = {"randlora_alpha": 4}
 READ = {
+    "oft": ("tied", "OFTConfig", {"oft_block_size": 8, "target_modules": "all-linear"}),
+    "oft by inverse, beside biases": (
+        "qwen2",
+        "OFTConfig",
+        {"oft_block_size": 16, "target_modules": ["q_proj", "o_proj"], "use_cayley_neumann": False, "bias": "oft_only"},
+    ),
+    "oft of so many blocks": (
+        "llama",
+        "OFTConfig",
+        {"r": 4, "oft_block_size": 0, "target_modules": ["v_proj", "down_proj"], "num_cayley_neumann_terms": 3},
+    ),
+    "oft of shared blocks": (
+        "llama",
+        "OFTConfig",
+        {"oft_block_size": 8, "target_modules": ["up_proj"], "block_share": True, "layers_to_transform": [0, 2]},
+    ),
     "hira": (
         "tied",
         "HiraConfig",
@@ -186,6 +202,8 @@ def test_both_ways(bases, tmp_path, case):
 
 
 WRITTEN = {
+    "oft": ("llama", mj.OFTConfig(8, targets=("q_proj", "down_proj"))),
+    "oft by inverse": ("qwen2", mj.OFTConfig(blocks=2, use_cayley_neumann=False, modules_to_save=("norm",))),
     "hira": ("qwen2", mj.HiRAConfig(rank=3, modules_to_save=("norm",))),
     "vera": ("llama", mj.VeRAConfig(rank=5, projection_prng_key=7, layers_to_transform=(1,))),
     "ia3": ("llama", mj.IA3Config()),
@@ -233,6 +251,7 @@ def test_a_fresh_adalora_is_written_whole(bases, tmp_path):
 
 
 MADE = {
+    "oft": mj.OFTConfig(8, targets=("q_proj",)),
     "hira": mj.HiRAConfig(rank=3, targets=("q_proj",)),
     "vera": mj.VeRAConfig(rank=5, targets=("q_proj", "down_proj")),
     "ia3": mj.IA3Config(),
@@ -278,6 +297,12 @@ def added(part: str):
 
 
 BROKEN = {
+    "no oft_R": ("oft", {}, without("1.self_attn.q_proj.oft_R"), r"1 targets lack tensors: .*q_proj \(oft_R\)"),
+    "another size of blocks": ("oft", {"oft_block_size": 16}, None, r"shape \[4, 28\], .* \[2, 120\]"),
+    "constrained rotations": ("oft", {"coft": True}, None, "coft is set, which is not supported"),
+    "both sizes of oft": ("oft", {"r": 4}, None, "one of r and oft_block_size must be above 0, and the other 0"),
+    "an older series": ("oft", {"peft_version": "0.17.1"}, None, "peft_version is not 0.18.0 or newer"),
+    "blocks of one": ("oft", {"oft_block_size": 1}, None, "blocks of 1 of 32 inputs come to blocks of 1"),
     "no hira_B": ("hira", {}, without("1.self_attn.q_proj.hira_B"), r"1 targets lack tensors: .*q_proj \(hira_B\)"),
     "another rank of hira": (
         "hira",

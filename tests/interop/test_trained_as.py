@@ -66,6 +66,7 @@ def trained(model) -> set[str]:
 
 OWN = {name: {"rank": 4} for name in METHODS if "path" in METHOD_KEYS[name]} | {
     "adalora": {"rank": 4, "target_rank": 2},
+    "oft": {"block_size": 8},
     "lora with magnitude": {"method": "lora", "rank": 4, "use_dora": True},
     "lora_plus with magnitude": {"method": "lora_plus", "rank": 4, "use_dora": True},
     "rslora with magnitude": {"method": "rslora", "rank": 4, "use_dora": True},

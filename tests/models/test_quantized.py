@@ -31,6 +31,7 @@ METHODS = {
     "adalora": mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=10),
     "ia3": mj.IA3Config(),
     "hira": mj.HiRAConfig(rank=2),
+    "oft": mj.OFTConfig(8),
     "ia3_inputs": mj.IA3Config(targets=("q_proj", "up_proj"), feedforward=("q_proj", "up_proj")),
     "bitfit": mj.BitFitConfig(),
     "head": mj.LoRAConfig(rank=2, targets=("q_proj", "embed_tokens")),
@@ -57,7 +58,7 @@ def gradient_of(model, method):
     return jax.value_and_grad(loss, has_aux=True), adapters
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3_inputs", "hira"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3_inputs", "hira", "oft"])
 def test_gradients_are_those_of_the_rounded_base(method):
     check_gradients("nf4", method)
 

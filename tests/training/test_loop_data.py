@@ -220,6 +220,7 @@ def test_rows_that_are_skipped_are_reported(inputs, tmp_path):
 LEAVE_ADAPTERS = {name for name, method in CONFIGS.items() if not method.changes_base}
 
 
+@pytest.mark.filterwarnings("ignore:block_size 32 doesn't divide 48 inputs:UserWarning")
 @pytest.mark.parametrize("method", sorted(LEAVE_ADAPTERS - {"lora", "mora"}))
 def test_every_method_trains_and_leaves_an_adapter_that_loads(method, inputs, tmp_path):
     out = tmp_path / "run"

@@ -33,6 +33,7 @@ from mora_jax.adapters.methods.lora_variants import (
 )
 from mora_jax.adapters.methods.miss import MiSS, MiSSConfig
 from mora_jax.adapters.methods.mora import MoRA, MoRAConfig
+from mora_jax.adapters.methods.oft import OFT, OFTConfig
 from mora_jax.adapters.methods.randlora import RandLoRA, RandLoRAConfig
 from mora_jax.adapters.methods.remora import ReMoRA, ReMoRAConfig
 from mora_jax.adapters.methods.vera import VeRA, VeRAConfig
@@ -67,6 +68,7 @@ METHODS: dict[str, Method] = {
     "hira": Method(HiRAConfig, HiRA),
     "miss": Method(MiSSConfig, MiSS),
     "randlora": Method(RandLoRAConfig, RandLoRA),
+    "oft": Method(OFTConfig, OFT),
     "relora": Method(ReLoRAConfig, ReLoRA),
     "remora": Method(ReMoRAConfig, ReMoRA),
     "bitfit": Method(BitFitConfig, BitFit),

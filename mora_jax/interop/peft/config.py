@@ -19,6 +19,7 @@ from mora_jax.interop.peft.hira import HiraFormat
 from mora_jax.interop.peft.ia3 import Ia3Format
 from mora_jax.interop.peft.lora import LoraFormat
 from mora_jax.interop.peft.miss import MissFormat
+from mora_jax.interop.peft.oft import OftFormat
 from mora_jax.interop.peft.randlora import RandLoraFormat
 from mora_jax.interop.peft.vera import VeraFormat
 
@@ -31,6 +32,7 @@ FORMATS: tuple[Format, ...] = (
     HiraFormat(),
     MissFormat(),
     RandLoraFormat(),
+    OftFormat(),
 )
 _EXTRA = "peft_fields"  # the attribute of a model that holds fields of newer versions, as JSON
 
