@@ -69,7 +69,11 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
 
 
 def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> None:
-    """`attach` without its report."""
+    """`attach` without its report.
+
+    Args:
+        model, config, rngs: as for `attach`.
+    """
     rngs = as_rngs(rngs)
     _check_base(model, config)
     if isinstance(config, FullConfig):
@@ -136,7 +140,15 @@ def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: 
 
 
 def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, rngs: nnx.Rngs) -> Adapter:
-    """Puts an adapter of class `method` on one place, on the layers that `mask` names."""
+    """Makes an adapter and puts it on a place.
+
+    Args:
+        place: where it goes.
+        mask: for each of `place.paths` whether that layer gets one.
+        method: the adapter's class.
+        config: of the whole model; what holds for this place is taken from it.
+        rngs: keys for its arrays.
+    """
     resolved = resolve(config, method, place.paths, mask)
     sizes = place.in_features, place.out_features
     options: dict[str, Any] = {}
@@ -178,7 +190,13 @@ def _start_abstract(adapter: Adapter, kernel: jax.ShapeDtypeStruct) -> None:
 
 
 def add_adapter(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
-    """Puts an adapter on a place that has none."""
+    """Puts an adapter on a place that has none.
+
+    Args:
+        place: where it goes.
+        adapter: made for the place's sizes.
+        rngs: keys for its dropout; None where it has none.
+    """
     if isinstance(place.layer, Projection):
         assert place.part is not None, "a place in a projection is one of its parts"
         place.layer.add_adapter(place.part, adapter)

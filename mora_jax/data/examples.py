@@ -39,7 +39,7 @@ class RowOutcomes:
 def flat_weights(flat: FlatRows, loss: LossWeights) -> np.ndarray:
     """Weights of predicting each token of all rows, `[T]` float32; 0 for the first of each row.
 
-    The same as `token_weights` of each row, some hundred times faster.
+    The same as `token_weights` of each row, some hundred times faster; for a single row it is three times slower.
     """
     rows, lengths = len(flat), flat.lengths
     turns = np.zeros(rows, np.int64)

@@ -54,9 +54,13 @@ def check_places(model: nnx.Module, by_path: ValuesByPath) -> list[tuple[Place, 
 
 
 def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
-    """Sees that a place has a bank for `configs`, of at least `slots` slots and, for LoRA, `rank`.
+    """Sees that a place has a bank that is large enough; what its present bank holds is kept.
 
-    What its present bank holds is kept.
+    Args:
+        place: without an adapter, or with a bank.
+        configs: of the adapters that go into it.
+        slots: how many it has to have at least.
+        rank: the least rank of a bank of LoRAs.
     """
     old = place.adapter
     assert old is None or isinstance(old, Bank), "the model had no other adapters"
@@ -83,7 +87,14 @@ def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
 
 
 def write_slot(place: Place, bank: Bank, slot: int, by_path: ValuesByPath) -> None:
-    """Writes what `by_path` have for a place, zeros for layers without any, those of a lower rank padded."""
+    """Writes an adapter's values at one place: zeros for layers without any, those of a lower rank padded.
+
+    Args:
+        place: where the bank is.
+        bank: the place's adapter.
+        slot: the number of the slot.
+        by_path: the adapter's values by module path.
+    """
     stack = len(bank.layers)
     values = {}
     for name, variable in bank.arrays().items():
@@ -99,7 +110,14 @@ def write_slot(place: Place, bank: Bank, slot: int, by_path: ValuesByPath) -> No
 
 
 def read_slot(place: Place, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, AdapterValues]:
-    """The values of an adapter at one place, without padding; `configs` are its configurations by module path."""
+    """The values of an adapter at one place, without padding.
+
+    Args:
+        place: where the bank is.
+        bank: the place's adapter.
+        slot: the number of the slot.
+        configs: the adapter's configurations by module path.
+    """
     arrays = bank.read(slot)
     by_path = {}
     for layer, path in enumerate(place.paths):

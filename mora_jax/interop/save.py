@@ -102,6 +102,12 @@ def write_model(
 
     Tensors are gathered from the devices and written one layer's after the other, so a model that was trained sharded
     is never in one memory as a whole.
+
+    Args:
+        model: its base is written.
+        folder: exists.
+        dtype: of the written weights; None: float32.
+        max_shard_bytes: the largest file of weights.
     """
     target = _dtype(dtype)
     folder.mkdir(exist_ok=True)

@@ -54,7 +54,15 @@ def made_in_place(
 def read_region(
     entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], index: tuple[slice, ...], dtype: Any
 ) -> np.ndarray:
-    """The values of `parameter[index]`, as `dtype`; of each tensor only the rows and columns needed are read."""
+    """The values of `parameter[index]`; of each tensor only the rows and columns needed are read.
+
+    Args:
+        entry: the parameter and the tensors that make it up.
+        files: the checkpoint.
+        stored_as: names in the files that differ from those of `entry`.
+        index: a span of each axis.
+        dtype: of the result.
+    """
     shape = tuple(entry.parameter.shape)
     box = [range(size)[part] for part, size in zip(index, shape, strict=True)]
     values = np.empty([len(part) for part in box], dtype=dtype)

@@ -194,7 +194,15 @@ def _dropped(config: Any, x: Array, key: Array | None) -> Array:
 
 
 def embedded(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], ids: Array) -> Array:
-    """Looked-up rows of a table with an adapter; dropout doesn't act on token ids, as in PEFT."""
+    """Looked-up rows of a table with an adapter; dropout doesn't act on token ids, as in PEFT.
+
+    Args:
+        module: the `nn.Embed`.
+        config: of the adapter.
+        matrix: the table.
+        call: the module's own look-up.
+        ids: int `[...]`.
+    """
     y = call(ids)
     params, method = _table(module, config, matrix)
 
@@ -207,7 +215,15 @@ def embedded(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Arr
 
 
 def attended(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], query: Array) -> Array:
-    """Products with every row of the adapted table: a tied output head."""
+    """Products with every row of the adapted table: a tied output head.
+
+    Args:
+        module: the `nn.Embed`.
+        config: of the adapter.
+        matrix: the table.
+        call: the module's own `attend`.
+        query: `[..., D]`.
+    """
     params, method = _table(module, config, matrix)
 
     def scaled_query(query: Array, params: Arrays, table: Array) -> Array:

@@ -158,7 +158,13 @@ def attend_vjp(
     traced_window: Array | None,
     so_far: Gradients,
 ) -> Gradients:
-    """The way back through `attend`: adds the derivatives of this pair of pieces to those so far."""
+    """The way back through `attend`: adds the derivatives of this pair of pieces to those so far.
+
+    Args:
+        tiling, query, query_block, key, value, key_block, traced_window: as for `attend`.
+        output_grads: of the queries' outputs, with what the forward pass kept of their softmax.
+        so_far: what other pairs of pieces gave.
+    """
     b, g, n, _, h = query.shape
 
     def rows(i: Array, grads: Gradients) -> Gradients:

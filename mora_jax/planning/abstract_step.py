@@ -68,7 +68,14 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def assemble_abstract(
     model: Decoder, config: Config, mesh: tuple[int, ...], devices: Sequence[Any] | None = None
 ) -> tuple[Assembly, tuple[Any, Any, Any]]:
-    """The step, and the shapes of its arguments with their places: state, frozen arrays, batch."""
+    """The step, and the shapes of its arguments with their places: state, frozen arrays, batch.
+
+    Args:
+        model: of shapes alone.
+        config: the whole run.
+        mesh: devices along each axis.
+        devices: that make up the mesh, perhaps only described; None: those of this process.
+    """
     made = assemble(model, config, config.train.steps or STEPS, make_mesh(*mesh, devices=devices))
     assert made.placement is not None and isinstance(made.runner, JitRunner), "pmap is refused before"
     runner, rows = made.runner, made.placement.batch(1)

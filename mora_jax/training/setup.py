@@ -246,7 +246,13 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
 
 
 def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
-    """Attaches what the configuration asks for, or loads the adapter that it starts from; `steps` are the run's."""
+    """Attaches what the configuration asks for, or loads the adapter that it starts from.
+
+    Args:
+        model: without adapters.
+        config: the whole run.
+        steps: of the run, for methods with a schedule.
+    """
     section = config.adapter
     try:
         method = adapter_config(section, steps)
@@ -275,9 +281,16 @@ def check_divergence(model: Decoder) -> None:
 def encode_data(
     config: Config, tokenizer: Any, vocab_size: int, rows_given: Any = None, eval_rows: Any = None
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """Training and evaluation data as tokens with weights; rows that are given come in place of `data.train`'s.
+    """Training and evaluation data as tokens with weights.
 
     Evaluation always scores responses (the masked loss), so that runs of different loss modes compare.
+
+    Args:
+        config: the whole run.
+        tokenizer: of the model.
+        vocab_size: the model's number of ids.
+        rows_given: in place of what `data.train` names; None: read that.
+        eval_rows: the same for `data.eval`.
     """
     data = config.data
     store = data_source(data, rows_given if rows_given is not None else data.train or (), data.split).load(tokenizer)

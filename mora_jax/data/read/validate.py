@@ -1,4 +1,7 @@
-"""Checks of the values in a row. What fails raises one line: file and row, key, what was found, what was expected."""
+"""Checks of the values in a row. What fails raises one line: file and row, key, what was found, what was expected.
+
+`value` is what stands under `key` in the row, `source` the row's file and number.
+"""
 
 from __future__ import annotations
 
