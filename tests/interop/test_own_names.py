@@ -148,6 +148,8 @@ def varied(paths) -> mj.LoRAConfig:
         mj.PiSSAConfig(rank=2, rank_pattern={"^out": 3}),
         mj.MoRAConfig(rank=2, kind="sharing", rank_pattern={"^out": 4, r"layers\.1\.proj": 1}),
         mj.VeRAConfig(rank=8, targets="^(out|default)$"),
+        mj.MiSSConfig(rank=3, targets="^(.*out|1)$", bias="lora_only"),
+        mj.RandLoRAConfig(rank=3, targets="^(.*out|1)$", bases="sparse"),
         mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=9, tinit=1, tfinal=1, targets="^(out|default)$"),
         mj.BitFitConfig(targets="^(out|w__)$"),
         mj.IA3Config(targets="^(.*out|1)$", feedforward=("block.out",)),
@@ -165,6 +167,7 @@ def test_one_name_for_all_where_it_says_enough(tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")  # PEFT draws RandLoRA's bases again
 @pytest.mark.parametrize(
     "config",
     [
@@ -173,6 +176,8 @@ def test_one_name_for_all_where_it_says_enough(tmp_path):
         mj.LoRAConfig(rank=2, targets=exact("block.out", "layers.1.proj", "w__", "1")),
         mj.DoRAConfig(rank=2, targets=exact("out", "default", "w_+"), rank_pattern={"^out": 3}),
         mj.IA3Config(targets="^(.*out|1)$", feedforward=("block.out",)),
+        mj.MiSSConfig(rank=3, targets="^(.*out|1)$"),
+        mj.RandLoRAConfig(rank=3, targets="^(.*out|1)$"),
     ],
     ids=lambda config: type(config).__name__,
 )

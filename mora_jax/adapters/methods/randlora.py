@@ -167,7 +167,8 @@ class RandLoRA(Adapter):
         return replace(config, widths=(max(inputs), max(outputs)))
 
     def _stack(self, array: np.ndarray) -> Array:
-        return jnp.asarray(np.broadcast_to(array, (*self.layers, *array.shape)))
+        # Where only shapes are asked for, all layers' copies take no memory.
+        return jnp.broadcast_to(jnp.asarray(array), (*self.layers, *array.shape))
 
     @classmethod
     def scale(cls, config: RandLoRAConfig) -> float:

@@ -191,9 +191,16 @@ def test_real_peft_loads_lifted_mora(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [mj.VeRAConfig(rank=5), mj.VeRAConfig(rank=40), mj.AdaLoRAConfig(4, 6.0, target_rank=2)]
+    "config",
+    [
+        mj.VeRAConfig(rank=5),
+        mj.VeRAConfig(rank=40),
+        mj.AdaLoRAConfig(4, 6.0, target_rank=2),
+        mj.MiSSConfig(rank=5),
+        mj.MiSSConfig(rank=7, form="mini", mini_rank=4),
+    ],
 )
-def test_products_around_a_diagonal_become_exact_loras(base, config):
+def test_other_thin_updates_become_exact_loras(base, config):
     model = shapes_with(base, config)
     pruned = None
     if isinstance(config, mj.AdaLoRAConfig):
