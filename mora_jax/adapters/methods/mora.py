@@ -40,7 +40,7 @@ KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave",
 SHARED = ("sharing", "grouped", "grouped_tile", "strided_interleave")  # kinds with one M for groups of both sides
 STRIDED = ("sharing", "strided_interleave")
 TILED = ("sharing", "grouped_tile")
-_BLOCKS = ("rotation", "decouple")
+BLOCK_KINDS = ("rotation", "decouple")
 
 
 def check_kind(kind: str) -> None:
@@ -103,7 +103,7 @@ def square_rank(in_features: int, out_features: int, rank: int, kind: str = "sha
     check_kind(kind)
     positive(in_features=in_features, out_features=out_features, rank=rank)
     q = int(math.sqrt((in_features + out_features) * rank) + 0.5)
-    return max(2, q - q % 2) if kind in _BLOCKS else q
+    return max(2, q - q % 2) if kind in BLOCK_KINDS else q
 
 
 def _check(m: Array, in_features: int, out_features: int, kind: str) -> int:
@@ -111,7 +111,7 @@ def _check(m: Array, in_features: int, out_features: int, kind: str) -> int:
     positive(in_features=in_features, out_features=out_features)
     if m.ndim != 2 or m.shape[0] != m.shape[1] or m.shape[0] < 1:
         raise ValueError(f"m must be a square matrix [q, q], not {m.shape}")
-    if kind in _BLOCKS and m.shape[0] % 2:
+    if kind in BLOCK_KINDS and m.shape[0] % 2:
         raise ValueError(f"kind {kind!r} pairs features, so the side of m must be even, not {m.shape[0]}")
     return m.shape[0]
 
@@ -196,7 +196,7 @@ def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Ar
     if kind == "truncation":
         y = product(x[:, : min(q, in_features)])[:, :out_features]
         return jnp.pad(y, ((0, 0), (0, out_features - y.shape[1])))
-    if kind in _BLOCKS:
+    if kind in BLOCK_KINDS:
         blocks = _blocks(x, q)[:, : _used_blocks(in_features, out_features, q)]
         if kind == "rotation" and blocks.shape[1] > 1:
             blocks = _rotate(widened(blocks)).astype(x.dtype)
@@ -261,8 +261,8 @@ def _fold_rows(rows: Array, in_features: int) -> Array:
     return jax.ops.segment_sum(rows, np.arange(rows.shape[0]) % in_features, num_segments=in_features)
 
 
-def _repeat_counts(features: int, q: int) -> np.ndarray:
-    """To which of q contiguous groups each feature belongs, `[features]`."""
+def contiguous_groups(features: int, q: int) -> np.ndarray:
+    """To which of q contiguous groups each feature belongs, `[features]`; the first `features mod q` have one more."""
     size, longer = divmod(features, q)
     return np.repeat(np.arange(q), [size + 1] * longer + [size] * (q - longer))
 
@@ -287,7 +287,7 @@ def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sha
         kept_in, kept_out = min(q, in_features), min(q, out_features)
         return jnp.zeros((in_features, out_features), mt.dtype).at[:kept_in, :kept_out].set(mt[:kept_in, :kept_out])
     columns = np.arange(out_features)
-    if kind in _BLOCKS:
+    if kind in BLOCK_KINDS:
         count = -(-in_features // q)
         rotated = jnp.broadcast_to(mt, (count, q, q))  # [block, in, out]
         if kind == "rotation":
@@ -298,11 +298,11 @@ def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sha
         block_of_column = (columns % (count * q)) // q
         values = rotated[(rows // q)[:, None], (rows % q)[:, None], (columns % q)[None, :]]
         return _fold_rows(jnp.where((rows // q)[:, None] == block_of_column[None, :], values, 0.0), in_features)
-    wide = mt[:, columns % q] if kind in TILED else mt[:, _repeat_counts(out_features, q)]
+    wide = mt[:, columns % q] if kind in TILED else mt[:, contiguous_groups(out_features, q)]
     if kind in STRIDED:
         padded = -(-in_features // q) * q
         return _fold_rows(wide[np.arange(padded) % q], in_features)
-    return wide[_repeat_counts(in_features, q)]
+    return wide[contiguous_groups(in_features, q)]
 
 
 def unused_inputs(in_features: int, out_features: int, rank: int, kind: str) -> int:
@@ -322,7 +322,7 @@ def unused_inputs(in_features: int, out_features: int, rank: int, kind: str) -> 
     q = square_rank(in_features, out_features, rank, kind)
     if kind == "truncation":
         return max(0, in_features - q)
-    if kind not in _BLOCKS:
+    if kind not in BLOCK_KINDS:
         return 0
     reached = _used_blocks(in_features, out_features, q) * q
     return max(0, in_features - reached) if reached < in_features else 0

@@ -17,13 +17,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mora_jax.adapters.methods.mora import square_rank
+from mora_jax.adapters.methods.mora import BLOCK_KINDS, STRIDED, TILED, contiguous_groups, square_rank
 
 Array = np.ndarray
-
-_STRIDED = ("sharing", "strided_interleave")
-_TILED = ("sharing", "grouped_tile")
-BLOCK_KINDS = ("rotation", "decouple")
 
 
 def exact_rank(in_features: int, out_features: int, rank: int, kind: str) -> int:
@@ -51,18 +47,12 @@ def nearest_m(delta: Array, q: int, kind: str) -> Array:
     return np.ascontiguousarray(nearest.T, np.float32)
 
 
-def _contiguous(features: int, q: int) -> Array:
-    """The group of each feature: `features mod q` groups have one feature more than the others."""
-    size, longer = divmod(features, q)
-    return np.repeat(np.arange(q), [size + 1] * longer + [size] * (q - longer))
-
-
 def _owners(out_features: int, q: int, kind: str) -> Array:
     """Which entry of the q outputs of M each output shows, `[out]`; -1 for none."""
     outputs = np.arange(out_features)
     if kind == "truncation":
         return np.where(outputs < q, outputs, -1)
-    return outputs % q if kind in _TILED else _contiguous(out_features, q)
+    return outputs % q if kind in TILED else contiguous_groups(out_features, q)
 
 
 def _compression(in_features: int, q: int, kind: str) -> Array:
@@ -70,11 +60,11 @@ def _compression(in_features: int, q: int, kind: str) -> Array:
     matrix = np.zeros((in_features, q), np.float32)
     if kind == "truncation":
         np.fill_diagonal(matrix, 1)
-    elif kind in _STRIDED:
+    elif kind in STRIDED:
         positions = np.arange(-(-in_features // q) * q)
         np.add.at(matrix, (positions % in_features, positions % q), 1)
     else:
-        matrix[np.arange(in_features), _contiguous(in_features, q)] = 1
+        matrix[np.arange(in_features), contiguous_groups(in_features, q)] = 1
     return matrix
 
 

@@ -14,9 +14,10 @@ from flax import nnx
 from mora_jax.adapters.attach import AdapterEntry, adapters_of
 from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.matching.targets import Place, by_path, places
+from mora_jax.adapters.methods.mora import BLOCK_KINDS
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.errors import InputError
-from mora_jax.interop.convert.mora_fit import BLOCK_KINDS, exact_factors, exact_rank
+from mora_jax.interop.convert.mora_fit import exact_factors, exact_rank
 from mora_jax.interop.peft.normalise import plain
 from mora_jax.interop.tensor_map import trained_weights
 

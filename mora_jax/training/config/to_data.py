@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from mora_jax.data.loss_weights import MODES, LossWeights
@@ -11,21 +12,10 @@ from mora_jax.training.config.schema import DataConfig, LossConfig
 
 def data_source(section: DataConfig, paths: Any, split: str) -> Source:
     """Where rows come from, as the section `data` says."""
-    return Source(
-        paths,
-        format=section.format,
-        template=section.template,
-        fallback=section.fallback,
-        columns=section.columns or (),
-        roles=section.roles or (),
-        on_error=section.on_error,
-        split=split,
-        subset=section.subset,
-        streaming=section.streaming,
-        max_rows=section.max_rows,
-        workers=section.workers,
-        cache=section.cache,
-    )
+    shared = {field.name for field in fields(Source)} & {field.name for field in fields(DataConfig)}
+    settings = {name: getattr(section, name) for name in shared}
+    settings |= {"split": split, "columns": section.columns or (), "roles": section.roles or ()}
+    return Source(paths, **settings)
 
 
 def loss_weights(section: LossConfig) -> LossWeights:

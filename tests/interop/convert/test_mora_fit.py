@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mora_jax.adapters.methods.mora import KINDS, square_rank
-from mora_jax.interop.convert.mora_fit import BLOCK_KINDS, exact_factors, exact_rank, nearest_m
+from mora_jax.adapters.methods.mora import BLOCK_KINDS, KINDS, square_rank
+from mora_jax.interop.convert.mora_fit import exact_factors, exact_rank, nearest_m
 from tests.adapters.oracle import dense
 
 # (in, out, q): blocks that divide and that don't, more inputs, more outputs, M larger than either, or than twice both.
