@@ -28,6 +28,10 @@ def test_by_hand(how, weights, count):
     np.testing.assert_allclose(scaled, weights, rtol=1e-6)
     assert found == pytest.approx(count)
     assert scaled.dtype == np.float32
+    # A row of weight 2: the sum's weights double, and the counts of what has a weight do.
+    doubled, found = normalize(WEIGHTS, SEGMENTS, 2.0, how)
+    np.testing.assert_allclose(doubled, 2 * np.float32(weights), rtol=1e-6)
+    assert found == pytest.approx(count * (2 if how in ("token", "example") else 1))
 
 
 @pytest.mark.parametrize("how", NORMALIZERS)

@@ -1,5 +1,7 @@
 """A run starts from the folder that an earlier run wrote, with its method or one of the same function."""
 
+import json
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -137,3 +139,13 @@ def test_another_function_is_refused(start, method, words, tmp_path):
     with pytest.raises(mj.InputError, match=words) as raised:
         started(tmp_path / "a", method=method)
     assert "\n" not in str(raised.value)
+
+
+def test_feedforward_layers_of_ia3_are_told_by_name(tmp_path):
+    model = decoder()
+    mj.attach(model, mj.IA3Config(targets=("k_proj", "down_proj"), feedforward=("down_proj",)), rngs=nnx.Rngs(1))
+    fill_randomly(model)
+    mj.save_adapter(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    told, targets = config["feedforward_modules"], config["target_modules"]
+    assert (told, sorted(targets)) == (["down_proj"], ["down_proj", "k_proj"])
