@@ -47,19 +47,27 @@ def by_rows(query, key, value, cotangent, segments, places, window, softcap):
     return out, dquery, dkey, dvalue
 
 
-@pytest.mark.parametrize("block", [4, 128])
+# Window, whether it is traced, cap, whether places are indices.
+CASES = [
+    (None, False, None, True),
+    (3, False, None, True),
+    (3, True, 1.5, True),
+    (4, False, 1.5, False),
+    (None, False, 1.5, True),
+]
+
+
+# Rows with positions of their own are never taken in tiles.
 @pytest.mark.parametrize(
-    ("window", "traced", "softcap", "by_index"),
-    [
-        (None, False, None, True),
-        (3, False, None, True),
-        (3, True, 1.5, True),
-        (4, False, 1.5, False),
-        (None, False, 1.5, True),
-    ],
+    ("block", "window", "traced", "softcap", "by_index"),
+    [(block, *case) for block in (4, 128, "tiles") for case in CASES if block != "tiles" or case[-1]],
 )
 def test_values_and_gradients(block, window, traced, softcap, by_index, monkeypatch):
-    monkeypatch.setattr(module, "query_block", lambda: block)
+    if block == "tiles":  # as long rows are computed
+        monkeypatch.setattr(module, "LONG", T - 1)
+        monkeypatch.setattr(module, "_TILE", 4)
+    else:
+        monkeypatch.setattr(module, "query_block", lambda: block)
     # Places that are not indices: as where a prompt was filled up in front.
     places = np.tile(np.arange(T), (B, 1)) if by_index else np.cumsum(SEGMENTS > 0, axis=1) * 2
 
