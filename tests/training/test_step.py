@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
+from mora_jax.models.block import Block
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training.config.schema import OptimizerConfig
@@ -92,6 +93,39 @@ def test_any_split_gives_the_same_run(method, splits):
         np.testing.assert_allclose(other, metrics, rtol=1e-4, atol=1e-6, err_msg=str(split))
         for name, value in trained.items():
             np.testing.assert_allclose(arrays[name], value, rtol=0, atol=2e-4, err_msg=f"{split} {name}")
+
+
+def test_the_model_is_put_together_once_and_only_its_layers_are_taken_apart(monkeypatch):
+    graphdef, adapters, frozen = mj.partition(model_for("dropout"))
+    optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
+    step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, StepConfig(dropout=True))
+    state = initial_state(flat_arrays(adapters), optimizer, 0)
+    merge, split = nnx.merge, nnx.split
+    merged, taken_apart = [], []
+
+    def counted_merge(*arguments):
+        merged.append(type(model := merge(*arguments)))
+        return model
+
+    def counted_split(node, *filters):
+        taken_apart.append(type(node))
+        return split(node, *filters)
+
+    monkeypatch.setattr(nnx, "merge", counted_merge)
+    monkeypatch.setattr(nnx, "split", counted_split)
+    jax.eval_shape(step, state, flat_arrays(frozen), {name: value[None] for name, value in batches()[0].items()})
+    assert merged.count(Decoder) == 1
+    assert taken_apart == [Block]
+
+
+def test_a_process_gets_its_rows_together_with_what_places_them():
+    runner = JitRunner(lambda *arguments: arguments, make_mesh(2))
+    batch = {name: value[None] for name, value in batches()[0].items()}
+    share = runner.share(ROWS)
+    assert share.rows is None
+    for placed in (share.place(batch), runner.place_batch(batch)):
+        jax.tree.map(np.testing.assert_array_equal, placed, batch)
+        assert placed["weights"].sharding.shard_shape((1, ROWS, LENGTH)) == (1, ROWS // 2, LENGTH)
 
 
 def test_whole_arrays_under_pmap_need_no_program_of_all_devices():
