@@ -220,9 +220,8 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
         assert rows.numbers is not None, "rows are numbered where noise is drawn"
         width = model.config.hidden_size
         noise = embedding_noise(keys.noise, rows.numbers, rows.segment_ids, width, config.neftune_alpha)
-    hidden = model.forward(
-        *inputs, dropout_key=keys.dropout, row_numbers=rows.numbers, embedding_noise=noise, partitioner=partitioner
-    )
+    random = {"dropout_key": keys.dropout, "row_numbers": rows.numbers, "embedding_noise": noise}
+    hidden = _hidden(model, *inputs, partitioner=partitioner, **random)
     head = model.head(partitioner)
     ring = None if partitioner is None else partitioner.ring(hidden.shape[0])
     fold = partitioner.fold if partitioner is not None else lambda x: x
@@ -233,11 +232,16 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
         return loss, jnp.zeros((), jnp.float32)
     assert config.base is not None, "the configuration demands it"
     base = config.base.model(frozen)
-    base_hidden = base.forward(*inputs, partitioner=partitioner)
+    base_hidden = _hidden(base, *inputs, partitioner=partitioner)
     shared["base_kernel"] = base.head(partitioner).kernel if model.has_adapted_head else None
     assert rows.kl_weights is not None, "there are some where the divergence counts"
     kl = weighted_kl(fold(hidden), fold(base_hidden), head.kernel, fold(rows.kl_weights), **shared)
     return loss + config.kl_weight * kl, kl
+
+
+def _hidden(model: Any, *inputs: Array | None, **options: Any) -> Array:
+    """`model.forward` as a function of its own: JAX then leaves out of its derivative what nothing reads."""
+    return jax.jit(lambda: model.forward(*inputs, **options))()
 
 
 def _divided(config: StepConfig, batch: Batch) -> tuple[MicroBatch, Array, Array]:
