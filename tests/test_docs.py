@@ -146,6 +146,18 @@ def test_reference_has_every_public_name(hook):
         assert doc, name
         parameters = inspect.signature(described).parameters if inspect.isfunction(described) else ()
         assert [one for one in parameters if not re.search(rf"\b{one}\b", doc)] == [], name
+        members = vars(described).values() if inspect.isclass(described) else ()
+        for function in filter(inspect.isfunction, [described, *members]):
+            assert _described_arguments(function) <= set(inspect.signature(function).parameters), function
+
+
+def _described_arguments(function: object) -> set[str]:
+    """The names in the section `Args` of a docstring; a strict build of the site allows none that is no parameter."""
+    section = re.search(r"^Args:\n((?:(?:  .*)?\n)+)", (inspect.getdoc(function) or "") + "\n\n", re.MULTILINE)
+    if section is None:
+        return set()
+    indent = re.match(" +", section[1])[0]
+    return {name.lstrip("*") for name in re.findall(rf"^{indent}(\S[^:]*):", section[1], re.MULTILINE)}
 
 
 def _find(name: str) -> object:

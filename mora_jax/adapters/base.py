@@ -46,7 +46,8 @@ class Adapter(nnx.Module):
     leaves things as they are.
 
     Attributes:
-        in_features, out_features: sizes of the matrix that is adapted.
+        in_features: inputs of the matrix.
+        out_features: outputs of it.
         config: the method's frozen configuration.
         additive: whether the method adds to the kernel, so that it has `delta` and `dense`.
         transforms_kernel: whether it has `transform_kernel`.
@@ -82,7 +83,8 @@ class Adapter(nnx.Module):
         """Makes the arrays.
 
         Args:
-            in_features, out_features: sizes of the matrix.
+            in_features: inputs of the matrix.
+            out_features: outputs of it.
             config: the method's configuration.
             num_layers: length of the stack, or its lengths where it has several axes; None for a single matrix.
             layer_mask: bool, one a layer of the stack: which are adapted. None for all.

@@ -88,7 +88,8 @@ def init(
 
     Args:
         key: of JAX's random numbers.
-        in_features, out_features: sizes of the adapted matrix.
+        in_features: inputs of the adapted matrix.
+        out_features: outputs of it.
         rank: inner size of the update.
         layers: axes in front, where several layers are stacked.
 

@@ -90,7 +90,8 @@ def square_rank(in_features: int, out_features: int, rank: int, kind: str = "sha
     `rotation` and `decouple` take it down to an even number, since they pair features (2 at least).
 
     Args:
-        in_features, out_features: sizes of the adapted matrix.
+        in_features: inputs of the adapted matrix.
+        out_features: outputs of it.
         rank: that of the LoRA with as many parameters.
         kind: one of `KINDS`.
 
@@ -272,7 +273,8 @@ def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sha
 
     Args:
         m: `[q, q]`.
-        in_features, out_features: sizes of the adapted matrix.
+        in_features: inputs of the adapted matrix.
+        out_features: outputs of it.
         kind: one of `KINDS`.
 
     Returns:
@@ -309,7 +311,8 @@ def unused_inputs(in_features: int, out_features: int, rank: int, kind: str) -> 
     """How many input features have no effect, because the kind leaves out their block (in > out) or their tail.
 
     Args:
-        in_features, out_features: sizes of the adapted matrix.
+        in_features: inputs of the adapted matrix.
+        out_features: outputs of it.
         rank: that of the LoRA with as many parameters.
         kind: one of `KINDS`.
 

@@ -253,7 +253,14 @@ def load_rows(
     """Reads data into memory.
 
     Args:
-      paths, format, mapping, on_error, split, subset, streaming, max_rows: as for `open_rows`.
+      paths: as for `open_rows`.
+      format: as for `open_rows`.
+      mapping: as for `open_rows`.
+      on_error: as for `open_rows`.
+      split: as for `open_rows`.
+      subset: as for `open_rows`.
+      streaming: as for `open_rows`.
+      max_rows: as for `open_rows`.
 
     Returns:
       The rows, with the name of their format and what was skipped.
