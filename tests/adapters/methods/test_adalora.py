@@ -61,6 +61,35 @@ def test_triplets_that_do_not_exist_are_not_counted():
     assert [int(start_importance(given, exists).kept[name].sum()) for name in exists] == [4, 3]
 
 
+def test_allocation_by_its_equations():
+    """Equations 6 to 11 in numpy, for steps that keep 12, then 6, then 3 of 12 triplets."""
+    adapters = {name: jnp.asarray(value) for name, value in arrays(0).items()}
+    state = start_importance(adapters)
+    step = jax.jit(lambda *given: allocate(CONFIG, *given))
+    smooth, spread = ({name: np.zeros_like(value) for name, value in arrays(0).items()} for _ in range(2))
+    in_use = []
+    for number in range(1, CONFIG.total_steps + 1):
+        gradients, moves = arrays(100 + number), arrays(200 + number)
+        adapters = {name: value + 0.1 * moves[name] for name, value in adapters.items()}
+        if number < CONFIG.total_steps - CONFIG.tfinal:
+            for name, value in adapters.items():
+                now = np.abs(value * gradients[name])
+                smooth[name] = 0.8 * smooth[name] + 0.2 * now
+                spread[name] = 0.7 * spread[name] + 0.3 * np.abs(now - smooth[name])
+        importance = {name: smooth[name] * spread[name] for name in smooth}
+        scores = [
+            importance[f"{m}.lora_e"] + importance[f"{m}.lora_a"].mean(-2) + importance[f"{m}.lora_b"].mean(-1)
+            for m in "qv"
+        ]
+        state, adapters = step(state, adapters, gradients, jnp.asarray(number))
+        used = [np.asarray(adapters[f"{m}.lora_e"]) != 0 for m in "qv"]
+        in_use.append(sum(int(one.sum()) for one in used))
+        if number in (4, 6, 8):
+            flat, kept = (np.concatenate([one.reshape(-1) for one in both]) for both in (scores, used))
+            assert set(np.flatnonzero(kept)) == set(np.argsort(-flat)[: in_use[-1]])
+    assert in_use == [12, 12, 12, 6, 12, 3, 12, 3, 3, 3, 3, 3]
+
+
 def peft_matrix(a, e, b):
     """One adapted matrix, its parameters named and laid out as in PEFT."""
     module = torch.nn.Module()
