@@ -8,6 +8,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
+from mora_jax.adapters.products.matmul import row_dot
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
 
 
@@ -153,3 +154,21 @@ def test_dropout_draws_a_mask_for_each_matrix():
         np.testing.assert_allclose(values / 2, np.round(values / 2), atol=1e-3)  # kept features count twice
         assert 8.0 < values.mean() < 12.0
     assert np.abs(sums["q_proj"] - sums["k_proj"]).max() > 1
+
+
+def test_each_row_times_its_own_matrix_in_both_modes():
+    x, w, dx, dw, dy = (
+        random(0, 3, 4, 5),
+        random(1, 3, 5, 2),
+        random(2, 3, 4, 5),
+        random(3, 3, 5, 2),
+        random(4, 3, 4, 2),
+    )
+    value, slope = jax.jit(lambda *at: jax.jvp(row_dot, at[:2], at[2:]))(x, w, dx, dw)
+    _, of_w = jax.jit(lambda w, dw: jax.jvp(lambda w: row_dot(x, w), (w,), (dw,)))(w, dw)
+    back = jax.jit(lambda *at: jax.vjp(row_dot, *at)[1](dy))(x, w)
+    np.testing.assert_allclose(value, x @ w, atol=1e-5)
+    np.testing.assert_allclose(slope, dx @ w + x @ dw, atol=1e-5)
+    np.testing.assert_allclose(of_w, x @ dw, atol=1e-5)
+    np.testing.assert_allclose(back[0], dy @ w.swapaxes(1, 2), atol=1e-5)
+    np.testing.assert_allclose(back[1], x.swapaxes(1, 2) @ dy, atol=1e-5)
