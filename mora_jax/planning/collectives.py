@@ -33,7 +33,7 @@ class Loops:
         *loops, _ = op_name.split("/while/body")
         total, outer = 1, self.micro_batches > 1
         for loop in loops:
-            if "_hidden" in loop:
+            if "hidden_states" in loop:
                 total *= self.layers
             elif outer:
                 total, outer = total * self.micro_batches, False

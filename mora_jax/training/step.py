@@ -241,7 +241,11 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
 
 def _hidden(model: Any, *inputs: Array | None, **options: Any) -> Array:
     """`model.forward` as a function of its own: JAX then leaves out of its derivative what nothing reads."""
-    return jax.jit(lambda: model.forward(*inputs, **options))()
+
+    def hidden_states() -> Array:  # planning/collectives.py knows the loop over layers by this name
+        return model.forward(*inputs, **options)
+
+    return jax.jit(hidden_states)()
 
 
 def _divided(config: StepConfig, batch: Batch) -> tuple[MicroBatch, Array, Array]:

@@ -62,7 +62,7 @@ BROKEN = {
     "no config": ("vera", lambda f: (f / CONFIG).unlink(), CONFIG),
     "no JSON": ("vera", lambda f: (f / CONFIG).write_text("{"), CONFIG),
     "no peft_type": ("vera", lambda f: fields(f, peft_type=None), "peft_type must be one of LORA, VERA, IA3, ADALORA"),
-    "an unknown peft_type": ("ia3", lambda f: fields(f, peft_type="OFT"), "found 'OFT'"),
+    "an unknown peft_type": ("ia3", lambda f: fields(f, peft_type="LOHA"), "found 'LOHA'"),
     "half a file": ("adalora", lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]), "not a complete"),
     "no ia3_l": ("ia3", lambda f: tensors(f, drop("ia3_l")), "1 targets lack tensors"),
     "no projection": ("vera", lambda f: tensors(f, drop("vera_B")), "vera_B are missing"),

@@ -3,7 +3,7 @@
 from mora_jax.planning.collectives import Collective, Loops, collectives
 
 GROUP = "replica_groups=mesh['a'=2,'b'=8] {'b'}"
-LAYER = 'metadata={op_name="jit(step)/jvp(jit(_hidden))/while/body/dot_general"}'
+LAYER = 'metadata={op_name="jit(step)/jvp(jit(hidden_states))/while/body/dot_general"}'
 HLO = f"""
 %fused.1 (p: bf16[4,8]) -> bf16[4,64] {{
   %all-gather.1 = bf16[4,64]{{1,0:T(8,128)}} all-gather(%p), channel_id=1, {GROUP}, {LAYER}
@@ -44,7 +44,7 @@ def test_kinds_groups_loops_and_copies():
 def test_trips_of_nested_loops():
     loops = Loops(layers=5, micro_batches=4, chunks=3)
     assert loops.trips("jit(step)/sum") == 1
-    assert loops.trips("jit(step)/while/body/jvp(jit(_hidden))/while/body/dot") == 20
+    assert loops.trips("jit(step)/while/body/jvp(jit(hidden_states))/while/body/dot") == 20
     assert loops.trips("jit(step)/while/body/jvp()/while/body/dot") == 12
-    assert Loops(5, 1, 3).trips("jit(step)/transpose(jvp(jit(_hidden)))/while/body/x") == 5
+    assert Loops(5, 1, 3).trips("jit(step)/transpose(jvp(jit(hidden_states)))/while/body/x") == 5
     assert Loops(5, 1, 3).trips("jit(step)/jvp()/while/body/x") == 3

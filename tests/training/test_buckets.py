@@ -55,7 +55,7 @@ def test_a_file_that_grows_is_written_anew_now_and_then(bucket, monkeypatch):
     with again.files.folder("adapter") as local:
         (local / "deep").mkdir(parents=True)
         (local / "deep" / "weights").write_bytes(b"\x00\xff" * 1000)
-    assert (again.adapter / "deep" / "weights").read_bytes() == b"\x00\xff" * 1000
+    assert (again.files.path / "adapter" / "deep" / "weights").read_bytes() == b"\x00\xff" * 1000
     assert again.files.present(("adapter", "metrics.jsonl", "summary.json")) == ["adapter", "metrics.jsonl"]
     again.files.remove("adapter")
     again.files.remove("metrics.jsonl")
