@@ -38,10 +38,10 @@ class OftFormat(Format):
     bias_name = "oft_only"
 
     def check(self, values: dict[str, Any], where: str) -> None:
-        for name in ("r", "oft_block_size"):
-            number = values.get(name, 0)
+        sizes = values.get("r", 0), values.get("oft_block_size", 32)
+        for name, number in zip(("r", "oft_block_size"), sizes, strict=True):
             require(values, where, name, type(number) is int and number >= 0, "a whole number of at least 0")
-        if bool(values.get("r", 0)) == bool(values.get("oft_block_size", 0)):
+        if bool(sizes[0]) == bool(sizes[1]):
             raise InputError(f"{where}: one of r and oft_block_size must be above 0, and the other 0")
         for name in ("block_share", "use_cayley_neumann"):
             require(values, where, name, values.get(name) in (None, True, False), "true or false")
@@ -66,7 +66,7 @@ class OftFormat(Format):
         bias, blocks = values.get("bias", "none"), values.get("r", 0)
         try:
             config = OFTConfig(
-                block_size=OFTConfig.block_size if blocks else values["oft_block_size"],
+                block_size=OFTConfig.block_size if blocks else values.get("oft_block_size", 32),
                 targets=(target.path,),
                 blocks=blocks,
                 block_share=bool(values.get("block_share")),
