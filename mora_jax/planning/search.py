@@ -10,7 +10,8 @@ from mora_jax.errors import InputError
 from mora_jax.models.decoder import REMAT
 from mora_jax.planning.plan import Plan, by_formula
 from mora_jax.planning.topology import Topology
-from mora_jax.training.config.schema import QUANTIZE, Config, check_quantize, lay_over
+from mora_jax.training.config.checks import check_quantize
+from mora_jax.training.config.schema import QUANTIZE, Config, lay_over
 from mora_jax.training.sharding.mesh import AXES
 
 #: What is tried first, and where nothing of it fits: the layers' inputs on the host, rows split along their length.

@@ -25,7 +25,8 @@ from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.hub import load_tokenizer
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import reschedule
-from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, check_warmup
+from mora_jax.training.config.checks import check_warmup
+from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config
 from mora_jax.training.config.to_adapter import adapter_config
 from mora_jax.training.config.to_data import data_source, loss_weights
 from mora_jax.training.display.plain import RunInfo

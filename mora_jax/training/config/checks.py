@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from mora_jax.data.segments import ROLE_SEGMENT
 from mora_jax.errors import InputError
+from mora_jax.training.config.schema import Config, flatten, lay_over
 from mora_jax.training.config.to_adapter import adapter_config
 
-if TYPE_CHECKING:
-    from mora_jax.training.config.schema import Config
+
+def config_from_dict(values: Mapping[str, Any], origin: str = "config.json") -> Config:
+    """Reads what `Config.to_dict` wrote (also after JSON made lists of tuples), checking every key again.
+
+    Raises:
+        InputError: as `lay_over` and `check_together`.
+    """
+    config = lay_over(Config(), [(name, value, origin) for name, value in flatten(values)])
+    check_together(config)
+    return config
 
 
 def check_together(config: Config) -> None:

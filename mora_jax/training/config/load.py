@@ -15,7 +15,8 @@ from ml_collections import config_dict
 
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded
-from mora_jax.training.config.schema import Config, check_together, find_key, flatten, lay_over, unused
+from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.schema import Config, find_key, flatten, lay_over, unused
 from mora_jax.training.distributed.signals import Stopped
 
 MODULE_NAME = "mora_jax_config_file"

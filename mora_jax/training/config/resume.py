@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mora_jax.errors import InputError
-from mora_jax.training.config.schema import Config, check_together, find_key, lay_over
+from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.schema import Config, find_key, lay_over
 
 #: Keys, and sections whose keys all may. Base and data are compared by content with what the run began with.
 CHANGEABLE = (

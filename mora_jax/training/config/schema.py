@@ -15,9 +15,6 @@ from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.data.truncation import TRUNCATIONS
 from mora_jax.errors import InputError
 from mora_jax.training.config.adapter import METHOD_KEYS, START, AdapterConfig
-from mora_jax.training.config.checks import check_quantize as check_quantize
-from mora_jax.training.config.checks import check_together as check_together
-from mora_jax.training.config.checks import check_warmup as check_warmup
 from mora_jax.training.config.key import Key, key, meant
 
 QUANTIZE = ("none", "int8", "nf4")
@@ -228,13 +225,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, ready for JSON."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], origin: str = "config.json") -> "Config":
-        """Reads what `to_dict` wrote (also after JSON made lists of tuples), checking every key again."""
-        config = lay_over(cls(), [(name, value, origin) for name, value in flatten(values)])
-        check_together(config)
-        return config
 
 
 def sections() -> dict[str, type]:

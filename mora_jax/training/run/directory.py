@@ -13,6 +13,7 @@ from typing import Any
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.errors import InputError
 from mora_jax.paths import found_path, is_local, local_path
+from mora_jax.training.config.checks import config_from_dict
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.run.storage import Files, MemoryFiles, open_files
 
@@ -138,7 +139,7 @@ class RunDirectory:
             raise InputError(f"{file} is damaged: {error}") from None
         if not isinstance(values, dict):
             raise InputError(f"{file} must hold a JSON object")
-        return Config.from_dict(values, origin=str(file))
+        return config_from_dict(values, origin=str(file))
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one JSON file, whole or not at all."""

@@ -12,16 +12,10 @@ from mora_jax.adapters.methods.registry import CONFIGS
 from mora_jax.data import MODES
 from mora_jax.errors import InputError
 from mora_jax.training.config.adapter import START
+from mora_jax.training.config.checks import check_warmup, config_from_dict
 from mora_jax.training.config.key import split_list
 from mora_jax.training.config.load import load_config, read_config_file
-from mora_jax.training.config.schema import (
-    METHOD_KEYS,
-    Config,
-    LossConfig,
-    check_warmup,
-    keys,
-    unused,
-)
+from mora_jax.training.config.schema import METHOD_KEYS, Config, LossConfig, keys, unused
 
 REQUIRED = (("model.path", "base"), ("data.train", "rows.json"), ("out", "run"))
 
@@ -257,16 +251,16 @@ def test_required_keys_are_named_together():
 
 def test_json_round_trip():
     config, _ = load_config(None, (*REQUIRED, ("adapter.targets", "q_proj,v_proj"), ("optimizer.clip_norm", "none")))
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_json_with_foreign_content_is_refused():
     values = Config().to_dict()
     with pytest.raises(InputError, match="must be set"):
-        Config.from_dict(values)
+        config_from_dict(values)
     values.update(out="run", surprise=1)
     with pytest.raises(InputError, match="surprise"):
-        Config.from_dict(values)
+        config_from_dict(values)
 
 
 @pytest.mark.parametrize(
