@@ -76,6 +76,7 @@ class Adapter(nnx.Module):
         out_features: int,
         config: Any,
         *,
+        rngs: nnx.Rngs | None = None,
         num_layers: int | tuple[int, ...] | None = None,
         layer_mask: Any = None,
         axes: tuple[str, str] = ("embed", "mlp"),
@@ -86,6 +87,7 @@ class Adapter(nnx.Module):
             in_features: inputs of the matrix.
             out_features: outputs of it.
             config: the method's configuration.
+            rngs: keys, for methods that draw something.
             num_layers: length of the stack, or its lengths where it has several axes; None for a single matrix.
             layer_mask: bool, one a layer of the stack: which are adapted. None for all.
             axes: logical names of the matrix's axes.

@@ -105,7 +105,7 @@ class Probe(Adapter):
 
     method: ClassVar[str] = "probe"
 
-    def __init__(self, in_features: int, out_features: int, config: ProbeConfig, *, rngs: nnx.Rngs, **placing):
+    def __init__(self, in_features: int, out_features: int, config: ProbeConfig, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         self.gram = AdapterParam(jnp.zeros((*self.layers, in_features, in_features), jnp.float32))
 

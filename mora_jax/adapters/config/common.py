@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mora_jax.adapters.config.limits import NUMBERS, Number
+from mora_jax.adapters.config.limits import COUNT, NUMBERS, POSITIVE, Number
 
 Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
@@ -31,13 +31,6 @@ def freeze_targets(targets) -> Targets:
 def _listed(values: Any) -> tuple[Any, ...]:
     """What a list or another iterable holds; nothing of what is none, for the caller to refuse."""
     return tuple(values) if isinstance(values, Iterable) else ()
-
-
-def check_restarts(config: Any) -> None:
-    """Raises `ValueError` where the learning rate would still rise at the next restart."""
-    every, warmup = config.restart_every, config.restart_warmup
-    if warmup > every:
-        raise ValueError(f"restart_warmup must be an integer from 0 to restart_every={every}, not {warmup!r}")
 
 
 def freeze_pattern(pattern: Pattern, name: str) -> tuple[tuple[str, Any], ...]:
@@ -68,15 +61,14 @@ def module_names(names: Any, what: str) -> tuple[str, ...]:
 class MethodConfig:
     """What is asked about every method. What is no field is an attribute of the class.
 
-    A field's metadata may say: `limits`, which numbers it takes (by default those of `NUMBERS`);
+    A field's metadata may say: `limits`, which numbers it takes (those of `NUMBERS` for the names in it);
     `choices`, the values allowed, and `run_choices`, those of them that a run can take;
     `training`, that the setting says how the method is trained, which an adapter's file doesn't keep; `unset`, what a
     run takes that leaves it open, in words; `by_run`, that the run says it.
 
     Attributes:
         changes_base: whether training changes the base itself, so that the result is a whole model.
-        restarts: whether the adapter is folded into the base and reinitialised again and again; it then has
-            `restart_every`, `restart_warmup` and `prune`, and its adapter class has `renew`.
+        restarts: whether it is a `RestartConfig`.
         biases_alone: whether biases are all that is trained, as other methods do beside their layers.
         in_peft: whether PEFT has the method, or a form of it.
         scale_power: the power of the rank that alpha is divided by, for methods with alpha.
@@ -114,9 +106,9 @@ class MethodConfig:
         return next(field for field in dataclasses.fields(cls) if field.name == name)
 
     @classmethod
-    def limits(cls, name: str) -> Number:
-        """Which numbers a setting takes."""
-        return cls.field(name).metadata.get("limits") or NUMBERS[name]
+    def limits(cls, name: str) -> Number | None:
+        """Which numbers a setting takes; None for one that is no number."""
+        return cls.field(name).metadata.get("limits", NUMBERS.get(name))
 
     @classmethod
     def described(cls, name: str) -> str:
@@ -144,10 +136,7 @@ class MethodConfig:
     @property
     def linen_refusal(self) -> str:
         """Why this has no form in Linen; empty where it has one."""
-        if not self.restarts:
-            return ""
-        name = type(self).__name__.removesuffix("Config")
-        return f"{name} merges into the base while it trains, which Linen layers don't have"
+        return ""
 
     def warnings(self, title: str, in_features: int, out_features: int) -> list[str]:
         """What a user should know about the method on a matrix of this size, which `title` names."""
@@ -175,7 +164,7 @@ class CommonConfig(MethodConfig):
             float32 masters, and never adapted.
     """
 
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"limits": COUNT})
     modules_to_save: tuple[str, ...] = ()
 
     # Of methods without such a field. Not annotated: an annotation would fix their place among a subclass's fields.
@@ -201,21 +190,51 @@ class CommonConfig(MethodConfig):
             given = _listed(layers) if isinstance(layers, Iterable) else (layers,)
             if not given or isinstance(layers, str):
                 raise ValueError(f"layers_to_transform must be layer numbers, not {layers!r}")
-            rule = NUMBERS["layers_to_transform"]
-            checked = tuple(rule.check(number, "layers_to_transform") for number in given)
+            checked = tuple(COUNT.check(number, "layers_to_transform") for number in given)
             object.__setattr__(self, "layers_to_transform", checked)
 
     def _check_field(self, name: str, annotation: Any) -> None:
         """Checks a setting by its name and type, and makes a plain number of it."""
         value = getattr(self, name)
-        choices = self.field(name).metadata.get("choices")
+        choices, limits = self.field(name).metadata.get("choices"), self.limits(name)
         if choices is not None and annotation == "str":
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        elif annotation in ("int", "float"):
-            object.__setattr__(self, name, self.limits(name).check(value, name))
+        elif limits is not None and annotation in ("int", "float"):
+            object.__setattr__(self, name, limits.check(value, name))
         elif annotation == "bool":
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, not {value!r}")
         elif name.endswith("_pattern"):
             object.__setattr__(self, name, freeze_pattern(value, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartConfig(CommonConfig):
+    """What methods have whose adapter is merged into the base and reinitialised repeatedly, by `renew` of its class.
+
+    Attributes:
+        restart_every: steps between restarts.
+        prune: share of the optimizer's moments that a restart sets to zero, the smallest in magnitude of each matrix.
+        restart_warmup: steps over which the learning rate rises again after a restart.
+    """
+
+    restart_every: int = dataclasses.field(default=1000, metadata={"limits": POSITIVE})
+    prune: float = dataclasses.field(default=0.99, metadata={"limits": Number(at_least=0, at_most=1)})
+    restart_warmup: int = dataclasses.field(default=50, metadata={"limits": COUNT})
+    changes_base, restarts = True, True
+
+    def __post_init__(self):
+        super().__post_init__()
+        every, warmup = self.restart_every, self.restart_warmup
+        if warmup > every:  # the learning rate would still rise at the next restart
+            raise ValueError(f"restart_warmup must be an integer from 0 to restart_every={every}, not {warmup!r}")
+
+    @property
+    def linen_refusal(self) -> str:
+        name = type(self).__name__.removesuffix("Config")
+        return f"{name} merges into the base while it trains, which Linen layers don't have"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        return (f"reinitialised every {self.restart_every} steps",)

@@ -82,32 +82,10 @@ class Number(Limits):
 
 
 POSITIVE = Number(whole=True, at_least=1)
-_COUNT = Number(whole=True, at_least=0)
-# By the name of the setting, in every method that has it. A negative alpha would only turn the sign of the factor that
-# starts at zero, and has no root for PiSSA to take; with 0 nothing is trained.
-NUMBERS: dict[str, Number] = {
-    "rank": POSITIVE,
-    "alpha": Number(above=0),
-    "dropout": Number(at_least=0, below=1),
-    "block_size": POSITIVE,
-    "blocks": _COUNT,
-    "num_cayley_neumann_terms": Number(whole=True, at_least=2),
-    "lr_ratio": Number(above=0),
-    "d_initial": Number(),
-    "projection_prng_key": _COUNT,
-    "layers_to_transform": _COUNT,
-    "restart_every": POSITIVE,
-    "restart_warmup": _COUNT,
-    "prune": Number(at_least=0, at_most=1),
-    "target_rank": POSITIVE,
-    "total_steps": POSITIVE,
-    "tinit": _COUNT,
-    "tfinal": _COUNT,
-    "delta_t": POSITIVE,
-    "beta1": Number(above=0, below=1),
-    "beta2": Number(above=0, below=1),
-    "orth_weight": Number(at_least=0),
-}
+COUNT = Number(whole=True, at_least=0)
+# Of the settings that many methods have. A negative alpha would only turn the sign of the factor that starts at zero,
+# and has no root for PiSSA to take; with 0 nothing is trained.
+NUMBERS = {"rank": POSITIVE, "alpha": Number(above=0), "dropout": Number(at_least=0, below=1)}
 
 
 def positive(**sizes: int) -> None:

@@ -26,6 +26,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
+from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
 from mora_jax.adapters.products.matmul import trained_dot
 
 Array = jax.Array
@@ -36,6 +37,7 @@ _FACTORS = ("lora_a", "lora_e", "lora_b")
 
 
 _TRAINING = {"training": True}
+_SHARE = Number(above=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,16 @@ class AdaLoRAConfig(CommonConfig):
     alpha: float = 16.0
     dropout: float = 0.0
     targets: Targets = "all-linear"
-    target_rank: int = field(default=8, kw_only=True, metadata=_TRAINING | {"unset": "two thirds of rank"})
-    tinit: int = field(default=0, kw_only=True, metadata=_TRAINING)
-    tfinal: int = field(default=0, kw_only=True, metadata=_TRAINING)
-    total_steps: int = field(default=1000, kw_only=True, metadata={"by_run": True})
-    delta_t: int = field(default=1, kw_only=True, metadata=_TRAINING)
-    beta1: float = field(default=0.85, kw_only=True, metadata=_TRAINING)
-    beta2: float = field(default=0.85, kw_only=True, metadata=_TRAINING)
-    orth_weight: float = field(default=0.5, kw_only=True, metadata=_TRAINING)
+    target_rank: int = field(
+        default=8, kw_only=True, metadata=_TRAINING | {"limits": POSITIVE, "unset": "two thirds of rank"}
+    )
+    tinit: int = field(default=0, kw_only=True, metadata=_TRAINING | {"limits": COUNT})
+    tfinal: int = field(default=0, kw_only=True, metadata=_TRAINING | {"limits": COUNT})
+    total_steps: int = field(default=1000, kw_only=True, metadata={"by_run": True, "limits": POSITIVE})
+    delta_t: int = field(default=1, kw_only=True, metadata=_TRAINING | {"limits": POSITIVE})
+    beta1: float = field(default=0.85, kw_only=True, metadata=_TRAINING | {"limits": _SHARE})
+    beta2: float = field(default=0.85, kw_only=True, metadata=_TRAINING | {"limits": _SHARE})
+    orth_weight: float = field(default=0.5, kw_only=True, metadata=_TRAINING | {"limits": Number(at_least=0)})
     bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
     implied = ("total_steps",)
 

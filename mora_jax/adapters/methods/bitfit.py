@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from flax import nnx
-
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.common import CommonConfig, Targets
 
@@ -33,9 +31,7 @@ class BitFit(Adapter):
     method: ClassVar[str] = "bitfit"
     additive: ClassVar[bool] = False
 
-    def __init__(
-        self, in_features: int, out_features: int, config: BitFitConfig, *, rngs: nnx.Rngs | None = None, **placing
-    ):
+    def __init__(self, in_features: int, out_features: int, config: BitFitConfig, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         self.train_bias()
 

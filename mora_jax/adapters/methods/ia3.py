@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import CommonConfig, Targets
@@ -62,9 +61,7 @@ class IA3(Adapter):
     scales_bias: ClassVar[bool] = True
     additive: ClassVar[bool] = False
 
-    def __init__(
-        self, in_features: int, out_features: int, config: IA3Config, *, rngs: nnx.Rngs | None = None, **placing: Any
-    ):
+    def __init__(self, in_features: int, out_features: int, config: IA3Config, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         size, axis = (in_features, self.axes[0]) if config.feedforward else (out_features, self.axes[1])
         self.ia3_l = AdapterParam(jnp.ones((*self.layers, size), jnp.float32), axes=self.stacked(axis))

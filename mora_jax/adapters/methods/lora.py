@@ -176,18 +176,8 @@ class LoRA(Adapter):
     on_embeddings: ClassVar[bool] = True
     config: LoRAConfig
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: LoRAConfig,
-        *,
-        rngs: nnx.Rngs,
-        num_layers: int | tuple[int, ...] | None = None,
-        layer_mask: Array | None = None,
-        axes: tuple[str, str] = ("embed", "mlp"),
-    ):
-        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask, axes=axes)
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig, *, rngs: nnx.Rngs, **placing: Any):
+        super().__init__(in_features, out_features, config, **placing)
         lora_a, lora_b = init(rngs.params(), in_features, out_features, config.rank, layers=self.layers)
         if config.init == "gaussian":
             lora_a = jax.random.normal(rngs.params(), lora_a.shape, jnp.float32) / config.rank
@@ -197,8 +187,8 @@ class LoRA(Adapter):
             keys = jax.random.split(rngs.params(), self.layers) if self.layers else rngs.params()
             draw = partial(lora_init.orthogonal, in_features=in_features, out_features=out_features, rank=config.rank)
             lora_a, lora_b = over_layers(len(self.layers), draw, (keys,))
-        self.lora_a: nnx.Variable = AdapterParam(lora_a, axes=self.stacked(axes[0], "rank"))
-        self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", axes[1]))
+        self.lora_a: nnx.Variable = AdapterParam(lora_a, axes=self.stacked(self.axes[0], "rank"))
+        self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", self.axes[1]))
 
     def limit_ranks(self, ranks: np.ndarray) -> None:
         """Gives each layer of a stack its own rank: what is beyond it has no effect and gets no gradient."""

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import jax
 
 from mora_jax.adapters.base import AdapterState
-from mora_jax.adapters.config.common import check_restarts
+from mora_jax.adapters.config.common import RestartConfig
+from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.methods.lora import INITS, LoRA, LoRAConfig, init
 from mora_jax.adapters.methods.lora_fused import FusedLoRA
 from mora_jax.adapters.products.fused import FusedLayout
@@ -128,7 +129,7 @@ class LoRAPlusConfig(LoRAConfig):
         lr_ratio: learning rate of B, of magnitudes and of biases over that of A.
     """
 
-    lr_ratio: float = field(default=16.0, kw_only=True, metadata={"training": True})
+    lr_ratio: float = field(default=16.0, kw_only=True, metadata={"training": True, "limits": Number(above=0)})
 
     @property
     def linen_refusal(self) -> str:
@@ -186,31 +187,19 @@ class LoRAFA(LoRA):
 
 
 @dataclass(frozen=True)
-class ReLoRAConfig(LoRAConfig):
+class ReLoRAConfig(RestartConfig, LoRAConfig):
     """ReLoRA (Lialin et al., 2023, arXiv 2307.05695): LoRA, merged into the base and reinitialised repeatedly.
 
-    The sum of low-rank updates has a higher rank than each. The attributes are those of `LoRAConfig`, and:
-
-    Attributes:
-        restart_every: steps between restarts.
-        prune: share of the optimizer's moments that a restart sets to zero, the smallest in magnitude of each matrix.
-        restart_warmup: steps over which the learning rate rises again after a restart.
+    The sum of low-rank updates has a higher rank than each. The attributes are those of `LoRAConfig` and
+    `RestartConfig`.
     """
 
-    restart_every: int = field(default=1000, kw_only=True)
-    prune: float = field(default=0.99, kw_only=True)
-    restart_warmup: int = field(default=50, kw_only=True)
-    implied, changes_base, restarts = ("init",), True, True
+    implied = ("init",)
 
     def __post_init__(self):
         super().__post_init__()
         if self.init != "kaiming":
             raise ValueError(f"ReLoRA redraws its factors at each restart, as init='kaiming', not {self.init!r}")
-        check_restarts(self)
-
-    @property
-    def details(self) -> tuple[str, ...]:
-        return (f"reinitialised every {self.restart_every} steps",)
 
 
 class ReLoRA(LoRA):

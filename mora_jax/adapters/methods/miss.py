@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
@@ -53,9 +52,7 @@ class MiSS(Adapter):
     method: ClassVar[str] = "miss"
     config: MiSSConfig
 
-    def __init__(
-        self, in_features: int, out_features: int, config: MiSSConfig, *, rngs: nnx.Rngs | None = None, **placing: Any
-    ):
+    def __init__(self, in_features: int, out_features: int, config: MiSSConfig, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         if config.rank > in_features:
             raise ValueError(f"rank is {config.rank}, but a shard of MiSS has at most the layer's {in_features} inputs")

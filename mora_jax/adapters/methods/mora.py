@@ -327,8 +327,7 @@ def unused_inputs(in_features: int, out_features: int, rank: int, kind: str) -> 
         return max(0, in_features - q)
     if kind not in BLOCK_KINDS:
         return 0
-    reached = _used_blocks(in_features, out_features, q) * q
-    return max(0, in_features - reached) if reached < in_features else 0
+    return max(0, in_features - _used_blocks(in_features, out_features, q) * q)
 
 
 class MoRA(Adapter):
@@ -337,18 +336,8 @@ class MoRA(Adapter):
     method: ClassVar[str] = "mora"
     config: MoRAConfig
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: MoRAConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        num_layers: int | tuple[int, ...] | None = None,
-        layer_mask: Array | None = None,
-        axes: tuple[str, str] = ("embed", "mlp"),
-    ):
-        super().__init__(in_features, out_features, config, num_layers=num_layers, layer_mask=layer_mask, axes=axes)
+    def __init__(self, in_features: int, out_features: int, config: MoRAConfig, **placing: Any):
+        super().__init__(in_features, out_features, config, **placing)
         q = square_rank(in_features, out_features, config.rank, config.kind)
         zeros = jnp.zeros((*self.layers, q, q), jnp.float32)
         self.m = AdapterParam(zeros, axes=self.stacked("square_out", "square_in"))

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
+from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
 from mora_jax.adapters.products.matmul import row_dot, trained_dot, widened
 
 Array = jax.Array
@@ -40,12 +40,12 @@ class OFTConfig(CommonConfig):
         bias: which existing biases are trained too, as in `LoRAConfig`.
     """
 
-    block_size: int = 32
+    block_size: int = field(default=32, metadata={"limits": POSITIVE})
     targets: Targets = "all-linear"
-    blocks: int = field(default=0, kw_only=True)
+    blocks: int = field(default=0, kw_only=True, metadata={"limits": COUNT})
     block_share: bool = field(default=False, kw_only=True)
     use_cayley_neumann: bool = field(default=True, kw_only=True)
-    num_cayley_neumann_terms: int = field(default=5, kw_only=True)
+    num_cayley_neumann_terms: int = field(default=5, kw_only=True, metadata={"limits": Number(whole=True, at_least=2)})
     bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
 
 
@@ -80,9 +80,7 @@ class OFT(Adapter):
     method: ClassVar[str] = "oft"
     additive: ClassVar[bool] = False
 
-    def __init__(
-        self, in_features: int, out_features: int, config: OFTConfig, *, rngs: nnx.Rngs | None = None, **placing: Any
-    ):
+    def __init__(self, in_features: int, out_features: int, config: OFTConfig, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         count, size = block_shape(config, in_features)
         shape = (*self.layers, 1 if config.block_share else count, size * (size - 1) // 2)

@@ -2,8 +2,7 @@
 
 `ΔW = s · Σ_j B_j Λ_j A Γ_j`: one A and n products of rank r, enough for the rank of W. A and all B_j are random, frozen
 and the same for all layers; only the diagonals Λ and Γ are trained. Λ starts at zero, so a fresh adapter changes
-nothing. A is on the smaller side of W, the B_j on the larger one. Every matrix takes the first features of bases that
-are as large as the largest adapted layer (`config.widths`), drawn from `projection_prng_key` as PEFT draws them.
+nothing. A is on the smaller side of W, the B_j on the larger one, see `shared_bases.py`.
 
 PEFT pairs the columns of `[B_1 … B_n]` with the rows of A, scaled and stacked, in two orders: the columns base by base,
 the rows rank by rank. That is its function and that of its files, so it is the one here.
@@ -13,18 +12,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState
-from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
-from mora_jax.adapters.config.limits import POSITIVE
+from mora_jax.adapters.base import AdapterParam, AdapterState
+from mora_jax.adapters.config.common import Targets
+from mora_jax.adapters.methods.shared_bases import (
+    SharedBases,
+    SharedBasesConfig,
+    torch_generator,
+    uniform,
+    unit_draws,
+)
 from mora_jax.adapters.products.matmul import trained_dot
 
 Array = jax.Array
@@ -33,8 +36,10 @@ BASES = ("dense", "sparse", "very_sparse")
 
 
 @dataclass(frozen=True)
-class RandLoRAConfig(CommonConfig):
+class RandLoRAConfig(SharedBasesConfig):
     """RandLoRA (Albert et al., 2025, arXiv 2502.00987): trained diagonals around random bases that layers share.
+
+    The other attributes are those of `SharedBasesConfig`.
 
     Attributes:
         rank: of each base; the smaller it is, the more bases and trained numbers there are.
@@ -43,10 +48,6 @@ class RandLoRAConfig(CommonConfig):
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         bases: how the bases are drawn: `"dense"`, or of -1, 0 and 1, as `"sparse"` (a sixth each of -1 and 1) or
             `"very_sparse"` (1 / 2√d each, d the smaller of `widths`).
-        projection_prng_key: seed of the bases, which are PEFT's for the same seed, rank and widths.
-        widths: inputs and outputs of the largest layer, which the bases are made for; None for those of the layers that
-            `attach` adapts.
-        bias: which existing biases are trained too, as in `LoRAConfig`.
     """
 
     rank: int = 32
@@ -54,33 +55,14 @@ class RandLoRAConfig(CommonConfig):
     dropout: float = 0.0
     targets: Targets = "all-linear"
     bases: str = field(default="dense", kw_only=True, metadata={"choices": BASES})
-    projection_prng_key: int = field(default=0, kw_only=True)
-    widths: tuple[int, int] | None = field(default=None, kw_only=True)
-    bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
-    implied = ("widths",)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.widths is not None:
-            if not isinstance(self.widths, tuple | list) or len(self.widths) != 2:
-                raise ValueError(f"widths must be a number of inputs and one of outputs, not {self.widths!r}")
-            inputs, outputs = (POSITIVE.check(width, f"widths[{i}]") for i, width in enumerate(self.widths))
-            object.__setattr__(self, "widths", (inputs, outputs))
-
-    @property
-    def linen_refusal(self) -> str:
-        if self.widths is not None:
-            return ""
-        return "RandLoRA's bases serve all layers: give widths=(largest inputs, largest outputs)"
 
 
 @functools.lru_cache(maxsize=2)
 def random_bases(rank: int, widths: tuple[int, int], seed: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The bases for the widest layers, float32 `(A [rank, smaller], B [larger, n, rank])`, read-only.
 
-    The numbers are those that PEFT draws with torch's generator on the CPU (Mersenne Twister, the low 24 bits of each
-    draw), first A, then B; each is divided by its standard deviation. Dense ones are drawn and kept in bfloat16, base
-    by base.
+    PEFT draws A first, then B; each is divided by its standard deviation. Dense ones are drawn and kept in bfloat16,
+    base by base.
 
     Args:
         rank: of each base.
@@ -90,11 +72,11 @@ def random_bases(rank: int, widths: tuple[int, int], seed: int, kind: str) -> tu
     """
     smaller, larger = sorted(widths)
     count = -(-smaller // rank)
-    # Legacy seeding is torch's, and numpy promises to keep its numbers.
-    generator = np.random.RandomState(seed % 2**32)
+    generator = torch_generator(seed)
     if kind == "dense":
-        a = _uniform(generator, (rank, smaller), 1.0 / math.sqrt(smaller))
-        b = np.stack([_uniform(generator, (larger, rank), 1.0 / math.sqrt(rank)) for _ in range(count)], axis=1)
+        a = uniform(generator, (rank, smaller), 1.0 / math.sqrt(smaller), jnp.bfloat16)
+        bound = 1.0 / math.sqrt(rank)
+        b = np.stack([uniform(generator, (larger, rank), bound, jnp.bfloat16) for _ in range(count)], axis=1)
     else:
         share = 1.0 / (2.0 * (3.0 if kind == "sparse" else math.sqrt(smaller)))
         a, b = (_signs(generator, shape, share) for shape in ((rank, smaller), (larger, count, rank)))
@@ -104,22 +86,8 @@ def random_bases(rank: int, widths: tuple[int, int], seed: int, kind: str) -> tu
     return found[0], found[1]
 
 
-def _draws(generator: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform in [0, 1), float64 with 24 bits."""
-    draws = np.frombuffer(generator.bytes(4 * math.prod(shape)), "<u4")
-    return ((draws & 0xFFFFFF) / 2.0**24).reshape(shape)
-
-
-def _uniform(generator: np.random.RandomState, shape: tuple[int, ...], bound: float) -> np.ndarray:
-    """bfloat16 in ±bound; what is rounded up to the bound is the other end, as in torch."""
-    edge = np.float32(bound)
-    values = (_draws(generator, shape) * np.float64(edge + edge) - np.float64(edge)).astype(jnp.bfloat16)
-    values[values >= edge.astype(jnp.bfloat16)] = (-edge).astype(jnp.bfloat16)
-    return values
-
-
 def _signs(generator: np.random.RandomState, shape: tuple[int, ...], share: float) -> np.ndarray:
-    draws = _draws(generator, shape).astype(np.float32)
+    draws = unit_draws(generator, shape).astype(np.float32)
     return (draws > np.float32(1.0 - share)).astype(np.float32) - (draws < np.float32(share))
 
 
@@ -128,7 +96,7 @@ def _normalised(base: np.ndarray) -> np.ndarray:
     return (base.astype(np.float32) / deviation.astype(np.float32)).astype(base.dtype).astype(np.float32)
 
 
-class RandLoRA(Adapter):
+class RandLoRA(SharedBases):
     """`randlora_lambda [*layers, rank, n]` and `randlora_gamma [*layers, n, smaller side]` around frozen bases.
 
     n is the smaller side over the rank, rounded up.
@@ -137,15 +105,7 @@ class RandLoRA(Adapter):
     method: ClassVar[str] = "randlora"
     config: RandLoRAConfig
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: RandLoRAConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        **placing: Any,
-    ):
+    def __init__(self, in_features: int, out_features: int, config: RandLoRAConfig, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         widths = config.widths or (in_features, out_features)
         a, b = random_bases(config.rank, widths, config.projection_prng_key, config.bases)
@@ -158,17 +118,6 @@ class RandLoRA(Adapter):
         self.randlora_lambda = AdapterParam(zeros, axes=self.stacked("rank", "rank"))
         gamma = jnp.full((*self.layers, count, smaller), 1.0 / max(count, smaller), jnp.float32)
         self.randlora_gamma = AdapterParam(gamma, axes=self.stacked("rank", on_smaller))
-
-    @classmethod
-    def configure_for_shapes(cls, config: RandLoRAConfig, sizes: Iterable[tuple[int, int]]) -> RandLoRAConfig:
-        if config.widths is not None:
-            return config
-        inputs, outputs = zip(*sizes, strict=True)
-        return replace(config, widths=(max(inputs), max(outputs)))
-
-    def _stack(self, array: np.ndarray) -> Array:
-        # Where only shapes are asked for, all layers' copies take no memory.
-        return jnp.broadcast_to(jnp.asarray(array), (*self.layers, *array.shape))
 
     @classmethod
     def scale(cls, config: RandLoRAConfig) -> float:

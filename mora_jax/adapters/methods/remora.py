@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax.adapters.base import AdapterState
-from mora_jax.adapters.config.common import check_restarts
+from mora_jax.adapters.config.common import RestartConfig
+from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.methods.mora import SHARED, STRIDED, TILED, MoRA, MoRAConfig, compress, decompress, delta_weight
 from mora_jax.adapters.products.matmul import trained_dot, widened
 
@@ -23,38 +24,28 @@ Array = jax.Array
 
 
 @dataclass(frozen=True)
-class ReMoRAConfig(MoRAConfig):
+class ReMoRAConfig(RestartConfig, MoRAConfig):
     """ReMoRA (Jiang et al., 2024, arXiv 2405.12130, section 5.3): MoRA, merged and reinitialised as another kind.
 
     One kind can only reach updates that its groups allow; the next kind groups differently. The attributes are those of
-    `MoRAConfig`, with `kinds` in place of `kind`, and:
+    `MoRAConfig`, with `kinds` in place of `kind`, those of `RestartConfig`, and:
 
     Attributes:
         kinds: the kinds in turn, the first again after the last: some of `sharing`, `grouped`, `grouped_tile` and
             `strided_interleave`, which share one M among groups and have the same side q.
-        restart_every: as in `ReLoRAConfig`.
-        prune: as in `ReLoRAConfig`; the authors reset all of the moments.
-        restart_warmup: as in `ReLoRAConfig`.
+        prune: as in `RestartConfig`; the authors reset all of the moments.
     """
 
     kind: ClassVar[str] = "sharing"  # type: ignore[misc]  # for sizes and reports alone: all kinds agree in them
     kinds: tuple[str, ...] = field(default=("sharing", "grouped", "grouped_tile", "strided_interleave"), kw_only=True)
-    restart_every: int = field(default=1000, kw_only=True)
-    prune: float = field(default=1.0, kw_only=True)
-    restart_warmup: int = field(default=50, kw_only=True)
-    changes_base, restarts = True, True
+    prune: float = field(default=1.0, kw_only=True, metadata={"limits": Number(at_least=0, at_most=1)})
 
     def __post_init__(self):
         super().__post_init__()
-        check_restarts(self)
         kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
         if not kinds or any(kind not in SHARED for kind in kinds):
             raise ValueError(f"kinds must be some of {', '.join(SHARED)}, not {self.kinds!r}")
         object.__setattr__(self, "kinds", kinds)
-
-    @property
-    def details(self) -> tuple[str, ...]:
-        return (f"reinitialised every {self.restart_every} steps",)
 
 
 class ReMoRA(MoRA):

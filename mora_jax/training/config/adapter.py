@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mora_jax.adapters.config.common import MethodConfig, Pattern, Targets
-from mora_jax.adapters.config.limits import NUMBERS
 from mora_jax.adapters.methods.registry import CONFIGS
 from mora_jax.training.config.key import TEXTS, key
 
@@ -45,9 +44,9 @@ def _declared() -> Iterator[tuple[str, Any, Any]]:
         elif "unset" in metadata:
             doc = f"{doc[:-1]}; none: {metadata['unset']}."
         choices = metadata.get("run_choices", metadata.get("choices")) if kind is str else None
-        limited = not choices and (name in NUMBERS or "limits" in metadata)
-        limits = first.limits(name).bounds if limited else {}
-        yield name, kind | None if default is None else kind, key(default, doc, choices=choices, **limits)
+        limits = first.limits(name)
+        bounds = limits.bounds if limits is not None else {}
+        yield name, kind | None if default is None else kind, key(default, doc, choices=choices, **bounds)
 
 
 def _default(config: type[MethodConfig], name: str) -> Any:

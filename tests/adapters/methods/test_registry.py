@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.config.limits import NUMBERS
 from mora_jax.adapters.methods.registry import CONFIGS, METHOD_KEYS, METHODS, adapter_class, config_from
 from mora_jax.training.config.schema import keys
 
@@ -99,10 +98,10 @@ def test_numpys_integers_are_ranks_and_layers():
 
 
 def test_the_command_line_has_the_same_ranges():
-    for name, key in keys().items():
-        section, _, setting = name.partition(".")
-        if section == "adapter" and setting in NUMBERS:
-            assert key.allowed.bounds == NUMBERS[setting].bounds, name
+    for config in CONFIGS.values():
+        for setting in config.settings():
+            if (limits := config.limits(setting)) is not None:
+                assert keys()[f"adapter.{setting}"].allowed.bounds == limits.bounds, setting
 
 
 def test_keys_may_be_a_seed_or_a_key_and_nothing_else():
