@@ -66,12 +66,16 @@ class Number(Limits):
         Raises:
             ValueError: it is no such number.
         """
-        found = number(value, whole=self.whole)
-        if found is None or not self.holds(found):
+        if not self.takes(value):
             shown = repr(value)
             shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
             raise ValueError(f"{name} must be {self.describe()}, not {shown}")
-        return found
+        return number(value, whole=self.whole)
+
+    def takes(self, value: Any) -> bool:
+        """Whether `value` is such a number."""
+        found = number(value, whole=self.whole)
+        return found is not None and self.holds(found)
 
     def describe(self) -> str:
         """What is allowed, in words."""

@@ -19,11 +19,7 @@ from mora_jax.interop.peft.format import (
     PREFIX,
     Format,
     Target,
-    plain,
     require,
-    require_bias,
-    require_positive,
-    require_share,
     same,
 )
 from mora_jax.interop.peft.lora import LoraFormat
@@ -53,19 +49,23 @@ class AdaloraFormat(Format):
     fresh: bool = False
 
     peft_type: ClassVar[str] = "ADALORA"
+    config: ClassVar[type[AdaLoRAConfig]] = AdaLoRAConfig
+    settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "init_r": ("rank", 12),
+        "lora_alpha": ("alpha", 8),
+        "lora_dropout": ("dropout", 0.0),
+    }
+    init_name: ClassVar[str] = "init_lora_weights"
     methods: ClassVar[tuple[str, ...]] = ("adalora",)
     tensor_names: ClassVar[Mapping[str, str]] = {"a": "lora_A", "b": "lora_B", "e": "lora_E"}
     refused: ClassVar[tuple[str, ...]] = (*LoraFormat.refused, "use_dora", "loftq_config")
     # PEFT inherits all of LoRA's fields, of which AdaLoRA reads few: r, alpha_pattern and use_rslora change nothing.
-    fields: ClassVar[frozenset[str]] = LoraFormat.fields | {"init_r", *_SCHEDULE}
+    fields: ClassVar[frozenset[str]] = LoraFormat.fields | {"r", *_SCHEDULE}
 
     def check(self, values: dict[str, Any], where: str) -> None:
-        require_positive(values, where, "init_r", 12, whole=True)
-        require_positive(values, where, "lora_alpha", 8)
-        require_share(values, where, "lora_dropout")
-        require_bias(values, where, "lora_only")
+        super().check(values, where)
         try:
-            _config(values, "any")
+            self.configured(values, "any")
         except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {error}") from None
         pattern, rank = values.get("rank_pattern"), values.get("init_r", 12)
@@ -75,12 +75,13 @@ class AdaloraFormat(Format):
             if not good or _KEY.fullmatch(key) is None:
                 raise InputError(f"{where}: rank_pattern of {key!r} must be a list of {rank} truth values (init_r)")
 
-    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
-        return {"a", "b", "e"}, {"a", "b", "e"}
+    def configured(self, values: Mapping[str, Any], path: str, **own: Any) -> AdaLoRAConfig:
+        schedule = {ours: values[name] for name, ours in _SCHEDULE.items() if values.get(name) is not None}
+        return super().configured(values, path, **schedule, **own)
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         """What was pruned stays as columns, numbers and rows of zeros, so that all layers have one shape."""
-        config, place = _config(values, target.path), target.place
+        config, place = self.configured(values, target.path), target.place
         used = _used(values, target.path, config.rank)
         count = int(used.sum())
         lora_a = np.zeros((place.in_features, config.rank), np.float32)
@@ -110,32 +111,13 @@ class AdaloraFormat(Format):
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         masks = {f"{entry.path}.lora_E": self._left(entry).tolist() for entry in entries}
         pruned = not all(all(mask) for mask in masks.values())
-        return {
+        own = {
             "alpha_pattern": {},
-            "bias": same(entries, "bias"),
             "exclude_modules": None,
-            "init_lora_weights": True,
-            "init_r": same(entries, "rank"),
-            "layers_pattern": None,
-            "layers_to_transform": None,
-            "lora_alpha": plain(same(entries, "alpha")),
-            "lora_dropout": max(entry.config.dropout for entry in entries),
             "r": 8,  # PEFT's default, which it warns to leave alone
             "rank_pattern": masks if pruned else None,
-            "target_modules": targets,
-        } | {name: same(entries, ours) for name, ours in _SCHEDULE.items()}
-
-
-def _config(values: dict[str, Any], path: str) -> AdaLoRAConfig:
-    schedule = {ours: values[name] for name, ours in _SCHEDULE.items() if values.get(name) is not None}
-    return AdaLoRAConfig(
-        rank=values.get("init_r", 12),
-        alpha=float(values.get("lora_alpha", 8)),
-        dropout=values.get("lora_dropout", 0.0),
-        targets=(path,),
-        bias=values.get("bias", "none"),
-        **schedule,
-    )
+        }
+        return super().written(entries, targets) | own | {name: same(entries, ours) for name, ours in _SCHEDULE.items()}
 
 
 def _used(values: dict[str, Any], path: str, rank: int) -> np.ndarray:

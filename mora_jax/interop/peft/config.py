@@ -14,7 +14,7 @@ from flax import nnx
 from mora_jax.errors import InputError
 from mora_jax.interop.peft.adalora import AdaloraFormat
 from mora_jax.interop.peft.bitfit import BitfitFormat
-from mora_jax.interop.peft.format import COMMON, Format, is_names, require, require_names
+from mora_jax.interop.peft.format import Format, is_names, require, require_names
 from mora_jax.interop.peft.hira import HiraFormat
 from mora_jax.interop.peft.ia3 import Ia3Format
 from mora_jax.interop.peft.lora import LoraFormat
@@ -83,14 +83,12 @@ class AdapterFile:
     @property
     def bias(self) -> str:
         """Which biases the file holds: "none", "lora_only" (of adapted layers) or "all"."""
-        bias = self.values.get("bias", "none")
-        return "lora_only" if bias == self.format.bias_name else bias
+        return self.format.bias(self.values)
 
     @property
     def unknown(self) -> dict[str, Any]:
         """Fields of a newer PEFT."""
-        known = COMMON | self.format.fields
-        return {name: value for name, value in self.values.items() if name not in known}
+        return {name: value for name, value in self.values.items() if name not in self.format.known}
 
     def saves(self, path: str) -> bool:
         """Whether PEFT trains the module at `path`, or one around it, whole."""

@@ -5,7 +5,6 @@ Each type is a file of its own with a subclass of `Format`; `config.py` lists th
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry
-from mora_jax.adapters.config.common import BIASES
+from mora_jax.adapters.config.common import BIASES, CommonConfig
+from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.matching.targets import Place
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
@@ -72,10 +72,13 @@ class Format:
 
     Attributes:
         peft_type: its name in files.
-        fields: the fields of its config beside `COMMON`.
+        config: the configuration of the method that it holds.
+        settings: the fields of its config that are settings of that configuration: the setting, and PEFT's default.
+        fields: the other fields of its config beside `COMMON`.
         refused: those that, when set, change the function in a way that is not supported here.
         default_targets: what PEFT adapts in the families here where the config names nothing.
-        bias_name: what its config calls the biases of adapted layers.
+        init_name: what its config calls the start of the adapter.
+        bias_name: what its config calls the biases of adapted layers; empty for a type that trains none.
         methods: what is written as this type, by `Adapter.file_method`.
         tensor_names: what files call a target's values, by the short names that the methods below take.
         embedding_names: those of a target that is an embedding table, where they differ.
@@ -85,27 +88,59 @@ class Format:
     """
 
     peft_type: ClassVar[str]
+    config: ClassVar[type[CommonConfig]]
+    settings: ClassVar[Mapping[str, tuple[str, Any]]] = {}
     methods: ClassVar[tuple[str, ...]]
     tensor_names: ClassVar[Mapping[str, str]]
     embedding_names: ClassVar[Mapping[str, str]] = {}
     shared_names: ClassVar[tuple[str, ...]] = ()
     fan_in_fan_out: ClassVar[bool] = True
     biases_alone: ClassVar[bool] = False
-    fields: ClassVar[frozenset[str]]
+    fields: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[tuple[str, ...]] = ()
     default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
+    init_name: ClassVar[str] = "init_weights"
     bias_name: ClassVar[str] = "lora_only"
 
     def holds(self, values: dict[str, Any]) -> bool:
         """Whether a config of this `peft_type` is of this form; the first form that says so is taken."""
         return True
 
+    @property
+    def known(self) -> set[str]:
+        """All fields of its config."""
+        return {*COMMON, self.init_name, *self.settings, *self.fields}
+
     def check(self, values: dict[str, Any], where: str) -> None:
         """Raises `InputError` for fields of this type that have no meaning here."""
+        for name, (setting, default) in self.settings.items():
+            limits = self.config.limits(setting)
+            if limits is None:
+                require_truth(values, where, name)
+            else:
+                require_number(values, where, name, limits, default)
+        bias = values.get("bias", "none")
+        if self.bias_name:
+            names = [self.bias_name if name == "lora_only" else name for name in BIASES]
+            require(values, where, "bias", bias in names, f"one of {', '.join(names)}")
+        else:
+            require(values, where, "bias", bias == "none", f"none, the only one that {self.peft_type} has")
+
+    def bias(self, values: Mapping[str, Any]) -> str:
+        """Which biases such an adapter trains: "none", "lora_only" (of adapted layers) or "all"."""
+        bias = values.get("bias", "none")
+        return "lora_only" if bias == self.bias_name else bias
+
+    def configured(self, values: Mapping[str, Any], path: str, **own: Any) -> Any:
+        """The configuration of the target at `path`; `own` are settings that take more than a field of the file."""
+        found = {setting: values.get(name, default) for name, (setting, default) in self.settings.items()}
+        if self.bias_name:
+            found["bias"] = self.bias(values)
+        return self.config(targets=(path,), **(found | own))  # type: ignore[call-arg]  # every method has targets
 
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
         """Which tensors a target must have and which it may have, by their keys in `tensor_names`."""
-        raise NotImplementedError  # abstract: each type's file defines it
+        return set(self.tensor_names), set(self.tensor_names)
 
     def shared(
         self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, found: list[Place]
@@ -145,7 +180,17 @@ class Format:
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         """The fields of its own, and those of `COMMON` that differ from what `save.py` writes."""
-        raise NotImplementedError  # abstract: each type's file defines it
+        fields = {self.init_name: True, "layers_pattern": None, "layers_to_transform": None, "target_modules": targets}
+        if self.bias_name:
+            bias = same(entries, "bias")
+            fields["bias"] = self.bias_name if bias == "lora_only" else bias
+        return fields | {name: _setting(entries, setting) for name, (setting, _) in self.settings.items()}
+
+
+def _setting(entries: list[AdapterEntry], name: str) -> Any:
+    if name == "dropout":
+        return max(entry.config.dropout for entry in entries)
+    return plain(same(entries, name)) if name == "alpha" else same(entries, name)
 
 
 def read_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -173,23 +218,14 @@ def require(values: Mapping[str, Any], where: str, name: str, good: bool, wanted
         raise InputError(f"{where}: {name} must be {wanted}, found {values.get(name)!r}")
 
 
-def require_positive(values: Mapping[str, Any], where: str, name: str, default: Any, *, whole: bool = False) -> None:
-    """As `require`, for a positive number."""
-    good = is_positive(values.get(name, default), whole=whole)
-    require(values, where, name, good, "a positive whole number" if whole else "a positive number")
+def require_number(values: Mapping[str, Any], where: str, name: str, limits: Number, default: Any) -> None:
+    """As `require`, for a number; `default` is that of a file without the field."""
+    require(values, where, name, limits.takes(values.get(name, default)), limits.describe())
 
 
-def is_positive(value: Any, *, whole: bool = False) -> bool:
-    """Whether a field holds a finite number above 0; `whole`: an integer."""
-    kinds = (int,) if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def require_share(values: Mapping[str, Any], where: str, name: str) -> None:
-    """As `require`, for a probability below 1."""
-    value = values.get(name, 0.0)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
-    require(values, where, name, good, "a number in [0, 1)")
+def require_truth(values: Mapping[str, Any], where: str, name: str) -> None:
+    """As `require`, for true or false, or nothing."""
+    require(values, where, name, values.get(name) in (None, True, False), "true or false")
 
 
 def require_names(values: Mapping[str, Any], where: str, name: str) -> None:
@@ -198,12 +234,6 @@ def require_names(values: Mapping[str, Any], where: str, name: str) -> None:
     good = value is None or isinstance(value, str) or is_names(value)
     require(values, where, name, good, "a list of names or a string")
     check_regex(where, name, value)
-
-
-def require_bias(values: Mapping[str, Any], where: str, only: str) -> None:
-    """As `require`, for the field `bias`; `only` is what it calls the biases of adapted layers."""
-    names = [only if name == "lora_only" else name for name in BIASES]
-    require(values, where, "bias", values.get("bias", "none") in names, f"one of {', '.join(names)}")
 
 
 def is_names(value: Any) -> bool:

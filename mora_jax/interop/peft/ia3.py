@@ -12,24 +12,24 @@ from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config import IA3Config
 from mora_jax.adapters.config.patterns import exactly
 from mora_jax.interop.adapter_values import AdapterValues
-from mora_jax.interop.peft.format import Format, Target, require, require_names
+from mora_jax.interop.peft.format import Format, Target, require_names
 
 _FEEDFORWARD = ("down_proj",)
 
 
 class Ia3Format(Format):
     peft_type = "IA3"
+    config = IA3Config
     methods = ("ia3",)
     tensor_names: ClassVar[Mapping[str, str]] = {"l": "ia3_l"}
-    fields = frozenset({"feedforward_modules", "init_ia3_weights"})
+    fields = frozenset({"feedforward_modules"})
+    init_name = "init_ia3_weights"
+    bias_name = ""
     default_targets = ("k_proj", "v_proj", "down_proj")
 
     def check(self, values: dict[str, Any], where: str) -> None:
+        super().check(values, where)
         require_names(values, where, "feedforward_modules")
-        require(values, where, "bias", values.get("bias", "none") == "none", "none, the only one that IA3 has")
-
-    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
-        return {"l"}, {"l"}
 
     def needs_base(self, values: dict[str, Any]) -> bool:
         return True  # what it changes is a multiple of the base
@@ -37,7 +37,7 @@ class Ia3Format(Format):
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         inputs = _is_feedforward(values.get("feedforward_modules"), target.path)
         name = (target.path.rpartition(".")[2],)
-        config = IA3Config(targets=(target.path,), feedforward=name if inputs else ())
+        config = self.configured(values, target.path, feedforward=name if inputs else ())
         shape = (1, target.place.in_features) if inputs else (target.place.out_features, 1)
         return AdapterValues(config, {"ia3_l": target.read("l", shape).reshape(-1)})
 
@@ -57,7 +57,7 @@ class Ia3Format(Format):
             told = all(_is_feedforward(named, path) == on for path, on in inputs.items())
             if told and (isinstance(named, str) or set(named) <= set(among)):
                 break
-        return {"feedforward_modules": named, "init_ia3_weights": True, "target_modules": among}
+        return {"feedforward_modules": named, self.init_name: True, "target_modules": among}
 
 
 def _is_feedforward(names: str | list[str] | None, path: str) -> bool:

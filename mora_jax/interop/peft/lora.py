@@ -19,6 +19,8 @@ from mora_jax.adapters.config import (
     PiSSAConfig,
     RsLoRAConfig,
 )
+from mora_jax.adapters.config.common import CommonConfig
+from mora_jax.adapters.config.limits import NUMBERS
 from mora_jax.adapters.config.patterns import pattern_for, value_at
 from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.errors import InputError
@@ -27,12 +29,9 @@ from mora_jax.interop.peft.format import (
     Format,
     Target,
     check_regex,
-    is_positive,
     plain,
     require,
-    require_bias,
-    require_positive,
-    require_share,
+    require_truth,
     same,
 )
 
@@ -46,6 +45,13 @@ _FROM_BASE = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 
 class LoraFormat(Format):
     peft_type = "LORA"
+    config: ClassVar[type[CommonConfig]] = LoRAConfig
+    settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "r": ("rank", 8),
+        "lora_alpha": ("alpha", 8),
+        "lora_dropout": ("dropout", 0.0),
+    }
+    init_name: ClassVar[str] = "init_lora_weights"
     methods: ClassVar[tuple[str, ...]] = ("lora", "rslora", "mora")
     tensor_names: ClassVar[Mapping[str, str]] = {
         "a": "lora_A.weight",
@@ -72,16 +78,12 @@ class LoraFormat(Format):
             "alpha_pattern",
             "corda_config",
             "eva_config",
-            "init_lora_weights",
             "loftq_config",
-            "lora_alpha",
-            "lora_dropout",
             "lora_ga_config",
             "megatron_config",
             "megatron_core",
             "mora_type",
             "qalora_group_size",
-            "r",
             "rank_pattern",
             "use_dora",
             "use_mora",
@@ -99,16 +101,14 @@ class LoraFormat(Format):
                 "convert it to plain LoRA (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
             )
         for name in ("use_rslora", "use_dora", "use_mora"):
-            require(values, where, name, values.get(name) in (None, True, False), "true or false")
+            require_truth(values, where, name)
         kind = _kind(values, where)
-        require_positive(values, where, "r", 8, whole=True)
-        require_positive(values, where, "lora_alpha", 8)
-        require_share(values, where, "lora_dropout")
-        require_bias(values, where, "lora_only")
-        for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        super().check(values, where)
+        for setting in ("rank", "alpha"):
+            name, limits = f"{setting}_pattern", NUMBERS[setting]
             pattern = values.get(name) or {}
-            good = isinstance(pattern, dict) and all(is_positive(value, whole=whole) for value in pattern.values())
-            require(values, where, name, good, f"names with positive {'whole ' if whole else ''}numbers")
+            good = isinstance(pattern, dict) and all(map(limits.takes, pattern.values()))
+            require(values, where, name, good, f"names, each with {limits.describe()}")
             for key in pattern:
                 check_regex(where, name, key)
         if kind is not None and values.get("bias", "none") != "none":

@@ -11,48 +11,32 @@ from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.methods.miss import MiSSConfig
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
-from mora_jax.interop.peft.format import (
-    Format,
-    Target,
-    require,
-    require_bias,
-    require_positive,
-    require_share,
-    same,
-)
+from mora_jax.interop.peft.format import Format, Target, require, same
 
 
 class MissFormat(Format):
     peft_type = "MISS"
+    config = MiSSConfig
     methods = ("miss",)
     tensor_names: ClassVar[Mapping[str, str]] = {"block": "miss_block"}
-    fields = frozenset({"init_weights", "mini_r", "miss_dropout", "r"})
+    settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "r": ("rank", 64),
+        "miss_dropout": ("dropout", 0.0),
+        "mini_r": ("mini_rank", 1),
+    }
     bias_name = "MiSS_only"
     fan_in_fan_out = False
 
     def check(self, values: dict[str, Any], where: str) -> None:
-        require_positive(values, where, "r", 64, whole=True)
-        require_positive(values, where, "mini_r", 1, whole=True)
-        require_share(values, where, "miss_dropout")
-        require_bias(values, where, self.bias_name)
+        super().check(values, where)
         start = values.get("init_weights", True)
         require(values, where, "init_weights", start in (True, False, "bat", "mini"), 'true, false, "bat" or "mini"')
         if start == "bat":
             raise InputError(f'{where}: init_weights "bat" is not supported; merge it in PEFT')
 
-    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
-        return {"block"}, {"block"}
-
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
-        mini, bias = values.get("init_weights") == "mini", values.get("bias", "none")
-        config = MiSSConfig(
-            rank=values.get("r", 64),
-            dropout=values.get("miss_dropout", 0.0),
-            targets=(target.path,),
-            form="mini" if mini else "standard",
-            mini_rank=values.get("mini_r", 1),
-            bias="lora_only" if bias == self.bias_name else bias,
-        )
+        mini = values.get("init_weights") == "mini"
+        config = self.configured(values, target.path, form="mini" if mini else "standard")
         width = config.mini_rank if mini else target.place.out_features
         return AdapterValues(config, {"miss_block": target.read("block", (config.rank, width))})
 
@@ -60,14 +44,5 @@ class MissFormat(Format):
         return {"block": entry.params["miss_block"]}
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
-        bias = same(entries, "bias")
-        return {
-            "bias": self.bias_name if bias == "lora_only" else bias,
-            "init_weights": "mini" if same(entries, "form") == "mini" else True,
-            "layers_pattern": None,
-            "layers_to_transform": None,
-            "mini_r": same(entries, "mini_rank"),
-            "miss_dropout": max(entry.config.dropout for entry in entries),
-            "r": same(entries, "rank"),
-            "target_modules": targets,
-        }
+        start = "mini" if same(entries, "form") == "mini" else True
+        return super().written(entries, targets) | {"init_weights": start}

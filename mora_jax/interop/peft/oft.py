@@ -9,46 +9,37 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry
+from mora_jax.adapters.config.limits import COUNT, NUMBERS
 from mora_jax.adapters.methods.oft import OFTConfig, block_shape
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
-from mora_jax.interop.peft.format import Format, Target, require, require_bias, require_share, same
+from mora_jax.interop.peft.format import Format, Target, require_number, same
 
 _SINCE = "0.18.0"  # the PEFT whose series for rotations this is
 
 
 class OftFormat(Format):
     peft_type = "OFT"
+    config = OFTConfig
     methods = ("oft",)
     tensor_names: ClassVar[Mapping[str, str]] = {"triangles": "oft_R.weight"}
-    fields = frozenset(
-        {
-            "block_share",
-            "coft",
-            "eps",
-            "init_weights",
-            "module_dropout",  # PEFT reads it, and drops nothing
-            "num_cayley_neumann_terms",
-            "oft_block_size",
-            "r",
-            "use_cayley_neumann",
-        }
-    )
+    settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "block_share": ("block_share", False),
+        "num_cayley_neumann_terms": ("num_cayley_neumann_terms", 5),
+        "r": ("blocks", 0),
+        "use_cayley_neumann": ("use_cayley_neumann", True),
+    }
+    # PEFT reads module_dropout, and drops nothing. Of r and oft_block_size one is 0.
+    fields = frozenset({"coft", "eps", "module_dropout", "oft_block_size"})
     refused = ("coft",)
     bias_name = "oft_only"
 
     def check(self, values: dict[str, Any], where: str) -> None:
-        sizes = values.get("r", 0), values.get("oft_block_size", 32)
-        for name, number in zip(("r", "oft_block_size"), sizes, strict=True):
-            require(values, where, name, type(number) is int and number >= 0, "a whole number of at least 0")
-        if bool(sizes[0]) == bool(sizes[1]):
+        super().check(values, where)
+        require_number(values, where, "oft_block_size", COUNT, 32)
+        require_number(values, where, "module_dropout", NUMBERS["dropout"], 0.0)
+        if bool(values.get("r", 0)) == bool(values.get("oft_block_size", 32)):
             raise InputError(f"{where}: one of r and oft_block_size must be above 0, and the other 0")
-        for name in ("block_share", "use_cayley_neumann"):
-            require(values, where, name, values.get(name) in (None, True, False), "true or false")
-        terms = values.get("num_cayley_neumann_terms", 5)
-        require(values, where, "num_cayley_neumann_terms", type(terms) is int and terms >= 2, "2 or more")
-        require_share(values, where, "module_dropout")
-        require_bias(values, where, self.bias_name)
         version = [int(number) for number in re.findall(r"\d+", str(values.get("peft_version", "")))[:2]]
         if values.get("use_cayley_neumann", True) and version < [0, 18]:
             raise InputError(
@@ -56,24 +47,14 @@ class OftFormat(Format):
                 "another series: merge the adapter with the PEFT that made it"
             )
 
-    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
-        return {"triangles"}, {"triangles"}
-
     def needs_base(self, values: dict[str, Any]) -> bool:
         return True  # what it changes is a rotation of the base
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
-        bias, blocks = values.get("bias", "none"), values.get("r", 0)
+        size = OFTConfig.block_size if values.get("r") else values.get("oft_block_size", 32)
+        share, series = bool(values.get("block_share")), values.get("use_cayley_neumann", True) is not False
         try:
-            config = OFTConfig(
-                block_size=OFTConfig.block_size if blocks else values.get("oft_block_size", 32),
-                targets=(target.path,),
-                blocks=blocks,
-                block_share=bool(values.get("block_share")),
-                use_cayley_neumann=values.get("use_cayley_neumann", True) is not False,
-                num_cayley_neumann_terms=values.get("num_cayley_neumann_terms", 5),
-                bias="lora_only" if bias == self.bias_name else bias,
-            )
+            config = self.configured(values, target.path, block_size=size, block_share=share, use_cayley_neumann=series)
             count, size = block_shape(config, target.place.in_features)
         except ValueError as error:
             raise InputError(f"{target.path}: {error}") from None
@@ -84,20 +65,7 @@ class OftFormat(Format):
         return {"triangles": entry.params["oft_r"]}
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
-        bias, blocks = same(entries, "bias"), same(entries, "blocks")
-        return {
-            "bias": self.bias_name if bias == "lora_only" else bias,
-            "block_share": same(entries, "block_share"),
-            "coft": False,
-            "eps": 6e-05,
-            "init_weights": True,
-            "layers_pattern": None,
-            "layers_to_transform": None,
-            "module_dropout": 0.0,
-            "num_cayley_neumann_terms": same(entries, "num_cayley_neumann_terms"),
-            "oft_block_size": 0 if blocks else same(entries, "block_size"),
-            "peft_version": _SINCE,
-            "r": blocks,
-            "target_modules": targets,
-            "use_cayley_neumann": same(entries, "use_cayley_neumann"),
-        }
+        fields = super().written(entries, targets)
+        size = 0 if fields["r"] else same(entries, "block_size")
+        own = {"coft": False, "eps": 6e-05, "module_dropout": 0.0, "peft_version": _SINCE}
+        return fields | own | {"oft_block_size": size}

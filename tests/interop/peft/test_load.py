@@ -260,9 +260,9 @@ def test_a_model_without_adapter_has_nothing_to_save(base, tmp_path):
         ({"peft_type": "LOKR"}, "peft_type must be one of LORA, VERA, .*, found 'LOKR'"),
         ({"use_mora": True, "mora_type": 5}, r"mora_type must be one of \[1, 2, 3, 4, 6\], found 5"),
         ({"mora_jax_kind": "spiral"}, "mora_jax_kind must be one of"),
-        ({"r": 0}, "r must be a positive whole number, found 0"),
+        ({"r": 0}, "r must be a positive integer, found 0"),
         ({"r": 5}, r"lora_A.weight has shape \[2, 32\], but the base layer and the config imply \[5, 32\]"),
-        ({"lora_dropout": 1}, "lora_dropout must be a number in"),
+        ({"lora_dropout": 1}, "lora_dropout must be a finite number, at least 0 and below 1"),
         ({"target_modules": "("}, r"target_modules '\(' is not a regular expression"),
         (
             {"target_modules": ["q_proj", "k_proj", "v_proj"]},
