@@ -177,6 +177,7 @@ class LoRA(Adapter):
     config: LoRAConfig
 
     def __init__(self, in_features: int, out_features: int, config: LoRAConfig, *, rngs: nnx.Rngs, **placing: Any):
+        """Takes what every adapter takes (see `Adapter`)."""
         super().__init__(in_features, out_features, config, **placing)
         lora_a, lora_b = init(rngs.params(), in_features, out_features, config.rank, layers=self.layers)
         if config.init == "gaussian":

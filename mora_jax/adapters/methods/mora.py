@@ -337,6 +337,7 @@ class MoRA(Adapter):
     config: MoRAConfig
 
     def __init__(self, in_features: int, out_features: int, config: MoRAConfig, **placing: Any):
+        """Takes what every adapter takes (see `Adapter`)."""
         super().__init__(in_features, out_features, config, **placing)
         q = square_rank(in_features, out_features, config.rank, config.kind)
         zeros = jnp.zeros((*self.layers, q, q), jnp.float32)
