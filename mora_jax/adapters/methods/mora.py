@@ -32,15 +32,24 @@ from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs
 from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets
 from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear
-from mora_jax.adapters.products.matmul import trained_dot, widened
+from mora_jax.adapters.methods.mora_fused import FusedMoRA
+from mora_jax.adapters.methods.mora_maps import BLOCK_KINDS as BLOCK_KINDS
+from mora_jax.adapters.methods.mora_maps import KINDS as KINDS
+from mora_jax.adapters.methods.mora_maps import SHARED as SHARED
+from mora_jax.adapters.methods.mora_maps import STRIDED as STRIDED
+from mora_jax.adapters.methods.mora_maps import TILED as TILED
+from mora_jax.adapters.methods.mora_maps import (
+    Sides,
+    compression,
+    decompression,
+    rotated_features,
+    rotated_squares,
+    used_blocks,
+)
+from mora_jax.adapters.products.fused import FusedLayout
+from mora_jax.adapters.products.matmul import Delta, row_dot, trained_dot, widened
 
 Array = jax.Array
-
-KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
-SHARED = ("sharing", "grouped", "grouped_tile", "strided_interleave")  # kinds with one M for groups of both sides
-STRIDED = ("sharing", "strided_interleave")
-TILED = ("sharing", "grouped_tile")
-BLOCK_KINDS = ("rotation", "decouple")
 
 
 def check_kind(kind: str) -> None:
@@ -117,92 +126,38 @@ def _check(m: Array, in_features: int, out_features: int, kind: str) -> int:
     return m.shape[0]
 
 
-def _pad_cyclic(x: Array, length: int) -> Array:
-    """Extends the last axis to `length` by starting again from the first feature, as often as needed."""
-    n = x.shape[-1]
-    if length == n:
-        return x
-    if length <= 2 * n:
-        return jnp.concatenate([x, x[..., : length - n]], axis=-1)
-    return jnp.tile(x, (1,) * (x.ndim - 1) + (-(-length // n),))[..., :length]
-
-
-def _blocks(x: Array, q: int) -> Array:
-    """`[N, in]` → `[N, ceil(in / q), q]`, padded cyclically."""
-    count = -(-x.shape[-1] // q)
-    return _pad_cyclic(x, count * q).reshape(x.shape[0], count, q)
-
-
-def _group_sums(x: Array, q: int) -> Array:
-    """Sums of q contiguous groups, the first `in mod q` of them one feature longer. `[N, in]` → `[N, q]`."""
-    size, longer = divmod(x.shape[-1], q)
-    head = x[:, : longer * (size + 1)].reshape(x.shape[0], longer, size + 1).sum(-1)
-    tail = x[:, longer * (size + 1) :].reshape(x.shape[0], q - longer, size).sum(-1)
-    return jnp.concatenate([head, tail], axis=-1)
-
-
-def _tile(y: Array, out_features: int) -> Array:
-    return _pad_cyclic(y, out_features) if out_features >= y.shape[-1] else y[:, :out_features]
-
-
-def _interleave(y: Array, out_features: int) -> Array:
-    """Each entry repeated in place, the first `out mod q` once more than the rest. `[N, q]` → `[N, out]`."""
-    q = y.shape[-1]
-    size, longer = divmod(out_features, q)
-    head = jnp.repeat(y[:, :longer], size + 1, axis=-1)
-    tail = jnp.repeat(y[:, longer:], size, axis=-1)
-    return jnp.concatenate([head, tail], axis=-1)
-
-
-def _angles(count: int, q: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of k · 10000^(−2j/q), `[count, q / 2]` in `dtype`."""
-    theta = 10000.0 ** (-2.0 * np.arange(q // 2) / q)
-    angle = np.arange(count)[:, None] * theta
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
-
-
-def _rotate(z: Array) -> Array:
-    """Rotates block k by k · θ, feature j paired with j + q/2. float32 `[N, count, q]`."""
-    half = z.shape[-1] // 2
-    cos, sin = _angles(z.shape[-2], z.shape[-1], z.dtype)
-    first, second = z[..., :half], z[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _used_blocks(in_features: int, out_features: int, q: int) -> int:
-    """Blocks whose output is not cut off: with more inputs than outputs the later blocks have no effect."""
-    return min(-(-in_features // q), -(-out_features // q))
-
-
 def _delta(x: Array, m: Array, out_features: int, kind: str) -> Array:
     """`x [N, in]` → float32 `[N, out]`."""
-    return update(x, m.shape[0], out_features, kind, lambda sums: trained_dot(sums, m.T[: sums.shape[-1]]))
+    inner, outer, blocks = Sides.of(kind, x.shape[1], out_features, m.shape[0])
+    features = inner(x).astype(x.dtype).reshape(len(x), blocks, -1)
+    if kind == "rotation" and blocks > 1:
+        y = row_dot(features.transpose(1, 0, 2), rotated_squares(m, blocks)).transpose(1, 0, 2)
+    else:
+        y = trained_dot(features.reshape(-1, m.shape[0]), m.T)
+    return outer(y.reshape(len(x), -1))
 
 
 def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Array], Array]) -> Array:
     """What a kind makes of a product with M: sums and rotations in float32, the product in the dtype of `x`.
+
+    For an M that differs from token to token; where it is one, M is rotated in place of the tokens' features.
 
     Args:
         x: `[N, in]`.
         q: side of M.
         out_features: size of the output.
         kind: one of `KINDS`.
-        product: `[K, n]` → float32 `[K, q]`, the product with the first n rows of Mᵀ. K is N or a multiple of it,
-            what belongs to one of the N then standing together.
+        product: `[K, q]` → float32 `[K, q]`, the product with Mᵀ. K is N or a multiple of it, what belongs to one of
+            the N then standing together.
 
     Returns:
         float32 `[N, out]`.
     """
-    n, in_features = x.shape
-    if kind == "truncation":
-        y = product(x[:, : min(q, in_features)])[:, :out_features]
-        return jnp.pad(y, ((0, 0), (0, out_features - y.shape[1])))
-    if kind in BLOCK_KINDS:
-        blocks = _blocks(x, q)[:, : _used_blocks(in_features, out_features, q)]
-        if kind == "rotation" and blocks.shape[1] > 1:
-            blocks = _rotate(widened(blocks)).astype(x.dtype)
-        return _tile(product(blocks.reshape(-1, q)).reshape(n, blocks.shape[1] * q), out_features)
-    return decompress(product(compress(widened(x), q, kind).astype(x.dtype)), out_features, kind)
+    inner, outer, blocks = Sides.of(kind, x.shape[1], out_features, q)
+    features = inner(x).reshape(len(x), blocks, q)
+    if kind == "rotation" and blocks > 1:
+        features = rotated_features(widened(features))
+    return outer(product(features.astype(x.dtype).reshape(-1, q)).reshape(len(x), -1))
 
 
 def compress(x: Array, q: int, kind: str) -> Array:
@@ -216,7 +171,7 @@ def compress(x: Array, q: int, kind: str) -> Array:
     Returns:
         `[N, q]`.
     """
-    return _blocks(x, q).sum(1) if kind in STRIDED else _group_sums(x, q)
+    return compression(kind, x.shape[1], q)(x).astype(x.dtype)
 
 
 def decompress(y: Array, out_features: int, kind: str) -> Array:
@@ -230,7 +185,7 @@ def decompress(y: Array, out_features: int, kind: str) -> Array:
     Returns:
         `[N, out]`.
     """
-    return _tile(y, out_features) if kind in TILED else _interleave(y, out_features)
+    return decompression(kind, out_features, y.shape[1])(y)
 
 
 def apply(x: Array, m: Array, out_features: int, kind: str = "sharing") -> Array:
@@ -291,14 +246,10 @@ def delta_weight(m: Array, in_features: int, out_features: int, kind: str = "sha
     columns = np.arange(out_features)
     if kind in BLOCK_KINDS:
         count = -(-in_features // q)
-        rotated = jnp.broadcast_to(mt, (count, q, q))  # [block, in, out]
-        if kind == "rotation":
-            cos, sin = (a[:, :, None] for a in _angles(count, q, mt.dtype))
-            first, second = mt[: q // 2], mt[q // 2 :]
-            rotated = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=1)
+        turned = rotated_squares(mt.T, count) if kind == "rotation" else jnp.broadcast_to(mt, (count, q, q))
         rows = np.arange(count * q)
         block_of_column = (columns % (count * q)) // q
-        values = rotated[(rows // q)[:, None], (rows % q)[:, None], (columns % q)[None, :]]
+        values = turned[(rows // q)[:, None], (rows % q)[:, None], (columns % q)[None, :]]
         return _fold_rows(jnp.where((rows // q)[:, None] == block_of_column[None, :], values, 0.0), in_features)
     wide = mt[:, columns % q] if kind in TILED else mt[:, contiguous_groups(out_features, q)]
     if kind in STRIDED:
@@ -327,7 +278,7 @@ def unused_inputs(in_features: int, out_features: int, rank: int, kind: str) -> 
         return max(0, in_features - q)
     if kind not in BLOCK_KINDS:
         return 0
-    return max(0, in_features - _used_blocks(in_features, out_features, q) * q)
+    return max(0, in_features - used_blocks(in_features, out_features, q) * q)
 
 
 class MoRA(Adapter):
@@ -350,6 +301,10 @@ class MoRA(Adapter):
     @classmethod
     def dense(cls, config: MoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
         return delta_weight(params["m"] * params["scaling"], in_features, out_features, config.kind)
+
+    @classmethod
+    def fuse(cls, layout: FusedLayout, configs: tuple[MoRAConfig | None, ...]) -> Delta | None:
+        return FusedMoRA(layout, tuple(None if config is None else config.kind for config in configs))
 
 
 class MoRALinear(AdaptedLinear):

@@ -18,6 +18,7 @@ from mora_jax.adapters.base import AdapterState
 from mora_jax.adapters.config.common import RestartConfig
 from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.methods.mora import SHARED, STRIDED, TILED, MoRA, MoRAConfig, compress, decompress, delta_weight
+from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import trained_dot, widened
 
 Array = jax.Array
@@ -84,6 +85,10 @@ class ReMoRA(MoRA):
         same = {name: getattr(config, name) for name in ("rank", "dropout", "targets", "use_dora")}
         kept = {name: value for name, value in params.items() if name != "turn"}
         return MoRAConfig(kind=config.kinds[int(params["turn"])], **same), kept
+
+    @classmethod
+    def fuse(cls, layout: FusedLayout, configs: tuple[Any, ...]) -> None:
+        """None: which kind it is, data decides."""
 
     def renew(self, key: Array) -> None:
         """A zero M of the next kind; what was trained must have been folded into the base before."""

@@ -1,0 +1,159 @@
+"""What the kinds of MoRA do to features on both sides of M: sums and repetitions with their transposes, rotations."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax.adapters.products.matmul import widened
+
+Array = jax.Array
+
+KINDS = ("sharing", "rotation", "grouped", "grouped_tile", "strided_interleave", "decouple", "truncation")
+SHARED = ("sharing", "grouped", "grouped_tile", "strided_interleave")  # kinds with one M for groups of both sides
+STRIDED = ("sharing", "strided_interleave")
+TILED = ("sharing", "grouped_tile")
+BLOCK_KINDS = ("rotation", "decouple")
+
+
+class Walk(NamedTuple):
+    """Step f of `length` adds input `f mod source` to output `f mod target`: cyclic padding, tiles, strided sums.
+
+    Written as slices and sums of slices, which compilers make one pass over the features of.
+    """
+
+    length: int
+    source: int
+    target: int
+
+    def __call__(self, x: Array) -> Array:
+        """`[N, source]` → `[N, target]`; wide where anything is summed, else in the dtype of `x`."""
+        cuts = sorted({self.length, *range(0, self.length, self.source), *range(0, self.length, self.target)})
+        places = [(start % self.source, start % self.target, stop - start) for start, stop in pairwise(cuts)]
+        bounds = sorted({0, self.target, *(at for _, at, _ in places), *(at + size for _, at, size in places)})
+        columns = []
+        for low, high in pairwise(bounds):
+            starts = [start + low - at for start, at, size in places if at <= low and high <= at + size]
+            columns.append([x[:, start : start + high - low] for start in starts] or [jnp.zeros((len(x), high - low))])
+        if all(len(terms) == 1 for terms in columns):
+            summed = [terms[0].astype(x.dtype) for terms in columns]
+        else:
+            summed = [sum(map(widened, terms[1:]), widened(terms[0])) for terms in columns]
+        return summed[0] if len(summed) == 1 else jnp.concatenate(summed, axis=1)
+
+    @property
+    def transpose(self) -> Walk:
+        """The map of gradients."""
+        return Walk(self.length, self.target, self.source)
+
+
+class GroupSums(NamedTuple):
+    """Sums of contiguous groups, the first `features mod groups` of them one feature longer."""
+
+    features: int
+    groups: int
+
+    def __call__(self, x: Array) -> Array:
+        """`[N, features]` → wide `[N, groups]`."""
+        size, longer = divmod(self.features, self.groups)
+        x = widened(x)
+        head = x[:, : longer * (size + 1)].reshape(len(x), longer, size + 1).sum(-1)
+        tail = x[:, longer * (size + 1) :].reshape(len(x), self.groups - longer, size).sum(-1)
+        return jnp.concatenate([head, tail], axis=-1)
+
+    @property
+    def transpose(self) -> Repeats:
+        """The map of gradients."""
+        return Repeats(self.features, self.groups)
+
+
+class Repeats(NamedTuple):
+    """Every entry repeated in place, the first `features mod groups` once more than the rest."""
+
+    features: int
+    groups: int
+
+    def __call__(self, x: Array) -> Array:
+        """`[N, groups]` → `[N, features]`."""
+        size, longer = divmod(self.features, self.groups)
+        head = jnp.repeat(x[:, :longer], size + 1, axis=-1)
+        tail = jnp.repeat(x[:, longer:], size, axis=-1)
+        return jnp.concatenate([head, tail], axis=-1)
+
+    @property
+    def transpose(self) -> GroupSums:
+        """The map of gradients."""
+        return GroupSums(self.features, self.groups)
+
+
+Map = Walk | GroupSums | Repeats
+
+
+class Sides(NamedTuple):
+    """What stands around M.
+
+    Attributes:
+        inner: from inputs to `blocks · q` features.
+        outer: from as many to outputs.
+        blocks: how often M is used, on as many blocks of features.
+    """
+
+    inner: Map
+    outer: Map
+    blocks: int
+
+    @classmethod
+    def of(cls, kind: str, in_features: int, out_features: int, q: int) -> Sides:
+        """Those of a kind whose M has the side q."""
+        if kind == "truncation":
+            return cls(Walk(min(q, in_features), in_features, q), Walk(min(q, out_features), q, out_features), 1)
+        if kind in BLOCK_KINDS:
+            blocks = used_blocks(in_features, out_features, q)
+            size = blocks * q
+            return cls(Walk(size, in_features, size), Walk(out_features, size, out_features), blocks)
+        return cls(compression(kind, in_features, q), decompression(kind, out_features, q), 1)
+
+
+def compression(kind: str, in_features: int, q: int) -> Map:
+    """The sums of a kind in `SHARED`."""
+    return Walk(-(-in_features // q) * q, in_features, q) if kind in STRIDED else GroupSums(in_features, q)
+
+
+def decompression(kind: str, out_features: int, q: int) -> Map:
+    """The repetitions of a kind in `SHARED`."""
+    return Walk(out_features, q, out_features) if kind in TILED else Repeats(out_features, q)
+
+
+def used_blocks(in_features: int, out_features: int, q: int) -> int:
+    """Blocks whose output is not cut off: with more inputs than outputs the later blocks have no effect."""
+    return min(-(-in_features // q), -(-out_features // q))
+
+
+def _angles(count: int, q: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of k · 10000^(−2j/q), `[count, q / 2]` in `dtype`."""
+    theta = 10000.0 ** (-2.0 * np.arange(q // 2) / q)
+    angle = np.arange(count)[:, None] * theta
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+
+
+def rotated_features(z: Array) -> Array:
+    """Rotates block k by k · θ, feature j paired with j + q/2. float32 `[N, count, q]`."""
+    half = z.shape[-1] // 2
+    cos, sin = _angles(z.shape[-2], z.shape[-1], z.dtype)
+    first, second = z[..., :half], z[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rotated_squares(m: Array, count: int) -> Array:
+    """What block k is multiplied by, `(M R_k)ᵀ`, for each of `count` blocks: float32 `[q, q]` → `[count, q, q]`.
+
+    A rotation of M for each block, `in · q` numbers once a step, in place of one of every token's blocks.
+    """
+    mt, half = m.T, m.shape[0] // 2
+    cos, sin = (angles[:, :, None] for angles in _angles(count, m.shape[0], m.dtype))
+    first, second = mt[:half], mt[half:]
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=1)
