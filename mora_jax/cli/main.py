@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from mora_jax.cli import convert, demo, generate, inspect, merge, plan, train
+from mora_jax.cli import convert, demo, generate, inspect, merge, plan, sweep, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli.errors import report, stopped
 from mora_jax.cli.options import OVERRIDE, take_overrides
@@ -26,6 +26,7 @@ from mora_jax.training.distributed.signals import ASKING, Stoppable, Stopped
 
 COMMANDS = {
     "train": train,
+    "sweep": sweep,
     "eval": eval_command,
     "generate": generate,
     "merge": merge,
@@ -35,7 +36,7 @@ COMMANDS = {
     "demo": demo,
 }
 # Those that take --config.KEY=VALUE.
-TAKE_KEYS = ("train", "plan")
+TAKE_KEYS = ("train", "sweep", "plan")
 EPILOG = """\
 `mora-jax COMMAND --help` shows a command's options. For a first look: `mora-jax demo`, then
 
@@ -173,7 +174,7 @@ def _refuse_key(command: str, parser: Parser, key: str) -> NoReturn:
     known = {option: action for action in parser._actions for option in action.option_strings}
     flag = flag_of(key, known)
     hint = f"; did you mean {flag}?" if flag else ""
-    raise InputError(f"{OVERRIDE}{key}: only {' and '.join(TAKE_KEYS)} take configuration keys{hint}")
+    raise InputError(f"{OVERRIDE}{key}: only {', '.join(TAKE_KEYS[:-1])} and {TAKE_KEYS[-1]} take configuration keys{hint}")
 
 
 def _one_line(

@@ -9,14 +9,7 @@ from typing import Any
 from mora_jax.demo.cells import MODES, Curve
 from mora_jax.demo.table import Row
 from mora_jax.paths import new_file
-
-#: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
-STYLES: tuple[tuple[str, Any, str], ...] = (
-    ("#0072B2", "-", "o"),
-    ("#D55E00", (0, (5, 2)), "s"),
-    ("#009E73", (0, (1, 1)), "^"),
-    ("#000000", (0, (4, 1, 1, 1)), "D"),
-)
+from mora_jax.sweeps.plot import STYLES
 
 
 def draw(rows: Sequence[Row], curves: Mapping[tuple[str, str], Curve], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,8 @@ class Assembly(NamedTuple):
         runner: runs, or only lowers, the step.
         restarts: those of the method; None without.
         budget: AdaLoRA's; None without.
+        settings: what is fixed in the step.
+        rates: see `make_optimizer`.
     """
 
     structure: Structure
@@ -48,6 +51,8 @@ class Assembly(NamedTuple):
     runner: JitRunner | PmapRunner
     restarts: Restarts | None
     budget: RankBudget | None
+    settings: StepConfig
+    rates: Mapping[str, float] | None
 
     def initial_state(self, seed: int) -> TrainState:
         """The state before the first step, not placed yet."""
@@ -82,7 +87,8 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     structure = Structure(graphdef, adapters, frozen)
     method = adapter_config(config.adapter, steps)
     restarts = Restarts.of(method, steps)
-    optimizer = make_optimizer(config.optimizer, steps, getattr(method, "rates", None), restarts=restarts)
+    rates = getattr(method, "rates", None)
+    optimizer = make_optimizer(config.optimizer, steps, rates, restarts=restarts)
     arrays = flat_arrays(adapters), flat_arrays(frozen)
     budget = RankBudget.of(model, *arrays)
     if budget is not None:
@@ -105,7 +111,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     else:
         table = placement.table(adapters, frozen)
         runner = JitRunner(step, mesh, table)
-    return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget)
+    return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget, settings, rates)
 
 
 def base_structure(model: nnx.Module) -> Structure:

@@ -156,6 +156,57 @@ def finetune(
         >>> [row["step"] for row in result.metrics]
         [1, 2]
     """
+    objects, whole = configured(
+        model,
+        rows,
+        adapter_config,
+        tokenizer=tokenizer,
+        loss=loss,
+        eval_rows=eval_rows,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        out=out,
+        config=config,
+    )
+    shown = make_display() if display is None else display
+    directory = MemoryDirectory() if out is None else RunDirectory(os.fspath(out))
+    with new_run(whole, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
+        try:
+            code = trainer.run()
+        finally:
+            # The steps took over the arrays of a model that was given.
+            trained = _trained(trainer, objects.model)
+    return FinetuneResult(
+        trained,
+        trainer.setup.tokenizer,
+        directory.read_metrics(),
+        dict(trainer.summary),
+        code != 0,
+        None if out is None else str(directory.path),
+        whole,
+    )
+
+
+def configured(
+    model: Decoder | str | os.PathLike[str],
+    rows: Any,
+    adapter_config: Any = None,
+    *,
+    tokenizer: Any = None,
+    loss: str = "masked",
+    eval_rows: Any = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[Objects, Config]:
+    """The arguments of `finetune` as what is in memory and a checked configuration.
+
+    Raises:
+        InputError: whatever has to be fixed.
+    """
     if not isinstance(model, nnx.Module | str | os.PathLike):
         raise InputError(f"model should be a path, a hub id or a model of load_pretrained, not {type(model).__name__}")
     objects = Objects(
@@ -179,23 +230,7 @@ def finetune(
         },
         dict(config or {}),
     )
-    shown = make_display() if display is None else display
-    directory = MemoryDirectory() if out is None else RunDirectory(os.fspath(out))
-    with new_run(whole, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
-        try:
-            code = trainer.run()
-        finally:
-            # The steps took over the arrays of a model that was given.
-            trained = _trained(trainer, objects.model)
-    return FinetuneResult(
-        trained,
-        trainer.setup.tokenizer,
-        directory.read_metrics(),
-        dict(trainer.summary),
-        code != 0,
-        None if out is None else str(directory.path),
-        whole,
-    )
+    return objects, whole
 
 
 def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
 from mora_jax.models.decoder import Decoder
-from mora_jax.training.build_step import assemble
+from mora_jax.training.build_step import Assembly, assemble
 from mora_jax.training.config.resume import changed, check_found
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import Display
@@ -148,21 +148,30 @@ class Trainer:
         directory: where it is recorded.
         display: what the user sees.
         callbacks: called with every row of metrics; one that returns True ends the training after the step at hand.
+        runner_for: gives what runs the step in place of the runner that was put together, as for a run among several
+            (mora_jax/sweeps).
 
     Attributes:
         summary: what `summary.json` holds, once the run is done.
     """
 
-    def __init__(self, setup: Setup, directory: RunDirectory, display: Display, callbacks: Sequence[Callback] = ()):
+    def __init__(
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        display: Display,
+        callbacks: Sequence[Callback] = (),
+        runner_for: Callable[[Assembly], Any] | None = None,
+    ):
         self.setup, self.directory, self.display = setup, directory, display
         self.callbacks, self.summary = tuple(callbacks), dict[str, Any]()
         self._enough = False  # whether a callback has said so
         self.config = config = setup.config
         made = assemble(setup.model, config, setup.plan.steps, setup.mesh)
         self.structure, self.placement, restarts = made.structure, made.placement, made.restarts
-        self.runner: Any = made.runner
-        self.frozen = self.runner.place(made.frozen)
         self.state: TrainState = made.placed_state(config.seed)
+        self.runner: Any = made.runner if runner_for is None else runner_for(made)
+        self.frozen = self.runner.place(made.frozen)
         self.restarter: Restarter | None = None
         if restarts is not None:
             whole = self.runner.whole((self.state, self.frozen))
@@ -181,13 +190,33 @@ class Trainer:
 
     def run(self) -> int:
         """Trains to the end, or to the step boundary after a signal; returns the exit code."""
+        with (
+            StopSignals(Agreement() if several() else None, self.display.note) as signals,
+            contextlib.closing(self.work(signals)) as work,
+        ):
+            after: Any = None
+            while True:
+                try:
+                    batch = work.send(after)
+                except StopIteration as end:
+                    return end.value
+                after = self.runner(self.state, self.frozen, batch)
+
+    def work(self, signals: StopSignals) -> Generator[Batch, tuple[TrainState, StepMetrics], int]:
+        """The run, but for the steps themselves: yields each batch, and is sent the state after it and its metrics.
+
+        Args:
+            signals: in place; their stop is looked for after each step.
+
+        Returns:
+            The exit code.
+        """
         started = time.perf_counter()
         plan, settings = self.setup.plan, self.config.train
         self.directory.files.note = self.display.note
         if self.directory.writes and not self.directory.files.remote:
             self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         with (
-            StopSignals(Agreement() if several() else None, self.display.note) as signals,
             self.display,
             self._checkpoints() as checkpoints,
             contextlib.ExitStack() as context,
@@ -222,7 +251,7 @@ class Trainer:
                     signals.words = _FINISHING
                 with self.observer.step(step + 1):
                     batch = self._next(batches)
-                    self.state, metrics = self.runner(self.state, self.frozen, batch)
+                    self.state, metrics = yield batch
                     self.observer.sent(step + 1, self.runner.compilation_log)
                     # Metrics are read a step late, so the device always has the next step in its queue.
                     self._report(pending)

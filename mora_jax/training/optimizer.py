@@ -79,12 +79,19 @@ def make_optimizer(
         A transformation whose `update` takes `taken`: whether the step counts (see `state.chosen`); only moments in the
         host's memory (`config.offload`) look at it.
     """
+    return scheduled(config, make_schedule(config, steps, restarts), rates)
+
+
+def scheduled(
+    config: OptimizerConfig, schedule: optax.Schedule, rates: Mapping[str, float] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """`make_optimizer` with a given schedule; its rate, the weight decay and the norm to clip to may be traced."""
     adam = optax.scale_by_adam(mu_dtype="float32")
     # As `optax.adamw`, whose state is made up in the same way.
     adamw = optax.chain(
         streamed(adam) if config.offload else adam,
         optax.add_decayed_weights(config.weight_decay, weight_masks),
-        optax.scale_by_learning_rate(make_schedule(config, steps, restarts)),
+        optax.scale_by_learning_rate(schedule),
     )
     stages = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     stages.append(adamw)

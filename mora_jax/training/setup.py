@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -200,11 +201,14 @@ class Objects:
 NOTHING = Objects()
 
 
-def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
-    """Loads, encodes, attaches and checks; writes nothing.
+Encode = Callable[[Config, Any, int, Any, Any], tuple[EncodedDataset, EncodedDataset | None]]
+
+
+def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Decoder, Any, Mesh]:
+    """The model and its tokenizer, loaded or those given, and the mesh.
 
     Raises:
-        InputError: whatever the user has to fix, in one line.
+        InputError: they can't be loaded.
     """
     assert config.model.path is not None, "the configuration demands it"
     mesh = make_mesh(*mesh_shape(config.mesh, config.train.micro_batch))
@@ -227,7 +231,23 @@ def prepare(config: Config, objects: Objects = NOTHING) -> Setup:
         raise InputError(
             f"{config.model.path} has no tokenizer files; training on text needs them in the model's folder"
         )
-    train, evaluation = encode_data(config, tokenizer, model.config.vocab_size, objects.rows, objects.eval_rows)
+    return model, tokenizer, mesh
+
+
+def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = None) -> Setup:
+    """Loads, encodes, attaches and checks; writes nothing.
+
+    Args:
+        config: the whole run.
+        objects: what is in memory already.
+        encode: in place of `encode_data`.
+
+    Raises:
+        InputError: whatever the user has to fix, in one line.
+    """
+    model, tokenizer, mesh = load_base(config, objects)
+    encode = encode_data if encode is None else encode
+    train, evaluation = encode(config, tokenizer, model.config.vocab_size, objects.rows, objects.eval_rows)
     plan = BatchPlan(
         train.lengths,
         config.train.batch_size,

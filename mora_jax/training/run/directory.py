@@ -121,7 +121,7 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Writes `config.json`, with paths that hold from any working directory."""
-        self.write_json("config.json", _with_absolute_paths(config).to_dict())
+        self.write_json("config.json", with_absolute_paths(config).to_dict())
 
     def read_config(self) -> Config:
         """The configuration of the run.
@@ -181,7 +181,7 @@ class RunDirectory:
             self.files.flush()
 
 
-def _with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """The configuration with what it names on this machine's disk by absolute paths; not hub ids and buckets."""
     data = config.data
     paths: dict[str, Any] = {

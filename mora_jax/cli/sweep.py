@@ -1,0 +1,80 @@
+"""Fine-tune with several settings at once, to choose a learning rate or a method.
+
+Every combination of the values that --sweep names is a run of its own, with its own folder OUT/runs/NAME, where OUT is
+config.out. Runs that differ in numbers alone (learning rate and schedule, weight decay, seed, loss mode) train together
+over one base in memory. OUT/sweep.csv and OUT/sweep.png show what came of them. The same command, or --resume OUT,
+continues a sweep that was stopped.
+"""
+
+import argparse
+from typing import Any
+
+from mora_jax.cli.options import add_number
+from mora_jax.errors import InputError
+
+HELP = "fine-tune with several settings at once"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.usage = (
+        "mora-jax sweep --sweep KEY=VALUE,VALUE [--sweep ...] [--config FILE] [--config.KEY=VALUE ...] [--overwrite]\n"
+        "       mora-jax sweep --resume OUT"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        metavar="KEY=VALUE,VALUE",
+        help="a configuration key and its values, such as optimizer.learning_rate=1e-4,3e-4,1e-3; may be given for "
+        "several keys",
+    )
+    parser.add_argument("--config", metavar="FILE", help="config file, as of mora-jax train; its keys are all runs'")
+    parser.add_argument("--resume", metavar="OUT", help="continue the sweep in this folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a sweep that is already in config.out")
+    add_number(parser, "--at-once", int, None, "The most runs that train together; none: all that can.", at_least=1)
+    parser.epilog = "mora-jax train --help lists the configuration keys."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    if args.resume is not None:
+        given = [
+            flag
+            for flag, value in (("--sweep", args.sweep), ("--config", args.config), ("--overwrite", args.overwrite))
+            if value
+        ] + [f"--config.{name}" for name, _ in args.overrides]
+        if given:
+            raise InputError(f"{given[0]} can't be given with --resume, which continues as OUT/sweep.json says")
+        return _train(args, None, [])
+    from mora_jax.sweeps.grid import combinations, expand, parse_grid, parse_sweep
+    from mora_jax.training.config.load import load_config
+
+    texts = args.sweep or []
+    settings = combinations(parse_grid(texts))
+    first = [(name, values[0]) for name, values in map(parse_sweep, texts)]
+    both = next((name for name, _ in args.overrides if name in dict(first)), None)
+    if both:
+        raise InputError(f"--sweep {both} and --config.{both} are both given; leave out one of them")
+    base, note = load_config(args.config, [*args.overrides, *first])
+    return _train(args, base.out, expand(base, settings, base.out), note)
+
+
+def _train(args: argparse.Namespace, out: str | None, runs: Any, note: str | None = None) -> int:
+    from mora_jax.sweeps.board import make_board
+    from mora_jax.sweeps.folder import SweepFolder
+    from mora_jax.sweeps.train import train_runs
+
+    folder = SweepFolder(args.resume if out is None else out)
+    board = make_board()
+    if note:
+        board.note(f"warning: {note}")
+    found = runs or folder.runs()
+    result = train_runs(found, folder, board, at_once=args.at_once, overwrite=args.overwrite)
+    print(result.table())
+    if result.exit_code:
+        board.note(f"stopped; continue with mora-jax sweep --resume {folder.path}")
+        return result.exit_code
+    if result.best is None:
+        raise InputError(f"every run failed: {result.runs[0].failed}")
+    board.note(f"the best of {len(found)} runs is {result.best.name}; all of them: {folder.path / 'sweep.csv'}")
+    return 0

@@ -1,0 +1,1 @@
+"""Several runs at once over one base: grids of settings, trained together, with a table of what came of them."""

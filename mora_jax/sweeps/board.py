@@ -1,0 +1,152 @@
+"""What a sweep says while it goes: one line a step here, a table of all runs on a terminal in live_board.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mora_jax.training.display.choose import in_notebook, is_live
+from mora_jax.training.display.plain import Display, RunInfo, left_words, printable
+
+
+@dataclass
+class RunState:
+    """What is known of a run.
+
+    Attributes:
+        steps: of the whole run.
+        step: done so far.
+        loss, eval_loss: the last ones.
+        words: waiting, training, done, or why it ended.
+        tokens_per_second: its own.
+        seconds_left: of its group, where known.
+    """
+
+    steps: int = 0
+    step: int = 0
+    loss: float = math.nan
+    eval_loss: float | None = None
+    words: str = "waiting"
+    tokens_per_second: float = 0.0
+    seconds_left: float | None = None
+
+
+class Board(Display):
+    """Plain lines about all runs; `of` gives the display of one of them."""
+
+    def __init__(self, stream: Any = None) -> None:
+        """Writes to `stream`, by default the stderr of the moment."""
+        super().__init__(stream)
+        self.runs: dict[str, RunState] = {}
+        self._together: Sequence[str] = ()
+        self._said: dict[str, list[str]] = {}
+        self._fresh = False
+
+    def begin(self, names: Sequence[str]) -> None:
+        """The sweep's runs, in order."""
+        self.runs = {name: RunState() for name in names}
+
+    def group(self, names: Sequence[str]) -> None:
+        """The runs that train now."""
+        self.round()
+        self._together = names
+        for name in names:
+            self.runs[name].words = "training"
+        self.note(f"{len(names)} runs train together" if len(names) > 1 else f"run {names[0]} trains by itself")
+
+    def of(self, name: str) -> Display:
+        """The display of a run."""
+        return _RunDisplay(self, name)
+
+    def info(self, name: str, info: RunInfo) -> None:
+        """What a run is about to train; said once for runs that train together."""
+        state = self.runs[name]
+        state.steps, state.step = info.steps, info.first_step
+        if name == self._together[0]:
+            for head, words in info.rows():
+                if head != "out":
+                    self.note(f"{head:8}{printable(words)}")
+        for words in info.notes:
+            self.said(name, f"note: {words}")
+
+    def row(self, name: str, row: Mapping[str, Any]) -> None:
+        """A logged step of a run."""
+        state = self.runs[name]
+        state.step, state.loss = row["step"], row["loss"]
+        state.tokens_per_second, state.seconds_left = row["tokens_per_second"], row.get("seconds_left")
+        self._fresh = True
+
+    def evaluated(self, name: str, row: Mapping[str, Any]) -> None:
+        """An evaluation of a run."""
+        self.runs[name].eval_loss = row["eval_loss"]
+
+    def ended(self, name: str, words: str) -> None:
+        """A run is done, or failed."""
+        self.runs[name].words = words
+
+    def said(self, name: str, text: str) -> None:
+        """A line about a run; what all say is shown once, at the end of the round."""
+        self._said.setdefault(text, []).append(name)
+
+    def round(self) -> None:
+        """All runs that train together have made a step."""
+        said, self._said = self._said, {}
+        for text, names in said.items():
+            self.note(text if set(names) >= set(self._together) else f"{', '.join(dict.fromkeys(names))}: {text}")
+        if self._fresh:
+            self._fresh = False
+            self.show()
+
+    def show(self) -> None:
+        """Shows where the runs are."""
+        states = {name: self.runs[name] for name in self._together if self.runs[name].words == "training"}
+        finite = {name: state for name, state in states.items() if math.isfinite(state.loss)}
+        if not finite:
+            return
+        low = min(finite, key=lambda name: finite[name].loss)
+        high = max(state.loss for state in finite.values())
+        first = states[low]
+        speed = sum(state.tokens_per_second for state in states.values())
+        left = left_words({"seconds_left": first.seconds_left})
+        several = f" ({low}) to {high:.4f}" if len(states) > 1 else ""
+        self.note(f"step {first.step}/{first.steps}  loss {first.loss:.4f}{several}  {speed:,.0f} tokens/s{left}")
+
+
+class _RunDisplay(Display):
+    """What a run says, on a board."""
+
+    def __init__(self, board: Board, name: str) -> None:
+        super().__init__(board.stream)
+        self._board, self._name = board, name
+
+    def loading(self, words: str) -> None:
+        """Shows nothing."""
+
+    def progress(self, words: str, done: int, total: int) -> None:
+        """Shows nothing."""
+
+    def start(self, info: RunInfo) -> None:
+        self._board.info(self._name, info)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._board.row(self._name, row)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        self._board.evaluated(self._name, row)
+
+    def note(self, text: str) -> None:
+        self._board.said(self._name, text)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._board.ended(self._name, "done")
+
+
+def make_board() -> Board:
+    """The board that suits stderr: live on a terminal and in a notebook, plain lines elsewhere."""
+    if in_notebook() or is_live():
+        from mora_jax.sweeps.live_board import LiveBoard
+
+        return LiveBoard()
+    return Board()

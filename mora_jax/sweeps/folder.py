@@ -1,0 +1,125 @@
+"""The folder of a sweep: what was asked for, the folders of its runs, and what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.sweeps.grid import SweepRun
+from mora_jax.sweeps.results import SweepResult
+from mora_jax.training.config.checks import config_from_dict
+from mora_jax.training.run.directory import CONTENTS, RunDirectory, with_absolute_paths
+
+FILE = "sweep.json"
+_OWN = (FILE, "sweep.csv", "sweep.png", "runs")
+
+
+class SweepFolder:
+    """A sweep's files.
+
+    Args:
+        out: the folder, local or in a bucket.
+
+    Raises:
+        InputError: the path can't be used.
+    """
+
+    def __init__(self, out: str):
+        self._directory = RunDirectory(out)
+        self.path, self.files = self._directory.path, self._directory.files
+
+    def check_free(self, runs: Sequence[SweepRun], overwrite: bool) -> bool:
+        """Whether this very sweep began here already, so that it goes on.
+
+        Raises:
+            InputError: the folder can't be used, or holds a run or another sweep.
+        """
+        own = self.files.present(_OWN)
+        others = [name for name in CONTENTS if name in self.files.present(CONTENTS)]
+        if others:
+            raise InputError(f"{self.path} holds a run ({', '.join(others)}), not a sweep; set another config.out")
+        if own and not overwrite:
+            if FILE in own and self.read() == self._described(runs):
+                return True
+            raise InputError(
+                f"{self.path} holds another sweep ({', '.join(own)}); continue that one with --resume {self.path}, "
+                "replace it with --overwrite, or set another config.out"
+            )
+        self._directory.check_free(overwrite)
+        return False
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder and keeps other sweeps out of it."""
+        with self._directory.claimed():
+            yield
+
+    def create(self, runs: Sequence[SweepRun], overwrite: bool) -> None:
+        """Removes an earlier sweep if that was asked for, and writes `sweep.json`."""
+        if overwrite:
+            for name in _OWN:
+                self.files.remove(name)
+        self._write({"runs": self._described(runs), "failed": {}})
+
+    def read(self) -> list[dict[str, Any]]:
+        """The runs as `sweep.json` describes them."""
+        return self._read()["runs"]
+
+    def runs(self) -> list[SweepRun]:
+        """The runs of the sweep that began here.
+
+        Raises:
+            InputError: there is none, or its file can't be read.
+        """
+        found = self._read()["runs"]
+        origin = str(self.path / FILE)
+        return [SweepRun(run["name"], _values(run["values"]), config_from_dict(run["config"], origin)) for run in found]
+
+    def failed(self) -> dict[str, str]:
+        """The runs that failed, with what was said."""
+        return self._read()["failed"] if self.files.present((FILE,)) else {}
+
+    def note_failure(self, name: str, words: str) -> None:
+        """Remembers that a run failed, so that it isn't tried again."""
+        values = self._read()
+        self._write(values | {"failed": values["failed"] | {name: words}})
+
+    def write(self, result: SweepResult) -> str | None:
+        """Writes the table and the picture; returns why there is no picture."""
+        self.files.write("sweep.csv", result.csv())
+        if self.files.remote:
+            return "a picture is only written to a local folder"
+        try:
+            result.plot(self.path / "sweep.png")
+        except InputError as error:
+            return str(error)
+        return None
+
+    def _read(self) -> dict[str, Any]:
+        text = self.files.read(FILE)
+        if text is None:
+            raise InputError(f"{self.path} holds no sweep: {self.path / FILE} is missing")
+        try:
+            values = json.loads(text)
+            return {"runs": values["runs"], "failed": values["failed"]}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path / FILE} is damaged: {error}") from None
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self.files.write(FILE, json.dumps(values, indent=2) + "\n")
+
+    @staticmethod
+    def _described(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
+        """As JSON gives it back."""
+        described = [
+            {"name": run.name, "values": run.values, "config": with_absolute_paths(run.config).to_dict()} for run in runs
+        ]
+        return json.loads(json.dumps(described))
+
+
+def _values(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists are tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

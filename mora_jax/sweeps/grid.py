@@ -1,0 +1,180 @@
+"""The runs of a sweep: every combination of the values that some configuration keys take."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.paths import is_local
+from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.key import TEXTS, split_list
+from mora_jax.training.config.schema import AdapterConfig, Config, MeshConfig, find_key, lay_over
+from mora_jax.training.config.to_adapter import adapter_config
+
+#: Runs share one device and one process; where they write belongs to the sweep.
+NOT_SWEPT = ("out", "mesh", "log")
+_PLAIN = re.compile(r"[^\w.=+-]+")
+_LONGEST = 120  # characters of a run's name; file systems take 255 bytes
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder.
+        values: of the swept keys, in the order of the sweep.
+        config: the whole configuration; `out` is the run's own folder.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    config: Config
+
+
+def parse_sweep(text: str) -> tuple[str, tuple[str, ...]]:
+    """`KEY=v1,v2` → the key, and the texts of its values; commas inside brackets don't separate, so that one value can
+    be a list: `adapter.targets=all-linear,[q_proj,v_proj]`.
+
+    Raises:
+        InputError: no key, no value, an empty value.
+    """
+    name, equals, listed = text.partition("=")
+    if not name or not equals:
+        raise InputError(f"--sweep {text}: write KEY=VALUE,VALUE, such as optimizer.learning_rate=1e-4,3e-4")
+    key = find_key(name, f"--sweep {name}")
+    values = split_list(listed)
+    if any(not value.strip() for value in values):
+        raise InputError(f"--sweep {text}: a value is empty; write {name}=VALUE,VALUE")
+    if TEXTS in key.types:
+        values = tuple(value[1:-1] if value[:1] + value[-1:] == "[]" else value for value in values)
+    return name, values
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of each key that `--sweep` options name, in their order.
+
+    Raises:
+        InputError: an unknown key, a value that it doesn't take, a key that is named twice.
+    """
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        name, values = parse_sweep(text)
+        origin = f"--sweep {name}"
+        if name in grid:
+            raise InputError(f"{origin} is given twice; put all values into one: {origin}=VALUE,VALUE")
+        grid[name] = [find_key(name, origin).parse(value, origin) for value in values]
+    return grid
+
+
+def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values, the last key changing fastest.
+
+    Raises:
+        InputError: there are none, or one twice.
+    """
+    if not grid:
+        raise InputError("nothing to sweep: name a key with its values, such as --sweep optimizer.learning_rate=1e-4,1e-3")
+    for name, values in grid.items():
+        find_key(name, f"--sweep {name}")
+        if not values:
+            raise InputError(f"--sweep {name} has no values")
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                raise InputError(f"--sweep {name} has the value {shown(value)} twice; each run should be another")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def expand(base: Config, settings: Sequence[Mapping[str, Any]], out: str | None) -> list[SweepRun]:
+    """The runs with these values of keys.
+
+    Args:
+        base: the configuration that they share.
+        settings: for each run the values of the swept keys.
+        out: the sweep's folder; None where nothing is written.
+
+    Raises:
+        InputError: a key that can't be swept, values that don't go together (names the run), two runs alike.
+    """
+    keys = list(dict.fromkeys(name for values in settings for name in values))
+    for name in keys:
+        if name.split(".")[0] in NOT_SWEPT:
+            raise InputError(f"--sweep {name}: this key can't be swept; it says where a run computes or writes")
+    _check_shared(base)
+    short = _short(keys)
+    runs: list[SweepRun] = []
+    names: dict[str, int] = {}
+    for values in settings:
+        name = _name({short[key]: value for key, value in values.items()})
+        names[name] = names.get(name, 0) + 1
+        name = name if names[name] == 1 else f"{name}_{names[name]}"
+        where = base.out or "" if out is None else _join(out, name)
+        given = [(key, value, f"--sweep {key}") for key, value in values.items()]
+        config = lay_over(base, [*given, ("out", where, "out"), ("mesh.data", 1, "the sweep")])
+        try:
+            check_together(config)
+        except InputError as error:
+            raise InputError(f"run {name}: {error}") from None
+        runs.append(SweepRun(name, dict(values), config))
+    _check_different(runs)
+    return runs
+
+
+def _check_shared(base: Config) -> None:
+    """Refuses what a sweep has no use for."""
+    mesh = base.mesh
+    if mesh.data not in (-1, 1) or mesh != MeshConfig(data=mesh.data):
+        raise InputError(
+            "config: a sweep trains its runs side by side on one device; leave the keys mesh.* at their defaults"
+        )
+    for name, on in (("log.wandb", base.log.wandb), ("log.profile_steps", base.log.profile_steps)):
+        if on:
+            raise InputError(f"config: {name} is for a run alone, not for a sweep; log.tensorboard works in one")
+
+
+def _check_different(runs: Sequence[SweepRun]) -> None:
+    """Refuses runs that would compute the same, as where a method doesn't read the swept key."""
+    seen: dict[Any, str] = {}
+    for run in runs:
+        config = run.config
+        rest = dataclasses.replace(config, out=None, adapter=AdapterConfig(path=config.adapter.path))
+        what = adapter_config(config.adapter), rest
+        first = seen.setdefault(what, run.name)
+        if first != run.name:
+            raise InputError(
+                f"the runs {first} and {run.name} are the same: adapter.method={config.adapter.method} doesn't read what "
+                "differs between them"
+            )
+
+
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """What each key is called in names of runs: its last part, or all of it where another ends so too."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    return {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    """`learning_rate=0.001_seed=0`: characters that every file system and shell takes as they are."""
+    words = "_".join(f"{key}={_PLAIN.sub('-', _last(value)).strip('-')}" for key, value in values.items())
+    return words[:_LONGEST] or "run"
+
+
+def _last(value: Any) -> str:
+    """The value in few words: of a path its end."""
+    text = shown(value)
+    return PurePath(text).name or text if "/" in text else text
+
+
+def shown(value: Any) -> str:
+    """A value as it is shown in tables."""
+    return "none" if value is None else "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _join(out: str, name: str) -> str:
+    return f"{out.rstrip('/')}/runs/{name}" if not is_local(out) else str(PurePath(out) / "runs" / name)

@@ -1,0 +1,106 @@
+"""The picture of a sweep: loss against the learning rate, or another swept number, with the best run marked."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.sweeps.grid import shown
+from mora_jax.sweeps.results import RunResult, SweepResult, varied
+
+#: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
+STYLES: tuple[tuple[str, Any, str], ...] = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", (0, (5, 2)), "s"),
+    ("#009E73", (0, (1, 1)), "^"),
+    ("#000000", (0, (4, 1, 1, 1)), "D"),
+)
+_RATE, _SEED = "optimizer.learning_rate", "seed"
+
+
+def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any:
+    """Draws a point a run, and a line through the means over seeds for each combination of the other keys.
+
+    Args:
+        result: of the sweep.
+        path: where to write the picture; None for nowhere.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        InputError: matplotlib isn't installed, or `path` can't be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
+    runs = [run for run in result.runs if math.isfinite(run.score)]
+    keys = varied(result.runs)
+    along = _along(result.runs, keys)
+    places = _places(result.runs, along)
+    lines: dict[str, list[RunResult]] = {}
+    for run in runs:
+        rest = [f"{key.rpartition('.')[2]} {shown(run.values.get(key))}" for key in keys if key not in (along, _SEED)]
+        lines.setdefault(", ".join(rest), []).append(run)
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, members) in enumerate(lines.items()):
+        colour, dash, marker = STYLES[number % len(STYLES)]
+        by_place: dict[float, list[float]] = {}
+        for run in members:
+            by_place.setdefault(places[shown(run.values.get(along))], []).append(run.score)
+        middle = sorted((place, sum(losses) / len(losses)) for place, losses in by_place.items())
+        axes.plot(*zip(*middle, strict=True), color=colour, linestyle=dash, marker=marker, label=label or None)
+        if any(len(losses) > 1 for losses in by_place.values()):
+            points = [(place, loss) for place, losses in by_place.items() for loss in losses]
+            axes.plot(*zip(*points, strict=True), color=colour, linestyle="none", marker=marker, markersize=4, alpha=0.5)
+    best = result.best
+    if best is not None:
+        at = places[shown(best.values.get(along))], best.score
+        axes.plot(*at, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
+        axes.annotate(
+            f"best: {best.name}", at, xytext=(0, -20), textcoords="offset points", ha="center", va="top", fontsize=8
+        )
+    numeric = all(isinstance(run.values.get(along), int | float) for run in result.runs)
+    if along == _RATE and numeric:
+        axes.set_xscale("log")
+    if not numeric or along != _RATE:
+        axes.set_xticks(list(places.values()), list(places))
+    elif len(places) <= 8:
+        axes.set_xticks(list(places.values()), list(places))
+        axes.set_xticks([], minor=True)
+    axes.margins(y=0.2)
+    axes.set_xlabel(along or "run")
+    scored = any(run.summary.get("eval_loss") is not None for run in runs)
+    axes.set_ylabel("loss on held-out answers, nats a token" if scored else "loss of the last step, nats a token")
+    failed = [run for run in result.runs if run.failed]
+    if failed:
+        axes.set_title(f"left out, since they failed: {', '.join(run.name for run in failed)}", fontsize=8, wrap=True)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
+
+
+def _along(runs: list[RunResult], keys: list[str]) -> str:
+    """The key along the horizontal axis: the learning rate, else a number, else what there is."""
+    if _RATE in keys:
+        return _RATE
+    numbers = [key for key in keys if all(isinstance(run.values.get(key), int | float) for run in runs)]
+    others = [key for key in numbers if key != _SEED]
+    return next(iter(others or numbers or keys), next(iter(runs[0].values), ""))
+
+
+def _places(runs: list[RunResult], along: str) -> dict[str, float]:
+    """Where each value lies: a number at itself for the learning rate, others side by side."""
+    values = list(dict.fromkeys(run.values.get(along) for run in runs))
+    if along == _RATE:
+        return {shown(value): float(value) for value in values if value is not None}
+    if all(isinstance(value, int | float) for value in values):
+        values.sort()
+    return {shown(value): float(index) for index, value in enumerate(values)}
