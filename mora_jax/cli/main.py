@@ -174,7 +174,9 @@ def _refuse_key(command: str, parser: Parser, key: str) -> NoReturn:
     known = {option: action for action in parser._actions for option in action.option_strings}
     flag = flag_of(key, known)
     hint = f"; did you mean {flag}?" if flag else ""
-    raise InputError(f"{OVERRIDE}{key}: only {', '.join(TAKE_KEYS[:-1])} and {TAKE_KEYS[-1]} take configuration keys{hint}")
+    raise InputError(
+        f"{OVERRIDE}{key}: only {', '.join(TAKE_KEYS[:-1])} and {TAKE_KEYS[-1]} take configuration keys{hint}"
+    )
 
 
 def _one_line(

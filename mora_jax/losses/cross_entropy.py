@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 Array = jax.Array
@@ -65,6 +66,7 @@ def weighted_loss(
     softcap: float | None = None,
     shards: int = 1,
     chunk: int | None = None,
+    mapped: bool = False,
 ) -> Array:
     """Σ weight · (−log p(target)) over all tokens: a sum; the caller divides by its normaliser.
 
@@ -77,6 +79,7 @@ def weighted_loss(
         softcap: see `Options`.
         shards: divides B; see `Options`.
         chunk: tokens a chunk; None chooses by vocabulary size.
+        mapped: see `Options`.
 
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
@@ -84,6 +87,7 @@ def weighted_loss(
     options, (scales, flat, goals) = pack_weighted_tokens(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
+    options = options._replace(mapped=mapped)
     return weighted_sum(options, _negative_log_likelihood, flat, kernel, (goals,), (), scales)
 
 
@@ -134,11 +138,14 @@ class Options(NamedTuple):
         shards: groups of rows that are compacted on their own; the number of devices that share the batch, so that
             no token crosses devices.
         chunk: tokens a chunk and shard.
+        mapped: whether the sum is under `jax.vmap`, whose elements then are as many shards: one loop and one product
+            of all their tokens a chunk, where the head is the same for all.
     """
 
     softcap: float | None
     shards: int
     chunk: int
+    mapped: bool = False
 
 
 def chunk_size(vocab_size: int, tokens: int) -> int:
@@ -257,14 +264,78 @@ def weighted_sum(
     Returns:
         float32 scalar.
     """
-    used = kernel.astype(hidden.dtype)
+    return jnp.sum(_laid_out(_sums, options, value_of)(hidden, kernel.astype(hidden.dtype), by_token, shared, weights))
 
-    def add(index: Array, total: Array) -> Array:
+
+def _sums(
+    options: Options, value_of: TokenValue, hidden: Array, used: Array, by_token: Any, shared: Any, weights: Array
+) -> Array:
+    """The sum over the tokens of each shard, float32 `[shards]`."""
+
+    def add(index: Array, totals: Array) -> Array:
         h, w, *others = take(options, index, hidden, weights, *by_token)
         value, _ = value_of(options, logits(options, h, used), tuple(others), shared)
-        return total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
+        return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1)
 
-    return lax.fori_loop(0, used_chunks(options, weights), add, jnp.zeros((), jnp.float32))
+    return lax.fori_loop(0, used_chunks(options, weights), add, jnp.zeros(weights.shape[0], jnp.float32))
+
+
+def _sums_and_slopes(
+    options: Options, value_of: TokenValue, hidden: Array, used: Array, by_token: Any, shared: Any, weights: Array
+) -> tuple[Array, Array]:
+    """`_sums`, and their derivative by `hidden`."""
+
+    def add(index: Array, carry: Any) -> Any:
+        totals, dhidden = carry
+        h, w, *others = take(options, index, hidden, weights, *by_token)
+        z = logits(options, h, used)
+        value, slope = value_of(options, z, tuple(others), shared)
+        _, dh = logits_vjp(options, z, slope * w[..., None], used)
+        return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1), put(options, index, dhidden, dh)
+
+    start = (jnp.zeros(weights.shape[0], jnp.float32), jnp.zeros_like(hidden))
+    return lax.fori_loop(0, used_chunks(options, weights), add, start)
+
+
+_ROWS = 512  # of a product over the tokens of several elements: enough for its rate, few enough to skip weight 0
+
+
+def _laid_out(function: Any, options: Options, value_of: TokenValue) -> Callable[..., Any]:
+    """`function(options, value_of, hidden, kernel, by_token, shared, weights)` as a function of its arrays; under
+    `jax.vmap`, if `options.mapped`, with the elements as shards. Its results have the shards in front."""
+    plain = partial(function, options, value_of)
+    if not options.mapped:
+        return plain
+    call = custom_vmap(plain)
+
+    @call.def_vmap
+    def _by_shards(size: int, mapped: Any, *arrays: Any) -> Any:
+        _, kernel_mapped, _, shared_mapped, _ = mapped
+        if any(jax.tree.leaves((kernel_mapped, shared_mapped))):
+            found = jax.vmap(plain, jax.tree.map(lambda on: 0 if on else None, tuple(mapped)))(*arrays)
+            return found, jax.tree.map(lambda _: True, found)
+        hidden, kernel, by_token, shared, weights = arrays
+        shards, tokens = options.shards, weights.shape[-1]
+        rows = min(chunk_size(kernel.shape[0], size * shards * tokens), _ROWS)
+        chunk = min(max(8, rows // (size * shards)), tokens)
+
+        def side_by_side(array: Array, on: bool) -> Array:
+            array = array if on else jnp.broadcast_to(array, (size, *array.shape))
+            array = array.reshape(size * shards, tokens, *array.shape[3:])
+            return jnp.pad(array, [(0, 0), (0, -tokens % chunk), *[(0, 0)] * (array.ndim - 2)])
+
+        by_tokens = jax.tree.map(side_by_side, (hidden, by_token, weights), (mapped[0], mapped[2], mapped[4]))
+        inner = _laid_out(function, options._replace(shards=size * shards, chunk=chunk), value_of)
+        found = inner(by_tokens[0], kernel, by_tokens[1], shared, by_tokens[2])
+
+        def back(array: Array) -> Array:
+            array = array.reshape(size, shards, *array.shape[1:])
+            return array if array.ndim == 2 else array[:, :, :tokens]
+
+        found = jax.tree.map(back, found)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return call
 
 
 def _forward(
@@ -275,6 +346,10 @@ def _forward(
     by_token, shared, weights = jax.tree.map(lambda primal: primal.value, others)
     used = kernel.astype(hidden.dtype)
 
+    if not head_trained:
+        totals, dhidden = _laid_out(_sums_and_slopes, options, value_of)(hidden, used, by_token, shared, weights)
+        return jnp.sum(totals), (dhidden, None)
+
     def add(index: Array, carry: Any) -> Any:
         total, dhidden, dkernel = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
@@ -282,13 +357,11 @@ def _forward(
         value, slope = value_of(options, z, tuple(others), shared)
         total = total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
         slope, dh = logits_vjp(options, z, slope * w[..., None], used)
-        dhidden = put(options, index, dhidden, dh)
-        return total, dhidden, None if dkernel is None else dkernel + kernel_vjp(slope, h)
+        return total, put(options, index, dhidden, dh), dkernel + kernel_vjp(slope, h)
 
-    dkernel = jnp.zeros(kernel.shape, jnp.float32) if head_trained else None
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), dkernel)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32))
     total, dhidden, dkernel = lax.fori_loop(0, used_chunks(options, weights), add, start)
-    return total, (dhidden, None if dkernel is None else dkernel.astype(kernel.dtype))
+    return total, (dhidden, dkernel.astype(kernel.dtype))
 
 
 def _backward(options: Options, value_of: TokenValue, saved: tuple[Array, Array | None], dtotal: Any) -> Any:

@@ -24,6 +24,7 @@ def weighted_kl(
     softcap: float | None = None,
     shards: int = 1,
     chunk: int | None = None,
+    mapped: bool = False,
 ) -> Array:
     """Σ weight · KL(tuned ‖ base) over all tokens: a sum; the caller divides by its normaliser.
 
@@ -35,7 +36,7 @@ def weighted_kl(
         weights: float32 `[B, T]`, non-negative.
         base_kernel: `[V, D]`, the base's output head where it is another; `kernel` then gets a gradient, if it is
             differentiated. None: both share `kernel`, which is frozen.
-        softcap, shards, chunk: as in `loss.weighted_loss`.
+        softcap, shards, chunk, mapped: as in `loss.weighted_loss`.
 
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
@@ -43,6 +44,7 @@ def weighted_kl(
     options, (scales, tuned, base) = pack_weighted_tokens(
         weights, hidden, base_hidden, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
+    options = options._replace(mapped=mapped)
     if base_kernel is None:
         base_kernel = kernel = lax.stop_gradient(kernel)
     shared = (lax.stop_gradient(base_kernel).astype(tuned.dtype),)

@@ -101,7 +101,7 @@ class Board(Display):
 
     def show(self) -> None:
         """Shows where the runs are."""
-        states = {name: self.runs[name] for name in self._together if self.runs[name].words == "training"}
+        states = {name: self.runs[name] for name in self._together if self.runs[name].words in ("training", "done")}
         finite = {name: state for name, state in states.items() if math.isfinite(state.loss)}
         if not finite:
             return

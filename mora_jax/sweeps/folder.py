@@ -115,7 +115,8 @@ class SweepFolder:
     def _described(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         """As JSON gives it back."""
         described = [
-            {"name": run.name, "values": run.values, "config": with_absolute_paths(run.config).to_dict()} for run in runs
+            {"name": run.name, "values": run.values, "config": with_absolute_paths(run.config).to_dict()}
+            for run in runs
         ]
         return json.loads(json.dumps(described))
 

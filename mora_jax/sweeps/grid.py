@@ -80,7 +80,9 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         InputError: there are none, or one twice.
     """
     if not grid:
-        raise InputError("nothing to sweep: name a key with its values, such as --sweep optimizer.learning_rate=1e-4,1e-3")
+        raise InputError(
+            "nothing to sweep: name a key with its values, such as --sweep optimizer.learning_rate=1e-4,1e-3"
+        )
     for name, values in grid.items():
         find_key(name, f"--sweep {name}")
         if not values:
@@ -148,8 +150,8 @@ def _check_different(runs: Sequence[SweepRun]) -> None:
         first = seen.setdefault(what, run.name)
         if first != run.name:
             raise InputError(
-                f"the runs {first} and {run.name} are the same: adapter.method={config.adapter.method} doesn't read what "
-                "differs between them"
+                f"the runs {first} and {run.name} are the same: adapter.method={config.adapter.method} doesn't read "
+                "what differs between them"
             )
 
 

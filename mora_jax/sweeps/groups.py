@@ -27,7 +27,7 @@ def shape_of(config: Config) -> Config:
         optimizer["clip_norm"] = 1.0
     changes: dict[str, object] = {"out": None, "optimizer": dataclasses.replace(config.optimizer, **optimizer)}
     if not config.adapter.dropout:
-        # Masks of dropout are drawn by a token's place in the step, so there batches have to be of the run's own length.
+        # Masks of dropout go by a token's place in the step: with it a batch has to be of the run's own length.
         loss = {name: getattr(type(config.loss)(), name) for name in _LOSS}
         if config.loss.normalize != "constant":
             loss["normalize"] = None

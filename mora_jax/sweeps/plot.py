@@ -56,7 +56,9 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
         axes.plot(*zip(*middle, strict=True), color=colour, linestyle=dash, marker=marker, label=label or None)
         if any(len(losses) > 1 for losses in by_place.values()):
             points = [(place, loss) for place, losses in by_place.items() for loss in losses]
-            axes.plot(*zip(*points, strict=True), color=colour, linestyle="none", marker=marker, markersize=4, alpha=0.5)
+            axes.plot(
+                *zip(*points, strict=True), color=colour, linestyle="none", marker=marker, markersize=4, alpha=0.5
+            )
     best = result.best
     if best is not None:
         at = places[shown(best.values.get(along))], best.score

@@ -66,7 +66,7 @@ class SweepResult:
 
     @property
     def best(self) -> RunResult | None:
-        """The run with the lowest evaluation loss (without evaluation data: loss of the last step); None if none ended."""
+        """The run with the lowest `score`; None if none came to its end."""
         ended = [run for run in self.runs if math.isfinite(run.score)]
         return min(ended, key=lambda run: run.score, default=None)
 
@@ -103,7 +103,9 @@ class SweepResult:
             lines.append(("*" if row["best"] else "", run.name, *numbers, why))
         widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
         laid_out = [
-            "  ".join(c.ljust(w) if i in (0, 1, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                c.ljust(w) if i in (0, 1, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in (heads, *lines)
         ]
         return "\n".join(line.rstrip() for line in laid_out)

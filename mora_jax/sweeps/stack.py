@@ -36,6 +36,8 @@ def stacked_step(made: Assembly, optimizer: OptimizerConfig, own: frozenset[str]
         own: the frozen arrays that each run has for itself, `[runs, …]` too.
     """
 
+    settings = dataclasses.replace(made.settings, mapped=True)
+
     def one(state: TrainState, frozen: Arrays, batch: Any) -> tuple[TrainState, StepMetrics]:
         given = {name: batch[name] for name in hyperparameters(optimizer, 0)}
         rows: Any = {name: value for name, value in batch.items() if name not in given}
@@ -43,7 +45,7 @@ def stacked_step(made: Assembly, optimizer: OptimizerConfig, own: frozenset[str]
         update = scheduled(dataclasses.replace(optimizer, **given), lambda step: rate, made.rates)
         if made.budget is not None:
             update = made.budget.around(update)
-        return make_step(made.structure, update, lambda step: rate, made.settings)(state, frozen, rows)
+        return make_step(made.structure, update, lambda step: rate, settings)(state, frozen, rows)
 
     def step(state: TrainState, frozen: Arrays, batch: Any) -> tuple[TrainState, StepMetrics]:
         return jax.vmap(one, in_axes=(0, {name: 0 if name in own else None for name in frozen}, 0))(
@@ -98,7 +100,7 @@ class Stack:
         return self._members[-1]
 
     def step(self, states: Mapping[int, Any], batches: Mapping[int, Any]) -> dict[int, tuple[Slot, StepMetrics]]:
-        """One step of the runs that have a batch; the others stay in their place, and what becomes of them is no matter.
+        """One step of the runs that have a batch. The others keep their place, and what becomes of them is no matter.
 
         Args:
             states: of the runs, by number: as they were when they joined, or as the step before gave them.
@@ -109,7 +111,8 @@ class Stack:
         """
         if self._state is None:
             self._start(states)
-            self._batches = [batches[index] for index in range(len(self._made))]
+            some = next(iter(batches.values()))  # for runs that have come to their end already
+            self._batches = [batches.get(index, some) for index in range(len(self._made))]
         for index, batch in batches.items():
             self._batches[index] = batch
         assert self.runner is not None and self._state is not None, "they are there from the first step on"
@@ -140,10 +143,8 @@ class Stack:
     def _joined(self) -> dict[str, np.ndarray]:
         """The batches with what else each run brings along, padded to one length."""
         longest = max(batch["input_ids"].shape[-1] for batch in self._batches)
-        columns: dict[str, list[np.ndarray]] = {}
-        for batch, optimizer, rates, done in zip(
-            self._batches, self._optimizers, self._rates, self._done, strict=True
-        ):
+        columns: dict[str, list[Any]] = {}
+        for batch, optimizer, rates, done in zip(self._batches, self._optimizers, self._rates, self._done, strict=True):
             length = batch["input_ids"].shape[-1]
             for name, value in batch.items():
                 if value.ndim == 3 and length < longest:

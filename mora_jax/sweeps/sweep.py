@@ -91,6 +91,4 @@ def sweep(
     folder = None if out is None else SweepFolder(os.fspath(out))
     runs = expand(base, settings, None if out is None else os.fspath(out))
     shown = make_board() if board is None else board
-    return train_runs(
-        runs, folder, shown, objects=objects, callbacks=callbacks, at_once=at_once, overwrite=overwrite
-    )
+    return train_runs(runs, folder, shown, objects=objects, callbacks=callbacks, at_once=at_once, overwrite=overwrite)

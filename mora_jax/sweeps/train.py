@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,18 +66,25 @@ def train_runs(
                 stack.enter_context(folder.claimed())
                 sweep.take_up(runs)
             else:
-                sweep.begin = lambda: (stack.enter_context(folder.claimed()), folder.create(runs, overwrite))
+                sweep.begin = functools.partial(_create, stack, folder, runs, overwrite)
         board.begin([run.name for run in runs])
-        for name, result in sweep.results.items():
-            board.ended(name, result.failed or "done")
+        for name, ended in sweep.results.items():
+            board.ended(name, ended.failed or "done")
         with board:
             code = sweep.train([run for run in runs if run.name not in sweep.results], at_once)
         for run in runs:
             sweep.results.setdefault(run.name, sweep.result(run))
-        result = SweepResult([sweep.results[run.name] for run in runs], folder and str(folder.path), code)
+        out = None if folder is None else str(folder.path)
+        result = SweepResult([sweep.results[run.name] for run in runs], out, code)
         if folder is not None and code == 0 and (why := folder.write(result)):
             board.note(f"no plot: {why}")
     return result
+
+
+def _create(context: contextlib.ExitStack, folder: SweepFolder, runs: Sequence[SweepRun], overwrite: bool) -> None:
+    """Makes the folder of a new sweep, and keeps others out of it while the context lasts."""
+    context.enter_context(folder.claimed())
+    folder.create(runs, overwrite)
 
 
 @dataclass
@@ -221,7 +229,7 @@ class _Sweep:
                 batches = {}
                 for index, work in list(works.items()):
                     try:
-                        batches[index] = work.send(replies.get(index))
+                        batches[index] = work.send(replies.get(index))  # type: ignore[arg-type]  # None starts it
                     except StopIteration:
                         del works[index]
                     except InputError as error:

@@ -70,6 +70,7 @@ class StepConfig:
         base: the same model without its adapters, which the divergence is from: its arrays are among the frozen ones.
             It is run once more forward, without dropout and noise.
         penalty: a term of the loss that depends on the trained arrays alone; it counts once a step.
+        mapped: whether the step is under `jax.vmap` over runs that share the base (see mora_jax/sweeps).
 
     Raises:
         ValueError: a divisor that is not positive; `kl_weight` without a `base`.
@@ -84,6 +85,7 @@ class StepConfig:
     kl_weight: float = 0.0
     base: Structure | None = None
     penalty: Callable[[Arrays], Array] | None = None
+    mapped: bool = False
 
     def __post_init__(self) -> None:
         if self.divisor is not None and not self.divisor > 0:
@@ -226,7 +228,7 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
     ring = None if partitioner is None else partitioner.ring(hidden.shape[0])
     fold = partitioner.fold if partitioner is not None else lambda x: x
     shards = config.row_shards * (1 if ring is None else ring.size)
-    shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards}
+    shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards, "mapped": config.mapped}
     loss = weighted_loss(fold(hidden), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
     if not config.kl_weight:
         return loss, jnp.zeros((), jnp.float32)
