@@ -26,17 +26,17 @@ from mora_jax.training.distributed.signals import ASKING, Stoppable, Stopped
 
 COMMANDS = {
     "train": train,
-    "sweep": sweep,
     "eval": eval_command,
     "generate": generate,
     "merge": merge,
     "convert": convert,
     "inspect": inspect,
     "plan": plan,
+    "sweep": sweep,
     "demo": demo,
 }
 # Those that take --config.KEY=VALUE.
-TAKE_KEYS = ("train", "sweep", "plan")
+TAKE_KEYS = ("train", "plan", "sweep")
 EPILOG = """\
 `mora-jax COMMAND --help` shows a command's options. For a first look: `mora-jax demo`, then
 

@@ -1,4 +1,4 @@
-"""What a sweep says while it goes: one line a step here, a table of all runs on a terminal in live_board.py."""
+"""What a sweep says while it goes: one line a step here, a live table in live_board.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mora_jax.training.display.choose import in_notebook, is_live
 from mora_jax.training.display.plain import Display, RunInfo, left_words, printable
 
 
@@ -141,12 +140,3 @@ class _RunDisplay(Display):
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._board.ended(self._name, "done")
-
-
-def make_board() -> Board:
-    """The board that suits stderr: live on a terminal and in a notebook, plain lines elsewhere."""
-    if in_notebook() or is_live():
-        from mora_jax.sweeps.live_board import LiveBoard
-
-        return LiveBoard()
-    return Board()

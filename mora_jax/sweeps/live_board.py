@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mora_jax.sweeps.board import Board
-from mora_jax.training.display.choose import in_notebook
+from mora_jax.training.display.choose import in_notebook, is_live
 from mora_jax.training.display.plain import left_words, printable
 
 
@@ -64,3 +64,8 @@ class LiveBoard(Board):
         speed = sum(state.tokens_per_second for state in states)
         left = left_words({"seconds_left": max((s.seconds_left or 0.0 for s in states), default=None)})
         return f"{done} of {len(self.runs)} runs done, {len(states)} training, {speed:,.0f} tokens/s{left}"
+
+
+def make_board() -> Board:
+    """The board that suits stderr: live on a terminal and in a notebook, plain lines elsewhere."""
+    return LiveBoard() if in_notebook() or is_live() else Board()

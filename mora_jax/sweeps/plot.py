@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from mora_jax.errors import InputError
 from mora_jax.sweeps.grid import shown
-from mora_jax.sweeps.results import RunResult, SweepResult, varied
+
+if TYPE_CHECKING:
+    from mora_jax.sweeps.results import RunResult, SweepResult
 
 #: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
 STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -38,7 +41,7 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
     except ModuleNotFoundError:
         raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
     runs = [run for run in result.runs if math.isfinite(run.score)]
-    keys = varied(result.runs)
+    keys = _varied(result.runs)
     along = _along(result.runs, keys)
     places = _places(result.runs, along)
     lines: dict[str, list[RunResult]] = {}
@@ -106,3 +109,9 @@ def _places(runs: list[RunResult], along: str) -> dict[str, float]:
     if all(isinstance(value, int | float) for value in values):
         values.sort()
     return {shown(value): float(index) for index, value in enumerate(values)}
+
+
+def _varied(runs: Sequence[RunResult]) -> list[str]:
+    """The keys whose values differ among runs, in order."""
+    keys = dict.fromkeys(key for run in runs for key in run.values)
+    return [key for key in keys if len({shown(run.values.get(key)) for run in runs}) > 1]

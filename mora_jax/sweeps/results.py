@@ -6,12 +6,13 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mora_jax.models.decoder import Decoder
 from mora_jax.sweeps.grid import shown
+from mora_jax.sweeps.plot import draw
 from mora_jax.training.config.schema import Config
 
 _SCORES = ("final_loss", "eval_loss", "eval_perplexity")
@@ -122,8 +123,6 @@ class SweepResult:
         Raises:
             InputError: matplotlib isn't installed.
         """
-        from mora_jax.sweeps.plot import draw
-
         return draw(self, path)
 
 
@@ -133,9 +132,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, float) else shown(value)
-
-
-def varied(runs: Sequence[RunResult]) -> list[str]:
-    """The keys whose values differ among runs, in order."""
-    keys = dict.fromkeys(key for run in runs for key in run.values)
-    return [key for key in keys if len({shown(run.values.get(key)) for run in runs}) > 1]

@@ -175,14 +175,17 @@ class Member:
 
     @property
     def compilation_log(self) -> list[Compilation]:
+        """Every compilation of the stack's step, oldest first."""
         return [] if self._stack.runner is None else self._stack.runner.compilation_log
 
     @property
     def compile_seconds(self) -> float:
+        """What all of them took."""
         return 0.0 if self._stack.runner is None else self._stack.runner.compile_seconds
 
     @property
     def compilations(self) -> int:
+        """How many there were."""
         return 0 if self._stack.runner is None else self._stack.runner.compilations
 
     def place(self, tree: Any) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
-from mora_jax.sweeps.board import Board, make_board
+from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import combinations, expand
+from mora_jax.sweeps.live_board import make_board
 from mora_jax.sweeps.results import SweepResult
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training.finetune import configured
@@ -40,15 +41,22 @@ def sweep(
     one compiled step over one base in memory. Others follow in groups of their own.
 
     Args:
-        model, rows, adapter_config, tokenizer, loss, eval_rows, steps, batch_size, config: as for `finetune`, what the
-            runs have in common. A model in memory is not changed.
+        model: as for `finetune`; one in memory is not changed.
+        rows: dictionaries or paths, as for `finetune`.
+        adapter_config: a method's configuration; None where `grid` or `config` says the method.
         grid: the values of each swept key, by its dotted name: `{"optimizer.learning_rate": [1e-4, 1e-3], "seed": [0,
             1]}` means all combinations. Or a list of dictionaries, one a run: `[{"adapter.method": "lora",
             "optimizer.learning_rate": 1e-3}, …]`.
+        tokenizer: for that of the model's folder.
+        loss: the loss mode.
+        eval_rows: scored by the masked loss at the end and every `train.eval_every` steps.
+        steps: optimiser steps.
+        batch_size: rows an optimiser step.
         out: the sweep's folder, with a run directory a run below `runs`; None writes nothing. A sweep that was stopped
             goes on if it is called again with the same arguments.
         callbacks: each is called with every row of metrics of every run, which has the run's name under `run`; one that
             returns True ends that run after its step.
+        config: any other keys of the configuration by dotted name.
         at_once: the most runs that train together, where memory is short; None for no limit.
         overwrite: replace a sweep that is in `out`.
         board: what is shown; None: a live table on a terminal or in a notebook, plain lines elsewhere.

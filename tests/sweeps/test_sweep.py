@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -250,14 +251,16 @@ def test_one_loop_over_the_vocabulary_serves_all_runs():
     def loss(hidden, targets, weights, mapped=True):
         return weighted_loss(hidden, kernel, targets, weights, mapped=mapped)
 
-    grads = jax.vmap(jax.value_and_grad(loss))
-    found = grads(hidden, targets, weights)
+    grads = jax.jit(jax.vmap(jax.value_and_grad(loss)))
+    alone = jax.jit(jax.value_and_grad(functools.partial(loss, mapped=False)))
+    value, slope = grads(hidden, targets, weights)
     for run in range(runs):
-        value, slope = jax.value_and_grad(loss)(hidden[run], targets[run], weights[run], False)
-        np.testing.assert_allclose(found[0][run], value, rtol=1e-6)
-        np.testing.assert_allclose(found[1][run], slope, rtol=1e-5, atol=1e-7)
+        expected = alone(hidden[run], targets[run], weights[run])
+        np.testing.assert_allclose(value[run], expected[0], rtol=1e-6)
+        np.testing.assert_allclose(slope[run], expected[1], rtol=1e-5, atol=1e-7)
     text = str(jax.make_jaxpr(grads)(hidden, targets, weights))
-    assert f"f32[{runs},8,{vocabulary}]" in text.replace(" ", "")
+    assert f"f32[{runs},{rows * length},{vocabulary}]" in text
+    assert f"f32[{runs},1,{rows * length},{vocabulary}]" not in text
 
 
 def test_a_value_may_be_a_list():
