@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +20,7 @@ BLOCK_KINDS = ("rotation", "decouple")
 
 
 class Walk(NamedTuple):
-    """Step f of `length` adds input `f mod source` to output `f mod target`: cyclic padding, tiles, strided sums.
-
-    Written as slices and sums of slices, which compilers make one pass over the features of.
-    """
+    """Step f of `length` adds input `f mod source` to output `f mod target`: cyclic padding, tiles, strided sums."""
 
     length: int
     source: int
@@ -32,18 +28,16 @@ class Walk(NamedTuple):
 
     def __call__(self, x: Array) -> Array:
         """`[N, source]` → `[N, target]`; wide where anything is summed, else in the dtype of `x`."""
-        cuts = sorted({self.length, *range(0, self.length, self.source), *range(0, self.length, self.target)})
-        places = [(start % self.source, start % self.target, stop - start) for start, stop in pairwise(cuts)]
-        bounds = sorted({0, self.target, *(at for _, at, _ in places), *(at + size for _, at, size in places)})
-        columns = []
-        for low, high in pairwise(bounds):
-            starts = [start + low - at for start, at, size in places if at <= low and high <= at + size]
-            columns.append([x[:, start : start + high - low] for start in starts] or [jnp.zeros((len(x), high - low))])
-        if all(len(terms) == 1 for terms in columns):
-            summed = [terms[0].astype(x.dtype) for terms in columns]
-        else:
-            summed = [sum(map(widened, terms[1:]), widened(terms[0])) for terms in columns]
-        return summed[0] if len(summed) == 1 else jnp.concatenate(summed, axis=1)
+        rows = len(x)
+        rounds, rest = divmod(self.length, self.source)
+        again = [jnp.tile(x, (1, rounds)) if rounds > 1 else x] * bool(rounds)
+        x = jnp.concatenate([*again, x[:, :rest]], axis=1) if rest else again[0]
+        rounds, rest = divmod(self.length, self.target)
+        if rounds + bool(rest) == 1:  # nothing is summed
+            return jnp.pad(x, ((0, 0), (0, self.target - self.length)))
+        x = widened(x)
+        whole = x[:, : rounds * self.target].reshape(rows, rounds, self.target).sum(1)
+        return whole if not rest else jnp.concatenate([whole[:, :rest] + x[:, -rest:], whole[:, rest:]], axis=1)
 
     @property
     def transpose(self) -> Walk:
