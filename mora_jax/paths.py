@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from mora_jax.errors import InputError
+
+#: In place of a folder of a cache: keep nothing.
+OFF = "off"
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -38,6 +42,23 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         return expanded(path).absolute()
     except FileNotFoundError:
         raise InputError(f"{path}: the working directory is gone; change to another one") from None
+
+
+def cache_folder() -> Path:
+    """What runs keep for later ones: `$MORA_JAX_CACHE`, else `mora_jax` in the user's cache folder."""
+    given = os.environ.get("MORA_JAX_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return local_path(given or os.path.join(base, "mora_jax"))
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def glob_pattern(text: str) -> str:

@@ -37,6 +37,8 @@ COMMANDS = {
 }
 # Those that take --config.KEY=VALUE.
 TAKE_KEYS = ("train", "plan", "sweep")
+# Those that compile for seconds; runs say for themselves where what they compile is kept.
+KEEP_PROGRAMS = ("eval", "generate")
 EPILOG = """\
 `mora-jax COMMAND --help` shows a command's options. For a first look: `mora-jax demo`, then
 
@@ -153,7 +155,12 @@ def _run(argv: Sequence[str]) -> int:
         args, words = parser.parse_known_args(rest)
         refuse_words(name, words, name in TAKE_KEYS)
         args.overrides = overrides
-        return args.run(args)
+        if name not in KEEP_PROGRAMS:
+            return args.run(args)
+        from mora_jax.training.run.compilation_cache import keeping_programs
+
+        with keeping_programs(None):
+            return args.run(args)
     except SystemExit as stop:  # --help and --version
         if isinstance(stop, Stopped):
             raise

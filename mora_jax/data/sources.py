@@ -9,13 +9,10 @@ from typing import Any
 
 from mora_jax.data.formats.column_mapping import Mapping
 from mora_jax.data.formats.load import open_rows
-from mora_jax.data.tokens.cache import build_store, default_folder, fingerprint, tokenizer_fingerprint, writable
+from mora_jax.data.tokens.cache import build_store, fingerprint, tokenizer_fingerprint
 from mora_jax.data.tokens.encode import RowEncoder
 from mora_jax.data.tokens.store import TokenStore
-from mora_jax.paths import local_path
-
-#: In place of a folder for tokens: keep them in memory, for this run.
-OFF = "off"
+from mora_jax.paths import OFF, cache_folder, local_path, writable
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Source:
             "template": encoder.renderer.template,
             "notes": list(encoder.renderer.notes),
         }
-        folder: Path | None = default_folder() if self.cache is None else local_path(self.cache)
+        folder: Path | None = cache_folder() if self.cache is None else local_path(self.cache)
         key = None
         if self.cache == OFF or folder is None or not writable(folder):
             folder = None

@@ -19,7 +19,7 @@ _FAST_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 def default_dtype() -> jnp.dtype:
     """bfloat16 where its matrix products are fast: on accelerators, and on CPUs with instructions for it."""
-    if backend() != "cpu" or _cpu_flags() & _FAST_FLAGS:
+    if backend() != "cpu" or cpu_flags() & _FAST_FLAGS:
         return jnp.dtype("bfloat16")
     return jnp.dtype("float32")
 
@@ -37,7 +37,7 @@ def read_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """The instruction sets of the first processor; empty where the system does not say."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -15,10 +15,10 @@ from mora_jax.adapters.base import FullParam
 from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.merge import merge
 from mora_jax.data.read.memory_rows import NAME, memory_rows
-from mora_jax.data.sources import OFF
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
+from mora_jax.paths import OFF
 from mora_jax.training.config.checks import check_together
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.config.to_adapter import adapter_settings
@@ -133,7 +133,9 @@ def finetune(
         steps: optimiser steps; None: `train.epochs` passes over the data.
         batch_size: rows an optimiser step; None: the default of `train.batch_size`.
         learning_rate: its peak; None: the default of `optimizer.learning_rate`.
-        out: the run directory; None writes nothing, no tokens into the cache either.
+        out: the run directory; None writes nothing, neither tokens nor compiled programs into the caches. With one,
+            jax keeps what is compiled meanwhile in the user's cache folder (see `log.compilation_cache`); afterwards
+            its settings are as before.
         callbacks: each is called with every row of metrics, of steps and of evaluations, in order; one that returns
             True ends the training after the current step.
         config: any other keys of the configuration by dotted name: `{"data.max_length": 128}`.
@@ -286,8 +288,8 @@ def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, A
         if asked:
             raise InputError(f"config: {asked} writes files, which need a run directory: give out=")
         settings.append(("out", "(nothing is written)", "out"))
-        if "data.cache" not in keys:
-            settings.append(("data.cache", OFF, "out"))
+        caches = [name for name in ("data.cache", "log.compilation_cache") if name not in keys]
+        settings += [(name, OFF, "out") for name in caches]
     whole = lay_over(Config(), settings)
     check_together(whole)
     return whole

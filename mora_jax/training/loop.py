@@ -29,6 +29,7 @@ from mora_jax.training.observe.step_rows import StepRows
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.relora import Restarter
 from mora_jax.training.run.checkpoint import Checkpoints, NoCheckpoints
+from mora_jax.training.run.compilation_cache import keeping_programs
 from mora_jax.training.run.directory import RunDirectory
 from mora_jax.training.run.export import result_name, write_persistently, write_result
 from mora_jax.training.run.identity import run_identity
@@ -85,14 +86,15 @@ def new_run(
     """
     directory.check_free(overwrite)
     check_writers(config)
-    setup = prepare(config, objects)
-    check_profile(config, setup.plan.steps)
-    check_same(setup.identity())
-    if directory.kept:
-        check_shared(directory.path)
-    with directory.claimed():
-        directory.create(config, overwrite)
-        yield Trainer(setup, directory, display, callbacks)
+    with keeping_programs(config.log.compilation_cache):
+        setup = prepare(config, objects)
+        check_profile(config, setup.plan.steps)
+        check_same(setup.identity())
+        if directory.kept:
+            check_shared(directory.path)
+        with directory.claimed():
+            directory.create(config, overwrite)
+            yield Trainer(setup, directory, display, callbacks)
 
 
 def resume(
@@ -126,14 +128,15 @@ def resume(
     if profile:
         config = lay_over(config, [(name, value, "--profile") for name, value in profile.items()])
     check_writers(config)
-    setup = prepare(config)
-    check_profile(config, setup.plan.steps)
-    check_same(setup.identity())
-    with directory.claimed():
-        trainer = Trainer(setup, directory, shown)
-        if changes:
-            directory.write_config(dataclasses.replace(kept, out=str(directory.path)))
-        return trainer.run()
+    with keeping_programs(config.log.compilation_cache):
+        setup = prepare(config)
+        check_profile(config, setup.plan.steps)
+        check_same(setup.identity())
+        with directory.claimed():
+            trainer = Trainer(setup, directory, shown)
+            if changes:
+                directory.write_config(dataclasses.replace(kept, out=str(directory.path)))
+            return trainer.run()
 
 
 # What a signal does when the run is all but over, and what a second one.

@@ -11,10 +11,10 @@ from mora_jax.models import backend
 def test_flags_of_the_processor(tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text("processor : 0\nflags\t\t: fpu avx512_bf16 sse\nprocessor : 1\nflags\t\t: fpu\n")
-    assert backend._cpu_flags(file) == {"fpu", "avx512_bf16", "sse"}
+    assert backend.cpu_flags(file) == {"fpu", "avx512_bf16", "sse"}
     file.write_text("nothing\n")
-    assert backend._cpu_flags(file) == set()
-    assert backend._cpu_flags(tmp_path / "absent") == set()
+    assert backend.cpu_flags(file) == set()
+    assert backend.cpu_flags(tmp_path / "absent") == set()
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_flags_of_the_processor(tmp_path):
 )
 def test_default(monkeypatch, platform, flags, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(backend, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(backend, "cpu_flags", lambda: flags)
     assert backend.read_dtype(None) == jnp.dtype(expected)
 
 

@@ -15,7 +15,8 @@ from mora_jax.data.inspect.describe import training_weights, visible
 from mora_jax.data.inspect.report import NEAR_EMPTY, Report
 from mora_jax.data.loss_weights import MODES, LossWeights
 from mora_jax.data.segments import ANSWER, INSTRUCTION, Segment
-from mora_jax.data.sources import OFF, Source
+from mora_jax.data.sources import Source
+from mora_jax.paths import OFF
 
 # Characters of a repeated prompt that are shown.
 _SHOWN = 80

@@ -19,18 +19,10 @@ from filelock import FileLock
 from mora_jax.data.tokens.encode import Encoded, RawRow, RowEncoder, encode_chunks
 from mora_jax.data.tokens.store import TokenStore, write
 from mora_jax.errors import InputError
-from mora_jax.paths import local_path
 
 #: Raise it when the same rows become other tokens or another layout.
 VERSION = 3
 _REASONS = 5
-
-
-def default_folder() -> Path:
-    """`$MORA_JAX_CACHE`, else `mora_jax` in the user's cache folder."""
-    given = os.environ.get("MORA_JAX_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return local_path(given or os.path.join(base, "mora_jax"))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -80,16 +72,6 @@ def build_store(
             _fill(place, _Collected(encode_chunks(encoder, rows, workers)), facts)
     known = json.loads((place / "facts.json").read_text(encoding="utf-8"))
     return TokenStore.open(place / "tokens.arrow", known)
-
-
-def writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, which is made if it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _fill(place: Path, collected: _Collected, facts: dict[str, Any]) -> None:

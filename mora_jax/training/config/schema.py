@@ -172,6 +172,11 @@ class LogConfig:
         "offline: into the run directory, for wandb sync; online: to the server at once.",
         choices=("offline", "online"),
     )
+    compilation_cache: str | None = key(
+        None,
+        "Folder where compiled programs are kept between runs; none: in the user's cache folder; off: nowhere. "
+        "A JAX_COMPILATION_CACHE_DIR of the environment wins.",
+    )
     profile_steps: int = key(0, "Steps to trace for XProf, into the run directory; 0: none.", at_least=0)
     profile_first: int | None = key(
         None, "First step to trace; none: the third one of the process, after compiling and warming up.", at_least=1

@@ -12,7 +12,7 @@ from typing import Any
 
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.errors import InputError
-from mora_jax.paths import found_path, is_local, local_path
+from mora_jax.paths import OFF, found_path, is_local, local_path
 from mora_jax.training.config.checks import config_from_dict
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.run.storage import Files, MemoryFiles, open_files
@@ -192,8 +192,9 @@ def with_absolute_paths(config: Config) -> Config:
     }
     if config.out and is_local(config.out):
         paths["out"] = str(local_path(config.out))
-    if data.cache not in (None, "off"):
-        paths["data.cache"] = str(local_path(data.cache))
+    for name, folder in (("data.cache", data.cache), ("log.compilation_cache", config.log.compilation_cache)):
+        if folder not in (None, OFF) and is_local(folder):
+            paths[name] = str(local_path(folder))
     if data.template is not None and data.template not in ("tokenizer", *TEMPLATES):
         paths["data.template"] = found_path(data.template)
     return lay_over(config, [(name, value, "config.json") for name, value in paths.items() if value is not None])

@@ -15,10 +15,11 @@ import pytest
 from mora_jax.data import Conversation, EncodedDataset, Message
 from mora_jax.data.sources import Source
 from mora_jax.data.tokens import encode
-from mora_jax.data.tokens.cache import build_store, default_folder, fingerprint
+from mora_jax.data.tokens.cache import build_store, fingerprint
 from mora_jax.data.tokens.encode import CHUNK, RowEncoder, encode_chunks
 from mora_jax.data.tokens.store import TokenStore
 from mora_jax.errors import InputError
+from mora_jax.paths import cache_folder
 
 
 @pytest.fixture
@@ -128,10 +129,10 @@ def test_bad_rows_raise_or_are_counted(tokenizer):
 
 def test_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("MORA_JAX_CACHE", str(tmp_path / "a"))
-    assert default_folder() == tmp_path / "a"
+    assert cache_folder() == tmp_path / "a"
     monkeypatch.delenv("MORA_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "mora_jax"
+    assert cache_folder() == tmp_path / "mora_jax"
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
