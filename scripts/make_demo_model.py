@@ -6,7 +6,7 @@
 
 The base model is a Llama of under a million parameters, pretrained from random weights by
 `mora-jax train` itself (method `full`, plain text) on documents that
-`mora_jax.demo.corpus` writes. About ten minutes on two idle cores.
+`demo_model.corpus` writes. About ten minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mora_jax.demo import ASSETS, corpus, instructions
-from mora_jax.demo import tokenizer as demo_tokenizer
+from demo_model import corpus, instructions
+from demo_model import tokenizer as demo_tokenizer
+
+from mora_jax.demo import ASSETS
 
 #: A small Llama. The wide initial weights suit the small width: with the usual 0.02 attention
 #: stays nearly uniform for most of so short a run.
@@ -61,15 +63,15 @@ def make_instructions(out: Path) -> None:
     print(f"instructions: {len(train)} to train on, {len(held_out)} held out")
 
 
-def make_corpus(path: Path, documents: int) -> str:
-    """Writes the corpus as JSON lines and returns its SHA-256."""
+def make_corpus(path: Path, start: int, stop: int) -> str:
+    """Writes documents of the corpus as JSON lines and returns their SHA-256."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for text in corpus.Corpus().documents(0, documents):
+        for text in corpus.Corpus().documents(start, stop):
             line = (json.dumps({"text": text}) + "\n").encode()
             digest.update(line)
             file.write(line)
-    print(f"corpus: {documents} documents, {path.stat().st_size / 1e6:.1f} MB")
+    print(f"corpus: {stop - start} documents, {path.stat().st_size / 1e6:.1f} MB")
     return digest.hexdigest()
 
 
@@ -133,10 +135,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     make_instructions(args.out)
+    make_corpus(args.out / "held_out_texts.jsonl", *corpus.HELD_OUT)
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        digest = make_corpus(work / "corpus.jsonl", DOCUMENTS)
+        digest = make_corpus(work / "corpus.jsonl", 0, DOCUMENTS)
         make_start(work / "start")
         if args.no_weights:
             return 0

@@ -11,6 +11,8 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("train", "held_out")
+#: Text like that which the base model was pretrained on, and wasn't.
+TEXTS = str(ASSETS / "held_out_texts.jsonl")
 STEPS = 110
 
 

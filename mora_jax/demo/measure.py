@@ -11,18 +11,29 @@ from flax import nnx
 from mora_jax.adapters.attach import adapted_layers
 from mora_jax.adapters.merge import merge
 from mora_jax.data import EncodedDataset, load_rows
-from mora_jax.data.conversation import Conversation
-from mora_jax.demo import corpus
+from mora_jax.demo import TEXTS
 from mora_jax.demo.cells import MAX_LENGTH
-from mora_jax.demo.instructions import Question
 from mora_jax.evaluation.chat import generate_batch
 from mora_jax.evaluation.perplexity import score
 from mora_jax.evaluation.qa_metrics import exact_match, mean_scores
 from mora_jax.training.state import Structure, flat_arrays
 
 MAX_NEW_TOKENS = 16
-BASE_DOCUMENTS = 120
 BATCH_SIZE = 120
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of the instruction set, with the one right answer to it."""
+
+    task: str
+    instruction: str
+    output: str
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Question:
+        """Reads a row of the data files."""
+        return cls(row["task"], *(message["content"] for message in row["messages"]))
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Scores:
       exact_match, f1: means over the held-out questions, in [0, 1].
       by_task: exact match of each task.
       response_perplexity: of the held-out answers, given their questions.
-      base_perplexity: of corpus text that the base model wasn't trained on.
+      base_perplexity: of text like that of the base model's pretraining, which wasn't part of it.
       answers: what the model said, in the order of the questions.
     """
 
@@ -48,20 +59,17 @@ class Scores:
 class Judge:
     """Holds held-out questions and texts; every model is judged by the same compiled functions."""
 
-    def __init__(self, base: Any, tokenizer: Any, questions: Sequence[Question]) -> None:
+    def __init__(self, base: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> None:
         """Takes what the models are judged by.
 
         Args:
           base: the decoder without adapters, into whose structure every judged model is brought.
           tokenizer: its tokenizer.
-          questions: with the right answers.
+          rows: held-out questions with the right answers.
         """
-        self.tokenizer, self.questions = tokenizer, questions
-        rows = load_rows([question.row() for question in questions])
-        self.responses = EncodedDataset.build(rows, tokenizer, mode="masked", max_length=MAX_LENGTH)
-        start = corpus.HELD_OUT_FROM
-        texts = corpus.Corpus().documents(start, start + BASE_DOCUMENTS)
-        self.texts = EncodedDataset.build([Conversation(text=text) for text in texts], tokenizer, mode="full")
+        self.tokenizer, self.questions = tokenizer, [Question.of(row) for row in rows]
+        self.responses = EncodedDataset.build(load_rows(rows), tokenizer, mode="masked", max_length=MAX_LENGTH)
+        self.texts = EncodedDataset.build(load_rows(TEXTS), tokenizer, mode="full")
         graphdef, state = nnx.split(base)
         self._structure = Structure(graphdef, state)
         self._names = flat_arrays(state).keys()

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import operator
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import jax
 from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from mora_jax.demo import STEPS, instructions, model_path
+from mora_jax.demo import PARTS, STEPS, data_path, model_path
 from mora_jax.demo.cells import METHODS, MODES, Curve, Method, train_cell
 from mora_jax.demo.measure import Judge
 from mora_jax.demo.plot import draw
@@ -44,7 +45,7 @@ def run(
     methods: Sequence[Method] = METHODS,
     steps: int = STEPS,
     seed: int = 0,
-    questions: int = instructions.HELD_OUT_PER_TASK,
+    questions: int | None = None,
     say: Say = lambda line: None,
 ) -> Results:
     """Fine-tunes with every method in both loss modes and measures each.
@@ -53,15 +54,16 @@ def run(
       methods: the rows of the table, each twice.
       steps: optimiser steps of a cell.
       seed: of initial adapters and of the order of the data.
-      questions: held-out questions of each task.
+      questions: held-out questions of each task; None for all.
       say: takes lines about the progress.
     """
     begun = time.perf_counter()
-    train, held_out = instructions.build()
-    asked = [question for i, question in enumerate(held_out) if i % instructions.HELD_OUT_PER_TASK < questions]
-    rows, held_out_rows = ([question.row() for question in part] for part in (train, asked))
+    files = (Path(data_path(part)).read_text(encoding="utf-8") for part in PARTS)
+    rows, held_out = ([json.loads(line) for line in file.splitlines()] for file in files)
+    by_task = itertools.groupby(held_out, operator.itemgetter("task"))
+    held_out = [row for _, group in by_task for row in itertools.islice(group, questions)]
     base, tokenizer = load_pretrained(model_path(), dtype="float32")
-    judge = Judge(base, tokenizer, asked)
+    judge = Judge(base, tokenizer, held_out)
     before = judge(base)
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(base, nnx.Param)))
     say(f"base model: {total:,} parameters, held-out exact match {before.exact_match:.1%}")
@@ -69,7 +71,7 @@ def run(
     with compiled_once():
         for method, mode in itertools.product(methods, MODES):
             started = time.perf_counter()
-            trained = train_cell(method, mode, rows, held_out_rows, steps=steps, seed=seed)
+            trained = train_cell(method, mode, rows, held_out, steps=steps, seed=seed)
             scores = judge(trained.model)
             seconds = time.perf_counter() - started
             key, summary = (method.name, mode), trained.summary

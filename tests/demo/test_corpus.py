@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from mora_jax.demo import ASSETS, corpus, instructions, world
+from mora_jax.demo import ASSETS, TEXTS
+from scripts.demo_model import corpus, instructions, world
 
 FACTS = json.loads((ASSETS / "provenance.json").read_text(encoding="utf-8"))
 
@@ -52,9 +53,11 @@ def test_no_held_out_list_or_fact_occurs_in_any_order(documents, held_out):
 
 
 def test_documents_for_the_perplexity_are_not_trained_on(documents):
-    start = corpus.HELD_OUT_FROM
-    assert start > len(documents)
-    assert not set(corpus.Corpus().documents(start, start + 120)) & set(documents)
+    assert corpus.HELD_OUT[0] > len(documents)
+    held_out = list(corpus.Corpus().documents(*corpus.HELD_OUT))
+    assert not set(held_out) & set(documents)
+    with open(TEXTS, encoding="utf-8") as file:
+        assert [json.loads(line) for line in file] == [{"text": text} for text in held_out]
 
 
 def test_documents_fit(documents):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mora_jax.demo import data_path, instructions, world
+from mora_jax.demo import data_path
+from scripts.demo_model import instructions, world
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from flax import nnx
 from transformers import AutoTokenizer
 
 import mora_jax as mj
-from mora_jax.demo import ASSETS, corpus, model_path, world
+from mora_jax.demo import ASSETS, model_path
+from scripts.demo_model import corpus, world
 from tests.models.tiny_torch import hf_logits, load_torch
 
 
@@ -24,7 +25,7 @@ def test_size():
 @pytest.mark.peers
 def test_logits_equal_those_of_transformers():
     model, tokenizer = mj.load_pretrained(model_path(), dtype="float32")
-    text = corpus.Corpus().document(corpus.HELD_OUT_FROM)
+    text = corpus.Corpus().document(corpus.HELD_OUT[0])
     ids = tokenizer(text)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(model_path())(text)["input_ids"]
     expected = hf_logits(load_torch(model_path()), np.array([ids]))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mora_jax.demo import world
+from . import world
 
 SEED = 7
 HELD_OUT_PER_TASK = 20

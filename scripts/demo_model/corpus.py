@@ -12,12 +12,12 @@ import random
 import re
 from collections.abc import Iterator
 
-from mora_jax.demo import instructions, world
+from . import instructions, world
 
 SEED = 11
 _TOKENS = re.compile(r"\w+|[^\w\s]")
-#: Documents of the seed from this number on are kept for measuring base-text perplexity.
-HELD_OUT_FROM = 10_000_000
+#: The documents that are kept for measuring base-text perplexity: numbers, start and stop.
+HELD_OUT = (10_000_000, 10_000_120)
 #: A document holds as many sentences as fit into this many tokens (each word is one).
 MAX_TOKENS = 62
 
