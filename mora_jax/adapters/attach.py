@@ -151,14 +151,9 @@ def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, 
     """
     resolved = resolve(config, method, place.paths, mask)
     sizes = place.in_features, place.out_features
-    options: dict[str, Any] = {}
-    if place.stack:
-        options = {"num_layers": place.stack, "layer_mask": None if all(mask) else np.array(mask)}
-    if isinstance(place.layer, Projection):
-        assert place.part is not None, "a place in a projection is one of its parts"
-        options["axes"] = place.layer.part_axes(place.part)
+    options = {"layer_mask": np.array(mask)} if place.stack and not all(mask) else {}
     make = method.for_embedding if place.is_embedding else method
-    adapter = make(*sizes, resolved.config, rngs=rngs, **options)
+    adapter = make(*sizes, resolved.config, rngs=rngs, **place.layout, **options)
     adapter.fit(place.dtype)
     if resolved.scalings is not None:
         scaling = np.asarray(resolved.scalings, adapter.scaling.dtype)
@@ -198,7 +193,6 @@ def add_adapter(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
         rngs: keys for its dropout; None where it has none.
     """
     if isinstance(place.layer, Projection):
-        assert place.part is not None, "a place in a projection is one of its parts"
         place.layer.add_adapter(place.part, adapter)
         return
     if not isinstance(place.layer, OutputHead):

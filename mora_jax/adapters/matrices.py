@@ -215,5 +215,5 @@ def _say_bias(layer: Any, shape: tuple[int, ...] | None) -> None:
     """Keeps what a layer says about its bias true."""
     if isinstance(layer, nnx.Einsum):
         layer.bias_shape = shape
-    else:
+    elif hasattr(layer, "use_bias"):
         layer.use_bias = shape is not None

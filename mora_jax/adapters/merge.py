@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.attach import take_adapter
+from mora_jax.adapters.attach import add_adapter, take_adapter
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.layers import to_adapted_class
 from mora_jax.adapters.matching.targets import Holders, Place, has_adapter, holders_of, places
-from mora_jax.adapters.matrices import add_to_bias, drop_bias, put_matrix
+from mora_jax.adapters.matrices import add_to_bias, drop_bias
 from mora_jax.adapters.products.quantization import quantized_format
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.adapters.slots import refuse_banks
@@ -28,7 +28,7 @@ class Merged:
 
     Attributes:
         paths: the place's paths.
-        part: its name in a projection, else None.
+        part: its name in a projection, else "".
         adapter: the adapter.
         dropout: the layer's dropout, if any.
         gain: factors on outputs `[*layers, out]` that were multiplied in, or None.
@@ -39,7 +39,7 @@ class Merged:
     """
 
     paths: tuple[str, ...]
-    part: str | None
+    part: str
     adapter: Adapter
     dropout: Any
     gain: Any
@@ -140,19 +140,13 @@ def _own_params(place: Place, holders: Holders, *, kernel: bool, bias: bool) -> 
 
 
 def _write(place: Place, weight: Any, change: Any) -> None:
-    if isinstance(place.layer, Projection):
-        assert place.part is not None, "a place in a projection is one of its parts"
-        if weight is not None:
-            place.layer.put_part_weight(place.part, weight)
-        if change is not None:
-            place.layer.add_to_part_bias(place.part, change)
-        return
-    if isinstance(place.layer, OutputHead):
-        place.layer.kernel[...] = weight.T  # a head has no method that leaves its kernel alone
-        return
     if weight is not None:
-        put_matrix(place.layer, weight)
-    if change is not None:
+        place.put_kernel(weight)
+    if change is None:
+        return
+    if isinstance(place.layer, Projection):
+        place.layer.add_to_part_bias(place.part, change)
+    else:
         add_to_bias(place.layer, change)
 
 
@@ -188,16 +182,10 @@ def _unmerge(place: Place, entry: Merged) -> None:
     _write(place, weight, None if change is None or not entry.had_bias else -change)
     for name, value in entry.shared.items():
         setattr(place.layer, name, value)
-    if isinstance(place.layer, Projection):
-        assert place.part is not None, "a place in a projection is one of its parts"
-        place.layer.add_adapter(place.part, entry.adapter)
-        if change is not None and not entry.had_bias:
-            place.layer.bias = nnx.data(None)
-        return
     if change is not None and not entry.had_bias:
         drop_bias(place.layer)
-    if isinstance(place.layer, OutputHead):
-        place.layer.adapter = entry.adapter
-        return
-    to_adapted_class(place.layer)
-    place.layer.adapter, place.layer.adapter_dropout = entry.adapter, entry.dropout
+    if isinstance(place.layer, Projection | OutputHead):
+        add_adapter(place, entry.adapter, None)
+    else:
+        to_adapted_class(place.layer)
+        place.layer.adapter, place.layer.adapter_dropout = entry.adapter, entry.dropout

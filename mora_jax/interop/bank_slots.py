@@ -12,7 +12,7 @@ from mora_jax.adapters.attach import add_adapter, take_adapter
 from mora_jax.adapters.bank import Bank, LoRABank, MoRABank
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.matching.targets import Place, places
-from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.projection import OutputHead
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, first
 from mora_jax.interop.read_adapter import ValuesByPath
@@ -72,14 +72,8 @@ def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
         config = LoRAConfig(rank=max(rank, *(one.rank for one in known)), alpha=1.0)
     if old is not None and old.slots >= slots and old.config == config:
         return
-    options: dict[str, Any] = {}
-    if place.stack:
-        options["num_layers"] = place.stack
-    if isinstance(place.layer, Projection):
-        assert place.part is not None, "a place in a projection is one of its parts"
-        options["axes"] = place.layer.part_axes(place.part)
     make: Any = MoRABank if isinstance(config, MoRAConfig) else LoRABank
-    bank = make(place.in_features, place.out_features, config, slots=slots, **options)
+    bank = make(place.in_features, place.out_features, config, slots=slots, **place.layout)
     if old is not None:
         bank.copy_from(old)
         take_adapter(place)

@@ -128,7 +128,7 @@ def _projection(projection: Projection) -> Iterator[Entry]:
 
 def _own_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """The modules of somebody else's model with their paths; of what can carry adapters as adapters are called."""
-    known = {id(place.layer): place.paths[0] for place in places(model) if place.part is None and not place.stack}
+    known = {id(place.layer): place.paths[0] for place in places(model) if not place.part and not place.stack}
     for path, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Module):
             yield known.get(id(module), ".".join(map(str, path))), module

@@ -89,6 +89,12 @@ def _join_heads(_: None, parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple
 split_heads.defvjp(lambda fused: (split_heads(fused), None), _join_heads)
 
 
+def _stacked(config: DecoderConfig, path: str, **making: Any) -> Callable[..., Projection]:
+    """`Projection` with what those of a part of the block have in common."""
+    shared = {"num_layers": config.num_layers, "init_std": config.initializer_range}
+    return functools.partial(Projection, path=config.names.layer + path, **shared, **making)
+
+
 def _fold(token_dropout: TokenDropout | None, index: int) -> TokenDropout | None:
     return None if token_dropout is None else token_dropout.fold(index)
 
@@ -98,34 +104,21 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None, quantize: str | None = None):
         """Makes the stacked projections (and the norms of q and k where the family has them)."""
-        path = config.names.layer + ".self_attn.{name}"
-        heads = config.num_kv_heads * config.q_per_kv
-        self.qkv_proj = Projection(
+        projection = _stacked(config, ".self_attn.{name}", dtype=dtype, rngs=rngs, quantize=quantize)
+        self.qkv_proj = projection(
             (Part("q_proj", config.q_per_kv), Part("k_proj", 1), Part("v_proj", 1)),
             config.hidden_size,
             out_shape=(config.num_kv_heads, config.q_per_kv + 2, config.head_dim),
             part_axis=1,
             axes=("embed", "kv_heads", "q_per_kv", "head_dim"),
-            num_layers=config.num_layers,
             use_bias=config.qkv_bias,
-            path=path,
-            dtype=dtype,
-            rngs=rngs,
-            init_std=config.initializer_range,
-            quantize=quantize,
         )
-        self.o_proj = Projection(
+        self.o_proj = projection(
             (Part("o_proj", config.hidden_size),),
-            heads * config.head_dim,
+            config.num_kv_heads * config.q_per_kv * config.head_dim,
             out_shape=(config.hidden_size,),
             axes=("heads", "embed"),
-            num_layers=config.num_layers,
             use_bias=config.out_bias,
-            path=path,
-            dtype=dtype,
-            rngs=rngs,
-            init_std=config.initializer_range,
-            quantize=quantize,
         )
         self.q_norm = _head_norm(config, "self_attn.q_norm") if config.qk_norm else None
         self.k_norm = _head_norm(config, "self_attn.k_norm") if config.qk_norm else None
@@ -211,33 +204,21 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None, quantize: str | None = None):
         """Makes the stacked projections."""
-        path = config.names.layer + ".mlp.{name}"
-        self.gate_up_proj = Projection(
+        projection = _stacked(config, ".mlp.{name}", dtype=dtype, rngs=rngs, quantize=quantize)
+        self.gate_up_proj = projection(
             (Part("gate_proj", 1), Part("up_proj", 1)),
             config.hidden_size,
             out_shape=(2, config.intermediate_size),
             part_axis=0,
             axes=("embed", "gate_up", "mlp"),
-            num_layers=config.num_layers,
             use_bias=config.mlp_bias,
-            path=path,
-            dtype=dtype,
-            rngs=rngs,
-            init_std=config.initializer_range,
-            quantize=quantize,
         )
-        self.down_proj = Projection(
+        self.down_proj = projection(
             (Part("down_proj", config.hidden_size),),
             config.intermediate_size,
             out_shape=(config.hidden_size,),
             axes=("mlp", "embed"),
-            num_layers=config.num_layers,
             use_bias=config.mlp_bias,
-            path=path,
-            dtype=dtype,
-            rngs=rngs,
-            init_std=config.initializer_range,
-            quantize=quantize,
         )
         self.activation = config.activation
 

@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         rows = self._rows(adapter_ids, input_ids)
-        return _logits(*nnx.split(self), partitioner, rows, *arrays, dropout_key)
+        return _logits(*nnx.split(self), partitioner, rows, *arrays, dropout_key=dropout_key)
 
     def hidden(
         self,
@@ -194,7 +194,8 @@ class Decoder(nnx.Module):
         """
         arrays = self._checked(input_ids, segment_ids, positions)
         rows = self._rows(adapter_ids, input_ids)
-        return _hidden(*nnx.split(self), partitioner, rows, *arrays, dropout_key, row_numbers, embedding_noise)
+        options = {"dropout_key": dropout_key, "row_numbers": row_numbers, "embedding_noise": embedding_noise}
+        return _hidden(*nnx.split(self), partitioner, rows, *arrays, **options)
 
     def forward(
         self,
@@ -352,29 +353,14 @@ class Decoder(nnx.Module):
 
 # Compiled once per structure and shape, so that eager calls don't compile the scan again each time.
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _logits(
-    graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, ids: Any, segments: Any, positions: Any, key: Any
-) -> jax.Array:
-    model = _merged(graphdef, state, adapter_ids, ids)
-    hidden = model.forward(ids, segments, positions, dropout_key=key, partitioner=partitioner)
-    return model.head(partitioner).logits(hidden)
+def _logits(graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, *arrays: Any, **options: Any) -> jax.Array:
+    model = _merged(graphdef, state, adapter_ids, arrays[0])
+    return model.head(partitioner).logits(model.forward(*arrays, partitioner=partitioner, **options))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _hidden(
-    graphdef: Any,
-    state: Any,
-    partitioner: Any,
-    adapter_ids: Any,
-    ids: Any,
-    segments: Any,
-    positions: Any,
-    key: Any,
-    row_numbers: Any,
-    noise: Any,
-) -> jax.Array:
-    options = {"dropout_key": key, "row_numbers": row_numbers, "embedding_noise": noise, "partitioner": partitioner}
-    return _merged(graphdef, state, adapter_ids, ids).forward(ids, segments, positions, **options)
+def _hidden(graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, *arrays: Any, **options: Any) -> jax.Array:
+    return _merged(graphdef, state, adapter_ids, arrays[0]).forward(*arrays, partitioner=partitioner, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -22,8 +22,6 @@ import optax
 
 from mora_jax.adapters.attach import partition
 from mora_jax.adapters.matching.targets import Place, places
-from mora_jax.adapters.matrices import put_matrix
-from mora_jax.adapters.projection import Projection
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays
 
 Array = jax.Array
@@ -133,11 +131,7 @@ def _renew(place: Place, key: Array) -> None:
     adapter: Any = place.adapter  # of a method with restarts, which has `renew`
     kernel = place.kernel()
     merged = adapter.merged(kernel)
-    if isinstance(place.layer, Projection):
-        assert place.part is not None, "a place in a projection is one of its parts"
-        place.layer.put_part_weight(place.part, merged)
-    else:
-        put_matrix(place.layer, merged)
+    place.put_kernel(merged)
     adapter.renew(key)
     adapter.init_from_kernel(lambda: merged)
 

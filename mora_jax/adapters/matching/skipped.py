@@ -74,10 +74,10 @@ def _matrices(model: nnx.Module, config: Any) -> Iterator[tuple[str, str, int, s
     seen: set[int] = set()
     for place in found:
         keys, left = _params(place.layer), _left_out(place, config)
-        if left and place.adapter is None and place.part is None and keys & adapted.keys():
+        if left and place.adapter is None and not place.part and keys & adapted.keys():
             title = adapted[next(iter(keys & adapted.keys()))]
             yield place.title, "", 0, f"their matrix is that of {title}, too"
-        elif left and not _trained_whole(place.layer) and (place.part is not None or not keys & seen):
+        elif left and not _trained_whole(place.layer) and (place.part or not keys & seen):
             head = isinstance(place.layer, OutputHead)
             embedding = place.is_embedding
             named = [name for name in (left[0], *place.aliases) if picks.in_any_layer(name, is_embedding=embedding)]

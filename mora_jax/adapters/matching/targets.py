@@ -18,7 +18,7 @@ from mora_jax.adapters.matching.forms import FORMS, bias_param, kernel_of
 from mora_jax.adapters.matching.naming import nearest, quoted, summary
 from mora_jax.adapters.matching.registered import recognise
 from mora_jax.adapters.matching.unknown import LINEN, unknown_matrices, why_unknown
-from mora_jax.adapters.matrices import bias_of, matrix_of, matrix_shape, stack_of
+from mora_jax.adapters.matrices import bias_of, matrix_of, matrix_shape, put_matrix, stack_of
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.adapters.stacks import stacked_paths
 
@@ -32,13 +32,13 @@ class Place:
             made by `nnx.vmap` those that it would have in a list of layers (see `stacked_paths`).
         aliases: the other paths of a module that the model uses in several places; of a stack its own, too.
         layer: the module that holds it.
-        part: its name inside a `Projection`, else None.
+        part: its name inside a `Projection`, else "".
         in_features, out_features: its sizes.
     """
 
     paths: tuple[str, ...]
     layer: Any
-    part: str | None
+    part: str
     in_features: int
     out_features: int
     aliases: tuple[str, ...] = ()
@@ -87,18 +87,31 @@ class Place:
     def kernel(self) -> jax.Array:
         """The base's matrix, `[*layers, in, out]`."""
         if isinstance(self.layer, Projection):
-            assert self.part is not None, "a place in a projection is one of its parts"
             return self.layer.part_weight(self.part)
         if isinstance(self.layer, OutputHead):
             return self.layer.kernel[...].T
         return matrix_of(self.layer)
+
+    def put_kernel(self, kernel: jax.Array) -> None:
+        """Writes the base's matrix."""
+        if isinstance(self.layer, Projection):
+            self.layer.put_part_weight(self.part, kernel)
+        elif isinstance(self.layer, OutputHead):
+            self.layer.kernel[...] = kernel.T
+        else:
+            put_matrix(self.layer, kernel)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the class of an adapter for it takes beside the sizes: the stack, and the names of sharded axes."""
+        stack = {"num_layers": self.stack} if self.stack else {}
+        return stack | ({"axes": self.layer.part_axes(self.part)} if isinstance(self.layer, Projection) else {})
 
     def bias(self) -> jax.Array | None:
         """The base's bias, `[*layers, out]`, or None."""
         if not self.has_bias:
             return None
         if isinstance(self.layer, Projection):
-            assert self.part is not None, "a place in a projection is one of its parts"
             return self.layer.part_bias(self.part)
         return bias_of(self.layer)
 
@@ -106,7 +119,7 @@ class Place:
     def title(self) -> str:
         """One path for the whole stack, `*` in place of the layer."""
         if isinstance(self.layer, Projection):
-            return self.layer.module_path(self.part or "", "*")
+            return self.layer.module_path(self.part, "*")
         if self.stack:
             first, last = (path.split(".") for path in (self.paths[0], self.paths[-1]))
             same = {i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a == b}
@@ -126,7 +139,7 @@ def places(model: nnx.Module) -> Iterator[Place]:
                 yield Place(paths, node, part.name, node.in_features, node.part_features(part.name))
         elif isinstance(node, OutputHead):
             vocab, features = node.kernel.shape
-            yield Place((node.path,), node, None, features, vocab)
+            yield Place((node.path,), node, "", features, vocab)
         elif isinstance(node, nnx.Module) and (isinstance(node, Adapted) or _can_adapt(node)):
             shape = matrix_shape(node)
             if shape is not None:
@@ -136,10 +149,10 @@ def places(model: nnx.Module) -> Iterator[Place]:
                     first, others = own, [first, *others]
                 stack = stack_of(node)
                 if not stack:
-                    yield Place((first,), node, None, *shape, aliases=tuple(others))
+                    yield Place((first,), node, "", *shape, aliases=tuple(others))
                     continue
                 paths = stacked_paths(model, first, stack)
-                yield Place(paths, node, None, *shape, aliases=(first, *others))
+                yield Place(paths, node, "", *shape, aliases=(first, *others))
 
 
 def _can_adapt(node: nnx.Module) -> bool:
