@@ -16,12 +16,11 @@ from mora_jax.adapters.summary import adapter_at
 from mora_jax.data.loss_weights import MODES
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import RankBudget
+from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.schema import Config
-from mora_jax.training.config.to_adapter import adapter_config
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.device_put import put
-from mora_jax.training.sharding.place_model import place_model
 from mora_jax.training.sharding.rules import Placement
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
@@ -82,7 +81,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     pmap = config.mesh.pmap
     placement = None if pmap else Placement.of(mesh, nnx.state(model))
     if placement is not None and placement.partitioner is not None and not is_abstract(model):
-        place_model(placement, model)
+        _put_model(placement, model)
     graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
     method = adapter_config(config.adapter, steps)
@@ -112,6 +111,15 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         table = placement.table(adapters, frozen)
         runner = JitRunner(step, mesh, table)
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget, settings, rates)
+
+
+def _put_model(placement: Placement, model: Decoder) -> None:
+    """Puts every array of a model where it is stored, one after the other; base weights are there already."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable):
+            array = node.get_value()
+            axes = node.get_metadata().get("axes") or (None,) * array.ndim
+            node.set_value(put(array, placement.stored(axes, array.shape)))
 
 
 def base_structure(model: nnx.Module) -> Structure:

@@ -26,13 +26,13 @@ from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.hub import load_tokenizer
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import reschedule
+from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.checks import check_warmup
 from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config
-from mora_jax.training.config.to_adapter import adapter_config
 from mora_jax.training.config.to_data import data_source, loss_weights
 from mora_jax.training.display.plain import RunInfo
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
-from mora_jax.training.sharding.place_model import base_shardings
+from mora_jax.training.sharding.rules import base_shardings
 
 #: From which share of padding on other ways are looked at, and on how many rows.
 MUCH_PADDING = 0.4

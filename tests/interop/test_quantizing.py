@@ -11,7 +11,7 @@ from mora_jax.adapters.products.quantization import FORMATS, quantize
 from mora_jax.interop import sharded_read
 from mora_jax.models.init import init_decoder
 from mora_jax.training.sharding.mesh import make_mesh
-from mora_jax.training.sharding.place_model import base_shardings
+from mora_jax.training.sharding.rules import base_shardings
 from mora_jax.training.state import flat_arrays
 from tests.models.quantized import projections
 from tests.models.tiny import LLAMA

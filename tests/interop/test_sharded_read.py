@@ -9,7 +9,7 @@ import mora_jax as mj
 from mora_jax.interop import safetensors_io
 from mora_jax.models.init import init_decoder
 from mora_jax.training.sharding.mesh import make_mesh
-from mora_jax.training.sharding.place_model import base_shardings
+from mora_jax.training.sharding.rules import base_shardings
 from mora_jax.training.state import flat_arrays
 
 SIZES = {

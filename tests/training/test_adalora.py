@@ -15,8 +15,8 @@ from mora_jax.adapters.methods.adalora import existing, orthogonality
 from mora_jax.errors import InputError
 from mora_jax.training import loop
 from mora_jax.training.adalora import RankBudget
+from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.schema import AdapterConfig
-from mora_jax.training.config.to_adapter import adapter_config
 from tests.training.test_loop import Interrupting, config, metrics, quiet
 from tests.training.test_loop import inputs as inputs
 

@@ -239,28 +239,13 @@ def open_rows(
     return RowStream(origins, chosen, mapping or _NO_MAPPING, on_error, max_rows, tuple(notes))
 
 
-def load_rows(
-    paths: Any,
-    format: str | None = None,
-    *,
-    mapping: Mapping | None = None,
-    on_error: str = "raise",
-    split: str | None = None,
-    subset: str | None = None,
-    streaming: bool = False,
-    max_rows: int | None = None,
-) -> Rows:
+def load_rows(paths: Any, format: str | None = None, **settings: Any) -> Rows:
     """Reads data into memory.
 
     Args:
       paths: as for `open_rows`.
       format: as for `open_rows`.
-      mapping: as for `open_rows`.
-      on_error: as for `open_rows`.
-      split: as for `open_rows`.
-      subset: as for `open_rows`.
-      streaming: as for `open_rows`.
-      max_rows: as for `open_rows`.
+      **settings: the others of `open_rows`.
 
     Returns:
       The rows, with the name of their format and what was skipped.
@@ -268,15 +253,6 @@ def load_rows(
     Raises:
       InputError: names the file, the row and the key that cannot be used.
     """
-    stream = open_rows(
-        paths,
-        format,
-        mapping=mapping,
-        on_error=on_error,
-        split=split,
-        subset=subset,
-        streaming=streaming,
-        max_rows=max_rows,
-    )
+    stream = open_rows(paths, format, **settings)
     rows = list(stream)
     return Rows(rows, stream.format, stream.files, stream.skipped)

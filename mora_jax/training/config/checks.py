@@ -7,8 +7,8 @@ from typing import Any
 
 from mora_jax.data.segments import ROLE_SEGMENT
 from mora_jax.errors import InputError
+from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.schema import Config, flatten, lay_over
-from mora_jax.training.config.to_adapter import adapter_config
 
 
 def config_from_dict(values: Mapping[str, Any], origin: str = "config.json") -> Config:

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 #: The signals that ask a process to stop. Of these, SIGHUP comes when a terminal or a connection is closed.
 ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -128,7 +128,22 @@ def _leave() -> None:
     os._exit(128 + signal.SIGINT)
 
 
-class Stoppable:
+class _Handled:
+    """A context manager during which the handlers of a subclass stand."""
+
+    _handlers: _Handlers
+
+    def __enter__(self) -> Self:
+        self._handlers.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handlers.close()
+
+
+class Stoppable(_Handled):
     """Lets the first signal end a command: a context manager.
 
     SIGINT becomes a KeyboardInterrupt, the others `Stopped`. Further signals don't disturb the cleaning up; where the
@@ -148,15 +163,6 @@ class Stoppable:
         words = "stopping; again to stop at once"
         self._handlers = _Handlers(self._receive, lambda number: tell(words), delay=0.7)
 
-    def __enter__(self) -> Stoppable:
-        self._handlers.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handlers.close()
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         if self._raised or self._handlers.postponed(self.received, frame):
@@ -165,7 +171,7 @@ class Stoppable:
         raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped(self.received)
 
 
-class StopSignals:
+class StopSignals(_Handled):
     """Turns signals into a stop request that the loop reads after each step. A context manager.
 
     A second SIGINT stops at once: as a KeyboardInterrupt, and where the process is too deep in compiled code or in a
@@ -190,15 +196,6 @@ class StopSignals:
         self._agree = agree
         self._handlers = _Handlers(self._receive, lambda number: tell(self._said(number)))
         self._raised = False
-
-    def __enter__(self) -> StopSignals:
-        self._handlers.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handlers.close()
 
     def look(self) -> int | None:
         """Brings `received` up to date and returns it; all processes of a run do so equally often."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.interop.fingerprint import base_hash
-from mora_jax.training.config.to_adapter import adapter_config
+from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.setup import Setup
 from mora_jax.training.state import Arrays
 

@@ -251,3 +251,9 @@ def _gathered(used: NamedSharding, stored: NamedSharding, array: Array) -> Array
 
     gather.defvjp(lambda array: (constrain(array, used), None), lambda _, slope: (constrain(slope, stored),))
     return gather(array)
+
+
+def base_shardings(mesh: Mesh, model: nnx.Module) -> Callable[[nnx.Variable], NamedSharding]:
+    """Where each parameter of a base (of shapes alone) is stored on a mesh."""
+    placement = Placement.of(mesh, nnx.state(model))
+    return lambda variable: placement.stored(variable.get_metadata()["axes"], tuple(variable.shape))
