@@ -109,6 +109,19 @@ class LossWeights:
             weights = weights | others if Segment.ASSISTANT in trained else others
         return {segment: weights.get(segment, 0.0) for segment in Segment}
 
+    @property
+    def words(self) -> str:
+        """The loss mode, with those of its settings that count and are not the defaults."""
+        words, mode = self.mode, MODES[self.mode]
+        if mode.uses_prompt_weight:
+            words += f", prompt_weight {self.prompt_weight:g}"
+        if mode.roles and self.roles != ("assistant",):
+            words += f", roles {' and '.join(self.roles)}"
+        for name in ("end_of_turn", "headers"):
+            if (value := getattr(self, name)) is not None:
+                words += f", {name} {value}"
+        return words
+
     def __str__(self) -> str:
         mode = MODES[self.mode]
         lines = [f"{self.mode}: {mode.doc}", *(f"{s.name.lower():>12}  {w:g}" for s, w in self.table.items())]

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from mora_jax.adapters.attach import detach, partition
 from mora_jax.adapters.matching.targets import has_adapter, places
 from mora_jax.adapters.summary import adapter_at
-from mora_jax.data.loss_weights import MODES
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.adapter import adapter_config
@@ -92,12 +91,11 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     budget = RankBudget.of(model, *arrays)
     if budget is not None:
         optimizer = budget.around(optimizer)
-    normalize = config.loss.normalize or MODES[config.loss.mode].normalize
     settings = StepConfig(
         partitioner=None if placement is None else placement.partitioner,
         dropout=any(adapter_at(place).config.dropout > 0 for place in places(model) if has_adapter(place)),
         axis_name="data" if pmap else None,
-        divisor=config.loss.constant if normalize == "constant" else None,
+        divisor=config.loss.constant if config.loss.divided_by == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,
         kl_weight=config.loss.kl_weight,
         base=base_structure(model) if config.loss.kl_weight else None,

@@ -19,7 +19,7 @@ from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_o
 from mora_jax.adapters.base import AdapterParam, FullParam
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.inspect.report import CAUSES
-from mora_jax.data.loss_weights import DIVISORS, MODES, LossWeights
+from mora_jax.data.loss_weights import DIVISORS, LossWeights
 from mora_jax.data.pipeline import BatchSource
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
@@ -67,17 +67,12 @@ class Setup:
         return self.config.train.micro_batch
 
     @property
-    def normalize(self) -> str:
-        """The normaliser: the one asked for, else the loss mode's."""
-        return self.config.loss.normalize or MODES[self.config.loss.mode].normalize
-
-    @property
     def batches(self) -> BatchSource:
         """The batches by step."""
         loss = self.config.loss
         kind = {"response": "trained", "prompt": "prompt"}[loss.kl_tokens]
         extra = {"kl_weights": kind} if loss.kl_weight else None
-        return BatchSource(self.train, self.plan, self.micro_batch, self.normalize, extra)
+        return BatchSource(self.train, self.plan, self.micro_batch, loss.divided_by, extra)
 
     def identity(self) -> dict[str, str]:
         """What all processes of a run must have alike, by what it is, in words."""
@@ -143,7 +138,7 @@ class Setup:
             matched=sum(match.layers for match in self.attached.matches),
             trainable=self.attached.trainable,
             total=self.attached.total,
-            loss_mode=f"{describe_mode(config)}, divided by {DIVISORS[self.normalize]}",
+            loss_mode=f"{loss_weights(config.loss).words}, divided by {DIVISORS[config.loss.divided_by]}",
             trained_fraction=report.trained_fraction,
             examples=len(self.train),
             padding=self.plan.padding(self.batches.length),
@@ -168,17 +163,6 @@ def describe_method(config: AdapterConfig) -> str:
         if hasattr(found, name):
             words += f", {name} {getattr(found, name):g}"
     return ", ".join((words, *found.details))
-
-
-def describe_mode(config: Config) -> str:
-    """The loss mode with its weight where it has one."""
-    loss = config.loss
-    words = loss.mode
-    if MODES[loss.mode].uses_prompt_weight:
-        words += f" (prompt {loss.prompt_weight:g})"
-    if loss.roles != ("assistant",) and MODES[loss.mode].roles:
-        words += f" (turns of {', '.join(loss.roles)})"
-    return words
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.base import magnitude_gain
 from mora_jax.adapters.matrices import matrix_of
-from mora_jax.adapters.methods.registry import METHODS, config_from
+from mora_jax.adapters.methods.registry import METHODS
 from tests.adapters.formulas import FORMULAS
+from tests.adapters.made import config_from
 
 IN = 7
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32, "float64": jnp.float64}

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.methods.registry import METHODS, config_from
+from mora_jax.adapters.methods.registry import METHODS
+from tests.adapters.made import config_from
 from tests.models.tiny import fill_randomly
 
 X = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)

@@ -8,10 +8,11 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.methods.registry import METHODS, config_from
+from mora_jax.adapters.methods.registry import METHODS
 from mora_jax.models.families import read_config
 from mora_jax.training.config.schema import METHOD_KEYS, Config, lay_over
 from mora_jax.training.setup import put_adapter
+from tests.adapters.made import config_from
 from tests.models.tiny import LLAMA, fill_randomly
 
 PATTERNS = {"rank_pattern": {r"layers\.1\..*": 2}, "alpha_pattern": {"up_proj": 6.0}}

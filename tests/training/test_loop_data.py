@@ -146,7 +146,7 @@ def test_what_is_shown_names_mode_and_normaliser(inputs, tmp_path):
     settings = {"loss__mode": "weighted", "loss__prompt_weight": 0.3, "loss__normalize": "response"}
     loop.train(config(inputs, tmp_path / "run", train__steps=1, **settings), display)
     shown = display.stream.getvalue()
-    assert "weighted (prompt 0.3), divided by the number of response tokens" in shown
+    assert "weighted, prompt_weight 0.3, divided by the number of response tokens" in shown
     assert "% padding" in shown
 
 

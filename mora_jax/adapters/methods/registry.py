@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mora_jax.adapters.base import Adapter
@@ -38,19 +36,12 @@ from mora_jax.adapters.methods.randlora import RandLoRA, RandLoRAConfig
 from mora_jax.adapters.methods.remora import ReMoRA, ReMoRAConfig
 from mora_jax.adapters.methods.vera import VeRA, VeRAConfig
 
-AdapterConfig = MethodConfig
-
 
 class Method(NamedTuple):
     """A method: its configuration, and its adapter class (None for full fine-tuning, which has none)."""
 
     config: type[MethodConfig]
     adapter: type[Adapter] | None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """What the configuration can be given."""
-        return tuple(field.name for field in dataclasses.fields(self.config) if field.init)
 
 
 METHODS: dict[str, Method] = {
@@ -77,7 +68,6 @@ METHODS: dict[str, Method] = {
 CONFIGS: dict[str, type[MethodConfig]] = {name: method.config for name, method in METHODS.items()}
 # The arrays of all adapters that hold one number a feature.
 VECTORS = Adapter.vectors.union(*(method.adapter.vectors for method in METHODS.values() if method.adapter is not None))
-METHOD_KEYS: dict[str, tuple[str, ...]] = {name: method.keys for name, method in METHODS.items()}
 
 
 def adapter_class(config: Any) -> type[Adapter]:
@@ -91,18 +81,3 @@ def adapter_class(config: Any) -> type[Adapter]:
             return method.adapter
     known = ", ".join(kind.__name__ for kind in CONFIGS.values())
     raise TypeError(f"config must be one of {known}, not {type(config).__name__}")
-
-
-def config_from(values: Mapping[str, Any]) -> Any:
-    """The configuration that a dictionary with the key `method` describes.
-
-    Keys that the method does not know are left out, and so are values that are None.
-
-    Raises:
-        ValueError: an unknown method, or a value that the method refuses.
-    """
-    name = values.get("method")
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
-    method = METHODS[name]
-    return method.config(**{key: values[key] for key in method.keys if values.get(key) is not None})

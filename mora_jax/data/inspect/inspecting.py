@@ -13,7 +13,7 @@ from mora_jax.data.dataset import EncodedDataset
 from mora_jax.data.inspect.advice import advise_on
 from mora_jax.data.inspect.describe import training_weights, visible
 from mora_jax.data.inspect.report import NEAR_EMPTY, Report
-from mora_jax.data.loss_weights import MODES, LossWeights
+from mora_jax.data.loss_weights import LossWeights
 from mora_jax.data.segments import ANSWER, INSTRUCTION, Segment
 from mora_jax.data.sources import Source
 from mora_jax.paths import OFF
@@ -125,19 +125,6 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
             for example in dataset[:examples]
         ],
     }
-
-
-def loss_words(loss: LossWeights) -> str:
-    """The loss mode, with those of its settings that count and are not the defaults."""
-    words = loss.mode
-    if MODES[loss.mode].uses_prompt_weight:
-        words += f", prompt_weight {loss.prompt_weight:g}"
-    if MODES[loss.mode].roles and loss.roles != ("assistant",):
-        words += f", roles {' and '.join(loss.roles)}"
-    for name in ("end_of_turn", "headers"):
-        if (value := getattr(loss, name)) is not None:
-            words += f", {name} {value}"
-    return words
 
 
 def segment_table(report: Report) -> list[tuple[str, int, float]]:

@@ -14,9 +14,9 @@ from jinja2 import Environment, StrictUndefined, Template
 from mora_jax.data.dataset import EncodedDataset, Example
 from mora_jax.data.inspect.advice import advise_on
 from mora_jax.data.inspect.describe import describe_example, visible
-from mora_jax.data.inspect.inspecting import loss_words, repeated_prompts, segment_table
+from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table
 from mora_jax.data.inspect.report import Report
-from mora_jax.data.inspect.terminal import outcomes, ratio_words
+from mora_jax.data.inspect.terminal import outcomes
 from mora_jax.paths import new_file
 
 # The histogram's drawing, in its own units.
@@ -42,8 +42,8 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
         names=[os.path.basename(name.rstrip("/")) or name for name in report.files] or ["rows in memory"],
         files=", ".join(report.files) or "memory",
         recognised=recognised,
-        loss=loss_words(dataset.loss),
-        ratio=ratio_words(report),
+        loss=dataset.loss.words,
+        ratio=report.ratio_words,
         outcomes=[(words.strip(), words.startswith(" "), n, _share(n, report.rows)) for words, n in outcomes(report)],
         segments=_segments(report),
         histogram=_histogram(report),

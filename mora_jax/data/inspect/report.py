@@ -207,7 +207,7 @@ class Report(RowOutcomes):
             ("template", self.template),
             ("loss mode", self.mode),
             ("tokens", f"{self.tokens}, {self.trained_fraction:.1%} of them trained"),
-            ("ratio", self._ratio_words()),
+            ("ratio", self.ratio_words),
             ("lengths", ", ".join(f"{name} {value}" for name, value in self.quantiles.items())),
             ("max length", self._length_words()),
             ("repeated", f"{self.duplicated} rows ask what an earlier row asks ({self.duplicated_share:.1%})"),
@@ -222,7 +222,9 @@ class Report(RowOutcomes):
         lines += [("bad row", reason) for reason in self.reasons]
         return lines + [("note", note) for note in self.notes]
 
-    def _ratio_words(self) -> str:
+    @property
+    def ratio_words(self) -> str:
+        """Instructions against responses."""
         if self.ratio is None or self.median_ratio is None:
             return "no response"
         return f"{self.ratio:.2f} instruction tokens a response token, {self.median_ratio:.2f} in the median row"

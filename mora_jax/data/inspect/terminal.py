@@ -14,7 +14,7 @@ from rich.text import Text
 from mora_jax.data.dataset import EncodedDataset
 from mora_jax.data.inspect.advice import Advice, advise_on
 from mora_jax.data.inspect.describe import visible
-from mora_jax.data.inspect.inspecting import loss_words, repeated_prompts, segment_table
+from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table
 from mora_jax.data.inspect.report import CAUSES, NEAR_EMPTY, Report
 
 # Columns of the longest bar, where there is room for it beside the other columns.
@@ -30,7 +30,7 @@ def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, re
       console: where it will be printed.
       recognised: whether the format was found out, not named.
     """
-    report, loss = dataset.report, loss_words(dataset.loss)
+    report, loss = dataset.report, dataset.loss.words
     advice, repeated = advise_on(report), repeated_prompts(dataset, tokenizer)
     bar = "█" if console.encoding.lower().startswith("utf") else "#"
     parts: list[RenderableType] = [_facts(report, loss, recognised), _title("Rows by outcome"), _outcomes_table(report)]
@@ -67,19 +67,12 @@ def _facts(report: Report, loss: str, recognised: bool) -> Table:
     rows += [("template", report.template), ("loss mode", loss)]
     trained = f"{report.trained_fraction:.1%} of the kept tokens carry loss"
     rows.append(("trained", f"{trained} ({report.trained_tokens:,} of {report.tokens:,})"))
-    rows.append(("ratio", ratio_words(report)))
+    rows.append(("ratio", report.ratio_words))
     rows += [("bad row", reason) for reason in report.reasons]
     rows += [("note", note) for note in report.notes]
     for name, words in rows:
         table.add_row(name, Text(visible(words)))
     return table
-
-
-def ratio_words(report: Report) -> str:
-    """Instructions against responses, in words."""
-    if report.ratio is None or report.median_ratio is None:
-        return "no response"
-    return f"{report.ratio:.2f} instruction tokens a response token (median of rows {report.median_ratio:.2f})"
 
 
 def outcomes(report: Report) -> list[tuple[str, int]]:

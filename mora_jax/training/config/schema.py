@@ -123,6 +123,11 @@ class LossConfig:
     kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)
     kl_tokens: str = key("response", "The tokens on which it is taken.", choices=("response", "prompt"))
 
+    @property
+    def divided_by(self) -> str:
+        """The normaliser: the one asked for, else the loss mode's."""
+        return self.normalize or MODES[self.mode].normalize
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainSection:

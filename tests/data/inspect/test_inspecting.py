@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mora_jax.data import Conversation, EncodedDataset, LossWeights, Message, Segment, describe_batch, inspect_data
-from mora_jax.data.inspect.inspecting import inspect_dataset, loss_words, repeated_prompts, segment_table
+from mora_jax.data.inspect.inspecting import inspect_dataset, repeated_prompts, segment_table
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def test_segments_of_one_name_are_one_line(tokenizer):
 
 
 def test_settings_in_words():
-    assert loss_words(LossWeights()) == "masked"
-    assert loss_words(LossWeights("weighted", 0.25, headers="all")) == "weighted, prompt_weight 0.25, headers all"
-    words = loss_words(LossWeights("masked", roles=("user", "assistant"), end_of_turn="last"))
+    assert LossWeights().words == "masked"
+    assert LossWeights("weighted", 0.25, headers="all").words == "weighted, prompt_weight 0.25, headers all"
+    words = LossWeights("masked", roles=("user", "assistant"), end_of_turn="last").words
     assert words == "masked, roles user and assistant, end_of_turn last"
 
 
