@@ -91,8 +91,8 @@ split_heads.defvjp(lambda fused: (split_heads(fused), None), _join_heads)
 
 def _stacked(config: DecoderConfig, path: str, **making: Any) -> Callable[..., Projection]:
     """`Projection` with what those of a part of the block have in common."""
-    shared = {"num_layers": config.num_layers, "init_std": config.initializer_range}
-    return functools.partial(Projection, path=config.names.layer + path, **shared, **making)
+    making |= {"path": config.names.layer + path, "num_layers": config.num_layers, "init_std": config.initializer_range}
+    return functools.partial(Projection, **making)
 
 
 def _fold(token_dropout: TokenDropout | None, index: int) -> TokenDropout | None:
