@@ -17,7 +17,7 @@ from mora_jax.adapters.config.patterns import resolve
 from mora_jax.adapters.layers import to_adapted_class
 from mora_jax.adapters.matching.forms import FORMS
 from mora_jax.adapters.matching.naming import summary
-from mora_jax.adapters.matching.targets import Place, has_adapter, places, select
+from mora_jax.adapters.matching.targets import Place, adapted_places, places, select
 from mora_jax.adapters.matrices import stacked_in_front, weight_of
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.methods.full import FullConfig
@@ -28,7 +28,6 @@ from mora_jax.adapters.summary import AdapterEntry as AdapterEntry
 from mora_jax.adapters.summary import AttachReport as AttachReport
 from mora_jax.adapters.summary import Match as Match
 from mora_jax.adapters.summary import adapted_layers as adapted_layers
-from mora_jax.adapters.summary import adapter_at as adapter_at
 from mora_jax.adapters.summary import adapters_of as adapters_of
 from mora_jax.adapters.summary import count, report_of
 from mora_jax.adapters.trainable_base import KEPT, TrainableBase, kept, restore, train_biases, train_modules
@@ -113,7 +112,7 @@ def _check_base(model: nnx.Module, config: Any) -> None:
 
 
 def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: Any) -> None:
-    if has_adapter(place):
+    if place.adapter is not None:
         raise ValueError(f"{place.title} carries an adapter already; merge it before attaching another")
     for dtype in (place.dtype, getattr(place.layer, "dtype", None)):
         if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
@@ -205,7 +204,7 @@ def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs) -> None:
     """`bias="all"`: those of layers without an adapter, too."""
     for place in list(places(model)):
         whole = hasattr(place.layer, KEPT)
-        if not has_adapter(place) and not whole and place.has_bias and not place.is_embedding:
+        if place.adapter is None and not whole and place.has_bias and not place.is_embedding:
             put_adapter(place, (True,) * len(place.paths), BitFit, BitFit.only(config), rngs)
     train_biases(model)
 
@@ -226,7 +225,7 @@ def _train_everything(model: nnx.Module) -> None:
 
 def report_of_trained(model: nnx.Module) -> AttachReport:
     """The report on what `model` trains: its adapters, or without any all of its parameters."""
-    if any(has_adapter(place) for place in places(model)):
+    if adapted_places(model):
         return report_of(model)
     return AttachReport("full", (), count(model, AdapterParam), count(model))
 
@@ -243,7 +242,7 @@ def detach(model: nnx.Module) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    found = [place for place in places(model) if has_adapter(place)]
+    found = adapted_places(model)
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to remove")
     for place in found:

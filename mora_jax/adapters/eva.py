@@ -19,7 +19,7 @@ from flax import nnx
 from mora_jax.adapters.attach import detach, partition, put_adapter
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import CommonConfig, Targets
-from mora_jax.adapters.matching.targets import Place, has_adapter, places
+from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.projection import OutputHead
 
@@ -90,7 +90,7 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
 
 def _has_lora(place: Place) -> bool:
     special = place.is_embedding or isinstance(place.layer, OutputHead)
-    return has_adapter(place) and isinstance(place.adapter, LoRA) and not special
+    return isinstance(place.adapter, LoRA) and not special
 
 
 @dataclass(frozen=True)

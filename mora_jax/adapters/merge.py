@@ -13,12 +13,11 @@ from flax import nnx
 from mora_jax.adapters.attach import add_adapter, take_adapter
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.layers import to_adapted_class
-from mora_jax.adapters.matching.targets import Holders, Place, has_adapter, holders_of, places
+from mora_jax.adapters.matching.targets import Holders, Place, adapted_places, holders_of, places
 from mora_jax.adapters.matrices import add_to_bias, drop_bias
 from mora_jax.adapters.products.quantization import quantized_format
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.adapters.slots import refuse_banks
-from mora_jax.adapters.summary import adapter_at
 from mora_jax.adapters.trainable_base import kept, restore
 
 
@@ -73,7 +72,7 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
             f"the model's kernels are quantised (quantize={held}), which a merged weight wouldn't fit: save the "
             "adapter, and merge it into the model loaded without quantize, as mora-jax merge does"
         )
-    found = [place for place in places(model) if has_adapter(place)]
+    found = adapted_places(model)
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):
@@ -94,13 +93,13 @@ def _check_whole(place: Place) -> None:
             f"the dropout of the adapter on {place.title} is on, and a merged weight drops nothing: call model.eval() "
             "before merging"
         )
-    for name, array in adapter_at(place).params().items():
+    for name, array in place.adapter.params().items():
         if not isinstance(array, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(f"the adapter on {place.title} has values in {name} that are no finite numbers")
 
 
 def _merge(place: Place, had_bias: bool, holders: Holders) -> Merged:
-    adapter, layer = adapter_at(place), place.layer
+    adapter, layer = place.adapter, place.layer
     dropout = getattr(layer, "adapter_dropout", None)
     kernel = place.kernel()
     gain = adapter.gain(kernel)
@@ -167,7 +166,7 @@ def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
     by_path = {(place.paths, place.part): place for place in places(model)}
     for entry in merged:
         place = by_path.get((entry.paths, entry.part))
-        if place is None or has_adapter(place):
+        if place is None or place.adapter is not None:
             raise ValueError(f"{entry.paths[0]} is not as merging left it: absent, or adapted again")
         if entry.kernel is None and entry.gain is not None and not bool(jnp.all(entry.gain != 0)):
             raise ValueError(f"{entry.paths[0]}: a gain of 0 was merged, which can't be divided out again")

@@ -15,7 +15,7 @@ from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import Adapted
 from mora_jax.adapters.matching.naming import aligned, wrapped
 from mora_jax.adapters.matching.skipped import Skipped, skipped
-from mora_jax.adapters.matching.targets import Place, has_adapter, places
+from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.adapters.slots import refuse_banks
@@ -94,10 +94,8 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
         ValueError: it carries none.
     """
     matches, warnings, methods = [], [], []
-    for place in places(model):
-        if not has_adapter(place):
-            continue
-        adapter = adapter_at(place)
+    for place in adapted_places(model):
+        adapter = place.adapter
         # A bank has a scaling for each of its slots, too.
         active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
@@ -151,12 +149,6 @@ def count(model: nnx.Module, *filters) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state)) + packed
 
 
-def adapter_at(place: Place) -> Adapter:
-    """The adapter of a place that has one."""
-    assert place.adapter is not None, f"{place.title} carries no adapter"
-    return place.adapter
-
-
 @dataclass(frozen=True)
 class AdapterEntry:
     """One adapted matrix of one layer, without the stacking and fusing of memory.
@@ -187,10 +179,8 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
         ValueError: the model has several named adapters.
     """
     refuse_banks(model, "take")
-    for place in places(model):
-        if not has_adapter(place):
-            continue
-        adapter = adapter_at(place)
+    for place in adapted_places(model):
+        adapter = place.adapter
         # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
         arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
         for i, path in enumerate(place.paths):

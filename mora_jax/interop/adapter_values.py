@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import adapter_at, attach, undone_on_error
+from mora_jax.adapters.attach import attach, undone_on_error
 from mora_jax.adapters.config.patterns import pattern_for, targets_for
-from mora_jax.adapters.matching.targets import Place, has_adapter, places
+from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.errors import InputError
 
 
@@ -41,7 +41,7 @@ def install(model: nnx.Module, by_path: Mapping[str, AdapterValues], *, modules_
         InputError: the model has adapters, lacks a path, or can't hold what is asked for.
     """
     found = list(places(model))
-    if any(has_adapter(place) for place in found):
+    if any(place.adapter is not None for place in found):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
     possible = [path for place in found for path in place.paths]
     absent = sorted(set(by_path) - set(possible))
@@ -100,7 +100,7 @@ def _varied(config: Any) -> list[str]:
 
 def _fill(place: Place, values: dict[int, Mapping[str, np.ndarray]]) -> None:
     """Writes the arrays of all layers of a place at once; what is smaller than its place (a lower rank) is padded."""
-    adapter = adapter_at(place)
+    adapter = place.adapter
     for name in dict.fromkeys(name for arrays in values.values() for name in arrays):
         variable = getattr(adapter, name)
         array = np.array(variable[...])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from flax import nnx
 
 from mora_jax.adapters.attach import detach
-from mora_jax.adapters.matching.targets import has_adapter, places
+from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.adapters.summary import adapters_of
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
@@ -25,7 +25,7 @@ def bare(model: nnx.Module) -> nnx.Module:
     """A second model on the same base arrays, without adapters."""
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, state)
-    if any(has_adapter(place) for place in places(copy)):
+    if adapted_places(copy):
         detach(copy)
     return copy
 

@@ -11,8 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mora_jax.adapters.attach import detach, partition
-from mora_jax.adapters.matching.targets import has_adapter, places
-from mora_jax.adapters.summary import adapter_at
+from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.adapter import adapter_config
@@ -93,7 +92,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         optimizer = budget.around(optimizer)
     settings = StepConfig(
         partitioner=None if placement is None else placement.partitioner,
-        dropout=any(adapter_at(place).config.dropout > 0 for place in places(model) if has_adapter(place)),
+        dropout=any(place.adapter.config.dropout > 0 for place in adapted_places(model)),
         axis_name="data" if pmap else None,
         divisor=config.loss.constant if config.loss.divided_by == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,

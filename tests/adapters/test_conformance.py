@@ -15,6 +15,7 @@ from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.methods.registry import METHODS
 from mora_jax.adapters.projection import Part, Projection
 from tests.adapters.formulas import COUNTS, FORMULAS
+from tests.adapters.made import config_from
 
 IN, TOKENS = 7, 11
 LEFT_OUT = 1
@@ -23,8 +24,7 @@ LEFT_OUT = 1
 def registered(name, **more):
     """The configuration of a method by name, small."""
     small = {"rank": 2, "target_rank": 1, "alpha": 3.0, "targets": "all-linear"}
-    keys = METHODS[name].keys
-    return METHODS[name].config(**{key: value for key, value in small.items() if key in keys}, **more)
+    return config_from({"method": name, **small, **more})
 
 
 CASES = {name: registered(name) for name in METHODS if name != "full"} | {

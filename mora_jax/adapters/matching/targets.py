@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.layers import Adapted, adapted_class
 from mora_jax.adapters.matching.forms import FORMS, bias_param, kernel_of
@@ -65,8 +64,8 @@ class Place:
         return tuple(int(i) for i in np.unravel_index(layer, self.stack)) if self.stack else ()
 
     @property
-    def adapter(self) -> Adapter | None:
-        """The adapter on it, or None."""
+    def adapter(self) -> Any:
+        """The `Adapter` on it, or None."""
         if isinstance(self.layer, Projection):
             return self.layer.adapters.get(self.part)
         return self.layer.adapter if isinstance(self.layer, Adapted | OutputHead) else None
@@ -214,9 +213,9 @@ def holders_of(model: nnx.Module) -> Holders:
     return found
 
 
-def has_adapter(place: Place) -> bool:
-    """Whether there is an adapter at a place."""
-    return place.adapter is not None
+def adapted_places(model: nnx.Module) -> list[Place]:
+    """The places of `model` that carry an adapter."""
+    return [place for place in places(model) if place.adapter is not None]
 
 
 def layer_number(path: str) -> int | None:

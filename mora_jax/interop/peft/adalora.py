@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mora_jax.adapters.attach import AdapterEntry, adapter_at
+from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config import AdaLoRAConfig
 from mora_jax.adapters.matching.targets import Place
@@ -93,7 +93,7 @@ class AdaloraFormat(Format):
         return AdapterValues(config, {"lora_a": lora_a, "lora_e": lora_e, "lora_b": lora_b})
 
     def for_model(self, places: list[Place]) -> AdaloraFormat:
-        values = [host(adapter_at(place).params()["lora_e"]) for place in places]
+        values = [host(place.adapter.params()["lora_e"]) for place in places]
         return AdaloraFormat(fresh=not any(value.any() for value in values))
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:

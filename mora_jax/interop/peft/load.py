@@ -15,7 +15,7 @@ from flax import nnx
 from mora_jax.adapters.attach import undone_on_error
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config.common import MethodConfig
-from mora_jax.adapters.matching.targets import Place, by_path, has_adapter, places
+from mora_jax.adapters.matching.targets import Place, by_path, places
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, first, install
 from mora_jax.interop.hub import local_folder
@@ -76,7 +76,7 @@ def load_adapter(
     file = dataclasses.replace(file, whole_components=own)
     files = _open(folder)
     all_places = list(places(model))
-    if any(has_adapter(place) for place in all_places):
+    if any(place.adapter is not None for place in all_places):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
     _check_base(model, file, strict)
     base = own_base(model, folder, files, kind_is_known=kind is not None or not values.get("use_mora"))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mora_jax.adapters.attach import AdapterEntry, adapter_at
+from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import host
 from mora_jax.adapters.matching.targets import Place
 from mora_jax.adapters.methods.randlora import RandLoRAConfig, random_bases
@@ -88,7 +88,7 @@ class RandLoraFormat(SharedBasesFormat):
         return AdapterValues(config, arrays)
 
     def for_model(self, places: list[Place]) -> RandLoraFormat:
-        config = adapter_at(places[0]).config
+        config = places[0].adapter.config
         own = [(_layer(place, "randlora_a"), _layer(place, "randlora_b")) for place in places]
         drawn = random_bases(config.rank, widest(places), config.projection_prng_key, config.bases)
         if all(_is_piece(pair, drawn) for pair in own):
@@ -118,7 +118,7 @@ class RandLoraFormat(SharedBasesFormat):
 
 def _layer(place: Place, name: str) -> np.ndarray:
     """A frozen array of the first layer of a place."""
-    array = host(adapter_at(place).params()[name])
+    array = host(place.adapter.params()[name])
     return array.reshape(-1, *array.shape[-(2 if name == "randlora_a" else 3) :])[0]
 
 

@@ -12,10 +12,10 @@ from typing import TypeGuard
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import AdapterEntry, adapter_at, adapters_of
+from mora_jax.adapters.attach import AdapterEntry, adapters_of
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.patterns import targets_for
-from mora_jax.adapters.matching.targets import Place, by_path, has_adapter, places
+from mora_jax.adapters.matching.targets import Place, adapted_places, by_path, places
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.trainable_base import named_modules
 from mora_jax.errors import InputError
@@ -146,12 +146,12 @@ def _format(model: nnx.Module) -> tuple[Format, list[Place]]:
     Raises:
         InputError: there is no adapter, or there are several methods.
     """
-    adapted = [place for place in places(model) if has_adapter(place)]
+    adapted = adapted_places(model)
     if not adapted:
         raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
-    main = [place for place in adapted if not adapter_at(place).config.biases_alone] or adapted
-    methods = sorted({file_method(adapter_at(place)) for place in main})
-    if len(methods) == 1 and len(main) < len(adapted) and adapter_at(main[0]).config.bias != "all":
+    main = [place for place in adapted if not place.adapter.config.biases_alone] or adapted
+    methods = sorted({file_method(place.adapter) for place in main})
+    if len(methods) == 1 and len(main) < len(adapted) and main[0].adapter.config.bias != "all":
         methods = ["bitfit", *methods]
     if len(methods) > 1:
         raise InputError(f"one folder holds one method, but the model has adapters of {', '.join(methods)}")

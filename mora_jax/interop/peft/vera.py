@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mora_jax.adapters.attach import AdapterEntry, adapter_at
+from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config import VeRAConfig
 from mora_jax.adapters.matching.targets import Place
@@ -74,4 +74,4 @@ class VeraFormat(SharedBasesFormat):
 
 def _factor(place: Place, name: str) -> np.ndarray:
     """A frozen factor of a place, `[*layers, …]`."""
-    return host(adapter_at(place).params()[name])
+    return host(place.adapter.params()[name])

@@ -50,7 +50,7 @@ def test_every_number_of_every_configuration_is_checked(method, name, kind):
             make(**{name: 2.0})
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if "alpha" in METHODS[name].keys])
+@pytest.mark.parametrize("method", [name for name in METHODS if hasattr(CONFIGS[name](), "alpha")])
 @pytest.mark.parametrize("alpha", [0, 0.0, -1])
 def test_alpha_is_above_zero(method, alpha):
     with pytest.raises(ValueError, match=f"alpha must be a positive number, not {alpha}"):
