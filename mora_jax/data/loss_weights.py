@@ -236,24 +236,17 @@ def _example(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.
     return (weights * (row / total)).astype(np.float32), float(row)
 
 
-def _response(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.ndarray, float]:
-    return weights * np.float32(row), float(np.count_nonzero(weights[response_tokens(segments)]))
-
-
-def _nonzero(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.ndarray, float]:
-    return weights * np.float32(row), float(np.count_nonzero(weights))
-
-
-def _constant(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.ndarray, float]:
-    return weights * np.float32(row), 0.0  # The step divides by the constant itself.
+def _counted(count: Callable[[np.ndarray, np.ndarray], float]) -> Normalizer:
+    """The weights as they are, beside a count of (weights, segments)."""
+    return lambda weights, segments, row: (weights * np.float32(row), float(count(weights, segments)))
 
 
 NORMALIZERS: dict[str, Normalizer] = {
     "token": _token,
     "example": _example,
-    "response": _response,
-    "nonzero": _nonzero,
-    "constant": _constant,
+    "response": _counted(lambda weights, segments: np.count_nonzero(weights[response_tokens(segments)])),
+    "nonzero": _counted(lambda weights, segments: np.count_nonzero(weights)),
+    "constant": _counted(lambda weights, segments: 0.0),  # the step divides by the constant itself
 }
 #: What each of them divides by, in words.
 DIVISORS = {

@@ -17,6 +17,8 @@ from mora_jax.linen.update import adapted_output
 
 Array = jax.Array
 
+_SETTINGS = tuple(field.name for field in dataclasses.fields(nn.Dense) if field.name not in ("parent", "name"))
+
 
 class _AdaptedDense(nn.Module, kw_only=True):
     """What both have: the other attributes of `nn.Dense`, and the call."""
@@ -50,19 +52,8 @@ class _AdaptedDense(nn.Module, kw_only=True):
             `[..., features]`, in the dtype of `nn.Dense`.
         """
         # A real nn.Dense in the module's own scope: the same numbers as without adapter, whatever its fields say.
-        base = nn.Dense(
-            self.features,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            promote_dtype=self.promote_dtype,
-            dot_general=self.dot_general,
-            dot_general_cls=self.dot_general_cls,
-            name="base",
-        )
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        base = nn.Dense(**settings, name="base")
         nn.share_scope(self, base)
         product = product_of(base, inputs, None)
         assert not isinstance(product, str), "nn.Dense is a product with its kernel"

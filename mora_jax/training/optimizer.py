@@ -29,14 +29,11 @@ def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(1, steps - warmup)
-    if config.schedule == "constant":
-        decay = optax.constant_schedule(peak)
-    elif config.schedule == "linear":
-        decay = optax.linear_schedule(peak, config.min_ratio * peak, rest)
-    elif config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.min_ratio)
-    else:
-        raise ValueError(f"schedule must be constant, linear or cosine, not {config.schedule!r}")
+    decay = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, config.min_ratio * peak, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.min_ratio),
+    }[config.schedule]
     decay = _above(decay, config.min_ratio * peak)
     if warmup:
         rise = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)

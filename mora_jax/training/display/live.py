@@ -1,7 +1,7 @@
 """The display of a run on a terminal: a panel, the first example with its trained tokens marked, a bar."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -39,12 +39,7 @@ class LiveDisplay(Display):
         """Draws the panel and starts the bar."""
         self.close()
         self.steps = info.steps
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for name, words in info.rows():
-            table.add_row(name, Text(printable(words)))
-        self.console.print(Panel(table, title="mora-jax train", title_align="left", border_style="cyan"))
+        self.console.print(Panel(_facts(info.rows()), title="mora-jax train", title_align="left", border_style="cyan"))
         if info.first_example:
             self.console.print(example_panel(info.first_example, "first example", self.console))
         for words in info.notes:
@@ -88,13 +83,8 @@ class LiveDisplay(Display):
         """Takes the bar away and says how the run ended."""
         self.close()
         self.console.print(Text.assemble(("done ", "bold green"), summary_words(summary)))
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for name, words in summary_rows(summary):
-            table.add_row(name, Text(printable(words)))
-        if table.row_count:
-            self.console.print(table)
+        if rows := summary_rows(summary):
+            self.console.print(_facts(rows))
 
     def close(self) -> None:
         """Takes the bar away and shows the cursor again."""
@@ -104,3 +94,12 @@ class LiveDisplay(Display):
                 status.stop()
             if bar is not None:
                 bar.stop()
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, words in rows:
+        table.add_row(name, Text(printable(words)))
+    return table
