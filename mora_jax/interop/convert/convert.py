@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,13 +38,7 @@ def convert_to_lora(model: nnx.Module, *, rank: int | None = None) -> Conversion
     Raises:
         InputError: no rank is given, but the updates of a method have full rank; the message names the error of some.
     """
-    updates = list(updates_of(model))
-    if not updates:
-        raise InputError("the model has no adapter to convert")
-    by_path, conversion = lora_values(updates, rank)
-    detach(model)
-    install(model, by_path)
-    return conversion
+    return _replace_adapters(model, lambda updates: lora_values(updates, rank))
 
 
 def convert_to_mora(model: nnx.Module, *, kind: str = "sharing", rank: int | None = None) -> Conversion:
@@ -61,10 +55,16 @@ def convert_to_mora(model: nnx.Module, *, kind: str = "sharing", rank: int | Non
     Raises:
         InputError: an embedding has an adapter, for which MoRA has no form.
     """
+    return _replace_adapters(model, lambda updates: mora_values(updates, kind, rank))
+
+
+def _replace_adapters(
+    model: nnx.Module, convert: Callable[[list[Update]], tuple[dict[str, AdapterValues], Conversion]]
+) -> Conversion:
     updates = list(updates_of(model))
     if not updates:
         raise InputError("the model has no adapter to convert")
-    by_path, conversion = mora_values(updates, kind, rank)
+    by_path, conversion = convert(updates)
     detach(model)
     install(model, by_path)
     return conversion
