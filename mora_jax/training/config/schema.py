@@ -320,38 +320,30 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         config: the whole configuration.
         given: dotted names that the file or the command line set.
     """
-    method, groups = config.adapter.method, []
-    unread = {field.name for field in dataclasses.fields(AdapterConfig)} - METHOD_KEYS[method] - {"method"}
-    groups.append((f"adapter.method={method}", [f"adapter.{name}" for name in unread]))
-    if config.adapter.path is not None and "path" in METHOD_KEYS[method]:
-        # The adapter's folder says all this, but not how to train.
-        said = METHOD_KEYS[method] - START - config.adapter.config_class.training_settings()
-        groups.append(("adapter.path", [f"adapter.{name}" for name in said]))
-    mode = config.loss.mode
-    if not MODES[mode].uses_prompt_weight:
-        groups.append((f"loss.mode={mode}", ["loss.prompt_weight"]))
-    if not MODES[mode].roles:
-        groups.append((f"loss.mode={mode}", ["loss.roles"]))
-    if config.loss.normalize != "constant":
-        groups.append((f"loss.normalize={config.loss.normalize or 'unset'}", ["loss.constant"]))
-    if config.loss.kl_weight == 0:
-        groups.append(("loss.kl_weight=0", ["loss.kl_tokens"]))
-    if config.data.eval is None:
-        groups.append(("no data.eval", ["data.eval_split"]))
-    if config.log.wandb is None:
-        groups.append(("no log.wandb", ["log.wandb_mode"]))
-    if config.log.profile_steps == 0:
-        groups.append(("log.profile_steps=0", ["log.profile_first"]))
-    if config.train.steps is not None:
-        groups.append(("train.steps", ["train.epochs"]))
-    if config.data.eval is not None:
-        groups.append(("data.eval", ["data.eval_fraction"]))
-    elif config.data.eval_fraction == 0:
-        groups.append(("no evaluation data", ["train.eval_every", "train.keep_best"]))
+    adapter, loss, data, log = config.adapter, config.loss, config.data, config.log
+    mode, known = MODES[loss.mode], METHOD_KEYS[adapter.method]
+    others = {field.name for field in dataclasses.fields(AdapterConfig)} - known - {"method"}
+    # The adapter's folder says all this, but not how to train.
+    said = known - START - adapter.config_class.training_settings()
+    # Whether, why, and the keys that are then not read.
+    cases: list[tuple[bool, str, list[str]]] = [
+        (True, f"adapter.method={adapter.method}", [f"adapter.{name}" for name in others]),
+        (adapter.path is not None and "path" in known, "adapter.path", [f"adapter.{name}" for name in said]),
+        (not mode.uses_prompt_weight, f"loss.mode={loss.mode}", ["loss.prompt_weight"]),
+        (not mode.roles, f"loss.mode={loss.mode}", ["loss.roles"]),
+        (loss.normalize != "constant", f"loss.normalize={loss.normalize or 'unset'}", ["loss.constant"]),
+        (loss.kl_weight == 0, "loss.kl_weight=0", ["loss.kl_tokens"]),
+        (data.eval is None, "no data.eval", ["data.eval_split"]),
+        (log.wandb is None, "no log.wandb", ["log.wandb_mode"]),
+        (log.profile_steps == 0, "log.profile_steps=0", ["log.profile_first"]),
+        (config.train.steps is not None, "train.steps", ["train.epochs"]),
+        (data.eval is not None, "data.eval", ["data.eval_fraction"]),
+        (data.eval is None and data.eval_fraction == 0, "no evaluation data", ["train.eval_every", "train.keep_best"]),
+    ]
     order = list(keys())
     parts = []
-    for reason, names in groups:
+    for applies, reason, names in cases:
         ignored = sorted((name for name in names if name in given), key=order.index)
-        if ignored:
+        if applies and ignored:
             parts.append(f"{', '.join(ignored)} (not used with {reason})")
     return f"ignored: {'; '.join(parts)}" if parts else None
