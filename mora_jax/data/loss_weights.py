@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -236,7 +237,7 @@ def _example(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.
     return (weights * (row / total)).astype(np.float32), float(row)
 
 
-def _counted(count: Callable[[np.ndarray, np.ndarray], float]) -> Normalizer:
+def _counted(count: Callable[[np.ndarray, np.ndarray], Any]) -> Normalizer:
     """The weights as they are, beside a count of (weights, segments)."""
     return lambda weights, segments, row: (weights * np.float32(row), float(count(weights, segments)))
 
