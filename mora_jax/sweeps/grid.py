@@ -12,10 +12,10 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local
+from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.checks import check_together
 from mora_jax.training.config.key import TEXTS, split_list
 from mora_jax.training.config.schema import AdapterConfig, Config, MeshConfig, find_key, lay_over
-from mora_jax.training.config.to_adapter import adapter_config
 
 #: Runs share one device and one process; where they write belongs to the sweep.
 NOT_SWEPT = ("out", "mesh", "log")
