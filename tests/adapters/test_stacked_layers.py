@@ -70,7 +70,11 @@ def loss(model, x):
 
 
 @pytest.mark.parametrize(
-    "name", ["lora with biases", "dora", "pissa", "mora rotation", "vera", "adalora", "ia3 on inputs"]
+    "name",
+    [
+        *("lora with biases", "dora", "mora rotation", "vera"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pissa", "adalora", "ia3 on inputs")),
+    ],
 )
 def test_each_layer_of_a_stack_has_its_adapter(name, tmp_path):
     config = CASES[name]

@@ -111,7 +111,9 @@ def test_resuming_what_is_no_run(fails, tmp_path):
     assert "seed" in fails("train", "--resume", tmp_path)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_the_state_at_a_step(options, tmp_path, number, code):
     process = start("train", *options, "--config.train.steps=100000", "--config.seed=1")
     for line in process.stderr:

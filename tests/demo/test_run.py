@@ -17,35 +17,33 @@ from mora_jax.interop import load_pretrained
 
 
 @pytest.fixture
-def two_methods(monkeypatch):
-    """LoRA and full only, three questions of each task."""
-    small = [method for method in cells.METHODS if method.name in ("LoRA", "full")]
+def one_method(monkeypatch):
+    """LoRA only, two questions of each task."""
+    small = [method for method in cells.METHODS if method.name == "LoRA"]
     complete = run.run
 
     def shortened(**settings):
-        return complete(methods=small, questions=3, **settings)
+        return complete(methods=small, questions=2, **settings)
 
     monkeypatch.setattr(run, "run", shortened)
 
 
-def test_from_end_to_end(two_methods, tmp_path, capsys):
+def test_from_end_to_end(one_method, tmp_path, capsys):
     out = tmp_path / "out"
     code = main(["demo", "--steps", "31", "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     lines = printed.out.splitlines()
-    assert len(lines) == 3 + 3 + 1 + 2 * 2, printed.out
+    assert len(lines) == 3 + 3 + 1 + 2, printed.out
     assert {word for column in COLUMNS for word in column.split()} == {*lines[3].split(), *lines[4].split()}
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in sorted(out.iterdir())] == ["curves.png", "results.json"]
 
     base, *tuned = json.loads((out / "results.json").read_text())
     assert base["exact_match"] <= 0.1
-    assert [(row["method"], row["loss"]) for row in tuned] == [
-        (method, mode) for method in ("LoRA", "full") for mode in ("masked", "unmasked")
-    ]
+    assert [(row["method"], row["loss"]) for row in tuned] == [("LoRA", mode) for mode in ("masked", "unmasked")]
     for row in tuned:
-        assert len(row["answers"]) == 3 * 12
+        assert len(row["answers"]) == 2 * 12
         assert row["trainable_parameters"] > 0
         assert row["tokens_per_second"] > 0
         assert row["curve"]["steps"] == [0, 30, 31]

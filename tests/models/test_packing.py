@@ -35,7 +35,8 @@ FAMILIES = {
 }
 CASES = [
     *[("Gemma3", method) for method in METHODS],
-    *[(family, "mora") for family in FAMILIES if family != "Gemma3"],
+    *[(family, "mora") for family in ("Llama", "Qwen3", "Gemma2")],
+    *[pytest.param(family, "mora", marks=pytest.mark.slow) for family in ("Mistral", "Qwen2")],
 ]
 
 

@@ -52,7 +52,7 @@ def test_dots_keeps_what_projections_and_attention_give():
     assert kept_bytes("lora", "dots") == LAYERS * ROWS * LENGTH * (numbers * 2 + sums)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mora"])
 def test_no_policy_changes_a_gradient(method):
     found = []
     for remat in REMAT:

@@ -54,7 +54,11 @@ def compiled_and_reckoned(config: Config, mesh: tuple[int, ...]):
 
 @pytest.mark.parametrize(
     "method, mesh, remat",
-    [("lora", (1, 4, 1, 1), "full"), ("full", (1, 4, 1, 1), "none"), ("mora", (2, 1, 2, 1), "none")],
+    [
+        ("lora", (1, 4, 1, 1), "full"),
+        pytest.param("full", (1, 4, 1, 1), "none", marks=pytest.mark.slow),
+        ("mora", (2, 1, 2, 1), "none"),
+    ],
 )
 def test_memory_and_gathers(method, mesh, remat):
     compiled, found = compiled_and_reckoned(run_of(method, mesh, remat), mesh)

@@ -140,7 +140,7 @@ def same_as(unbroken: Path, out: Path) -> None:
     assert (out / name).read_bytes() == (unbroken / name).read_bytes()
 
 
-@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_killed_run_resumes_bit_for_bit(inputs, unbroken, tmp_path, step):
     def die():
         raise MemoryError("as good as a kill: nothing after this line runs")
@@ -213,7 +213,7 @@ def evaluated(inputs, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("at", "step"), [(1, 3), (2, 6)])
+@pytest.mark.parametrize(("at", "step"), [pytest.param(1, 3, marks=pytest.mark.slow), (2, 6)])
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(inputs, evaluated, tmp_path, at, step):
     out = tmp_path / "run"
     display = InterruptingEvaluation(signal.SIGTERM, at)

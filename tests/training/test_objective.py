@@ -136,7 +136,12 @@ def negative_log_likelihoods(model, example: Example) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "method, options", [("mora", {"kl_weight": 0.7}), ("full", {"divisor": 3.0}), ("lora", {"counts": False})]
+    "method, options",
+    [
+        ("lora", {"counts": False}),
+        pytest.param("mora", {"kl_weight": 0.7}, marks=pytest.mark.slow),
+        pytest.param("full", {"divisor": 3.0}, marks=pytest.mark.slow),
+    ],
 )
 def test_any_layout_gives_the_same_gradient(method, options):
     """One example a row or several, in micro-batches or not, on one device or four."""
@@ -228,7 +233,8 @@ def divergence(model, base, batch, noise=None) -> float:
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", pytest.param("mora", marks=pytest.mark.slow), "partial", "head", "tied table"]
+    "method",
+    ["partial", "head", "tied table", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "mora"))],
 )
 def test_divergence_from_the_model_before_it_got_adapters(method):
     family = {"architectures": ["Gemma2ForCausalLM"], "head_dim": 8, "final_logit_softcapping": 3.0}
@@ -260,7 +266,7 @@ def test_divergence_from_the_model_before_it_got_adapters(method):
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("method", ["lora", "mora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("mora", marks=pytest.mark.slow)])
 def test_a_fresh_adapter_diverges_nowhere(method):
     model = model_for(method, fresh=True)
     batch = lay([[example] for example in examples()], LENGTH)
@@ -291,7 +297,7 @@ def step_noise(batch, alpha: float) -> jax.Array:
     return embedding_noise(key, rows, jnp.asarray(batch["segment_ids"]), SMALL["hidden_size"], alpha)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_neftune_is_the_gradient_with_that_noise(method):
     model = model_for(method)
     batch = lay([examples([3, 10]), examples([12], seed=1)], LENGTH)

@@ -66,6 +66,7 @@ def test_a_run_is_scored_and_counted_on_its_own_base(inputs, unbroken, tmp_path)
     assert ours["eval_loss"] != theirs["eval_loss"]
 
 
+@pytest.mark.slow
 def test_pmap_gives_the_same_losses(inputs, tmp_path):
     losses = []
     for pmap in (True, False):

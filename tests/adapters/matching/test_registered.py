@@ -83,7 +83,7 @@ def dense(entry):
     [
         mj.LoRAConfig(rank=2),
         mj.DoRAConfig(rank=2),
-        mj.PiSSAConfig(rank=2),
+        pytest.param(mj.PiSSAConfig(rank=2), marks=pytest.mark.slow),
         mj.MoRAConfig(rank=2, kind="sharing", use_dora=True),
         mj.VeRAConfig(rank=8, targets=EINSUMS),
         mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=9, tinit=1, tfinal=1),

@@ -41,7 +41,7 @@ def test_the_first_signal_is_a_wish_and_a_second_interrupt_an_exception(number):
     "kind, words",
     [
         ("StopSignals", "stopping after this step; again to stop without saving"),
-        ("Stoppable", "stopping; again to stop at once"),
+        pytest.param("Stoppable", "stopping; again to stop at once", marks=pytest.mark.slow),
     ],
 )
 def test_a_deaf_process_says_what_will_be_and_ends_at_the_second_interrupt(kind, words):

@@ -67,14 +67,15 @@ def test_square_matrices_are_cut_where_they_divide():
 
 
 CASES = [
-    ("lora", (4, 1, 1), {}),
+    pytest.param("lora", (4, 1, 1), {}, marks=pytest.mark.slow),
     ("lora", (1, 4, 1), {"sizes": "even"}),
     ("lora", (1, 1, 4), {"sizes": "even"}),
     ("mora", (1, 4, 1), {"micro_batches": 2, "unroll": 8}),
     ("mora", (1, 1, 4), {}),
-    ("full", (2, 2, 1), {"micro_batches": 2}),
+    pytest.param("full", (2, 2, 1), {"micro_batches": 2}, marks=pytest.mark.slow),
     ("full", (1, 2, 2), {"packed": False, "sizes": "even"}),
-    ("lora", (1, 2, 2), {"sizes": "blocks", "quantize": "nf4"}),
+    ("lora", (1, 4, 1), {"sizes": "blocks", "quantize": "nf4"}),
+    ("lora", (1, 1, 4), {"sizes": "blocks", "quantize": "nf4"}),
 ]
 
 
@@ -100,6 +101,7 @@ def eight_devices(cases) -> None:
         assert_same_curve(losses, method, options)
 
 
+@pytest.mark.slow
 def test_all_three_axes_at_once():
     eight_devices([("mora", (2, 2, 2), {"micro_batches": 2})])
 
