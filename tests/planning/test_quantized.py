@@ -52,13 +52,19 @@ def test_shards_and_what_is_gathered():
 MODEL = PUBLISHED["smollm2-1.7b"]
 
 
-def test_a_format_is_tried_only_where_nothing_else_fits():
-    ways = recommend(run_of(), PUBLISHED["llama3-8b"], ONE)
-    assert ways and {way.config.model.quantize for way in ways} == {"int8"}
-    ways = recommend(run_of(), PUBLISHED["qwen3-14b"], ONE)
-    assert ways and {way.config.model.quantize for way in ways} == {"nf4"}
-    ways = recommend(run_of(), MODEL, ONE)
-    assert ways and {way.config.model.quantize for way in ways} == {"none"}
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("qwen3-14b", {"nf4"}),
+        pytest.param("llama3-8b", {"int8"}, marks=pytest.mark.slow),
+        pytest.param("smollm2-1.7b", {"none"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_format_is_tried_only_where_nothing_else_fits(name, held):
+    assert {way.config.model.quantize for way in recommend(run_of(), PUBLISHED[name], ONE)} == held
+
+
+def test_full_fine_tuning_does_not_fit_in_any_format():
     assert recommend(run_of(adapter__method="full"), PUBLISHED["llama3-8b"], ONE) == []
 
 
