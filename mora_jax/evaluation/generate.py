@@ -1,8 +1,9 @@
 """Token ids in, token ids out: greedy and sampled generation with the decoder's key/value cache.
 
-Prompts are padded to a multiple of `BUCKET` tokens, so that a function is compiled once for all prompts of
-about the same length. `Generator.stream` gives one row's tokens as they come; `Generator.batch` runs a whole
-batch inside one compiled loop.
+Prompts are padded to a multiple of `BUCKET` tokens (of `SHORT`, where they have fewer), caches to one of `BUCKET`, so
+that functions are compiled once for all prompts and answers of about the same length: `_begin`, which reads the
+prompts, and `_proceed`, which makes tokens in a loop and writes the cache in place. `Generator.batch` has all tokens
+made by one call, `Generator.stream` one a call.
 """
 
 import dataclasses
@@ -17,10 +18,13 @@ from flax import nnx
 
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
 from mora_jax.errors import InputError
+from mora_jax.models.backend import backend
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.kv_cache import Cache
+from mora_jax.models.unstacked import UnstackedLayers
 
-BUCKET = 64
+BUCKET, SHORT = 64, 16
+COPIED = 4 * 2**30  # bytes of layers that a generator copies at most, to decode faster on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Generator:
     def __init__(self, model: Decoder, stop_ids: Iterable[int] = (), sampling: Sampling = GREEDY) -> None:
         """Takes the model apart for the compiled functions.
 
+        On a CPU the layers are copied (up to `COPIED` bytes), laid out for one token at a time.
+
         Args:
             model: a decoder, with or without adapters.
             stop_ids: tokens that end an answer; they are not part of it.
@@ -63,9 +69,12 @@ class Generator:
         self.stop_ids = frozenset(int(token) for token in stop_ids)
         self.sampling = sampling
         self._graphdef, self._state = nnx.split(model)
+        self._layers = UnstackedLayers.of(model.layers, model.embed_tokens) if _faster_apart(model) else None
 
     def stream(self, prompt_ids: Sequence[int] | np.ndarray, max_new_tokens: int) -> Iterator[int]:
         """Yields the answer's tokens one by one, up to a stop token or the end of the model's context.
+
+        The next token is in the making while one is looked at.
 
         Args:
             prompt_ids: int `[T]`.
@@ -74,22 +83,15 @@ class Generator:
         Raises:
             InputError: when the prompt is empty or leaves no room in the context.
         """
-        ids, segments = self._pad([prompt_ids])
         count = self._room([prompt_ids], max_new_tokens)
-        cache = self.model.init_cache(1, ids.shape[1] + _round_up(count))
-        key = jax.random.key(self.sampling.seed)
-        draw = (jnp.float32(self.sampling.temperature), jnp.float32(self.sampling.top_p))
-        token: Any = jnp.asarray(ids)
-        mask: Any = jnp.asarray(segments)
-        greedy = self.sampling.temperature == 0
-        for step in range(count):
-            now = jax.random.fold_in(key, step)
-            token, cache = _next(self._graphdef, self._state, cache, token, mask, now, *draw, greedy)
-            number = int(token[0])
-            if number in self.stop_ids:
+        proceed, answers = self._begin([prompt_ids], count, None)
+        for made in range(1, count + 1):
+            token = int(answers.token[0])
+            if token in self.stop_ids:
                 return
-            yield number
-            token, mask = token[:, None], None
+            if made < count:
+                answers = proceed(answers, made)
+            yield token
 
     def batch(
         self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, adapter_ids: Any = None
@@ -110,24 +112,43 @@ class Generator:
         """
         if not prompts:
             return []
-        ids, segments = self._pad(prompts)
         count = self._room(prompts, max_new_tokens)
-        stops = jnp.asarray(sorted(self.stop_ids) or [-1], jnp.int32)
-        draw = (jnp.float32(self.sampling.temperature), jnp.float32(self.sampling.top_p))
-        key = jax.random.key(self.sampling.seed)
-        greedy = self.sampling.temperature == 0
-        model = (self._graphdef, self._state)
         if adapter_ids is not None:
             adapter_ids = checked_ids(list(banks(self.model)), adapter_ids, len(prompts))
-        tokens = _complete(*model, ids, segments, stops, key, *draw, greedy, count, adapter_ids)
+        proceed, answers = self._begin(prompts, count, adapter_ids)
+        tokens = np.asarray(proceed(answers, count).tokens)[: len(prompts)]
         # -1 follows a row's last token, and nothing else does.
-        return [row[row >= 0] for row in np.asarray(tokens)]
+        return [row[row >= 0] for row in tokens]
+
+    def _begin(self, prompts: Sequence[Sequence[int] | np.ndarray], count: int, adapter_ids: Any) -> Any:
+        """A function that proceeds with answers until so many tokens are made, and the answers with their first token
+        drawn."""
+        ids, segments = self._pad(prompts)
+        if self._layers is not None and len(ids) == 1 and self.model.dtype == jnp.bfloat16:
+            # XLA multiplies two bfloat16 rows in bfloat16, but widens the whole matrix for a single one.
+            if all(bank.rows is None for bank in banks(self.model)):
+                ids, segments = ids.repeat(2, axis=0), segments.repeat(2, axis=0)
+                adapter_ids = None if adapter_ids is None else jnp.repeat(adapter_ids, 2)
+        real = np.arange(len(ids)) < len(prompts)
+        stops = jnp.asarray(sorted(self.stop_ids) or [-1], jnp.int32)
+        draw = Draw(
+            jax.random.key(self.sampling.seed),
+            jnp.float32(self.sampling.temperature),
+            jnp.float32(self.sampling.top_p),
+            self.sampling.temperature == 0,
+        )
+        options = (self._graphdef, self._state, stops, draw, adapter_ids)
+        room = _round_up(count)
+        answers = _begin(*options, ids, segments, real, room, self._layers is not None)
+        return functools.partial(_proceed, *options, self._layers), answers
 
     def _pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         lengths = [len(prompt) for prompt in prompts]
         if min(lengths) == 0:
             raise InputError("the prompt has no tokens; give some text")
-        ids = np.zeros((len(prompts), _round_up(max(lengths))), np.int32)
+        longest = max(lengths)
+        length = _round_up(longest, SHORT if longest < BUCKET else BUCKET)
+        ids = np.zeros((len(prompts), length), np.int32)
         segments = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
@@ -144,6 +165,14 @@ class Generator:
         if longest >= context:
             raise InputError(f"the prompt has {longest} tokens, the model's context {context}; shorten the prompt")
         return min(wanted, context - longest)
+
+
+def _faster_apart(model: Decoder) -> bool:
+    """Whether to copy the layers: on a CPU, for kernels that are neither quantised nor sharded nor too large."""
+    leaves = jax.tree.leaves(nnx.state(model.layers))
+    if backend() != "cpu" or model.quantize != "none" or sum(leaf.nbytes for leaf in leaves) > COPIED:
+        return False
+    return all(isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1 for leaf in leaves)
 
 
 def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
@@ -170,63 +199,101 @@ def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax
     return jax.random.categorical(key, jnp.where(logits >= lowest, logits, -jnp.inf)).astype(jnp.int32)
 
 
-def _round_up(length: int) -> int:
-    return -(-length // BUCKET) * BUCKET
+def _round_up(length: int, step: int = BUCKET) -> int:
+    return -(-length // step) * step
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=2)
-def _next(
-    graphdef: Any,
-    state: Any,
-    cache: Cache,
-    ids: jax.Array,
-    segments: jax.Array | None,
-    key: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    greedy: bool,
-) -> tuple[jax.Array, Cache]:
-    """Reads `ids [B, T]` and returns the next token `[B]` with the cache after them."""
-    logits, cache = nnx.merge(graphdef, state).extend(cache, ids, segment_ids=segments)
-    return choose(logits, key, temperature, top_p, greedy), cache
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """How tokens are drawn, for a compiled function: see `choose`."""
+
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    greedy: bool = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, logits: jax.Array, step: jax.Array | int) -> jax.Array:
+        """The token number `step` of each answer."""
+        return choose(logits, jax.random.fold_in(self.key, step), self.temperature, self.top_p, self.greedy)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Answers so far.
+
+    Attributes:
+        made: int32 scalar, how many tokens of each answer are in `tokens` and in the cache.
+        cache: of the prompts and those tokens.
+        token: int32 `[B]`, the token after them.
+        done: bool `[B]`, whether this is a stop token, or came after one.
+        tokens: int32 `[B, room]`: each row's answer, -1 from its stop token on.
+    """
+
+    made: jax.Array
+    cache: Cache
+    token: jax.Array
+    done: jax.Array
+    tokens: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 8, 9))
-def _complete(
+def _begin(
     graphdef: Any,
     state: Any,
+    stop_ids: jax.Array,
+    draw: Draw,
+    adapter_ids: jax.Array | None,
     ids: jax.Array,
     segments: jax.Array,
-    stop_ids: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    greedy: bool,
-    count: int,
-    adapter_ids: jax.Array | None,
-) -> jax.Array:
-    """Returns int32 `[B, count]`: each row's answer, then -1 from its stop token on."""
+    real: jax.Array,
+    room: int,
+    apart: bool,
+) -> Answers:
+    """Reads prompts `ids [B, T]` and draws the first tokens; answers of rows that are not `real [B]` are done."""
     model = nnx.merge(graphdef, state)
     choose_rows(model, adapter_ids, len(ids))
-    batch, length = ids.shape
-
-    def draw(logits: jax.Array, step: jax.Array | int) -> jax.Array:
-        return choose(logits, jax.random.fold_in(key, step), temperature, top_p, greedy)
-
-    def running(carry: Any) -> jax.Array:
-        step, _, _, done, _ = carry
-        return (step < count) & ~jnp.all(done)
-
-    def advance(carry: Any) -> Any:
-        step, cache, token, done, tokens = carry
-        tokens = tokens.at[:, step].set(jnp.where(done, -1, token))
-        logits, cache = model.extend(cache, token[:, None])
-        token = draw(logits, step + 1)
-        return step + 1, cache, token, done | jnp.isin(token, stop_ids), tokens
-
-    cache = model.init_cache(batch, length + _round_up(count))
-    logits, cache = model.extend(cache, ids, segment_ids=segments)
+    if apart:
+        model.unroll = 1  # is compiled sooner, and runs once
+    cache = model.init_cache(len(ids), _round_up(ids.shape[1]) + room)
+    logits, cache = model.read(cache, ids, segment_ids=segments)
     token = draw(logits, 0)
-    tokens = jnp.full((batch, count), -1, jnp.int32)
-    carry = (jnp.int32(0), cache, token, jnp.isin(token, stop_ids), tokens)
-    return jax.lax.while_loop(running, advance, carry)[-1]
+    return Answers(
+        made=jnp.int32(0),
+        cache=cache.unstacked() if apart else cache,
+        token=token,
+        done=jnp.isin(token, stop_ids) | ~real,
+        tokens=jnp.full((len(ids), room), -1, jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
+def _proceed(
+    graphdef: Any,
+    state: Any,
+    stop_ids: jax.Array,
+    draw: Draw,
+    adapter_ids: jax.Array | None,
+    layers: UnstackedLayers | None,
+    answers: Answers,
+    until: jax.Array | int,
+) -> Answers:
+    """The answers with `until` tokens made, or fewer where all are done."""
+    model = nnx.merge(graphdef, state)
+    choose_rows(model, adapter_ids, len(answers.token))
+    head = model.head()
+    if layers is not None:
+        layers = dataclasses.replace(layers, adapter_ids=adapter_ids)
+
+    def running(answers: Answers) -> jax.Array:
+        return (answers.made < until) & ~jnp.all(answers.done)
+
+    def advance(answers: Answers) -> Answers:
+        tokens = answers.tokens.at[:, answers.made].set(jnp.where(answers.done, -1, answers.token))
+        logits, cache = model.read(answers.cache, answers.token[:, None], layers=layers, head=head)
+        made = answers.made + 1
+        token = draw(logits, made)
+        return Answers(made, cache, token, answers.done | jnp.isin(token, stop_ids), tokens)
+
+    return jax.lax.while_loop(running, advance, answers)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
 from mora_jax.models.attention import attention
+from mora_jax.models.backend import backend
 from mora_jax.models.kv_cache import Cache, CacheSlot
 from mora_jax.models.layer_scan import Places, checkpointed, run_stack
 from mora_jax.models.norms import RMSNorm
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
     from mora_jax.models.ring_attention import Ring
+    from mora_jax.models.unstacked import UnstackedLayers
 
 _NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 
@@ -138,6 +140,7 @@ class Attention(nnx.Module):
         if slot is not None:
             slot = slot.write(key, value)
             key, value = slot.read()
+            query = query.astype(key.dtype)
         mixed = attention(
             query,
             key,
@@ -151,7 +154,7 @@ class Attention(nnx.Module):
             softcap=self.softcap,
             ring=layout.ring,
         )
-        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        mixed = mixed.reshape(*mixed.shape[:2], -1).astype(x.dtype)
         return checkpointed(layout.project(self.o_proj, mixed, _fold(token_dropout, 1))), slot
 
 
@@ -302,21 +305,46 @@ class LayerRunner:
         places = None if partitioner is None else _places(partitioner, per_layer)
         return run_stack(body, self.unroll, self.remat, x, per_layer, (layout.arrays(), token_dropout), places)
 
-    def extend(self, layers: Block, x: jax.Array, layout: RowLayout, cache: Cache) -> tuple[jax.Array, Cache]:
-        """`x` through all layers behind the tokens of the cache, and the cache with its keys and values."""
-        graphdef, per_layer = self._split(layers)
-        layout = self._shared(layout)
+    def extend(
+        self, layers: Block | UnstackedLayers, x: jax.Array, layout: RowLayout, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """`x` through all layers behind the tokens of the cache, and the cache with its keys and values.
 
-        def body(carry: Any, layer: Any) -> tuple[Any, None]:
-            x, (keys, values) = carry
-            index, leaves, window, rope = layer
-            slot = CacheSlot(keys, values, index, cache.length)
+        The cache of unstacked layers is unstacked too.
+        """
+        layout = self._shared(layout)
+        if not isinstance(layers, Block):
+            return self._extend_apart(layers, x, layout, cache)
+        graphdef, per_layer = self._split(layers)
+        # Where a loop carries the cache, XLA copies all of it for each write on CPUs, and none of it elsewhere.
+        carried = backend() != "cpu"
+
+        def body(carry: Any, layer: Any) -> tuple[Any, Any]:
+            (index, leaves, window, rope), own = layer
+            x, (keys, values) = carry if carried else (carry, own)
+            slot = CacheSlot(keys, values, index if carried else None, cache.length)
             x, written = nnx.merge(graphdef, leaves)(x, self._of_layer(layout, window, rope), slot, None)
             assert written is not None
-            return (x, (written.keys, written.values)), None
+            arrays = (written.keys, written.values)
+            return ((x, arrays), None) if carried else (x, arrays)
 
-        (x, stored), _ = jax.lax.scan(body, (x, (cache.keys, cache.values)), per_layer, unroll=self.unroll)
-        return x, dataclasses.replace(cache, keys=stored[0], values=stored[1])
+        arrays = (cache.keys, cache.values)
+        if carried:
+            (x, (keys, values)), _ = jax.lax.scan(body, (x, arrays), (per_layer, None), unroll=self.unroll)
+        else:
+            x, (keys, values) = jax.lax.scan(body, x, (per_layer, arrays), unroll=self.unroll)
+        return x, dataclasses.replace(cache, keys=keys, values=values)
+
+    def _extend_apart(
+        self, layers: UnstackedLayers, x: jax.Array, layout: RowLayout, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        slots = []
+        for i, (window, rope) in enumerate(zip(self.config.windows, self.config.layer_ropes, strict=True)):
+            slot = CacheSlot(cache.keys[i], cache.values[i], None, cache.length)
+            x, written = layers.layer(i)(x, self._of_layer(layout, window, rope), slot, None)
+            slots.append(written)
+        keys, values = tuple(slot.keys for slot in slots), tuple(slot.values for slot in slots)
+        return x, dataclasses.replace(cache, keys=keys, values=values)
 
     def _split(self, layers: Block) -> tuple[Any, Any]:
         """The structure of a layer, and what differs between layers: number, leaves, and window and angles or None."""

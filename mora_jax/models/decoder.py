@@ -24,6 +24,7 @@ from mora_jax.models.segments import check_token_ids, default_positions
 if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
+    from mora_jax.models.unstacked import UnstackedLayers
 
 REMAT = ("none", "dots", "full", "offload")
 
@@ -255,7 +256,9 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `max_length` tokens (padding included) in each of `batch_size` rows."""
-        return empty_cache(self.config, batch_size, max_length, self.dtype)
+        # XLA's CPU backend would widen a bfloat16 cache for each write, and round it again.
+        dtype = jnp.promote_types(self.dtype, jnp.float32) if backend() == "cpu" else self.dtype
+        return empty_cache(self.config, batch_size, max_length, dtype)
 
     def extend(
         self,
@@ -313,9 +316,11 @@ class Decoder(nnx.Module):
             x = partitioner.looked_up(axes, shape, input_ids, self.embed_tokens)
         if noise is not None:
             x = (x.astype(jnp.float32) + noise).astype(x.dtype)
-        if self.config.embedding_scale is not None:
-            x = x * jnp.asarray(self.config.embedding_scale, dtype=x.dtype)
-        return x
+        return self._scaled(x)
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        scale = self.config.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, dtype=x.dtype)
 
     @property
     def _runner(self) -> LayerRunner:
@@ -327,9 +332,23 @@ class Decoder(nnx.Module):
         # Without a loop XLA on CPUs keeps the quantised kernels of all layers dense at once.
         return self.config.num_layers if backend() == "cpu" and self.quantize == "none" else 1
 
-    def _extend(
-        self, cache: Cache, input_ids: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+    def read(
+        self,
+        cache: Cache,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        layers: UnstackedLayers | None = None,
+        head: Head | None = None,
     ) -> tuple[jax.Array, Cache]:
+        """`extend` inside a compiled function: nothing is checked, and nothing is compiled by itself.
+
+        Args:
+            cache, input_ids, positions, segment_ids: as in `extend`.
+            layers: copies of the model's arrays, for a cache that is unstacked; None for its own.
+            head: the model's, where it is at hand.
+        """
         shape = input_ids.shape
         segments = jnp.ones(shape, jnp.int32) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
         if positions is None:
@@ -344,11 +363,15 @@ class Decoder(nnx.Module):
         )
         cos, sin = tables(self.config.ropes, self.config.head_dim, positions)
         layout = RowLayout(segments, cache.segments, positions, cache.positions, cos, sin, window=None)
-        x, written = self._runner.extend(self.layers, self._embed(input_ids, None, None), layout, cache)
+        stack = self.layers if layers is None else layers
+        rows = self.embed_tokens if layers is None or layers.table is None else layers.rows
+        x = self._scaled(rows(input_ids).astype(self.dtype))
+        x, written = self._runner.extend(stack, x, layout, cache)
         columns = jnp.arange(shape[1])
         last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
         hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
-        return self.head().logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
+        head = self.head() if head is None else head
+        return head.logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
 
 
 # Compiled once per structure and shape, so that eager calls don't compile the scan again each time.
@@ -365,7 +388,7 @@ def _hidden(graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, *arra
 
 @functools.partial(jax.jit, static_argnums=0)
 def _extend(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> tuple[jax.Array, Cache]:
-    return _merged(graphdef, state, adapter_ids, args[1])._extend(*args)
+    return _merged(graphdef, state, adapter_ids, args[1]).read(*args)
 
 
 def _merged(graphdef: Any, state: Any, adapter_ids: Any, input_ids: jax.Array) -> Decoder:

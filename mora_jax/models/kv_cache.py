@@ -18,15 +18,15 @@ class Cache:
     """Keys and values of the tokens so far. A pytree: pass it through `jax.jit`, donate it, shard it.
 
     Attributes:
-        keys: `[L, B, S, kv_heads, head_dim]`, rotated.
+        keys: `[L, B, kv_heads, S, head_dim]`, rotated; or for each layer `[B, kv_heads, S, head_dim]` (`unstacked`).
         values: the same shape.
         segments: int32 `[B, S]`, 0 where the slot is empty or padding.
         positions: int32 `[B, S]`.
         length: int32 scalar, the slots that are used (of S).
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array | tuple[jax.Array, ...]
+    values: jax.Array | tuple[jax.Array, ...]
     segments: jax.Array
     positions: jax.Array
     length: jax.Array
@@ -34,38 +34,51 @@ class Cache:
     @property
     def max_length(self) -> int:
         """The number of slots, S."""
-        return self.keys.shape[2]
+        return self.segments.shape[1]
+
+    def unstacked(self) -> Cache:
+        """The cache with an array for each layer, as `UnstackedLayers` write it in place."""
+        return dataclasses.replace(self, keys=tuple(self.keys), values=tuple(self.values))
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheSlot:
-    """Where a layer writes keys and values: `[layer, :, length:length + T]` of `[L, B, S, G, H]` arrays."""
+    """Where a layer writes keys and values: `[layer, :, :, length:length + T]` of `[L, B, G, S, H]` arrays.
+
+    Where `layer` is None, the arrays `[B, G, S, H]` are those of this layer alone.
+    """
 
     keys: jax.Array
     values: jax.Array
-    layer: jax.Array
+    layer: jax.Array | None
     length: jax.Array
 
     def write(self, keys: jax.Array, values: jax.Array) -> CacheSlot:
         """The slot with `keys` and `values` `[B, T, G, H]` written."""
         zero = jnp.zeros_like(self.length)  # indices of one type, with float64 on too
-        start = (self.layer.astype(zero.dtype), zero, self.length, zero, zero)
-        return dataclasses.replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
-            values=jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
-        )
+        start: tuple[jax.Array, ...] = (zero, zero, self.length, zero)
+        if self.layer is not None:
+            start = (self.layer.astype(zero.dtype), *start)
+
+        def written(stored: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.transpose(0, 2, 1, 3).astype(stored.dtype)
+            return jax.lax.dynamic_update_slice(stored, new if self.layer is None else new[None], start)
+
+        return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """This layer's keys and values, `[B, S, G, H]` each."""
-        return self.keys[self.layer], self.values[self.layer]
+        keys, values = self.keys, self.values
+        if self.layer is not None:
+            keys, values = keys[self.layer], values[self.layer]
+        return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
 
 
 def empty_cache(config: DecoderConfig, batch_size: int, max_length: int, dtype: jnp.dtype) -> Cache:
     """A cache with `max_length` free slots for each of `batch_size` rows."""
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"a cache needs at least one row and one slot, got {batch_size} rows of {max_length}")
-    shape = (config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
     slots = jnp.zeros((batch_size, max_length), dtype=jnp.int32)
     return Cache(
         keys=jnp.zeros(shape, dtype),

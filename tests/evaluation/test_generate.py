@@ -53,10 +53,10 @@ def test_stop_tokens_end_an_answer_and_are_not_part_of_it(model):
 def test_one_compilation_for_all_prompts_of_a_bucket(model):
     generator = Generator(model)
     list(generator.stream(PROMPT, 3))
-    before = generate._next._cache_size()
+    before = generate._proceed._cache_size()
     for length in (1, 20, generate.BUCKET):
         list(generator.stream(list(range(length)), 5))
-    assert generate._next._cache_size() == before
+    assert generate._proceed._cache_size() == before
 
 
 def test_the_context_ends_an_answer(model):

@@ -20,8 +20,10 @@ from mora_jax.adapters.products.fused import FusedLayout, PartwiseDelta
 from mora_jax.adapters.products.matmul import (
     Delta,
     Kernel,
+    Turned,
     adapted_dot,
     added,
+    base_product,
     dot32,
     dot32_nt,
     dot32_tn,
@@ -112,8 +114,10 @@ def _one_input(layout, adapters, params, x, kernel, bias, dropout, stored) -> Ar
     return product(x, kernel, bias, gain, params)
 
 
-def _taken(layout: FusedLayout, kernel: Kernel, index: int) -> Kernel:
+def _taken(layout: FusedLayout, kernel: Kernel, index: int) -> Array | Quantized:
     """The kernel of one part; quantised as the whole is."""
+    if isinstance(kernel, Turned):
+        kernel = kernel.dense()
     return jax.tree.map(lambda array: layout.take(array, index), kernel)
 
 
@@ -180,7 +184,7 @@ def scaled_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | None
 
 
 def _sum(delta, x, kernel, params):
-    y = dot32(x, matrix_for(kernel, x))
+    y = base_product(x, kernel)
     if delta is None:
         return y, None
     update, residuals = delta.forward(x, params)
