@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.cli.load import load, named_adapters
     from mora_jax.evaluation import Sampling, stream_text
 
-    # Measured with 135 M parameters, one row at a time on CPU: float32 is many times faster a token than
-    # bfloat16, and one layer at a time compiles ten times faster than all of them unrolled.
+    # Measured with 135 M parameters, one row at a time on CPU: float32 takes as long a token as bfloat16
+    # (benchmarks/decoding.py), reads the prompt faster, and is exact.
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     adapters = named_adapters(args.adapter)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None

@@ -1,14 +1,21 @@
 """Generation: the cache must give what whole forwards give."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import mora_jax as mj
 from mora_jax.errors import InputError
 from mora_jax.evaluation import generate
 from mora_jax.evaluation.generate import Generator, Sampling, choose
+from mora_jax.interop.read_adapter import bare
+from mora_jax.models.decoder import Decoder
+from mora_jax.models.families import read_config
+from tests.evaluation import tiny
 
 PROMPT = [10, 200, 31, 7, 7, 99]
 
@@ -108,3 +115,29 @@ def test_a_changed_model_needs_a_new_generator_and_then_shows(model):
     graphdef, state = nnx.split(model)
     other = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf * 1.7, state))
     assert list(Generator(other).stream(PROMPT, 12)) == by_whole_forwards(other, PROMPT, 12)
+
+
+def test_adapters_that_read_the_kernel_decode_as_in_whole_forwards(model):
+    adapted = bare(model)
+    mj.attach(adapted, mj.DoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    draws = np.random.default_rng(0)
+    for _, node in nnx.iter_graph(adapted):
+        if isinstance(node, mj.AdapterParam):
+            node.set_value(node[...] + 0.3 * draws.standard_normal(node.shape, np.float32))
+    expected = by_whole_forwards(adapted, PROMPT, 8)
+    assert expected != by_whole_forwards(model, PROMPT, 8), "an adapter without effect would prove nothing"
+    assert Generator(adapted).batch([PROMPT], 8)[0].tolist() == expected
+
+
+def test_bfloat16_in_place_and_alone_as_in_a_batch():
+    model = Decoder(read_config(tiny.llama_config(), "config.json"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    generator = Generator(model)
+    answers = generator.batch([PROMPT, PROMPT[:3]], 9)
+    assert generator.batch([PROMPT], 9)[0].tolist() == answers[0].tolist()
+    proceed, begun = generator._begin([PROMPT, PROMPT[:3]], 9, None)
+    program = generate._proceed.lower(*proceed.args, begun, 9).compile().as_text()
+    cache = ",".join(str(size) for size in begun.cache.keys[0].shape)
+    assert f"f32[{cache}]" in program
+    assert not re.findall(rf"= f32\[{cache}\]\S* copy\(", program), "the cache is written in place"
+    widened = [size for size in ("64,32", "32,32", "96,32", "32,48", "261,32") if f"f32[{size}]" in program]
+    assert not widened, "weights are read as they are"

@@ -35,7 +35,8 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path):
         with torch.no_grad():
             mask = torch.ones_like(ids)
             answers.append(theirs.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20))
-    for prompt, expected in zip(prompts, answers, strict=True):
+    together = Generator(ours).batch(prompts, 20)
+    for prompt, expected, row in zip(prompts, answers, together, strict=True):
         answer = list(Generator(ours).stream(prompt, 20))
-        assert answer == expected[0, len(prompt) :].tolist()
+        assert answer == expected[0, len(prompt) :].tolist() == row.tolist()
         assert len(set(answer)) > 3, "a constant answer would prove little"
