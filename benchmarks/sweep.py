@@ -9,8 +9,12 @@ given beside: alone it is paid by each run. Adds its rows to the table in `--out
 """
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.demo import model_path
+from mora_jax.demo import instructions, model_path
 from mora_jax.sweeps.stack import Stack
 from mora_jax.training.build_step import assemble
 from mora_jax.training.config.schema import AdapterConfig, Config, OptimizerConfig
@@ -140,6 +144,39 @@ def row(name: str, method: str, contest: Contest, share: float, rounds: int) -> 
     return f"| {' | '.join(cells)} |"
 
 
+def command(*words: str) -> tuple[float, float]:
+    """Runs a command of mora-jax; returns its seconds by the clock and of CPU time."""
+    start, before = time.perf_counter(), os.times()
+    subprocess.run([sys.executable, "-m", "mora_jax.cli.main", *words], check=True, capture_output=True)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - start, cpu
+
+
+def whole(model: str, method: str, args: argparse.Namespace) -> str:
+    """A row about whole commands: as many runs as `--runs` says, which differ in the learning rate."""
+    rates = [f"{1e-4 * (number + 1):.4g}" for number in range(args.runs[0])]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        rows.write_text(json.dumps([question.row() for question in instructions.build()[0]]))
+        common = [f"--config.model.path={model}", f"--config.data.train={rows}", f"--config.model.dtype={args.dtype}"]
+        common += [f"--config.adapter.method={method}", f"--config.adapter.rank={args.rank}", "--config.mesh.data=1"]
+        common += [f"--config.train.batch_size={args.rows[0]}", f"--config.data.max_length={args.length}"]
+        common += [f"--config.train.steps={args.whole}", f"--config.data.cache={folder}/cache"]
+        key = "optimizer.learning_rate"
+        together = command("sweep", *common, f"--config.out={folder}/sweep", "--sweep", f"{key}={','.join(rates)}")
+        alone = [
+            command("train", *common, f"--config.out={folder}/{rate}", f"--config.{key}={rate}")
+            for rate in rates[: args.measured or None]
+        ]
+    share = len(rates) / len(alone)
+    sums = [share * sum(times) for times in zip(*alone, strict=True)]
+    cells = [Path(model).name, args.dtype, method, f"{args.rows[0]} × {args.length}", str(args.whole), str(len(rates))]
+    cells += [f"{sums[0]:.0f}", f"{together[0]:.0f}", f"{sums[0] / together[0]:.2f}×"]
+    cells += [f"{sums[1]:.0f}", f"{together[1]:.0f}", f"{sums[1] / together[1]:.2f}×"]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     """Measures and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,8 +189,14 @@ def main() -> None:
     parser.add_argument("--trained", type=float, default=0.5, help="share of the tokens that carries loss")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--whole", type=int, metavar="STEPS", help="measure whole commands of so many steps")
+    parser.add_argument("--measured", type=int, help="with --whole: runs alone that are measured, for all of them")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
+    if args.whole:
+        for method in args.methods:
+            print(whole(str(args.model or model_path()), method, args), f"load {os.getloadavg()[0]:.0f}", flush=True)
+        return
     model, _ = mj.load_pretrained(args.model or model_path(), dtype=args.dtype)
     base = nnx.split(model)
     name = f"{Path(args.model).name if args.model else 'demo'}, {args.dtype}"
