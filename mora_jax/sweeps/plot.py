@@ -66,8 +66,10 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
     if best is not None:
         at = places[shown(best.values.get(along))], best.score
         axes.plot(*at, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
+        first, last = min(places.values()), max(places.values())
+        side = "center" if first == last else {first: "left", last: "right"}.get(at[0], "center")
         axes.annotate(
-            f"best: {best.name}", at, xytext=(0, -20), textcoords="offset points", ha="center", va="top", fontsize=8
+            f"best: {best.name}", at, xytext=(0, -20), textcoords="offset points", ha=side, va="top", fontsize=8
         )
     numeric = all(isinstance(run.values.get(along), int | float) for run in result.runs)
     if along == _RATE and numeric:

@@ -12,6 +12,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
@@ -21,6 +22,7 @@ from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import combinations, expand, parse_grid
 from mora_jax.sweeps.groups import groups_of
+from mora_jax.sweeps.live_board import LiveBoard
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over
@@ -134,6 +136,34 @@ def test_other_commands_read_its_runs(whole, capsys):
     model, _ = mj.load_pretrained(run.config.model.path, dtype="float32")
     mj.load_adapter(model, f"{run.out}/adapter")
     assert adapters_of(model)
+
+
+def test_the_command_prints_the_table_of_a_sweep_that_is_done(whole, capsys):
+    result = whole[0]
+    assert main(["sweep", "--resume", result.out]) == 0
+    out, err = capsys.readouterr()
+    assert out == result.table() + "\n"
+    assert f"the best of 2 runs is {result.best.name}" in err
+
+
+def test_a_terminal_shows_a_table_of_all_runs():
+    text = io.StringIO()
+    board = LiveBoard(Console(file=text, force_terminal=True, width=100))
+    board.begin(["rate=1", "rate=2", "rate=3"])
+    with board:
+        board.group(["rate=1", "rate=2"])
+        for name, loss in (("rate=1", 1.25), ("rate=2", float("nan"))):
+            board.of(name).step({"step": 5, "loss": loss, "tokens_per_second": 10.0, "seconds_left": 3.0})
+            board.of(name).note("the same for both")
+        board.of("rate=1").evaluation({"eval_loss": 1.5})
+        board.of("rate=2").note("loss is nan")
+        board.ended("rate=2", "failed")
+        board.round()
+        board.close()
+    shown = text.getvalue()
+    for words in ("0 of 3 runs done, 1 training", "1.2500", "1.5000", "waiting", "failed", "rate=2: loss is nan"):
+        assert words in shown
+    assert shown.count("the same for both") == 1
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(inputs, tmp_path, whole):
