@@ -9,7 +9,6 @@ given beside: alone it is paid by each run. Adds its rows to the table in `--out
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.demo import instructions, model_path
+from mora_jax.demo import data_path, model_path
 from mora_jax.sweeps.stack import Stack
 from mora_jax.training.build_step import assemble
 from mora_jax.training.config.schema import AdapterConfig, Config, OptimizerConfig
@@ -157,9 +156,11 @@ def whole(model: str, method: str, args: argparse.Namespace) -> str:
     """A row about whole commands: as many runs as `--runs` says, which differ in the learning rate."""
     rates = [f"{1e-4 * (number + 1):.4g}" for number in range(args.runs[0])]
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        rows.write_text(json.dumps([question.row() for question in instructions.build()[0]]))
-        common = [f"--config.model.path={model}", f"--config.data.train={rows}", f"--config.model.dtype={args.dtype}"]
+        common = [
+            f"--config.model.path={model}",
+            f"--config.data.train={data_path()}",
+            f"--config.model.dtype={args.dtype}",
+        ]
         common += [f"--config.adapter.method={method}", f"--config.adapter.rank={args.rank}", "--config.mesh.data=1"]
         common += [f"--config.train.batch_size={args.rows[0]}", f"--config.data.max_length={args.length}"]
         common += [f"--config.train.steps={args.whole}", f"--config.data.cache={folder}/cache"]
