@@ -18,18 +18,20 @@ def test_flags_of_the_processor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "platform, flags, expected",
+    "platform, vendor, flags, expected",
     [
-        ("cpu", {"avx512_bf16"}, "bfloat16"),
-        ("cpu", {"amx_bf16", "fpu"}, "bfloat16"),
-        ("cpu", {"fpu", "avx512f"}, "float32"),
-        ("gpu", set(), "bfloat16"),
-        ("tpu", set(), "bfloat16"),
+        ("cpu", "AuthenticAMD", {"avx512_bf16"}, "bfloat16"),
+        ("cpu", "GenuineIntel", {"avx512_bf16"}, "float32"),
+        ("cpu", "GenuineIntel", {"amx_bf16", "avx512_bf16"}, "bfloat16"),
+        ("cpu", "", {"fpu", "avx512f"}, "float32"),
+        ("gpu", "", set(), "bfloat16"),
+        ("tpu", "", set(), "bfloat16"),
     ],
 )
-def test_default(monkeypatch, platform, flags, expected):
+def test_default(monkeypatch, platform, vendor, flags, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(backend, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(backend, "processor", lambda field: {"vendor_id": vendor}[field])
     assert backend.read_dtype(None) == jnp.dtype(expected)
 
 
