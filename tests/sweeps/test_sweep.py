@@ -199,12 +199,12 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(inputs, tmp_path):
     result = mj.sweep(
         model,
         ROWS,
-        mj.LoRAConfig(rank=2),
+        mj.MoRAConfig(rank=2, dropout=0.1),
         grid=[{"optimizer.weight_decay": 0.0}, {"optimizer.weight_decay": 1e38}],
         tokenizer=tokenizer,
         steps=3,
         batch_size=2,
-        config={"optimizer.learning_rate": 10.0, "train.max_skipped": 1},
+        config={"optimizer.learning_rate": 10.0, "train.max_skipped": 1, "train.neftune_alpha": 5.0},
         board=quiet(),
     )
     good, bad = result.runs
