@@ -124,7 +124,7 @@ class Projection(nnx.Module):
             numbers = jnp.zeros(shape, dtype)
             if rngs is not None:
                 numbers = (jax.random.normal(rngs.params(), shape, jnp.float32) * init_std).astype(dtype)
-            kernel = nnx.Param(numbers, axes=(*names, *axes))
+            kernel = nnx.Param(numbers, axes=(*names, *axes), out_axes=len(out_shape))
         elif rngs is None:
             out_axes = len(self.layout.out_shape)
             kernel = QuantizedKernel(quantize, shape, axes=(*names, *axes), out_axes=out_axes, dtype=dtype)
@@ -135,7 +135,9 @@ class Projection(nnx.Module):
         self.bias = nnx.data(bias)
         self.adapters: Any = nnx.Dict()
 
-    def __call__(self, x: Array, *, token_dropout: TokenDropout | None = None, lead: int = 0) -> Array:
+    def __call__(
+        self, x: Array, *, token_dropout: TokenDropout | None = None, lead: int = 0, flat: bool = False
+    ) -> Array:
         """`x [..., in]` → `[..., *out_shape]` in the dtype of `x`, on leaves without layer axis.
 
         Args:
@@ -143,8 +145,9 @@ class Projection(nnx.Module):
             token_dropout: turns the adapters' dropout on; each part draws its own mask.
             lead: the axis of `out_shape` that stands first in the kernel, which is `[in, lead axis, other axes]`:
                 flattened, it is cut into blocks of whole columns, as a mesh shards it.
+            flat: whether the outputs stay one axis, `[..., features]`, in the order of `out_shape`; without `lead`.
         """
-        flat = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features)
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
@@ -159,7 +162,9 @@ class Projection(nnx.Module):
             def dropout(i: int, x: Array) -> Array:
                 return token_dropout.fold(i).drop(x, found[i].config.dropout)
 
-        y = adapted_product(layout, found, flat, kernel, bias, dropout)
+        y = adapted_product(layout, found, rows, kernel, bias, dropout)
+        if flat:
+            return y.reshape(*x.shape[:-1], layout.features)
         y = y.reshape(*x.shape[:-1], *layout.out_shape)
         return jnp.moveaxis(y, x.ndim - 1, x.ndim - 1 + lead) if lead else y
 

@@ -35,6 +35,7 @@ def load_pretrained(
     unroll: int | None = None,
     remat: str = "none",
     quantize: str = "none",
+    attention: str = "auto",
     shardings: Callable[[Decoder], Shardings] | None = None,
 ) -> tuple[Decoder, Any | None]:
     """Loads a model and its tokenizer.
@@ -47,6 +48,7 @@ def load_pretrained(
         remat: "none", "dots", "full" or "offload".
         quantize: how the layers' kernels are held: "none" as they are, "int8" or "nf4" quantised. Each is quantised
             as it is read, layer by layer. Such a base is frozen: it carries adapters, and can't be trained or merged.
+        attention: what computes attention: "auto", "xla", "splash" or "cudnn" (see docs/mesh.md).
         shardings: from the model's shapes to the sharding of each parameter. They are read straight into their shards,
             so that no process holds more of the base than its devices do. None: whole, on the default device.
 
@@ -63,9 +65,8 @@ def load_pretrained(
     # Before the weights: a broken one is told at once.
     tokenizer = load_tokenizer(folder)
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
-    model = nnx.eval_shape(
-        lambda: Decoder(config, dtype=compute, rngs=None, unroll=unroll, remat=remat, quantize=quantize)
-    )
+    how: dict[str, Any] = {"unroll": unroll, "remat": remat, "quantize": quantize, "attention": attention}
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, **how))
     _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model, tokenizer

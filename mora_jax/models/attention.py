@@ -5,7 +5,7 @@ with a fixed window, from its window's start), so the masked half of the scores 
 array is one block of scores. Backward recomputes the probabilities (Dao et al., 2022, arXiv 2205.14135, without tiles
 of keys). For long rows a block of scores is large itself: there keys are taken in tiles too (flash_attention.py), by
 loops, so that neither memory nor the program grows with the number of blocks. Rows that are sharded over devices go
-through a ring (ring_attention.py).
+through a ring (ring_attention.py); accelerators have kernels of their own (attention_choice.py).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax.models.backend import backend
-from mora_jax.models.flash_attention import MASKED, Tiling, product, scores_of, tiled_attention
+from mora_jax.models.flash_attention import MASKED, TILE, Tiling, product, scores_of, tiled_attention
 from mora_jax.models.layer_scan import checkpointed
 
 if TYPE_CHECKING:
-    from mora_jax.models.ring_attention import Ring
+    from mora_jax.models.attention_choice import Kernel
 
 Array = jax.Array
 
+NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 LONG = 4096  # tokens of a row from which keys are taken in tiles
-_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def attention(
     window: int | Array | None = None,
     scale: float,
     softcap: float | None = None,
-    ring: Ring | None = None,
+    kernel: Kernel | None = None,
 ) -> Array:
     """Causal attention inside segments.
 
@@ -73,7 +73,7 @@ def attention(
         window: how many places back a query sees, itself included; None for all. May be traced (one a layer).
         scale: factor on the scores.
         softcap: scores become `softcap · tanh(scores / softcap)`; None for no cap.
-        ring: the devices that share each row, for folded rows (see ring_attention.py); None for whole rows.
+        kernel: computes rows without positions (see attention_choice.py); None for XLA's blocks.
 
     Returns:
         `[B, T, G, N, H]` in the dtype of `query`; rows that see no key are 0.
@@ -86,24 +86,22 @@ def attention(
     by_index = q_positions is None
     if by_index and query.shape[1] != key.shape[1]:
         raise ValueError(f"without positions T and S must agree, not {query.shape[1]} and {key.shape[1]}")
-    if by_index and ring is not None:
-        return ring.attention(
-            query, key, value, segments=q_segments, window=window, scale=scale, softcap=softcap, tile=_TILE
-        )
+    if by_index and kernel is not None:
+        return kernel.attention(query, key, value, segments=q_segments, window=window, scale=scale, softcap=softcap)
     if by_index:
         index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
         q_positions = kv_positions = index
     fixed = window if isinstance(window, int) else None
     moving = None if window is None or fixed is not None else jnp.asarray(window, jnp.int32)
     if by_index and query.shape[1] > LONG:
-        tiling = Tiling(float(scale), softcap, fixed, _TILE, _TILE)
+        tiling = Tiling(float(scale), softcap, fixed, TILE, TILE)
         query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         return tiled_attention(tiling, query, key, value, q_segments, moving).transpose(0, 3, 1, 2, 4)
-    options = _Options(float(scale), softcap, fixed, by_index, query_block())
+    static = _Options(float(scale), softcap, fixed, by_index, query_block())
     places = (q_segments, kv_segments, q_positions, kv_positions, moving)
     # [B, G, N, T, H] and [B, G, S, H]: batch axes in front, as the products want them.
     out = _attention(
-        options,
+        static,
         query.transpose(0, 2, 3, 1, 4),
         key.transpose(0, 2, 1, 3),
         value.transpose(0, 2, 1, 3),

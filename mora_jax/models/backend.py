@@ -68,6 +68,32 @@ def backend() -> str:
     return _TARGET.get() or jax.default_backend()
 
 
+_INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+
+def interpreted() -> bool:
+    """Whether kernels for a TPU are interpreted here (see `interpreting`)."""
+    return _INTERPRETED.get()
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Kernels for a TPU that are traced inside are interpreted: slowly, and on any machine."""
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def alone() -> bool:
+    """Whether what is traced now, without a word about a mesh, runs on one device or is one device's share."""
+    if _TARGET.get() is not None or jax.device_count() == 1:
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 @contextlib.contextmanager
 def compiling_for(name: str) -> Iterator[None]:
     """What is traced inside is meant for the backend `name`, which this machine may not have."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
-from mora_jax.models.attention import attention
+from mora_jax.models.attention import NO_WINDOW, attention
 from mora_jax.models.backend import backend
 from mora_jax.models.kv_cache import Cache, CacheSlot
 from mora_jax.models.layer_scan import Places, checkpointed, run_stack
@@ -23,12 +23,10 @@ from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import rotate
 
 if TYPE_CHECKING:
+    from mora_jax.models.attention_choice import Kernel
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
-    from mora_jax.models.ring_attention import Ring
     from mora_jax.models.unstacked import UnstackedLayers
-
-_NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,8 @@ class RowLayout:
             where it is by index.
         cos, sin: float32 `[B, T, head_dim / 2]`.
         window: how many positions back a query sees; None for all.
-        ring: the devices that share each row, whose shares are rows here (`Partitioner.fold`); None for whole rows.
+        kernel: computes attention where order is by index (see attention_choice.py); None for XLA's blocks.
+        folded: whether devices share each row, so that its shares are rows here (`Partitioner.fold`).
         partitioner: how the devices of a mesh share the weights; None where each has all of them.
     """
 
@@ -53,25 +52,28 @@ class RowLayout:
     cos: jax.Array
     sin: jax.Array
     window: int | jax.Array | None
-    ring: Ring | None = None
+    kernel: Kernel | None = None
+    folded: bool = False
     partitioner: Partitioner | None = None
 
     def arrays(self) -> dict[str, jax.Array | None]:
-        """All but the window, the ring and the partitioner, as a pytree."""
-        static = ("window", "ring", "partitioner")
+        """All but the window and what is static, as a pytree."""
+        static = ("window", "kernel", "folded", "partitioner")
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in static}
 
     def with_arrays(self, arrays: dict[str, Any]) -> RowLayout:
         """The layout with other arrays, as `arrays` gives them."""
         return dataclasses.replace(self, **arrays)
 
-    def project(self, projection: Projection, x: jax.Array, token_dropout: TokenDropout | None) -> jax.Array:
-        """`projection(x)` with a kernel as the partitioner lays it."""
+    def project(
+        self, projection: Projection, x: jax.Array, token_dropout: TokenDropout | None, *, flat: bool = False
+    ) -> jax.Array:
+        """`projection(x)` with a kernel as the partitioner lays it; `flat` as in `Projection`, where it can be had."""
         lead = 0
         if self.partitioner is not None:
             shape = (projection.in_features, *projection.layout.out_shape)
             lead = self.partitioner.lead(projection.axes, shape) - 1
-        return projection(x, token_dropout=token_dropout, lead=lead)
+        return projection(x, token_dropout=token_dropout, lead=lead, flat=flat and not lead)
 
 
 @jax.custom_vjp
@@ -152,7 +154,7 @@ class Attention(nnx.Module):
             window=layout.window,
             scale=self.scale,
             softcap=self.softcap,
-            ring=layout.ring,
+            kernel=layout.kernel,
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1).astype(x.dtype)
         return checkpointed(layout.project(self.o_proj, mixed, _fold(token_dropout, 1))), slot
@@ -166,37 +168,40 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated(activation: str, fused: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
+def gated(activation: str, fused: jax.Array, flat: bool = False) -> jax.Array:
     """`activation(gate) · up`, computed in float32 and rounded once.
 
     Its own backward keeps `fused` alone; autodiff would keep three arrays of the size of the result.
 
     Args:
         activation: a name in `ACTIVATIONS`.
-        fused: `[..., 2, M]`, gate and up.
+        fused: gate and up, `[..., 2, M]`, or with `flat` side by side, `[..., 2 · M]`.
+        flat: see `fused`. TPUs take columns as they are, where an axis of two has all of them moved.
 
     Returns:
         `[..., M]` in the dtype of `fused`.
     """
-    gate, up = _halves(fused)
+    gate, up = _halves(fused, flat)
     return (ACTIVATIONS[activation](gate) * up).astype(fused.dtype)
 
 
-def _halves(fused: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return fused[..., 0, :].astype(jnp.float32), fused[..., 1, :].astype(jnp.float32)
+def _halves(fused: jax.Array, flat: bool) -> tuple[jax.Array, jax.Array]:
+    gate, up = jnp.split(fused, 2, axis=-1) if flat else (fused[..., 0, :], fused[..., 1, :])
+    return gate.astype(jnp.float32), up.astype(jnp.float32)
 
 
-def _gated_forward(activation: str, fused: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gated(activation, fused), fused
+def _gated_forward(activation: str, fused: jax.Array, flat: bool) -> tuple[jax.Array, jax.Array]:
+    return gated(activation, fused, flat), fused
 
 
-def _gated_backward(activation: str, fused: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    gate, up = _halves(fused)
+def _gated_backward(activation: str, flat: bool, fused: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    gate, up = _halves(fused, flat)
     dy = dy.astype(jnp.float32)
     active, pull = jax.vjp(ACTIVATIONS[activation], gate)
     (dgate,) = pull(dy * up)
-    return (jnp.stack([dgate, dy * active], axis=-2).astype(fused.dtype),)
+    slopes = [part.astype(fused.dtype) for part in (dgate, dy * active)]
+    return (jnp.concatenate(slopes, axis=-1) if flat else jnp.stack(slopes, axis=-2),)
 
 
 gated.defvjp(_gated_forward, _gated_backward)
@@ -227,8 +232,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, layout: RowLayout, token_dropout: TokenDropout | None) -> jax.Array:
         """`x [B, T, D]` to `[B, T, D]`."""
-        fused = checkpointed(layout.project(self.gate_up_proj, x, _fold(token_dropout, 2)))  # [B, T, 2, M]
-        inner = gated(self.activation, fused)
+        projected = layout.project(self.gate_up_proj, x, _fold(token_dropout, 2), flat=True)
+        fused = checkpointed(projected)  # [B, T, 2 · M], or [B, T, 2, M]
+        inner = gated(self.activation, fused, fused.ndim == x.ndim)
         return checkpointed(layout.project(self.down_proj, inner, _fold(token_dropout, 3)))
 
 
@@ -288,9 +294,9 @@ class LayerRunner:
             layout: for all layers; its `cos` and `sin` are `[R, B, T, H / 2]`.
             token_dropout: turns the adapters' dropout on.
         """
-        graphdef, per_layer = self._split(layers)
+        graphdef, per_layer = self._split(layers, layout.partitioner)
         layout = self._shared(layout)
-        partitioner, folded = layout.partitioner, layout.ring is not None
+        partitioner, folded = layout.partitioner, layout.folded
 
         def by_rows(x: jax.Array) -> jax.Array:
             return x if partitioner is None else partitioner.rows(x, folded=folded)
@@ -346,11 +352,13 @@ class LayerRunner:
         keys, values = tuple(slot.keys for slot in slots), tuple(slot.values for slot in slots)
         return x, dataclasses.replace(cache, keys=keys, values=values)
 
-    def _split(self, layers: Block) -> tuple[Any, Any]:
+    def _split(self, layers: Block, partitioner: Partitioner | None = None) -> tuple[Any, Any]:
         """The structure of a layer, and what differs between layers: number, leaves, and window and angles or None."""
         graphdef, leaves = nnx.split(layers)
+        flat = functools.partial(_flattened, partitioner)
+        leaves = jax.tree.map(flat, leaves, is_leaf=lambda node: isinstance(node, nnx.Variable))
         config = self.config
-        windows = None if self._one_window else jnp.asarray([window or _NO_WINDOW for window in config.windows])
+        windows = None if self._one_window else jnp.asarray([window or NO_WINDOW for window in config.windows])
         ropes = None if self._one_rope else jnp.asarray(config.layer_ropes)
         return graphdef, (jnp.arange(config.num_layers), leaves, windows, ropes)
 
@@ -371,6 +379,19 @@ class LayerRunner:
         if self._one_rope:
             return layout
         return dataclasses.replace(layout, cos=layout.cos[rope], sin=layout.sin[rope])
+
+
+def _flattened(partitioner: Partitioner | None, leaf: Any) -> Any:
+    """A stack of kernels `[L, in, *out]` as matrices `[L, in, features]`, where that leaves each device what it has.
+
+    Products take matrices. A TPU would move every number of an array whose last axes are short into one.
+    """
+    described = leaf.get_metadata()
+    count, axes = described.get("out_axes", 1), described.get("axes")
+    if count < 2 or (partitioner is not None and not partitioner.flattens(axes[1:], leaf.shape[1:])):
+        return leaf
+    value = leaf.get_value()
+    return leaf.replace(value.reshape(*value.shape[:-count], -1), axes=axes[: len(axes) - count + 1])
 
 
 def _places(partitioner: Partitioner, per_layer: Any) -> Places:

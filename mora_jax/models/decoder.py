@@ -14,6 +14,8 @@ from flax import nnx
 from mora_jax.adapters.products.quantization import FORMATS
 from mora_jax.adapters.projection import OutputHead, TokenDropout
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
+from mora_jax.models.attention_choice import NAMES as ATTENTION
+from mora_jax.models.attention_choice import Rows, check, kernel_for
 from mora_jax.models.backend import backend
 from mora_jax.models.block import Block, LayerRunner, RowLayout
 from mora_jax.models.kv_cache import Cache, empty_cache
@@ -95,6 +97,7 @@ class Decoder(nnx.Module):
             of attention), "full", or "offload" (full, and what is saved is in the host's memory).
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
             `mora_jax.adapters.products.quantization`).
+        attention: what computes attention: "auto", or a name in attention_choice.py.
         layers: one `Block` whose leaves have a leading `[L]`.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
@@ -109,6 +112,7 @@ class Decoder(nnx.Module):
         unroll: int | None = None,
         remat: str = "none",
         quantize: str = "none",
+        attention: str = "auto",
     ):
         """Makes the parameters: normal (`config.initializer_range`) from `rngs`, else zeros to be filled."""
         if remat not in REMAT:
@@ -117,12 +121,16 @@ class Decoder(nnx.Module):
             raise ValueError(f"unroll must be a positive number of layers, got {unroll}")
         if quantize not in ("none", *FORMATS):
             raise ValueError(f"quantize must be one of none, {', '.join(FORMATS)}, got {quantize!r}")
+        if attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
         dtype = jnp.dtype(dtype)
+        check(attention, Rows(config, dtype))
         self.config = config
         self.dtype = dtype
         self.unroll = unroll
         self.remat = remat
         self.quantize = quantize
+        self.attention = attention
         self.name_or_path: str | None = None
         self.folder: str | None = None
         scale = 0.0 if rngs is None else config.initializer_range
@@ -208,6 +216,7 @@ class Decoder(nnx.Module):
         row_numbers: jax.Array | None = None,
         embedding_noise: jax.Array | None = None,
         partitioner: Partitioner | None = None,
+        packed: bool = True,
     ) -> jax.Array:
         """`hidden` inside a compiled function: nothing is checked, and nothing is compiled by itself.
 
@@ -216,7 +225,11 @@ class Decoder(nnx.Module):
             row_numbers: int `[B]`, the number of each row among those that share `dropout_key`, by which they get their
                 masks; None: these are all of them.
             embedding_noise: float32 `[B, T, D]`, added to the looked-up embeddings before the family scales them.
+            packed: whether a row of `segment_ids` may hold anything but one example and padding behind it.
         """
+        count, length = input_ids.shape
+        rows = Rows(self.config, self.dtype, count, length, partitioner, packed and segment_ids is not None)
+        kernel = kernel_for(self.attention, rows)
         if segment_ids is None:
             segments = jnp.ones(input_ids.shape, dtype=jnp.int32)
             implied = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
@@ -236,7 +249,8 @@ class Decoder(nnx.Module):
             if token_dropout is not None:
                 token_dropout = token_dropout._replace(tokens=partitioner.fold(token_dropout.tokens))
         sharded = partitioner if partitioner is not None and partitioner.cuts_weights else None
-        layout = RowLayout(segments, segments, None, None, cos, sin, window=None, ring=ring, partitioner=sharded)
+        static: dict[str, Any] = {"kernel": kernel, "folded": ring is not None, "partitioner": sharded}
+        layout = RowLayout(segments, segments, None, None, cos, sin, window=None, **static)
         x = self.norm(self._runner(self.layers, x, layout, token_dropout))
         return x if ring is None or partitioner is None else partitioner.unfold(x, *input_ids.shape)
 

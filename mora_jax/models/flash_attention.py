@@ -19,6 +19,7 @@ from mora_jax.models.layer_scan import checkpointed
 
 Array = jax.Array
 
+TILE = 512  # queries, and keys, of a tile
 MASKED = -1e30  # finite, so that rows without a visible key stay finite
 
 

@@ -23,6 +23,7 @@ def init_decoder(
     dtype: Any = jnp.float32,
     unroll: int | None = None,
     remat: str = "none",
+    attention: str = "auto",
 ) -> Decoder:
     """Makes a decoder to pretrain.
 
@@ -32,6 +33,7 @@ def init_decoder(
         dtype: compute dtype and storage of the weights.
         unroll: layers per iteration of the scan; None for the backend's default.
         remat: "none", "dots", "full" or "offload".
+        attention: what computes attention: "auto", "xla", "splash" or "cudnn".
     """
     where = "config"
     if isinstance(config, (str, os.PathLike)):
@@ -40,7 +42,7 @@ def init_decoder(
         config, where = read_json(path), str(path)
     if isinstance(config, dict):
         config = read_config(config, where)
-    return Decoder(config, dtype=read_dtype(dtype), rngs=rngs, unroll=unroll, remat=remat)
+    return Decoder(config, dtype=read_dtype(dtype), rngs=rngs, unroll=unroll, remat=remat, attention=attention)
 
 
 def read_json(path: Path) -> dict[str, Any]:

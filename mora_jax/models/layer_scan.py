@@ -20,8 +20,8 @@ from jax.custom_derivatives import SymbolicZero
 Array = jax.Array
 Body = Callable[[Array, Any, Any], Array]
 
-_SAVED = "saved"
-_SAVE_MARKED = jax.checkpoint_policies.save_only_these_names(_SAVED)
+SAVED = "saved"  # the name of what `checkpointed` marks
+_SAVE_MARKED = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def checkpointed(arrays: Any) -> Any:
@@ -31,7 +31,7 @@ def checkpointed(arrays: Any) -> Any:
     dtype. A policy that goes by operations would save the float32 sums inside a projection instead, the base product's
     and the adapter's each, which is more than `remat="none"` saves.
     """
-    return jax.tree.map(lambda array: checkpoint_name(array, _SAVED), arrays)
+    return jax.tree.map(lambda array: checkpoint_name(array, SAVED), arrays)
 
 
 class Places(NamedTuple):

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 
 if TYPE_CHECKING:
     from mora_jax.models.ring_attention import Ring
 
 Array = jax.Array
 Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class HeadShards:
+    """How the arrays of attention are sharded: by rows and by key/value heads. Hashable, for a compiled function's key.
+
+    Attributes:
+        mesh: the devices.
+        rows: the mesh axes of rows; () where every device computes all of them.
+        heads: the mesh axis of key/value heads; None where every device computes all of them.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    heads: str | None
+
+    def mapped(self, function: Any, kinds: str, results: str) -> Any:
+        """`function` on each device's share, its results as a tuple. Kinds: `q` `[R, G, N, t, H]`, `k` `[R, G, t, H]`,
+        `r` `[R, G, N, t]`, `s` `[R, t]`, `w` a scalar."""
+        specs = {
+            "q": PartitionSpec(self.rows, self.heads),
+            "k": PartitionSpec(self.rows, self.heads),
+            "r": PartitionSpec(self.rows, self.heads),
+            "s": PartitionSpec(self.rows),
+            "w": PartitionSpec(),
+        }
+        into = tuple(specs[kind] for kind in kinds)
+        out = tuple(specs[kind] for kind in results)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
 
 
 class Partitioner(Protocol):
@@ -35,6 +66,10 @@ class Partitioner(Protocol):
 
         With `folded` the rows are those of `fold`.
         """
+        ...
+
+    def head_shards(self, rows: int) -> HeadShards:
+        """The devices that share the heads of so many rows, each of which is whole."""
         ...
 
     def ring(self, rows: int) -> Ring | None:
@@ -62,6 +97,10 @@ class Partitioner(Protocol):
 
     def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
         """Which axis of a kernel `[in, …]` of several output axes has to come first: the one that is sharded."""
+        ...
+
+    def flattens(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+        """Whether the output axes of a kernel `[in, …]` can be one axis: none but the first of them is sharded."""
         ...
 
     def gathered(self, array: Array, axes: Axes) -> Array:

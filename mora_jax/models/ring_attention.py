@@ -18,48 +18,39 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 
-from mora_jax.models.flash_attention import Block, Gradients, OutputGradients, SoftmaxState, Tiling, attend, attend_vjp
+from mora_jax.models.flash_attention import (
+    TILE,
+    Block,
+    Gradients,
+    OutputGradients,
+    SoftmaxState,
+    Tiling,
+    attend,
+    attend_vjp,
+)
 from mora_jax.models.layer_scan import checkpointed
+from mora_jax.models.partitioning import HeadShards
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Ring:
-    """The devices that share rows. Hashable: it is part of a compiled function's key.
+class Ring(HeadShards):
+    """The devices that share rows: `rows` are the mesh axes of the folded rows `[c · B, T / c]`, `axis` first.
 
     Attributes:
-        mesh: with the axis `axis`.
-        axis: along it lie the shares of a row.
-        rows: the mesh axes of the folded rows `[c · B, T / c]`, `axis` first (see `Partitioner.fold`).
-        heads: the mesh axis of key/value heads; None where every device computes all of them.
+        axis: along it lie the shares of a row (see `Partitioner.fold`).
+        tile: most queries, and keys, computed at once.
     """
 
-    mesh: Mesh
     axis: str
-    rows: tuple[str, ...]
-    heads: str | None
+    tile: int = TILE
 
     @property
     def size(self) -> int:
         """Devices of one ring."""
         return self.mesh.shape[self.axis]
-
-    def mapped(self, function: Any, kinds: str, results: str) -> Any:
-        """`function` on each device's share. Kinds: `q` `[R, G, N, t, H]`, `k` `[R, G, t, H]`, `r` `[R, G, N, t]`,
-        `s` `[R, t]`, `w` a scalar."""
-        specs = {
-            "q": PartitionSpec(self.rows, self.heads),
-            "k": PartitionSpec(self.rows, self.heads),
-            "r": PartitionSpec(self.rows, self.heads),
-            "s": PartitionSpec(self.rows),
-            "w": PartitionSpec(),
-        }
-        into = tuple(specs[kind] for kind in kinds)
-        out = tuple(specs[kind] for kind in results)
-        return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
 
     def attention(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
         """`ring_attention` around this ring."""
@@ -76,7 +67,6 @@ def ring_attention(
     window: int | Array | None,
     scale: float,
     softcap: float | None,
-    tile: int,
 ) -> Array:
     """Causal attention inside segments, as `attention` without positions, of folded rows.
 
@@ -87,7 +77,6 @@ def ring_attention(
         segments: int `[c · B, t]`; 0 is padding.
         window: how many places back a query sees, itself included; None for all. May be traced.
         scale, softcap: see `attention`.
-        tile: most queries, and keys, computed at once.
 
     Returns:
         `[c · B, t, G, N, H]` in the dtype of `query`.
@@ -95,7 +84,7 @@ def ring_attention(
     fixed = window if isinstance(window, int) else None
     traced_window = jnp.asarray(0 if window is None or fixed is not None else window, jnp.int32)
     traced = window is not None and fixed is None
-    tile = min(tile, -(-query.shape[1] // 2))
+    tile = min(ring.tile, -(-query.shape[1] // 2))
     options = _Options(ring, Tiling(float(scale), softcap, fixed, tile, tile), traced)
     query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     return _ring(options, query, key, value, segments, traced_window).transpose(0, 3, 1, 2, 4)

@@ -42,6 +42,7 @@ def abstract_model(decoder: DecoderConfig, config: Config) -> Decoder:
             unroll=settings.unroll,
             remat=settings.remat,
             quantize=settings.quantize,
+            attention=settings.attention,
         )
         add_adapters(model, method, rngs=nnx.Rngs(0))
         return model

@@ -130,6 +130,11 @@ def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
                 yield item
 
 
+def matrix_products(program: core.ClosedJaxpr) -> tuple[float, float]:
+    """FLOPs and bytes of the matrix products of a program without a loop of unknown length besides attention's."""
+    return _products(program.jaxpr, 1)
+
+
 def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
     """FLOPs and bytes of the matrix products of a program, whose `while` loops run so many turns.
 
@@ -137,7 +142,10 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
     """
     flops, moved = 0.0, 0.0
     for step in _flat(jaxpr):
-        if step.name == "dot_general":
+        if step.name == "pallas_call":
+            found = _kernel(step)
+            flops, moved = flops + found[0], moved + found[1]
+        elif step.name == "dot_general":
             left, right = (_aval(variable) for variable in step.equation.invars)
             (contracted, _), _ = step.equation.params["dimension_numbers"]
             out = _aval(step.equation.outvars[0])
@@ -145,11 +153,23 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
             moved += sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in (left, right, out))
         elif step.inner:
             length = step.equation.params.get("length", 1)
-            found = [_products(inner, (length + 1) / 2 if step.name == "scan" else turns) for inner in step.inner]
+            parts = [_products(inner, (length + 1) / 2 if step.name == "scan" else turns) for inner in step.inner]
             times = {"scan": length, "while": turns}.get(step.name, 1)
-            most = max(found)
+            most = max(parts)
             flops, moved = flops + times * most[0], moved + times * most[1]
     return flops, moved
+
+
+def _kernel(step: _Step) -> tuple[float, float]:
+    """FLOPs and bytes of a kernel. Each turn of its grid reads its tiles of the inputs; results are written once.
+
+    A grid as wide as the row has tiles goes over all pairs of tiles, of which a causal mask leaves half.
+    """
+    grid = step.equation.params["grid_mapping"].grid
+    turns = math.prod(grid) * ((grid[-1] + 1) / (2 * grid[-1]) if grid[-1] in grid[:-1] else 1)
+    tiles = [tile for tile in step.inner[0].invars[: len(step.operands)] if len(_aval(tile).shape) == 2]
+    moved = turns * sum(map(_bytes, tiles)) + sum(map(_bytes, step.results))
+    return turns * _products(step.inner[0], 1)[0], moved
 
 
 def _peak(jaxpr: core.Jaxpr) -> float:

@@ -37,6 +37,7 @@ from mora_jax.adapters.products.quantization import QuantizedParam
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.summary import count
 from mora_jax.losses.cross_entropy import chunk_size
+from mora_jax.models.attention_choice import Rows, choose
 from mora_jax.models.backend import compiling_for
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -94,6 +95,7 @@ class Estimate:
         flops, bytes: of matrix products, in a whole step on one chip.
         collectives: of a step.
         trainable, parameters: numbers that are trained, and that the model has, over all chips.
+        attention: what computes it.
     """
 
     memory: Memory
@@ -102,6 +104,7 @@ class Estimate:
     collectives: tuple[Collective, ...]
     trainable: int
     parameters: int
+    attention: str
 
 
 def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backend: str) -> Estimate:
@@ -126,11 +129,13 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         shardings = placement.table(adapters, frozen)
         trained, kept = flat_arrays(adapters), flat_arrays(frozen)
         batch = abstract_batch(config)
+        micro, rows, length = batch["input_ids"].shape
+        layout = Rows(decoder, model.dtype, rows, length, placement.partitioner, config.data.packing)
+        attention = choose(config.model.attention, layout)
 
     def held(tree: Any) -> float:
         return _bytes_held(tree, shardings, placement.sharding())
 
-    micro, rows, length = batch["input_ids"].shape
     local = rows // sharing
     traced = _traced(config, values, local, backend)
     width = jnp.dtype(model.dtype).itemsize
@@ -162,6 +167,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         moved,
         trainable,
         parameters,
+        attention,
     )
 
 
@@ -227,7 +233,7 @@ def _mixed(placement: Placement, model: Decoder, width: int, remat: str) -> floa
 
 def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> Traced:
     """A micro-batch of `rows` on one device: everything in it grows evenly with the rows."""
-    one, two = (_traced_rows(_for_trace(config), _text(values), count, backend) for count in (1, 2))
+    one, two = (_traced_rows(_for_trace(config, backend), _text(values), count, backend) for count in (1, 2))
 
     def grown(name: str) -> float:
         first, second = getattr(one, name), getattr(two, name)
@@ -236,9 +242,11 @@ def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> 
     return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "uncut", "layer", "head")))
 
 
-def _for_trace(config: Config) -> Config:
+def _for_trace(config: Config, backend: str) -> Config:
     """The configuration without what a micro-batch doesn't depend on, so that like ones are traced once."""
     settings: list[tuple[str, Any, str]] = [("out", None, ""), ("train.micro_batch_size", None, "")]
+    if backend == "gpu":  # cuDNN can't be traced without a GPU: XLA's blocks stand for it
+        settings.append(("model.attention", "xla", ""))
     settings += [(f"mesh.{axis}", 1, "") for axis in AXES]
     return lay_over(config, settings)
 

@@ -31,6 +31,7 @@ class Plan:
         collectives: of a step.
         estimate: what a step costs.
         trainable, parameters: numbers that are trained, and of the whole model.
+        attention: what computes it.
         compile_seconds: of the compiler here; None by formula.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     estimate: Estimate
     trainable: int
     parameters: int
+    attention: str
     compile_seconds: float | None = None
 
     @property
@@ -98,7 +100,7 @@ def by_formula(config: Config, values: dict[str, Any], topology: Topology) -> Pl
     cost = estimate(found.flops, found.bytes, found.collectives, topology)
     needed = found.memory.total
     fits = needed <= topology.usable_bytes
-    counts = found.trainable, found.parameters
+    counts = found.trainable, found.parameters, found.attention
     return Plan(config, topology, mesh, found.memory, needed, fits, "formula", found.collectives, cost, *counts)
 
 

@@ -100,6 +100,7 @@ def _settings(plans: dict[str, Plan]) -> Table:
     table = _table("Settings", plans)
     for name in next(iter(plans.values())).settings():
         table.add_row(name, *(str(plan.settings()[name]) for plan in plans.values()))
+    table.add_row("attention by", *(plan.attention for plan in plans.values()))
     return table
 
 
@@ -193,6 +194,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     slow, fast = cost.tokens_per_second(plan.tokens)
     found: dict[str, Any] = {
         "settings": plan.settings(),
+        "attention": plan.attention,
         "quantisation": quantisation(plan),
         "figures_by": plan.source,
         "fits": plan.fits,

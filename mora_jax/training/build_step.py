@@ -99,6 +99,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         kl_weight=config.loss.kl_weight,
         base=base_structure(model) if config.loss.kl_weight else None,
         penalty=None if budget is None else budget.penalty,
+        packed=config.data.packing,
     )
     step = make_step(structure, optimizer, make_schedule(config.optimizer, steps, restarts), settings)
     runner: JitRunner | PmapRunner

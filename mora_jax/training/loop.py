@@ -13,6 +13,8 @@ from typing import Any
 from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
+from mora_jax.models.attention_choice import Rows, choose
+from mora_jax.models.backend import backend, compiling_for
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble
 from mora_jax.training.config.resume import changed, check_found
@@ -235,7 +237,9 @@ class Trainer:
             context.enter_context(contextlib.closing(batches))
             context.callback(self.directory.files.close)
             self._remember(self.directory.rewind_metrics(first), checkpoints)
-            self.display.start(dataclasses.replace(self.setup.info(first), out=str(self.directory.path)))
+            info = self.setup.info(first)
+            out, attention = str(self.directory.path), self._attention()
+            self.display.start(dataclasses.replace(info, out=out, attention=attention))
             context.enter_context(self.observer.open(first))
             for note in self.placement.notes() if self.placement is not None else ():
                 self.display.note(note)
@@ -293,6 +297,16 @@ class Trainer:
             signals.words = _FINISHING
             self._finish(started, checkpoints)
             return signals.exit_code if signals.look() else 0
+
+    def _attention(self) -> str:
+        """What computes attention, in words; of rows as long as they get."""
+        model, setup = self.setup.model, self.setup
+        partitioner = None if self.placement is None else self.placement.partitioner
+        sizes = setup.micro_batch, setup.batches.length
+        rows = Rows(model.config, model.dtype, *sizes, partitioner, self.config.data.packing)
+        # Under pmap each device computes its rows alone.
+        with contextlib.nullcontext() if self.placement is not None else compiling_for(backend()):
+            return choose(model.attention, rows)
 
     def _stopped(self, done: int, signals: StopSignals) -> int:
         """Says how the run goes on; returns the exit code."""

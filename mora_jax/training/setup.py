@@ -208,6 +208,7 @@ def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Decoder, Any,
             unroll=config.model.unroll,
             remat=config.model.remat,
             quantize=config.model.quantize,
+            attention=config.model.attention,
             shardings=partial(base_shardings, mesh) if sharded else None,
         )
         tokenizer = tokenizer if objects.tokenizer is None else objects.tokenizer

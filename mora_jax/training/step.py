@@ -71,6 +71,7 @@ class StepConfig:
             It is run once more forward, without dropout and noise.
         penalty: a term of the loss that depends on the trained arrays alone; it counts once a step.
         mapped: whether the step is under `jax.vmap` over runs that share the base (see mora_jax/sweeps).
+        packed: whether a row may hold several examples.
 
     Raises:
         ValueError: a divisor that is not positive; `kl_weight` without a `base`.
@@ -86,6 +87,7 @@ class StepConfig:
     base: Structure | None = None
     penalty: Callable[[Arrays], Array] | None = None
     mapped: bool = False
+    packed: bool = True
 
     def __post_init__(self) -> None:
         if self.divisor is not None and not self.divisor > 0:
@@ -223,7 +225,8 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
         width = model.config.hidden_size
         noise = embedding_noise(keys.noise, rows.numbers, rows.segment_ids, width, config.neftune_alpha)
     random = {"dropout_key": keys.dropout, "row_numbers": rows.numbers, "embedding_noise": noise}
-    hidden = _hidden(model, *inputs, partitioner=partitioner, **random)
+    shape = {"partitioner": partitioner, "packed": config.packed}
+    hidden = _hidden(model, *inputs, **shape, **random)
     head = model.head(partitioner)
     ring = None if partitioner is None else partitioner.ring(hidden.shape[0])
     fold = partitioner.fold if partitioner is not None else lambda x: x
@@ -234,7 +237,7 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
         return loss, jnp.zeros((), jnp.float32)
     assert config.base is not None, "the configuration demands it"
     base = config.base.model(frozen)
-    base_hidden = _hidden(base, *inputs, partitioner=partitioner)
+    base_hidden = _hidden(base, *inputs, **shape)
     shared["base_kernel"] = base.head(partitioner).kernel if model.has_adapted_head else None
     assert rows.kl_weights is not None, "there are some where the divergence counts"
     kl = weighted_kl(fold(hidden), fold(base_hidden), head.kernel, fold(rows.kl_weights), **shared)

@@ -10,14 +10,16 @@ from mora_jax.models.block import ACTIVATIONS, gated
 FUSED = np.random.default_rng(0).standard_normal((3, 2, 7)).astype(np.float32)
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_values_and_gradients(activation):
+def test_values_and_gradients(activation, flat):
     def plain(fused):
+        fused = fused.reshape(FUSED.shape)
         return ACTIVATIONS[activation](fused[..., 0, :]) * fused[..., 1, :]
 
-    cotangent = jnp.arange(21.0).reshape(3, 7)
-    found, pull = jax.vjp(lambda fused: gated(activation, fused), FUSED)
-    expected, plain_pull = jax.vjp(plain, FUSED)
+    cotangent, given = jnp.arange(21.0).reshape(3, 7), FUSED.reshape(3, 14) if flat else FUSED
+    found, pull = jax.vjp(lambda fused: gated(activation, fused, flat), given)
+    expected, plain_pull = jax.vjp(plain, given)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(pull(cotangent)[0], plain_pull(cotangent)[0], rtol=1e-5, atol=1e-6)
 

@@ -65,7 +65,7 @@ CASES = [
 def test_values_and_gradients(block, window, traced, softcap, by_index, monkeypatch):
     if block == "tiles":  # as long rows are computed
         monkeypatch.setattr(module, "LONG", T - 1)
-        monkeypatch.setattr(module, "_TILE", 4)
+        monkeypatch.setattr(module, "TILE", 4)
     else:
         monkeypatch.setattr(module, "query_block", lambda: block)
     # Places that are not indices: as where a prompt was filled up in front.

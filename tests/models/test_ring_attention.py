@@ -53,16 +53,16 @@ def fold(x, size: int):
     [(4, 4, 7, 5.0, True), (2, 512, None, None, False), (4, 512, 15, None, False), (1, 20, None, None, False)],
 )
 def test_values_and_slopes_are_those_of_whole_rows(monkeypatch, size, tile, window, softcap, traced):
-    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(module, "TILE", tile)
     monkeypatch.setattr(module, "LONG", 0)
-    ring = Ring(make_mesh(1, 1, 1, size), "context", ("context", "data"), None) if size > 1 else None
+    ring = Ring(make_mesh(1, 1, 1, size), ("context", "data"), None, "context", tile) if size > 1 else None
     *inputs, slope = arrays()
     given = jnp.asarray(window) if traced else window
 
     def ours(query, key, value):
         q, k, v, segments = (fold(x, size) for x in (query, key, value, SEGMENTS))
         return attention(
-            q, k, v, q_segments=segments, kv_segments=segments, window=given, scale=SCALE, softcap=softcap, ring=ring
+            q, k, v, q_segments=segments, kv_segments=segments, window=given, scale=SCALE, softcap=softcap, kernel=ring
         )
 
     @jax.jit

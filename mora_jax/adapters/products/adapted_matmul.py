@@ -54,7 +54,7 @@ def adapted_product(
         layout: how the matrices lie in the output.
         adapters: one a matrix, on leaves without layer axis; None for a bare matrix.
         x: `[N, in]` in the compute dtype.
-        kernel: `[in, *layout.out_shape]`, perhaps quantised.
+        kernel: `[in, *layout.out_shape]` or `[in, features]`, perhaps quantised.
         bias: `[*layout.out_shape]` or None.
         dropout: `(number of the part, x) → x` for the adapters' inputs; None without dropout.
         stored: gives the kernel as it is stored, where `kernel` is rounded to the compute dtype: a gain is that of the
@@ -118,7 +118,7 @@ def _taken(layout: FusedLayout, kernel: Kernel, index: int) -> Array | Quantized
     """The kernel of one part; quantised as the whole is."""
     if isinstance(kernel, Turned):
         kernel = kernel.dense()
-    return jax.tree.map(lambda array: layout.take(array, index), kernel)
+    return jax.tree.map(lambda array: layout.take(array.reshape(len(array), *layout.out_shape), index), kernel)
 
 
 def _dense_part(layout: FusedLayout, kernel: Kernel, index: int, x: Array) -> Array:

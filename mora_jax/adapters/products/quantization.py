@@ -91,11 +91,13 @@ class Quantized:
         A compiler would else make one for several products of a layer (of its forward pass, of its repetition, of its
         backward pass) and hold it from the first to the last.
         """
-        values, scales, _ = jax.lax.optimization_barrier((self.values, self.scales, waited_for))
-        blocks, *out = scales.shape
-        rows = values.reshape(blocks, -1, *out)
+        blocks, *out = self.scales.shape
+        # Matrices, as products take them: of axes that are short a TPU would move every code.
+        flat = self.values.reshape(len(self.values), -1), self.scales.reshape(blocks, -1)
+        values, scales, _ = jax.lax.optimization_barrier((*flat, waited_for))
+        rows = values.reshape(blocks, -1, scales.shape[1])
         units = _nf4_units(rows) if self.format == "nf4" else rows.astype(jnp.float32)
-        return (units * scales[:, None]).reshape(blocks * BLOCK, *out)[: self.in_features]
+        return (units * scales[:, None]).reshape(blocks * BLOCK, -1)[: self.in_features].reshape(-1, *out)
 
 
 def _nf4_units(packed: Array) -> Array:
@@ -170,8 +172,9 @@ class QuantizedKernel(nnx.Module):
         out = shape[len(shape) - out_axes :]
         self.format, self.out_axes, self.dtype = format, out_axes, jnp.dtype(dtype)
         blocks = blocks_of(self.in_features)
-        self.values = QuantizedParam(jnp.zeros((*stack, _ROWS[format] * blocks, *out), _DTYPES[format]), axes=axes)
-        self.scales = QuantizedParam(jnp.zeros((*stack, blocks, *out), jnp.float32), axes=axes)
+        described: dict[str, Any] = {"axes": axes, "out_axes": out_axes}
+        self.values = QuantizedParam(jnp.zeros((*stack, _ROWS[format] * blocks, *out), _DTYPES[format]), **described)
+        self.scales = QuantizedParam(jnp.zeros((*stack, blocks, *out), jnp.float32), **described)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -37,7 +37,12 @@ def check_together(config: Config) -> None:
     micro = train.micro_batch_size
     if micro is not None and train.batch_size % micro:
         raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
-    mesh = config.mesh
+    mesh, attention = config.mesh, config.model.attention
+    if mesh.context != 1 and attention not in ("auto", "xla"):
+        raise InputError(
+            f"config: model.attention={attention} takes whole rows, and mesh.context={mesh.context} shares each; set "
+            "model.attention=auto with it"
+        )
     if mesh.pmap and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1):
         raise InputError(
             f"config: mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, "

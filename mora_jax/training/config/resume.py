@@ -16,6 +16,7 @@ CHANGEABLE = (
     "mesh",
     "log",
     "model.path",
+    "model.attention",
     "model.remat",
     "model.unroll",
     "data.train",

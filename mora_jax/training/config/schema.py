@@ -18,6 +18,7 @@ from mora_jax.training.config.adapter import METHOD_KEYS, START, AdapterConfig
 from mora_jax.training.config.key import Key, key, meant
 
 QUANTIZE = ("none", "int8", "nf4")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,12 @@ class ModelConfig:
         "How the layers' kernels are held: as they are, in 8 bits, or as 4-bit NormalFloat (QLoRA); for adapters on a "
         "base that stays frozen.",
         choices=QUANTIZE,
+    )
+    attention: str = key(
+        "auto",
+        "What computes attention: splash (a kernel for TPUs), cudnn (for NVIDIA GPUs), or blocks in plain XLA; auto "
+        "takes a kernel where there is one and rows are long.",
+        choices=ATTENTION,
     )
 
 

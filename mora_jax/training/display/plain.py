@@ -25,6 +25,7 @@ class RunInfo:
     Attributes:
         model: path or hub id of the base model.
         dtype: compute dtype.
+        attention: what computes attention.
         method: the method with its settings, such as "lora, rank 8, alpha 16".
         matched: number of adapted layers (0 where all parameters are trained).
         trainable: trained parameters.
@@ -50,6 +51,7 @@ class RunInfo:
     trained_fraction: float
     examples: int
     steps: int
+    attention: str = ""
     padding: float = 0.0
     first_step: int = 0
     out: str = ""
@@ -61,7 +63,7 @@ class RunInfo:
         layers = f" on {self.matched:,} layers" if self.matched else ""
         resumed = f", continuing after step {self.first_step:,}" if self.first_step else ""
         return [
-            ("model", f"{self.model} ({self.dtype})"),
+            ("model", f"{self.model} ({self.dtype}{f', attention by {self.attention}' if self.attention else ''})"),
             ("method", f"{self.method}{layers}"),
             (
                 "trained",

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax.models.partitioning import Partitioner
+from mora_jax.models.partitioning import HeadShards, Partitioner
 from mora_jax.models.ring_attention import Ring
 from mora_jax.training.state import dotted
 
@@ -128,10 +128,15 @@ class Placement:
 
         Factors of adapters are taken as they are, in slots too.
         """
-        if len(axes) < 3 or _ADAPTER_AXES.intersection(axes):
+        if len(axes) < 3 or _ADAPTER_AXES.intersection(axes) or self.mesh.shape["tensor"] == 1:
             return 1
         cut = self._cut(axes, shape, "tensor")
         return next((i for i, entry in enumerate(cut) if i > 1 and entry), 1)
+
+    def flattens(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+        """See `Partitioner.flattens`."""
+        cuts = *self._stored(axes, shape)[2:], *self._cut(axes, shape, "tensor")[2:]
+        return all(self.mesh.shape[name] == 1 for entry in cuts for name in entry)
 
     def _stored(self, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
         entries = self._cut(axes, shape, "tensor")
@@ -176,12 +181,21 @@ class Placement:
             return constrain(x, self.sharding((_CONTEXT, *RULES["batch"])))
         return x if x.shape[0] % self.row_shards else constrain(x, self.batch())
 
+    @property
+    def _heads(self) -> str | None:
+        """The mesh axis of key/value heads; None where every device has all of them."""
+        whole = "kv_heads" in dict(self.undivided) or self.mesh.shape["tensor"] == 1
+        return None if whole else "tensor"
+
+    def head_shards(self, rows: int) -> HeadShards:
+        """The devices that share the heads of so many rows; uneven rows are everywhere."""
+        return HeadShards(self.mesh, RULES["batch"] if rows % self.row_shards == 0 else (), self._heads)
+
     def ring(self, rows: int) -> Ring | None:
         """The devices that share each of so many rows; None without the axis `context`, or for uneven rows."""
         if self.mesh.shape[_CONTEXT] == 1 or rows % self.row_shards:
             return None
-        whole = "kv_heads" in dict(self.undivided) or self.mesh.shape["tensor"] == 1
-        return Ring(self.mesh, _CONTEXT, (_CONTEXT, *RULES["batch"]), None if whole else "tensor")
+        return Ring(self.mesh, (_CONTEXT, *RULES["batch"]), self._heads, _CONTEXT)
 
     def fold(self, x: Array) -> Array:
         """See `Partitioner.fold`."""

@@ -51,6 +51,22 @@ def test_the_table_on_a_model_that_divides():
     assert {name: tuple(specs[name]) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("mesh", "sizes", "qkv", "gate_up"),
+    [
+        ((1, 4, 1), "even", True, True),
+        ((1, 2, 2), "even", True, False),  # halves of gate and halves of up are no block of columns
+        ((1, 1, 4), "odd", True, False),
+    ],
+)
+def test_kernels_are_matrices_where_devices_hold_blocks_of_columns(mesh, sizes, qkv, gate_up):
+    placement, specs = placed("lora", mesh, sizes)
+    layers = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0)).layers
+    kernels = layers.self_attn.qkv_proj.kernel, layers.mlp.gate_up_proj.kernel
+    flat = [placement.flattens(kernel.get_metadata()["axes"][1:], kernel.shape[1:]) for kernel in kernels]
+    assert flat == [qkv, gate_up]
+
+
 def test_an_axis_that_does_not_divide_stays_whole_and_the_matrix_is_cut_elsewhere():
     placement, specs = placed("mora", (1, 1, 4), "odd")
     assert [note.split(" doesn't")[0] for note in placement.notes()] == ["kv_heads (2)", "vocab (97)"]
