@@ -33,7 +33,7 @@ from mora_jax.planning.jaxpr_cost import matrix_products
 
 GROUPS, QUERIES, SIZE = 8, 4, 128
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-LENGTHS = (512, 1024, 2048, 8192, 32768)
+LENGTHS = (1024, 2048, 8192, 32768)
 KERNELS = {"xla": None, "splash": Splash((None,))}
 #: Cycles a second: a v5e's and a v5p's follow from the peak and the matrix units; a v6e's is taken to be a v5p's.
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
