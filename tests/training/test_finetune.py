@@ -15,7 +15,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.errors import InputError
-from mora_jax.training import loop
+from mora_jax.training import loop, setup
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import Display
 from tests.evaluation import tiny
@@ -212,3 +212,10 @@ def test_tables_and_iterators_of_rows(model_path, result):
     found = tune(model_path, rows=Table(), steps=1)
     assert found.metrics[0]["loss"] == pytest.approx(result.metrics[0]["loss"])
     assert tune(model_path, rows=iter(ROWS), steps=1).metrics[0]["loss"] == found.metrics[0]["loss"]
+
+
+def test_short_runs_on_a_cpu_compile_one_layer(monkeypatch):
+    model = mj.load_pretrained(mj.demo.model_path(), dtype="float32")[0]
+    assert setup.layers_at_once(model, 69_999) == 1 and setup.layers_at_once(model, 70_000) is None
+    monkeypatch.setattr(setup, "backend", lambda: "tpu")
+    assert setup.layers_at_once(model, 1) is None

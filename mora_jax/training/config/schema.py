@@ -32,7 +32,10 @@ class ModelConfig:
         choices=("float32", "bfloat16"),
     )
     unroll: int | None = key(
-        None, "Layers unrolled in one step of the layer scan; none chooses by backend.", at_least=1
+        None,
+        "Layers unrolled in one step of the layer scan; none: one, and on CPUs all of them in runs of 70,000 tokens or "
+        "more (10,000 in bfloat16), where the faster step makes up for the longer compilation.",
+        at_least=1,
     )
     remat: str = key(
         "none",
