@@ -20,6 +20,7 @@ from mora_jax.interop.hub import load_tokenizer, local_folder
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
 from mora_jax.interop.sharded_read import Shardings, read_quantized, read_sharded
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
+from mora_jax.models.attention_choice import AttentionChoice
 from mora_jax.models.backend import read_dtype
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -65,7 +66,12 @@ def load_pretrained(
     # Before the weights: a broken one is told at once.
     tokenizer = load_tokenizer(folder)
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
-    how: dict[str, Any] = {"unroll": unroll, "remat": remat, "quantize": quantize, "attention": attention}
+    how: dict[str, Any] = {
+        "unroll": unroll,
+        "remat": remat,
+        "quantize": quantize,
+        "attention": AttentionChoice(attention),
+    }
     model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, **how))
     _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,76 @@ from mora_jax.models.flash_attention import MASKED, TILE, Tiling, product, score
 from mora_jax.models.layer_scan import checkpointed
 
 if TYPE_CHECKING:
-    from mora_jax.models.attention_choice import Kernel
+    from mora_jax.models.config import DecoderConfig
+    from mora_jax.models.partitioning import Partitioner
 
 Array = jax.Array
 
 NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 LONG = 4096  # tokens of a row from which keys are taken in tiles
+
+
+class Kernel(Protocol):
+    """An implementation of attention of rows with themselves, where places are indices. Hashable."""
+
+    def attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        segments: Array,
+        window: int | Array | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Array:
+        """`[B, T, G, N, H]`, of arguments as those of `attention`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What attention is needed for.
+
+    Attributes:
+        config: of the model.
+        dtype: of the computation.
+        rows, length: of the batch; 0 where that isn't known yet.
+        partitioner: how arrays are laid over the devices of a mesh; None without one.
+        packed: whether a row may hold anything but one example and padding behind it.
+    """
+
+    config: DecoderConfig
+    dtype: Any
+    rows: int = 0
+    length: int = 0
+    partitioner: Partitioner | None = None
+    packed: bool = True
+
+    def ring(self) -> Kernel | None:
+        """What computes attention where rows are shared along `mesh.context`; None where they are whole."""
+        return None if self.partitioner is None else self.partitioner.ring(self.rows)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Those of the layers, each once."""
+        return tuple(dict.fromkeys(self.config.windows))
+
+
+class Choice(Protocol):
+    """Which implementation computes attention, where XLA's blocks are not the only one; see attention_choice.py."""
+
+    def check(self, rows: Rows) -> None:
+        """Raises InputError where what was asked for can't be had."""
+        ...
+
+    def implementation(self, rows: Rows) -> str:
+        """The implementation by name."""
+        ...
+
+    def kernel(self, rows: Rows) -> Kernel | None:
+        """What computes attention of these rows; None for XLA's blocks."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -4,64 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from mora_jax.errors import InputError
+from mora_jax.models.attention import Kernel, Rows
 from mora_jax.models.backend import alone, backend, interpreted
 from mora_jax.models.cudnn_attention import Cudnn
 from mora_jax.models.splash_attention import Splash
-
-if TYPE_CHECKING:
-    from mora_jax.models.config import DecoderConfig
-    from mora_jax.models.partitioning import Partitioner
-
-Array = jax.Array
-
-
-class Kernel(Protocol):
-    """An implementation of attention of rows with themselves, where places are indices. Hashable."""
-
-    def attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        segments: Array,
-        window: int | Array | None,
-        scale: float,
-        softcap: float | None,
-    ) -> Array:
-        """`[B, T, G, N, H]`, of arguments as those of `attention`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What attention is needed for.
-
-    Attributes:
-        config: of the model.
-        dtype: of the computation.
-        rows, length: of the batch; 0 where that isn't known yet.
-        partitioner: how arrays are laid over the devices of a mesh; None without one.
-        packed: whether a row may hold anything but one example and padding behind it.
-    """
-
-    config: DecoderConfig
-    dtype: Any
-    rows: int = 0
-    length: int = 0
-    partitioner: Partitioner | None = None
-    packed: bool = True
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """Those of the layers, each once."""
-        return tuple(dict.fromkeys(self.config.windows))
 
 
 class _Way(NamedTuple):
@@ -120,40 +71,55 @@ WAYS = {
 NAMES = ("auto", "xla", *WAYS)
 
 
-def check(asked: str, rows: Rows) -> None:
-    """Refuses an implementation that can't be had.
+@dataclass(frozen=True)
+class AttentionChoice:
+    """`model.attention`, as a decoder holds it.
+
+    Attributes:
+        name: `auto` (the first that can be used and pays), `xla`, or a name of `WAYS`.
 
     Raises:
-        InputError: one line that says why.
+        InputError: no such name.
     """
-    if asked in WAYS and (obstacle := WAYS[asked].obstacle(rows)):
-        raise InputError(f"model.attention={asked} {obstacle}; set model.attention=auto, which chooses")
 
+    name: str = "auto"
 
-def choose(asked: str, rows: Rows) -> str:
-    """The implementation by name: the one asked for, or with `auto` the first that can be used and pays.
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise InputError(f"attention must be one of {', '.join(NAMES)}, got {self.name!r}")
 
-    Raises:
-        InputError: the one asked for can't be used; one line that says why.
-    """
-    if rows.partitioner is not None and rows.partitioner.ring(rows.rows) is not None:
-        if asked in WAYS:
-            raise InputError(f"model.attention={asked} takes whole rows, and mesh.context shares each; leave one out")
-        return "xla"
-    if asked != "auto":
-        check(asked, rows)
-        return asked
-    found = (name for name, way in WAYS.items() if way.obstacle(rows) is None and way.pays(rows))
-    return next(found, "xla")
+    def check(self, rows: Rows) -> None:
+        """Refuses an implementation that can't be had.
 
+        Raises:
+            InputError: one line that says why.
+        """
+        if self.name in WAYS and (obstacle := WAYS[self.name].obstacle(rows)):
+            raise InputError(f"model.attention={self.name} {obstacle}; set model.attention=auto, which chooses")
 
-def kernel_for(asked: str, rows: Rows) -> Kernel | None:
-    """What computes attention: the ring of `mesh.context`, a kernel, or None for XLA's blocks (attention.py).
+    def implementation(self, rows: Rows) -> str:
+        """The implementation by name.
 
-    Raises:
-        InputError: as `choose`.
-    """
-    name = choose(asked, rows)
-    if name in WAYS:
-        return WAYS[name].make(rows)
-    return None if rows.partitioner is None else rows.partitioner.ring(rows.rows)
+        Raises:
+            InputError: the one asked for can't be used; one line that says why.
+        """
+        if rows.ring() is not None:
+            if self.name in WAYS:
+                raise InputError(
+                    f"model.attention={self.name} takes whole rows, and mesh.context shares each; leave one out"
+                )
+            return "xla"
+        if self.name != "auto":
+            self.check(rows)
+            return self.name
+        found = (name for name, way in WAYS.items() if way.obstacle(rows) is None and way.pays(rows))
+        return next(found, "xla")
+
+    def kernel(self, rows: Rows) -> Kernel | None:
+        """What computes attention: the ring of `mesh.context`, a kernel, or None for XLA's blocks (attention.py).
+
+        Raises:
+            InputError: as `implementation`.
+        """
+        name = self.implementation(rows)
+        return WAYS[name].make(rows) if name in WAYS else rows.ring()

@@ -23,7 +23,7 @@ from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import rotate
 
 if TYPE_CHECKING:
-    from mora_jax.models.attention_choice import Kernel
+    from mora_jax.models.attention import Kernel
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
     from mora_jax.models.unstacked import UnstackedLayers

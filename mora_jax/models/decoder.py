@@ -14,8 +14,7 @@ from flax import nnx
 from mora_jax.adapters.products.quantization import FORMATS
 from mora_jax.adapters.projection import OutputHead, TokenDropout
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
-from mora_jax.models.attention_choice import NAMES as ATTENTION
-from mora_jax.models.attention_choice import Rows, check, kernel_for
+from mora_jax.models.attention import Choice, Rows
 from mora_jax.models.backend import backend
 from mora_jax.models.block import Block, LayerRunner, RowLayout
 from mora_jax.models.kv_cache import Cache, empty_cache
@@ -97,7 +96,7 @@ class Decoder(nnx.Module):
             of attention), "full", or "offload" (full, and what is saved is in the host's memory).
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
             `mora_jax.adapters.products.quantization`).
-        attention: what computes attention: "auto", or a name in attention_choice.py.
+        attention: chooses what computes attention (`mora_jax.models.attention_choice`); None for XLA's blocks.
         layers: one `Block` whose leaves have a leading `[L]`.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
@@ -112,7 +111,7 @@ class Decoder(nnx.Module):
         unroll: int | None = None,
         remat: str = "none",
         quantize: str = "none",
-        attention: str = "auto",
+        attention: Choice | None = None,
     ):
         """Makes the parameters: normal (`config.initializer_range`) from `rngs`, else zeros to be filled."""
         if remat not in REMAT:
@@ -121,10 +120,9 @@ class Decoder(nnx.Module):
             raise ValueError(f"unroll must be a positive number of layers, got {unroll}")
         if quantize not in ("none", *FORMATS):
             raise ValueError(f"quantize must be one of none, {', '.join(FORMATS)}, got {quantize!r}")
-        if attention not in ATTENTION:
-            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
         dtype = jnp.dtype(dtype)
-        check(attention, Rows(config, dtype))
+        if attention is not None:
+            attention.check(Rows(config, dtype))
         self.config = config
         self.dtype = dtype
         self.unroll = unroll
@@ -229,7 +227,7 @@ class Decoder(nnx.Module):
         """
         count, length = input_ids.shape
         rows = Rows(self.config, self.dtype, count, length, partitioner, packed and segment_ids is not None)
-        kernel = kernel_for(self.attention, rows)
+        kernel = rows.ring() if self.attention is None else self.attention.kernel(rows)
         if segment_ids is None:
             segments = jnp.ones(input_ids.shape, dtype=jnp.int32)
             implied = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)

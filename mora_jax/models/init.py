@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.errors import InputError
+from mora_jax.models.attention_choice import AttentionChoice
 from mora_jax.models.backend import read_dtype
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -42,7 +43,9 @@ def init_decoder(
         config, where = read_json(path), str(path)
     if isinstance(config, dict):
         config = read_config(config, where)
-    return Decoder(config, dtype=read_dtype(dtype), rngs=rngs, unroll=unroll, remat=remat, attention=attention)
+    return Decoder(
+        config, dtype=read_dtype(dtype), rngs=rngs, unroll=unroll, remat=remat, attention=AttentionChoice(attention)
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from mora_jax.adapters.attach import add_adapters
 from mora_jax.errors import InputError
+from mora_jax.models.attention_choice import AttentionChoice
 from mora_jax.models.backend import read_dtype
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -42,7 +43,7 @@ def abstract_model(decoder: DecoderConfig, config: Config) -> Decoder:
             unroll=settings.unroll,
             remat=settings.remat,
             quantize=settings.quantize,
-            attention=settings.attention,
+            attention=AttentionChoice(settings.attention),
         )
         add_adapters(model, method, rngs=nnx.Rngs(0))
         return model

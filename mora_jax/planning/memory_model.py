@@ -37,7 +37,8 @@ from mora_jax.adapters.products.quantization import QuantizedParam
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.summary import count
 from mora_jax.losses.cross_entropy import chunk_size
-from mora_jax.models.attention_choice import Rows, choose
+from mora_jax.models.attention import Rows
+from mora_jax.models.attention_choice import AttentionChoice
 from mora_jax.models.backend import compiling_for
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -131,7 +132,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         batch = abstract_batch(config)
         micro, rows, length = batch["input_ids"].shape
         layout = Rows(decoder, model.dtype, rows, length, placement.partitioner, config.data.packing)
-        attention = choose(config.model.attention, layout)
+        attention = AttentionChoice(config.model.attention).implementation(layout)
 
     def held(tree: Any) -> float:
         return _bytes_held(tree, shardings, placement.sharding())

@@ -13,7 +13,7 @@ from typing import Any
 from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
-from mora_jax.models.attention_choice import Rows, choose
+from mora_jax.models.attention import Rows
 from mora_jax.models.backend import backend, compiling_for
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble
@@ -306,7 +306,7 @@ class Trainer:
         rows = Rows(model.config, model.dtype, *sizes, partitioner, self.config.data.packing)
         # Under pmap each device computes its rows alone.
         with contextlib.nullcontext() if self.placement is not None else compiling_for(backend()):
-            return choose(model.attention, rows)
+            return "xla" if model.attention is None else model.attention.implementation(rows)
 
     def _stopped(self, done: int, signals: StopSignals) -> int:
         """Says how the run goes on; returns the exit code."""

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mora_jax as mj
 from mora_jax.errors import InputError
-from mora_jax.models.attention import NO_WINDOW, attention
-from mora_jax.models.attention_choice import Rows, choose, kernel_for
+from mora_jax.models.attention import NO_WINDOW, Rows, attention
+from mora_jax.models.attention_choice import AttentionChoice
 from mora_jax.models.backend import compiling_for, interpreting
 from mora_jax.models.cudnn_attention import Cudnn
 from mora_jax.models.families import read_config
@@ -148,7 +148,7 @@ def test_tiles_fill_rows_up_little():
 def test_auto(backend, length, change, name):
     rows = dataclasses.replace(Rows(LLAMA_8B, "bfloat16", 2, length), **change)
     with compiling_for(backend):
-        assert choose("auto", rows) == name
+        assert AttentionChoice("auto").implementation(rows) == name
 
 
 @pytest.mark.parametrize(
@@ -167,22 +167,23 @@ def test_what_cannot_be_is_refused_by_name(backend, asked, model, change, words)
     config = dataclasses.replace(LLAMA_8B, **model)
     rows = dataclasses.replace(Rows(config, "bfloat16", 2, 4096), **change)
     with compiling_for(backend), pytest.raises(InputError, match=words) as caught:
-        choose(asked, rows)
+        AttentionChoice(asked).implementation(rows)
     assert "\n" not in str(caught.value)
 
 
 def test_a_ring_takes_all_rows_that_are_shared():
     rows = Rows(LLAMA_8B, "bfloat16", 2, 8192, Placement.of(make_mesh(1, 1, 1, 4)))
     with compiling_for("tpu"):
-        assert choose("auto", rows) == "xla" and kernel_for("auto", rows) == rows.partitioner.ring(2)
+        auto = AttentionChoice("auto")
+        assert auto.implementation(rows) == "xla" and auto.kernel(rows) == rows.partitioner.ring(2)
         with pytest.raises(InputError, match="model.attention=splash takes whole rows"):
-            choose("splash", rows)
+            AttentionChoice("splash").implementation(rows)
 
 
 def test_several_devices_without_a_mesh_have_blocks():
     rows = Rows(LLAMA_8B, "bfloat16", 4, 8192)
     with interpreting():  # here are four devices, and nobody says how arrays lie on them
-        assert choose("auto", rows) == "xla"
+        assert AttentionChoice("auto").implementation(rows) == "xla"
         mapped = []
-        jax.pmap(lambda x: mapped.append(choose("auto", rows)) or x)(np.zeros(4))
+        jax.pmap(lambda x: mapped.append(AttentionChoice("auto").implementation(rows)) or x)(np.zeros(4))
     assert mapped == ["splash"]
