@@ -129,12 +129,12 @@ def _check(m: Array, in_features: int, out_features: int, kind: str) -> int:
 def _delta(x: Array, m: Array, out_features: int, kind: str) -> Array:
     """`x [N, in]` → float32 `[N, out]`."""
     inner, outer, blocks = Sides.of(kind, x.shape[1], out_features, m.shape[0])
-    features = inner(x).astype(x.dtype).reshape(len(x), blocks, -1)
+    features = inner(x).astype(x.dtype).reshape(len(x), blocks, m.shape[0])
     if kind == "rotation" and blocks > 1:
         y = row_dot(features.transpose(1, 0, 2), rotated_squares(m, blocks)).transpose(1, 0, 2)
     else:
         y = trained_dot(features.reshape(-1, m.shape[0]), m.T)
-    return outer(y.reshape(len(x), -1))
+    return outer(y.reshape(len(x), blocks * m.shape[0]))
 
 
 def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Array], Array]) -> Array:
@@ -157,7 +157,7 @@ def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Ar
     features = inner(x).reshape(len(x), blocks, q)
     if kind == "rotation" and blocks > 1:
         features = rotated_features(widened(features))
-    return outer(product(features.astype(x.dtype).reshape(-1, q)).reshape(len(x), -1))
+    return outer(product(features.astype(x.dtype).reshape(-1, q)).reshape(len(x), blocks * q))
 
 
 def compress(x: Array, q: int, kind: str) -> Array:

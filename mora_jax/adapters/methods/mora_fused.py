@@ -49,7 +49,8 @@ class _Group(NamedTuple):
     def product(self, x: Array, w: Array, *, back: bool = False) -> Array:
         """`[N, blocks, …]` by `w`, or with `back` by its transpose: float32 `[N, blocks, …]`."""
         if w.ndim == 2:
-            return (dot32_nt if back else dot32)(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:2], -1)
+            z = (dot32_nt if back else dot32)(x.reshape(-1, x.shape[-1]), w)
+            return z.reshape(*x.shape[:2], z.shape[-1])
         dims = (((2,), (2 if back else 1,)), ((1,), (0,)))
         return lax.dot_general(x, w, dims, preferred_element_type=wide(x.dtype)).transpose(1, 0, 2)
 
@@ -109,9 +110,9 @@ class FusedMoRA:
         parts: dict[int, Array] = {}
         for group, kept, w in zip(groups, held, matrices, strict=True):
             x = group.inputs(kept)
-            z = group.product(x.reshape(len(x), group.blocks, -1), w)
+            z = group.product(_in_blocks(x, group.blocks), w)
             for (i, outer), own in zip(group.parts, jnp.split(z, len(group.parts), axis=-1), strict=True):
-                parts[i] = outer(own.reshape(len(x), -1))
+                parts[i] = outer(_flat(own))
         rows, dtype = len(held[0]), wide(held[0].dtype)
         bare = [
             jnp.zeros((rows, self.layout.part_features(i)), dtype) for i in range(len(self.kinds)) if i not in parts
@@ -154,13 +155,23 @@ class FusedMoRA:
         slopes = []
         for group, kept, w in zip(groups, held, self._matrices(groups, params, dy.dtype), strict=True):
             taken = [outer.transpose(self._part(dy, i)).astype(dy.dtype) for i, outer in group.parts]
-            dz = jnp.concatenate([part.reshape(len(dy), group.blocks, -1) for part in taken], axis=-1)
-            da = group.product(dz, w, back=True).reshape(len(dy), -1)
+            dz = jnp.concatenate([_in_blocks(part, group.blocks) for part in taken], axis=-1)
+            da = _flat(group.product(dz, w, back=True))
             slopes.append(group.inner.transpose(da))
-            x = group.inputs(kept).reshape(len(dy), group.blocks, -1)
+            x = _in_blocks(group.inputs(kept), group.blocks)
             for (i, _), square in zip(group.parts, group.squares(group.gradient(x, dz)), strict=True):
                 gradients[i]["m"] = square * params[i]["scaling"]
         return added(*slopes), tuple(gradients)
 
     def _part(self, dy: Array, index: int) -> Array:
-        return self.layout.take(dy.reshape(-1, *self.layout.out_shape), index)
+        return self.layout.take(dy.reshape(len(dy), *self.layout.out_shape), index)
+
+
+def _in_blocks(x: Array, blocks: int) -> Array:
+    """`[N, blocks · q]` as `[N, blocks, q]`, for no rows too."""
+    return x.reshape(len(x), blocks, x.shape[1] // blocks)
+
+
+def _flat(x: Array) -> Array:
+    """`[N, blocks, q]` as `[N, blocks · q]`."""
+    return x.reshape(len(x), x.shape[1] * x.shape[2])
