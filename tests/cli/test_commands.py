@@ -101,6 +101,7 @@ def test_half_of_a_named_adapter_is_refused(fails, model_dir, text, line):
     assert line in fails("generate", "--model", model_dir, "--prompt", "Hello", "--adapter", text)
 
 
+@pytest.mark.slow
 def test_generate_with_methods_that_share_no_batch_answers_in_turn(run, fails, model_dir, adapters, tmp_path):
     base = ["generate", "--model", model_dir, "--prompt", "Hello", "--max-new-tokens", "12"]
     dora = write_adapter(model_dir, tmp_path / "dora", DoRAConfig(rank=4))

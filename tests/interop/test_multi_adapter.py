@@ -74,7 +74,7 @@ CASES = {
     "rotation on gemma": (mj.MoRAConfig(rank=2, kind="rotation"),) * 2 + (GEMMA,),
 } | {kind: (mj.MoRAConfig(rank=1, kind=kind),) * 2 + (LLAMA,) for kind in KINDS}
 # The sums of every kind are tested without a model, too.
-QUICK = ("lora", "lora by layer", "sharing")
+QUICK = ("lora", "sharing")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_an_adapter_goes_out_and_comes_back(folder, tmp_path):
     mj.merge(exact)
 
 
+@pytest.mark.slow
 def test_several_adapters_stand_on_a_quantised_base(folder, tmp_path):
     model = mj.load_pretrained(folder, dtype="float32", quantize="int8")[0]
     ids = np.arange(10)[None]

@@ -34,7 +34,8 @@ FAMILIES = {
     },
 }
 CASES = [
-    *[("Gemma3", method) for method in METHODS],
+    *[("Gemma3", method) for method in ("lora", "mora")],
+    *[pytest.param("Gemma3", method, marks=pytest.mark.slow) for method in METHODS if method not in ("lora", "mora")],
     *[(family, "mora") for family in ("Llama", "Qwen3", "Gemma2")],
     *[pytest.param(family, "mora", marks=pytest.mark.slow) for family in ("Mistral", "Qwen2")],
 ]

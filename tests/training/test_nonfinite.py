@@ -23,7 +23,7 @@ def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@pytest.mark.parametrize("pmap", [False, True], ids=["jit", "pmap"])
+@pytest.mark.parametrize("pmap", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["jit", "pmap"])
 def test_a_bad_row_changes_nothing_but_the_counts(pmap):
     graphdef, adapters, frozen = mj.partition(model_for("mora"))
     optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)

@@ -35,6 +35,7 @@ def unbroken(inputs, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_and_only_as_it_was(inputs, unbroken, tmp_path):
     def die():
         raise MemoryError("as good as a kill")

@@ -82,11 +82,11 @@ def dense(entry):
     "config",
     [
         mj.LoRAConfig(rank=2),
-        mj.DoRAConfig(rank=2),
+        pytest.param(mj.DoRAConfig(rank=2), marks=pytest.mark.slow),
         pytest.param(mj.PiSSAConfig(rank=2), marks=pytest.mark.slow),
         mj.MoRAConfig(rank=2, kind="sharing", use_dora=True),
         mj.VeRAConfig(rank=8, targets=EINSUMS),
-        mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=9, tinit=1, tfinal=1),
+        pytest.param(mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=9, tinit=1, tfinal=1), marks=pytest.mark.slow),
         mj.IA3Config(targets=EINSUMS, feedforward=("attn_vec_einsum",)),
     ],
     ids=lambda config: type(config).__name__,

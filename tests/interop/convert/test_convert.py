@@ -103,7 +103,11 @@ def test_a_given_rank_is_the_nearest_one_with_its_error(base, config):
     assert f"error {conversion.error:.3g} in total" in str(conversion)
 
 
-@pytest.mark.parametrize("config", [mj.DoRAConfig(rank=2), mj.MoRAConfig(rank=2, use_dora=True)], ids=["dora", "mora"])
+@pytest.mark.parametrize(
+    "config",
+    [mj.DoRAConfig(rank=2), pytest.param(mj.MoRAConfig(rank=2, use_dora=True), marks=pytest.mark.slow)],
+    ids=["dora", "mora"],
+)
 def test_a_magnitude_changes_the_base_too(base, config):
     model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
     mj.attach(model, config, rngs=nnx.Rngs(0))

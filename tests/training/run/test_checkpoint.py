@@ -118,7 +118,12 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+OFTEN = {"truncated-data", "garbage-metadata", "empty-folder"}
+
+
+@pytest.mark.parametrize(
+    "damage", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES]
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capfd):
     folder = tmp_path / "run"
     write(folder, {3: None, 6: None})

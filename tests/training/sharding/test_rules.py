@@ -86,7 +86,7 @@ CASES = [
     pytest.param("lora", (4, 1, 1), {}, marks=pytest.mark.slow),
     ("lora", (1, 4, 1), {"sizes": "even"}),
     ("lora", (1, 1, 4), {"sizes": "even"}),
-    ("mora", (1, 4, 1), {"micro_batches": 2, "unroll": 8}),
+    pytest.param("mora", (1, 4, 1), {"micro_batches": 2, "unroll": 8}, marks=pytest.mark.slow),
     ("mora", (1, 1, 4), {}),
     pytest.param("full", (2, 2, 1), {"micro_batches": 2}, marks=pytest.mark.slow),
     ("full", (1, 2, 2), {"packed": False, "sizes": "even"}),
