@@ -23,7 +23,7 @@ from tests.models.tiny import LLAMA, fill_randomly
 
 SMALL = LLAMA | {"num_hidden_layers": 2}
 CONFIGS = {
-    "lora": mj.LoRAConfig(rank=2, targets=("q_proj", "down_proj")),
+    "lora": mj.LoRAConfig(rank=2),
     "mora": mj.MoRAConfig(rank=2, kind="rotation"),
     "full": mj.FullConfig(),
     # One layer of two, and one of the three matrices that are fused.
