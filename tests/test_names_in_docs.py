@@ -152,7 +152,7 @@ def _options(command: str) -> set[str]:
 def test_options_alone(page):
     """An option that stands alone between backticks is some command's, or some script's."""
     programs = "".join(
-        read(file) for folder in ("scripts", "benchmarks") for file in sorted((ROOT / folder).glob("*.py"))
+        read(file) for folder in ("scripts", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))
     )
     known = {option for command in COMMANDS for option in _options(command)} | OTHERS
     known |= set(re.findall(r'add_argument\("(--[\w-]+)"', programs))
@@ -166,7 +166,7 @@ def test_options_alone(page):
 @each_page
 def test_scripts_have_the_options_they_are_called_with(page):
     for line in shell_lines(page):
-        found = re.search(r"\bpython3? ((?:scripts|benchmarks)/\w+\.py)(.*)", line)
+        found = re.search(r"\bpython3? ((?:scripts|benchmarks)/[\w/]+\.py)(.*)", line)
         if found is None:
             continue
         source = read(ROOT / found[1])

@@ -1,7 +1,7 @@
 """Attention's two forms on TPUs, as the TPU's compiler makes them, without a TPU.
 
     pip install libtpu
-    python benchmarks/attention.py --out benchmarks/results/attention.md
+    python benchmarks/tpu/attention.py --out benchmarks/results/attention.md
 
 One layer's attention in Llama-3-8B's shapes (32 query heads, 8 key/value heads of 128 numbers), forward and backward,
 one packed row, on one chip: blocks in plain XLA, and the splash kernel. Each row of the table is added to the file as
@@ -39,7 +39,7 @@ KERNELS = {"xla": None, "splash": Splash((None,))}
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 HEAD = """# Attention on TPUs
 
-Written by `python benchmarks/attention.py`; nothing was run. One layer's attention in Llama-3-8B's shapes (32 query
+Written by `python benchmarks/tpu/attention.py`; nothing was run. One layer's attention in Llama-3-8B's shapes (32 query
 heads, 8 key/value heads of 128 numbers), forward and backward, one packed row on one chip, bfloat16: blocks in plain
 XLA, and the splash kernel.
 

@@ -1,6 +1,6 @@
 """Whether published models fit TPU slices, and what a step costs: the table of `benchmarks/results/plan.md`.
 
-    nice -n 10 python benchmarks/plan_table.py --compile 3
+    nice -n 10 python benchmarks/tpu/plan_table.py --compile 3
 
 Every cell: rows of 2048 tokens, one a chip, bfloat16, `remat=full`, every array cut over all chips (`mesh.fsdp`).
 Memory is by formula, and the compiler's for the cells that `plan_cells.json` holds: `--compile N` adds the next N of
@@ -28,7 +28,7 @@ from mora_jax.planning.tpu_compile import Compiled, CompilerError, ask
 from mora_jax.training.config.load import load_config
 from mora_jax.training.config.schema import Config, lay_over
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("smollm2-1.7b", "llama3-8b", "qwen3-14b", "gemma3-27b", "llama3-70b")
 METHODS = ("lora", "mora", "full")
@@ -219,7 +219,7 @@ def check_table(known: dict[str, Any]) -> str:
 def write(cells: Path, path: Path) -> None:
     """Writes the tables."""
     known = read_cells(cells)
-    script = "`nice -n 10 python benchmarks/plan_table.py`"
+    script = "`nice -n 10 python benchmarks/tpu/plan_table.py`"
     path.write_text(
         f"""# What fits which TPU slice
 

@@ -1,6 +1,6 @@
 """LoRA on a base held as it is, in int8 and in nf4: losses, memory, time and answers of one short run each.
 
-    python benchmarks/quantized_base.py --model SmolLM2-135M-Instruct --data alpagasus_dolly_3k.json \\
+    python benchmarks/quality/quantized_base.py --model SmolLM2-135M-Instruct --data alpagasus_dolly_3k.json \\
         --out runs/quantized --table benchmarks/results/quantized_base.md
 
 Runs `mora-jax train` once a row (a row that has a summary already is kept), scores the base before, and the adapter on
@@ -130,7 +130,7 @@ def main() -> None:
         "rows held out, in nats a token;",
         "*on exact weights* is the adapter on the base as the files have it, which is what merging gives; *s, layers*",
         f"the fastest of {ROUNDS} forward and backward passes through the layers, in a loop, with 4 full rows. Written",
-        "by `python benchmarks/quantized_base.py`.",
+        "by `python benchmarks/quality/quantized_base.py`.",
         "",
         "| `model.quantize` | layers, MB | base, MB | loss before | loss after | after, on exact weights | s, layers |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -1,8 +1,8 @@
 """What the TPU's compiler makes of a training step, by its own estimates: time in layers, copies, collectives.
 
     pip install libtpu
-    python benchmarks/tpu_step.py v5e-8 lora --label after --out benchmarks/results/tpu_step.md
-    python benchmarks/tpu_step.py v5e-8 lora --label before --hlo saved.hlo --out benchmarks/results/tpu_step.md
+    python benchmarks/tpu/tpu_step.py v5e-8 lora --label after --out benchmarks/results/tpu_step.md
+    python benchmarks/tpu/tpu_step.py v5e-8 lora --label before --hlo saved.hlo --out benchmarks/results/tpu_step.md
 
 Llama-3-8B, one row of 2048 tokens a chip, every array cut over all chips (`mesh.fsdp`), bfloat16, `model.remat=full`.
 Adds a row to the file; `--hlo` reads a program that an earlier state of the code gave instead of compiling one, and
@@ -25,7 +25,7 @@ BYTES = {"bf16": 2, "f32": 4, "s8": 1, "u8": 1}
 OP = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (\w+)\[([\d,]+)\]\S* (copy|reshape|transpose|copy-start)\(")
 HEAD = """# A training step of Llama-3-8B, as the TPU's compiler makes it
 
-Rows are added by `python benchmarks/tpu_step.py`; nothing was run. One packed row of 2048 tokens a chip, every array
+Rows are added by `benchmarks/tpu/tpu_step.py`; nothing was run. One packed row of 2048 tokens a chip, every array
 cut over all chips (`mesh.fsdp`), bfloat16, `model.remat=full`. *Mcycles* are the compiler's estimates of all operations
 it estimates, of one layer forward, one backward (with its repetition) and of what is outside the loops; those of splash
 attention's kernels aren't in it. *copies* are those of whole stacks of kernels once a step, in number and GB a chip.

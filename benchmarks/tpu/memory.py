@@ -1,7 +1,7 @@
 """What remat and offload save on a TPU, from compiling the real training step without one.
 
     pip install libtpu
-    python benchmarks/memory.py --out benchmarks/results/memory.md
+    python benchmarks/tpu/memory.py --out benchmarks/results/memory.md
 
 Shapes of SmolLM2-1.7B on a v5e-8, `mesh.fsdp=8`, rows of 2,048 tokens, one a chip. The compiler's own figures, in GiB a
 chip.
@@ -35,8 +35,9 @@ def main() -> None:
         "# What remat and offload save",
         "",
         "SmolLM2-1.7B's shapes on a v5e-8, `mesh.fsdp=8`, 8 rows of 2,048 tokens, bfloat16 base. Compiled by",
-        "`python benchmarks/memory.py`; nothing was run. GiB a chip: *held* is what stays on the device (weights, the",
-        "optimizer's state), *temp* what a step needs beside, *donated* the part of held whose place the results take.",
+        "`python benchmarks/tpu/memory.py`; nothing was run. GiB a chip: *held* is what stays on the device (weights,",
+        "the optimizer's state), *temp* what a step needs beside, *donated* the part of held whose place the results",
+        "take.",
         "",
         "| method | settings | held | temp | donated | host held | host temp |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -1,6 +1,6 @@
 """LoRA, MoRA and full fine-tuning of a real model on a real instruction file, each masked and unmasked.
 
-    python benchmarks/dolly_cells.py --model SmolLM2-135M-Instruct --data alpagasus_dolly_3k.json --out runs/dolly
+    python benchmarks/quality/dolly_cells.py --model SmolLM2-135M-Instruct --data dolly.json --out runs/dolly
 
 Runs `mora-jax train` once a cell (a cell that has a summary already is kept, so an interrupted comparison goes on),
 answers three prompts with the base and with every adapter, and writes `cells.md` and `curves.png` into `--out`.

@@ -1,6 +1,6 @@
 """Which share of a data file's tokens carries loss in each mode, and how long instructions are beside answers.
 
-    python benchmarks/data_table.py --data a.json b.jsonl --model SmolLM2-135M-Instruct stories260K
+    python benchmarks/quality/data_table.py --data a.json b.jsonl --model SmolLM2-135M-Instruct stories260K
 
 prints two markdown tables to stdout. Rows are not cut, unless `--max-length` says so.
 """

@@ -1,7 +1,7 @@
 """Memory of long inputs on TPUs, from compiling the real training step without a TPU.
 
     pip install libtpu
-    python benchmarks/long_context.py --out benchmarks/results/long_context.md
+    python benchmarks/tpu/long_context.py --out benchmarks/results/long_context.md
 
 Llama-3-8B's shapes, LoRA of rank 16 on all linear layers, bfloat16 base, full recomputation, 131,072 tokens a row. For
 each mesh the compiler's own figures a chip: what stays there (base, adapters, optimizer), what a step needs beside, and
@@ -90,7 +90,7 @@ def main() -> None:
         f"# Rows of {options.length:,} tokens on TPUs",
         "",
         "Llama-3-8B, LoRA of rank 16, bfloat16 base, `model.remat=full`. Compiled by",
-        "`python benchmarks/long_context.py`; nothing was run. GiB a chip: *held* is base, adapters and optimizer,",
+        "`python benchmarks/tpu/long_context.py`; nothing was run. GiB a chip: *held* is base, adapters and optimizer,",
         "*temp* what a step needs beside. A v5e chip has 16 GiB, a v5p chip 95 GiB.",
         "",
         "| topology | data × fsdp × tensor × context | rows | held | temp | sum | collectives in the program |",

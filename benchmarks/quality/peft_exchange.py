@@ -1,6 +1,6 @@
 """Adapters that cross between PEFT + torch and this library, trained for real: same logits, same losses afterwards.
 
-    python benchmarks/peft_exchange.py --model SmolLM2-135M-Instruct --data dolly.json [--steps 30] [--more 30]
+    python benchmarks/quality/peft_exchange.py --model SmolLM2-135M-Instruct --data dolly.json [--steps 30] [--more 30]
 
 - A LoRA and a DoRA are trained by PEFT in torch, imported here, and trained on by both sides on the same tokens.
 - A LoRA is trained here, loaded by PEFT, and trained on by both sides.
@@ -204,8 +204,8 @@ def report(crossings: list[Crossing], args: argparse.Namespace) -> str:
     """The crossings as Markdown."""
     name, tokens = Path(args.model).name, f"{args.rows} × {args.length}"
     lines = [
-        f"Printed by `python benchmarks/peft_exchange.py --model {name} --data {args.data.name} --steps {args.steps} "
-        f"--more {args.more} --rows {args.rows} --length {args.length}`",
+        f"Printed by `python benchmarks/quality/peft_exchange.py --model {name} --data {args.data.name} "
+        f"--steps {args.steps} --more {args.more} --rows {args.rows} --length {args.length}`",
         f"(jax {jax.__version__}, torch {torch.__version__.partition('+')[0]}, peft {version('peft')}; float32, "
         f"rank {RANK}, all linear layers, AdamW at {RATE:g},",
         f"{tokens} tokens a step; a new optimizer on both sides after the crossing).",
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peft_exchange.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "peft_exchange.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as work:
