@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +27,7 @@ from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepFunction, StepMetrics, make_step
 
 Array = jax.Array
+Reading = Callable[[], tuple[StepMetrics, float]]
 
 
 def stacked_step(made: Assembly, optimizer: OptimizerConfig, own: frozenset[str]) -> StepFunction:
@@ -99,7 +102,7 @@ class Stack:
         self._members.append(Member(self, len(self._members), list(self._mesh.devices.flat)))
         return self._members[-1]
 
-    def step(self, states: Mapping[int, Any], batches: Mapping[int, Any]) -> dict[int, tuple[Slot, StepMetrics]]:
+    def step(self, states: Mapping[int, Any], batches: Mapping[int, Any]) -> dict[int, tuple[Slot, Reading]]:
         """One step of the runs that have a batch. The others keep their place, and what becomes of them is no matter.
 
         Args:
@@ -107,7 +110,7 @@ class Stack:
             batches: of the runs that go on, by number.
 
         Returns:
-            For these the state after it, and metrics that wait for the device when they are read.
+            For these the state after it, and what waits for its metrics (`Member.read`).
         """
         if self._state is None:
             self._start(states)
@@ -119,8 +122,8 @@ class Stack:
         placed = jax.device_put(self._joined(), self._mesh.devices.flat[0])
         self._state, metrics = self.runner(self._state, self._frozen, placed)
         self._done += 1
-        shared = _OnHost(metrics)
-        return {index: (Slot(self, index), shared.of(index)) for index in batches}
+        shared = _Metrics(metrics)
+        return {index: (Slot(self, index), functools.partial(shared.read, index)) for index in batches}
 
     def _start(self, states: Mapping[int, Any]) -> None:
         """Stacks the states, and what else the runs don't share."""
@@ -196,6 +199,10 @@ class Member:
         """The tree without what the stack added: its own state in place of a slot."""
         return self._stack.state_of(tree.index) if isinstance(tree, Slot) else tree
 
+    def read(self, reading: Reading) -> tuple[StepMetrics, float]:
+        """Waits for a step's metrics, as `Runner.read` does."""
+        return reading()
+
     def share(self, rows: int) -> RowShare:
         """All rows, left where they are."""
         return RowShare(None, lambda batch: batch)
@@ -209,29 +216,14 @@ class Slot:
     index: int
 
 
-class _OnHost:
-    """Metrics of all runs, fetched from the device when the first of them is read."""
+class _Metrics:
+    """The metrics of a step of all runs, fetched from the device when the first of them is read."""
 
     def __init__(self, metrics: StepMetrics):
-        self._metrics: Any = metrics
+        self._metrics, self._there = metrics, 0.0
 
-    def of(self, index: int) -> Any:
-        """Those of one run: numbers that numpy can read."""
-        return StepMetrics(*(_Number(self, field, index) for field in range(len(StepMetrics._fields))))  # type: ignore
-
-    def get(self, field: int, index: int) -> np.ndarray:
-        """One number."""
-        self._metrics = jax.device_get(self._metrics)
-        return np.asarray(self._metrics[field][index])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Number:
-    """A number of `_OnHost`; `jax.device_get` reads it."""
-
-    metrics: _OnHost
-    field: int
-    index: int
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return self.metrics.get(self.field, self.index)
+    def read(self, index: int) -> tuple[StepMetrics, float]:
+        """Those of one run, and when they were there: the same for all, however late they are read."""
+        if not self._there:
+            self._metrics, self._there = jax.device_get(self._metrics), time.perf_counter()
+        return StepMetrics(*(field[index] for field in self._metrics)), self._there

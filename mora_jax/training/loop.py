@@ -189,7 +189,9 @@ class Trainer:
         partitioner = None if made.placement is None else made.placement.partitioner
         self.evaluator = Evaluator(setup, self.observer, display, self._call, partitioner)
         left = self.evaluator.seconds_left
-        self.step_rows = StepRows(config, self.observer, display, made.budget, left, self._call, steps)
+        self.step_rows = StepRows(
+            config, self.observer, display, made.budget, left, self._call, steps, self.runner.read
+        )
         self.watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
         self.runner.while_compiling = self.watchdog.paused
 

@@ -129,6 +129,12 @@ def test_a_run_is_what_it_would_be_alone(whole, tmp_path):
                 np.testing.assert_allclose(mine[name], its[name], rtol=1e-5, err_msg=f"{name} of step {its['step']}")
 
 
+def test_a_step_takes_as_long_for_all_runs(whole):
+    first, second = (run.metrics for run in whole[0].runs)
+    # The checkpoint at the second step has each run read two steps at once, when the device has long done both.
+    assert second[1]["step_seconds"] == first[1]["step_seconds"]
+
+
 def test_other_commands_read_its_runs(whole, capsys):
     run = whole[0].runs[0]
     assert main(["train", "--resume", run.out]) == 0

@@ -115,12 +115,12 @@ class Observer:
         self._profile.stop()
         self._traced = True
 
-    def lap(self, tokens: int, trained_tokens: int) -> StepTimes:
-        """A step is done on the device."""
+    def lap(self, now: float, tokens: int, trained_tokens: int) -> StepTimes:
+        """A step was found done on the device at `now`, by `time.perf_counter`."""
         self._tokens += tokens
         self._needed += self._flops.needed(tokens, trained_tokens)
         self._palm += self._flops.palm(tokens)
-        return self.clock.lap()
+        return self.clock.lap(now)
 
     def measures(self, times: StepTimes, tokens: int, trained_tokens: int) -> dict[str, Any]:
         """What a row of `metrics.jsonl` says of the machine; `mfu` is None where the devices' peak isn't known."""

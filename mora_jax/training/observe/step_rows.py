@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config
 from mora_jax.training.display.plain import Display
@@ -29,6 +27,7 @@ class StepRows:
         seconds_left: what is left after a step besides steps, in seconds.
         call: called with every row that is logged.
         steps: of the run.
+        read: fetches a step's metrics, and says when they were there (`Runner.read`).
 
     Attributes:
         last_loss: of the last step whose loss was finite.
@@ -44,9 +43,10 @@ class StepRows:
         seconds_left: Callable[[int], float],
         call: Callable[[dict[str, Any]], None],
         steps: int,
+        read: Callable[[StepMetrics], tuple[StepMetrics, float]],
     ):
         self._config, self._observer, self._display, self._budget = config, observer, display, budget
-        self._seconds_left, self._call, self._steps = seconds_left, call, steps
+        self._seconds_left, self._call, self._steps, self._read = seconds_left, call, steps, read
         self._nonfinite = NonFinite(config.train.max_skipped, config.optimizer.learning_rate)
         self._spikes = Spikes()
         self.last_loss, self.last_step = math.nan, steps
@@ -60,10 +60,10 @@ class StepRows:
     def __call__(self, step: int, on_device: StepMetrics) -> None:
         """Waits for a step's metrics and records them."""
         asked = time.perf_counter()
-        metrics = jax.device_get(on_device)
+        metrics, there = self._read(on_device)
         self._observer.clock.waited_for_device(asked)
         counts = int(metrics.tokens), int(metrics.trained_tokens)
-        times = self._observer.lap(*counts)
+        times = self._observer.lap(there, *counts)
         loss, grad_norm, skipped = float(metrics.loss), float(metrics.grad_norm), int(metrics.skipped)
         skip = self._nonfinite.note(step, loss, grad_norm, skipped, int(metrics.skipped_in_row))
         for note in (skip, self._spikes.note(step, loss) if counts[1] else None):

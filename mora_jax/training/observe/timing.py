@@ -68,9 +68,9 @@ class StepClock:
         """Seconds of a step so far, 0 before the first; compiling and evaluations are no part of it."""
         return self.total.step / max(self._steps, 1)
 
-    def lap(self) -> StepTimes:
-        """A step is done: its times. The next one's begins."""
-        now = time.perf_counter()
+    def lap(self, now: float | None = None) -> StepTimes:
+        """A step is done, now or at `now` by `time.perf_counter`: its times. The next one's begins."""
+        now = time.perf_counter() if now is None else now
         whole = max(now - self._start, 1e-9)
         times = StepTimes(whole, self._data, max(whole - self._data - self._device, 0.0), self._device)
         self.total = self.total.plus(times)

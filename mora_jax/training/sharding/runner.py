@@ -82,6 +82,10 @@ class Runner:
         result = compiled(state, frozen, batch)
         return jax.block_until_ready(result) if alone else result
 
+    def read(self, metrics: StepMetrics) -> tuple[StepMetrics, float]:
+        """Waits for a step's metrics: numbers on the host, and when they were there, by `time.perf_counter`."""
+        return jax.device_get(metrics), time.perf_counter()
+
     def _compile(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         started, start = time.time(), time.perf_counter()
         lowered = self.lower(state, frozen, batch)
