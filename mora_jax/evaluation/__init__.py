@@ -4,3 +4,5 @@ from mora_jax.evaluation.chat import generate_batch as generate_batch
 from mora_jax.evaluation.chat import stream_text as stream_text
 from mora_jax.evaluation.generate import Generator as Generator
 from mora_jax.evaluation.generate import Sampling as Sampling
+from mora_jax.evaluation.loglikelihood import Loglikelihood as Loglikelihood
+from mora_jax.evaluation.loglikelihood import LoglikelihoodScorer as LoglikelihoodScorer

@@ -17,7 +17,8 @@ from flax import nnx
 
 from mora_jax.batch import Batch
 from mora_jax.data.dataset import EncodedDataset
-from mora_jax.losses.cross_entropy import TokenSums, next_token_targets, token_sums
+from mora_jax.losses.cross_entropy import next_token_targets
+from mora_jax.losses.token_scores import TokenSums, token_sums
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.partitioning import Partitioner
 

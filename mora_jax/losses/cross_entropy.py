@@ -19,22 +19,6 @@ from jax.custom_derivatives import SymbolicZero
 Array = jax.Array
 
 
-class TokenSums(NamedTuple):
-    """Sums over tokens, float32 scalars.
-
-    Attributes:
-        nll: Σ weight · negative log-likelihood, in nats.
-        weight: Σ weight.
-        correct: Σ over tokens of non-zero weight, 1 where the most likely next token is the right one.
-        tokens: number of tokens of non-zero weight.
-    """
-
-    nll: Any
-    weight: Any
-    correct: Any
-    tokens: Any
-
-
 def next_token_targets(input_ids: Array, weights: Array, segment_ids: Array | None = None) -> tuple[Array, Array]:
     """Shifts tokens and their weights together, so that position t predicts token t + 1.
 
@@ -88,39 +72,13 @@ def weighted_loss(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
     options = options._replace(mapped=mapped)
-    return weighted_sum(options, _negative_log_likelihood, flat, kernel, (goals,), (), scales)
+    return weighted_sum(options, negative_log_likelihood, flat, kernel, (goals,), (), scales)
 
 
-def token_sums(
-    hidden: Array,
-    kernel: Array,
-    targets: Array,
-    weights: Array,
-    *,
-    softcap: float | None = None,
-    chunk: int | None = None,
-) -> TokenSums:
-    """What evaluation adds up, in the same chunks as the loss; arguments as in `weighted_loss`."""
-    options, (scales, flat, goals) = pack_weighted_tokens(
-        weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=1, chunk=chunk
-    )
-    kernel = kernel.astype(flat.dtype)
-
-    def add(index, sums):
-        h, t, w = take(options, index, flat, goals, scales)
-        z = logits(options, h, kernel)
-        nll, _ = _negative_log_likelihood(options, z, (t,), ())
-        right = (jnp.argmax(z, axis=-1) == t) & (w > 0)
-        return sums[0] + jnp.sum(jnp.where(w > 0, nll * w, 0.0)), sums[1] + jnp.sum(right)
-
-    zero = jnp.zeros((), jnp.float32)
-    nll, correct = lax.fori_loop(0, used_chunks(options, scales), add, (zero, jnp.zeros((), jnp.int32)))
-    return TokenSums(nll, jnp.sum(weights), correct.astype(jnp.float32), jnp.sum(weights > 0).astype(jnp.float32))
-
-
-def _negative_log_likelihood(
+def negative_log_likelihood(
     options: Options, z: Array, targets: tuple[Array, ...], shared: tuple[Array, ...]
 ) -> tuple[Array, Array]:
+    """The `TokenValue` of this loss: −log p(target), float32 `[shards, chunk]`, and its derivative."""
     (t,) = targets
     top = jnp.max(z, axis=-1, keepdims=True)
     powers = jnp.exp(z - top)

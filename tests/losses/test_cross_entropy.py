@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from mora_jax.losses.cross_entropy import chunk_size, next_token_targets, token_sums, weighted_loss
+from mora_jax.losses.cross_entropy import chunk_size, next_token_targets, weighted_loss
+from mora_jax.losses.token_scores import token_sums
 
 
 def case(seed: int = 0):
