@@ -2,6 +2,7 @@
 # make test       the tests
 # make test-peers the tests against torch and PEFT, which it installs
 # make test-all   both, with the slow ones and the notebooks
+# make bench      the tables of benchmarks/, into runs/benchmarks; ARGS="decoding --quick" names one in small sizes
 # make lint       ruff, mypy and shellcheck
 # make docs       the site of docs/, into build/site
 #
@@ -11,7 +12,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers test-all lint docs clean FORCE
+.PHONY: help demo test test-peers test-all bench lint docs clean FORCE
 
 CANDIDATES := python3.13 python3.12 python3.11 python3 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -50,6 +51,9 @@ test-peers: $(VENV)/.installed-peers
 test-all: TIMEOUT := 7200
 test-all: $(VENV)/.installed-peers $(VENV)/.installed-notebook
 	$(PYTEST) $(ARGS)
+
+bench: $(VENV)/.installed-peers
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

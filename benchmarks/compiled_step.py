@@ -35,6 +35,9 @@ from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.setup import put_adapter
 from mora_jax.training.sharding.mesh import make_mesh
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--out {json}"
+QUICK = "--only '^LoRA; 1 device; loop'"
 STEPS, ROWS, LENGTH = 3, 4, 32
 COLLECTIVES = ("all-", "reduce-scatter", "collective-")
 MODEL = {

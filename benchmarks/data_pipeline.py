@@ -18,14 +18,24 @@ from mora_jax.data import BatchPlan, EncodedDataset, load_tokenizer
 from mora_jax.data.pipeline import BatchIterator, BatchSource
 from mora_jax.data.sources import Source
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--data {data} --model {model}"
+QUICK = "--rows 2000 --workers 1 --batches 20"
+
 
 def repeat(source: Path, target: Path, rows: int) -> None:
-    """Writes the rows of a JSON list over and over."""
-    known = json.loads(source.read_text(encoding="utf-8"))
+    """Writes the rows of a JSON list, or of lines of JSON, over and over."""
+    text = source.read_text(encoding="utf-8")
+    known = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
     with target.open("w", encoding="utf-8") as file:
         for number in range(rows):
             row = known[number % len(known)]
-            file.write(json.dumps({**row, "instruction": f"{number}. {row['instruction']}"}) + "\n")
+            if "messages" in row:
+                first, *others = row["messages"]
+                row = {"messages": [{**first, "content": f"{number}. {first['content']}"}, *others]}
+            else:
+                row = {**row, "instruction": f"{number}. {row['instruction']}"}
+            file.write(json.dumps(row) + "\n")
 
 
 def peaks() -> str:
@@ -39,7 +49,9 @@ def peaks() -> str:
 def main() -> None:
     """Runs the measurement and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a JSON list of Alpaca rows")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="a JSON list, or lines of JSON, of Alpaca rows or messages"
+    )
     parser.add_argument("--model", required=True, help="a folder with a tokenizer")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=None)

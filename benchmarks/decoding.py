@@ -5,27 +5,27 @@
 The contestants take turns, one answer each a round, for each number of rows; no stop token ends an answer. The table
 gives medians of the rounds with their spread, the time of a first call (which compiles) and the CPU time that a token
 took, which on a busy machine says more than the time that passed. The tokens of both in float32 are compared. torch is
-timed at each number of threads that `--threads` names. Needs torch (the extra `test`).
+timed at each number of threads that `--threads` names. Needs torch (the extra `peers`).
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import transformers
+from measuring import Turn, save, table, take_turns, vocabulary
 from transformers import AutoModelForCausalLM
 
 import mora_jax as mj
 from mora_jax.evaluation.generate import Generator
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --json {json}"
+QUICK = "--rows 1 2 --prompt-tokens 8 --new-tokens 8 --rounds 2"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -58,16 +58,6 @@ def theirs(folder: str, dtype: str, threads: int) -> Callable[[np.ndarray, int],
     return answer
 
 
-def cpu_name() -> str:
-    """The processor's name and how many there are."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{found}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     """Compares tokens, then times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,45 +75,37 @@ def main() -> None:
         for dtype in DTYPES:
             contestants[f"transformers {dtype}, {threads} threads"] = theirs(args.model, dtype, threads)
     rng = np.random.default_rng(0)
-    print(f"{cpu_name()}; jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"prompts of {args.prompt_tokens} tokens, {args.new_tokens} made, {args.rounds} rounds\n", flush=True)
-    figures = []
+    figures = {}
     for rows in args.rows:
-        prompts = rng.integers(3, 40_000, (rows, args.prompt_tokens))
-        first: dict[str, float] = {}
-        wall: dict[str, list[float]] = {name: [] for name in contestants}
-        cpu: dict[str, list[float]] = {name: [] for name in contestants}
-        answers = {}
-        for done in range(args.rounds + 1):
-            for name, answer in contestants.items():
-                start, used = time.perf_counter(), time.process_time()
-                answers[name] = answer(prompts, args.new_tokens)
-                passed, spent = time.perf_counter() - start, time.process_time() - used
-                if done:
-                    wall[name].append(passed)
-                    cpu[name].append(spent)
-                else:
-                    first[name] = passed
+        prompts = rng.integers(3, vocabulary(args.model), (rows, args.prompt_tokens))
+        answers: dict[str, np.ndarray] = {}
+
+        def turn(name: str, prompts: np.ndarray = prompts, answers: dict[str, np.ndarray] = answers) -> Turn:
+            def answer(number: int) -> None:
+                answers[name] = contestants[name](prompts, args.new_tokens)
+
+            return answer
+
+        times = take_turns({name: turn(name) for name in contestants}, args.rounds)
         same = answers["mora_jax float32"] == answers[f"transformers float32, {args.threads[0]} threads"]
-        print(f"{rows} rows: {same.mean():.1%} of the float32 tokens agree\n")
-        print("| contestant | first s | median s | least to most | tokens/s | CPU ms a token |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |")
-        for name in contestants:
-            median, count = statistics.median(wall[name]), rows * args.new_tokens
-            each = 1e3 * statistics.median(cpu[name]) / count
-            spread = f"{min(wall[name]):.2f}–{max(wall[name]):.2f}"
-            print(f"| {name} | {first[name]:.1f} | {median:.2f} | {spread} | {count / median:.1f} | {each:.1f} |")
-            figures.append({"rows": rows, "contestant": name, "seconds": wall[name], "cpu_seconds": cpu[name]})
-        for unit, times in (("time", wall), ("CPU time", cpu)):
+        print(f"rows: {rows}; {same.mean():.1%} of the float32 tokens agree\n")
+        count, lines = rows * args.new_tokens, []
+        for name, taken in times.items():
+            cells = [f"{taken.first:.1f}", f"{taken.median:.3g}", taken.spread, f"{count / taken.median:.1f}"]
+            lines.append([str(rows), name, *cells, f"{1e3 * taken.median_cpu / count:.1f}"])
+        columns = ["rows", "contestant", "first s", "median s", "least to most", "tokens/s", "CPU ms a token"]
+        print(table(columns, 2, lines))
+        figures[str(rows)] = times
+        for unit, seconds in (("time", attrgetter("median")), ("CPU time", attrgetter("median_cpu"))):
             best = {
-                side: min(statistics.median(times[name]) for name in times if name.startswith(side))
+                side: min(seconds(taken) for name, taken in times.items() if name.startswith(side))
                 for side in ("mora_jax", "transformers")
             }
             ratio = best["transformers"] / best["mora_jax"]
             print(f"\n{unit}, each at its best: {ratio:.2f} times transformers' speed")
         print(flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    save(args.json, figures)
 
 
 if __name__ == "__main__":

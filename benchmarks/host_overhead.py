@@ -24,6 +24,11 @@ from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import Display
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = ""
+QUICK = "--steps 20"
+NEEDS = ("tensorboardX", "wandb")
+
 ASSETS = Path(mora_jax.__file__).parent / "demo" / "assets"
 RUNS: dict[str, dict[str, Any]] = {
     "metrics.jsonl alone": {},

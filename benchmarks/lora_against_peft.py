@@ -1,11 +1,13 @@
-"""Our LoRA step against PEFT + torch, in one process on the same cores, with the same tokens and the same start.
+"""Our step against PEFT + torch, in one process on the same cores, with the same tokens and the same start.
 
     python benchmarks/lora_against_peft.py --model SmolLM2-135M-Instruct [--repetitions 5] [--threads 1 2]
+        [--methods lora dora mora full]
 
 First both train a few float32 steps from the same adapter, and the losses are printed side by side: they must agree.
-Then the contestants take turns, one step each a round, on otherwise idle cores; the table gives medians of the rounds.
+Then the contestants take turns, one step each a round, on otherwise idle cores; the table gives medians of the rounds
+with their spread. LoRA, DoRA and full fine-tuning are those of both libraries; MoRA is only ours.
 torch is timed at each number of threads that `--threads` names, and its best counts. Needs torch and peft (the extra
-`test`).
+`peers`).
 """
 
 import argparse
@@ -21,7 +23,8 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from peft import PeftModel
+from measuring import Turn, save, table, take_turns, vocabulary
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import mora_jax as mj
@@ -32,7 +35,12 @@ from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from mora_jax.training.step import make_step
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --json {json} --methods lora dora mora full"
+QUICK = "--rows 1 --length 32 --repetitions 2"
 RATE = 1e-3
+DTYPES = ("float32", "bfloat16")
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Ours:
@@ -67,12 +75,15 @@ class Ours:
 
 
 class Peft:
-    """PEFT + torch at one dtype, from the same adapter."""
+    """PEFT + torch at one dtype: from an adapter's folder, with a fresh adapter, or with None all of the model."""
 
-    def __init__(self, folder: str, dtype: torch.dtype, adapter: Path, threads: int):
+    def __init__(self, folder: str, dtype: torch.dtype, adapter: Path | LoraConfig | None, threads: int):
         self.threads = threads
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self.model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        if isinstance(adapter, Path):
+            self.model = PeftModel.from_pretrained(self.model, str(adapter), is_trainable=True)
+        elif adapter is not None:
+            self.model = get_peft_model(self.model, adapter)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
@@ -100,6 +111,30 @@ def compare_losses(args: argparse.Namespace, adapter: Path, batches: list[np.nda
     print(f"largest relative difference {largest:.1e}\n", flush=True)
 
 
+def makers(args: argparse.Namespace, lora: Any, adapter: Path) -> dict[str, Callable[[], Any]]:
+    """What makes each contestant."""
+    found: dict[str, Callable[[], Any]] = {}
+    dora = LoraConfig(
+        task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, target_modules=LINEAR, use_dora=True
+    )
+    ours = {"lora": ("LoRA", lora), "dora": ("DoRA", mj.DoRAConfig(rank=args.rank)), "full": ("full", mj.FullConfig())}
+    theirs = {"lora": ("PEFT LoRA", adapter), "dora": ("PEFT DoRA", dora), "full": ("torch full", None)}
+    for method in args.methods:
+        for threads in args.threads if method in theirs else ():
+            for dtype in DTYPES:
+                name, start = theirs[method]
+                found[f"{name}, {dtype}, {threads} threads"] = lambda d=dtype, t=threads, start=start: Peft(
+                    args.model, getattr(torch, d), start, t
+                )
+        for dtype in DTYPES if method in ours else ():
+            name, config = ours[method]
+            found[f"mora_jax {name}, {dtype}"] = lambda d=dtype, c=config: Ours(args.model, c, d)
+        for kind in ("sharing", "rotation") if method == "mora" else ():
+            config = mj.MoRAConfig(rank=args.rank, kind=kind)
+            found[f"mora_jax MoRA {kind}, bfloat16"] = lambda c=config: Ours(args.model, c, "bfloat16")
+    return found
+
+
 def main() -> None:
     """Compares losses, then times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,50 +144,42 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
+    parser.add_argument("--methods", nargs="+", choices=("lora", "dora", "mora", "full"), default=["lora", "mora"])
+    parser.add_argument("--json", type=Path, help="also write the times of each round here")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    batches = [rng.integers(3, 40_000, (args.rows, args.length)) for _ in range(4)]
+    batches = [rng.integers(3, vocabulary(args.model), (args.rows, args.length)) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         model, _ = mj.load_pretrained(args.model, dtype="float32")
         lora = mj.LoRAConfig(rank=args.rank, alpha=2 * args.rank)
-        trainable = mj.attach(model, lora, rngs=nnx.Rngs(0)).trainable
+        mj.attach(model, lora, rngs=nnx.Rngs(0))
         mj.save_adapter(model, adapter, base_model_name_or_path=args.model)
         del model
         compare_losses(args, adapter, batches)
-        makers: dict[str, Callable[[], Any]] = {}
-        for threads in args.threads:
-            for dtype in ("float32", "bfloat16"):
-                makers[f"PEFT LoRA, {dtype}, {threads} threads"] = lambda d=dtype, t=threads: Peft(
-                    args.model, getattr(torch, d), adapter, t
-                )
-        for dtype in ("float32", "bfloat16"):
-            makers[f"mora_jax LoRA, {dtype}"] = lambda d=dtype: Ours(args.model, lora, d)
-        for kind in ("sharing", "rotation"):
-            config = mj.MoRAConfig(rank=args.rank, kind=kind)
-            makers[f"mora_jax MoRA {kind}, bfloat16"] = lambda c=config: Ours(args.model, c, "bfloat16")
-        contestants = {name: make() for name, make in makers.items()}
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for repetition in range(args.repetitions + 1):
-        for name, contestant in contestants.items():
-            start = time.perf_counter()
-            contestant.step(batches[repetition % len(batches)])
-            if repetition:  # the first round compiles and warms up
-                times[name].append(time.perf_counter() - start)
+        contestants = {name: make() for name, make in makers(args, lora, adapter).items()}
+
+    def turn(one: Any) -> Turn:
+        def step(number: int) -> None:
+            one.step(batches[number % len(batches)])
+
+        return step
+
+    times = take_turns({name: turn(one) for name, one in contestants.items()}, args.repetitions)
     tokens = args.rows * args.length
-    rates = {name: tokens / statistics.median(seconds) for name, seconds in times.items()}
-    peer = max(rate for name, rate in rates.items() if name.startswith("PEFT LoRA, float32"))
-    print("| step | trained parameters | median s | tokens/s | against PEFT float32 | host ms |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, rate in rates.items():
-        contestant = contestants[name]
-        host = f"{1e3 * statistics.median(contestant.host_seconds[1:]):.2f}" if isinstance(contestant, Ours) else ""
-        count = getattr(contestant, "trainable", trainable)
-        print(f"| {name} | {count:,} | {tokens / rate:.2f} | {rate:.0f} | {rate / peer:.2f} | {host} |")
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    extras = ", ".join(fast) or "no bfloat16 instructions"
-    print(f"\n{os.cpu_count()} cores, {extras}; {args.rows} × {args.length} tokens a step")
+    rates = {name: tokens / taken.median for name, taken in times.items()}
+    peer = max((rate for name, rate in rates.items() if name.startswith("PEFT LoRA, float32")), default=0.0)
+    rows = []
+    for name, taken in times.items():
+        one = contestants[name]
+        host = f"{1e3 * statistics.median(one.host_seconds[1:]):.2f}" if isinstance(one, Ours) else ""
+        against = f"{rates[name] / peer:.2f}" if peer else ""
+        cells = [f"{one.trainable:,}", f"{taken.median:.3g}", taken.spread, f"{rates[name]:.0f}", against]
+        rows.append([name, *cells, f"{taken.median_cpu:.3g}", host])
+    columns = ["step", "trained parameters", "median s", "least to most", "tokens/s", "against PEFT LoRA float32"]
+    print(table([*columns, "CPU s", "host ms"], 1, rows))
+    print(f"\n{args.rows} × {args.length} tokens a step")
+    save(args.json, times)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from measuring import vocabulary
 
 import mora_jax as mj
 from mora_jax.adapters.methods.mora import KINDS
@@ -32,6 +33,9 @@ from mora_jax.training.relora import Restarter
 from mora_jax.training.setup import put_adapter
 from mora_jax.training.sharding.mesh import make_mesh
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --out {table}"
+QUICK = "--rows 1 --length 32 --rounds 1 --only LoRA 'MoRA sharing' full"
 STEPS = 2000
 # Rows of the table, and the keys of the section `adapter` that they mean.
 METHODS: dict[str, dict[str, Any]] = {
@@ -187,7 +191,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "method_cost.md")
     args = parser.parse_args()
 
-    ids = np.random.default_rng(0).integers(3, 40_000, (1, args.rows, args.length)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(3, vocabulary(args.model), (1, args.rows, args.length)).astype(np.int32)
     batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "weights": np.ones(ids.shape, np.float32)}
     model, _ = mj.load_pretrained(args.model, dtype=args.dtype, unroll=args.unroll)
     base, dtype = nnx.split(model), model.dtype.name

@@ -25,6 +25,9 @@ from mora_jax.adapters.base import AdapterParam
 from mora_jax.adapters.slots import choose_rows
 from mora_jax.interop.read_adapter import bare
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model}"
+QUICK = "--methods LoRA --rows 2 --adapters 2 --length 16 --steps 4 --rounds 1"
 METHODS: dict[str, Callable[[int], Any]] = {
     "LoRA": lambda rank: mj.LoRAConfig(rank=rank),
     "MoRA sharing": lambda rank: mj.MoRAConfig(rank=rank, kind="sharing"),

@@ -34,6 +34,9 @@ from mora_jax.training.config.schema import AdapterConfig, Config
 from mora_jax.training.setup import put_adapter
 from mora_jax.training.sharding.mesh import make_mesh
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --out {table}"
+QUICK = "--dtype float32 --rows 1 --length 32 --rounds 1"
 FORMS: dict[str, Any] = {"bfloat16 → float32": jnp.bfloat16, "float32": jnp.float32}
 
 

@@ -30,6 +30,9 @@ from mora_jax.training.config.schema import AdapterConfig, Config, OptimizerConf
 from mora_jax.training.setup import put_adapter
 from mora_jax.training.sharding.mesh import make_mesh
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --out {table}"
+QUICK = "--methods lora --runs 2 --length 16 --rounds 2"
 STEPS = 1000
 HEAD = (
     "| model | method | rows × length | trained tokens | runs | together, by the clock | in CPU time | alone, s a step "

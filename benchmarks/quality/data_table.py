@@ -15,6 +15,10 @@ from mora_jax.data import EncodedDataset, LossWeights, Source, load_tokenizer
 from mora_jax.data.loss_weights import MODES
 from mora_jax.errors import InputError
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--data {data} --model {model}"
+QUICK = ""
+
 # One weight for the modes that take one; it changes no share, since a token of any weight counts.
 PROMPT_WEIGHT = 0.1
 

@@ -20,6 +20,11 @@ from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.training.config.load import load_config
 from mora_jax.training.setup import prepare
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --data {data} --out {work}"
+QUICK = "--steps 5 --max-length 64 --max-new-tokens 4 --methods lora --modes masked"
+NEEDS = ("matplotlib",)
+
 PROMPTS = (
     "What is the capital of Japan, and what is it known for?",
     "Give me three tips for sleeping better.",

@@ -7,8 +7,8 @@
 - A MoRA of the kind `sharing` is trained here, lifted to an exact LoRA, and loaded by PEFT.
 
 Writes one row a crossing (the largest difference of the logits on rows that nobody trained on, and their largest value)
-and the losses of both sides after it, step by step, into `--out`, a Markdown file. All in float32. `--data` is a JSON
-list of rows with `instruction`, `input` and `output`. Needs torch and peft (the extra `test`).
+and the losses of both sides after it, step by step, into `--out`, a Markdown file. All in float32. `--data` has
+rows with `instruction`, `input` and `output`, or with `messages`. Needs torch and peft (the extra `peers`).
 """
 
 import argparse
@@ -31,6 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mora_jax as mj
 from mora_jax.interop.convert.convert import convert_to_lora
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --data {data} --out {table}"
+QUICK = "--steps 2 --more 2 --rows 1 --length 32"
 RATE, RANK = 5e-4, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -39,8 +42,10 @@ def batches(folder: str, data: Path, count: int, rows: int, length: int) -> list
     """Token ids `[rows, length]` of the data's texts, one behind the other."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids: list[int] = []
-    for row in json.loads(data.read_text(encoding="utf-8")):
-        text = "\n".join(part for part in (row["instruction"], row.get("input", ""), row["output"]) if part)
+    written = data.read_text(encoding="utf-8")
+    for row in json.loads(written) if written.startswith("[") else map(json.loads, written.splitlines()):
+        turns = [message["content"] for message in row.get("messages", ())]
+        text = "\n".join(part for part in turns or (row["instruction"], row.get("input", ""), row["output"]) if part)
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         if len(ids) >= count * rows * length:
             break
@@ -233,7 +238,9 @@ def main() -> None:
     """Runs every crossing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a HuggingFace folder")
-    parser.add_argument("--data", required=True, type=Path, help="a JSON list of instruction, input and output")
+    parser.add_argument(
+        "--data", required=True, type=Path, help="a JSON list, or lines of JSON, of Alpaca rows or messages"
+    )
     parser.add_argument("--steps", type=int, default=30, help="steps before a crossing")
     parser.add_argument("--more", type=int, default=30, help="steps of both sides after it")
     parser.add_argument("--rows", type=int, default=2)

@@ -27,6 +27,9 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.interop import load_pretrained
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --data {data} --out {work} --table {table}"
+QUICK = "--steps 3 --max-length 32"
 HELD = ("none", "int8", "nf4")
 PROMPTS = (
     "What is the capital of Japan, and what is it known for?",
@@ -111,14 +114,15 @@ def main() -> None:
     """Runs what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a HuggingFace folder")
-    parser.add_argument("--data", type=Path, required=True, help="an instruction file, a JSON list")
+    parser.add_argument("--data", type=Path, required=True, help="an instruction file, a JSON list or lines of JSON")
     parser.add_argument("--out", type=Path, default=Path("runs/quantized"))
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--max-length", type=int, default=256)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(args.data.read_text())
+    text = args.data.read_text(encoding="utf-8")
+    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
     (args.out / "train.json").write_text(json.dumps(rows[:-HELD_OUT]))
     (args.out / "eval.json").write_text(json.dumps(rows[-HELD_OUT:]))
     lines = [

@@ -31,6 +31,10 @@ from mora_jax.models.flash_attention import TILE
 from mora_jax.models.splash_attention import Splash
 from mora_jax.planning.jaxpr_cost import matrix_products
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--out {table}"
+QUICK = "--lengths 1024"
+NEEDS = ("libtpu",)
 GROUPS, QUERIES, SIZE = 8, 4, 128
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 LENGTHS = (1024, 2048, 8192, 32768)

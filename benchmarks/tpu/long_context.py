@@ -31,6 +31,11 @@ from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.model_shapes import read_model
 from mora_jax.training.config.schema import Config, lay_over
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--out {table}"
+QUICK = "--length 2048 --cases 0"
+NEEDS = ("libtpu",)
+
 #: Topology, chips, rows of 131,072 tokens, and the mesh (data, fsdp, tensor, context).
 CASES = [
     ("v5e:8x8", 64, 1, (1, 1, 1, 64)),

@@ -14,6 +14,10 @@ from pathlib import Path
 
 from long_context import compiled_step
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--out {table}"
+QUICK = "--cases 0"
+NEEDS = ("libtpu",)
 CASES = [
     ("lora", {"model.remat": "none"}),
     ("lora", {"model.remat": "dots"}),

@@ -28,6 +28,9 @@ from mora_jax.planning.tpu_compile import Compiled, CompilerError, ask
 from mora_jax.training.config.load import load_config
 from mora_jax.training.config.schema import Config, lay_over
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--out {table}"
+QUICK = ""
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("smollm2-1.7b", "llama3-8b", "qwen3-14b", "gemma3-27b", "llama3-70b")
@@ -254,7 +257,8 @@ own: that one has `remat=none`, a mesh of (2, 2, 2) and 16 micro-batches.
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", type=int, default=0, metavar="N", help="cells to compile before the tables")
+    parser.add_argument("--out", type=Path, default=RESULTS / "plan.md", help="Markdown file to write.")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu is for the compiling process
     compile_cells(RESULTS / "plan_cells.json", options.compile)
-    write(RESULTS / "plan_cells.json", RESULTS / "plan.md")
+    write(RESULTS / "plan_cells.json", options.out)

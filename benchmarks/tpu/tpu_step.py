@@ -20,6 +20,10 @@ from mora_jax.planning.model_shapes import read_model
 from mora_jax.planning.topology import Topology, read_topology
 from mora_jax.training.config.schema import Config, lay_over
 
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "v5e-8 lora --label now --out {table}"
+QUICK = ""
+NEEDS = ("libtpu",)
 LAYERS = 32
 BYTES = {"bf16": 2, "f32": 4, "s8": 1, "u8": 1}
 OP = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (\w+)\[([\d,]+)\]\S* (copy|reshape|transpose|copy-start)\(")

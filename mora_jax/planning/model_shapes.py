@@ -76,6 +76,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, rope_theta=1.3e5, tie_word_embeddings=True),
     "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256, rope_theta=5e5),
     "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256, rope_theta=5e5),
+    "qwen2.5-7b": _config(
+        "Qwen2ForCausalLM",
+        (3584, 18944, 28, 28, 4, 152064),
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+    ),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, 151936, tie_word_embeddings=True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8, 151936),
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8, 151936),
