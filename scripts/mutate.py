@@ -38,7 +38,7 @@ SELECTION = "not slow and not peers"
 IGNORED = "ignore::pytest.PytestAssertRewriteWarning"
 SOURCES = """
 adapters/base.py adapters/attach.py adapters/merge.py adapters/methods/*.py adapters/products/*.py losses/*.py
-models/block.py models/attention.py models/rope.py training/step.py training/run/checkpoint.py
+models/block.py models/attention/causal.py models/rope.py training/step.py training/run/checkpoint.py
 data/packing.py data/batch_plan.py data/loss_weights.py
 interop/load.py interop/save.py interop/safetensors_io.py interop/tensor_map.py interop/peft/*.py
 """.split()

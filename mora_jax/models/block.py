@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
-from mora_jax.models.attention import NO_WINDOW, attention
+from mora_jax.models.attention.causal import NO_WINDOW, attention
 from mora_jax.models.backend import backend
 from mora_jax.models.kv_cache import Cache, CacheSlot
 from mora_jax.models.layer_scan import Places, checkpointed, run_stack
@@ -23,7 +23,7 @@ from mora_jax.models.norms import RMSNorm
 from mora_jax.models.rope import rotate
 
 if TYPE_CHECKING:
-    from mora_jax.models.attention import Kernel
+    from mora_jax.models.attention.causal import Kernel
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
     from mora_jax.models.unstacked import UnstackedLayers
@@ -40,7 +40,7 @@ class RowLayout:
             where it is by index.
         cos, sin: float32 `[B, T, head_dim / 2]`.
         window: how many positions back a query sees; None for all.
-        kernel: computes attention where order is by index (see attention_choice.py); None for XLA's blocks.
+        kernel: computes attention where order is by index (see attention/choice.py); None for XLA's blocks.
         folded: whether devices share each row, so that its shares are rows here (`Partitioner.fold`).
         partitioner: how the devices of a mesh share the weights; None where each has all of them.
     """

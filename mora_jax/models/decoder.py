@@ -14,7 +14,7 @@ from flax import nnx
 from mora_jax.adapters.products.quantization import FORMATS
 from mora_jax.adapters.projection import OutputHead, TokenDropout
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
-from mora_jax.models.attention import Choice, Rows
+from mora_jax.models.attention.causal import Choice, Rows
 from mora_jax.models.backend import backend
 from mora_jax.models.block import Block, LayerRunner, RowLayout
 from mora_jax.models.kv_cache import Cache, empty_cache
@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
             of attention), "full", or "offload" (full, and what is saved is in the host's memory).
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
             `mora_jax.adapters.products.quantization`).
-        attention: chooses what computes attention (`mora_jax.models.attention_choice`); None for XLA's blocks.
+        attention: chooses what computes attention (`mora_jax.models.attention.choice`); None for XLA's blocks.
         layers: one `Block` whose leaves have a leading `[L]`.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.errors import InputError
-from mora_jax.models.attention_choice import AttentionChoice
+from mora_jax.models.attention.choice import AttentionChoice
 from mora_jax.models.backend import read_dtype
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.sweeps.grid import shown
-
-if TYPE_CHECKING:
-    from mora_jax.sweeps.results import RunResult, SweepResult
+from mora_jax.sweeps.run_result import RunResult
 
 #: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
 STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -23,11 +21,12 @@ STYLES: tuple[tuple[str, Any, str], ...] = (
 _RATE, _SEED = "optimizer.learning_rate", "seed"
 
 
-def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any:
+def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.PathLike[str] | None = None) -> Any:
     """Draws a point a run, and a line through the means over seeds for each combination of the other keys.
 
     Args:
-        result: of the sweep.
+        every: the runs of the sweep.
+        best: of them; None if none came to its end.
         path: where to write the picture; None for nowhere.
 
     Returns:
@@ -40,10 +39,10 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
-    runs = [run for run in result.runs if math.isfinite(run.score)]
-    keys = _varied(result.runs)
-    along = _along(result.runs, keys)
-    places = _places(result.runs, along)
+    runs = [run for run in every if math.isfinite(run.score)]
+    keys = _varied(every)
+    along = _along(every, keys)
+    places = _places(every, along)
     lines: dict[str, list[RunResult]] = {}
     for run in runs:
         rest = [f"{key.rpartition('.')[2]} {shown(run.values.get(key))}" for key in keys if key not in (along, _SEED)]
@@ -62,7 +61,6 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
             axes.plot(
                 *zip(*points, strict=True), color=colour, linestyle="none", marker=marker, markersize=4, alpha=0.5
             )
-    best = result.best
     if best is not None:
         at = places[shown(best.values.get(along))], best.score
         axes.plot(*at, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
@@ -71,7 +69,7 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
         axes.annotate(
             f"best: {best.name}", at, xytext=(0, -20), textcoords="offset points", ha=side, va="top", fontsize=8
         )
-    numeric = all(isinstance(run.values.get(along), int | float) for run in result.runs)
+    numeric = all(isinstance(run.values.get(along), int | float) for run in every)
     if along == _RATE and numeric:
         axes.set_xscale("log")
     if not numeric or along != _RATE:
@@ -83,7 +81,7 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
     axes.set_xlabel(along or "run")
     scored = any(run.summary.get("eval_loss") is not None for run in runs)
     axes.set_ylabel("loss on held-out answers, nats a token" if scored else "loss of the last step, nats a token")
-    failed = [run for run in result.runs if run.failed]
+    failed = [run for run in every if run.failed]
     if failed:
         axes.set_title(f"left out, since they failed: {', '.join(run.name for run in failed)}", fontsize=8, wrap=True)
     if len(lines) > 1:
@@ -94,7 +92,7 @@ def draw(result: SweepResult, path: str | os.PathLike[str] | None = None) -> Any
     return figure
 
 
-def _along(runs: list[RunResult], keys: list[str]) -> str:
+def _along(runs: Sequence[RunResult], keys: list[str]) -> str:
     """The key along the horizontal axis: the learning rate, else a number, else what there is."""
     if _RATE in keys:
         return _RATE
@@ -103,7 +101,7 @@ def _along(runs: list[RunResult], keys: list[str]) -> str:
     return next(iter(others or numbers or keys), next(iter(runs[0].values), ""))
 
 
-def _places(runs: list[RunResult], along: str) -> dict[str, float]:
+def _places(runs: Sequence[RunResult], along: str) -> dict[str, float]:
     """Where each value lies: a number at itself for the learning rate, others side by side."""
     values = list(dict.fromkeys(run.values.get(along) for run in runs))
     if along == _RATE:

@@ -20,7 +20,8 @@ from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.groups import groups_of, stackable
-from mora_jax.sweeps.results import RunResult, SweepResult
+from mora_jax.sweeps.results import SweepResult
+from mora_jax.sweeps.run_result import RunResult
 from mora_jax.sweeps.stack import Stack
 from mora_jax.training.config.schema import Config, ModelConfig
 from mora_jax.training.distributed.signals import StopSignals

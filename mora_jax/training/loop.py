@@ -13,7 +13,7 @@ from typing import Any
 from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
-from mora_jax.models.attention import Rows
+from mora_jax.models.attention.causal import Rows
 from mora_jax.models.backend import backend, compiling_for
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble

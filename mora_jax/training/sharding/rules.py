@@ -8,7 +8,7 @@ Every parameter names its logical axes (`axes` in its metadata). Three things fo
   `tensor`.
 - rows of a batch are sharded along `data` and `fsdp`, and so is the residual stream. With `context` each row is sharded
   along its length as well: it is folded into that many shorter rows, which only attention puts together again
-  (ring_attention.py).
+  (models/attention/ring.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from flax import nnx
 from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax.models.partitioning import HeadShards, Partitioner
-from mora_jax.models.ring_attention import Ring
+from mora_jax.models.attention.head_shards import HeadShards
+from mora_jax.models.attention.ring import Ring
+from mora_jax.models.partitioning import Partitioner
 from mora_jax.training.state import dotted
 
 Array = jax.Array

@@ -3,9 +3,9 @@
 Queries are taken in blocks. In a row that attends to itself a block looks only at the keys up to its own end (and,
 with a fixed window, from its window's start), so the masked half of the scores is never computed, and the largest
 array is one block of scores. Backward recomputes the probabilities (Dao et al., 2022, arXiv 2205.14135, without tiles
-of keys). For long rows a block of scores is large itself: there keys are taken in tiles too (flash_attention.py), by
+of keys). For long rows a block of scores is large itself: there keys are taken in tiles too (flash.py), by
 loops, so that neither memory nor the program grows with the number of blocks. Rows that are sharded over devices go
-through a ring (ring_attention.py); accelerators have kernels of their own (attention_choice.py).
+through a ring (ring.py); accelerators have kernels of their own (choice.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from mora_jax.models.attention.flash import MASKED, TILE, Tiling, product, scores_of, tiled_attention
 from mora_jax.models.backend import backend
-from mora_jax.models.flash_attention import MASKED, TILE, Tiling, product, scores_of, tiled_attention
 from mora_jax.models.layer_scan import checkpointed
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Rows:
 
 
 class Choice(Protocol):
-    """Which implementation computes attention, where XLA's blocks are not the only one; see attention_choice.py."""
+    """Which implementation computes attention, where XLA's blocks are not the only one; see choice.py."""
 
     def check(self, rows: Rows) -> None:
         """Raises InputError where what was asked for can't be had."""
@@ -137,7 +137,7 @@ def attention(
         window: how many places back a query sees, itself included; None for all. May be traced (one a layer).
         scale: factor on the scores.
         softcap: scores become `softcap · tanh(scores / softcap)`; None for no cap.
-        kernel: computes rows without positions (see attention_choice.py); None for XLA's blocks.
+        kernel: computes rows without positions (see choice.py); None for XLA's blocks.
 
     Returns:
         `[B, T, G, N, H]` in the dtype of `query`; rows that see no key are 0.

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.models import attention as module
-from mora_jax.models.attention import attention
+from mora_jax.models.attention import causal as module
+from mora_jax.models.attention.causal import attention
 
 B, T, G, N, H = 2, 11, 2, 3, 4
 SCALE = 0.7

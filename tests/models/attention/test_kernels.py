@@ -11,14 +11,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mora_jax as mj
 from mora_jax.errors import InputError
-from mora_jax.models.attention import NO_WINDOW, Rows, attention
-from mora_jax.models.attention_choice import AttentionChoice
+from mora_jax.models.attention.causal import NO_WINDOW, Rows, attention
+from mora_jax.models.attention.choice import AttentionChoice
+from mora_jax.models.attention.cudnn import Cudnn
+from mora_jax.models.attention.head_shards import HeadShards
+from mora_jax.models.attention.splash import Splash, tile_of
 from mora_jax.models.backend import compiling_for, interpreting
-from mora_jax.models.cudnn_attention import Cudnn
 from mora_jax.models.families import read_config
 from mora_jax.models.init import init_decoder
-from mora_jax.models.partitioning import HeadShards
-from mora_jax.models.splash_attention import Splash, tile_of
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.rules import Placement
 from tests.models.tiny import LLAMA, fill_randomly

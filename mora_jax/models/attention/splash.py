@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax.models.attention import NO_WINDOW
+from mora_jax.models.attention.causal import NO_WINDOW
+from mora_jax.models.attention.head_shards import HeadShards
 from mora_jax.models.layer_scan import SAVED
-from mora_jax.models.partitioning import HeadShards
 
 Array = jax.Array
 

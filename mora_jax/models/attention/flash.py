@@ -2,7 +2,7 @@
 
 The softmax is carried from tile to tile (Dao et al., 2022, arXiv 2205.14135). Tiles that no query can see, because they
 come later or lie before the window, are never computed. Pieces may come from anywhere in the row, so that a whole row
-is one piece with itself, and a ring of devices (ring_attention.py) is many.
+is one piece with itself, and a ring of devices (ring.py) is many.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from mora_jax.errors import InputError
-from mora_jax.models.attention import Kernel, Rows
+from mora_jax.models.attention.causal import Kernel, Rows
+from mora_jax.models.attention.cudnn import Cudnn
+from mora_jax.models.attention.splash import Splash
 from mora_jax.models.backend import alone, backend, interpreted
-from mora_jax.models.cudnn_attention import Cudnn
-from mora_jax.models.splash_attention import Splash
 
 
 class _Way(NamedTuple):

@@ -1,7 +1,7 @@
 """Causal attention of rows that are sharded along their length over a ring of devices.
 
 Keys and values travel around the ring (Liu et al., 2023, arXiv 2310.01889); each device holds one share of them at a
-time and carries its queries' softmax on (flash_attention.py), so that memory is that of one share. The backward pass
+time and carries its queries' softmax on (flash.py), so that memory is that of one share. The backward pass
 sends keys and values around once more, with their gradients.
 
 In causal order the device with a row's end would have all the work and that with its start none. So each row is dealt
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.models.flash_attention import (
+from mora_jax.models.attention.flash import (
     TILE,
     Block,
     Gradients,
@@ -29,8 +29,8 @@ from mora_jax.models.flash_attention import (
     attend,
     attend_vjp,
 )
+from mora_jax.models.attention.head_shards import HeadShards
 from mora_jax.models.layer_scan import checkpointed
-from mora_jax.models.partitioning import HeadShards
 
 Array = jax.Array
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.models import attention as module
-from mora_jax.models.attention import attention
-from mora_jax.models.ring_attention import Ring
+from mora_jax.models.attention import causal as module
+from mora_jax.models.attention.causal import attention
+from mora_jax.models.attention.ring import Ring
 from mora_jax.training.sharding.mesh import make_mesh
 
 ROWS, LENGTH, GROUPS, QUERIES, SIZE = 2, 48, 2, 3, 8
