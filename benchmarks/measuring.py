@@ -19,6 +19,8 @@ from typing import Any
 
 #: Instruction sets that decide how fast products of matrices are.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+#: Variables of the environment that change how fast things are.
+SETTINGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -35,7 +37,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores and instruction sets, memory, load now, GPUs, and versions of what is measured."""
+    """The processor, its cores and instruction sets, memory, load now, GPUs, versions of what is measured, settings."""
     lines = _text("/proc/cpuinfo").splitlines()
     pairs = [(line.split(":", 1)[0].strip(), line.split(":", 1)[1].strip()) for line in lines if ":" in line]
     said = dict(reversed(pairs))  # the first processor's
@@ -52,18 +54,20 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
 
 
 def in_words(found: Mapping[str, Any]) -> str:
     """What `machine` says, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    settings = "".join(f", {name}={value}" for name, value in found["settings"].items())
     gpus = "".join(f", {gpu}" for gpu in found["gpus"])
     instructions = ", ".join(found["instructions"]) or "instruction sets unknown"
     memory = "" if found["memory_gb"] is None else f", {found['memory_gb']:.0f} GB"
     return (
         f"{found['processor']}, {found['cores']} cores ({instructions}){memory}{gpus}; load {found['load']:.1f} at the "
-        f"start; {found['system']}, Python {found['python']}, {versions}."
+        f"start; {found['system']}, Python {found['python']}, {versions}{settings}."
     )
 
 

@@ -3,12 +3,13 @@
     python benchmarks/run.py --list
     python benchmarks/run.py --quick
     python benchmarks/run.py decoding lora_against_peft --model SmolLM2-135M-Instruct --out runs/benchmarks
+    python benchmarks/run.py decoding --model SmolLM2-135M-Instruct -- --rows 1 --rounds 3
 
 Each benchmark is a script of its own and runs in a process of its own. Of each this writes `OUT/NAME.md`, the machine
 and the table, and `OUT/NAME.json`, the same for programs: the machine, the command, how long it took, the tables row by
 row, and the times of each round where the benchmark keeps them. One that fails doesn't stop the others; those that
 failed are named at the end. `--quick` takes the smallest sizes, on the embedded demo model some seconds to a minute
-each: it shows that they work, and its numbers say nothing.
+each: it shows that they work, and its numbers say nothing. What stands behind `--` goes to the scripts.
 
 A script says in two constants what it is called with: `CALL`, and `QUICK`, which goes behind it with `--quick`. In them
 `{model}`, `{data}` and `{python}` are what this is given, `{table}` and `{json}` files that the script writes (without
@@ -94,10 +95,10 @@ class Benchmark:
             return "needs --other-python"
         return None
 
-    def arguments(self, values: dict[str, str], quick: bool) -> list[str]:
+    def arguments(self, values: dict[str, str], options: argparse.Namespace) -> list[str]:
         """What it is called with."""
-        words = shlex.split(self.call) + (shlex.split(self.quick or "") if quick else [])
-        return [word.format(**values) for word in words]
+        words = shlex.split(self.call) + (shlex.split(self.quick or "") if options.quick else [])
+        return [word.format(**values) for word in words] + options.others
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -146,7 +147,7 @@ def run(name: str, benchmark: Benchmark, options: argparse.Namespace) -> bool:
     values = placeholders(options, name)
     for path in (Path(values["table"]), Path(values["json"])):
         path.unlink(missing_ok=True)
-    arguments = benchmark.arguments(values, options.quick)
+    arguments = benchmark.arguments(values, options)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))}
     machine, started, start = measuring.machine(), time.time(), time.perf_counter()
     command = [sys.executable, "-u", str(benchmark.script), *arguments]
@@ -159,9 +160,9 @@ def run(name: str, benchmark: Benchmark, options: argparse.Namespace) -> bool:
     table = Path(values["table"])
     text = table.read_text(encoding="utf-8") if table.exists() else "".join(printed)
     shown = [f"benchmarks/{benchmark.script.relative_to(FOLDER).as_posix()}"]
-    shown += benchmark.arguments({key: Path(value).name for key, value in values.items()}, options.quick)
+    shown += benchmark.arguments({key: Path(value).name for key, value in values.items()}, options)
     kept = json.loads(Path(values["json"]).read_text(encoding="utf-8")) if Path(values["json"]).exists() else None
-    head = f"`python benchmarks/run.py {name}{' --quick' if options.quick else ''}`: {benchmark.title}\n\n"
+    head = f"{benchmark.title} `python {shlex.join(shown)}`\n\n"
     failed = f"**It failed** with exit code {code}.\n\n" if code else ""
     table.write_text(f"{head}{measuring.in_words(machine)}\n\n{failed}{text}", encoding="utf-8")
     figures = {
@@ -204,7 +205,9 @@ def main() -> int:
     parser.add_argument(
         "--other-python", metavar="FILE", help="the python of an environment with google-tunix and qwix"
     )
-    options = parser.parse_args()
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:cut], argparse.Namespace(others=given[cut + 1 :]))
     known = benchmarks()
     if unknown := [name for name in options.names if name not in known]:
         print(f"error: no benchmark is called {', '.join(unknown)}; --list names them", file=sys.stderr)
