@@ -266,21 +266,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_table(options: argparse.Namespace) -> int:
-    """Measures one model after the other, then prints; returns the exit code."""
-    lines, kept, start = [], {}, time.perf_counter()
+    """Measures one model after the other, and prints each row when it is there; returns the exit code."""
+    kept: dict[str, Any] = {}
+    start = time.perf_counter()
+    print(f"{jax.devices()[0].device_kind}, one device, {options.dtype}, rank {options.rank}\n")
+    print(table(COLUMNS, 4, []), flush=True)
     for name in options.models:
         try:
             for cells, figures in measure(name, options):
-                lines.append(cells)
+                print("| " + " | ".join(cells) + " |", flush=True)
                 kept[f"{cells[0]}, {cells[1]}"] = figures
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        save(options.json, kept)
         print(f"{name}: measured after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    print(f"{jax.devices()[0].device_kind}, one device, {options.dtype}, rank {options.rank}\n")
-    print(table(COLUMNS, 4, lines))
     print("\n`published`: NeMo AutoModel's figures for LoRA of rank 16, rows of 4096 tokens, on one H100.")
-    save(options.json, kept)
     return 0
 
 
