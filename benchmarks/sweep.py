@@ -101,7 +101,7 @@ class Contest:
     def step_together(self) -> list[Any]:
         """All runs make a step together."""
         replies = self.stack.step(self.states, dict(enumerate(self.batches)))
-        return [np.asarray(metrics.loss) for _, metrics in replies.values()]
+        return [np.asarray(reading()[0].loss) for _, reading in replies.values()]
 
     def compile_seconds(self) -> tuple[float, float]:
         """What compiling took, of a step alone and of the step together."""
