@@ -1,15 +1,28 @@
-"""Score a model on a data file: perplexity and next-token accuracy over the tokens that carry loss."""
+"""Score a model on a data file: perplexity and next-token accuracy over the tokens that carry loss, or with --task the
+metrics of a task with their standard errors:
+
+  mora-jax eval --model M --data rows.jsonl
+  mora-jax eval --model M --adapter A --task arc_easy --data arc_easy.jsonl --limit 200 --out runs/arc --json
+"""
 
 import argparse
 import json
 import math
 import sys
+from typing import Any
 
-from mora_jax.cli.options import add_data, add_key, add_model
+from mora_jax.cli.options import add_data, add_key, add_model, add_number, add_out
 from mora_jax.cli.progress import progress
 from mora_jax.errors import InputError
 
-HELP = "perplexity and accuracy on a data file"
+HELP = "perplexity and accuracy on a data file, or a task's metrics"
+
+# Options that say how a row becomes a conversation with loss weights, which a task says itself.
+_WITHOUT_TASK = (
+    "format", "columns", "roles", "on_error", "max_rows", "template", "fallback", "truncation", "cache", "loss_mode",
+    "prompt_weight", "loss_roles", "end_of_turn", "headers",
+)  # fmt: skip
+_WITH_TASK = ("limit", "shots", "metrics", "out", "overwrite", "compare", "fsdp", "tensor")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add_key(parser, "--batch-size", "train.batch_size", help="Rows computed at once", default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    group = parser.add_argument_group("tasks", "--max-length is then the longest input, by default the model's context")
+    group.add_argument("--task", metavar="NAME", help="arc_easy, boolq, gsm8k, ..., or a task file NAME.toml")
+    add_number(group, "--limit", int, None, "Takes the first so many rows", at_least=1)
+    add_number(group, "--shots", int, 0, "Solved examples before each, drawn from the other rows", at_least=0)
+    group.add_argument("--metrics", metavar="NAMES", help="metrics in place of the task's own, separated by commas")
+    group.add_argument("--compare", metavar="DIR", help="folder of another model's evaluation, compared in pairs")
+    add_key(group, "--fsdp", "mesh.fsdp")
+    add_key(group, "--tensor", "mesh.tensor")
+    add_out(group)
+    given = {name: parser.get_default(name) for name in (*_WITHOUT_TASK, *_WITH_TASK, "max_length")}
+    parser.set_defaults(defaults=given, max_length=None)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
+    apart, words = (_WITH_TASK, "needs --task") if args.task is None else (_WITHOUT_TASK, "can't be given with --task")
+    for name in apart:
+        if getattr(args, name) != args.defaults[name]:
+            raise InputError(f"--{name.replace('_', '-')} {words}")
+    if args.task is not None:
+        return _run_task(args)
     from mora_jax.cli.load import load
     from mora_jax.cli.options import read_data
     from mora_jax.evaluation.perplexity import score
 
+    args.max_length = args.max_length or args.defaults["max_length"]
     reading = {"strict": args.strict, "kind": args.adapter_kind}
     model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1, quantize=args.quantize, **reading)
     dataset = read_data(args, tokenizer, model.config.vocab_size)
@@ -46,3 +77,61 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result) if args.json else str(scores))
     return 0
+
+
+def _run_task(args: argparse.Namespace) -> int:
+    """Evaluates a task; what can be refused is refused before the model is loaded."""
+    from mora_jax.evaluation.tasks.examples import make_examples, read_rows
+    from mora_jax.evaluation.tasks.results import compare_with, read_records, result_table, write_results
+    from mora_jax.evaluation.tasks.run import metrics_of, run_task
+    from mora_jax.evaluation.tasks.task import load_task
+    from mora_jax.interop.atomic_folder import check_out
+
+    task = load_task(args.task)
+    if args.out is not None:
+        check_out(args.out, overwrite=args.overwrite)
+    if args.compare is not None:
+        read_records(args.compare, task.name)
+    where = {"split": args.split, "subset": args.subset, "streaming": args.streaming}
+    rows = read_rows(args.data, whole_texts=task.type == "text", **where)
+    examples = make_examples(task, rows, shots=args.shots, limit=args.limit)
+    metrics = metrics_of(task, examples, (args.metrics or "").split(",") if args.metrics is not None else ())
+    scorer = _scorer(args)
+    with progress("generating" if task.type == "generate" else "scoring") as report:
+        result = run_task(task, examples, scorer, metrics=metrics, progress=report)
+    comparison = None if args.compare is None else compare_with(args.compare, result, metrics)
+    found = result.to_dict()
+    if comparison is not None:
+        found["comparison"] = {name: one.to_dict() for name, one in comparison.items()}
+    if args.out is not None:
+        names = ("model", "adapter", "data", "limit", "shots", "batch_size", "max_length", "dtype", "compare")
+        settings = {name: getattr(args, name) for name in names}
+        more = {"comparison": found["comparison"]} if comparison is not None else {}
+        write_results(args.out, result, settings, overwrite=args.overwrite, **more)
+    print(json.dumps(found) if args.json else result_table(result, comparison))
+    return 0
+
+
+def _scorer(args: argparse.Namespace) -> Any:
+    """The model, over all devices that share the rows evenly."""
+    from flax import nnx
+
+    from mora_jax.cli.load import load
+    from mora_jax.evaluation import LoglikelihoodScorer
+    from mora_jax.training.build_step import put_model
+    from mora_jax.training.config.schema import MeshConfig
+    from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
+    from mora_jax.training.sharding.rules import Placement
+
+    mesh = make_mesh(*mesh_shape(MeshConfig(fsdp=args.fsdp, tensor=args.tensor), args.batch_size))
+    reading = {"strict": args.strict, "kind": args.adapter_kind}
+    options: dict[str, Any] = {"unroll": 1, "quantize": args.quantize, "mesh": mesh}
+    model, tokenizer = load(args.model, args.adapter, args.dtype, **options, **reading)
+    placement = Placement.of(mesh, nnx.state(model))
+    if placement.partitioner is not None:
+        put_model(placement, model)
+    context = model.config.max_positions
+    if args.max_length is not None and args.max_length > context:
+        raise InputError(f"--max-length {args.max_length} is beyond the model's context of {context} tokens")
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "partitioner": placement.partitioner}
+    return LoglikelihoodScorer(model, tokenizer, **options)

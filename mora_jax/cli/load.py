@@ -1,6 +1,7 @@
 """Loading what `--model` and `--adapter` name."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from mora_jax.errors import InputError
@@ -13,6 +14,7 @@ def load(
     dtype: str | None,
     unroll: int | None = None,
     quantize: str = "none",
+    mesh: Any = None,
     **reading: Any,
 ) -> tuple[Any, Any]:
     """Loads a model with its tokenizer and, if one is given, an adapter.
@@ -23,6 +25,7 @@ def load(
         dtype: compute dtype, or None for the machine's default.
         unroll: layers an iteration of the layer scan, or None for the backend's default.
         quantize: how the layers' kernels are held, as `model.quantize` says.
+        mesh: the devices that the model is laid over; None for one.
         **reading: how the adapter is read: `strict` and `kind` of `mora_jax.load_adapter`.
 
     Raises:
@@ -31,7 +34,12 @@ def load(
     from mora_jax.interop import load_adapter, load_pretrained
 
     folder = None if adapter is None else adapter_folder(adapter)
-    model, tokenizer = load_pretrained(path, dtype=dtype, unroll=unroll, quantize=quantize)
+    shardings = None
+    if mesh is not None and mesh.size > 1:
+        from mora_jax.training.sharding.rules import base_shardings
+
+        shardings = partial(base_shardings, mesh)
+    model, tokenizer = load_pretrained(path, dtype=dtype, unroll=unroll, quantize=quantize, shardings=shardings)
     if tokenizer is None:
         raise InputError(f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if folder is not None:

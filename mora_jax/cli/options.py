@@ -11,6 +11,8 @@ from mora_jax.training.config.key import Allowed, Key
 if TYPE_CHECKING:
     from mora_jax.data.dataset import EncodedDataset
 
+#: What options are added to.
+Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 OVERRIDE = "--config."
 ADAPTER = "adapter folder, or a run directory that holds one"
 
@@ -28,7 +30,7 @@ class KeyAction(argparse.Action):
         setattr(namespace, self.dest, self.key.parse(values, option_string or self.dest))
 
 
-def add_key(parser: argparse.ArgumentParser, flag: str, name: str, *, help: str = "", **changes: Any) -> None:
+def add_key(parser: Parser, flag: str, name: str, *, help: str = "", **changes: Any) -> None:
     """Adds an option that stands for a configuration key: same type, range, default and words.
 
     Args:
@@ -43,13 +45,13 @@ def add_key(parser: argparse.ArgumentParser, flag: str, name: str, *, help: str 
     add_value(parser, flag, keys()[name], help=help, **changes)
 
 
-def add_number(parser: argparse.ArgumentParser, flag: str, type_: type, default: Any, doc: str, **limits: Any) -> None:
+def add_number(parser: Parser, flag: str, type_: type, default: Any, doc: str, **limits: Any) -> None:
     """Adds a number option with a range (see `Allowed`)."""
     options = (type_, type(None)) if default is None else (type_,)
     add_value(parser, flag, Key(flag, options, default, Allowed(doc, **limits)))
 
 
-def add_value(parser: argparse.ArgumentParser, flag: str, key: Key, *, help: str = "", **changes: Any) -> None:
+def add_value(parser: Parser, flag: str, key: Key, *, help: str = "", **changes: Any) -> None:
     """Adds an option whose value a `Key` checks."""
     default = changes.pop("default", key.default)
     words = f"{(help or key.allowed.doc).rstrip('.')} ({key.describe()}; default: {_shown(default)})"
@@ -78,7 +80,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
     add_value(parser, "--adapter-kind", key, help=words)
 
 
-def add_out(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+def add_out(parser: Parser, *, required: bool = False) -> None:
     """Adds `--out` and `--overwrite`, for a folder that is written."""
     words = "folder to write; must not exist yet, or be empty"
     parser.add_argument("--out", required=required, metavar="DIR", help=words)

@@ -1,7 +1,7 @@
 """Prompts in, text out: the chat template, the tokens that end an answer, and decoding around `Generator`."""
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,46 @@ def generate_batch(
     """
     generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
     ids = [render_prompt(tokenizer, prompt, template).input_ids for prompt in prompts]
-    order = np.argsort([len(prompt) for prompt in ids], kind="stable")
-    answers = [""] * len(ids)
+    found = complete_batch(
+        generator, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter_ids=adapter_ids
+    )
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+
+
+def complete_batch(
+    generator: Generator,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    adapter_ids: Sequence[int] | np.ndarray | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """Returns what a model writes after many prompts of tokens, in their order.
+
+    Batches are made of prompts of similar length, padded to few shapes, so few functions are compiled.
+
+    Args:
+        generator: the model, with the tokens that end a text.
+        prompts: int `[T_i]` each.
+        max_new_tokens: at most so many are made for each.
+        batch_size: prompts that are continued at once.
+        adapter_ids: as for `generate_batch`.
+        progress: called with (prompts done, all prompts) after each batch.
+
+    Returns:
+        int32 `[N_i]` each, without the token that ends it.
+    """
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+    found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # The last batch is filled up with its own last prompt, to keep the compiled shape.
         filled = [*rows, *[rows[-1]] * (min(batch_size, len(order)) - len(rows))]
         chosen = None if adapter_ids is None else np.asarray(adapter_ids)[filled]
-        tokens = generator.batch([ids[row] for row in filled], max_new_tokens, chosen)
+        tokens = generator.batch([prompts[row] for row in filled], max_new_tokens, chosen)
         for row, answer in zip(rows, tokens, strict=False):
-            answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
-    return answers
+            found[row] = answer
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    return found

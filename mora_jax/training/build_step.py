@@ -79,7 +79,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     pmap = config.mesh.pmap
     placement = None if pmap else Placement.of(mesh, nnx.state(model))
     if placement is not None and placement.partitioner is not None and not is_abstract(model):
-        _put_model(placement, model)
+        put_model(placement, model)
     graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
     method = adapter_config(config.adapter, steps)
@@ -111,7 +111,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget, settings, rates)
 
 
-def _put_model(placement: Placement, model: Decoder) -> None:
+def put_model(placement: Placement, model: Decoder) -> None:
     """Puts every array of a model where it is stored, one after the other; base weights are there already."""
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable):

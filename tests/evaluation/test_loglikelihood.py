@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from mora_jax.errors import InputError
 from mora_jax.evaluation import loglikelihood
 from mora_jax.evaluation.loglikelihood import LoglikelihoodScorer, windows
-from mora_jax.training.build_step import _put_model
+from mora_jax.training.build_step import put_model
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.rules import Placement
 from tests.evaluation import tiny
@@ -176,11 +177,9 @@ def test_what_cannot_be_scored_is_refused(model, tokenizer):
 
 def test_a_mesh_gives_the_same_scores(model, tokenizer):
     alone = LoglikelihoodScorer(model, tokenizer, batch_size=3).loglikelihood(PAIRS)
-    from flax import nnx
-
     other = nnx.merge(*nnx.split(model))
     placement = Placement.of(make_mesh(2, 1, 2, devices=jax.devices()[:4]), nnx.state(other))
-    _put_model(placement, other)
+    put_model(placement, other)
     scorer = LoglikelihoodScorer(other, tokenizer, batch_size=3, partitioner=placement.partitioner)
     found = scorer.loglikelihood(PAIRS)
     np.testing.assert_allclose([one.logprob for one in found], [one.logprob for one in alone], rtol=1e-5)

@@ -1,0 +1,146 @@
+"""Values with their standard errors, from one record an example.
+
+A metric reads records alone, so it can be computed again, and for two models on the same examples compared in pairs.
+Standard errors are those of drawing other examples of the same kind; they say nothing of other seeds of a training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+#: An example's values by name.
+Record = Mapping[str, Any]
+
+RESAMPLES, SEED = 2_000, 0
+_AT_ONCE = 200  # resamples, which takes their number times that of the examples in memory
+
+
+class Estimate(NamedTuple):
+    """A value, its standard error (None for a single example), and how many examples it comes from."""
+
+    value: float
+    stderr: float | None
+    n: int
+
+
+class Metric(Protocol):
+    """A value over records."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    def __call__(self, records: Sequence[Record]) -> Estimate:
+        """The value with its standard error."""
+
+    def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
+        """The first value minus the second, from records of the same examples in the same order."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of one value an example; its standard error is s/√n.
+
+    >>> Mean("acc")([{"acc": 1}, {"acc": 0}, {"acc": 1}, {"acc": 1}])
+    Estimate(value=0.75, stderr=0.25, n=4)
+    """
+
+    name: str
+
+    def __call__(self, records: Sequence[Record]) -> Estimate:
+        return _mean(self._values(records))
+
+    def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
+        return _mean(self._values(first) - self._values(second))
+
+    def _values(self, records: Sequence[Record]) -> np.ndarray:
+        return np.array([record[self.name] for record in records], float)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A sum over examples divided by another, `Σ above / Σ below`, perhaps its exponential or in bits.
+
+    The standard error is that of a ratio of sums, `√(n/(n−1) Σ(S − r W)²) / ΣW`; that of the exponential follows from
+    its derivative.
+
+    Attributes:
+        name: of the metric.
+        above, below: of an example's values; `below` None counts examples.
+        scale: `"plain"`, `"exp"` or `"bits"`, for a ratio in nats.
+    """
+
+    name: str
+    above: str
+    below: str | None
+    scale: str = "plain"
+
+    def __call__(self, records: Sequence[Record]) -> Estimate:
+        value, pseudo = self._pseudo_values(records)
+        return Estimate(value, _mean(pseudo).stderr, len(records))
+
+    def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
+        (one, ours), (other, theirs) = self._pseudo_values(first), self._pseudo_values(second)
+        return Estimate(one - other, _mean(ours - theirs).stderr, len(first))
+
+    def _pseudo_values(self, records: Sequence[Record]) -> tuple[float, np.ndarray]:
+        """The value, and numbers by example with its mean and its standard error."""
+        sums = np.array([record[self.above] for record in records], float)
+        weights = np.array([1 if self.below is None else record[self.below] for record in records], float)
+        ratio = sums.sum() / weights.sum()
+        pseudo = ratio + (sums - ratio * weights) / weights.mean()
+        if self.scale == "bits":
+            return ratio / math.log(2), pseudo / math.log(2)
+        if self.scale == "exp":
+            value = math.exp(min(ratio, 700.0))  # finite
+            return value, value * (1 + pseudo - ratio)
+        return float(ratio), pseudo
+
+
+@dataclass(frozen=True)
+class OfSums:
+    """A function of sums over all examples; its standard error is that of `RESAMPLES` bootstrap resamples.
+
+    Attributes:
+        name: of the metric.
+        statistics: of an example, m numbers.
+        value: of their sums, `[m]`.
+    """
+
+    name: str
+    statistics: Callable[[Record], Sequence[float]]
+    value: Callable[[np.ndarray], float]
+
+    def __call__(self, records: Sequence[Record]) -> Estimate:
+        return self._estimate([self._rows(records)])
+
+    def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
+        return self._estimate([self._rows(first), self._rows(second)])
+
+    def _rows(self, records: Sequence[Record]) -> np.ndarray:
+        return np.array([self.statistics(record) for record in records], float)
+
+    def _estimate(self, rows: Sequence[np.ndarray]) -> Estimate:
+        """Of the first's value, or of its difference from the second's, each resample drawing the same examples."""
+        signs = (1, -1)[: len(rows)]
+        values = [sign * self.value(one.sum(axis=0)) for sign, one in zip(signs, rows, strict=True)]
+        count = len(rows[0])
+        if count < 2:
+            return Estimate(float(sum(values)), None, count)
+        random, drawn = np.random.default_rng(SEED), list[float]()
+        for start in range(0, RESAMPLES, _AT_ONCE):
+            wanted = min(_AT_ONCE, RESAMPLES - start)
+            counts = random.multinomial(count, np.full(count, 1 / count), size=wanted)
+            for sums in zip(*(counts @ one for one in rows), strict=True):
+                drawn.append(sum(sign * self.value(one) for sign, one in zip(signs, sums, strict=True)))
+        return Estimate(float(sum(values)), float(np.std(drawn, ddof=1)), count)
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    count = len(values)
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(count)) if count > 1 else None, count)

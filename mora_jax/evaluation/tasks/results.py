@@ -1,0 +1,101 @@
+"""What an evaluation leaves: a folder with its records and metrics, and a table for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.evaluation.metrics.compare import Comparison, compare
+from mora_jax.evaluation.metrics.estimate import Metric, Record
+from mora_jax.evaluation.tasks.run import TaskResult
+from mora_jax.interop.atomic_folder import new_folder
+from mora_jax.paths import local_path
+
+RESULT, RECORDS = "result.json", "records.jsonl"
+
+
+def write_results(
+    out: str, result: TaskResult, settings: Mapping[str, Any], *, overwrite: bool = False, **more: Any
+) -> None:
+    """Writes `result.json` and `records.jsonl`, whole or not at all.
+
+    Args:
+        out: the folder; must not exist, or be empty.
+        result: of the task.
+        settings: how it came about.
+        overwrite: replaces what an earlier evaluation left there.
+        **more: further entries of `result.json`.
+    """
+    content = {**result.to_dict(), "baselines": dict(result.baselines), "confusion": result.confusion, **more}
+    with new_folder(out, ours=(RESULT, RECORDS), overwrite=overwrite) as folder:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
+        (folder / RECORDS).write_text("".join(lines), encoding="utf-8")
+        text = json.dumps({**content, "settings": dict(settings)}, ensure_ascii=False, indent=2)
+        (folder / RESULT).write_text(text + "\n", encoding="utf-8")
+
+
+def read_records(folder: str, task: str) -> list[Record]:
+    """The records that an evaluation left.
+
+    Raises:
+        InputError: there are none in the folder, or they are of another task.
+    """
+    place = local_path(folder)
+    try:
+        found = json.loads((place / RESULT).read_text(encoding="utf-8"))
+        lines = (place / RECORDS).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{folder} holds no evaluation ({reason}); give a folder that mora-jax eval --task wrote with --out"
+        ) from None
+    if found.get("task") != task:
+        raise InputError(f"{folder} is an evaluation of task {found.get('task')}, not of {task}")
+    return records
+
+
+def compare_with(folder: str, result: TaskResult, metrics: Sequence[Metric]) -> dict[str, Comparison]:
+    """Compares an evaluation with one that was written before, in pairs of examples."""
+    return compare(metrics, result.records, read_records(folder, result.task))
+
+
+def result_table(result: TaskResult, comparison: Mapping[str, Comparison] | None = None) -> str:
+    """Metrics with their standard errors, baselines and confusion matrix, in lines for people."""
+    count = len(result.records)
+    lines = [f"{result.task}, {count} example{'s' if count > 1 else ''}"]
+    width = max(map(len, (*result.metrics, *result.baselines)))
+    lines += [f"  {name:{width}}  {_shown(one.value, one.stderr)}" for name, one in result.metrics.items()]
+    words = {"majority": "always the commonest answer", "chance": "guessing"}
+    lines += [f"  {name:{width}}  {value:8.4f}  {words[name]}" for name, value in result.baselines.items()]
+    if result.confusion is not None:
+        lines += ["", *_confusion_lines(**result.confusion)]
+    if comparison:
+        lines += ["", "difference from the other evaluation, in pairs, with its 95 % interval"]
+        for name, one in comparison.items():
+            text = f"  {name:{width}}  {one.value:.4f} - {one.other:.4f} = {one.difference:+.4f}"
+            if one.low is not None and one.high is not None:
+                text += f"  [{one.low:+.4f}, {one.high:+.4f}]"
+            lines.append(text + ("" if one.p_value is None else f"  McNemar p {one.p_value:.3g}"))
+    return "\n".join(lines)
+
+
+def _shown(value: float, stderr: float | None) -> str:
+    digits = 4 if abs(value) < 1000 else 1
+    text = f"{value:8.{digits}f}"
+    return text if stderr is None or math.isnan(stderr) else f"{text} ± {stderr:.{digits}f}"
+
+
+def _confusion_lines(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[str]:
+    heads = [f"{label:.16}" for label in labels]
+    widths = [max(len(head), *(len(str(row[column])) for row in matrix)) for column, head in enumerate(heads)]
+    first = max(map(len, heads))
+    lines = ["rows: the answer; columns: the prediction"]
+    lines.append("  " + " " * first + "".join(f"  {head:>{width}}" for head, width in zip(heads, widths, strict=True)))
+    for head, row in zip(heads, matrix, strict=True):
+        cells = "".join(f"  {number:>{width}}" for number, width in zip(row, widths, strict=False))
+        lines.append(f"  {head:<{first}}{cells}")
+    return lines

@@ -1,0 +1,63 @@
+"""`mora-jax eval --task` as a user calls it."""
+
+import json
+
+import pytest
+
+from mora_jax.evaluation import LoglikelihoodScorer
+from mora_jax.interop import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Ten questions of two choices."""
+    path = tmp_path_factory.mktemp("questions") / "rows.jsonl"
+    rows = [{"query": f"Question: {n}?", "choices": [f"one {n}", f"{n}, two"], "gold": n % 2} for n in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_task_with_its_records_and_another_model(run, fails, model_dir, questions, tmp_path):
+    call = ("eval", "--model", model_dir, "--task", "arc_easy", "--data", questions, "--batch-size", 8)
+    code, out, err = run(*call, "--json", "--out", tmp_path / "a")
+    assert code == 0, err
+    found = json.loads(out)
+    assert set(found) == {"task", "n", "metrics"}
+    assert (found["task"], found["n"]) == ("arc_easy", 10)
+    assert all(set(one) == {"value", "stderr"} for one in found["metrics"].values())
+    records = [json.loads(line) for line in (tmp_path / "a" / "records.jsonl").read_text().splitlines()]
+    assert found["metrics"]["acc"]["value"] == sum(record["acc"] for record in records) / 10
+    model, tokenizer = load_pretrained(model_dir, dtype="float32", unroll=1)
+    pairs = [("Question: 3?\nAnswer:", " one 3"), ("Question: 3?\nAnswer:", " 3, two")]
+    expected = [score.logprob for score in LoglikelihoodScorer(model, tokenizer).loglikelihood(pairs)]
+    assert records[3]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+    kept = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert kept["metrics"] == found["metrics"]
+    assert kept["settings"]["model"] == model_dir
+
+    compared = (*call, "--metrics", "acc,acc_norm", "--compare", tmp_path / "a")
+    code, out, err = run(*compared)
+    assert code == 0, err
+    assert out.startswith("arc_easy, 10 examples\n  acc ")
+    assert "+0.0000  [+0.0000, +0.0000]  McNemar p 1" in out
+    assert "is not empty" in fails(*call, "--out", tmp_path / "a")
+    assert "other examples (4 and 10, 4 of them in both)" in fails(*compared, "--limit", 4)
+    assert "an evaluation of task arc_easy, not of piqa" in fails(*compared, "--task", "piqa")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--task", "arc"], "there is no task 'arc'"),
+        (["--task", "gsm8k"], "rows.jsonl, row 1: task gsm8k needs the columns answer, question; this row has query"),
+        (["--task", "arc_easy", "--metrics", "f1"], "task arc_easy can't have the metric f1"),
+        (["--task", "arc_easy", "--loss-mode", "full"], "--loss-mode can't be given with --task"),
+        (["--task", "arc_easy", "--compare", "nowhere"], "nowhere holds no evaluation (No such file or directory)"),
+        (["--task", "arc_easy", "--max-length", "999"], "beyond the model's context of 128 tokens"),
+        (["--task", "arc_easy", "--fsdp", "3"], "devices"),
+        (["--task", "arc_easy", "--limit", "0"], "--limit must be an integer, at least 1"),
+        (["--shots", "2"], "--shots needs --task"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fails, model_dir, questions, changes, words):
+    assert words in fails("eval", "--model", model_dir, "--data", questions, *changes)
