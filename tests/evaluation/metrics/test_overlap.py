@@ -11,6 +11,7 @@ ANSWERS = ["the cat sat on the mat", "hello there general", ""]
 TRUTHS = [["the cat is on the mat", "a cat was there"], ["hello there general kenobi", "x"], ["y z", "nothing"]]
 
 
+@pytest.mark.peers
 def test_bleu_is_that_of_the_corpus():
     sacrebleu = pytest.importorskip("sacrebleu")
     records = [{"bleu_statistics": overlap.bleu_statistics(*pair)} for pair in zip(ANSWERS, TRUTHS, strict=True)]
@@ -20,6 +21,7 @@ def test_bleu_is_that_of_the_corpus():
     assert found.stderr > 0
 
 
+@pytest.mark.peers
 def test_rouge_is_the_best_of_the_right_answers():
     pytest.importorskip("rouge_score")
     found = overlap.rouge(ANSWERS[0], TRUTHS[0])
