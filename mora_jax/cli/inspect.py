@@ -4,11 +4,9 @@ mode the literature supports for such data."""
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from mora_jax.cli.options import add_data, add_number
-from mora_jax.errors import InputError
-from mora_jax.paths import local_path
+from mora_jax.cli.page_file import page_file
 
 HELP = "show which tokens of a data file carry loss"
 # Columns where there is no terminal to ask.
@@ -37,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.interop.hub import local_folder
     from mora_jax.training.display.example import print_examples
 
-    html = None if args.html is None else _page_path(args.html)
+    html = None if args.html is None else page_file(args.html)
     tokenizer = load_tokenizer(local_folder(args.model))
     dataset = read_data(args, tokenizer, len(tokenizer))
     if html is not None:
@@ -58,15 +56,3 @@ def run(args: argparse.Namespace) -> int:
     shown = ((example.source, describe_example(example, tokenizer)) for example in dataset[: args.examples])
     print_examples(shown, console)
     return 0
-
-
-def _page_path(given: str) -> Path:
-    """Where the page is written; refuses what can't be, before the work begins."""
-    path = local_path(given)
-    if path.is_dir():
-        raise InputError(f"--html {path}: is a folder; name a file")
-    if path.exists() and not path.read_bytes()[:100].lstrip().lower().startswith(b"<!doctype html"):
-        raise InputError(f"--html {path}: is no web page, and would be lost; name another file")
-    if not path.parent.is_dir():
-        raise InputError(f"--html {path}: there is no folder {path.parent}; make it first")
-    return path

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from mora_jax.cli import convert, demo, generate, inspect, merge, plan, sweep, train
 from mora_jax.cli import eval as eval_command
+from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
 from mora_jax.cli.options import OVERRIDE, take_overrides
 from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words
@@ -33,6 +34,7 @@ COMMANDS = {
     "inspect": inspect,
     "plan": plan,
     "sweep": sweep,
+    "report": report_command,
     "demo": demo,
 }
 # Those that take --config.KEY=VALUE.

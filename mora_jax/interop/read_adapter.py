@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TypeVar
 
 from flax import nnx
 
@@ -19,9 +20,10 @@ from mora_jax.interop.peft.restarted_base import has_other_base
 from mora_jax.interop.tensor_map import trained_weights
 
 ValuesByPath = Mapping[str, AdapterValues]
+Model = TypeVar("Model", bound=nnx.Module)
 
 
-def bare(model: nnx.Module) -> nnx.Module:
+def bare(model: Model) -> Model:
     """A second model on the same base arrays, without adapters."""
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, state)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from mora_jax.data.dataset import EncodedDataset, Example
 from mora_jax.data.inspect.advice import advise_on
@@ -37,7 +37,7 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
       HTML. Whatever comes from the data is escaped, and control characters are written out.
     """
     report = dataset.report
-    return _template().render(
+    return page_template("page.html.jinja").render(
         report=report,
         names=[os.path.basename(name.rstrip("/")) or name for name in report.files] or ["rows in memory"],
         files=", ".join(report.files) or "memory",
@@ -68,12 +68,21 @@ def write_page(path: str | os.PathLike[str], page: str) -> None:
 
 
 @cache
-def _template() -> Template:
-    source = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def page_template(name: str, folder: Path = Path(__file__).parent) -> Template:
+    """A page's template in `folder`, on the base that all pages share: `base.html.jinja` beside this file.
+
+    Whatever is put into it is escaped, and a name that it isn't given is an error.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["number"] = lambda value: f"{value:,}"
     environment.filters["percent"] = lambda value: f"{value:.1%}"
-    return environment.from_string(source)
+    return environment.get_template(name)
 
 
 def _share(part: int, whole: int) -> str:
