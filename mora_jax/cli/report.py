@@ -57,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     _print(result_table(runs))
-    heads, rows = difference_table(runs)
-    if rows:
+    if differences(runs):
         print()
-        _print((heads, rows))
+        _print(difference_table(runs))
     for asked in questions:
         print(f"\n> {asked.messages[-1].text}")
         reference = {} if asked.reference is None else {"in the data": asked.reference}

@@ -60,9 +60,11 @@ def _cell(name: str, value: Any) -> str:
 
 
 def difference_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Heads, and a row for each key of the configuration that differs."""
-    rows = [[key, *map(_setting, values)] for key, values in differences(runs).items()]
-    return ["setting", *(run.name for run in runs)], rows
+    """Heads and rows: a row for each key of the configuration that differs, or for each run where those are more."""
+    found = {key: list(map(_setting, values)) for key, values in differences(runs).items()}
+    if len(runs) > len(found):
+        return ["run", *found], [[run.name, *row] for run, *row in zip(runs, *found.values(), strict=True)]
+    return ["setting", *(run.name for run in runs)], [[key, *row] for key, row in found.items()]
 
 
 def _setting(value: Any) -> str:

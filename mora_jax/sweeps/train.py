@@ -241,6 +241,8 @@ class _Sweep:
                 self._board.round()
                 if not works:
                     break
+                for index in works:  # the others' evaluations and checkpoints are no part of a run's step
+                    trainers[index].observer.clock.first_sent()
                 if stack is None:
                     trainer = trainers[0]
                     replies = {0: trainer.runner(trainer.state, trainer.frozen, batches[0])}

@@ -48,8 +48,15 @@ class StepClock:
 
     def restart(self) -> None:
         """The next step's time begins now; for what is no part of a step, such as an evaluation."""
-        self._start = time.perf_counter()
+        self._start, self._fresh = time.perf_counter(), True
         self._data = self._device = 0.0
+
+    def first_sent(self) -> None:
+        """A step goes to the device now. If it is the first since the last start, that was now; for a loop which others
+        may hold up in between."""
+        if self._fresh:
+            self.restart()
+        self._fresh = False
 
     def exclude(self, seconds: float) -> None:
         """Leaves out what has just taken so long, such as compiling."""

@@ -36,6 +36,16 @@ def test_the_clock(monkeypatch):
     now[0] = 201.0
     assert clock.lap() == (1.0, 0.0, 1.0, 0.0)
     assert clock.total == (6.0, 0.5, 3.5, 2.0)
+    clock.restart()
+    now[0] = 210.0  # held up by others until the step is sent
+    clock.first_sent()
+    now[0] = 211.0
+    clock.first_sent()  # the second, before the first is known to be done
+    now[0] = 212.0
+    assert clock.lap(211.5).step == 1.5
+    now[0] = 213.0
+    clock.first_sent()
+    assert clock.lap().step == 1.5
 
 
 @pytest.mark.parametrize(
