@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from mora_jax.batch import Batch
 from mora_jax.data.dataset import EncodedDataset
+from mora_jax.evaluation.metrics.estimate import Ratio
 from mora_jax.losses.cross_entropy import next_token_targets
 from mora_jax.losses.token_scores import TokenSums, token_sums
 from mora_jax.models.decoder import Decoder
@@ -36,6 +38,10 @@ class DatasetScores:
         weight: sum of their weights.
         prompt_nll: mean negative log-likelihood of instruction tokens, in nats; None where there are none.
         prompt_tokens: number of instruction tokens, the first of an example left out.
+        nll_stderr, accuracy_stderr: standard errors, over examples (never over tokens, which depend on each other);
+            None for a single example.
+        example_nll: mean over examples of their own mean, which training on means of examples lowers; None where no
+            example has been looked at by itself.
     """
 
     nll: float
@@ -44,6 +50,9 @@ class DatasetScores:
     weight: float
     prompt_nll: float | None = None
     prompt_tokens: int = 0
+    nll_stderr: float | None = None
+    accuracy_stderr: float | None = None
+    example_nll: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -56,9 +65,11 @@ class DatasetScores:
 
     def __str__(self) -> str:
         """One line for people."""
+        of_nll = "" if self.nll_stderr is None else f" ± {self.nll_stderr:.4f}"
+        of_accuracy = "" if self.accuracy_stderr is None else f" ± {self.accuracy_stderr:.2%}"
         text = (
-            f"perplexity {self.perplexity:.4f}, nll {self.nll:.4f} nats a token, "
-            f"accuracy {self.accuracy:.2%} on {self.tokens:,} tokens"
+            f"perplexity {self.perplexity:.4f}, nll {self.nll:.4f}{of_nll} nats a token, "
+            f"accuracy {self.accuracy:.2%}{of_accuracy} on {self.tokens:,} tokens"
         )
         if self.prompt_nll is None:
             return text
@@ -83,14 +94,17 @@ def score(
         partitioner: how the model's arrays are laid over devices; see `Decoder`.
     """
     graphdef, state = nnx.split(model)
-    sums, done = np.zeros((2, len(TokenSums._fields))), 0
+    found, done = list[np.ndarray](), 0
     for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
         batch = dataset.batch(rows, batch_size, length, extra={"prompt_weights": "prompt"})
-        sums += np.array(jax.device_get(_score(graphdef, partitioner, state, batch)))
+        found.append(np.asarray(jax.device_get(_score(graphdef, partitioner, state, batch)))[..., : len(rows)])
         done += len(rows)
         if progress is not None:
             progress(done, len(dataset))
-    of_answers, of_prompts = (TokenSums(*row) for row in sums.tolist())
+    by_row = np.concatenate(found, axis=-1).astype(np.float64)
+    of_answers, of_prompts = (TokenSums(*row) for row in by_row.sum(axis=-1).tolist())
+    # An example of no such token says nothing.
+    examples = [dict(zip(TokenSums._fields, row, strict=True)) for row in by_row[0].T.tolist() if row[3]]
     return DatasetScores(
         nll=of_answers.nll / of_answers.weight,
         accuracy=of_answers.correct / of_answers.tokens,
@@ -98,6 +112,9 @@ def score(
         weight=of_answers.weight,
         prompt_nll=of_prompts.nll / of_prompts.tokens if of_prompts.tokens else None,
         prompt_tokens=int(of_prompts.tokens),
+        nll_stderr=Ratio("nll", "nll", "weight")(examples).stderr,
+        accuracy_stderr=Ratio("accuracy", "correct", "tokens")(examples).stderr,
+        example_nll=sum(row["nll"] / row["weight"] for row in examples) / len(examples),
     )
 
 
@@ -127,8 +144,8 @@ def batches(lengths: Sequence[int] | np.ndarray, batch_size: int, longest: int) 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Batch) -> tuple[TokenSums, TokenSums]:
-    """Sums over a batch: of the tokens that carry loss, and of instructions."""
+def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Batch) -> jax.Array:
+    """Sums over each row: of the tokens that carry loss, and of instructions; `[2, 4, B]`, on every device."""
     model = nnx.merge(graphdef, state)
     head = model.head(partitioner)
     ids, segments = batch["input_ids"], batch["segment_ids"]
@@ -138,4 +155,6 @@ def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Ba
         targets = next_token_targets(ids, weights, segments)
         return token_sums(hidden, head.kernel, *targets, softcap=head.softcap)
 
-    return sums(batch["weights"]), sums(batch["prompt_weights"])
+    found = jnp.stack([jnp.stack(sums(batch["weights"])), jnp.stack(sums(batch["prompt_weights"]))])
+    whole = None if partitioner is None else partitioner.used((None, None, None), found.shape)
+    return found if whole is None else jax.lax.with_sharding_constraint(found, whole)

@@ -21,7 +21,7 @@ Array = jax.Array
 
 
 class TokenSums(NamedTuple):
-    """Sums over tokens, float32 scalars.
+    """Sums over the tokens of each row, float32 `[B]`.
 
     Attributes:
         nll: Σ weight · negative log-likelihood, in nats.
@@ -95,7 +95,7 @@ def token_sums(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> TokenSums:
-    """What evaluation adds up; arguments as in `weighted_loss`."""
+    """What evaluation adds up, row by row; arguments as in `weighted_loss`."""
     nll, correct = token_scores(hidden, kernel, targets, weights, softcap=softcap, chunk=chunk)
-    counted = jnp.sum(weights > 0).astype(jnp.float32)
-    return TokenSums(jnp.sum(nll * weights), jnp.sum(weights), jnp.sum(correct).astype(jnp.float32), counted)
+    by_token = (nll * weights, weights, correct, weights > 0)
+    return TokenSums(*(jnp.sum(array.astype(jnp.float32), axis=1) for array in by_token))

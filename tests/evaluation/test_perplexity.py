@@ -45,6 +45,12 @@ def test_scores_equal_a_plain_loop(model, tokenizer, mode, prompt_weight):
         found = (scores.nll, scores.accuracy, scores.tokens, scores.weight, scores.prompt_nll, scores.prompt_tokens)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert 0 < scores.prompt_tokens != scores.tokens
+    alone = [plain_loop(model, [example]) for example in dataset]
+    assert scores.example_nll == pytest.approx(np.mean([one[0] for one in alone]), rel=1e-5)
+    for stderr, value, column in ((scores.nll_stderr, 0, 3), (scores.accuracy_stderr, 1, 2)):
+        weights = np.array([one[column] for one in alone])
+        rest = np.array([one[value] for one in alone]) * weights - expected[value] * weights
+        assert stderr == pytest.approx(np.sqrt(5 / 4 * np.sum(rest**2)) / weights.sum(), rel=1e-4)
     assert scores.to_dict()["perplexity"] == pytest.approx(np.exp(expected[0]), rel=1e-5)
 
 
@@ -80,6 +86,8 @@ def test_batches_hold_every_row_once_in_few_shapes(batch_size):
 def test_perplexity_stays_finite():
     assert np.isfinite(DatasetScores(nll=1e6, accuracy=0.0, tokens=1, weight=1.0).perplexity)
     scores = DatasetScores(nll=1.0, accuracy=0.5, tokens=1000, weight=1.0)
-    assert "perplexity 2.7183" in str(scores)
+    assert "perplexity 2.7183, nll 1.0000 nats a token, accuracy 50.00% on" in str(scores)
+    errors = dataclasses.replace(scores, nll_stderr=0.25, accuracy_stderr=0.1)
+    assert "nll 1.0000 ± 0.2500 nats a token, accuracy 50.00% ± 10.00% on" in str(errors)
     assert "instructions" not in str(scores)
     assert "instructions: nll 2.0000 on 3 tokens" in str(dataclasses.replace(scores, prompt_nll=2.0, prompt_tokens=3))

@@ -68,10 +68,13 @@ def test_token_sums():
     logits = hidden @ kernel.T
     unseen = np.where(weights[..., None] > 0, hidden, np.inf)  # of tokens without weight
     found = token_sums(unseen, kernel, targets, weights, chunk=5)
-    np.testing.assert_allclose(found.nll, plain(hidden, kernel, targets, weights), rtol=1e-5)
-    np.testing.assert_allclose(found.weight, weights.sum(), rtol=1e-6)
-    assert found.tokens == np.sum(weights > 0)
-    assert found.correct == np.sum((logits.argmax(-1) == targets) & (weights > 0))
+    for row in range(len(weights)):
+        own = (array[row : row + 1] for array in (hidden, targets, weights))
+        expected = plain(next(own), kernel, *own)
+        np.testing.assert_allclose(found.nll[row], expected, rtol=1e-5)
+    np.testing.assert_allclose(found.weight, weights.sum(axis=1), rtol=1e-6)
+    assert found.tokens.tolist() == np.sum(weights > 0, axis=1).tolist()
+    assert found.correct.tolist() == np.sum((logits.argmax(-1) == targets) & (weights > 0), axis=1).tolist()
 
 
 def test_targets_and_weights_shift_together():
