@@ -50,6 +50,7 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
     [
         ("index", 1),
         ("finetune", 1),
+        ("evaluation", 1),
         ("walkthrough", 8),
         ("own_models", 15),
         ("transforms", 6),

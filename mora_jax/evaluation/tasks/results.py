@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,9 +83,9 @@ def result_table(result: TaskResult, comparison: Mapping[str, Comparison] | None
 
 
 def _shown(value: float, stderr: float | None) -> str:
-    digits = 4 if abs(value) < 1000 else 1
-    text = f"{value:8.{digits}f}"
-    return text if stderr is None or math.isnan(stderr) else f"{text} ± {stderr:.{digits}f}"
+    form = ".4f" if abs(value) < 1000 else ".4g"
+    text = f"{value:8{form}}"
+    return text if stderr is None else f"{text} ± {stderr:{form}}"
 
 
 def _confusion_lines(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[str]:
