@@ -79,7 +79,7 @@ class Board(Display):
 
     def evaluated(self, name: str, row: Mapping[str, Any]) -> None:
         """An evaluation of a run."""
-        self.runs[name].eval_loss = row["eval_loss"]
+        self.runs[name].eval_loss = row.get("eval_loss")
 
     def ended(self, name: str, words: str) -> None:
         """A run is done, or failed."""

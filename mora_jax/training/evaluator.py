@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mora_jax.evaluation.loglikelihood import LoglikelihoodScorer
 from mora_jax.evaluation.perplexity import score
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.partitioning import Partitioner
@@ -23,7 +24,7 @@ class Evaluator:
     """The evaluations of a run.
 
     Args:
-        setup: of the run; without evaluation data none is ever due.
+        setup: of the run; without evaluation data and tasks none is ever due.
         observer: writes the row of each evaluation.
         display: shows it, and how far an evaluation is.
         call: called with the row.
@@ -53,46 +54,60 @@ class Evaluator:
         """Whether there is an evaluation after so many steps."""
         every = self._setup.config.train.eval_every
         due = done == self.last_step or bool(every and done % every == 0)
-        return due and self._setup.evaluation is not None
+        return due and self._setup.evaluates
 
     def owed(self, done: int) -> bool:
         """Whether the evaluation after so many steps was not made or not ended."""
         return done > 0 and self.due(done) and self.row.get("step") != done
 
+    @property
+    def of_tasks(self) -> dict[str, float]:
+        """The metrics of tasks in the last evaluation, by name."""
+        begins = tuple(f"eval_{task.task.name}_" for task in self._setup.tasks)
+        return {name: value for name, value in self.row.items() if name.startswith(begins)}
+
     def loss_after(self, done: int) -> float | None:
         """The loss after so many steps, if it was evaluated then."""
-        return self.row["eval_loss"] if self.row.get("step") == done else None
+        return self.row.get("eval_loss") if self.row.get("step") == done else None
 
     def __call__(self, model: Decoder, step: int, signals: StopSignals) -> None:
         """Scores the model after `step`, or doesn't get to the end of it: where a signal comes."""
-        assert self._setup.evaluation is not None
+        words = "evaluating"
 
         def progress(done: int, total: int) -> None:
-            self._display.progress("evaluating", done, total)
+            self._display.progress(words, done, total)
             if signals.look() and done < total:
                 raise _Interrupted
 
         before, signals.words = signals.words, ("stopping this evaluation", "stop without saving")
         self._display.loading("evaluating")
         started = time.perf_counter()
-        options: dict[str, Any] = {"progress": progress, "partitioner": self._partitioner}
+        options: dict[str, Any] = {"batch_size": self._setup.micro_batch, "partitioner": self._partitioner}
+        row: dict[str, Any] = {"step": step}
         try:
-            scores = score(model, self._setup.evaluation, batch_size=self._setup.micro_batch, **options)
+            if self._setup.evaluation is not None:
+                scores = score(model, self._setup.evaluation, progress=progress, **options)
+                row |= {"eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
+                row |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
+                row |= {"eval_prompt_loss": scores.prompt_nll}
+            if self._setup.tasks:
+                scorer = LoglikelihoodScorer(model, self._setup.tokenizer, **options)
+            for task in self._setup.tasks:
+                words = f"evaluating {task.task.name}"
+                row |= task(scorer, progress)
         except _Interrupted:
             return
         finally:
             signals.words = before
         self.seconds.append(time.perf_counter() - started)
-        self.row = {"step": step, "eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
-        self.row |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
-        self.row |= {"eval_prompt_loss": scores.prompt_nll}
+        self.row = row
         self._observer.write(self.row)
         self._display.evaluation(self.row)
         self._call(self.row)
 
     def seconds_left(self, step: int) -> float:
         """What the evaluations after `step` should take, by the mean of this process."""
-        if self._setup.evaluation is None or not self.seconds:
+        if not self._setup.evaluates or not self.seconds:
             return 0.0
         steps, every = self._setup.plan.steps, self._setup.config.train.eval_every
         left = 1 + ((steps - 1) // every - step // every if every else 0)

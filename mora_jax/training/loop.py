@@ -284,7 +284,7 @@ class Trainer:
                             self.evaluator(self.trained_model(), done, signals)
                     eval_loss = self.evaluator.loss_after(done)
                     # A stop in the last step finishes the run, unless an evaluation would have to be waited for.
-                    stops = signals.received and (not last or (evaluate and eval_loss is None))
+                    stops = signals.received and (not last or self.evaluator.owed(done))
                     if save or stops or checkpoints.is_best(eval_loss):
                         wait = bool(last or signals.received)
                         self.directory.files.flush()
@@ -340,9 +340,9 @@ class Trainer:
         """Takes up what the rows of the steps before a resumption say."""
         for row in rows:
             self.step_rows.remember(row)
-            if "eval_loss" in row:
+            if any(name.startswith("eval_") for name in row):
                 self.evaluator.row = row
-                checkpoints.scored(row["step"], row["eval_loss"])
+                checkpoints.scored(row["step"], row.get("eval_loss"))
 
     def _restart(self, done: int) -> None:
         """Folds the adapters into the base and reinitialises them."""
@@ -432,6 +432,7 @@ class Trainer:
             "final_loss": None if math.isnan(self.step_rows.last_loss) else self.step_rows.last_loss,
             "eval_loss": self.evaluator.row.get("eval_loss"),
             "eval_perplexity": self.evaluator.row.get("eval_perplexity"),
+            **self.evaluator.of_tasks,
             **self._write_best(checkpoints),
             "wall_seconds": time.perf_counter() - started,
             "result": str(self.directory.path / result_name(self.config)) if self.directory.kept else None,

@@ -32,6 +32,7 @@ from mora_jax.training.config.checks import check_warmup
 from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config
 from mora_jax.training.config.to_data import data_source, loss_weights
 from mora_jax.training.display.plain import RunInfo
+from mora_jax.training.eval_tasks import EvalTask, read_tasks
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 from mora_jax.training.sharding.rules import base_shardings
 
@@ -54,6 +55,7 @@ class Setup:
         train, evaluation: the encoded data; `evaluation` is None without evaluation data.
         plan: which examples make up which batch.
         mesh: the devices along `data`, `fsdp`, `tensor` and `context`.
+        tasks: those that are evaluated with the evaluation data.
     """
 
     config: Config
@@ -64,6 +66,12 @@ class Setup:
     evaluation: EncodedDataset | None
     plan: BatchPlan
     mesh: Mesh
+    tasks: tuple[EvalTask, ...] = ()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.evaluation is not None or bool(self.tasks)
 
     @property
     def micro_batch(self) -> int:
@@ -89,6 +97,7 @@ class Setup:
             "the number of its devices": f"{jax.local_device_count()}",
             "its training data": f"{self.train.fingerprint()} in {self.plan}",
             "its evaluation data": evaluation,
+            "its evaluation tasks": " ".join(one.id for task in self.tasks for one in task.examples),
             "its base model": f"{self.model.config}",
         }
 
@@ -234,6 +243,7 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     Raises:
         InputError: whatever the user has to fix, in one line.
     """
+    tasks = read_tasks(config.train.eval_tasks, config.train.eval_tasks_limit)
     model, tokenizer, mesh = load_base(config, objects)
     encode = encode_data if encode is None else encode
     train, evaluation = encode(config, tokenizer, model.config.vocab_size, objects.rows, objects.eval_rows)
@@ -254,7 +264,7 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     attached = report_of_trained(model) if given else put_adapter(model, config, plan.steps)
     if config.loss.kl_weight:
         check_divergence(model)
-    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh)
+    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks)
 
 
 def layers_at_once(model: Decoder, tokens: int) -> int | None:

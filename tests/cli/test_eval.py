@@ -61,3 +61,33 @@ def test_a_task_with_its_records_and_another_model(run, fails, model_dir, questi
 )
 def test_what_does_not_fit_is_refused(fails, model_dir, questions, changes, words):
     assert words in fails("eval", "--model", model_dir, "--data", questions, *changes)
+
+
+def test_tasks_in_the_course_of_a_run(run, fails, model_dir, data_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": f"Say the word {n}"}) + "\n" for n in range(8)))
+    settings = {"model.path": model_dir, "data.train": data_file, "out": "run", "optimizer.learning_rate": 0.05}
+    settings |= {"train.steps": 2, "train.batch_size": 4, "train.eval_every": 1, "data.max_length": 128}
+    settings |= {"train.eval_tasks": "lambada=words.jsonl", "train.eval_tasks_limit": 6}
+    call = [f"--config.{name}={value}" for name, value in settings.items()]
+    code, _, err = run("train", *call)
+    assert code == 0, err
+    assert "step 1/2  lambada_acc " in err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (row for row in rows if "eval_lambada_perplexity" in row)
+    assert (first["step"], last["step"]) == (1, 2)
+    assert first["eval_lambada_perplexity"] != pytest.approx(last["eval_lambada_perplexity"], rel=1e-2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_lambada_perplexity"] == last["eval_lambada_perplexity"]
+    given = ("--task", "lambada", "--data", "words.jsonl", "--limit", 6, "--batch-size", 4, "--json")
+    code, out, err = run("eval", "--model", model_dir, "--adapter", "run", *given)
+    assert code == 0, err
+    for name, one in json.loads(out)["metrics"].items():
+        assert last[f"eval_lambada_{name}"] == pytest.approx(one["value"], rel=1e-4)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["train"]["eval_tasks"] == [f"lambada={tmp_path / 'words.jsonl'}"]
+    call = [*call, "--config.out=other"]
+    assert "'lambada' must be NAME=FILE" in fails("train", *call, "--config.train.eval_tasks=lambada")
+    twice = "--config.train.eval_tasks=lambada=words.jsonl,lambada_openai=words.jsonl"
+    assert "names task lambada twice" in fails("train", *call, twice)
+    assert not (tmp_path / "other").exists()

@@ -151,6 +151,10 @@ class TrainSection:
     )
     log_every: int = key(1, "Steps between logged rows.", at_least=1)
     eval_every: int = key(0, "Steps between evaluations; 0: only at the end.", at_least=0)
+    eval_tasks: tuple[str, ...] = key(
+        (), "Tasks evaluated too, NAME=FILE each: names (or .toml files) and files as for mora-jax eval --task."
+    )
+    eval_tasks_limit: int | None = key(200, "Rows of each of eval_tasks; none: all.", at_least=1)
     neftune_alpha: float = key(
         0.0, "NEFTune: noise on the embeddings in training, scaled by each example's length; 0: none.", at_least=0
     )
@@ -348,7 +352,13 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         (log.profile_steps == 0, "log.profile_steps=0", ["log.profile_first"]),
         (config.train.steps is not None, "train.steps", ["train.epochs"]),
         (data.eval is not None, "data.eval", ["data.eval_fraction"]),
-        (data.eval is None and data.eval_fraction == 0, "no evaluation data", ["train.eval_every", "train.keep_best"]),
+        (data.eval is None and data.eval_fraction == 0, "no evaluation data", ["train.keep_best"]),
+        (
+            data.eval is None and data.eval_fraction == 0 and not config.train.eval_tasks,
+            "no evaluation data",
+            ["train.eval_every"],
+        ),
+        (not config.train.eval_tasks, "no train.eval_tasks", ["train.eval_tasks_limit"]),
     ]
     order = list(keys())
     parts = []

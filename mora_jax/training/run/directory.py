@@ -189,6 +189,7 @@ def with_absolute_paths(config: Config) -> Config:
         "adapter.path": config.adapter.path and found_path(config.adapter.path),
         "data.train": data.train and tuple(map(found_path, data.train)),
         "data.eval": data.eval and tuple(map(found_path, data.eval)),
+        "train.eval_tasks": tuple(map(_absolute_task, config.train.eval_tasks)),
     }
     if config.out and is_local(config.out):
         paths["out"] = str(local_path(config.out))
@@ -198,6 +199,12 @@ def with_absolute_paths(config: Config) -> Config:
     if data.template is not None and data.template not in ("tokenizer", *TEMPLATES):
         paths["data.template"] = found_path(data.template)
     return lay_over(config, [(name, value, "config.json") for name, value in paths.items() if value is not None])
+
+
+def _absolute_task(text: str) -> str:
+    """NAME=FILE with its paths absolute."""
+    name, equals, file = text.partition("=")
+    return f"{found_path(name) if name.endswith('.toml') else name}{equals}{found_path(file)}"
 
 
 class MemoryDirectory(RunDirectory):
