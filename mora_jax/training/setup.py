@@ -243,7 +243,7 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     Raises:
         InputError: whatever the user has to fix, in one line.
     """
-    tasks = read_tasks(config.train.eval_tasks, config.train.eval_tasks_limit)
+    tasks = read_tasks(config.train.eval_tasks or (), config.train.eval_tasks_limit)
     model, tokenizer, mesh = load_base(config, objects)
     encode = encode_data if encode is None else encode
     train, evaluation = encode(config, tokenizer, model.config.vocab_size, objects.rows, objects.eval_rows)

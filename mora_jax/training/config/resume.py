@@ -64,7 +64,7 @@ def check_found(config: Config, run: str | os.PathLike[str]) -> None:
     data = config.data
     named = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
     named += [("data.train", path) for path in data.train or ()] + [("data.eval", path) for path in data.eval or ()]
-    named += [("train.eval_tasks", text.partition("=")[2]) for text in config.train.eval_tasks]
+    named += [("train.eval_tasks", text.partition("=")[2]) for text in config.train.eval_tasks or ()]
     for name, path in named:
         if path is None or not Path(path).is_absolute() or Path(path).exists() or glob.glob(path, recursive=True):
             continue

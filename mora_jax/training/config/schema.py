@@ -151,8 +151,8 @@ class TrainSection:
     )
     log_every: int = key(1, "Steps between logged rows.", at_least=1)
     eval_every: int = key(0, "Steps between evaluations; 0: only at the end.", at_least=0)
-    eval_tasks: tuple[str, ...] = key(
-        (), "Tasks evaluated too, NAME=FILE each: names (or .toml files) and files as for mora-jax eval --task."
+    eval_tasks: tuple[str, ...] | None = key(
+        None, "Tasks evaluated too, NAME=FILE each: names (or .toml files) and files as for mora-jax eval --task."
     )
     eval_tasks_limit: int | None = key(200, "Rows of each of eval_tasks; none: all.", at_least=1)
     neftune_alpha: float = key(

@@ -189,7 +189,7 @@ def with_absolute_paths(config: Config) -> Config:
         "adapter.path": config.adapter.path and found_path(config.adapter.path),
         "data.train": data.train and tuple(map(found_path, data.train)),
         "data.eval": data.eval and tuple(map(found_path, data.eval)),
-        "train.eval_tasks": tuple(map(_absolute_task, config.train.eval_tasks)),
+        "train.eval_tasks": config.train.eval_tasks and tuple(map(_absolute_task, config.train.eval_tasks)),
     }
     if config.out and is_local(config.out):
         paths["out"] = str(local_path(config.out))
