@@ -22,6 +22,7 @@ from mora_jax.data.inspect.report import CAUSES
 from mora_jax.data.loss_weights import DIVISORS, LossWeights
 from mora_jax.data.pipeline import BatchSource
 from mora_jax.errors import InputError
+from mora_jax.evaluation.tasks.named import NamedTask, read_tasks
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.hub import load_tokenizer
 from mora_jax.models.backend import backend
@@ -32,7 +33,6 @@ from mora_jax.training.config.checks import check_warmup
 from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config
 from mora_jax.training.config.to_data import data_source, loss_weights
 from mora_jax.training.display.plain import RunInfo
-from mora_jax.training.eval_tasks import EvalTask, read_tasks
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 from mora_jax.training.sharding.rules import base_shardings
 
@@ -66,7 +66,7 @@ class Setup:
     evaluation: EncodedDataset | None
     plan: BatchPlan
     mesh: Mesh
-    tasks: tuple[EvalTask, ...] = ()
+    tasks: tuple[NamedTask, ...] = ()
 
     @property
     def evaluates(self) -> bool:
@@ -243,7 +243,7 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     Raises:
         InputError: whatever the user has to fix, in one line.
     """
-    tasks = read_tasks(config.train.eval_tasks or (), config.train.eval_tasks_limit)
+    tasks = read_tasks(config.train.eval_tasks or (), "train.eval_tasks", config.train.eval_tasks_limit)
     model, tokenizer, mesh = load_base(config, objects)
     encode = encode_data if encode is None else encode
     train, evaluation = encode(config, tokenizer, model.config.vocab_size, objects.rows, objects.eval_rows)

@@ -14,11 +14,9 @@ from mora_jax.evaluation.tasks.examples import Example, make_examples, read_rows
 from mora_jax.evaluation.tasks.run import metrics_of, run_task
 from mora_jax.evaluation.tasks.task import Task, load_task
 
-KEY = "train.eval_tasks"
-
 
 @dataclass(frozen=True)
-class EvalTask:
+class NamedTask:
     """A task with its examples.
 
     Attributes:
@@ -37,30 +35,31 @@ class EvalTask:
         return {f"eval_{self.task.name}_{name}": one.value for name, one in found.items()}
 
 
-def read_tasks(named: Sequence[str], limit: int | None) -> tuple[EvalTask, ...]:
+def read_tasks(named: Sequence[str], origin: str, limit: int | None) -> tuple[NamedTask, ...]:
     """Reads the tasks of a run and makes their examples.
 
     Args:
         named: texts NAME=FILE.
+        origin: where they stand, for messages.
         limit: takes the first so many rows of each; None: all.
 
     Raises:
         InputError: a text or a file isn't understood, or a task can't be evaluated here.
     """
-    found: list[EvalTask] = []
+    found: list[NamedTask] = []
     for text in named:
-        name, file = split_task(text)
+        name, file = split_task(text, origin)
         task = load_task(name)
         if task.name in (other.task.name for other in found):
-            raise InputError(f"{KEY} names task {task.name} twice")
+            raise InputError(f"{origin} names task {task.name} twice")
         if task.type == "generate" and jax.process_count() > 1:
-            raise InputError(f"{KEY}: task {task.name} generates answers, which runs of several processes don't do")
+            raise InputError(f"{origin}: task {task.name} generates answers, which runs of several processes don't do")
         examples = make_examples(task, read_rows(file, whole_texts=task.type == "text"), limit=limit)
-        found.append(EvalTask(task, examples, metrics_of(task, examples)))
+        found.append(NamedTask(task, examples, metrics_of(task, examples)))
     return tuple(found)
 
 
-def split_task(text: str) -> tuple[str, str]:
+def split_task(text: str, origin: str) -> tuple[str, str]:
     """Name and file of a text NAME=FILE.
 
     Raises:
@@ -68,5 +67,5 @@ def split_task(text: str) -> tuple[str, str]:
     """
     name, equals, file = text.partition("=")
     if not name or not file:
-        raise InputError(f"{KEY}: {text!r} must be NAME=FILE, such as arc_easy=arc_easy.jsonl")
+        raise InputError(f"{origin}: {text!r} must be NAME=FILE, such as arc_easy=arc_easy.jsonl")
     return name, file
