@@ -275,7 +275,7 @@ def _stop_tokens(tokenizer: Any, count: int, stop: Sequence[str]) -> set[int]:
     if not stop:
         return set()
     known = range(min(count, len(tokenizer)))
-    texts = tokenizer.batch_decode([[token] for token in known], clean_up_tokenization_spaces=False)
+    texts = tokenizer.backend_tokenizer.decode_batch([[token] for token in known], skip_special_tokens=False)
     return {token for token, text in zip(known, texts, strict=True) if text.startswith(tuple(stop))}
 
 
