@@ -88,8 +88,10 @@ class Setup:
 
     def identity(self) -> dict[str, str]:
         """What all processes of a run must have alike, by what it is, in words."""
-        installed = {found.name: found.version for found in importlib.metadata.distributions()}
-        versions = [f"{name} {installed.get(name)}" for name in ("mora-jax", "jax", "jaxlib", "flax", "optax")]
+        versions = []
+        for name in ("mora-jax", "jax", "jaxlib", "flax", "optax"):
+            found = next(iter(importlib.metadata.distributions(name=name)), None)
+            versions.append(f"{name} {found and found.version}")
         evaluation = "" if self.evaluation is None else self.evaluation.fingerprint()
         return {
             "its configuration": json.dumps(self.config.to_dict(), sort_keys=True),

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -251,13 +252,15 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def sections() -> dict[str, type]:
+@functools.cache
+def sections() -> Mapping[str, type]:
     """Returns the sections' names and dataclasses."""
     hints = typing.get_type_hints(Config).items()
     return {name: hint for name, hint in hints if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
 
 
-def keys() -> dict[str, Key]:
+@functools.cache
+def keys() -> Mapping[str, Key]:
     """Returns every key by its dotted name, in the order of the documentation."""
     found = dict(_keys_of(Config, ""))
     for name, section in sections().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ class Compilation:
     shapes: dict[str, str]
     compiled: Any
 
+    @functools.cached_property
+    def memory(self) -> dict[str, int] | None:
+        """What the compiler planned, by `planned_memory`."""
+        return planned_memory(self.compiled)
+
     def changed(self, earlier: Sequence[Compilation]) -> list[str]:
         """Why it was needed: what is new in the shapes since the newest of `earlier`; nothing for the first one."""
         return differences(earlier[-1].shapes, self.shapes) if earlier else []
@@ -49,7 +55,7 @@ class Compilation:
             "lower_seconds": self.lower_seconds,
             "shapes": self.shapes,
             "changed": self.changed(earlier),
-            "memory_bytes": planned_memory(self.compiled),
+            "memory_bytes": self.memory,
         }
 
 

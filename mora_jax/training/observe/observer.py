@@ -16,7 +16,7 @@ from mora_jax.training.observe import profile
 from mora_jax.training.observe.background import Background
 from mora_jax.training.observe.compile_log import Compilation, CompileLog
 from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
-from mora_jax.training.observe.memory import device_memory, peak_memory, planned_memory
+from mora_jax.training.observe.memory import device_memory, peak_memory
 from mora_jax.training.observe.timing import StepClock, StepTimes
 from mora_jax.training.observe.writers import Writer, open_writers
 from mora_jax.training.run.directory import RunDirectory
@@ -98,7 +98,7 @@ class Observer:
             seconds = one.lower_seconds + one.seconds
             # Compiling is reported on its own; it is no part of any step's time.
             self.clock.exclude(seconds)
-            planned = planned_memory(one.compiled)
+            planned = one.memory
             self._planned = max((self._planned, planned), key=lambda found: found["total"] if found else 0)
             # One change tells why; compile.jsonl has all of them.
             changed = one.changed(compilations[: compilations.index(one)])[:1]
