@@ -19,10 +19,17 @@ def write_adapter(model_dir, out, config):
     model, _ = load_pretrained(model_dir, dtype="float32", unroll=1)
     attach(model, config, rngs=nnx.Rngs(0))
     adapters = nnx.state(model, AdapterParam)
-    key = jax.random.key(1)
-    nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(key, leaf.shape), adapters))
+    draw = np.random.default_rng(1)
+    nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(_moved(leaf, draw)), adapters))
     save_adapter(model, out)
     return str(out)
+
+
+def _moved(leaf, draw):
+    return np.asarray(leaf) + 0.3 * draw.standard_normal(leaf.shape).astype(np.float32)
+
+
+SOME = ("q_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +37,8 @@ def adapters(model_dir, tmp_path_factory):
     """LoRA in a folder of its own, MoRA inside a run directory."""
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        "lora": write_adapter(model_dir, folder / "lora", LoRAConfig(rank=2, alpha=4)),
-        "mora": write_adapter(model_dir, folder / "run" / "adapter", MoRAConfig(rank=2, kind="rotation")),
+        "lora": write_adapter(model_dir, folder / "lora", LoRAConfig(rank=2, alpha=4, targets=SOME)),
+        "mora": write_adapter(model_dir, folder / "run" / "adapter", MoRAConfig(rank=2, kind="rotation", targets=SOME)),
         "run": str(folder / "run"),
     }
 

@@ -8,9 +8,16 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapted_layers
+from tests.evaluation import tiny
 from tests.models.tiny import fill_randomly
 
 IDS = np.arange(8)[None]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """Two layers: what is printed sums up layers."""
+    return str(tiny.save_folder(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=2))
 
 
 def write(model_dir, out, config):

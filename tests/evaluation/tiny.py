@@ -16,14 +16,14 @@ SPECIAL = ["<eos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 
 
 def llama_config(**changes):
-    """Returns a HuggingFace config.json of a two-layer Llama."""
+    """Returns a HuggingFace config.json of a one-layer Llama."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 261,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
@@ -38,9 +38,9 @@ def llama_config(**changes):
     }
 
 
-def make_model():
+def make_model(**changes):
     """A random decoder with sharp enough logits that its argmax is no matter of rounding."""
-    return Decoder(read_config(llama_config(), "config.json"), rngs=nnx.Rngs(0), unroll=1)
+    return Decoder(read_config(llama_config(**changes), "config.json"), rngs=nnx.Rngs(0), unroll=1)
 
 
 def make_tokenizer():
@@ -55,7 +55,7 @@ def make_tokenizer():
     return fast
 
 
-def save_folder(path):
-    """Writes both as a HuggingFace folder."""
-    save_pretrained(make_model(), path, make_tokenizer())
+def save_folder(path, **changes):
+    """Writes both as a HuggingFace folder; `changes` are of the configuration."""
+    save_pretrained(make_model(**changes), path, make_tokenizer())
     return path

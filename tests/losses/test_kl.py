@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mora_jax.losses.kl import weighted_kl
+from tests.losses.test_cross_entropy import CASES
 
 ROWS, LENGTH, WIDTH, VOCAB = 4, 13, 8, 37
 
@@ -47,8 +48,7 @@ def dense(hidden, base, kernel, weights, softcap=None):
     return jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize(("shards", "chunk"), [(1, 5), (2, 7), (4, 1), (1, 100)])
+@pytest.mark.parametrize(("softcap", "shards", "chunk"), CASES)
 def test_value_and_gradient(softcap, shards, chunk):
     hidden, base, kernel, weights = case()
 

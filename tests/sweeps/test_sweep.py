@@ -56,6 +56,7 @@ def base(inputs, out, **settings) -> Config:
         "adapter.method": "mora",
         "adapter.rank": 2,
         "adapter.dropout": 0.1,
+        "adapter.targets": ("q_proj", "down_proj"),
         "train.neftune_alpha": 5.0,
         **{name.replace("__", "."): value for name, value in settings.items()},
     }
@@ -205,7 +206,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(inputs, tmp_path):
     result = mj.sweep(
         model,
         ROWS,
-        mj.MoRAConfig(rank=2, dropout=0.1),
+        mj.MoRAConfig(rank=2, dropout=0.1, targets=("q_proj", "down_proj")),
         grid=[{"optimizer.weight_decay": 0.0}, {"optimizer.weight_decay": 1e38}],
         tokenizer=tokenizer,
         steps=3,

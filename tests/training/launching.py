@@ -32,7 +32,7 @@ def free_port() -> int:
 
 def environment(devices: int) -> dict[str, str]:
     """Variables of a process that sees so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 

@@ -27,7 +27,8 @@ from tests.models.quantized import quantized_copy
 from tests.models.tiny import LLAMA, fill_randomly
 
 METHODS = {
-    "lora": mj.LoRAConfig(rank=2),
+    # Each kind of matrix once: heads of queries and of keys and values, and of the MLP into it and out of it.
+    "lora": mj.LoRAConfig(rank=2, targets=("q_proj", "v_proj", "up_proj", "down_proj")),
     "mora": mj.MoRAConfig(rank=2, kind="rotation"),
     "full": mj.FullConfig(),
 }

@@ -21,8 +21,10 @@ from mora_jax.training.display.plain import Display
 from tests.evaluation import tiny
 
 ROWS = [{"instruction": f"Say {word}", "input": "", "output": word} for word in ("red", "blue", "green", "black")] * 2
-KEYS = {"model.unroll": 1, "model.dtype": "float32", "mesh.data": 1}
-CONFIG = mj.LoRAConfig(rank=2, dropout=0.1)
+# A schedule that does not depend on the number of steps: runs of any length share a compiled step.
+COMMON = {"mesh.data": 1, "optimizer.schedule": "constant"}
+KEYS = {"model.unroll": 1, "model.dtype": "float32", **COMMON}
+CONFIG = mj.LoRAConfig(rank=2, dropout=0.1, targets=("q_proj", "down_proj"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def quiet() -> Display:
 
 
 def tune(model, rows=ROWS, adapter=CONFIG, keys=None, **settings):
-    loaded = KEYS if isinstance(model, str | os.PathLike) else {"mesh.data": 1}
+    loaded = KEYS if isinstance(model, str | os.PathLike) else COMMON
     settings = {"display": quiet(), "steps": 4, "config": loaded | (keys or {})} | settings
     return mj.finetune(model, rows, adapter, **settings)
 
@@ -65,6 +67,7 @@ def test_the_same_losses_as_the_command(model_path, result, tmp_path, monkeypatc
         "train.steps": 4,
         "adapter.rank": 2,
         "adapter.dropout": 0.1,
+        "adapter.targets": ("q_proj", "down_proj"),
     }
     config = lay_over(Config(), [(name, value, "test") for name, value in values.items()])
     assert loop.train(config, quiet()) == 0
@@ -161,7 +164,7 @@ def test_an_interrupt_gives_back_what_was_trained(model_path, tmp_path, monkeypa
 
 
 def test_restarts_end_in_a_plain_model(model_path):
-    found = tune(model_path, adapter=mj.ReLoRAConfig(rank=2, restart_every=2, restart_warmup=1))
+    found = tune(model_path, adapter=mj.ReLoRAConfig(rank=2, restart_every=2, restart_warmup=1, targets=("down_proj",)))
     assert found.summary["restarts"] == 1
     with pytest.raises(ValueError, match="nothing to train"):
         mj.partition(found.model)

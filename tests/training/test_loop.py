@@ -73,6 +73,7 @@ def config(inputs: Path, out: Path, **settings) -> Config:
         "train.save_every": 2,
         "adapter.rank": 2,
         "adapter.dropout": 0.1,
+        "adapter.targets": ("q_proj", "down_proj"),
         "mesh.data": 1,
         **{name.replace("__", "."): value for name, value in settings.items()},
     }
@@ -279,12 +280,10 @@ def test_epochs_end_with_a_short_batch_and_one_compilation(inputs, tmp_path):
 
 
 def test_starting_from_an_adapter(inputs, unbroken, tmp_path):
-    settings = {"adapter__path": str(unbroken / "adapter"), "adapter__dropout": 0.0, "train__steps": 1}
+    settings = {"adapter__path": str(unbroken / "adapter"), "train__save_every": 0}
     out = tmp_path / "run"
     assert loop.train(config(inputs, out, **settings), quiet()) == 0
-    fresh = tmp_path / "fresh"
-    assert loop.train(config(inputs, fresh, adapter__dropout=0.0, train__steps=1), quiet()) == 0
-    assert metrics(out)[0]["loss"] != metrics(fresh)[0]["loss"]
+    assert metrics(out)[0]["loss"] != metrics(unbroken)[0]["loss"]
     with pytest.raises(InputError, match=r"holds a lora adapter, but adapter\.method is mora"):
         loop.train(config(inputs, tmp_path / "x", **settings, adapter__method="mora"), quiet())
     assert not (tmp_path / "x").exists()
@@ -353,5 +352,5 @@ def test_the_first_example_is_shown_with_its_weights(inputs, tmp_path):
     info = setup.info(0)
     trained = "".join(text for text, weight in info.first_example if weight > 0)
     assert any(trained.startswith(row["output"]) for row in ROWS)
-    assert info.method == "lora, rank 2, alpha 16" and info.matched == 14
+    assert info.method == "lora, rank 2, alpha 16" and info.matched == 2
     assert dataclasses.replace(info, steps=1).trainable == setup.attached.trainable

@@ -33,6 +33,17 @@ def inputs(tmp_path_factory):
     return folder
 
 
+class Starting(Display):
+    """Ends a run when it has said what it will do, before anything is compiled."""
+
+    def __init__(self):
+        super().__init__(io.StringIO())
+
+    def start(self, info):
+        super().start(info)
+        raise MemoryError
+
+
 def summary(out: Path) -> dict:
     return json.loads((out / "summary.json").read_text())
 
@@ -148,9 +159,10 @@ def setup_of(settings, lengths):
 
 
 def test_what_is_shown_names_mode_and_normaliser(inputs, tmp_path):
-    display = quiet()
+    display = Starting()
     settings = {"loss__mode": "weighted", "loss__prompt_weight": 0.3, "loss__normalize": "response"}
-    loop.train(config(inputs, tmp_path / "run", train__steps=1, **settings), display)
+    with pytest.raises(MemoryError):
+        loop.train(config(inputs, tmp_path / "run", **settings), display)
     shown = display.stream.getvalue()
     assert "weighted, prompt_weight 0.3, divided by the number of response tokens" in shown
     assert "% padding" in shown
@@ -218,8 +230,9 @@ def test_rows_that_are_skipped_are_reported(inputs, tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"instruction": "Say red", "output": "red"})] * 8 + ['{"instruction": "no answer"}']
     path.write_text("\n".join(lines))
-    display = Display(io.StringIO())
-    loop.train(config(inputs, tmp_path / "run", data__train=str(path), data__on_error="skip", train__steps=1), display)
+    display = Starting()
+    with pytest.raises(MemoryError):
+        loop.train(config(inputs, tmp_path / "run", data__train=str(path), data__on_error="skip"), display)
     assert "1 of 9 rows dropped: 1 not of the format" in display.stream.getvalue()
 
 

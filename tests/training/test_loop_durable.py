@@ -139,7 +139,7 @@ def full_disk(monkeypatch, tmp_path):
 
 
 def test_a_full_disk_at_the_end_does_not_lose_the_adapter(inputs, tmp_path, full_disk):
-    out, settings = tmp_path / "run", {"train__steps": 2, "train__save_every": 0}
+    out, settings = tmp_path / "run", {"train__steps": 2, "train__save_every": 0, "optimizer__schedule": "constant"}
     full_disk[out] = 2
     shown = Display(io.StringIO())
     assert loop.train(config(inputs, out, **settings), shown) == 0
@@ -168,7 +168,7 @@ def test_with_a_checkpoint_a_full_disk_is_resumed_from(inputs, tmp_path, full_di
     out = tmp_path / "run"
     full_disk[out] = 4
     with pytest.raises(InputError, match=r"\(4 tries\); make room there .* continue with --resume"):
-        loop.train(config(inputs, out, train__steps=2, train__save_every=1), quiet())
+        loop.train(config(inputs, out, train__steps=2, train__save_every=1, optimizer__schedule="constant"), quiet())
     assert not list((tmp_path / "tmp").iterdir()) and not (out / "adapter").exists()
     assert loop.resume(str(out), quiet()) == 0
     assert (out / "adapter" / ADAPTER).is_file() and (out / "summary.json").is_file()

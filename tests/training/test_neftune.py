@@ -5,6 +5,8 @@ import numpy as np
 
 from mora_jax.training.neftune import embedding_noise
 
+drawn_once = jax.jit(embedding_noise, static_argnames=("width", "alpha"))
+
 KEY = jax.random.key(0)
 WIDTH = 64
 ALPHA = 5.0
@@ -13,7 +15,7 @@ ALPHA = 5.0
 def noise(segments, rows=None, key=KEY) -> np.ndarray:
     segments = np.asarray(segments, np.int32)
     rows = np.arange(len(segments)) if rows is None else np.asarray(rows)
-    return np.asarray(embedding_noise(key, rows, segments, WIDTH, ALPHA))
+    return np.asarray(drawn_once(key, rows, segments, WIDTH, ALPHA))
 
 
 def test_uniform_within_the_bound_of_its_own_length():

@@ -29,10 +29,13 @@ from tests.training.test_loop import Interrupting, config, metrics, quiet
 from tests.training.test_loop import inputs as inputs
 
 LAYERS = (0, 2)  # of three: the restart must leave the other one alone
+# Two matrices that share a kernel with others, and one alone; the restart must leave the rest alone.
+SOME = {"targets": ("q_proj", "v_proj", "down_proj"), "restart_warmup": 0}
 CONFIGS = {
-    "relora": ReLoRAConfig(rank=2, alpha=6.0, prune=0.75, restart_warmup=0, layers_to_transform=LAYERS),
-    "remora": ReMoRAConfig(rank=2, prune=0.75, restart_warmup=0, layers_to_transform=LAYERS),
+    "relora": ReLoRAConfig(rank=2, alpha=6.0, prune=0.75, layers_to_transform=LAYERS, **SOME),
+    "remora": ReMoRAConfig(rank=2, prune=0.75, layers_to_transform=LAYERS, **SOME),
 }
+KERNELS = ("layers.mlp.down_proj.kernel", "layers.self_attn.qkv_proj.kernel")
 
 
 class Restartable:
@@ -123,7 +126,9 @@ def test_a_restart_merges_starts_anew_and_prunes(method):
                 np.testing.assert_array_equal(new, old)  # Adam's count goes on
         assert int(run.state.step) == 7
         np.testing.assert_allclose(run.logits(), logits, rtol=0, atol=2e-5)
-        assert run.restarter.names == tuple(n for n in base if n.endswith(("kernel", "turn")) and "layers." in n)
+        assert run.restarter.names == tuple(n for n in base if n in KERNELS or n.endswith("turn"))
+        changed = {n for n, array in base.items() if not np.array_equal(array, frozen[n])}
+        assert changed == set(run.restarter.names)
         run.refill(round_)
 
 
@@ -190,7 +195,7 @@ def test_chains_of_the_authors_code(shared_dir):
 
 
 def test_dora_starts_anew_from_the_new_base():
-    run = Restartable(ReLoRAConfig(rank=2, use_dora=True, restart_warmup=0))
+    run = Restartable(ReLoRAConfig(rank=2, use_dora=True, **SOME))
     logits = run.logits()
     run.restart()
     np.testing.assert_allclose(run.logits(), logits, rtol=0, atol=2e-5)

@@ -24,7 +24,7 @@ from tests.models.tiny import LLAMA, fill_randomly
 CONFIGS = {
     "lora": mj.LoRAConfig(rank=2, targets=("q_proj", "up_proj", "down_proj")),
     "dropout": mj.LoRAConfig(rank=2, dropout=0.3, targets=("q_proj", "up_proj", "down_proj")),
-    "mora": mj.MoRAConfig(rank=2, kind="rotation"),
+    "mora": mj.MoRAConfig(rank=2, kind="rotation", targets=("q_proj", "up_proj", "down_proj")),
     "full": mj.FullConfig(),
 }
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.01)
@@ -153,12 +153,14 @@ def test_first_loss_and_gradient_against_the_formula():
     batch = batches()[0]
     graphdef, adapters, frozen = mj.partition(model)
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(adapters):
         logits = nnx.merge(graphdef, adapters, frozen)(batch["input_ids"], batch["segment_ids"])
         each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["input_ids"][:, 1:])
         return jnp.sum(each * batch["weights"][:, 1:]) / jnp.sum(batch["weights"][:, 1:])
 
-    value, gradient = jax.value_and_grad(loss)(adapters)
+    value, gradient = loss(adapters)
     _, metrics, _, _ = run("lora")
     np.testing.assert_allclose(metrics[0, 0], value, rtol=1e-5)
     np.testing.assert_allclose(metrics[0, 1], optax.tree.norm(gradient), rtol=1e-4)

@@ -38,6 +38,7 @@ def arguments(inputs: Path, out: Path | str, **settings) -> list[str]:
         "train.steps": STEPS,
         "train.batch_size": 8,
         "adapter.rank": 2,
+        "adapter.targets": "q_proj,down_proj",
         "optimizer.schedule": "constant",
         **{name.replace("__", "."): value for name, value in settings.items()},
     }
@@ -139,7 +140,8 @@ def test_a_killed_process_ends_the_other_and_four_go_on_with_another_mesh(inputs
     ],
 )
 def test_every_layout_trains_as_one_process(inputs, tmp_path, processes, settings):
-    given = arguments(inputs, tmp_path / "run", **settings, train__steps=6, data__eval_fraction=0.2)
+    settings = {"adapter__targets": "all-linear", "train__steps": 6, "data__eval_fraction": 0.2} | settings
+    given = arguments(inputs, tmp_path / "run", **settings)
     found = run(given, processes)
     assert codes(found) == [0] * processes, found
     whole = [f"--config.out={tmp_path / 'alone'}", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]

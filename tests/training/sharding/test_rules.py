@@ -109,7 +109,7 @@ def test_the_losses_are_those_of_one_device(method, mesh, options):
 
 def eight_devices(cases) -> None:
     """Runs the cases in a process with eight devices and compares with one device here."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "tests.training.meshed", json.dumps(cases)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
