@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_task(args: argparse.Namespace) -> int:
     """Evaluates a task; what can be refused is refused before the model is loaded."""
+    from mora_jax.evaluation.metrics.compare import in_order_of
     from mora_jax.evaluation.tasks.examples import make_examples, read_rows
     from mora_jax.evaluation.tasks.results import compare_with, read_records, result_table, write_results
     from mora_jax.evaluation.tasks.run import metrics_of, run_task
@@ -90,11 +91,13 @@ def _run_task(args: argparse.Namespace) -> int:
     task = load_task(args.task)
     if args.out is not None:
         check_out(args.out, overwrite=args.overwrite)
-    if args.compare is not None:
-        read_records(args.compare, task.name)
     where = {"split": args.split, "subset": args.subset, "streaming": args.streaming}
     rows = read_rows(args.data, whole_texts=task.type == "text", **where)
     examples = make_examples(task, rows, shots=args.shots, limit=args.limit)
+    if args.compare is not None:
+        others = read_records(args.compare, task.name)
+        if task.type != "text":  # whose empty rows leave no record
+            in_order_of([vars(example) for example in examples], others)
     metrics = metrics_of(task, examples, (args.metrics or "").split(",") if args.metrics is not None else ())
     scorer = _scorer(args)
     with progress("generating" if task.type == "generate" else "scoring") as report:

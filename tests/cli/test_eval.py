@@ -18,7 +18,7 @@ def questions(tmp_path_factory):
 
 
 def test_a_task_with_its_records_and_another_model(run, fails, model_dir, questions, tmp_path):
-    call = ("eval", "--model", model_dir, "--task", "arc_easy", "--data", questions, "--batch-size", 8)
+    call = ("eval", "--model", model_dir, "--task", "arc_easy", "--data", questions, "--batch-size", 1)
     code, out, err = run(*call, "--json", "--out", tmp_path / "a")
     assert code == 0, err
     found = json.loads(out)
@@ -67,7 +67,14 @@ def test_tasks_in_the_course_of_a_run(run, fails, model_dir, data_file, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": f"Say the word {n}"}) + "\n" for n in range(8)))
     settings = {"model.path": model_dir, "data.train": data_file, "out": "run", "optimizer.learning_rate": 0.05}
-    settings |= {"train.steps": 2, "train.batch_size": 4, "train.eval_every": 1, "data.max_length": 128}
+    settings |= {
+        "train.steps": 2,
+        "adapter.targets": "q_proj",
+        "train.batch_size": 4,
+        "train.eval_every": 1,
+        "data.max_length": 64,
+        "mesh.data": 1,
+    }
     settings |= {"train.eval_tasks": "lambada=words.jsonl", "train.eval_tasks_limit": 6}
     call = [f"--config.{name}={value}" for name, value in settings.items()]
     code, _, err = run("train", *call)
@@ -79,7 +86,7 @@ def test_tasks_in_the_course_of_a_run(run, fails, model_dir, data_file, tmp_path
     assert first["eval_lambada_perplexity"] != pytest.approx(last["eval_lambada_perplexity"], rel=1e-2)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_lambada_perplexity"] == last["eval_lambada_perplexity"]
-    given = ("--task", "lambada", "--data", "words.jsonl", "--limit", 6, "--batch-size", 4, "--json")
+    given = ("--task", "lambada", "--data", "words.jsonl", "--limit", 6, "--batch-size", 1, "--json")
     code, out, err = run("eval", "--model", model_dir, "--adapter", "run", *given)
     assert code == 0, err
     for name, one in json.loads(out)["metrics"].items():

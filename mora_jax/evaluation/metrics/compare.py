@@ -46,14 +46,7 @@ def compare(metrics: Sequence[Metric], first: Sequence[Record], second: Sequence
     """
     from scipy import stats  # type: ignore[import-untyped]  # jax needs it
 
-    by_example = {_example(record): record for record in second}
-    if len(first) != len(second) or any(_example(record) not in by_example for record in first):
-        shared = sum(_example(record) in by_example for record in first)
-        raise InputError(
-            f"the two evaluations are of other examples ({len(first)} and {len(second)}, {shared} of them in both); "
-            f"compare runs with the same --task, --data and --limit"
-        )
-    second = [by_example[_example(record)] for record in first]
+    second = in_order_of(first, second)
     found = {}
     for metric in metrics:
         try:
@@ -72,6 +65,22 @@ def compare(metrics: Sequence[Metric], first: Sequence[Record], second: Sequence
             value.value, other.value, difference.value, difference.stderr, low, high, p_value
         )
     return found
+
+
+def in_order_of(first: Sequence[Record], second: Sequence[Record]) -> list[Record]:
+    """The second records in the order of the first.
+
+    Raises:
+        InputError: they are not of the same examples.
+    """
+    by_example = {_example(record): record for record in second}
+    if len(first) != len(second) or any(_example(record) not in by_example for record in first):
+        shared = sum(_example(record) in by_example for record in first)
+        raise InputError(
+            f"the two evaluations are of other examples ({len(first)} and {len(second)}, {shared} of them in both); "
+            f"compare runs with the same --task, --data and --limit"
+        )
+    return [by_example[_example(record)] for record in first]
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
