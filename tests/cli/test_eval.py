@@ -29,7 +29,7 @@ def test_a_task_with_its_records_and_another_model(run, fails, model_dir, questi
     assert found["metrics"]["acc"]["value"] == sum(record["acc"] for record in records) / 10
     model, tokenizer = load_pretrained(model_dir, dtype="float32", unroll=1)
     pairs = [("Question: 3?\nAnswer:", " one 3"), ("Question: 3?\nAnswer:", " 3, two")]
-    expected = [score.logprob for score in LoglikelihoodScorer(model, tokenizer).loglikelihood(pairs)]
+    expected = [score.logprob for score in LoglikelihoodScorer(model, tokenizer, batch_size=1).loglikelihood(pairs)]
     assert records[3]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
     kept = json.loads((tmp_path / "a" / "result.json").read_text())
     assert kept["metrics"] == found["metrics"]
