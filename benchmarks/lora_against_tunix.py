@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--json", type=Path, help="also write the times of each round here")
     args = parser.parse_args()
     if args.work:
@@ -157,7 +158,7 @@ def main() -> None:
         "train.batch_size": args.rows,
     }
     ours, theirs = {}, {}
-    for dtype in DTYPES:
+    for dtype in args.dtypes:
         config = lay_over(Config(), [(key, value, "benchmark") for key, value in settings.items()])
         one = ours[f"mora_jax LoRA, {dtype}"] = Contestant(
             nnx.split(mj.load_pretrained(args.model, dtype=dtype)[0]), config
