@@ -140,7 +140,9 @@ def test_a_killed_process_ends_the_other_and_four_go_on_with_another_mesh(inputs
     ],
 )
 def test_every_layout_trains_as_one_process(inputs, tmp_path, processes, settings):
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"text": "Say the word {n}"}}\n' for n in range(5)))
     settings = {"adapter__targets": "all-linear", "train__steps": 6, "data__eval_fraction": 0.2} | settings
+    settings["train__eval_tasks"] = f"lambada={tmp_path / 'words.jsonl'}"
     given = arguments(inputs, tmp_path / "run", **settings)
     found = run(given, processes)
     assert codes(found) == [0] * processes, found
@@ -148,7 +150,8 @@ def test_every_layout_trains_as_one_process(inputs, tmp_path, processes, setting
     alone([*given, *whole])
     same_run(tmp_path / "run", tmp_path / "alone")
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "alone")]
-    np.testing.assert_allclose(summaries[0]["eval_loss"], summaries[1]["eval_loss"], rtol=1e-5)
+    for name in ("eval_loss", "eval_lambada_perplexity"):
+        np.testing.assert_allclose(summaries[0][name], summaries[1][name], rtol=1e-5)
 
 
 @pytest.mark.slow
