@@ -248,6 +248,12 @@ class Adapter(nnx.Module):
         """`one(params, *arrays)` for each layer of a stack, results stacked; once for a single matrix."""
         return over_layers(len(self.layers), one, (self.params(), *arrays))
 
+    def _map_if_any(self, one: Callable[..., Array | None], *arrays: Any) -> Array | None:
+        """`map_layers`; where `one` gives None, no program is compiled to find that out."""
+        depth = len(self.layers)
+        single = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[depth:], a.dtype), (self.params(), *arrays))
+        return None if jax.eval_shape(one, *single) is None else self.map_layers(one, *arrays)
+
     def delta_weight(self) -> Array:
         """The update as float32 kernels `[*layers, in, out]`; zero for a method that adds nothing to the kernel."""
         if not self.additive:
@@ -256,11 +262,11 @@ class Adapter(nnx.Module):
 
     def bias_change(self, bias: Array | None) -> Array | None:
         """What merging adds to the layer's `bias [*layers, out]`, in that shape, or None."""
-        return self.map_layers(lambda p, bias: self.added_bias(self.config, p, bias), bias)
+        return self._map_if_any(lambda p, bias: self.added_bias(self.config, p, bias), bias)
 
     def gain(self, kernel: Array) -> Array | None:
         """The factors on outputs `[*layers, out]` over the base's `[*layers, in, out]`, or None."""
-        return self.map_layers(lambda p, w: self.output_gain(self.config, p, lambda: w), kernel)
+        return self._map_if_any(lambda p, w: self.output_gain(self.config, p, lambda: w), kernel)
 
     def merged(self, kernel: Array) -> Array:
         """`merged_kernel` over the base's `[*layers, in, out]`, rounded to its dtype."""

@@ -94,8 +94,13 @@ def _check_whole(place: Place) -> None:
             "before merging"
         )
     for name, array in place.adapter.params().items():
-        if not isinstance(array, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(array))):
+        if not isinstance(array, jax.core.Tracer) and not bool(_finite(array)):
             raise ValueError(f"the adapter on {place.title} has values in {name} that are no finite numbers")
+
+
+@jax.jit
+def _finite(array: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(array))
 
 
 def _merge(place: Place, had_bias: bool, holders: Holders) -> Merged:

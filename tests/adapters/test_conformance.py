@@ -3,6 +3,8 @@
 A method takes part by being registered; it needs its formula and its count in `formulas.py`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,8 +97,8 @@ def attached(case, place, dtype=jnp.float32, bias=True):
 def fill(model):
     _, adapters, _ = mj.partition(model)
     for i, (_, variable) in enumerate(sorted(nnx.to_flat_state(adapters), key=lambda item: str(item[0]))):
-        array = variable.get_value()
-        variable.set_value(array + jnp.asarray(draw(i, *array.shape)))
+        array = np.asarray(variable.get_value())
+        variable.set_value(jnp.asarray(array + draw(i, *array.shape)))
     nnx.update(model, adapters)
 
 
@@ -105,8 +107,15 @@ def run(model, x):
     if not isinstance(model, Projection):
         return model(x).reshape(len(x), -1)
     graphdef, state = nnx.split(model)
-    layers = [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(model.num_layers)]
-    return jnp.stack([layer(x).reshape(len(x), -1) for layer in layers])
+    return np.stack([nnx.merge(graphdef, layer)(x).reshape(len(x), -1) for (layer,) in layers(model, state)])
+
+
+def layers(model, *states):
+    """The states of a stack's layers one by one; of another place the states themselves."""
+    if not isinstance(model, Projection):
+        return [states]
+    held = jax.tree.map(np.asarray, states)
+    return [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), held) for i in range(model.num_layers)]
 
 
 def matrices(model):
@@ -170,9 +179,16 @@ def names(model):
     return [path for path, _ in nnx.to_flat_state(nnx.state(model))]
 
 
-pytestmark = [pytest.mark.parametrize("place", PLACES), pytest.mark.parametrize("case", CASES)]
+every_place = pytest.mark.parametrize("place", PLACES)
+every_case = pytest.mark.parametrize("case", CASES)
+# These run the programs of others. How they start, their scale and what they merge to is tested for every case.
+SAME = ("rslora", "lora_plus", "relora", "orthogonal", "olora", "rslora with magnitude")
+PROGRAMS = [pytest.param(case, marks=[pytest.mark.slow] * (case in SAME)) for case in CASES]
+every_program = pytest.mark.parametrize("case", PROGRAMS)
 
 
+@every_place
+@every_case
 def test_starts_as_the_base_and_leaves_it_untouched(case, place):
     x, base = draw(9, TOKENS, IN), make(place)
     plain = np.asarray(run(base, x))
@@ -187,6 +203,8 @@ def test_starts_as_the_base_and_leaves_it_untouched(case, place):
     assert type(model) is type(base) and list(names(model)) == list(names(base))
 
 
+@every_place
+@every_case
 def test_forward_is_the_formula_and_layers_left_out_are_the_base(case, place):
     x = draw(9, TOKENS, IN)
     plain = np.asarray(run(make(place), x))
@@ -202,8 +220,20 @@ def test_forward_is_the_formula_and_layers_left_out_are_the_base(case, place):
         np.testing.assert_allclose(y[LEFT_OUT], plain[LEFT_OUT], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_merge_and_unmerge(case, place, bias):
+@every_place
+@every_case
+def test_merge_and_unmerge(case, place):
+    check_merge(case, place, bias=True)
+
+
+# A layer without bias differs where the method has to do with biases; where it hasn't, one case stands for all.
+@every_place
+@pytest.mark.parametrize("case", ["lora", "lora with biases", "rslora with magnitude", "bitfit", "ia3"])
+def test_merge_and_unmerge_without_bias(case, place):
+    check_merge(case, place, bias=False)
+
+
+def check_merge(case, place, bias):
     x = draw(9, TOKENS, IN)
     model, _ = attached(case, place, bias=bias)
     kernel, before = np.asarray(model.kernel[...]), (type(model), list(names(model)))
@@ -221,6 +251,8 @@ def test_merge_and_unmerge(case, place, bias):
     assert (type(model), list(names(model))) == before
 
 
+@every_place
+@every_program
 def test_gradients_by_finite_differences_of_the_formula(case, place):
     x = draw(9, TOKENS, IN)
     model, _ = attached(case, place)
@@ -229,11 +261,16 @@ def test_gradients_by_finite_differences_of_the_formula(case, place):
     slopes = draw(10, *np.shape(run(model, x)))
     graphdef, adapters, frozen = mj.partition(model)
 
+    # All numbers are arguments, so layers and methods that differ in these alone share a program.
     @jax.jit
-    def slope(adapters, x):
-        return jax.grad(lambda *a: jnp.sum(run(nnx.merge(graphdef, a[0], frozen), a[1]) * slopes), (0, 1))(adapters, x)
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def slope(adapters, x, frozen, slopes):
+        return jnp.sum(nnx.merge(graphdef, adapters, frozen)(x).reshape(len(x), -1) * slopes)
 
-    found, dx = slope(adapters, x)
+    parts = zip(layers(model, adapters, frozen), slopes.reshape(-1, TOKENS, slopes.shape[-1]), strict=True)
+    found, dx = zip(*[slope(one, x, rest, weights) for (one, rest), weights in parts], strict=True)
+    found = jax.tree.map(lambda *leaves: np.stack(leaves), *found) if len(found) > 1 else found[0]
+    dx = np.sum(dx, axis=0)
     gradient = {e.path: e.params for e in adapters_of(nnx.merge(graphdef, found, frozen))}
     params, weights = values(model), {k: np.float64(v) for k, v in parts_of(model, slopes).items()}
 
@@ -272,16 +309,20 @@ def dots(jaxpr):
     return found
 
 
+@every_place
+@every_program
 def test_bfloat16_is_not_promoted_and_the_kernel_gets_no_gradient(case, place):
     model, _ = attached(case, place, jnp.bfloat16)
     fill(model)
     x = jnp.asarray(draw(9, TOKENS, IN), jnp.bfloat16)
-    assert run(model, x).dtype == jnp.bfloat16
     graphdef, adapters, frozen = mj.partition(model)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(adapters))
+    adapters, frozen = layers(model, adapters, frozen)[0]
 
     def loss(adapters, frozen):
-        return jnp.sum(run(nnx.merge(graphdef, adapters, frozen), x).astype(jnp.float32) ** 2)
+        y = nnx.merge(graphdef, adapters, frozen)(x)
+        assert y.dtype == jnp.bfloat16
+        return jnp.sum(y.astype(jnp.float32) ** 2)
 
     traced = jax.make_jaxpr(jax.grad(loss))(adapters, frozen)
     columns = {"linear": 5, "stack": 12, "einsum": 6}[place]
@@ -297,6 +338,8 @@ def test_bfloat16_is_not_promoted_and_the_kernel_gets_no_gradient(case, place):
         )
 
 
+@every_place
+@every_case
 def test_parameters_are_counted(case, place):
     model, report = attached(case, place)
     expected = sum(

@@ -26,7 +26,7 @@ def set_tables(model, embedding, head):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("make", [mj.LoRAConfig, mj.RsLoRAConfig, mj.DoRAConfig])
+@pytest.mark.parametrize("make", [mj.LoRAConfig, pytest.param(mj.RsLoRAConfig, marks=pytest.mark.slow), mj.DoRAConfig])
 def test_adapted_tables_equal_a_model_with_those_tables(tied, make):
     model, plain = decoder(tied), decoder(tied)
     before = np.asarray(model(IDS))

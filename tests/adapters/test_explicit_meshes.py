@@ -22,7 +22,7 @@ class Turned(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (6, 8)))
-        self.bias = nnx.Param(jax.random.normal(rngs.params(), (6,)))
+        self.bias = nnx.Param(jnp.arange(1.0, 7.0))
         self.equation = "...i,oi->...o"
 
     def __call__(self, x):
@@ -53,24 +53,25 @@ def call(layer, x, attend, **placing):
         ("linear", CASES["lora"], P(None, "model"), P("data"), None),
         ("linear", CASES["lora with biases"], P("model"), P("data"), None),
         ("linear", CASES["lora"], P("model"), P("data", None, "model"), P("data", None, None)),
-        ("linear", CASES["mora"], P("model"), P("data"), None),
         ("linear", CASES["mora rotation"], P(), P("data", "model"), None),
         ("linear", CASES["dora"], P(), P("data", None, "model"), None),
-        ("linear", CASES["pissa"], P(None, "model"), P("data"), None),
         ("linear", CASES["ia3 on inputs"], P(None, "model"), P("data"), None),
         ("general", LORA, P(None, None, "model"), P("data"), None),
-        ("general", DORA, P(None, None, "model"), P("data"), None),
-        ("einsum", LORA, P(None, "model"), P("data"), None),
         ("einsum", DORA, P(None, "model"), P("data"), None),
         ("embed", LORA, P("model"), P("data"), P("data", None, None)),
         ("attend", DORA, P("model"), P("data"), None),
-        ("turned", LORA, P("model"), P("data"), None),
         ("turned", DORA, P(None, "model"), P("data"), None),
-        ("turned", CASES["ia3 on inputs"], P("model"), P("data"), None),
         ("linear", CASES["hira"], P("model"), P("data"), None),
-        ("turned", CASES["hira"], P("model"), P("data"), None),
-        ("linear", CASES["oft"], P(None, "model"), P("data"), None),
         ("turned", CASES["oft"], P(None, "model"), P("data"), None),
+        # A class of layer and a method that both stand above, with others.
+        pytest.param("linear", CASES["mora"], P("model"), P("data"), None, marks=pytest.mark.slow),
+        pytest.param("linear", CASES["pissa"], P(None, "model"), P("data"), None, marks=pytest.mark.slow),
+        pytest.param("general", DORA, P(None, None, "model"), P("data"), None, marks=pytest.mark.slow),
+        pytest.param("einsum", LORA, P(None, "model"), P("data"), None, marks=pytest.mark.slow),
+        pytest.param("turned", LORA, P("model"), P("data"), None, marks=pytest.mark.slow),
+        pytest.param("turned", CASES["ia3 on inputs"], P("model"), P("data"), None, marks=pytest.mark.slow),
+        pytest.param("turned", CASES["hira"], P("model"), P("data"), None, marks=pytest.mark.slow),
+        pytest.param("linear", CASES["oft"], P(None, "model"), P("data"), None, marks=pytest.mark.slow),
     ],
 )
 def test_as_on_one_device_and_placed_as_the_plain_layer(mesh, kind, config, kernel, inputs, out):

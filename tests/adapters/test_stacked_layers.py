@@ -23,7 +23,7 @@ class Block(nnx.Module):
         self.up = nnx.Linear(WIDTH, 8, rngs=rngs)
         self.out = nnx.Einsum("...d,hd->...h", (WIDTH, 8), (WIDTH,), rngs=rngs)
         for layer in (self.up, self.out):
-            layer.bias[...] = jax.random.normal(rngs.params(), layer.bias.shape)
+            layer.bias[...] = jnp.arange(1.0, 1.0 + layer.bias.size) / layer.bias.size
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
 
     def __call__(self, x):
@@ -72,8 +72,8 @@ def loss(model, x):
 @pytest.mark.parametrize(
     "name",
     [
-        *("lora with biases", "mora rotation", "vera"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "pissa", "adalora", "ia3 on inputs")),
+        *("lora with biases", "mora rotation"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "dora", "pissa", "adalora", "ia3 on inputs")),
     ],
 )
 def test_each_layer_of_a_stack_has_its_adapter(name, tmp_path):
@@ -128,7 +128,7 @@ class Turned(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs):
         self.weight = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (WIDTH, WIDTH)))
-        self.bias = nnx.Param(jax.random.normal(rngs.params(), (WIDTH,)))
+        self.bias = nnx.Param(jnp.arange(1.0, 1.0 + WIDTH))
         self.equation = "...i,oi->...o"
 
     def __call__(self, x):

@@ -15,11 +15,17 @@ from mora_jax.training.setup import put_adapter
 from tests.adapters.made import config_from
 from tests.models.tiny import LLAMA, fill_randomly
 
+# One of several matrices with one input, twice, and one alone.
+TARGETS = ("k_proj", "up_proj", "down_proj")
 PATTERNS = {"rank_pattern": {r"layers\.1\..*": 2}, "alpha_pattern": {"up_proj": 6.0}}
 
 
 def decoder() -> mj.models.Decoder:
     return mj.models.Decoder(read_config(LLAMA | {"num_hidden_layers": 2}, "config.json"), rngs=nnx.Rngs(0), unroll=1)
+
+
+def config_of(values):
+    return config_from({"targets": TARGETS} | values)
 
 
 def changes(model) -> dict[str, np.ndarray]:
@@ -83,7 +89,7 @@ OWN = {name: {"rank": 4} for name in METHODS if "path" in METHOD_KEYS[name]} | {
 @pytest.mark.parametrize("name", OWN)
 def test_every_method_goes_on_from_what_it_wrote(name, tmp_path):
     values = {"method": name} | OWN[name]
-    config = config_from(values)
+    config = config_of(values)
     before = written(tmp_path / "a", config)
     model = started(tmp_path / "a", method=values["method"], **({"target_rank": 2} if name == "adalora" else {}))
     same(changes(model), before)
@@ -102,7 +108,7 @@ def test_every_method_goes_on_from_what_it_wrote(name, tmp_path):
     ("start", "method"), [("lora", "lora_plus"), ("rslora", "lora_plus"), ("dora", "lora_fa"), ("pissa", "lora_fa")]
 )
 def test_any_lora_is_trained_by_how_it_is_to_be_trained(start, method, tmp_path):
-    before = written(tmp_path / "a", config_from({"method": start, "rank": 4, **PATTERNS}))
+    before = written(tmp_path / "a", config_of({"method": start, "rank": 4, **PATTERNS}))
     ratio = {"lr_ratio": 4.0} if method == "lora_plus" else {}
     model = started(tmp_path / "a", method=method, **ratio)
     same(changes(model), before)
@@ -115,9 +121,9 @@ def test_any_lora_is_trained_by_how_it_is_to_be_trained(start, method, tmp_path)
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_start_stays_fixed(method, tmp_path):
-    written(tmp_path / "a", config_from({"method": method, "rank": 4}))
+    written(tmp_path / "a", config_of({"method": method, "rank": 4}))
     first, model = decoder(), started(tmp_path / "a", method=method)
-    mj.attach(first, config_from({"method": method, "rank": 4}), rngs=nnx.Rngs(1))
+    mj.attach(first, config_of({"method": method, "rank": 4}), rngs=nnx.Rngs(1))
     for ours, fresh in zip(adapters_of(model), adapters_of(first), strict=True):
         assert ours.config.rank == 4
         for name in ("initial_a", "initial_b"):
@@ -136,7 +142,7 @@ def test_the_start_stays_fixed(method, tmp_path):
     ],
 )
 def test_another_function_is_refused(start, method, words, tmp_path):
-    written(tmp_path / "a", config_from({"method": start, "rank": 4}))
+    written(tmp_path / "a", config_of({"method": start, "rank": 4}))
     with pytest.raises(mj.InputError, match=words) as raised:
         started(tmp_path / "a", method=method)
     assert "\n" not in str(raised.value)

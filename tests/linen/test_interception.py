@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -46,18 +48,27 @@ def filled(tree, seed=0, scale=0.3):
     return jax.tree.unflatten(treedef, [jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype) for leaf in leaves])
 
 
+def wave(key, shape, dtype=jnp.float32):
+    """Starting values without a generator, which takes long to compile: another key, other numbers."""
+    phase = (jax.random.key_data(key)[-1] % 1024).astype(dtype)
+    return (0.5 * jnp.sin(phase + jnp.arange(math.prod(shape), dtype=dtype) ** 2)).reshape(shape)
+
+
+WAVES = {"kernel_init": wave, "bias_init": wave}
+
+
 class Everything(nn.Module):
     """A layer of every class: table and tied head, attention, an einsum with transposed axes, a convolution."""
 
     @nn.compact
     def __call__(self, ids):
-        embed = nn.Embed(7, 8, name="embed")
+        embed = nn.Embed(7, 8, embedding_init=wave, name="embed")
         x = embed(ids)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attn")(x, x)
-        x = nn.Einsum((2, 8, 3), "btd,ndh->bthn", bias_init=nn.initializers.normal(), name="mix")(x)
-        x = nn.DenseGeneral(8, axis=(-2, -1), name="join")(x)
-        x = nn.Conv(8, (2,), name="conv")(x)
-        return embed.attend(nn.tanh(nn.Dense(8)(x)))
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attn", **WAVES)(x, x)
+        x = nn.Einsum((2, 8, 3), "btd,ndh->bthn", name="mix", **WAVES)(x)
+        x = nn.DenseGeneral(8, axis=(-2, -1), name="join", **WAVES)(x)
+        x = nn.Conv(8, (2,), name="conv", **WAVES)(x)
+        return embed.attend(nn.tanh(nn.Dense(8, **WAVES)(x)))
 
 
 class Few(nn.Module):
@@ -65,7 +76,7 @@ class Few(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(8)(nn.Einsum((2, 8, 3), "bd,ndh->bhn", name="mix")(x).reshape(2, 6))
+        return nn.Dense(8, **WAVES)(nn.Einsum((2, 8, 3), "bd,ndh->bhn", name="mix", **WAVES)(x).reshape(2, 6))
 
 
 LINEAR = ["query", "key", "value", "attn.out", "mix", "join", "Dense_0"]

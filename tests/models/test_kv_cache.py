@@ -46,13 +46,13 @@ def test_prompt_then_token_by_token(model):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_of_different_lengths(model, side):
-    lengths = (6, 3)
-    prompt, mask = np.zeros((2, 6), int), np.zeros((2, 6), int)
+    lengths = (5, 3)
+    prompt, mask = np.zeros((2, 5), int), np.zeros((2, 5), int)
     for row, length in enumerate(lengths):
-        where = slice(6 - length, 6) if side == "left" else slice(0, length)
+        where = slice(5 - length, 5) if side == "left" else slice(0, length)
         prompt[row, where], mask[row, where] = IDS[row, :length], 1
     expected = model(IDS)
-    cache = model.init_cache(2, 10)
+    cache = model.init_cache(2, 11)
     logits, cache = model.extend(cache, prompt, segment_ids=mask)
     for row, length in enumerate(lengths):
         close(logits[row], expected[row, length - 1])
@@ -68,21 +68,21 @@ def test_inside_a_compiled_loop(model):
         logits, cache = model.extend(cache, token)
         return cache, logits.argmax(-1)[:, None]
 
-    logits, cache = model.extend(model.init_cache(2, 11), IDS[:, :4])
+    logits, cache = model.extend(model.init_cache(2, 11), IDS[:, :5])
     token = logits.argmax(-1)[:, None]
-    text = [IDS[:, :4], token]
+    text = [IDS[:, :5], token]
     step = jax.jit(greedy)
-    for _ in range(3):
+    for _ in range(5):
         cache, token = step(cache, token)
         text.append(token)
     text = np.concatenate(text, axis=1)
-    np.testing.assert_array_equal(np.asarray(model(text)).argmax(-1)[:, 3:-1], text[:, 4:])
+    np.testing.assert_array_equal(np.asarray(model(text)).argmax(-1)[:, 4:-1], text[:, 5:])
 
 
 def test_a_full_cache_is_refused():
     model = init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
-    _, cache = model.extend(model.init_cache(2, 6), IDS[:, :5])
-    with pytest.raises(ValueError, match="the cache has 6 slots, 5 in use: no room for 2 tokens"):
-        model.extend(cache, IDS[:, :2])
+    _, cache = model.extend(model.init_cache(2, 11), IDS[:, :5])
+    with pytest.raises(ValueError, match="the cache has 11 slots, 5 in use: no room for 7 tokens"):
+        model.extend(cache, IDS[:, :7])
     with pytest.raises(ValueError, match="at least one row and one slot, got 2 rows of 0"):
         model.init_cache(2, 0)

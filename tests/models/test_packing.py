@@ -12,6 +12,8 @@ from mora_jax.models.decoder import Decoder
 from tests.models.tiny import SIZES, fill_randomly
 
 METHODS = {
+    # Where the family is the point, not the adapters.
+    "two": mj.LoRAConfig(rank=2, targets=("q_proj", "down_proj")),
     "lora": mj.LoRAConfig(rank=2),
     "mora": mj.MoRAConfig(rank=2, kind="rotation"),
     "sharing": mj.MoRAConfig(rank=2, kind="sharing"),
@@ -34,10 +36,10 @@ FAMILIES = {
     },
 }
 CASES = [
-    *[("Gemma3", method) for method in ("lora", "mora")],
-    *[pytest.param("Gemma3", method, marks=pytest.mark.slow) for method in METHODS if method not in ("lora", "mora")],
-    *[(family, "mora") for family in ("Llama", "Qwen3", "Gemma2")],
-    *[pytest.param(family, "mora", marks=pytest.mark.slow) for family in ("Mistral", "Qwen2")],
+    ("Gemma3", "mora"),
+    *[pytest.param("Gemma3", method, marks=pytest.mark.slow) for method in ("lora", "sharing", "full")],
+    *[(family, "two") for family in ("Llama", "Qwen3", "Gemma2")],
+    *[pytest.param(family, "mora", marks=pytest.mark.slow) for family in FAMILIES if family != "Gemma3"],
 ]
 
 

@@ -1,5 +1,7 @@
 """A decoder on quantised kernels computes what one computes on the values that they stand for, and keeps none dense."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,21 +22,24 @@ from tests.models.tiny import LLAMA, fill_randomly, random_ids
 #: One input that fills blocks, one whose last block is part of one.
 SIZES = LLAMA | {"hidden_size": 64, "intermediate_size": 80, "head_dim": 16}
 IDS = random_ids(2, 12)
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 METHODS = {
-    "lora": mj.LoRAConfig(rank=2),
-    "rslora": mj.RsLoRAConfig(rank=2),
-    "dora": mj.DoRAConfig(rank=2),
-    "lora_plus": mj.LoRAPlusConfig(rank=2),
-    "lora_fa": mj.LoRAFAConfig(rank=2),
-    "mora": mj.MoRAConfig(rank=2, kind="rotation"),
-    "vera": mj.VeRAConfig(rank=4),
-    "adalora": mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=10),
-    "ia3": mj.IA3Config(),
-    "hira": mj.HiRAConfig(rank=2),
-    "oft": mj.OFTConfig(8),
-    "ia3_inputs": mj.IA3Config(targets=("q_proj", "up_proj"), feedforward=("q_proj", "up_proj")),
-    "bitfit": mj.BitFitConfig(),
-    "head": mj.LoRAConfig(rank=2, targets=("q_proj", "embed_tokens")),
+    "lora": [mj.LoRAConfig(rank=2)],
+    # What adds to a product beside what turns its input.
+    "lora, oft": [mj.LoRAConfig(rank=2, targets=ATTENTION), mj.OFTConfig(8, targets=MLP)],
+    "rslora": [mj.RsLoRAConfig(rank=2)],
+    "dora": [mj.DoRAConfig(rank=2)],
+    "lora_plus": [mj.LoRAPlusConfig(rank=2)],
+    "lora_fa": [mj.LoRAFAConfig(rank=2)],
+    "mora": [mj.MoRAConfig(rank=2, kind="rotation")],
+    "vera": [mj.VeRAConfig(rank=4)],
+    "adalora": [mj.AdaLoRAConfig(rank=3, target_rank=2, total_steps=10)],
+    "ia3": [mj.IA3Config()],
+    "hira": [mj.HiRAConfig(rank=2)],
+    "oft": [mj.OFTConfig(8)],
+    "ia3_inputs": [mj.IA3Config(targets=("q_proj", "up_proj"), feedforward=("q_proj", "up_proj"))],
+    "bitfit": [mj.BitFitConfig()],
+    "head": [mj.LoRAConfig(rank=2, targets=("q_proj", "embed_tokens"))],
 }
 
 
@@ -47,7 +52,8 @@ def dense(**options) -> Decoder:
 
 def gradient_of(model, method):
     """Loss, logits and gradient as a function of the adapters, and the adapters with random values."""
-    mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
+    for config in METHODS[method]:
+        mj.attach(model, config, rngs=nnx.Rngs(1))
     fill_randomly(model)
     graphdef, adapters, frozen = mj.partition(model)
 
@@ -58,9 +64,8 @@ def gradient_of(model, method):
     return jax.value_and_grad(loss, has_aux=True), adapters
 
 
-@pytest.mark.parametrize("method", ["lora", "oft"])
-def test_gradients_are_those_of_the_rounded_base(method):
-    check_gradients("nf4", method)
+def test_gradients_are_those_of_the_rounded_base():
+    check_gradients("nf4", "lora, oft")
 
 
 @pytest.mark.slow
@@ -96,16 +101,26 @@ def test_loops_and_remat_change_nothing(unroll, remat):
     assert_same(*(jax.tree.leaves(jax.jit(one)(adapters)) for one in (gradient, plain)))
 
 
+# Each method and each remat with both formats.
+KEPT = {(method, remat) for method in ("lora", "dora") for remat in ("none", "dots", "full")}
+QUICK = {("lora", "none"), ("dora", "dots"), ("lora", "full")}
+
+
+@functools.cache
+def kept(held, method, remat):
+    """What the forward loop stacks up for the backward one, in bytes."""
+    model = dense(dtype="bfloat16", remat=remat)
+    gradient, adapters = gradient_of(model if held is None else quantized_copy(model, held), method)
+    return read_traced(jax.make_jaxpr(gradient)(adapters), 3, 1, SIZES["hidden_size"]).saved
+
+
 @pytest.mark.parametrize("held", FORMATS)
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    "method, remat", [*sorted(QUICK), *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(KEPT - QUICK))]
+)
 def test_the_loop_over_layers_hands_no_kernel_to_the_backward_pass(held, method, remat):
     """What the forward loop stacks up is to the byte what it stacks up beside dense kernels, which are arguments."""
-    kept = []
-    for model in (dense(dtype="bfloat16", remat=remat), quantized_copy(dense(dtype="bfloat16", remat=remat), held)):
-        gradient, adapters = gradient_of(model, method)
-        kept.append(read_traced(jax.make_jaxpr(gradient)(adapters), 3, 1, SIZES["hidden_size"]).saved)
-    assert kept[0] == kept[1] > 0
+    assert kept(None, method, remat) == kept(held, method, remat) > 0
 
 
 @pytest.mark.parametrize("held", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
@@ -120,7 +135,8 @@ def test_no_layer_stays_dense_in_the_compiled_step(held):
         def build(layers=layers):
             config = read_config(sizes | {"num_hidden_layers": layers}, "config.json")
             model = Decoder(config, rngs=None, quantize=held)
-            add_adapters(model, METHODS["lora"], rngs=nnx.Rngs(1))
+            # One of several matrices with one input, and one alone.
+            add_adapters(model, mj.LoRAConfig(rank=2, targets=("q_proj", "down_proj")), rngs=nnx.Rngs(1))
             return model
 
         graphdef, adapters, frozen = mj.partition(nnx.eval_shape(build))
@@ -137,7 +153,7 @@ def test_no_layer_stays_dense_in_the_compiled_step(held):
 def test_answers_are_made_from_the_same_numbers(held):
     model, plain = quantized_copy(dense(), held), rounded_copy(dense(), held)
     for one in (model, plain):
-        mj.attach(one, METHODS["lora"], rngs=nnx.Rngs(1))
+        mj.attach(one, METHODS["lora"][0], rngs=nnx.Rngs(1))
         fill_randomly(one)
     found, expected = (one.extend(one.init_cache(2, 16), IDS)[0] for one in (model, plain))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -148,7 +164,7 @@ def test_packed_numbers_count_as_what_they_stand_for(held):
     base = dense()
     model = quantized_copy(base, held)
     assert count(model) == count(base)
-    reports = [mj.attach(one, METHODS["lora"], rngs=nnx.Rngs(1)) for one in (base, model)]
+    reports = [mj.attach(one, METHODS["lora"][0], rngs=nnx.Rngs(1)) for one in (base, model)]
     assert str(reports[0]) == str(reports[1])
 
 
@@ -180,7 +196,7 @@ def test_a_quantised_model_is_neither_merged_nor_saved(tmp_path):
     with pytest.raises(mj.InputError, match="quantize=int8"):
         mj.save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    mj.attach(model, METHODS["lora"], rngs=nnx.Rngs(1))
+    mj.attach(model, METHODS["lora"][0], rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="quantize=int8"):
         mj.merge(model)
 

@@ -13,7 +13,7 @@ from tests.models.tiny import LLAMA, fill_randomly, random_ids
 def answers(layers: int, unroll: int) -> tuple[np.ndarray, list[np.ndarray]]:
     config = read_config(LLAMA | {"num_hidden_layers": layers, "head_dim": 8}, "config.json")
     model = decoder.Decoder(config, rngs=nnx.Rngs(0), unroll=unroll)
-    mj.attach(model, mj.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("q_proj", "down_proj")), rngs=nnx.Rngs(1))
     fill_randomly(model)
     ids = random_ids(2, 7)
     logits, cache = model.extend(model.init_cache(2, 16), ids[:, :5])

@@ -1,7 +1,6 @@
 """MoRA against dense matrices built by loops, and against the outputs of the authors' code."""
 
 import collections
-import functools
 import json
 
 import jax
@@ -17,28 +16,37 @@ TYPES = {1: "sharing", 2: "grouped", 3: "grouped_tile", 4: "strided_interleave",
 SHAPES = [(64, 64, 4), (16, 40, 3), (40, 16, 3), (33, 20, 2), (1, 7, 3), (7, 1, 2), (12, 9, 30), (5, 90, 8)]
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def everything(m, x, g, out_features, kind):
-    """Weight, update and gradients in one program: a compilation a case and not one an operation."""
-    y, pullback = jax.vjp(lambda m, x: mora.apply(x, m, out_features, kind), m, x)
-    return mora.delta_weight(m, x.shape[-1], out_features, kind), y, *pullback(g)
+def everything(cases, out_features):
+    """Weight, update and gradients for cases `(kind, (m, x, g))`.
+
+    In one program: most of a small program's compilation is the same for all.
+    """
+
+    def one(kind, m, x, g):
+        y, pullback = jax.vjp(lambda m, x: mora.apply(x, m, out_features, kind), m, x)
+        return mora.delta_weight(m, x.shape[-1], out_features, kind), y, *pullback(g)
+
+    kinds = [kind for kind, _ in cases]
+    return jax.jit(lambda inputs: [one(kind, *each) for kind, each in zip(kinds, inputs, strict=True)])(
+        [inputs for _, inputs in cases]
+    )
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", mora.KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_loops(kind, shape):
+def test_agrees_with_loops(shape):
     in_features, out_features, rank = shape
-    q = mora.square_rank(in_features, out_features, rank, kind)
-    m, x = random(1, q, q), random(2, 3, in_features)
-    expected = oracle.dense(m, in_features, out_features, kind)
-    scale = np.abs(expected).max()
-    weight, y, _, _ = everything(m, x, np.zeros((3, out_features), np.float32), out_features, kind)
-    np.testing.assert_allclose(weight, expected.T, rtol=0, atol=1e-5 * scale)
-    np.testing.assert_allclose(y, x @ expected.T, rtol=0, atol=1e-5 * max(1.0, np.abs(x @ expected.T).max()))
+    x, g = random(2, 3, in_features), np.zeros((3, out_features), np.float32)
+    sides = {kind: mora.square_rank(in_features, out_features, rank, kind) for kind in mora.KINDS}
+    cases = [(kind, (random(1, q, q), x, g)) for kind, q in sides.items()]
+    for (kind, (m, _, _)), (weight, y, _, _) in zip(cases, everything(cases, out_features), strict=True):
+        expected = oracle.dense(m, in_features, out_features, kind)
+        scale, wanted = np.abs(expected).max(), x @ expected.T
+        np.testing.assert_allclose(weight, expected.T, rtol=0, atol=1e-5 * scale, err_msg=kind)
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()), err_msg=kind)
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3)])
@@ -70,18 +78,19 @@ def test_square_rank_matches_published_sizes():
         assert mora.square_rank(in_features, out_features, rank, "truncation") == q
 
 
-@pytest.mark.parametrize("kind", mora.KINDS)
-def test_gradients_against_the_dense_matrix(kind):
-    q = mora.square_rank(10, 14, 3, kind)
-    m, x, g = random(0, q, q), random(1, 5, 10), random(2, 5, 14)
-    dm, dx = jax.grad(lambda m, x: jnp.sum(mora.apply(x, m, 14, kind) * g), (0, 1))(jnp.asarray(m), x)
-    np.testing.assert_allclose(dx, g @ oracle.dense(m, 10, 14, kind), atol=1e-4)
-    # The update is linear in M, so its derivative in the direction of one entry is the update of a unit matrix.
-    for row, column in [(0, 0), (q - 1, 0), (q // 2, q - 1)]:
-        unit = np.zeros((q, q))
-        unit[row, column] = 1
-        expected = np.sum(x @ oracle.dense(unit, 10, 14, kind).T * g)
-        np.testing.assert_allclose(dm[row, column], expected, atol=1e-4)
+def test_gradients_against_the_dense_matrix():
+    x, g = random(1, 5, 10), random(2, 5, 14)
+    sides = {kind: mora.square_rank(10, 14, 3, kind) for kind in mora.KINDS}
+    cases = [(kind, (random(0, q, q), x, g)) for kind, q in sides.items()]
+    for (kind, (m, _, _)), (_, _, dm, dx) in zip(cases, everything(cases, 14), strict=True):
+        np.testing.assert_allclose(dx, g @ oracle.dense(m, 10, 14, kind), atol=1e-4, err_msg=kind)
+        # The update is linear in M, so its derivative in the direction of one entry is the update of a unit matrix.
+        q = len(m)
+        for row, column in [(0, 0), (q - 1, 0), (q // 2, q - 1)]:
+            unit = np.zeros((q, q))
+            unit[row, column] = 1
+            expected = np.sum(x @ oracle.dense(unit, 10, 14, kind).T * g)
+            np.testing.assert_allclose(dm[row, column], expected, atol=1e-4, err_msg=kind)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +148,7 @@ def test_goldens(shared_dir):
             x, g = arrays[f"{key}/x"], arrays[f"{key}/g"]
         by_shape[i, o].append((key, kind, (m, x, g), expected))
     for (_, o), group in by_shape.items():
-        kinds = [kind for _, kind, _, _ in group]
-        # One program for the cases of a shape: most of a small program's compilation is the same for all.
-        all_found = jax.jit(
-            lambda all_inputs, o=o, kinds=kinds: [
-                everything(*inputs, o, kind) for inputs, kind in zip(all_inputs, kinds, strict=True)
-            ]
-        )([inputs for _, _, inputs, _ in group])
+        all_found = everything([(kind, inputs) for _, kind, inputs, _ in group], o)
         for (key, _, _, expected), values in zip(group, all_found, strict=True):
             found = dict(zip(("dW", "delta", "dM", "dx"), values, strict=True))
             for name, right in expected.items():

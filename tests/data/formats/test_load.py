@@ -253,7 +253,7 @@ def test_memory_does_not_grow_with_the_file(kind, tmp_path):
         return result
 
     peak(100)  # What is made once.
-    small, large = peak(10_000), peak(40_000)
+    small, large = peak(6_000), peak(24_000)
     assert large < 1.2 * small + 100_000
 
 

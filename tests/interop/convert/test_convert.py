@@ -1,5 +1,6 @@
 """Conversions: exact where they can be, nearest elsewhere, with the error stated and never silently lossy."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -37,13 +38,15 @@ def shapes_with(folder: Path, config) -> mj.models.Decoder:
     return model
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def dense(config, in_features, out_features, params):
+    """One program for all matrices of a size."""
+    return adapter_class(config).dense(config, in_features, out_features, params)
+
+
 def kernels(model) -> dict[str, np.ndarray]:
     return {
-        entry.path: np.asarray(
-            adapter_class(entry.config).dense(
-                entry.config, entry.in_features, entry.out_features, jax.tree.map(jax.numpy.asarray, entry.params)
-            )
-        )
+        entry.path: np.asarray(dense(entry.config, entry.in_features, entry.out_features, entry.params))
         for entry in adapters_of(model)
     }
 

@@ -71,7 +71,6 @@ def test_values_and_gradients(block, window, traced, softcap, by_index, monkeypa
     # Places that are not indices: as where a prompt was filled up in front.
     places = np.tile(np.arange(T), (B, 1)) if by_index else np.cumsum(SEGMENTS > 0, axis=1) * 2
 
-    @jax.jit
     def run(query, key, value, window):
         given = {} if by_index else {"q_positions": jnp.asarray(places), "kv_positions": jnp.asarray(places)}
         out = attention(
@@ -88,7 +87,8 @@ def test_values_and_gradients(block, window, traced, softcap, by_index, monkeypa
         return jnp.sum(out * COTANGENT), out
 
     static = window
-    gradients, out = jax.grad(run, (0, 1, 2), has_aux=True)(QUERY, KEY, VALUE, window if traced else 0)
+    both = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))
+    gradients, out = both(QUERY, KEY, VALUE, window if traced else 0)
     expected = by_rows(QUERY, KEY, VALUE, COTANGENT, SEGMENTS, places, window, softcap)
     for found, right in zip((out, *gradients), expected, strict=True):
         np.testing.assert_allclose(found, right, rtol=0, atol=2e-5)
