@@ -249,10 +249,13 @@ class Adapter(nnx.Module):
         return over_layers(len(self.layers), one, (self.params(), *arrays))
 
     def _map_if_any(self, one: Callable[..., Array | None], *arrays: Any) -> Array | None:
-        """`map_layers`; where `one` gives None, no program is compiled to find that out."""
+        """`map_layers`; where `one` gives None, no loop is compiled to find that out."""
         depth = len(self.layers)
-        single = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[depth:], a.dtype), (self.params(), *arrays))
-        return None if jax.eval_shape(one, *single) is None else self.map_layers(one, *arrays)
+        if depth:
+            single = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[depth:], a.dtype), (self.params(), *arrays))
+            if jax.eval_shape(one, *single) is None:
+                return None
+        return self.map_layers(one, *arrays)
 
     def delta_weight(self) -> Array:
         """The update as float32 kernels `[*layers, in, out]`; zero for a method that adds nothing to the kernel."""
