@@ -28,13 +28,14 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process-count", metavar="N", type=int, help="how many processes there are")
 
 
-def together(args: argparse.Namespace, out: str | None, work: Callable[[Display], int]) -> int:
+def together(args: argparse.Namespace, again: str, work: Callable[[Display], int], *, silent: bool = False) -> int:
     """Does `work` with the display that suits this process, after it has joined the others, if there are any.
 
     Args:
         args: with the options that name the processes.
-        out: the run directory, for messages.
+        again: the command that goes on where a process is lost, for messages.
         work: given the display, returns the exit code.
+        silent: the work shows for itself how far it is.
     """
     from mora_jax.training.distributed.cluster import find_cluster, read_flags
 
@@ -44,15 +45,16 @@ def together(args: argparse.Namespace, out: str | None, work: Callable[[Display]
     from mora_jax.training.display.choose import make_display
     from mora_jax.training.display.plain import Silent
 
+    choose = Silent if silent else make_display
     if cluster is None:
-        with make_display() as display:
+        with choose() as display:
             return work(display)
     from mora_jax.training.distributed.processes import start
 
     watch = start(cluster)
-    watch.resume = f"mora-jax train --resume {out}"
+    watch.resume = again
     try:
-        with make_display() if watch.index == 0 else Silent() as display:
+        with choose() if watch.index == 0 else Silent() as display:
             code = work(display)
     except BaseException as error:  # also a signal's SystemExit
         _leave(watch, error)

@@ -32,6 +32,7 @@ def load(
         InputError: when either can't be loaded, or there is no tokenizer.
     """
     from mora_jax.interop import load_adapter, load_pretrained
+    from mora_jax.interop.hub import adapter_folder
 
     folder = None if adapter is None else adapter_folder(adapter)
     shardings = None
@@ -47,29 +48,14 @@ def load(
     return model, tokenizer
 
 
-def adapter_folder(path: str) -> str:
-    """Returns the adapter folder itself, also for the run directory around it, or a hub id's local copy.
-
-    Raises:
-        InputError: when there is no adapter.
-    """
-    from mora_jax.interop.hub import local_folder
-
-    if not path:
-        raise InputError("--adapter is empty: give a folder, a run directory or a hub id")
-    found = local_folder(path)
-    for folder in (found, found / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return str(folder)
-    raise InputError(f"{path} is no adapter: there is no adapter_config.json in it or in its folder adapter/")
-
-
 def named_adapters(texts: Iterable[str]) -> dict[str, str]:
     """Adapter folders by name, of texts `NAME=PATH` or `PATH`; a path alone is named after its folder.
 
     Raises:
         InputError: a text lacks one of the two, there is no adapter, or two have one name.
     """
+    from mora_jax.interop.hub import adapter_folder
+
     found: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from mora_jax.cli import convert, demo, generate, inspect, merge, plan, sweep, train
+from mora_jax.cli import convert, demo, generate, inspect, lm_eval, merge, plan, sweep, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
@@ -35,12 +35,15 @@ COMMANDS = {
     "plan": plan,
     "sweep": sweep,
     "report": report_command,
+    "lm-eval": lm_eval,
     "demo": demo,
 }
 # Those that take --config.KEY=VALUE.
 TAKE_KEYS = ("train", "plan", "sweep")
 # Those that compile for seconds; runs say for themselves where what they compile is kept.
-KEEP_PROGRAMS = ("eval", "generate")
+KEEP_PROGRAMS = ("eval", "generate", "lm-eval")
+# Those that hand words they don't know to another program.
+HAND_ON = ("lm-eval",)
 EPILOG = """\
 `mora-jax COMMAND --help` shows a command's options. For a first look: `mora-jax demo`, then
 
@@ -149,13 +152,17 @@ def _run(argv: Sequence[str]) -> int:
     try:
         if name in COMMANDS:
             takes_keys = name in TAKE_KEYS
-            check_options(name, commands[name], rest[1:], takes_keys)
+            if name not in HAND_ON:
+                check_options(name, commands[name], rest[1:], takes_keys)
             if overrides and not takes_keys:
                 _refuse_key(name, commands[name], overrides[0][0])
         elif name not in ("-h", "--help", "--version"):
             refuse_command(name, list(COMMANDS))
         args, words = parser.parse_known_args(rest)
-        refuse_words(name, words, name in TAKE_KEYS)
+        if name in HAND_ON:
+            args.words = words
+        else:
+            refuse_words(name, words, name in TAKE_KEYS)
         args.overrides = overrides
         if name not in KEEP_PROGRAMS:
             return args.run(args)

@@ -78,12 +78,14 @@ def run(args: argparse.Namespace) -> int:
         for given, flag in others:
             if given:
                 raise InputError(f"{flag} can't be given with --resume, which continues as the run's config.json says")
-        return together(args, args.resume, lambda display: _resume(args, profile, display))
+        return together(args, f"mora-jax train --resume {args.resume}", lambda display: _resume(args, profile, display))
     from mora_jax.training.config.load import load_config
 
     overrides = [*args.overrides, *((name, str(value)) for name, value in profile.items())]
     config, note = load_config(args.config, overrides)
-    return together(args, config.out, lambda display: _train(config, note, display, args.overwrite))
+    return together(
+        args, f"mora-jax train --resume {config.out}", lambda display: _train(config, note, display, args.overwrite)
+    )
 
 
 def _train(config: Any, note: str | None, display: Any, overwrite: bool) -> int:

@@ -21,15 +21,31 @@ Chat = str | Sequence[Message | Mapping[str, str]]
 
 
 def find_stop_ids(model: Decoder, tokenizer: Any, template: str | None = None) -> frozenset[int]:
-    """Returns the tokens that end an answer.
+    """Returns the tokens that end an answer in a chat.
 
-    These are the tokenizer's end-of-sequence token, those of config.json and generation_config.json, and the
-    special token that the chat template writes after an answer.
+    These are those of `stated_stop_ids`, and the special token that the chat template writes after an answer.
+
+    Args:
+        model: as for `stated_stop_ids`.
+        tokenizer: a transformers tokenizer.
+        template: as for `mora_jax.data.Renderer`.
+
+    Raises:
+        InputError: a file's `eos_token_id` is no token id.
+    """
+    turns = (Message("user", "Question"), Message("assistant", "Answer"))
+    tokens = tokenize([Renderer(tokenizer, template).render(Conversation(turns))], tokenizer)[0]
+    closing = tokens.input_ids[tokens.segments == Segment.END_OF_TURN]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return stated_stop_ids(model, tokenizer) | {int(token) for token in closing if token in special}
+
+
+def stated_stop_ids(model: Decoder, tokenizer: Any) -> frozenset[int]:
+    """Returns the tokens that end a text: the tokenizer's eos_token, those of config.json and generation_config.json.
 
     Args:
         model: its config holds the content of config.json, its folder may hold generation_config.json.
         tokenizer: a transformers tokenizer.
-        template: as for `mora_jax.data.Renderer`.
 
     Raises:
         InputError: a file's `eos_token_id` is no token id.
@@ -45,11 +61,6 @@ def find_stop_ids(model: Decoder, tokenizer: Any, template: str | None = None) -
             raise InputError(f"{name}: eos_token_id must be a token id or a list of them, found {reprlib.repr(stated)}")
         # Others are never made: -1 stands for none in some files.
         found.update(token for token in ids if 0 <= token < model.config.vocab_size)
-    turns = (Message("user", "Question"), Message("assistant", "Answer"))
-    tokens = tokenize([Renderer(tokenizer, template).render(Conversation(turns))], tokenizer)[0]
-    closing = tokens.input_ids[tokens.segments == Segment.END_OF_TURN]
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    found.update(int(token) for token in closing if token in special)
     return frozenset(found)
 
 

@@ -8,7 +8,7 @@ made by one call, `Generator.stream` one a call.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from mora_jax.models.kv_cache import Cache
 from mora_jax.models.unstacked import UnstackedLayers
 
 BUCKET, SHORT = 64, 16
+LOOKED_AT = 16  # tokens that are made between two looks at the answers
 COPIED = 4 * 2**30  # bytes of layers that a generator copies at most, to decode faster on a CPU
 
 
@@ -94,7 +95,11 @@ class Generator:
             yield token
 
     def batch(
-        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, adapter_ids: Any = None
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        adapter_ids: Any = None,
+        ended: Callable[[np.ndarray], bool] | None = None,
     ) -> list[np.ndarray]:
         """Answers several prompts at once.
 
@@ -103,6 +108,8 @@ class Generator:
             max_new_tokens: at most so many are made for each.
             adapter_ids: int, one a prompt: which of several named adapters answers it, -1 for the base alone; None:
                 the active one.
+            ended: told an answer's tokens so far, from time to time, whether it goes on no further (a stop sequence
+                is in its text); it may then be longer than needed.
 
         Returns:
             int32 `[N_i]` each, without the stop token.
@@ -116,9 +123,16 @@ class Generator:
         if adapter_ids is not None:
             adapter_ids = checked_ids(list(banks(self.model)), adapter_ids, len(prompts))
         proceed, answers = self._begin(prompts, count, adapter_ids)
-        tokens = np.asarray(proceed(answers, count).tokens)[: len(prompts)]
-        # -1 follows a row's last token, and nothing else does.
-        return [row[row >= 0] for row in tokens]
+        if ended is not None:
+            for until in range(LOOKED_AT, count, LOOKED_AT):
+                answers = proceed(answers, until)
+                done = np.array(answers.done)
+                done[: len(prompts)] |= [ended(tokens) for tokens in _rows(answers)[: len(prompts)]]
+                answers = dataclasses.replace(answers, done=jnp.asarray(done))
+                if done.all():
+                    break
+        answers = proceed(answers, count)
+        return _rows(answers)[: len(prompts)]
 
     def _begin(self, prompts: Sequence[Sequence[int] | np.ndarray], count: int, adapter_ids: Any) -> Any:
         """A function that proceeds with answers until so many tokens are made, and the answers with their first token
@@ -165,6 +179,11 @@ class Generator:
         if longest >= context:
             raise InputError(f"the prompt has {longest} tokens, the model's context {context}; shorten the prompt")
         return min(wanted, context - longest)
+
+
+def _rows(answers: Any) -> list[np.ndarray]:
+    """The tokens of each row; -1 follows its last one, and nothing else does."""
+    return [row[row >= 0] for row in np.asarray(answers.tokens)]
 
 
 def _faster_apart(model: Decoder) -> bool:

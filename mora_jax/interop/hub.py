@@ -34,6 +34,21 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     return _download(text)
 
 
+def adapter_folder(path: str) -> str:
+    """The adapter folder itself, also for the run directory around it, or a hub id's local copy.
+
+    Raises:
+        InputError: when there is no adapter.
+    """
+    if not path:
+        raise InputError("the adapter is empty: give a folder, a run directory or a hub id")
+    found = local_folder(path)
+    for folder in (found, found / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return str(folder)
+    raise InputError(f"{path} is no adapter: there is no adapter_config.json in it or in its folder adapter/")
+
+
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

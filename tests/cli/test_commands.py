@@ -101,7 +101,7 @@ def test_generate_with_several_adapters_gives_the_answer_of_each(run, fails, mod
     [
         ("=runs/poet", "--adapter =runs/poet: it has no name before its path"),
         ("poet=", "--adapter poet=: it has no path behind its name"),
-        ("", "--adapter is empty"),
+        ("", "the adapter is empty"),
     ],
 )
 def test_half_of_a_named_adapter_is_refused(fails, model_dir, text, line):
