@@ -30,7 +30,7 @@ from lm_eval.models.utils import (
 )
 from tqdm import tqdm
 
-from mora_jax.data.conversation import Message
+from mora_jax.data.conversation import Conversation, Message
 from mora_jax.data.templates.render import Renderer
 from mora_jax.errors import InputError
 from mora_jax.evaluation.chat import stated_stop_ids
@@ -125,11 +125,13 @@ class MoraJaxLM(TemplateLM):
         _refuse(unknown, device, max_batch_size)
         sizes = {"batch_size": batch_size, "max_length": max_length, "max_gen_toks": max_gen_toks}
         rows, longest, self.max_gen_toks = (_positive(name, size) for name, size in sizes.items())
+        # Before the base: a wrong path is told at once.
+        folder = None if adapter is None else adapter_folder(str(adapter))
         model: Any
         model, self.tokenizer = _load(pretrained, tokenizer, dtype, quantize)
-        if adapter is not None:
+        if folder is not None:
             model = bare(model)
-            load_adapter(model, adapter_folder(str(adapter)), kind=adapter_kind)
+            load_adapter(model, folder, kind=adapter_kind)
         self.model, self.adapter, self.batch_size = model, adapter, rows
         context = model.config.max_positions
         if longest is not None and longest > context:
@@ -195,7 +197,7 @@ class MoraJaxLM(TemplateLM):
             for part in self._parts(range(len(texts))):
                 scores = iter(self._scorer.score([pair for number in part for pair in cut[number]], _advance(bar)))
                 for number in part:
-                    found[number] = sum(next(scores).logprob for _ in cut[number])
+                    found[number] = sum((next(scores).logprob for _ in cut[number]), 0.0)
                     self.cache_hook.add_partial("loglikelihood_rolling", (texts[number],), found[number])
         return found
 
@@ -249,14 +251,14 @@ class MoraJaxLM(TemplateLM):
             )
         if drawn and temperature == 0:
             raise InputError("do_sample=True needs a temperature above 0 beside it")
-        if not 0 < count < self.max_length:
-            raise InputError(
-                f"max_gen_toks={count} must be at least 1 and leave room for the prompt in max_length={self.max_length}"
-            )
         try:
             sampling = Sampling(temperature if drawn else 0.0, float(top_p), self.seed)
         except ValueError as error:
             raise InputError(f"generation arguments: {error}") from None
+        if not 0 < count < self.max_length:
+            raise InputError(
+                f"max_gen_toks={count} must be at least 1 and leave room for the prompt in max_length={self.max_length}"
+            )
         # A special token is not in the text, where it could be found.
         special = self.tokenizer.get_added_vocab()
         return _Plan(sampling, stop, count, self._stop_ids | {special[text] for text in stop if text in special})
@@ -291,9 +293,11 @@ class MoraJaxLM(TemplateLM):
             InputError: there is no template.
         """
         if self._renderer is not None:
-            last = "" if add_generation_prompt else chat_history[-1]["content"]
-            asked = chat_history if add_generation_prompt else chat_history[:-1]
-            return self._renderer.prompt([Message(one["role"], one["content"]) for one in asked]) + last
+            messages = tuple(Message(one["role"], one["content"]) for one in chat_history)
+            if add_generation_prompt:
+                return self._renderer.prompt(messages)
+            text, last = self._renderer.render(Conversation(messages)).text, messages[-1].content
+            return text[: text.rindex(last) + len(last)]
         if not self.tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template: give template=alpaca or another in model_args")
         options = {
