@@ -91,7 +91,8 @@ class MoraJaxLM(TemplateLM):
         add_bos_token: whether texts begin with a beginning-of-sequence token; None: as the tokenizer has it.
         prefix_token_id: the token before a text that has no context; None: the tokenizer's bos_token, or its eos_token.
         seed: equal seeds give equal draws, where a task has answers drawn.
-        device, max_batch_size: only as the harness gives them when nobody has set them.
+        device: JAX's own platform; another is refused.
+        max_batch_size: refused.
 
     Raises:
         InputError: an argument is unknown or can't be used, or what it names can't be loaded.
@@ -400,7 +401,8 @@ def _load(pretrained: Any, tokenizer: Any, dtype: str | None, quantize: str) -> 
 
 
 def _refuse(unknown: Mapping[str, Any], device: str | None, max_batch_size: int | None) -> None:
-    if device is not None:
+    # The harness's command says cuda:0 where its user says nothing.
+    if device not in (None, "cuda:0") and str(device).partition(":")[0].replace("cuda", "gpu") != jax.default_backend():
         raise InputError(f"device={device}: JAX chooses its device itself; the variable JAX_PLATFORMS names another")
     if max_batch_size is not None:
         raise InputError("max_batch_size goes with batch_size=auto, which is not supported: give batch_size a number")

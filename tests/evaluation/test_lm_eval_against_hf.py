@@ -130,7 +130,7 @@ def test_the_command_compares_adapters_with_one_base(tasks, adapter, tmp_path, m
         ({"batch_size": "auto"}, "batch_size must be a positive whole number, got 'auto'"),
         ({"max_length": 1000}, "max_length is 1000, but the model's context has 256 tokens"),
         ({"pretrained": None}, "model_args lack pretrained="),
-        ({"device": "cuda"}, "device=cuda: JAX chooses"),
+        ({"device": "mps"}, "device=mps: JAX chooses"),
     ],
 )
 def test_model_args_that_are_refused(settings, line):
