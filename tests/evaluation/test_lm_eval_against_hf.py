@@ -10,10 +10,10 @@ from mora_jax import AdapterParam, LoRAConfig, attach, demo, load_adapter, load_
 from mora_jax.cli.lm_eval import command_lines
 from mora_jax.cli.main import main
 from mora_jax.errors import InputError
-from mora_jax.evaluation import lm_eval as ours_module
 from mora_jax.interop.read_adapter import bare
 
-lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+ours_module = pytest.importorskip("mora_jax.evaluation.lm_eval", reason="the extra lm-eval is not installed")
+evaluator, task_files = (pytest.importorskip(f"lm_eval.{name}") for name in ("evaluator", "tasks"))
 # The harness, and what it imports, give warnings of their own.
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -74,9 +74,9 @@ def adapter(tmp_path_factory):
 
 def responses(model, tasks, names=tuple(TASKS), **options):
     """What a model answered, by task and item."""
-    manager = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
+    manager = task_files.TaskManager(include_path=str(tasks), include_defaults=False)
     options = {"batch_size": 2, "bootstrap_iters": 0, "task_manager": manager, **options}
-    found = lm_eval.simple_evaluate(model, tasks=list(names), **options)["samples"]
+    found = evaluator.simple_evaluate(model, tasks=list(names), **options)["samples"]
     return {name: [sample["filtered_resps"] for sample in samples] for name, samples in found.items()}
 
 
@@ -105,6 +105,7 @@ def test_items_equal_those_of_hf_with_an_adapter(tasks, adapter, tmp_path):
     assert cached == ours["rolling"]
 
 
+@pytest.mark.slow
 def test_the_command_compares_adapters_with_one_base(tasks, adapter, tmp_path, monkeypatch, capsys):
     loads = []
     load = ours_module.load_pretrained
