@@ -23,7 +23,12 @@ ROWS = [
     {"query": "Sort these letters: " + "b a d c " * 50, "choices": [" a", " a b c d", " z"], "gold": 1},
 ]
 TASKS = {
-    "choice": {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}], "num_fewshot": 1},
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc"}],
+        "num_fewshot": 1,
+    },
     "rolling": {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -52,7 +57,6 @@ def tasks(tmp_path_factory):
             "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
             "test_split": "test",
             "doc_to_text": "{{query}}",
-            "doc_to_choice": "{{choices}}",
             "doc_to_target": "{{gold}}",
             **task,
         }
