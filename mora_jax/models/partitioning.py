@@ -6,11 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
-<<<<<<< HEAD
-=======
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
->>>>>>> d03828c (Kernels of several matrices are stored as matrices on TPUs: no copy of them in a step; plan compiles for one chip)
 
 from mora_jax.adapters.base import AdapterParam
 from mora_jax.adapters.projection import Projection

@@ -24,14 +24,9 @@ from flax import nnx
 from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-<<<<<<< HEAD
 from mora_jax.models.attention.head_shards import HeadShards
 from mora_jax.models.attention.ring import Ring
-from mora_jax.models.partitioning import Partitioner
-=======
-from mora_jax.models.partitioning import HeadShards, Partitioner, lay_kernels
-from mora_jax.models.ring_attention import Ring
->>>>>>> d03828c (Kernels of several matrices are stored as matrices on TPUs: no copy of them in a step; plan compiles for one chip)
+from mora_jax.models.partitioning import Partitioner, lay_kernels
 from mora_jax.training.state import dotted
 
 Array = jax.Array
