@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,7 +19,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first
 from mora_jax.interop.hub import load_tokenizer, local_folder
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
-from mora_jax.interop.sharded_read import Shardings, read_quantized, read_sharded
+from mora_jax.interop.sharded_read import Shardings, empty, read_quantized, read_sharded
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.attention.choice import AttentionChoice
 from mora_jax.models.backend import read_dtype
@@ -26,7 +27,6 @@ from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.models.init import read_json
-from mora_jax.models.partitioning import lay_kernels
 from mora_jax.paths import found_path
 
 
@@ -74,10 +74,7 @@ def load_pretrained(
         "attention": AttentionChoice(attention),
     }
     model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, **how))
-    placed = shardings(model) if shardings else None
-    if placed is None:
-        lay_kernels(model)
-    _fill(tensor_plan(model), files, _head_for_embedding(config, files), placed)
+    _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model, tokenizer
 
@@ -164,7 +161,10 @@ def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shar
         if shardings is not None:
             entry.parameter.set_value(read_sharded(entry, files, stored_as, shardings(entry.parameter)))
             continue
-        entry.put(lambda name: files.read(stored_as.get(name, name)))
+        buffer = empty(tuple(entry.parameter.shape), entry.parameter.dtype)
+        for piece in entry.pieces:
+            piece.put(buffer, files.read(stored_as.get(piece.name, piece.name)))
+        entry.parameter.set_value(jax.device_put(buffer))
 
 
 def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str]) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-from mora_jax.adapters.products.quantization import BLOCK, QuantizedKernel, block_scales, quantize, rows_per_block
+from mora_jax.adapters.products.quantization import BLOCK, QuantizedKernel, quantize, rows_per_block
 from mora_jax.interop.safetensors_io import TensorFiles
-from mora_jax.interop.tensor_map import Entry, TensorRegion
+from mora_jax.interop.tensor_map import Entry, TensorRegion, transposed
 
 #: The sharding of each parameter of a model.
 Shardings = Callable[[nnx.Variable], Sharding]
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory for an array that a CPU's XLA takes over as it is: it copies what doesn't begin at a multiple of 64."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    whole = np.empty(size + 64, np.uint8)
+    start = -whole.ctypes.data % 64
+    return whole[start : start + size].view(dtype).reshape(shape)
 
 
 def read_sharded(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], sharding: Sharding) -> jax.Array:
@@ -60,20 +68,18 @@ def read_region(
         entry: the parameter and the tensors that make it up.
         files: the checkpoint.
         stored_as: names in the files that differ from those of `entry`.
-        index: a span of each axis of the parameter.
+        index: a span of each axis.
         dtype: of the result.
     """
-    shape, last = entry.shape, len(index) - 1
-    as_matrices = len(index) < len(shape)
-    spans = (*index[:last], *(slice(None),) * (len(shape) - last)) if as_matrices else index
-    box = [range(size)[part] for part, size in zip(spans, shape, strict=True)]
-    values = np.empty([len(part) for part in box], dtype=dtype)
+    shape = tuple(entry.parameter.shape)
+    box = [range(size)[part] for part, size in zip(index, shape, strict=True)]
+    values = empty(tuple(map(len, box)), dtype)
     for piece in entry.pieces:
         found = _shared(piece, shape, box)
         if found is not None:
             target, inner = found
             values[target] = _read(piece, files, stored_as.get(piece.name, piece.name), inner)
-    return values.reshape(*values.shape[:last], -1)[..., index[last]] if as_matrices else values
+    return values
 
 
 def _shared(
@@ -111,7 +117,7 @@ def _read(piece: TensorRegion, files: TensorFiles, name: str, inner: list[range]
     flat = np.arange(piece.shape[0]).reshape(piece.region[1:])[np.ix_(*outs)].ravel()
     first, last = int(flat[0]), int(flat[-1]) + 1
     rows = files.read_part(name, (slice(first, last), slice(columns.start, columns.stop)))
-    return (rows if len(flat) == last - first else rows[flat - first]).T.reshape(sizes)
+    return transposed(rows if len(flat) == last - first else rows[flat - first]).reshape(sizes)
 
 
 def read_quantized(
@@ -121,7 +127,7 @@ def read_quantized(
     stored_as: Mapping[str, str],
     shardings: Shardings | None,
 ) -> None:
-    """Fills the codes and scales of a stacked kernel `[L, in, *out]`.
+    """Fills the codes and scales of a stacked kernel `[L, in, *out]`, both from one reading.
 
     Args:
         entry: the kernel and the tensors that make it up.
@@ -130,33 +136,50 @@ def read_quantized(
         stored_as: names of tensors in files that differ from the entry's.
         shardings: where codes and scales lie; None: whole, on the default device.
     """
-    for variable in (kernel.values, kernel.scales):
-        make = partial(_region, entry, kernel, files, stored_as, variable is kernel.scales)
+    blocks = _Blocks(entry, kernel, files, stored_as)
+    for variable, make in ((kernel.values, blocks.codes), (kernel.scales, blocks.scales)):
         shape = tuple(variable.shape)
         if shardings is None:
-            variable.set_value(jnp.asarray(make(tuple(slice(0, size) for size in shape))))
+            variable.set_value(jax.device_put(make(tuple(slice(0, size) for size in shape))))
         else:
             variable.set_value(made_in_place(shape, shardings(variable), make))
 
 
-def _region(
-    entry: Entry,
-    kernel: QuantizedKernel,
-    files: TensorFiles,
-    stored_as: Mapping[str, str],
-    scales: bool,
-    index: tuple[slice, ...],
-) -> np.ndarray:
-    """`kernel.scales[index]` or `kernel.values[index]`: the blocks that it touches are read and quantised whole."""
-    variable = kernel.scales if scales else kernel.values
-    box = [range(size)[part] for part, size in zip(index, variable.shape, strict=True)]
-    layers, rows = box[:2]
-    height = 1 if scales else rows_per_block(kernel.format)
-    first, last = rows.start // height, -(-rows.stop // height)
-    inputs = slice(first * BLOCK, min(last * BLOCK, kernel.in_features))
-    found = np.empty([len(part) for part in box], variable.dtype)
-    for number, layer in enumerate(layers):
-        part = read_region(entry, files, stored_as, (slice(layer, layer + 1), inputs, *index[2:]), np.float32)[0]
-        whole = block_scales(part, kernel.format) if scales else quantize(part, kernel.format)[0]
-        found[number] = whole[rows.start - first * height :][: len(rows)]
-    return found
+class _Blocks:
+    """The blocks of a kernel, read and quantised layer by layer; scales that came with codes are kept."""
+
+    def __init__(self, entry: Entry, kernel: QuantizedKernel, files: TensorFiles, stored_as: Mapping[str, str]):
+        self._read = partial(read_region, entry, files, stored_as)
+        self._kernel = kernel
+        self._scales = empty(tuple(kernel.scales.shape), np.float32)
+        self._known = np.zeros(self._scales.shape, bool)
+
+    def codes(self, index: tuple[slice, ...]) -> np.ndarray:
+        """`values[index]`: the blocks that it touches are quantised whole."""
+        values = self._kernel.values
+        box = [range(size)[part] for part, size in zip(index, values.shape, strict=True)]
+        height = rows_per_block(self._kernel.format)
+        first, last = box[1].start // height, -(-box[1].stop // height)
+        found = empty(tuple(map(len, box)), values.dtype)
+        for number, layer in enumerate(box[0]):
+            whole = self._quantized(layer, slice(first, last), index[2:])
+            found[number] = whole[box[1].start - first * height :][: len(box[1])]
+        return found
+
+    def scales(self, index: tuple[slice, ...]) -> np.ndarray:
+        """`scales[index]`; only what no codes brought is read."""
+        for layer in range(self._scales.shape[0])[index[0]]:
+            where: Any = (layer, *index[1:])
+            if not self._known[where].all():
+                self._quantized(layer, index[1], index[2:])
+        return self._scales[index]
+
+    def _quantized(self, layer: int, blocks: slice, out: tuple[slice, ...]) -> np.ndarray:
+        """The codes of some blocks of a layer; their scales are kept."""
+        first, last, _ = blocks.indices(self._scales.shape[1])
+        inputs = slice(first * BLOCK, min(last * BLOCK, self._kernel.in_features))
+        part = self._read((slice(layer, layer + 1), inputs, *out), np.float32)[0]
+        where: Any = (layer, slice(first, last), *out)
+        codes, self._scales[where] = quantize(part, self._kernel.format)
+        self._known[where] = True
+        return codes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,39 +41,28 @@ class TensorRegion:
 
     def put(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
         """Copies a tensor of a file into its region, casting to the parameter's dtype."""
-        parameter[self.index] = (tensor.T if self.matrix else tensor).reshape(self.region)
+        parameter[self.index] = (transposed(tensor) if self.matrix else tensor).reshape(self.region)
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
         """The tensor as files have it."""
         part = parameter[self.index]
-        return part.reshape(self.region[0], -1).T if self.matrix else part.reshape(self.shape)
+        return transposed(part.reshape(self.region[0], -1)) if self.matrix else part.reshape(self.shape)
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """`matrix.T` in memory of its own, in strips: from numpy's own order a large one takes four times as long."""
+    found = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, len(matrix), 128):
+        found[:, start : start + 128] = matrix[start : start + 128].T
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A parameter (or the quantised kernel in its place) and the tensors that make it up.
-
-    Attributes:
-        parameter: as it is stored.
-        pieces: the tensors.
-        axes: the shape that they are regions of; () for that of the parameter. A kernel may be stored as matrices.
-    """
+    """A parameter (or the quantised kernel in its place) and the tensors that make it up."""
 
     parameter: Any
     pieces: tuple[TensorRegion, ...]
-    axes: tuple[int, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape that the pieces are regions of."""
-        return self.axes or tuple(self.parameter.shape)
-
-    def put(self, read: Callable[[str], np.ndarray], buffer: np.ndarray | None = None) -> None:
-        """Gives the parameter the tensors that `read` finds by name; what `buffer` has elsewhere stays."""
-        values = np.empty(self.shape, self.parameter.dtype) if buffer is None else buffer
-        for piece in self.pieces:
-            piece.put(values, read(piece.name))
-        self.parameter.set_value(jnp.asarray(values.reshape(self.parameter.shape)))
 
 
 def tensor_plan(model: nnx.Module) -> list[Entry]:
@@ -140,9 +129,7 @@ def _projection(projection: Projection) -> Iterator[Entry]:
                 TensorRegion(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True)
             )
             biases.append(TensorRegion(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
-    stack = () if projection.num_layers is None else (projection.num_layers,)
-    axes = (*stack, projection.in_features, *projection.layout.out_shape)
-    yield Entry(projection.kernel, tuple(kernels), axes)
+    yield Entry(projection.kernel, tuple(kernels))
     if projection.bias is not None:
         yield Entry(projection.bias, tuple(biases))
 
@@ -222,7 +209,9 @@ def train_own_weights(model: nnx.Module, names: Container[str]) -> None:
 def put_trained_weights(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
     """Gives the modules of a model that are trained whole their values, by name in files."""
     for entry in tensor_plan(model):
-        pieces = tuple(piece for piece in entry.pieces if piece.name in values)
+        pieces = [piece for piece in entry.pieces if piece.name in values]
         if pieces:
-            buffer = np.array(entry.parameter[...]).reshape(entry.shape)
-            dataclasses.replace(entry, pieces=pieces).put(values.__getitem__, buffer)
+            buffer = np.array(entry.parameter[...])
+            for piece in pieces:
+                piece.put(buffer, values[piece.name])
+            entry.parameter.set_value(jnp.asarray(buffer))

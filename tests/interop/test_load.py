@@ -1,12 +1,15 @@
 """Loading base models: real weights, shards, dtypes, tokenizers, and one clear line for each bad folder."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,6 +19,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
+from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
+from mora_jax.interop.sharded_read import empty
 from tests.models.tiny import hf_folder, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
 
@@ -244,6 +249,30 @@ def test_weights_exist_once(folder):
     shutil.rmtree(folder)
     np.testing.assert_array_equal(np.asarray(model(IDS)), before)
     assert all(isinstance(node[...], jnp.ndarray) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_every_number_is_read_once(folder, monkeypatch, quantize):
+    read: Counter[str] = Counter()
+
+    def counted(real):
+        def reading(files, name, *index):
+            found = real(files, name, *index)
+            read[name] += found.size
+            return found
+
+        return reading
+
+    for way in ("read", "read_part"):
+        monkeypatch.setattr(TensorFiles, way, counted(getattr(TensorFiles, way)))
+    load(folder, quantize=quantize)
+    assert read == {name: math.prod(shape) for name, shape in open_checkpoint(folder).shapes.items()}
+
+
+def test_what_is_read_is_not_copied_once_more():
+    """XLA on a CPU takes over memory that begins at a multiple of 64 bytes."""
+    buffer = empty((3, 1000), jnp.bfloat16)
+    assert jax.device_put(buffer).unsafe_buffer_pointer() == buffer.ctypes.data
 
 
 @pytest.mark.peers

@@ -126,7 +126,8 @@ def quantize(kernel: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
         `values` and `scales`, as in `Quantized`. The nearest code is taken, of two the even one (`int8`) or the lower
         one (`nf4`). A block of zeros has scale 0. What is not finite makes its block's scale so.
     """
-    scales = block_scales(kernel, format)
+    largest = np.stack([np.abs(kernel[start : start + BLOCK]).max(0) for start in range(0, len(kernel), BLOCK)])
+    scales = largest / np.float32(127) if format == "int8" else largest
     values = np.zeros((_ROWS[format] * len(scales), *kernel.shape[1:]), _DTYPES[format])
     for number, scale in enumerate(scales):
         rows = kernel[number * BLOCK : (number + 1) * BLOCK]
@@ -143,13 +144,6 @@ def quantize(kernel: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
             codes[: len(rows)] += units > border
         values[start : start + BLOCK // 2] = codes[: BLOCK // 2] | codes[BLOCK // 2 :] << 4
     return values, scales
-
-
-def block_scales(kernel: np.ndarray, format: str) -> np.ndarray:
-    """The scales alone, float32 `[blocks, *out]`; arguments as in `quantize`."""
-    starts = range(0, len(kernel), BLOCK)
-    largest = np.stack([np.abs(kernel[start : start + BLOCK]).max(0) for start in starts])
-    return largest / np.float32(127) if format == "int8" else largest
 
 
 class QuantizedParam(nnx.Variable):

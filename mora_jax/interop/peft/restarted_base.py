@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -69,7 +70,10 @@ class OwnBase:
         """Gives the model these weights, one parameter at a time, in the dtypes that it has."""
         for entry in tensor_plan(model):
             if any(piece.name in self.names for piece in entry.pieces):
-                entry.put(lambda name: self.files.read(self.names[name]))
+                buffer = np.empty(entry.parameter.shape, entry.parameter.dtype)
+                for piece in entry.pieces:
+                    piece.put(buffer, self.files.read(self.names[piece.name]))
+                entry.parameter.set_value(jnp.asarray(buffer))
         setattr(model, _MARK, True)
 
 
