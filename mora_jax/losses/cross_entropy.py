@@ -16,6 +16,8 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
+from mora_jax.models.backend import backend
+
 Array = jax.Array
 
 
@@ -72,20 +74,50 @@ def weighted_loss(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
     options = options._replace(mapped=mapped)
-    return weighted_sum(options, negative_log_likelihood, flat, kernel, (goals,), (), scales)
+    return weighted_sum(options, _loss_of_tokens, flat, kernel, (goals,), (), scales)
 
 
-def negative_log_likelihood(
-    options: Options, z: Array, targets: tuple[Array, ...], shared: tuple[Array, ...]
-) -> tuple[Array, Array]:
-    """The `TokenValue` of this loss: −log p(target), float32 `[shards, chunk]`, and its derivative."""
-    (t,) = targets
+def negative_log_likelihood(z: Array, t: Array) -> tuple[Array, Array]:
+    """−log p(target), float32 `[shards, chunk]`, and its derivative by the logits `z` `[shards, chunk, V]`."""
     top = jnp.max(z, axis=-1, keepdims=True)
     powers = jnp.exp(z - top)
     norm = jnp.sum(powers, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(z, t[..., None], axis=-1)[..., 0]
-    hot = lax.broadcasted_iota(jnp.int32, z.shape, 2) == t[..., None]
-    return (jnp.log(norm) + top)[..., 0] - picked, powers / norm - hot
+    return (jnp.log(norm) + top)[..., 0] - picked, powers / norm - _hot(z.shape, t)
+
+
+def _loss_of_tokens(
+    options: Options, hidden: Array, kernel: Array, targets: tuple[Array, ...], shared: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    """The `TokenValue` of this loss."""
+    z = logits(options, hidden, kernel)
+    nll, slope = negative_log_likelihood(z, *targets)
+    return nll, uncapped(options, z, slope)
+
+
+def _by_powers(
+    options: Options, hidden: Array, kernel: Array, targets: tuple[Array, ...], shared: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    """`_loss_of_tokens` for accelerators, which make logits, powers and their sum in one pass over the vocabulary.
+
+    The powers alone are kept, in the compute dtype. That needs something near the largest logit before any logit is
+    there: the target's own, whose power is then 1. Where a target is less likely than e⁻⁸⁸ its loss is infinite here.
+    """
+    # As a matrix: of three axes the TPU's compiler doesn't make powers and sums with the product.
+    t, h = targets[0].reshape(-1), hidden.reshape(-1, hidden.shape[-1])
+    rows = jnp.take(kernel, t, axis=0, mode="clip").astype(jnp.float32)
+    shift = jnp.sum(h.astype(jnp.float32) * rows, axis=-1, keepdims=True)
+    z = lax.dot_general(h, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    powers = jnp.exp(z - shift)
+    norm = jnp.sum(powers, axis=-1, keepdims=True)
+    picked = jnp.sum(jnp.where(_hot(z.shape, t), z, 0.0), axis=-1, keepdims=True)
+    kept = lax.optimization_barrier(powers.astype(kernel.dtype))
+    slope = jnp.where(_hot(z.shape, t), jnp.exp(picked - shift) / norm - 1.0, kept * (1.0 / norm))
+    return (jnp.log(norm) + shift - picked).reshape(targets[0].shape), slope.reshape(*targets[0].shape, -1)
+
+
+def _hot(shape: tuple[int, ...], t: Array) -> Array:
+    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == t[..., None]
 
 
 class Options(NamedTuple):
@@ -107,8 +139,16 @@ class Options(NamedTuple):
 
 
 def chunk_size(vocab_size: int, tokens: int) -> int:
-    """Tokens a chunk: 64 MB of float32 logits, at least 64 tokens and no more than there are."""
-    wanted = max(64, (1 << 24) // vocab_size)
+    """Tokens a chunk, no more than there are.
+
+    On a CPU 64 MB of float32 logits, at least 64 tokens. Accelerators read the whole head for every chunk, and want as
+    many tokens for it: 1024, or the multiple of 128 that keeps 320 MB of bfloat16 powers (a GPU: 160 MB).
+    """
+    if backend() == "cpu":
+        wanted = max(64, (1 << 24) // vocab_size)
+    else:
+        powers = (160 if backend() == "tpu" else 80) << 20
+        wanted = 128 * min(8, max(1, powers // (128 * vocab_size)))
     return max(1, min(wanted, tokens))
 
 
@@ -170,21 +210,14 @@ def logits(options: Options, hidden: Array, kernel: Array) -> Array:
     return raw if options.softcap is None else options.softcap * jnp.tanh(raw / options.softcap)
 
 
-def logits_vjp(options: Options, capped: Array, slope: Array, kernel: Array) -> tuple[Array, Array]:
-    """The way back through `logits`.
+def uncapped(options: Options, capped: Array, slope: Array) -> Array:
+    """From a derivative by what `logits` returned, `capped`, to that by the logits before the cap."""
+    return slope if options.softcap is None else slope * (1.0 - jnp.square(capped / options.softcap))
 
-    Args:
-        capped: what `logits` returned.
-        slope: float32, the derivative by it.
-        kernel: `[V, D]` in the compute dtype.
 
-    Returns:
-        The derivative by the uncapped logits, in the compute dtype, and by `hidden`, float32.
-    """
-    if options.softcap is not None:
-        slope = slope * (1.0 - jnp.square(capped / options.softcap))
-    slope = slope.astype(kernel.dtype)
-    return slope, lax.dot_general(slope, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def hidden_vjp(slope: Array, kernel: Array) -> Array:
+    """The derivative by `hidden`, float32, from that by the uncapped logits, in the compute dtype."""
+    return lax.dot_general(slope, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def kernel_vjp(slope: Array, hidden: Array) -> Array:
@@ -193,9 +226,9 @@ def kernel_vjp(slope: Array, hidden: Array) -> Array:
     return lax.dot_general(flat, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-#: `(options, logits [shards, chunk, V], the chunk of arrays by token, arrays that all chunks read)` → what is summed,
-#: float32 `[shards, chunk]`, and its derivative by the logits.
-TokenValue = Callable[[Options, Array, tuple[Array, ...], tuple[Array, ...]], tuple[Array, Array]]
+#: `(options, hidden [shards, chunk, D], kernel [V, D], the chunk of arrays by token, arrays that all chunks read)` →
+#: what is summed, float32 `[shards, chunk]`, and its derivative by the uncapped logits, float32 `[shards, chunk, V]`.
+TokenValue = Callable[[Options, Array, Array, tuple[Array, ...], tuple[Array, ...]], tuple[Array, Array]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -212,7 +245,7 @@ def weighted_sum(
 
     Args:
         options: as `pack_weighted_tokens` gave them.
-        value_of: the value of each token and its derivative by the logits.
+        value_of: the value of each token and its derivative by the uncapped logits.
         hidden: `[shards, tokens, D]` in the compute dtype.
         kernel: `[V, D]`, used in the dtype of `hidden`.
         by_token: arrays `[shards, tokens, …]` that `value_of` reads.
@@ -232,7 +265,7 @@ def _sums(
 
     def add(index: Array, totals: Array) -> Array:
         h, w, *others = take(options, index, hidden, weights, *by_token)
-        value, _ = value_of(options, logits(options, h, used), tuple(others), shared)
+        value, _ = value_of(options, h, used, tuple(others), shared)
         return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1)
 
     return lax.fori_loop(0, used_chunks(options, weights), add, jnp.zeros(weights.shape[0], jnp.float32))
@@ -246,9 +279,8 @@ def _sums_and_slopes(
     def add(index: Array, carry: Any) -> Any:
         totals, dhidden = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
-        z = logits(options, h, used)
-        value, slope = value_of(options, z, tuple(others), shared)
-        _, dh = logits_vjp(options, z, slope * w[..., None], used)
+        value, slope = value_of(options, h, used, tuple(others), shared)
+        dh = hidden_vjp((slope * w[..., None]).astype(used.dtype), used)
         return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1), put(options, index, dhidden, dh)
 
     start = (jnp.zeros(weights.shape[0], jnp.float32), jnp.zeros_like(hidden))
@@ -305,21 +337,47 @@ def _forward(
     used = kernel.astype(hidden.dtype)
 
     if not head_trained:
-        totals, dhidden = _laid_out(_sums_and_slopes, options, value_of)(hidden, used, by_token, shared, weights)
+
+        def run(options: Options, value_of: TokenValue, weights: Array) -> tuple[Array, Array]:
+            return _laid_out(_sums_and_slopes, options, value_of)(hidden, used, by_token, shared, weights)
+
+        if value_of is _loss_of_tokens and options.softcap is None and backend() != "cpu":
+            # Float32 logits of half the tokens take the memory that powers take.
+            halved = options._replace(chunk=options.chunk // (1 if options.chunk % 2 else 2))
+            totals, dhidden = _once_more(partial(run, halved, value_of), weights, run(options, _by_powers, weights))
+        else:
+            totals, dhidden = run(options, value_of, weights)
         return jnp.sum(totals), (dhidden, None)
 
     def add(index: Array, carry: Any) -> Any:
         total, dhidden, dkernel = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
-        z = logits(options, h, used)
-        value, slope = value_of(options, z, tuple(others), shared)
+        value, slope = value_of(options, h, used, tuple(others), shared)
         total = total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
-        slope, dh = logits_vjp(options, z, slope * w[..., None], used)
-        return total, put(options, index, dhidden, dh), dkernel + kernel_vjp(slope, h)
+        slope = (slope * w[..., None]).astype(used.dtype)
+        return total, put(options, index, dhidden, hidden_vjp(slope, used)), dkernel + kernel_vjp(slope, h)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32))
     total, dhidden, dkernel = lax.fori_loop(0, used_chunks(options, weights), add, start)
     return total, (dhidden, dkernel.astype(kernel.dtype))
+
+
+def _once_more(
+    exactly: Callable[[Array], tuple[Array, Array]], weights: Array, found: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """What was found, or where a total isn't finite all of it by `exactly(weights)`.
+
+    A loop of one turn at most: a conditional would under `jax.vmap` do both.
+    """
+
+    def needed(state: Any) -> Array:
+        return state[0] & ~jnp.all(jnp.isfinite(state[1][0]))
+
+    def again(state: Any) -> Any:
+        # What depends on nothing in `state` a compiler might do before the loop.
+        return jnp.array(False), exactly(jnp.where(state[0], weights, 0.0))
+
+    return lax.while_loop(needed, again, (jnp.array(True), found))[1]
 
 
 def _backward(options: Options, value_of: TokenValue, saved: tuple[Array, Array | None], dtotal: Any) -> Any:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.losses.cross_entropy import Options, logits, pack_weighted_tokens, weighted_sum
+from mora_jax.losses.cross_entropy import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
+from mora_jax.models.backend import backend
 
 Array = jax.Array
 
@@ -41,8 +42,10 @@ def weighted_kl(
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
     """
+    # Both models' logits are there at once, which counts where chunks are large.
+    vocab_size = kernel.shape[0] * (1 if backend() == "cpu" else 2)
     options, (scales, tuned, base) = pack_weighted_tokens(
-        weights, hidden, base_hidden, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
+        weights, hidden, base_hidden, vocab_size=vocab_size, softcap=softcap, shards=shards, chunk=chunk
     )
     options = options._replace(mapped=mapped)
     if base_kernel is None:
@@ -52,8 +55,9 @@ def weighted_kl(
 
 
 def _divergence(
-    options: Options, z: Array, base: tuple[Array, ...], base_kernel: tuple[Array, ...]
+    options: Options, hidden: Array, kernel: Array, base: tuple[Array, ...], base_kernel: tuple[Array, ...]
 ) -> tuple[Array, Array]:
+    z = logits(options, hidden, kernel)
     y = logits(options, *base, *base_kernel)
     # log p − log q, without making either: a tenth faster than two log_softmax.
     log_norm = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -61,4 +65,4 @@ def _divergence(
     p = jnp.exp(z - log_norm)
     kl = jnp.sum(p * ratio, axis=-1)
     # ∂KL/∂z(v) = p(v) · (log p(v) − log q(v) − KL)
-    return kl, p * (ratio - kl[..., None])
+    return kl, uncapped(options, z, p * (ratio - kl[..., None]))

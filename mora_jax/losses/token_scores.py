@@ -74,7 +74,7 @@ def token_scores(
     def add(index: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         h, t, w = take(options, index, flat, goals, scales)
         z = logits(options, h, kernel)
-        nll, _ = negative_log_likelihood(options, z, (t,), ())
+        nll, _ = negative_log_likelihood(z, t)
         right = (jnp.argmax(z, axis=-1) == t) & (w > 0)
         return put(options, index, found[0], jnp.where(w > 0, nll, 0.0)), put(options, index, found[1], right)
 

@@ -138,7 +138,8 @@ def matrix_products(program: core.ClosedJaxpr) -> tuple[float, float]:
 def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
     """FLOPs and bytes of the matrix products of a program, whose `while` loops run so many turns.
 
-    One inside a scan goes over the tiles of keys that a tile of queries sees: half of them on average.
+    One inside a scan goes over the tiles of keys that a tile of queries sees: half of them on average. One inside
+    another doesn't run: it mends what hardly ever happens.
     """
     flops, moved = 0.0, 0.0
     for step in _flat(jaxpr):
@@ -153,7 +154,8 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
             moved += sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in (left, right, out))
         elif step.inner:
             length = step.equation.params.get("length", 1)
-            parts = [_products(inner, (length + 1) / 2 if step.name == "scan" else turns) for inner in step.inner]
+            inside = {"scan": (length + 1) / 2, "while": 0}.get(step.name, turns)
+            parts = [_products(inner, inside) for inner in step.inner]
             times = {"scan": length, "while": turns}.get(step.name, 1)
             most = max(parts)
             flops, moved = flops + times * most[0], moved + times * most[1]

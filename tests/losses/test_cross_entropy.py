@@ -8,6 +8,7 @@ import pytest
 
 from mora_jax.losses.cross_entropy import chunk_size, next_token_targets, weighted_loss
 from mora_jax.losses.token_scores import token_sums
+from mora_jax.models.backend import compiling_for
 
 
 def case(seed: int = 0):
@@ -49,6 +50,25 @@ def test_value_and_gradients(softcap, shards, chunk):
     np.testing.assert_allclose(ours(hidden, kernel), expected, rtol=1e-5)
     for found, wanted in zip(gradients, right, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_accelerators_form_gives_the_same(scale):
+    """Also where a target is so unlikely that the powers over its own overflow."""
+    hidden, kernel, targets, weights = case()
+    hidden[0] *= scale
+
+    def ours(hidden, kernel):
+        return weighted_loss(hidden, kernel, targets, weights, shards=2, chunk=7)
+
+    with compiling_for("tpu"):
+        value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
+    expected, right = jax.value_and_grad(plain, (0, 1))(hidden, kernel, targets, weights)
+    worst = np.max(optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel.T, targets))
+    assert (worst > 88) == (scale > 1)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for found, wanted in zip(gradients, right, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_no_weight_gives_zero_and_finite_gradients():
