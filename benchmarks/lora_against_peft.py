@@ -1,7 +1,7 @@
 """Our step against PEFT + torch, in one process on the same cores, with the same tokens and the same start.
 
     python benchmarks/lora_against_peft.py --model SmolLM2-135M-Instruct [--repetitions 5] [--threads 1 2]
-        [--methods lora dora mora full]
+        [--methods lora dora mora full] [--dtypes float32 bfloat16]
 
 First both train a few float32 steps from the same adapter, and the losses are printed side by side: they must agree.
 Then the contestants take turns, one step each a round, on otherwise idle cores; the table gives medians of the rounds
@@ -28,6 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import mora_jax as mj
+from mora_jax.training.build_step import layers_apart
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.sharding.mesh import make_mesh
@@ -57,7 +58,8 @@ class Ours:
         settings = OptimizerConfig(learning_rate=RATE, schedule="constant", clip_norm=None)
         optimizer, schedule = make_optimizer(settings, 1000), make_schedule(settings, 1000)
         step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule)
-        self.runner = JitRunner(step, make_mesh(1))
+        mesh = make_mesh(1)
+        self.runner = JitRunner(step, mesh, apart=layers_apart(self.model, frozen, mesh))
         self.state = self.runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
         self.frozen = self.runner.place(flat_arrays(frozen))
         self.host_seconds: list[float] = []
@@ -121,17 +123,18 @@ def makers(args: argparse.Namespace, lora: Any, adapter: Path) -> dict[str, Call
     theirs = {"lora": ("PEFT LoRA", adapter), "dora": ("PEFT DoRA", dora), "full": ("torch full", None)}
     for method in args.methods:
         for threads in args.threads if method in theirs else ():
-            for dtype in DTYPES:
+            for dtype in args.dtypes:
                 name, start = theirs[method]
                 found[f"{name}, {dtype}, {threads} threads"] = lambda d=dtype, t=threads, start=start: Peft(
                     args.model, getattr(torch, d), start, t
                 )
-        for dtype in DTYPES if method in ours else ():
+        for dtype in args.dtypes if method in ours else ():
             name, config = ours[method]
             found[f"mora_jax {name}, {dtype}"] = lambda d=dtype, c=config: Ours(args.model, c, d)
         for kind in ("sharing", "rotation") if method == "mora" else ():
             config = mj.MoRAConfig(rank=args.rank, kind=kind)
-            found[f"mora_jax MoRA {kind}, bfloat16"] = lambda c=config: Ours(args.model, c, "bfloat16")
+            for dtype in args.dtypes:
+                found[f"mora_jax MoRA {kind}, {dtype}"] = lambda d=dtype, c=config: Ours(args.model, c, d)
     return found
 
 
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
     parser.add_argument("--methods", nargs="+", choices=("lora", "dora", "mora", "full"), default=["lora", "mora"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="those to compare")
     parser.add_argument("--json", type=Path, help="also write the times of each round here")
     args = parser.parse_args()
     rng = np.random.default_rng(0)

@@ -66,7 +66,7 @@ def test_turns_are_taken_and_timed(load):
 def test_the_gpu_program_lowers_in_full_shapes(load, monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    from mora_jax.models.backend import compiling_for
+    from mora_jax.backend import compiling_for
     from mora_jax.models.families import read_config
     from mora_jax.planning.model_shapes import read_model
 

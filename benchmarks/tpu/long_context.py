@@ -25,7 +25,7 @@ os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5l
 import jax
 from jax.experimental import topologies
 
-from mora_jax.models.backend import compiling_for
+from mora_jax.backend import compiling_for
 from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.model_shapes import read_model

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
+from mora_jax.backend import backend
 from mora_jax.errors import InputError
-from mora_jax.models.backend import backend
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.kv_cache import Cache
 from mora_jax.models.unstacked import UnstackedLayers

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.products.quantization import FORMATS, QuantizedKernel
+from mora_jax.backend import read_dtype
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first
 from mora_jax.interop.hub import load_tokenizer, local_folder
@@ -22,7 +23,6 @@ from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
 from mora_jax.interop.sharded_read import Shardings, empty, read_quantized, read_sharded
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.attention.choice import AttentionChoice
-from mora_jax.models.backend import read_dtype
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config

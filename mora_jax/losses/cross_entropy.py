@@ -16,7 +16,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.models.backend import backend
+from mora_jax.backend import backend
 
 Array = jax.Array
 

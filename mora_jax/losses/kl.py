@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mora_jax.backend import backend
 from mora_jax.losses.cross_entropy import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
-from mora_jax.models.backend import backend
 
 Array = jax.Array
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
+from mora_jax.backend import backend
 from mora_jax.models.attention.causal import NO_WINDOW, attention
-from mora_jax.models.backend import backend
 from mora_jax.models.kv_cache import Cache, CacheSlot
 from mora_jax.models.layer_scan import Places, checkpointed, run_stack
 from mora_jax.models.norms import RMSNorm
@@ -355,9 +355,11 @@ class LayerRunner:
     def _split(self, layers: Block, partitioner: Partitioner | None = None) -> tuple[Any, Any]:
         """The structure of a layer, and what differs between layers: number, leaves, and window and angles or None."""
         graphdef, leaves = nnx.split(layers)
-        flat = functools.partial(_flattened, partitioner)
-        leaves = jax.tree.map(flat, leaves, is_leaf=lambda node: isinstance(node, nnx.Variable))
         config = self.config
+        # Without a loop on a CPU layers may be arrays of their own; XLA sees that through `stack`, not a reshape of it.
+        if backend() != "cpu" or self.unroll < config.num_layers:
+            flat = functools.partial(_flattened, partitioner)
+            leaves = jax.tree.map(flat, leaves, is_leaf=lambda node: isinstance(node, nnx.Variable))
         windows = None if self._one_window else jnp.asarray([window or NO_WINDOW for window in config.windows])
         ropes = None if self._one_rope else jnp.asarray(config.layer_ropes)
         return graphdef, (jnp.arange(config.num_layers), leaves, windows, ropes)

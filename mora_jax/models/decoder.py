@@ -14,8 +14,8 @@ from flax import nnx
 from mora_jax.adapters.products.quantization import FORMATS
 from mora_jax.adapters.projection import OutputHead, TokenDropout
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
+from mora_jax.backend import backend
 from mora_jax.models.attention.causal import Choice, Rows
-from mora_jax.models.backend import backend
 from mora_jax.models.block import Block, LayerRunner, RowLayout
 from mora_jax.models.kv_cache import Cache, empty_cache
 from mora_jax.models.norms import RMSNorm
@@ -337,6 +337,11 @@ class Decoder(nnx.Module):
     @property
     def _runner(self) -> LayerRunner:
         return LayerRunner(self.config, self._unroll(), self.remat)
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether training runs the layers one after the other, without a loop."""
+        return self._unroll() == self.config.num_layers
 
     def _unroll(self) -> int:
         if self.unroll is not None:

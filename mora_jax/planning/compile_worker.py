@@ -25,8 +25,8 @@ os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 import jax
 from jax.experimental import topologies
 
+from mora_jax.backend import compiling_for
 from mora_jax.losses.cross_entropy import chunk_size
-from mora_jax.models.backend import compiling_for
 from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Loops, collectives

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.adapters.products.quantization import packed_sizes
+from mora_jax.backend import backend, compiling_for
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
 from mora_jax.models.attention.causal import Rows
-from mora_jax.models.backend import backend, compiling_for
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble
 from mora_jax.training.config.resume import changed, check_found

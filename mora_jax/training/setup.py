@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of, report_of_trained
 from mora_jax.adapters.base import AdapterParam, FullParam
+from mora_jax.backend import backend
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.inspect.report import CAUSES
 from mora_jax.data.loss_weights import DIVISORS, LossWeights
@@ -25,7 +26,6 @@ from mora_jax.errors import InputError
 from mora_jax.evaluation.tasks.named import NamedTask, read_tasks
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.hub import load_tokenizer
-from mora_jax.models.backend import backend
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import reschedule
 from mora_jax.training.config.adapter import adapter_config

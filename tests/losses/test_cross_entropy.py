@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from mora_jax.backend import compiling_for
 from mora_jax.losses.cross_entropy import chunk_size, next_token_targets, weighted_loss
 from mora_jax.losses.token_scores import token_sums
-from mora_jax.models.backend import compiling_for
 
 
 def case(seed: int = 0):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import mora_jax as mj
-from mora_jax.models import backend
+from mora_jax import backend
 
 
 def test_flags_of_the_processor(tmp_path):

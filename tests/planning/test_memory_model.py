@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mora_jax.models.backend import compiling_for
+from mora_jax.backend import compiling_for
 from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Loops, collectives

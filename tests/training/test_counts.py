@@ -27,6 +27,7 @@ import mora_jax as mj
 from mora_jax.losses import cross_entropy
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
+from mora_jax.training.build_step import layers_apart
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.sharding.mesh import make_mesh
@@ -93,9 +94,9 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
             yield from _equations(inner)
 
 
-def made(config: Any, mesh: tuple[int, ...], dtype: Any) -> tuple[JitRunner, Any, Any, Any]:
+def made(config: Any, mesh: tuple[int, ...], dtype: Any, unroll: int | None = 1) -> tuple[JitRunner, Any, Any, Any]:
     """A runner, a state, the frozen arrays and a batch, placed."""
-    model = Decoder(read_config(SIZES, "config.json"), dtype=dtype, rngs=nnx.Rngs(0), unroll=1)
+    model = Decoder(read_config(SIZES, "config.json"), dtype=dtype, rngs=nnx.Rngs(0), unroll=unroll)
     mj.attach(model, config, rngs=nnx.Rngs(1))
     fill_randomly(model)
     graphdef, adapters, frozen = mj.partition(model)
@@ -105,7 +106,7 @@ def made(config: Any, mesh: tuple[int, ...], dtype: Any) -> tuple[JitRunner, Any
     options = StepConfig(partitioner=placement.partitioner)
     structure = Structure(graphdef, adapters, frozen)
     step = make_step(structure, optimizer, make_schedule(settings, STEPS), options)
-    runner = JitRunner(step, devices, placement.table(adapters, frozen))
+    runner = JitRunner(step, devices, placement.table(adapters, frozen), layers_apart(model, frozen, devices))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, SIZES["vocab_size"], (1, ROWS, LENGTH)).astype(np.int32)
     batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "weights": rng.random(ids.shape).astype(np.float32)}
@@ -235,3 +236,23 @@ PRODUCTS = {"LoRA": 41, "MoRA": 32}
 @pytest.mark.parametrize(("name", "config"), [("LoRA", mj.LoRAConfig(rank=2)), ("MoRA", mj.MoRAConfig(rank=2))])
 def test_products_of_a_step(name, config):
     assert sum(equation.primitive.name == "dot_general" for equation in traced(config)) == PRODUCTS[name]
+
+
+def test_without_a_loop_no_layer_is_copied_out_of_a_stack():
+    """On one CPU the step takes frozen matrices layer by layer; other arrays of a name are taken apart anew."""
+    looped = step_of("LoRA")
+    runner, state, frozen, batch = made(mj.LoRAConfig(rank=2), (1, 1, 1), jnp.float32, unroll=None)
+    for _ in range(STEPS):
+        state, metrics = runner(state, frozen, batch)
+    for name, array in looped.trained.items():
+        np.testing.assert_allclose(state.adapters[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+    doubled = {name: 2 * array if name.endswith("kernel") else array for name, array in frozen.items()}
+    assert abs(float(runner(state, doubled, batch)[1].loss) / float(metrics.loss) - 1) > 0.02
+    assert runner.compilations == 1
+    matrices = {_numbers(shape) for shape in looped.kernels[1:]}
+    copies = [
+        [name for shape, name in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text) if
+         _numbers(tuple(map(int, shape.split(",")))) in matrices and name not in ("parameter", "bitcast")]
+        for text in (looped.text, runner.compiled[0].as_text())
+    ]  # fmt: skip
+    assert copies[0] and not copies[1]

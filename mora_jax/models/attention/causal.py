@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from mora_jax.adapters.products.matmul import dot32_tn
+from mora_jax.backend import backend
 from mora_jax.models.attention.flash import MASKED, TILE, Tiling, product, scores_of, tiled_attention
-from mora_jax.models.backend import backend
 from mora_jax.models.layer_scan import checkpointed
 
 if TYPE_CHECKING:
@@ -246,8 +247,8 @@ def _backward(options, saved, dout):
             ds = ds * (1.0 - jnp.square(scores / options.softcap))
         ds_flat = ds.astype(query.dtype).reshape(b, g, -1, ds.shape[-1])
         dqueries.append(product(ds_flat, k, 3, 2).reshape(q.shape).astype(query.dtype))
-        dk = product(ds_flat, q.reshape(b, g, -1, h), 2, 2)
-        dv = product(p_flat, do_flat, 2, 2)
+        dk = dot32_tn(ds_flat, q.reshape(b, g, -1, h))
+        dv = dot32_tn(p_flat, do_flat)
         if columns == slice(0, keys):
             dkey, dvalue = dkey + dk, dvalue + dv
         else:

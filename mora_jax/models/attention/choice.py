@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from mora_jax.backend import alone, backend, interpreted
 from mora_jax.errors import InputError
 from mora_jax.models.attention.causal import Kernel, Rows
 from mora_jax.models.attention.cudnn import Cudnn
 from mora_jax.models.attention.splash import Splash
-from mora_jax.models.backend import alone, backend, interpreted
 
 
 class _Way(NamedTuple):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mora_jax.adapters.products.matmul import dot32_tn
 from mora_jax.models.layer_scan import checkpointed
 
 Array = jax.Array
@@ -189,7 +190,7 @@ def attend_vjp(
             ds = ds.astype(query.dtype).reshape(b, g, -1, tiling.columns)
             p = p.astype(query.dtype).reshape(b, g, -1, tiling.columns)
             dq = dq + product(ds, k, 3, 2).reshape(q.shape)
-            return dq, _add(dkey, at, product(ds, q_flat, 2, 2)), _add(dvalue, at, product(p, do_flat, 2, 2))
+            return dq, _add(dkey, at, dot32_tn(ds, q_flat)), _add(dvalue, at, dot32_tn(p, do_flat))
 
         start = _slice(grads.query, first, tiling.rows, 3), grads.key, grads.value
         bounds = _reach(tiling, queries.start, key_block, traced_window)

@@ -13,7 +13,7 @@ import jax
 from filelock import FileLock, Timeout
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from mora_jax.models.backend import cpu_flags
+from mora_jax.backend import cpu_flags
 from mora_jax.paths import OFF, cache_folder, is_local, local_path, writable
 
 #: Bytes beyond which the programs that were not used for the longest time go.

@@ -10,13 +10,13 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mora_jax as mj
+from mora_jax.backend import compiling_for, interpreting
 from mora_jax.errors import InputError
 from mora_jax.models.attention.causal import NO_WINDOW, Rows, attention
 from mora_jax.models.attention.choice import AttentionChoice
 from mora_jax.models.attention.cudnn import Cudnn
 from mora_jax.models.attention.head_shards import HeadShards
 from mora_jax.models.attention.splash import Splash, tile_of
-from mora_jax.models.backend import compiling_for, interpreting
 from mora_jax.models.families import read_config
 from mora_jax.models.init import init_decoder
 from mora_jax.training.sharding.mesh import make_mesh
