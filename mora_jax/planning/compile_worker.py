@@ -38,7 +38,9 @@ def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
     """The step of a task, lowered for its topology, and how often its loops run."""
     config = lay_over(Config(), [(name, value, "plan") for name, value in flatten(task["config"])])
     decoder = read_config(task["decoder"], "the model")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"]).devices
+    # A host has four chips unless libtpu is told otherwise: it refuses a slice of one.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(task["mesh"]) == 1 else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"], **alone).devices
     with compiling_for("tpu"):
         made, arguments = assemble_abstract(abstract_model(decoder, config), config, tuple(task["mesh"]), devices)
         lowered = made.runner.lower(*arguments)
