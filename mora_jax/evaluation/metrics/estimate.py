@@ -56,6 +56,7 @@ class Mean:
         return _mean(self._values(records))
 
     def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
+        """The first value minus the second, of the same examples."""
         return _mean(self._values(first) - self._values(second))
 
     def _values(self, records: Sequence[Record]) -> np.ndarray:
@@ -85,6 +86,7 @@ class Ratio:
         return Estimate(value, _mean(pseudo).stderr, len(records))
 
     def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
+        """The first value minus the second, of the same examples."""
         (one, ours), (other, theirs) = self._pseudo_values(first), self._pseudo_values(second)
         return Estimate(one - other, _mean(ours - theirs).stderr, len(first))
 
@@ -120,6 +122,7 @@ class OfSums:
         return self._estimate([self._rows(records)])
 
     def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
+        """The first value minus the second, of the same examples."""
         return self._estimate([self._rows(first), self._rows(second)])
 
     def _rows(self, records: Sequence[Record]) -> np.ndarray:
