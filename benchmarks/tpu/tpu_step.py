@@ -4,17 +4,21 @@
     python benchmarks/tpu/tpu_step.py v5e-8 lora --label after --out benchmarks/results/tpu_step.md
     python benchmarks/tpu/tpu_step.py v5e-8 lora --label before --hlo saved.hlo --out benchmarks/results/tpu_step.md
 
-Llama-3-8B, one row of 2048 tokens a chip, every array cut over all chips (`mesh.fsdp`), bfloat16, `model.remat=full`.
-Adds a row to the file; `--hlo` reads a program that an earlier state of the code gave instead of compiling one, and
-`--save` keeps the one that is compiled.
+Llama-3-8B, one row of 2048 tokens a chip, every array cut over all chips (`mesh.fsdp`), bfloat16, `model.remat=full`,
+unless `KEY=VALUE` says otherwise; `--flag` gives the compiler one of its options. Adds a row to the file; `--hlo` reads
+a program that an earlier state of the code gave instead of compiling one, and `--save` keeps the one that is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from mora_jax.losses.cross_entropy import chunk_size
+from mora_jax.planning.collectives import Loops
 from mora_jax.planning.compile_worker import lower_step
 from mora_jax.planning.model_shapes import read_model
 from mora_jax.planning.topology import Topology, read_topology
@@ -24,25 +28,57 @@ from mora_jax.training.config.schema import Config, lay_over
 CALL = "v5e-8 lora --label now --out {table}"
 QUICK = ""
 NEEDS = ("libtpu",)
-LAYERS = 32
+LAYERS, TOKENS = 32, 2048
+KERNELS = (6 * 4096 * 8 * 128, 4096 * 4096, 2 * 4096 * 14336, 14336 * 4096)  # numbers in a layer's matrices
+VOCABULARY, WIDTH = 128256, 4096
+#: FLOPs of a row without attention: 4 a number, and 2 more for what `remat=full` repeats, a layer but its last product.
+NEEDED = TOKENS * (LAYERS * (6 * sum(KERNELS) - 2 * KERNELS[-1]) + 4 * VOCABULARY * WIDTH)
 BYTES = {"bf16": 2, "f32": 4, "s8": 1, "u8": 1}
 OP = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (\w+)\[([\d,]+)\]\S* (copy|reshape|transpose|copy-start)\(")
-HEAD = """# A training step of Llama-3-8B, as the TPU's compiler makes it
+RESULT = re.compile(r"^\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]*)\]")
+PRODUCT = re.compile(r" (?:convolution|dot)\(%?([\w.-]+), %?([\w.-]+)\).*dim_labels=\w+_(\w+)->")
+COLUMNS = (
+    *("slice", "method", "state", "args GB", "temp GB", "products", "GB moved", "Mcycles forward", "backward"),
+    *("outside", "copies", "GB", "gathers beside", "alone"),
+)
+HEAD = f"""# A training step of Llama-3-8B, as the TPU's compiler makes it
 
 Rows are added by `benchmarks/tpu/tpu_step.py`; nothing was run. One packed row of 2048 tokens a chip, every array
-cut over all chips (`mesh.fsdp`), bfloat16, `model.remat=full`. *Mcycles* are the compiler's estimates of all operations
-it estimates, of one layer forward, one backward (with its repetition) and of what is outside the loops; those of splash
-attention's kernels aren't in it. *copies* are those of whole stacks of kernels once a step, in number and GB a chip.
-Gathers are counted in the program's text: *beside* are those of asynchronous fusions, which run beside a product or a
-part of one, *alone* those that nothing else runs beside (adapters' factors in the layers, and the output head).
+cut over all chips (`mesh.fsdp`), `model.remat=full`, LoRA of rank 8 on all matrices, or MoRA with as many parameters.
 
-| slice | method | state | temp GB | Mcycles forward | backward | outside | copies | GB | gathers beside | alone |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+- *args* are weights, adapters and moments on a chip, *temp* what the program needs besides.
+- *products* are the FLOPs of the program's matrix products, attention's kernels aside, over those of the frozen base:
+  4 a weight and token, and 2 for what remat repeats, which is all of a layer but its last product. What is above 1 are
+  the adapters' own.
+- *GB moved* are the compiler's "bytes accessed", with one turn of each loop: one layer forward, one backward, one chunk
+  of the loss.
+- *Mcycles* are the compiler's estimates of all operations it estimates, of one layer forward, one backward (with its
+  repetition) and of what is outside the loops; those of splash attention's kernels aren't in it.
+- *copies* are those of whole stacks of kernels once a step, in number and GB a chip.
+- Gathers are counted in the program's text: *beside* are those of asynchronous fusions, which run beside a product or a
+  part of one, *alone* those that nothing else runs beside (adapters' factors in the layers, and the output head).
+
+| {" | ".join(COLUMNS)} |
+| --- | --- | --- |{" ---: |" * (len(COLUMNS) - 3)}
 """
 
 
-def compiled(method: str, topology: Topology, settings: list[str], save: Path | None) -> tuple[str, float]:
-    """The step's HLO, and its temporary memory in bytes."""
+class Figures(NamedTuple):
+    """What the compiler says of a program: bytes of arguments, of temporary memory, and moved."""
+
+    arguments: float
+    temp: float
+    moved: float
+
+    def columns(self) -> str:
+        """Three columns of a row."""
+        return f"{self.arguments / 1e9:.2f} | {self.temp / 1e9:.2f} | {{}} | {self.moved / 1e9:.1f}"
+
+
+def compiled(
+    method: str, topology: Topology, settings: list[str], flags: list[str], save: Path | None
+) -> tuple[str, Figures]:
+    """The step's HLO, and what the compiler says of it."""
     given = {
         "adapter.method": method,
         "data.max_length": 2048,
@@ -52,16 +88,43 @@ def compiled(method: str, topology: Topology, settings: list[str], save: Path | 
         "model.dtype": "bfloat16",
         "model.remat": "full",
         "train.batch_size": topology.chips,
-        **dict(setting.split("=", 1) for setting in settings),
     }
-    config = lay_over(Config(), [(name, value, "benchmark") for name, value in given.items()])
+    values = [(name, value, "benchmark") for name, value in given.items()]
+    config = lay_over(Config(), values + [(*parse(setting), "benchmark") for setting in settings])
     mesh = (1, topology.chips, 1, 1)
     task = {"config": config.to_dict(), "decoder": read_model("llama3-8b"), "topology": topology.tpu, "mesh": mesh}
-    program = lower_step(task)[0].compile()
-    text = program.as_text()
+    program = lower_step(task)[0].compile(dict(flag.split("=", 1) for flag in flags))
+    text, memory = program.as_text(), program.memory_analysis()
     if save is not None:
         save.write_text(text)
-    return text, program.memory_analysis().temp_size_in_bytes
+    moved = program.cost_analysis()["bytes accessed"]
+    return text, Figures(memory.argument_size_in_bytes, memory.temp_size_in_bytes, moved)
+
+
+def parse(setting: str) -> tuple[str, str | int]:
+    """`KEY=VALUE`, numbers as such."""
+    name, value = setting.split("=", 1)
+    return name, int(value) if value.isdigit() else value
+
+
+def products(text: str, devices: int, micro_batches: int) -> float:
+    """FLOPs of the matrix products of a program, kernels aside, those in loops as often as they run."""
+    loops = Loops(LAYERS, micro_batches, -(-TOKENS // chunk_size(VOCABULARY, TOKENS)))
+    shapes: dict[str, list[int]] = {}
+    total, inside = 0.0, ""
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.<>-]+) .*\{$", line):
+            inside = head[1]
+        if not (found := RESULT.match(line)):
+            continue
+        shapes[found[1]] = shape = [int(size) for size in found[2].split(",") if size]
+        if product := PRODUCT.search(line):
+            kernel = shapes[product[2]]
+            name = re.search(r'op_name="([^"]*)"', line)
+            trips = loops.trips(name[1] if name else "")
+            trips *= max(1, devices // 4) if "windowed" in inside else 1
+            total += 2 * trips * math.prod(shape) * math.prod(kernel) / kernel[product[3].index("o")]
+    return total
 
 
 def figures(text: str) -> str:
@@ -105,18 +168,25 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     parser.add_argument("--label", required=True, help="the state of the code, in a word")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write.")
+    parser.add_argument("--flag", action="append", default=[], metavar="NAME=VALUE", help="an option of the compiler")
     parser.add_argument("--hlo", type=Path, help="a saved program to read")
     parser.add_argument("--save", type=Path, help="where to keep the program")
     options = parser.parse_args()
+    topology, settings = read_topology(options.slice), dict(map(parse, options.settings))
+    rows = settings.get("train.batch_size", topology.chips)
+    micro_batches = rows // (settings.get("train.micro_batch_size") or rows)
     if options.hlo is None:
-        text, temp = compiled(options.method, read_topology(options.slice), options.settings, options.save)
-        memory = f"{temp / 1e9:.2f}"
+        text, said = compiled(options.method, topology, options.settings, options.flag, options.save)
+        columns = said.columns()
     else:
-        text, memory = options.hlo.read_text(), ""
-    row = f"| {options.slice} | {options.method} | {options.label} | {memory} | {figures(text)}"
+        text, columns = options.hlo.read_text(), " |  | {} | "
+    share = products(text, topology.chips, micro_batches) / NEEDED / micro_batches
+    columns = columns.format(f"{share:.3f}")
+    row = f"| {options.slice} | {options.method} | {options.label} | {columns} | {figures(text)}"
     print(row)
-    before = options.out.read_text() if options.out.exists() else HEAD
-    options.out.write_text(f"{before}{row}\n")
+    lines = (options.out.read_text() if options.out.exists() else HEAD).splitlines()
+    end = max(number for number, line in enumerate(lines) if line.startswith("|")) + 1  # of the table
+    options.out.write_text("\n".join([*lines[:end], row, *lines[end:], ""]))
 
 
 if __name__ == "__main__":

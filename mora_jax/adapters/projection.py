@@ -173,6 +173,33 @@ class Projection(nnx.Module):
         """The format of the kernel; None where it is held as it is."""
         return self.kernel.format if isinstance(self.kernel, QuantizedKernel) else None
 
+    def lay_kernel(self, *, flat: bool) -> None:
+        """Stores the kernel as matrices, `[*layers, in, features]`, or with the axes of `out_shape`.
+
+        TPUs tile the last two axes of an array: between the two forms they move every number. Everything that reads or
+        writes a kernel takes both.
+        """
+        out = (self.layout.features,) if flat else self.layout.out_shape
+        quantized = isinstance(self.kernel, QuantizedKernel)
+        stack = ("layers",) * (self.num_layers is not None)
+        stored = [(self.kernel, "values"), (self.kernel, "scales")] if quantized else [(self, "kernel")]
+        for owner, name in stored:
+            variable = getattr(owner, name)
+            shape = (*variable.shape[: len(stack) + 1], *out)
+            if tuple(variable.shape) == shape:
+                continue
+            value, axes = variable.get_value(), (*stack, *self.axes[: 1 + len(out)])
+            abstract = isinstance(value, jax.ShapeDtypeStruct)
+            value = jax.ShapeDtypeStruct(shape, value.dtype) if abstract else value.reshape(shape)
+            setattr(owner, name, variable.replace(value, axes=axes, out_axes=len(out)))
+        if quantized:
+            self.kernel.out_axes = len(out)
+
+    def _with_axes(self, array: Array) -> Array:
+        """A kernel, or what a quantised one has in its place, `[..., *out_shape]`."""
+        out = self.layout.out_shape
+        return array if array.shape[-len(out) :] == out else array.reshape(*array.shape[:-1], *out)
+
     def _index(self, name: str) -> int:
         names = [part.name for part in self.parts]
         if name not in names:
@@ -207,9 +234,10 @@ class Projection(nnx.Module):
     def part_weight(self, name: str) -> Array:
         """The kernel of one part, `[*layers, in, features of the part]`, in HuggingFace's order of features."""
         if self.quantized is not None:
-            taken = jax.tree.map(lambda array: self.layout.take(array, self._index(name)), self.kernel.get_value())
+            index = self._index(name)
+            taken = jax.tree.map(lambda array: self.layout.take(self._with_axes(array), index), self.kernel.get_value())
             return taken.dense(self.kernel.dtype, 1)
-        return self.layout.take(self.kernel[...], self._index(name))
+        return self.layout.take(self._with_axes(self.kernel[...]), self._index(name))
 
     def part_bias(self, name: str) -> Array | None:
         """The bias of one part, `[*layers, features of the part]`."""
@@ -223,9 +251,10 @@ class Projection(nnx.Module):
     def put_part_weight(self, name: str, weight: Array) -> None:
         """Writes the kernel of one part, laid out as `part_weight` gives it."""
         shape = self.layout.part_shape(self._index(name))
-        kernel = self.kernel[...]
+        kernel = self._with_axes(self.kernel[...])
         shaped = weight.reshape(*kernel.shape[: kernel.ndim - len(shape)], *shape)
-        self.kernel[...] = kernel.at[(..., *self.part_slice(name))].set(shaped.astype(kernel.dtype))
+        changed = kernel.at[(..., *self.part_slice(name))].set(shaped.astype(kernel.dtype))
+        self.kernel[...] = changed.reshape(self.kernel.shape)
 
     def add_to_part_bias(self, name: str, change: Array) -> None:
         """Adds `change [*layers, features of the part]` to the bias; makes one where there is none."""

@@ -26,7 +26,8 @@ class TrainableBase:
 
     def __init__(self, *, keep: bool):
         """With `keep`, modules keep the frozen values too."""
-        self._made: dict[int, tuple[FullParam, AdapterState]] = {}
+        # With the parameters themselves: the number of one that nobody holds may become another's.
+        self._made: dict[int, tuple[nnx.Param, FullParam, AdapterState]] = {}
         self._keep = keep
 
     def train(self, module: nnx.Module, name: str) -> int:
@@ -34,6 +35,9 @@ class TrainableBase:
         value = getattr(module, name)
         if not isinstance(value, nnx.Param) or isinstance(value, AdapterParam):
             return 0
+        if isinstance(module, Projection) and value is module.kernel:
+            module.lay_kernel(flat=False)  # optimizers and checkpoints see one form on all backends
+            value = module.kernel
         added = 0
         if id(value) not in self._made:
             array = value.get_value()
@@ -43,9 +47,9 @@ class TrainableBase:
             metadata = {} if axes is None else {"axes": axes}
             abstract = isinstance(array, jax.ShapeDtypeStruct)
             wide = jax.eval_shape(widened, array) if abstract else widened(array)
-            self._made[id(value)] = FullParam(wide, **metadata), AdapterState(array, **metadata)
+            self._made[id(value)] = value, FullParam(wide, **metadata), AdapterState(array, **metadata)
             added = array.size
-        master, frozen = self._made[id(value)]
+        _, master, frozen = self._made[id(value)]
         setattr(module, name, master)
         if self._keep:
             if not hasattr(module, KEPT):

@@ -27,6 +27,7 @@ from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.models.init import read_json
+from mora_jax.models.partitioning import lay_kernels
 from mora_jax.paths import found_path
 
 
@@ -74,7 +75,10 @@ def load_pretrained(
         "attention": AttentionChoice(attention),
     }
     model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, **how))
-    _fill(tensor_plan(model), files, _head_for_embedding(config, files), shardings(model) if shardings else None)
+    placed = shardings(model) if shardings else None
+    if placed is None:
+        lay_kernels(model)
+    _fill(tensor_plan(model), files, _head_for_embedding(config, files), placed)
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model, tokenizer
 
@@ -161,10 +165,10 @@ def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shar
         if shardings is not None:
             entry.parameter.set_value(read_sharded(entry, files, stored_as, shardings(entry.parameter)))
             continue
-        buffer = empty(tuple(entry.parameter.shape), entry.parameter.dtype)
+        buffer = empty(entry.shape, entry.parameter.dtype)
         for piece in entry.pieces:
             piece.put(buffer, files.read(stored_as.get(piece.name, piece.name)))
-        entry.parameter.set_value(jax.device_put(buffer))
+        entry.parameter.set_value(jax.device_put(buffer.reshape(entry.parameter.shape)))
 
 
 def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str]) -> None:

@@ -190,11 +190,11 @@ def _gathered(entry: Entry) -> Iterator[tuple[TensorRegion, np.ndarray]]:
     array = entry.parameter.get_value()
     for layer, group in itertools.groupby(entry.pieces, key=lambda piece: piece.index[0] if piece.index else None):
         if isinstance(layer, int):
-            part = host(_layer(array, layer))
+            part = host(_layer(array, layer)).reshape(entry.shape[1:])
             yield from ((piece, dataclasses.replace(piece, index=piece.index[1:]).take(part)) for piece in group)
         else:
             # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
-            whole = host(array.copy())
+            whole = host(array.copy()).reshape(entry.shape)
             yield from ((piece, piece.take(whole)) for piece in group)
 
 

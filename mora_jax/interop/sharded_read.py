@@ -68,18 +68,20 @@ def read_region(
         entry: the parameter and the tensors that make it up.
         files: the checkpoint.
         stored_as: names in the files that differ from those of `entry`.
-        index: a span of each axis.
+        index: a span of each axis of the parameter.
         dtype: of the result.
     """
-    shape = tuple(entry.parameter.shape)
-    box = [range(size)[part] for part, size in zip(index, shape, strict=True)]
+    shape, last = entry.shape, len(index) - 1
+    as_matrices = len(index) < len(shape)
+    spans = (*index[:last], *(slice(None),) * (len(shape) - last)) if as_matrices else index
+    box = [range(size)[part] for part, size in zip(spans, shape, strict=True)]
     values = empty(tuple(map(len, box)), dtype)
     for piece in entry.pieces:
         found = _shared(piece, shape, box)
         if found is not None:
             target, inner = found
             values[target] = _read(piece, files, stored_as.get(piece.name, piece.name), inner)
-    return values
+    return values.reshape(*values.shape[:last], -1)[..., index[last]] if as_matrices else values
 
 
 def _shared(

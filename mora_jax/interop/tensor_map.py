@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -59,10 +59,29 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A parameter (or the quantised kernel in its place) and the tensors that make it up."""
+    """A parameter (or the quantised kernel in its place) and the tensors that make it up.
+
+    Attributes:
+        parameter: as it is stored.
+        pieces: the tensors.
+        axes: the shape that they are regions of; () for that of the parameter. A kernel may be stored as matrices.
+    """
 
     parameter: Any
     pieces: tuple[TensorRegion, ...]
+    axes: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the pieces are regions of."""
+        return self.axes or tuple(self.parameter.shape)
+
+    def put(self, read: Callable[[str], np.ndarray], buffer: np.ndarray | None = None) -> None:
+        """Gives the parameter the tensors that `read` finds by name; what `buffer` has elsewhere stays."""
+        values = np.empty(self.shape, self.parameter.dtype) if buffer is None else buffer
+        for piece in self.pieces:
+            piece.put(values, read(piece.name))
+        self.parameter.set_value(jnp.asarray(values.reshape(self.parameter.shape)))
 
 
 def tensor_plan(model: nnx.Module) -> list[Entry]:
@@ -129,7 +148,9 @@ def _projection(projection: Projection) -> Iterator[Entry]:
                 TensorRegion(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True)
             )
             biases.append(TensorRegion(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
-    yield Entry(projection.kernel, tuple(kernels))
+    stack = () if projection.num_layers is None else (projection.num_layers,)
+    axes = (*stack, projection.in_features, *projection.layout.out_shape)
+    yield Entry(projection.kernel, tuple(kernels), axes)
     if projection.bias is not None:
         yield Entry(projection.bias, tuple(biases))
 
@@ -209,9 +230,7 @@ def train_own_weights(model: nnx.Module, names: Container[str]) -> None:
 def put_trained_weights(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
     """Gives the modules of a model that are trained whole their values, by name in files."""
     for entry in tensor_plan(model):
-        pieces = [piece for piece in entry.pieces if piece.name in values]
+        pieces = tuple(piece for piece in entry.pieces if piece.name in values)
         if pieces:
-            buffer = np.array(entry.parameter[...])
-            for piece in pieces:
-                piece.put(buffer, values[piece.name])
-            entry.parameter.set_value(jnp.asarray(buffer))
+            buffer = np.array(entry.parameter[...]).reshape(entry.shape)
+            dataclasses.replace(entry, pieces=pieces).put(values.__getitem__, buffer)

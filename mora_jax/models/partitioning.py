@@ -6,6 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+from flax import nnx
+
+from mora_jax.adapters.base import AdapterParam
+from mora_jax.adapters.projection import Projection
+from mora_jax.backend import backend
 
 if TYPE_CHECKING:
     from mora_jax.models.attention.head_shards import HeadShards
@@ -80,3 +85,17 @@ class Partitioner(Protocol):
     def looked_up(self, axes: Axes, shape: tuple[int, int], ids: Array, table: Callable[[Array], Array]) -> Array:
         """`table(ids)` by rows, `[B, T, D]`, for a stored embedding of `axes` and `shape` `[V, D]`."""
         ...
+
+
+def lay_kernels(model: nnx.Module, *, flat: bool | None = None) -> None:
+    """Stores the frozen kernels of a model, or their shapes, as products take them where it is computed.
+
+    Args:
+        model: changed in place.
+        flat: whether kernels of several matrices are stored as matrices; None: on TPUs, which would else make them so
+            in every step.
+    """
+    flat = backend() == "tpu" if flat is None else flat
+    for _, node in list(nnx.iter_graph(model)):
+        if isinstance(node, Projection) and not isinstance(node.kernel, AdapterParam):
+            node.lay_kernel(flat=flat)

@@ -20,7 +20,7 @@ from mora_jax.training.config.schema import Config
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.device_put import put
-from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.sharding.rules import Placement, placed
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Arrays, Structure, TrainState, dotted, flat_arrays, initial_state
 from mora_jax.training.step import StepConfig, make_step
@@ -78,13 +78,14 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         mesh: as `make_mesh` makes it; its devices may be such as are only described.
     """
     pmap = config.mesh.pmap
-    placement = None if pmap else Placement.of(mesh, nnx.state(model))
+    method = adapter_config(config.adapter, steps)
+    restarts = Restarts.of(method, steps)
+    # Checkpoints hold what restarts change: in one form on all backends.
+    placement = None if pmap else placed(mesh, model, flat=None if restarts is None else False)
     if placement is not None and placement.partitioner is not None and not is_abstract(model):
         put_model(placement, model)
     graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
-    method = adapter_config(config.adapter, steps)
-    restarts = Restarts.of(method, steps)
     rates = getattr(method, "rates", None)
     optimizer = make_optimizer(config.optimizer, steps, rates, restarts=restarts)
     arrays = flat_arrays(adapters), flat_arrays(frozen)

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -70,10 +69,7 @@ class OwnBase:
         """Gives the model these weights, one parameter at a time, in the dtypes that it has."""
         for entry in tensor_plan(model):
             if any(piece.name in self.names for piece in entry.pieces):
-                buffer = np.empty(entry.parameter.shape, entry.parameter.dtype)
-                for piece in entry.pieces:
-                    piece.put(buffer, self.files.read(self.names[piece.name]))
-                entry.parameter.set_value(jnp.asarray(buffer))
+                entry.put(lambda name: self.files.read(self.names[name]))
         setattr(model, _MARK, True)
 
 

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.models.attention.head_shards import HeadShards
 from mora_jax.models.attention.ring import Ring
-from mora_jax.models.partitioning import Partitioner
+from mora_jax.models.partitioning import Partitioner, lay_kernels
 from mora_jax.training.state import dotted
 
 Array = jax.Array
@@ -268,7 +268,13 @@ def _gathered(used: NamedSharding, stored: NamedSharding, array: Array) -> Array
     return gather(array)
 
 
+def placed(mesh: Mesh, model: nnx.Module, *, flat: bool | None = None) -> Placement:
+    """The placement of a model, whose kernels take the form that they have on the mesh (see `lay_kernels`)."""
+    lay_kernels(model, flat=False if mesh.shape["tensor"] > 1 else flat)  # that shards the axes of outputs
+    return Placement.of(mesh, nnx.state(model))
+
+
 def base_shardings(mesh: Mesh, model: nnx.Module) -> Callable[[nnx.Variable], NamedSharding]:
-    """Where each parameter of a base (of shapes alone) is stored on a mesh."""
-    placement = Placement.of(mesh, nnx.state(model))
+    """Where each parameter of a base (of shapes alone) is stored on a mesh; kernels take their form there."""
+    placement = placed(mesh, model)
     return lambda variable: placement.stored(variable.get_metadata()["axes"], tuple(variable.shape))
