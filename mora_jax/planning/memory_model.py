@@ -268,7 +268,8 @@ def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced
     decoder = read_config(json.loads(values), "the model")
     config = lay_over(config, [("train.batch_size", rows, "")])
     with compiling_for(backend):
-        model = _model(config.model, config.adapter, values, backend)
+        # A copy: a step puts the kernels into the form that its mesh wants.
+        model = nnx.merge(*nnx.split(_model(config.model, config.adapter, values, backend)))
         made, arguments = assemble_abstract(model, config, (1,) * len(AXES))
         assert isinstance(made.runner, JitRunner), "pmap is refused before"
         program = made.runner.trace(*arguments).jaxpr
