@@ -26,11 +26,12 @@ def one_method(monkeypatch):
         return complete(methods=small, questions=2, **settings)
 
     monkeypatch.setattr(run, "run", shortened)
+    monkeypatch.setattr(cells, "WATCH_EVERY", 10)
 
 
 def test_from_end_to_end(one_method, tmp_path, capsys):
     out = tmp_path / "out"
-    code = main(["demo", "--steps", "31", "--out", str(out)])
+    code = main(["demo", "--steps", "11", "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     lines = printed.out.splitlines()
@@ -46,7 +47,7 @@ def test_from_end_to_end(one_method, tmp_path, capsys):
         assert len(row["answers"]) == 2 * 12
         assert row["trainable_parameters"] > 0
         assert row["tokens_per_second"] > 0
-        assert row["curve"]["steps"] == [0, 30, 31]
+        assert row["curve"]["steps"] == [0, 10, 11]
         # It starts where the base model is, and learns.
         assert row["curve"]["held_out_loss"][0] == pytest.approx(tuned[0]["curve"]["held_out_loss"][0])
         assert row["response_perplexity"] < 0.5 * base["response_perplexity"]

@@ -31,8 +31,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.0
 ROWS, LENGTH, STEPS = 8, 16, 5
 
 
-def model_for(method: str, dtype=jnp.float32) -> Decoder:
-    model = Decoder(read_config(LLAMA, "config.json"), dtype=dtype, rngs=nnx.Rngs(0), unroll=1)
+def model_for(method: str, dtype=jnp.float32, layers: int = 1) -> Decoder:
+    """One layer is no loop, which would compile for twice as long; test_rules.py has steps of three layers."""
+    config = read_config(LLAMA | {"num_hidden_layers": layers}, "config.json")
+    model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), unroll=1)
     mj.attach(model, CONFIGS[method], rngs=nnx.Rngs(1))
     if method != "full":
         fill_randomly(model)
@@ -101,7 +103,7 @@ def test_any_split_gives_the_same_run(method, splits):
 
 
 def test_the_model_is_put_together_once_and_only_its_layers_are_taken_apart(monkeypatch):
-    graphdef, adapters, frozen = mj.partition(model_for("dropout"))
+    graphdef, adapters, frozen = mj.partition(model_for("dropout", layers=3))
     optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
     step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, StepConfig(dropout=True))
     state = initial_state(flat_arrays(adapters), optimizer, 0)
