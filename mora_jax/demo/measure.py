@@ -12,10 +12,10 @@ from mora_jax.adapters.attach import adapted_layers
 from mora_jax.adapters.merge import merge
 from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.demo import TEXTS
+from mora_jax.demo.answers import exact_match, mean_scores
 from mora_jax.demo.cells import MAX_LENGTH
 from mora_jax.evaluation.chat import generate_batch
 from mora_jax.evaluation.perplexity import score
-from mora_jax.evaluation.qa_metrics import exact_match, mean_scores
 from mora_jax.training.state import Structure, flat_arrays
 
 MAX_NEW_TOKENS = 16

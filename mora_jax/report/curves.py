@@ -33,7 +33,8 @@ def draw_curves(runs: Sequence[Run]) -> Any:
         from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError:
         raise InputError("curves need matplotlib: pip install 'mora-jax[plots]'") from None
-    scored = any(run.evaluations for run in runs)
+    evaluations = [[row for row in run.evaluations if row.get("eval_loss") is not None] for run in runs]
+    scored = any(evaluations)
     figure = Figure(figsize=(10.5 if scored else 6.5, 4), layout="constrained")
     panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
     lines = []
@@ -43,7 +44,8 @@ def draw_curves(runs: Sequence[Run]) -> Any:
         drawn = panels[0].plot(steps, smoothed(losses), color=colour, linestyle=dash, label=run.name)
         lines += drawn
         if scored:
-            steps, losses = [row["step"] for row in run.evaluations], [row["eval_loss"] for row in run.evaluations]
+            rows = evaluations[number]
+            steps, losses = [row["step"] for row in rows], [row["eval_loss"] for row in rows]
             panels[1].plot(steps, losses, color=colour, linestyle=dash, marker=marker, label=run.name)
     mean = any(len(run.steps) * _SMOOTHED > 1 for run in runs)
     words = ["training loss, nats a token" + (", running mean" if mean else ""), "held-out loss, nats a token"]

@@ -25,7 +25,7 @@ class Run:
         config: its configuration.
         summary: what `summary.json` holds; empty before its end.
         steps: the rows of its logged steps, with a finite loss.
-        evaluations: the rows of its evaluations.
+        evaluations: the rows of its evaluations; of tasks alone they have no `eval_loss`.
     """
 
     name: str
@@ -121,7 +121,7 @@ def _read(name: str, folder: str) -> Run:
         raise InputError(f"{folder}/summary.json is damaged: {error}") from None
     rows = directory.read_metrics()
     steps = [row for row in rows if row.get("loss") is not None]
-    evaluations = [row for row in rows if row.get("eval_loss") is not None]
+    evaluations = [row for row in rows if "loss" not in row]
     return Run(name, directory, config, summary, steps, evaluations)
 
 

@@ -116,6 +116,16 @@ def test_a_sweeps_folder_is_all_of_its_runs_and_names_tell_them_apart(run, tmp_p
     assert found["differences"] == {}
 
 
+def test_a_run_that_evaluates_tasks_alone(run, tmp_path, model_dir):
+    write_run(tmp_path / "one", model_dir, [2.0, 1.0], ended=False)
+    metrics = tmp_path / "one" / "metrics.jsonl"
+    steps = [line for line in metrics.read_text().splitlines() if "eval_loss" not in line]
+    metrics.write_text("\n".join([*steps, json.dumps({"step": 2, "eval_arc_easy_acc": 0.5})]) + "\n")
+    assert run("report", tmp_path / "one", "--html", tmp_path / "page.html")[0] == 0
+    [found] = json.loads(run("report", tmp_path / "one", "--json")[1])["runs"]
+    assert (found["eval_arc_easy_acc"], found["eval_loss"], found["final_loss"]) == (0.5, None, 1.0)
+
+
 def test_refusals(fails, folders, tmp_path, data_file):
     assert "is no run: there is no such folder" in fails("report", tmp_path / "absent")
     assert "there is no config.json in it" in fails("report", tmp_path)

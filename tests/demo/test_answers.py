@@ -2,7 +2,7 @@
 
 import pytest
 
-from mora_jax.evaluation.qa_metrics import exact_match, mean_scores, word_f1
+from mora_jax.demo.answers import exact_match, mean_scores, word_f1
 
 
 @pytest.mark.parametrize(

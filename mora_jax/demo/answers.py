@@ -1,4 +1,4 @@
-"""Checks answers: exact match and word F1, in the manner of SQuAD.
+"""Checks answers of the demo: exact match and word F1, in the manner of SQuAD.
 
 Unlike SQuAD's, the normalisation keeps case and articles, because some questions ask
 for them (`Write egg in capitals.`).
