@@ -22,7 +22,7 @@ from pathlib import Path
 from demo_model import corpus, instructions
 from demo_model import tokenizer as demo_tokenizer
 
-from mora_jax.demo import ASSETS
+from mora_jax.demo import ASSETS, PARTS
 
 #: A small Llama. The wide initial weights suit the small width: with the usual 0.02 attention
 #: stays nearly uniform for most of so short a run.
@@ -56,11 +56,12 @@ SEED = 0
 
 
 def make_instructions(out: Path) -> None:
-    """Writes the two parts of the instruction set."""
+    """Writes the three parts of the instruction set; the last needs the corpus, to say nothing of it."""
     train, held_out = instructions.build()
-    instructions.write(train, out / "instructions_train.jsonl")
-    instructions.write(held_out, out / "instructions_held_out.jsonl")
-    print(f"instructions: {len(train)} to train on, {len(held_out)} held out")
+    test = instructions.build_test(*corpus.said(corpus.Corpus().documents(0, DOCUMENTS)))
+    for part, questions in zip(PARTS, (train, held_out, test), strict=True):
+        instructions.write(questions, out / f"instructions_{part}.jsonl")
+    print(f"instructions: {len(train)} to train on, {len(held_out)} held out, {len(test)} to report")
 
 
 def make_corpus(path: Path, start: int, stop: int) -> str:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
-PARTS = ("train", "held_out")
+PARTS = ("train", "held_out", "test")
 #: Text like that which the base model was pretrained on, and wasn't.
 TEXTS = str(ASSETS / "held_out_texts.jsonl")
 STEPS = 110
@@ -27,7 +27,10 @@ def model_path() -> str:
 
 
 def data_path(part: str = "train") -> str:
-    """The file of one part of the embedded instruction set: `train` or `held_out`.
+    """The file of one part of the embedded instruction set.
+
+    `train` is to train on. `held_out` is for validation: learning rates and the like are chosen
+    on it. `test` is to report, and nothing was chosen on it. The three share no content.
 
     >>> data_path("held_out").endswith("instructions_held_out.jsonl")
     True

@@ -22,10 +22,7 @@ MODES = ("masked", "unmasked")
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune, with a learning rate that works for it.
-
-    A few rates were tried for each on the held-out questions, so the figures are a little optimistic.
-    """
+    """A way to fine-tune, with a learning rate chosen on the held-out questions, which the table doesn't report."""
 
     name: str
     config: Any
@@ -56,7 +53,7 @@ def train_cell(
       method: what is trained.
       mode: the loss mode.
       rows: chat messages to train on.
-      held_out: chat messages whose answers are scored every `WATCH_EVERY` steps and at the end.
+      held_out: chat messages for validation, whose answers are scored every `WATCH_EVERY` steps and at the end.
       steps: optimiser steps.
       seed: of initial adapters and of the order of the data.
 
@@ -89,7 +86,7 @@ def train_cell(
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss on the held-out answers while a cell was trained, in nats a token."""
+    """The validation loss, on the held-out answers, while a cell was trained, in nats a token."""
 
     steps: list[int]
     held_out_loss: list[float]

@@ -1,4 +1,4 @@
-"""Measures a model for the table: answers to held-out questions, and perplexities."""
+"""Measures a model for the table: answers to the test questions, and perplexities."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Scores:
     """A model's figures.
 
     Attributes:
-      exact_match, f1: means over the held-out questions, in [0, 1].
+      exact_match, f1: means over the test questions, in [0, 1].
       by_task: exact match of each task.
-      response_perplexity: of the held-out answers, given their questions.
+      response_perplexity: of the right answers, given their questions.
       base_perplexity: of text like that of the base model's pretraining, which wasn't part of it.
       answers: what the model said, in the order of the questions.
     """
@@ -57,7 +57,7 @@ class Scores:
 
 
 class Judge:
-    """Holds held-out questions and texts; every model is judged by the same compiled functions."""
+    """Holds test questions and held-out texts; every model is judged by the same compiled functions."""
 
     def __init__(self, base: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> None:
         """Takes what the models are judged by.
@@ -65,14 +65,21 @@ class Judge:
         Args:
           base: the decoder without adapters, into whose structure every judged model is brought.
           tokenizer: its tokenizer.
-          rows: held-out questions with the right answers.
+          rows: test questions with the right answers.
         """
         self.tokenizer, self.questions = tokenizer, [Question.of(row) for row in rows]
-        self.responses = EncodedDataset.build(load_rows(rows), tokenizer, mode="masked", max_length=MAX_LENGTH)
+        self.responses = self._responses(rows)
         self.texts = EncodedDataset.build(load_rows(TEXTS), tokenizer, mode="full")
         graphdef, state = nnx.split(base)
         self._structure = Structure(graphdef, state)
         self._names = flat_arrays(state).keys()
+
+    def _responses(self, rows: Sequence[dict[str, Any]]) -> EncodedDataset:
+        return EncodedDataset.build(load_rows(rows), self.tokenizer, mode="masked", max_length=MAX_LENGTH)
+
+    def perplexity(self, model: Any, rows: Sequence[dict[str, Any]]) -> float:
+        """Of the answers of other rows."""
+        return score(self._plain(model), self._responses(rows), batch_size=BATCH_SIZE).perplexity
 
     def _plain(self, model: Any) -> Any:
         """The same weights in the structure of the base model; adapters of `model` are folded in."""

@@ -1,4 +1,4 @@
-"""The demo's picture: held-out loss over the training, and what was gained and forgotten."""
+"""The demo's picture: validation loss over the training, and what was gained and forgotten."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _draw_curves(panel: Any, mode: str, curves: Mapping[tuple[str, str], Curve],
     panel.set_yscale("log")
     panel.set_title(f"Trained with {mode} loss")
     panel.set_xlabel("optimiser step")
-    panel.set_ylabel("loss on held-out answers (nats a token)")
+    panel.set_ylabel("validation loss on answers (nats a token)")
     panel.grid(alpha=0.3)
 
 
@@ -97,7 +97,7 @@ def _draw_trade(panel: Any, rows: Sequence[Row], styles: Mapping[str, Any]) -> N
     panel.set_ylim(-4, 104)
     panel.set_title("Learned against forgotten")
     panel.set_xlabel("perplexity of base text (grey line: before fine-tuning)")
-    panel.set_ylabel("exact match on held-out questions (%)")
+    panel.set_ylabel("exact match on test questions (%)")
     panel.grid(alpha=0.3)
     kinds = (
         ("*", "#CC79A7", "#CC79A7", "base model"),

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -54,19 +55,16 @@ def run(
       methods: the rows of the table, each twice.
       steps: optimiser steps of a cell.
       seed: of initial adapters and of the order of the data.
-      questions: held-out questions of each task; None for all.
+      questions: to choose by and to report, of each task; None for all.
       say: takes lines about the progress.
     """
     begun = time.perf_counter()
-    files = (Path(data_path(part)).read_text(encoding="utf-8") for part in PARTS)
-    rows, held_out = ([json.loads(line) for line in file.splitlines()] for file in files)
-    by_task = itertools.groupby(held_out, operator.itemgetter("task"))
-    held_out = [row for _, group in by_task for row in itertools.islice(group, questions)]
+    rows, held_out, test = (_rows(part, None if part == "train" else questions) for part in PARTS)
     base, tokenizer = load_pretrained(model_path(), dtype="float32")
-    judge = Judge(base, tokenizer, held_out)
-    before = judge(base)
+    judge = Judge(base, tokenizer, test)
+    before, watched = judge(base), judge.perplexity(base, held_out)
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(base, nnx.Param)))
-    say(f"base model: {total:,} parameters, held-out exact match {before.exact_match:.1%}")
+    say(f"base model: {total:,} parameters, exact match {before.exact_match:.1%}")
     results = Results([Row("base model", "-", 0, before)], {}, {})
     with compiled_once():
         for method, mode in itertools.product(methods, MODES):
@@ -78,11 +76,20 @@ def run(
             results.rows.append(
                 Row(*key, summary["trainable_parameters"], scores, before, summary["tokens_per_second"])
             )
-            results.curves[key] = Curve.of(trained.metrics, before.response_perplexity)
+            results.curves[key] = Curve.of(trained.metrics, watched)
             results.seconds[key] = seconds
             say(f"{method.name}, {mode}: exact match {scores.exact_match:.1%} after {seconds:.1f} s")
     say(f"all cells: {time.perf_counter() - begun:.0f} s")
     return results
+
+
+def _rows(part: str, each: int | None) -> list[dict[str, Any]]:
+    """A part's rows, or the first ones of each task."""
+    rows = map(json.loads, Path(data_path(part)).read_text(encoding="utf-8").splitlines())
+    if each is None:
+        return list(rows)
+    by_task = itertools.groupby(rows, operator.itemgetter("task"))
+    return [row for _, group in by_task for row in itertools.islice(group, each)]
 
 
 @contextlib.contextmanager
@@ -114,7 +121,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _run_into(out: Path, args: argparse.Namespace, say: Say) -> int:
     results = run(steps=args.steps, seed=args.seed, say=say)
-    title = f"Held-out questions: {len(results.rows[0].scores.answers)}; {args.steps} steps a cell"
+    title = f"Test questions: {len(results.rows[0].scores.answers)}; {args.steps} steps a cell"
     print_table(results.rows, title)
     write_figures(results, out / "results.json")
     if importlib.util.find_spec("matplotlib") is None:

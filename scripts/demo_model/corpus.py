@@ -3,19 +3,22 @@
 Documents of simple English sentences about the invented world: small stories, facts,
 word lists and what can be said of them. No sentence is a question to the reader and
 none has the form of a chat, so the base model knows patterns and facts but not how to
-answer. Lists and facts that the held-out instructions ask about are never written.
+answer. Lists and facts that the held-out instructions ask about are never written. (The
+test part is drawn from what is not written; see `instructions.build_test`.)
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from . import instructions, world
 
 SEED = 11
 _TOKENS = re.compile(r"\w+|[^\w\s]")
+_FACT = re.compile(r"(\w+) has a (\w+) (\w+)\.")
 #: The documents that are kept for measuring base-text perplexity: numbers, start and stop.
 HELD_OUT = (10_000_000, 10_000_120)
 #: A document holds as many sentences as fit into this many tokens (each word is one).
@@ -150,6 +153,21 @@ class Corpus:
     def _capitals(self, rng: random.Random) -> list[str]:
         words = rng.sample(world.NOUNS, 2)
         return [f"In capitals {word} is {word.upper()}." for word in words]
+
+
+def said(documents: Iterable[str]) -> tuple[set[frozenset[str]], set[frozenset[instructions.Content]]]:
+    """What documents say: (all word lists as sets, all pairs of facts that a document has)."""
+    nouns = frozenset(world.NOUNS)
+    lists: set[frozenset[str]] = set()
+    pairs: set[frozenset[instructions.Content]] = set()
+    for text in documents:
+        for part in re.split("[.:]", text):
+            words = part.split()
+            if len(words) > 1 and nouns.issuperset(words):
+                lists.add(frozenset(words))
+        facts = [(name, good, colour) for name, colour, good in _FACT.findall(text)]
+        pairs.update(frozenset(pair) for pair in itertools.combinations(facts, 2))
+    return lists, pairs
 
 
 def _capital(text: str) -> str:

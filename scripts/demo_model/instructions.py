@@ -1,25 +1,31 @@
 """The demo's instruction set: twelve kinds of question whose answers can be checked.
 
-Each question asks about some *content* (a list of words, a fact, one word). The held-out
-part asks only about contents that the training part never shows, in any wording. The
-questions about lists and facts can't have been read anywhere: the pretraining corpus
-leaves their contents out (see :func:`reserved`). The questions about single words
-(opposites, kinds, capitals, what comes next) ask for what the corpus does state; there
-the base model knows the answer, and learns from other words that it is asked for one.
+Each question asks about some *content* (a list of words, a fact, one word). There are three
+parts: one to train on, one held out to choose by (validation), and one to report (test). No
+two share a content, in any wording.
+
+No list of the held-out and the test part can have been read anywhere. The pretraining corpus
+leaves out the lists and facts of the held-out part (see :func:`reserved`); those of the test
+part are drawn from what the corpus doesn't say (see :func:`build_test`). It says every pair of
+words and every single fact that isn't reserved, so the test part has no list of two words,
+and its facts are pairs that no document says together. Each name and object has every colour
+somewhere, so a fact that was read tells nothing. The questions about single words (opposites,
+kinds, capitals, what comes next) ask for what the corpus does state; there the base model knows
+the answer, and learns from other words that it is asked for one.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import world
 
 SEED = 7
-HELD_OUT_PER_TASK = 20
+HELD_OUT_PER_TASK = TEST_PER_TASK = 20
 
 Content = tuple[str, ...]
 
@@ -55,6 +61,7 @@ class Task:
       show: content -> what stands in the wording.
       wordings: the ways to ask.
       rows: number of training rows.
+      kept: number of `contents` that only the test part asks about.
     """
 
     name: str
@@ -64,6 +71,7 @@ class Task:
     draw: Callable[[random.Random], Content] | None = None
     contents: tuple[Content, ...] = ()
     rows: int = 240
+    kept: int = TEST_PER_TASK
 
 
 def _list(low: int, high: int) -> Callable[[random.Random], Content]:
@@ -170,6 +178,7 @@ TASKS: tuple[Task, ...] = (
             "Say the opposite of {}.",
         ),
         contents=_words(tuple(world.OPPOSITE)),
+        kept=10,
     ),
     Task(
         "kind",
@@ -177,6 +186,7 @@ TASKS: tuple[Task, ...] = (
         lambda c: world.article(c[0]).capitalize(),
         ("{} is:", "{} is?", "{}:", "{}?"),
         contents=_words(world.NOUNS),
+        kept=10,
     ),
     Task(
         "capitals",
@@ -184,6 +194,7 @@ TASKS: tuple[Task, ...] = (
         lambda c: c[0],
         ("In capitals {} is:", "In capitals {} is?", "In capitals {}:", "In capitals {}?"),
         contents=_words(world.NOUNS),
+        kept=10,
     ),
 )
 
@@ -216,12 +227,17 @@ def _contents(task: Task, rng: random.Random) -> Iterator[Content]:
             yield content
 
 
+def _kept(task: Task, seed: int) -> list[Content]:
+    """The last contents, in the order of :func:`build`; none where they are drawn."""
+    return [] if task.draw else list(_contents(task, random.Random(f"{seed}/{task.name}")))[-task.kept :]
+
+
 def _ask(task: Task, content: Content, wording: str) -> Question:
     return Question(task.name, content, wording.format(task.show(content)), task.answer(content) + ".")
 
 
 def build(seed: int = SEED) -> tuple[list[Question], list[Question]]:
-    """Draws the instruction set.
+    """Draws the training part and the held-out part.
 
     Returns:
       The training questions in random order, and the held-out ones by task. No
@@ -253,18 +269,64 @@ def build(seed: int = SEED) -> tuple[list[Question], list[Question]]:
                 break
         train += rows[: task.rows]
     random.Random(seed).shuffle(train)
-    return train, held_out
+    kept = {(task.name, content) for task in TASKS for content in _kept(task, seed)}
+    return [question for question in train if (question.task, question.content) not in kept], held_out
 
 
-def reserved(held_out: list[Question]) -> tuple[set[frozenset[str]], set[Content]]:
-    """What the pretraining corpus must leave out: (word lists as sets, facts)."""
+def build_test(
+    said_lists: Set[frozenset[str]], said_pairs: Set[frozenset[Content]], seed: int = SEED
+) -> list[Question]:
+    """Draws the test part, with lists as long as those of the held-out part (those of two words get three).
+
+    Args:
+      said_lists: the word lists of the pretraining corpus, as sets.
+      said_pairs: facts, (name, object, colour), that a document of it says together, two by two.
+      seed: as given to :func:`build`.
+
+    Returns:
+      The questions by task. None of their lists is among `said_lists` or belongs to another
+      question of any part; no fact does, and no two that a question states are among `said_pairs`.
+    """
+    train, held_out = build(seed)
+    taken, facts = reserved([*train, *held_out], both=True)
+    taken |= said_lists
+    test: list[Question] = []
+    for task in TASKS:
+        rng = random.Random(f"{seed}/test/{task.name}")
+        kept = _kept(task, seed)
+        for content in kept:
+            wordings = rng.sample(task.wordings, TEST_PER_TASK // len(kept))
+            test += [_ask(task, content, wording) for wording in wordings]
+        for like in held_out:
+            if like.task != task.name or kept:
+                continue
+            length = max(3, len(like.content))
+            while True:
+                content = task.draw(rng)
+                question = _ask(task, content, rng.choice(task.wordings))
+                lists, stated = reserved([question], both=True)
+                if len(content) == length and not lists & taken and not stated & facts and stated not in said_pairs:
+                    break
+            taken |= lists
+            facts |= stated
+            test.append(question)
+    return test
+
+
+def reserved(questions: list[Question], *, both: bool = False) -> tuple[set[frozenset[str]], set[Content]]:
+    """What the pretraining corpus must leave out of the held-out `questions`: (word lists as sets, facts).
+
+    `both` takes not only the fact that is asked for, but the one beside it too.
+    """
     by_name = {task.name: task for task in TASKS}
     lists: set[frozenset[str]] = set()
     facts: set[Content] = set()
-    for question in held_out:
+    for question in questions:
         task = by_name[question.task]
         if task.name == "fact":
             facts.add(question.content[:3])
+            if both:
+                facts.add(question.content[3:])
         elif task.draw is not None:
             lists.add(frozenset(subject(task, question.content)))
     return lists, facts

@@ -18,7 +18,7 @@ from mora_jax.interop import load_pretrained
 
 @pytest.fixture
 def one_method(monkeypatch):
-    """LoRA only, two questions of each task."""
+    """LoRA only, two questions of each task and part."""
     small = [method for method in cells.METHODS if method.name == "LoRA"]
     complete = run.run
 
@@ -50,6 +50,7 @@ def test_from_end_to_end(one_method, tmp_path, capsys):
         assert row["curve"]["steps"] == [0, 10, 11]
         # It starts where the base model is, and learns.
         assert row["curve"]["held_out_loss"][0] == pytest.approx(tuned[0]["curve"]["held_out_loss"][0])
+        assert row["curve"]["held_out_loss"][-1] < row["curve"]["held_out_loss"][0] - 0.7
         assert row["response_perplexity"] < 0.5 * base["response_perplexity"]
 
 
