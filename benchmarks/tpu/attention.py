@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from mora_jax.accelerators import ACCELERATORS
 from mora_jax.backend import compiling_for
 from mora_jax.models.attention.causal import attention
 from mora_jax.models.attention.flash import TILE
 from mora_jax.models.attention.splash import Splash
 from mora_jax.planning.jaxpr_cost import matrix_products
+from mora_jax.training.observe.accelerators import ACCELERATORS
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
 CALL = "--out {table}"

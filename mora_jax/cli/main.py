@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from mora_jax.cli import convert, demo, generate, inspect, lm_eval, merge, plan, sweep, train
+from mora_jax.cli import convert, demo, generate, inspect, lm_eval, merge, plan, study, sweep, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": inspect,
     "plan": plan,
     "sweep": sweep,
+    "study": study,
     "report": report_command,
     "lm-eval": lm_eval,
     "demo": demo,

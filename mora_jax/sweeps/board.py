@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ class Board(Display):
         """Writes to `stream`, by default the stderr of the moment."""
         super().__init__(stream)
         self.runs: dict[str, RunState] = {}
+        #: What is shown of a whole that the sweep is a part of.
+        self.whole: Callable[[], str] = str
         self._together: Sequence[str] = ()
         self._said: dict[str, list[str]] = {}
         self._fresh = False
@@ -110,7 +112,8 @@ class Board(Display):
         speed = sum(state.tokens_per_second for state in states.values())
         left = left_words({"seconds_left": first.seconds_left})
         several = f" ({low}) to {high:.4f}" if len(states) > 1 else ""
-        self.note(f"step {first.step}/{first.steps}  loss {first.loss:.4f}{several}  {speed:,.0f} tokens/s{left}")
+        words = f"step {first.step}/{first.steps}  loss {first.loss:.4f}{several}  {speed:,.0f} tokens/s{left}"
+        self.note(words + self.whole())
 
 
 class _RunDisplay(Display):

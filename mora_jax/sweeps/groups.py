@@ -32,6 +32,7 @@ def shape_of(config: Config) -> Config:
         if config.loss.normalize != "constant":
             loss["normalize"] = None
         changes["loss"] = dataclasses.replace(config.loss, **loss)
+        changes["data"] = dataclasses.replace(config.data, train=None, eval=None)
     if not config.adapter.dropout or not (config.data.bucketing or config.data.eval_fraction):
         changes["seed"] = 0
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]

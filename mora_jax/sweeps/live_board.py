@@ -63,7 +63,9 @@ class LiveBoard(Board):
         done = sum(state.words == "done" for state in self.runs.values())
         speed = sum(state.tokens_per_second for state in states)
         left = left_words({"seconds_left": max((s.seconds_left or 0.0 for s in states), default=None)})
-        return f"{done} of {len(self.runs)} runs done, {len(states)} training, {speed:,.0f} tokens/s{left}"
+        return (
+            f"{done} of {len(self.runs)} runs done, {len(states)} training, {speed:,.0f} tokens/s{left}{self.whole()}"
+        )
 
 
 def make_board() -> Board:

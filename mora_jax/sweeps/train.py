@@ -32,6 +32,9 @@ from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
 from mora_jax.training.setup import NOTHING, Objects, Setup, encode_data, load_base, prepare
 from mora_jax.training.sharding.mesh import make_mesh
 
+#: Scores a run, given its name, its tokenizer, its model, and the steps done: values by name.
+RunMeasure = Callable[[str, Any, Decoder, int], dict[str, float]]
+
 
 def train_runs(
     runs: Sequence[SweepRun],
@@ -42,6 +45,8 @@ def train_runs(
     callbacks: Sequence[Callback] = (),
     at_once: int | None = None,
     overwrite: bool = False,
+    measure: RunMeasure | None = None,
+    go_on: bool = False,
 ) -> SweepResult:
     """Trains what is not done yet.
 
@@ -53,6 +58,8 @@ def train_runs(
         callbacks: called with every row of metrics of every run, which has the run's name under `run`.
         at_once: the most runs that train together; None for no limit.
         overwrite: replace a sweep that is in the folder.
+        measure: what else is scored in every evaluation of a run, see `RunMeasure`.
+        go_on: whether a run that can't begin has failed, and the others go on; else nothing begins then.
 
     Raises:
         InputError: anything the user has to mend. Before the first run has begun nothing was written then.
@@ -61,7 +68,7 @@ def train_runs(
         raise InputError("the model carries adapters already; a sweep starts from a model without: detach them first")
     check_writers(runs[0].config)
     goes_on = False if folder is None else folder.check_free(runs, overwrite)
-    sweep = _Sweep(folder, board, objects, callbacks)
+    sweep = _Sweep(folder, board, objects, callbacks, measure, go_on)
     with contextlib.ExitStack() as stack:
         stack.enter_context(keeping_programs(runs[0].config.log.compilation_cache))
         if folder is not None:
@@ -123,9 +130,16 @@ class _Sweep:
     """
 
     def __init__(
-        self, folder: SweepFolder | None, board: Board, objects: Objects, callbacks: Sequence[Callback]
+        self,
+        folder: SweepFolder | None,
+        board: Board,
+        objects: Objects,
+        callbacks: Sequence[Callback],
+        measure: RunMeasure | None,
+        go_on: bool,
     ) -> None:
         self._folder, self._board, self._objects, self._callbacks = folder, board, objects, callbacks
+        self._measure, self._go_on = measure, go_on
         self.results: dict[str, RunResult] = {}
         self.begin: Callable[[], Any] | None = None
 
@@ -166,16 +180,18 @@ class _Sweep:
         self._board.loading(f"loading {model.path}")
         loaded, tokenizer, _ = load_base(groups[0][0].config, self._objects)
         base = _Base(loaded, tokenizer, self._objects)
-        setups = {run.name: _named(run, base.setup) for group in groups for run in group}
+        setups = {run.name: self._prepared(run, base.setup) for group in groups for run in group}
         for group in groups:
             # What is known of the data alone: as many steps, and masks of dropout for the same places.
             shapes: dict[Any, list[SweepRun]] = {}
             for run in group:
                 setup = setups[run.name]
+                if setup is None:
+                    continue
                 length = setup.batches.length if run.config.adapter.dropout else 0
                 shapes.setdefault((setup.plan.steps, length), []).append(run)
             for part in shapes.values():
-                if code := self._train_group(part, {run.name: setups.pop(run.name) for run in part}):
+                if code := self._train_group(part, {run.name: setups.pop(run.name) for run in part}):  # type: ignore[misc]
                     return code
         return 0
 
@@ -187,7 +203,18 @@ class _Sweep:
             graphdef, state = nnx.split(objects.model)
             copied = nnx.merge(graphdef, jax.tree.map(lambda array: array.copy(), state))
             objects = Objects(copied, objects.tokenizer, objects.rows, objects.eval_rows)
-        return self._train_group([run], {run.name: _named(run, lambda config: prepare(config, objects))}, alone=True)
+        setup = self._prepared(run, lambda config: prepare(config, objects))
+        return 0 if setup is None else self._train_group([run], {run.name: setup}, alone=True)
+
+    def _prepared(self, run: SweepRun, make: Callable[[Config], Setup]) -> Setup | None:
+        """The run, ready to start; None where it can't and the others go on."""
+        try:
+            return make(run.config)
+        except InputError as error:
+            if not self._go_on:
+                raise InputError(f"run {run.name}: {error}") from None
+            self._failed(run, str(error), None)
+            return None
 
     def _train_group(self, runs: Sequence[SweepRun], setups: Mapping[str, Setup], *, alone: bool = False) -> int:
         """Trains runs together to their ends; returns 0, or the exit code after a signal."""
@@ -219,7 +246,10 @@ class _Sweep:
         if stack is not None:
             optimizer, steps = run.config.optimizer, setup.plan.steps
             join = lambda made: stack.join(made, optimizer, steps)  # noqa: E731
-        return Trainer(setup, directory, self._board.of(run.name), callbacks, join)
+        measure = None
+        if self._measure is not None:
+            measure = functools.partial(self._measure, run.name, setup.tokenizer)
+        return Trainer(setup, directory, self._board.of(run.name), callbacks, join, measure)
 
     def _steps(
         self, runs: Sequence[SweepRun], trainers: Sequence[Trainer], stack: Stack | None, signals: StopSignals
@@ -249,20 +279,13 @@ class _Sweep:
                 else:
                     replies = stack.step({index: trainer.state for index, trainer in enumerate(trainers)}, batches)
 
-    def _failed(self, run: SweepRun, words: str, directory: RunDirectory) -> None:
+    def _failed(self, run: SweepRun, words: str, directory: RunDirectory | None) -> None:
         """A run ended by an error of its own; the others go on."""
         self._board.said(run.name, f"failed: {words}")
         self._board.ended(run.name, words)
         self.results[run.name] = self.result(run, directory, failed=words)
         if self._folder is not None:
             self._folder.note_failure(run.name, words)
-
-
-def _named(run: SweepRun, make: Callable[[Config], Setup]) -> Setup:
-    try:
-        return make(run.config)
-    except InputError as error:
-        raise InputError(f"run {run.name}: {error}") from None
 
 
 @contextlib.contextmanager

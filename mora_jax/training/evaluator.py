@@ -15,6 +15,9 @@ from mora_jax.training.distributed.signals import StopSignals
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.setup import Setup
 
+#: Scores a model after so many steps, beside the loss: values by name.
+Measure = Callable[[Decoder, int], dict[str, float]]
+
 
 class _Interrupted(Exception):
     """A signal came during an evaluation."""
@@ -29,6 +32,7 @@ class Evaluator:
         display: shows it, and how far an evaluation is.
         call: called with the row.
         partitioner: how the model's arrays are laid over devices.
+        measure: what else is scored in every evaluation; each value gets `eval_` before its name.
 
     Attributes:
         row: of the last evaluation; empty before the first.
@@ -43,22 +47,25 @@ class Evaluator:
         display: Display,
         call: Callable[[dict[str, Any]], None],
         partitioner: Partitioner | None = None,
+        measure: Measure | None = None,
     ):
         self._setup, self._observer, self._display = setup, observer, display
-        self._call, self._partitioner = call, partitioner
+        self._call, self._partitioner, self._measure = call, partitioner, measure
         self.row: dict[str, Any] = {}
         self.seconds: list[float] = []
         self.last_step = setup.plan.steps
 
     def due(self, done: int) -> bool:
         """Whether there is an evaluation after so many steps."""
-        every = self._setup.config.train.eval_every
+        settings = self._setup.config.train
+        every = settings.eval_every
         due = done == self.last_step or bool(every and done % every == 0)
-        return due and self._setup.evaluates
+        evaluates = self._setup.evaluates or self._measure is not None
+        return (due if done else settings.eval_on_start) and evaluates
 
     def owed(self, done: int) -> bool:
         """Whether the evaluation after so many steps was not made or not ended."""
-        return done > 0 and self.due(done) and self.row.get("step") != done
+        return self.due(done) and self.row.get("step") != done
 
     @property
     def of_tasks(self) -> dict[str, float]:
@@ -95,6 +102,8 @@ class Evaluator:
             for task in self._setup.tasks:
                 words = f"evaluating {task.task.name}"
                 row |= task(scorer, progress)
+            if self._measure is not None:
+                row |= {f"eval_{name}": value for name, value in self._measure(model, step).items()}
         except _Interrupted:
             return
         finally:

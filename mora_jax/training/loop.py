@@ -23,7 +23,7 @@ from mora_jax.training.display.plain import Display
 from mora_jax.training.distributed.processes import Agreement, check_same, check_shared, is_main, several
 from mora_jax.training.distributed.signals import StopSignals
 from mora_jax.training.distributed.watchdog import Watchdog
-from mora_jax.training.evaluator import Evaluator
+from mora_jax.training.evaluator import Evaluator, Measure
 from mora_jax.training.observe.flops import StepFlops
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.observe.profile import check_profile
@@ -155,6 +155,7 @@ class Trainer:
         callbacks: called with every row of metrics; one that returns True ends the training after the step at hand.
         runner_for: gives what runs the step in place of the runner that was put together, as for a run among several
             (mora_jax/sweeps).
+        measure: see `Evaluator`.
 
     Attributes:
         summary: what `summary.json` holds, once the run is done.
@@ -167,6 +168,7 @@ class Trainer:
         display: Display,
         callbacks: Sequence[Callback] = (),
         runner_for: Callable[[Assembly], Any] | None = None,
+        measure: Measure | None = None,
     ):
         self.setup, self.directory, self.display = setup, directory, display
         self.callbacks, self.summary = tuple(callbacks), dict[str, Any]()
@@ -187,7 +189,7 @@ class Trainer:
         devices, steps = self.runner.devices, setup.plan.steps
         self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
         partitioner = None if made.placement is None else made.placement.partitioner
-        self.evaluator = Evaluator(setup, self.observer, display, self._call, partitioner)
+        self.evaluator = Evaluator(setup, self.observer, display, self._call, partitioner, measure)
         left = self.evaluator.seconds_left
         self.step_rows = StepRows(
             config, self.observer, display, made.budget, left, self._call, steps, self.runner.read
@@ -247,7 +249,8 @@ class Trainer:
                 self.display.note(note)
             if self.evaluator.owed(first):
                 self.evaluator(self.trained_model(), first, signals)
-                checkpoints.scored(first, self.evaluator.row.get("eval_loss"))
+                if first:
+                    checkpoints.scored(first, self.evaluator.row.get("eval_loss"))
                 self.observer.clock.restart()
                 if signals.received:
                     return self._stopped(first, signals)

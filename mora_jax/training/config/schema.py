@@ -152,6 +152,7 @@ class TrainSection:
     )
     log_every: int = key(1, "Steps between logged rows.", at_least=1)
     eval_every: int = key(0, "Steps between evaluations; 0: only at the end.", at_least=0)
+    eval_on_start: bool = key(False, "Evaluate before the first step too.")
     eval_tasks: tuple[str, ...] | None = key(
         None, "Tasks evaluated too, NAME=FILE each: names (or .toml files) and files as for mora-jax eval --task."
     )
@@ -359,7 +360,7 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         (
             data.eval is None and data.eval_fraction == 0 and not config.train.eval_tasks,
             "no evaluation data",
-            ["train.eval_every"],
+            ["train.eval_every", "train.eval_on_start"],
         ),
         (not config.train.eval_tasks, "no train.eval_tasks", ["train.eval_tasks_limit"]),
     ]

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax.accelerators import by_device_kind
 from mora_jax.models.config import DecoderConfig
+from mora_jax.training.observe.accelerators import by_device_kind
 from mora_jax.training.optimizer import decays
 
 #: The convention of `mfu`, in words.

@@ -1,0 +1,69 @@
+"""Run one of the papers' questions as an experiment: a grid of methods, learning rates and seeds.
+
+Learning rates are chosen on one seed and reported on others. DIR then holds cells.csv (one measurement a line),
+conclusion.md, figures, and each cell's run directory. The same command goes on with a study that was stopped.
+"""
+
+import argparse
+
+from mora_jax.cli.options import add_number
+
+HELP = "run one of the papers' experiments"
+NAMES = ("memorize",)
+PRESETS = ("tiny", "quick", "small", "paper")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"{', '.join(NAMES)}")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="quick",
+        help="tiny: seconds, to see the form; quick: minutes on two cores, on the embedded model (default); small: "
+        "hours there, a model of about 100 M parameters; paper: 7 B parameters on eight accelerators",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the study")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="base model: a folder or a hub id; the embedded one if not given"
+    )
+    parser.add_argument("--data", action="append", metavar="FILE", help="rows to learn, in place of the study's own")
+    parser.add_argument("--texts", metavar="FILE", help="texts like those that the base was pretrained on")
+    parser.add_argument("--cells", metavar="REGEX", help="train only cells whose name it is found in")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the study in DIR; failed cells are tried again"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells and train nothing")
+    add_number(parser, "--at-once", int, None, "The most runs that train together; none: all that can.", at_least=1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    from mora_jax import demo
+    from mora_jax.errors import InputError
+    from mora_jax.studies.registry import STUDIES
+    from mora_jax.studies.run import cell_names, run_study
+    from mora_jax.studies.study import Sources
+
+    study = STUDIES[args.name]
+    if args.list:
+        print("\n".join(cell_names(study.presets[args.preset])))
+        return 0
+    if args.model is None and args.preset in ("small", "paper"):
+        raise InputError(f"--preset {args.preset} is for a model of your own: give --model MODEL")
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite are both given; leave out one of them")
+    sources = Sources(args.model or demo.model_path(), tuple(args.data) if args.data else None, args.texts)
+    result = run_study(
+        study,
+        args.preset,
+        args.out,
+        sources,
+        cells=args.cells,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        at_once=args.at_once,
+    )
+    print(result.conclusion)
+    return result.exit_code

@@ -1,0 +1,97 @@
+"""How studies draw: one colour, dash and marker an arm, means as lines, seeds as a band of the 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mora_jax.studies.intervals import interval
+from mora_jax.studies.results import Results
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F")
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+_MARKERS = "osD^vPX*"
+
+
+def style(index: int) -> dict[str, Any]:
+    """Of the arm with this number; colour, dash and marker differ between neighbours."""
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4.5,
+    }
+
+
+def new_figure(columns: int = 1, rows: int = 1, *, width: float = 5.2, height: float = 3.9) -> tuple[Any, Any]:
+    """A figure and its panels, `[rows, columns]`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def legend(figure: Any, panel: Any, columns: int = 4) -> None:
+    """One legend below all panels."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
+
+
+def draw_curves(panel: Any, results: Results, metric: str, level: str = "", *, only: Sequence[str] = ()) -> None:
+    """A metric against steps: a line an arm through the means over seeds, a band of their 95 % intervals."""
+    for index, arm in enumerate(results.arms):
+        curves = results.curves(metric, arm, level)
+        if not curves or (only and arm not in only):
+            continue
+        by_step: dict[int, list[float]] = {}
+        for rows in curves.values():
+            for step, value in rows:
+                by_step.setdefault(step, []).append(value)
+        steps = sorted(by_step)
+        found = [interval(by_step[step]) for step in steps]
+        line = panel.plot(steps, [one.mean for one in found], label=arm, **style(index))[0]
+        if all(one.half is not None for one in found):
+            low, high = [one.low for one in found], [one.high for one in found]
+            panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    panel.set_xlabel("step")
+    panel.grid(alpha=0.3)
+
+
+def draw_rates(panel: Any, results: Results, metric: str, level: str = "") -> None:
+    """A metric after the last step against the learning rate, on the seed that chooses; a star at the chosen rate."""
+    for index, arm in enumerate(results.arms):
+        curves = results.curves_by_rate(metric, arm, level)
+        points = sorted((rate, rows[-1][1]) for rate, rows in curves.items())
+        if not points:
+            continue
+        panel.plot(*zip(*points, strict=True), label=arm, **style(index))
+        chosen = dict(points).get(results.rate(arm, level) or math.nan)
+        if chosen is not None:
+            at = results.rate(arm, level), chosen
+            panel.plot(*at, "*", color="white", markeredgecolor=style(index)["color"], markersize=13, zorder=5)
+    panel.set_xscale("log")
+    panel.set_xlabel("learning rate (star: chosen)")
+    panel.grid(alpha=0.3)
+
+
+def draw_intervals(panel: Any, found: Mapping[str, Any], *, zero: bool = True) -> None:
+    """Intervals by label, one below the other."""
+    for place, (label, one) in enumerate(found.items()):
+        if math.isnan(one.mean):
+            continue
+        panel.errorbar(
+            one.mean,
+            -place,
+            xerr=one.half or 0,
+            fmt=_MARKERS[0],
+            color=_COLOURS[0],
+            capsize=3,
+            markersize=5,
+            label=label,
+        )
+    panel.set_yticks([-place for place in range(len(found))], list(found))
+    if zero:
+        panel.axvline(0, color="0.5", linewidth=1, zorder=0)
+    panel.grid(alpha=0.3, axis="x")

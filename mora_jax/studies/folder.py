@@ -1,0 +1,151 @@
+"""The folder of a study: what was asked for, the data, a run directory a cell, and what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.paths import is_local, new_file
+from mora_jax.sweeps.folder import SweepFolder
+from mora_jax.sweeps.grid import SweepRun
+from mora_jax.sweeps.results import SweepResult
+
+FILE = "study.json"
+_OWN = (FILE, "data", "runs", "figures", "cells.csv", "conclusion.md")
+
+
+class StudyFolder(SweepFolder):
+    """A study's files. Cells are added to it as they become known, and a cell is never another one's.
+
+    Args:
+        out: the folder.
+
+    Raises:
+        InputError: the path can't be used.
+    """
+
+    def __init__(self, out: str) -> None:
+        if not is_local(out):
+            raise InputError(f"{out}: a study is written to a local folder")
+        super().__init__(out)
+        self.data = Path(self.path) / "data"
+        self.figures = Path(self.path) / "figures"
+
+    @contextlib.contextmanager
+    def opened(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Begins the study, or goes on with it where this very one began here; keeps others out meanwhile.
+
+        Args:
+            asked: what was asked for, as JSON gives it back.
+            resume: there has to be one already.
+            overwrite: replace what is there.
+
+        Raises:
+            InputError: the folder holds something else, or nothing to resume.
+        """
+        own = self.files.present(_OWN)
+        goes_on = False
+        if own and not overwrite:
+            found = self._read()["asked"] if FILE in own else None
+            if found != asked:
+                differs = _difference(found, asked)
+                raise InputError(
+                    f"{self.path} holds another study ({differs}); replace it with --overwrite, or set another --out"
+                )
+            goes_on = True
+        if resume and not goes_on:
+            raise InputError(f"{self.path} holds no study to resume: {self.path / FILE} is missing")
+        if not goes_on:
+            self._directory.check_free(overwrite)
+        with self._directory.claimed():
+            if not goes_on:
+                for name in _OWN:
+                    self.files.remove(name)
+                self._write({"asked": dict(asked), "runs": [], "failed": {}})
+            self.data.mkdir(parents=True, exist_ok=True)
+            yield
+
+    def check_free(self, runs: Sequence[SweepRun], overwrite: bool) -> bool:
+        """Adds the cells that are new; those that are there have to be the same.
+
+        Raises:
+            InputError: a cell's configuration changed since.
+        """
+        values = self._read()
+        known = {run["name"]: run for run in values["runs"]}
+        for run in self._described(runs):
+            if known.setdefault(run["name"], run) != run:
+                raise InputError(
+                    f"{self.path} holds another cell of the name {run['name']}, of an earlier version of the study; "
+                    "set another --out"
+                )
+        self._write(values | {"runs": list(known.values())})
+        return True
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Nothing: the study has done it."""
+        yield
+
+    def write(self, result: SweepResult) -> str | None:
+        """Nothing: the study writes what came of all cells."""
+
+    def forget_failures(self) -> None:
+        """Cells that failed are tried again."""
+        values = self._read()
+        for name in values["failed"]:
+            self.files.remove(f"runs/{name}")
+        self._write(values | {"failed": {}})
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file whole or not at all."""
+        self.files.write(name, text)
+
+    def write_figure(self, name: str, figure: Any) -> None:
+        """Writes a figure as PNG and as SVG."""
+        import matplotlib
+
+        self.figures.mkdir(exist_ok=True)
+        with matplotlib.rc_context({"svg.hashsalt": "mora-jax", "svg.fonttype": "none"}):
+            for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+                with new_file(self.figures / (name + ending)) as file:
+                    figure.savefig(file, format=ending[1:], dpi=120, metadata=metadata)
+
+    def _read(self) -> dict[str, Any]:
+        text = self.files.read(FILE)
+        if text is None:
+            raise InputError(f"{self.path} holds no study: {self.path / FILE} is missing")
+        try:
+            values = json.loads(text)
+            return {"asked": values["asked"], "runs": values["runs"], "failed": values["failed"]}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path / FILE} is damaged: {error}") from None
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self.files.write(FILE, json.dumps(values, indent=2) + "\n")
+
+
+def _difference(found: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str:
+    """What a study that is there has otherwise, in words."""
+    if found is None:
+        return f"{FILE} is missing"
+    names = [name for name in asked if found.get(name) != asked[name]]
+    name = names[0] if names else next(iter(set(found) - set(asked)))
+    return f"its {name} is {found.get(name)}, here it is {asked.get(name)}"
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Writes rows as JSON lines unless the file is there, and returns its path."""
+    if not path.exists():
+        with new_file(path) as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a file that `write_rows` wrote."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

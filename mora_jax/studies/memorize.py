@@ -1,0 +1,199 @@
+"""Does MoRA store more than LoRA at equal parameters? After the UUID pairs of MoRA (arXiv 2405.12130, section 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.evaluation.chat import generate_batch
+from mora_jax.studies.conclusion import arms_table, table
+from mora_jax.studies.figures import draw_curves, draw_rates, legend, new_figure
+from mora_jax.studies.folder import read_rows, write_rows
+from mora_jax.studies.intervals import verdict
+from mora_jax.studies.pairs import BITS, SYMBOLS, make_pairs, share_of_right
+from mora_jax.studies.results import Results
+from mora_jax.studies.scoring import score_rows, texts_of
+from mora_jax.studies.study import Arm, Cell, Level, Measuring, Preset, Sources, Study
+
+#: Answers are generated at so many of the evaluations, the last one included.
+_GENERATIONS = 4
+
+
+def _arms(rank: int, high: int, *, scale: float = 1.0, full: tuple[float, ...]) -> tuple[Arm, ...]:
+    """The arms at a rank; learning rates are those of a narrow model times `scale`."""
+
+    def rates(*values: float) -> tuple[float, ...]:
+        return tuple(float(f"{value * scale:.3g}") for value in values)
+
+    def lora(rank: int, alpha: float) -> dict[str, Any]:
+        return {"adapter.method": "lora", "adapter.rank": rank, "adapter.alpha": alpha}
+
+    def mora(kind: str) -> dict[str, Any]:
+        return {"adapter.method": "mora", "adapter.rank": rank, "adapter.kind": kind}
+
+    return (
+        Arm(f"LoRA r{rank}", lora(rank, 2.0 * rank), rates(2.5e-3, 5e-3, 1e-2)),
+        Arm(f"LoRA r{rank}, α = 8r", lora(rank, 8.0 * rank), rates(1e-3, 2e-3, 4e-3)),
+        Arm(f"MoRA sharing r{rank}", mora("sharing"), rates(1e-3, 3e-3, 6e-3)),
+        Arm(f"MoRA rotation r{rank}", mora("rotation"), rates(3e-3, 1e-2, 2e-2)),
+        Arm(f"HiRA r{rank}", {"adapter.method": "hira", "adapter.rank": rank}, rates(3e-3, 1e-2, 3e-2)),
+        Arm(f"LoRA r{high}", lora(high, 2.0 * high), rates(1e-3, 3e-3, 6e-3)),
+        Arm("full", {"adapter.method": "full"}, full),
+    )
+
+
+def _settings(*, steps: int, batch_size: int, max_length: int, **others: Any) -> dict[str, Any]:
+    return {
+        "data.max_length": max_length,
+        "loss.end_of_turn": "none",
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": min(20, steps),
+        "train.steps": steps,
+        "train.batch_size": batch_size,
+        "train.eval_every": max(1, steps // 16),
+        "train.log_every": max(1, steps // 40),
+        **others,
+    }
+
+
+class Memorize(Study):
+    """Random pairs of keys and values; the loss is on the values alone."""
+
+    name = "memorize"
+    question = "does MoRA store more than LoRA at equal parameters?"
+    paper = "MoRA (arXiv 2405.12130), section 3"
+    chosen_by = "generated_accuracy"
+    higher = True
+    presets = {
+        "tiny": Preset(
+            "seconds; shows the form of the results, and no more",
+            tuple(Arm(arm.name, arm.settings, arm.rates[1:3]) for arm in _arms(2, 8, full=(1e-3, 2e-3))[:3:2]),
+            _settings(steps=4, batch_size=4, max_length=16),
+            {"pairs": 8, "length": 2},
+            seeds=2,
+        ),
+        "quick": Preset(
+            "the embedded model, minutes on two cores",
+            _arms(2, 8, full=(3e-4, 1e-3, 3e-3)),
+            _settings(steps=400, batch_size=32, max_length=24),
+            {"pairs": 128, "length": 8},
+        ),
+        "small": Preset(
+            "a model of about 100 M parameters, hours on two cores",
+            _arms(2, 16, scale=0.3, full=(3e-5, 1e-4, 3e-4)),
+            _settings(steps=160, batch_size=32, max_length=96),
+            {"pairs": 256, "length": 16},
+        ),
+        "paper": Preset(
+            "a model of 7 B parameters on eight accelerators",
+            _arms(8, 256, scale=0.03, full=(1e-5, 3e-5, 1e-4)),
+            _settings(
+                steps=1000,
+                batch_size=1000,
+                max_length=128,
+                **{"train.micro_batch_size": 200, "mesh.data": 1, "mesh.fsdp": -1},
+            ),
+            {"pairs": 10_000, "length": 32},
+        ),
+    }
+
+    def write_data(self, preset: Preset, level: Level, seed: int, folder: Path, sources: Sources) -> dict[str, Any]:
+        """A file of pairs."""
+        if sources.data is not None:
+            raise InputError("study memorize makes its own pairs; leave out --data")
+        rows = make_pairs(preset.data["pairs"], preset.data["length"], seed)
+        return {"data.train": (write_rows(folder / f"pairs_{seed}.jsonl", rows),)}
+
+    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
+        """Loss and accuracy given the right symbols before; at some steps what is generated, and the base's texts."""
+        (path,) = settings.data["data.train"]
+        scores = score_rows(settings, tokenizer, model, path, end_of_turn="none")
+        found = {"loss": scores.nll, "teacher_forced_accuracy": scores.accuracy}
+        every = settings.steps // _GENERATIONS or 1
+        if step % every and step != settings.steps:
+            return found
+        rows = read_rows(path)
+        answers = generate_batch(
+            model,
+            tokenizer,
+            [row["prompt"] for row in rows],
+            max_new_tokens=settings.preset.data["length"] + 1,
+            batch_size=len(rows),
+        )
+        right, whole = share_of_right(answers, [row["completion"] for row in rows])
+        found |= {"generated_accuracy": right, "pairs_right": whole}
+        if (texts := texts_of(settings.sources)) is not None:
+            found["base_text_loss"] = score_rows(settings, tokenizer, model, texts, mode="full").nll
+        return found
+
+    def conclude(self, results: Results) -> list[str]:
+        """Whether MoRA leads, what full fine-tuning and a higher rank do, and a row an arm."""
+        small, wide = _names(results)
+        data = results.preset.data
+        bits = data["pairs"] * data["length"] * BITS
+        metrics = {
+            "generated_accuracy": "generated accuracy",
+            "teacher_forced_accuracy": "teacher-forced accuracy",
+            "pairs_right": "pairs right",
+            "loss": "loss (nats a symbol)",
+        }
+        if not results.frame[results.frame["metric"] == "base_text_loss"].empty:
+            metrics["base_text_loss"] = "loss on base text"
+        chance = 1 / len(SYMBOLS)
+        lines = [_compared(results, arm, small) for arm in results.arms if arm not in (small, wide, "full")]
+        lines += [_compared(results, arm, small) for arm in (wide, "full") if arm in results.arms and arm != small]
+        return [
+            f"{data['pairs']} pairs of {data['length']} symbols, {bits:,} bits; chance is {chance:.4f}. *Generated* is "
+            "by greedy decoding from the key, position by position; *teacher-forced* is given the right ones before.",
+            arms_table(results, metrics),
+            f"## Against {small}\n\n" + "\n".join(lines),
+            "## Steps until half of the symbols are right\n\n" + _steps_table(results),
+        ]
+
+    def figures(self, results: Results) -> dict[str, Any]:
+        """Accuracy against steps, and against the learning rate."""
+        figure, [panels] = new_figure(3)
+        words = {
+            "generated_accuracy": "generated accuracy",
+            "teacher_forced_accuracy": "teacher-forced accuracy",
+            "loss": "loss, nats a symbol",
+        }
+        for panel, (metric, label) in zip(panels, words.items(), strict=True):
+            draw_curves(panel, results, metric)
+            panel.set_ylabel(label)
+        for panel in panels[:2]:
+            panel.axhline(1 / len(SYMBOLS), color="0.5", linewidth=1, linestyle=":", zorder=0)
+        legend(figure, panels[0])
+        rates, [[panel]] = new_figure(width=7, height=4.6)
+        draw_rates(panel, results, "generated_accuracy")
+        panel.set_ylabel("generated accuracy after the last step")
+        legend(rates, panel, columns=3)
+        return {"curves": figure, "rates": rates}
+
+
+def _names(results: Results) -> tuple[str, str]:
+    """The LoRA that the others are compared with, and the one of a higher rank."""
+    loras = [arm.name for arm in results.preset.arms if arm.settings["adapter.method"] == "lora"]
+    return loras[0], loras[-1]
+
+
+def _compared(results: Results, arm: str, other: str) -> str:
+    difference = results.difference("generated_accuracy", arm, other)
+    words = verdict(difference, "stores more", "stores less")
+    ours, theirs = results.parameters(arm), results.parameters(other)
+    size = f"{ours / theirs:.2f} times the parameters" if ours and theirs else "parameters unknown"
+    return f"- **{arm}** ({size}): {words}, {difference.text(sign=True)} in generated accuracy."
+
+
+def _steps_table(results: Results) -> str:
+    """By the mean over seeds at the evaluations."""
+    rows = []
+    for arm in results.arms:
+        by_step: dict[int, list[float]] = {}
+        for curve in results.curves("teacher_forced_accuracy", arm).values():
+            for step, value in curve:
+                by_step.setdefault(step, []).append(value)
+        reached = [step for step, values in sorted(by_step.items()) if sum(values) / len(values) >= 0.5]
+        rows.append([arm, str(reached[0]) if reached else "not reached"])
+    return table(["arm", "step (teacher-forced)"], rows)

@@ -1,0 +1,8 @@
+"""The studies by name. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from mora_jax.studies.memorize import Memorize
+from mora_jax.studies.study import Study
+
+STUDIES: dict[str, Study] = {study.name: study for study in (Memorize(),)}

@@ -1,0 +1,41 @@
+"""What studies measure on a model: losses on rows, losses on texts, and answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mora_jax import demo
+from mora_jax.data import EncodedDataset, load_rows
+from mora_jax.data.loss_weights import LossWeights
+from mora_jax.evaluation.perplexity import DatasetScores, score
+from mora_jax.studies.study import Measuring, Sources
+
+BATCH_SIZE = 64
+
+
+def texts_of(sources: Sources) -> str | None:
+    """A file of texts like those that the base was pretrained on; None where none is known."""
+    if sources.texts is not None:
+        return sources.texts
+    return demo.TEXTS if Path(sources.model) == Path(demo.model_path()) else None
+
+
+def score_rows(
+    settings: Measuring, tokenizer: Any, model: Any, path: str, *, mode: str = "masked", end_of_turn: str | None = None
+) -> DatasetScores:
+    """The scores on a file of rows or texts; the file is read and encoded once.
+
+    Args:
+        settings: of the cell.
+        tokenizer, model: of the cell.
+        path: the file.
+        mode: which tokens count, as `loss.mode`.
+        end_of_turn: as `loss.end_of_turn`.
+    """
+    key = path, mode, end_of_turn
+    if key not in settings.cache:
+        length = settings.preset.settings["data.max_length"]
+        rows = EncodedDataset.build(load_rows(path), tokenizer, max_length=length)
+        settings.cache[key] = rows.with_loss(LossWeights(mode, end_of_turn=end_of_turn))
+    return score(model, settings.cache[key], batch_size=BATCH_SIZE)
