@@ -41,7 +41,7 @@ def _edges(results: Results) -> Iterable[str]:
     at = [
         f"{arm}{f' ({level})' if level else ''}"
         for level in results.levels
-        for arm in results.arms
+        for arm in results.arms_at(level)
         if results.at_edge(arm, level)
     ]
     if at:
@@ -66,7 +66,7 @@ def arms_table(results: Results, metrics: dict[str, str], level: str = "", digit
         digits: after the decimal point.
     """
     rows = []
-    for arm in results.arms:
+    for arm in results.arms_at(level):
         count, rate = results.parameters(arm), results.rate(arm, level)
         means = [results.mean(metric, arm, level).text(digits) for metric in metrics]
         rows.append([arm, f"{count:,}" if count else "missing", f"{rate:g}" if rate else "missing", *means])

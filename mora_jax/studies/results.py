@@ -18,7 +18,7 @@ from mora_jax.sweeps.run_result import RunResult
 
 #: Rows of an evaluation that are no measurement of the model.
 _NOT_METRICS = ("eval_tokens",)
-CHOOSING, REPORTED = "choosing", "reported"
+CHOOSING, REPORTED, NEIGHBOUR = "choosing", "reported", "neighbour"
 FAILED = "failed"
 
 
@@ -38,7 +38,7 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
             "preset": preset,
             "cell": run.name,
             "config": config_hash(run),
-            "stage": CHOOSING if cell.chooses else REPORTED,
+            "stage": CHOOSING if cell.chooses else NEIGHBOUR if cell.neighbour else REPORTED,
             "level": cell.level.name,
             **cell.level.values,
             "arm": cell.arm.name,
@@ -93,7 +93,7 @@ class Results:
 
     def __init__(self, frame: pd.DataFrame, study: Study, preset: Preset) -> None:
         self.frame, self.study, self.preset = frame, study, preset
-        self.arms = [arm.name for arm in preset.arms]
+        self.arms = list(dict.fromkeys(arm.name for _, arm in preset.pairs()))
         self.levels = [level.name for level in preset.levels]
 
     def _of(self, metric: str, stage: str, **where: Any) -> pd.DataFrame:
@@ -114,6 +114,21 @@ class Results:
     def curves_by_rate(self, metric: str, arm: str, level: str = "") -> dict[float, list[tuple[int, float]]]:
         """The (step, value) pairs of each learning rate that was tried, on the seed that chooses."""
         return self._curves(self._of(metric, CHOOSING, arm=arm, level=level), "learning_rate")
+
+    def by_rate(self, metric: str, arm: str, level: str = "") -> dict[int, dict[float, float]]:
+        """The value after the last step of each reported seed by the learning rate: the chosen one and those beside it.
+
+        Those beside it are there for levels with `neighbours`.
+        """
+        found: dict[int, dict[float, float]] = {}
+        for stage in (REPORTED, NEIGHBOUR):
+            for (seed, rate), rows in self._of(metric, stage, arm=arm, level=level).groupby(["seed", "learning_rate"]):
+                found.setdefault(seed, {})[rate] = float(rows.sort_values("step")["value"].iloc[-1])
+        return found
+
+    def arms_at(self, level: str = "") -> list[str]:
+        """The arms that are compared at a level."""
+        return [arm.name for one, arm in self.preset.pairs() if one.name == level]
 
     @staticmethod
     def _curves(frame: pd.DataFrame, by: str) -> dict[Any, list[tuple[int, float]]]:
@@ -152,7 +167,7 @@ class Results:
 
     def at_edge(self, arm: str, level: str = "") -> bool:
         """Whether the chosen rate is the lowest or highest that was tried."""
-        rates = next(one.rates for one in self.preset.arms if one.name == arm)
+        rates = next(two.rates for one, two in self.preset.pairs() if (one.name, two.name) == (level, arm))
         return len(rates) > 1 and self.rate(arm, level) in (min(rates), max(rates))
 
     def missing(self) -> list[tuple[str, str]]:

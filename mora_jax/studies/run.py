@@ -12,7 +12,7 @@ from mora_jax.errors import InputError
 from mora_jax.studies.conclusion import write_conclusion
 from mora_jax.studies.folder import StudyFolder
 from mora_jax.studies.results import Results, choose_rates, observations
-from mora_jax.studies.study import Cell, Measuring, Preset, Sources, Study, choosing_cells, reported_cells
+from mora_jax.studies.study import Arm, Cell, Level, Measuring, Preset, Sources, Study, choosing_cells, reported_cells
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.live_board import make_board
@@ -85,7 +85,7 @@ def run_study(
         if resume:
             folder.forget_failures()
         choosing = list(choosing_cells(preset))
-        every = len(choosing) + len(preset.levels) * len(preset.arms) * preset.seeds
+        every = len(choosing) + sum(_reported(preset, level, arm) for level, arm in preset.pairs())
         running.begin(every)
         runs = running.train(choosing, wanted)
         chosen = choose_rates(study, running.cells, runs)
@@ -117,11 +117,15 @@ def _pattern(cells: str | None) -> re.Pattern[str] | None:
 def cell_names(preset: Preset) -> list[str]:
     """The names of all cells that there can be: of the reported ones with each rate that may be chosen."""
     names = [cell.name for cell in choosing_cells(preset)]
-    for number in range(max(len(arm.rates) for arm in preset.arms)):
-        rates = {arm.name: arm.rates[min(number, len(arm.rates) - 1)] for arm in preset.arms}
-        chosen = {(level.name, name): rate for level in preset.levels for name, rate in rates.items()}
-        names += [cell.name for cell in reported_cells(preset, chosen)]
+    for level, arm in preset.pairs():
+        for rate in arm.rates:
+            names += [cell.name for cell in reported_cells(preset, {(level.name, arm.name): rate}) if cell.arm is arm]
     return list(dict.fromkeys(names))
+
+
+def _reported(preset: Preset, level: Level, arm: Arm) -> int:
+    """How many cells of an arm are reported at a level, at most."""
+    return preset.seeds * (min(3, len(arm.rates)) if level.neighbours else 1)
 
 
 class _Running:
@@ -180,6 +184,7 @@ class _Running:
             "mesh.data": 1,
             "train.eval_on_start": True,
             **self._preset.settings,
+            **cell.level.settings,
             **self._files(cell),
             **cell.arm.settings,
             "optimizer.learning_rate": cell.rate,

@@ -7,7 +7,6 @@ whose data, order and start are others.
 from __future__ import annotations
 
 import abc
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,10 +40,16 @@ class Level:
     Attributes:
         name: in tables and figures; empty where there is one level.
         values: the columns of the table that say which it is.
+        settings: configuration keys that differ from the preset's.
+        arms: those that are compared at it, where they aren't the preset's.
+        neighbours: whether the reported seeds are trained at the rates next to the chosen one too.
     """
 
     name: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    arms: tuple[Arm, ...] = ()
+    neighbours: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Preset:
 
     Attributes:
         doc: in one line, for what machine it is.
-        arms, levels: every pair of them is compared.
+        arms: are compared at every level that has none of its own.
+        levels: where they are.
         settings: the configuration keys of all cells.
         data: numbers that the study's data are made by.
         seeds: how many are reported.
@@ -66,15 +72,27 @@ class Preset:
     levels: tuple[Level, ...] = (Level(),)
     seeds: int = 3
 
+    def pairs(self) -> Iterator[tuple[Level, Arm]]:
+        """Every level with each of its arms."""
+        for level in self.levels:
+            for arm in level.arms or self.arms:
+                yield level, arm
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study."""
+    """One run of a study.
+
+    Attributes:
+        level, arm, rate, seed: of the run.
+        neighbour: whether its rate is one beside the chosen one.
+    """
 
     level: Level
     arm: Arm
     rate: float
     seed: int
+    neighbour: bool = False
 
     @property
     def name(self) -> str:
@@ -168,7 +186,7 @@ class Measuring:
 
 def choosing_cells(preset: Preset) -> Iterator[Cell]:
     """The cells by which learning rates are chosen: none for an arm with a single one."""
-    for level, arm in itertools.product(preset.levels, preset.arms):
+    for level, arm in preset.pairs():
         if len(arm.rates) > 1:
             for rate in arm.rates:
                 yield Cell(level, arm, rate, CHOOSING_SEED)
@@ -181,8 +199,12 @@ def reported_cells(preset: Preset, chosen: Mapping[tuple[str, str], float]) -> I
         preset: of the study.
         chosen: the rate of each arm at each level, by the names of level and arm; pairs without one are left out.
     """
-    for level, arm in itertools.product(preset.levels, preset.arms):
+    for level, arm in preset.pairs():
         rate = arm.rates[0] if len(arm.rates) == 1 else chosen.get((level.name, arm.name))
-        if rate is not None:
+        if rate is None:
+            continue
+        rates = sorted(arm.rates)
+        place = rates.index(rate)
+        for other in rates[max(0, place - 1) : place + 2] if level.neighbours else (rate,):
             for seed in range(1, preset.seeds + 1):
-                yield Cell(level, arm, rate, seed)
+                yield Cell(level, arm, other, seed, neighbour=other != rate)
