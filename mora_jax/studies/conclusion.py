@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mora_jax.studies.results import FAILED, Results
+from mora_jax.studies.results import Results
 from mora_jax.studies.study import Sources
 
 
@@ -20,7 +20,7 @@ def write_conclusion(results: Results, preset: str, sources: Sources) -> str:
         parts.append("## Limits\n\n" + "\n".join(f"- {note}" for note in notes))
     missing = results.missing()
     if missing:
-        lines = "\n".join(f"- {cell}: {'failed' if why == FAILED else why}" for cell, why in missing)
+        lines = "\n".join(f"- {cell}: {why}" for cell, why in missing)
         parts.append(f"## Missing\n\n{lines}")
     return "\n\n".join(parts) + "\n"
 

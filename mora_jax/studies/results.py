@@ -27,7 +27,8 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
 
     Columns: study, preset, cell, config (the first digits of the SHA-256 of its configuration, where it writes left
     out), stage, level and the level's own values, arm, method, parameters, learning_rate, seed, step, metric, value,
-    versions. A cell that failed or has not ended has one row, whose metric says so and whose value is empty.
+    note, versions. A cell that failed or has not ended has one row, whose metric says so, whose note says why it
+    failed, and whose value is empty.
     """
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mora-jax", "jax", "flax", "optax"))
     rows: list[dict[str, Any]] = []
@@ -51,7 +52,9 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
         if run.summary and not run.failed:
             found += _measured(run)
         for step, metric, value in found or [(None, FAILED if run.failed else "not ended", None)]:
-            rows.append({**head, "step": step, "metric": metric, "value": value, "versions": versions})
+            rows.append(
+                {**head, "step": step, "metric": metric, "value": value, "note": run.failed, "versions": versions}
+            )
     return pd.DataFrame(rows)
 
 
@@ -173,7 +176,8 @@ class Results:
     def missing(self) -> list[tuple[str, str]]:
         """The cells without a result, and why."""
         frame = self.frame[self.frame["value"].isna() & self.frame["step"].isna()]
-        return list(zip(frame["cell"], frame["metric"], strict=True))
+        pairs = zip(frame["cell"], frame["metric"], frame["note"], strict=True)
+        return [(cell, f"{metric}: {note}" if metric == FAILED else metric) for cell, metric, note in pairs]
 
 
 def choose_rates(study: Study, cells: Mapping[str, Cell], runs: Iterable[RunResult]) -> dict[tuple[str, str], float]:

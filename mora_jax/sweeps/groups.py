@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mora_jax.sweeps.grid import SweepRun
-from mora_jax.training.config.schema import Config, OptimizerConfig
+from mora_jax.training.config.schema import Config, MeshConfig, OptimizerConfig
 
 # What goes into the step as data, by section.
 _OPTIMIZER = ("learning_rate", "schedule", "min_ratio", "warmup_steps", "weight_decay")
@@ -14,9 +14,10 @@ _LOSS = ("mode", "prompt_weight", "roles", "end_of_turn", "headers")
 
 
 def stackable(config: Config) -> bool:
-    """Whether a run can share a step with others: its base stays frozen, and its state on the device."""
+    """Whether a run can share a step with others: its base stays frozen, and its state on one device."""
     changes = config.adapter.config_class.changes_base
-    return not changes and not config.optimizer.offload and config.model.remat != "offload"
+    alone = config.optimizer.offload or config.model.remat == "offload" or config.mesh != MeshConfig(data=1)
+    return not changes and not alone
 
 
 def shape_of(config: Config) -> Config:

@@ -1,0 +1,237 @@
+"""Studies: what is run, chosen, resumed, written and refused; memorize stands for all of them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mora_jax import demo
+from mora_jax.cli.main import main
+from mora_jax.errors import InputError
+from mora_jax.interop import load_adapter, load_pretrained
+from mora_jax.studies import run as run_module
+from mora_jax.studies.intervals import interval, paired, verdict
+from mora_jax.studies.memorize import Memorize
+from mora_jax.studies.pairs import SYMBOLS, make_pairs, right_symbols, share_of_right
+from mora_jax.studies.registry import STUDIES
+from mora_jax.studies.run import run_study
+from mora_jax.studies.study import Arm, Preset, Sources
+from mora_jax.sweeps.board import Board
+
+SETTINGS = {
+    "data.max_length": 16,
+    "loss.end_of_turn": "none",
+    "train.steps": 2,
+    "train.batch_size": 4,
+    "train.eval_every": 1,
+}
+LORA = {"adapter.method": "lora", "adapter.rank": 1, "adapter.targets": ("q_proj",)}
+ARMS = (Arm("LoRA", LORA, (1e-3, 1e-2)), Arm("no layer", LORA | {"adapter.targets": ("w_proj",)}, (1e-3,)))
+SOURCES = Sources(demo.model_path())
+
+
+class Small(Memorize):
+    """Two arms, one of which can't begin."""
+
+    presets = {"test": Preset("a test", ARMS, SETTINGS, {"pairs": 6, "length": 2}, seeds=2)}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "out"
+    return run_study(Small(), "test", str(out), SOURCES, board=Board()), out
+
+
+def test_intervals_are_students():
+    found = interval([0.10, 0.14, 0.06])
+    assert found.n == 3
+    assert found.mean == pytest.approx(0.10)
+    assert found.low == pytest.approx(0.0006, abs=1e-4)
+    assert interval([2.0]).half is None
+    assert not interval([2.0]).decided
+    assert interval([]).text() == "missing"
+
+
+def test_differences_are_paired_by_seed():
+    first, second = {1: 1.0, 2: 2.0, 3: 4.0}, {1: 0.5, 2: 1.0, 4: 9.0}
+    found = paired(first, second)
+    assert (found.n, found.mean) == (2, 0.75)
+    assert found.half == pytest.approx(12.706 * math.sqrt(0.125 / 2), rel=1e-3)
+    assert verdict(found, "more", "less") == "no difference shown"
+    assert verdict(interval([1.0, 1.1, 0.9]), "more", "less") == "more"
+    assert verdict(interval([-1.0, -1.1, -0.9]), "more", "less") == "less"
+    assert verdict(interval([1.0]), "more", "less") == "one seed, so undecided"
+
+
+def test_pairs_are_uniform_and_keys_unique():
+    rows = make_pairs(2000, 4, 3)
+    assert rows == make_pairs(2000, 4, 3) != make_pairs(2000, 4, 4)
+    assert len({row["prompt"] for row in rows}) == 2000
+    counts = collections.Counter(symbol for row in rows for symbol in row["completion"].split())
+    assert set(counts) == set(SYMBOLS)
+    assert max(abs(count - 500) for count in counts.values()) < 5 * math.sqrt(500)
+
+
+def test_symbols_count_by_position():
+    assert right_symbols("a b c", "a c c d") == (2, 4)
+    assert right_symbols("", "a b") == (0, 2)
+    assert right_symbols("a b c d e", "a b") == (2, 2)
+    assert share_of_right(["a b", "c"], ["a b", "c d"]) == (0.75, 0.5)
+
+
+def test_a_rate_is_chosen_on_one_seed_and_reported_on_others(done):
+    result, out = done
+    frame = pd.read_csv(out / "cells.csv")
+    lora = frame[(frame["arm"] == "LoRA") & (frame["metric"] == "generated_accuracy") & (frame["step"] == 2)]
+    choosing = lora[lora["stage"] == "choosing"]
+    assert set(choosing["seed"]) == {0}
+    assert list(choosing["learning_rate"]) == [1e-3, 1e-2]
+    best = choosing.sort_values(["value", "learning_rate"], ascending=[False, True])["learning_rate"].iloc[0]
+    reported = lora[lora["stage"] == "reported"]
+    assert list(reported["seed"]) == [1, 2]
+    assert set(reported["learning_rate"]) == {best} == {result.results.rate("LoRA")}
+    assert set(frame[frame["arm"] == "LoRA"]["parameters"]) == {4 * (128 + 128)}
+    assert list(frame[frame["metric"] == "loss"].groupby("cell")["step"].apply(list)) == [[0, 1, 2]] * 4
+    assert "mora-jax" in frame["versions"][0]
+
+
+def test_what_is_measured_is_what_the_adapter_does(done):
+    _, out = done
+    run = next((out / "runs").glob("LoRA_*seed1"))
+    model, tokenizer = load_pretrained(demo.model_path(), dtype="float32")
+    load_adapter(model, run / "adapter")
+    losses, right = [], []
+    for row in map(json.loads, (out / "data" / "pairs_1.jsonl").read_text().splitlines()):
+        chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        ids = tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
+        logits = np.asarray(model(np.array([ids])), np.float64)[0]
+        logs = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        for place in (-3, -2):  # two symbols, then the end of the turn
+            losses.append(-logs[place - 1, ids[place]])
+            right.append(logs[place - 1].argmax() == ids[place])
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert last["eval_teacher_forced_accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_a_cell_that_cannot_begin_is_named_and_the_others_go_on(done):
+    result, out = done
+    assert result.exit_code == 0
+    text = (out / "conclusion.md").read_text()
+    assert "- no-layer_lr0.001_seed1: failed: adapter: " in text
+    assert "did you mean 'v_proj'" in text
+    [line] = [line for line in text.splitlines() if line.startswith("| no layer") and "missing" in line]
+    assert line.count("missing") >= 4
+
+
+def test_figures_are_there_in_both_forms(done):
+    _, out = done
+    assert {path.name for path in (out / "figures").iterdir()} == {"curves.png", "curves.svg", "rates.png", "rates.svg"}
+
+
+@pytest.mark.slow
+def test_what_is_done_stays_and_what_is_missing_is_trained(done, monkeypatch, tmp_path):
+    _, out = done
+    before = pd.read_csv(out / "cells.csv")
+    [gone] = (out / "runs").glob("LoRA_*seed2")
+    shutil.rmtree(gone)
+    trained = []
+    measure = run_module._Running._measure
+    monkeypatch.setattr(
+        run_module._Running, "_measure", lambda self, name, *rest: trained.append(name) or measure(self, name, *rest)
+    )
+    run_study(Small(), "test", str(out), SOURCES, board=Board())
+    assert set(trained) == {gone.name}
+    pd.testing.assert_frame_equal(pd.read_csv(out / "cells.csv"), before, rtol=1e-6)
+
+
+def test_a_folder_is_of_one_study(done, tmp_path):
+    _, out = done
+
+    class Other(Small):
+        name = "other"
+
+    with pytest.raises(InputError, match="holds another study .its study is memorize, here it is other.*--overwrite"):
+        run_study(Other(), "test", str(out), SOURCES, board=Board())
+    with pytest.raises(InputError, match="holds no study to resume"):
+        run_study(Small(), "test", str(tmp_path / "none"), SOURCES, resume=True, board=Board())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds a run"):
+        run_study(Small(), "test", str(tmp_path / "run"), SOURCES, board=Board())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--cells", "nothing"], "--cells nothing fits no cell; they are called such as LoRA"),
+        (["--cells", "("], "is no regular expression"),
+        (["--preset", "small"], "give --model MODEL"),
+        (["--data", "rows.jsonl"], "makes its own pairs"),
+        (["--resume", "--overwrite"], "leave out one of them"),
+    ],
+)
+def test_bad_input_is_one_line(given, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "memorize", "--out", "out", *given]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert words in error
+    assert not list(tmp_path.glob("out/runs/*"))
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_cells_are_listed_and_presets_hold(name, capsys):
+    study = STUDIES[name]
+    assert set(study.presets) == {"tiny", "quick", "small", "paper"}
+    for preset in study.presets:
+        assert main(["study", name, "--preset", preset, "--out", "none", "--list"]) == 0
+        names = capsys.readouterr().out.split("\n")[:-1]
+        assert len(names) == len(set(names)) >= 2
+        assert all(arm.rates == tuple(sorted(arm.rates)) for arm in study.presets[preset].arms)
+
+
+@pytest.mark.slow
+def test_cells_may_share_their_weights_over_devices(tmp_path):
+    class Sharded(Memorize):
+        settings = SETTINGS | {"mesh.fsdp": 2, "train.steps": 1}
+        presets = {
+            "test": Preset("a test", (Arm("LoRA", LORA, (1e-2,)),), settings, {"pairs": 6, "length": 2}, seeds=1)
+        }
+
+    class Alone(Memorize):
+        presets = {
+            "test": Preset(
+                "a test",
+                (Arm("LoRA", LORA, (1e-2,)),),
+                SETTINGS | {"train.steps": 1},
+                {"pairs": 6, "length": 2},
+                seeds=1,
+            )
+        }
+
+    found = [
+        run_study(study(), "test", str(tmp_path / study.__name__), SOURCES, board=Board()).results.frame
+        for study in (Sharded, Alone)
+    ]
+    assert all((frame["metric"] != "failed").all() for frame in found)
+    losses = [frame[frame["metric"] == "loss"]["value"].to_numpy() for frame in found]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_the_smallest_preset(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", name, "--preset", "tiny", "--out", "studies/tiny"]) == 0
+    assert "## Missing" not in capsys.readouterr().out
