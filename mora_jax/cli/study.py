@@ -5,6 +5,7 @@ conclusion.md, figures, and each cell's run directory. The same command goes on 
 """
 
 import argparse
+from typing import Any
 
 from mora_jax.cli.options import add_number
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tiny: seconds, to see the form; quick: minutes on two cores, on the embedded model (default); small: "
         "hours there, a model of about 100 M parameters; paper: 7 B parameters on eight accelerators",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the study")
+    parser.add_argument("--out", metavar="DIR", help="folder of the study")
     parser.add_argument(
         "--model", metavar="MODEL", help="base model: a folder or a hub id; the embedded one if not given"
     )
@@ -35,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     parser.add_argument("--list", action="store_true", help="print the names of the cells and train nothing")
+    parser.add_argument(
+        "--plan", metavar="A", help="print what the cells take on an accelerator (v5e-8, h100x8, ...) and train nothing"
+    )
+    add_number(parser, "--price", float, None, "With --plan: the price of one chip for one hour.", at_least=0)
     add_number(parser, "--at-once", int, None, "The most runs that train together; none: all that can.", at_least=1)
 
 
@@ -50,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(cell_names(study.presets[args.preset])))
         return 0
+    if args.plan is not None:
+        return _plan(study.presets[args.preset], args)
+    if args.price is not None:
+        raise InputError("--price is read with --plan alone")
+    if args.out is None:
+        raise InputError(f"--out is missing: the folder of the study, such as --out studies/{args.name}")
     if args.model is None and args.preset in ("small", "paper"):
         raise InputError(f"--preset {args.preset} is for a model of your own: give --model MODEL")
     if args.resume and args.overwrite:
@@ -67,3 +78,19 @@ def run(args: argparse.Namespace) -> int:
     )
     print(result.conclusion)
     return result.exit_code
+
+
+def _plan(preset: Any, args: argparse.Namespace) -> int:
+    import jax
+
+    from mora_jax import demo
+    from mora_jax.planning.model_shapes import read_model
+    from mora_jax.planning.topology import read_topology
+    from mora_jax.studies.price import price_arms, price_table
+
+    # Shapes are all that is worked with here.
+    jax.config.update("jax_platforms", "cpu")
+    topology = read_topology(args.plan)
+    model = args.model or demo.model_path()
+    print(price_table(price_arms(preset, model, read_model(model), topology), topology, args.price))
+    return 0

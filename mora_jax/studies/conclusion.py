@@ -9,12 +9,21 @@ from mora_jax.studies.results import Results
 from mora_jax.studies.study import Sources
 
 
-def write_conclusion(results: Results, preset: str, sources: Sources) -> str:
-    """The whole text, in Markdown."""
+def write_conclusion(results: Results, preset: str, sources: Sources, figures: Sequence[str]) -> str:
+    """The whole text, in Markdown.
+
+    Args:
+        results: what it is about.
+        preset: the size.
+        sources: base model and data.
+        figures: names of those that lie beside it.
+    """
     study = results.study
     parts = [f"# {study.name}: {study.question}", f"After {study.paper}. {_setting(results, preset, sources)}"]
     if results.frame["value"].notna().any():
         parts += study.conclude(results)
+    if figures:
+        parts.append("## Figures\n\n" + "\n\n".join(f"![{name}](figures/{name}.png)" for name in figures))
     notes = [*study.notes, *_edges(results)]
     if notes:
         parts.append("## Limits\n\n" + "\n".join(f"- {note}" for note in notes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,14 +94,16 @@ def run_study(
         frame = observations(study, preset_name, running.cells, runs)
         results = Results(frame, study, preset)
         folder.write_text("cells.csv", frame.to_csv(index=False))
-        conclusion = write_conclusion(results, preset_name, sources)
-        folder.write_text("conclusion.md", conclusion)
+        figures: dict[str, Any] = {}
         if frame["value"].notna().any():
             try:
-                for name, figure in study.figures(results).items():
-                    folder.write_figure(name, figure)
+                figures = study.figures(results)
             except ModuleNotFoundError:
                 running.board.note("no figures: they need matplotlib: pip install 'mora-jax[plots]'")
+        for name, figure in figures.items():
+            folder.write_figure(name, figure)
+        conclusion = write_conclusion(results, preset_name, sources, list(figures))
+        folder.write_text("conclusion.md", conclusion)
     return StudyResult(results, conclusion, str(folder.path), running.exit_code)
 
 
@@ -126,6 +128,39 @@ def cell_names(preset: Preset) -> list[str]:
 def _reported(preset: Preset, level: Level, arm: Arm) -> int:
     """How many cells of an arm are reported at a level, at most."""
     return preset.seeds * (min(3, len(arm.rates)) if level.neighbours else 1)
+
+
+def cell_config(cell: Cell, preset: Preset, model: str, data: Mapping[str, Any], out: str) -> Config:
+    """The configuration of a cell.
+
+    Args:
+        cell: which.
+        preset: of the study.
+        model: the base's folder.
+        data: the keys that name the data.
+        out: the cell's run directory.
+
+    Raises:
+        InputError: settings that don't go together.
+    """
+    settings = {
+        "model.path": model,
+        "seed": cell.seed,
+        "mesh.data": 1,
+        "train.eval_on_start": True,
+        **preset.settings,
+        **cell.level.settings,
+        **data,
+        **cell.arm.settings,
+        "optimizer.learning_rate": cell.rate,
+        "out": out,
+    }
+    try:
+        config = lay_over(Config(), [(name, value, name) for name, value in settings.items()])
+        check_together(config)
+    except InputError as error:
+        raise InputError(f"{cell.name}: {error}") from None
+    return config
 
 
 class _Running:
@@ -178,23 +213,8 @@ class _Running:
         return [found.get(run.name) or _not_run(run) for run in runs]
 
     def _run(self, cell: Cell) -> SweepRun:
-        settings = {
-            "model.path": self._sources.model,
-            "seed": cell.seed,
-            "mesh.data": 1,
-            "train.eval_on_start": True,
-            **self._preset.settings,
-            **cell.level.settings,
-            **self._files(cell),
-            **cell.arm.settings,
-            "optimizer.learning_rate": cell.rate,
-            "out": str(self._folder.path / "runs" / cell.name),
-        }
-        try:
-            config = lay_over(Config(), [(name, value, f"{cell.name}: {name}") for name, value in settings.items()])
-            check_together(config)
-        except InputError as error:
-            raise InputError(f"{cell.name}: {error}") from None
+        out = str(self._folder.path / "runs" / cell.name)
+        config = cell_config(cell, self._preset, self._sources.model, self._files(cell), out)
         values = {**cell.level.values, "arm": cell.arm.name, "optimizer.learning_rate": cell.rate, "seed": cell.seed}
         return SweepRun(cell.name, values, config)
 

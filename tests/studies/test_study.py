@@ -235,3 +235,10 @@ def test_the_smallest_preset(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["study", name, "--preset", "tiny", "--out", "studies/tiny"]) == 0
     assert "## Missing" not in capsys.readouterr().out
+
+
+def test_a_plan_prices_every_cell(capsys):
+    assert main(["study", "memorize", "--preset", "tiny", "--plan", "v5e-1", "--price", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines if line.startswith(("| LoRA", "| MoRA", "| all"))] == ["4", "4", "8"]
+    assert "At 2 a chip and hour: " in lines[-1]
