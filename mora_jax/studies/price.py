@@ -87,9 +87,7 @@ def price_table(prices: dict[str, ArmPrice], topology: Topology, price: float | 
     if price is None:
         return text
     chips = price * topology.chips
-    return (
-        f"{text}\n\n{topology.chips} chips at {price:g} an hour each: {_range(low * chips, high * chips)} for all cells"
-    )
+    return f"{text}\n\nAt {price:g} a chip and hour: {_range(low * chips, high * chips)} for all cells"
 
 
 def _range(low: float, high: float) -> str:

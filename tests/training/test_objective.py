@@ -327,7 +327,14 @@ def test_neftune_is_the_gradient_with_that_noise(method):
         np.testing.assert_allclose(gradient[name], wanted, rtol=1e-3, atol=2e-5 * np.abs(wanted).max(), err_msg=name)
 
 
-def test_noise_does_not_depend_on_the_split():
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"devices": 2, "micro_batches": 4},
+        pytest.param({"devices": 2, "pmap": True, "micro_batches": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_noise_does_not_depend_on_the_split(split):
     model = model_for("mora")
     batch = lay([[example] for example in examples()], LENGTH)
     options = {"neftune_alpha": 5.0, "kl_weight": 0.3}
@@ -336,8 +343,7 @@ def test_noise_does_not_depend_on_the_split():
     np.testing.assert_allclose(
         expected[0].kl, divergence(model, base_model(), batch, step_noise(batch, 5.0)), rtol=1e-4
     )
-    for split in ({"devices": 2, "micro_batches": 4}, {"devices": 2, "pmap": True, "micro_batches": 2}):
-        assert_same(run(model, batch, **split, **options), expected, str(split))
+    assert_same(run(model, batch, **split, **options), expected, str(split))
 
 
 def test_noise_is_new_in_every_step_and_absent_without_alpha():

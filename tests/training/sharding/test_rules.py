@@ -90,7 +90,7 @@ CASES = [
     ("mora", (1, 1, 4), {}),
     pytest.param("full", (2, 2, 1), {"micro_batches": 2}, marks=pytest.mark.slow),
     ("full", (1, 2, 2), {"packed": False, "sizes": "even"}),
-    ("lora", (1, 4, 1), {"sizes": "blocks", "quantize": "nf4"}),
+    pytest.param("lora", (1, 4, 1), {"sizes": "blocks", "quantize": "nf4"}, marks=pytest.mark.slow),
     ("lora", (1, 1, 4), {"sizes": "blocks", "quantize": "nf4"}),
 ]
 
