@@ -34,7 +34,7 @@ def _arms(rank: int, high: int, *, scale: float = 1.0, full: tuple[float, ...]) 
 
     return (
         Arm(f"LoRA r{rank}", lora(rank, 2.0 * rank), rates(2.5e-3, 5e-3, 1e-2)),
-        Arm(f"LoRA r{rank}, α = 8r", lora(rank, 8.0 * rank), rates(1e-3, 2e-3, 4e-3)),
+        Arm(f"LoRA r{rank}, α = 8r", lora(rank, 8.0 * rank), rates(1e-3, 2e-3, 4e-3, 8e-3)),
         Arm(f"MoRA sharing r{rank}", mora("sharing"), rates(1e-3, 3e-3, 6e-3)),
         Arm(f"MoRA rotation r{rank}", mora("rotation"), rates(3e-3, 1e-2, 2e-2)),
         Arm(f"HiRA r{rank}", {"adapter.method": "hira", "adapter.rank": rank}, rates(3e-3, 1e-2, 3e-2)),
@@ -129,7 +129,7 @@ class Memorize(Study):
 
     def conclude(self, results: Results) -> list[str]:
         """Whether MoRA leads, what full fine-tuning and a higher rank do, and a row an arm."""
-        small, wide = _names(results)
+        small, strong = _equal_loras(results)
         data = results.preset.data
         bits = data["pairs"] * data["length"] * BITS
         metrics = {
@@ -141,13 +141,17 @@ class Memorize(Study):
         if not results.frame[results.frame["metric"] == "base_text_loss"].empty:
             metrics["base_text_loss"] = "loss on base text"
         chance = 1 / len(SYMBOLS)
-        lines = [_compared(results, arm, small) for arm in results.arms if arm not in (small, wide, "full")]
-        lines += [_compared(results, arm, small) for arm in (wide, "full") if arm in results.arms and arm != small]
+        others = [arm for arm in results.arms if arm != small]
+        against = [f"## Against {small}\n\n" + "\n".join(_compared(results, arm, small) for arm in others)]
+        if strong is not None:
+            moras = [arm for arm in results.arms if arm.startswith("MoRA")]
+            lines = "\n".join(_compared(results, arm, strong) for arm in moras)
+            against.append(f"## Against {strong}, the same matrices with a larger factor\n\n{lines}")
         return [
             f"{data['pairs']} pairs of {data['length']} symbols, {bits:,} bits; chance is {chance:.4f}. *Generated* is "
             "by greedy decoding from the key, position by position; *teacher-forced* is given the right ones before.",
             arms_table(results, metrics),
-            f"## Against {small}\n\n" + "\n".join(lines),
+            *against,
             "## Steps until half of the symbols are right\n\n" + _steps_table(results),
         ]
 
@@ -172,14 +176,18 @@ class Memorize(Study):
         return {"curves": figure, "rates": rates}
 
 
-def _names(results: Results) -> tuple[str, str]:
-    """The LoRA that the others are compared with, and the one of a higher rank."""
-    loras = [arm.name for arm in results.preset.arms if arm.settings["adapter.method"] == "lora"]
-    return loras[0], loras[-1]
+def _equal_loras(results: Results) -> tuple[str, str | None]:
+    """LoRA with the usual factor, and the one of the same rank with a larger factor, if there is any."""
+    loras = [arm for arm in results.preset.arms if arm.settings["adapter.method"] == "lora"]
+    small = loras[0]
+    same = [arm.name for arm in loras[1:] if arm.settings["adapter.rank"] == small.settings["adapter.rank"]]
+    return small.name, next(iter(same), None)
 
 
 def _compared(results: Results, arm: str, other: str) -> str:
     difference = results.difference("generated_accuracy", arm, other)
+    if not difference.n:
+        return f"- **{arm}**: missing."
     words = verdict(difference, "stores more", "stores less")
     ours, theirs = results.parameters(arm), results.parameters(other)
     size = f"{ours / theirs:.2f} times the parameters" if ours and theirs else "parameters unknown"
@@ -195,5 +203,5 @@ def _steps_table(results: Results) -> str:
             for step, value in curve:
                 by_step.setdefault(step, []).append(value)
         reached = [step for step, values in sorted(by_step.items()) if sum(values) / len(values) >= 0.5]
-        rows.append([arm, str(reached[0]) if reached else "not reached"])
+        rows.append([arm, str(reached[0]) if reached else "not reached" if by_step else "missing"])
     return table(["arm", "step (teacher-forced)"], rows)
