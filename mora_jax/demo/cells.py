@@ -22,7 +22,7 @@ MODES = ("masked", "unmasked")
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune, with a learning rate chosen on the held-out questions, which the table doesn't report."""
+    """A way to fine-tune, and the rate, of four a factor of 2 apart, with the least validation loss of both modes."""
 
     name: str
     config: Any
@@ -31,10 +31,10 @@ class Method:
 
 # LoRA and MoRA of the same rank: MoRA's square matrix holds about as many numbers as LoRA's two.
 METHODS = (
-    Method("LoRA", LoRAConfig(rank=RANK, alpha=2.0 * RANK), 4e-3),
-    Method("MoRA sharing", MoRAConfig(rank=RANK, kind="sharing"), 3e-3),
-    Method("MoRA rotation", MoRAConfig(rank=RANK, kind="rotation"), 3e-3),
-    Method("full", FullConfig(), 1e-3),
+    Method("LoRA", LoRAConfig(rank=RANK, alpha=2.0 * RANK), 8e-3),
+    Method("MoRA sharing", MoRAConfig(rank=RANK, kind="sharing"), 6e-3),
+    Method("MoRA rotation", MoRAConfig(rank=RANK, kind="rotation"), 6e-3),
+    Method("full", FullConfig(), 2e-3),
 )
 
 

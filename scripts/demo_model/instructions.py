@@ -8,8 +8,8 @@ No list of the held-out and the test part can have been read anywhere. The pretr
 leaves out the lists and facts of the held-out part (see :func:`reserved`); those of the test
 part are drawn from what the corpus doesn't say (see :func:`build_test`). It says every pair of
 words and every single fact that isn't reserved, so the test part has no list of two words,
-and its facts are pairs that no document says together. Each name and object has every colour
-somewhere, so a fact that was read tells nothing. The questions about single words (opposites,
+and its facts are pairs that no document says together. Nearly each object of each name has
+every colour somewhere, so a fact that was read doesn't tell the answer. The questions about single words (opposites,
 kinds, capitals, what comes next) ask for what the corpus does state; there the base model knows
 the answer, and learns from other words that it is asked for one.
 """
