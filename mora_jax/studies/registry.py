@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mora_jax.studies.memorize import Memorize
+from mora_jax.studies.rates.study import Rates
 from mora_jax.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (Memorize(),)}
+STUDIES: dict[str, Study] = {study.name: study for study in (Memorize(), Rates())}

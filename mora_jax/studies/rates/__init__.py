@@ -1,0 +1,1 @@
+"""What rank and learning rate a method needs: loss against rate, variants, capacity, batch size."""
