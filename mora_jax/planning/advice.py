@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.environment import has_libtpu
+from mora_jax.planning.hints import hints
 from mora_jax.planning.plan import Plan, by_formula, compiled
 from mora_jax.planning.search import recommend
 from mora_jax.planning.topology import Topology, larger
@@ -28,6 +29,7 @@ class Advice:
         tried: how many ways were looked at by formula and fit.
         smallest: where none fits, the smallest slice or host of the kind that would hold it; None where none does.
         notes: what the reader has to know.
+        hints: on rank and learning rate.
     """
 
     asked: Plan
@@ -35,6 +37,7 @@ class Advice:
     tried: int
     smallest: str | None
     notes: tuple[str, ...]
+    hints: tuple[str, ...]
 
 
 def advise(config: Config, values: dict[str, Any], topology: Topology, tries: int, note: Note) -> Advice:
@@ -84,7 +87,7 @@ def advise(config: Config, values: dict[str, Any], topology: Topology, tries: in
             advised = way
             break
     smallest = None if ways else _smallest(config, values, topology)
-    return Advice(asked, advised, len(ways), smallest, tuple(notes))
+    return Advice(asked, advised, len(ways), smallest, tuple(notes), hints(asked))
 
 
 def _why_formula(tries: int, topology: Topology) -> str:

@@ -56,6 +56,7 @@ def view(advice: Advice, model: str, price: float | None) -> Group:
     if any(plan.source == "compiled" and not plan.fits for plan in plans.values()):
         parts.append(Text("note: of what doesn't fit the compiler says the total alone; the parts are by formula"))
     parts += [Text(f"note: {words}") for words in advice.notes]
+    parts += [Text(words) for words in advice.hints]
     parts.append(Text(f"\n{verdict(advice)}", style="bold"))
     return Group(*parts)
 
@@ -184,6 +185,7 @@ def as_json(advice: Advice, model: str, price: float | None) -> dict[str, Any]:
         "ways_that_fit_by_formula": advice.tried,
         "smallest_that_fits": advice.smallest,
         "notes": list(advice.notes),
+        "hints": list(advice.hints),
         "verdict": verdict(advice),
     }
 

@@ -37,6 +37,9 @@ def test_json_without_a_compiler(model, capsys):
     own = found["configured"]
     assert found["chips"] == 8 and own["fits"] and own["figures_by"] == "formula"
     assert any("libtpu" in note for note in found["notes"])
+    capacity, rate = found["hints"]
+    assert f"{found['trainable_parameters']:,} trained parameters" in capacity
+    assert rate.startswith("learning rate: best rates of")
     assert own["settings"]["mesh.data"] == 8
     assert own["total_bytes"] == pytest.approx(sum(own["bytes"].values()))
     fast, slow = own["step_seconds"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mora_jax.data.dataset import EncodedDataset
 from mora_jax.data.inspect.advice import advise_on
+from mora_jax.data.inspect.capacity import advise_on_capacity
 from mora_jax.data.inspect.describe import training_weights, visible
 from mora_jax.data.inspect.report import NEAR_EMPTY, Report
 from mora_jax.data.loss_weights import LossWeights
@@ -72,9 +73,10 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
       (instruction tokens for each response token) and `ratio_median` (the median of the rows). Lengths: `lengths`,
       `histogram` (`from`: the classes' lower ends, and `rows`), `max_length`, `over_max_length` (rows),
       `lost_fraction` (of the trained tokens), `recommended_max_length`. What else to look at: `duplicates`,
-      `near_empty`, `seam_rows`, `special_rows`, `fell_back`, `notes`, `advice` (one line that begins with the mode)
-      and `advice_details`. Then `examples`: a list of `input_ids`, `weights` and `segments` (names), where
-      `weights[i]` is the weight of predicting token i, with the row's own weight in it.
+      `near_empty`, `seam_rows`, `special_rows`, `fell_back`, `notes`, `advice` (one line that begins with the mode),
+      `advice_details` and `capacity` (one line on the trained parameters that the data can need). Then
+      `examples`: a list of `input_ids`, `weights` and `segments` (names), where `weights[i]` is the weight of
+      predicting token i, with the row's own weight in it.
     """
     report, advice = dataset.report, advise_on(dataset.report)
     starts, rows = report.histogram()
@@ -116,6 +118,7 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
             "evidence": list(advice.evidence),
             "limits": list(advice.limits),
         },
+        "capacity": advise_on_capacity(report.trained_tokens),
         "examples": [
             {
                 "input_ids": example.input_ids.tolist(),

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from mora_jax.data.dataset import EncodedDataset, Example
 from mora_jax.data.inspect.advice import advise_on
+from mora_jax.data.inspect.capacity import advise_on_capacity
 from mora_jax.data.inspect.describe import describe_example, visible
 from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table
 from mora_jax.data.inspect.report import Report
@@ -49,6 +50,7 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
         histogram=_histogram(report),
         repeated=repeated_prompts(dataset, tokenizer, most=5),
         advice=advise_on(report),
+        capacity=advise_on_capacity(report.trained_tokens),
         examples=[_example(example, tokenizer) for example in dataset[:examples]],
     )
 

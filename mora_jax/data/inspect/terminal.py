@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mora_jax.data.dataset import EncodedDataset
 from mora_jax.data.inspect.advice import Advice, advise_on
+from mora_jax.data.inspect.capacity import advise_on_capacity
 from mora_jax.data.inspect.describe import visible
 from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table
 from mora_jax.data.inspect.report import CAUSES, NEAR_EMPTY, Report
@@ -43,6 +44,8 @@ def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, re
     if repeated:
         parts += [_title("Most repeated instructions"), _repeated(repeated)]
     parts += [_title(f"Advice on the loss mode (confidence: {advice.confidence})"), _advice(advice)]
+    capacity = Padding(Text(advise_on_capacity(report.trained_tokens)), (0, 0, 0, 1))
+    parts += [_title("Advice on trained parameters"), capacity]
     return Group(*parts)
 
 

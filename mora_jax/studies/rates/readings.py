@@ -59,8 +59,8 @@ def beside(results: Results, arm: str, level: str, *, above: bool) -> tuple[floa
     if not others:
         return None
     [other] = others
-    pairs = [(values.get(other, math.nan), values.get(chosen, math.nan)) for values in by_seed.values()]
-    return other, interval(there - here for there, here in pairs)
+    own = results.last("loss", arm, level)
+    return other, paired({seed: values[other] for seed, values in by_seed.items() if other in values}, own)
 
 
 def tokens(results: Results, level: str) -> float | None:

@@ -30,6 +30,7 @@ def test_one_object_with_everything(tokenizer, tmp_path):
     assert (found["format"], found["rows"], found["kept"], found["dropped"]) == ("alpaca", 5, 5, {})
     assert found["advice"].startswith(f"{found['advice_details']['mode']}: ")
     assert found["advice_details"].keys() == {"mode", "prompt_weight", "confidence", "evidence", "limits"}
+    assert found["capacity"].startswith(f"at most about {found['trained_tokens']} bits to learn")
     assert found["duplicates"] == {"rows": 0, "fraction": 0.0}
     assert sum(found["histogram"]["rows"]) == 5
     assert found["segments"]["assistant"]["mean_weight"] == 1.0

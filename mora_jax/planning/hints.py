@@ -1,0 +1,39 @@
+"""What is known of the rank and the learning rate that a method needs, a line each, with where it comes from."""
+
+from __future__ import annotations
+
+from mora_jax.data.inspect.capacity import BITS_A_PARAMETER, BITS_A_TOKEN, EVIDENCE, bits_to_learn, smallest_rank
+from mora_jax.planning.plan import Plan
+from mora_jax.training.config.adapter import adapter_config
+
+#: Methods whose trained parameters grow with the rank as LoRA's do.
+_BY_RANK = frozenset({"lora", "rslora", "pissa", "olora", "lora_plus", "lora_fa", "hira", "mora", "relora", "remora"})
+_LORA = f"best rates of LoRA were about 10 times full fine-tuning's, at any rank, with alpha 32, by {EVIDENCE}"
+#: By method; what was measured is in docs/studies.
+_RATES = {
+    "lora": _LORA,
+    "full": f"the best rate of full fine-tuning was about a tenth of LoRA's, by {EVIDENCE}",
+}
+
+
+def hints(plan: Plan) -> tuple[str, ...]:
+    """The lines for a plan: what its parameters can hold, and the method's learning rate."""
+    method = plan.config.adapter.method
+    lines = [f"capacity: {_capacity(plan)}"]
+    if method in _RATES:
+        lines.append(f"learning rate: {_RATES[method]}")
+    return tuple(lines)
+
+
+def _capacity(plan: Plan) -> str:
+    held = BITS_A_PARAMETER * plan.trainable / BITS_A_TOKEN
+    words = (
+        f"{plan.trainable:,} trained parameters hold what about {held:,.0f} trained tokens can teach "
+        f"({BITS_A_PARAMETER:g} bits a parameter, {BITS_A_TOKEN:g} a token)"
+    )
+    steps = plan.config.train.steps
+    if steps is not None and plan.config.adapter.method in _BY_RANK:
+        tokens = steps * plan.tokens
+        rank = smallest_rank(bits_to_learn(tokens), plan.trainable / adapter_config(plan.config.adapter, steps).rank)
+        words += f"; rank {rank} would hold all {tokens:,} tokens of the run, if each was new and trained"
+    return f"{words}: an upper bound for what is needed, by {EVIDENCE}"
