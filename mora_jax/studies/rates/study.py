@@ -135,6 +135,11 @@ class Rates(Study):
     paper = "LoRA Without Regret (Thinking Machines, 2025) and arXiv 2602.04998"
     chosen_by = "held_out_loss"
     higher = False
+    notes = (
+        "Ranks are of the base's width: rank 16 of 128 is another thing than rank 16 of 4,096.",
+        "Runs are short, and the learning rate is constant; longer ones and other schedules may want other rates.",
+        "Above its best rate the loss rises faster than below, which draws the parabola's lowest point to lower rates.",
+    )
     presets = {
         "tiny": Preset(
             "seconds; shows the form of the results, and no more",
