@@ -22,7 +22,14 @@ def texts_of(sources: Sources) -> str | None:
 
 
 def score_rows(
-    settings: Measuring, tokenizer: Any, model: Any, path: str, *, mode: str = "masked", end_of_turn: str | None = None
+    settings: Measuring,
+    tokenizer: Any,
+    model: Any,
+    path: str,
+    *,
+    mode: str = "masked",
+    end_of_turn: str | None = None,
+    max_length: int | None = None,
 ) -> DatasetScores:
     """The scores on a file of rows or texts; the file is read and encoded once.
 
@@ -32,10 +39,11 @@ def score_rows(
         path: the file.
         mode: which tokens count, as `loss.mode`.
         end_of_turn: as `loss.end_of_turn`.
+        max_length: in tokens; None: as rows that are trained on.
     """
-    key = path, mode, end_of_turn
+    length = max_length or settings.preset.settings["data.max_length"]
+    key = path, mode, end_of_turn, length
     if key not in settings.cache:
-        length = settings.preset.settings["data.max_length"]
         rows = EncodedDataset.build(load_rows(path), tokenizer, max_length=length)
         settings.cache[key] = rows.with_loss(LossWeights(mode, end_of_turn=end_of_turn))
     return score(model, settings.cache[key], batch_size=BATCH_SIZE)

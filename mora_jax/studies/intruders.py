@@ -1,0 +1,75 @@
+"""Intruder dimensions (arXiv 2410.21228): leading singular vectors of tuned matrices that the base's don't resemble.
+
+With W `[in, out]` before and W' after, the j-th output-side singular vector of W' is an intruder at ε where its largest
+cosine with any of W, signs left out, is below ε. Scaling intruders by λ makes W' + (λ - 1) Σ σ_j u_j v_jᵀ of W': 1
+leaves them, 0 takes them away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from mora_jax.adapters.matching.targets import places
+from mora_jax.studies.spectrum import Change
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The leading singular triples of a tuned matrix.
+
+    Attributes:
+        change: of the matrix.
+        inputs: `[in, top]`, singular vectors on the side of the inputs.
+        values: `[top]`, singular values, in falling order.
+        outputs: `[top, out]`, singular vectors on the side of the outputs.
+        nearest: `[top]`, the largest cosine of each of `outputs` with one of the base's, signs left out.
+    """
+
+    change: Change
+    inputs: np.ndarray
+    values: np.ndarray
+    outputs: np.ndarray
+    nearest: np.ndarray
+
+    @classmethod
+    def of(cls, change: Change, top: int) -> Leading:
+        """Of a change, whose matrices have no fewer than `top` singular values or give all that they have."""
+        inputs, values, outputs = np.linalg.svd(change.base + change.delta, full_matrices=False)
+        base = np.linalg.svd(change.base, full_matrices=False)[2]
+        nearest = np.abs(outputs[:top] @ base.T).max(axis=1)
+        return cls(change, inputs[:, :top], values[:top], outputs[:top], nearest)
+
+    def count(self, below: float) -> int:
+        """How many intruders there are at ε = `below`."""
+        return int((self.nearest < below).sum())
+
+    def scaling(self, below: float, factor: float) -> np.ndarray:
+        """What scaling the intruders at ε = `below` by `factor` adds to the matrix, `[in, out]`."""
+        chosen = self.nearest < below
+        return (factor - 1) * (self.inputs[:, chosen] * self.values[chosen]) @ self.outputs[chosen]
+
+
+def scaled(model: Any, found: Sequence[Leading], below: float, factor: float) -> Any:
+    """A model whose intruders at ε = `below` are scaled by `factor`; shares all other arrays with `model`.
+
+    Args:
+        model: with adapters, which stay beside their changed base matrices, or with trained kernels.
+        found: of the matrices of that model.
+        below: ε.
+        factor: λ.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    additions: Mapping[str, np.ndarray] = {one.change.path: one.scaling(below, factor) for one in found}
+    for place in places(copy):
+        if place.paths[0] not in additions:
+            continue
+        kernel = np.array(place.kernel(), np.float32)
+        for number, path in enumerate(place.paths):
+            kernel[place.index(number)] += additions[path]
+        place.put_kernel(kernel.astype(place.dtype))
+    return copy

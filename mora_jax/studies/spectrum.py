@@ -1,0 +1,187 @@
+"""The singular values of what fine-tuning changed, matrix by matrix, in float64 on the host.
+
+An adapter's change is its own update, so that no rounding of merged weights enters: such noise has full rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mora_jax.adapters.matching.targets import Place, layer_number, matcher, places
+from mora_jax.errors import InputError
+
+ENERGY = 0.9
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a matrix.
+
+    Attributes:
+        path: of its module, as in files.
+        place, index: where its arrays lie in the model.
+        base: the matrix as it was, float64 `[in, out]`.
+        delta: what was added, float64 `[in, out]`.
+    """
+
+    path: str
+    place: Place
+    index: tuple[int, ...]
+    base: np.ndarray
+    delta: np.ndarray
+
+    @property
+    def module(self) -> str:
+        """The last part of its name, such as `q_proj`."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer."""
+        return layer_number(self.path)
+
+    @property
+    def kind(self) -> str:
+        """`MLP` or `attention`."""
+        return "MLP" if "mlp" in self.path.split(".") else "attention"
+
+
+def kernels(model: Any) -> dict[str, np.ndarray]:
+    """The matrices of all layers but the output head on the host, `[in, out]` by path, in the dtype of the model."""
+    found = {}
+    for place in _linear(model):
+        stacked = np.asarray(jax.device_get(place.kernel()))
+        found |= {path: stacked[place.index(number)] for number, path in enumerate(place.paths)}
+    return found
+
+
+def changes(model: Any, base: Mapping[str, np.ndarray] | None = None) -> Iterator[Change]:
+    """What became of each matrix of all layers but the output head.
+
+    Args:
+        model: with adapters that only add to the kernel, or with trained kernels.
+        base: the matrices as they were, by path (see `kernels`); needed where kernels are trained themselves.
+
+    Raises:
+        InputError: an adapter that does more to a kernel than to add to it.
+    """
+    for place in _linear(model):
+        adapter = place.adapter
+        if adapter is not None and (adapter.transforms or not adapter.only_adds):
+            raise InputError(f"{place.title}: the spectrum of a change needs an adapter that only adds to the kernel")
+        kernel = np.asarray(jax.device_get(place.kernel()))
+        delta = None if adapter is None else np.asarray(jax.device_get(adapter.delta_weight()))
+        for number, path in enumerate(place.paths):
+            index = place.index(number)
+            now = kernel[index].astype(np.float64)
+            if delta is not None:
+                yield Change(path, place, index, now, delta[index].astype(np.float64))
+            else:
+                before = now if base is None else base[path].astype(np.float64)
+                yield Change(path, place, index, before, now - before)
+
+
+def _linear(model: Any) -> Iterator[Place]:
+    picks = matcher("all-linear")
+    return (place for place in places(model) if picks(place.paths[0], place.is_embedding))
+
+
+def cumulative_energy(values: np.ndarray) -> np.ndarray:
+    """The share of the sum of squares in the first 1, 2, … singular values, which are in falling order.
+
+    >>> cumulative_energy(np.array([4.0, 2.0, 1.0, 1.0])).round(4).tolist()
+    [0.7273, 0.9091, 0.9545, 1.0]
+    """
+    squares = np.square(values)
+    total = squares.sum()
+    return np.cumsum(squares) / total if total else np.zeros_like(squares)
+
+
+def energy_rank(values: np.ndarray, share: float = ENERGY) -> int:
+    """How many singular values hold `share` of the sum of squares; 0 for a matrix of zeros.
+
+    >>> energy_rank(np.array([4.0, 2.0, 1.0, 1.0]))
+    2
+    """
+    energy = cumulative_energy(values)
+    return int(np.argmax(energy >= share - 1e-12)) + 1 if energy.any() else 0
+
+
+def stable_rank(values: np.ndarray) -> float:
+    """The sum of squares over the largest square; 0 for a matrix of zeros.
+
+    >>> stable_rank(np.array([4.0, 2.0, 1.0, 1.0]))
+    1.375
+    """
+    squares = np.square(values)
+    return float(squares.sum() / squares.max()) if squares.any() else 0.0
+
+
+def gaussian_energy(shapes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The mean cumulative energy of matrices of independent normal numbers in these shapes, up to the least size."""
+    rng = np.random.default_rng(0)
+    least = min(min(shape) for shape in shapes)
+    drawn = [cumulative_energy(np.linalg.svd(rng.normal(size=shape), compute_uv=False))[:least] for shape in shapes]
+    return np.mean(drawn, axis=0)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of the changes of a model.
+
+    Attributes:
+        changes: of its matrices.
+        values: the singular values of each, in falling order.
+    """
+
+    changes: tuple[Change, ...]
+    values: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, found: Sequence[Change]) -> Spectrum:
+        """Of these changes."""
+        return cls(tuple(found), tuple(np.linalg.svd(one.delta, compute_uv=False) for one in found))
+
+    def figures(self) -> dict[str, float]:
+        """Means over matrices of `rank90` and `stable_rank`, by kind too, and `delta_norm`, Frobenius' norm of all."""
+        ranks = [energy_rank(values) for values in self.values]
+        squares = sum(float(np.square(values).sum()) for values in self.values)
+        by_kind: dict[str, list[int]] = {}
+        for one, rank in zip(self.changes, ranks, strict=True):
+            by_kind.setdefault(one.kind, []).append(rank)
+        return {
+            "rank90": float(np.mean(ranks)),
+            "stable_rank": float(np.mean([stable_rank(values) for values in self.values])),
+            "delta_norm": float(np.sqrt(squares)),
+            **{f"rank90_{kind}": float(np.mean(found)) for kind, found in by_kind.items()},
+        }
+
+    def details(self, counts: Sequence[int]) -> dict[str, float]:
+        """`rank90` by module and layer, and the mean cumulative energy by kind in the first singular values.
+
+        Args:
+            counts: how many singular values.
+        """
+        found: dict[str, float] = {}
+        for one, values in zip(self.changes, self.values, strict=True):
+            found[f"rank90_{one.module}_{one.layer}"] = energy_rank(values)
+        for kind in self.kinds:
+            energies = [
+                cumulative_energy(values)
+                for one, values in zip(self.changes, self.values, strict=True)
+                if one.kind == kind
+            ]
+            for count in counts:
+                if count <= min(map(len, energies)):
+                    found[f"energy_{kind}_{count}"] = float(np.mean([energy[count - 1] for energy in energies]))
+        return found
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of matrices that there are."""
+        return sorted({one.kind for one in self.changes})
