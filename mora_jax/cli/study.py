@@ -10,7 +10,7 @@ from typing import Any
 from mora_jax.cli.options import add_number
 
 HELP = "run one of the papers' experiments"
-NAMES = ("memorize", "rates")
+NAMES = ("memorize", "forget", "rates")
 PRESETS = ("tiny", "quick", "small", "paper")
 
 

@@ -11,11 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.matching.targets import places
-from mora_jax.studies.spectrum import Change
+from mora_jax.studies.forget.spectrum import Change
+
+EPSILONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+#: The ε at which intruders are scaled, and the factors beside 1.
+EPSILON = 0.5
+FACTORS = (0.0, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,16 @@ class Leading:
     nearest: np.ndarray
 
     @classmethod
-    def of(cls, change: Change, top: int) -> Leading:
-        """Of a change, whose matrices have no fewer than `top` singular values or give all that they have."""
+    def of(cls, change: Change, top: int, base: np.ndarray | None = None) -> Leading:
+        """Of a change.
+
+        Args:
+            change: of a matrix.
+            top: how many singular vectors; all, where there are fewer.
+            base: the base's, `[n, out]`, where they are known (see `output_side`).
+        """
         inputs, values, outputs = np.linalg.svd(change.base + change.delta, full_matrices=False)
-        base = np.linalg.svd(change.base, full_matrices=False)[2]
-        nearest = np.abs(outputs[:top] @ base.T).max(axis=1)
+        nearest = np.abs(outputs[:top] @ (output_side(change.base) if base is None else base).T).max(axis=1)
         return cls(change, inputs[:, :top], values[:top], outputs[:top], nearest)
 
     def count(self, below: float) -> int:
@@ -54,6 +65,11 @@ class Leading:
         return (factor - 1) * (self.inputs[:, chosen] * self.values[chosen]) @ self.outputs[chosen]
 
 
+def output_side(matrix: np.ndarray) -> np.ndarray:
+    """The singular vectors of a matrix `[in, out]` on the side of the outputs, `[min(in, out), out]`."""
+    return np.linalg.svd(matrix, full_matrices=False)[2]
+
+
 def scaled(model: Any, found: Sequence[Leading], below: float, factor: float) -> Any:
     """A model whose intruders at ε = `below` are scaled by `factor`; shares all other arrays with `model`.
 
@@ -63,7 +79,8 @@ def scaled(model: Any, found: Sequence[Leading], below: float, factor: float) ->
         below: ε.
         factor: λ.
     """
-    copy = nnx.merge(*nnx.split(model))
+    graphdef, state = nnx.split(model)
+    copy = nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # variables of its own
     additions: Mapping[str, np.ndarray] = {one.change.path: one.scaling(below, factor) for one in found}
     for place in places(copy):
         if place.paths[0] not in additions:

@@ -1,4 +1,4 @@
-"""Learning against forgetting: the course of a run as pairs of losses, and what it had forgotten at a given learning."""
+"""Learning against forgetting: the course of a run as pairs of losses, and what was forgotten at equal learning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _joined(learned: Mapping[Any, Any], known: Mapping[Any, Any]) -> dict[Any, P
 
 
 def known_at(path: Path, target: float) -> float | None:
-    """The loss on what was known where the loss on what is learned first falls to `target`, between evaluations by a line.
+    """The loss on what was known where that on what is learned first falls to `target`; by a line between points.
 
     None where it never does.
 
@@ -48,7 +48,7 @@ def known_at(path: Path, target: float) -> float | None:
 
 
 def lowest_known_at(by_rate: Mapping[float, Path], target: float) -> tuple[float, float] | None:
-    """The lower envelope over learning rates: the rate that has forgotten least at `target`, and its loss; None: none."""
+    """The lower envelope over learning rates: which has forgotten least at `target`, and its loss; None: none."""
     found = [(known, rate) for rate, path in by_rate.items() if (known := known_at(path, target)) is not None]
     if not found:
         return None

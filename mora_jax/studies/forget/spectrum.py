@@ -16,6 +16,8 @@ from mora_jax.adapters.matching.targets import Place, layer_number, matcher, pla
 from mora_jax.errors import InputError
 
 ENERGY = 0.9
+#: Numbers of singular values whose energy is recorded.
+COUNTS = tuple(2**power for power in range(12))
 
 
 @dataclass(frozen=True)

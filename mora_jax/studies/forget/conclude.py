@@ -1,0 +1,265 @@
+"""The written conclusion of the study `forget`, from its table alone."""
+
+from __future__ import annotations
+
+from mora_jax.studies.conclusion import arms_table, table
+from mora_jax.studies.forget.intruders import EPSILON
+from mora_jax.studies.forget.presets import CONTROL, FULL
+from mora_jax.studies.forget.trade import known_at, lowest_known_at, paths, paths_by_rate
+from mora_jax.studies.intervals import Interval, interval, paired, verdict
+from mora_jax.studies.results import Results
+
+LEARNED, KNOWN = "loss", "base_text_loss"
+
+
+def paragraphs(results: Results) -> list[str]:
+    """In Markdown."""
+    return [
+        _setting(results),
+        arms_table(results, _metrics(results)),
+        "## At equal steps\n\n" + _equal_steps(results),
+        "## At equal learning\n\n" + _equal_learning(results),
+        "## The learning rate is a knob of its own\n\n" + _rates(results),
+        "## The spectrum of the change\n\n" + _spectrum(results),
+        "## Intruder dimensions\n\n" + _intruders(results),
+    ]
+
+
+def _has(results: Results, metric: str) -> bool:
+    return bool((results.frame["metric"] == metric).any())
+
+
+def _metrics(results: Results) -> dict[str, str]:
+    exact = {"exact_match": "exact match"} if _has(results, "exact_match") else {}
+    return {LEARNED: "loss, new domain", "accuracy": "token accuracy", **exact, KNOWN: "loss, old domain"}
+
+
+def _mains(results: Results) -> list[str]:
+    return [arm for arm in results.arms if CONTROL not in arm]
+
+
+def _starts(results: Results, metric: str) -> float:
+    """The value of the base, which all cells start from."""
+    values = [curve[0][1] for arm in results.arms for curve in results.curves(metric, arm).values()]
+    return interval(values).mean
+
+
+def _setting(results: Results) -> str:
+    old, new = _starts(results, KNOWN), _starts(results, LEARNED)
+    return (
+        f"Before training the loss is {new:.3f} nats a token on the new domain and {old:.3f} on texts of the old one. "
+        "*Learning* is how far the first falls, *forgetting* how far the second rises; both are measured on rows that "
+        "were not trained on."
+    )
+
+
+def _equal_steps(results: Results) -> str:
+    low = next((arm for arm in _mains(results) if arm != FULL), None)
+    if FULL not in results.arms or low is None:
+        return "There is nothing to compare: full or all adapters are missing."
+    lines = [_against(results, FULL, arm) for arm in _mains(results) if arm != FULL]
+    lines += [_against(results, arm, arm.split(CONTROL)[0]) for arm in results.arms if CONTROL in arm]
+    learned, known = results.difference(LEARNED, FULL, low), results.difference(KNOWN, FULL, low)
+    halves = (
+        verdict(learned, f"{low} learns more than full", f"{low} learns less than full"),
+        verdict(known, f"{low} forgets less than full", f"{low} forgets more than full"),
+    )
+    words = " and ".join(half if low in half else f"{half} in {what}" for half, what in zip(halves, _WHAT, strict=True))
+    said = f"With rates chosen by the new domain alone, after equally many steps: **{words}**."
+    return said + "\n\n" + "\n".join(lines)
+
+
+_WHAT = ("learning", "forgetting")
+
+
+def _against(results: Results, arm: str, other: str) -> str:
+    learned, known = results.difference(LEARNED, arm, other), results.difference(KNOWN, arm, other)
+    first = verdict(learned, "learns less", "learns more")
+    second = verdict(known, "forgets more", "forgets less")
+    return (
+        f"- **{arm}** against **{other}**: {_said(first, _WHAT[0])} ({learned.text(sign=True)} on the new domain), "
+        f"{_said(second, _WHAT[1])} ({known.text(sign=True)} on the old)."
+    )
+
+
+def _said(words: str, what: str) -> str:
+    return words if words.startswith(("learns", "forgets")) else f"{words} in {what}"
+
+
+def _weakest(results: Results) -> str:
+    """The arm, controls aside, whose loss on the new domain ends highest."""
+    found = {arm: results.mean(LEARNED, arm).mean for arm in _mains(results)}
+    return max((arm for arm in found if found[arm] == found[arm]), key=lambda arm: found[arm])
+
+
+def matched(results: Results) -> tuple[str, dict[str, dict[int, float]]]:
+    """The weakest arm, and for each arm by seed the old domain's loss where it has learned what that one ends with."""
+    weakest = _weakest(results)
+    targets = results.last(LEARNED, weakest)
+    found: dict[str, dict[int, float]] = {}
+    for arm in results.arms:
+        by_seed = paths(results, arm, LEARNED, KNOWN)
+        values = {s: known_at(path, targets[s]) for s, path in by_seed.items() if s in targets}
+        found[arm] = {seed: value for seed, value in values.items() if value is not None}
+    return weakest, found
+
+
+def _equal_learning(results: Results) -> str:
+    if not any(results.last(LEARNED, arm) for arm in _mains(results)):
+        return "No arm has come to its end."
+    weakest, found = matched(results)
+    start = _starts(results, KNOWN)
+    envelope = _envelope(results, weakest)
+    rows, lines = [], []
+    for arm in results.arms:
+        mine = interval(value - start for value in found[arm].values())
+        difference = paired(found[arm], found[weakest]) if arm != weakest else None
+        rows.append(
+            [arm, mine.text(), str(mine.n), "" if difference is None else difference.text(sign=True)]
+            + envelope.get(arm, ["missing", ""])
+        )
+        if difference is not None and CONTROL not in arm:
+            words = _said(verdict(difference, "forgets more", "forgets less"), _WHAT[1])
+            lines.append(f"- **{arm}** against **{weakest}**: {words}, {difference.text(sign=True)}.")
+    heads = ["arm", "forgetting", "seeds that got there", f"minus {weakest}", "least over rates, seed 0", "at rate"]
+    return (
+        f"{weakest} ends with the highest loss on the new domain. The table has the rise of the old domain's loss "
+        "where each arm first had learned as much, between evaluations by a line: with the chosen rate over seeds, and the "
+        "least over all rates on the seed that chooses (one seed, so no interval).\n\n"
+        + table(heads, rows)
+        + "\n\n"
+        + "\n".join(lines)
+    )
+
+
+def _envelope(results: Results, weakest: str) -> dict[str, list[str]]:
+    """By arm: the least forgetting over rates where the weakest arm's learning is reached, and at which rate."""
+    chosen = paths_by_rate(results, weakest, LEARNED, KNOWN).get(results.rate(weakest) or 0.0)
+    if not chosen:
+        return {}
+    found = {}
+    for arm in results.arms:
+        by_rate = paths_by_rate(results, arm, LEARNED, KNOWN)
+        lowest = lowest_known_at(by_rate, chosen[-1][0])
+        if lowest is not None:
+            rate, known = lowest
+            found[arm] = [f"{known - by_rate[rate][0][1]:.3f}", f"{rate:g}"]
+    return found
+
+
+def _ends_by_rate(results: Results, arm: str) -> dict[float, tuple[float, float]]:
+    """After the last step on the seed that chooses, by rate: the new domain's loss and how far the old one's rose."""
+    by_rate = paths_by_rate(results, arm, LEARNED, KNOWN)
+    return {rate: (path[-1][0], path[-1][1] - path[0][1]) for rate, path in sorted(by_rate.items()) if path}
+
+
+def _rates(results: Results) -> str:
+    spans, rows, at_chosen = {}, [], {}
+    for arm in results.arms:
+        ends = _ends_by_rate(results, arm)
+        for rate, (learned, risen) in ends.items():
+            star = " (chosen)" if rate == results.rate(arm) else ""
+            rows.append([f"{arm}, {rate:g}{star}", f"{learned:.3f}", f"{risen:+.3f}"])
+        if ends:
+            spans[arm] = max(risen for _, risen in ends.values()) - min(risen for _, risen in ends.values())
+        if (rate := results.rate(arm)) in ends and CONTROL not in arm:
+            at_chosen[arm] = ends[rate][1]
+    if not spans or not at_chosen:
+        return "No learning rates were compared."
+    widest = max(spans, key=lambda arm: spans[arm])
+    among = max(at_chosen.values()) - min(at_chosen.values())
+    mean = sum(spans.values()) / len(spans)
+    words = "more than" if mean > among else "less than"
+    said = (
+        f"On the seed that chooses, the old domain's rise differs by {among:.3f} among the methods at their chosen "
+        f"rates, and by {mean:.3f} on average among the rates of one arm (most, {spans[widest]:.3f}, for {widest}). "
+        f"**The learning rate moves forgetting {words} the method does**, so a comparison at one rate can show either "
+        "answer."
+    )
+    return said + "\n\n" + table(["arm, rate", "loss, new domain", "old domain's rise"], rows)
+
+
+def _spectrum(results: Results) -> str:
+    heads = {
+        "rank90": "rank at 90 % of the energy",
+        "rank90_attention": "attention",
+        "rank90_MLP": "MLP",
+        "stable_rank": "stable rank",
+        "delta_norm": "Frobenius norm",
+    }
+    said = "Means over matrices; the norm is of all of them together."
+    if FULL in results.arms and (courses := results.curves("rank90", FULL)):
+        steps = sorted({step for course in courses.values() for step, _ in course})
+        means = {
+            step: interval(dict(course)[step] for course in courses.values() if step in dict(course)).mean
+            for step in steps
+        }
+        said += " In full fine-tuning the rank goes " + ", ".join(f"{means[s]:.1f} at step {s}" for s in steps) + "."
+        kinds = paired(results.last("rank90_MLP", FULL), results.last("rank90_attention", FULL))
+        said += f" MLP minus attention: {kinds.text(1, sign=True)}."
+    forgetting = _norms(results)
+    return f"{said}\n\n{arms_table(results, heads, digits=1)}" + (f"\n\n{forgetting}" if forgetting else "")
+
+
+def _norms(results: Results) -> str:
+    """Whether the arm that moves weights furthest forgets most."""
+    mains = [arm for arm in _mains(results) if results.last("delta_norm", arm)]
+    if len(mains) < 2:
+        return ""
+    furthest = max(mains, key=lambda arm: results.mean("delta_norm", arm).mean)
+    most = max(mains, key=lambda arm: results.mean(KNOWN, arm).mean)
+    if furthest == most:
+        return f"{furthest} moves the weights furthest and forgets most."
+    return f"{furthest} moves the weights furthest, but {most} forgets most: distance alone does not say what is lost."
+
+
+def _intruders(results: Results) -> str:
+    heads = [
+        "arm",
+        f"intruders a matrix at ε = {EPSILON}",
+        "old domain's loss, λ = 0",
+        "minus λ = 1",
+        "new domain's loss, λ = 0",
+        "minus λ = 1",
+    ]
+    rows, lines = [], []
+    for arm in results.arms:
+        counts = results.mean(f"intruders_{EPSILON}", arm)
+        if not counts.n:
+            continue
+        row = [arm, counts.text(2)]
+        for metric in (KNOWN, LEARNED):
+            row += [results.mean(f"{metric}_scaled_0.0", arm).text(), _moved(results, metric, arm).text(sign=True)]
+        rows.append(row)
+        if CONTROL not in arm:
+            lines.append(f"- **{arm}**: {_removal(results, arm, counts)}")
+    return (
+        f"Of the leading {results.preset.data['top']} singular vectors of each tuned matrix; a matrix minus its "
+        f"intruders is λ = 0, as trained λ = 1.\n\n{table(heads, rows)}\n\n" + "\n".join(lines)
+    )
+
+
+def _moved(results: Results, metric: str, arm: str) -> Interval:
+    """What taking intruders away changes in a loss, paired by seed."""
+    return paired(results.last(f"{metric}_scaled_0.0", arm), results.last(metric, arm))
+
+
+def _removal(results: Results, arm: str, counts: Interval) -> str:
+    if counts.mean == 0:
+        return "it has none, so there is nothing to take away."
+    risen = interval(value - _starts(results, KNOWN) for value in results.last(KNOWN, arm).values())
+    old, new = _moved(results, KNOWN, arm), _moved(results, LEARNED, arm)
+    first = verdict(old, "without them the old domain is worse", "without them the old domain is better")
+    share = ""
+    if old.decided and old.mean < 0 < risen.mean:
+        share = f", {min(1.0, -old.mean / risen.mean):.0%} of what was lost comes back"
+    second = verdict(new, "the new one is worse", "the new one is better")
+    return f"{_in(first, 'the old domain')}{share}; {_in(second, 'the new one')} ({_pair(old, new)})."
+
+
+def _in(words: str, where: str) -> str:
+    return words if "worse" in words or "better" in words else f"{words} on {where}"
+
+
+def _pair(*found: Interval) -> str:
+    return ", ".join(one.text(sign=True) for one in found)
