@@ -124,8 +124,8 @@ def _equal_learning(results: Results) -> str:
     heads = ["arm", "forgetting", "seeds that got there", f"minus {weakest}", "least over rates, seed 0", "at rate"]
     return (
         f"{weakest} ends with the highest loss on the new domain. The table has the rise of the old domain's loss "
-        "where each arm first had learned as much, between evaluations by a line: with the chosen rate over seeds, and the "
-        "least over all rates on the seed that chooses (one seed, so no interval).\n\n"
+        "where each arm first had learned as much, between evaluations by a line: with the chosen rate over seeds, "
+        "and the least over all rates on the seed that chooses (one seed, so no interval).\n\n"
         + table(heads, rows)
         + "\n\n"
         + "\n".join(lines)

@@ -56,7 +56,8 @@ def pareto(results: Results) -> Any:
         panel.set_xlim(*wide)
         panel.set_ylim(*high)
         panel.grid(alpha=0.3)
-        panel.legend(title="learning rate", fontsize=7, title_fontsize=7, loc="lower right")
+        if found[arm]:
+            panel.legend(title="learning rate", fontsize=7, title_fontsize=7, loc="lower right")
     for panel in list(panels.flat)[len(found) :]:
         panel.set_axis_off()
     for panel in panels[-1]:

@@ -83,10 +83,11 @@ def scaled(model: Any, found: Sequence[Leading], below: float, factor: float) ->
     copy = nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # variables of its own
     additions: Mapping[str, np.ndarray] = {one.change.path: one.scaling(below, factor) for one in found}
     for place in places(copy):
-        if place.paths[0] not in additions:
+        known = [(number, path) for number, path in enumerate(place.paths) if path in additions]
+        if not known:
             continue
         kernel = np.array(place.kernel(), np.float32)
-        for number, path in enumerate(place.paths):
+        for number, path in known:
             kernel[place.index(number)] += additions[path]
         place.put_kernel(kernel.astype(place.dtype))
     return copy

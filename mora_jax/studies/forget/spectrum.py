@@ -53,44 +53,47 @@ class Change:
         return "MLP" if "mlp" in self.path.split(".") else "attention"
 
 
-def kernels(model: Any) -> dict[str, np.ndarray]:
-    """The matrices of all layers but the output head on the host, `[in, out]` by path, in the dtype of the model."""
-    found = {}
-    for place in _linear(model):
-        stacked = np.asarray(jax.device_get(place.kernel()))
-        found |= {path: stacked[place.index(number)] for number, path in enumerate(place.paths)}
-    return found
+def kernels(model: Any, every: int = 1) -> dict[str, np.ndarray]:
+    """The matrices of layers on the host, `[in, out]` by path, in the dtype of the model; see `changes`."""
+    return {path: _host(place.kernel(), index) for place, path, index in _matrices(model, every)}
 
 
-def changes(model: Any, base: Mapping[str, np.ndarray] | None = None) -> Iterator[Change]:
-    """What became of each matrix of all layers but the output head.
+def changes(model: Any, base: Mapping[str, np.ndarray] | None = None, every: int = 1) -> Iterator[Change]:
+    """What became of each matrix of layers, the output head left out.
 
     Args:
         model: with adapters that only add to the kernel, or with trained kernels.
         base: the matrices as they were, by path (see `kernels`); needed where kernels are trained themselves.
+        every: of so many layers, the first.
 
     Raises:
         InputError: an adapter that does more to a kernel than to add to it.
     """
-    for place in _linear(model):
+    last, delta = None, None
+    for place, path, index in _matrices(model, every):
         adapter = place.adapter
         if adapter is not None and (adapter.transforms or not adapter.only_adds):
             raise InputError(f"{place.title}: the spectrum of a change needs an adapter that only adds to the kernel")
-        kernel = np.asarray(jax.device_get(place.kernel()))
-        delta = None if adapter is None else np.asarray(jax.device_get(adapter.delta_weight()))
-        for number, path in enumerate(place.paths):
-            index = place.index(number)
-            now = kernel[index].astype(np.float64)
-            if delta is not None:
-                yield Change(path, place, index, now, delta[index].astype(np.float64))
-            else:
-                before = now if base is None else base[path].astype(np.float64)
-                yield Change(path, place, index, before, now - before)
+        now = _host(place.kernel(), index).astype(np.float64)
+        if adapter is None:
+            before = now if base is None else base[path].astype(np.float64)
+            yield Change(path, place, index, before, now - before)
+            continue
+        if place is not last:
+            last, delta = place, adapter.delta_weight()
+        yield Change(path, place, index, now, _host(delta, index).astype(np.float64))
 
 
-def _linear(model: Any) -> Iterator[Place]:
+def _matrices(model: Any, every: int) -> Iterator[tuple[Place, str, tuple[int, ...]]]:
     picks = matcher("all-linear")
-    return (place for place in places(model) if picks(place.paths[0], place.is_embedding))
+    for place in places(model):
+        for number, path in enumerate(place.paths):
+            if picks(path, place.is_embedding) and (layer_number(path) or 0) % every == 0:
+                yield place, path, place.index(number)
+
+
+def _host(array: Any, index: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(jax.device_get(array[index]))
 
 
 def cumulative_energy(values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mora_jax import demo
@@ -19,7 +20,7 @@ from mora_jax.interop.load import load_pretrained
 from mora_jax.studies.folder import read_rows, write_rows
 from mora_jax.studies.forget import conclude, draw
 from mora_jax.studies.forget.intruders import EPSILON, EPSILONS, FACTORS, Leading, output_side, scaled
-from mora_jax.studies.forget.presets import FULL, PRESETS
+from mora_jax.studies.forget.presets import PRESETS
 from mora_jax.studies.forget.spectrum import COUNTS, Change, Spectrum, changes, gaussian_energy, kernels
 from mora_jax.studies.forget.stdlib_code import PARTS, code_texts
 from mora_jax.studies.results import Results
@@ -139,14 +140,19 @@ def _losses(cell: Cell, settings: Measuring, tokenizer: Any, model: Any) -> dict
 
 def _changes(cell: Cell, settings: Measuring, model: Any) -> list[Change]:
     """Of the layers whose spectra are measured."""
-    base = None
-    if cell.arm.settings["adapter.method"] == FULL:
+    every, base = settings.preset.data["layers"], None
+    if cell.arm.settings["adapter.method"] == "full":
         if "kernels" not in settings.cache:
-            loaded, _ = load_pretrained(settings.sources.model, dtype=settings.preset.settings.get("model.dtype"))
-            settings.cache["kernels"] = kernels(loaded)
+            settings.cache["kernels"] = _base_kernels(settings, every)
         base = settings.cache["kernels"]
-    every = settings.preset.data["layers"]
-    return [one for one in changes(model, base) if (one.layer or 0) % every == 0]
+    return list(changes(model, base, every))
+
+
+def _base_kernels(settings: Measuring, every: int) -> dict[str, np.ndarray]:
+    """Read on the host: the devices hold the model that is trained."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model, _ = load_pretrained(settings.sources.model, dtype=settings.preset.settings.get("model.dtype"))
+        return kernels(model, every)
 
 
 def _noise(spectrum: Spectrum) -> dict[str, float]:
