@@ -162,8 +162,9 @@ def _rates(results: Results) -> str:
             rows.append([f"{arm}, {rate:g}{star}", f"{learned:.3f}", f"{risen:+.3f}"])
         if ends:
             spans[arm] = max(risen for _, risen in ends.values()) - min(risen for _, risen in ends.values())
-        if (rate := results.rate(arm)) in ends and CONTROL not in arm:
-            at_chosen[arm] = ends[rate][1]
+        chosen = results.rate(arm)
+        if chosen is not None and chosen in ends and CONTROL not in arm:
+            at_chosen[arm] = ends[chosen][1]
     if not spans or not at_chosen:
         return "No learning rates were compared."
     widest = max(spans, key=lambda arm: spans[arm])

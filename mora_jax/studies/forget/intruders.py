@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -89,5 +90,5 @@ def scaled(model: Any, found: Sequence[Leading], below: float, factor: float) ->
         kernel = np.array(place.kernel(), np.float32)
         for number, path in known:
             kernel[place.index(number)] += additions[path]
-        place.put_kernel(kernel.astype(place.dtype))
+        place.put_kernel(jnp.asarray(kernel, place.dtype))
     return copy

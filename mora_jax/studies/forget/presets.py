@@ -14,17 +14,17 @@ FULL = "full"
 def _arms(
     low: int, high: int, *, full: float, lora: float, mora: float, spread: tuple[float, float] = (3.0, 3.0)
 ) -> tuple[Arm, ...]:
-    """The arms, each with three learning rates.
+    """The arms, each with three learning rates or more.
 
     Args:
         low, high: ranks.
-        full: the middle rate of full fine-tuning.
-        lora, mora: of LoRA at the low rank, and of MoRA by rotation; a high rank takes less, and so does sharing.
+        full: a rate of full fine-tuning that others lie around.
+        lora, mora: such of LoRA at the low rank, and of MoRA by rotation; a high rank takes less, and so does sharing.
         spread: the factors between rates of full fine-tuning, and of adapters.
     """
 
-    def rates(middle: float, factor: float) -> tuple[float, ...]:
-        return tuple(float(f"{rate:.2g}") for rate in (middle / factor, middle, middle * factor))
+    def rates(middle: float, factor: float, below: int = 1) -> tuple[float, ...]:
+        return tuple(float(f"{middle * factor**power:.2g}") for power in range(-below, 2))
 
     def of_lora(rank: int, **others: Any) -> dict[str, Any]:
         return {"adapter.method": "lora", "adapter.rank": rank, "adapter.alpha": 2.0 * rank, **others}
@@ -37,13 +37,13 @@ def _arms(
     divergence = {"loss.kl_weight": 1.0, "loss.kl_tokens": "prompt"}
     return (
         Arm(FULL, whole, of_full),
-        Arm(f"LoRA r{low}", of_lora(low), rates(lora, spread[1])),
+        Arm(f"LoRA r{low}", of_lora(low), rates(lora, spread[1], 2)),
         Arm(name, of_lora(high), of_high),
         Arm(f"MoRA sharing r{low}", of_mora("sharing"), rates(0.5 * mora, spread[1])),
-        Arm(f"MoRA rotation r{low}", of_mora("rotation"), rates(mora, spread[1])),
+        Arm(f"MoRA rotation r{low}", of_mora("rotation"), rates(mora, spread[1], 2)),
         Arm(f"{FULL}{CONTROL}weight decay", whole | {"optimizer.weight_decay": 1.0}, of_full),
         Arm(f"{name}{CONTROL}dropout", of_lora(high, **{"adapter.dropout": 0.1}), of_high),
-        Arm(f"{name}{CONTROL}KL", of_lora(high, **divergence), of_high),
+        Arm(f"{name}{CONTROL}KL", of_lora(high, **divergence), rates(0.4 * lora, spread[1], 2)),
     )
 
 

@@ -23,7 +23,7 @@ def paths_by_rate(results: Results, arm: str, learned: str, known: str) -> dict[
 
 
 def _joined(learned: Mapping[Any, Any], known: Mapping[Any, Any]) -> dict[Any, Path]:
-    found = {}
+    found: dict[Any, Path] = {}
     for key, rows in learned.items():
         others = dict(known.get(key, ()))
         found[key] = [(value, others[step]) for step, value in rows if step in others]
