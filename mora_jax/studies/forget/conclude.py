@@ -57,8 +57,9 @@ def _equal_steps(results: Results) -> str:
     low = next((arm for arm in _mains(results) if arm != FULL), None)
     if FULL not in results.arms or low is None:
         return "There is nothing to compare: full or all adapters are missing."
-    lines = [_against(results, FULL, arm) for arm in _mains(results) if arm != FULL]
-    lines += [_against(results, arm, arm.split(CONTROL)[0]) for arm in results.arms if CONTROL in arm]
+    pairs = [(FULL, arm) for arm in _mains(results) if arm != FULL]
+    pairs += [(arm, arm.split(CONTROL)[0]) for arm in results.arms if CONTROL in arm]
+    lines = [_against(results, *pair) for pair in pairs if results.difference(LEARNED, *pair).n]
     learned, known = results.difference(LEARNED, FULL, low), results.difference(KNOWN, FULL, low)
     halves = (
         verdict(learned, f"{low} learns more than full", f"{low} learns less than full"),
@@ -66,10 +67,20 @@ def _equal_steps(results: Results) -> str:
     )
     words = " and ".join(half if low in half else f"{half} in {what}" for half, what in zip(halves, _WHAT, strict=True))
     said = f"With rates chosen by the new domain alone, after equally many steps: **{words}**."
+    if learned.decided and known.decided:
+        holds = [half for half, one in zip(_SLOGAN, (-learned.mean, known.mean), strict=True) if one > 0]
+        said += " Of *learns less* and *forgets less* " + (
+            f"{' and '.join(holds)} holds here."
+            if len(holds) == 1
+            else "both hold here."
+            if holds
+            else "neither holds here."
+        )
     return said + "\n\n" + "\n".join(lines)
 
 
 _WHAT = ("learning", "forgetting")
+_SLOGAN = ("the first", "the second")
 
 
 def _against(results: Results, arm: str, other: str) -> str:
@@ -118,7 +129,7 @@ def _equal_learning(results: Results) -> str:
             [arm, mine.text(), str(mine.n), "" if difference is None else difference.text(sign=True)]
             + envelope.get(arm, ["missing", ""])
         )
-        if difference is not None and CONTROL not in arm:
+        if difference is not None and difference.n and CONTROL not in arm:
             words = _said(verdict(difference, "forgets more", "forgets less"), _WHAT[1])
             lines.append(f"- **{arm}** against **{weakest}**: {words}, {difference.text(sign=True)}.")
     heads = ["arm", "forgetting", "seeds that got there", f"minus {weakest}", "least over rates, seed 0", "at rate"]
@@ -153,31 +164,45 @@ def _ends_by_rate(results: Results, arm: str) -> dict[float, tuple[float, float]
     return {rate: (path[-1][0], path[-1][1] - path[0][1]) for rate, path in sorted(by_rate.items()) if path}
 
 
+def _learn(ends: dict[float, tuple[float, float]]) -> list[float]:
+    """How far the old domain's loss rose at those rates at which an arm learns: see `_rates`."""
+    lowest = min(learned for learned, _ in ends.values())
+    return [risen for learned, risen in ends.values() if learned <= 2 * lowest]
+
+
 def _rates(results: Results) -> str:
-    spans, rows, at_chosen = {}, [], {}
-    for arm in results.arms:
-        ends = _ends_by_rate(results, arm)
-        for rate, (learned, risen) in ends.items():
-            star = " (chosen)" if rate == results.rate(arm) else ""
-            rows.append([f"{arm}, {rate:g}{star}", f"{learned:.3f}", f"{risen:+.3f}"])
-        if ends:
-            spans[arm] = max(risen for _, risen in ends.values()) - min(risen for _, risen in ends.values())
-        chosen = results.rate(arm)
-        if chosen is not None and chosen in ends and CONTROL not in arm:
-            at_chosen[arm] = ends[chosen][1]
-    if not spans or not at_chosen:
+    found = {arm: ends for arm in results.arms if (ends := _ends_by_rate(results, arm))}
+    chosen = {arm: results.rate(arm) for arm in found}
+    at_chosen = [ends[rate][1] for arm, ends in found.items() if CONTROL not in arm and (rate := chosen[arm]) in ends]
+    if not at_chosen:
         return "No learning rates were compared."
+    rows = [
+        [f"{arm}, {rate:g}{' (chosen)' if rate == chosen[arm] else ''}", f"{learned:.3f}", f"{risen:+.3f}"]
+        for arm, ends in found.items()
+        for rate, (learned, risen) in ends.items()
+    ]
+    learn = {arm: _learn(ends) for arm, ends in found.items()}
+    spans = {arm: max(risen) - min(risen) for arm, risen in learn.items()}
     widest = max(spans, key=lambda arm: spans[arm])
-    among = max(at_chosen.values()) - min(at_chosen.values())
-    mean = sum(spans.values()) / len(spans)
-    words = "more than" if mean > among else "less than"
     said = (
-        f"On the seed that chooses, the old domain's rise differs by {among:.3f} among the methods at their chosen "
-        f"rates, and by {mean:.3f} on average among the rates of one arm (most, {spans[widest]:.3f}, for {widest}). "
-        f"**The learning rate moves forgetting {words} the method does**, so a comparison at one rate can show either "
-        "answer."
+        "On the seed that chooses, among the rates of one arm that end with at most twice its lowest loss on the new "
+        f"domain, the old domain's rise differs by {sum(spans.values()) / len(spans):.3f} on average (most, "
+        f"{spans[widest]:.3f}, for {widest}); among the methods at their chosen rates by "
+        f"{max(at_chosen) - min(at_chosen):.3f}. **What is forgotten depends on the learning rate as well as on the "
+        "method.**"
     )
+    if FULL in learn:
+        both = [arm for arm in learn if CONTROL not in arm and arm != FULL and _overlap(learn[FULL], learn[arm])]
+        if both:
+            said += (
+                f" At such rates full and {', '.join(both)} have forgotten amounts whose ranges overlap: a comparison "
+                "at one rate each can show either of two as the one that forgets less."
+            )
     return said + "\n\n" + table(["arm, rate", "loss, new domain", "old domain's rise"], rows)
+
+
+def _overlap(first: list[float], second: list[float]) -> bool:
+    return max(min(first), min(second)) < min(max(first), max(second))
 
 
 def _spectrum(results: Results) -> str:

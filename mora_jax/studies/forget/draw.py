@@ -74,12 +74,12 @@ def _moved(path: Path) -> tuple[list[float], list[float]]:
 
 
 def _limits(every: list[Path]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Of both axes: runs that diverge are cut off, not the others squeezed."""
+    """Of both axes: the steep beginning and runs that diverge are cut off, so that the rest can be told apart."""
     moved = [_moved(path) for path in every if path]
     x = np.concatenate([np.array(one[0]) for one in moved] or [np.zeros(1)])
     y = np.concatenate([np.array(one[1]) for one in moved] or [np.zeros(1)])
-    wide, high = float(np.nanpercentile(x, 98)), float(np.nanmax(y))
-    return (min(-0.05 * wide, float(np.nanmin(x))), 1.1 * wide + 1e-3), (-0.1 * high, 1.08 * high + 1e-3)
+    wide, high = float(np.nanpercentile(x, 96)), float(np.nanmax(y))
+    return (min(-0.05 * wide, float(np.nanmin(x))), 1.1 * wide + 1e-3), (0.55 * high, 1.04 * high + 1e-3)
 
 
 def curves(results: Results) -> Any:
@@ -88,9 +88,19 @@ def curves(results: Results) -> Any:
     for panel, (metric, label) in zip(panels, ((LEARNED, "new"), (KNOWN, "old")), strict=True):
         draw_curves(panel, results, metric)
         panel.set_ylabel(f"loss on the {label} domain, nats a token")
-    panels[0].set_yscale("log")
+    _log(panels[0])
     legend(figure, panels[0])
     return figure
+
+
+def _log(panel: Any) -> None:
+    """A logarithmic axis whose labels are plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mean(results: Results, metric: str, arm: str) -> float:
@@ -175,12 +185,12 @@ def intruders(results: Results) -> Any:
             names = [metric if factor == 1 else f"{metric}_scaled_{factor}" for factor in factors]
             panel.plot(factors, [_mean(results, name, arm) for name in names], label=arm, **style(index))
     count.set_xlabel("ε")
-    count.set_ylabel(f"of {results.preset.data['top']} leading vectors, below ε")
+    count.set_ylabel(f"intruders a matrix, of {results.preset.data['top']} leading vectors")
     for panel, label in ((old, "old"), (new, "new")):
         panel.set_xlabel(f"λ, the factor on intruders at ε = {EPSILON} (1: as trained)")
         panel.set_ylabel(f"loss on the {label} domain, nats a token")
-    new.set_yscale("log")
+    _log(new)
     for panel in panels[0]:
         panel.grid(alpha=0.3)
-    legend(figure, count)
+    legend(figure, count, columns=5)
     return figure
