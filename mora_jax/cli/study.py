@@ -10,7 +10,7 @@ from typing import Any
 from mora_jax.cli.options import add_number
 
 HELP = "run one of the papers' experiments"
-NAMES = ("memorize", "forget", "rates")
+NAMES = ("memorize", "forget", "instruct", "rates")
 PRESETS = ("tiny", "quick", "small", "paper")
 
 

@@ -221,6 +221,8 @@ def response_tokens(segments: np.ndarray) -> np.ndarray:
 
 
 _IS_RESPONSE = np.isin(list(Segment), RESPONSE)
+#: What `unmasked` trains.
+_IS_WORDS = np.isin(list(Segment), (*RESPONSE, *INSTRUCTION))
 
 
 #: `(weights [T], segments [T], weight of the row)` -> the weights that the sum is made with, and the row's count.
@@ -237,6 +239,12 @@ def _example(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.
     return (weights * (row / total)).astype(np.float32), float(row)
 
 
+def _share(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.ndarray, float]:
+    """The share of responses in the row's tokens of responses and instructions, the first token left out."""
+    answers, words = response_tokens(segments[1:]).sum(), _IS_WORDS[segments[1:].astype(np.intp)].sum()
+    return _token(weights, segments, row * float(answers / words) if words else 0.0)
+
+
 def _counted(count: Callable[[np.ndarray, np.ndarray], Any]) -> Normalizer:
     """The weights as they are, beside a count of (weights, segments)."""
     return lambda weights, segments, row: (weights * np.float32(row), float(count(weights, segments)))
@@ -245,6 +253,7 @@ def _counted(count: Callable[[np.ndarray, np.ndarray], Any]) -> Normalizer:
 NORMALIZERS: dict[str, Normalizer] = {
     "token": _token,
     "example": _example,
+    "share": _share,
     "response": _counted(lambda weights, segments: np.count_nonzero(weights[response_tokens(segments)])),
     "nonzero": _counted(lambda weights, segments: np.count_nonzero(weights)),
     "constant": _counted(lambda weights, segments: 0.0),  # the step divides by the constant itself
@@ -253,6 +262,7 @@ NORMALIZERS: dict[str, Normalizer] = {
 DIVISORS = {
     "token": "the sum of weights",
     "example": "the number of examples",
+    "share": "the sum of weights, each row's times the share of its answer in answer and instruction",
     "response": "the number of response tokens",
     "nonzero": "the number of tokens with a weight",
     "constant": "a constant",

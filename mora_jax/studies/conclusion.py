@@ -38,11 +38,12 @@ def _setting(results: Results, preset: str, sources: Sources) -> str:
     frame = results.frame
     versions = next(iter(frame["versions"]), "")
     seeds = results.preset.seeds
+    at = " at its best evaluation" if results.study.chosen_at_best else ""
     return (
         f"Preset {preset}: {results.preset.doc}. Base model: {Path(sources.model).name}. {seeds} seeds; each arm's "
-        "learning rate was chosen on another seed, by "
-        f"{results.study.chosen_by.replace('_', ' ')}. Intervals are of 95 %, by Student's t over seeds, differences "
-        f"in pairs by seed; several comparisons are made, and none of the intervals is widened for that. ({versions})"
+        f"learning rate was chosen on another seed, by {results.study.chosen_by.replace('_', ' ')}{at}. Intervals are "
+        "of 95 %, by Student's t over seeds, differences in pairs by seed; several comparisons are made, and none of "
+        f"the intervals is widened for that. ({versions})"
     )
 
 

@@ -60,10 +60,17 @@ def draw_curves(panel: Any, results: Results, metric: str, level: str = "", *, o
 
 
 def draw_rates(panel: Any, results: Results, metric: str, level: str = "") -> None:
-    """A metric after the last step against the learning rate, on the seed that chooses; a star at the chosen rate."""
+    """A metric against the learning rate, on the seed that chooses; a star at the chosen rate.
+
+    Its value is the last, or the best where the study chooses by that.
+    """
+    best = max if results.study.higher else min
     for index, arm in enumerate(results.arms):
         curves = results.curves_by_rate(metric, arm, level)
-        points = sorted((rate, rows[-1][1]) for rate, rows in curves.items())
+        points = sorted(
+            (rate, best(value for _, value in rows) if results.study.chosen_at_best else rows[-1][1])
+            for rate, rows in curves.items()
+        )
         if not points:
             continue
         panel.plot(*zip(*points, strict=True), label=arm, **style(index))

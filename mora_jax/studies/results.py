@@ -45,7 +45,7 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
             "arm": cell.arm.name,
             "method": run.config.adapter.method,
             "parameters": run.summary.get("trainable_parameters"),
-            "learning_rate": cell.rate,
+            "learning_rate": run.config.optimizer.learning_rate,
             "seed": cell.seed,
         }
         found: list[tuple[int | None, str, float | None]] = []
@@ -183,16 +183,17 @@ class Results:
 def choose_rates(study: Study, cells: Mapping[str, Cell], runs: Iterable[RunResult]) -> dict[tuple[str, str], float]:
     """The learning rate of each (level, arm): the one with the best value of `study.chosen_by` after its last step.
 
+    Where `study.chosen_at_best`, the best evaluation of a rate counts in place of its last.
     Pairs of which no run has come to its end are left out.
     """
     sign = -1 if study.higher else 1
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for run in runs:
         cell = cells[run.name]
-        values = [row[f"eval_{study.chosen_by}"] for row in run.metrics if f"eval_{study.chosen_by}" in row]
+        values = [sign * row[f"eval_{study.chosen_by}"] for row in run.metrics if f"eval_{study.chosen_by}" in row]
         if not run.summary or run.failed or not values or not math.isfinite(values[-1]):
             continue
-        found = sign * values[-1], cell.rate
+        found = min(values) if study.chosen_at_best else values[-1], cell.rate
         key = cell.level.name, cell.arm.name
         best[key] = min(best.get(key, found), found)
     return {key: rate for key, (_, rate) in best.items()}

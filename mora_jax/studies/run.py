@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -120,14 +121,15 @@ def cell_names(preset: Preset) -> list[str]:
     """The names of all cells that there can be: of the reported ones with each rate that may be chosen."""
     names = [cell.name for cell in choosing_cells(preset)]
     for level, arm in preset.pairs():
-        for rate in arm.rates:
-            names += [cell.name for cell in reported_cells(preset, {(level.name, arm.name): rate}) if cell.arm is arm]
+        of = arm.rate_of or arm.name
+        for rate in next(one.rates for place, one in preset.pairs() if (place, one.name) == (level, of)):
+            names += [cell.name for cell in reported_cells(preset, {(level.name, of): rate}) if cell.arm is arm]
     return list(dict.fromkeys(names))
 
 
 def _reported(preset: Preset, level: Level, arm: Arm) -> int:
     """How many cells of an arm are reported at a level, at most."""
-    return preset.seeds * (min(3, len(arm.rates)) if level.neighbours else 1)
+    return preset.seeds * (min(3, len(arm.rates) or 1) if level.neighbours else 1)
 
 
 def cell_config(cell: Cell, preset: Preset, model: str, data: Mapping[str, Any], out: str) -> Config:
@@ -213,9 +215,10 @@ class _Running:
         return [found.get(run.name) or _not_run(run) for run in runs]
 
     def _run(self, cell: Cell) -> SweepRun:
-        out = str(self._folder.path / "runs" / cell.name)
-        config = cell_config(cell, self._preset, self._sources.model, self._files(cell), out)
-        values = {**cell.level.values, "arm": cell.arm.name, "optimizer.learning_rate": cell.rate, "seed": cell.seed}
+        out, data = str(self._folder.path / "runs" / cell.name), self._files(cell)
+        rate = self._study.learning_rate(cell, data)
+        config = cell_config(dataclasses.replace(cell, rate=rate), self._preset, self._sources.model, data, out)
+        values = {**cell.level.values, "arm": cell.arm.name, "optimizer.learning_rate": rate, "seed": cell.seed}
         return SweepRun(cell.name, values, config)
 
     def _files(self, cell: Cell) -> dict[str, Any]:

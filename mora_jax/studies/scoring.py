@@ -39,9 +39,9 @@ def score_rows(
         path: the file.
         mode: which tokens count, as `loss.mode`.
         end_of_turn: as `loss.end_of_turn`.
-        max_length: in tokens; None: as rows that are trained on.
+        max_length: tokens at which rows are cut; None for the cell's own.
     """
-    length = max_length or settings.preset.settings["data.max_length"]
+    length = max_length or {**settings.preset.settings, **settings.data}["data.max_length"]
     key = path, mode, end_of_turn, length
     if key not in settings.cache:
         rows = EncodedDataset.build(load_rows(path), tokenizer, max_length=length)

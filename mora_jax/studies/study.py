@@ -26,11 +26,13 @@ class Arm:
         name: in tables and figures.
         settings: configuration keys by dotted name.
         rates: the learning rates that are tried; a single one is taken as it is.
+        rate_of: another arm of the level, whose chosen rate it takes in place of `rates`; see `Study.learning_rate`.
     """
 
     name: str
     settings: Mapping[str, Any]
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
+    rate_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Study(abc.ABC):
         question: in one sentence.
         paper: where the question comes from.
         chosen_by: the metric of the last evaluation on seed 0 by which a learning rate is chosen.
+        chosen_at_best: whether the best evaluation of a rate counts in place of its last.
         higher: whether more of it is better.
         presets: the sizes, by name.
         notes: what a reader of the conclusion has to know, a sentence each.
@@ -138,6 +141,7 @@ class Study(abc.ABC):
     question: ClassVar[str]
     paper: ClassVar[str]
     chosen_by: ClassVar[str]
+    chosen_at_best: ClassVar[bool] = False
     higher: ClassVar[bool]
     presets: ClassVar[Mapping[str, Preset]]
     notes: ClassVar[tuple[str, ...]] = ()
@@ -153,6 +157,10 @@ class Study(abc.ABC):
     def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
         """What is measured at every evaluation beside the loss and the accuracy on `data.eval`; by name."""
         return {}
+
+    def learning_rate(self, cell: Cell, data: Mapping[str, Any]) -> float:
+        """What a cell is trained with, given the keys that `write_data` returned for it: its rate."""
+        return cell.rate
 
     @abc.abstractmethod
     def conclude(self, results: Any) -> list[str]:
@@ -185,7 +193,7 @@ class Measuring:
 
 
 def choosing_cells(preset: Preset) -> Iterator[Cell]:
-    """The cells by which learning rates are chosen: none for an arm with a single one."""
+    """The cells by which learning rates are chosen: none for an arm with a single one, or with another arm's."""
     for level, arm in preset.pairs():
         if len(arm.rates) > 1:
             for rate in arm.rates:
@@ -200,10 +208,10 @@ def reported_cells(preset: Preset, chosen: Mapping[tuple[str, str], float]) -> I
         chosen: the rate of each arm at each level, by the names of level and arm; pairs without one are left out.
     """
     for level, arm in preset.pairs():
-        rate = arm.rates[0] if len(arm.rates) == 1 else chosen.get((level.name, arm.name))
+        rate = arm.rates[0] if len(arm.rates) == 1 else chosen.get((level.name, arm.rate_of or arm.name))
         if rate is None:
             continue
-        rates = sorted(arm.rates)
+        rates = sorted(arm.rates or (rate,))
         place = rates.index(rate)
         for other in rates[max(0, place - 1) : place + 2] if level.neighbours else (rate,):
             for seed in range(1, preset.seeds + 1):

@@ -19,6 +19,7 @@ WEIGHTS = np.array([0, 0.5, 1, 1, 0], np.float32)
         ("token", [0, 0.5, 1, 1, 0], 2.5),
         ("example", [0, 0.2, 0.4, 0.4, 0], 1.0),
         ("response", [0, 0.5, 1, 1, 0], 2.0),
+        ("share", [0, 0.375, 0.75, 0.75, 0], 1.875),  # three of answers, one of instructions after the first token
         ("nonzero", [0, 0.5, 1, 1, 0], 3.0),
         ("constant", [0, 0.5, 1, 1, 0], 0.0),
     ],
@@ -31,7 +32,7 @@ def test_by_hand(how, weights, count):
     # A row of weight 2: the sum's weights double, and the counts of what has a weight do.
     doubled, found = normalize(WEIGHTS, SEGMENTS, 2.0, how)
     np.testing.assert_allclose(doubled, 2 * np.float32(weights), rtol=1e-6)
-    assert found == pytest.approx(count * (2 if how in ("token", "example") else 1))
+    assert found == pytest.approx(count * (2 if how in ("token", "example", "share") else 1))
 
 
 @pytest.mark.parametrize("how", NORMALIZERS)
@@ -46,7 +47,7 @@ def test_weight_of_a_row():
     """A row of weight 2 counts as if it came twice."""
     nll = np.random.default_rng(0).random(5).astype(np.float32)
     other = np.array([0, 0, 1, 0, 0], np.float32)
-    for how in ("token", "example"):
+    for how in ("token", "example", "share"):
         twice = [normalize(WEIGHTS, SEGMENTS, 1.0, how)] * 2 + [normalize(other, SEGMENTS, 1.0, how)]
         once = [normalize(WEIGHTS, SEGMENTS, 2.0, how), normalize(other, SEGMENTS, 1.0, how)]
         means = [sum((w * nll).sum() for w, _ in rows) / sum(c for _, c in rows) for rows in (twice, once)]
