@@ -44,7 +44,7 @@ def price_arms(preset: Preset, model: str, values: dict[str, Any], topology: Top
     Raises:
         InputError: as `by_formula`.
     """
-    first = {(level.name, arm.name): arm.rates[0] for level, arm in preset.pairs()}
+    first = {(level.name, arm.name): arm.rates[0] for level, arm in preset.pairs() if arm.rates}
     found: dict[str, ArmPrice] = {}
     for (_, arm), cells in itertools.groupby(
         sorted([*choosing_cells(preset), *reported_cells(preset, first)], key=_place), key=_place

@@ -46,4 +46,5 @@ def score_rows(
     if key not in settings.cache:
         rows = EncodedDataset.build(load_rows(path), tokenizer, max_length=length)
         settings.cache[key] = rows.with_loss(LossWeights(mode, end_of_turn=end_of_turn))
-    return score(model, settings.cache[key], batch_size=BATCH_SIZE)
+    rows = settings.cache[key]
+    return score(model, rows, batch_size=min(BATCH_SIZE, len(rows)))

@@ -207,8 +207,9 @@ def reported_cells(preset: Preset, chosen: Mapping[tuple[str, str], float]) -> I
         preset: of the study.
         chosen: the rate of each arm at each level, by the names of level and arm; pairs without one are left out.
     """
+    single = {(level.name, arm.name): arm.rates[0] for level, arm in preset.pairs() if len(arm.rates) == 1}
     for level, arm in preset.pairs():
-        rate = arm.rates[0] if len(arm.rates) == 1 else chosen.get((level.name, arm.rate_of or arm.name))
+        rate = {**chosen, **single}.get((level.name, arm.rate_of or arm.name))
         if rate is None:
             continue
         rates = sorted(arm.rates or (rate,))

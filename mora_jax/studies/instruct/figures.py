@@ -200,8 +200,8 @@ def _by_step(results: Results, metric: str, arm: str, level: str) -> dict[int, I
 
 
 def _epoch(results: Results, level: str, step: int) -> float:
-    rows = next(one.values["rows"] for one in results.preset.levels if one.name == level)
-    return step / -(-rows // results.preset.settings["train.batch_size"])
+    settings = next(one.settings for one in results.preset.levels if one.name == level)
+    return step / float(settings["train.eval_every"])
 
 
 def _rates(results: Results) -> Any:

@@ -30,7 +30,7 @@ _COLUMNS = {
 
 def conclude(results: Results) -> list[str]:
     """The paragraphs."""
-    epochs = results.preset.data["epochs"]
+    epochs = _epochs(results)
     return [
         "Losses are in nats a token of the answers (and their ends) unless a column says otherwise. *Best* is each "
         "arm's epoch (of 1, 2, 4, 8 …) with the lowest validation loss, scored on the test; *last* is after "
@@ -54,6 +54,11 @@ def conclude(results: Results) -> list[str]:
         *_trends(results),
         "## All arms\n\n" + "\n\n".join(f"### {level}\n\n{_arms(results, level)}" for level in results.levels),
     ]
+
+
+def _epochs(results: Results) -> int:
+    settings = results.preset.levels[0].settings
+    return int(settings["train.steps"] // settings["train.eval_every"])
 
 
 def _levels(results: Results) -> str:

@@ -80,22 +80,31 @@ def _full(rates: tuple[float, ...], *losses: str) -> list[Arm]:
     return arms("full", {"adapter.method": "full"}, rates, losses)
 
 
-def levels(ratios: int, arms_by_rows: Mapping[int, list[Arm]]) -> tuple[Level, ...]:
-    """Every ratio with every number of rows and its arms."""
-    return tuple(
-        Level(f"ratio {k} of {ratios}, {rows} rows", {"ratio_level": k, "rows": rows}, arms=tuple(chosen))
-        for rows, chosen in arms_by_rows.items()
-        for k in range(1, ratios + 1)
-    )
+def levels(ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int, list[Arm]]) -> tuple[Level, ...]:
+    """Every ratio with every number of rows and its arms.
 
-
-def _settings(*, batch_size: int, max_length: int, **others: Any) -> dict[str, Any]:
-    return {
-        "data.max_length": max_length,
-        "optimizer.schedule": "constant",
-        "train.batch_size": batch_size,
-        **others,
-    }
+    Args:
+        ratios: how many of them, from the lowest.
+        epochs: of training.
+        batch_size: rows of a step.
+        arms_by_rows: what is compared at each number of rows.
+    """
+    found = []
+    for rows, chosen in arms_by_rows.items():
+        steps = -(-rows // batch_size)
+        settings = {
+            "train.batch_size": batch_size,
+            "train.steps": steps * epochs,
+            "train.eval_every": steps,
+            "train.log_every": steps,
+            "optimizer.schedule": "constant",
+            "optimizer.warmup_steps": min(_WARMUP, steps),
+        }
+        found += [
+            Level(f"ratio {k} of {ratios}, {rows} rows", {"ratio_level": k, "rows": rows}, settings, tuple(chosen))
+            for k in range(1, ratios + 1)
+        ]
+    return tuple(found)
 
 
 _MAIN = ("masked", "unmasked", "weighted 0.1", "share")
@@ -125,53 +134,58 @@ class Instruct(Study):
         "tiny": Preset(
             "seconds; shows the form of the results, and no more",
             (),
-            _settings(batch_size=8, max_length=64),
-            {"epochs": 2, "sentences": (0,), "lengths": (26,), "scored": 16, "new_tokens": 4},
-            levels(1, {16: lora(_RATES[:2], "masked", "unmasked")}),
+            {"data.max_length": 64},
+            {"sentences": (0,), "lengths": (26,), "scored": 16, "new_tokens": 4},
+            levels(1, 2, 8, {16: lora(_RATES[:2], "masked", "unmasked")}),
             seeds=2,
         ),
         "quick": Preset(
             "the embedded model, minutes on two cores",
             (),
-            _settings(batch_size=8, max_length=64),
-            {"epochs": 8, "sentences": (0, 3), "lengths": (26, 56), "scored": 120, "new_tokens": 12},
+            {"data.max_length": 64},
+            {"sentences": (0, 3), "lengths": (26, 56), "scored": 120, "new_tokens": 12},
             levels(
                 2,
+                8,
+                8,
                 {
-                    64: lora(_RATES, *_MAIN) + _mora(_RATES, *_TWO) + _full(_FULL_RATES, *_TWO),
-                    256: lora(_RATES, *_MAIN),
+                    32: lora(_RATES, *_MAIN) + _mora(_RATES, *_TWO) + _full(_FULL_RATES, *_TWO),
+                    128: lora(_RATES, *_TWO, "share"),
                 },
             ),
         ),
         "small": Preset(
             "a model of about 100 M parameters, hours on two cores",
             (),
-            _settings(batch_size=8, max_length=256),
-            {"epochs": 4, "sentences": (0, 6), "scored": 96, "new_tokens": 24},
+            {"data.max_length": 256},
+            {"sentences": (0, 6), "scored": 96, "new_tokens": 24},
             levels(
                 2,
+                4,
+                8,
                 {
-                    64: lora(_SMALL, *LOSSES)
-                    + _mora(_SMALL, "masked", "unmasked", "share")
-                    + _full(_SMALL_FULL, "masked", "unmasked", "share"),
-                    256: lora(_SMALL, "masked", "unmasked", "share"),
+                    64: lora(_SMALL, *LOSSES) + _mora(_SMALL, *_TWO, "share") + _full(_SMALL_FULL, *_TWO, "share"),
+                    256: lora(_SMALL, *_TWO, "share"),
                 },
             ),
         ),
         "paper": Preset(
             "a model of 7 B parameters on eight accelerators",
             (),
-            _settings(
-                batch_size=128,
-                max_length=2048,
-                **{"train.micro_batch_size": 16, "mesh.data": 1, "mesh.fsdp": -1},
-            ),
-            {"epochs": 8, "sentences": (0, 1, 3, 8), "scored": 480, "new_tokens": 32},
+            {
+                "data.max_length": 2048,
+                "train.micro_batch_size": 16,
+                "mesh.data": 1,
+                "mesh.fsdp": -1,
+            },
+            {"sentences": (0, 3, 8), "scored": 480, "new_tokens": 32},
             levels(
-                4,
+                3,
+                8,
+                128,
                 {
-                    rows: lora(_PAPER, *LOSSES) + _mora(_PAPER, *LOSSES) + _full(_PAPER_FULL, *LOSSES)
-                    for rows in (256, 1024, 4096)
+                    rows: lora(_PAPER, *LOSSES) + _mora(_PAPER, *_TWO, "share") + _full(_PAPER_FULL, *_TWO, "share")
+                    for rows in (256, 4096)
                 },
             ),
         ),
@@ -196,15 +210,7 @@ class Instruct(Study):
                 file.write_text(json.dumps(facts), encoding="utf-8")
         if sources.texts is None:
             write_rows(folder / "base_texts.jsonl", base_texts())
-        steps = -(-count // preset.settings["train.batch_size"])
-        return {
-            "data.train": (train,),
-            "data.max_length": length,
-            "train.steps": steps * preset.data["epochs"],
-            "train.eval_every": steps,
-            "optimizer.warmup_steps": min(_WARMUP, steps),
-            "train.log_every": steps,
-        }
+        return {"data.train": (train,), "data.max_length": length}
 
     def _parts(self, preset: Preset, group: int, seed: int, sources: Sources, tokenizer: Any) -> Parts:
         sentences, scored = preset.data["sentences"], preset.data["scored"]
@@ -220,8 +226,8 @@ class Instruct(Study):
         return float(f"{cell.rate * read_facts(data['data.train'][0])['share']:.3g}")
 
     def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
-        """Losses after 1, 2, 4, 8, … epochs and the last one; before the first step those of the base, once."""
-        epoch, rest = divmod(step, settings.data["train.eval_every"])
+        """Losses after 1, 2, 4, 8, … epochs; at the end, and once at the start, also answers and the base's texts."""
+        epoch, rest = divmod(step, cell.level.settings["train.eval_every"])
         if rest or (epoch & (epoch - 1) and step != settings.steps):
             return {}
         if step:
@@ -232,7 +238,7 @@ class Instruct(Study):
             settings.cache[key] = self._measured(cell, settings, tokenizer, model, True)
         return {**settings.cache[key], **read_facts(settings.data["data.train"][0])}
 
-    def _measured(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, answers: bool) -> dict[str, float]:
+    def _measured(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, whole: bool) -> dict[str, float]:
         group = cell.level.values["ratio_level"]
         validation, test = (str(settings.folder / f"{name}_{group}.jsonl") for name in ("validation", "test"))
         scores = score_rows(settings, tokenizer, model, test)
@@ -244,18 +250,17 @@ class Instruct(Study):
         }
         if scores.prompt_nll is not None:
             found["instruction_loss"] = scores.prompt_nll
+        if not whole:
+            return found
         if texts_of(settings.sources) is not None:
             texts = settings.sources.texts or str(settings.folder / "base_texts.jsonl")
             length = settings.preset.settings["data.max_length"]
             found["base_text_loss"] = score_rows(settings, tokenizer, model, texts, mode="full", max_length=length).nll
-        if answers:
-            prompts, truths = short_answers(test, _CHECKED_WORDS)
-            if prompts:
-                new = settings.preset.data["new_tokens"]
-                got = generate_batch(
-                    model, tokenizer, prompts, max_new_tokens=new, batch_size=settings.preset.data["scored"]
-                )
-                found["exact_match"], found["f1"] = mean_scores([one.strip() for one in got], truths)
+        prompts, truths = short_answers(test, _CHECKED_WORDS)
+        if prompts:
+            new, size = settings.preset.data["new_tokens"], settings.preset.data["scored"]
+            got = generate_batch(model, tokenizer, prompts, max_new_tokens=new, batch_size=size)
+            found["exact_match"], found["f1"] = mean_scores([one.strip() for one in got], truths)
         return found
 
     def conclude(self, results: Results) -> list[str]:
