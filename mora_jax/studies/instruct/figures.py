@@ -67,7 +67,7 @@ def _logarithmic(panel: Any, at: Sequence[float]) -> None:
     """An axis of few values, each written out."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    known = sorted({float(f"{one:.2g}") for one in at if not math.isnan(one)})
+    known = sorted({float(f"{one:.3g}") for one in at if not math.isnan(one)})
     panel.set_xscale("log")
     if known:
         panel.set_xlim(known[0] / 1.5, known[-1] * 1.5)
@@ -91,17 +91,14 @@ def _crossing(results: Results) -> Any:
     line = np.geomspace(0.05, 40, 50)
     published.plot(line, 18.85 * np.log(line) + 25.83, "--", color="0.35", label="the paper's fit")
     for name, at, value in zip(_PUBLISHED, ratios, 100 * (after / before - 1), strict=True):
-        last = name == "MMLU-Chat"
+        below, left = name in ("Dolly 3k", "BBH-ICL"), name == "MMLU-Chat"
+        place = (-6 if left else 6, -10 if below else 4)
         published.annotate(
-            name,
-            (at, value),
-            textcoords="offset points",
-            xytext=(-5 if last else 5, 5),
-            fontsize=8,
-            ha="right" if last else "left",
+            name, (at, value), place, textcoords="offset points", fontsize=8, ha="right" if left else "left"
         )
     _logarithmic(published, [0.1, 1, 10])
     published.set_xlim(0.05, 45)
+    published.set_ylim(-40, 145)
     published.set_xlabel("instruction / output length (words)")
     published.set_ylabel("relative gain in AlpacaEval 1.0, %")
     published.set_title("Shi et al.: Llama-2-7B, full fine-tuning, one run each", fontsize=9)
@@ -177,8 +174,10 @@ def _epochs(results: Results) -> Any:
         panel.set_title(f"{method}, {level} (ratio {ratio(results, level):.1f})", fontsize=9)
         panel.set_xlabel("epoch")
         panel.set_ylabel("loss on answers, nats a token")
-        panel.set_yscale("log")
-        panel.grid(alpha=0.3)
+        _logarithmic(
+            panel, [_epoch(results, level, step) for step in _by_step(results, "test_loss", f"{method} masked", level)]
+        )
+        panel.set_ylim(bottom=0)
     legend(figure, panels[0], columns=3)
     return figure
 

@@ -46,7 +46,7 @@ def conclude(results: Results) -> list[str]:
                 "verdict",
                 "gain at last",
                 "verdict",
-                "less forgetting at last",
+                "gain on base texts at last",
             ],
             [row for level in results.levels for row in _against(results, level)],
         ),
