@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mora_jax.studies.forget.study import Forget
 from mora_jax.studies.instruct.study import Instruct
-from mora_jax.studies.memorize import Memorize
+from mora_jax.studies.memorize.study import Memorize
 from mora_jax.studies.rates.study import Rates
 from mora_jax.studies.study import Study
 

@@ -17,8 +17,8 @@ from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
 from mora_jax.studies.intervals import interval, paired, verdict
-from mora_jax.studies.memorize import Memorize
-from mora_jax.studies.pairs import SYMBOLS, make_pairs, right_symbols, share_of_right
+from mora_jax.studies.memorize.pairs import SYMBOLS, make_pairs, right_symbols, share_of_right
+from mora_jax.studies.memorize.study import Memorize
 from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.run import run_study
 from mora_jax.studies.study import Arm, Preset, Sources
