@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mora_jax.errors import InputError
 from mora_jax.sweeps.grid import shown
 from mora_jax.sweeps.run_result import RunResult
+from mora_jax.training.display.figure import new_figure
 
 #: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
 STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -35,10 +35,6 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
     Raises:
         InputError: matplotlib isn't installed, or `path` can't be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
     runs = [run for run in every if math.isfinite(run.score)]
     keys = _varied(every)
     along = _along(every, keys)
@@ -47,7 +43,7 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
     for run in runs:
         rest = [f"{key.rpartition('.')[2]} {shown(run.values.get(key))}" for key in keys if key not in (along, _SEED)]
         lines.setdefault(", ".join(rest), []).append(run)
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
     for number, (label, members) in enumerate(lines.items()):
         colour, dash, marker = STYLES[number % len(STYLES)]

@@ -23,6 +23,7 @@ from mora_jax.training.config.adapter import adapter_settings
 from mora_jax.training.config.checks import check_together
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.choose import make_display
+from mora_jax.training.display.figure import new_figure
 from mora_jax.training.display.plain import Display
 from mora_jax.training.loop import Trainer, new_run
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
@@ -66,11 +67,7 @@ class FinetuneResult:
         Raises:
             InputError: matplotlib isn't installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError:
-            raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = new_figure(7, 4)
         axes = figure.subplots()
         steps = [row for row in self.metrics if row.get("loss") is not None]
         evaluations = [row for row in self.metrics if row.get("eval_loss") is not None]
