@@ -133,6 +133,7 @@ def test_saves_what_was_trained(result, model_path, tmp_path, monkeypatch):
 def test_plots(result, tmp_path):
     figure = result.plot(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for that hasn't imported pyplot
     training, held_out = figure.axes[0].lines
     assert list(training.get_ydata()) == losses(result.metrics)
     assert list(held_out.get_xdata()) == [2, 4]

@@ -22,7 +22,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
     # IPython knows how to show figures only after pyplot has been imported; until then it asks the object.
     figure._repr_png_ = functools.partial(_png, figure)
     return figure
