@@ -142,6 +142,7 @@ def test_files_without_what_the_study_needs(dolly, tokenizer, tmp_path, capsys):
         assert line.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_end_to_end(done):
     result, out = done
     assert result.exit_code == 0 and result.results.missing() == []

@@ -36,7 +36,7 @@ def conclude(results: Results) -> list[str]:
         "arm's epoch (of 1, 2, 4, 8 …) with the lowest validation loss, scored on the test; *last* is after "
         f"{epochs} epochs. A gain is the loss of the first arm minus that of the second, in pairs by seed.",
         _levels(results),
-        "## Against masked loss\n\n"
+        f"## Against masked loss\n\n{_counted(results)}\n\n"
         + table(
             [
                 "level",
@@ -102,6 +102,20 @@ def _against(results: Results, level: str) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def _counted(results: Results) -> str:
+    """How often unmasked loss is better, at best epochs."""
+    found = [
+        _verdict(gain(results, f"{method} masked", f"{method} unmasked", level))
+        for level in results.levels
+        for method in methods(results)
+        if "unmasked" in losses(results, method, level)
+    ]
+    return (
+        f"Of {len(found)} pairs of a level and a method, unmasked loss is better in {found.count('better')} and worse in "
+        f"{found.count('worse')}, at best epochs; in the others no difference is shown."
+    )
 
 
 def _verdict(one: Interval) -> str:

@@ -80,14 +80,17 @@ def _full(rates: tuple[float, ...], *losses: str) -> list[Arm]:
     return arms("full", {"adapter.method": "full"}, rates, losses)
 
 
-def levels(ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int, list[Arm]]) -> tuple[Level, ...]:
-    """Every ratio with every number of rows and its arms.
+def levels(
+    ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int, list[Arm]], which: tuple[int, ...] = ()
+) -> tuple[Level, ...]:
+    """Ratios with every number of rows and its arms.
 
     Args:
         ratios: how many of them, from the lowest.
         epochs: of training.
         batch_size: rows of a step.
         arms_by_rows: what is compared at each number of rows.
+        which: the numbers of the ratios, from 1; empty for all.
     """
     found = []
     for rows, chosen in arms_by_rows.items():
@@ -102,7 +105,7 @@ def levels(ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int,
         }
         found += [
             Level(f"ratio {k} of {ratios}, {rows} rows", {"ratio_level": k, "rows": rows}, settings, tuple(chosen))
-            for k in range(1, ratios + 1)
+            for k in which or range(1, ratios + 1)
         ]
     return tuple(found)
 
@@ -126,9 +129,9 @@ class Instruct(Study):
     higher = False
     notes = (
         "A difference says what happens at that ratio, that number of rows and that method; no two of them are pooled.",
-        "The embedded questions get a passage in front of them for a higher ratio: it is no part of what is asked, and "
-        "it is of the kind of text that forgetting is measured on, so that training on it is also rehearsal of that "
-        "text.",
+        "The study's own questions get a passage in front of them for a higher ratio: it is no part of what is asked, "
+        "and it is of the kind of text that forgetting is measured on, so that training on it is also rehearsal of "
+        "that text. Groups of rows given by --data differ in more than their ratio.",
     )
     presets = {
         "tiny": Preset(
@@ -158,15 +161,16 @@ class Instruct(Study):
             "a model of about 100 M parameters, hours on two cores",
             (),
             {"data.max_length": 256},
-            {"sentences": (0, 6), "scored": 96, "new_tokens": 24},
+            {"sentences": (0, 2, 4, 6), "scored": 96, "new_tokens": 24},
             levels(
-                2,
+                4,
                 4,
                 8,
                 {
                     64: lora(_SMALL, *LOSSES) + _mora(_SMALL, *_TWO, "share") + _full(_SMALL_FULL, *_TWO, "share"),
                     256: lora(_SMALL, *_TWO, "share"),
                 },
+                which=(1, 4),
             ),
         ),
         "paper": Preset(
