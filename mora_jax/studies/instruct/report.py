@@ -113,8 +113,8 @@ def _counted(results: Results) -> str:
         if "unmasked" in losses(results, method, level)
     ]
     return (
-        f"Of {len(found)} pairs of a level and a method, unmasked loss is better in {found.count('better')} and worse in "
-        f"{found.count('worse')}, at best epochs; in the others no difference is shown."
+        f"Of {len(found)} pairs of a level and a method, unmasked loss is better in {found.count('better')} and worse "
+        f"in {found.count('worse')}, at best epochs; in the others no difference is shown."
     )
 
 
