@@ -70,7 +70,7 @@ SEEDS = [0, 1, 2]
 METHODS = {  # each with the learning rates to try
     "LoRA": ({"method": "lora", "rank": 8}, [2e-3, 6e-3, 2e-2]),
     "MoRA": ({"method": "mora", "kind": "rotation", "rank": 8}, [3e-3, 1e-2, 3e-2]),
-    "full": ({"method": "full"}, [1e-3, 3e-3, 1e-2]),
+    "full": ({"method": "full"}, [3e-4, 1e-3, 3e-3]),
 }
 
 # %% [markdown]
@@ -156,14 +156,17 @@ plt.show()
 for name, losses in tried.items():
     edge = best[name] in (min(losses), max(losses))
     print(f"{name}: {best[name]:g}" + (", at the edge of what was tried: try further" if edge else ""))
-within = max(max(losses.values()) - min(losses.values()) for losses in tried.values())
-between = np.ptp([min(losses.values()) for losses in tried.values()])
-print(f"A method's rates differ by up to {within:.2f} nats a token, the methods at their best rates by {between:.2f}.")
+for what, found in (("answers", tried), ("old texts", cost)):
+    within = max(np.ptp(list(losses.values())) for losses in found.values())
+    between = np.ptp([losses[best[name]] for name, losses in found.items()])
+    print(
+        f"{what}: a method's rates differ by up to {within:.2f} nats a token, methods at their rates by {between:.2f}"
+    )
 
 # %% [markdown]
 # A star marks each method's best rate, chosen by the left side alone. A comparison at one rate for all would mostly
 # compare rates, and what is forgotten (on the right) depends on the rate too. This is one seed, so rates that lie
-# close together could change places.
+# close together on the left could change places, and take what is forgotten with them.
 
 # %% [markdown]
 # ## Train with three seeds, and watch what is learned and forgotten
