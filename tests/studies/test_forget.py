@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -181,12 +182,13 @@ def test_rates_are_chosen_on_held_out_rows_and_reported_on_the_test(done):
     result, out = done
     for part in ("held_out", "test"):
         rows = [json.loads(line) for line in (out / "data" / f"{part}.jsonl").read_text().splitlines()]
-        known = [json.loads(line)["messages"] for line in open(demo.data_path(part), encoding="utf-8")]
+        known = [json.loads(line)["messages"] for line in Path(demo.data_path(part)).read_text().splitlines()]
         assert [row["messages"] for row in rows] == known[:10]
     frame = pd.read_csv(out / "cells.csv")
     first = frame[(frame["step"] == 0) & (frame["metric"] == "loss")].groupby("stage")["value"]
-    assert first.nunique().to_dict() == {"choosing": 1, "reported": 1}
-    assert first.first().nunique() == 2
+    assert set(first.groups) == {"choosing", "reported"}
+    assert (first.max() - first.min()).max() < 1e-4
+    assert abs(first.mean()["choosing"] - first.mean()["reported"]) > 1e-3
     assert result.results.missing() == []
 
 
