@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mora_jax.studies.conclusion import arms_table, table
-from mora_jax.studies.forget.intruders import EPSILON
+from mora_jax.studies.forget.intruders import EPSILON, FACTORS
 from mora_jax.studies.forget.presets import CONTROL, FULL
 from mora_jax.studies.forget.trade import known_at, lowest_known_at, paths, paths_by_rate
 from mora_jax.studies.intervals import Interval, interval, paired, verdict
@@ -97,64 +97,53 @@ def _said(words: str, what: str) -> str:
     return words if words.startswith(("learns", "forgets")) else f"{words} in {what}"
 
 
-def _weakest(results: Results) -> str:
-    """The arm, controls aside, whose loss on the new domain ends highest."""
-    found = {arm: results.mean(LEARNED, arm).mean for arm in _mains(results)}
-    return max((arm for arm in found if found[arm] == found[arm]), key=lambda arm: found[arm])
-
-
-def matched(results: Results) -> tuple[str, dict[str, dict[int, float]]]:
-    """The weakest arm, and for each arm by seed the old domain's loss where it has learned what that one ends with."""
-    weakest = _weakest(results)
-    targets = results.last(LEARNED, weakest)
+def matched(results: Results) -> dict[str, dict[int, float]]:
+    """For each arm by seed the old domain's loss where it has learned what the weakest arm of that seed ends with."""
+    ends: dict[int, list[float]] = {}
+    for arm in _mains(results):
+        for seed, value in results.last(LEARNED, arm).items():
+            ends.setdefault(seed, []).append(value)
     found: dict[str, dict[int, float]] = {}
     for arm in results.arms:
         by_seed = paths(results, arm, LEARNED, KNOWN)
-        values = {s: known_at(path, targets[s]) for s, path in by_seed.items() if s in targets}
+        values = {seed: known_at(path, max(ends[seed])) for seed, path in by_seed.items() if seed in ends}
         found[arm] = {seed: value for seed, value in values.items() if value is not None}
-    return weakest, found
+    return found
 
 
 def _equal_learning(results: Results) -> str:
-    if not any(results.last(LEARNED, arm) for arm in _mains(results)):
+    found, start, envelope = matched(results), _starts(results, KNOWN), _envelope(results)
+    reference = FULL if found.get(FULL) else next((arm for arm in found if found[arm]), None)
+    if reference is None:
         return "No arm has come to its end."
-    weakest, found = matched(results)
-    start = _starts(results, KNOWN)
-    envelope = _envelope(results, weakest)
     rows, lines = [], []
     for arm in results.arms:
         mine = interval(value - start for value in found[arm].values())
-        difference = paired(found[arm], found[weakest]) if arm != weakest else None
-        rows.append(
-            [arm, mine.text(), str(mine.n), "" if difference is None else difference.text(sign=True)]
-            + envelope.get(arm, ["missing", ""])
-        )
-        if difference is not None and difference.n and CONTROL not in arm:
+        difference = paired(found[arm], found[reference])
+        minus = "" if arm == reference else difference.text(sign=True)
+        rows.append([arm, mine.text(), str(mine.n), minus, *envelope.get(arm, ("missing", ""))])
+        if arm != reference and difference.n:
             words = _said(verdict(difference, "forgets more", "forgets less"), _WHAT[1])
-            lines.append(f"- **{arm}** against **{weakest}**: {words}, {difference.text(sign=True)}.")
-    heads = ["arm", "forgetting", "seeds that got there", f"minus {weakest}", "least over rates, seed 0", "at rate"]
+            lines.append(f"- **{arm}** against **{reference}**: {words}, {difference.text(sign=True)}.")
+    heads = ["arm", "forgetting", "seeds that got there", f"minus {reference}", "least over rates, seed 0", "at rate"]
     return (
-        f"{weakest} ends with the highest loss on the new domain. The table has the rise of the old domain's loss "
-        "where each arm first had learned as much, between evaluations by a line: with the chosen rate over seeds, "
-        "and the least over all rates on the seed that chooses (one seed, so no interval).\n\n"
-        + table(heads, rows)
-        + "\n\n"
-        + "\n".join(lines)
+        "On each seed the arm, controls aside, that ends with the highest loss on the new domain sets the mark. The "
+        "table has the rise of the old domain's loss where each arm first had learned as much, between evaluations by "
+        "a line: with the chosen rate over seeds, and the least over all rates on the seed that chooses (one seed, so "
+        "no interval).\n\n" + table(heads, rows) + "\n\n" + "\n".join(lines)
     )
 
 
-def _envelope(results: Results, weakest: str) -> dict[str, list[str]]:
-    """By arm: the least forgetting over rates where the weakest arm's learning is reached, and at which rate."""
-    chosen = paths_by_rate(results, weakest, LEARNED, KNOWN).get(results.rate(weakest) or 0.0)
-    if not chosen:
-        return {}
+def _envelope(results: Results) -> dict[str, tuple[str, str]]:
+    """On the seed that chooses, by arm: the least forgetting over rates at the mark, and at which rate."""
+    by_arm = {arm: paths_by_rate(results, arm, LEARNED, KNOWN) for arm in results.arms}
+    ends = [path[-1][0] for arm in _mains(results) if (path := by_arm[arm].get(results.rate(arm) or 0.0))]
     found = {}
-    for arm in results.arms:
-        by_rate = paths_by_rate(results, arm, LEARNED, KNOWN)
-        lowest = lowest_known_at(by_rate, chosen[-1][0])
+    for arm, by_rate in by_arm.items() if ends else ():
+        lowest = lowest_known_at(by_rate, max(ends))
         if lowest is not None:
             rate, known = lowest
-            found[arm] = [f"{known - by_rate[rate][0][1]:.3f}", f"{rate:g}"]
+            found[arm] = f"{known - by_rate[rate][0][1]:.3f}", f"{rate:g}"
     return found
 
 
@@ -261,13 +250,14 @@ def _intruders(results: Results) -> str:
             lines.append(f"- **{arm}**: {_removal(results, arm, counts)}")
     return (
         f"Of the leading {results.preset.data['top']} singular vectors of each tuned matrix; a matrix minus its "
-        f"intruders is λ = 0, as trained λ = 1.\n\n{table(heads, rows)}\n\n" + "\n".join(lines)
+        "intruders is λ = 0, as trained λ = 1. In brackets: changes on the old domain, on the new one.\n\n"
+        f"{table(heads, rows)}\n\n" + "\n".join(lines)
     )
 
 
-def _moved(results: Results, metric: str, arm: str) -> Interval:
-    """What taking intruders away changes in a loss, paired by seed."""
-    return paired(results.last(f"{metric}_scaled_0.0", arm), results.last(metric, arm))
+def _moved(results: Results, metric: str, arm: str, factor: float = 0.0) -> Interval:
+    """What scaling intruders by λ changes in a loss, paired by seed; 0 takes them away."""
+    return paired(results.last(f"{metric}_scaled_{factor}", arm), results.last(metric, arm))
 
 
 def _removal(results: Results, arm: str, counts: Interval) -> str:
@@ -280,7 +270,14 @@ def _removal(results: Results, arm: str, counts: Interval) -> str:
     if old.decided and old.mean < 0 < risen.mean:
         share = f", {min(1.0, -old.mean / risen.mean):.0%} of what was lost comes back"
     second = verdict(new, "the new one is worse", "the new one is better")
-    return f"{_in(first, 'the old domain')}{share}; {_in(second, 'the new one')} ({_pair(old, new)})."
+    partly = _pair(*(_moved(results, metric, arm, _PARTLY) for metric in (KNOWN, LEARNED)))
+    return (
+        f"{_in(first, 'the old domain')}{share}; {_in(second, 'the new one')} ({_pair(old, new)}). At λ = {_PARTLY:g}: "
+        f"{partly}."
+    )
+
+
+_PARTLY = max(FACTORS)
 
 
 def _in(words: str, where: str) -> str:

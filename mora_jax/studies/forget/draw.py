@@ -89,6 +89,9 @@ def curves(results: Results) -> Any:
         draw_curves(panel, results, metric)
         panel.set_ylabel(f"loss on the {label} domain, nats a token")
     _log(panels[0])
+    lowest = [float(np.nanmin(line.get_ydata())) for line in panels[0].get_lines()]
+    if lowest:
+        panels[0].set_ylim(bottom=0.7 * min(lowest))  # wide bands would squeeze the lines
     legend(figure, panels[0])
     return figure
 
