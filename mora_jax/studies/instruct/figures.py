@@ -67,7 +67,10 @@ def _logarithmic(panel: Any, at: Sequence[float]) -> None:
     """An axis of few values, each written out."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    known = sorted({float(f"{one:.3g}") for one in at if not math.isnan(one)})
+    known: list[float] = []
+    for one in sorted(float(f"{one:.3g}") for one in at if not math.isnan(one)):
+        if not known or one > 1.1 * known[-1]:
+            known.append(one)
     panel.set_xscale("log")
     if known:
         panel.set_xlim(known[0] / 1.5, known[-1] * 1.5)
