@@ -39,7 +39,7 @@ def test_json_without_a_compiler(model, capsys):
     assert any("libtpu" in note for note in found["notes"])
     capacity, rate = found["hints"]
     assert f"{found['trainable_parameters']:,} trained parameters" in capacity
-    assert rate.startswith("learning rate: best rates of")
+    assert rate.startswith("learning rate: the best rates of LoRA")
     assert own["settings"]["mesh.data"] == 8
     assert own["total_bytes"] == pytest.approx(sum(own["bytes"].values()))
     fast, slow = own["step_seconds"]

@@ -145,7 +145,8 @@ def _capacity(results: Results) -> str:
     return (
         "As many steps at each number of rows, so that fewer rows are seen more often. By the rule of thumb of 1 bit "
         f"a trained token ({', '.join(learn)}) and 2 bits a parameter, an arm holds so many bits for each that there "
-        "is to learn; below 1 it should fall behind full fine-tuning.\n\n" + table(heads, rows)
+        "is to learn; below 1 it should fall behind full fine-tuning. What falls behind above 1 isn't short of room by "
+        "this rule.\n\n" + table(heads, rows)
     )
 
 

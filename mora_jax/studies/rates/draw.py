@@ -87,8 +87,18 @@ def _best_rates(results: Results) -> Any:
         panel.errorbar(middle, -place, xerr=ends, color=look["color"], marker=look["marker"], capsize=3)
     panel.set_yticks([-place for place in range(len(arms))], arms)
     panel.set(xscale="log", xlabel="best learning rate, 95 % interval over seeds")
+    _rate_ticks(panel)
     panel.grid(alpha=0.3, which="both", axis="x")
     return figure
+
+
+def _rate_ticks(panel: Any) -> None:
+    """Rates in plain figures, three a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _capacity(results: Results) -> Any:
