@@ -139,7 +139,8 @@ class Memorize(Study):
             "loss": "loss (nats a symbol)",
         }
         if not results.frame[results.frame["metric"] == "base_text_loss"].empty:
-            metrics["base_text_loss"] = "loss on base text"
+            length = results.preset.settings["data.max_length"]
+            metrics["base_text_loss"] = f"loss on {length} tokens of base texts"
         chance = 1 / len(SYMBOLS)
         others = [arm for arm in results.arms if arm != small]
         against = [f"## Against {small}\n\n" + "\n".join(_compared(results, arm, small) for arm in others)]
