@@ -130,8 +130,9 @@ def test_a_cell_that_cannot_begin_is_named_and_the_others_go_on(done):
     text = (out / "conclusion.md").read_text()
     assert "- no-layer_lr0.001_seed1: failed: adapter: " in text
     assert "did you mean 'v_proj'" in text
-    [line] = [line for line in text.splitlines() if line.startswith("| no layer") and "missing" in line]
+    line, steps = [line for line in text.splitlines() if line.startswith("| no layer")]
     assert line.count("missing") >= 4
+    assert steps == "| no layer | missing |"
 
 
 def test_figures_are_there_in_both_forms(done):
