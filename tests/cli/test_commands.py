@@ -81,6 +81,7 @@ def test_generate_prints_the_answer_alone(run, model_dir, adapters):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+@pytest.mark.slow
 def test_generate_with_several_adapters_gives_the_answer_of_each(run, fails, model_dir, adapters, tmp_path):
     base = ["generate", "--model", model_dir, "--prompt", "Hello", "--max-new-tokens", "12"]
     other = write_adapter(model_dir, tmp_path / "a=b", LoRAConfig(rank=4, alpha=6, targets=("v_proj", "up_proj")))
