@@ -36,8 +36,8 @@ def _arms(rank: int, high: int, *, scale: float = 1.0, full: tuple[float, ...]) 
         Arm(f"LoRA r{rank}", lora(rank, 2.0 * rank), rates(2.5e-3, 5e-3, 1e-2)),
         Arm(f"LoRA r{rank}, α = 8r", lora(rank, 8.0 * rank), rates(1e-3, 2e-3, 4e-3, 8e-3)),
         Arm(f"MoRA sharing r{rank}", mora("sharing"), rates(1e-3, 3e-3, 6e-3)),
-        Arm(f"MoRA rotation r{rank}", mora("rotation"), rates(3e-3, 1e-2, 2e-2)),
-        Arm(f"HiRA r{rank}", {"adapter.method": "hira", "adapter.rank": rank}, rates(3e-3, 1e-2, 3e-2)),
+        Arm(f"MoRA rotation r{rank}", mora("rotation"), rates(3e-3, 1e-2, 2e-2, 4e-2)),
+        Arm(f"HiRA r{rank}", {"adapter.method": "hira", "adapter.rank": rank}, rates(3e-3, 1e-2, 3e-2, 6e-2)),
         Arm(f"LoRA r{high}", lora(high, 2.0 * high), rates(1e-3, 3e-3, 6e-3)),
         Arm("full", {"adapter.method": "full"}, full),
     )
