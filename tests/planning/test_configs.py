@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from mora_jax.backend import compiling_for
 from mora_jax.models.families import read_config
@@ -48,8 +49,9 @@ def test_its_step_can_be_traced_and_fits_as_its_head_says(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANNED)
-def test_its_whole_step_by_shapes(name):
+def test_its_whole_step_by_shapes(name, monkeypatch):
     """With its own micro-batches, on as many devices as there are (one)."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # this machine has none
     _, config, model, topology = planned(name)
     with compiling_for("tpu" if topology.tpu else "gpu"):
         decoder = abstract_model(read_config(read_model(model), model), config)
