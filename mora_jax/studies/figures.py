@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mora_jax.studies.intervals import interval
 from mora_jax.studies.results import Results
+from mora_jax.training.display.figure import new_figure as empty_figure
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F")
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-_MARKERS = "osD^vPX*"
+DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+MARKERS = "osD^vPX*"
 
 
 def style(index: int) -> dict[str, Any]:
     """Of the arm with this number; colour, dash and marker differ between neighbours."""
     return {
         "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": _DASHES[index % len(_DASHES)],
-        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
         "markersize": 4.5,
     }
 
 
 def new_figure(columns: int = 1, rows: int = 1, *, width: float = 5.2, height: float = 3.9) -> tuple[Any, Any]:
-    """A figure and its panels, `[rows, columns]`."""
-    from matplotlib.figure import Figure
+    """A figure and its panels, `[rows, columns]`; `width` and `height` are a panel's, in inches.
 
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    Raises:
+        InputError: matplotlib isn't installed.
+    """
+    figure = empty_figure(width * columns, height * rows)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -81,24 +84,3 @@ def draw_rates(panel: Any, results: Results, metric: str, level: str = "") -> No
     panel.set_xscale("log")
     panel.set_xlabel("learning rate (star: chosen)")
     panel.grid(alpha=0.3)
-
-
-def draw_intervals(panel: Any, found: Mapping[str, Any], *, zero: bool = True) -> None:
-    """Intervals by label, one below the other."""
-    for place, (label, one) in enumerate(found.items()):
-        if math.isnan(one.mean):
-            continue
-        panel.errorbar(
-            one.mean,
-            -place,
-            xerr=one.half or 0,
-            fmt=_MARKERS[0],
-            color=_COLOURS[0],
-            capsize=3,
-            markersize=5,
-            label=label,
-        )
-    panel.set_yticks([-place for place in range(len(found))], list(found))
-    if zero:
-        panel.axvline(0, color="0.5", linewidth=1, zorder=0)
-    panel.grid(alpha=0.3, axis="x")

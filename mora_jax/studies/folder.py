@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local, new_file
@@ -16,6 +16,8 @@ from mora_jax.sweeps.results import SweepResult
 
 FILE = "study.json"
 _OWN = (FILE, "data", "runs", "figures", "cells.csv", "conclusion.md")
+
+_ASIDE = ".replaced"
 
 
 class StudyFolder(SweepFolder):
@@ -27,6 +29,10 @@ class StudyFolder(SweepFolder):
     Raises:
         InputError: the path can't be used.
     """
+
+    file: ClassVar[str] = FILE
+    keys: ClassVar[tuple[str, ...]] = ("asked", "runs", "failed")
+    what: ClassVar[str] = "study"
 
     def __init__(self, out: str) -> None:
         if not is_local(out):
@@ -42,7 +48,9 @@ class StudyFolder(SweepFolder):
         Args:
             asked: what was asked for, as JSON gives it back.
             resume: there has to be one already.
-            overwrite: replace what is there.
+            overwrite: replace what is there, once the first cell has begun.
+
+        Where bad input ends it before that, the folder is left as it was.
 
         Raises:
             InputError: the folder holds something else, or nothing to resume.
@@ -61,13 +69,38 @@ class StudyFolder(SweepFolder):
             raise InputError(f"{self.path} holds no study to resume: {self.path / FILE} is missing")
         if not goes_on:
             self._directory.check_free(overwrite)
+        new = not Path(self.path).exists()
         with self._directory.claimed():
             if not goes_on:
-                for name in _OWN:
-                    self.files.remove(name)
+                self._put_aside()
                 self._write({"asked": dict(asked), "runs": [], "failed": {}})
             self.data.mkdir(parents=True, exist_ok=True)
-            yield
+            try:
+                yield
+            except InputError:
+                if not goes_on and not self.files.present(("runs",)):
+                    self._take_back()
+                raise
+            finally:
+                self.files.remove(_ASIDE)
+                if new:
+                    with contextlib.suppress(OSError):
+                        Path(self.path).rmdir()  # empty
+
+    def _put_aside(self) -> None:
+        """An earlier study, until a new one has begun in its place."""
+        aside = Path(self.path) / _ASIDE
+        self.files.remove(_ASIDE)
+        aside.mkdir()
+        for name in self.files.present(_OWN):
+            (Path(self.path) / name).rename(aside / name)
+
+    def _take_back(self) -> None:
+        """What was put aside."""
+        for name in _OWN:
+            self.files.remove(name)
+        for path in (Path(self.path) / _ASIDE).iterdir():
+            path.rename(Path(self.path) / path.name)
 
     def check_free(self, runs: Sequence[SweepRun], overwrite: bool) -> bool:
         """Adds the cells that are new; those that are there have to be the same.
@@ -78,7 +111,7 @@ class StudyFolder(SweepFolder):
         values = self._read()
         known = {run["name"]: run for run in values["runs"]}
         for run in self._described(runs):
-            if known.setdefault(run["name"], run) != run:
+            if _computed(known.setdefault(run["name"], run)) != _computed(run):
                 raise InputError(
                     f"{self.path} holds another cell of the name {run['name']}, of an earlier version of the study; "
                     "set another --out"
@@ -115,18 +148,14 @@ class StudyFolder(SweepFolder):
                 with new_file(self.figures / (name + ending)) as file:
                     figure.savefig(file, format=ending[1:], dpi=120, metadata=metadata)
 
-    def _read(self) -> dict[str, Any]:
-        text = self.files.read(FILE)
-        if text is None:
-            raise InputError(f"{self.path} holds no study: {self.path / FILE} is missing")
-        try:
-            values = json.loads(text)
-            return {"asked": values["asked"], "runs": values["runs"], "failed": values["failed"]}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path / FILE} is damaged: {error}") from None
 
-    def _write(self, values: dict[str, Any]) -> None:
-        self.files.write(FILE, json.dumps(values, indent=2) + "\n")
+def _computed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a described cell computes, wherever its folder lies and by whatever path that is named."""
+    config = run["config"]
+    data = config["data"]
+    files = {name: [Path(path).name for path in data[name] or ()] for name in ("train", "eval")}
+    model = config["model"] | {"path": None}  # which is asked for, once for all
+    return {**config, "out": None, "log": None, "model": model, "data": data | files}
 
 
 def _difference(found: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.errors import InputError
+from mora_jax.paths import found_path
 from mora_jax.studies.conclusion import write_conclusion
 from mora_jax.studies.folder import StudyFolder
 from mora_jax.studies.results import Results, choose_rates, observations
@@ -21,6 +23,7 @@ from mora_jax.sweeps.run_result import RunResult
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training.config.checks import check_together
 from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.display.plain import left_words
 from mora_jax.training.run.directory import RunDirectory
 
 
@@ -70,6 +73,12 @@ def run_study(
         InputError: anything the user has to mend.
     """
     preset = study.presets[preset_name]
+    # The same study from any working directory.
+    sources = Sources(
+        found_path(sources.model),
+        sources.data and tuple(map(found_path, sources.data)),
+        sources.texts and found_path(sources.texts),
+    )
     wanted, names = _pattern(cells), cell_names(preset)
     if wanted is not None and not any(wanted.search(name) for name in names):
         raise InputError(f"--cells {cells} fits no cell; they are called such as {names[0]} and {names[-1]}")
@@ -77,9 +86,9 @@ def run_study(
     asked = {
         "study": study.name,
         "preset": preset_name,
-        "model": sources.model,
-        "data": None if sources.data is None else list(sources.data),
-        "texts": sources.texts,
+        "model": _place(sources.model),
+        "data": sources.data and [_place(path) for path in sources.data],
+        "texts": sources.texts and _place(sources.texts),
     }
     running = _Running(study, preset, folder, sources, make_board() if board is None else board, at_once)
     with folder.opened(asked, resume=resume, overwrite=overwrite):
@@ -99,13 +108,18 @@ def run_study(
         if frame["value"].notna().any():
             try:
                 figures = study.figures(results)
-            except ModuleNotFoundError:
-                running.board.note("no figures: they need matplotlib: pip install 'mora-jax[plots]'")
+            except InputError as error:
+                running.board.note(f"no figures: {error}")
         for name, figure in figures.items():
             folder.write_figure(name, figure)
         conclusion = write_conclusion(results, preset_name, sources, list(figures))
         folder.write_text("conclusion.md", conclusion)
     return StudyResult(results, conclusion, str(folder.path), running.exit_code)
+
+
+def _place(text: str) -> str:
+    """Where a file or folder lies, without links and `..`; a hub id as it is."""
+    return os.path.realpath(text) if os.path.exists(text) else text
 
 
 def _pattern(cells: str | None) -> re.Pattern[str] | None:
@@ -243,7 +257,7 @@ class _Running:
         done += self._before
         new, seconds = done - self._there, time.monotonic() - self._started
         words = f"  all {self._all} cells: {done / self._all:.0%}"
-        return words if new <= 0 else f"{words}, about {_minutes(seconds / new * (self._all - done))} left"
+        return words if new <= 0 else words + left_words({"seconds_left": seconds / new * (self._all - done)})
 
 
 def _ended(run: SweepRun) -> bool:
@@ -252,13 +266,3 @@ def _ended(run: SweepRun) -> bool:
 
 def _not_run(run: SweepRun) -> RunResult:
     return RunResult(run.name, run.values, {}, [], None, run.config.out, run.config)
-
-
-def _minutes(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from mora_jax.errors import InputError
 from mora_jax.sweeps.grid import SweepRun
@@ -20,12 +20,21 @@ _OWN = (FILE, "sweep.csv", "sweep.png", "runs")
 class SweepFolder:
     """A sweep's files.
 
+    Attributes:
+        file: describes it.
+        keys: of what is in that file.
+        what: it is, in messages.
+
     Args:
         out: the folder, local or in a bucket.
 
     Raises:
         InputError: the path can't be used.
     """
+
+    file: ClassVar[str] = FILE
+    keys: ClassVar[tuple[str, ...]] = ("runs", "failed")
+    what: ClassVar[str] = "sweep"
 
     def __init__(self, out: str):
         self._directory = RunDirectory(out)
@@ -80,7 +89,7 @@ class SweepFolder:
 
     def failed(self) -> dict[str, str]:
         """The runs that failed, with what was said."""
-        return self._read()["failed"] if self.files.present((FILE,)) else {}
+        return self._read()["failed"] if self.files.present((self.file,)) else {}
 
     def note_failure(self, name: str, words: str) -> None:
         """Remembers that a run failed, so that it isn't tried again."""
@@ -99,17 +108,17 @@ class SweepFolder:
         return None
 
     def _read(self) -> dict[str, Any]:
-        text = self.files.read(FILE)
+        text, file = self.files.read(self.file), self.path / self.file
         if text is None:
-            raise InputError(f"{self.path} holds no sweep: {self.path / FILE} is missing")
+            raise InputError(f"{self.path} holds no {self.what}: {file} is missing")
         try:
             values = json.loads(text)
-            return {"runs": values["runs"], "failed": values["failed"]}
+            return {key: values[key] for key in self.keys}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path / FILE} is damaged: {error}") from None
+            raise InputError(f"{file} is damaged: {error}") from None
 
     def _write(self, values: dict[str, Any]) -> None:
-        self.files.write(FILE, json.dumps(values, indent=2) + "\n")
+        self.files.write(self.file, json.dumps(values, indent=2) + "\n")
 
     @staticmethod
     def _described(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:

@@ -60,8 +60,11 @@ class Evaluator:
         settings = self._setup.config.train
         every = settings.eval_every
         due = done == self.last_step or bool(every and done % every == 0)
-        evaluates = self._setup.evaluates or self._measure is not None
-        return (due if done else settings.eval_on_start) and evaluates
+        return (due if done else settings.eval_on_start) and self._evaluates
+
+    @property
+    def _evaluates(self) -> bool:
+        return self._setup.evaluates or self._measure is not None
 
     def owed(self, done: int) -> bool:
         """Whether the evaluation after so many steps was not made or not ended."""
@@ -116,7 +119,7 @@ class Evaluator:
 
     def seconds_left(self, step: int) -> float:
         """What the evaluations after `step` should take, by the mean of this process."""
-        if not self._setup.evaluates or not self.seconds:
+        if not self._evaluates or not self.seconds:
             return 0.0
         steps, every = self._setup.plan.steps, self._setup.config.train.eval_every
         left = 1 + ((steps - 1) // every - step // every if every else 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ import pytest
 
 from mora_jax import demo
 from mora_jax.cli.main import main
+from mora_jax.cli.study import NAMES
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
@@ -180,6 +183,7 @@ def test_a_folder_is_of_one_study(done, tmp_path):
         (["--preset", "small"], "give --model MODEL"),
         (["--data", "rows.jsonl"], "makes its own pairs"),
         (["--resume", "--overwrite"], "leave out one of them"),
+        (["--model", "models/none"], "models/none"),
     ],
 )
 def test_bad_input_is_one_line(given, words, tmp_path, monkeypatch, capsys):
@@ -188,7 +192,24 @@ def test_bad_input_is_one_line(given, words, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert words in error
-    assert not list(tmp_path.glob("out/runs/*"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_goes_on_from_another_folder_and_bad_input_replaces_nothing(done, monkeypatch, tmp_path):
+    _, out = done
+    model = Path(demo.model_path())
+    monkeypatch.chdir(model.parent)
+    before = {path.name for path in out.iterdir()}
+    run_study(Small(), "test", os.path.relpath(out), Sources(model.name), board=Board())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="none"):
+        run_study(Small(), "test", str(out), Sources("none"), overwrite=True, board=Board())
+    assert {path.name for path in out.iterdir()} == before
+    run_study(Small(), "test", str(out), SOURCES, board=Board())
+
+
+def test_the_command_knows_every_study():
+    assert set(NAMES) == set(STUDIES)
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))

@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.studies.figures import draw_curves, legend, new_figure, style
+from mora_jax.studies.figures import DASHES, MARKERS, draw_curves, legend, new_figure, style
 from mora_jax.studies.forget.conclude import KNOWN, LEARNED
 from mora_jax.studies.forget.intruders import EPSILON, EPSILONS, FACTORS
 from mora_jax.studies.forget.presets import CONTROL, FULL
 from mora_jax.studies.forget.spectrum import COUNTS
 from mora_jax.studies.forget.trade import Path, paths_by_rate
 from mora_jax.studies.results import Results
-
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-_MARKERS = "osD^"
 
 
 def figures(results: Results) -> dict[str, Any]:
@@ -45,8 +42,8 @@ def pareto(results: Results) -> Any:
             panel.plot(
                 *_moved(path),
                 color=style(index)["color"],
-                linestyle=_DASHES[number % len(_DASHES)],
-                marker=_MARKERS[number % len(_MARKERS)],
+                linestyle=DASHES[number % len(DASHES)],
+                marker=MARKERS[number % len(MARKERS)],
                 markersize=4,
                 linewidth=2.4 if chosen else 1.2,
                 label=f"{rate:g}{' (chosen)' if chosen else ''}",

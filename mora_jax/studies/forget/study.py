@@ -26,6 +26,7 @@ from mora_jax.studies.forget.stdlib_code import PARTS, code_texts
 from mora_jax.studies.results import Results
 from mora_jax.studies.scoring import score_rows, texts_of
 from mora_jax.studies.study import Cell, Level, Measuring, Preset, Sources, Study
+from mora_jax.studies.user_rows import as_messages
 
 #: Spectra are measured at so many of the evaluations, the last one included.
 _SPECTRA = 4
@@ -104,8 +105,7 @@ def _rows(files: Sequence[str], option: str) -> list[dict[str, Any]]:
             if row.text is not None:
                 found.append({"text": row.text})
             else:
-                turns = [{"role": one.role, "content": one.text} for one in row.messages]
-                found.append({"messages": turns})
+                found.append(as_messages(row))
     return found
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from mora_jax import demo
-from mora_jax.data import Conversation, EncodedDataset, Message, load_rows
+from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.data.loss_weights import normalize
 from mora_jax.errors import InputError
 from mora_jax.studies.folder import read_rows
+from mora_jax.studies.user_rows import as_messages, is_answered
 
 Rows = list[dict[str, Any]]
 #: Parts of a user's prompts for validation and for the test.
@@ -102,7 +103,7 @@ def parts_of_files(
     Raises:
         InputError: the files hold too few rows with an instruction and an answer.
     """
-    rows = [row for row in load_rows(files) if isinstance(row, Conversation) and _is_answered(row)]
+    rows = [row for row in load_rows(files) if is_answered(row)]
     if not rows:
         raise InputError(f"{', '.join(files)}: no row with an instruction and an answer, which study instruct needs")
     report = EncodedDataset.build(rows, tokenizer, max_length=max_length).report
@@ -114,7 +115,7 @@ def parts_of_files(
     order = dict(zip(known.tolist(), np.random.default_rng(0).permutation(len(known)) / len(known), strict=True))
     at = np.array([order[prompt] for prompt in prompts[chosen].tolist()])
     parts = [
-        [_as_row(rows[index]) for index in chosen[(at >= low) & (at < high)].tolist()]
+        [as_messages(rows[index]) for index in chosen[(at >= low) & (at < high)].tolist()]
         for low, high in ((0, _HELD_OUT), (_HELD_OUT, 2 * _HELD_OUT), (2 * _HELD_OUT, 1))
     ]
     validation, test, train = parts
@@ -125,26 +126,6 @@ def parts_of_files(
             f"few for {groups} groups with a part for training, one for validation and one for the test"
         )
     return Parts(train, validation[:scored], test[:scored], report.duplicated_share)
-
-
-def _is_answered(row: Conversation) -> bool:
-    *before, last = row.messages or (Message("user", ""),)
-    return last.role == "assistant" and bool(last.text.strip()) and any(one.role == "user" for one in before)
-
-
-def _as_row(row: Conversation) -> dict[str, Any]:
-    """As the format `messages` has it."""
-    messages = []
-    for one in row.messages:
-        said: dict[str, Any] = {
-            "role": one.role,
-            "content": one.text,
-            "name": one.name,
-            "reasoning_content": one.reasoning,
-        }
-        said |= {"tool_calls": list(one.tool_calls), "tool_call_id": one.tool_call_id}
-        messages.append({key: value for key, value in said.items() if value or key == "content"})
-    return {"messages": messages, **({"tools": list(row.tools)} if row.tools else {})}
 
 
 def facts_of(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, float]:

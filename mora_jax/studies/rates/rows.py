@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 from mora_jax import demo
 from mora_jax.data import load_rows
-from mora_jax.data.conversation import Conversation
 from mora_jax.errors import InputError
-from mora_jax.studies.folder import write_rows
+from mora_jax.studies.folder import read_rows, write_rows
 from mora_jax.studies.study import Sources
+from mora_jax.studies.user_rows import as_messages, is_answered
 
 TRAIN, HELD_OUT, TEST = demo.PARTS
 #: Of a user's rows a tenth each is for choosing and for reporting, and at most so many.
@@ -29,7 +28,7 @@ def write_parts(sources: Sources, folder: Path) -> dict[str, Path]:
     found = {part: folder / f"{part}.jsonl" for part in demo.PARTS}
     if all(path.exists() for path in found.values()):
         return found
-    rows = [_as_messages(row) for row in load_rows(list(sources.data)) if _is_answered(row)]
+    rows = [as_messages(row) for row in load_rows(list(sources.data)) if is_answered(row)]
     few = min(_MOST, int(len(rows) * _SHARE))
     if not few:
         raise InputError(
@@ -47,20 +46,7 @@ def take(path: Path, count: int, seed: int, folder: Path) -> str:
     Raises:
         InputError: there are not so many.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if count > len(lines):
-        raise InputError(f"the study trains on {count} rows, and there are {len(lines)}; give more by --data")
-    target = folder / f"rows_{count}_{seed}.jsonl"
-    if not target.exists():
-        import json
-
-        write_rows(target, [json.loads(line) for line in random.Random(f"rows {seed}").sample(lines, count)])
-    return str(target)
-
-
-def _is_answered(row: Any) -> bool:
-    return isinstance(row, Conversation) and any(one.role == "assistant" and one.content for one in row.messages)
-
-
-def _as_messages(row: Any) -> dict[str, Any]:
-    return {"messages": [{"role": one.role, "content": one.text} for one in row.messages]}
+    rows = read_rows(str(path))
+    if count > len(rows):
+        raise InputError(f"the study trains on {count} rows, and there are {len(rows)}; give more by --data")
+    return write_rows(folder / f"rows_{count}_{seed}.jsonl", random.Random(f"rows {seed}").sample(rows, count))
