@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,7 @@ def run_study(
         if resume:
             folder.forget_failures()
         choosing = list(choosing_cells(preset))
-        every = len(choosing) + sum(_reported(preset, level, arm) for level, arm in preset.pairs())
-        running.begin(every)
+        running.begin(_cells_at_most(preset, wanted))
         runs = running.train(choosing, wanted)
         chosen = choose_rates(study, running.cells, runs)
         if not running.exit_code:
@@ -135,15 +134,29 @@ def cell_names(preset: Preset) -> list[str]:
     """The names of all cells that there can be: of the reported ones with each rate that may be chosen."""
     names = [cell.name for cell in choosing_cells(preset)]
     for level, arm in preset.pairs():
-        of = arm.rate_of or arm.name
-        for rate in next(one.rates for place, one in preset.pairs() if (place, one.name) == (level, of)):
-            names += [cell.name for cell in reported_cells(preset, {(level.name, of): rate}) if cell.arm is arm]
+        for reported in _reported_names(preset, level, arm):
+            names += reported
     return list(dict.fromkeys(names))
 
 
-def _reported(preset: Preset, level: Level, arm: Arm) -> int:
-    """How many cells of an arm are reported at a level, at most."""
-    return preset.seeds * (min(3, len(arm.rates) or 1) if level.neighbours else 1)
+def _reported_names(preset: Preset, level: Level, arm: Arm) -> list[list[str]]:
+    """The names of the reported cells of an arm at a level, for each rate that may be chosen."""
+    of = arm.rate_of or arm.name
+    rates = next(one.rates for place, one in preset.pairs() if (place, one.name) == (level, of))
+    chosen = ({(level.name, of): rate} for rate in rates)
+    return [
+        [cell.name for cell in reported_cells(preset, one) if cell.arm is arm and cell.level is level] for one in chosen
+    ]
+
+
+def _cells_at_most(preset: Preset, wanted: re.Pattern[str] | None) -> int:
+    """How many cells are trained, those counted whose name fits."""
+
+    def fitting(names: Iterable[str]) -> int:
+        return sum(wanted is None or wanted.search(name) is not None for name in names)
+
+    reported = (max(map(fitting, _reported_names(preset, *pair)), default=0) for pair in preset.pairs())
+    return fitting(cell.name for cell in choosing_cells(preset)) + sum(reported)
 
 
 def cell_config(cell: Cell, preset: Preset, model: str, data: Mapping[str, Any], out: str) -> Config:
@@ -204,11 +217,11 @@ class _Running:
         self._configs: dict[str, Config] = {}
         self._cache: dict[Any, Any] = {}
         self._all = self._before = self._there = 0
-        self._started = time.monotonic()
+        self._first: tuple[float, float] | None = None
 
     def begin(self, every: int) -> None:
         """Sets the number of all cells, for the time left."""
-        self._all, self._started = every, time.monotonic()
+        self._all = every
         self.board.whole = self._progress
 
     def train(self, cells: Sequence[Cell], wanted: re.Pattern[str] | None) -> list[RunResult]:
@@ -255,9 +268,13 @@ class _Running:
         states = self.board.runs.values()
         done = sum(1.0 if one.words == "done" else one.step / one.steps if one.steps else 0.0 for one in states)
         done += self._before
-        new, seconds = done - self._there, time.monotonic() - self._started
+        new, now = done - self._there, time.monotonic()
         words = f"  all {self._all} cells: {done / self._all:.0%}"
-        return words if new <= 0 else words + left_words({"seconds_left": seconds / new * (self._all - done)})
+        if self._first is None:
+            # What a stopped study did before is in it, and took no time now.
+            self._first = new, now
+        gained, seconds = new - self._first[0], now - self._first[1]
+        return words if gained <= 0 else words + left_words({"seconds_left": seconds / gained * (self._all - done)})
 
 
 def _ended(run: SweepRun) -> bool:

@@ -44,7 +44,7 @@ def score_rows(
     length = max_length or {**settings.preset.settings, **settings.data}["data.max_length"]
     key = path, mode, end_of_turn, length
     if key not in settings.cache:
-        rows = EncodedDataset.build(load_rows(path), tokenizer, max_length=length)
+        rows = EncodedDataset.build(load_rows(path), tokenizer, settings.preset.template, max_length=length)
         settings.cache[key] = rows.with_loss(LossWeights(mode, end_of_turn=end_of_turn))
     rows = settings.cache[key]
     return score(model, rows, batch_size=min(BATCH_SIZE, len(rows)))

@@ -74,6 +74,11 @@ class Preset:
     levels: tuple[Level, ...] = (Level(),)
     seeds: int = 3
 
+    @property
+    def template(self) -> str | None:
+        """The chat template of rows and of prompts, as `data.template`."""
+        return self.settings.get("data.template")
+
     def pairs(self) -> Iterator[tuple[Level, Arm]]:
         """Every level with each of its arms."""
         for level in self.levels:

@@ -6,6 +6,7 @@ import collections
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,15 +17,19 @@ import pytest
 from mora_jax import demo
 from mora_jax.cli.main import main
 from mora_jax.cli.study import NAMES
+from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.errors import InputError
+from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
+from mora_jax.studies.folder import write_rows
 from mora_jax.studies.intervals import interval, paired, verdict
 from mora_jax.studies.memorize.pairs import SYMBOLS, make_pairs, right_symbols, share_of_right
 from mora_jax.studies.memorize.study import Memorize
 from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.run import run_study
-from mora_jax.studies.study import Arm, Preset, Sources
+from mora_jax.studies.scoring import score_rows
+from mora_jax.studies.study import Arm, Measuring, Preset, Sources
 from mora_jax.sweeps.board import Board
 
 SETTINGS = {
@@ -141,6 +146,27 @@ def test_a_cell_that_cannot_begin_is_named_and_the_others_go_on(done):
 def test_figures_are_there_in_both_forms(done):
     _, out = done
     assert {path.name for path in (out / "figures").iterdir()} == {"curves.png", "curves.svg", "rates.png", "rates.svg"}
+
+
+def test_rows_are_scored_in_the_template_of_the_study(tmp_path):
+    rows = [{"prompt": "say a", "completion": "a"}, {"prompt": "say b", "completion": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    model, tokenizer = load_pretrained(demo.model_path(), dtype="float32")
+    found = {}
+    for template in ("plain", None):
+        preset = Preset("a test", (), {"data.max_length": 32, "data.template": template})
+        settings = Measuring(preset, SOURCES, tmp_path, {}, 1, {})
+        found[template] = score_rows(settings, tokenizer, model, path).nll
+        encoded = EncodedDataset.build(load_rows(rows), tokenizer, template, max_length=32)
+        assert found[template] == pytest.approx(score(model, encoded, batch_size=2).nll, rel=1e-5)
+    assert found["plain"] != pytest.approx(found[None], rel=1e-2)
+
+
+def test_cells_that_were_not_asked_for_are_none_of_the_whole():
+    preset = Preset("a test", ARMS, SETTINGS, seeds=3)
+    for pattern, count in ((None, 2 + 3 + 3), ("seed0", 2), ("no-layer", 3), ("LoRA_lr0.01", 1 + 3), ("seed[12]", 4)):
+        wanted = None if pattern is None else re.compile(pattern)
+        assert run_module._cells_at_most(preset, wanted) == count
 
 
 @pytest.mark.slow

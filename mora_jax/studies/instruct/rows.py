@@ -87,7 +87,14 @@ def _behind(row: dict[str, Any], passage: str) -> dict[str, Any]:
 
 
 def parts_of_files(
-    files: Sequence[str], tokenizer: Any, max_length: int, group: int, groups: int, scored: int, seed: int
+    files: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    group: int,
+    groups: int,
+    scored: int,
+    seed: int,
+    template: str | None = None,
 ) -> Parts:
     """A user's rows in groups of equal size by their ratio of instruction to answer tokens, of which one is taken.
 
@@ -99,6 +106,7 @@ def parts_of_files(
         groups: how many there are.
         scored: the most rows for validation, and for the test; the same for all seeds.
         seed: of the order of the training rows.
+        template: as for `EncodedDataset.build`.
 
     Raises:
         InputError: the files hold too few rows with an instruction and an answer.
@@ -106,7 +114,7 @@ def parts_of_files(
     rows = [row for row in load_rows(files) if is_answered(row)]
     if not rows:
         raise InputError(f"{', '.join(files)}: no row with an instruction and an answer, which study instruct needs")
-    report = EncodedDataset.build(rows, tokenizer, max_length=max_length).report
+    report = EncodedDataset.build(rows, tokenizer, template, max_length=max_length).report
     ratios, prompts = np.asarray(report.ratios), report.prompts
     fits = np.flatnonzero(np.asarray(report.lengths) <= max_length)
     chosen = np.array_split(fits[np.argsort(ratios[fits], kind="stable")], groups)[group - 1]
@@ -128,14 +136,14 @@ def parts_of_files(
     return Parts(train, validation[:scored], test[:scored], report.duplicated_share)
 
 
-def facts_of(rows: Rows, tokenizer: Any, max_length: int) -> dict[str, float]:
+def facts_of(rows: Rows, tokenizer: Any, max_length: int, template: str | None = None) -> dict[str, float]:
     """What the rows of a cell are like.
 
     Returns:
         `ratio`: instruction tokens an answer token, of the sums; `share`: mean over rows of the part of the answer
         and its end in the tokens of answer and instruction.
     """
-    encoded = EncodedDataset.build(load_rows(rows), tokenizer, max_length=max_length)
+    encoded = EncodedDataset.build(load_rows(rows), tokenizer, template, max_length=max_length)
     assert encoded.report.ratio is not None, "rows have answers"
     shares = [normalize(one.weights, one.segments, 1.0, "share")[1] / one.weights.sum() for one in encoded]
     return {"ratio": encoded.report.ratio, "share": float(np.mean(shares))}

@@ -113,7 +113,7 @@ def levels(
 _MAIN = ("masked", "unmasked", "weighted 0.1", "share")
 _RATES, _FULL_RATES = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
 #: A model of 100 M parameters wants about a fifth, and one of 7 B a thirtieth of the rates of the embedded one.
-_SMALL, _SMALL_FULL = (2e-4, 6e-4, 2e-3), (1e-5, 3e-5, 1e-4)
+_SMALL, _SMALL_MORA = (2e-4, 6e-4, 2e-3), (6e-4, 2e-3, 6e-3)
 _PAPER, _PAPER_FULL = (5e-5, 1.5e-4, 5e-4), (5e-6, 2e-5, 6e-5)
 _TWO = ("masked", "unmasked")
 
@@ -158,20 +158,12 @@ class Instruct(Study):
             ),
         ),
         "small": Preset(
-            "a model of about 100 M parameters, hours on two cores",
+            "a model of about 100 M parameters, an hour on two cores",
             (),
-            {"data.max_length": 256},
-            {"sentences": (0, 2, 4, 6), "scored": 96, "new_tokens": 24},
-            levels(
-                4,
-                4,
-                8,
-                {
-                    64: lora(_SMALL, *LOSSES) + _mora(_SMALL, *_TWO, "share") + _full(_SMALL_FULL, *_TWO, "share"),
-                    256: lora(_SMALL, *_TWO, "share"),
-                },
-                which=(1, 4),
-            ),
+            # ChatML, because the model's own template may put a system message before every question.
+            {"data.max_length": 80, "data.template": "chatml"},
+            {"sentences": (0, 2, 4, 6), "scored": 32, "new_tokens": 16},
+            levels(4, 4, 4, {32: lora(_SMALL, *_TWO, "share") + _mora(_SMALL_MORA, *_TWO)}, which=(1, 4)),
         ),
         "paper": Preset(
             "a model of 7 B parameters on eight accelerators",
@@ -209,7 +201,7 @@ class Instruct(Study):
             write_rows(Path(train), rows)
             for name, others in (("validation", parts.validation), ("test", parts.test)):
                 write_rows(folder / f"{name}_{group}.jsonl", others)
-            facts = facts_of(rows, tokenizer, length) | {"duplicate_prompts": parts.duplicates}
+            facts = facts_of(rows, tokenizer, length, preset.template) | {"duplicate_prompts": parts.duplicates}
             with new_file(facts_file(train)) as file:
                 file.write_text(json.dumps(facts), encoding="utf-8")
         if sources.texts is None:
@@ -220,8 +212,8 @@ class Instruct(Study):
         sentences, scored = preset.data["sentences"], preset.data["scored"]
         if sources.data is None:
             return embedded_parts(sentences[group - 1], scored, seed)
-        length = preset.settings["data.max_length"]
-        return parts_of_files(sources.data, tokenizer, length, group, len(sentences), scored, seed)
+        length, groups = preset.settings["data.max_length"], len(sentences)
+        return parts_of_files(sources.data, tokenizer, length, group, groups, scored, seed, preset.template)
 
     def learning_rate(self, cell: Cell, data: Mapping[str, Any]) -> float:
         """The cell's, or for `lr_share` that of masked loss times the share of answers."""
@@ -263,7 +255,14 @@ class Instruct(Study):
         prompts, truths = short_answers(test, _CHECKED_WORDS)
         if prompts:
             new, size = settings.preset.data["new_tokens"], settings.preset.data["scored"]
-            got = generate_batch(model, tokenizer, prompts, max_new_tokens=new, batch_size=size)
+            got = generate_batch(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=new,
+                batch_size=size,
+                template=settings.preset.template,
+            )
             found["exact_match"], found["f1"] = mean_scores([one.strip() for one in got], truths)
         return found
 

@@ -43,7 +43,7 @@ def _arms(rank: int, high: int, *, scale: float = 1.0, full: tuple[float, ...]) 
     )
 
 
-def _settings(*, steps: int, batch_size: int, max_length: int, **others: Any) -> dict[str, Any]:
+def _settings(*, steps: int, batch_size: int, max_length: int, evaluations: int = 16) -> dict[str, Any]:
     return {
         "data.max_length": max_length,
         "loss.end_of_turn": "none",
@@ -51,9 +51,8 @@ def _settings(*, steps: int, batch_size: int, max_length: int, **others: Any) ->
         "optimizer.warmup_steps": min(20, steps),
         "train.steps": steps,
         "train.batch_size": batch_size,
-        "train.eval_every": max(1, steps // 16),
+        "train.eval_every": max(1, steps // evaluations),
         "train.log_every": max(1, steps // 40),
-        **others,
     }
 
 
@@ -80,20 +79,25 @@ class Memorize(Study):
             {"pairs": 128, "length": 8},
         ),
         "small": Preset(
-            "a model of about 100 M parameters, hours on two cores",
-            _arms(2, 16, scale=0.3, full=(3e-5, 1e-4, 3e-4)),
-            _settings(steps=160, batch_size=32, max_length=96),
-            {"pairs": 256, "length": 16},
+            "a model of about 100 M parameters, an hour on two cores",
+            tuple(
+                arm
+                for arm in _arms(2, 16, scale=0.7, full=(5e-5, 1.5e-4, 5e-4))
+                if "8r" not in arm.name and arm.settings["adapter.method"] != "hira"
+            ),
+            # ChatML, because the model's own template may put a system message before every key.
+            {**_settings(steps=48, batch_size=12, max_length=28, evaluations=6), "data.template": "chatml"},
+            {"pairs": 48, "length": 8},
         ),
         "paper": Preset(
             "a model of 7 B parameters on eight accelerators",
             _arms(8, 256, scale=0.03, full=(1e-5, 3e-5, 1e-4)),
-            _settings(
-                steps=1000,
-                batch_size=1000,
-                max_length=128,
-                **{"train.micro_batch_size": 200, "model.remat": "full", "mesh.fsdp": -1},
-            ),
+            {
+                **_settings(steps=1000, batch_size=1000, max_length=128),
+                "train.micro_batch_size": 200,
+                "model.remat": "full",
+                "mesh.fsdp": -1,
+            },
             {"pairs": 10_000, "length": 32},
         ),
     }
@@ -120,6 +124,7 @@ class Memorize(Study):
             [row["prompt"] for row in rows],
             max_new_tokens=settings.preset.data["length"] + 1,
             batch_size=min(len(rows), 128),
+            template=settings.preset.template,
         )
         right, whole = share_of_right(answers, [row["completion"] for row in rows])
         found |= {"generated_accuracy": right, "pairs_right": whole}
