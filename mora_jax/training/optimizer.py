@@ -83,7 +83,7 @@ def scheduled(
     config: OptimizerConfig, schedule: optax.Schedule, rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """`make_optimizer` with a given schedule; its rate, the weight decay and the norm to clip to may be traced."""
-    adam = optax.scale_by_adam(mu_dtype="float32")
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype="float32")
     # As `optax.adamw`, whose state is made up in the same way.
     adamw = optax.chain(
         streamed(adam) if config.offload else adam,

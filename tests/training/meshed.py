@@ -54,7 +54,9 @@ BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 16, "num_hid
 #: Two key/value heads and 97 tokens divide by nothing; in the second every size divides by 8; in the third layers see
 #: a window and the whole row in turn, and scores are capped.
 SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA, "blocks": LLAMA | EVEN | BLOCKS}
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01)
+#: With the usual eps, Adam's first step is the sign of a gradient however small it is: one of 2,048 that rounding turns
+#: moved the losses by 1e-5.
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01, eps=1e-5)
 ROWS, LENGTH, STEPS = 16, 16, 10
 
 

@@ -30,6 +30,17 @@ def test_lora_plus_is_two_optimizers_with_one_clip():
         np.testing.assert_allclose(ours[name], alone.update(clipped, alone.init(param), param)[0], rtol=1e-5)
 
 
+def test_moments_decay_and_eps_are_those_of_the_configuration():
+    config = OptimizerConfig(learning_rate=0.01, schedule="constant", b1=0.5, b2=0.8, eps=0.1, clip_norm=None)
+    found, params = make_optimizer(config, 10), {"q.lora_a": jnp.ones(3)}
+    state, first, second = found.init(params), np.zeros(3), np.zeros(3)
+    for step, gradient in enumerate(np.array([[0.3, -2.0, 1e-3], [1.0, 0.5, 0.0]]), start=1):
+        updates, state = found.update({"q.lora_a": jnp.asarray(gradient)}, state, params)
+        first, second = 0.5 * first + 0.5 * gradient, 0.8 * second + 0.2 * gradient**2
+        moved = first / (1 - 0.5**step) / (np.sqrt(second / (1 - 0.8**step)) + 0.1)
+        np.testing.assert_allclose(updates["q.lora_a"], -0.01 * moved, rtol=1e-5)
+
+
 @pytest.mark.parametrize("restarts", [None, Restarts(5, 47, 2, 0.9)])
 def test_no_rate_falls_below_the_end(restarts):
     # Of these numbers of steps 37 times float32's 1 / 37 is more than 1.

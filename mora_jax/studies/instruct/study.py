@@ -163,7 +163,9 @@ class Instruct(Study):
             # ChatML, because the model's own template may put a system message before every question.
             {"data.max_length": 80, "data.template": "chatml"},
             {"sentences": (0, 2, 4, 6), "scored": 32, "new_tokens": 16},
-            levels(4, 4, 4, {32: lora(_SMALL, *_TWO, "share") + _mora(_SMALL_MORA, *_TWO)}, which=(1, 4)),
+            # The control is for where the answer is a small share.
+            levels(4, 4, 4, {32: lora(_SMALL, *_TWO) + _mora(_SMALL_MORA, *_TWO)}, which=(1,))
+            + levels(4, 4, 4, {32: lora(_SMALL, *_TWO, "share") + _mora(_SMALL_MORA, *_TWO)}, which=(4,)),
         ),
         "paper": Preset(
             "a model of 7 B parameters on eight accelerators",

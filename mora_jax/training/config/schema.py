@@ -216,6 +216,9 @@ class OptimizerConfig:
     min_ratio: float = key(0.0, "Share of the peak at which linear and cosine end.", at_least=0, at_most=1)
     warmup_steps: int = key(0, "Steps over which the learning rate rises; at most the run's steps.", at_least=0)
     weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
+    b1: float = key(0.9, "Decay of Adam's first moment.", at_least=0, below=1)
+    b2: float = key(0.999, "Decay of Adam's second moment.", at_least=0, below=1)
+    eps: float = key(1e-8, "Added to the root of Adam's second moment.", above=0)
     clip_norm: float | None = key(1.0, "Largest global gradient norm; none: no clipping.", above=0)
     offload: bool = key(False, "Keep the optimizer's state in the host's memory; it comes to the device in each step.")
 
