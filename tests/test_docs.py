@@ -88,7 +88,7 @@ def test_figures_of_quantised_bases_are_those_that_were_measured():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_configuration_keys_exist(page):
     names = "|".join(sections())
-    named = set(re.findall(rf"`(?:--config\.)?((?:{names})\.[a-z_]+)", page.read_text(encoding="utf-8")))
+    named = set(re.findall(rf"`(?:--config\.)?((?:{names})\.[a-z0-9_]+)", page.read_text(encoding="utf-8")))
     assert named <= keys().keys()
 
 

@@ -20,26 +20,39 @@ from mora_jax.studies.study import Arm, Cell, Level, Measuring, Preset, Sources,
 _GENERATIONS = 4
 
 
+def _lora(rank: int, alpha: float) -> dict[str, Any]:
+    return {"adapter.method": "lora", "adapter.rank": rank, "adapter.alpha": alpha}
+
+
+def _mora(rank: int, kind: str) -> dict[str, Any]:
+    return {"adapter.method": "mora", "adapter.rank": rank, "adapter.kind": kind}
+
+
 def _arms(rank: int, high: int, *, scale: float = 1.0, full: tuple[float, ...]) -> tuple[Arm, ...]:
     """The arms at a rank; learning rates are those of a narrow model times `scale`."""
 
     def rates(*values: float) -> tuple[float, ...]:
         return tuple(float(f"{value * scale:.3g}") for value in values)
 
-    def lora(rank: int, alpha: float) -> dict[str, Any]:
-        return {"adapter.method": "lora", "adapter.rank": rank, "adapter.alpha": alpha}
-
-    def mora(kind: str) -> dict[str, Any]:
-        return {"adapter.method": "mora", "adapter.rank": rank, "adapter.kind": kind}
-
     return (
-        Arm(f"LoRA r{rank}", lora(rank, 2.0 * rank), rates(2.5e-3, 5e-3, 1e-2)),
-        Arm(f"LoRA r{rank}, α = 8r", lora(rank, 8.0 * rank), rates(1e-3, 2e-3, 4e-3, 8e-3)),
-        Arm(f"MoRA sharing r{rank}", mora("sharing"), rates(1e-3, 3e-3, 6e-3)),
-        Arm(f"MoRA rotation r{rank}", mora("rotation"), rates(3e-3, 1e-2, 2e-2, 4e-2)),
+        Arm(f"LoRA r{rank}", _lora(rank, 2.0 * rank), rates(2.5e-3, 5e-3, 1e-2)),
+        Arm(f"LoRA r{rank}, α = 8r", _lora(rank, 8.0 * rank), rates(1e-3, 2e-3, 4e-3, 8e-3)),
+        Arm(f"MoRA sharing r{rank}", _mora(rank, "sharing"), rates(1e-3, 3e-3, 6e-3)),
+        Arm(f"MoRA rotation r{rank}", _mora(rank, "rotation"), rates(3e-3, 1e-2, 2e-2, 4e-2)),
         Arm(f"HiRA r{rank}", {"adapter.method": "hira", "adapter.rank": rank}, rates(3e-3, 1e-2, 3e-2, 6e-2)),
-        Arm(f"LoRA r{high}", lora(high, 2.0 * high), rates(1e-3, 3e-3, 6e-3)),
+        Arm(f"LoRA r{high}", _lora(high, 2.0 * high), rates(1e-3, 3e-3, 6e-3)),
         Arm("full", {"adapter.method": "full"}, full),
+    )
+
+
+def _small_arms() -> tuple[Arm, ...]:
+    """Those that a model of about 100 M parameters has an hour for."""
+    return (
+        Arm("LoRA r2", _lora(2, 4.0), (1.75e-3, 3.5e-3, 7e-3, 1.4e-2)),
+        Arm("MoRA sharing r2", _mora(2, "sharing"), (2e-4, 7e-4, 2.1e-3, 4.2e-3)),
+        Arm("MoRA rotation r2", _mora(2, "rotation"), (2.1e-3, 7e-3, 1.4e-2, 2.8e-2)),
+        Arm("LoRA r16", _lora(16, 32.0), (7e-4, 2.1e-3, 4.2e-3)),
+        Arm("full", {"adapter.method": "full"}, (1.5e-5, 5e-5, 1.5e-4, 5e-4)),
     )
 
 
@@ -80,11 +93,7 @@ class Memorize(Study):
         ),
         "small": Preset(
             "a model of about 100 M parameters, an hour on two cores",
-            tuple(
-                arm
-                for arm in _arms(2, 16, scale=0.7, full=(5e-5, 1.5e-4, 5e-4))
-                if "8r" not in arm.name and arm.settings["adapter.method"] != "hira"
-            ),
+            _small_arms(),
             # ChatML, because the model's own template may put a system message before every key.
             {**_settings(steps=48, batch_size=12, max_length=28, evaluations=6), "data.template": "chatml"},
             {"pairs": 48, "length": 8},
