@@ -158,7 +158,7 @@ class Instruct(Study):
             ),
         ),
         "small": Preset(
-            "a model of about 100 M parameters, an hour on two cores",
+            "a model of about 100 M parameters, an hour or two on two cores",
             (),
             # ChatML, because the model's own template may put a system message before every question.
             {"data.max_length": 80, "data.template": "chatml"},

@@ -92,7 +92,7 @@ class Memorize(Study):
             {"pairs": 128, "length": 8},
         ),
         "small": Preset(
-            "a model of about 100 M parameters, an hour on two cores",
+            "a model of about 100 M parameters, an hour or two on two cores",
             _small_arms(),
             # ChatML, because the model's own template may put a system message before every key.
             {**_settings(steps=48, batch_size=12, max_length=28, evaluations=6), "data.template": "chatml"},
