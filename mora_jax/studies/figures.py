@@ -36,10 +36,15 @@ def new_figure(columns: int = 1, rows: int = 1, *, width: float = 5.2, height: f
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def legend(figure: Any, panel: Any, columns: int = 4) -> None:
-    """One legend below all panels."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
+def legend(figure: Any, *panels: Any, columns: int = 4) -> None:
+    """One legend below all panels, of what these hold."""
+    found: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)), frameon=False
+    )
 
 
 def draw_curves(panel: Any, results: Results, metric: str, level: str = "", *, only: Sequence[str] = ()) -> None:
@@ -67,6 +72,8 @@ def draw_rates(panel: Any, results: Results, metric: str, level: str = "") -> No
 
     Its value is the last, or the best where the study chooses by that.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     best = max if results.study.higher else min
     for index, arm in enumerate(results.arms):
         curves = results.curves_by_rate(metric, arm, level)
@@ -82,5 +89,9 @@ def draw_rates(panel: Any, results: Results, metric: str, level: str = "") -> No
             at = results.rate(arm, level), chosen
             panel.plot(*at, "*", color="white", markeredgecolor=style(index)["color"], markersize=13, zorder=5)
     panel.set_xscale("log")
+    # Each digit would be named on an axis of one or two decades, one over the other.
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("learning rate (star: chosen)")
     panel.grid(alpha=0.3)

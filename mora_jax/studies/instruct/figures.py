@@ -181,7 +181,7 @@ def _epochs(results: Results) -> Any:
             panel, [_epoch(results, level, step) for step in _by_step(results, "test_loss", f"{method} masked", level)]
         )
         panel.set_ylim(bottom=0)
-    legend(figure, panels[0], columns=3)
+    legend(figure, *panels, columns=3)
     return figure
 
 
@@ -213,5 +213,5 @@ def _rates(results: Results) -> Any:
         draw_rates(panel, results, "validation_loss", level)
         panel.set_title(f"{level} (ratio {ratio(results, level):.1f})", fontsize=9)
         panel.set_ylabel("validation loss, best epoch")
-    legend(figure, panels[0], columns=4)
+    legend(figure, *panels)
     return figure
