@@ -13,6 +13,7 @@ from mora_jax.paths import is_local, new_file
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.results import SweepResult
+from mora_jax.training.config.checks import config_from_dict
 
 FILE = "study.json"
 _OWN = (FILE, "data", "runs", "figures", "cells.csv", "conclusion.md")
@@ -151,7 +152,8 @@ class StudyFolder(SweepFolder):
 
 def _computed(run: Mapping[str, Any]) -> dict[str, Any]:
     """What a described cell computes, wherever its folder lies and by whatever path that is named."""
-    config = run["config"]
+    # With the defaults of keys that came after it was written down.
+    config = config_from_dict(run["config"]).to_dict()
     data = config["data"]
     files = {name: [Path(path).name for path in data[name] or ()] for name in ("train", "eval")}
     model = config["model"] | {"path": None}  # which is asked for, once for all

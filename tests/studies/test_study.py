@@ -234,6 +234,21 @@ def test_a_study_goes_on_from_another_folder_and_bad_input_replaces_nothing(done
     run_study(Small(), "test", str(out), SOURCES, board=Board())
 
 
+def test_a_study_goes_on_that_was_begun_before_a_key_was_there(done):
+    _, out = done
+    known = json.loads((out / "study.json").read_text())
+    for run in known["runs"]:
+        del run["config"]["optimizer"]["eps"]
+    (out / "study.json").write_text(json.dumps(known))
+    run_study(Small(), "test", str(out), SOURCES, board=Board())
+    known["runs"][0]["config"]["optimizer"]["eps"] = 0.1
+    (out / "study.json").write_text(json.dumps(known))
+    with pytest.raises(InputError, match="another cell of the name"):
+        run_study(Small(), "test", str(out), SOURCES, board=Board())
+    del known["runs"][0]["config"]["optimizer"]["eps"]
+    (out / "study.json").write_text(json.dumps(known))
+
+
 def test_the_command_knows_every_study():
     assert set(NAMES) == set(STUDIES)
 
