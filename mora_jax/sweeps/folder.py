@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from mora_jax.errors import InputError
@@ -51,7 +52,8 @@ class SweepFolder:
         if others:
             raise InputError(f"{self.path} holds a run ({', '.join(others)}), not a sweep; set another config.out")
         if own and not overwrite:
-            if FILE in own and self.read() == self._described(runs):
+            # By what is read back: the file may be older than a configuration key, which then has its default.
+            if FILE in own and self.runs() == [replace(run, config=with_absolute_paths(run.config)) for run in runs]:
                 return True
             raise InputError(
                 f"{self.path} holds another sweep ({', '.join(own)}); continue that one with --resume {self.path}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -23,13 +24,14 @@ from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
 from mora_jax.studies.folder import write_rows
+from mora_jax.studies.instruct.study import Instruct
 from mora_jax.studies.intervals import interval, paired, verdict
 from mora_jax.studies.memorize.pairs import SYMBOLS, make_pairs, right_symbols, share_of_right
 from mora_jax.studies.memorize.study import Memorize
 from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.run import run_study
 from mora_jax.studies.scoring import score_rows
-from mora_jax.studies.study import Arm, Measuring, Preset, Sources
+from mora_jax.studies.study import Arm, Cell, Measuring, Preset, Sources
 from mora_jax.sweeps.board import Board
 
 SETTINGS = {
@@ -160,6 +162,26 @@ def test_rows_are_scored_in_the_template_of_the_study(tmp_path):
         encoded = EncodedDataset.build(load_rows(rows), tokenizer, template, max_length=32)
         assert found[template] == pytest.approx(score(model, encoded, batch_size=2).nll, rel=1e-5)
     assert found["plain"] != pytest.approx(found[None], rel=1e-2)
+
+
+def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatch):
+    seen = []
+
+    def answers(model, tokenizer, prompts, *, template, **options):
+        seen.append(template)
+        return ["" for _ in prompts]
+
+    monkeypatch.setattr("mora_jax.studies.memorize.study.generate_batch", answers)
+    monkeypatch.setattr("mora_jax.studies.instruct.study.generate_batch", answers)
+    model, tokenizer = load_pretrained(demo.model_path(), dtype="float32")
+    for study in (Memorize(), Instruct()):
+        tiny = study.presets["tiny"]
+        level, arm = next(tiny.pairs())
+        preset = dataclasses.replace(tiny, settings=tiny.settings | {"data.template": "chatml"})
+        data = study.write_data(preset, level, 1, tmp_path, SOURCES)
+        settings = Measuring(preset, SOURCES, tmp_path, data, 1)
+        study.measure(Cell(level, arm, 1e-3, 1), settings, tokenizer, model, 0)
+    assert seen == ["chatml", "chatml"]
 
 
 def test_cells_that_were_not_asked_for_are_none_of_the_whole():

@@ -20,7 +20,7 @@ from mora_jax.cli.main import main
 from mora_jax.errors import InputError
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.folder import SweepFolder
-from mora_jax.sweeps.grid import combinations, expand, parse_grid
+from mora_jax.sweeps.grid import SweepRun, combinations, expand, parse_grid
 from mora_jax.sweeps.groups import groups_of
 from mora_jax.sweeps.live_board import LiveBoard
 from mora_jax.sweeps.train import train_runs
@@ -151,6 +151,24 @@ def test_the_command_prints_the_table_of_a_sweep_that_is_done(whole, capsys):
     out, err = capsys.readouterr()
     assert out == result.table() + "\n"
     assert f"the best of 2 runs is {result.best.name}" in err
+
+
+def test_a_sweep_from_before_a_configuration_key_goes_on(whole, tmp_path):
+    runs = [SweepRun(run.name, run.values, run.config) for run in whole[0].runs]
+    folder = SweepFolder(str(tmp_path / "sweep"))
+    with folder.claimed():
+        folder.create(runs, overwrite=False)
+    assert folder.check_free(runs, overwrite=False)
+    file = tmp_path / "sweep" / "sweep.json"
+    described = json.loads(file.read_text())
+    for run in described["runs"]:
+        del run["config"]["optimizer"]["eps"]
+    file.write_text(json.dumps(described))
+    assert folder.check_free(runs, overwrite=False)
+    described["runs"][0]["config"]["optimizer"]["eps"] = 1e-3
+    file.write_text(json.dumps(described))
+    with pytest.raises(InputError, match="another sweep"):
+        folder.check_free(runs, overwrite=False)
 
 
 def test_a_terminal_shows_a_table_of_all_runs():

@@ -152,8 +152,8 @@ class Instruct(Study):
                 8,
                 8,
                 {
-                    32: lora(_RATES, *_MAIN) + _mora(_RATES, *_TWO) + _full(_FULL_RATES, *_TWO),
-                    128: lora(_RATES, *_TWO, "share"),
+                    64: lora(_RATES, *_MAIN) + _mora(_RATES, *_TWO) + _full(_FULL_RATES, *_TWO),
+                    256: lora(_RATES, *_TWO, "share"),
                 },
             ),
         ),

@@ -88,7 +88,7 @@ class Memorize(Study):
         "quick": Preset(
             "the embedded model, minutes on two cores",
             _arms(2, 8, full=(3e-4, 1e-3, 3e-3)),
-            _settings(steps=400, batch_size=32, max_length=20),
+            _settings(steps=320, batch_size=32, max_length=20),
             {"pairs": 128, "length": 8},
         ),
         "small": Preset(
