@@ -31,6 +31,7 @@ import mora_jax as mj
 from mora_jax.training.build_step import layers_apart
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.setup import layers_at_once
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
@@ -40,6 +41,7 @@ from mora_jax.training.step import make_step
 CALL = "--model {model} --json {json} --methods lora dora mora full"
 QUICK = "--rows 1 --length 32 --repetitions 2"
 RATE = 1e-3
+LONG = 1_000_000  # tokens of a run, which chooses between a loop over layers and none
 DTYPES = ("float32", "bfloat16")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -49,6 +51,7 @@ class Ours:
 
     def __init__(self, folder: str, config: Any, dtype: str, adapter: Path | None = None):
         self.model, _ = mj.load_pretrained(folder, dtype=dtype)
+        self.model.unroll = layers_at_once(self.model, LONG)
         if adapter is None:
             report = mj.attach(self.model, config, rngs=nnx.Rngs(0))
             self.trainable = report.trainable

@@ -20,7 +20,14 @@ from typing import Any
 #: Instruction sets that decide how fast products of matrices are.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 #: Variables of the environment that change how fast things are.
-SETTINGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+SETTINGS = (
+    "XLA_FLAGS",
+    "JAX_PLATFORMS",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "GLIBC_TUNABLES",
+)
 PACKAGES = (
     "jax",
     "jaxlib",

@@ -73,7 +73,7 @@ def weighted_loss(
     options, (scales, flat, goals) = pack_weighted_tokens(
         weights, hidden, targets, vocab_size=kernel.shape[0], softcap=softcap, shards=shards, chunk=chunk
     )
-    options = options._replace(mapped=mapped)
+    options = options._replace(mapped=mapped, part=None if mapped else options.part)
     return weighted_sum(options, _loss_of_tokens, flat, kernel, (goals,), (), scales)
 
 
@@ -130,26 +130,36 @@ class Options(NamedTuple):
         chunk: tokens a chunk and shard.
         mapped: whether the sum is under `jax.vmap`, whose elements then are as many shards: one loop and one product
             of all their tokens a chunk, where the head is the same for all.
+        part: tokens of what a last chunk is made up of that is at most half full; divides `chunk`. None: it is whole.
     """
 
     softcap: float | None
     shards: int
     chunk: int
     mapped: bool = False
+    part: int | None = None
 
 
 def chunk_size(vocab_size: int, tokens: int) -> int:
-    """Tokens a chunk, no more than there are.
+    """Tokens a chunk, no more than there are; where there are several they are about equal, so that few are filled up.
 
-    On a CPU 64 MB of float32 logits, at least 64 tokens. Accelerators read the whole head for every chunk, and want as
+    On a CPU 64 MB of float32 logits, at least 256 tokens. Accelerators read the whole head for every chunk, and want as
     many tokens for it: 1024, or the multiple of 128 that keeps 320 MB of bfloat16 powers (a GPU: 160 MB).
     """
     if backend() == "cpu":
-        wanted = max(64, (1 << 24) // vocab_size)
+        multiple, most = 32, 32 * max(8, (1 << 24) // (32 * vocab_size))
     else:
         powers = (160 if backend() == "tpu" else 80) << 20
-        wanted = 128 * min(8, max(1, powers // (128 * vocab_size)))
-    return max(1, min(wanted, tokens))
+        multiple, most = 128, 128 * min(8, max(1, powers // (128 * vocab_size)))
+    if tokens <= most:
+        return max(1, tokens)
+    even = -(-tokens // -(-tokens // most))
+    return multiple * -(-even // multiple)
+
+
+def part_size(chunk: int) -> int | None:
+    """Tokens of a part, see `Options`: on a CPU a fourth of a chunk, so that few weighted tokens cost little."""
+    return chunk // 4 if backend() == "cpu" and chunk >= 128 and chunk % 32 == 0 else None
 
 
 def pack_weighted_tokens(
@@ -171,7 +181,8 @@ def pack_weighted_tokens(
     if batch % shards:
         raise ValueError(f"{shards} shards can't share {batch} rows evenly")
     per_shard = batch // shards * length
-    options = Options(softcap, shards, chunk or chunk_size(vocab_size, per_shard))
+    size = chunk or chunk_size(vocab_size, per_shard)
+    options = Options(softcap, shards, size, part=None if chunk else part_size(size))
     flat = weights.reshape(shards, per_shard)
     order = jnp.argsort(flat == 0, axis=1, stable=True)
     padding = -per_shard % options.chunk
@@ -187,10 +198,23 @@ def pack_weighted_tokens(
     return options, (scales, *map(moved, arrays))
 
 
-def used_chunks(options: Options, weights: Array) -> Array:
-    """How many chunks hold any token of non-zero weight, over all shards."""
+def over_chunks(options: Options, weights: Array, add: Callable[[Options, Array, Any], Any], start: Any) -> Any:
+    """Runs over the chunks that hold any token of non-zero weight, over all shards.
+
+    Args:
+        options: of the whole.
+        weights: float32 `[shards, tokens]`, those of weight 0 last.
+        add: `(options, index, carry) → carry`, with the options of the chunk.
+        start: the first `carry`.
+    """
     used = jnp.max(jnp.sum(weights > 0, axis=1))
-    return (used + options.chunk - 1) // options.chunk
+    if options.part is None:
+        return lax.fori_loop(0, -(-used // options.chunk), partial(add, options), start)
+    whole = (used + options.chunk // 2 - 1) // options.chunk  # a chunk up to half full is made up of parts
+    carry = lax.fori_loop(0, whole, partial(add, options), start)
+    parts = options._replace(chunk=options.part, part=None)
+    first = whole * (options.chunk // options.part)
+    return lax.fori_loop(first, jnp.maximum(first, -(-used // options.part)), partial(add, parts), carry)
 
 
 def take(options: Options, index: Array, *arrays: Array) -> tuple[Array, ...]:
@@ -263,12 +287,12 @@ def _sums(
 ) -> Array:
     """The sum over the tokens of each shard, float32 `[shards]`."""
 
-    def add(index: Array, totals: Array) -> Array:
+    def add(options: Options, index: Array, totals: Array) -> Array:
         h, w, *others = take(options, index, hidden, weights, *by_token)
         value, _ = value_of(options, h, used, tuple(others), shared)
         return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1)
 
-    return lax.fori_loop(0, used_chunks(options, weights), add, jnp.zeros(weights.shape[0], jnp.float32))
+    return over_chunks(options, weights, add, jnp.zeros(weights.shape[0], jnp.float32))
 
 
 def _sums_and_slopes(
@@ -276,7 +300,7 @@ def _sums_and_slopes(
 ) -> tuple[Array, Array]:
     """`_sums`, and their derivative by `hidden`."""
 
-    def add(index: Array, carry: Any) -> Any:
+    def add(options: Options, index: Array, carry: Any) -> Any:
         totals, dhidden = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
         value, slope = value_of(options, h, used, tuple(others), shared)
@@ -284,7 +308,7 @@ def _sums_and_slopes(
         return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1), put(options, index, dhidden, dh)
 
     start = (jnp.zeros(weights.shape[0], jnp.float32), jnp.zeros_like(hidden))
-    return lax.fori_loop(0, used_chunks(options, weights), add, start)
+    return over_chunks(options, weights, add, start)
 
 
 _ROWS = 512  # of a product over the tokens of several elements: enough for its rate, few enough to skip weight 0
@@ -315,7 +339,7 @@ def _laid_out(function: Any, options: Options, value_of: TokenValue) -> Callable
             return jnp.pad(array, [(0, 0), (0, -tokens % chunk), *[(0, 0)] * (array.ndim - 2)])
 
         by_tokens = jax.tree.map(side_by_side, (hidden, by_token, weights), (mapped[0], mapped[2], mapped[4]))
-        inner = _laid_out(function, options._replace(shards=size * shards, chunk=chunk), value_of)
+        inner = _laid_out(function, options._replace(shards=size * shards, chunk=chunk, part=None), value_of)
         found = inner(by_tokens[0], kernel, by_tokens[1], shared, by_tokens[2])
 
         def back(array: Array) -> Array:
@@ -349,7 +373,7 @@ def _forward(
             totals, dhidden = run(options, value_of, weights)
         return jnp.sum(totals), (dhidden, None)
 
-    def add(index: Array, carry: Any) -> Any:
+    def add(options: Options, index: Array, carry: Any) -> Any:
         total, dhidden, dkernel = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
         value, slope = value_of(options, h, used, tuple(others), shared)
@@ -358,7 +382,7 @@ def _forward(
         return total, put(options, index, dhidden, hidden_vjp(slope, used)), dkernel + kernel_vjp(slope, h)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32))
-    total, dhidden, dkernel = lax.fori_loop(0, used_chunks(options, weights), add, start)
+    total, dhidden, dkernel = over_chunks(options, weights, add, start)
     return total, (dhidden, dkernel.astype(kernel.dtype))
 
 

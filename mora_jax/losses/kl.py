@@ -47,7 +47,7 @@ def weighted_kl(
     options, (scales, tuned, base) = pack_weighted_tokens(
         weights, hidden, base_hidden, vocab_size=vocab_size, softcap=softcap, shards=shards, chunk=chunk
     )
-    options = options._replace(mapped=mapped)
+    options = options._replace(mapped=mapped, part=None if mapped else options.part)
     if base_kernel is None:
         base_kernel = kernel = lax.stop_gradient(kernel)
     shared = (lax.stop_gradient(base_kernel).astype(tuned.dtype),)

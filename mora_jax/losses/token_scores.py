@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mora_jax.losses.cross_entropy import (
+    Options,
     logits,
     negative_log_likelihood,
+    over_chunks,
     pack_weighted_tokens,
     put,
     take,
-    used_chunks,
 )
 
 Array = jax.Array
@@ -71,7 +71,7 @@ def token_scores(
     )
     kernel = kernel.astype(flat.dtype)
 
-    def add(index: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add(options: Options, index: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         h, t, w = take(options, index, flat, goals, scales)
         z = logits(options, h, kernel)
         nll, _ = negative_log_likelihood(z, t)
@@ -79,7 +79,7 @@ def token_scores(
         return put(options, index, found[0], jnp.where(w > 0, nll, 0.0)), put(options, index, found[1], right)
 
     none = jnp.zeros(scales.shape, jnp.float32), jnp.zeros(scales.shape, bool)
-    nll, correct = lax.fori_loop(0, used_chunks(options, scales), add, none)
+    nll, correct = over_chunks(options, scales, add, none)
     # What fills up the last chunk repeats a token, with a score of 0.
     back = jnp.zeros(targets.size, jnp.float32)
     nll, correct = back.at[places].add(nll), back.at[places].add(correct.astype(jnp.float32)) > 0

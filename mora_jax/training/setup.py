@@ -40,8 +40,8 @@ from mora_jax.training.sharding.rules import base_shardings
 MUCH_PADDING = 0.4
 PADDING_SAMPLE = 20_000
 
-#: Tokens of a run on a CPU from which unrolled layers pay, compiling included, by compute dtype.
-UNROLL_FROM = {"float32": 70_000, "bfloat16": 10_000}
+#: Tokens of a run on a CPU from which unrolled layers pay, compiling included.
+UNROLL_FROM = 10_000
 
 
 @dataclass(frozen=True)
@@ -272,11 +272,12 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
 def layers_at_once(model: Decoder, tokens: int) -> int | None:
     """How many layers an iteration of the loop over them has, in a run of so many tokens; None for the model's default.
 
-    On CPUs that is all of them: no loop, so that nothing is stacked. A step is faster, in bfloat16 by much, but
-    compiles for three times as long, which only a run of `UNROLL_FROM` tokens makes up for.
+    On CPUs the model's default is all of them: no loop, so that nothing is stacked. In bfloat16 such a step is faster
+    by a fifth, but compiles for four times as long, which only a run of `UNROLL_FROM` tokens makes up for. In float32
+    it is as fast as the loop, and takes twice the memory (`benchmarks/results/step_bound.md`).
     """
-    short = backend() == "cpu" and tokens < UNROLL_FROM.get(model.dtype.name, 0)
-    return 1 if short else None
+    loop = backend() == "cpu" and (model.dtype.name == "float32" or tokens < UNROLL_FROM)
+    return 1 if loop else None
 
 
 def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:

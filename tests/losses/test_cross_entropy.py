@@ -7,7 +7,15 @@ import optax
 import pytest
 
 from mora_jax.backend import compiling_for
-from mora_jax.losses.cross_entropy import chunk_size, next_token_targets, weighted_loss
+from mora_jax.losses import cross_entropy
+from mora_jax.losses.cross_entropy import (
+    chunk_size,
+    next_token_targets,
+    over_chunks,
+    pack_weighted_tokens,
+    take,
+    weighted_loss,
+)
 from mora_jax.losses.token_scores import token_sums
 
 
@@ -81,12 +89,50 @@ def test_no_weight_gives_zero_and_finite_gradients():
     assert all(not np.any(gradient) for gradient in gradients)
 
 
+@pytest.mark.parametrize("used", [0, 1, 31, 32, 33, 64, 65, 128, 129, 191, 192, 193, 256])
+def test_a_last_chunk_of_parts_gives_the_same_and_runs_over_few_tokens_in_vain(used, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "chunk_size", lambda vocab_size, tokens: 128)  # parts of 32
+    rng = np.random.default_rng(used)
+    hidden, kernel = rng.normal(size=(2, 128, 4)).astype(np.float32), rng.normal(size=(11, 4)).astype(np.float32)
+    targets, weights = rng.integers(0, 11, (2, 128)), np.zeros(256, np.float32)
+    weights[rng.permutation(256)[:used]] = rng.random(used) + 0.1
+    weights = weights.reshape(2, 128)
+    found = jax.jit(jax.value_and_grad(weighted_loss, (0, 1)))(hidden, kernel, targets, weights)
+    right = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, kernel, targets, weights)
+    for mine, its in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-4, atol=1e-5)
+    frozen_head = jax.jit(jax.grad(weighted_loss))(hidden, kernel, targets, weights)
+    np.testing.assert_allclose(frozen_head, right[1][0], rtol=1e-4, atol=1e-5)
+
+    options, (scales, numbers) = pack_weighted_tokens(
+        weights, np.arange(256).reshape(2, 128), vocab_size=11, softcap=None, shards=1, chunk=None
+    )
+    assert (options.chunk, options.part) == (128, 32)
+
+    def add(options, index, seen):
+        (those,) = take(options, index, numbers)
+        return seen.at[those].add(1)
+
+    seen = np.asarray(over_chunks(options, scales, add, jnp.zeros(256, jnp.int32)))
+    assert np.all(seen[weights.reshape(-1) > 0] == 1) and np.all(seen <= 1)
+    assert used <= seen.sum() < used + (32 if used % 128 <= 64 else 128)
+
+
 def test_logits_of_the_whole_batch_never_exist():
     hidden, kernel = jnp.zeros((2, 512, 8)), jnp.zeros((5000, 8))
     targets, weights = jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512))
     compiled = jax.jit(jax.grad(lambda h: weighted_loss(h, kernel, targets, weights, chunk=64))).lower(hidden).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 5000 * 4 / 4
     assert chunk_size(50_000, 4096) * 50_000 * 4 <= 2**27
+
+
+def test_chunks_are_about_equal():
+    for vocab, tokens in ((49_152, 510), (49_152, 512), (49_152, 2_000), (152_064, 300), (32_000, 1_025)):
+        chunk = chunk_size(vocab, tokens)
+        assert -(-tokens // chunk) * chunk < tokens + 32 * -(-tokens // chunk)
+    assert [chunk_size(49_152, tokens) for tokens in (1, 7, 300)] == [1, 7, 300]
+    with compiling_for("tpu"):
+        assert chunk_size(152_064, 4_096) == 1024 and chunk_size(152_064, 1_536) == 768
 
 
 def test_token_sums():

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -218,8 +219,10 @@ def test_tables_and_iterators_of_rows(model_path, result):
     assert tune(model_path, rows=iter(ROWS), steps=1).metrics[0]["loss"] == found.metrics[0]["loss"]
 
 
-def test_short_runs_on_a_cpu_compile_one_layer(monkeypatch):
+def test_short_runs_on_a_cpu_and_all_in_float32_compile_one_layer(monkeypatch):
     model = mj.load_pretrained(mj.demo.model_path(), dtype="float32")[0]
-    assert setup.layers_at_once(model, 69_999) == 1 and setup.layers_at_once(model, 70_000) is None
+    assert setup.layers_at_once(model, 10**9) == 1
+    model.dtype = jnp.dtype("bfloat16")
+    assert setup.layers_at_once(model, 9_999) == 1 and setup.layers_at_once(model, 10_000) is None
     monkeypatch.setattr(setup, "backend", lambda: "tpu")
     assert setup.layers_at_once(model, 1) is None

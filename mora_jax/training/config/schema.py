@@ -34,8 +34,8 @@ class ModelConfig:
     )
     unroll: int | None = key(
         None,
-        "Layers unrolled in one step of the layer scan; none: one, and on CPUs all of them in runs of 70,000 tokens or "
-        "more (10,000 in bfloat16), where the faster step makes up for the longer compilation.",
+        "Layers unrolled in one step of the layer scan; none: one, and on CPUs in bfloat16 all of them in runs of "
+        "10,000 tokens or more, where the faster step makes up for the longer compilation.",
         at_least=1,
     )
     remat: str = key(
