@@ -157,9 +157,13 @@ def chunk_size(vocab_size: int, tokens: int) -> int:
     return multiple * -(-even // multiple)
 
 
-def part_size(chunk: int) -> int | None:
-    """Tokens of a part, see `Options`: on a CPU a fourth of a chunk, so that few weighted tokens cost little."""
-    return chunk // 4 if backend() == "cpu" and chunk >= 128 and chunk % 32 == 0 else None
+def part_size(vocab_size: int, chunk: int) -> int | None:
+    """Tokens of a part, see `Options`: on a CPU a fourth of a chunk, so that few weighted tokens cost little.
+
+    None where a chunk has less than 16 MB of logits: little is saved there, and a second loop has to be compiled.
+    """
+    worth = backend() == "cpu" and chunk * vocab_size >= 1 << 22
+    return chunk // 4 if worth and chunk % 32 == 0 else None
 
 
 def pack_weighted_tokens(
@@ -182,7 +186,7 @@ def pack_weighted_tokens(
         raise ValueError(f"{shards} shards can't share {batch} rows evenly")
     per_shard = batch // shards * length
     size = chunk or chunk_size(vocab_size, per_shard)
-    options = Options(softcap, shards, size, part=None if chunk else part_size(size))
+    options = Options(softcap, shards, size, part=None if chunk else part_size(vocab_size, size))
     flat = weights.reshape(shards, per_shard)
     order = jnp.argsort(flat == 0, axis=1, stable=True)
     padding = -per_shard % options.chunk

@@ -13,6 +13,7 @@ from mora_jax.losses.cross_entropy import (
     next_token_targets,
     over_chunks,
     pack_weighted_tokens,
+    part_size,
     take,
     weighted_loss,
 )
@@ -91,7 +92,8 @@ def test_no_weight_gives_zero_and_finite_gradients():
 
 @pytest.mark.parametrize("used", [0, 1, 31, 32, 33, 64, 65, 128, 129, 191, 192, 193, 256])
 def test_a_last_chunk_of_parts_gives_the_same_and_runs_over_few_tokens_in_vain(used, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "chunk_size", lambda vocab_size, tokens: 128)  # parts of 32
+    monkeypatch.setattr(cross_entropy, "chunk_size", lambda vocab_size, tokens: 128)
+    monkeypatch.setattr(cross_entropy, "part_size", lambda vocab_size, chunk: 32)
     rng = np.random.default_rng(used)
     hidden, kernel = rng.normal(size=(2, 128, 4)).astype(np.float32), rng.normal(size=(11, 4)).astype(np.float32)
     targets, weights = rng.integers(0, 11, (2, 128)), np.zeros(256, np.float32)
@@ -131,8 +133,10 @@ def test_chunks_are_about_equal():
         chunk = chunk_size(vocab, tokens)
         assert -(-tokens // chunk) * chunk < tokens + 32 * -(-tokens // chunk)
     assert [chunk_size(49_152, tokens) for tokens in (1, 7, 300)] == [1, 7, 300]
+    assert [part_size(49_152, chunk) for chunk in (256, 300, 64)] == [64, None, None]
     with compiling_for("tpu"):
         assert chunk_size(152_064, 4_096) == 1024 and chunk_size(152_064, 1_536) == 768
+        assert part_size(152_064, 1_024) is None
 
 
 def test_token_sums():

@@ -164,6 +164,7 @@ def test_rows_are_scored_in_the_template_of_the_study(tmp_path):
     assert found["plain"] != pytest.approx(found[None], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatch):
     seen = []
 
@@ -177,10 +178,11 @@ def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatc
     for study in (Memorize(), Instruct()):
         tiny = study.presets["tiny"]
         level, arm = next(tiny.pairs())
-        preset = dataclasses.replace(tiny, settings=tiny.settings | {"data.template": "chatml"})
+        settings = tiny.settings | {"data.template": "chatml", "data.max_length": 96}
+        preset = dataclasses.replace(tiny, settings=settings, data={**tiny.data, "lengths": (96,)})
         data = study.write_data(preset, level, 1, tmp_path, SOURCES)
-        settings = Measuring(preset, SOURCES, tmp_path, data, 1)
-        study.measure(Cell(level, arm, 1e-3, 1), settings, tokenizer, model, 0)
+        measuring = Measuring(preset, SOURCES, tmp_path, data, 1)
+        study.measure(Cell(level, arm, 1e-3, 1), measuring, tokenizer, model, 0)
     assert seen == ["chatml", "chatml"]
 
 
