@@ -343,7 +343,7 @@ def _laid_out(function: Any, options: Options, value_of: TokenValue) -> Callable
             return jnp.pad(array, [(0, 0), (0, -tokens % chunk), *[(0, 0)] * (array.ndim - 2)])
 
         by_tokens = jax.tree.map(side_by_side, (hidden, by_token, weights), (mapped[0], mapped[2], mapped[4]))
-        inner = _laid_out(function, options._replace(shards=size * shards, chunk=chunk, part=None), value_of)
+        inner = _laid_out(function, options._replace(shards=size * shards, chunk=chunk), value_of)
         found = inner(by_tokens[0], kernel, by_tokens[1], shared, by_tokens[2])
 
         def back(array: Array) -> Array:
