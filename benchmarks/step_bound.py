@@ -28,7 +28,7 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
-from mora_jax.losses.cross_entropy import chunk_size
+from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.training.build_step import assemble
 from mora_jax.training.config.schema import AdapterConfig, Config
 from mora_jax.training.setup import put_adapter

@@ -35,7 +35,8 @@ import mora_jax as mj
 from mora_jax.backend import compiling_for
 from mora_jax.data import BatchPlan
 from mora_jax.data.pipeline import BatchSource
-from mora_jax.losses.cross_entropy import chunk_size, next_token_targets, weighted_loss
+from mora_jax.losses.chunked_sum import chunk_size
+from mora_jax.losses.cross_entropy import next_token_targets, weighted_loss
 from mora_jax.training.build_step import assemble
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.setup import encode_data, put_adapter

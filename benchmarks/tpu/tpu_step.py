@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from mora_jax.losses.cross_entropy import chunk_size
+from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.planning.collectives import Loops
 from mora_jax.planning.compile_worker import lower_step
 from mora_jax.planning.model_shapes import read_model

@@ -12,7 +12,7 @@ The conventions are those of EleutherAI's lm-evaluation-harness (`lm_eval/api/mo
 
 Every distinct input is computed once: choices of one token share theirs. Inputs are padded on the right to one of few
 lengths, so a score depends neither on its neighbours nor on the batch size, but for rounding. The logits of a batch
-never exist (see mora_jax/losses/cross_entropy.py).
+never exist (see mora_jax/losses/chunked_sum.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Perplexity and next-token accuracy of a model on a data set.
 
 Every token counts with its weight over the whole data set, never as a mean of batch means. The logits of a batch never
-exist (see mora_jax/losses/cross_entropy.py). Instructions are scored beside the tokens that carry loss, whatever the
+exist (see mora_jax/losses/chunked_sum.py). Instructions are scored beside the tokens that carry loss, whatever the
 loss mode: only then do runs of different modes compare.
 """
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax.backend import backend
-from mora_jax.losses.cross_entropy import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
+from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
 
 Array = jax.Array
 
@@ -45,13 +45,19 @@ def weighted_kl(
     # Both models' logits are there at once, which counts where chunks are large.
     vocab_size = kernel.shape[0] * (1 if backend() == "cpu" else 2)
     options, (scales, tuned, base) = pack_weighted_tokens(
-        weights, hidden, base_hidden, vocab_size=vocab_size, softcap=softcap, shards=shards, chunk=chunk
+        weights,
+        hidden,
+        base_hidden,
+        vocab_size=vocab_size,
+        softcap=softcap,
+        shards=shards,
+        chunk=chunk,
+        mapped=mapped,
     )
-    options = options._replace(mapped=mapped, part=None if mapped else options.part)
     if base_kernel is None:
         base_kernel = kernel = lax.stop_gradient(kernel)
     shared = (lax.stop_gradient(base_kernel).astype(tuned.dtype),)
-    return weighted_sum(options, _divergence, tuned, kernel, (lax.stop_gradient(base),), shared, scales)
+    return weighted_sum(options, _divergence, None, tuned, kernel, (lax.stop_gradient(base),), shared, scales)
 
 
 def _divergence(

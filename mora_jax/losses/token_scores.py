@@ -7,15 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mora_jax.losses.cross_entropy import (
-    Options,
-    logits,
-    negative_log_likelihood,
-    over_chunks,
-    pack_weighted_tokens,
-    put,
-    take,
-)
+from mora_jax.losses.chunked_sum import Options, logits, over_chunks, pack_weighted_tokens, put, take
+from mora_jax.losses.cross_entropy import negative_log_likelihood
 
 Array = jax.Array
 

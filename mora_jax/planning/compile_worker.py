@@ -26,7 +26,7 @@ import jax
 from jax.experimental import topologies
 
 from mora_jax.backend import compiling_for
-from mora_jax.losses.cross_entropy import chunk_size
+from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Loops, collectives

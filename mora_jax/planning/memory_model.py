@@ -37,7 +37,7 @@ from mora_jax.adapters.products.quantization import QuantizedParam
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.summary import count
 from mora_jax.backend import compiling_for
-from mora_jax.losses.cross_entropy import chunk_size
+from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.models.attention.causal import Rows
 from mora_jax.models.attention.choice import AttentionChoice
 from mora_jax.models.config import DecoderConfig

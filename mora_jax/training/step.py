@@ -58,7 +58,7 @@ class StepConfig:
     """What is fixed when a step is made.
 
     Attributes:
-        shards: devices among which the rows of a micro-batch are laid (see losses/cross_entropy.py); None: those of
+        shards: devices among which the rows of a micro-batch are laid (see losses/chunked_sum.py); None: those of
             `partitioner`.
         partitioner: how arrays are laid over the devices of a mesh (see sharding/rules.py); None where each device
             has all weights.

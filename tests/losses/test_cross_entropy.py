@@ -7,16 +7,9 @@ import optax
 import pytest
 
 from mora_jax.backend import compiling_for
-from mora_jax.losses import cross_entropy
-from mora_jax.losses.cross_entropy import (
-    chunk_size,
-    next_token_targets,
-    over_chunks,
-    pack_weighted_tokens,
-    part_size,
-    take,
-    weighted_loss,
-)
+from mora_jax.losses import chunked_sum
+from mora_jax.losses.chunked_sum import chunk_size, over_chunks, pack_weighted_tokens, part_size, take
+from mora_jax.losses.cross_entropy import next_token_targets, weighted_loss
 from mora_jax.losses.token_scores import token_sums
 
 
@@ -92,8 +85,8 @@ def test_no_weight_gives_zero_and_finite_gradients():
 
 @pytest.mark.parametrize("used", [0, 1, 31, 32, 33, 64, 65, 128, 129, 191, 192, 193, 256])
 def test_a_last_chunk_of_parts_gives_the_same_and_runs_over_few_tokens_in_vain(used, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "chunk_size", lambda vocab_size, tokens: 128)
-    monkeypatch.setattr(cross_entropy, "part_size", lambda vocab_size, chunk: 32)
+    monkeypatch.setattr(chunked_sum, "chunk_size", lambda vocab_size, tokens: 128)
+    monkeypatch.setattr(chunked_sum, "part_size", lambda vocab_size, chunk: 32)
     rng = np.random.default_rng(used)
     hidden, kernel = rng.normal(size=(2, 128, 4)).astype(np.float32), rng.normal(size=(11, 4)).astype(np.float32)
     targets, weights = rng.integers(0, 11, (2, 128)), np.zeros(256, np.float32)

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
-from mora_jax.losses import cross_entropy
+from mora_jax.losses import chunked_sum
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training.build_step import layers_apart
@@ -124,7 +124,7 @@ def traced(config: Any, mesh: tuple[int, ...] = (1, 1, 1)) -> list[Any]:
 def step_of(case: str) -> Step:
     """The case, trained for some steps, with the loss in chunks of a quarter of the tokens."""
     config, mesh = CASES[case]
-    with mock.patch.object(cross_entropy, "chunk_size", lambda vocab_size, tokens: tokens // 4):
+    with mock.patch.object(chunked_sum, "chunk_size", lambda vocab_size, tokens: tokens // 4):
         runner, state, frozen, batch = made(config, mesh, jnp.float32)
         for _ in range(STEPS):
             state, metrics = runner(state, frozen, batch)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax.adapters.base import Adapter, params_of
-from mora_jax.adapters.products.around import update_of
 from mora_jax.adapters.products.fused import FusedLayout, PartwiseDelta
 from mora_jax.adapters.products.matmul import (
     Delta,
@@ -30,6 +29,7 @@ from mora_jax.adapters.products.matmul import (
     kernel_tangent,
     matrix_for,
     perturbed_product,
+    trained_dot,
     widened,
 )
 from mora_jax.adapters.products.quantization import Quantized
@@ -175,6 +175,21 @@ def _dropped(layout: FusedLayout, adapters, params, x: Array, kernel: Kernel, dr
             update = update_of(type(adapter), adapter.config, p, own, features, base)
         parts.append(jnp.zeros((x.shape[0], features), jnp.float32) if update is None else update)
     return layout.join(parts)
+
+
+def update_of(
+    method: Any, config: Any, params: dict[str, Array], x: Array, out_features: int, kernel: Callable[[], Array]
+) -> Array | None:
+    """What an adapter adds to `x W` for `x [N, in]`, float32 `[N, out]`, or None; `kernel()` is W `[in, out]`."""
+    update = method.delta(config, out_features, x, params) if method.additive else None
+    if not method.transforms_kernel:
+        return update
+
+    def changed(x: Array, params: dict[str, Array], kernel: Array) -> Array:
+        return trained_dot(x, method.transform_kernel(config, params, kernel) - widened(kernel))
+
+    change = jax.checkpoint(changed)(x, params, kernel())  # the backward pass makes the kernel again
+    return change if update is None else update + change
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax.adapters.products.matmul import trained_dot, widened
+from mora_jax.adapters.products.adapted_matmul import update_of
+from mora_jax.adapters.products.matmul import widened
 
 Array = jax.Array
 
@@ -60,21 +61,6 @@ def view_by_axes(
         return y if permutation is None else y.transpose(*permutation)
 
     return ProductView(flat, lambda x: x.reshape(shape).transpose(*np.argsort(order)), shaped)
-
-
-def update_of(
-    method: Any, config: Any, params: dict[str, Array], x: Array, out_features: int, kernel: Callable[[], Array]
-) -> Array | None:
-    """What an adapter adds to `x W` for `x [N, in]`, float32 `[N, out]`, or None; `kernel()` is W `[in, out]`."""
-    update = method.delta(config, out_features, x, params) if method.additive else None
-    if not method.transforms_kernel:
-        return update
-
-    def changed(x: Array, params: dict[str, Array], kernel: Array) -> Array:
-        return trained_dot(x, method.transform_kernel(config, params, kernel) - widened(kernel))
-
-    change = jax.checkpoint(changed)(x, params, kernel())  # the backward pass makes the kernel again
-    return change if update is None else update + change
 
 
 def transformed_input(method: Any, config: Any, params: dict[str, Array], view: ProductView, inputs: Array) -> Array:

@@ -1,0 +1,333 @@
+"""Sums over the tokens of a batch of what depends on their logits, in chunks: the logits of all never exist together.
+
+Tokens of weight 0 (prompt and padding under the masked loss) are moved behind the others and whole chunks of them are
+skipped, so that the vocabulary product costs what the weighted tokens cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+
+from mora_jax.backend import backend
+
+Array = jax.Array
+
+
+class Options(NamedTuple):
+    """The static part of a sum over tokens.
+
+    Attributes:
+        softcap: logits become `softcap · tanh(logits / softcap)`; None for no cap.
+        shards: groups of rows that are compacted on their own; the number of devices that share the batch, so that
+            no token crosses devices.
+        chunk: tokens a chunk and shard.
+        mapped: whether the sum is under `jax.vmap`, whose elements then are as many shards: one loop and one product
+            of all their tokens a chunk, where the head is the same for all.
+        part: tokens of what a last chunk is made up of that is at most half full; divides `chunk`. None: it is whole.
+    """
+
+    softcap: float | None
+    shards: int
+    chunk: int
+    mapped: bool = False
+    part: int | None = None
+
+
+def chunk_size(vocab_size: int, tokens: int) -> int:
+    """Tokens a chunk, no more than there are; where there are several they are about equal, so that few are filled up.
+
+    On a CPU 64 MB of float32 logits, at least 256 tokens. Accelerators read the whole head for every chunk, and want as
+    many tokens for it: 1024, or the multiple of 128 that keeps 320 MB of bfloat16 powers (a GPU: 160 MB).
+    """
+    if backend() == "cpu":
+        multiple, most = 32, 32 * max(8, (1 << 24) // (32 * vocab_size))
+    else:
+        powers = (160 if backend() == "tpu" else 80) << 20
+        multiple, most = 128, 128 * min(8, max(1, powers // (128 * vocab_size)))
+    if tokens <= most:
+        return max(1, tokens)
+    even = -(-tokens // -(-tokens // most))
+    return multiple * -(-even // multiple)
+
+
+def part_size(vocab_size: int, chunk: int) -> int | None:
+    """Tokens of a part, see `Options`: on a CPU a fourth of a chunk, so that few weighted tokens cost little.
+
+    None where a chunk has less than 16 MB of logits: little is saved there, and a second loop has to be compiled.
+    """
+    worth = backend() == "cpu" and chunk * vocab_size >= 1 << 22
+    return chunk // 4 if worth and chunk % 32 == 0 else None
+
+
+def pack_weighted_tokens(
+    weights: Array,
+    *arrays: Array,
+    vocab_size: int,
+    softcap: float | None,
+    shards: int,
+    chunk: int | None,
+    mapped: bool = False,
+) -> tuple[Options, tuple[Array, ...]]:
+    """Brings tokens of non-zero weight to the front of each shard and fills up the last chunk.
+
+    Args:
+        weights: float32 `[B, T]`.
+        *arrays: `[B, T, …]`.
+        vocab_size: of the output head; chooses the size of a chunk.
+        softcap, shards, mapped: see `Options`; `shards` divides B.
+        chunk: tokens a chunk; None chooses.
+
+    Returns:
+        The options, and the weights and arrays as `[shards, tokens, …]`.
+    """
+    batch, length = weights.shape
+    if batch % shards:
+        raise ValueError(f"{shards} shards can't share {batch} rows evenly")
+    per_shard = batch // shards * length
+    size = chunk or chunk_size(vocab_size, per_shard)
+    # Under vmap the elements' chunks are laid side by side, which makes them small enough.
+    part = None if chunk or mapped else part_size(vocab_size, size)
+    options = Options(softcap, shards, size, mapped, part)
+    flat = weights.reshape(shards, per_shard)
+    order = jnp.argsort(flat == 0, axis=1, stable=True)
+    padding = -per_shard % options.chunk
+    order = jnp.pad(order, ((0, 0), (0, padding)))
+    # The padding repeats a real token; its weight is 0, so it counts for nothing.
+    scales = jnp.take_along_axis(flat, order, axis=1)
+    scales = jnp.where(jnp.arange(per_shard + padding) < per_shard, scales, 0.0)
+
+    def moved(array: Array) -> Array:
+        array = array.reshape(shards, per_shard, *array.shape[2:])
+        return jnp.take_along_axis(array, order.reshape(*order.shape, *(1,) * (array.ndim - 2)), axis=1)
+
+    return options, (scales, *map(moved, arrays))
+
+
+def over_chunks(options: Options, weights: Array, add: Callable[[Options, Array, Any], Any], start: Any) -> Any:
+    """Runs over the chunks that hold any token of non-zero weight, over all shards.
+
+    Args:
+        options: of the whole.
+        weights: float32 `[shards, tokens]`, those of weight 0 last.
+        add: `(options, index, carry) → carry`, with the options of the chunk.
+        start: the first `carry`.
+    """
+    used = jnp.max(jnp.sum(weights > 0, axis=1))
+    if options.part is None:
+        return lax.fori_loop(0, -(-used // options.chunk), partial(add, options), start)
+    whole = (used + options.chunk // 2 - 1) // options.chunk  # a chunk up to half full is made up of parts
+    carry = lax.fori_loop(0, whole, partial(add, options), start)
+    parts = options._replace(chunk=options.part, part=None)
+    first = whole * (options.chunk // options.part)
+    return lax.fori_loop(first, jnp.maximum(first, -(-used // options.part)), partial(add, parts), carry)
+
+
+def take(options: Options, index: Array, *arrays: Array) -> tuple[Array, ...]:
+    """Chunk `index` of each array: `[shards, tokens, …]` → `[shards, chunk, …]`."""
+    start = index * options.chunk
+    return tuple(lax.dynamic_slice_in_dim(array, start, options.chunk, axis=1) for array in arrays)
+
+
+def put(options: Options, index: Array, array: Array, values: Array) -> Array:
+    """The array with chunk `index` replaced, in its own dtype."""
+    return lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), index * options.chunk, axis=1)
+
+
+def logits(options: Options, hidden: Array, kernel: Array) -> Array:
+    """`[shards, chunk, D]`, `[V, D]` → float32 `[shards, chunk, V]`, capped."""
+    raw = lax.dot_general(hidden, kernel, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return raw if options.softcap is None else options.softcap * jnp.tanh(raw / options.softcap)
+
+
+def uncapped(options: Options, capped: Array, slope: Array) -> Array:
+    """From a derivative by what `logits` returned, `capped`, to that by the logits before the cap."""
+    return slope if options.softcap is None else slope * (1.0 - jnp.square(capped / options.softcap))
+
+
+def hidden_vjp(slope: Array, kernel: Array) -> Array:
+    """The derivative by `hidden`, float32, from that by the uncapped logits, in the compute dtype."""
+    return lax.dot_general(slope, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def kernel_vjp(slope: Array, hidden: Array) -> Array:
+    """The derivative by the kernel, float32 `[V, D]`, from that by the uncapped logits `[shards, chunk, V]`."""
+    flat, rows = slope.reshape(-1, slope.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    return lax.dot_general(flat, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+#: `(options, hidden [shards, chunk, D], kernel [V, D], the chunk of arrays by token, arrays that all chunks read)` →
+#: what is summed, float32 `[shards, chunk]`, and its derivative by the uncapped logits, float32 `[shards, chunk, V]`.
+TokenValue = Callable[[Options, Array, Array, tuple[Array, ...], tuple[Array, ...]], tuple[Array, Array]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def weighted_sum(
+    options: Options,
+    value_of: TokenValue,
+    fast: TokenValue | None,
+    hidden: Array,
+    kernel: Array,
+    by_token: tuple[Array, ...],
+    shared: tuple[Array, ...],
+    weights: Array,
+) -> Array:
+    """Σ weight · value over tokens, differentiated by `hidden` and, where it is trained, by `kernel` alone.
+
+    Args:
+        options: as `pack_weighted_tokens` gave them.
+        value_of: the value of each token and its derivative by the uncapped logits.
+        fast: the same in another way, taken for the gradient where the head is frozen. Where its sum is not finite,
+            all is computed once more by `value_of`. None: there is none.
+        hidden: `[shards, tokens, D]` in the compute dtype.
+        kernel: `[V, D]`, used in the dtype of `hidden`.
+        by_token: arrays `[shards, tokens, …]` that `value_of` reads.
+        shared: other arrays that it reads.
+        weights: float32 `[shards, tokens]`; values of tokens of weight 0 don't matter.
+
+    Returns:
+        float32 scalar.
+    """
+    return jnp.sum(_laid_out(_sums, options, value_of)(hidden, kernel.astype(hidden.dtype), by_token, shared, weights))
+
+
+def _sums(
+    options: Options, value_of: TokenValue, hidden: Array, used: Array, by_token: Any, shared: Any, weights: Array
+) -> Array:
+    """The sum over the tokens of each shard, float32 `[shards]`."""
+
+    def add(options: Options, index: Array, totals: Array) -> Array:
+        h, w, *others = take(options, index, hidden, weights, *by_token)
+        value, _ = value_of(options, h, used, tuple(others), shared)
+        return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1)
+
+    return over_chunks(options, weights, add, jnp.zeros(weights.shape[0], jnp.float32))
+
+
+def _sums_and_slopes(
+    options: Options, value_of: TokenValue, hidden: Array, used: Array, by_token: Any, shared: Any, weights: Array
+) -> tuple[Array, Array]:
+    """`_sums`, and their derivative by `hidden`."""
+
+    def add(options: Options, index: Array, carry: Any) -> Any:
+        totals, dhidden = carry
+        h, w, *others = take(options, index, hidden, weights, *by_token)
+        value, slope = value_of(options, h, used, tuple(others), shared)
+        dh = hidden_vjp((slope * w[..., None]).astype(used.dtype), used)
+        return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1), put(options, index, dhidden, dh)
+
+    start = (jnp.zeros(weights.shape[0], jnp.float32), jnp.zeros_like(hidden))
+    return over_chunks(options, weights, add, start)
+
+
+_ROWS = 512  # of a product over the tokens of several elements: enough for its rate, few enough to skip weight 0
+
+
+def _laid_out(function: Any, options: Options, value_of: TokenValue) -> Callable[..., Any]:
+    """`function(options, value_of, hidden, kernel, by_token, shared, weights)` as a function of its arrays; under
+    `jax.vmap`, if `options.mapped`, with the elements as shards. Its results have the shards in front."""
+    plain = partial(function, options, value_of)
+    if not options.mapped:
+        return plain
+    call = custom_vmap(plain)
+
+    @call.def_vmap
+    def _by_shards(size: int, mapped: Any, *arrays: Any) -> Any:
+        _, kernel_mapped, _, shared_mapped, _ = mapped
+        if any(jax.tree.leaves((kernel_mapped, shared_mapped))):
+            found = jax.vmap(plain, jax.tree.map(lambda on: 0 if on else None, tuple(mapped)))(*arrays)
+            return found, jax.tree.map(lambda _: True, found)
+        hidden, kernel, by_token, shared, weights = arrays
+        shards, tokens = options.shards, weights.shape[-1]
+        rows = min(chunk_size(kernel.shape[0], size * shards * tokens), _ROWS)
+        chunk = min(max(8, rows // (size * shards)), tokens)
+
+        def side_by_side(array: Array, on: bool) -> Array:
+            array = array if on else jnp.broadcast_to(array, (size, *array.shape))
+            array = array.reshape(size * shards, tokens, *array.shape[3:])
+            return jnp.pad(array, [(0, 0), (0, -tokens % chunk), *[(0, 0)] * (array.ndim - 2)])
+
+        by_tokens = jax.tree.map(side_by_side, (hidden, by_token, weights), (mapped[0], mapped[2], mapped[4]))
+        inner = _laid_out(function, options._replace(shards=size * shards, chunk=chunk), value_of)
+        found = inner(by_tokens[0], kernel, by_tokens[1], shared, by_tokens[2])
+
+        def back(array: Array) -> Array:
+            array = array.reshape(size, shards, *array.shape[1:])
+            return array if array.ndim == 2 else array[:, :, :tokens]
+
+        found = jax.tree.map(back, found)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return call
+
+
+def _forward(
+    options: Options, value_of: TokenValue, fast: TokenValue | None, hidden: Any, kernel: Any, *others: Any
+) -> tuple[Array, tuple[Array, Array | None]]:
+    """Sum and gradient together: the sum is a scalar, so its gradient needs no second pass over the logits."""
+    head_trained, hidden, kernel = kernel.perturbed, hidden.value, kernel.value
+    by_token, shared, weights = jax.tree.map(lambda primal: primal.value, others)
+    used = kernel.astype(hidden.dtype)
+
+    if not head_trained:
+
+        def run(options: Options, value_of: TokenValue, weights: Array) -> tuple[Array, Array]:
+            return _laid_out(_sums_and_slopes, options, value_of)(hidden, used, by_token, shared, weights)
+
+        if fast is not None:
+            # Half the tokens a chunk: `value_of` has float32 logits where `fast` has them in the compute dtype.
+            halved = options._replace(chunk=options.chunk // (1 if options.chunk % 2 else 2))
+            totals, dhidden = _once_more(partial(run, halved, value_of), weights, run(options, fast, weights))
+        else:
+            totals, dhidden = run(options, value_of, weights)
+        return jnp.sum(totals), (dhidden, None)
+
+    def add(options: Options, index: Array, carry: Any) -> Any:
+        total, dhidden, dkernel = carry
+        h, w, *others = take(options, index, hidden, weights, *by_token)
+        value, slope = value_of(options, h, used, tuple(others), shared)
+        total = total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
+        slope = (slope * w[..., None]).astype(used.dtype)
+        return total, put(options, index, dhidden, hidden_vjp(slope, used)), dkernel + kernel_vjp(slope, h)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32))
+    total, dhidden, dkernel = over_chunks(options, weights, add, start)
+    return total, (dhidden, dkernel.astype(kernel.dtype))
+
+
+def _once_more(
+    exactly: Callable[[Array], tuple[Array, Array]], weights: Array, found: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """What was found, or where a total isn't finite all of it by `exactly(weights)`.
+
+    A loop of one turn at most: a conditional would under `jax.vmap` do both.
+    """
+
+    def needed(state: Any) -> Array:
+        return state[0] & ~jnp.all(jnp.isfinite(state[1][0]))
+
+    def again(state: Any) -> Any:
+        # What depends on nothing in `state` a compiler might do before the loop.
+        return jnp.array(False), exactly(jnp.where(state[0], weights, 0.0))
+
+    return lax.while_loop(needed, again, (jnp.array(True), found))[1]
+
+
+def _backward(
+    options: Options, value_of: TokenValue, fast: TokenValue | None, saved: tuple[Array, Array | None], dtotal: Any
+) -> Any:
+    dhidden, dkernel = saved
+    if isinstance(dtotal, SymbolicZero):
+        dtotal = jnp.zeros(dtotal.shape, dtotal.dtype)
+    scaled = (dhidden.astype(jnp.float32) * dtotal).astype(dhidden.dtype)
+    return scaled, None if dkernel is None else dkernel * dtotal, None, None, None
+
+
+weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)
