@@ -103,7 +103,7 @@ class Benchmark:
 
 def benchmarks() -> dict[str, Benchmark]:
     """Every script by its name."""
-    others = {"run", "measuring"}
+    others = {"run", "measuring", "training_step"}
     found = (path for path in FOLDER.rglob("*.py") if path.stem not in others)
     return {path.stem: Benchmark.read(path) for path in sorted(found, key=lambda path: (path.parent != FOLDER, path))}
 

@@ -26,13 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import jaxprs_in_params
+from measuring import take_turns
+from training_step import TrainingStep
 
-import mora_jax as mj
 from mora_jax.losses.chunked_sum import chunk_size
-from mora_jax.training.build_step import assemble
-from mora_jax.training.config.schema import AdapterConfig, Config
-from mora_jax.training.setup import put_adapter
-from mora_jax.training.sharding.mesh import make_mesh
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
 CALL = "--model {model} --out {table}"
@@ -57,15 +54,20 @@ class Product(NamedTuple):
 
 
 def products(jaxpr: Any, times: int, chunks: int) -> Iterator[tuple[Product, int]]:
-    """Every product with how often it runs; a `while` loop is that over chunks of the loss."""
+    """Every product with how often it runs.
+
+    The first `while` loop is that over whole chunks of the loss; one behind it, over parts of a last chunk, has nothing
+    to do where every token has a weight.
+    """
+    whiles = iter((chunks, 0))
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "dot_general":
             left, right = (v.aval for v in equation.invars)
             result = equation.outvars[0].aval.dtype.name
             yield Product(left.shape, right.shape, equation.params["dimension_numbers"], left.dtype.name, result), times
-        inside = times * (equation.params["length"] if name == "scan" else chunks if name == "while" else 1)
-        for inner in jaxprs_in_params(equation.params):
+        inside = times * (equation.params["length"] if name == "scan" else next(whiles) if name == "while" else 1)
+        for inner in jaxprs_in_params(equation.params) if inside else ():
             yield from products(inner, inside, chunks)
 
 
@@ -139,35 +141,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_bound.md")
     args = parser.parse_args()
 
-    model, _ = mj.load_pretrained(args.model, dtype=args.dtype, unroll=args.unroll)
-    config = Config(adapter=AdapterConfig(method=args.method))
-    put_adapter(model, config, 1000)
-    vocab = model.config.vocab_size
-    made = assemble(model, config, 1000, make_mesh(1))
-    runner: Any = made.runner
-    state, frozen = made.placed_state(0), runner.place(made.frozen)
-    ids = np.random.default_rng(0).integers(3, vocab - 1, (1, args.rows, args.length)).astype(np.int32)
-    batch = runner.place_batch(
-        {"input_ids": ids, "segment_ids": np.ones_like(ids), "weights": np.ones(ids.shape, np.float32)}
-    )
-    trained = args.rows * (args.length - 1)
-    chunks = -(-trained // chunk_size(vocab, ids.size))
+    step = TrainingStep(args.model, args.dtype, args.method, args.rows, args.length, args.unroll)
+    tokens = args.rows * args.length
+    chunks = -(-(tokens - args.rows) // chunk_size(step.model.config.vocab_size, tokens))
     counted = Counter[Product]()
-    for product, times in products(runner.trace(state, frozen, batch).jaxpr.jaxpr, 1, chunks):
+    for product, times in products(step.runner.trace(step.state, step.frozen, step.batch).jaxpr.jaxpr, 1, chunks):
         counted[product] += times
-
-    def step() -> None:
-        nonlocal state
-        state, metrics = runner(state, frozen, batch)
-        jax.block_until_ready((state, metrics))
-
-    step()
-    whole = []
-    for _ in range(args.rounds):
-        start = time.process_time()
-        step()
-        whole.append(time.process_time() - start)
-    measured = statistics.median(whole)
+    taken = take_turns({"step": step}, args.rounds)["step"]
+    measured = statistics.median(step.spent.cpu)
     head = "| product | dtype | times | GFLOP | " + " | ".join(f"{name}, GFLOP/s" for name in FORMS) + " | best, s |"
     rows, bound, as_written, work = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: |"], 0.0, 0.0, 0.0
     found = {}
@@ -188,7 +169,11 @@ def main() -> None:
         f"(jax {jax.__version__}, {os.cpu_count()} cores, {processor()},",
         f"load {os.getloadavg()[0]:.0f}). Seconds and rates are of CPU time, all cores together.",
         "",
-        f"A step takes {measured:.2f} s for {work:.0f} GFLOP of products. The products as written, alone: "
+        f"A step takes {measured:.2f} s ({taken.median:.2f} s by the clock, {taken.spread}) for {work:.0f} GFLOP of "
+        f"products. Of that {statistics.median(step.spent.system):.2f} s are the system's, for "
+        f"{statistics.median(step.spent.faults):,.0f} page faults; {step.temporary / 1e6:,.0f} MB are temporary.",
+        "",
+        f"The products as written, alone: "
         f"{as_written:.2f} s, {as_written / measured:.0%} of it; each in its faster form: {bound:.2f} s, "
         f"{bound / measured:.0%}.",
         "",
@@ -196,10 +181,10 @@ def main() -> None:
     ]
     if args.trace:
         said += ["", "| operation | seconds a step | calls |", "| --- | ---: | ---: |"]
-        operations = traced_operations(step, runner.compiled[0].as_text())
+        operations = traced_operations(step, step.runner.compiled[0].as_text())
         said += [f"| {kind} | {spent:.3f} | {calls} |" for kind, spent, calls in operations[:40]]
     args.out.write_text("\n".join(said) + "\n", encoding="utf-8")
-    print(said[4])
+    print(said[4], said[6], sep="\n")
 
 
 if __name__ == "__main__":

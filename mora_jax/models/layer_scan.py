@@ -8,7 +8,7 @@ on CPU) there is no loop and nothing is stacked at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+
+from mora_jax.backend import backend
 
 Array = jax.Array
 Body = Callable[[Array, Any, Any], Array]
@@ -32,6 +34,51 @@ def checkpointed(arrays: Any) -> Any:
     and the adapter's each, which is more than `remat="none"` saves.
     """
     return jax.tree.map(lambda array: checkpoint_name(array, SAVED), arrays)
+
+
+@jax.tree_util.register_pytree_node_class
+class Unstacked:
+    """An array `[L, …]` as one array a layer, for `run_stack` without a loop.
+
+    XLA on CPUs copies each layer out of a stack in every step; a stack of layers that a program is given apart it makes
+    first, in float32 where they are bfloat16.
+
+    Attributes:
+        arrays: of the layers.
+    """
+
+    def __init__(self, arrays: Iterable[Array]):
+        self.arrays = tuple(arrays)
+
+    def __getitem__(self, layer: int) -> Array:
+        return self.arrays[layer]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stack."""
+        return (len(self.arrays), *self.arrays[0].shape)
+
+    @property
+    def ndim(self) -> int:
+        """Of the stack."""
+        return self.arrays[0].ndim + 1
+
+    @property
+    def dtype(self) -> Any:
+        """Of every layer."""
+        return self.arrays[0].dtype
+
+    def tree_flatten(self) -> tuple[tuple[Array, ...], None]:
+        return self.arrays, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, arrays: Iterable[Array]) -> Unstacked:
+        return cls(arrays)
+
+
+def _flatten(layers: Any) -> tuple[list[Any], Any]:
+    """The leaves `[L, …]` of a stack, arrays and `Unstacked`, and the structure around them."""
+    return jax.tree.flatten(layers, is_leaf=lambda node: isinstance(node, Unstacked))
 
 
 class Places(NamedTuple):
@@ -121,7 +168,8 @@ def run_stack(
         remat: "none" keeps what the layers' backward needs, "full" only each layer's input, "dots" also what
             the layer marks (`checkpointed`); "offload" only each layer's input, and that in the host's memory.
         x: the input of the first layer; every layer keeps its shape and dtype.
-        layers: any pytree of arrays `[L, …]`; arrays that nothing differentiates get no gradient.
+        layers: any pytree of arrays `[L, …]`, without a loop also `Unstacked` ones, which nothing may differentiate;
+            arrays that nothing differentiates get no gradient.
         shared: any pytree of arrays that every layer reads; they get no gradient.
         places: where the leaves of `layers` lie on a mesh, in their order; None without one.
 
@@ -133,7 +181,7 @@ def run_stack(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _run(body: Body, unroll: int, remat: str, places: Places | None, x: Array, layers: Any, shared: Any) -> Array:
-    leaves, tree = jax.tree.flatten(layers)
+    leaves, tree = _flatten(layers)
     count = leaves[0].shape[0]
     unrolled = unroll >= count
 
@@ -151,10 +199,9 @@ def _run(body: Body, unroll: int, remat: str, places: Places | None, x: Array, l
 def _forward(
     body: Body, unroll: int, remat: str, places: Places | None, x: Any, layers: Any, shared: Any
 ) -> tuple[Array, Any]:
-    primals, tree = jax.tree.flatten(layers)
-    active = tuple(primal.perturbed for primal in primals)
-    leaves = [primal.value for primal in primals]
-    x, shared = x.value, jax.tree.map(lambda primal: primal.value, shared)
+    primals, tree = _flatten(layers)
+    active = tuple(any(primal.perturbed for primal in jax.tree.leaves(leaf)) for leaf in primals)
+    x, leaves, shared = jax.tree.map(lambda primal: primal.value, (x, primals, shared))
     count = leaves[0].shape[0]
     unrolled = unroll >= count
     layer_fn = _pullback_of(body, remat, tree, active, unrolled=unrolled)
@@ -198,6 +245,8 @@ def _backward(
             (x,) = kept if not unrolled else jax.lax.optimization_barrier(tuple(kept))
             pullback = layer_fn(x, layer, shared)[1]
         else:
+            if unrolled and backend() == "cpu":
+                kept = _not_before(dy, kept)
             pullback = plan.put_together(kept, layer, jax.tree.leaves(shared))
         dx, gradients = pullback(dy)
         return dx, gradients if places is None else places.scatter(gradients, active)
@@ -212,6 +261,17 @@ def _backward(
         dy, stacked = jax.lax.scan(lambda dy, pair: step(dy, *pair), dy, (saved, leaves), reverse=True, unroll=unroll)
     found = iter(stacked)
     return dy, jax.tree.unflatten(tree, [next(found) if on else None for on in active]), None
+
+
+def _not_before(dy: Array, arrays: list[Array]) -> list[Array]:
+    """The arrays, as values that nobody has before `dy`.
+
+    XLA on CPUs drops barriers before it looks for what is computed twice. What the forward and the backward pass of
+    unrolled layers have in common it would compute once and keep: all activations in float32, several times over.
+    """
+    first = jax.lax.bitcast_convert_type(dy[(0,) * dy.ndim], jnp.uint16 if dy.dtype.itemsize == 2 else jnp.uint32)
+    never = first == (0x7FA5 if dy.dtype.itemsize == 2 else 0x7FA50000)  # a NaN that no arithmetic gives
+    return [jnp.where(never, jnp.zeros_like(array), array) for array in arrays]
 
 
 def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...], *, unrolled: bool) -> Callable[..., Any]:

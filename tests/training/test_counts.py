@@ -256,3 +256,14 @@ def test_without_a_loop_no_layer_is_copied_out_of_a_stack():
         for text in (looped.text, runner.compiled[0].as_text())
     ]  # fmt: skip
     assert copies[0] and not copies[1]
+
+
+def test_without_a_loop_nothing_is_made_again_for_each_layer():
+    """Angles are computed once, and in bfloat16 no more is kept than for a loop in float32."""
+    runner, state, frozen, batch = made(mj.LoRAConfig(rank=2), (1, 1, 1), jnp.bfloat16, unroll=None)
+    runner(state, frozen, batch)
+    text = runner.compiled[0].as_text()
+    assert len(re.findall(r" cosine\(", text)) == 1
+    assert not re.findall(r"f32\[\d+,72,160\]|f32\[\d+,160,72\]", text), "no stack of layers, in float32"
+    step = Step(runner, [], state.adapters, frozen)
+    assert step.memory.temp_size_in_bytes < step_of("LoRA").memory.temp_size_in_bytes

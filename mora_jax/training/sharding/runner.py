@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.batch import Batch
+from mora_jax.models.layer_scan import Unstacked
 from mora_jax.training.observe.compile_log import Compilation, shape_words
 from mora_jax.training.optimizer_offload import moments_on_host
 from mora_jax.training.sharding.device_put import put, put_rows, rows_here
@@ -120,8 +121,7 @@ class JitRunner(Runner):
         mesh: the mesh; rows of a batch are sharded along `data` and `fsdp`.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
             None everything, is on every device.
-        apart: frozen arrays `[L, …]` that the compiled step takes as L arrays. XLA on CPUs copies each layer out of a
-            stack in every step; so the copy is made once.
+        apart: frozen arrays `[L, …]` that the compiled step takes `Unstacked`.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class JitRunner(Runner):
         self._step = step
         self._shardings = shardings or {}
         self._apart = apart
-        self._layers: dict[str, tuple[Array, tuple[Array, ...]]] = {}  # what was taken apart, with its layers
+        self._layers: dict[str, tuple[Array, Unstacked]] = {}  # what was taken apart, with its layers
         self.devices = list(mesh.devices.flat)
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
@@ -144,7 +144,7 @@ class JitRunner(Runner):
         layers: dict[str, Any] = {}
         for name in self._apart & frozen.keys():
             if name not in self._layers or self._layers[name][0] is not frozen[name]:
-                self._layers[name] = frozen[name], tuple(jnp.unstack(frozen[name]))
+                self._layers[name] = frozen[name], Unstacked(jnp.unstack(frozen[name]))
             layers[name] = self._layers[name][1]
         return super().__call__(state, frozen | layers, batch)
 
@@ -153,13 +153,8 @@ class JitRunner(Runner):
 
     def trace(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         """The step, traced and not lowered yet: it tells its operations."""
-
-        def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, StepMetrics]:
-            stacked = {name: jnp.stack(a) if isinstance(a, tuple) else a for name, a in frozen.items()}
-            return self._step(state, stacked, batch)
-
         places = jax.tree.map(lambda array: array.sharding, state)
-        jitted = jax.jit(step, donate_argnums=(0,), out_shardings=(places, self._whole))
+        jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=(places, self._whole))
         return jitted.trace(state, frozen, batch)
 
     def places(self, tree: Any) -> Any:
