@@ -40,8 +40,9 @@ from mora_jax.training.sharding.rules import base_shardings
 MUCH_PADDING = 0.4
 PADDING_SAMPLE = 20_000
 
-#: Tokens of a run on a CPU from which unrolled layers pay, compiling included.
-UNROLL_FROM = 10_000
+#: Tokens of a run on a CPU from which unrolled layers pay, compiling included. Older versions of XLA hold what a loop
+#: stacks in float32.
+UNROLL_FROM = 16_000 if jax.__version_info__ < (0, 11) else 120_000
 
 
 @dataclass(frozen=True)
@@ -272,9 +273,10 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
 def layers_at_once(model: Decoder, tokens: int) -> int | None:
     """How many layers an iteration of the loop over them has, in a run of so many tokens; None for the model's default.
 
-    On CPUs the model's default is all of them: no loop, so that nothing is stacked. In bfloat16 such a step is faster
-    by a fifth, but compiles for four times as long, which only a run of `UNROLL_FROM` tokens makes up for. In float32
-    it is as fast as the loop, and takes twice the memory (`benchmarks/results/step_bound.md`).
+    On CPUs the model's default is all of them: no loop, so that nothing is stacked. In bfloat16 such a step is faster,
+    by a fifth to a third with jax 0.10 and by a twentieth with 0.12, but compiles for four times as long, which only a
+    run of `UNROLL_FROM` tokens makes up for. In float32 it is as fast as the loop, and takes more memory
+    (`benchmarks/results/layer_loop.md`).
     """
     loop = backend() == "cpu" and (model.dtype.name == "float32" or tokens < UNROLL_FROM)
     return 1 if loop else None

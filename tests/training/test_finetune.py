@@ -223,6 +223,7 @@ def test_short_runs_on_a_cpu_and_all_in_float32_compile_one_layer(monkeypatch):
     model = mj.load_pretrained(mj.demo.model_path(), dtype="float32")[0]
     assert setup.layers_at_once(model, 10**9) == 1
     model.dtype = jnp.dtype("bfloat16")
-    assert setup.layers_at_once(model, 9_999) == 1 and setup.layers_at_once(model, 10_000) is None
+    few = setup.UNROLL_FROM - 1
+    assert setup.layers_at_once(model, few) == 1 and setup.layers_at_once(model, few + 1) is None
     monkeypatch.setattr(setup, "backend", lambda: "tpu")
     assert setup.layers_at_once(model, 1) is None
