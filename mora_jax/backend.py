@@ -68,6 +68,17 @@ def backend() -> str:
     return _TARGET.get() or jax.default_backend()
 
 
+def false_after(array: jax.Array) -> jax.Array:
+    """A bool `[]` that is false, which no compiler knows before it has the float `array`.
+
+    What is chosen by it is computed after the array. XLA on CPUs drops barriers before it fuses operations, looks for
+    common ones and decides what to copy, so that a barrier can't say that.
+    """
+    first = array[(0,) * array.ndim]
+    bits, pattern = {2: (jnp.uint16, 0x7FA5), 4: (jnp.uint32, 0x7FA50000)}[array.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(first, bits) == pattern  # a NaN that no arithmetic gives
+
+
 _INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.backend import backend
+from mora_jax.backend import backend, false_after
 
 Array = jax.Array
 Body = Callable[[Array, Any, Any], Array]
@@ -245,7 +245,7 @@ def _backward(
             (x,) = kept if not unrolled else jax.lax.optimization_barrier(tuple(kept))
             pullback = layer_fn(x, layer, shared)[1]
         else:
-            if unrolled and backend() == "cpu":
+            if unrolled and places is None and backend() == "cpu":
                 kept = _not_before(dy, kept)
             pullback = plan.put_together(kept, layer, jax.tree.leaves(shared))
         dx, gradients = pullback(dy)
@@ -266,11 +266,10 @@ def _backward(
 def _not_before(dy: Array, arrays: list[Array]) -> list[Array]:
     """The arrays, as values that nobody has before `dy`.
 
-    XLA on CPUs drops barriers before it looks for what is computed twice. What the forward and the backward pass of
-    unrolled layers have in common it would compute once and keep: all activations in float32, several times over.
+    What the forward and the backward pass of unrolled layers have in common XLA on CPUs would compute once and keep:
+    all activations in float32, several times over.
     """
-    first = jax.lax.bitcast_convert_type(dy[(0,) * dy.ndim], jnp.uint16 if dy.dtype.itemsize == 2 else jnp.uint32)
-    never = first == (0x7FA5 if dy.dtype.itemsize == 2 else 0x7FA50000)  # a NaN that no arithmetic gives
+    never = false_after(dy)
     return [jnp.where(never, jnp.zeros_like(array), array) for array in arrays]
 
 

@@ -6,6 +6,7 @@ is what checkpoints hold.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from flax import nnx
 
 from mora_jax.adapters.base import FullParam
+from mora_jax.backend import backend, false_after
 
 Array = jax.Array
 Arrays = dict[str, Array]
@@ -94,6 +96,17 @@ def initial_state(adapters: Arrays, optimizer: Any, seed: int) -> TrainState:
     """The state before the first step."""
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, adapters, optimizer.init(adapters), jax.random.key(seed), Skips.none())
+
+
+def known_after(taken: Array, adapters: Arrays) -> Array:
+    """`taken`, on a CPU as a value that is there after the new `adapters`.
+
+    These are computed from the optimizer's old state, which the new one is written over. Without an order between the
+    two XLA on CPUs copies Adam's moments in every step.
+    """
+    if backend() != "cpu":
+        return taken
+    return functools.reduce(lambda taken, array: taken & ~false_after(array), adapters.values(), taken)
 
 
 def chosen(taken: Array, new: Any, old: Any) -> Any:

@@ -13,7 +13,7 @@ import optax
 from mora_jax.losses.cross_entropy import next_token_targets, weighted_loss
 from mora_jax.losses.kl import weighted_kl
 from mora_jax.training.neftune import embedding_noise
-from mora_jax.training.state import Arrays, Structure, TrainState, chosen
+from mora_jax.training.state import Arrays, Structure, TrainState, chosen, known_after
 
 if TYPE_CHECKING:
     from mora_jax.batch import Batch
@@ -209,6 +209,8 @@ def make_step(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters, taken=taken)
         adapters: Any = optax.apply_updates(state.adapters, updates)
         adapters = chosen(taken, adapters, state.adapters)
+        if config.partitioner is None:
+            taken = known_after(taken, adapters)
         optimizer_state = chosen(taken, optimizer_state, state.optimizer)
         return TrainState(state.step + 1, adapters, optimizer_state, state.key, skips), metrics
 

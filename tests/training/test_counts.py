@@ -267,3 +267,13 @@ def test_without_a_loop_nothing_is_made_again_for_each_layer():
     assert not re.findall(r"f32\[\d+,72,160\]|f32\[\d+,160,72\]", text), "no stack of layers, in float32"
     step = Step(runner, [], state.adapters, frozen)
     assert step.memory.temp_size_in_bytes < step_of("LoRA").memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("unroll", [1, None])
+def test_moments_are_not_copied(unroll):
+    """Weights and moments are written in place; a copy of a moment comes first where nothing orders the two."""
+    runner, state, frozen, batch = made(mj.FullConfig(), (1, 1, 1), jnp.float32, unroll=unroll)
+    sizes = {array.size for array in state.adapters.values() if array.ndim > 2}
+    runner(state, frozen, batch)
+    found = re.findall(r"= f32\[([\d,]+)\]\S* copy\(%?(?:state_)?optimizer", runner.compiled[0].as_text())
+    assert sizes and not [shape for shape in found if _numbers(tuple(map(int, shape.split(",")))) in sizes]
