@@ -6,7 +6,9 @@
 First both train a few float32 steps from the same adapter, and the losses are printed side by side: they must agree.
 Then the contestants take turns, one step each a round, on otherwise idle cores; the table gives medians of the rounds
 with their spread. LoRA, DoRA and full fine-tuning are those of both libraries; MoRA is only ours.
-torch is timed at each number of threads that `--threads` names, and its best counts. Needs torch and peft (the extra
+torch is timed at each number of threads that `--threads` names, and its best counts. Its full fine-tuning in bfloat16
+keeps weights and moments in bfloat16; ours keeps them in float32 and uses them in bfloat16, as torch does under
+autocast. Needs torch and peft (the extra
 `peers`).
 """
 
@@ -80,10 +82,15 @@ class Ours:
 
 
 class Peft:
-    """PEFT + torch at one dtype: from an adapter's folder, with a fresh adapter, or with None all of the model."""
+    """PEFT + torch at one dtype: from an adapter's folder, with a fresh adapter, or with None all of the model.
 
-    def __init__(self, folder: str, dtype: torch.dtype, adapter: Path | LoraConfig | None, threads: int):
-        self.threads = threads
+    With `autocast` weights of that dtype are used in bfloat16, which is what our full fine-tuning in bfloat16 does.
+    """
+
+    def __init__(
+        self, folder: str, dtype: torch.dtype, adapter: Path | LoraConfig | None, threads: int, autocast: bool = False
+    ):
+        self.threads, self.autocast = threads, autocast
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         if isinstance(adapter, Path):
             self.model = PeftModel.from_pretrained(self.model, str(adapter), is_trainable=True)
@@ -97,7 +104,8 @@ class Peft:
         """One optimiser step on `ids [B, T]`; returns the loss."""
         torch.set_num_threads(self.threads)
         tokens = torch.tensor(ids)
-        loss = self.model(input_ids=tokens, labels=tokens).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,6 +138,10 @@ def makers(args: argparse.Namespace, lora: Any, adapter: Path) -> dict[str, Call
                 name, start = theirs[method]
                 found[f"{name}, {dtype}, {threads} threads"] = lambda d=dtype, t=threads, start=start: Peft(
                     args.model, getattr(torch, d), start, t
+                )
+            if method == "full" and "bfloat16" in args.dtypes:
+                found[f"torch full, float32 used in bfloat16, {threads} threads"] = lambda t=threads: Peft(
+                    args.model, torch.float32, None, t, autocast=True
                 )
         for dtype in args.dtypes if method in ours else ():
             name, config = ours[method]
