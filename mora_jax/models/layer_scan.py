@@ -69,10 +69,12 @@ class Unstacked:
         return self.arrays[0].dtype
 
     def tree_flatten(self) -> tuple[tuple[Array, ...], None]:
+        """The arrays, and nothing beside them."""
         return self.arrays, None
 
     @classmethod
     def tree_unflatten(cls, _: None, arrays: Iterable[Array]) -> Unstacked:
+        """The same around other arrays."""
         return cls(arrays)
 
 

@@ -15,6 +15,7 @@ from mora_jax.paths import found_path
 from mora_jax.studies.conclusion import write_conclusion
 from mora_jax.studies.folder import StudyFolder
 from mora_jax.studies.results import Results, choose_rates, observations
+from mora_jax.studies.scoring import is_embedded
 from mora_jax.studies.study import Arm, Cell, Level, Measuring, Preset, Sources, Study, choosing_cells, reported_cells
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import SweepRun
@@ -172,8 +173,11 @@ def cell_config(cell: Cell, preset: Preset, model: str, data: Mapping[str, Any],
     Raises:
         InputError: settings that don't go together.
     """
+    # The default dtype is the machine's; studies of the embedded model give the same everywhere.
+    embedded = {"model.dtype": "float32"} if is_embedded(model) else {}
     settings = {
         "model.path": model,
+        **embedded,
         "seed": cell.seed,
         "mesh.data": 1,
         "train.eval_on_start": True,

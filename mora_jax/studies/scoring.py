@@ -14,11 +14,16 @@ from mora_jax.studies.study import Measuring, Sources
 BATCH_SIZE = 64
 
 
+def is_embedded(model: str) -> bool:
+    """Whether a folder is that of the embedded model."""
+    return Path(model) == Path(demo.model_path())
+
+
 def texts_of(sources: Sources) -> str | None:
     """A file of texts like those that the base was pretrained on; None where none is known."""
     if sources.texts is not None:
         return sources.texts
-    return demo.TEXTS if Path(sources.model) == Path(demo.model_path()) else None
+    return demo.TEXTS if is_embedded(sources.model) else None
 
 
 def score_rows(

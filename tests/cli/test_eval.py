@@ -19,6 +19,7 @@ def questions(tmp_path_factory):
 
 def test_a_task_with_its_records_and_another_model(run, fails, model_dir, questions, tmp_path):
     call = ("eval", "--model", model_dir, "--task", "arc_easy", "--data", questions, "--batch-size", 1)
+    call = (*call, "--dtype", "float32")
     code, out, err = run(*call, "--json", "--out", tmp_path / "a")
     assert code == 0, err
     found = json.loads(out)
@@ -69,6 +70,7 @@ def test_tasks_in_the_course_of_a_run(run, fails, model_dir, data_file, tmp_path
     settings = {"model.path": model_dir, "data.train": data_file, "out": "run", "optimizer.learning_rate": 0.05}
     settings |= {
         "train.steps": 2,
+        "model.dtype": "float32",
         "adapter.targets": "q_proj",
         "train.batch_size": 4,
         "train.eval_every": 1,
@@ -86,7 +88,19 @@ def test_tasks_in_the_course_of_a_run(run, fails, model_dir, data_file, tmp_path
     assert first["eval_lambada_perplexity"] != pytest.approx(last["eval_lambada_perplexity"], rel=1e-2)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_lambada_perplexity"] == last["eval_lambada_perplexity"]
-    given = ("--task", "lambada", "--data", "words.jsonl", "--limit", 6, "--batch-size", 1, "--json")
+    given = (
+        "--task",
+        "lambada",
+        "--data",
+        "words.jsonl",
+        "--limit",
+        6,
+        "--batch-size",
+        1,
+        "--json",
+        "--dtype",
+        "float32",
+    )
     code, out, err = run("eval", "--model", model_dir, "--adapter", "run", *given)
     assert code == 0, err
     for name, one in json.loads(out)["metrics"].items():

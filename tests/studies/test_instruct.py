@@ -262,6 +262,7 @@ def test_identities(tmp_path):
     }
     usual = LORA | {
         "model.path": demo.model_path(),
+        "model.dtype": "float32",
         "mesh.data": 1,
         "data.max_length": 26,
         "loss.normalize": "response",

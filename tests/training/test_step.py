@@ -87,7 +87,7 @@ BOTH = {"devices": 4, "micro_batches": 2}, {"devices": 2, "pmap": True, "micro_b
     [
         ("dropout", BOTH),
         pytest.param("mora", (*BOTH, {"micro_batches": 4}), marks=pytest.mark.slow),
-        ("full", BOTH[:1]),
+        pytest.param("full", BOTH[:1], marks=pytest.mark.slow),
     ],
 )
 def test_any_split_gives_the_same_run(method, splits):

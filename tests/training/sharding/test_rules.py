@@ -84,7 +84,7 @@ def test_square_matrices_are_cut_where_they_divide():
 
 CASES = [
     pytest.param("lora", (4, 1, 1), {}, marks=pytest.mark.slow),
-    ("lora", (1, 4, 1), {"sizes": "even"}),
+    pytest.param("lora", (1, 4, 1), {"sizes": "even"}, marks=pytest.mark.slow),
     ("lora", (1, 1, 4), {"sizes": "even"}),
     pytest.param("mora", (1, 4, 1), {"micro_batches": 2, "unroll": 8}, marks=pytest.mark.slow),
     ("mora", (1, 1, 4), {}),
