@@ -8,8 +8,7 @@ Then the contestants take turns, one step each a round, on otherwise idle cores;
 with their spread. LoRA, DoRA and full fine-tuning are those of both libraries; MoRA is only ours.
 torch is timed at each number of threads that `--threads` names, and its best counts. Its full fine-tuning in bfloat16
 keeps weights and moments in bfloat16; ours keeps them in float32 and uses them in bfloat16, as torch does under
-autocast. Needs torch and peft (the extra
-`peers`).
+autocast. Needs torch and peft (the extra `peers`).
 """
 
 import argparse

@@ -66,7 +66,7 @@ def products(jaxpr: Any, times: int, chunks: int) -> Iterator[tuple[Product, int
             left, right = (v.aval for v in equation.invars)
             result = equation.outvars[0].aval.dtype.name
             yield Product(left.shape, right.shape, equation.params["dimension_numbers"], left.dtype.name, result), times
-        inside = times * (equation.params["length"] if name == "scan" else next(whiles) if name == "while" else 1)
+        inside = times * (equation.params["length"] if name == "scan" else next(whiles, 0) if name == "while" else 1)
         for inner in jaxprs_in_params(equation.params) if inside else ():
             yield from products(inner, inside, chunks)
 

@@ -75,8 +75,9 @@ def false_after(array: jax.Array) -> jax.Array:
     common ones and decides what to copy, so that a barrier can't say that.
     """
     first = array[(0,) * array.ndim]
-    bits, pattern = {2: (jnp.uint16, 0x7FA5), 4: (jnp.uint32, 0x7FA50000)}[array.dtype.itemsize]
-    return jax.lax.bitcast_convert_type(first, bits) == pattern  # a NaN that no arithmetic gives
+    size = array.dtype.itemsize
+    pattern = {2: 0x7FA5, 4: 0x7FA50000, 8: 0x7FF4A50000000000}[size]  # a NaN that no arithmetic gives
+    return jax.lax.bitcast_convert_type(first, f"uint{8 * size}") == jnp.array(pattern, f"uint{8 * size}")
 
 
 _INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from mora_jax import demo
@@ -16,7 +16,7 @@ BATCH_SIZE = 64
 
 def is_embedded(model: str) -> bool:
     """Whether a folder is that of the embedded model."""
-    return Path(model) == Path(demo.model_path())
+    return os.path.realpath(model) == os.path.realpath(demo.model_path())
 
 
 def texts_of(sources: Sources) -> str | None:

@@ -274,7 +274,7 @@ def layers_at_once(model: Decoder, tokens: int) -> int | None:
     """How many layers an iteration of the loop over them has, in a run of so many tokens; None for the model's default.
 
     On CPUs the model's default is all of them: no loop, so that nothing is stacked. In bfloat16 such a step is faster,
-    by a fifth to a third with jax 0.10 and by a twentieth with 0.12, but compiles for four times as long, which only a
+    by 15 to 30 % with jax 0.10 and by 2 to 6 % with 0.12, but compiles for four times as long, which only a
     run of `UNROLL_FROM` tokens makes up for. In float32 it is as fast as the loop, and takes more memory
     (`benchmarks/results/layer_loop.md`).
     """

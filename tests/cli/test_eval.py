@@ -88,19 +88,8 @@ def test_tasks_in_the_course_of_a_run(run, fails, model_dir, data_file, tmp_path
     assert first["eval_lambada_perplexity"] != pytest.approx(last["eval_lambada_perplexity"], rel=1e-2)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_lambada_perplexity"] == last["eval_lambada_perplexity"]
-    given = (
-        "--task",
-        "lambada",
-        "--data",
-        "words.jsonl",
-        "--limit",
-        6,
-        "--batch-size",
-        1,
-        "--json",
-        "--dtype",
-        "float32",
-    )
+    given = ("--task", "lambada", "--data", "words.jsonl", "--limit", 6, "--batch-size", 1)
+    given = (*given, "--json", "--dtype", "float32")
     code, out, err = run("eval", "--model", model_dir, "--adapter", "run", *given)
     assert code == 0, err
     for name, one in json.loads(out)["metrics"].items():

@@ -164,6 +164,17 @@ def test_rows_are_scored_in_the_template_of_the_study(tmp_path):
     assert found["plain"] != pytest.approx(found[None], rel=1e-2)
 
 
+def test_the_embedded_model_is_known_by_any_path_and_computes_in_float32():
+    preset = Small().presets["test"]
+    cell = Cell(next(preset.pairs())[0], ARMS[0], 1e-3, 1)
+    for path, dtype in (
+        (demo.model_path(), "float32"),
+        (os.path.relpath(demo.model_path()), "float32"),
+        ("other", None),
+    ):
+        assert run_module.cell_config(cell, preset, path, {"data.train": ("a",)}, "out").model.dtype == dtype
+
+
 @pytest.mark.slow
 def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatch):
     seen = []
