@@ -5,7 +5,9 @@
 The contestants take turns, one answer each a round, for each number of rows; no stop token ends an answer. The table
 gives medians of the rounds with their spread, the time of a first call (which compiles) and the CPU time that a token
 took, which on a busy machine says more than the time that passed. The tokens of both in float32 are compared. torch is
-timed at each number of threads that `--threads` names. Needs torch (the extra `peers`).
+timed at each number of threads that `--threads` names. `products alone` are our matrix products of as many tokens, one
+after the other as a token has them, with nothing between: what a token of ours can't come below. Needs torch (the extra
+`peers`).
 """
 
 import argparse
@@ -13,7 +15,10 @@ import os
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -21,22 +26,55 @@ from measuring import Turn, save, table, take_turns, vocabulary
 from transformers import AutoModelForCausalLM
 
 import mora_jax as mj
+from mora_jax.adapters.products.matmul import Turned, base_product
 from mora_jax.evaluation.generate import Generator
+from mora_jax.models.decoder import Head
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
 CALL = "--model {model} --json {json}"
 QUICK = "--rows 1 2 --prompt-tokens 8 --new-tokens 8 --rounds 2"
 DTYPES = ("float32", "bfloat16")
+#: Prompts, int `[B, T]`, and how many tokens to make → int `[B, N]`.
+Answer = Callable[[np.ndarray, int], np.ndarray]
 
 
-def ours(folder: str, dtype: str) -> Callable[[np.ndarray, int], np.ndarray]:
+def ours(generator: Generator) -> Answer:
     """Answers of `Generator.batch`, int `[B, N]`."""
-    model, _ = mj.load_pretrained(folder, dtype=dtype)
-    generator = Generator(model)
     return lambda prompts, count: np.stack(generator.batch(list(prompts), count))
 
 
-def theirs(folder: str, dtype: str, threads: int) -> Callable[[np.ndarray, int], np.ndarray]:
+def products(generator: Generator) -> Answer:
+    """Runs the products of as many tokens, each with the result of the one before."""
+    layers, model = generator._layers, generator.model
+    assert layers is not None
+
+    def matrices(layer: Any) -> list[Turned]:
+        attention, mlp = layer.self_attn, layer.mlp
+        used = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        return [projection.kernel.get_value() for projection in used]
+
+    kernels = [kernel for index in range(len(layers.states)) for kernel in matrices(layers.layer(index))]
+
+    @jax.jit
+    def token(x: jax.Array, kernels: list[Turned], head: Head) -> jax.Array:
+        for kernel in kernels:
+            y = base_product(x[:, : kernel.array.shape[1]], kernel)
+            x = (y / jnp.max(jnp.abs(y))).astype(x.dtype)
+        width = model.config.hidden_size
+        return head.logits(x[:, :width])[:, :width].astype(x.dtype)
+
+    def answer(prompts: np.ndarray, count: int) -> np.ndarray:
+        # A single bfloat16 row is computed as two, as the generator does.
+        rows = 2 if len(prompts) == 1 and model.dtype == jnp.bfloat16 else len(prompts)
+        x = jnp.ones((rows, model.config.hidden_size), model.dtype)
+        for _ in range(count):
+            x = token(x, kernels, model.head())
+        return np.asarray(x[:, :1].astype(jnp.int32))
+
+    return answer
+
+
+def theirs(folder: str, dtype: str, threads: int) -> Answer:
     """Answers of `transformers.generate`, int `[B, N]`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
@@ -70,7 +108,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    contestants = {f"mora_jax {dtype}": ours(args.model, dtype) for dtype in DTYPES}
+    generators = {dtype: Generator(mj.load_pretrained(args.model, dtype=dtype)[0]) for dtype in DTYPES}
+    contestants = {f"mora_jax {dtype}": ours(generator) for dtype, generator in generators.items()}
+    contestants |= {f"{dtype} products alone": products(generator) for dtype, generator in generators.items()}
     for threads in args.threads:
         for dtype in DTYPES:
             contestants[f"transformers {dtype}, {threads} threads"] = theirs(args.model, dtype, threads)
