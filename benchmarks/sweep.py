@@ -5,7 +5,8 @@
 Without `--model` the embedded demo model is taken. In each round every run makes a step alone, by the compiled step of
 `mora-jax train`, and then all make one together, by that of `mora-jax sweep`; the ratio is that of the round's times,
 and the table gives its median with the quartiles, by the clock and in CPU time of all threads. What compiling took is
-given beside: alone it is paid by each run. Adds its rows to the table in `--out`.
+given beside: alone it is paid by each run. `one run, s` is a step of a single run with the tokens of all: what a step
+together would take if more than one adapter cost nothing. Adds its rows to the table in `--out`.
 """
 
 import argparse
@@ -36,8 +37,8 @@ QUICK = "--methods lora --runs 2 --length 16 --rounds 2"
 STEPS = 1000
 HEAD = (
     "| model | method | rows × length | trained tokens | runs | together, by the clock | in CPU time | alone, s a step "
-    "of all | together, s | compiling once alone, s | together, s |",
-    "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    "of all | together, s | one run, s | compiling once alone, s | together, s |",
+    "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -98,6 +99,12 @@ class Contest:
             losses.append(metrics.loss)
         return jax.block_until_ready(losses)
 
+    def step_as_one(self) -> Any:
+        """The first run makes a step with the rows of all."""
+        rows = {name: np.concatenate([batch[name] for batch in self.batches], axis=1) for name in self.batches[0]}
+        self.alone[0], metrics = self.runner(self.alone[0], self.frozen, self.runner.place_batch(rows))
+        return jax.block_until_ready(metrics.loss)
+
     def step_together(self) -> list[Any]:
         """All runs make a step together."""
         replies = self.stack.step(self.states, dict(enumerate(self.batches)))
@@ -126,13 +133,13 @@ def row(name: str, method: str, contest: Contest, share: float, rounds: int) -> 
     """A row of the table."""
     first = contest.step_alone()[0], contest.step_together()[0]
     assert np.allclose(*map(float, first), rtol=1e-4), first
-    together, alone = zip(
-        *((timed(contest.step_together), timed(contest.step_alone)) for _ in range(rounds)), strict=True
-    )
+    compiling = contest.compile_seconds()
+    contest.step_as_one()
+    steps = (contest.step_together, contest.step_alone, contest.step_as_one)
+    together, alone, as_one = zip(*([timed(step) for step in steps] for _ in range(rounds)), strict=True)
     wall, cpu = ([a[i] / t[i] for a, t in zip(alone, together, strict=True)] for i in (0, 1))
     _, rows, length = contest.batches[0]["input_ids"].shape
-    seconds = [statistics.median(times[0] for times in side) for side in (alone, together)]
-    compiling = contest.compile_seconds()
+    seconds = [statistics.median(times[0] for times in side) for side in (alone, together, as_one)]
     cells = [
         name,
         method,
