@@ -24,6 +24,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
+from mora_jax.backend import multiplies_bfloat16
 from mora_jax.losses import chunked_sum
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
@@ -94,9 +95,16 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
             yield from _equations(inner)
 
 
-def made(config: Any, mesh: tuple[int, ...], dtype: Any, unroll: int | None = 1) -> tuple[JitRunner, Any, Any, Any]:
+def made(
+    config: Any,
+    mesh: tuple[int, ...],
+    dtype: Any,
+    unroll: int | None = 1,
+    length: int = LENGTH,
+    sizes: dict[str, Any] = SIZES,
+) -> tuple[JitRunner, Any, Any, Any]:
     """A runner, a state, the frozen arrays and a batch, placed."""
-    model = Decoder(read_config(SIZES, "config.json"), dtype=dtype, rngs=nnx.Rngs(0), unroll=unroll)
+    model = Decoder(read_config(sizes, "config.json"), dtype=dtype, rngs=nnx.Rngs(0), unroll=unroll)
     mj.attach(model, config, rngs=nnx.Rngs(1))
     fill_randomly(model)
     graphdef, adapters, frozen = mj.partition(model)
@@ -108,7 +116,7 @@ def made(config: Any, mesh: tuple[int, ...], dtype: Any, unroll: int | None = 1)
     step = make_step(structure, optimizer, make_schedule(settings, STEPS), options)
     runner = JitRunner(step, devices, placement.table(adapters, frozen), layers_apart(model, frozen, devices))
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, SIZES["vocab_size"], (1, ROWS, LENGTH)).astype(np.int32)
+    ids = rng.integers(0, sizes["vocab_size"], (1, ROWS, length)).astype(np.int32)
     batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "weights": rng.random(ids.shape).astype(np.float32)}
     state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
     return runner, state, runner.place(flat_arrays(frozen)), runner.place_batch(batch)
@@ -267,6 +275,19 @@ def test_without_a_loop_nothing_is_made_again_for_each_layer():
     assert not re.findall(r"f32\[\d+,72,160\]|f32\[\d+,160,72\]", text), "no stack of layers, in float32"
     step = Step(runner, [], state.adapters, frozen)
     assert step.memory.temp_size_in_bytes < step_of("LoRA").memory.temp_size_in_bytes
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="bfloat16 products are slow here")
+@pytest.mark.parametrize("config", [mj.FullConfig(), mj.LoRAConfig(rank=4), mj.MoRAConfig(rank=4)])
+def test_no_product_widens_a_bfloat16_operand(config):
+    """XLA on CPUs takes operands that are transposed for something it has to make float32 first."""
+    sizes = SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+    runner, state, frozen, batch = made(config, (1, 1, 1), jnp.bfloat16, unroll=None, length=256, sizes=sizes)
+    runner(state, frozen, batch)
+    text = runner.compiled[0].as_text()
+    dtypes = re.findall(r" dot\(%?([\w.-]+), %?([\w.-]+)\)", text)
+    found = dict(re.findall(r"%?([\w.-]+) = (\w+)\[[\d,]*\]", text))
+    assert len(dtypes) > 20 and {found[name] for pair in dtypes for name in pair} == {"bf16"}
 
 
 @pytest.mark.parametrize("unroll", [1, None])

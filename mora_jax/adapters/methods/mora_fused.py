@@ -11,7 +11,7 @@ from jax import lax
 
 from mora_jax.adapters.methods.mora_maps import SHARED, Map, Sides, rotated_squares
 from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import added, dot32, dot32_nt, dot32_tn, wide
+from mora_jax.adapters.products.matmul import added, dot32, dot32_nt, dot32_tn, untransposed, wide
 
 Array = jax.Array
 
@@ -44,7 +44,7 @@ class _Group(NamedTuple):
     def matrix(self, squares: list[Array], dtype: Any) -> Array:
         """The Mᵀ of the parts side by side, `[q, parts · q]`; one a block, `[blocks, …]`, where they are rotated."""
         turned = [rotated_squares(m, self.blocks) if self.rotated else m.T for m in squares]
-        return jnp.concatenate(turned, axis=-1).astype(dtype)
+        return untransposed(jnp.concatenate(turned, axis=-1).astype(dtype))
 
     def product(self, x: Array, w: Array, *, back: bool = False) -> Array:
         """`[N, blocks, …]` by `w`, or with `back` by its transpose: float32 `[N, blocks, …]`."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from mora_jax.adapters.products.matmul import dot32_tn
+from mora_jax.adapters.products.matmul import dot32_tn, untransposed
 from mora_jax.backend import backend
 from mora_jax.models.attention.flash import MASKED, TILE, Tiling, product, scores_of, tiled_attention
 from mora_jax.models.layer_scan import checkpointed
@@ -168,8 +168,8 @@ def attention(
     out = _attention(
         static,
         query.transpose(0, 2, 3, 1, 4),
-        key.transpose(0, 2, 1, 3),
-        value.transpose(0, 2, 1, 3),
+        untransposed(key.transpose(0, 2, 1, 3)),
+        untransposed(value.transpose(0, 2, 1, 3)),
         places,
     )
     return out.transpose(0, 3, 1, 2, 4)

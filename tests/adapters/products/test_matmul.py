@@ -8,7 +8,8 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
-from mora_jax.adapters.products.matmul import row_dot
+from mora_jax.adapters.products import matmul
+from mora_jax.adapters.products.matmul import dot32_tn, row_dot
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
 
 
@@ -62,6 +63,37 @@ def by_hand(graphdef, adapters, frozen, x):
         if adapter is not None:
             y[part.name] = y[part.name] + x @ adapter.delta_weight()
     return y
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "features", "columns"), [(256, 160, 96), (128, 96, 8), (7, 8, 96), (64, 64, 64), (1, 5, 3), (0, 5, 3)]
+)
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_products_over_tokens(multiplies, tokens, features, columns, lead, dtype, monkeypatch):
+    """Whatever stands around them: XLA can't compute every product of bfloat16 that it makes out of others."""
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: multiplies)
+    x, y = (jnp.asarray(random(i, *lead, tokens, size), dtype) for i, size in enumerate((features, columns)))
+    wide = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    expected = np.einsum("...ni,...no->...io", *wide)
+
+    def turned_first(x, y):
+        x = jnp.swapaxes(jnp.swapaxes(x, -1, -2) * 2, -1, -2)
+        return dot32_tn(x, jnp.swapaxes(y, 0, -1).swapaxes(0, -1))
+
+    forms = {
+        dot32_tn: expected,
+        lambda x, y: jnp.swapaxes(dot32_tn(x, y), -1, -2): np.swapaxes(expected, -1, -2),
+        lambda x, y: 2 * jnp.swapaxes(dot32_tn(x, y), -1, -2): 2 * np.swapaxes(expected, -1, -2),
+        lambda x, y: dot32_tn(x, y).sum(-1): expected.sum(-1),
+        turned_first: 2 * expected,
+        lambda x, y: jax.vmap(dot32_tn)(x[None], y[None])[0]: expected,
+    }
+    for form, known in forms.items():
+        found = jax.jit(form)(x, y)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, known, rtol=1e-4, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
