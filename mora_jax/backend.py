@@ -1,4 +1,4 @@
-"""The machine that code is traced for, and the dtype to compute in there."""
+"""The machine that code is traced for, the dtype to compute in there, and what XLA needs to be told on CPUs."""
 
 from __future__ import annotations
 
@@ -79,6 +79,33 @@ def false_after(array: jax.Array) -> jax.Array:
     size = array.dtype.itemsize
     pattern = {2: 0x7FA5, 4: 0x7FA50000, 8: 0x7FF4A50000000000}[size]  # a NaN that no arithmetic gives
     return jax.lax.bitcast_convert_type(first, f"uint{8 * size}") == jnp.array(pattern, f"uint{8 * size}")
+
+
+def product_over_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x [..., N, in].T @ y [..., N, out]`, batched: `[..., in, out]` in float32, or float64 where the operands are."""
+    axis = x.ndim - 2
+    batch = (tuple(range(axis)),) * 2
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if not _widened_if_transposed(x.dtype):
+        return jax.lax.dot_general(x, y, (((axis,), (axis,)), batch), preferred_element_type=wide)
+    turned = untransposed(jnp.swapaxes(x, -1, -2))
+    product = jax.lax.dot_general(turned, y, (((axis + 1,), (axis,)), batch), preferred_element_type=wide)
+    return jax.lax.optimization_barrier(product)  # a transposed product would be one that XLA can't do
+
+
+def untransposed(x: jax.Array) -> jax.Array:
+    """`x` as a product should get it that is transposed.
+
+    XLA on CPUs widens bfloat16 operands that are transposed, and a product takes twice as long then. Between barriers,
+    and with another axis in between, it sees a copy that isn't.
+    """
+    if not _widened_if_transposed(x.dtype):
+        return x
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).reshape(1, *x.shape)).reshape(x.shape)
+
+
+def _widened_if_transposed(dtype: Any) -> bool:
+    return dtype == jnp.bfloat16 and backend() == "cpu" and multiplies_bfloat16()
 
 
 _INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)

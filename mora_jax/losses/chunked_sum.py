@@ -16,8 +16,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.adapters.products.matmul import dot32_tn
-from mora_jax.backend import backend
+from mora_jax.backend import backend, product_over_tokens
 
 Array = jax.Array
 
@@ -161,7 +160,7 @@ def hidden_vjp(slope: Array, kernel: Array) -> Array:
 def kernel_vjp(slope: Array, hidden: Array) -> Array:
     """The derivative by the kernel, float32 `[V, D]`, from that by the uncapped logits `[shards, chunk, V]`."""
     flat, rows = slope.reshape(-1, slope.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    return dot32_tn(flat, rows)
+    return product_over_tokens(flat, rows)
 
 
 #: `(options, hidden [shards, chunk, D], kernel [V, D], the chunk of arrays by token, arrays that all chunks read)` →

@@ -11,7 +11,8 @@ from jax import lax
 
 from mora_jax.adapters.methods.mora_maps import SHARED, Map, Sides, rotated_squares
 from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import added, dot32, dot32_nt, dot32_tn, untransposed, wide
+from mora_jax.adapters.products.matmul import added, dot32, dot32_nt, dot32_tn, wide
+from mora_jax.backend import untransposed
 
 Array = jax.Array
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from mora_jax.adapters.products.quantization import Quantized
 from mora_jax.adapters.products.tangent import any_perturbed, linear, perturbed
-from mora_jax.backend import backend, multiplies_bfloat16
+from mora_jax.backend import backend, product_over_tokens
 
 Array = jax.Array
 
@@ -49,33 +49,8 @@ def dot32_tn(x: Array, y: Array) -> Array:
     """`x [..., N, in].T @ y [..., N, out]` as float32 `[..., in, out]`: a contraction over tokens, batched."""
     if backend() == "cpu" and y.shape[-1] < min(x.shape[-1], FEW + 1):
         # XLA calls Eigen, which is fast only where the few columns come first; the barrier keeps it from turning that.
-        return jnp.swapaxes(lax.optimization_barrier(_over_tokens(y, x)), -1, -2)
-    return _over_tokens(x, y)
-
-
-def _over_tokens(x: Array, y: Array) -> Array:
-    axis = x.ndim - 2
-    batch = (tuple(range(axis)),) * 2
-    if not _widened_if_transposed(x.dtype):
-        return lax.dot_general(x, y, (((axis,), (axis,)), batch), preferred_element_type=wide(x.dtype))
-    turned = untransposed(jnp.swapaxes(x, -1, -2))
-    product = lax.dot_general(turned, y, (((axis + 1,), (axis,)), batch), preferred_element_type=wide(x.dtype))
-    return lax.optimization_barrier(product)  # a transposed product would be one that XLA can't do
-
-
-def untransposed(x: Array) -> Array:
-    """`x` as a product should get it that is transposed.
-
-    XLA on CPUs widens bfloat16 operands that are transposed, and a product takes twice as long then. Between barriers,
-    and with another axis in between, it sees a copy that isn't.
-    """
-    if not _widened_if_transposed(x.dtype):
-        return x
-    return lax.optimization_barrier(lax.optimization_barrier(x).reshape(1, *x.shape)).reshape(x.shape)
-
-
-def _widened_if_transposed(dtype: Any) -> bool:
-    return dtype == jnp.bfloat16 and backend() == "cpu" and multiplies_bfloat16()
+        return jnp.swapaxes(lax.optimization_barrier(product_over_tokens(y, x)), -1, -2)
+    return product_over_tokens(x, y)
 
 
 @jax.custom_jvp

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from mora_jax.adapters.products.matmul import dot32_tn, untransposed
-from mora_jax.backend import backend
+from mora_jax.adapters.products.matmul import dot32_tn
+from mora_jax.backend import backend, untransposed
 from mora_jax.models.attention.flash import MASKED, TILE, Tiling, product, scores_of, tiled_attention
 from mora_jax.models.layer_scan import checkpointed
 

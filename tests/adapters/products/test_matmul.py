@@ -8,7 +8,6 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
-from mora_jax.adapters.products import matmul
 from mora_jax.adapters.products.matmul import dot32_tn, row_dot
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
 
@@ -73,7 +72,7 @@ def by_hand(graphdef, adapters, frozen, x):
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_products_over_tokens(multiplies, tokens, features, columns, lead, dtype, monkeypatch):
     """Whatever stands around them: XLA can't compute every product of bfloat16 that it makes out of others."""
-    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr("mora_jax.backend.multiplies_bfloat16", lambda: multiplies)
     x, y = (jnp.asarray(random(i, *lead, tokens, size), dtype) for i, size in enumerate((features, columns)))
     wide = np.asarray(x, np.float64), np.asarray(y, np.float64)
     expected = np.einsum("...ni,...no->...io", *wide)
