@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -54,11 +55,21 @@ def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
 
 def processor(field: str, cpuinfo: Path = CPUINFO) -> str:
     """What the system says of the first processor, such as its `vendor_id`; empty where it doesn't."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
+    lines = _own_lines() if cpuinfo == CPUINFO else _lines(cpuinfo)
     return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == field), "")
+
+
+@functools.cache
+def _own_lines() -> list[str]:
+    """Those of this machine, read once: every product of a model asks for them."""
+    return _lines(CPUINFO)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 _TARGET: ContextVar[str | None] = ContextVar("target", default=None)
