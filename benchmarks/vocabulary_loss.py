@@ -48,7 +48,8 @@ QUICK = "--parts cpu masks --rounds 1 --rows 1 --length 64 --tokens 128 --vocabu
 HEADS = {
     "cpu": "The loss with its gradient on a CPU, {tokens} tokens of {width} numbers. *ratio* is the chunked form's CPU "
     "time over that of the whole logits, the median of {rounds} rounds with its range.",
-    "tpu": "B 2 × T 2048, {width} numbers, bfloat16, as libtpu compiles it; nothing was run. *GB* are the bytes of all operations, and "
+    "tpu": "B 2 × T 2048, {width} numbers, bfloat16, as libtpu compiles it; nothing was run. "
+    "*GB* are the bytes of all operations, and "
     "*Mcycles* the compiler's estimates, the chunks' as often as these run.",
     "masks": "Masks of the data, {rows} rows of up to {length} tokens, {model}, {dtype}, LoRA on every linear layer. "
     "*masked* trains answers, *unmasked* prompts too; *ratio* is masked over unmasked in CPU time, the median of "
