@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from mora_jax.backend import compiling_for
 from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.planning.collectives import Loops
 from mora_jax.planning.compile_worker import lower_step
@@ -109,7 +110,8 @@ def parse(setting: str) -> tuple[str, str | int]:
 
 def products(text: str, devices: int, micro_batches: int) -> float:
     """FLOPs of the matrix products of a program, kernels aside, those in loops as often as they run."""
-    loops = Loops(LAYERS, micro_batches, -(-TOKENS // chunk_size(VOCABULARY, TOKENS)))
+    with compiling_for("tpu"):
+        loops = Loops(LAYERS, micro_batches, -(-TOKENS // chunk_size(VOCABULARY, TOKENS)))
     shapes: dict[str, list[int]] = {}
     total, inside = 0.0, ""
     for line in text.splitlines():

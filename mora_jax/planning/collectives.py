@@ -29,16 +29,21 @@ class Loops:
     chunks: int
 
     def trips(self, op_name: str) -> int:
-        """How often an operation runs in a step, by the loops that its name says it is in."""
+        """How often an operation runs in a step, by the loops that its name says it is in.
+
+        A loop inside that over the loss's chunks doesn't run: it mends a loss that isn't finite.
+        """
         *loops, _ = op_name.split("/while/body")
-        total, outer = 1, self.micro_batches > 1
+        total, outer, in_loss = 1, self.micro_batches > 1, False
         for loop in loops:
             if "hidden_states" in loop:
                 total *= self.layers
             elif outer:
                 total, outer = total * self.micro_batches, False
+            elif in_loss:
+                return 0
             else:
-                total *= self.chunks
+                total, in_loss = total * self.chunks, True
         return total
 
 

@@ -44,10 +44,11 @@ def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
     with compiling_for("tpu"):
         made, arguments = assemble_abstract(abstract_model(decoder, config), config, tuple(task["mesh"]), devices)
         lowered = made.runner.lower(*arguments)
-    micro, rows, length = arguments[2]["input_ids"].shape
-    shards = made.placement.row_shards if made.placement is not None else 1
-    tokens = rows // shards * length
-    return lowered, Loops(decoder.num_layers, micro, -(-tokens // chunk_size(decoder.vocab_size, tokens)))
+        micro, rows, length = arguments[2]["input_ids"].shape
+        shards = made.placement.row_shards if made.placement is not None else 1
+        tokens = rows // shards * length
+        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
+    return lowered, Loops(decoder.num_layers, micro, chunks)
 
 
 def compile_step(task: dict[str, Any]) -> dict[str, Any]:

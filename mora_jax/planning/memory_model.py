@@ -273,8 +273,8 @@ def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced
         made, arguments = assemble_abstract(model, config, (1,) * len(AXES))
         assert isinstance(made.runner, JitRunner), "pmap is refused before"
         program = made.runner.trace(*arguments).jaxpr
-    tokens = rows * config.data.max_length
-    chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
+        tokens = rows * config.data.max_length
+        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
     flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
     squares = (variable for _, variable in flat if "square_in" in (variable.get_metadata().get("axes") or ()))
     sides = frozenset(variable.get_value().shape[-1] for variable in squares)

@@ -48,3 +48,4 @@ def test_trips_of_nested_loops():
     assert loops.trips("jit(step)/while/body/jvp()/while/body/dot") == 12
     assert Loops(5, 1, 3).trips("jit(step)/transpose(jvp(jit(hidden_states)))/while/body/x") == 5
     assert Loops(5, 1, 3).trips("jit(step)/jvp()/while/body/x") == 3
+    assert Loops(5, 1, 3).trips("jit(step)/jvp()/while/body/while/body/x") == 0  # a loss that isn't finite

@@ -93,6 +93,16 @@ def test_flops_are_those_of_the_layers():
     assert more.flops == pytest.approx(again, rel=0.03)
 
 
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+def test_flops_of_a_large_head(target):
+    """The loss's chunks are those of the machine that is planned for, not of this one."""
+    config, model = run_of("lora", (1, 1, 1, 1)), MODEL | {"vocab_size": 131072}
+    config = lay_over(config, [("data.max_length", 4096, "test")])
+    small, large = (estimate_memory(config, shapes, (1, 1, 1, 1), target).flops for shapes in (MODEL, model))
+    grown = 4 * 8 * 4096 * MODEL["hidden_size"] * (131072 - MODEL["vocab_size"])
+    assert large - small == pytest.approx(grown, rel=0.1)  # the last chunk is filled up
+
+
 def test_what_a_program_keeps():
     """A scan whose two kept arrays and inner product are counted by hand."""
     weights = jax.ShapeDtypeStruct((5, 8, 8), np.float32)
