@@ -57,7 +57,8 @@ cut over all chips (`mesh.fsdp`), `model.remat=full`, LoRA of rank 8 on all matr
   repetition) and of what is outside the loops; those of splash attention's kernels aren't in it.
 - *copies* are those of whole stacks of kernels once a step, in number and GB a chip.
 - Gathers are counted in the program's text: *beside* are those of asynchronous fusions, which run beside a product or a
-  part of one, *alone* those that nothing else runs beside (adapters' factors in the layers, and the output head).
+  part of one, and those that SparseCores do; *alone* those that nothing else runs beside (adapters' factors in the
+  layers, and the output head).
 
 | {" | ".join(COLUMNS)} |
 | --- | --- | --- |{" ---: |" * (len(COLUMNS) - 3)}
@@ -155,7 +156,8 @@ def figures(text: str) -> str:
                 if size > 1e8:
                     copies, gigabytes = copies + 1, gigabytes + size / 1e9
     both = {way: max(cycles[body] for body, found in layers.items() if found == way) for way in ("forward", "backward")}
-    beside = sum(count for name, count in gathers.items() if name.startswith("async_collective_fusion"))
+    apart = set(re.findall(r'execution_thread="sparsecore".*called_computations=\{%?([\w.<>-]+)\}', text))
+    beside = sum(n for name, n in gathers.items() if name.startswith("async_collective_fusion") or name in apart)
     alone = sum(gathers.get(name, 0) for name in (entry, *layers))
     outside = cycles[entry] / 1e6
     ways = f"{both['forward'] / 1e6:.1f} | {both['backward'] / 1e6:.1f}"

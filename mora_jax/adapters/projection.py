@@ -7,6 +7,7 @@ kernel with a leading layer axis; the decoder scans over layers and calls it on 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,7 +137,13 @@ class Projection(nnx.Module):
         self.adapters: Any = nnx.Dict()
 
     def __call__(
-        self, x: Array, *, token_dropout: TokenDropout | None = None, lead: int = 0, flat: bool = False
+        self,
+        x: Array,
+        *,
+        token_dropout: TokenDropout | None = None,
+        lead: int = 0,
+        flat: bool = False,
+        sharded: bool = False,
     ) -> Array:
         """`x [..., in]` → `[..., *out_shape]` in the dtype of `x`, on leaves without layer axis.
 
@@ -146,12 +153,13 @@ class Projection(nnx.Module):
             lead: the axis of `out_shape` that stands first in the kernel, which is `[in, lead axis, other axes]`:
                 flattened, it is cut into blocks of whole columns, as a mesh shards it.
             flat: whether the outputs stay one axis, `[..., features]`, in the order of `out_shape`; without `lead`.
+            sharded: whether devices share the inputs or the outputs, which adapters that sum features ask.
         """
         rows = x.reshape(-1, self.in_features)
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        layout = self.layout
+        layout = dataclasses.replace(self.layout, sharded=sharded)
         if lead:
             layout = _led_by(layout, lead)
             bias = None if bias is None else jnp.moveaxis(bias, lead, 0)
@@ -271,7 +279,8 @@ class Projection(nnx.Module):
 def _led_by(layout: FusedLayout, lead: int) -> FusedLayout:
     """The layout with the axis `lead` of its output moved to the front."""
     order = [lead, *(i for i in range(len(layout.out_shape)) if i != lead)]
-    return FusedLayout(tuple(layout.out_shape[i] for i in order), order.index(layout.part_axis), layout.sizes)
+    shape = tuple(layout.out_shape[i] for i in order)
+    return dataclasses.replace(layout, out_shape=shape, part_axis=order.index(layout.part_axis))
 
 
 class OutputHead(nnx.Module):

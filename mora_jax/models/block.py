@@ -69,11 +69,12 @@ class RowLayout:
         self, projection: Projection, x: jax.Array, token_dropout: TokenDropout | None, *, flat: bool = False
     ) -> jax.Array:
         """`projection(x)` with a kernel as the partitioner lays it; `flat` as in `Projection`, where it can be had."""
-        lead = 0
+        lead, sharded = 0, False
         if self.partitioner is not None:
             shape = (projection.in_features, *projection.layout.out_shape)
             lead = self.partitioner.lead(projection.axes, shape) - 1
-        return projection(x, token_dropout=token_dropout, lead=lead, flat=flat and not lead)
+            sharded = self.partitioner.cuts_features(projection.axes, shape)
+        return projection(x, token_dropout=token_dropout, lead=lead, flat=flat and not lead, sharded=sharded)
 
 
 @jax.custom_vjp

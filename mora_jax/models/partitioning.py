@@ -74,6 +74,10 @@ class Partitioner(Protocol):
         """Which axis of a kernel `[in, …]` of several output axes has to come first: the one that is sharded."""
         ...
 
+    def cuts_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+        """Whether devices share the inputs or the outputs of a kernel `[in, …]`."""
+        ...
+
     def flattens(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """Whether the output axes of a kernel `[in, …]` can be one axis: none but the first of them is sharded."""
         ...

@@ -30,6 +30,7 @@ METHODS = {
     # Each kind of matrix once: heads of queries and of keys and values, and of the MLP into it and out of it.
     "lora": mj.LoRAConfig(rank=2, targets=("q_proj", "v_proj", "up_proj", "down_proj")),
     "mora": mj.MoRAConfig(rank=2, kind="rotation"),
+    "sharing": mj.MoRAConfig(rank=2, kind="sharing"),
     "full": mj.FullConfig(),
 }
 EVEN = {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.adapters.methods.mora_maps import SHARED, Map, Sides, rotated_squares
+from mora_jax.adapters.methods.mora_maps import SHARED, Form, Map, Sides, Walk, rotated_squares
 from mora_jax.adapters.products.fused import FusedLayout
 from mora_jax.adapters.products.matmul import added, dot32, dot32_nt, dot32_tn, wide
 from mora_jax.backend import untransposed
@@ -47,23 +47,70 @@ class _Group(NamedTuple):
         turned = [rotated_squares(m, self.blocks) if self.rotated else m.T for m in squares]
         return untransposed(jnp.concatenate(turned, axis=-1).astype(dtype))
 
-    def product(self, x: Array, w: Array, *, back: bool = False) -> Array:
-        """`[N, blocks, …]` by `w`, or with `back` by its transpose: float32 `[N, blocks, …]`."""
-        if w.ndim == 2:
-            z = (dot32_nt if back else dot32)(x.reshape(-1, x.shape[-1]), w)
-            return z.reshape(*x.shape[:2], z.shape[-1])
-        dims = (((2,), (2 if back else 1,)), ((1,), (0,)))
-        return lax.dot_general(x, w, dims, preferred_element_type=wide(x.dtype)).transpose(1, 0, 2)
+    def product(self, x: Array, w: Array) -> list[Array]:
+        """`[N, blocks · q]` by the matrix: float32 `[N, blocks · q]` for each part."""
+        if self._one_by_one:
+            found = [self._split(dot32(own, self._of(w, k))) for k, own in enumerate(self._cut(x))]
+            return [jnp.concatenate(blocks, axis=1) for blocks in zip(*found, strict=True)]
+        return [z.reshape(len(x), -1) for z in self._split(self._multiplied(self._blocks(x), w, 1))]
 
-    def gradient(self, x: Array, dz: Array) -> Array:
-        """That of the matrix, float32 in its shape."""
+    def product_back(self, dz: list[Array], w: Array) -> Array:
+        """The parts' `[N, blocks · q]` by the transposed matrix: float32 `[N, blocks · q]`."""
+        if self._one_by_one:
+            joined = self._joined_by_block(dz)
+            return jnp.concatenate([dot32_nt(own, self._of(w, k)) for k, own in enumerate(joined)], axis=1)
+        return self._multiplied(self._joined(dz), w, 2).reshape(len(dz[0]), -1)
+
+    def gradient(self, x: Array, dz: list[Array]) -> Array:
+        """That of the matrix, float32 in its shape, of the input `[N, blocks · q]` and the parts' `[N, blocks · q]`."""
+        if self._one_by_one:
+            found = [dot32_tn(*own) for own in zip(self._cut(x), self._joined_by_block(dz), strict=True)]
+            return jnp.stack(found) if self.rotated else added(*found)
+        x, joined = self._blocks(x), self._joined(dz)
         if not self.rotated:
-            return dot32_tn(x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1]))
-        return lax.dot_general(x, dz, (((0,), (0,)), ((1,), (1,))), preferred_element_type=wide(x.dtype))
+            return dot32_tn(x.reshape(-1, x.shape[-1]), joined.reshape(-1, joined.shape[-1]))
+        return lax.dot_general(x, joined, (((0,), (0,)), ((1,), (1,))), preferred_element_type=wide(x.dtype))
+
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether each block of features is a product of its own."""
+        return self.blocks > 1 and isinstance(self.inner, Walk) and self.inner.form is Form.SLICES
+
+    def _cut(self, x: Array) -> list[Array]:
+        """`[N, blocks · q]` as `blocks` of `[N, q]`."""
+        return jnp.split(x, self.blocks, axis=1)
+
+    def _of(self, w: Array, block: int) -> Array:
+        """The matrix of a block, `[q, parts · q]`."""
+        return w[block] if self.rotated else w
+
+    def _blocks(self, x: Array) -> Array:
+        """`[N, blocks · q]` as `[N, blocks, q]`, for no rows too."""
+        return x.reshape(len(x), self.blocks, x.shape[1] // self.blocks)
+
+    def _split(self, z: Array) -> list[Array]:
+        """`[..., parts · q]` as `parts` of `[..., q]`."""
+        return jnp.split(z, len(self.parts), axis=-1)
+
+    def _joined(self, dz: list[Array]) -> Array:
+        """The parts' `[N, blocks · q]` as `[N, blocks, parts · q]`."""
+        return jnp.concatenate([self._blocks(part) for part in dz], axis=-1)
+
+    def _joined_by_block(self, dz: list[Array]) -> list[Array]:
+        """The parts' `[N, blocks · q]` as `blocks` of `[N, parts · q]`."""
+        return [jnp.concatenate(own, axis=1) for own in zip(*map(self._cut, dz), strict=True)]
+
+    def _multiplied(self, x: Array, w: Array, axis: int) -> Array:
+        """`[N, blocks, …]` by the matrix, or with `axis` 2 by its transpose: float32 `[N, blocks, …]`."""
+        if not self.rotated:
+            z = (dot32 if axis == 1 else dot32_nt)(x.reshape(-1, x.shape[-1]), w)
+            return z.reshape(*x.shape[:2], z.shape[-1])
+        dims = (((2,), (axis,)), ((1,), (0,)))
+        return lax.dot_general(x, w, dims, preferred_element_type=wide(x.dtype)).transpose(1, 0, 2)
 
     def squares(self, dw: Array) -> list[Array]:
         """The gradients of each M from that of the matrix."""
-        parts = jnp.split(dw, len(self.parts), axis=-1)
+        parts = self._split(dw)
         if not self.rotated:
             return [part.T for part in parts]
         like = jax.ShapeDtypeStruct(dw.shape[1:2] * 2, dw.dtype)
@@ -95,7 +142,9 @@ class FusedMoRA:
         for i, (kind, p) in enumerate(zip(self.kinds, params, strict=True)):
             if kind is not None and p is not None:
                 q = p["m"].shape[0]
-                inner, outer, blocks = Sides.of(kind, width, self.layout.part_features(i), q)
+                inner, outer, blocks = Sides.of(
+                    kind, width, self.layout.part_features(i), q, sharded=self.layout.sharded
+                )
                 rotated = kind == "rotation" and blocks > 1
                 alone = _Group(inner, kind in SHARED, rotated, blocks, ())
                 found.setdefault((q, alone), []).append((i, outer))
@@ -110,10 +159,8 @@ class FusedMoRA:
         """float32 `[N, features]`."""
         parts: dict[int, Array] = {}
         for group, kept, w in zip(groups, held, matrices, strict=True):
-            x = group.inputs(kept)
-            z = group.product(_in_blocks(x, group.blocks), w)
-            for (i, outer), own in zip(group.parts, jnp.split(z, len(group.parts), axis=-1), strict=True):
-                parts[i] = outer(_flat(own))
+            for (i, outer), z in zip(group.parts, group.product(group.inputs(kept), w), strict=True):
+                parts[i] = outer(_operand(outer, z, kept.dtype))
         rows, dtype = len(held[0]), wide(held[0].dtype)
         bare = [
             jnp.zeros((rows, self.layout.part_features(i)), dtype) for i in range(len(self.kinds)) if i not in parts
@@ -155,24 +202,18 @@ class FusedMoRA:
         gradients: list[Any] = [None if p is None else dict.fromkeys(p) for p in params]
         slopes = []
         for group, kept, w in zip(groups, held, self._matrices(groups, params, dy.dtype), strict=True):
-            taken = [outer.transpose(self._part(dy, i)).astype(dy.dtype) for i, outer in group.parts]
-            dz = jnp.concatenate([_in_blocks(part, group.blocks) for part in taken], axis=-1)
-            da = _flat(group.product(dz, w, back=True))
-            slopes.append(group.inner.transpose(da))
-            x = _in_blocks(group.inputs(kept), group.blocks)
-            for (i, _), square in zip(group.parts, group.squares(group.gradient(x, dz)), strict=True):
+            dz = [outer.transpose(self._part(dy, i)).astype(dy.dtype) for i, outer in group.parts]
+            da = group.product_back(dz, w)
+            slopes.append(group.inner.transpose(_operand(group.inner, da, dy.dtype)))
+            dw = group.gradient(group.inputs(kept), dz)
+            for (i, _), square in zip(group.parts, group.squares(dw), strict=True):
                 gradients[i]["m"] = square * params[i]["scaling"]
         return added(*slopes), tuple(gradients)
 
     def _part(self, dy: Array, index: int) -> Array:
-        return self.layout.take(dy.reshape(len(dy), *self.layout.out_shape), index)
+        return self.layout.take_flat(dy, index)
 
 
-def _in_blocks(x: Array, blocks: int) -> Array:
-    """`[N, blocks · q]` as `[N, blocks, q]`, for no rows too."""
-    return x.reshape(len(x), blocks, x.shape[1] // blocks)
-
-
-def _flat(x: Array) -> Array:
-    """`[N, blocks, q]` as `[N, blocks · q]`."""
-    return x.reshape(len(x), x.shape[1] * x.shape[2])
+def _operand(step: Map, x: Array, dtype: Any) -> Array:
+    """`x` as `step` takes it: in the compute dtype for a product."""
+    return x.astype(dtype) if isinstance(step, Walk) and step.form is Form.MATRIX else x

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import enum
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from mora_jax.adapters.products.matmul import widened
+from mora_jax.adapters.products.matmul import added, dot32, widened
+from mora_jax.backend import backend
 
 Array = jax.Array
 
@@ -19,15 +23,45 @@ TILED = ("sharing", "grouped_tile")
 BLOCK_KINDS = ("rotation", "decouple")
 
 
+class Form(enum.Enum):
+    """How a `Walk` is computed: the same sums in another way."""
+
+    SPLIT = "the axis of features is split in two"
+    SLICES = "slices of the features are put together and added"
+    MATRIX = "a product with a matrix of zeros and ones"
+
+    @classmethod
+    def of(cls, pieces: int, *, shared: bool, sharded: bool) -> Form:
+        """The form for an axis of so many pieces.
+
+        A TPU tiles an array's last two axes, so that splitting one moves every number, in operations that XLA can't
+        fuse. Where devices share the features, slices and pieces lie across them; a product does not mind.
+
+        Args:
+            pieces: the axis is split into.
+            shared: whether the pieces are summed or repeated: the matrix is narrow then.
+            sharded: whether devices share the features of inputs or outputs.
+        """
+        if sharded:
+            return cls.MATRIX if shared else cls.SPLIT
+        return cls.SLICES if backend() == "tpu" and pieces <= _PIECES else cls.SPLIT
+
+
+_PIECES = 256  # slices in one program are few enough to compile
+
+
 class Walk(NamedTuple):
     """Step f of `length` adds input `f mod source` to output `f mod target`: cyclic padding, tiles, strided sums."""
 
     length: int
     source: int
     target: int
+    form: Form = Form.SPLIT
 
     def __call__(self, x: Array) -> Array:
         """`[N, source]` → `[N, target]`; wide where anything is summed, else in the dtype of `x`."""
+        if self.form is not Form.SPLIT:
+            return self._of_slices(x) if self.form is Form.SLICES else self._by_matrix(x)
         rows = len(x)
         rounds, rest = divmod(self.length, self.source)
         again = [jnp.tile(x, (1, rounds)) if rounds > 1 else x] * bool(rounds)
@@ -39,10 +73,27 @@ class Walk(NamedTuple):
         whole = x[:, : rounds * self.target].reshape(rows, rounds, self.target).sum(1)
         return whole if not rest else jnp.concatenate([whole[:, :rest] + x[:, -rest:], whole[:, rest:]], axis=1)
 
+    def _of_slices(self, x: Array) -> Array:
+        rounds = []
+        for start in range(0, self.length, self.target):
+            stop = min(start + self.target, self.length)
+            cuts = [start, *range(start - start % self.source + self.source, stop, self.source), stop]
+            parts = [x[:, a % self.source :][:, : b - a] for a, b in itertools.pairwise(cuts)]
+            rounds.append(jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, start + self.target - stop))))
+        return rounds[0] if len(rounds) == 1 else sum(map(widened, rounds[1:]), widened(rounds[0]))
+
+    def _by_matrix(self, x: Array) -> Array:
+        """In the dtype of `x`, with wide sums."""
+        few = min(self.source, self.target)
+        rows, columns = (lax.broadcasted_iota(jnp.int32, (self.source, self.target), axis) for axis in (0, 1))
+        many, one = (rows, columns) if self.target == few else (columns, rows)
+        steps = [many + start for start in range(0, self.length, max(self.source, self.target))]
+        return dot32(x, added(*(((step < self.length) & (step % few == one)).astype(x.dtype) for step in steps)))
+
     @property
     def transpose(self) -> Walk:
         """The map of gradients."""
-        return Walk(self.length, self.target, self.source)
+        return Walk(self.length, self.target, self.source, self.form)
 
 
 class GroupSums(NamedTuple):
@@ -101,25 +152,30 @@ class Sides(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, kind: str, in_features: int, out_features: int, q: int) -> Sides:
-        """Those of a kind whose M has the side q."""
+    def of(cls, kind: str, in_features: int, out_features: int, q: int, *, sharded: bool = False) -> Sides:
+        """Those of a kind whose M has the side q; `sharded` as in `Form.of`."""
         if kind == "truncation":
             return cls(Walk(min(q, in_features), in_features, q), Walk(min(q, out_features), q, out_features), 1)
         if kind in BLOCK_KINDS:
             blocks = used_blocks(in_features, out_features, q)
-            size = blocks * q
-            return cls(Walk(size, in_features, size), Walk(out_features, size, out_features), blocks)
-        return cls(compression(kind, in_features, q), decompression(kind, out_features, q), 1)
+            size, form = blocks * q, Form.of(blocks, shared=False, sharded=sharded)
+            return cls(Walk(size, in_features, size, form), Walk(out_features, size, out_features, form), blocks)
+        return cls(compression(kind, in_features, q, sharded), decompression(kind, out_features, q, sharded), 1)
 
 
-def compression(kind: str, in_features: int, q: int) -> Map:
-    """The sums of a kind in `SHARED`."""
-    return Walk(-(-in_features // q) * q, in_features, q) if kind in STRIDED else GroupSums(in_features, q)
+def compression(kind: str, in_features: int, q: int, sharded: bool = False) -> Map:
+    """The sums of a kind in `SHARED`; `sharded` as in `Form.of`."""
+    if kind not in STRIDED:
+        return GroupSums(in_features, q)
+    pieces = -(-in_features // q)
+    return Walk(pieces * q, in_features, q, Form.of(pieces, shared=True, sharded=sharded))
 
 
-def decompression(kind: str, out_features: int, q: int) -> Map:
-    """The repetitions of a kind in `SHARED`."""
-    return Walk(out_features, q, out_features) if kind in TILED else Repeats(out_features, q)
+def decompression(kind: str, out_features: int, q: int, sharded: bool = False) -> Map:
+    """The repetitions of a kind in `SHARED`; `sharded` as in `Form.of`."""
+    if kind not in TILED:
+        return Repeats(out_features, q)
+    return Walk(out_features, q, out_features, Form.of(-(-out_features // q), shared=True, sharded=sharded))
 
 
 def used_blocks(in_features: int, out_features: int, q: int) -> int:

@@ -72,7 +72,7 @@ def adapted_product(
         return _one_input(layout, adapters, params, x, kernel, bias, dropout, stored)
     parts = []
     for i, own in enumerate(inputs):  # matrices whose inputs differ are as many products
-        alone = FusedLayout((layout.part_features(i),), 0, (layout.part_features(i),))
+        alone = FusedLayout((layout.part_features(i),), 0, (layout.part_features(i),), layout.sharded)
         part_bias = None if bias is None else layout.take(bias, i)
         drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
         part, own_stored = _taken(layout, kernel, i), stored if len(inputs) == 1 else None

@@ -16,11 +16,19 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class FusedLayout:
-    """How named matrices share one output: `sizes` along `part_axis` of `out_shape`, in order."""
+    """How named matrices share one output: `sizes` along `part_axis` of `out_shape`, in order.
+
+    Attributes:
+        out_shape: axes of the output.
+        part_axis: which of them the matrices share.
+        sizes: of each along it.
+        sharded: whether devices share the features of the input or of the output.
+    """
 
     out_shape: tuple[int, ...]
     part_axis: int
     sizes: tuple[int, ...]
+    sharded: bool = False
 
     @property
     def features(self) -> int:
@@ -44,12 +52,21 @@ class FusedLayout:
         part = jax.lax.slice_in_dim(y, start, start + self.sizes[index], axis=leading + self.part_axis)
         return part.reshape(*y.shape[:leading], self.part_features(index))
 
+    def take_flat(self, y: Array, index: int) -> Array:
+        """`take` of `y [..., features]`."""
+        if self.part_axis:
+            return self.take(y.reshape(*y.shape[:-1], *self.out_shape), index)
+        start = sum(map(self.part_features, range(index)))
+        return y[..., start : start + self.part_features(index)]  # with no axis split, see `join`
+
     def join(self, parts: list[Array]) -> Array:
         """The inverse of `take` over all parts: `[..., features of part i]` each → `[..., features]`, flat."""
         leading = parts[0].shape[:-1]
-        shaped = [part.reshape(*leading, *self.part_shape(i)) for i, part in enumerate(parts)]
-        if len(shaped) == 1:
+        if len(parts) == 1:
             return parts[0]
+        if self.part_axis == 0:  # a TPU would move every number for another axis
+            return jnp.concatenate(parts, axis=-1)
+        shaped = [part.reshape(*leading, *self.part_shape(i)) for i, part in enumerate(parts)]
         return jnp.concatenate(shaped, axis=len(leading) + self.part_axis).reshape(*leading, self.features)
 
 

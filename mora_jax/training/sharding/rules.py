@@ -134,6 +134,10 @@ class Placement:
         cut = self._cut(axes, shape, "tensor")
         return next((i for i, entry in enumerate(cut) if i > 1 and entry), 1)
 
+    def cuts_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+        """See `Partitioner.cuts_features`."""
+        return self.mesh.shape["tensor"] > 1 and any(self._cut(axes, shape, "tensor"))
+
     def flattens(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """See `Partitioner.flattens`."""
         cuts = *self._stored(axes, shape)[2:], *self._cut(axes, shape, "tensor")[2:]

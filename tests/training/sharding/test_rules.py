@@ -88,6 +88,7 @@ CASES = [
     ("lora", (1, 1, 4), {"sizes": "even"}),
     pytest.param("mora", (1, 4, 1), {"micro_batches": 2, "unroll": 8}, marks=pytest.mark.slow),
     ("mora", (1, 1, 4), {}),
+    ("sharing", (1, 1, 4), {"sizes": "even"}),
     pytest.param("full", (2, 2, 1), {"micro_batches": 2}, marks=pytest.mark.slow),
     ("full", (1, 2, 2), {"packed": False, "sizes": "even"}),
     pytest.param("lora", (1, 4, 1), {"sizes": "blocks", "quantize": "nf4"}, marks=pytest.mark.slow),
@@ -174,10 +175,12 @@ def test_weights_are_gathered_inside_the_layer_that_uses_them():
     assert [size for inside, size in found if inside == "entry" and size > 512] == [head]
 
 
-def test_along_tensor_nothing_is_gathered():
-    spread = run("lora", (1, 1, 4), sizes="even")
+@pytest.mark.parametrize("method", ["lora", "sharing"])
+def test_along_tensor_nothing_is_gathered(method):
+    spread = run(method, (1, 1, 4), sizes="even")
     assert gathers(spread.compiled) == []
     text = spread.compiled.as_text()
+    assert not re.search(r" (all-to-all|collective-permute|reduce-scatter)(-start)?\(", text)
     assert "f32[1,256,24]" in text and "f32[1,256,96]" not in text  # a chunk of logits, a quarter on each device
 
 

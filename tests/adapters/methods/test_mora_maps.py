@@ -1,0 +1,79 @@
+"""The forms of MoRA's sums and repetitions, against a loop over their steps and against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax.adapters.methods.mora import KINDS, square_rank
+from mora_jax.adapters.methods.mora_fused import FusedMoRA
+from mora_jax.adapters.methods.mora_maps import Form, Sides, Walk
+from mora_jax.adapters.products.fused import FusedLayout
+from mora_jax.backend import compiling_for
+
+# length, source, target: tiles with a rest and without, sums with a rest and without, padding of both sides, one step.
+WALKS = [(11, 4, 11), (12, 4, 12), (12, 12, 5), (12, 10, 4), (8, 5, 8), (5, 8, 9), (3, 9, 3), (1, 1, 1), (24, 5, 7)]
+
+
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_walk_against_its_steps(walk, form):
+    length, source, target = walk
+    x = np.random.default_rng(0).normal(size=(3, source)).astype(np.float32)
+    for step, sizes in ((Walk(*walk, form), (source, target)), (Walk(*walk, form).transpose, (target, source))):
+        given = x if sizes[0] == source else np.resize(x, (3, target))
+        expected = np.zeros((3, sizes[1]), np.float32)
+        for f in range(length):
+            expected[:, f % sizes[1]] += given[:, f % sizes[0]]
+        np.testing.assert_allclose(step(jnp.asarray(given)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sums_of_bfloat16_are_wide():
+    x = jnp.array([[1.0, 2**-10]], jnp.bfloat16)
+    for form in Form:
+        assert Walk(2, 2, 1, form)(x)[0, 0] == 1 + 2**-10
+
+
+# A part's size: some parts have no update, more and fewer outputs than inputs, odd sizes.
+LAYOUTS = {
+    "one matrix": (FusedLayout((20,), 0, (20,)), 12),
+    "gate and up": (FusedLayout((2, 30), 0, (1, 1)), 12),
+    "query, key and value": (FusedLayout((2, 4, 5), 1, (2, 1, 1)), 33),
+}
+
+
+def value_and_gradients(delta, x, params, dy):
+    y, residuals = delta.forward(x, params)
+    return y, delta.backward(residuals, dy)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_forms_of_fused_updates(name, sharded):
+    """What a TPU and a mesh take gives the same output and gradients as what a CPU takes, for every kind."""
+    layout, width = LAYOUTS[name]
+    random = np.random.default_rng(1)
+    x, dy = (jnp.asarray(random.normal(size=(7, n)), jnp.float32) for n in (width, layout.features))
+
+    def programs(layout):
+        return [
+            value_and_gradients(FusedMoRA(layout, kinds), x, params, dy) for kinds, params in zip(*cases, strict=True)
+        ]
+
+    parts = range(len(layout.sizes))
+    cases = [], []
+    for kind in KINDS:
+        sides = [square_rank(width, layout.part_features(i), 4, kind) for i in parts]
+        squares = [jnp.asarray(random.normal(size=(q, q)), jnp.float32) for q in sides]
+        cases[0].append(tuple(kind for _ in parts))
+        cases[1].append(tuple({"m": m, "scaling": jnp.float32(1.5)} for m in squares))
+    expected = jax.jit(lambda: programs(layout))()
+    with compiling_for("tpu"):
+        walks = [Sides.of(kind, width, 20, 6, sharded=sharded).outer for kind in ("sharing", "rotation")]
+        found = jax.jit(lambda: programs(FusedLayout(layout.out_shape, layout.part_axis, layout.sizes, sharded)))()
+    assert [walk.form for walk in walks] == ([Form.MATRIX, Form.SPLIT] if sharded else [Form.SLICES] * 2)
+    for kind, one, other in zip(KINDS, expected, found, strict=True):
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            scale = np.abs(a).max()
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * scale, err_msg=kind)
+            assert scale > 0
