@@ -141,7 +141,8 @@ def figures(text: str) -> str:
             name = head[2]
             entry = name if head[1] else entry
             cycles[name] = 0.0
-        if found := re.search(r'"estimated_cycles":"(\d+)"', line):
+        found = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if found and int(found[1]) < 1 << 62:  # the largest number there is stands for no estimate
             cycles[name] += float(found[1])
             if "hidden_states" in line and "/while/body" in line and not line.lstrip().startswith("%param"):
                 layers.setdefault(name, "backward" if "transpose(" in line else "forward")
