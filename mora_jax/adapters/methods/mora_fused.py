@@ -52,14 +52,14 @@ class _Group(NamedTuple):
         if self._one_by_one:
             found = [self._split(dot32(own, self._of(w, k))) for k, own in enumerate(self._cut(x))]
             return [jnp.concatenate(blocks, axis=1) for blocks in zip(*found, strict=True)]
-        return [z.reshape(len(x), -1) for z in self._split(self._multiplied(self._blocks(x), w, 1))]
+        return [_flat(z) for z in self._split(self._multiplied(self._blocks(x), w, 1))]
 
     def product_back(self, dz: list[Array], w: Array) -> Array:
         """The parts' `[N, blocks · q]` by the transposed matrix: float32 `[N, blocks · q]`."""
         if self._one_by_one:
             joined = self._joined_by_block(dz)
             return jnp.concatenate([dot32_nt(own, self._of(w, k)) for k, own in enumerate(joined)], axis=1)
-        return self._multiplied(self._joined(dz), w, 2).reshape(len(dz[0]), -1)
+        return _flat(self._multiplied(self._joined(dz), w, 2))
 
     def gradient(self, x: Array, dz: list[Array]) -> Array:
         """That of the matrix, float32 in its shape, of the input `[N, blocks · q]` and the parts' `[N, blocks · q]`."""
@@ -217,3 +217,8 @@ class FusedMoRA:
 def _operand(step: Map, x: Array, dtype: Any) -> Array:
     """`x` as `step` takes it: in the compute dtype for a product."""
     return x.astype(dtype) if isinstance(step, Walk) and step.form is Form.MATRIX else x
+
+
+def _flat(x: Array) -> Array:
+    """`[N, blocks, q]` as `[N, blocks · q]`, for no rows too."""
+    return x.reshape(len(x), x.shape[1] * x.shape[2])

@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 
 from mora_jax.adapters.products.matmul import added, dot32, widened
-from mora_jax.backend import backend
 
 Array = jax.Array
 
@@ -26,25 +25,25 @@ BLOCK_KINDS = ("rotation", "decouple")
 class Form(enum.Enum):
     """How a `Walk` is computed: the same sums in another way."""
 
-    SPLIT = "the axis of features is split in two"
     SLICES = "slices of the features are put together and added"
+    SPLIT = "the axis of features is split in two, for many pieces"
     MATRIX = "a product with a matrix of zeros and ones"
 
     @classmethod
     def of(cls, pieces: int, *, shared: bool, sharded: bool) -> Form:
         """The form for an axis of so many pieces.
 
-        A TPU tiles an array's last two axes, so that splitting one moves every number, in operations that XLA can't
-        fuse. Where devices share the features, slices and pieces lie across them; a product does not mind.
+        An axis that is split has XLA compute every index on CPUs, and move every number on TPUs, which tile an array's
+        last two axes. Slices lie across devices where these share the features; a product does not mind.
 
         Args:
-            pieces: the axis is split into.
+            pieces: that the axis consists of.
             shared: whether the pieces are summed or repeated: the matrix is narrow then.
             sharded: whether devices share the features of inputs or outputs.
         """
         if sharded:
             return cls.MATRIX if shared else cls.SPLIT
-        return cls.SLICES if backend() == "tpu" and pieces <= _PIECES else cls.SPLIT
+        return cls.SLICES if pieces <= _PIECES else cls.SPLIT
 
 
 _PIECES = 256  # slices in one program are few enough to compile

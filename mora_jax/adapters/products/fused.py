@@ -64,7 +64,7 @@ class FusedLayout:
         leading = parts[0].shape[:-1]
         if len(parts) == 1:
             return parts[0]
-        if self.part_axis == 0:  # a TPU would move every number for another axis
+        if self.part_axis == 0:  # an axis between would move every number on TPUs
             return jnp.concatenate(parts, axis=-1)
         shaped = [part.reshape(*leading, *self.part_shape(i)) for i, part in enumerate(parts)]
         return jnp.concatenate(shaped, axis=len(leading) + self.part_axis).reshape(*leading, self.features)

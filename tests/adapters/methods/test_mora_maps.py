@@ -1,15 +1,17 @@
 """The forms of MoRA's sums and repetitions, against a loop over their steps and against each other."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mora_jax.adapters.methods import mora_maps
 from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.adapters.methods.mora_fused import FusedMoRA
 from mora_jax.adapters.methods.mora_maps import Form, Sides, Walk
 from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.backend import compiling_for
 
 # length, source, target: tiles with a rest and without, sums with a rest and without, padding of both sides, one step.
 WALKS = [(11, 4, 11), (12, 4, 12), (12, 12, 5), (12, 10, 4), (8, 5, 8), (5, 8, 9), (3, 9, 3), (1, 1, 1), (24, 5, 7)]
@@ -49,8 +51,8 @@ def value_and_gradients(delta, x, params, dy):
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_forms_of_fused_updates(name, sharded):
-    """What a TPU and a mesh take gives the same output and gradients as what a CPU takes, for every kind."""
+def test_forms_of_fused_updates(name, sharded, monkeypatch):
+    """Slices, and what a mesh takes, give the same output and gradients as split axes, for every kind."""
     layout, width = LAYOUTS[name]
     random = np.random.default_rng(1)
     x, dy = (jnp.asarray(random.normal(size=(7, n)), jnp.float32) for n in (width, layout.features))
@@ -67,11 +69,12 @@ def test_forms_of_fused_updates(name, sharded):
         squares = [jnp.asarray(random.normal(size=(q, q)), jnp.float32) for q in sides]
         cases[0].append(tuple(kind for _ in parts))
         cases[1].append(tuple({"m": m, "scaling": jnp.float32(1.5)} for m in squares))
-    expected = jax.jit(lambda: programs(layout))()
-    with compiling_for("tpu"):
-        walks = [Sides.of(kind, width, 20, 6, sharded=sharded).outer for kind in ("sharing", "rotation")]
-        found = jax.jit(lambda: programs(FusedLayout(layout.out_shape, layout.part_axis, layout.sizes, sharded)))()
+    with monkeypatch.context() as patched:
+        patched.setattr(mora_maps, "_PIECES", 0)  # all axes are split
+        expected = jax.jit(lambda: programs(layout))()
+    walks = [Sides.of(kind, width, 20, 6, sharded=sharded).outer for kind in ("sharing", "rotation")]
     assert [walk.form for walk in walks] == ([Form.MATRIX, Form.SPLIT] if sharded else [Form.SLICES] * 2)
+    found = jax.jit(lambda: programs(dataclasses.replace(layout, sharded=sharded)))()
     for kind, one, other in zip(KINDS, expected, found, strict=True):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             scale = np.abs(a).max()
