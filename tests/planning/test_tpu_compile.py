@@ -110,7 +110,7 @@ def test_moments_move_to_the_host():
     assert here.host == 0
     assert there.host >= moments
     assert here.arguments - there.arguments == pytest.approx(moments, rel=0.05)
-    assert there.arguments + there.temp < here.arguments + here.temp - moments / 2
+    assert there.arguments + there.temp < here.arguments + here.temp - moments / 3  # gradients need room of their own
 
 
 def test_layers_inputs_move_to_the_host():
