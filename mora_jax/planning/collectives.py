@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _OP = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(-start)?\((?P<rest>.*)$")
@@ -22,28 +23,33 @@ class Loops:
         layers: of the model.
         micro_batches: of a step; 1 for no such loop.
         chunks: of the vocabulary loss, where every token carries loss.
+        turns: of the ring in which devices pass on keys and values, inside a layer; 1 where rows are whole.
     """
 
     layers: int
     micro_batches: int
     chunks: int
+    turns: int = 1
 
     def trips(self, op_name: str) -> int:
         """How often an operation runs in a step, by the loops that its name says it is in.
 
-        A loop inside that over the loss's chunks doesn't run: it mends a loss that isn't finite.
+        A loop inside that over the loss's chunks doesn't run: it mends a loss that isn't finite. Those inside a layer's
+        ring go over attention's tiles, where no device sends anything.
         """
         *loops, _ = op_name.split("/while/body")
-        total, outer, in_loss = 1, self.micro_batches > 1, False
+        total, outer, inside = 1, self.micro_batches > 1, ""
         for loop in loops:
             if "hidden_states" in loop:
-                total *= self.layers
+                total, outer, inside = total * self.layers, False, "layer"
             elif outer:
                 total, outer = total * self.micro_batches, False
-            elif in_loss:
+            elif inside == "loss":
                 return 0
+            elif inside:
+                total, inside = total * (self.turns if inside == "layer" else 1), "ring"
             else:
-                total, in_loss = total * self.chunks, True
+                total, inside = total * self.chunks, "loss"
         return total
 
 
@@ -65,8 +71,8 @@ class Collective:
 def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
     """The collectives of a step by kind.
 
-    The compiler may write one operation several times, for the parts of an asynchronous one; its channel tells which
-    are the same. One inside a fused computation may have no name: then it is in the loops of who calls that. A sum of
+    The compiler may write one operation several times, for the parts of an asynchronous one; its channel and name tell
+    which are the same. Permutations are written once, and those of a `shard_map` share one channel. One inside a fused computation may have no name: then it is in the loops of who calls that. A sum of
     which everyone keeps a share is an all-reduce in a computation of its own. Products that are split into windows run
     their permutations in a loop of their own, forwards and backwards and two at a time: a quarter of the devices'
     number of trips.
@@ -76,7 +82,7 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
         devices: in the mesh.
         loops: of the step.
     """
-    found: dict[str, tuple[str, int, float]] = {}
+    found: dict[tuple[Any, ...], tuple[str, int, float]] = {}
     inside, lines = "", hlo.splitlines()
     callers = {called[1]: _name(line) for line in lines if (called := _CALLS.search(line))}
     for number, line in enumerate(lines):
@@ -87,13 +93,15 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
         if op is None:
             continue
         channel = re.search(r"channel_id=(\d+)", line)
-        trips = loops.trips(_name(line) or callers.get(inside, ""))
+        name = _name(line) or callers.get(inside, "")
+        trips = loops.trips(name)
         if "windowed" in inside:
             trips *= max(1, devices // 4)
         kind, size = op["kind"], _sent(op["kind"], op["shape"], _group(op["rest"], devices))
         if inside.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size / 2
-        found.setdefault(channel[1] if channel else f"line {number}", (kind, trips, trips * size))
+        same = (channel[1], kind, name) if channel and kind != "collective-permute" else (number,)
+        found.setdefault(same, (kind, trips, trips * size))
     sums = []
     for kind in _KINDS:
         entries = [entry for entry in found.values() if entry[0] == kind and entry[2] > 0]

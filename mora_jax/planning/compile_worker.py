@@ -48,7 +48,7 @@ def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
         shards = made.placement.row_shards if made.placement is not None else 1
         tokens = rows // shards * length
         chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
-    return lowered, Loops(decoder.num_layers, micro, chunks)
+    return lowered, Loops(decoder.num_layers, micro, chunks, turns=task["mesh"][-1])
 
 
 def compile_step(task: dict[str, Any]) -> dict[str, Any]:

@@ -49,3 +49,16 @@ def test_trips_of_nested_loops():
     assert Loops(5, 1, 3).trips("jit(step)/transpose(jvp(jit(hidden_states)))/while/body/x") == 5
     assert Loops(5, 1, 3).trips("jit(step)/jvp()/while/body/x") == 3
     assert Loops(5, 1, 3).trips("jit(step)/jvp()/while/body/while/body/x") == 0  # a loss that isn't finite
+    ring = Loops(5, 1, 3, turns=4)
+    assert ring.trips("jit(step)/jvp(jit(hidden_states))/while/body/while/body/ppermute") == 20
+    assert ring.trips("jit(step)/jvp(jit(hidden_states))/while/body/while/body/while/body/dot") == 20
+    assert ring.trips("jit(step)/jvp()/while/body/x") == 3
+
+
+def test_permutations_that_share_a_channel():
+    """Keys and values around a ring in a `shard_map`: one channel and one name, and each is sent."""
+    name = 'metadata={op_name="jit(step)/jvp(jit(hidden_states))/while/body/shard_map/while/body/ppermute"}'
+    line = "  %{} = bf16[4,8]{{1,0}} collective-permute(%a), channel_id=1, source_target_pairs={{{{0,1}},{{1,0}}}}, {}"
+    hlo = "\n".join(["%body (a: bf16[4,8]) -> bf16[4,8] {", *(line.format(one, name) for one in ("k", "v")), "}"])
+    (found,) = collectives(hlo, 2, Loops(layers=3, micro_batches=1, chunks=1, turns=2))
+    assert found == Collective("collective-permute", 2 * 3 * 2, 2 * 3 * 2 * 4 * 8 * 2)
