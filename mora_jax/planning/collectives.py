@@ -72,10 +72,10 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
     """The collectives of a step by kind.
 
     The compiler may write one operation several times, for the parts of an asynchronous one; its channel and name tell
-    which are the same. Permutations are written once, and those of a `shard_map` share one channel. One inside a fused computation may have no name: then it is in the loops of who calls that. A sum of
-    which everyone keeps a share is an all-reduce in a computation of its own. Products that are split into windows run
-    their permutations in a loop of their own, forwards and backwards and two at a time: a quarter of the devices'
-    number of trips.
+    which are the same. Permutations are written once, and those of a `shard_map` share one channel. One inside a fused
+    computation may have no name: then it is in the loops of who calls that. A sum of which everyone keeps a share is an
+    all-reduce in a computation of its own. Products that are split into windows run their permutations in a loop of
+    their own, forwards and backwards and two at a time: a quarter of the devices' number of trips.
 
     Args:
         hlo: the compiled program's text.
