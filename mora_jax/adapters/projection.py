@@ -7,8 +7,7 @@ kernel with a leading layer axis; the decoder scans over layers and calls it on 
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +158,7 @@ class Projection(nnx.Module):
         # The kernel is stored in the compute dtype; a trained float32 master is cast here, inside the product.
         kernel = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        layout = dataclasses.replace(self.layout, sharded=sharded)
+        layout = replace(self.layout, sharded=sharded)
         if lead:
             layout = _led_by(layout, lead)
             bias = None if bias is None else jnp.moveaxis(bias, lead, 0)
@@ -280,7 +279,7 @@ def _led_by(layout: FusedLayout, lead: int) -> FusedLayout:
     """The layout with the axis `lead` of its output moved to the front."""
     order = [lead, *(i for i in range(len(layout.out_shape)) if i != lead)]
     shape = tuple(layout.out_shape[i] for i in order)
-    return dataclasses.replace(layout, out_shape=shape, part_axis=order.index(layout.part_axis))
+    return replace(layout, out_shape=shape, part_axis=order.index(layout.part_axis))
 
 
 class OutputHead(nnx.Module):

@@ -202,16 +202,13 @@ class FusedMoRA:
         gradients: list[Any] = [None if p is None else dict.fromkeys(p) for p in params]
         slopes = []
         for group, kept, w in zip(groups, held, self._matrices(groups, params, dy.dtype), strict=True):
-            dz = [outer.transpose(self._part(dy, i)).astype(dy.dtype) for i, outer in group.parts]
+            dz = [outer.transpose(self.layout.take_flat(dy, i)).astype(dy.dtype) for i, outer in group.parts]
             da = group.product_back(dz, w)
             slopes.append(group.inner.transpose(_operand(group.inner, da, dy.dtype)))
             dw = group.gradient(group.inputs(kept), dz)
             for (i, _), square in zip(group.parts, group.squares(dw), strict=True):
                 gradients[i]["m"] = square * params[i]["scaling"]
         return added(*slopes), tuple(gradients)
-
-    def _part(self, dy: Array, index: int) -> Array:
-        return self.layout.take_flat(dy, index)
 
 
 def _operand(step: Map, x: Array, dtype: Any) -> Array:

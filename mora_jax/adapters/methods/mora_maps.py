@@ -58,7 +58,7 @@ class Walk(NamedTuple):
     form: Form = Form.SPLIT
 
     def __call__(self, x: Array) -> Array:
-        """`[N, source]` → `[N, target]`; wide where anything is summed, else in the dtype of `x`."""
+        """`[N, source]` → `[N, target]`; wide from a product or where anything is summed, else in the dtype of `x`."""
         if self.form is not Form.SPLIT:
             return self._of_slices(x) if self.form is Form.SLICES else self._by_matrix(x)
         rows = len(x)
@@ -82,7 +82,7 @@ class Walk(NamedTuple):
         return rounds[0] if len(rounds) == 1 else sum(map(widened, rounds[1:]), widened(rounds[0]))
 
     def _by_matrix(self, x: Array) -> Array:
-        """In the dtype of `x`, with wide sums."""
+        """With zeros and ones in the dtype of `x`; a number that a step reaches twice counts as 2."""
         few = min(self.source, self.target)
         rows, columns = (lax.broadcasted_iota(jnp.int32, (self.source, self.target), axis) for axis in (0, 1))
         many, one = (rows, columns) if self.target == few else (columns, rows)
