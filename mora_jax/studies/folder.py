@@ -18,7 +18,7 @@ from mora_jax.training.config.checks import config_from_dict
 FILE = "study.json"
 _OWN = (FILE, "data", "runs", "figures", "cells.csv", "conclusion.md")
 
-_ASIDE = ".replaced"
+_ASIDE, _MOVING = ".replaced", ".moving"
 
 
 class StudyFolder(SweepFolder):
@@ -51,57 +51,69 @@ class StudyFolder(SweepFolder):
             resume: there has to be one already.
             overwrite: replace what is there, once the first cell has begun.
 
-        Where bad input ends it before that, the folder is left as it was.
+        Whatever ends it before that, the folder is left as it was.
 
         Raises:
             InputError: the folder holds something else, or nothing to resume.
         """
-        own = self.files.present(_OWN)
-        goes_on = False
-        if own and not overwrite:
-            found = self._read()["asked"] if FILE in own else None
-            if found != asked:
-                differs = _difference(found, asked)
-                raise InputError(
-                    f"{self.path} holds another study ({differs}); replace it with --overwrite, or set another --out"
-                )
-            goes_on = True
-        if resume and not goes_on:
-            raise InputError(f"{self.path} holds no study to resume: {self.path / FILE} is missing")
-        if not goes_on:
+        if not Path(self.path).is_dir():
             self._directory.check_free(overwrite)
         new = not Path(self.path).exists()
-        with self._directory.claimed():
-            if not goes_on:
+        with self._directory.claimed(), contextlib.ExitStack() as stack:
+            if new:
+                stack.callback(self._remove_if_empty)
+            self._take_back()  # where the process that was to replace it was killed
+            own = self.files.present(_OWN)
+            goes_on = bool(own) and not overwrite
+            if goes_on:
+                found = self._read()["asked"] if FILE in own else None
+                if found != asked:
+                    differs = _difference(found, asked)
+                    raise InputError(
+                        f"{self.path} holds another study ({differs}); replace it with --overwrite, or set another "
+                        "--out"
+                    )
+            elif resume:
+                raise InputError(f"{self.path} holds no study to resume: {self.path / FILE} is missing")
+            else:
+                self._directory.check_free(overwrite)
                 self._put_aside()
+                # Whatever ends the study before its first cell: errors, signals, a full disk.
+                stack.callback(self._take_back)
                 self._write({"asked": dict(asked), "runs": [], "failed": {}})
             self.data.mkdir(parents=True, exist_ok=True)
-            try:
-                yield
-            except InputError:
-                if not goes_on and not self.files.present(("runs",)):
-                    self._take_back()
-                raise
-            finally:
-                self.files.remove(_ASIDE)
-                if new:
-                    with contextlib.suppress(OSError):
-                        Path(self.path).rmdir()  # empty
+            yield
 
     def _put_aside(self) -> None:
-        """An earlier study, until a new one has begun in its place."""
+        """Moves an earlier study aside, until the first cell of a new one has begun in its place."""
         aside = Path(self.path) / _ASIDE
-        self.files.remove(_ASIDE)
-        aside.mkdir()
+        moving = aside.with_suffix(_MOVING)
+        moving.mkdir()
         for name in self.files.present(_OWN):
-            (Path(self.path) / name).rename(aside / name)
+            (Path(self.path) / name).rename(moving / name)
+        moving.rename(aside)
 
     def _take_back(self) -> None:
-        """What was put aside."""
-        for name in _OWN:
-            self.files.remove(name)
-        for path in (Path(self.path) / _ASIDE).iterdir():
-            path.rename(Path(self.path) / path.name)
+        """Puts an earlier study back where no cell of the new one has begun, and removes it where one has.
+
+        The process may be killed between any two of these lines, and the next one goes on from there.
+        """
+        aside = Path(self.path) / _ASIDE
+        moving = aside.with_suffix(_MOVING)
+        if aside.exists() and self.files.present(("runs",)):
+            self.files.remove(_ASIDE)
+        elif aside.exists():
+            for name in _OWN:
+                self.files.remove(name)
+            aside.rename(moving)
+        if moving.exists():
+            for path in moving.iterdir():
+                path.rename(Path(self.path) / path.name)
+            moving.rmdir()
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            Path(self.path).rmdir()
 
     def check_free(self, runs: Sequence[SweepRun], overwrite: bool) -> bool:
         """Adds the cells that are new; those that are there have to be the same.
@@ -179,4 +191,4 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a file that `write_rows` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]

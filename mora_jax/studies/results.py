@@ -75,11 +75,13 @@ def _content(path: str) -> str:
 def _measured(run: RunResult) -> Iterable[tuple[int, str, float]]:
     for row in run.metrics:
         for name, value in row.items():
+            # A file of metrics holds null for what is not finite.
+            number = math.nan if value is None else value
             scored = name.startswith("eval_") and name not in _NOT_METRICS
-            if scored and isinstance(value, int | float):
-                yield row["step"], name.removeprefix("eval_"), float(value)
+            if scored and isinstance(number, int | float):
+                yield row["step"], name.removeprefix("eval_"), float(number)
             elif name == "loss":
-                yield row["step"], "train_loss", float(value)
+                yield row["step"], "train_loss", float(number)
 
 
 class Results:
@@ -190,8 +192,10 @@ def choose_rates(study: Study, cells: Mapping[str, Cell], runs: Iterable[RunResu
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for run in runs:
         cell = cells[run.name]
-        values = [sign * row[f"eval_{study.chosen_by}"] for row in run.metrics if f"eval_{study.chosen_by}" in row]
-        if not run.summary or run.failed or not values or not math.isfinite(values[-1]):
+        evaluations = [row[f"eval_{study.chosen_by}"] for row in run.metrics if f"eval_{study.chosen_by}" in row]
+        values = [sign * value for value in evaluations if value is not None and math.isfinite(value)]
+        # A rate whose run ended with a loss that is not finite is not taken.
+        if not run.summary or run.failed or not values or evaluations[-1] is None or not math.isfinite(evaluations[-1]):
             continue
         found = min(values) if study.chosen_at_best else values[-1], cell.rate
         key = cell.level.name, cell.arm.name

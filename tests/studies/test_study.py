@@ -9,6 +9,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,18 @@ from mora_jax.errors import InputError
 from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
-from mora_jax.studies.folder import write_rows
+from mora_jax.studies.folder import StudyFolder, write_rows
 from mora_jax.studies.instruct.study import Instruct
 from mora_jax.studies.intervals import interval, paired, verdict
 from mora_jax.studies.memorize.pairs import SYMBOLS, make_pairs, right_symbols, share_of_right
 from mora_jax.studies.memorize.study import Memorize
 from mora_jax.studies.registry import STUDIES
+from mora_jax.studies.results import choose_rates, observations
 from mora_jax.studies.run import run_study
 from mora_jax.studies.scoring import score_rows
 from mora_jax.studies.study import Arm, Cell, Measuring, Preset, Sources
 from mora_jax.sweeps.board import Board
+from mora_jax.sweeps.run_result import RunResult
 
 SETTINGS = {
     "data.max_length": 16,
@@ -267,6 +271,75 @@ def test_a_study_goes_on_from_another_folder_and_bad_input_replaces_nothing(done
         run_study(Small(), "test", str(out), Sources("none"), overwrite=True, board=Board())
     assert {path.name for path in out.iterdir()} == before
     run_study(Small(), "test", str(out), SOURCES, board=Board())
+
+
+class Stop(BaseException):
+    """As a signal is raised in the main thread."""
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Stop, OSError])
+def test_what_ends_a_study_before_its_first_cell_replaces_nothing(stop, tmp_path, monkeypatch):
+    folder = StudyFolder(str(tmp_path / "out"))
+    with folder.opened({"study": "old"}, resume=False, overwrite=False):
+        folder.write_text("cells.csv", "old")
+        (folder.path / "runs" / "cell").mkdir(parents=True)
+    before = {path.relative_to(folder.path) for path in folder.path.rglob("*")}
+    with pytest.raises(stop), folder.opened({"study": "new"}, resume=False, overwrite=True):
+        raise stop
+    assert {path.relative_to(folder.path) for path in folder.path.rglob("*")} == before
+    assert folder._read()["asked"] == {"study": "old"}
+    with pytest.raises(stop), folder.opened({"study": "new"}, resume=False, overwrite=True):
+        (folder.path / "runs").mkdir()
+        raise stop
+    assert folder._read()["asked"] == {"study": "new"} and not (folder.path / "cells.csv").exists()
+
+
+@pytest.mark.parametrize("lines", range(0, 20, 3))
+def test_a_process_that_is_killed_loses_no_study(lines, tmp_path):
+    """Killed after any number of changes to the folder; the next process finds the old study."""
+    out = tmp_path / "out"
+    folder = StudyFolder(str(out))
+    with folder.opened({"study": "old"}, resume=False, overwrite=False):
+        folder.write_text("cells.csv", "old")
+        (out / "runs" / "cell").mkdir(parents=True)
+    code = f"""
+import os, pathlib
+from mora_jax.studies.folder import StudyFolder
+left = {lines}
+def dying(real):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        return real(*arguments, **options)
+    return call
+for name in ("rename", "mkdir", "rmdir"):
+    setattr(pathlib.Path, name, dying(getattr(pathlib.Path, name)))
+with StudyFolder({str(out)!r}).opened({{"study": "new"}}, resume=False, overwrite=True):
+    raise KeyboardInterrupt
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True)
+    with folder.opened({"study": "old"}, resume=True, overwrite=False):
+        assert folder._read()["asked"] == {"study": "old"}
+        assert (out / "runs" / "cell").is_dir() and (out / "cells.csv").read_text() == "old"
+
+
+def test_a_loss_that_is_not_finite_is_a_result_and_no_error():
+    arm = Arm("LoRA", LORA, (1e-3, 1e-2, 1e-1))
+    preset, runs, cells = Preset("a test", (arm,), SETTINGS), [], {}
+    for rate, values in ((1e-3, (0.1, 0.2)), (1e-2, (0.3, None)), (1e-1, (None, 0.15))):
+        cell = Cell(preset.levels[0], arm, rate, 0)
+        cells[cell.name] = cell
+        metrics = [
+            {"step": step, "loss": None, "eval_generated_accuracy": value} for step, value in enumerate(values, 1)
+        ]
+        config = run_module.cell_config(cell, preset, demo.model_path(), {"data.train": ("a",)}, "out")
+        runs.append(RunResult(cell.name, {}, {"steps": 2}, metrics, None, None, config))
+    assert choose_rates(Memorize(), cells, runs) == {("", "LoRA"): 1e-3}
+    frame = observations(Memorize(), "test", cells, runs)
+    assert frame[(frame["metric"] == "train_loss")]["value"].isna().all()
+    assert frame[frame["learning_rate"] == 1e-2]["value"].isna().tolist() == [True, False, True, True]
 
 
 def test_a_study_goes_on_that_was_begun_before_a_key_was_there(done):
