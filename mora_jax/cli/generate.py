@@ -89,7 +89,8 @@ def _answer_each(
         _answer_in_turn(model, tokenizer, messages, adapters, reading, options, why=str(error))
         return
     prompts = [messages] * len(adapters)
-    answers = generate_batch(model, tokenizer, prompts, adapter_ids=named.ids(named.names), **options)
+    ids = named.ids(named.names)
+    answers = generate_batch(model, tokenizer, prompts, adapter_ids=ids, numbers=[0] * len(prompts), **options)
     for name, answer in zip(adapters, answers, strict=True):
         print(f"[{name}]\n{answer.rstrip(REPLACEMENT)}\n")
 

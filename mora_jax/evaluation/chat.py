@@ -98,6 +98,7 @@ def generate_batch(
     sampling: Sampling = GREEDY,
     template: str | None = None,
     adapter_ids: Sequence[int] | np.ndarray | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
 ) -> list[str]:
     """Returns the answers to many prompts, in their order.
 
@@ -112,16 +113,23 @@ def generate_batch(
         sampling: how tokens are drawn; greedy unless given.
         template: as for `stream_text`.
         adapter_ids: the adapter of each prompt, int `[N]`, as for `Generator.batch`; None for the active one.
+        numbers: int `[N]`, to which the prompts' draws belong; None: their places in `prompts`. Equal ones let
+            several adapters answer a prompt with the same draws.
 
     Returns:
         The answers, without special tokens.
     """
     generator = Generator(model, find_stop_ids(model, tokenizer, template), sampling)
     ids = [render_prompt(tokenizer, prompt, template).input_ids for prompt in prompts]
-    found = complete_batch(
-        generator, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter_ids=adapter_ids
+    answers = complete_batch(
+        generator,
+        ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        adapter_ids=adapter_ids,
+        numbers=numbers,
     )
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
 
 
 def complete_batch(
@@ -131,6 +139,8 @@ def complete_batch(
     max_new_tokens: int,
     batch_size: int = 32,
     adapter_ids: Sequence[int] | np.ndarray | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
+    ended: Callable[[np.ndarray], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[np.ndarray]:
     """Returns what a model writes after many prompts of tokens, in their order.
@@ -143,21 +153,24 @@ def complete_batch(
         max_new_tokens: at most so many are made for each.
         batch_size: prompts that are continued at once.
         adapter_ids: as for `generate_batch`.
+        numbers: the requests' numbers, to which their draws belong; None: their places in `prompts`.
+        ended: as for `Generator.batch`.
         progress: called with (prompts done, all prompts) after each batch.
 
     Returns:
         int32 `[N_i]` each, without the token that ends it.
     """
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+    numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
+    answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # The last batch is filled up with its own last prompt, to keep the compiled shape.
         filled = [*rows, *[rows[-1]] * (min(batch_size, len(order)) - len(rows))]
-        chosen = None if adapter_ids is None else np.asarray(adapter_ids)[filled]
-        tokens = generator.batch([prompts[row] for row in filled], max_new_tokens, chosen)
-        for row, answer in zip(rows, tokens, strict=False):
-            found[row] = answer
+        adapters = None if adapter_ids is None else np.asarray(adapter_ids)[filled]
+        batch = generator.batch([prompts[row] for row in filled], max_new_tokens, adapters, ended, numbers[filled])
+        for row, answer in zip(rows, batch, strict=False):
+            answers[row] = answer
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
-    return found
+    return answers

@@ -6,6 +6,8 @@ prompts, and `_proceed`, which makes tokens in a loop and writes the cache in pl
 made by one call, `Generator.stream` one a call.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,7 +77,7 @@ class Generator:
     def stream(self, prompt_ids: Sequence[int] | np.ndarray, max_new_tokens: int) -> Iterator[int]:
         """Yields the answer's tokens one by one, up to a stop token or the end of the model's context.
 
-        The next token is in the making while one is looked at.
+        The next token is computed while one is looked at. Tokens are drawn as for request number 0.
 
         Args:
             prompt_ids: int `[T]`.
@@ -84,14 +86,14 @@ class Generator:
         Raises:
             InputError: when the prompt is empty or leaves no room in the context.
         """
-        count = self._room([prompt_ids], max_new_tokens)
-        proceed, answers = self._begin([prompt_ids], count, None)
-        for made in range(1, count + 1):
+        proceed, answers = self._begin([prompt_ids], max_new_tokens, None, None)
+        limit = int(answers.limits[0])
+        for step in range(1, limit + 1):
             token = int(answers.token[0])
             if token in self.stop_ids:
                 return
-            if made < count:
-                answers = proceed(answers, made)
+            if step < limit:
+                answers = proceed(answers, step)
             yield token
 
     def batch(
@@ -100,16 +102,18 @@ class Generator:
         max_new_tokens: int,
         adapter_ids: Any = None,
         ended: Callable[[np.ndarray], bool] | None = None,
+        numbers: Sequence[int] | np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """Answers several prompts at once.
 
         Args:
             prompts: int `[T_i]` each.
-            max_new_tokens: at most so many are made for each.
+            max_new_tokens: at most so many are made for each; fewer where a prompt leaves less room in the context.
             adapter_ids: int, one a prompt: which of several named adapters answers it, -1 for the base alone; None:
                 the active one.
             ended: told an answer's tokens so far, from time to time, whether it goes on no further (a stop sequence
                 is in its text); it may then be longer than needed.
+            numbers: int, one a prompt: the request's number, to which its draws belong; None: its place here.
 
         Returns:
             int32 `[N_i]` each, without the stop token.
@@ -119,41 +123,45 @@ class Generator:
         """
         if not prompts:
             return []
-        count = self._room(prompts, max_new_tokens)
         if adapter_ids is not None:
             adapter_ids = checked_ids(list(banks(self.model)), adapter_ids, len(prompts))
-        proceed, answers = self._begin(prompts, count, adapter_ids)
+        proceed, answers = self._begin(prompts, max_new_tokens, adapter_ids, numbers)
+        longest = int(answers.limits.max())
         if ended is not None:
-            for until in range(LOOKED_AT, count, LOOKED_AT):
+            for until in range(LOOKED_AT, longest, LOOKED_AT):
                 answers = proceed(answers, until)
                 done = np.array(answers.done)
                 done[: len(prompts)] |= [ended(tokens) for tokens in _rows(answers)[: len(prompts)]]
                 answers = dataclasses.replace(answers, done=jnp.asarray(done))
                 if done.all():
                     break
-        answers = proceed(answers, count)
+        answers = proceed(answers, longest)
         return _rows(answers)[: len(prompts)]
 
-    def _begin(self, prompts: Sequence[Sequence[int] | np.ndarray], count: int, adapter_ids: Any) -> Any:
+    def _begin(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, adapter_ids: Any, numbers: Any
+    ) -> tuple[Callable[..., Answers], Answers]:
         """A function that proceeds with answers until so many tokens are made, and the answers with their first token
         drawn."""
         ids, segments = self._pad(prompts)
+        limits = self._limits(prompts, max_new_tokens)
+        numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
         if self._layers is not None and len(ids) == 1 and self.model.dtype == jnp.bfloat16:
             # XLA multiplies two bfloat16 rows in bfloat16, but widens the whole matrix for a single one.
             if all(bank.rows is None for bank in banks(self.model)):
-                ids, segments = ids.repeat(2, axis=0), segments.repeat(2, axis=0)
+                ids, segments, numbers = (array.repeat(2, axis=0) for array in (ids, segments, numbers))
+                limits = np.append(limits, np.int32(0))
                 adapter_ids = None if adapter_ids is None else jnp.repeat(adapter_ids, 2)
-        real = np.arange(len(ids)) < len(prompts)
         stops = jnp.asarray(sorted(self.stop_ids) or [-1], jnp.int32)
         draw = Draw(
-            jax.random.key(self.sampling.seed),
+            request_keys(jax.random.key(self.sampling.seed), jnp.asarray(numbers, jnp.uint32)),
             jnp.float32(self.sampling.temperature),
             jnp.float32(self.sampling.top_p),
             self.sampling.temperature == 0,
         )
         options = (self._graphdef, self._state, stops, draw, adapter_ids)
-        room = _round_up(count)
-        answers = _begin(*options, ids, segments, real, room, self._layers is not None)
+        room = _round_up(int(limits.max()))
+        answers = _begin(*options, ids, segments, limits, room, self._layers is not None)
         return functools.partial(_proceed, *options, self._layers), answers
 
     def _pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -172,13 +180,15 @@ class Generator:
             raise InputError(f"the prompt has token id {ids.max()}, but the model knows only {known} tokens")
         return ids, segments
 
-    def _room(self, prompts: Sequence[Sequence[int] | np.ndarray], wanted: int) -> int:
-        if wanted < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {wanted}")
-        context, longest = self.model.config.max_positions, max(len(prompt) for prompt in prompts)
-        if longest >= context:
-            raise InputError(f"the prompt has {longest} tokens, the model's context {context}; shorten the prompt")
-        return min(wanted, context - longest)
+    def _limits(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int) -> np.ndarray:
+        """The most tokens that each answer may have, int32 `[B]`."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        lengths, context = np.array([len(prompt) for prompt in prompts]), self.model.config.max_positions
+        if lengths.max() >= context:
+            text = f"the prompt has {lengths.max()} tokens, the model's context {context}"
+            raise InputError(f"{text}; shorten the prompt")
+        return np.minimum(max_new_tokens, context - lengths).astype(np.int32)
 
 
 def _rows(answers: Any) -> list[np.ndarray]:
@@ -194,12 +204,18 @@ def _faster_apart(model: Decoder) -> bool:
     return all(isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1 for leaf in leaves)
 
 
-def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
+@jax.jit
+def request_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """The keys of requests, `[B]` for their numbers `[B]`: whatever batch a request is in, its draws are the same."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+
+
+def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
     """Returns the next token of each row.
 
     Args:
         logits: float32 `[B, V]`.
-        key: for the draw.
+        keys: for the draw of each row, `[B]`.
         temperature: scalar, above 0 unless greedy.
         top_p: scalar in (0, 1].
         greedy: takes the likeliest token; the other arguments then don't matter.
@@ -215,7 +231,8 @@ def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax
     # A token stays when the likelier ones don't reach top_p yet; the first always does.
     kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
     lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jax.random.categorical(key, jnp.where(logits >= lowest, logits, -jnp.inf)).astype(jnp.int32)
+    logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def _round_up(length: int, step: int = BUCKET) -> int:
@@ -225,16 +242,17 @@ def _round_up(length: int, step: int = BUCKET) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """How tokens are drawn, for a compiled function: see `choose`."""
+    """How tokens are drawn, for a compiled function: see `choose`; `keys [B]` are those of the requests."""
 
-    key: jax.Array
+    keys: jax.Array
     temperature: jax.Array
     top_p: jax.Array
     greedy: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, logits: jax.Array, step: jax.Array | int) -> jax.Array:
         """The token number `step` of each answer."""
-        return choose(logits, jax.random.fold_in(self.key, step), self.temperature, self.top_p, self.greedy)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, step)
+        return choose(logits, keys, self.temperature, self.top_p, self.greedy)
 
 
 @jax.tree_util.register_dataclass
@@ -246,8 +264,9 @@ class Answers:
         made: int32 scalar, how many tokens of each answer are in `tokens` and in the cache.
         cache: of the prompts and those tokens.
         token: int32 `[B]`, the token after them.
-        done: bool `[B]`, whether this is a stop token, or came after one.
+        done: bool `[B]`, whether this is a stop token, comes after one or beyond the limit.
         tokens: int32 `[B, room]`: each row's answer, -1 from its stop token on.
+        limits: int32 `[B]`, the most tokens of each answer.
     """
 
     made: jax.Array
@@ -255,6 +274,7 @@ class Answers:
     token: jax.Array
     done: jax.Array
     tokens: jax.Array
+    limits: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 8, 9))
@@ -266,11 +286,11 @@ def _begin(
     adapter_ids: jax.Array | None,
     ids: jax.Array,
     segments: jax.Array,
-    real: jax.Array,
+    limits: jax.Array,
     room: int,
     apart: bool,
 ) -> Answers:
-    """Reads prompts `ids [B, T]` and draws the first tokens; answers of rows that are not `real [B]` are done."""
+    """Reads prompts `ids [B, T]` and draws the first tokens; each answer has at most `limits [B]`."""
     model = nnx.merge(graphdef, state)
     choose_rows(model, adapter_ids, len(ids))
     if apart:
@@ -282,8 +302,9 @@ def _begin(
         made=jnp.int32(0),
         cache=cache.unstacked() if apart else cache,
         token=token,
-        done=jnp.isin(token, stop_ids) | ~real,
+        done=jnp.isin(token, stop_ids) | (limits == 0),
         tokens=jnp.full((len(ids), room), -1, jnp.int32),
+        limits=limits,
     )
 
 
@@ -313,6 +334,7 @@ def _proceed(
         logits, cache = model.read(answers.cache, answers.token[:, None], layers=layers, head=head)
         made = answers.made + 1
         token = draw(logits, made)
-        return Answers(made, cache, token, answers.done | jnp.isin(token, stop_ids), tokens)
+        done = answers.done | jnp.isin(token, stop_ids) | (made >= answers.limits)
+        return Answers(made, cache, token, done, tokens, answers.limits)
 
     return jax.lax.while_loop(running, advance, answers)

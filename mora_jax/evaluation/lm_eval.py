@@ -33,7 +33,7 @@ from tqdm import tqdm
 from mora_jax.data.conversation import Conversation, Message
 from mora_jax.data.templates.render import Renderer
 from mora_jax.errors import InputError
-from mora_jax.evaluation.chat import stated_stop_ids
+from mora_jax.evaluation.chat import complete_batch, stated_stop_ids
 from mora_jax.evaluation.generate import Generator, Sampling
 from mora_jax.evaluation.loglikelihood import LoglikelihoodScorer, windows
 from mora_jax.interop import load_adapter, load_pretrained
@@ -215,18 +215,16 @@ class MoraJaxLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         plans = [(self._plan(requests[numbers[0]].args[1]), numbers) for numbers in groups.values()]
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         with self._bar(len(requests), "answers", disable_tqdm) as bar:
             for plan, numbers in plans:
-                ids = {number: self._prompt(requests[number].args[0], plan.max_new_tokens) for number in numbers}
-                order = sorted(numbers, key=lambda number: -len(ids[number]))
-                for start in range(0, len(order), self.batch_size):
-                    rows = order[start : start + self.batch_size]
-                    for number, text in zip(rows, self._answers(plan, [ids[row] for row in rows], start), strict=True):
-                        found[number] = text
+                prompts = {number: self._prompt(requests[number].args[0], plan.max_new_tokens) for number in numbers}
+                for part in self._parts(sorted(numbers, key=lambda number: -len(prompts[number]))):
+                    texts = self._answers(plan, {number: prompts[number] for number in part}, _advance(bar))
+                    for number, text in zip(part, texts, strict=True):
+                        answers[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
-                    bar.update(len(rows))
-        return found
+        return answers
 
     def _plan(self, arguments: Mapping[str, Any]) -> _Plan:
         """What generation arguments of a task ask for.
@@ -268,21 +266,26 @@ class MoraJaxLM(TemplateLM):
         """The tokens of a prompt: its end, where they leave no room for the answer."""
         return (self.tok_encode(text) or [self.prefix_token_id])[room - self.max_length :]
 
-    def _answers(self, plan: _Plan, prompts: list[list[int]], start: int) -> list[str]:
+    def _answers(self, plan: _Plan, prompts: Mapping[int, list[int]], progress: Any) -> list[str]:
+        """The answers to prompts by their requests' numbers, to which draws belong."""
         if self._generator is None:
             self._generator = Generator(self.model)
-        self._generator.stop_ids = plan.stop_ids
-        # Else each batch would have the same draws.
-        self._generator.sampling = dataclasses.replace(plan.sampling, seed=plan.sampling.seed + start)
-        # The last batch is filled up, to keep the compiled shape.
-        filled = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts) if start else 0)]
+        self._generator.stop_ids, self._generator.sampling = plan.stop_ids, plan.sampling
 
         def ended(tokens: np.ndarray) -> bool:
             text = self.tokenizer.decode(tokens)
             return any(stop in text for stop in plan.stop)
 
-        made = self._generator.batch(filled, plan.max_new_tokens, ended=ended)[: len(prompts)]
-        texts = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made)
+        answers = complete_batch(
+            self._generator,
+            list(prompts.values()),
+            max_new_tokens=plan.max_new_tokens,
+            batch_size=self.batch_size,
+            numbers=[number * self.world_size + self.rank for number in prompts],
+            ended=ended,
+            progress=progress,
+        )
+        texts = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
         return [postprocess_generated_text(text, plan.stop, self._think_end) for text in texts]
 
     # Chat.

@@ -11,6 +11,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.errors import InputError
 from mora_jax.evaluation import generate
+from mora_jax.evaluation.chat import complete_batch
 from mora_jax.evaluation.generate import Generator, Sampling, choose
 from mora_jax.interop.read_adapter import bare
 from mora_jax.models.decoder import Decoder
@@ -72,6 +73,18 @@ def test_the_context_ends_an_answer(model):
     assert len(Generator(model).batch([prompt], 10)[0]) == 3
 
 
+def test_a_long_prompt_leaves_its_neighbours_their_room(model):
+    generator = Generator(model)
+    prompts = [[3] * 122, PROMPT, [9, 8, 7], [4] * 100]
+    alone = [by_whole_forwards(model, prompt, min(40, 128 - len(prompt))) for prompt in prompts]
+    assert [len(answer) for answer in alone] == [6, 40, 40, 28]
+    assert [answer.tolist() for answer in generator.batch(prompts, 40)] == alone
+    heard = []
+    answers = generator.batch(prompts, 40, ended=lambda tokens: bool(heard.append(len(tokens))))
+    assert [answer.tolist() for answer in answers] == alone
+    assert max(heard) == 32
+
+
 @pytest.mark.parametrize("prompt, words", [([], "no tokens"), ([3] * 128, "128"), ([261], "261")])
 def test_bad_prompts_are_refused(model, prompt, words):
     with pytest.raises(InputError, match=words):
@@ -96,10 +109,27 @@ def test_sampling_follows_the_seed(model):
     assert answers[0] == answers[1] != answers[2]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 12])
+def test_the_draws_of_a_request_belong_to_its_number_whatever_the_batch(model, batch_size):
+    generator = Generator(model, sampling=Sampling(1.0, 1.0, 5))
+    samples = complete_batch(generator, [PROMPT] * 12, max_new_tokens=8, batch_size=batch_size)
+    assert len({sample.tobytes() for sample in samples}) == 12
+    assert samples[0].tolist() == list(generator.stream(PROMPT, 8))
+    others = complete_batch(generator, [[5], PROMPT, list(range(30)), PROMPT], max_new_tokens=8, batch_size=batch_size)
+    assert [others[number].tolist() for number in (1, 3)] == [samples[number].tolist() for number in (1, 3)]
+    numbered = complete_batch(generator, [PROMPT] * 2, max_new_tokens=8, batch_size=batch_size, numbers=[7, 7])
+    assert [sample.tolist() for sample in numbered] == [samples[7].tolist()] * 2
+
+
+def draws(rows, top_p=1.0):
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    return choose(rows, keys, jnp.float32(1.0), jnp.float32(top_p), greedy=False)
+
+
 def test_draws_have_the_probabilities_of_the_softmax():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     rows = jnp.broadcast_to(logits, (20_000, 4))
-    drawn = choose(rows, jax.random.key(0), jnp.float32(1.0), jnp.float32(1.0), greedy=False)
+    drawn = draws(rows)
     shares = np.bincount(np.asarray(drawn), minlength=4) / len(drawn)
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.02)
 
@@ -107,7 +137,7 @@ def test_draws_have_the_probabilities_of_the_softmax():
 @pytest.mark.parametrize("top_p, kept", [(0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
 def test_top_p_keeps_the_likeliest(top_p, kept):
     rows = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1])), (2_000, 4))
-    drawn = choose(rows, jax.random.key(0), jnp.float32(1.0), jnp.float32(top_p), greedy=False)
+    drawn = draws(rows, top_p)
     assert set(np.asarray(drawn).tolist()) == kept
 
 
@@ -134,7 +164,7 @@ def test_bfloat16_in_place_and_alone_as_in_a_batch():
     generator = Generator(model)
     answers = generator.batch([PROMPT, PROMPT[:3]], 9)
     assert generator.batch([PROMPT], 9)[0].tolist() == answers[0].tolist()
-    proceed, begun = generator._begin([PROMPT, PROMPT[:3]], 9, None)
+    proceed, begun = generator._begin([PROMPT, PROMPT[:3]], 9, None, None)
     program = generate._proceed.lower(*proceed.args, begun, 9).compile().as_text()
     cache = ",".join(str(size) for size in begun.cache.keys[0].shape)
     assert f"f32[{cache}]" in program

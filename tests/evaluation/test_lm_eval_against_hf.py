@@ -1,6 +1,7 @@
 """EleutherAI's harness gets from the model `mora_jax`, item by item, what its own model `hf` gives."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -158,6 +159,23 @@ def test_generation_arguments_that_are_refused(arguments, line):
     with pytest.raises(InputError, match="^[^\n]*$") as refused:
         ours_module.MoraJaxLM(model, tokenizer=tokenizer)._plan(arguments)
     assert line in str(refused.value)
+
+
+def test_samples_belong_to_their_requests_whatever_the_batch_size():
+    model, tokenizer = load_pretrained(demo.model_path(), dtype="float32")
+    drawn = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5}
+    prompts = ["Say the word", "Say", *["Say the word"] * 4]
+    requests = [SimpleNamespace(args=(prompt, drawn)) for prompt in prompts]
+    found = []
+    for batch_size in (1, 2, 6):
+        lm = ours_module.MoraJaxLM(model, tokenizer=tokenizer, batch_size=batch_size)
+        found.append(lm.generate_until(requests, disable_tqdm=True))
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == 6
+    lm.set_cache_hook(hook := SimpleNamespace(dbdict={}, add_partial=lambda *given: kept.append(given)))
+    kept = []
+    assert lm.generate_until(requests, disable_tqdm=True) == found[0] and hook.dbdict == {}
+    assert sorted(text for *_, text in kept) == sorted(found[0])
 
 
 def test_what_the_harness_is_called_with():
