@@ -46,17 +46,28 @@ def run(args: argparse.Namespace) -> int:
         if given:
             raise InputError(f"{given[0]} can't be given with --resume, which continues as OUT/sweep.json says")
         return _train(args, None, [])
-    from mora_jax.sweeps.grid import combinations, expand, parse_grid, parse_sweep
-    from mora_jax.training.config.load import load_config
+    from mora_jax.sweeps.grid import combinations, expand, parse_grid
+    from mora_jax.training.config.checks import check_together
+    from mora_jax.training.config.load import read_settings
+    from mora_jax.training.config.schema import Config, lay_over, unused
 
-    texts = args.sweep or []
-    settings = combinations(parse_grid(texts))
-    first = [(name, values[0]) for name, values in map(parse_sweep, texts)]
-    both = next((name for name, _ in args.overrides if name in dict(first)), None)
+    grid = parse_grid(args.sweep or [])
+    settings = combinations(grid)
+    both = next((name for name, _ in args.overrides if name in grid), None)
     if both:
         raise InputError(f"--sweep {both} and --config.{both} are both given; leave out one of them")
-    base, note = load_config(args.config, [*args.overrides, *first])
-    return _train(args, base.out, expand(base, settings, base.out), note)
+    common = read_settings(args.config, args.overrides)
+    base = lay_over(Config(), common)
+
+    def config_of(values: dict[str, Any]) -> Config:
+        config = lay_over(base, [(name, value, f"--sweep {name}") for name, value in values.items()])
+        check_together(config)
+        return config
+
+    runs = expand(settings, config_of, base.out)
+    # What one of the runs reads is not ignored.
+    ignored = {name for name, _, _ in common if all(unused(run.config, {name}) for run in runs)}
+    return _train(args, base.out, runs, unused(runs[0].config, ignored))
 
 
 def _train(args: argparse.Namespace, out: str | None, runs: Any, note: str | None = None) -> int:

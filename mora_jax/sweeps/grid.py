@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local
 from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.checks import check_together
 from mora_jax.training.config.key import TEXTS, split_list
 from mora_jax.training.config.schema import AdapterConfig, Config, MeshConfig, find_key, lay_over
 
@@ -93,12 +92,14 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def expand(base: Config, settings: Sequence[Mapping[str, Any]], out: str | None) -> list[SweepRun]:
+def expand(
+    settings: Sequence[Mapping[str, Any]], config_of: Callable[[dict[str, Any]], Config], out: str | None
+) -> list[SweepRun]:
     """The runs with these values of keys.
 
     Args:
-        base: the configuration that they share.
         settings: for each run the values of the swept keys.
+        config_of: gives the checked configuration with such values.
         out: the sweep's folder; None where nothing is written.
 
     Raises:
@@ -106,26 +107,33 @@ def expand(base: Config, settings: Sequence[Mapping[str, Any]], out: str | None)
     """
     keys = list(dict.fromkeys(name for values in settings for name in values))
     for name in keys:
+        find_key(name, f"--sweep {name}")
         if name.split(".")[0] in NOT_SWEPT:
             raise InputError(f"--sweep {name}: this key can't be swept; it says where a run computes or writes")
-    _check_shared(base)
+    config_of(dict(settings[0]))  # what is wrong with all runs is not said of one
     short = _short(keys)
     runs: list[SweepRun] = []
-    names: dict[str, int] = {}
+    taken: set[str] = set()
     for values in settings:
-        name = _name({short[key]: value for key, value in values.items()})
-        names[name] = names.get(name, 0) + 1
-        name = name if names[name] == 1 else f"{name}_{names[name]}"
-        where = base.out or "" if out is None else _join(out, name)
-        given = [(key, value, f"--sweep {key}") for key, value in values.items()]
-        config = lay_over(base, [*given, ("out", where, "out"), ("mesh.data", 1, "the sweep")])
+        name = _free(_name({short[key]: value for key, value in values.items()}), taken)
         try:
-            check_together(config)
+            config = config_of(dict(values))
         except InputError as error:
             raise InputError(f"run {name}: {error}") from None
+        _check_shared(config)
+        where = config.out or "" if out is None else _join(out, name)
+        config = lay_over(config, [("out", where, "out"), ("mesh.data", 1, "the sweep")])
         runs.append(SweepRun(name, dict(values), config))
     _check_different(runs)
     return runs
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number where another run has it; some file systems don't tell `a` from `A`."""
+    numbered = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+    free = next(one for one in numbered if one.casefold() not in taken)
+    taken.add(free.casefold())
+    return free
 
 
 def _check_shared(base: Config) -> None:

@@ -41,7 +41,7 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
     places = _places(every, along)
     lines: dict[str, list[RunResult]] = {}
     for run in runs:
-        rest = [f"{key.rpartition('.')[2]} {shown(run.values.get(key))}" for key in keys if key not in (along, _SEED)]
+        rest = [f"{key.rpartition('.')[2]} {shown(_value(run, key))}" for key in keys if key not in (along, _SEED)]
         lines.setdefault(", ".join(rest), []).append(run)
     figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
@@ -49,7 +49,7 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
         colour, dash, marker = STYLES[number % len(STYLES)]
         by_place: dict[float, list[float]] = {}
         for run in members:
-            by_place.setdefault(places[shown(run.values.get(along))], []).append(run.score)
+            by_place.setdefault(places[shown(_value(run, along))], []).append(run.score)
         middle = sorted((place, sum(losses) / len(losses)) for place, losses in by_place.items())
         axes.plot(*zip(*middle, strict=True), color=colour, linestyle=dash, marker=marker, label=label or None)
         if any(len(losses) > 1 for losses in by_place.values()):
@@ -58,14 +58,14 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
                 *zip(*points, strict=True), color=colour, linestyle="none", marker=marker, markersize=4, alpha=0.5
             )
     if best is not None:
-        at = places[shown(best.values.get(along))], best.score
+        at = places[shown(_value(best, along))], best.score
         axes.plot(*at, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
         first, last = min(places.values()), max(places.values())
         side = "center" if first == last else {first: "left", last: "right"}.get(at[0], "center")
         axes.annotate(
             f"best: {best.name}", at, xytext=(0, -20), textcoords="offset points", ha=side, va="top", fontsize=8
         )
-    numeric = all(isinstance(run.values.get(along), int | float) for run in every)
+    numeric = all(isinstance(_value(run, along), int | float) for run in every)
     if along == _RATE and numeric:
         axes.set_xscale("log")
     if not numeric or along != _RATE:
@@ -88,18 +88,25 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
     return figure
 
 
+def _value(run: RunResult, key: str) -> Any:
+    """What a run has for a key, whether or not its settings name it; of a value of a study's own what they say."""
+    section, _, name = key.rpartition(".")
+    place = getattr(run.config, section) if section and key not in run.values else run.config
+    return run.values[key] if key in run.values else getattr(place, name, None)
+
+
 def _along(runs: Sequence[RunResult], keys: list[str]) -> str:
     """The key along the horizontal axis: the learning rate, else a number, else what there is."""
     if _RATE in keys:
         return _RATE
-    numbers = [key for key in keys if all(isinstance(run.values.get(key), int | float) for run in runs)]
+    numbers = [key for key in keys if all(isinstance(_value(run, key), int | float) for run in runs)]
     others = [key for key in numbers if key != _SEED]
     return next(iter(others or numbers or keys), next(iter(runs[0].values), ""))
 
 
 def _places(runs: Sequence[RunResult], along: str) -> dict[str, float]:
     """Where each value lies: a number at itself for the learning rate, others side by side."""
-    values = list(dict.fromkeys(run.values.get(along) for run in runs))
+    values = list(dict.fromkeys(_value(run, along) for run in runs))
     if along == _RATE:
         return {shown(value): float(value) for value in values if value is not None}
     if all(isinstance(value, int | float) for value in values):
@@ -110,4 +117,4 @@ def _places(runs: Sequence[RunResult], along: str) -> dict[str, float]:
 def _varied(runs: Sequence[RunResult]) -> list[str]:
     """The keys whose values differ among runs, in order."""
     keys = dict.fromkeys(key for run in runs for key in run.values)
-    return [key for key in keys if len({shown(run.values.get(key)) for run in runs}) > 1]
+    return [key for key in keys if len({shown(_value(run, key)) for run in runs}) > 1]

@@ -81,10 +81,10 @@ def sweep(
     if not settings:
         raise InputError("grid is empty: give a dictionary of keys with their values, or one dictionary a run")
     common = dict(config or {})
-    both = next((name for name in common if name in settings[0]), None)
+    both = next((name for values in settings for name in values if name in common), None)
     if both:
         raise InputError(f"{both} is in config and in grid; leave it out of one of them")
-    objects, base = configured(
+    objects, settings_of = configured(
         model,
         rows,
         adapter_config,
@@ -94,9 +94,9 @@ def sweep(
         steps=steps,
         batch_size=batch_size,
         out=out,
-        config=common | settings[0],
     )
-    folder = None if out is None else SweepFolder(os.fspath(out))
-    runs = expand(base, settings, None if out is None else os.fspath(out))
+    path = None if out is None else os.fspath(out)
+    folder = None if path is None else SweepFolder(path)
+    runs = expand(settings, lambda values: settings_of(common | values, "grid"), path)
     shown = make_board() if board is None else board
     return train_runs(runs, folder, shown, objects=objects, callbacks=callbacks, at_once=at_once, overwrite=overwrite)

@@ -161,9 +161,11 @@ class _Sweep:
         failed: str | None = None,
         model: Decoder | None = None,
     ) -> RunResult:
-        """What came of a run; without a directory of one that did not begin."""
-        metrics = [] if directory is None else directory.read_metrics()
+        """What came of a run; without a directory of one that this process did not begin."""
         out = run.config.out if self._folder is not None else None
+        if directory is None and out is not None:
+            directory = RunDirectory(out)
+        metrics = [] if directory is None else directory.read_metrics()
         return RunResult(run.name, run.values, summary or {}, metrics, failed, out, run.config, model)
 
     def train(self, runs: Sequence[SweepRun], at_once: int | None) -> int:
@@ -232,7 +234,7 @@ class _Sweep:
             self._steps(runs, trainers, stack, signals)
             self._board.round()
             for run, trainer in zip(runs, trainers, strict=True):
-                if trainer.summary:
+                if run.name not in self.results:
                     model = trainer.trained_model() if self._folder is None else None
                     self.results[run.name] = self.result(run, trainer.directory, dict(trainer.summary), None, model)
             return 0 if signals.received is None else signals.exit_code
@@ -265,6 +267,8 @@ class _Sweep:
                         batches[index] = work.send(replies.get(index))  # type: ignore[arg-type]  # None starts it
                     except StopIteration:
                         del works[index]
+                        # The others step on, and the stack with them.
+                        trainers[index].state = trainers[index].runner.whole(trainers[index].state)
                     except InputError as error:
                         del works[index]
                         self._failed(runs[index], str(error), trainers[index].directory)

@@ -155,7 +155,7 @@ def finetune(
         >>> [row["step"] for row in result.metrics]
         [1, 2]
     """
-    objects, whole = configured(
+    objects, settings_of = configured(
         model,
         rows,
         adapter_config,
@@ -166,8 +166,8 @@ def finetune(
         batch_size=batch_size,
         learning_rate=learning_rate,
         out=out,
-        config=config,
     )
+    whole = settings_of(dict(config or {}), "config")
     shown = make_display() if display is None else display
     directory = MemoryDirectory() if out is None else RunDirectory(os.fspath(out))
     given = objects.model
@@ -205,9 +205,12 @@ def configured(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     out: str | os.PathLike[str] | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> tuple[Objects, Config]:
-    """The arguments of `finetune` as what is in memory and a checked configuration.
+) -> tuple[Objects, Callable[[dict[str, Any], str], Config]]:
+    """The arguments of `finetune` as what is in memory, and as a checked configuration of each run with them.
+
+    Returns:
+        What is in memory, and a function: values of further keys, and where they come from for messages, to the whole
+        configuration. It raises `InputError` as this function does.
 
     Raises:
         InputError: whatever has to be fixed.
@@ -220,22 +223,21 @@ def configured(
         rows=memory_rows(rows),
         eval_rows=memory_rows(eval_rows),
     )
-    whole = _configuration(
-        objects,
-        adapter_config,
-        {
-            "model.path": None if isinstance(model, nnx.Module) else os.fspath(model),
-            "data.train": _paths(rows, objects.rows, "rows"),
-            "data.eval": None if eval_rows is None else _paths(eval_rows, objects.eval_rows, "eval_rows"),
-            "loss.mode": loss,
-            "train.steps": steps,
-            "train.batch_size": batch_size,
-            "optimizer.learning_rate": learning_rate,
-            "out": None if out is None else os.fspath(out),
-        },
-        dict(config or {}),
-    )
-    return objects, whole
+    arguments = {
+        "model.path": None if isinstance(model, nnx.Module) else os.fspath(model),
+        "data.train": _paths(rows, objects.rows, "rows"),
+        "data.eval": None if eval_rows is None else _paths(eval_rows, objects.eval_rows, "eval_rows"),
+        "loss.mode": loss,
+        "train.steps": steps,
+        "train.batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+        "out": None if out is None else os.fspath(out),
+    }
+
+    def settings_of(keys: dict[str, Any], origin: str) -> Config:
+        return _configuration(objects, adapter_config, dict(arguments), keys, origin)
+
+    return objects, settings_of
 
 
 def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:
@@ -251,7 +253,9 @@ def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:
     return tuple(os.fspath(path) for path in many)
 
 
-def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, Any], keys: dict[str, Any]) -> Config:
+def _configuration(
+    objects: Objects, adapter_config: Any, arguments: dict[str, Any], keys: dict[str, Any], origin: str
+) -> Config:
     """All settings as one checked configuration."""
     model = objects.model
     if model is not None:
@@ -262,7 +266,7 @@ def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, A
             )
         loading = [name for name in keys if name.startswith("model.")]
         if loading:
-            raise InputError(f"config: {loading[0]} says how a model is loaded, and the model given is loaded already")
+            raise InputError(f"{origin}: {loading[0]} says how a model is loaded, and the model given is loaded already")
         arguments["model.path"] = model.name_or_path or MODEL
     adapters = list(adapters_of(model)) if model is not None else []
     settings: list[tuple[str, Any, str]] = []
@@ -284,12 +288,12 @@ def _configuration(objects: Objects, adapter_config: Any, arguments: dict[str, A
     settings += [(name, value, name) for name, value in arguments.items() if value is not None]
     for name, value in keys.items():
         if arguments.get(name) is not None and name != "loss.mode":
-            raise InputError(f"config: {name} is given as an argument too")
-        settings.append((name, value, "config"))
+            raise InputError(f"{origin}: {name} is given as an argument too")
+        settings.append((name, value, origin))
     if arguments["out"] is None:
         asked = next((name for name in keys if name in _NEED_FOLDER and keys[name]), None)
         if asked:
-            raise InputError(f"config: {asked} writes files, which need a run directory: give out=")
+            raise InputError(f"{origin}: {asked} writes files, which need a run directory: give out=")
         settings.append(("out", "(nothing is written)", "out"))
         caches = [name for name in ("data.cache", "log.compilation_cache") if name not in keys]
         settings += [(name, OFF, "out") for name in caches]

@@ -378,7 +378,9 @@ class Trainer:
 
     def _call(self, row: dict[str, Any]) -> None:
         for callback in self.callbacks:
-            self._enough = callback(dict(row)) is True or self._enough
+            answer = callback(dict(row))
+            # A True of any kind, numpy's and jax's too; other values that count as true are no answer.
+            self._enough |= getattr(answer, "dtype", type(answer)) == bool and bool(answer)
 
     def trained_model(self) -> Decoder:
         """The model as trained so far."""

@@ -187,6 +187,8 @@ def make_step(
             sums, _ = jax.lax.scan(add_micro_batch, start, rows)
 
         (loss, kl), gradient = jax.tree.map(config.total, sums)
+        # Divided by a sum of weights beyond float32 any loss is 0.
+        loss = jnp.where(jnp.isfinite(normalizer), loss, jnp.nan)
         penalty = jnp.zeros((), jnp.float32)
         if config.penalty is not None:
             penalty, penalty_gradient = jax.value_and_grad(config.penalty)(state.adapters)

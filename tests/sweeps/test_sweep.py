@@ -64,7 +64,11 @@ def base(inputs, out, **settings) -> Config:
 
 
 def runs_of(inputs, out, *sweeps: str, **settings):
-    return expand(base(inputs, out, **settings), combinations(parse_grid(sweeps)), str(out))
+    return runs_with(base(inputs, out, **settings), combinations(parse_grid(sweeps)), str(out))
+
+
+def runs_with(config, settings, out):
+    return expand(settings, lambda values: lay_over(config, [(*item, "test") for item in values.items()]), out)
 
 
 def quiet() -> Board:
@@ -79,7 +83,7 @@ def whole(inputs, tmp_path_factory):
     """A sweep of two runs, with its board's lines."""
     out = str(tmp_path_factory.mktemp("sweeps") / "whole")
     board = quiet()
-    result = train_runs(expand(base(inputs, out), SETTINGS, out), SweepFolder(out), board)
+    result = train_runs(runs_with(base(inputs, out), SETTINGS, out), SweepFolder(out), board)
     return result, board.stream.getvalue()
 
 
@@ -193,7 +197,7 @@ def test_a_terminal_shows_a_table_of_all_runs():
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(inputs, tmp_path, whole):
     out = str(tmp_path / "out")
-    runs = expand(base(inputs, out), SETTINGS, out)
+    runs = runs_with(base(inputs, out), SETTINGS, out)
     folder = SweepFolder(out)
 
     def stop(row):

@@ -80,3 +80,16 @@ def test_what_is_said_and_when_the_run_stops():
     )
     with pytest.raises(InputError, match=r"the gradient's norm is inf at step 7, number 2 in a row .* \(now 0.001\)"):
         said.note(7, 1.0, np.inf, 5, 2)
+
+
+def test_weights_whose_sum_is_beyond_float32_are_no_loss_of_zero():
+    graphdef, adapters, frozen = mj.partition(model_for("mora"))
+    optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
+    step = jax.jit(make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, StepConfig()))
+    good = {name: value.reshape(1, -1, LENGTH) for name, value in batches()[0].items()}
+    heavy = good | {"weights": good["weights"] * np.float32(3e38)}
+    start = initial_state(flat_arrays(adapters), optimizer, 0)
+    expected = host(start)
+    state, metrics = step(start, flat_arrays(frozen), heavy)
+    assert np.isinf(metrics.normalizer) and np.isnan(metrics.loss) and metrics.skipped == 1
+    same(host(state).adapters, expected.adapters)

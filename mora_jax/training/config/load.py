@@ -38,14 +38,20 @@ def load_config(
     Raises:
         InputError: on a file that can't be read or run, unknown keys, wrong types, values out of range.
     """
-    settings = [] if path is None else read_config_file(path)
-    for name, text in overrides:
-        origin = f"--config.{name}"
-        settings.append((name, find_key(name, origin).parse(text, origin), origin))
+    settings = read_settings(path, overrides)
     first = [(name, value, "defaults") for name, value in (defaults or {}).items()]
     config = lay_over(Config(), first + settings)
     check_together(config)
     return config, unused(config, {name for name, _, _ in settings})
+
+
+def read_settings(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> list[tuple[str, Any, str]]:
+    """The (dotted key, value, origin) settings of a config file, if any, and of the command line after it."""
+    settings = [] if path is None else read_config_file(path)
+    for name, text in overrides:
+        origin = f"--config.{name}"
+        settings.append((name, find_key(name, origin).parse(text, origin), origin))
+    return settings
 
 
 def read_config_file(path: str) -> list[tuple[str, Any, str]]:
