@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.backend import backend, compiling_for
 from mora_jax.batch import Batch
@@ -380,7 +382,7 @@ class Trainer:
         for callback in self.callbacks:
             answer = callback(dict(row))
             # A True of any kind, numpy's and jax's too; other values that count as true are no answer.
-            self._enough |= getattr(answer, "dtype", type(answer)) == bool and bool(answer)
+            self._enough |= answer is True or (getattr(answer, "dtype", None) == np.bool_ and bool(answer))
 
     def trained_model(self) -> Decoder:
         """The model as trained so far."""
