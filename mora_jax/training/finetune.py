@@ -266,7 +266,9 @@ def _configuration(
             )
         loading = [name for name in keys if name.startswith("model.")]
         if loading:
-            raise InputError(f"{origin}: {loading[0]} says how a model is loaded, and the model given is loaded already")
+            raise InputError(
+                f"{origin}: {loading[0]} says how a model is loaded, and the model given is loaded already"
+            )
         arguments["model.path"] = model.name_or_path or MODEL
     adapters = list(adapters_of(model)) if model is not None else []
     settings: list[tuple[str, Any, str]] = []
