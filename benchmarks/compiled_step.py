@@ -103,10 +103,10 @@ def batch_of(step: int, kl: bool) -> dict[str, np.ndarray]:
     return {name: value[None] for name, value in batch.items()}
 
 
-def measure(settings: dict[str, Any], unroll: int) -> dict[str, Any]:
+def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """The numbers of one step."""
     config = lay_over(Config(), [(name, value, "benchmark") for name, value in settings.items()])
-    model = Decoder(read_config(MODEL, "config.json"), rngs=nnx.Rngs(0), unroll=unroll)
+    model = Decoder(read_config(MODEL, "config.json"), rngs=nnx.Rngs(0))
     put_adapter(model, config, STEPS)
     if config.adapter.method != "full":
         keys = iter(jax.random.split(jax.random.key(1), 1000))
@@ -172,13 +172,12 @@ def main() -> None:
     found: dict[str, Any] = {}
     for place, mesh in PLACES.items():
         for method, settings in METHODS.items():
-            for unroll in (1, 4) if (place, method) == ("1 device", "LoRA") else (1,):
-                name = f"{method}; {place}; {'loop' if unroll == 1 else 'unrolled'}"
-                if re.search(arguments.only, name):
-                    found[name] = measure(settings | mesh, unroll)
-                    show(name, found[name], earlier.get(name))
-                if arguments.out:
-                    arguments.out.write_text(json.dumps(found, indent=1))
+            name = f"{method}; {place}"
+            if re.search(arguments.only, name):
+                found[name] = measure(settings | mesh)
+                show(name, found[name], earlier.get(name))
+            if arguments.out:
+                arguments.out.write_text(json.dumps(found, indent=1))
 
 
 def show(name: str, numbers: dict[str, Any], before: dict[str, Any] | None) -> None:

@@ -29,10 +29,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import mora_jax as mj
-from mora_jax.training.build_step import layers_apart
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
-from mora_jax.training.setup import layers_at_once
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
@@ -42,7 +40,6 @@ from mora_jax.training.step import make_step
 CALL = "--model {model} --json {json} --methods lora dora mora full"
 QUICK = "--rows 1 --length 32 --repetitions 2"
 RATE = 1e-3
-LONG = 1_000_000  # tokens of a run, which chooses between a loop over layers and none
 DTYPES = ("float32", "bfloat16")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,7 +49,6 @@ class Ours:
 
     def __init__(self, folder: str, config: Any, dtype: str, adapter: Path | None = None):
         self.model, _ = mj.load_pretrained(folder, dtype=dtype)
-        self.model.unroll = layers_at_once(self.model, LONG)
         if adapter is None:
             report = mj.attach(self.model, config, rngs=nnx.Rngs(0))
             self.trainable = report.trainable
@@ -62,8 +58,7 @@ class Ours:
         settings = OptimizerConfig(learning_rate=RATE, schedule="constant", clip_norm=None)
         optimizer, schedule = make_optimizer(settings, 1000), make_schedule(settings, 1000)
         step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule)
-        mesh = make_mesh(1)
-        self.runner = JitRunner(step, mesh, apart=layers_apart(self.model, frozen, mesh))
+        self.runner = JitRunner(step, make_mesh(1))
         self.state = self.runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
         self.frozen = self.runner.place(flat_arrays(frozen))
         self.host_seconds: list[float] = []

@@ -184,7 +184,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--unroll", type=int, help="layers an iteration of the layer scan; none: the default")
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="some of the methods")
     parser.add_argument("--untimed", action="store_true", help="compile nothing")
     parser.add_argument("--keep", action="store_true", help="keep what an earlier run wrote of other methods")
@@ -193,11 +192,10 @@ def main() -> None:
 
     ids = np.random.default_rng(0).integers(3, vocabulary(args.model), (1, args.rows, args.length)).astype(np.int32)
     batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "weights": np.ones(ids.shape, np.float32)}
-    model, _ = mj.load_pretrained(args.model, dtype=args.dtype, unroll=args.unroll)
+    model, _ = mj.load_pretrained(args.model, dtype=args.dtype)
     base, dtype = nnx.split(model), model.dtype.name
     rows, notes = earlier(args.out) if args.keep else ({}, [])
     options = f"--rounds {args.rounds} --rows {args.rows} --length {args.length}"
-    options += f" --unroll {args.unroll}" if args.unroll else ""
     title = [
         f"Printed by `python benchmarks/method_cost.py --model {Path(args.model).name} {options}`",
         f"(jax {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores; {dtype} base, {args.rows} × "

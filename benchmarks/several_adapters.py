@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n| method | contestant | prefill tokens/s | of base | decode tokens/s | of base |")
     print("|---|---|---|---|---|---|")
     clock = time.process_time if args.cpu_time else time.perf_counter
-    base, _ = mj.load_pretrained(args.model, dtype=args.dtype, unroll=1)
+    base, _ = mj.load_pretrained(args.model, dtype=args.dtype)
     for name in args.methods:
         config = METHODS[name](args.rank)
         found = contestants(base, config, args.adapters, args.rows)

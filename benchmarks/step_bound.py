@@ -1,7 +1,7 @@
 """How near a training step is to what the machine's own matrix products would take.
 
     python benchmarks/step_bound.py --model SmolLM2-135M-Instruct [--dtype bfloat16] [--rows 4] [--length 256]
-        [--method lora] [--kind rotation] [--unroll 1] [--trace]
+        [--method lora] [--kind rotation] [--trace]
 
 Every product of the step, as jax traces it, is timed alone: as it is written, and with its operands in float32 and in
 bfloat16. The sum of the fastest forms is a bound; the step's time over it is the share that products have. With
@@ -136,14 +136,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--kind", default="sharing", help="of MoRA")
-    parser.add_argument("--unroll", type=int, help="layers an iteration of the layer scan; none: the default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trace", action="store_true", help="list the operations of a step by their time")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_bound.md")
     args = parser.parse_args()
 
     kind = {"kind": args.kind} if args.method == "mora" else {}
-    step = TrainingStep(args.model, args.dtype, args.method, args.rows, args.length, args.unroll, **kind)
+    step = TrainingStep(args.model, args.dtype, args.method, args.rows, args.length, **kind)
     tokens = args.rows * args.length
     chunks = -(-(tokens - args.rows) // chunk_size(step.model.config.vocab_size, tokens))
     counted = Counter[Product]()
@@ -166,7 +165,6 @@ def main() -> None:
         print(rows[-1], flush=True)
     options = f"--dtype {args.dtype} --rows {args.rows} --length {args.length} --method {args.method}"
     options += f" --kind {args.kind}" if kind else ""
-    options += f" --unroll {args.unroll}" if args.unroll else ""
     said = [
         f"Printed by `python benchmarks/step_bound.py --model {Path(args.model).name} {options}`",
         f"(jax {jax.__version__}, {os.cpu_count()} cores, {processor()},",

@@ -41,20 +41,10 @@ class TrainingStep:
         dtype: of the base; None: the machine's default.
         method: a name of the key `adapter.method`, with further keys of that section.
         rows, length: of the batch; every token but the first of a row has a weight of 1.
-        unroll: layers an iteration of the layer scan; None: one.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: str | None,
-        method: str,
-        rows: int,
-        length: int,
-        unroll: int | None,
-        **adapter: Any,
-    ):
-        self.model, _ = mj.load_pretrained(folder, dtype=dtype, unroll=unroll)
+    def __init__(self, folder: str, dtype: str | None, method: str, rows: int, length: int, **adapter: Any):
+        self.model, _ = mj.load_pretrained(folder, dtype=dtype)
         config = Config(adapter=AdapterConfig(method=method, **adapter))
         put_adapter(self.model, config, STEPS)
         made = assemble(self.model, config, STEPS, make_mesh(1))

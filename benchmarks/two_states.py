@@ -11,6 +11,7 @@ other's.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import statistics
@@ -32,7 +33,9 @@ def work(settings: dict[str, Any]) -> None:
     """A process: says that it is ready, then makes a step for each line that it gets."""
     from training_step import TrainingStep
 
-    step = TrainingStep(*settings["positional"], **settings["adapter"])
+    # An older checkout may ask for the layers an iteration of its loop.
+    loop = {"unroll": 1} if "unroll" in inspect.signature(TrainingStep).parameters else {}
+    step = TrainingStep(*settings["positional"], **loop, **settings["adapter"])
     step(0)
     print("{}", flush=True)
     for _ in sys.stdin:
@@ -90,7 +93,6 @@ def main() -> None:
     parser.add_argument("--step", action="append", type=read_step, metavar="METHOD[:KEY=VALUE,…]")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--unroll", type=int, default=10_000, help="layers an iteration of the loop over layers")
     parser.add_argument("--dtype", help="of the base; the machine's default without it")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
@@ -100,7 +102,7 @@ def main() -> None:
     print("| step | other, s | this, s | other, CPU s | this, CPU s | ratio of CPU time | least | most |")
     print(f"| --- |{' ---: |' * 7}", flush=True)
     for method, adapter in args.step or [read_step(name) for name in ("lora", "mora:kind=sharing", "full")]:
-        positional = [args.model, args.dtype, method, args.rows, args.length, args.unroll]
+        positional = [args.model, args.dtype, method, args.rows, args.length]
         settings = {"positional": positional, "adapter": adapter}
         states = {"other": State(args.other.resolve(), settings), "this": State(ROOT, settings)}
         found = measuring.take_turns(states, args.rounds)

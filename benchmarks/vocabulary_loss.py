@@ -157,7 +157,7 @@ def on_tpu(options: argparse.Namespace) -> str:
 
 def with_masks(options: argparse.Namespace) -> str:
     """The table of part `masks`."""
-    model, tokenizer = mj.load_pretrained(options.model, dtype=options.dtypes[0], unroll=1)
+    model, tokenizer = mj.load_pretrained(options.model, dtype=options.dtypes[0])
     settings: dict[str, Any] = {"data.max_length": options.length, "data.max_rows": 400, "data.cache": "off"}
     base = lay_over(Config(), [(name, value, "benchmark") for name, value in settings.items()])
     put_adapter(model, base, 100)

@@ -76,7 +76,7 @@ def base_perplexity(args: argparse.Namespace) -> float:
 def answers(args: argparse.Namespace, out: Path | None) -> list[str]:
     """Greedy answers of the base, or of a cell, to the three prompts."""
     folder = out / "model" if out is not None and (out / "model").is_dir() else args.model
-    model, tokenizer = load_pretrained(folder, dtype="float32", unroll=1)
+    model, tokenizer = load_pretrained(folder, dtype="float32")
     if out is not None and (out / "adapter").is_dir():
         load_adapter(model, out / "adapter")
     conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]

@@ -149,7 +149,7 @@ class Exchange:
 
     def here(self, adapter: Path | None = None) -> Any:
         """The base model here, with an adapter if one is given."""
-        model, _ = mj.load_pretrained(self.args.model, dtype="float32", unroll=1)
+        model, _ = mj.load_pretrained(self.args.model, dtype="float32")
         if adapter is not None:
             mj.load_adapter(model, adapter)
         return model

@@ -51,7 +51,6 @@ def train(args: argparse.Namespace, held: str, out: Path) -> dict[str, Any]:
         keys = {
             "model.path": args.model,
             "model.dtype": "float32",
-            "model.unroll": 1,
             "model.quantize": held,
             "data.train": args.out / "train.json",
             "data.eval": args.out / "eval.json",
@@ -92,7 +91,7 @@ def seconds(args: argparse.Namespace) -> dict[str, float]:
     ids = np.random.default_rng(0).integers(0, 1000, (4, args.max_length))
     calls = {}
     for held in HELD:
-        model, _ = load_pretrained(args.model, dtype="float32", unroll=1, quantize=held)
+        model, _ = load_pretrained(args.model, dtype="float32", quantize=held)
         mj.attach(model, mj.LoRAConfig(rank=8), rngs=nnx.Rngs(0))
         graphdef, adapters, frozen = mj.partition(model)
 

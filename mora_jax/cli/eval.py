@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     args.max_length = args.max_length or args.defaults["max_length"]
     reading = {"strict": args.strict, "kind": args.adapter_kind}
-    model, tokenizer = load(args.model, args.adapter, args.dtype, unroll=1, quantize=args.quantize, **reading)
+    model, tokenizer = load(args.model, args.adapter, args.dtype, quantize=args.quantize, **reading)
     dataset = read_data(args, tokenizer, model.config.vocab_size)
     for note in dataset.report.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -128,7 +128,7 @@ def _scorer(args: argparse.Namespace) -> Any:
 
     mesh = make_mesh(*mesh_shape(MeshConfig(fsdp=args.fsdp, tensor=args.tensor), args.batch_size))
     reading = {"strict": args.strict, "kind": args.adapter_kind}
-    options: dict[str, Any] = {"unroll": 1, "quantize": args.quantize, "mesh": mesh}
+    options: dict[str, Any] = {"quantize": args.quantize, "mesh": mesh}
     model, tokenizer = load(args.model, args.adapter, args.dtype, **options, **reading)
     placement = Placement.of(mesh, nnx.state(model))
     if placement.partitioner is not None:

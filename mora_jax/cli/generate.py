@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     adapters = named_adapters(args.adapter)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None
     reading = {"strict": args.strict, "kind": args.adapter_kind}
-    model, tokenizer = load(args.model, only, dtype, unroll=1, quantize=args.quantize, **reading)
+    model, tokenizer = load(args.model, only, dtype, quantize=args.quantize, **reading)
     messages = [{"role": "user", "content": args.prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})

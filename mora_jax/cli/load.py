@@ -12,7 +12,6 @@ def load(
     path: str,
     adapter: str | None,
     dtype: str | None,
-    unroll: int | None = None,
     quantize: str = "none",
     mesh: Any = None,
     **reading: Any,
@@ -23,7 +22,6 @@ def load(
         path: a HuggingFace folder or hub id.
         adapter: an adapter folder, a run directory that holds one, or a hub id.
         dtype: compute dtype, or None for the machine's default.
-        unroll: layers an iteration of the layer scan, or None for the backend's default.
         quantize: how the layers' kernels are held, as `model.quantize` says.
         mesh: the devices that the model is laid over; None for one.
         **reading: how the adapter is read: `strict` and `kind` of `mora_jax.load_adapter`.
@@ -40,7 +38,7 @@ def load(
         from mora_jax.training.sharding.rules import base_shardings
 
         shardings = partial(base_shardings, mesh)
-    model, tokenizer = load_pretrained(path, dtype=dtype, unroll=unroll, quantize=quantize, shardings=shardings)
+    model, tokenizer = load_pretrained(path, dtype=dtype, quantize=quantize, shardings=shardings)
     if tokenizer is None:
         raise InputError(f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if folder is not None:

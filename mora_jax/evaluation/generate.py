@@ -293,8 +293,6 @@ def _begin(
     """Reads prompts `ids [B, T]` and draws the first tokens; each answer has at most `limits [B]`."""
     model = nnx.merge(graphdef, state)
     choose_rows(model, adapter_ids, len(ids))
-    if apart:
-        model.unroll = 1  # is compiled sooner, and runs once
     cache = model.init_cache(len(ids), _round_up(ids.shape[1]) + room)
     logits, cache = model.read(cache, ids, segment_ids=segments)
     token = draw(logits, 0)

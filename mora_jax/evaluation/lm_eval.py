@@ -393,9 +393,7 @@ def _load(pretrained: Any, tokenizer: Any, dtype: str | None, quantize: str) -> 
     if _shared is not None and key in _shared:
         return _shared[key]
     # One layer an iteration compiles soonest.
-    model, found = load_pretrained(
-        str(pretrained), dtype=None if dtype == "auto" else dtype, unroll=1, quantize=quantize
-    )
+    model, found = load_pretrained(str(pretrained), dtype=None if dtype == "auto" else dtype, quantize=quantize)
     if found is None:
         raise InputError(f"{pretrained} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if _shared is not None:

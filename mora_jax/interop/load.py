@@ -47,7 +47,7 @@ def load_pretrained(
         path: a HuggingFace model folder with safetensors weights, or a hub id.
         dtype: "float32" or "bfloat16": compute dtype and storage of the weights; None: bfloat16 where it
             is fast.
-        unroll: layers per iteration of the scan; None for the backend's default.
+        unroll: ignored: layers run in a loop. It will go.
         remat: "none", "dots", "full" or "offload".
         quantize: how the layers' kernels are held: "none" as they are, "int8" or "nf4" quantised. Each is quantised
             as it is read, layer by layer. Such a base is frozen: it carries adapters, and can't be trained or merged.
@@ -69,7 +69,6 @@ def load_pretrained(
     tokenizer = load_tokenizer(folder)
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
     how: dict[str, Any] = {
-        "unroll": unroll,
         "remat": remat,
         "quantize": quantize,
         "attention": AttentionChoice(attention),

@@ -276,12 +276,10 @@ class LayerRunner:
 
     Attributes:
         config: the model's.
-        unroll: layers an iteration of the loop.
         remat: see `run_stack`.
     """
 
     config: DecoderConfig
-    unroll: int
     remat: str
 
     def __call__(
@@ -310,7 +308,7 @@ class LayerRunner:
             return by_rows(nnx.merge(graphdef, leaves)(by_rows(x), here, None, token_dropout)[0])
 
         places = None if partitioner is None else _places(partitioner, per_layer)
-        return run_stack(body, self.unroll, self.remat, x, per_layer, (layout.arrays(), token_dropout), places)
+        return run_stack(body, self.remat, x, per_layer, (layout.arrays(), token_dropout), places)
 
     def extend(
         self, layers: Block | UnstackedLayers, x: jax.Array, layout: RowLayout, cache: Cache
@@ -337,9 +335,9 @@ class LayerRunner:
 
         arrays = (cache.keys, cache.values)
         if carried:
-            (x, (keys, values)), _ = jax.lax.scan(body, (x, arrays), (per_layer, None), unroll=self.unroll)
+            (x, (keys, values)), _ = jax.lax.scan(body, (x, arrays), (per_layer, None))
         else:
-            x, (keys, values) = jax.lax.scan(body, x, (per_layer, arrays), unroll=self.unroll)
+            x, (keys, values) = jax.lax.scan(body, x, (per_layer, arrays))
         return x, dataclasses.replace(cache, keys=keys, values=values)
 
     def _extend_apart(
@@ -357,10 +355,8 @@ class LayerRunner:
         """The structure of a layer, and what differs between layers: number, leaves, and window and angles or None."""
         graphdef, leaves = nnx.split(layers)
         config = self.config
-        # Without a loop on a CPU layers may be arrays of their own; XLA sees that through `stack`, not a reshape of it.
-        if backend() != "cpu" or self.unroll < config.num_layers:
-            flat = functools.partial(_flattened, partitioner)
-            leaves = jax.tree.map(flat, leaves, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        flat = functools.partial(_flattened, partitioner)
+        leaves = jax.tree.map(flat, leaves, is_leaf=lambda node: isinstance(node, nnx.Variable))
         windows = None if self._one_window else jnp.asarray([window or NO_WINDOW for window in config.windows])
         ropes = None if self._one_rope else jnp.asarray(config.layer_ropes)
         return graphdef, (jnp.arange(config.num_layers), leaves, windows, ropes)

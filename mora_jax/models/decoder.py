@@ -90,8 +90,6 @@ class Decoder(nnx.Module):
     Attributes:
         config: its description.
         dtype: dtype of the computation, the residual stream and the frozen weights (norms are float32).
-        unroll: how many layers the scan runs per iteration; None for all on CPU, one elsewhere and for
-            quantised kernels.
         remat: what the backward pass computes again: "none", "dots" (all but the results of projections and
             of attention), "full", or "offload" (full, and what is saved is in the host's memory).
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
@@ -108,7 +106,6 @@ class Decoder(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None,
-        unroll: int | None = None,
         remat: str = "none",
         quantize: str = "none",
         attention: Choice | None = None,
@@ -116,8 +113,6 @@ class Decoder(nnx.Module):
         """Makes the parameters: normal (`config.initializer_range`) from `rngs`, else zeros to be filled."""
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
-        if unroll is not None and unroll < 1:
-            raise ValueError(f"unroll must be a positive number of layers, got {unroll}")
         if quantize not in ("none", *FORMATS):
             raise ValueError(f"quantize must be one of none, {', '.join(FORMATS)}, got {quantize!r}")
         dtype = jnp.dtype(dtype)
@@ -125,7 +120,6 @@ class Decoder(nnx.Module):
             attention.check(Rows(config, dtype))
         self.config = config
         self.dtype = dtype
-        self.unroll = unroll
         self.remat = remat
         self.quantize = quantize
         self.attention = attention
@@ -336,18 +330,7 @@ class Decoder(nnx.Module):
 
     @property
     def _runner(self) -> LayerRunner:
-        return LayerRunner(self.config, self._unroll(), self.remat)
-
-    @property
-    def unrolled(self) -> bool:
-        """Whether training runs the layers one after the other, without a loop."""
-        return self._unroll() == self.config.num_layers
-
-    def _unroll(self) -> int:
-        if self.unroll is not None:
-            return min(self.unroll, self.config.num_layers)
-        # Without a loop XLA on CPUs keeps the quantised kernels of all layers dense at once.
-        return self.config.num_layers if backend() == "cpu" and self.quantize == "none" else 1
+        return LayerRunner(self.config, self.remat)
 
     def read(
         self,

@@ -32,7 +32,7 @@ def init_decoder(
         config: a `DecoderConfig`, a HuggingFace config as a dict, or the path of a `config.json` or a folder.
         rngs: where the weights are drawn from.
         dtype: compute dtype and storage of the weights.
-        unroll: layers per iteration of the scan; None for the backend's default.
+        unroll: ignored: layers run in a loop. It will go.
         remat: "none", "dots", "full" or "offload".
         attention: what computes attention: "auto", "xla", "splash" or "cudnn".
     """
@@ -43,9 +43,7 @@ def init_decoder(
         config, where = read_json(path), str(path)
     if isinstance(config, dict):
         config = read_config(config, where)
-    return Decoder(
-        config, dtype=read_dtype(dtype), rngs=rngs, unroll=unroll, remat=remat, attention=AttentionChoice(attention)
-    )
+    return Decoder(config, dtype=read_dtype(dtype), rngs=rngs, remat=remat, attention=AttentionChoice(attention))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.backend import backend
-
 KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -118,16 +116,7 @@ def tables(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array) -> tupl
     frequencies = jnp.asarray(np.stack([inverse_frequencies(rope, head_dim) for rope in ropes]))
     factors = jnp.asarray([rope.attention_factor for rope in ropes], dtype=jnp.float32)[:, None, None, None]
     angles = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None, :]
-
-    def from_angles(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.cos(angles) * factors, jnp.sin(angles) * factors
-
-    if backend() != "cpu":
-        return from_angles(angles)
-    # Where layers are unrolled XLA would fuse cosines and sines into each use, and compute them for every head of every
-    # layer; what a conditional gives it keeps.
-    undefined = jnp.isnan(angles[0, 0, 0, 0])
-    return jax.lax.cond(undefined, lambda angles: (angles, angles), from_angles, angles)
+    return jnp.cos(angles) * factors, jnp.sin(angles) * factors
 
 
 @jax.custom_vjp

@@ -40,7 +40,6 @@ def abstract_model(decoder: DecoderConfig, config: Config) -> Decoder:
             decoder,
             dtype=read_dtype(settings.dtype),
             rngs=None,
-            unroll=settings.unroll,
             remat=settings.remat,
             quantize=settings.quantize,
             attention=AttentionChoice(settings.attention),

@@ -76,7 +76,7 @@ def answer(
         by_base.setdefault((run.config.model.path or "", run.config.model.quantize), []).append(run)
     for (path, quantize), members in by_base.items():
         try:
-            base, tokenizer = load_pretrained(path, quantize=quantize, unroll=1)
+            base, tokenizer = load_pretrained(path, quantize=quantize)
         except InputError as error:
             silent |= {run.name: str(error) for run in members}
             continue
@@ -101,7 +101,7 @@ def _trained(run: Run, base: Decoder) -> Decoder:
     if not folder.is_dir():
         raise InputError("it has no result yet")
     if run.config.adapter.config_class.changes_base:
-        return load_pretrained(folder, unroll=1)[0]
+        return load_pretrained(folder)[0]
     model = bare(base)
     load_adapter(model, folder)
     return model

@@ -72,7 +72,7 @@ def sweep(
         >>> from mora_jax import demo
         >>> rows = [{"prompt": "What is the capital of France?", "completion": "Paris"}] * 8
         >>> rates = {"optimizer.learning_rate": [1e-3, 3e-3]}
-        >>> settings = {"data.max_length": 64, "model.unroll": 1}
+        >>> settings = {"data.max_length": 64}
         >>> result = mj.sweep(demo.model_path(), rows, mj.LoRAConfig(rank=4), grid=rates, steps=2, config=settings)
         >>> [run.name for run in result.runs]
         ['learning_rate=0.001', 'learning_rate=0.003']

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from mora_jax.adapters.attach import detach, partition
 from mora_jax.adapters.matching.targets import adapted_places
-from mora_jax.backend import backend
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.adapter import adapter_config
@@ -22,7 +21,7 @@ from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.device_put import put
 from mora_jax.training.sharding.rules import Placement, placed
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
-from mora_jax.training.state import Arrays, Structure, TrainState, dotted, flat_arrays, initial_state
+from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
 from mora_jax.training.step import StepConfig, make_step
 
 
@@ -108,21 +107,8 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     if placement is None:
         runner = PmapRunner(step, mesh.size)
     else:
-        table = placement.table(adapters, frozen)
-        runner = JitRunner(step, mesh, table, layers_apart(model, frozen, mesh))
+        runner = JitRunner(step, mesh, placement.table(adapters, frozen))
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget, settings, rates)
-
-
-def layers_apart(model: Decoder, frozen: nnx.State, mesh: Mesh) -> frozenset[str]:
-    """The stacked frozen matrices, where a step takes them apart: on one CPU, without a loop over layers."""
-    if backend() != "cpu" or mesh.size > 1 or not model.unrolled:
-        return frozenset()
-
-    def is_stack(variable: Any) -> bool:
-        axes: Any = variable.get_metadata().get("axes") or ()
-        return len(axes) > 2 and axes[0] == "layers" and isinstance(variable.get_value(), jax.Array)
-
-    return frozenset(dotted(path) for path, variable in nnx.to_flat_state(frozen) if is_stack(variable))
 
 
 def put_model(placement: Placement, model: Decoder) -> None:

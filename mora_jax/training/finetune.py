@@ -171,17 +171,12 @@ def finetune(
     shown = make_display() if display is None else display
     directory = MemoryDirectory() if out is None else RunDirectory(os.fspath(out))
     given = objects.model
-    unroll = None if given is None else given.unroll
-    try:
-        with new_run(whole, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
-            try:
-                code = trainer.run()
-            finally:
-                # The steps took over the arrays of a model that was given.
-                trained = _trained(trainer, given)
-    finally:
-        if given is not None:
-            given.unroll = unroll  # a run chooses by its length
+    with new_run(whole, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
+        try:
+            code = trainer.run()
+        finally:
+            # The steps took over the arrays of a model that was given.
+            trained = _trained(trainer, given)
     return FinetuneResult(
         trained,
         trainer.setup.tokenizer,

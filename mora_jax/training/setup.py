@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from mora_jax.adapters.attach import AttachReport, adapters_of, attach, report_of, report_of_trained
 from mora_jax.adapters.base import AdapterParam, FullParam
-from mora_jax.backend import backend
 from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_rows
 from mora_jax.data.inspect.report import CAUSES
 from mora_jax.data.loss_weights import DIVISORS, LossWeights
@@ -39,10 +38,6 @@ from mora_jax.training.sharding.rules import base_shardings
 #: From which share of padding on other ways are looked at, and on how many rows.
 MUCH_PADDING = 0.4
 PADDING_SAMPLE = 20_000
-
-#: Tokens of a run on a CPU from which unrolled layers pay, compiling included. Older versions of XLA hold what a loop
-#: stacks in float32.
-UNROLL_FROM = 16_000 if jax.__version_info__ < (0, 11) else 120_000
 
 
 @dataclass(frozen=True)
@@ -221,7 +216,6 @@ def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Decoder, Any,
         model, tokenizer = load_pretrained(
             config.model.path,
             dtype=config.model.dtype,
-            unroll=config.model.unroll,
             remat=config.model.remat,
             quantize=config.model.quantize,
             attention=config.model.attention,
@@ -261,25 +255,11 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
         bucketing=config.data.bucketing,
     )
     check_warmup(config, plan.steps)
-    if model.unroll is None:
-        model.unroll = layers_at_once(model, plan.steps * config.train.batch_size * config.data.max_length)
     given = objects.model is not None and bool(jax.tree.leaves(nnx.state(model, AdapterParam)))
     attached = report_of_trained(model) if given else put_adapter(model, config, plan.steps)
     if config.loss.kl_weight:
         check_divergence(model)
     return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks)
-
-
-def layers_at_once(model: Decoder, tokens: int) -> int | None:
-    """How many layers an iteration of the loop over them has, in a run of so many tokens; None for the model's default.
-
-    On CPUs the model's default is all of them: no loop, so that nothing is stacked. In bfloat16 such a step is faster,
-    by 15 to 30 % with jax 0.10 and by 2 to 6 % with 0.12, but compiles for four times as long, which only a
-    run of `UNROLL_FROM` tokens makes up for. In float32 it is as fast as the loop, and takes more memory
-    (`benchmarks/results/layer_loop.md`).
-    """
-    loop = backend() == "cpu" and (model.dtype.name == "float32" or tokens < UNROLL_FROM)
-    return 1 if loop else None
 
 
 def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:

@@ -16,7 +16,7 @@ IDS = random_ids(2, 9)
 
 
 def decoder(tied: bool, dtype="float32"):
-    return init_decoder(LLAMA | {"tie_word_embeddings": tied}, nnx.Rngs(0), unroll=1, dtype=dtype)
+    return init_decoder(LLAMA | {"tie_word_embeddings": tied}, nnx.Rngs(0), dtype=dtype)
 
 
 def set_tables(model, embedding, head):

@@ -13,7 +13,7 @@ from tests.models.tiny import LLAMA, fill_randomly, random_ids
 
 @pytest.mark.parametrize("config", [mj.LoRAConfig(rank=2), mj.MoRAConfig(rank=2, targets=r".*layers\.1\..*_proj")])
 def test_the_decoder_is_its_base_again(config):
-    model, ids = init_decoder(LLAMA, nnx.Rngs(0), unroll=1), random_ids(2, 9)
+    model, ids = init_decoder(LLAMA, nnx.Rngs(0)), random_ids(2, 9)
     before, structure = np.asarray(model(ids)), nnx.split(model)[0]
     mj.attach(model, config, rngs=nnx.Rngs(1))
     fill_randomly(model)

@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def folders(model_dir, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     for name, config in CONFIGS.items():
-        model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+        model = mj.load_pretrained(model_dir, dtype="float32")[0]
         mj.attach(model, config, rngs=nnx.Rngs(0))
         mj.save_adapter(model, root / name)
     return root
@@ -92,7 +92,7 @@ def test_broken_folders(fails, folders, model_dir, tmp_path, case):
 def test_merging_leaves_a_model_with_the_same_answers(run, folders, model_dir, tmp_path):
     ids = np.arange(8)[None]
     for kind in CONFIGS:
-        model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+        model = mj.load_pretrained(model_dir, dtype="float32")[0]
         mj.load_adapter(model, folders / kind)
         for _, node in nnx.iter_graph(model):
             if isinstance(node, mj.AdapterParam):
@@ -102,5 +102,5 @@ def test_merging_leaves_a_model_with_the_same_answers(run, folders, model_dir, t
         mj.save_adapter(model, tmp_path / kind)
         arguments = ["--model", model_dir, "--adapter", tmp_path / kind, "--out", tmp_path / f"{kind}-merged"]
         assert run("merge", *arguments)[0] == 0
-        merged = mj.load_pretrained(tmp_path / f"{kind}-merged", dtype="float32", unroll=1)[0]
+        merged = mj.load_pretrained(tmp_path / f"{kind}-merged", dtype="float32")[0]
         np.testing.assert_allclose(np.asarray(merged(ids)), expected, atol=1e-4, err_msg=kind)

@@ -16,7 +16,7 @@ from tests.models.tiny_torch import hf_logits, load_torch
 
 def write_adapter(model_dir, out, config):
     """Saves an adapter with random values for the tiny model."""
-    model, _ = load_pretrained(model_dir, dtype="float32", unroll=1)
+    model, _ = load_pretrained(model_dir, dtype="float32")
     attach(model, config, rngs=nnx.Rngs(0))
     adapters = nnx.state(model, AdapterParam)
     draw = np.random.default_rng(1)
@@ -134,7 +134,7 @@ def test_merged_folder_gives_the_adapted_logits_in_transformers(run, model_dir, 
     ids = jnp.arange(20)[None] * 7 % 250
     from mora_jax import load_adapter
 
-    model, _ = load_pretrained(model_dir, dtype="float32", unroll=1)
+    model, _ = load_pretrained(model_dir, dtype="float32")
     load_adapter(model, adapters[method])
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(model(ids))

@@ -21,7 +21,7 @@ def model_dir(tmp_path_factory):
 
 
 def write(model_dir, out, config):
-    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(model_dir, dtype="float32")[0]
     mj.attach(model, config, rngs=nnx.Rngs(0))
     fill_randomly(model)
     mj.save_adapter(model, out)
@@ -40,7 +40,7 @@ def adapters(model_dir, tmp_path_factory):
 
 
 def logits(model_dir, adapter):
-    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(model_dir, dtype="float32")[0]
     mj.load_adapter(model, adapter)
     return np.asarray(model(IDS))
 
@@ -89,7 +89,7 @@ def test_mora_in_its_authors_layout(run, model_dir, adapters, tmp_path):
 
 
 def test_an_adapter_out_of_two_models(run, model_dir, adapters, tmp_path):
-    model, tokenizer = mj.load_pretrained(model_dir, dtype="float32", unroll=1)
+    model, tokenizer = mj.load_pretrained(model_dir, dtype="float32")
     mj.load_adapter(model, adapters["lora"])
     expected = np.asarray(model(IDS))
     mj.merge(model)
@@ -112,7 +112,7 @@ def test_one_adapter_of_several(run, fails, model_dir, adapters, tmp_path):
     assert (code, err) == (0, f"wrote {tmp_path / 'cat'}\n")
     assert "cat of 1 lora and -0.5 second, 14 matrices: relative Frobenius error 0 in total" in table
     # The sum by merging one adapter after the other, the second with its alpha halved and negated.
-    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(model_dir, dtype="float32")[0]
     mj.load_adapter(model, adapters["lora"])
     mj.merge(model)
     mj.load_adapter(model, other)
@@ -148,7 +148,7 @@ def test_refusals(fails, run, model_dir, adapters, tmp_path):
     assert "is a LoRA" not in fails("convert", "--check", "tgi", adapters["lora"])
     assert "full rank" in fails("convert", "--from-diff", model_dir, model_dir, "--out", out)
     path = tmp_path / "other"
-    model = mj.load_pretrained(model_dir, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(model_dir, dtype="float32")[0]
     mj.attach(model, mj.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
     mj.save_adapter(model, path, base_model_name_or_path="somebody/else")
     strict = ["convert", "--model", model_dir, "--adapter", path, "--to", "lora", "--out", out, "--strict"]

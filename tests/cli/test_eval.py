@@ -28,7 +28,7 @@ def test_a_task_with_its_records_and_another_model(run, fails, model_dir, questi
     assert all(set(one) == {"value", "stderr"} for one in found["metrics"].values())
     records = [json.loads(line) for line in (tmp_path / "a" / "records.jsonl").read_text().splitlines()]
     assert found["metrics"]["acc"]["value"] == sum(record["acc"] for record in records) / 10
-    model, tokenizer = load_pretrained(model_dir, dtype="float32", unroll=1)
+    model, tokenizer = load_pretrained(model_dir, dtype="float32")
     pairs = [("Question: 3?\nAnswer:", " one 3"), ("Question: 3?\nAnswer:", " 3, two")]
     expected = [score.logprob for score in LoglikelihoodScorer(model, tokenizer, batch_size=1).loglikelihood(pairs)]
     assert records[3]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--config.train.steps=4", "--config.train.batch_size=2", "--config.data.max_length=64", "--config.seed=1"]
-FAST = ["--config.model.dtype=float32", "--config.model.unroll=1", "--config.adapter.targets=q_proj,down_proj"]
+FAST = ["--config.model.dtype=float32", "--config.adapter.targets=q_proj,down_proj"]
 
 
 @pytest.fixture

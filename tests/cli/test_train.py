@@ -20,7 +20,6 @@ def options(model_dir, data_file, tmp_path, monkeypatch):
         f"--config.data.train={os.path.relpath(data_file)}",
         "--config.out=run",
         "--config.model.dtype=float32",
-        "--config.model.unroll=1",
         *SMALL,
     ]
 

@@ -27,7 +27,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path):
     )
     theirs = LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
-    ours, _ = load_pretrained(tmp_path, dtype="float32", unroll=1)
+    ours, _ = load_pretrained(tmp_path, dtype="float32")
     prompts = ([5, 17, 80, 3], [9] * 11)
     answers = []
     for prompt in prompts:

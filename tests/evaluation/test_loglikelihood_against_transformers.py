@@ -14,7 +14,7 @@ pytestmark = pytest.mark.peers
 def test_log_likelihoods_equal_those_of_transformers(tmp_path):
     folder = tiny.save_folder(tmp_path / "model")
     theirs = LlamaForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    model, tokenizer = load_pretrained(folder, dtype="float32", unroll=1)
+    model, tokenizer = load_pretrained(folder, dtype="float32")
     pairs = [("A question", " answer"), ("A", " much longer answer, by a good deal"), ("long " * 12, "x"), ("", "y")]
     found = LoglikelihoodScorer(model, tokenizer, batch_size=3).loglikelihood(pairs)
     for (context, continuation), score in zip(pairs, found, strict=True):

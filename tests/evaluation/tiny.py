@@ -40,7 +40,7 @@ def llama_config(**changes):
 
 def make_model(**changes):
     """A random decoder with sharp enough logits that its argmax is no matter of rounding."""
-    return Decoder(read_config(llama_config(**changes), "config.json"), rngs=nnx.Rngs(0), unroll=1)
+    return Decoder(read_config(llama_config(**changes), "config.json"), rngs=nnx.Rngs(0))
 
 
 def make_tokenizer():

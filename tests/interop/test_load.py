@@ -33,7 +33,7 @@ def folder(tmp_path) -> Path:
 
 
 def load(folder: Path, **options):
-    return mj.load_pretrained(folder, **({"dtype": "float32", "unroll": 1} | options))[0]
+    return mj.load_pretrained(folder, **({"dtype": "float32"} | options))[0]
 
 
 def logits(folder: Path, **options) -> np.ndarray:
@@ -99,7 +99,7 @@ def test_dtypes(folder):
 def test_where_it_came_from(folder):
     model = load(folder, remat="full")
     assert (model.name_or_path, model.folder) == (str(folder), str(folder))
-    assert (model.unroll, model.remat) == (1, "full")
+    assert model.remat == "full"
 
 
 def test_harmless_extras_are_ignored(folder):
@@ -221,11 +221,11 @@ class TestBadFolders:
 
 class TestTokenizers:
     def test_none(self, folder):
-        assert mj.load_pretrained(folder, unroll=1)[1] is None
+        assert mj.load_pretrained(folder)[1] is None
 
     def test_from_the_folder(self, folder):
         write_tokenizer(folder)
-        tokenizer = mj.load_pretrained(folder, unroll=1)[1]
+        tokenizer = mj.load_pretrained(folder)[1]
         assert tokenizer("b a c")["input_ids"] == [1, 0, 2]
 
     def test_cut_off(self, folder):
@@ -279,7 +279,7 @@ def test_what_is_read_is_not_copied_once_more():
 @pytest.mark.shared
 def test_real_weights(shared_dir):
     folder = shared_dir / "models" / "stories260K"
-    model, tokenizer = mj.load_pretrained(folder, dtype="float32", unroll=1)
+    model, tokenizer = mj.load_pretrained(folder, dtype="float32")
     reference = load_torch(folder)
     ids = np.array([tokenizer("Once upon a time, there was a little girl named Lily.")["input_ids"]])
     found, expected = np.asarray(model(ids)), hf_logits(reference, ids)
@@ -292,7 +292,7 @@ def test_real_weights(shared_dir):
 @pytest.mark.skipif("MORA_JAX_SMOLLM2" not in os.environ, reason="MORA_JAX_SMOLLM2 names no folder")
 def test_smollm2():
     folder = Path(os.environ["MORA_JAX_SMOLLM2"])
-    model, tokenizer = mj.load_pretrained(folder, dtype="float32", unroll=1)
+    model, tokenizer = mj.load_pretrained(folder, dtype="float32")
     reference = load_torch(folder)
     text = "The capital of France is Paris. 2 + 2 = 4. def add(a, b):\n    return a + b\n"
     ids = np.array([tokenizer(text)["input_ids"]])

@@ -39,7 +39,7 @@ def _full_precision():
 
 
 def base(config=LLAMA, dtype=jnp.float32):
-    return decoder.Decoder(read_config(config, "config.json"), rngs=nnx.Rngs(0), unroll=1, dtype=dtype)
+    return decoder.Decoder(read_config(config, "config.json"), rngs=nnx.Rngs(0), dtype=dtype)
 
 
 def tuned(config, seed, family=LLAMA, dtype=jnp.float32):

@@ -36,7 +36,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 def load(folder: Path) -> mj.models.Decoder:
-    return mj.load_pretrained(folder, dtype="float32", unroll=1)[0]
+    return mj.load_pretrained(folder, dtype="float32")[0]
 
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:

@@ -27,7 +27,7 @@ CASES = {
 
 
 def fresh(dtype: str = "float32"):
-    return init_decoder(LLAMA, nnx.Rngs(0), dtype=dtype, unroll=1)
+    return init_decoder(LLAMA, nnx.Rngs(0), dtype=dtype)
 
 
 def torch_logits(folder: Path) -> np.ndarray:
@@ -35,7 +35,7 @@ def torch_logits(folder: Path) -> np.ndarray:
 
 
 def load(folder: Path):
-    return mj.load_pretrained(folder, dtype="float32", unroll=1)[0]
+    return mj.load_pretrained(folder, dtype="float32")[0]
 
 
 @pytest.mark.peers

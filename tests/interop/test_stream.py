@@ -56,7 +56,7 @@ def shard(model: nnx.Module, kind: type = AdapterParam) -> None:
 
 @pytest.mark.parametrize("config", [mj.LoRAConfig(rank=4), mj.MoRAConfig(rank=8)], ids=["lora", "mora"])
 def test_a_sharded_adapter_is_written_as_a_whole_one(tmp_path, config):
-    model = init_decoder(LLAMA, nnx.Rngs(0), dtype="float32", unroll=1)
+    model = init_decoder(LLAMA, nnx.Rngs(0), dtype="float32")
     mj.attach(model, config, rngs=nnx.Rngs(0))
     fill_randomly(model)
     mj.save_adapter(model, tmp_path / "whole")
@@ -68,7 +68,7 @@ def test_a_sharded_adapter_is_written_as_a_whole_one(tmp_path, config):
 
 def test_no_more_than_a_stack_is_gathered_at_once(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-    model = init_decoder(LLAMA | sizes, nnx.Rngs(0), dtype="float32", unroll=1)
+    model = init_decoder(LLAMA | sizes, nnx.Rngs(0), dtype="float32")
     mj.attach(model, mj.LoRAConfig(rank=64), rngs=nnx.Rngs(0))
     shard(model)
     arrays = [n.get_value() for _, n in nnx.iter_graph(model) if isinstance(n, AdapterParam)]
@@ -86,7 +86,7 @@ def test_no_more_than_a_stack_is_gathered_at_once(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sharded_model_is_written_as_a_whole_one_layer_by_layer(tmp_path, dtype):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12}
-    model = init_decoder(LLAMA | sizes, nnx.Rngs(0), dtype="float32", unroll=1)
+    model = init_decoder(LLAMA | sizes, nnx.Rngs(0), dtype="float32")
     mj.save_pretrained(model, tmp_path / "whole", dtype=dtype)
     shard(model, nnx.Param)
     arrays = [node.get_value() for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)]

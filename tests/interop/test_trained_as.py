@@ -21,7 +21,7 @@ PATTERNS = {"rank_pattern": {r"layers\.1\..*": 2}, "alpha_pattern": {"up_proj": 
 
 
 def decoder() -> mj.models.Decoder:
-    return mj.models.Decoder(read_config(LLAMA | {"num_hidden_layers": 2}, "config.json"), rngs=nnx.Rngs(0), unroll=1)
+    return mj.models.Decoder(read_config(LLAMA | {"num_hidden_layers": 2}, "config.json"), rngs=nnx.Rngs(0))
 
 
 def config_of(values):

@@ -106,7 +106,7 @@ def test_missing_and_broken_weights(adapter, tmp_path):
 
 
 def test_merged_models(base, tmp_path):
-    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(base, dtype="float32")[0]
     mj.save_pretrained(model, tmp_path / "merged", max_shard_bytes=20_000)
     assert check_folder(tmp_path / "merged") == ["there are no tokenizer files; vLLM needs them, or --tokenizer"]
     write_tokenizer(tmp_path / "merged")

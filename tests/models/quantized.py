@@ -16,7 +16,7 @@ def projections(model: Decoder) -> list[Projection]:
 
 def quantized_copy(dense: Decoder, held: str) -> Decoder:
     """A decoder with the parameters of another that carries no adapters, its kernels quantised layer by layer."""
-    model = Decoder(dense.config, dtype=dense.dtype, rngs=None, unroll=dense.unroll, remat=dense.remat, quantize=held)
+    model = Decoder(dense.config, dtype=dense.dtype, rngs=None, remat=dense.remat, quantize=held)
     theirs = dict(nnx.to_flat_state(nnx.state(dense)))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path in theirs:

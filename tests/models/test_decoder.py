@@ -17,7 +17,7 @@ IDS = random_ids(2, 12)
 
 @pytest.fixture(scope="module")
 def model():
-    return init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
+    return init_decoder(LLAMA, nnx.Rngs(0))
 
 
 def close(found, expected) -> None:
@@ -105,8 +105,6 @@ def test_lists_are_accepted(model):
 def test_bad_settings():
     with pytest.raises(ValueError, match="remat must be one of none, dots, full, offload, got 'some'"):
         init_decoder(LLAMA, nnx.Rngs(0), remat="some")
-    with pytest.raises(ValueError, match="unroll must be a positive number of layers, got 0"):
-        init_decoder(LLAMA, nnx.Rngs(0), unroll=0)
     with pytest.raises(mj.InputError, match="dtype 'int8' is not supported"):
         init_decoder(LLAMA, nnx.Rngs(0), dtype="int8")
 
@@ -124,16 +122,16 @@ def gradients(**options) -> tuple:
     return value, jax.tree.leaves(gradient)
 
 
-def test_unroll_and_remat_change_nothing():
-    expected = gradients(unroll=1)
+def test_remat_changes_nothing():
+    expected = gradients()
     assert all(np.abs(leaf).max() > 0 for leaf in expected[1])
-    for options in ({"unroll": 9, "remat": "full"}, {"unroll": 1, "remat": "dots"}):
-        found = gradients(**options)
+    for remat in ("full", "dots"):
+        found = gradients(remat=remat)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
 def test_dropout_acts_on_the_adapters_alone(model):
-    mine = init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
+    mine = init_decoder(LLAMA, nnx.Rngs(0))
     mj.attach(mine, mj.LoRAConfig(rank=2, dropout=0.5), rngs=nnx.Rngs(1))
     close(mine(IDS, dropout_key=jax.random.key(0)), model(IDS))
     fill_randomly(mine)
@@ -154,7 +152,7 @@ def test_eager_calls_compile_once(model):
 
 
 def test_bfloat16_keeps_its_dtypes(model):
-    half = init_decoder(LLAMA, nnx.Rngs(0), dtype="bfloat16", unroll=1)
+    half = init_decoder(LLAMA, nnx.Rngs(0), dtype="bfloat16")
     assert half.hidden(IDS).dtype == jnp.bfloat16
     assert half(IDS).dtype == jnp.float32
     dtypes = {

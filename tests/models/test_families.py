@@ -81,7 +81,7 @@ CASES = {
 
 
 def ours(folder, **options):
-    return mj.load_pretrained(folder, dtype="float32", unroll=1, **options)[0]
+    return mj.load_pretrained(folder, dtype="float32", **options)[0]
 
 
 @pytest.mark.peers

@@ -26,7 +26,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
-    return init_decoder(CONFIGS[request.param], nnx.Rngs(0), unroll=1)
+    return init_decoder(CONFIGS[request.param], nnx.Rngs(0))
 
 
 def close(found, expected) -> None:
@@ -80,7 +80,7 @@ def test_inside_a_compiled_loop(model):
 
 
 def test_a_full_cache_is_refused():
-    model = init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
+    model = init_decoder(LLAMA, nnx.Rngs(0))
     _, cache = model.extend(model.init_cache(2, 11), IDS[:, :5])
     with pytest.raises(ValueError, match="the cache has 11 slots, 5 in use: no room for 7 tokens"):
         model.extend(cache, IDS[:, :7])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mora_jax.adapters.products.matmul import adapted_dot
-from mora_jax.models.layer_scan import Unstacked, run_stack
+from mora_jax.models.layer_scan import run_stack
 
 L, D = 4, 6
 
@@ -28,14 +28,12 @@ def plain(x, layers, shared):
     return x
 
 
-@pytest.mark.parametrize(("unroll", "apart"), [(1, False), (2, False), (L, False), (L, True)])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_same_value_and_gradients(unroll, apart, remat):
+def test_same_value_and_gradients(remat):
     x, layers, shared = inputs()
-    frozen = {name: Unstacked(leaf) if apart else leaf for name, leaf in layers.items()}
 
     def ours(x, trained):
-        return jnp.sum(run_stack(body, unroll, remat, x, frozen | {"trained": trained}, shared) ** 2)
+        return jnp.sum(run_stack(body, remat, x, layers | {"trained": trained}, shared) ** 2)
 
     def theirs(x, trained):
         return jnp.sum(plain(x, layers | {"trained": trained}, shared) ** 2)
@@ -50,7 +48,7 @@ def test_same_value_and_gradients(unroll, apart, remat):
 def test_weights_of_several_kinds_can_be_trained_at_once():
     x, layers, shared = inputs()
     weights = {name: layers[name] for name in ("frozen", "trained")}
-    found = jax.grad(lambda w: jnp.sum(run_stack(body, 1, "none", x, layers | w, shared) ** 2))(weights)
+    found = jax.grad(lambda w: jnp.sum(run_stack(body, "none", x, layers | w, shared) ** 2))(weights)
     expected = jax.grad(lambda w: jnp.sum(plain(x, layers | w, shared) ** 2))(weights)
     for name in weights:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -67,36 +65,8 @@ def test_frozen_weights_are_not_copied(remat):
             return x + shared["scale"] * jnp.tanh(product) * layer["gain"]
 
         kept = {"frozen": layers["frozen"], "gain": adapters}
-        return jnp.sum(run_stack(thin, 1, remat, x, kept, shared) ** 2)
+        return jnp.sum(run_stack(thin, remat, x, kept, shared) ** 2)
 
     compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((L, 1)), layers).compile()
     # A stacked copy of the weights would be L · width² numbers; one layer at a time may be in flight.
     assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * L * width * width * 4
-
-
-def test_unrolled_layers_compute_in_the_backward_pass_what_they_did_not_save():
-    """XLA finds what both passes compute, and would do it once and keep it: here two arrays more a layer."""
-    tokens, layers = 2048, 8
-
-    @jax.custom_vjp
-    def activation(x):
-        return jax.nn.silu(jnp.sin(x.astype(jnp.float32))).astype(x.dtype)
-
-    def backward(x, dy):
-        return (jax.vjp(lambda x: jax.nn.silu(jnp.sin(x.astype(jnp.float32))).astype(x.dtype), x)[1](dy)[0],)
-
-    activation.defvjp(lambda x: (activation(x), x), backward)
-
-    def loss(x, weights, unroll):
-        found = run_stack(
-            lambda x, w, _: adapted_dot(None, activation(x), w, None, None), unroll, "none", x, weights, ()
-        )
-        return jnp.sum(found.astype(jnp.float32) ** 2)
-
-    x, weights = jnp.ones((tokens, 64), jnp.bfloat16), jnp.ones((layers, 64, 64), jnp.bfloat16)
-    used = {}
-    for unroll in (1, layers):
-        compiled = jax.jit(jax.grad(loss), static_argnums=2).lower(x, weights, unroll).compile()
-        used[unroll] = compiled.memory_analysis().temp_size_in_bytes
-    saved = layers * x.nbytes
-    assert used[layers] < min(used[1], 3 * saved), used

@@ -45,7 +45,7 @@ CASES = [
 
 def model_of(family: str, **fields) -> Decoder:
     config = SIZES | {"num_hidden_layers": 2, "architectures": [f"{family}ForCausalLM"]} | FAMILIES[family] | fields
-    return init_decoder(config, nnx.Rngs(0), unroll=1)
+    return init_decoder(config, nnx.Rngs(0))
 
 
 def laid(lengths: list[int], packed_length: int):

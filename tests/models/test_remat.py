@@ -25,7 +25,7 @@ IDS = np.random.default_rng(0).integers(0, LLAMA["vocab_size"], (ROWS, LENGTH))
 
 def gradient_of(method: str, remat: str, dtype: str):
     """The loss's value and gradient as a function of the adapters, and the adapters."""
-    model = init_decoder(LLAMA, nnx.Rngs(0), dtype=dtype, unroll=1, remat=remat)
+    model = init_decoder(LLAMA, nnx.Rngs(0), dtype=dtype, remat=remat)
     mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
     fill_randomly(model)
     graphdef, adapters, frozen = mj.partition(model)

@@ -10,9 +10,9 @@ from mora_jax.models import decoder, read_config
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
 
 
-def answers(layers: int, unroll: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def answers(layers: int) -> tuple[np.ndarray, list[np.ndarray]]:
     config = read_config(LLAMA | {"num_hidden_layers": layers, "head_dim": 8}, "config.json")
-    model = decoder.Decoder(config, rngs=nnx.Rngs(0), unroll=unroll)
+    model = decoder.Decoder(config, rngs=nnx.Rngs(0))
     mj.attach(model, mj.LoRAConfig(rank=2, targets=("q_proj", "down_proj")), rngs=nnx.Rngs(1))
     fill_randomly(model)
     ids = random_ids(2, 7)
@@ -22,9 +22,9 @@ def answers(layers: int, unroll: int) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def test_extend_and_generate_give_what_they_give_without():
-    expected = answers(2, 1)
+    expected = answers(2)
     with jax.enable_x64(True):
-        logits, tokens = answers(2, 1)
+        logits, tokens = answers(2)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-4)
     for found, wanted in zip(tokens, expected[1], strict=True):
         np.testing.assert_array_equal(found, wanted)

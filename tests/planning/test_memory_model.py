@@ -34,7 +34,6 @@ def run_of(method: str, mesh: tuple[int, ...], remat: str = "none", micro_batche
     settings = {
         "model.dtype": "float32",
         "model.remat": remat,
-        "model.unroll": 1,
         "adapter.method": method,
         "data.max_length": LENGTH,
         "train.batch_size": rows * micro_batches,

@@ -46,7 +46,6 @@ def base(inputs, out, **settings) -> Config:
     values = {
         "model.path": str(inputs / "model"),
         "model.dtype": "float32",
-        "model.unroll": 1,
         "data.train": str(inputs / "rows.json"),
         "data.eval": str(inputs / "rows.json"),
         "out": str(out),
@@ -224,7 +223,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(inputs, tmp_path, whol
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(inputs, tmp_path):
-    model, tokenizer = mj.load_pretrained(str(inputs / "model"), dtype="float32", unroll=1)
+    model, tokenizer = mj.load_pretrained(str(inputs / "model"), dtype="float32")
     result = mj.sweep(
         model,
         ROWS,

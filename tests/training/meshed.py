@@ -96,14 +96,13 @@ def run(
     sizes: str = "odd",
     packed: bool = True,
     micro_batches: int = 1,
-    unroll: int = 1,
     remat: str = "none",
     offload: bool = False,
     quantize: str = "none",
     dropout: float = 0.0,
 ) -> Run:
     """Trains a few steps; `offload` is the optimizer's."""
-    model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0), unroll=unroll, remat=remat)
+    model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0), remat=remat)
     if quantize != "none":
         model = quantized_copy(model, quantize)
     chosen = dataclasses.replace(METHODS[method], dropout=dropout) if dropout else METHODS[method]

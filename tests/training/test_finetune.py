@@ -9,14 +9,13 @@ import signal
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import mora_jax as mj
 from mora_jax.errors import InputError
-from mora_jax.training import loop, setup
+from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import Display
 from tests.evaluation import tiny
@@ -24,7 +23,7 @@ from tests.evaluation import tiny
 ROWS = [{"instruction": f"Say {word}", "input": "", "output": word} for word in ("red", "blue", "green", "black")] * 2
 # A schedule that does not depend on the number of steps: runs of any length share a compiled step.
 COMMON = {"mesh.data": 1, "optimizer.schedule": "constant"}
-KEYS = {"model.unroll": 1, "model.dtype": "float32", **COMMON}
+KEYS = {"model.dtype": "float32", **COMMON}
 CONFIG = mj.LoRAConfig(rank=2, dropout=0.1, targets=("q_proj", "down_proj"))
 
 
@@ -94,7 +93,7 @@ def test_writes_nothing_without_out(model_path, tmp_path, monkeypatch):
 
 
 def test_a_model_is_trained_in_place_and_trained_on(model_path, result):
-    model, tokenizer = mj.load_pretrained(model_path, dtype="float32", unroll=1)
+    model, tokenizer = mj.load_pretrained(model_path, dtype="float32")
     base = np.array(model.embed_tokens.embedding[...])
     found = tune(model, tokenizer=tokenizer)
     assert found.model is model
@@ -109,7 +108,7 @@ def test_a_model_is_trained_in_place_and_trained_on(model_path, result):
 
 
 def test_full_fine_tuning_goes_on(model_path):
-    model, _ = mj.load_pretrained(model_path, dtype="float32", unroll=1)
+    model, _ = mj.load_pretrained(model_path, dtype="float32")
     first = tune(model, adapter=mj.FullConfig(), steps=2)
     again = tune(model, adapter=mj.FullConfig(), steps=1)
     assert again.summary["trainable_parameters"] == first.summary["trainable_parameters"]
@@ -217,13 +216,3 @@ def test_tables_and_iterators_of_rows(model_path, result):
     found = tune(model_path, rows=Table(), steps=1)
     assert found.metrics[0]["loss"] == pytest.approx(result.metrics[0]["loss"])
     assert tune(model_path, rows=iter(ROWS), steps=1).metrics[0]["loss"] == found.metrics[0]["loss"]
-
-
-def test_short_runs_on_a_cpu_and_all_in_float32_compile_one_layer(monkeypatch):
-    model = mj.load_pretrained(mj.demo.model_path(), dtype="float32")[0]
-    assert setup.layers_at_once(model, 10**9) == 1
-    model.dtype = jnp.dtype("bfloat16")
-    few = setup.UNROLL_FROM - 1
-    assert setup.layers_at_once(model, few) == 1 and setup.layers_at_once(model, few + 1) is None
-    monkeypatch.setattr(setup, "backend", lambda: "tpu")
-    assert setup.layers_at_once(model, 1) is None

@@ -66,7 +66,6 @@ def config(inputs: Path, out: Path, **settings) -> Config:
     values = {
         "model.path": str(inputs / "model"),
         "model.dtype": "float32",
-        "model.unroll": 1,
         "data.train": str(inputs / "rows.json"),
         "out": str(out),
         "train.steps": 6,

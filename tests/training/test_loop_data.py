@@ -216,7 +216,7 @@ def test_a_divergence_needs_a_frozen_base(inputs, tmp_path):
 
 
 def test_an_adapter_of_another_base(inputs, tmp_path):
-    model = load_pretrained(inputs / "model", dtype="float32", unroll=1)[0]
+    model = load_pretrained(inputs / "model", dtype="float32")[0]
     mj.attach(model, mj.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
     mj.save_adapter(model, tmp_path / "adapter", base_model_name_or_path="somebody/else")
     settings = {"adapter__path": str(tmp_path / "adapter"), "adapter__dropout": 0.0}
@@ -250,7 +250,7 @@ def test_every_method_trains_and_leaves_an_adapter_that_loads(method, inputs, tm
     out = tmp_path / "run"
     settings = {"adapter__method": method, "adapter__dropout": 0.0, "train__steps": 3, "train__save_every": 0}
     assert loop.train(config(inputs, out, **settings), quiet()) == 0
-    model, _ = load_pretrained(inputs / "model", dtype="float32", unroll=1)
+    model, _ = load_pretrained(inputs / "model", dtype="float32")
     ids = np.arange(12)[None] % 200
     before = model(ids)
     load_adapter(model, out / "adapter")

@@ -38,7 +38,7 @@ LENGTH = 16
 
 
 def base_model(**fields) -> Decoder:
-    return Decoder(read_config(SMALL | fields, "config.json"), dtype=jnp.float32, rngs=nnx.Rngs(0), unroll=1)
+    return Decoder(read_config(SMALL | fields, "config.json"), dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 def model_for(method: str, *, fresh: bool = False, **fields) -> Decoder:

@@ -63,7 +63,7 @@ def test_other_arrays_keep_their_rate():
 
 @pytest.mark.parametrize("config", [mj.DoRAConfig(), mj.VeRAConfig(rank=3), mj.IA3Config(), mj.BitFitConfig()])
 def test_weights_of_a_stack_decay_and_vectors_do_not(config):
-    model = init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
+    model = init_decoder(LLAMA, nnx.Rngs(0))
     mj.attach(model, config, rngs=nnx.Rngs(1))
     arrays = flat_arrays(mj.partition(model)[1])
     decaying = {name.rpartition(".")[2] for name, decays in weight_masks(arrays).items() if decays}

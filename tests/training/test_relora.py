@@ -42,7 +42,7 @@ class Restartable:
     """A tiny model with random adapters and moments, and its restart."""
 
     def __init__(self, config, dtype=jnp.float32):
-        model = Decoder(read_config(LLAMA, "config.json"), dtype=dtype, rngs=nnx.Rngs(0), unroll=1)
+        model = Decoder(read_config(LLAMA, "config.json"), dtype=dtype, rngs=nnx.Rngs(0))
         mj.attach(model, config, rngs=nnx.Rngs(1))
         fill_randomly(model)
         graphdef, adapters, frozen = mj.partition(model)

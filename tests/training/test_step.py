@@ -34,7 +34,7 @@ ROWS, LENGTH, STEPS = 8, 16, 5
 def model_for(method: str, dtype=jnp.float32, layers: int = 1) -> Decoder:
     """One layer is no loop, which would compile for twice as long; test_rules.py has steps of three layers."""
     config = read_config(LLAMA | {"num_hidden_layers": layers}, "config.json")
-    model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), unroll=1)
+    model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
     mj.attach(model, CONFIGS[method], rngs=nnx.Rngs(1))
     if method != "full":
         fill_randomly(model)

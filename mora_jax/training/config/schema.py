@@ -34,8 +34,7 @@ class ModelConfig:
     )
     unroll: int | None = key(
         None,
-        "Layers unrolled in one step of the layer scan; none: one, and on CPUs in bfloat16 all of them in runs of "
-        "16,000 tokens or more (from jax 0.11 on 120,000), where the faster step makes up for the longer compilation.",
+        "Ignored: layers always run in a loop, one a turn. The key will go.",
         at_least=1,
     )
     remat: str = key(
@@ -348,6 +347,7 @@ def unused(config: Config, given: Collection[str]) -> str | None:
     said = known - START - adapter.config_class.training_settings()
     # Whether, why, and the keys that are then not read.
     cases: list[tuple[bool, str, list[str]]] = [
+        (True, "layers, which run in a loop", ["model.unroll"]),
         (True, f"adapter.method={adapter.method}", [f"adapter.{name}" for name in others]),
         (adapter.path is not None and "path" in known, "adapter.path", [f"adapter.{name}" for name in said]),
         (not mode.uses_prompt_weight, f"loss.mode={loss.mode}", ["loss.prompt_weight"]),

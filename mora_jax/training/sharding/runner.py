@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.batch import Batch
-from mora_jax.models.layer_scan import Unstacked
 from mora_jax.training.observe.compile_log import Compilation, shape_words
 from mora_jax.training.optimizer_offload import moments_on_host
 from mora_jax.training.sharding.device_put import put, put_rows, rows_here
@@ -121,32 +120,15 @@ class JitRunner(Runner):
         mesh: the mesh; rows of a batch are sharded along `data` and `fsdp`.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
             None everything, is on every device.
-        apart: frozen arrays `[L, …]` that the compiled step takes `Unstacked`.
     """
 
-    def __init__(
-        self,
-        step: StepFunction,
-        mesh: Mesh,
-        shardings: dict[str, NamedSharding] | None = None,
-        apart: frozenset[str] = frozenset(),
-    ):
+    def __init__(self, step: StepFunction, mesh: Mesh, shardings: dict[str, NamedSharding] | None = None):
         super().__init__()
         self._step = step
         self._shardings = shardings or {}
-        self._apart = apart
-        self._layers: dict[str, tuple[Array, Unstacked]] = {}  # what was taken apart, with its layers
         self.devices = list(mesh.devices.flat)
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
-
-    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        layers: dict[str, Any] = {}
-        for name in self._apart & frozen.keys():
-            if name not in self._layers or self._layers[name][0] is not frozen[name]:
-                self._layers[name] = frozen[name], Unstacked(jnp.unstack(frozen[name]))
-            layers[name] = self._layers[name][1]
-        return super().__call__(state, frozen | layers, batch)
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         return self.trace(state, frozen, batch).lower()

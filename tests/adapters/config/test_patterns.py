@@ -33,7 +33,7 @@ def test_keys_match_as_in_peft(key, path, found):
 
 
 def decoder():
-    return init_decoder(LLAMA, nnx.Rngs(0), unroll=1)
+    return init_decoder(LLAMA, nnx.Rngs(0))
 
 
 def test_layers_of_a_stack_with_ranks_and_alphas_of_their_own():

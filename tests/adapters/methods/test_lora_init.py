@@ -86,7 +86,7 @@ def test_ranks_that_do_not_fit(config, words):
 
 
 def test_eva_takes_the_principal_directions_of_what_layers_read():
-    model, ids = init_decoder(LLAMA, nnx.Rngs(0), unroll=1), random_ids(3, 9)
+    model, ids = init_decoder(LLAMA, nnx.Rngs(0)), random_ids(3, 9)
     before = np.asarray(model(ids))
     config = mj.LoRAConfig(rank=4, init="eva", targets=("q_proj", "down_proj"), layers_to_transform=(0, 2))
     mj.attach(model, config, rngs=nnx.Rngs(1))

@@ -146,7 +146,7 @@ def trained(tmp_path_factory):
     model = peft.get_peft_model(torch_model, peft.LoraConfig(lora_alpha=2, **options), adapter_name="poet")
     model.add_adapter("coder", peft.LoraConfig(lora_alpha=6, use_rslora=True, **options))
     model.save_pretrained(root)
-    named = mj.NamedAdapters(mj.load_pretrained(root / "base", dtype="float32", unroll=1)[0], slots=8, rank=8)
+    named = mj.NamedAdapters(mj.load_pretrained(root / "base", dtype="float32")[0], slots=8, rank=8)
     for name in ("poet", "coder"):
         named.load(root / name)
     return named, model.eval()

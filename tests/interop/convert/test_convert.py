@@ -112,7 +112,7 @@ def test_a_given_rank_is_the_nearest_one_with_its_error(base, config):
     ids=["dora", "mora"],
 )
 def test_a_magnitude_changes_the_base_too(base, config):
-    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(base, dtype="float32")[0]
     mj.attach(model, config, rngs=nnx.Rngs(0))
     for _, node in nnx.iter_graph(model):
         if isinstance(node, mj.AdapterParam):
@@ -127,11 +127,11 @@ def test_a_magnitude_changes_the_base_too(base, config):
 
 
 def test_what_no_update_of_a_matrix_can_hold(base):
-    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(base, dtype="float32")[0]
     mj.attach(model, mj.LoRAConfig(rank=2, modules_to_save=("norm",)), rngs=nnx.Rngs(0))
     with pytest.raises(mj.InputError, match="modules that are trained whole can't be converted"):
         convert_to_lora(model)
-    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(base, dtype="float32")[0]
     mj.attach(model, mj.BitFitConfig(), rngs=nnx.Rngs(0))
     with pytest.raises(mj.InputError, match="trains its bias, which can't be converted"):
         convert_to_mora(model)
@@ -186,7 +186,7 @@ def test_models_without_adapters_are_refused(base):
 
 @pytest.mark.peers
 def test_real_peft_loads_lifted_mora(base, tmp_path):
-    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(base, dtype="float32")[0]
     mj.attach(model, mj.MoRAConfig(rank=1), rngs=nnx.Rngs(0))
     fill_randomly(model)
     expected = np.asarray(model(IDS))
@@ -228,7 +228,7 @@ def test_other_thin_updates_become_exact_loras(base, config):
 
 
 def test_ia3_has_full_rank(base):
-    model = mj.load_pretrained(base, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(base, dtype="float32")[0]
     mj.attach(model, mj.IA3Config(), rngs=nnx.Rngs(0))
     fill_randomly(model)
     expected = np.asarray(model(IDS))

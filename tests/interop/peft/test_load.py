@@ -31,7 +31,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def load(folder: Path) -> mj.models.Decoder:
-    return mj.load_pretrained(folder, dtype="float32", unroll=1)[0]
+    return mj.load_pretrained(folder, dtype="float32")[0]
 
 
 def adapted(folder: Path, config, seed: int = 0) -> mj.models.Decoder:

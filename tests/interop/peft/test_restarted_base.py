@@ -29,12 +29,12 @@ SMALL = LLAMA | {"num_hidden_layers": 2}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
-    mj.save_pretrained(init_decoder(SMALL, nnx.Rngs(0), dtype="float32", unroll=1), folder)
+    mj.save_pretrained(init_decoder(SMALL, nnx.Rngs(0), dtype="float32"), folder)
     return folder
 
 
 def load(folder: Path, adapter: Path | None = None, **reading):
-    model = mj.load_pretrained(folder, dtype="float32", unroll=1)[0]
+    model = mj.load_pretrained(folder, dtype="float32")[0]
     if adapter is not None:
         mj.load_adapter(model, adapter, **reading)
     return model

@@ -97,7 +97,7 @@ def test_a_decoder_with_windows_in_turn(remat):
     found = []
     with interpreting():
         for name in ("xla", "splash"):
-            model = init_decoder(sizes, nnx.Rngs(0), unroll=1, remat=remat, attention=name)
+            model = init_decoder(sizes, nnx.Rngs(0), remat=remat, attention=name)
             mj.attach(model, mj.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
             fill_randomly(model)
             graphdef, adapters, frozen = mj.partition(model)

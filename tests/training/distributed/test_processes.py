@@ -32,7 +32,6 @@ def arguments(inputs: Path, out: Path | str, **settings) -> list[str]:
     values = {
         "model.path": inputs / "model",
         "model.dtype": "float32",
-        "model.unroll": 1,
         "data.train": inputs / "rows.json",
         "out": out,
         "train.steps": STEPS,
