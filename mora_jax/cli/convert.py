@@ -113,8 +113,8 @@ def _difference(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
+    from mora_jax.cli.load import adapter_folder
     from mora_jax.interop.convert.convert import convert_to_lora, convert_to_mora, peft_knows
-    from mora_jax.interop.hub import adapter_folder
     from mora_jax.interop.load import load_pretrained, load_shapes
     from mora_jax.interop.peft.load import load_adapter, needs_base
 

@@ -1,7 +1,11 @@
 """Loading what `--model` and `--adapter` name."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError
@@ -20,7 +24,7 @@ def load(
 
     Args:
         path: a HuggingFace folder or hub id.
-        adapter: an adapter folder, a run directory that holds one, or a hub id.
+        adapter: as for `adapter_folder`.
         dtype: compute dtype, or None for the machine's default.
         quantize: how the layers' kernels are held, as `model.quantize` says.
         mesh: the devices that the model is laid over; None for one.
@@ -30,7 +34,6 @@ def load(
         InputError: when either can't be loaded, or there is no tokenizer.
     """
     from mora_jax.interop import load_adapter, load_pretrained
-    from mora_jax.interop.hub import adapter_folder
 
     folder = None if adapter is None else adapter_folder(adapter)
     shardings = None
@@ -46,14 +49,34 @@ def load(
     return model, tokenizer
 
 
+def adapter_folder(text: str) -> str:
+    """The folder of the adapter that `--adapter` names: a folder, a run directory, a hub id, or RUN@STEP.
+
+    For a checkpoint that is a temporary folder, which goes when the process ends.
+
+    Raises:
+        InputError: there is no adapter, or no such checkpoint.
+    """
+    from mora_jax.interop import hub
+
+    run, at, step = text.rpartition("@")
+    if not (at and step.isdecimal() and expanded(run).is_dir()) or expanded(text).exists():
+        return hub.adapter_folder(text)
+    from mora_jax.training.run.export import export_checkpoint
+
+    place = tempfile.mkdtemp(prefix="mora-jax-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    out = Path(place) / f"{Path(run).name}@{step}"
+    export_checkpoint(run, int(step), out)
+    return str(out)
+
+
 def named_adapters(texts: Iterable[str]) -> dict[str, str]:
     """Adapter folders by name, of texts `NAME=PATH` or `PATH`; a path alone is named after its folder.
 
     Raises:
         InputError: a text lacks one of the two, there is no adapter, or two have one name.
     """
-    from mora_jax.interop.hub import adapter_folder
-
     found: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")

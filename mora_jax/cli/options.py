@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 #: What options are added to.
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 OVERRIDE = "--config."
-ADAPTER = "adapter folder, or a run directory that holds one"
+ADAPTER = "adapter folder, a run directory that holds one, or a checkpoint of a run, RUN@STEP"
 
 
 class KeyAction(argparse.Action):

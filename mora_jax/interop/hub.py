@@ -46,6 +46,13 @@ def adapter_folder(path: str) -> str:
     for folder in (found, found / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return str(folder)
+    if (checkpoints := found / "checkpoints").is_dir():
+        steps = sorted(int(step.name) for step in checkpoints.iterdir() if step.name.isdecimal())
+        choice = f", or take its last checkpoint: {path}@{steps[-1]}" if steps else ""
+        raise InputError(
+            f"{path} is a run that has not ended, so it holds no adapter yet: continue it with mora-jax train --resume "
+            f"{path}{choice}"
+        )
     raise InputError(f"{path} is no adapter: there is no adapter_config.json in it or in its folder adapter/")
 
 

@@ -316,6 +316,32 @@ class Checkpoints:
                 self._inner.close()
 
 
+def read_trained(directory: Any, step: int) -> Arrays:
+    """The trained arrays of one checkpoint, whatever devices it was written on; the run itself may go on meanwhile.
+
+    Args:
+        directory: the folder of a run's checkpoints, which is there.
+        step: after which the checkpoint was written.
+
+    Raises:
+        InputError: there is no such checkpoint, or it can't be read.
+    """
+    with quiet(), ocp.training.Checkpointer(epath.Path(directory)) as reader:
+        steps = [checkpoint.step for checkpoint in reader.checkpoints]
+        if step not in steps:
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none yet"
+            raise InputError(f"{directory} has no checkpoint of step {step}; {there}")
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        try:
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                reader.metadata(step).metadata,
+            )
+            return reader.load(step, abstract_state=abstract)["adapters"]
+        except _DAMAGE as error:
+            raise InputError(f"the checkpoint of step {step} in {directory} can't be read: {reason(error)}") from None
+
+
 class NoCheckpoints:
     """In the place of `Checkpoints` for a run that writes nothing."""
 

@@ -7,14 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mora_jax.adapters.attach import partition
 from mora_jax.adapters.merge import merge
 from mora_jax.errors import InputError
-from mora_jax.interop import save_adapter, save_pretrained
+from mora_jax.interop import load_pretrained, save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.paths import found_path
 from mora_jax.training.config.schema import Config
+from mora_jax.training.run.checkpoint import read_trained
+from mora_jax.training.run.directory import RunDirectory
 from mora_jax.training.run.retry import persistently
 from mora_jax.training.run.storage import Files
+from mora_jax.training.setup import put_adapter
+from mora_jax.training.state import Structure, flat_arrays
 
 
 def result_name(config: Config) -> str:
@@ -42,6 +47,37 @@ def write_result(
     if restarted:
         merge(model)
     save_pretrained(model, out, tokenizer, overwrite=True, write=write)
+
+
+def export_checkpoint(run: str, step: int, out: Path) -> None:
+    """Writes the adapter that one checkpoint of a run holds, as `write_result` writes the last one.
+
+    Args:
+        run: its directory; the run may still be going on.
+        step: after which the checkpoint was written.
+        out: the folder.
+
+    Raises:
+        InputError: there is no such checkpoint, or the run trains the model itself.
+    """
+    directory = RunDirectory(run, writes=False)
+    config = directory.read_config()
+    if config.adapter.config_class.changes_base:
+        raise InputError(
+            f"{run} trains the model itself ({config.adapter.method}), so its checkpoints hold no adapter: end it with "
+            f"mora-jax train --resume {run}, and give --model {run}/model"
+        )
+    trained = read_trained(directory.checkpoints, step)
+    # As in training: some methods start from the base's exact numbers.
+    how = {name: getattr(config.model, name) for name in ("dtype", "quantize")}
+    model, tokenizer = load_pretrained(config.model.path or "", unroll=1, **how)
+    put_adapter(model, config, config.train.steps or step)
+    graphdef, adapters, frozen = partition(model)
+    shapes = {name: array.shape for name, array in flat_arrays(adapters).items()}
+    if shapes != {name: array.shape for name, array in trained.items()}:
+        raise InputError(f"{run}: the checkpoint of step {step} is not of the adapter that its config.json describes")
+    model = Structure(graphdef, adapters, frozen).model(trained, flat_arrays(frozen))
+    write_result(model, out, config, tokenizer, restarted=False)
 
 
 def write_persistently(write: Callable[[Path], None], out: Path, files: Files, *, rescue: bool) -> None:
