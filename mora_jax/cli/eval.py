@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from mora_jax.cli.options import add_data, add_key, add_model, add_number, add_out
-from mora_jax.cli.progress import progress
+from mora_jax.display.progress import progress
 from mora_jax.errors import InputError
 
 HELP = "perplexity and accuracy on a data file, or a task's metrics"

@@ -6,11 +6,9 @@ import json
 import sys
 
 from mora_jax.cli.options import add_data, add_number
-from mora_jax.cli.page_file import page_file
+from mora_jax.display.pages import page_file
 
 HELP = "show which tokens of a data file carry loss"
-# Columns where there is no terminal to ask.
-_WIDTH = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +28,10 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.data import load_tokenizer
     from mora_jax.data.inspect.describe import describe_example
     from mora_jax.data.inspect.inspecting import inspect_dataset
-    from mora_jax.data.inspect.page import make_page, write_page
+    from mora_jax.data.inspect.page import make_page
     from mora_jax.data.inspect.terminal import report_view
+    from mora_jax.display.pages import write_page
+    from mora_jax.display.tables import WIDTH, show
     from mora_jax.interop.hub import local_folder
     from mora_jax.training.display.example import print_examples
 
@@ -44,15 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(inspect_dataset(dataset, args.examples)))
         return 0
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-    view = report_view(dataset, tokenizer, console, recognised=args.format is None)
-    if console.is_terminal:
-        console.print(view)
-    else:
-        with console.capture() as captured:
-            console.print(view)
-        # Tables fill their lines with spaces.
-        print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    show(report_view(dataset, tokenizer, console, recognised=args.format is None))
     shown = ((example.source, describe_example(example, tokenizer)) for example in dataset[: args.examples])
     print_examples(shown, console)
     return 0

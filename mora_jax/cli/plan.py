@@ -13,8 +13,6 @@ import sys
 from mora_jax.cli.options import add_number
 
 HELP = "say whether a run fits, and what it costs"
-# Columns where there is no terminal to ask.
-_WIDTH = 110
 _UNNAMED = "an unnamed model"
 
 
@@ -42,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     import jax
-    from rich.console import Console
 
+    from mora_jax.display.tables import show
     from mora_jax.errors import InputError
     from mora_jax.planning.advice import advise
     from mora_jax.planning.model_shapes import read_model
@@ -68,9 +66,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json(advice, model, args.price)))
         return 0
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-    with console.capture() as captured:
-        console.print(view(advice, model, args.price))
-    # Tables fill their lines with spaces.
-    print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
+    show(view(advice, model, args.price))
     return 0

@@ -23,7 +23,7 @@ from mora_jax.data.formats.rows import Rows
 from mora_jax.data.inspect.advice import Advice, advise, advise_on
 from mora_jax.data.inspect.describe import describe_batch, describe_example, token_texts
 from mora_jax.data.inspect.inspecting import inspect_data, inspect_dataset
-from mora_jax.data.inspect.page import make_page, write_page
+from mora_jax.data.inspect.page import make_page
 from mora_jax.data.inspect.report import Report
 from mora_jax.data.loss_weights import MODES, LossWeights, token_weights
 from mora_jax.data.segments import Piece, Rendered, Segment
@@ -33,6 +33,7 @@ from mora_jax.data.templates.render import Prompt, Renderer, render_prompt
 from mora_jax.data.tokens.encode import RowEncoder
 from mora_jax.data.tokens.tokenize import Tokens, tokenize
 from mora_jax.data.tokens.tokenizer import load_tokenizer
+from mora_jax.display.pages import write_page
 
 __all__ = [
     "FORMATS",

@@ -8,8 +8,8 @@ from typing import Any
 
 from mora_jax.demo.cells import MODES, Curve
 from mora_jax.demo.table import Row
+from mora_jax.display.figures import new_figure, style
 from mora_jax.paths import new_file
-from mora_jax.sweeps.plot import STYLES
 
 
 def draw(rows: Sequence[Row], curves: Mapping[tuple[str, str], Curve], path: Path) -> None:
@@ -20,16 +20,12 @@ def draw(rows: Sequence[Row], curves: Mapping[tuple[str, str], Curve], path: Pat
       curves: by (method, loss mode).
       path: where to.
     """
-    # A figure of its own, not pyplot: nothing global, no display needed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 5.2)
     panels = figure.subplots(1, 3)
     methods = list(dict.fromkeys(row.method for row in rows if row.before))
-    styles = {method: STYLES[i % len(STYLES)] for i, method in enumerate(methods)}
+    styles = {method: style(number) for number, method in enumerate(methods)}
     low = min(min(curve.held_out_loss) for curve in curves.values())
     high = max(max(curve.held_out_loss) for curve in curves.values())
     for panel, mode in zip(panels[:2], MODES, strict=True):
@@ -37,10 +33,7 @@ def draw(rows: Sequence[Row], curves: Mapping[tuple[str, str], Curve], path: Pat
         panel.set_ylim(low / 1.2, high * 1.2)
         _plain_ticks(panel.yaxis)
     _draw_trade(panels[2], rows, styles)
-    handles = [
-        Line2D([], [], color=colour, linestyle=dash, marker=marker, label=method)
-        for method, (colour, dash, marker) in styles.items()
-    ]
+    handles = [Line2D([], [], **styles[method], label=method) for method in methods]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     with new_file(path) as file:
         figure.savefig(file, dpi=130)
@@ -58,15 +51,7 @@ def _plain_ticks(axis: Any) -> None:
 def _draw_curves(panel: Any, mode: str, curves: Mapping[tuple[str, str], Curve], styles: Mapping[str, Any]) -> None:
     for (method, curve_mode), curve in curves.items():
         if curve_mode == mode:
-            colour, dash, marker = styles[method]
-            panel.plot(
-                curve.steps,
-                curve.held_out_loss,
-                color=colour,
-                linestyle=dash,
-                marker=marker,
-                markersize=5,
-            )
+            panel.plot(curve.steps, curve.held_out_loss, **styles[method], markersize=5)
     panel.set_yscale("log")
     panel.set_title(f"Trained with {mode} loss")
     panel.set_xlabel("optimiser step")
@@ -81,7 +66,7 @@ def _draw_trade(panel: Any, rows: Sequence[Row], styles: Mapping[str, Any]) -> N
     panel.axvline(base.base_perplexity, color="0.6", linewidth=1, zorder=0)
     panel.plot(base.base_perplexity, 100 * base.exact_match, "*", color="#CC79A7", markersize=15)
     for row in rows[1:]:
-        colour, _dash, marker = styles[row.method]
+        colour, marker = styles[row.method]["color"], styles[row.method]["marker"]
         panel.plot(
             row.scores.base_perplexity,
             100 * row.scores.exact_match,

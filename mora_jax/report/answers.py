@@ -17,7 +17,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.report.runs import Run
 from mora_jax.training.run.export import result_name
 
-#: Stands for the model without an adapter where a run's name would.
+#: Stands for the model without an adapter where a run's name would: no run has this name, nor one that begins so.
 BASE = "base"
 
 

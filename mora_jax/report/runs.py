@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ class Run:
         name: the end of its path that sets it apart from the other runs.
         directory: its folder.
         config: its configuration.
-        summary: what `summary.json` holds; empty before its end.
+        summary: what `summary.json` holds of what is compared, numbers where they have to be; empty before its end.
         steps: the rows of its logged steps, with a finite loss.
         evaluations: the rows of its evaluations; of tasks alone they have no `eval_loss`.
     """
@@ -42,7 +41,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How far it is, in words."""
+        """How far it is, such as "done"."""
         if self.summary:
             return "done"
         last = max((row["step"] for row in [*self.steps, *self.evaluations]), default=0)
@@ -50,41 +49,51 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """What is compared between runs, as far as it is known; the last values of one that has not ended."""
-        summary, found = self.summary, dict[str, Any]()
         last = self.steps[-1] if self.steps else {}
         scored = self.evaluations[-1] if self.evaluations else {}
-        found["method"] = summary.get("method", self.config.adapter.method)
-        found["trainable_parameters"] = summary.get("trainable_parameters")
-        found["steps"] = summary.get("steps", last.get("step"))
-        found["final_loss"] = summary.get("final_loss", last.get("loss"))
         # Whatever an evaluation measures besides the loss (tasks, say) stands in its rows alone.
-        found |= {name: value for name, value in scored.items() if _is_score(name, value)}
-        for name in ("eval_loss", "eval_perplexity"):
-            found[name] = summary.get(name, scored.get(name))
-        found["best_step"] = summary.get("best_step")
-        found["tokens_per_second"] = summary.get("tokens_per_second", last.get("tokens_per_second"))
-        found["wall_seconds"] = summary.get("wall_seconds")
-        found["peak_memory_bytes"] = summary.get("peak_memory_bytes")
-        return found
+        scores = {name: value for name, value in scored.items() if not any(word in name for word in _COUNTS)}
+        known = last | scores | {"steps": last.get("step"), "final_loss": last.get("loss")} | self.summary
+        method = str(self.summary.get("method", self.config.adapter.method))
+        return {"method": method} | {name: known.get(name) for name in dict.fromkeys((*_COMPARED, *scores))}
 
 
-def _is_score(name: str, value: Any) -> bool:
-    counted = ("step", "tokens", "seconds", "examples")
-    return isinstance(value, int | float) and not any(word in name for word in counted)
+# Numbers of a summary, or of the last rows of a run without one, that are compared.
+_COMPARED = (
+    "trainable_parameters",
+    "steps",
+    "final_loss",
+    "eval_loss",
+    "eval_perplexity",
+    "best_step",
+    "tokens_per_second",
+    "wall_seconds",
+    "peak_memory_bytes",
+)
+# Parts of names of what an evaluation counts and doesn't measure.
+_COUNTS = ("step", "tokens", "seconds", "examples")
 
 
-def read_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_runs(
+    paths: Iterable[str | os.PathLike[str]], note: Callable[[str], None] = lambda text: None, taken: str = ""
+) -> list[Run]:
     """Reads runs, each once.
 
     Args:
         paths: run directories, and folders of a sweep, which stand for all of its runs.
+        note: is told of lines that can't be read.
+        taken: a name that no run gets, nor one that begins with it and a space.
 
     Raises:
         InputError: one of them is no run.
     """
     folders = dict.fromkeys(folder for path in paths for folder in _folders(path))
-    names = _names([Path(folder).parts for folder in folders])
-    return [_read(name, folder) for name, folder in zip(names, folders, strict=True)]
+    names = _names([Path(folder).parts for folder in folders], taken)
+    return [_read(name, folder, note) for name, folder in zip(names, folders, strict=True)]
 
 
 def _folders(given: str | os.PathLike[str]) -> list[str]:
@@ -102,27 +111,48 @@ def _folders(given: str | os.PathLike[str]) -> list[str]:
     return [str(folder) for folder in inner]
 
 
-def _names(parts: Sequence[tuple[str, ...]]) -> list[str]:
-    """The shortest ends of paths that all differ."""
+def _names(parts: Sequence[tuple[str, ...]], taken: str) -> list[str]:
+    """The shortest ends of paths that all differ, also from `taken`."""
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not any(name == taken or name.startswith(f"{taken} ") for name in names):
             return names
     return ["/".join(part) for part in parts]
 
 
-def _read(name: str, folder: str) -> Run:
+def _read(name: str, folder: str, note: Callable[[str], None]) -> Run:
     directory = RunDirectory(folder, writes=False)
+    directory.files.note = note
     config = directory.read_config()
-    text = directory.files.read("summary.json")
-    try:
-        summary = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder}/summary.json is damaged: {error}") from None
-    rows = directory.read_metrics()
-    steps = [row for row in rows if row.get("loss") is not None]
-    evaluations = [row for row in rows if "loss" not in row]
+    summary = directory.read_json("summary.json") or {}
+    # A number that was written as something else can't be compared.
+    summary = {key: value for key, value in summary.items() if key not in _COMPARED or _is_number(value)}
+    rows = [{key: value for key, value in row.items() if _is_number(value)} for row in directory.read_metrics()]
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if any(key.startswith("eval_") for key in row)]
     return Run(name, directory, config, summary, steps, evaluations)
+
+
+# What of the section `data` doesn't change which tokens are evaluated; and what does so only without `data.eval`.
+_OF_TRAINING = ("packing", "bucketing", "workers", "cache", "streaming")
+_HELD_OUT = ("train", "split", "eval_fraction")
+
+
+def evaluated_alike(runs: Sequence[Run]) -> bool:
+    """Whether the evaluation losses of runs are of the same tokens, and compare.
+
+    Those of runs that ended are known by their hash. Others are judged by their configurations.
+    """
+    hashes = [run.summary.get("eval_data") for run in runs]
+    if all(hashes):
+        return len(set(hashes)) == 1
+    settings = []
+    for run in runs:
+        data = run.config.to_dict()["data"]
+        left_out = _OF_TRAINING if data["eval"] is None else (*_OF_TRAINING, *_HELD_OUT)
+        seed = run.config.seed if data["eval"] is None else None
+        settings.append(({key: data[key] for key in data if key not in left_out}, seed, run.config.model.path))
+    return all(other == settings[0] for other in settings)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -1,18 +1,19 @@
-"""What came of runs as rows of words, for a terminal and for a page."""
+"""What came of runs as rows of texts, for a terminal and for a page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from mora_jax.report.runs import Run, differences
+from mora_jax.report.runs import Run, differences, evaluated_alike
 from mora_jax.training.display.plain import duration
 from mora_jax.training.display.summary import bytes_words
 
 #: Marks the lowest evaluation loss.
 STAR = " *"
 
-_WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
+# By key: the head of its column, and its values as text.
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "method": ("method", str),
     "trainable_parameters": ("trained", "{:,}".format),
     "steps": ("steps", "{:,}".format),
@@ -26,45 +27,64 @@ _WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def result_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Heads, and a row of words a run; columns that no run fills are left out.
+class ResultTable(NamedTuple):
+    """Results of runs.
 
-    The lowest evaluation loss is marked with a star where several runs have one.
+    Attributes:
+        heads: of the columns.
+        rows: of texts, a row a run.
+        note: what the star says, or why there is none; empty where a star would say nothing.
+    """
+
+    heads: list[str]
+    rows: list[list[str]]
+    note: str
+
+
+def result_table(runs: Sequence[Run]) -> ResultTable:
+    """A row a run; columns that no run fills are left out.
+
+    The lowest evaluation loss is marked with a star where several runs have one, all of the same data.
     """
     results = [run.results() for run in runs]
-    names = list(dict.fromkeys(name for one in results for name in one))
-    names.sort(key=lambda name: list(_WORDS).index(name) if name in _WORDS else len(_WORDS))
-    names = [name for name in names if any(one.get(name) is not None for one in results)]
-    losses = [one["eval_loss"] for one in results if one.get("eval_loss") is not None]
-    best = min(losses) if len(losses) > 1 else None
+    names = list(dict.fromkeys(name for result in results for name in result))
+    names.sort(key=lambda name: list(_COLUMNS).index(name) if name in _COLUMNS else len(_COLUMNS))
+    names = [name for name in names if any(result.get(name) is not None for result in results)]
+    scored = [run for run, result in zip(runs, results, strict=True) if result.get("eval_loss") is not None]
+    best, note = None, ""
+    if len(scored) > 1 and evaluated_alike(scored):
+        best = min(result["eval_loss"] for result in results if result.get("eval_loss") is not None)
+        note = f"{STAR.strip()} the lowest evaluation loss"
+    elif len(scored) > 1:
+        note = "the evaluation losses are of different data: they don't compare"
     rows = []
-    for run, one in zip(runs, results, strict=True):
-        cells = [_cell(name, one.get(name)) for name in names]
-        if best is not None and one.get("eval_loss") == best:
+    for run, result in zip(runs, results, strict=True):
+        cells = [_cell(name, result.get(name)) for name in names]
+        if best is not None and result.get("eval_loss") == best:
             cells[names.index("eval_loss")] += STAR
         rows.append([run.name, *cells, run.state])
     heads = ["run", *(_head(name) for name in names), "state"]
     if all(run.summary for run in runs):
-        return heads[:-1], [row[:-1] for row in rows]
-    return heads, rows
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    return ResultTable(heads, rows, note)
 
 
 def _head(name: str) -> str:
-    return _WORDS[name][0] if name in _WORDS else name.removeprefix("eval_").replace("_", " ")
+    return _COLUMNS[name][0] if name in _COLUMNS else name.removeprefix("eval_").replace("_", " ")
 
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    return _WORDS[name][1](value) if name in _WORDS else f"{value:.4g}"
+    return _COLUMNS[name][1](value) if name in _COLUMNS else f"{value:.4g}"
 
 
 def difference_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: a row for each key of the configuration that differs, or for each run where those are more."""
-    found = {key: list(map(_setting, values)) for key, values in differences(runs).items()}
-    if len(runs) > len(found):
-        return ["run", *found], [[run.name, *row] for run, *row in zip(runs, *found.values(), strict=True)]
-    return ["setting", *(run.name for run in runs)], [[key, *row] for key, row in found.items()]
+    settings = {key: list(map(_setting, values)) for key, values in differences(runs).items()}
+    if len(runs) > len(settings):
+        return ["run", *settings], [[run.name, *row] for run, *row in zip(runs, *settings.values(), strict=True)]
+    return ["setting", *(run.name for run in runs)], [[key, *row] for key, row in settings.items()]
 
 
 def _setting(value: Any) -> str:

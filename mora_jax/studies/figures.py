@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mora_jax.display.figures import new_figure as empty_figure
 from mora_jax.studies.intervals import interval
 from mora_jax.studies.results import Results
-from mora_jax.training.display.figure import new_figure as empty_figure
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F")

@@ -116,7 +116,7 @@ class SweepFolder:
         try:
             values = json.loads(text)
             return {key: values[key] for key in self.keys}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged: {error}") from None
 
     def _write(self, values: dict[str, Any]) -> None:

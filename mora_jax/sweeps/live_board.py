@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mora_jax.display.progress import in_notebook, is_live
 from mora_jax.sweeps.board import Board
-from mora_jax.training.display.choose import in_notebook, is_live
 from mora_jax.training.display.plain import left_words, printable
 
 

@@ -7,17 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from mora_jax.display.figures import legend, new_figure, style
 from mora_jax.sweeps.grid import shown
 from mora_jax.sweeps.run_result import RunResult
-from mora_jax.training.display.figure import new_figure
 
-#: Colours that stay apart for colour-blind readers (Okabe and Ito), each with its own dash and marker.
-STYLES: tuple[tuple[str, Any, str], ...] = (
-    ("#0072B2", "-", "o"),
-    ("#D55E00", (0, (5, 2)), "s"),
-    ("#009E73", (0, (1, 1)), "^"),
-    ("#000000", (0, (4, 1, 1, 1)), "D"),
-)
 _RATE, _SEED = "optimizer.learning_rate", "seed"
 
 
@@ -45,33 +38,30 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
         lines.setdefault(", ".join(rest), []).append(run)
     figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
+    handles: dict[str, Any] = {}
     for number, (label, members) in enumerate(lines.items()):
-        colour, dash, marker = STYLES[number % len(STYLES)]
         by_place: dict[float, list[float]] = {}
         for run in members:
             by_place.setdefault(places[shown(_value(run, along))], []).append(run.score)
         middle = sorted((place, sum(losses) / len(losses)) for place, losses in by_place.items())
-        axes.plot(*zip(*middle, strict=True), color=colour, linestyle=dash, marker=marker, label=label or None)
+        handles |= dict.fromkeys([label], axes.plot(*zip(*middle, strict=True), **style(number))[0])
         if any(len(losses) > 1 for losses in by_place.values()):
             points = [(place, loss) for place, losses in by_place.items() for loss in losses]
-            axes.plot(
-                *zip(*points, strict=True), color=colour, linestyle="none", marker=marker, markersize=4, alpha=0.5
-            )
+            axes.plot(*zip(*points, strict=True), **style(number) | {"linestyle": "none"}, markersize=4, alpha=0.5)
     if best is not None:
         at = places[shown(_value(best, along))], best.score
         axes.plot(*at, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
         first, last = min(places.values()), max(places.values())
         side = "center" if first == last else {first: "left", last: "right"}.get(at[0], "center")
-        axes.annotate(
-            f"best: {best.name}", at, xytext=(0, -20), textcoords="offset points", ha=side, va="top", fontsize=8
-        )
+        below = {"xytext": (0, -20), "textcoords": "offset points", "ha": side, "va": "top", "fontsize": 8}
+        axes.annotate(f"best: {best.name}", at, parse_math=False, **below)
     numeric = all(isinstance(_value(run, along), int | float) for run in every)
     if along == _RATE and numeric:
         axes.set_xscale("log")
     if not numeric or along != _RATE:
-        axes.set_xticks(list(places.values()), list(places))
+        axes.set_xticks(list(places.values()), list(places), parse_math=False)
     elif len(places) <= 8:
-        axes.set_xticks(list(places.values()), list(places))
+        axes.set_xticks(list(places.values()), list(places), parse_math=False)
         axes.set_xticks([], minor=True)
     axes.margins(y=0.2)
     axes.set_xlabel(along or "run")
@@ -79,9 +69,10 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
     axes.set_ylabel("loss on held-out answers, nats a token" if scored else "loss of the last step, nats a token")
     failed = [run for run in every if run.failed]
     if failed:
-        axes.set_title(f"left out, since they failed: {', '.join(run.name for run in failed)}", fontsize=8, wrap=True)
+        names = ", ".join(run.name for run in failed)
+        axes.set_title(f"left out, since they failed: {names}", fontsize=8, wrap=True, parse_math=False)
     if len(lines) > 1:
-        axes.legend(frameon=False)
+        legend(axes, handles)
     axes.grid(alpha=0.3)
     if path is not None:
         figure.savefig(path, dpi=130)

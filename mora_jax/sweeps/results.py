@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from mora_jax.display.tables import as_text, table
 from mora_jax.sweeps.grid import shown
 from mora_jax.sweeps.plot import draw
 from mora_jax.sweeps.run_result import RunResult
@@ -67,14 +68,7 @@ class SweepResult:
             numbers = ["-" if row[name] is None else f"{row[name]:.4f}" for name in _SCORES]
             why = run.failed or ("" if run.summary else "not ended")
             lines.append(("*" if row["best"] else "", run.name, *numbers, why))
-        widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
-        laid_out = [
-            "  ".join(
-                c.ljust(w) if i in (0, 1, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in (heads, *lines)
-        ]
-        return "\n".join(line.rstrip() for line in laid_out)
+        return as_text(table(heads, lines, words=(0, 1, 5)))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws the losses of the runs against the swept number, the best one marked.

@@ -15,6 +15,7 @@ from mora_jax.adapters.base import FullParam
 from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.merge import merge
 from mora_jax.data.read.memory_rows import NAME, memory_rows
+from mora_jax.display.figures import new_figure
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
@@ -23,7 +24,6 @@ from mora_jax.training.config.adapter import adapter_settings
 from mora_jax.training.config.checks import check_together
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.choose import make_display
-from mora_jax.training.display.figure import new_figure
 from mora_jax.training.display.plain import Display
 from mora_jax.training.loop import Trainer, new_run
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory

@@ -439,6 +439,7 @@ class Trainer:
             "final_loss": None if math.isnan(self.step_rows.last_loss) else self.step_rows.last_loss,
             "eval_loss": self.evaluator.row.get("eval_loss"),
             "eval_perplexity": self.evaluator.row.get("eval_perplexity"),
+            "eval_data": None if self.setup.evaluation is None else self.setup.evaluation.fingerprint(),
             **self.evaluator.of_tasks,
             **self._write_best(checkpoints),
             "wall_seconds": time.perf_counter() - started,

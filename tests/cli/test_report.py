@@ -8,15 +8,21 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
+from mora_jax.display.figures import style
 from mora_jax.report import answers
-from mora_jax.report.curves import smoothed, style_of
+from mora_jax.report.page import smoothed
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.run.directory import RunDirectory
 
 
 def write_run(folder, model_dir, losses, *, ended=True, adapter=False, **settings):
     """A run directory as `train` leaves it, after one step for each loss."""
-    values = {"model.path": str(model_dir), "data.train": "rows.json", "out": str(folder)}
+    values = {
+        "model.path": str(model_dir),
+        "data.train": "rows.json",
+        "data.eval": ("held_out.json",),
+        "out": str(folder),
+    }
     values |= {name.replace("__", "."): value for name, value in settings.items()}
     config = lay_over(Config(), [(name, value, "test") for name, value in values.items()])
     directory = RunDirectory(folder)
@@ -141,4 +147,81 @@ def test_curves_are_running_means_and_runs_look_different():
     by_hand = [np.mean(losses[max(0, i - 3) : i + 1]) for i in range(100)]
     np.testing.assert_allclose(smoothed(losses), by_hand)
     assert smoothed([3.0, 1.0]) == [3.0, 1.0]
-    assert len({style_of(number)[:2] for number in range(16)}) == 16
+    looks = [style(number) for number in range(33)]
+    assert len({(look["color"], look["linestyle"]) for look in looks[:32]}) == 32
+    for one, other in zip(looks, looks[1:], strict=False):
+        assert all(one[part] != other[part] for part in one)
+
+
+def test_a_star_needs_the_same_evaluation_data(run, tmp_path, model_dir):
+    write_run(tmp_path / "a", model_dir, [2.0], data__eval=("held_out.json",))
+    write_run(tmp_path / "b", model_dir, [1.0], data__eval=("other.json",))
+    # Training data doesn't count beside data.eval.
+    write_run(tmp_path / "c", model_dir, [1.5], data__eval=("other.json",), data__train="more.json", seed=3)
+    write_run(tmp_path / "d", model_dir, [1.5], seed=3, data__eval=None, data__eval_fraction=0.5)
+    write_run(tmp_path / "e", model_dir, [1.0], seed=4, data__eval=None, data__eval_fraction=0.5)
+    for names, starred in (("ab", ""), ("bc", "b"), ("abc", ""), ("de", ""), ("c", ""), ("dd", "")):
+        out = run("report", *(tmp_path / name for name in names))[1]
+        stars = [line.split()[0] for line in out.splitlines() if " * " in line]
+        assert stars == list(starred), names
+        assert ("of different data" in out) == (names in ("ab", "abc", "de"))
+    # Where the tokens themselves are known, they decide.
+    for name, tokens in (("a", "x"), ("b", "x"), ("c", "y")):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary | {"eval_data": tokens}))
+    assert "2.0000 *" in run("report", tmp_path / "a", tmp_path / "b")[1]
+    assert "different data" in run("report", tmp_path / "b", tmp_path / "c")[1]
+
+
+def test_names_that_mean_something_elsewhere(run, tmp_path, model_dir, monkeypatch):
+    """A run that is called like the base model, names with `$` and a leading `_`."""
+    monkeypatch.setattr(answers, "generate_batch", lambda model, *rest, **options: ["yes"])
+    write_run(tmp_path / "base", model_dir, [2.0], adapter=True)
+    write_run(tmp_path / "base two", model_dir, [2.0], adapter=True)
+    runs = tmp_path / "base", tmp_path / "base two"
+    found = json.loads(run("report", *runs, "--prompt", "Say it", "--json", "--max-new-tokens", "1")[1])
+    names = [one["run"] for one in found["runs"]]
+    assert names == [f"{tmp_path.name}/base", f"{tmp_path.name}/base two"]
+    assert found["answers"][0]["answers"] == dict.fromkeys(["base", *names], "yes")
+
+    pytest.importorskip("matplotlib")
+    odd = ["$x$", "a$_$b$c", "_hidden", "日本 ✓"]
+    for name in odd:
+        write_run(tmp_path / name, model_dir, [2.0, 1.0])
+    assert run("report", *(tmp_path / name for name in odd), "--html", tmp_path / "page.html")[0] == 0
+    drawn = (tmp_path / "page.html").read_text().partition("<svg")[2].partition("</svg>")[0]
+    assert all(f">{name}</text>" in drawn for name in odd)
+
+
+def test_damaged_files(run, fails, tmp_path, model_dir):
+    folder = write_run(tmp_path / "one", model_dir, [3.0, 2.0, 1.0], ended=False)
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_bytes().split(b"\n")
+    odd = [b"[1]", b"null", b"\xff\xfe", b'{"loss": 1}', b'{"step": 2, "lo', b'{"step": 2, "loss": "high"}']
+    metrics.write_bytes(b"\n".join([*lines[:1], *odd, *lines[1:]]) + b'{"step": 4, "lo')
+    code, out, err = run("report", folder, "--json", "--html", tmp_path / "page.html")
+    assert code == 0 and err.count("note: ") == 1
+    assert "metrics.jsonl: lines 2, 3, 4, 5, 6 can't be read and are left out" in err
+    [found] = json.loads(out)["runs"]
+    assert (found["final_loss"], found["steps"]) == (1.0, 3)
+    for text in ("[]", "3", "{", "\ud800"):
+        (folder / "summary.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+        assert f"{folder}/summary.json" in fails("report", folder)
+    (folder / "summary.json").write_text('{"steps": "many", "eval_loss": [1], "wall_seconds": null, "method": 3}')
+    [found] = json.loads(run("report", folder, "--json")[1])["runs"]
+    assert (found["steps"], found["eval_loss"], found["wall_seconds"], found["method"]) == (3, 2.0, None, "3")
+    assert run("report", folder)[0] == 0
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_numbers_are_not_broken_in_a_narrow_terminal(run, tmp_path, model_dir, monkeypatch, width):
+    for name, rate in (("a-run-with-a-name-as-long-as-sweeps-give-them-rate=0.001", 1e-3), ("b", 1e-4)):
+        write_run(tmp_path / name, model_dir, [3.0, 2.123456], optimizer__learning_rate=rate, adapter__rank=4)
+    monkeypatch.setattr("mora_jax.display.tables.terminal_width", lambda: width)
+    out = run("report", tmp_path / "a-run-with-a-name-as-long-as-sweeps-give-them-rate=0.001", tmp_path / "b")[1]
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= width
+    words = out.split()
+    for number in ("1,234", "2.1235", "3.1235", "2.00", "1:15", "0.25", "0.001", "0.0001"):
+        assert number in words, number
+    assert sum(line.startswith("b ") for line in lines) > 1  # the name stands in each part

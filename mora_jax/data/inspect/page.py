@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from mora_jax.data.dataset import EncodedDataset, Example
 from mora_jax.data.inspect.advice import advise_on
@@ -18,7 +16,7 @@ from mora_jax.data.inspect.describe import describe_example, visible
 from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table
 from mora_jax.data.inspect.report import Report
 from mora_jax.data.inspect.terminal import outcomes
-from mora_jax.paths import new_file
+from mora_jax.display.pages import page_template
 
 # The histogram's drawing, in its own units.
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 760, 250, 8, 52, 34
@@ -38,7 +36,7 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
       HTML. Whatever comes from the data is escaped, and control characters are written out.
     """
     report = dataset.report
-    return page_template("page.html.jinja").render(
+    return page_template("page.html.jinja", Path(__file__).parent).render(
         report=report,
         names=[os.path.basename(name.rstrip("/")) or name for name in report.files] or ["rows in memory"],
         files=", ".join(report.files) or "memory",
@@ -53,38 +51,6 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
         capacity=advise_on_capacity(report.trained_tokens),
         examples=[_example(example, tokenizer) for example in dataset[:examples]],
     )
-
-
-def write_page(path: str | os.PathLike[str], page: str) -> None:
-    """Writes a page, whole or not at all.
-
-    Args:
-      path: the file.
-      page: what `make_page` returns.
-
-    Raises:
-      InputError: the file can't be written.
-    """
-    with new_file(path) as file:
-        file.write_text(page, encoding="utf-8")
-
-
-@cache
-def page_template(name: str, folder: Path = Path(__file__).parent) -> Template:
-    """A page's template in `folder`, on the base that all pages share: `base.html.jinja` beside this file.
-
-    Whatever is put into it is escaped, and a name that it isn't given is an error.
-    """
-    environment = Environment(
-        loader=FileSystemLoader([folder, Path(__file__).parent]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = lambda value: f"{value:,}"
-    environment.filters["percent"] = lambda value: f"{value:.1%}"
-    return environment.get_template(name)
 
 
 def _share(part: int, whole: int) -> str:

@@ -1,9 +1,8 @@
 """Which display suits the place where a run is started."""
 
-import os
-import sys
 from importlib.util import find_spec
 
+from mora_jax.display.progress import in_notebook, is_live
 from mora_jax.training.display.plain import Display
 
 
@@ -20,14 +19,3 @@ def make_display() -> Display:
 
         return LiveDisplay()
     return Display()
-
-
-def is_live() -> bool:
-    """Whether stderr is a terminal on which lines can be redrawn."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def in_notebook() -> bool:
-    """Whether this is the kernel of a Jupyter or Colab notebook."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return shell is not None and ("google.colab" in str(type(shell)) or type(shell).__name__ == "ZMQInteractiveShell")

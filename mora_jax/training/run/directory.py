@@ -17,9 +17,12 @@ from mora_jax.training.config.checks import config_from_dict
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.run.storage import Files, MemoryFiles, open_files
 
+#: Lines of `metrics.jsonl` that could not be read.
+DAMAGED = "metrics.damaged.txt"
 CONTENTS = (
     "config.json",
     "metrics.jsonl",
+    DAMAGED,
     "compile.jsonl",
     "summary.json",
     "adapter",
@@ -130,16 +133,27 @@ class RunDirectory:
             InputError: there is no run here, or its configuration can't be read.
         """
         file = self.path / "config.json"
-        try:
-            text = self.files.read("config.json")
-            if text is None:
-                raise InputError(f"{self.path} holds no run: {file} is missing")
-            values = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} is damaged: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{file} must hold a JSON object")
+        values = self.read_json("config.json")
+        if values is None:
+            raise InputError(f"{self.path} holds no run: {file} is missing")
         return config_from_dict(values, origin=str(file))
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What a JSON file of the run holds; None where there is no such file.
+
+        Raises:
+            InputError: it can't be read, or holds no object.
+        """
+        text = self.files.read(name)
+        if text is None:
+            return None
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{self.path / name} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{self.path / name} must hold a JSON object")
+        return values
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one JSON file, whole or not at all."""
@@ -148,19 +162,45 @@ class RunDirectory:
         self.files.write(name, json.dumps(values, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows written so far; a last line that a killed run left unfinished is dropped."""
-        rows: list[dict[str, Any]] = []
-        for line in (self.files.read("metrics.jsonl") or "").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        """The rows written so far; of lines that can't be read the run's files are told.
+
+        A last line that a killed run left unfinished is dropped without a word.
+        """
+        rows, damaged = self._metrics()
+        if damaged:
+            self.files.note(f"{self.path / 'metrics.jsonl'}: {_lines(damaged)} can't be read and are left out")
         return rows
 
+    def _metrics(self) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+        """The rows, and by its number, from 1, each line that is none."""
+        *lines, last = (self.files.read("metrics.jsonl") or b"").split(b"\n")
+        rows: list[dict[str, Any]] = []
+        damaged: dict[int, bytes] = {}
+        for number, line in enumerate([*lines, last], 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+            elif line.strip() and number <= len(lines):
+                damaged[number] = line
+        return rows, damaged
+
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
-        """Forgets rows of steps after `step`, which a resumed run computes again; returns the others."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        """Forgets rows of steps after `step`, which a resumed run computes again; returns the others.
+
+        Lines that can't be read are kept in a file of their own.
+        """
+        rows, damaged = self._metrics()
+        rows = [row for row in rows if row["step"] <= step]
         if self.writes:
+            if damaged:
+                text = "".join(line.decode("utf-8", "backslashreplace") + "\n" for line in damaged.values())
+                self.files.append(DAMAGED, text)
+                self.files.flush()
+                what = f"{_lines(damaged)} of metrics.jsonl can't be read"
+                self.files.note(f"{what}: kept in {self.path / DAMAGED}, the other rows stay")
             self.files.write("metrics.jsonl", "".join(_line(row) for row in rows))
         return rows
 
@@ -216,6 +256,12 @@ class MemoryDirectory(RunDirectory):
         self.files = MemoryFiles()
         self.path = self.files.path
         self.writes = True
+
+
+def _lines(numbers: Iterable[int]) -> str:
+    """`line 3`, `lines 3, 7`."""
+    listed = ", ".join(map(str, numbers))
+    return f"lines {listed}" if "," in listed else f"line {listed}"
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -101,10 +101,10 @@ class Files:
         """Those of these files and folders that are there."""
         return [name for name in names if (self.path / name).exists()]
 
-    def read(self, name: str) -> str | None:
-        """A file's text; None where there is none."""
+    def read(self, name: str) -> bytes | None:
+        """What a file holds; None where there is none."""
         file = self.path / name
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        return file.read_bytes() if file.is_file() else None
 
     def write(self, name: str, text: str) -> None:
         """Writes a file, whole or not at all."""
@@ -228,12 +228,12 @@ class BucketFiles(Files):
     def present(self, names: tuple[str, ...]) -> list[str]:
         return self._persistently(lambda: [name for name in names if (self.path / name).exists()], "", "read")
 
-    def read(self, name: str) -> str | None:
-        def text() -> str | None:
+    def read(self, name: str) -> bytes | None:
+        def content() -> bytes | None:
             file = self.path / name
-            return file.read_text() if file.exists() else None
+            return file.read_bytes() if file.exists() else None
 
-        return self._persistently(text, name, "read")
+        return self._persistently(content, name, "read")
 
     def write(self, name: str, text: str) -> None:
         # An object appears whole or not at all.
@@ -243,7 +243,7 @@ class BucketFiles(Files):
 
     def append(self, name: str, text: str) -> None:
         if name not in self._growing:
-            self._growing[name] = self.read(name) or ""
+            self._growing[name] = (self.read(name) or b"").decode("utf-8", "replace")
         self._growing[name] += text
         self._unwritten.add(name)
         if time.monotonic() - self._written > self.interval:
@@ -321,8 +321,8 @@ class MemoryFiles(Files):
     def present(self, names: tuple[str, ...]) -> list[str]:
         return [name for name in names if name in self._texts]
 
-    def read(self, name: str) -> str | None:
-        return self._texts.get(name)
+    def read(self, name: str) -> bytes | None:
+        return self._texts[name].encode() if name in self._texts else None
 
     def write(self, name: str, text: str) -> None:
         self._texts[name] = text

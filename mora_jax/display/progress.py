@@ -1,11 +1,10 @@
 """Progress of a command other than train: a bar on a terminal, a line now and then elsewhere; on stderr."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-
-from mora_jax.training.display.choose import is_live
 
 LINE_SECONDS = 10.0
 
@@ -40,3 +39,14 @@ def _lines(words: str) -> Callable[[int, int], None]:
             print(f"{words}: {done}/{total}", file=sys.stderr, flush=True)
 
     return report
+
+
+def is_live() -> bool:
+    """Whether stderr is a terminal on which lines can be redrawn."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def in_notebook() -> bool:
+    """Whether this is the kernel of a Jupyter or Colab notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and ("google.colab" in str(type(shell)) or type(shell).__name__ == "ZMQInteractiveShell")

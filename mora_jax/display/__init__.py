@@ -1,0 +1,1 @@
+"""How things are shown: tables, figures, web pages, and how far a command is."""

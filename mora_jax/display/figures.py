@@ -1,0 +1,79 @@
+"""Figures of matplotlib: an empty one, the styles that lines take in turn, legends, and a figure as SVG."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from mora_jax.errors import InputError
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito), with dashes and markers beside them.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+_MARKERS = "os^DvPX*"
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour, dash and marker of the line with this number, as arguments of `plot`.
+
+    Neighbours differ in all three; no pair of lines has both colour and dash in common before the 33rd.
+    """
+    turn, place = divmod(number, len(_COLOURS))
+    return {
+        "color": _COLOURS[place],
+        "linestyle": _DASHES[(place + turn) % len(_DASHES)],
+        "marker": _MARKERS[(place + turn) % len(_MARKERS)],
+    }
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Returns an empty `matplotlib.figure.Figure`, which a notebook shows though pyplot hasn't been imported.
+
+    Args:
+        width, height: in inches.
+
+    Raises:
+        InputError: matplotlib isn't installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError("a plot needs matplotlib: pip install 'mora-jax[plots]'") from None
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    # IPython knows how to show figures only after pyplot has been imported; until then it asks the object.
+    figure._repr_png_ = functools.partial(_png, figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def legend(parent: Any, lines: Mapping[str, Any], **options: Any) -> None:
+    """A legend of lines by name, whatever the names: matplotlib takes `$` for mathematics and hides a leading `_`.
+
+    Args:
+        parent: a figure or axes.
+        lines: handles by the text beside them.
+        options: of `legend`.
+    """
+    drawn = parent.legend(list(lines.values()), [str(place) for place in range(len(lines))], frameon=False, **options)
+    for text, name in zip(drawn.get_texts(), lines, strict=True):
+        text.set(text=name, parse_math=False)
+
+
+def as_svg(figure: Any) -> str:
+    """A figure as the text of an `<svg>` element; equal figures give equal texts."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "mora-jax", "svg.fonttype": "none"}), warnings.catch_warnings():
+        # The reader's browser draws the letters, with fonts that have more of them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
