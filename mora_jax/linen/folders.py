@@ -24,6 +24,7 @@ from mora_jax.adapters.summary import AdapterEntry, adapters_of
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.peft import load, save
+from mora_jax.interop.peft.lora import alpha_for
 from mora_jax.linen.matrices import Matrix
 from mora_jax.linen.merging import Path, layers_of, plain_tree, possible_matrices
 from mora_jax.linen.report import LinenReport
@@ -279,7 +280,8 @@ def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
         if hasattr(first.config, "rank_pattern"):
             ranks[path], changes["rank"] = first.config.rank, 1
         if hasattr(first.config, "alpha_pattern"):
-            alphas[path] = round(float(first.params["scaling"]) * first.config.rank**first.config.scale_power, 6)
+            scaling, power = float(first.params["scaling"]), first.config.scale_power
+            alphas[path] = alpha_for(scaling, first.config.rank, power)
             changes["alpha"] = 1.0
         if hasattr(first.config, "feedforward"):
             feedforward += [path] if first.config.feedforward else []

@@ -25,6 +25,7 @@ from mora_jax.errors import InputError
 from mora_jax.evaluation.tasks.named import NamedTask, read_tasks
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.hub import load_tokenizer
+from mora_jax.interop.peft.save import refuse_tied_magnitude
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import reschedule
 from mora_jax.training.config.adapter import adapter_config
@@ -274,7 +275,9 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
     try:
         method = adapter_config(section, steps)
         if section.path is None or section.config_class.changes_base:
-            return attach(model, method, rngs=nnx.Rngs(config.seed))
+            report = attach(model, method, rngs=nnx.Rngs(config.seed))
+            refuse_tied_magnitude(model)
+            return report
         load_adapter(model, section.path, strict=section.strict, method=method)
         reschedule(model, section, steps)
     except ValueError as error:

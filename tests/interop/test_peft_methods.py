@@ -243,6 +243,74 @@ def test_a_tied_head_goes_with_its_table(tmp_path):
         mj.load_adapter(load(base), tmp_path / "ours")
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]], ids=" ".join)
+def test_a_tied_table_trained_whole(tmp_path, saved):
+    tied = {"tie_word_embeddings": True}
+    base = hf_folder(tmp_path / "base", **tied)
+    fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": saved}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=True, **fields)
+    theirs = randomize(peft.get_peft_model(hf_model("llama", **tied), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load(base)
+    mj.load_adapter(model, tmp_path / "theirs")
+    expected = hf_logits(theirs, IDS)
+    np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=1e-4)
+    mj.save_adapter(model, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(hf_model("llama", **tied), str(tmp_path / "ours")).eval()
+    np.testing.assert_allclose(hf_logits(loaded, IDS), expected, atol=1e-4)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_head_that_parts_from_its_table_is_refused(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    base = hf_folder(tmp_path / "base", **tied)
+    for number, fields in enumerate(({"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]})):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **({"target_modules": ["q_proj"]} | fields))
+        peft.get_peft_model(hf_model("llama", **tied), config).save_pretrained(tmp_path / str(number))
+        with pytest.raises(mj.InputError, match="trains lm_head alone, which the model ties to model.embed_tokens"):
+            mj.load_adapter(load(base), tmp_path / str(number))
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_doras_magnitude_on_a_tied_table_is_refused_both_ways(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    base = hf_folder(tmp_path / "base", **tied)
+    fields = {"r": 2, "target_modules": ["embed_tokens"], "use_dora": True, "ensure_weight_tying": True}
+    theirs = peft.get_peft_model(hf_model("llama", **tied), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(mj.InputError, match="magnitude of its own, which is not supported; merge the adapter in PEFT"):
+        mj.load_adapter(load(base), tmp_path / "theirs")
+
+
+def test_doras_magnitude_on_a_tied_table_is_not_written(tmp_path):
+    model = load(hf_folder(tmp_path / "base", tie_word_embeddings=True))
+    mj.attach(model, mj.DoRAConfig(rank=2, targets=("embed_tokens",)), rngs=nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="embed_tokens has DoRA's magnitude, and the model ties its head to that"):
+        mj.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    mj.merge(model)
+
+
+@pytest.mark.parametrize("kind", [mj.LoRAConfig, mj.RsLoRAConfig])
+def test_scalings_return_bit_for_bit(bases, tmp_path, kind):
+    alphas = {"q_proj": 16 / 7, "k_proj": 1e-7, "v_proj": 1234567.8, "o_proj": 3, "gate_proj": np.pi, "up_proj": 0.1}
+    config = kind(rank=7, rank_pattern={r"layers\.1\..*": 3}, alpha=20 / 3, alpha_pattern=alphas)
+    model, again = load(bases["llama"]), load(bases["llama"])
+    mj.attach(model, config, rngs=nnx.Rngs(0))
+    mj.save_adapter(model, tmp_path / "adapter")
+    mj.load_adapter(again, tmp_path / "adapter")
+    before, after = ({e.path: e.params["scaling"] for e in adapters_of(one)} for one in (model, again))
+    assert len(before) == 21 and before == after
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    pattern = fields["alpha_pattern"]
+    assert {pattern.get(f"model.layers.0.self_attn.{name}_proj") for name in "ko"} == {1e-7, 3}
+    assert all(len(repr(alpha)) < 12 for alpha in pattern.values()), "no digits beyond those of float32"
+
+
 def test_strict_refuses_another_base(bases, lora):
     edit(lora, base_model_name_or_path="somebody/else")
     with pytest.raises(mj.InputError, match="made for somebody/else"):

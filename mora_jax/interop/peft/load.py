@@ -192,7 +192,13 @@ def _drop_tied_head(model: nnx.Module, stored: Stored, files: TensorFiles, file:
     if not isinstance(model, Decoder) or not model.config.tie_embeddings:
         return
     table, head = model.config.names.embedding, model.config.names.head
-    if table not in stored.factors and table not in stored.weights:
+    trained = {*stored.factors, *stored.weights}
+    if table not in trained and head in trained:
+        raise InputError(
+            f"{file.where}: it trains {head} alone, which the model ties to {table}: in PEFT they part then, which is "
+            "not supported; merge the adapter in PEFT"
+        )
+    if table not in trained:
         return
     if not file.values.get("ensure_weight_tying"):
         raise InputError(
@@ -200,6 +206,11 @@ def _drop_tied_head(model: nnx.Module, stored: Stored, files: TensorFiles, file:
             "leaves the head as it was, which is not supported"
         )
     factors, given = stored.factors.pop(head, {}), stored.factors.get(table, {})
+    if "magnitude" in given:
+        raise InputError(
+            f"{file.where}: it trains {table} with DoRA, and the model ties its head to that: PEFT gives the head a "
+            "magnitude of its own, which is not supported; merge the adapter in PEFT"
+        )
     pairs = [(factors[one], given[other]) for one, other in (("a", "b"), ("b", "a")) if one in factors]
     same = all(np.array_equal(files.read(one), files.read(other).T) for one, other in pairs)
     whole = stored.weights.pop(head, None)

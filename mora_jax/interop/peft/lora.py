@@ -170,15 +170,18 @@ class LoraFormat(Format):
         # From the scaling that is really used, which may differ by layer.
         scalings = {entry.path: float(entry.params["scaling"]) for entry in entries}
         power = config.scale_power
-        alpha_of = {entry.path: _alpha(scalings[entry.path], entry.config.rank, power) for entry in entries}
-        alpha = _alpha(collections.Counter(scalings.values()).most_common(1)[0][0], rank, power)
+        alpha_of = {entry.path: alpha_for(scalings[entry.path], entry.config.rank, power) for entry in entries}
+        alpha = alpha_for(collections.Counter(scalings.values()).most_common(1)[0][0], rank, power)
         alphas = pattern_for(alpha_of, alpha)
         return lora_fields(config, targets=targets, alpha=alpha, ranks=ranks, alphas=alphas)
 
 
-def _alpha(scaling: float, rank: int, power: float) -> float:
-    """The alpha of a scaling; rounded, since scalings are kept in float32."""
-    return round(scaling * math.pow(rank, power), 6)
+def alpha_for(scaling: float, rank: int, power: float) -> float:
+    """The shortest alpha whose scaling, `alpha / rank ** power`, is this one in float32, in which scalings are kept."""
+    alpha = scaling * math.pow(rank, power)
+    shortened = (float(f"{alpha:.{digits}g}") for digits in range(1, 17))
+    target = np.float32(scaling)
+    return next((short for short in shortened if np.float32(short / math.pow(rank, power)) == target), alpha)
 
 
 def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:

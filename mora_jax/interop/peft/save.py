@@ -64,6 +64,7 @@ def save_adapter(
     Raises:
         InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
     """
+    refuse_tied_magnitude(model)
     form, adapted = _format(model)
     # Two passes over the model: names, sizes and scalings first, so that none of the arrays has to stay.
     shapes: dict[str, tuple[int, ...]] = {}
@@ -76,7 +77,7 @@ def save_adapter(
         if _is_main(entry, form):
             main.append(dataclasses.replace(entry, params=form.kept(entry)))
     shared = {SHARED_PREFIX + name: tensor for name, tensor in form.shared_of(adapted).items()}
-    whole = {PREFIX + name: tensor.shape for name, tensor in trained_weights(model)}
+    whole = {name: tensor.shape for name, tensor in _trained_whole(model)}
     for name in whole:
         if PREFIX + base_name(name) != name:
             raise InputError(f"{name} is trained, and PEFT's files can't hold that name: rename the module")
@@ -85,6 +86,7 @@ def save_adapter(
     fields = common_fields(form, base) | form.written(main, targets)
     fields["task_type"] = "CAUSAL_LM" if isinstance(model, Decoder) else None
     whole_modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in _of_whole_modules(model, whole, main)}
+    whole_modules.discard(_head(model))  # with ensure_weight_tying PEFT adds it
     fields |= {"modules_to_save": _saved_modules(model, whole_modules)}
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
@@ -124,6 +126,17 @@ def _head(model: nnx.Module) -> str | None:
     return model.config.names.head if _tied(model) else None
 
 
+def refuse_tied_magnitude(model: nnx.Module) -> None:
+    """Raises `InputError` for DoRA on a table that is the output head, too: PEFT's is another function there."""
+    for place in adapted_places(model) if _tied(model) else ():
+        if place.is_embedding and hasattr(place.adapter, "magnitude"):
+            raise InputError(
+                f"{place.title} has DoRA's magnitude, and the model ties its head to that table: PEFT gives the head a "
+                "magnitude of its own, so no folder can hold this adapter; leave the table out of targets, adapt it "
+                "with LoRA, or merge the adapter"
+            )
+
+
 def _has_own_base(model: nnx.Module) -> TypeGuard[Decoder]:
     return isinstance(model, Decoder) and has_other_base(model)
 
@@ -136,8 +149,15 @@ def _all_tensors(model: nnx.Module, form: Format, shared: dict[str, np.ndarray])
     for _, tensors in _gathered(model, form):
         yield from tensors.items()
     yield from shared.items()
+    yield from _trained_whole(model)
+
+
+def _trained_whole(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """The base tensors that are trained whole; PEFT reads a tied table under the name of its head, too."""
     for name, tensor in trained_weights(model):
         yield PREFIX + name, tensor
+        if _tied(model) and name == f"{model.config.names.embedding}.weight":
+            yield f"{PREFIX}{_head(model)}.weight", tensor
 
 
 def _format(model: nnx.Module) -> tuple[Format, list[Place]]:
