@@ -90,7 +90,7 @@ def _settings(config: Any) -> Any:
     if config is None:
         return None
     settings = {name: 1.0 if name == "alpha" else 1 for name in _varied(config)}
-    return dataclasses.replace(config, targets=("any",), **settings)
+    return dataclasses.replace(config, targets=("any",), layers_to_transform=None, modules_to_save=(), **settings)
 
 
 def _varied(config: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import detach
+from mora_jax.adapters.attach import detach, undone_on_error
 from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.adapters.merge import Merged, merge
 from mora_jax.adapters.slots import NO_SLOT, use
@@ -228,12 +228,11 @@ class NamedAdapters:
             name: the adapter's.
 
         Raises:
-            InputError: there is no adapter of that name.
+            InputError: there is no adapter of that name, or the model can't hold it; all are there then as before.
         """
-        by_path, extra = self._read(name), self._find(name).extra
-        self.clear()
-        install(self.model, by_path)
-        put_extra_fields(self.model, extra)
+        with undone_on_error(self.model):
+            self._leave(name)
+        self._named, self._active = {}, None
 
     def merge(self, name: str) -> tuple[Merged, ...]:
         """Folds one adapter into the base and removes the others.
@@ -245,16 +244,29 @@ class NamedAdapters:
             What `mora_jax.unmerge` takes, as of `mora_jax.merge`.
 
         Raises:
-            InputError: there is no adapter of that name.
+            InputError: there is no adapter of that name, or the base can't take it; all are there then as before.
         """
-        self.keep(name)
-        return merge(self.model)
+        try:
+            with undone_on_error(self.model):
+                self._leave(name)
+                merged = merge(self.model)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        self._named, self._active = {}, None
+        return merged
 
     def clear(self) -> None:
         """Removes everything from the model, which is the bare base again."""
         if any(True for _ in placed_banks(self.model)):
             detach(self.model)
         self._named, self._active = {}, None
+
+    def _leave(self, name: str) -> None:
+        """Puts one adapter in the place of the slots."""
+        by_path, extra = self._read(name), self._find(name).extra
+        detach(self.model)
+        install(self.model, by_path)
+        put_extra_fields(self.model, extra)
 
     def _check_new(self, name: str) -> None:
         if not name:

@@ -203,14 +203,6 @@ def _layer(stack: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
 
-# By family, the fields of its config that announce biases, and the parts of a block that each is about.
-_FIELDS = {
-    "llama": {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")},
-    "qwen3": {"attention_bias": ("qkv", "out")},
-    "gemma2": {"attention_bias": ("qkv", "out")},
-}
-
-
 def bias_fields(model: Decoder) -> dict[str, bool]:
     """The fields of `config.json` that announce the biases that were added; empty where there are none.
 
@@ -220,23 +212,23 @@ def bias_fields(model: Decoder) -> dict[str, bool]:
     added = [
         part for part, (projection, announced) in _parts(model).items() if projection.bias is not None and not announced
     ]
-    fields = _FIELDS.get(model.config.family, {})
-    found = {name: True for name, parts in fields.items() if set(parts) & set(added)}
-    stray = [part for part in added if not any(part in fields[name] for name in found)]
+    announcing = family_of(model.config).BIAS_FIELDS
+    fields = {name: True for name, parts in announcing.items() if set(parts) & set(added)}
+    stray = [part for part in added if not any(part in announcing[name] for name in fields)]
     if stray:
         names = ", ".join(part.name for part in _parts(model)[stray[0]][0].parts)
         raise InputError(
             f"the adapter gave biases to {names}, for which {model.config.family} models have no place: use the "
             "adapter beside its base, without merging"
         )
-    return found
+    return fields
 
 
 def zero_biases(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     """The biases that `bias_fields` announces beside those that the model has."""
-    parts, fields = _parts(model), _FIELDS.get(model.config.family, {})
+    parts, announcing = _parts(model), family_of(model.config).BIAS_FIELDS
     for name in bias_fields(model):
-        for projection in (parts[part][0] for part in fields[name]):
+        for projection in (parts[part][0] for part in announcing[name]):
             if projection.bias is None:
                 for layer in range(projection.num_layers or 0):
                     for part in projection.parts:

@@ -1,5 +1,6 @@
 """Named adapters on one model: every row as with its adapter alone, and nothing compiled again."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,11 +13,12 @@ import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.methods.mora import KINDS
 from mora_jax.evaluation.generate import Generator
+from mora_jax.interop import multi_adapter
 from mora_jax.models import decoder, read_config
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.rules import Placement
 from mora_jax.training.state import dotted
-from tests.models.tiny import LLAMA, SIZES, fill_randomly, random_ids
+from tests.models.tiny import LLAMA, SIZES, fill_randomly, hf_folder, random_ids
 
 GEMMA = SIZES | {
     "architectures": ["Gemma2ForCausalLM"],
@@ -292,3 +294,56 @@ def test_refusals(pair, tmp_path):
     squares.add("one", tuned(mj.MoRAConfig(rank=1), 1))
     with pytest.raises(mj.InputError, match="sides 9 and 13; a square can't be padded"):
         squares.add("two", tuned(mj.MoRAConfig(rank=2), 1))
+
+
+def q_only(kind, **settings):
+    return kind(rank=2, targets=("q_proj",), **settings)
+
+
+@pytest.mark.parametrize(
+    "first, second, combination",
+    [(q_only(mj.LoRAConfig, dropout=0.1), q_only(mj.LoRAConfig, dropout=0.2), how) for how in ("cat", "svd", "linear")]
+    + [(q_only(mj.MoRAConfig, dropout=0.1), q_only(mj.MoRAConfig, dropout=0.2), "sum")],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_combinations_of_several_dropouts_and_layers_can_be_kept(tmp_path, first, second, combination):
+    layers = [dataclasses.replace(config, layers_to_transform=on) for config, on in ((first, (0, 1)), (second, (1,)))]
+    named, _ = named_pair(*layers)
+    named.add_weighted("mix", {"a": 0.7, "b": 0.3}, combination)
+    named.set_active("mix")
+    expected = named.model(IDS)
+    named.save("mix", tmp_path / "mix")
+    named.keep("mix")
+    np.testing.assert_allclose(named.model(IDS), expected, atol=1e-5)
+    entries = list(adapters_of(named.model))
+    assert [entry.path.split(".")[2] for entry in entries] == ["0", "1"]
+    assert {entry.config.dropout for entry in entries} == {0.2}
+
+
+def test_what_cant_be_merged_leaves_every_adapter(monkeypatch):
+    named, alone = named_pair()
+
+    def refused(*_):
+        raise ValueError("the base can't take it")
+
+    monkeypatch.setattr(multi_adapter, "merge", refused)
+    with pytest.raises(mj.InputError, match="the base can't take it"):
+        named.merge("b")
+    monkeypatch.setattr(multi_adapter, "install", refused)
+    with pytest.raises(ValueError, match="the base can't take it"):
+        named.keep("b")
+    assert named.names == ("a", "b") and named.active == "a"
+    assert_rows(named.model(IDS, adapter_ids=named.ids(BY_ROW)), alone)
+    named.set_active("b")
+    assert_rows(named.model(IDS), alone, ["b"] * len(IDS))
+
+
+def test_a_quantised_base_keeps_its_adapters(tmp_path):
+    folder = hf_folder(tmp_path / "base")
+    named = mj.NamedAdapters(mj.load_pretrained(folder, quantize="int8", dtype="float32")[0])
+    for name, seed in (("a", 1), ("b", 2)):
+        named.add(name, tuned(LORA, seed))
+    expected = named.model(IDS, adapter_ids=named.ids(BY_ROW))
+    with pytest.raises(mj.InputError, match="the model's kernels are quantised"):
+        named.merge("a")
+    np.testing.assert_array_equal(named.model(IDS, adapter_ids=named.ids(BY_ROW)), expected)

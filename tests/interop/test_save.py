@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import mora_jax as mj
 from mora_jax.models import init_decoder
+from mora_jax.models.families import FAMILIES
 from tests.interop.test_load import write_tokenizer
 from tests.models.tiny import LLAMA, fill_randomly, hf_folder, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
@@ -50,6 +51,46 @@ def test_merged_models_load_in_transformers(name, tmp_path):
     mj.save_pretrained(model, tmp_path / "merged")
     np.testing.assert_allclose(torch_logits(tmp_path / "merged"), expected, atol=2e-4, rtol=1e-4)
     np.testing.assert_allclose(np.asarray(load(tmp_path / "merged")(IDS)), expected, atol=2e-4, rtol=1e-4)
+
+
+BIASED = {
+    "llama": ({}, "all-linear"),
+    "qwen3": ({"head_dim": 8}, ("o_proj",)),
+    "gemma2": ({"head_dim": 8, "sliding_window": 4}, ("k_proj",)),
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 4}, ("q_proj", "o_proj")),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", BIASED)
+def test_merged_biases_have_a_place(name, tmp_path):
+    fields, targets = BIASED[name]
+    model = load(save_torch(tmp_path / "base", hf_model(name, **fields)))
+    mj.attach(model, mj.BitFitConfig(targets=targets), rngs=nnx.Rngs(0))
+    start = np.asarray(model(IDS))
+    fill_randomly(model)
+    expected = np.asarray(model(IDS))
+    assert np.abs(expected - start).max() > 1e-2
+    mj.merge(model)
+    mj.save_pretrained(model, tmp_path / "merged")
+    np.testing.assert_allclose(torch_logits(tmp_path / "merged"), expected, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(load(tmp_path / "merged")(IDS)), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.MODEL_TYPE)
+def test_biases_without_a_place_are_refused(family, tmp_path):
+    # Every family says which of its projections may get biases; what it doesn't say is refused, not left out.
+    config = LLAMA | {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE, "head_dim": 8}
+    config |= {"hidden_act": "silu"} if "gemma" not in family.MODEL_TYPE else {"query_pre_attn_scalar": 8}
+    model = init_decoder(config, nnx.Rngs(0), dtype="float32", unroll=1)
+    mj.attach(model, mj.BitFitConfig(targets=("down_proj",)), rngs=nnx.Rngs(0))
+    mj.merge(model)
+    if "mlp_bias" in family.BIAS_FIELDS:
+        mj.save_pretrained(model, tmp_path / "out")
+        return
+    with pytest.raises(mj.InputError, match=f"gave biases to down_proj, for which {family.MODEL_TYPE} models have no"):
+        mj.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_lost_in_float32(tmp_path):

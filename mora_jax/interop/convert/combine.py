@@ -73,16 +73,18 @@ def combine(
         for path in paths
     }
     what = f"{combination} of " + " and ".join(f"{weights[name]:g} {name}" for name in adapters)
+    # One for all: the layers of a stack can't have several, and adapters that differ in it may be for some of them.
+    dropout = max(adapter_values.config.dropout for term in terms.values() for _, adapter_values in term)
     if combination in ("linear", "sum"):
         sizes = {path: (place.in_features, place.out_features) for place in places(model) for path in place.paths}
         make = _linear if combination == "linear" else _sum
-        parts = {path: make(path, *sizes[path], term) for path, term in terms.items()}
+        parts = {path: make(path, *sizes[path], term, dropout) for path, term in terms.items()}
         rows = tuple(row for _, row in parts.values())
         return {path: adapter_values for path, (adapter_values, _) in parts.items()}, Conversion(what, rows)
     chosen = None
     if combination == "svd":
         chosen = rank or max(adapter_values.config.rank for term in terms.values() for _, adapter_values in term)
-    by_path, conversion = lora_values([_whole(path, term) for path, term in terms.items()], chosen)
+    by_path, conversion = lora_values([_sum_of_loras(path, term, dropout) for path, term in terms.items()], chosen)
     return by_path, replace(conversion, method=what)
 
 
@@ -95,19 +97,15 @@ def _factors(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(a, axis=1), np.concatenate([adapter_values.values["lora_b"] for _, adapter_values in terms])
 
 
-def _whole(path: str, terms: Terms) -> Update:
+def _sum_of_loras(path: str, terms: Terms, dropout: float) -> Update:
     a, b = _factors(terms)
     rank = a.shape[1]
     return Update(
-        path, a.shape[0], b.shape[1], False, "LoRA", lambda: a @ b, lambda: (a, b), rank, rank, dropout=_dropout(terms)
+        path, a.shape[0], b.shape[1], False, "LoRA", lambda: a @ b, lambda: (a, b), rank, rank, dropout=dropout
     )
 
 
-def _dropout(terms: Terms) -> float:
-    return max(adapter_values.config.dropout for _, adapter_values in terms)
-
-
-def _linear(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[AdapterValues, Row]:
+def _linear(path: str, in_features: int, out_features: int, terms: Terms, dropout: float) -> tuple[AdapterValues, Row]:
     ranks = sorted({adapter_values.config.rank for _, adapter_values in terms})
     if len(ranks) > 1:
         raise InputError(f"{path}: linear needs equal ranks, not {' and '.join(map(str, ranks))}; use cat or svd")
@@ -120,17 +118,17 @@ def _linear(path: str, in_features: int, out_features: int, terms: Terms) -> tup
     rest = np.concatenate([a, lora_a], axis=1), np.concatenate([b, -lora_b])
     norm, error = (best_factors_of_product(*pair, pair[0].shape[1]).norm for pair in ((a, b), rest))
     rank = ranks[0]
-    config = LoRAConfig(rank=rank, alpha=float(rank), dropout=_dropout(terms))
+    config = LoRAConfig(rank=rank, alpha=float(rank), dropout=dropout)
     values = {"lora_a": lora_a, "lora_b": lora_b, "scaling": np.ones((), np.float32)}
     return AdapterValues(config, values), Row(path, in_features, out_features, rank, norm, error)
 
 
-def _sum(path: str, in_features: int, out_features: int, terms: Terms) -> tuple[AdapterValues, Row]:
+def _sum(path: str, in_features: int, out_features: int, terms: Terms, dropout: float) -> tuple[AdapterValues, Row]:
     sides = sorted({len(adapter_values.values["m"]) for _, adapter_values in terms})
     if len(sides) > 1:
         raise InputError(f"{path}: MoRA's matrices have sides {' and '.join(map(str, sides))}, which can't be added")
     m = np.sum([np.float32(weight) * adapter_values.values["m"] for weight, adapter_values in terms], axis=0)
-    config = replace(terms[0][1].config, dropout=_dropout(terms))
+    config = replace(terms[0][1].config, dropout=dropout)
     norm = float(jnp.linalg.norm(mora.delta_weight(jnp.asarray(m), in_features, out_features, config.kind)))
     values = {"m": m, "scaling": np.ones((), np.float32)}
     return AdapterValues(config, values), Row(path, in_features, out_features, len(m), norm, 0.0)

@@ -1,4 +1,7 @@
-"""The supported model families. A family is one module with `ARCHITECTURE`, `MODEL_TYPE` and `read`."""
+"""The supported model families. A family is one module with `ARCHITECTURE`, `MODEL_TYPE`, `BIAS_FIELDS` and `read`.
+
+`BIAS_FIELDS` are the fields of its `config.json` that announce biases, each with the projections that get them.
+"""
 
 import reprlib
 from types import ModuleType

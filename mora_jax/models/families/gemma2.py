@@ -9,6 +9,7 @@ from mora_jax.models.families.hf_config import Fields
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 MODEL_TYPE = "gemma2"
+BIAS_FIELDS = {"attention_bias": ("qkv", "out")}
 
 NAMES = TensorNames(
     post_attention_norm="post_attention_layernorm",

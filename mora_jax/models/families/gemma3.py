@@ -10,6 +10,7 @@ from mora_jax.models.rope import Rope
 
 ARCHITECTURE = "Gemma3ForCausalLM"
 MODEL_TYPE = "gemma3_text"
+BIAS_FIELDS = {"attention_bias": ("qkv", "out")}
 
 
 def read(fields: Fields) -> DecoderConfig:

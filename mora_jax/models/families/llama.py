@@ -6,6 +6,7 @@ from mora_jax.models.families.hf_config import Fields
 
 ARCHITECTURE = "LlamaForCausalLM"
 MODEL_TYPE = "llama"
+BIAS_FIELDS = {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")}
 
 
 def read(fields: Fields) -> DecoderConfig:

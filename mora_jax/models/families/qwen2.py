@@ -6,6 +6,7 @@ from mora_jax.models.families.hf_config import Fields
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"
+BIAS_FIELDS: dict[str, tuple[str, ...]] = {}
 
 
 def read(fields: Fields) -> DecoderConfig:

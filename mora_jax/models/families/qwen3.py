@@ -7,6 +7,7 @@ from mora_jax.models.families.qwen2 import upper_windows
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 MODEL_TYPE = "qwen3"
+BIAS_FIELDS = {"attention_bias": ("qkv", "out")}
 
 
 def read(fields: Fields) -> DecoderConfig:
