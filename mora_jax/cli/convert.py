@@ -71,7 +71,24 @@ def run(args: argparse.Namespace) -> int:
             share = f"{conversion.left_out_share:.3g}"
             print(f"warning: {share} of the change is in tensors that the adapter leaves out", file=sys.stderr)
     print(f"wrote {args.out}", file=sys.stderr)
+    if conversion is not None and args.to in ("lora", "peft") and args.rank is None:
+        _say_size(args)
     return 0
+
+
+def _say_size(args: argparse.Namespace) -> None:
+    """Says where an exact LoRA is much larger than what it came from, and what makes it smaller."""
+    from mora_jax.interop.hub import adapter_folder, local_folder
+    from mora_jax.interop.safetensors_io import weight_bytes
+    from mora_jax.training.display.summary import bytes_words
+
+    before, after = (weight_bytes(local_folder(path)) for path in (adapter_folder(args.adapter[0]), args.out))
+    if after > 1.5 * before:
+        print(
+            f"note: {bytes_words(after)}, where the adapter had {bytes_words(before)}: --rank R writes the nearest LoRA "
+            "of a rank, which is smaller, and states its error",
+            file=sys.stderr,
+        )
 
 
 def _instead(args: argparse.Namespace) -> str:

@@ -101,6 +101,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
 
 
+def weight_bytes(folder: Path) -> int:
+    """The size of the safetensors files in a folder of a model or an adapter."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     """The index's table of tensor names to files; empty where one file holds all."""
     index = folder / "model.safetensors.index.json"

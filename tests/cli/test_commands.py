@@ -144,11 +144,17 @@ def test_merged_folder_gives_the_adapted_logits_in_transformers(run, model_dir, 
 
 
 def test_merge_writes_the_dtype_that_is_asked_for(run, model_dir, adapters, tmp_path):
-    out = tmp_path / "merged"
-    assert (
-        run("merge", "--model", model_dir, "--adapter", adapters["lora"], "--out", out, "--dtype", "bfloat16")[0] == 0
-    )
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    out, narrow = tmp_path / "merged", tmp_path / "tiny"  # called as the base is
+    merge = ["merge", "--model", model_dir, "--adapter", adapters["lora"], "--out"]
+    assert run(*merge, narrow, "--dtype", "bfloat16") == (0, "", f"wrote {narrow}\n")
+    assert json.loads((narrow / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    # A base in float32 doesn't grow; one in bfloat16 doubles, which is said.
+    assert run(*merge, out) == (0, "", f"wrote {out}\n")
+    merge[2] = narrow
+    code, _, err = run(*merge, tmp_path / "wide")
+    assert code == 0
+    sizes = [f"{(folder / 'model.safetensors').stat().st_size / 1e3:.3g} kB" for folder in (tmp_path / "wide", narrow)]
+    assert f"note: {sizes[0]} in float32, where the base has {sizes[1]}: --dtype bfloat16 takes half, but" in err
 
 
 def test_refusals(fails, model_dir, data_file, adapters, tmp_path):

@@ -1,6 +1,7 @@
 """`mora-jax convert` on a tiny model: what it writes and prints, and what it refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -56,7 +57,9 @@ def test_exact_lora_of_a_run_directory(run, model_dir, adapters, tmp_path, to):
     assert lines[0].split() == ["matrix", "layers", "in", "out", "size", "norm", "error", "worst"]
     assert [line.split()[:2] for line in lines[1:-1] if "q_proj" in line] == [["model.layers.*.self_attn.q_proj", "2"]]
     assert max(map(len, lines)) <= 80
-    assert err == f"wrote {out}\n"
+    wrote, note = err.splitlines()
+    assert wrote == f"wrote {out}"
+    assert re.fullmatch(r"note: [\d.]+ kB, where the adapter had [\d.]+ kB: --rank R writes the nearest LoRA .*", note)
     assert not json.loads((out / "adapter_config.json").read_text()).get("use_mora")
     np.testing.assert_allclose(logits(model_dir, out), logits(model_dir, adapters["sharing"]), atol=1e-4)
 
@@ -139,6 +142,10 @@ def test_refusals(fails, run, model_dir, adapters, tmp_path):
     base = ["convert", "--model", model_dir, "--adapter", adapters["rotation"]]
     assert "at rank 8" in fails(*base, "--to", "lora", "--out", out)
     assert "have full rank" in fails(*base, "--to", "peft", "--out", out)
+    ia3 = ["convert", "--model", model_dir, "--adapter", write(model_dir, tmp_path / "ia3", mj.IA3Config())]
+    assert "has no rank that says how large MoRA's matrices become: give a rank" in fails(
+        *ia3, "--to", "mora", "--out", out
+    )
     assert "--to, --out missing" in fails(*base)
     assert "invalid choice: 'vera'" in fails(*base, "--to", "vera", "--out", out)
     assert "is not empty" in fails(*base, "--to", "lora", "--rank", "2", "--out", model_dir)

@@ -53,7 +53,8 @@ def convert_to_mora(model: nnx.Module, *, kind: str = "sharing", rank: int | Non
         What came out and the error of each matrix.
 
     Raises:
-        InputError: an embedding has an adapter, for which MoRA has no form.
+        InputError: an embedding has an adapter, for which MoRA has no form, or the adapters have no rank and none is
+            given.
     """
     return _replace_adapters(model, lambda updates: mora_values(updates, kind, rank))
 
@@ -105,6 +106,10 @@ def mora_values(updates: Iterable[Update], kind: str, rank: int | None) -> tuple
     for update in updates:
         if update.is_embedding:
             raise InputError(f"{update.path} is an embedding, for which MoRA has no form; convert to lora instead")
+        if not (rank or update.rank):
+            raise InputError(
+                f"{update.what} on {update.path} has no rank that says how large MoRA's matrices become: give a rank"
+            )
         config = MoRAConfig(rank=rank or update.rank, kind=kind, dropout=update.dropout)
         q = mora.square_rank(update.in_features, update.out_features, config.rank, kind)
         kernel = update.kernel()

@@ -65,8 +65,6 @@ def adapter_from_difference(
     if kind is None:
         by_path, conversion = lora_values(updates, rank)
     else:
-        if rank is None:
-            raise InputError("a rank is needed to say how many parameters MoRA's matrices take")
         by_path, conversion = mora_values(updates, kind, rank)
     taken = {f"{update.path}.weight" for update in updates}
     rest = {name: _norm(before, after, name) for name in sorted(set(before.shapes) - taken)}
