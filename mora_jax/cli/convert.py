@@ -85,8 +85,8 @@ def _say_size(args: argparse.Namespace) -> None:
     before, after = (weight_bytes(local_folder(path)) for path in (adapter_folder(args.adapter[0]), args.out))
     if after > 1.5 * before:
         print(
-            f"note: {bytes_words(after)}, where the adapter had {bytes_words(before)}: --rank R writes the nearest LoRA "
-            "of a rank, which is smaller, and states its error",
+            f"note: {bytes_words(after)}, where the adapter had {bytes_words(before)}: --rank R writes the nearest "
+            "LoRA of a rank, which is smaller, and states its error",
             file=sys.stderr,
         )
 
