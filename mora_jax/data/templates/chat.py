@@ -80,7 +80,10 @@ class ChatTemplate:
             ) from None
         self._count_unshown(conversation, words, located.spans, text)
         eos = self._template.tokenizer.eos_token or ""
-        return label(text, located.spans, words, answers, self.frame, eos)
+        pieces = label(text, located.spans, words, answers, self.frame, eos)
+        if "".join(piece.text for piece in pieces) not in (text, text + eos):
+            raise Untrackable("the messages in its output overlap")
+        return pieces
 
     def _answers(
         self, messages: Sequence[Message], words: Sequence[Words], located: Located, render: Any

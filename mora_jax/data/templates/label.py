@@ -58,7 +58,7 @@ def label(
     """
     stretches = _said(text, spans, words, answers, frame)
     for turn, answer in answers.items():
-        stretches += _rest(turn, answer, spans, words)
+        stretches += _rest(text, turn, answer, spans, words)
     if answers:
         stretches.sort(key=lambda stretch: stretch.start)
     pieces: list[Piece] = []
@@ -89,8 +89,10 @@ def _said(
     for index, (span, turn) in enumerate(zip(spans, owners, strict=True)):
         said = words[span.content]
         start = span.start
-        if lead and said.role == "assistant" and turn not in seen and text.endswith(lead, at, start):
-            start -= len(lead)  # Space after the generation prompt: the model has to produce it.
+        # Space after the generation prompt: the model has to produce it. `_rest` has that of turns with more than words.
+        first = said.role == "assistant" and turn not in seen and turn not in answers
+        if lead and first and text.endswith(lead, at, start):
+            start -= len(lead)
         seen.add(turn)
         stretches.append(_Stretch(start, span.stop, said.segment, turn))
         at = span.stop
@@ -119,7 +121,9 @@ def _closed(text: str, at: int, following: int, closings: Sequence[str]) -> int:
     return at
 
 
-def _rest(turn: int, answer: Answer, spans: Sequence[Span], words: Sequence[Words]) -> Iterator[_Stretch]:
+def _rest(
+    text: str, turn: int, answer: Answer, spans: Sequence[Span], words: Sequence[Words]
+) -> Iterator[_Stretch]:
     """What the model has to produce of a turn besides its words."""
     own = [span for span in spans if words[span.content].turn == turn]
     at, before = answer.start, Segment.TOOL_CALL
@@ -128,6 +132,8 @@ def _rest(turn: int, answer: Answer, spans: Sequence[Span], words: Sequence[Word
         if span.start > at:
             # Tags around reasoning stand before it, and between it and the answer's words.
             beside = Segment.REASONING if Segment.REASONING in (before, segment) else Segment.TOOL_CALL
+            if at == answer.start and span.stop > span.start and text[at : span.start].isspace():
+                beside = segment
             yield _Stretch(at, span.start, beside, turn)
         at, before = max(at, span.stop), segment
     if answer.end > at:

@@ -54,6 +54,15 @@ LLAMA31 = (
 WRITES = {"qwen": QWEN, "qwen3": QWEN3, "llama31": LLAMA31}
 
 
+# The generation prompt lacks the line feed that stands before an answer, as Zephyr's does.
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n' }}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
 def call(name="add", **arguments):
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -64,9 +73,21 @@ RESULT = Message("tool", "42")
 SAID = Message("assistant", "It is 42.")
 
 
+def applied(tokenizer, messages):
+    """What the template renders, asked of the tokenizer itself."""
+    turns = [
+        {"role": m.role, "content": m.content, "name": m.name, "reasoning_content": m.reasoning}
+        | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+        for m in messages
+    ]
+    return tokenizer.apply_chat_template(turns, tokenize=False)
+
+
 def pieces(tokenizer, messages, template=None, **more):
     rendered = Renderer(tokenizer, template).render(Conversation(tuple(messages), **more))
     assert rendered.text == "".join(piece.text for piece in rendered.pieces)
+    if template is None and not more:
+        assert rendered.text == applied(tokenizer, messages)
     return [(piece.text, piece.segment, piece.turn) for piece in rendered.pieces]
 
 
@@ -142,6 +163,22 @@ def test_reasoning_words_and_calls_of_the_last_answer(make_tokenizer):
         ("<|im_end|>", E, 1),
         ("\n", T, -1),
     ]
+
+
+def test_space_that_the_generation_prompt_lacks_stands_once(make_tokenizer):
+    tokenizer = make_tokenizer("byte_level", ZEPHYR)
+    written = '\n<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+    end = [("<|im_end|>", E, 1), ("\n", T, -1)]
+    thought = [("\n<think>\n", R, 1), ("Hm.", R, 1), ("\n</think>\n", R, 1)]
+    spoken, called = Message("assistant", "Yes.", tool_calls=(call(),)), Message("assistant", "", tool_calls=(call(),))
+    assert pieces(tokenizer, [ASKED, spoken])[4:] == [("\n", A, 1), ("Yes.", A, 1), (written, CALL, 1), *end]
+    assert pieces(tokenizer, [ASKED, called])[4:] == [("\n", CALL, 1), (written, CALL, 1), *end]
+    reasoned = Message("assistant", "Yes.", reasoning="Hm.")
+    assert pieces(tokenizer, [ASKED, reasoned])[4:] == [*thought, ("Yes.", A, 1), *end]
+    everything = Message("assistant", "Yes.", reasoning="Hm.", tool_calls=(call(),))
+    shown = pieces(tokenizer, [ASKED, everything, RESULT, SAID])
+    assert shown[4:10] == [*thought, ("Yes.", A, 1), (written, CALL, 1), ("<|im_end|>", E, 1)]
+    assert shown[-3:] == [("\nIt is 42.", A, 3), ("<|im_end|>", E, 3), ("\n", T, -1)]
 
 
 def test_reasoning_that_the_template_leaves_out_is_counted(make_tokenizer):
