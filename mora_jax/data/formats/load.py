@@ -12,6 +12,7 @@ from typing import Any
 
 from mora_jax.data.conversation import Row
 from mora_jax.data.formats.column_mapping import Mapping
+from mora_jax.data.formats.messages import CHATS, has_plain_turns
 from mora_jax.data.formats.registry import FORMATS, Format, detect_format, find_format, recognise
 from mora_jax.data.formats.rows import Rows, Skipped, or_skip
 from mora_jax.data.read.locate import Origin, locate
@@ -32,11 +33,13 @@ class Converter:
       format: the name of the format.
       guessed: whether the format was recognised rather than asked for; a row of another one is then an error.
       mapping: other names for columns and roles.
+      plain_turns: what `has_plain_turns` says of the first row; a row of which it says something else is an error.
     """
 
     format: str
     guessed: bool = False
     mapping: Mapping = _NO_MAPPING
+    plain_turns: bool | None = None
 
     def __call__(self, source: str, raw: Any) -> list[Row]:
         """Converts a row.
@@ -69,6 +72,11 @@ class Converter:
                 f"{source}: mixed formats: this row is of format `{other.name}`, others are of `{chosen.name}`"
                 f" (expected {chosen.wanted}); give each format a file of its own"
             )
+        plain = has_plain_turns(row)
+        if None not in (plain, self.plain_turns) and plain != self.plain_turns:
+            key = next(key for key in CHATS if row.get(key))
+            kinds = "plain texts, others are of objects" if plain else "objects, others are of plain texts"
+            raise InputError(f"{source}: `{key}` is a list of {kinds}; give each kind a file of its own")
         rows = list(chosen.convert(row, source, self.mapping))
         weight = row.get("weight")
         # An empty cell of a CSV table says nothing.
@@ -115,11 +123,17 @@ class RowStream(Iterable[Row]):
     @cached_property
     def converter(self) -> Converter:
         """What turns the rows of `raw` into rows; it can be sent to other processes."""
+        seen = self._first_rows()
+        plain = next((plain for _, row in seen if (plain := has_plain_turns(row)) is not None), None)
         if self._asked:
-            return Converter(self._asked.name, False, self._mapping)
-        return Converter(self._detect().name, True, self._mapping)
+            return Converter(self._asked.name, False, self._mapping, plain)
+        try:
+            return Converter(detect_format(seen).name, True, self._mapping, plain)
+        except InputError as error:
+            raise self._mapping.explain(error) from None
 
-    def _detect(self) -> Format:
+    def _first_rows(self) -> list[tuple[str, Any]]:
+        """Rows under our names with their sources, up to the first of which a format is recognised."""
         seen: list[tuple[str, Any]] = []
         skipped = Skipped()
         try:
@@ -135,10 +149,7 @@ class RowStream(Iterable[Row]):
                 raise
         if not seen:
             raise _nothing_left(skipped)
-        try:
-            return detect_format(seen)
-        except InputError as error:
-            raise self._mapping.explain(error) from None
+        return seen
 
     def raw(self) -> Iterator[tuple[str, Any]]:
         """Reads the rows as they are, for `converter` to convert, here or in another process.

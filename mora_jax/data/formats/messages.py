@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mora_jax.data.conversation import Message
@@ -11,6 +12,8 @@ from mora_jax.data.read.validate import check_list, check_object, check_text, ch
 from mora_jax.errors import InputError
 
 _NO_MAPPING = Mapping()
+#: Keys of whole conversations.
+CHATS = ("messages", "conversations", "conversation")
 #: Keys under which data has what the assistant thought; the first that is filled is read.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 #: Roles whose words are calls in JSON.
@@ -66,14 +69,22 @@ def read_message(
     )
 
 
+def has_plain_turns(row: Any) -> bool | None:
+    """Whether a row's conversation is a list of plain texts, not of objects; None where it has none."""
+    value = next((row[key] for key in CHATS if row.get(key)), None) if isinstance(row, dict) else None
+    if isinstance(value, str) and (beginning := re.match(r"\s*\[\s*(.)", value)):  # a cell of a CSV table
+        return beginning[1] == '"'
+    return all(isinstance(item, str) for item in value) if isinstance(value, list) else None
+
+
 def read_turns(value: Any, key: str, source: str, mapping: Mapping) -> list[Message]:
     """The messages of a list.
 
     Each may have its role and content under `role`, `content` or `from`, `value`, or be a pair of `input` and
-    `output`. In a list of plain texts the user and the assistant take turns.
+    `output`. In a conversation of plain texts the user and the assistant take turns.
     """
     items = check_list(value, key, source)
-    if all(isinstance(item, str) for item in items):
+    if key in CHATS and all(isinstance(item, str) for item in items):
         texts = (check_text(item, f"{key}[{index}]", source) for index, item in enumerate(items))
         return [Message(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)]
     messages = []

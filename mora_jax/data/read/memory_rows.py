@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mora_jax.errors import InputError
 
 #: What stands for such rows where a file's path would.
@@ -29,9 +31,8 @@ class MemoryRows:
 
     @cached_property
     def _all(self) -> list[Any]:
-        if hasattr(self._rows, "to_dict") and hasattr(self._rows, "columns"):  # pandas.DataFrame
-            return self._rows.to_dict("records")
-        return list(self._rows)
+        is_table = hasattr(self._rows, "to_dict") and hasattr(self._rows, "columns")  # pandas.DataFrame
+        return [_without_numpy(row) for row in (self._rows.to_dict("records") if is_table else self._rows)]
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """Yields (number from 1 on, row)."""
@@ -39,10 +40,22 @@ class MemoryRows:
 
     def digest(self) -> str:
         """Another text if the rows are others."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for row in self._all:
-            found.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-        return found.hexdigest()
+            # In the order of the keys: templates write a tool's arguments in theirs.
+            digest.update(json.dumps(row, default=repr).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def _without_numpy(value: Any) -> Any:
+    """A row with plain lists and numbers for numpy's, which pandas has in the cells of a Parquet table."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_numpy(item) for item in value]
+    return value
 
 
 def memory_rows(given: Any) -> MemoryRows | None:

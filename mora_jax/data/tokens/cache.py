@@ -31,6 +31,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         tokenizer.backend_tokenizer.to_str(),
         str(tokenizer.chat_template),
         str(tokenizer.special_tokens_map),
+        str(tokenizer.split_special_tokens),
     )
     return hashlib.sha256("\0".join(described).encode()).hexdigest()
 

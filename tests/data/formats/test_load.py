@@ -85,6 +85,31 @@ def test_rows_of_mixed_formats(tmp_path):
         load_rows([write_lines(path, alpaca(2)), tmp_path / "b.jsonl"])
 
 
+PLAIN = {"messages": ["hi", "ho"]}
+SPOKEN = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+
+
+@pytest.mark.parametrize("format", [None, "messages"])
+@pytest.mark.parametrize(("usual", "other"), [(SPOKEN, PLAIN), (PLAIN, SPOKEN)])
+def test_plain_texts_among_messages_with_roles(usual, other, format, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [usual, usual])
+    assert [len(row.messages) for row in load_rows(path, format)] == [2, 2]
+    write_lines(path, [usual, usual, other])
+    with pytest.raises(InputError, match=r"a\.jsonl, row 3: `messages` is .*(plain texts.* objects|objects.* plain texts)"):
+        load_rows(path, format)
+    assert len(load_rows(path, format, on_error="skip")) == 2
+    # As CSV cells hold lists.
+    write_lines(path, [{key: json.dumps(value) for key, value in row.items()} for row in (usual, other)])
+    with pytest.raises(InputError, match=r"a\.jsonl, row 2: `messages` is .*(plain texts.* objects|objects.* plain texts)"):
+        load_rows(path, format)
+
+
+def test_plain_texts_do_not_take_turns_in_a_prompt(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "q", "completion": ["a"]}])
+    with pytest.raises(InputError, match=r"row 1: `completion\[0\]` should be an object with `role` and `content`"):
+        load_rows(path)
+
+
 def test_other_names(tmp_path):
     path = write_lines(
         tmp_path / "a.jsonl",

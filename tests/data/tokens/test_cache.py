@@ -43,6 +43,20 @@ def same(one: TokenStore, other: TokenStore) -> bool:
     )
 
 
+def test_special_tokens_in_texts_may_be_split(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "<|im_end|>", "output": "a"}\n')
+
+    def ids(split):
+        tokenizer.split_special_tokens = split
+        source = Source(str(tmp_path / "a.jsonl"), template="plain", cache=str(tmp_path / "cache"))
+        return source.load(tokenizer)[0].input_ids.tolist()
+
+    (tmp_path / "cache").mkdir()
+    joined, split = ids(False), ids(True)
+    assert joined != split and len(joined) < len(split)
+    assert ids(False) == joined and ids(True) == split
+
+
 def test_found_again_without_reading(tokenizer, tmp_path):
     encoder = RowEncoder(tokenizer)
     first = build_store(encoder, raw(1100), {"format": "x"}, folder=tmp_path, key="k")
