@@ -125,7 +125,7 @@ def keys() -> str:
     tables: dict[str, list[str]] = {}
     for name, key in schema.keys().items():
         section, _, last = name.rpartition(".")
-        default = "required" if "Required." in key.allowed.doc else f"default: {_shown(key.default)}"
+        default = "required" if "Required." in key.allowed.doc else f"default: {key.show(key.default)}"
         facts = [key.describe(), default]
         if section == "adapter" and (methods := _methods(last, schema.METHOD_KEYS)):
             facts.append(f"methods: {methods}")
@@ -149,10 +149,6 @@ def _methods(key: str, read: Any) -> str:
     if key == "method" or len(others) <= 1:
         return ""
     return f"all but {', '.join(others)}" if len(others) < len(readers) else ", ".join(readers)
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
 def _escape(text: str, special: str = "*<[|") -> str:

@@ -20,7 +20,7 @@ from mora_jax.cli import eval as eval_command
 from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
 from mora_jax.cli.options import OVERRIDE, take_overrides
-from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words
+from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words, with_options
 from mora_jax.environment import check_versions, prepare
 from mora_jax.errors import InputError
 from mora_jax.training.distributed.signals import ASKING, Stoppable, Stopped
@@ -171,6 +171,10 @@ def _run(argv: Sequence[str]) -> int:
 
         with keeping_programs(None):
             return args.run(args)
+    except InputError as error:
+        if name not in COMMANDS or name in TAKE_KEYS:
+            raise
+        raise InputError(with_options(str(error), commands[name])) from None
     except SystemExit as stop:  # --help and --version
         if isinstance(stop, Stopped):
             raise

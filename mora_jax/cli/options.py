@@ -54,7 +54,7 @@ def add_number(parser: Parser, flag: str, type_: type, default: Any, doc: str, *
 def add_value(parser: Parser, flag: str, key: Key, *, help: str = "", **changes: Any) -> None:
     """Adds an option whose value a `Key` checks."""
     default = changes.pop("default", key.default)
-    words = f"{(help or key.allowed.doc).rstrip('.')} ({key.describe()}; default: {_shown(default)})"
+    words = f"{(help or key.allowed.doc).rstrip('.')} ({key.describe()}; default: {key.show(default)})"
     metavar = flag.rpartition("-")[2].upper()
     changes.setdefault("metavar", metavar)
     # A '%' in help would be argparse's formatting.
@@ -115,14 +115,13 @@ def read_data(args: argparse.Namespace, tokenizer: Any, vocab_size: int | None =
     """
     from mora_jax.data.dataset import EncodedDataset
     from mora_jax.training.config.schema import DataConfig, LossConfig
-    from mora_jax.training.config.to_data import data_source, loss_weights
 
     shared = {field.name for field in dataclasses.fields(DataConfig)} & vars(args).keys()
     section = dataclasses.replace(DataConfig(), **{name: getattr(args, name) for name in shared})
     loss = LossConfig(args.loss_mode, args.prompt_weight, args.loss_roles, args.end_of_turn, args.headers)
     return EncodedDataset(
-        data_source(section, args.data, args.split).load(tokenizer),
-        loss_weights(loss),
+        section.source(args.data, args.split).load(tokenizer),
+        loss.weights,
         section.max_length,
         section.truncation,
         vocab_size=vocab_size,
@@ -158,7 +157,3 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
                 text = "true"
         overrides.append((name, text))
     return rest, overrides
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)

@@ -18,6 +18,8 @@ COMMAND_ALIASES = {
 }  # fmt: skip
 #: Options of other commands than train that stand for these keys without being made of them.
 PLAIN = {"model.path": "--model", "data.train": "--data", "adapter.path": "--adapter", "out": "--out"}
+CONFIG_FILES = (".py", ".yaml", ".yml", ".json")
+_KEY = re.compile(r"(?<![\w./-])[a-z]+\.[a-z_0-9]+\b")
 _NUMBER = re.compile(r"-\d|-\.\d")
 
 
@@ -29,7 +31,7 @@ def refuse_command(word: str, commands: Sequence[str]) -> NoReturn:
     """
     if word.startswith("-"):
         raise InputError(f"{word} comes before the command: mora-jax COMMAND {word} ... (see mora-jax --help)")
-    if word.endswith(".py"):
+    if word.endswith(CONFIG_FILES):
         raise InputError(f"{word} is no command; did you mean: mora-jax train --config {shlex.quote(word)}?")
     lowered = word.lower().replace("_", "-")
     hint = COMMAND_ALIASES.get(lowered) or nearest(lowered, commands)
@@ -79,7 +81,7 @@ def refuse_words(command: str, words: Sequence[str], takes_file: bool) -> None:
     """
     if not words:
         return
-    file = next((word for word in words if word.endswith(".py")), None) if takes_file else None
+    file = next((word for word in words if word.endswith(CONFIG_FILES)), None) if takes_file else None
     hint = f"did you mean --config {shlex.quote(file)}?" if file else f"see mora-jax {command} --help"
     raise InputError(f"{command} can't place {' '.join(map(shlex.quote, words))}; {hint}")
 
@@ -91,6 +93,12 @@ def flag_of(key: str, known: Mapping[str, argparse.Action]) -> str | None:
             return option
     plain = PLAIN.get(key)
     return plain if plain in known else None
+
+
+def with_options(text: str, parser: argparse.ArgumentParser) -> str:
+    """A message with a command's own options in place of the configuration keys that it names."""
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    return _KEY.sub(lambda key: flag_of(key[0], known) or key[0], text)
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

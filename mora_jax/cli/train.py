@@ -1,7 +1,8 @@
 """Fine-tune a model: LoRA, MoRA or full, with masked, unmasked or weighted instruction loss.
 
-A config file is a Python file with get_config() returning an ml_collections.ConfigDict; it sets only what it
-changes. Every configuration key can be set by --config.KEY=VALUE, whether or not the file names it.
+A config file is a Python file with get_config() returning an ml_collections.ConfigDict, or YAML or JSON with the same
+sections, such as a run's config.json; it sets only what it changes. Every configuration key can be set by
+--config.KEY=VALUE, whether or not the file names it.
 """
 
 import argparse
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       mora-jax train --resume RUN [--config.KEY=VALUE ...] [--profile [FIRST:LAST]]\n"
         "       mora-jax train ... --coordinator HOST:PORT --process-id I --process-count N"
     )
-    parser.add_argument("--config", metavar="FILE", help="config file, such as configs/smollm2_dolly.py")
+    parser.add_argument(
+        "--config", metavar="FILE", help="config file (.py, .yaml or .json), such as configs/smollm2_dolly.py"
+    )
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     lines = ["configuration keys:"]
     for name, key in keys().items():
-        default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.default}"
+        default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.show(key.default)}"
         lines.append(f"  {name}")
         words = f"{key.allowed.doc} ({key.describe()}; {default})"
         lines += textwrap.wrap(words, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -10,7 +10,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.decoder import REMAT
 from mora_jax.planning.plan import Plan, by_formula
 from mora_jax.planning.topology import Topology
-from mora_jax.training.config.checks import check_quantize
+from mora_jax.training.config.load import check_quantize
 from mora_jax.training.config.schema import QUANTIZE, Config, lay_over
 from mora_jax.training.sharding.mesh import AXES
 

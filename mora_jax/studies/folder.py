@@ -13,7 +13,7 @@ from mora_jax.paths import is_local, new_file
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.results import SweepResult
-from mora_jax.training.config.checks import config_from_dict
+from mora_jax.training.config.load import config_from_dict
 
 FILE = "study.json"
 _OWN = (FILE, "data", "runs", "figures", "cells.csv", "conclusion.md")

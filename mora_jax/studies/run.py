@@ -22,7 +22,7 @@ from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.live_board import make_board
 from mora_jax.sweeps.run_result import RunResult
 from mora_jax.sweeps.train import train_runs
-from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import left_words
 from mora_jax.training.run.directory import RunDirectory

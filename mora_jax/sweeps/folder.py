@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from mora_jax.errors import InputError
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.results import SweepResult
-from mora_jax.training.config.checks import config_from_dict
+from mora_jax.training.config.load import config_from_dict
 from mora_jax.training.run.directory import CONTENTS, RunDirectory, with_absolute_paths
 
 FILE = "sweep.json"

@@ -21,7 +21,7 @@ from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.models.decoder import Decoder
 from mora_jax.paths import OFF
 from mora_jax.training.config.adapter import adapter_settings
-from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.choose import make_display
 from mora_jax.training.display.plain import Display

@@ -19,7 +19,7 @@ from mora_jax.data.pipeline import BatchIterator
 from mora_jax.models.attention.causal import Rows
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble
-from mora_jax.training.config.resume import changed, check_found
+from mora_jax.training.config.load import changed, check_found
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import Display
 from mora_jax.training.distributed.processes import Agreement, check_same, check_shared, is_main, several

@@ -29,9 +29,8 @@ from mora_jax.interop.peft.save import refuse_tied_magnitude
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import reschedule
 from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.checks import check_warmup
+from mora_jax.training.config.load import check_warmup
 from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config
-from mora_jax.training.config.to_data import data_source, loss_weights
 from mora_jax.training.display.plain import RunInfo
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 from mora_jax.training.sharding.rules import base_shardings
@@ -150,7 +149,7 @@ class Setup:
             matched=sum(match.layers for match in self.attached.matches),
             trainable=self.attached.trainable,
             total=self.attached.total,
-            loss_mode=f"{loss_weights(config.loss).words}, divided by {DIVISORS[config.loss.divided_by]}",
+            loss_mode=f"{config.loss.weights.words}, divided by {DIVISORS[config.loss.divided_by]}",
             trained_fraction=report.trained_fraction,
             examples=len(self.train),
             padding=self.plan.padding(self.batches.length),
@@ -313,12 +312,10 @@ def encode_data(
         eval_rows: the same for `data.eval`.
     """
     data = config.data
-    store = data_source(data, rows_given if rows_given is not None else data.train or (), data.split).load(tokenizer)
+    store = data.source(rows_given if rows_given is not None else data.train or (), data.split).load(tokenizer)
     rows, held_out, held_out_store = None, None, store
     if data.eval is not None:
-        held_out_store = data_source(data, data.eval if eval_rows is None else eval_rows, data.eval_split).load(
-            tokenizer
-        )
+        held_out_store = data.source(data.eval if eval_rows is None else eval_rows, data.eval_split).load(tokenizer)
     elif data.eval_fraction > 0:
         rows, held_out = split_rows(len(store), data.eval_fraction, config.seed)
     settings: dict[str, Any] = {
@@ -327,7 +324,7 @@ def encode_data(
         "vocab_size": vocab_size,
         "special_ids": tokenizer.all_special_ids,
     }
-    train = EncodedDataset(store, loss_weights(config.loss), rows=rows, **settings)
+    train = EncodedDataset(store, config.loss.weights, rows=rows, **settings)
     if data.eval is None and held_out is None:
         return train, None
     return train, EncodedDataset(held_out_store, LossWeights(), rows=held_out, **settings)

@@ -49,6 +49,23 @@ def test_refusals_leave_nothing(fails, model_dir, data_file, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_errors_name_the_command_s_own_options(fails, model_dir, tmp_path):
+    def error(*rows, options=()):
+        (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return fails("inspect", "--model", model_dir, "--data", tmp_path / "data.jsonl", *options)
+
+    assert error({"problem": "q", "solution": "a"}).endswith(
+        "set --columns to prompt=problem,completion=solution; docs/formats.md lists all formats"
+    )
+    row = {"instruction": "i", "output": "o"}
+    assert error(row, {"instruction": "i"}).endswith("(--on-error=skip leaves such rows out)")
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    message = error({"messages": [{"role": "user", "content": "q"}, called]}, options=("--template", "alpaca"))
+    assert "set --template=chatml" in message and "data.jsonl, row 1" in message
+    message = error({"instruction": "i " * 50, "output": "o"}, options=("--max-length", "8"))
+    assert "raise --max-length (now 8" in message and "set --truncation=prompt_first" in message
+
+
 @pytest.mark.parametrize("mode", ["last_turn", "im_paper", "wit", "full"])
 def test_modes(run, model_dir, data_file, mode):
     code, out, _ = run("inspect", "--model", model_dir, "--data", data_file, "--loss-mode", mode, "--json")

@@ -89,14 +89,14 @@ def test_report_of_seams_and_special_words(tokenizer):
         (
             ROWS[2:3],
             {"max_length": 64},
-            r"none of the 1 rows .*raise max_length \(now 64; half .* at most \d{3}",
+            r"none of the 1 rows .*raise data.max_length \(now 64; half .* at most \d{3}",
         ),
         (
             ROWS[2:3],
             {"max_length": 64, "truncation": "drop"},
-            "raise max_length .* or set truncation to `prompt_first`",
+            "raise data.max_length .* or set data.truncation=prompt_first",
         ),
-        (ROWS[3:4], {}, "no answer to train on.*loss mode to `unmasked`"),
+        (ROWS[3:4], {}, "no answer to train on.*loss.mode=unmasked"),
         ([], {}, "no rows"),
         (ROWS, {"max_length": 1}, "max_length is 1: it must be at least 2"),
         (ROWS, {"truncation": "lef"}, "unknown truncation 'lef'"),

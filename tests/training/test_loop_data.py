@@ -15,7 +15,7 @@ from mora_jax.data import BatchPlan
 from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.training import loop
-from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.load import check_together
 from mora_jax.training.display.plain import Display
 from mora_jax.training.setup import Setup
 from tests.evaluation import tiny

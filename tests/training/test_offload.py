@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.optimizer_offload import OnHost, streamed
 from tests.training.meshed import run

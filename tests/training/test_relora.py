@@ -18,7 +18,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training import loop
-from mora_jax.training.config.checks import config_from_dict
+from mora_jax.training.config.load import config_from_dict
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.relora import Restarter, Restarts, prune, prune_moments, renewed

@@ -185,12 +185,12 @@ class Report(RowOutcomes):
         if not self.rows:
             return "there are no rows to encode"
         causes = ", ".join(f"{n} {CAUSES[cause]}" for cause, n in self.dropped.items())
-        needed = f"raise max_length (now {max_length}; half of the rows need at most {self.quantiles['median']})"
+        needed = f"raise data.max_length (now {max_length}; half of the rows need at most {self.quantiles['median']})"
         advice = {
-            "too_long": f"{needed} or set truncation to `prompt_first`",
-            "answer_cut_off": f"{needed} or set truncation to `prompt_first`",
-            "no_answer": "give the rows an assistant's turn, or set loss mode to `unmasked`",
-            "no_weight": "give the rows an answer and a weight above 0, or set loss mode to `full`",
+            "too_long": f"{needed} or set data.truncation=prompt_first",
+            "answer_cut_off": f"{needed} or set data.truncation=prompt_first",
+            "no_answer": "give the rows an assistant's turn, or set loss.mode=unmasked",
+            "no_weight": "give the rows an answer and a weight above 0, or set loss.mode=full",
             "bad_row": "fix the rows, or name their format and columns",
         }
         main = max(self.dropped, key=lambda cause: self.dropped[cause])

@@ -89,7 +89,7 @@ def _said(
     for index, (span, turn) in enumerate(zip(spans, owners, strict=True)):
         said = words[span.content]
         start = span.start
-        # Space after the generation prompt: the model has to produce it. `_rest` has that of turns with more than words.
+        # Space after the generation prompt: the model has to produce it. `_rest` has that of the turns in `answers`.
         first = said.role == "assistant" and turn not in seen and turn not in answers
         if lead and first and text.endswith(lead, at, start):
             start -= len(lead)
@@ -121,9 +121,7 @@ def _closed(text: str, at: int, following: int, closings: Sequence[str]) -> int:
     return at
 
 
-def _rest(
-    text: str, turn: int, answer: Answer, spans: Sequence[Span], words: Sequence[Words]
-) -> Iterator[_Stretch]:
+def _rest(text: str, turn: int, answer: Answer, spans: Sequence[Span], words: Sequence[Words]) -> Iterator[_Stretch]:
     """What the model has to produce of a turn besides its words."""
     own = [span for span in spans if words[span.content].turn == turn]
     at, before = answer.start, Segment.TOOL_CALL

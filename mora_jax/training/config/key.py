@@ -16,7 +16,7 @@ from mora_jax.adapters.config.limits import Limits, number
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded
 
-NONE_WORDS = ("none", "null")
+NONE_WORDS = ("none", "null", "unset")
 BOOL_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 TEXTS = tuple[str, ...]
 INTS = tuple[int, ...]
@@ -156,6 +156,19 @@ class Key:
         """Whether the key can be left undecided."""
         return type(None) in self.types
 
+    @property
+    def none_word(self) -> str:
+        """What stands for no value: "unset" where "none" is one of the values."""
+        return "unset" if "none" in (self.allowed.choices or ()) else "none"
+
+    def show(self, value: Any) -> str:
+        """A value as it is written on the command line."""
+        if value is None:
+            return self.none_word
+        if isinstance(value, bool):
+            return str(value).lower()
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
     def describe(self) -> str:
         """Returns what the key accepts, in words: "an integer, at least 1, or none"."""
         if self.allowed.choices is not None:
@@ -163,7 +176,7 @@ class Key:
         else:
             names = " or ".join(TYPE_NAMES[option] for option in self.types if option is not type(None))
             words = ", ".join(part for part in (names, self.allowed.describe()) if part)
-        return words + (", or none" if self.may_be_none else "")
+        return words + (f", or {self.none_word}" if self.may_be_none else "")
 
     def refuse(self, value: Any, origin: str, why: str = "") -> InputError:
         """Returns the error for a value that the key can't take."""
@@ -191,7 +204,8 @@ class Key:
 
     def parse(self, text: str, origin: str) -> Any:
         """Returns the value that command-line text stands for; lists are comma-separated, unless that names a file."""
-        if self.may_be_none and text.strip().lower() in NONE_WORDS:
+        lowered = text.strip().lower()
+        if self.may_be_none and lowered in NONE_WORDS and lowered not in (self.allowed.choices or ()):
             return None
         for option in self.types:
             try:

@@ -1,25 +1,55 @@
-"""From a config file and command-line overrides to a checked `Config`.
+"""From config files, command-line overrides and JSON to a checked `Config`.
 
-The file has `get_config()` returning an `ml_collections.ConfigDict` that holds only what it changes.
-It is laid over the defaults, and the overrides over both, so any documented key can be set whether or not the
-file names it.
+A config file holds only what it changes: it is laid over the defaults, and the overrides over both, so any documented
+key can be set whether or not the file names it. It is a Python file whose `get_config()` returns an
+`ml_collections.ConfigDict`, or the same as YAML or JSON, such as the `config.json` of a run.
 """
 
+from __future__ import annotations
+
 import contextlib
+import glob
+import json
+import os
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from ml_collections import config_dict
 
+from mora_jax.data.segments import ROLE_SEGMENT
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded
-from mora_jax.training.config.checks import check_together
-from mora_jax.training.config.schema import Config, find_key, flatten, lay_over, unused
+from mora_jax.training.config.adapter import adapter_config
+from mora_jax.training.config.schema import Config, find_key, flatten, keys, lay_over, unused
 from mora_jax.training.distributed.signals import Stopped
 
 MODULE_NAME = "mora_jax_config_file"
+#: Endings of config files that are read, not run.
+YAML, JSON = (".yaml", ".yml"), (".json",)
+#: What may be changed when a run is resumed: where it runs and what it writes, not what it computes. Keys, and sections
+#: whose keys all may. Base and data are compared by content with what the run began with.
+CHANGEABLE = (
+    "mesh",
+    "log",
+    "model.path",
+    "model.attention",
+    "model.remat",
+    "model.unroll",
+    "data.train",
+    "data.eval",
+    "data.workers",
+    "data.cache",
+    "train.eval_tasks",
+    "train.micro_batch_size",
+    "train.save_every",
+    "train.keep",
+    "train.watchdog_seconds",
+    "optimizer.offload",
+)
 
 
 def load_config(
@@ -47,25 +77,137 @@ def load_config(
 
 def read_settings(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> list[tuple[str, Any, str]]:
     """The (dotted key, value, origin) settings of a config file, if any, and of the command line after it."""
-    settings = [] if path is None else read_config_file(path)
-    for name, text in overrides:
-        origin = f"--config.{name}"
-        settings.append((name, find_key(name, origin).parse(text, origin), origin))
-    return settings
+    return ([] if path is None else read_config_file(path)) + _parsed(overrides)
+
+
+def _parsed(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, Any, str]]:
+    """Overrides as settings: dotted key, value and origin."""
+    origins = [(name, text, f"--config.{name}") for name, text in overrides]
+    return [(name, find_key(name, origin).parse(text, origin), origin) for name, text, origin in origins]
+
+
+def config_from_dict(values: Mapping[str, Any], origin: str = "config.json") -> Config:
+    """Reads what `Config.to_dict` wrote (also after JSON made lists of tuples), checking every key again.
+
+    Raises:
+        InputError: as `lay_over` and `check_together`.
+    """
+    config = lay_over(Config(), [(name, value, origin) for name, value in flatten(values)])
+    check_together(config)
+    return config
+
+
+def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+    """A run's configuration with what is different from now on.
+
+    Args:
+        config: as the run has it.
+        overrides: (dotted key, text) pairs from the command line; later ones win.
+
+    Raises:
+        InputError: an unknown key or a wrong value; or one that would make another run of it, and names the others.
+    """
+    settings = _parsed(overrides)
+    for name, _, origin in settings:
+        if name not in CHANGEABLE and name.split(".")[0] not in CHANGEABLE:
+            known = ", ".join(f"{key}.*" if "." not in key else key for key in CHANGEABLE)
+            raise InputError(f"{origin} would make another run of it: with --resume only {known} can be changed")
+    config = lay_over(config, settings)
+    check_together(config)
+    return config
+
+
+def check_found(config: Config, run: str | os.PathLike[str]) -> None:
+    """Refuses a run whose model or data have gone from where its `config.json` says that they are.
+
+    Raises:
+        InputError: names the path, and the key that says where it is now.
+    """
+    data = config.data
+    named = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
+    named += [("data.train", path) for path in data.train or ()] + [("data.eval", path) for path in data.eval or ()]
+    named += [("train.eval_tasks", text.partition("=")[2]) for text in config.train.eval_tasks or ()]
+    for name, path in named:
+        if path is None or not Path(path).is_absolute() or Path(path).exists() or glob.glob(path, recursive=True):
+            continue
+        how = f"say where it is now with --config.{name}=..." if name in CHANGEABLE else "put it back there"
+        raise InputError(f"{path}, which the run in {run} names as {name}, is not there any more; {how}")
 
 
 def read_config_file(path: str) -> list[tuple[str, Any, str]]:
-    """Runs a config file and returns its (dotted key, value, origin) settings.
+    """The (dotted key, value, origin) settings of a config file.
 
-    What the file prints goes to stderr: stdout is for results. A required placeholder counts as not set.
+    A text in YAML means what it does on the command line: `1e-4` is a number, `none` is none. Of JSON, where a run's
+    file holds all keys, the defaults are left out: nobody asked for them.
 
     Raises:
-        InputError: when the file can't be read, doesn't compile, raises, exits, or returns no ConfigDict.
+        InputError: when the file can't be read, is broken, or isn't made of sections with keys.
     """
+    file = expanded(path)
     try:
-        source = expanded(path).read_bytes()
+        source = file.read_bytes()
     except OSError as error:
-        raise InputError(f"config file {path}: can't be read ({error.strerror}); give --config a Python file") from None
+        raise InputError(
+            f"config file {path}: can't be read ({error.strerror}); give --config a Python, YAML or JSON file"
+        ) from None
+    kind = file.suffix.lower()
+    if kind not in YAML + JSON:
+        return [(name, value, path) for name, value in flatten(_run(source, path))]
+    values = _read(source, path, is_json=kind in JSON)
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path}: holds {type(values).__name__}; it must hold sections with keys")
+    settings, known = [], keys()
+    for name, value in flatten({name: {} if value is None else value for name, value in values.items()}):
+        if isinstance(value, str) and kind in YAML:
+            value = find_key(name, path).parse(value, path)
+        default = known[name].default if name in known else None
+        if kind in YAML or name not in known or value != (list(default) if isinstance(default, tuple) else default):
+            settings.append((name, value, path))
+    return settings
+
+
+def _read(source: bytes, path: str, is_json: bool) -> Any:
+    try:
+        if is_json:
+            return json.loads(source.decode("utf-8-sig"), object_pairs_hook=_once)
+        return yaml.load(source, _Loader) or {}
+    except UnicodeDecodeError as error:
+        raise InputError(f"config file {path}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"config file {path}, line {error.lineno}: broken JSON ({error.msg})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise InputError(f"config file {path}{where}: broken YAML ({reason})") from None
+    except (ValueError, TypeError, RecursionError) as error:  # a key that stands twice or is a list, endless brackets
+        raise InputError(f"config file {path}: {error}") from None
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """An object's keys and values; the last of two would win without a word."""
+    values: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} stands twice in one section; keep one")
+        values[key] = value
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys stand once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The keys and values of a node."""
+        self.flatten_mapping(node)
+        return _once((self.construct_object(key), self.construct_object(value, True)) for key, value in node.value)
+
+
+def _run(source: bytes, path: str) -> dict[str, Any]:
+    """What `get_config()` of a Python file returns. What the file prints goes to stderr: stdout is for results.
+
+    A required placeholder counts as not set.
+    """
     module = types.ModuleType(MODULE_NAME)
     module.__file__ = path
     sys.modules[MODULE_NAME] = module  # dataclasses and pickling in the file look their module up there
@@ -81,12 +223,12 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
                     f"config file {path}: get_config() returned {type(values).__name__}; "
                     "it must return an ml_collections.ConfigDict"
                 )
-            return [(name, value, path) for name, value in flatten(_plain(values))]
+            return _plain(values)
     except (InputError, KeyboardInterrupt, Stopped):
         raise
     # The file is a stranger's program: whatever it raises is bad input, not a bug of this one.
     except BaseException as error:  # noqa: BLE001
-        raise InputError(f"config file {path}{_line_of(error, path)}: {_words(error)}") from None
+        raise InputError(f"config file {path}{_line_of(error, path)}: {_reason(error)}") from None
     finally:
         sys.modules.pop(MODULE_NAME, None)
 
@@ -94,11 +236,9 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
 def _plain(values: config_dict.ConfigDict) -> dict[str, Any]:
     plain = {}
     for name in values:
-        try:
+        with contextlib.suppress(config_dict.RequiredValueError):
             value = values[name]
-        except config_dict.RequiredValueError:
-            continue
-        plain[str(name)] = _plain(value) if isinstance(value, config_dict.ConfigDict) else value
+            plain[str(name)] = _plain(value) if isinstance(value, config_dict.ConfigDict) else value
     return plain
 
 
@@ -114,9 +254,91 @@ def _line_of(error: BaseException, path: str) -> str:
     return f", line {line}" if line is not None else ""
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"calls exit ({error.code}); it must only return a ConfigDict"
     if isinstance(error, SyntaxError):
         return f"syntax error ({error.msg})"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def check_together(config: Config) -> None:
+    """Refuses values that are fine alone and impossible together, and missing required keys.
+
+    Raises:
+        InputError: naming the keys and what is allowed.
+    """
+    required = {"model.path": config.model.path, "data.train": config.data.train, "out": config.out}
+    missing = [name for name, value in required.items() if value is None]
+    if missing:
+        flags = " ".join(f"--config.{name}=..." for name in missing)
+        raise InputError(f"config: {', '.join(missing)} must be set, in the file or by {flags}")
+    train = config.train
+    micro = train.micro_batch_size
+    if micro is not None and train.batch_size % micro:
+        raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
+    mesh, attention = config.mesh, config.model.attention
+    if mesh.context != 1 and attention not in ("auto", "xla"):
+        raise InputError(
+            f"config: model.attention={attention} takes whole rows, and mesh.context={mesh.context} shares each; set "
+            "model.attention=auto with it"
+        )
+    if mesh.pmap and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1):
+        raise InputError(
+            f"config: mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, "
+            f"{mesh.tensor}, {mesh.context}) to 1"
+        )
+    if mesh.pmap and config.optimizer.offload:
+        raise InputError("config: optimizer.offload needs jit over a mesh; set mesh.pmap=false with it")
+    if train.steps is not None:
+        check_warmup(config, train.steps)
+    adapter_config(config.adapter)
+    check_quantize(config)
+    _check_data_and_loss(config)
+
+
+def check_quantize(config: Config) -> None:
+    """Refuses a quantised base for methods that change it, or that start from its numbers.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    adapter, held = config.adapter, config.model.quantize
+    if held == "none":
+        return
+    method = adapter.config_class
+    if not method.changes_base and not adapter_config(adapter).starts_from_base:
+        return
+    by_method = method.changes_base or method().starts_from_base
+    asked = f"adapter.method={adapter.method}" if by_method else f"adapter.init={adapter.init}"
+    why = "changes it" if method.changes_base else "takes its start from the exact weights"
+    raise InputError(
+        f"config: model.quantize={held} holds the base frozen, with rounded weights, and {asked} {why}; set "
+        "model.quantize=none, or another method"
+    )
+
+
+def _check_data_and_loss(config: Config) -> None:
+    loss, data = config.loss, config.data
+    if loss.normalize == "constant" and loss.constant is None:
+        raise InputError("config: loss.normalize=constant needs loss.constant, the number to divide by")
+    if unknown := [role for role in loss.roles if role not in ROLE_SEGMENT]:
+        raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLE_SEGMENT)}")
+    if loss.kl_weight and config.adapter.config_class.changes_base:
+        raise InputError(
+            f"config: loss.kl_weight needs a base that stays frozen, and adapter.method={config.adapter.method} "
+            f"changes it"
+        )
+    if data.packing and data.bucketing:
+        raise InputError("config: data.packing fills rows of one length; set data.bucketing=false with it")
+
+
+def check_warmup(config: Config, steps: int) -> None:
+    """Refuses a warm-up longer than the run, and restarts that it never reaches; for when its steps are known."""
+    warmup, every = config.optimizer.warmup_steps, config.adapter.restart_every
+    if warmup > steps:
+        raise InputError(f"config: optimizer.warmup_steps={warmup} must be at most the run's {steps} steps")
+    if config.adapter.config_class.restarts and every >= steps:
+        raise InputError(
+            f"config: adapter.restart_every={every} must be less than the run's {steps} steps, or nothing restarts"
+        )

@@ -11,7 +11,8 @@ from typing import Any
 
 from mora_jax.data.formats.load import ON_ERROR
 from mora_jax.data.formats.registry import FORMATS
-from mora_jax.data.loss_weights import DIVISORS, ENDS, HEADERS, MODES
+from mora_jax.data.loss_weights import DIVISORS, ENDS, HEADERS, MODES, LossWeights
+from mora_jax.data.sources import Source
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.data.truncation import TRUNCATIONS
 from mora_jax.errors import InputError
@@ -101,6 +102,12 @@ class DataConfig:
         None, "Folder where tokens are kept between runs; none: the user's cache folder; off: nowhere."
     )
 
+    def source(self, paths: Any, split: str) -> Source:
+        """Where rows come from; `paths` and `split` are those of one of the two data sets."""
+        shared = {field.name for field in dataclasses.fields(Source)} & vars(self).keys()
+        settings = {name: getattr(self, name) for name in shared}
+        return Source(paths, **settings | {"split": split, "columns": self.columns or (), "roles": self.roles or ()})
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -132,6 +139,12 @@ class LossConfig:
     constant: float | None = key(None, "The divisor of normalize=constant.", above=0)
     kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)
     kl_tokens: str = key("response", "The tokens on which it is taken.", choices=("response", "prompt"))
+
+    @property
+    def weights(self) -> LossWeights:
+        """Which tokens carry loss, and how much."""
+        weight = self.prompt_weight if MODES[self.mode].uses_prompt_weight else 0.0
+        return LossWeights(self.mode, weight, self.roles, self.end_of_turn, self.headers)
 
     @property
     def divided_by(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.errors import InputError
 from mora_jax.paths import OFF, found_path, is_local, local_path
-from mora_jax.training.config.checks import config_from_dict
+from mora_jax.training.config.load import config_from_dict
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.run.storage import Files, MemoryFiles, open_files
 

@@ -95,12 +95,13 @@ def test_plain_texts_among_messages_with_roles(usual, other, format, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [usual, usual])
     assert [len(row.messages) for row in load_rows(path, format)] == [2, 2]
     write_lines(path, [usual, usual, other])
-    with pytest.raises(InputError, match=r"a\.jsonl, row 3: `messages` is .*(plain texts.* objects|objects.* plain texts)"):
+    kinds = "(plain texts.* objects|objects.* plain texts)"
+    with pytest.raises(InputError, match=rf"a\.jsonl, row 3: `messages` is .*{kinds}"):
         load_rows(path, format)
     assert len(load_rows(path, format, on_error="skip")) == 2
     # As CSV cells hold lists.
     write_lines(path, [{key: json.dumps(value) for key, value in row.items()} for row in (usual, other)])
-    with pytest.raises(InputError, match=r"a\.jsonl, row 2: `messages` is .*(plain texts.* objects|objects.* plain texts)"):
+    with pytest.raises(InputError, match=rf"a\.jsonl, row 2: `messages` is .*{kinds}"):
         load_rows(path, format)
 
 

@@ -12,9 +12,8 @@ from mora_jax.adapters.methods.registry import CONFIGS
 from mora_jax.data import MODES
 from mora_jax.errors import InputError
 from mora_jax.training.config.adapter import START
-from mora_jax.training.config.checks import check_warmup, config_from_dict
 from mora_jax.training.config.key import split_list
-from mora_jax.training.config.load import load_config, read_config_file
+from mora_jax.training.config.load import check_warmup, config_from_dict, load_config, read_config_file
 from mora_jax.training.config.schema import METHOD_KEYS, Config, LossConfig, keys, unused
 
 REQUIRED = (("model.path", "base"), ("data.train", "rows.json"), ("out", "run"))
@@ -231,6 +230,93 @@ def test_a_broken_file_is_bad_input(tmp_path, source, words):
         assert word in str(caught.value)
 
 
+YAML_FILE = """\
+# A comment; an empty section sets nothing.
+seed: 3
+out: run
+data:
+model:
+  path: base
+  unroll: none
+adapter: {method: mora, targets: [q_proj, v_proj]}
+optimizer:
+  learning_rate: 1e-4
+  clip_norm: null
+loss:
+  roles: user,assistant
+mesh: {pmap: false}
+"""
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.YML", "c.json"])
+def test_a_file_that_is_no_program(tmp_path, name):
+    path = tmp_path / name
+    values = {
+        "seed": 3,
+        "out": "run",
+        "data": None,
+        "model": {"path": "base", "unroll": None},
+        "adapter": {"method": "mora", "targets": ["q_proj", "v_proj"]},
+        "optimizer": {"learning_rate": 1e-4, "clip_norm": None},
+        "loss": {"roles": ["user", "assistant"]},
+        "mesh": {"pmap": False},
+    }
+    path.write_text(json.dumps(values) if name == "c.json" else YAML_FILE)
+    config, note = load_config(str(path), [("data.train", "rows.json"), ("seed", "4")])
+    assert note is None
+    assert (config.seed, config.model.path, config.model.unroll) == (4, "base", None)
+    assert (config.adapter.method, config.adapter.targets) == ("mora", ("q_proj", "v_proj"))
+    assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (1e-4, None)
+    assert config.loss.roles == ("user", "assistant")
+
+
+def test_the_config_file_of_a_run(tmp_path):
+    settings = (*REQUIRED, ("adapter.method", "mora"), ("adapter.targets", r"layers\.\d{1,2}\.q,v"), ("seed", "5"))
+    config, note = load_config(None, settings)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict(), indent=1))
+    assert load_config(str(path)) == (config, note) and note is None
+    # Only what the file says otherwise than the defaults was asked for.
+    _, note = load_config(str(path), [("adapter.method", "lora"), ("adapter.alpha", "3"), ("adapter.path", "folder")])
+    assert note is not None and "adapter.alpha" in note and "adapter.kind" not in note
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "words"),
+    [
+        ("c.yaml", "train:\n  steps: [1\n", ["line 3", "broken YAML"]),
+        ("c.yaml", "train:\n\tsteps: 1\n", ["line 2", "broken YAML"]),
+        ("c.yaml", "- train\n", ["list", "sections with keys"]),
+        ("c.yaml", "text\n", ["str", "sections with keys"]),
+        ("c.yaml", "train: {steps: 1}\ntrain: {epochs: 2}\n", ["'train' stands twice"]),
+        ("c.yaml", "train:\n  steps: 1\n  steps: 2\n", ["'steps' stands twice"]),
+        ("c.yaml", "train: {steps: many}\n", ["train.steps must be an integer", "got 'many'"]),
+        ("c.yaml", "train: {steps: 2011-01-01}\n", ["train.steps must be an integer"]),
+        ("c.yaml", "trian: {steps: 1}\n", ["unknown key 'trian'"]),
+        ("c.yaml", "train.stepz: 1\n", ["did you mean 'train.steps'"]),
+        ("c.yaml", "{a: b}: c\n", ["config file"]),
+        ("c.yaml", "a: !!python/object/apply:os.system [ls]\n", ["line 1", "broken YAML"]),
+        ("c.yaml", "---\nseed: 1\n---\nseed: 2\n", ["broken YAML"]),
+        ("c.json", '{"train": {"steps": 1,}}', ["line 1", "broken JSON"]),
+        ("c.json", "", ["line 1", "broken JSON"]),
+        ("c.json", "[1]", ["list", "sections with keys"]),
+        ("c.json", '{"seed": 1, "seed": 2}', ["'seed' stands twice"]),
+        ("c.json", '{"seed": "1"}', ["seed must be an integer", "got '1'"]),
+        ("c.json", '{"model": {"path": {"a": 1}}}', ["model.path must be a string"]),
+        ("c.json", "[" * 100_000, ["config file"]),
+        ("c.json", '{"seed": \xff}', ["UTF-8"]),
+    ],
+)
+def test_a_broken_file_that_is_no_program(tmp_path, name, source, words):
+    path = tmp_path / name
+    path.write_bytes(source.encode("latin-1"))
+    with pytest.raises(InputError) as caught:
+        load_config(str(path), REQUIRED)
+    assert "\n" not in str(caught.value)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
 def test_a_file_that_is_missing_or_a_folder(tmp_path):
     for path in (tmp_path, tmp_path / "absent.py"):
         with pytest.raises(InputError, match="can't be read"):
@@ -282,6 +368,21 @@ def test_unused_keys_give_one_line(settings, words):
     assert "\n" not in note
     for word in words:
         assert word in note
+
+
+@pytest.mark.parametrize("name", ["loss.end_of_turn", "loss.headers"])
+def test_none_can_be_a_value_beside_no_value(name, tmp_path):
+    section, _, last = name.partition(".")
+
+    def given(text):
+        return getattr(getattr(load_config(None, (*REQUIRED, (name, text)))[0], section), last)
+
+    assert given("none") == "none" and given("unset") is None and given("null") is None
+    assert keys()[name].describe().endswith(", or unset") and keys()[name].describe().count("none") == 1
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{section}:\n  {last}: none\n")
+    assert getattr(load_config(str(path), REQUIRED)[0].loss, last) == "none"
+    assert load_config(None, (*REQUIRED, ("optimizer.clip_norm", "none")))[0].optimizer.clip_norm is None
 
 
 def test_unused_keys_are_still_checked():

@@ -3,7 +3,7 @@
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.config.checks import check_together
+from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, MeshConfig, lay_over
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 
