@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{given[0]} can't be given with --resume, which continues as OUT/sweep.json says")
         return _train(args, None, [])
     from mora_jax.sweeps.grid import combinations, expand, parse_grid
-    from mora_jax.training.config.checks import check_together
-    from mora_jax.training.config.load import read_settings
+    from mora_jax.training.config.load import check_together, read_settings
     from mora_jax.training.config.schema import Config, lay_over, unused
 
     grid = parse_grid(args.sweep or [])

@@ -14,7 +14,6 @@ from mora_jax.errors import InputError
 from mora_jax.paths import is_local
 from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.key import TEXTS, split_list
-from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import AdapterConfig, Config, MeshConfig, find_key, lay_over
 
 #: Runs share one device and one process; where they write belongs to the sweep.

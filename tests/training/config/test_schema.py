@@ -237,7 +237,7 @@ out: run
 data:
 model:
   path: base
-  unroll: none
+  dtype: none
 adapter: {method: mora, targets: [q_proj, v_proj]}
 optimizer:
   learning_rate: 1e-4
@@ -255,7 +255,7 @@ def test_a_file_that_is_no_program(tmp_path, name):
         "seed": 3,
         "out": "run",
         "data": None,
-        "model": {"path": "base", "unroll": None},
+        "model": {"path": "base", "dtype": None},
         "adapter": {"method": "mora", "targets": ["q_proj", "v_proj"]},
         "optimizer": {"learning_rate": 1e-4, "clip_norm": None},
         "loss": {"roles": ["user", "assistant"]},
@@ -264,7 +264,7 @@ def test_a_file_that_is_no_program(tmp_path, name):
     path.write_text(json.dumps(values) if name == "c.json" else YAML_FILE)
     config, note = load_config(str(path), [("data.train", "rows.json"), ("seed", "4")])
     assert note is None
-    assert (config.seed, config.model.path, config.model.unroll) == (4, "base", None)
+    assert (config.seed, config.model.path, config.model.dtype) == (4, "base", None)
     assert (config.adapter.method, config.adapter.targets) == ("mora", ("q_proj", "v_proj"))
     assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (1e-4, None)
     assert config.loss.roles == ("user", "assistant")
