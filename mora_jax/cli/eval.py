@@ -95,13 +95,13 @@ def _run_task(args: argparse.Namespace) -> int:
     rows = read_rows(args.data, whole_texts=task.type == "text", **where)
     examples = make_examples(task, rows, shots=args.shots, limit=args.limit)
     if args.compare is not None:
-        others = read_records(args.compare, task.name)
-        if task.type != "text":  # whose empty rows leave no record
-            in_order_of([vars(example) for example in examples], others)
+        in_order_of([vars(example) for example in examples], read_records(args.compare, task.name))
     metrics = metrics_of(task, examples, (args.metrics or "").split(",") if args.metrics is not None else ())
     scorer = _scorer(args)
     with progress("generating" if task.type == "generate" else "scoring") as report:
         result = run_task(task, examples, scorer, metrics=metrics, progress=report)
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
     comparison = None if args.compare is None else compare_with(args.compare, result, metrics)
     found = result.to_dict()
     if comparison is not None:

@@ -287,7 +287,8 @@ class EncodedDataset(Sequence[Example]):
                 for name, kind in kinds.items():
                     batch[name][row, used] = _marked(example, kind)
                 start, count = used.stop, count + part
-            batch["counts"][row] = count
+            with np.errstate(over="ignore"):  # infinite where weights add up to more than float32 holds
+                batch["counts"][row] = count
         return cast(Batch, batch)
 
     def __str__(self) -> str:

@@ -85,9 +85,10 @@ def run(
 
 def _rows(part: str, each: int | None) -> list[dict[str, Any]]:
     """A part's rows, or the first ones of each task."""
-    rows = map(json.loads, Path(data_path(part)).read_text(encoding="utf-8").splitlines())
+    with open(data_path(part), encoding="utf-8") as file:
+        rows = list(map(json.loads, file))
     if each is None:
-        return list(rows)
+        return rows
     by_task = itertools.groupby(rows, operator.itemgetter("task"))
     return [row for _, group in by_task for row in itertools.islice(group, each)]
 

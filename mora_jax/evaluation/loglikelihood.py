@@ -181,6 +181,15 @@ class LoglikelihoodScorer:
             for total, right, (_, ids) in zip(totals, correct, requests, strict=True)
         ]
 
+    def refusal(self, request: tuple[Ids, Ids]) -> str | None:
+        """Why `score` can't score a request; None where it can."""
+        for name, tokens in zip(("context", "continuation"), request, strict=True):
+            if not len(tokens):
+                return f"the {name} has no tokens, so there is nothing to score"
+        if len(request[1]) > self.max_length:
+            return f"the continuation has {len(request[1])} tokens, an input at most {self.max_length}"
+        return None
+
     def _prefix(self) -> int:
         if self.prefix_id is None:
             raise InputError("the tokenizer has neither a bos_token nor an eos_token to stand before a text")
@@ -191,14 +200,8 @@ class LoglikelihoodScorer:
         found: dict[tuple[int, ...], _Row] = {}
         rows: list[_Row] = []
         for number, (context, continuation) in enumerate(requests):
-            if not len(context) or not len(continuation):
-                lacks = "continuation" if len(context) else "context"
-                raise InputError(f"request {number} has no tokens in its {lacks}, so there is nothing to score")
-            if len(continuation) > self.max_length:
-                raise InputError(
-                    f"request {number}: the continuation has {len(continuation)} tokens, an input at most "
-                    f"{self.max_length}"
-                )
+            if (reason := self.refusal((context, continuation))) is not None:
+                raise InputError(f"request {number}: {reason}")
             ids = tuple([*context, *continuation][-self.max_length - 1 :])
             row = found.get(ids[:-1])
             if row is None or row.size + len(continuation) > self.max_length:

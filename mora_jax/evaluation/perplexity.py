@@ -18,6 +18,7 @@ from flax import nnx
 
 from mora_jax.batch import Batch
 from mora_jax.data.dataset import EncodedDataset
+from mora_jax.errors import InputError
 from mora_jax.evaluation.metrics.estimate import Ratio
 from mora_jax.losses.cross_entropy import next_token_targets
 from mora_jax.losses.token_scores import TokenSums, token_sums
@@ -92,17 +93,26 @@ def score(
         batch_size: rows computed at once; the result doesn't depend on it but for rounding.
         progress: called with (rows done, all rows) after each batch.
         partitioner: how the model's arrays are laid over devices; see `Decoder`.
+
+    Raises:
+        InputError: the weights of a row add up to more than float32 holds, or those of all rows are 0.
     """
     graphdef, state = nnx.split(model)
-    found, done = list[np.ndarray](), 0
+    sums, order = list[np.ndarray](), list[int]()
     for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
         batch = dataset.batch(rows, batch_size, length, extra={"prompt_weights": "prompt"})
-        found.append(np.asarray(jax.device_get(_score(graphdef, partitioner, state, batch)))[..., : len(rows)])
-        done += len(rows)
+        sums.append(np.asarray(jax.device_get(_score(graphdef, partitioner, state, batch)))[..., : len(rows)])
+        order += rows.tolist()
         if progress is not None:
-            progress(done, len(dataset))
-    by_row = np.concatenate(found, axis=-1).astype(np.float64)
+            progress(len(order), len(dataset))
+    by_row = np.concatenate(sums, axis=-1).astype(np.float64)
     of_answers, of_prompts = (TokenSums(*row) for row in by_row.sum(axis=-1).tolist())
+    # Divided by a sum of weights beyond float32 any loss is 0.
+    if beyond := [row for row, weight in zip(order, by_row[0, 1], strict=True) if not math.isfinite(weight)]:
+        where = dataset[min(beyond)].source
+        raise InputError(f"{where}: the weights of its tokens add up to more than float32 holds; scale them down")
+    if not of_answers.weight:
+        raise InputError("no token carries loss: the weights of all rows are 0")
     # An example of no such token says nothing.
     examples = [dict(zip(TokenSums._fields, row, strict=True)) for row in by_row[0].T.tolist() if row[3]]
     return DatasetScores(

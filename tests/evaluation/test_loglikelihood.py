@@ -124,7 +124,7 @@ def test_context_and_continuation_are_encoded_together(model):
         ([1], []),  # `ab` is one token, which counts as the context's
         ([0], [2]),
     ]
-    with pytest.raises(InputError, match="request 1 has no tokens in its continuation"):
+    with pytest.raises(InputError, match="request 1: the continuation has no tokens"):
         plain.loglikelihood([("a", " b"), ("a", "b")])
     bos = True
     adding = scorer(bos_token_id=5)
@@ -173,7 +173,7 @@ def test_what_cannot_be_scored_is_refused(model, tokenizer):
     assert scorer.loglikelihood_rolling([]) == []
     with pytest.raises(InputError, match="request 0: the continuation has 9 tokens, an input at most 8"):
         scorer.loglikelihood([("a", "b" * 9)])
-    with pytest.raises(InputError, match="request 1 has no tokens in its context"):
+    with pytest.raises(InputError, match="request 1: the context has no tokens"):
         scorer.score([([1], [2]), ([], [2])])
     for requests in ([([1], [261])], [([261], [1])]):
         with pytest.raises(InputError, match="261"):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from mora_jax.data import Conversation, EncodedDataset, Message, Passage
+from mora_jax.data.conversation import TokenRow
 from mora_jax.data.segments import INSTRUCTION
+from mora_jax.errors import InputError
 from mora_jax.evaluation.perplexity import DatasetScores, batches, score
 
 
@@ -52,6 +54,18 @@ def test_scores_equal_a_plain_loop(model, tokenizer, mode, prompt_weight):
         rest = np.array([one[value] for one in alone]) * weights - expected[value] * weights
         assert stderr == pytest.approx(np.sqrt(5 / 4 * np.sum(rest**2)) / weights.sum(), rel=1e-4)
     assert scores.to_dict()["perplexity"] == pytest.approx(np.exp(expected[0]), rel=1e-5)
+
+
+def token_rows(*weights):
+    return [TokenRow(tuple(range(1, 5)), (0.0, *row), source=f"f.jsonl, row {n}") for n, row in enumerate(weights, 1)]
+
+
+def test_weights_beyond_float32_are_refused_and_large_ones_are_not(model, tokenizer):
+    dataset = EncodedDataset.build(token_rows([1, 2, 3], [3e38, 3e38, 0]), tokenizer)
+    with pytest.raises(InputError, match=r"f.jsonl, row 2: the weights .* more than float32 holds"):
+        score(model, dataset)
+    small, large = (EncodedDataset.build(token_rows([x, 2 * x, 3 * x]), tokenizer) for x in (1, 1e35))
+    assert score(model, large).nll == pytest.approx(score(model, small).nll, rel=1e-5)
 
 
 def test_without_instructions_there_is_no_score_of_them(model, tokenizer):

@@ -34,6 +34,9 @@ _ANSWERED = (
     ),
 )
 _PLAIN = ("content", "body", "passage", "document", "article", "code")
+#: What a text that a question is about is called, and the formats that have a place for it.
+_PASSAGES = ("passage", "body", "article", "document", "paragraph", "background")
+_WITH_PASSAGE = ("alpaca", "question_answer")
 #: Keys of the objects in a list of turns.
 _TURNS = (("role", "content"), ("from", "value"), ("input", "output"))
 _SPEAKERS = ("role", "from", "speaker", "author", "sender", "who", "user", "name")
@@ -173,6 +176,9 @@ def _nearest(row: dict[str, Any], needs: dict[str, frozenset[str]]) -> _Found | 
             columns = {ours: theirs for ours, theirs in places.items() if ours != theirs}
             # Columns beside them that are called as ours but for case.
             columns |= {ours: theirs for ours, theirs in own.items() if ours in COLUMNS and ours != theirs}
+            passage = _first(own, _PASSAGES)
+            if passage and name in _WITH_PASSAGE and "context" not in own and passage not in places.values():
+                columns["context"] = passage
             best, score = (name, needed, columns), value
     if score < 1.0 and asked and answered and asked != answered:
         pair = {"prompt": asked, "completion": answered}

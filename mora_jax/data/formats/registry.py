@@ -12,7 +12,15 @@ from mora_jax.data.formats.messages import read_message, read_turns
 from mora_jax.data.formats.nearest import no_format, refusal
 from mora_jax.data.formats.pretokenized import read_segments, read_tokens
 from mora_jax.data.formats.tool_calls import read_spoken_calls, read_tools
-from mora_jax.data.read.validate import absent, check_list, check_object, check_text, found, optional_list
+from mora_jax.data.read.validate import (
+    absent,
+    check_list,
+    check_object,
+    check_text,
+    found,
+    number_as_text,
+    optional_list,
+)
 from mora_jax.errors import InputError
 
 __all__ = ["FORMATS", "Format", "RawRow", "detect_format", "find_format", "read_message", "recognise"]
@@ -81,6 +89,11 @@ def _text(row: RawRow, *keys: str, source: str, default: str | None = None) -> s
     raise InputError(f"{source}: {missing} {state}; expected text")
 
 
+def _answer(row: RawRow, *keys: str, source: str) -> str:
+    """The text under the first of the keys that holds one; a number counts as its text."""
+    return _text({**row, **{key: number_as_text(row.get(key)) for key in keys if key in row}}, *keys, source=source)
+
+
 def _conversation(row: RawRow, source: str, turns: list[Message]) -> Conversation:
     """The turns, behind the system message and with the tools that stand beside them."""
     system = _text(row, "system", "system_prompt", source=source, default="")
@@ -103,7 +116,7 @@ def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     instruction = _text(row, "instruction", source=source)
     context = _text(row, "input", "context", source=source, default="")
     messages.append(Message("user", instruction, context))
-    messages.append(Message("assistant", _text(row, "output", "response", source=source)))
+    messages.append(Message("assistant", _answer(row, "output", "response", source=source)))
     yield _conversation(row, source, messages)
 
 
@@ -126,7 +139,7 @@ def _prompt_completion(row: RawRow, source: str, mapping: Mapping) -> Iterator[R
         messages += (
             read_turns(row[key], key, source, mapping)
             if isinstance(row.get(key), list)
-            else [Message(role, _text(row, *keys, source=source))]
+            else [Message(role, (_answer if role == "assistant" else _text)(row, *keys, source=source))]
         )
     yield _conversation(row, source, messages)
 
@@ -138,7 +151,7 @@ def _question_answer(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row
     if _filled(row, "answer", "response", "answers") == "answers":
         answer = Message("assistant", "", tool_calls=read_spoken_calls(row["answers"], "answers", source))
     else:
-        answer = Message("assistant", _text(row, "answer", "response", source=source))
+        answer = Message("assistant", _answer(row, "answer", "response", source=source))
     yield _conversation(row, source, [question, answer])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,17 @@ def check_text(value: Any, key: str, source: str) -> str:
             f" {error.start}, which is half a character; repair or drop the row"
         ) from None
     return value
+
+
+def number_as_text(value: Any) -> Any:
+    """The text of a number, without a fraction that is 0; any other value as it is.
+
+    >>> number_as_text(8.0), number_as_text(-0.5), number_as_text("8.0"), number_as_text(True)
+    ('8', '-0.5', '8.0', True)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    return str(int(value) if value == int(value) else value)
 
 
 def check_list(value: Any, key: str, source: str) -> list[Any]:

@@ -39,14 +39,19 @@ def compare(metrics: Sequence[Metric], first: Sequence[Record], second: Sequence
 
     Args:
         metrics: computed for both.
-        first, second: records of the same examples, in any order; `row` and `id` say which example it is.
+        first, second: records of the same examples, in any order; `row` and `id` say which example it is. One that
+            either didn't score is left out.
 
     Raises:
         InputError: they are not of the same examples, or one lacks what a metric needs.
     """
     from scipy import stats  # type: ignore[import-untyped]  # jax needs it
 
-    second = in_order_of(first, second)
+    pairs = zip(first, in_order_of(first, second), strict=True)
+    both = [pair for pair in pairs if all("skipped" not in record for record in pair)]
+    if not both:
+        raise InputError("no example is scored in both evaluations")
+    first, second = map(list, zip(*both, strict=True))
     found = {}
     for metric in metrics:
         try:

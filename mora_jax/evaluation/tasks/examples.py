@@ -13,8 +13,9 @@ import numpy as np
 from mora_jax.data.read.byte_streams import decode, open_bytes
 from mora_jax.data.read.files import DataFile
 from mora_jax.data.read.locate import locate
+from mora_jax.data.read.validate import number_as_text
 from mora_jax.errors import InputError
-from mora_jax.evaluation.tasks.task import Shape, Task
+from mora_jax.evaluation.tasks.task import LABELS, Shape, Task
 
 SEED = 0  # of the shots
 _BETWEEN = "\n\n"
@@ -25,6 +26,7 @@ class Example:
     """One example of a task.
 
     Attributes:
+        where: file and row, for messages.
         row: its number in the file, from 1.
         id: a digest of the row.
         prompt: the text before the answer, shots included; for `partial` the shots alone, for `text` the text itself.
@@ -35,6 +37,7 @@ class Example:
         truths: the right answers of `generate`.
     """
 
+    where: str
     row: int
     id: str
     prompt: str
@@ -128,9 +131,14 @@ def _group(task: Task, row: Mapping[str, Any]) -> Any:
 
 def _labels(shapes: Sequence[Shape], rows: Sequence[tuple[str, int, dict[str, Any]]]) -> list[Any]:
     """All answers of the file, where a shape asks for them."""
-    pairs = zip(shapes, rows, strict=True)
-    found = [shape.read("answer", row, where) for shape, (where, _, row) in pairs if shape.uses_labels]
-    return sorted(dict.fromkeys(found), key=lambda label: (isinstance(label, str), label))
+    labels: dict[str | float, None] = {}
+    for shape, (where, _, row) in zip(shapes, rows, strict=True):
+        if shape.uses_labels and LABELS not in row:
+            label = shape.read("answer", row, where)
+            if not isinstance(label, str | int | float):
+                raise InputError(f"{where}: a label must be a text or a number, found {label!r:.80}")
+            labels[label] = None
+    return sorted(labels, key=lambda label: (isinstance(label, str), label))
 
 
 def _example(task: Task, shape: Shape, where: str, number: int, row: dict[str, Any], labels: Sequence[Any]) -> Example:
@@ -147,21 +155,23 @@ def _example(task: Task, shape: Shape, where: str, number: int, row: dict[str, A
 
     digest = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:12]
     if task.type == "text":
-        return Example(number, digest, read("text"))
+        return Example(where, number, digest, read("text"))
     if task.type == "continuation":
-        return Example(number, digest, read("prompt"), choices=(read("target"),))
+        return Example(where, number, digest, read("prompt"), choices=(read("target"),))
     if task.type == "generate":
         value = read("answer")
-        truths = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
-        return Example(number, digest, read("prompt"), truths=truths)
+        truths = tuple(map(number_as_text, value if isinstance(value, list | tuple) else [value]))
+        if not all(isinstance(truth, str) for truth in truths):
+            raise InputError(f"{where}: an answer must be a text, a number or a list of them, found {value!r:.80}")
+        return Example(where, number, digest, read("prompt"), truths=truths)
     if task.type == "partial":
         contexts = texts("contexts")
         answer = _answer(read("answer"), contexts, contexts, where)
-        return Example(number, digest, "", choices=contexts, continuation=read("continuation"), answer=answer)
+        return Example(where, number, digest, "", choices=contexts, continuation=read("continuation"), answer=answer)
     choices = texts("choices")
     names = read("names") if "names" in shape.sources else None
     return Example(
-        number, digest, read("prompt"), choices=choices, answer=_answer(read("answer"), choices, names, where)
+        where, number, digest, read("prompt"), choices=choices, answer=_answer(read("answer"), choices, names, where)
     )
 
 
@@ -184,7 +194,7 @@ def _with_shots(task: Task, example: Example, shots: Sequence[Example], source: 
     where, _, row = source
     before = task.describe(row, where) if task.description else ""
     if task.chat:
-        turns = tuple((shot.prompt, shot.truths[0]) for shot in shots)
+        turns = tuple((shot.prompt, _first_truth(shot)) for shot in shots)
         return Example(**{**vars(example), "turns": turns, "prompt": before + example.prompt})
     solved = "".join(_solved(task, shot) + _BETWEEN for shot in shots)
     return Example(**{**vars(example), "prompt": before + solved + example.prompt})
@@ -194,5 +204,10 @@ def _solved(task: Task, shot: Example) -> str:
     if task.type == "partial":
         assert shot.answer is not None, "an example of choices has its answer"
         return shot.choices[shot.answer] + task.delimiter + shot.continuation
-    answer = shot.truths[0] if task.type == "generate" else shot.choices[shot.answer or 0]
-    return shot.prompt + task.delimiter + answer
+    answer = _first_truth(shot) if task.type == "generate" else shot.choices[shot.answer or 0]
+    return shot.prompt + (task.delimiter + answer if answer else "")
+
+
+def _first_truth(shot: Example) -> str:
+    """The answer that a shot shows: nothing for a question that has none."""
+    return shot.truths[0] if shot.truths else ""

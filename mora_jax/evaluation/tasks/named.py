@@ -30,9 +30,12 @@ class NamedTask:
     metrics: Sequence[Metric]
 
     def __call__(self, scorer: LoglikelihoodScorer, progress: Callable[[int, int], None]) -> dict[str, float]:
-        """The metrics of a model, under the names `eval_TASK_METRIC`."""
-        found = run_task(self.task, self.examples, scorer, metrics=self.metrics, progress=progress).metrics
-        return {f"eval_{self.task.name}_{name}": one.value for name, one in found.items()}
+        """The metrics of a model, under the names `eval_TASK_METRIC`, and how many rows it doesn't score, if any."""
+        result = run_task(self.task, self.examples, scorer, metrics=self.metrics, progress=progress)
+        values: dict[str, float] = {name: one.value for name, one in result.metrics.items()}
+        if skipped := len(result.records) - len(result.scored):
+            values["skipped"] = skipped
+        return {f"eval_{self.task.name}_{name}": value for name, value in values.items()}
 
 
 def read_tasks(named: Sequence[str], origin: str, limit: int | None) -> tuple[NamedTask, ...]:

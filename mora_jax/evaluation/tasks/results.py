@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mora_jax.data.read.byte_streams import open_bytes, read_lines
 from mora_jax.errors import InputError
 from mora_jax.evaluation.metrics.compare import Comparison, compare
 from mora_jax.evaluation.metrics.estimate import Metric, Record
@@ -45,9 +46,9 @@ def read_records(folder: str, task: str) -> list[Record]:
     place = local_path(folder)
     try:
         found = json.loads((place / RESULT).read_text(encoding="utf-8"))
-        lines = (place / RECORDS).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        with open_bytes(place / RECORDS) as file:
+            records = [json.loads(line) for _, line in read_lines(file)]
+    except (OSError, ValueError, InputError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{folder} holds no evaluation ({reason}); give a folder that mora-jax eval --task wrote with --out"
@@ -64,7 +65,7 @@ def compare_with(folder: str, result: TaskResult, metrics: Sequence[Metric]) -> 
 
 def result_table(result: TaskResult, comparison: Mapping[str, Comparison] | None = None) -> str:
     """Metrics with their standard errors, baselines and confusion matrix, in lines for people."""
-    count = len(result.records)
+    count = len(result.scored)
     lines = [f"{result.task}, {count} example{'s' if count > 1 else ''}"]
     width = max(map(len, (*result.metrics, *result.baselines)))
     lines += [f"  {name:{width}}  {_shown(one.value, one.stderr)}" for name, one in result.metrics.items()]

@@ -22,13 +22,13 @@ from mora_jax.evaluation.metrics.answers import (
     squad_f1,
 )
 from mora_jax.evaluation.metrics.classification import KINDS, confusion_matrix, f1_metric
-from mora_jax.evaluation.metrics.estimate import Estimate, Mean, Metric, Ratio
+from mora_jax.evaluation.metrics.estimate import Estimate, Mean, Metric, Ratio, Record
 from mora_jax.evaluation.metrics.overlap import BLEU, ROUGE, bleu_statistics, rouge
 from mora_jax.evaluation.tasks.examples import Example, pairs_of
 from mora_jax.evaluation.tasks.task import Task
 
 Progress = Callable[[int, int], None]
-Records = list[dict[str, Any]]
+Records = list[Record]
 
 #: Metrics by type of task: those that are computed unless others are asked for, and the others.
 METRICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -59,9 +59,10 @@ class TaskResult:
     Attributes:
         task: its name.
         metrics: by name.
-        records: of the examples, in the order of their rows.
+        records: of the examples, in the order of their rows; one that can't be scored has `skipped`, the reason.
         baselines: what needs no model: the share of the commonest answer, and of guessing; empty without choices.
         confusion: `labels`, and the `matrix` of which was taken for which (its last column: none); None without F1.
+        notes: what a user should be told.
     """
 
     task: str
@@ -69,11 +70,20 @@ class TaskResult:
     records: Records
     baselines: Mapping[str, float]
     confusion: Mapping[str, Any] | None
+    notes: Sequence[str] = ()
+
+    @property
+    def scored(self) -> Records:
+        """The records of the examples that are scored."""
+        return scored(self.records)
 
     def to_dict(self) -> dict[str, Any]:
         """Task, number of examples and metrics with standard errors, ready for JSON."""
         metrics = {name: {"value": one.value, "stderr": one.stderr} for name, one in self.metrics.items()}
-        return {"task": self.task, "n": len(self.records), "metrics": metrics}
+        left_out = len(self.records) - len(self.scored)
+        return {"task": self.task, "n": len(self.scored), "metrics": metrics} | (
+            {"skipped": left_out} if left_out else {}
+        )
 
 
 def metrics_of(task: Task, examples: Sequence[Example], names: Sequence[str] = ()) -> list[Metric]:
@@ -123,23 +133,26 @@ def run_task(
         metrics: as `metrics_of` gives them.
         progress: called with (done, all) after each batch.
     """
-    names = [metric.name for metric in metrics]
+    names, notes = [metric.name for metric in metrics], list[str]()
     match task.type:
         case "generate":
-            records = _generate(task, examples, scorer, names, progress)
+            records = _generate(task, examples, scorer, names, notes, progress)
         case "text":
             scores = scorer.loglikelihood_rolling([example.prompt for example in examples], progress)
             records = [_text_record(example, score) for example, score in zip(examples, scores, strict=True)]
         case _:
-            records = _score_choices(task, examples, scorer, progress)
-    if any("tokens" in record and record["tokens"] == 0 for record in records) and task.type == "text":
-        records = [record for record in records if record["tokens"]]  # nothing to predict in them
-        if not records:
-            raise InputError(f"task {task.name}: no row has a text")
-    found = {metric.name: metric(records) for metric in metrics}
+            records = _score_choices(task, examples, scorer, notes, progress)
+    counted = scored(records)
+    if left_out := len(records) - len(counted):
+        reason = next(f"{e.where}: {r['skipped']}" for e, r in zip(examples, records, strict=True) if "skipped" in r)
+        if not counted:
+            raise InputError(f"task {task.name}: no row can be scored; the first is {reason}")
+        notes.append(f"{left_out} of {len(records)} rows are not scored; the first is {reason}")
+    found = {metric.name: metric(counted) for metric in metrics}
     for name, one in found.items():
         if not np.isfinite(one.value):
             raise InputError(f"the model gives a {name} of {one.value} on task {task.name}; try --dtype float32")
+    examples = [example for example, record in zip(examples, records, strict=True) if "skipped" not in record]
     answers = [example.answer for example in examples if example.answer is not None]
     baselines = {}
     if answers:
@@ -147,25 +160,46 @@ def run_task(
         baselines = {"majority": float(np.bincount(answers).max() / len(answers)), "chance": chance}
     confusion = None
     if set(names) & set(KINDS):
-        predictions = [record["prediction"] for record in records]
+        predictions = [record["prediction"] for record in counted]
         labels = examples[0].choices
         matrix = confusion_matrix(answers, predictions, range(len(labels)))
         confusion = {"labels": list(labels), "matrix": matrix.tolist()}
-    return TaskResult(task.name, found, records, baselines, confusion)
+    return TaskResult(task.name, found, records, baselines, confusion, notes)
+
+
+def scored(records: Sequence[Record]) -> list[Record]:
+    """The records of examples that are scored."""
+    return [record for record in records if "skipped" not in record]
 
 
 def _score_choices(
-    task: Task, examples: Sequence[Example], scorer: LoglikelihoodScorer, progress: Progress | None
+    task: Task, examples: Sequence[Example], scorer: LoglikelihoodScorer, notes: list[str], progress: Progress | None
 ) -> Records:
     pairs = [list(pairs_of(example, task)) for example in examples]
-    scores = iter(scorer.loglikelihood([pair for own in pairs for pair in own], progress))
+    encoded = iter(scorer.encode_pairs([pair for choices in pairs for pair in choices]))
+    requests = [[next(encoded) for _ in choices] for choices in pairs]
+    refusals = [next(filter(None, map(scorer.refusal, choices)), None) for choices in requests]
+    sent = [
+        request for choices, refusal in zip(requests, refusals, strict=True) for request in choices if refusal is None
+    ]
+    cut = sum(len(context) + len(continuation) > scorer.max_length + 1 for context, continuation in sent)
+    if cut:
+        notes.append(f"{cut} of {len(sent)} inputs have more than {scorer.max_length} tokens and lose their beginning")
+    scores = iter(scorer.score(sent, progress))
     records = []
-    for example, own in zip(examples, pairs, strict=True):
-        found = [next(scores) for _ in own]
+    for example, choices, refusal in zip(examples, requests, refusals, strict=True):
+        if refusal is not None:
+            records.append(_skipped(example, refusal))
+            continue
+        found = [next(scores) for _ in choices]
         records.append(
             _continuation_record(example, found[0]) if example.answer is None else _choice_record(task, example, found)
         )
     return records
+
+
+def _skipped(example: Example, reason: str) -> dict[str, Any]:
+    return {"row": example.row, "id": example.id, "skipped": reason}
 
 
 def _continuation_record(example: Example, score: Loglikelihood) -> dict[str, Any]:
@@ -203,6 +237,8 @@ def _choice_record(task: Task, example: Example, scores: Sequence[Loglikelihood]
 
 def _text_record(example: Example, score: Loglikelihood) -> dict[str, Any]:
     text = example.prompt
+    if not score.tokens:
+        return _skipped(example, "the text has no tokens")
     return {
         "row": example.row,
         "id": example.id,
@@ -219,6 +255,7 @@ def _generate(
     examples: Sequence[Example],
     scorer: LoglikelihoodScorer,
     names: Sequence[str],
+    notes: list[str],
     progress: Progress | None,
 ) -> Records:
     if "bleu" in names:
@@ -234,6 +271,8 @@ def _generate(
         prompts = scorer.encode([example.prompt for example in examples])
     context = model.config.max_positions
     made = min(task.max_new_tokens, max(1, context // 2))
+    if cut := sum(len(prompt) > context - made for prompt in prompts):
+        notes.append(f"{cut} of {len(prompts)} prompts have more than {context - made} tokens and lose their beginning")
     prompts = [prompt[-(context - made) :] for prompt in prompts]
     found = complete_batch(
         Generator(model, stops), prompts, max_new_tokens=made, batch_size=scorer.batch_size, progress=progress

@@ -13,7 +13,8 @@
 
 `prompt`, `description`, `target`, `continuation` and `text` are Jinja templates over a row's columns; `choices`,
 `names`, `contexts` and `answer` are Jinja expressions, whose value is taken as it is. `labels` in them stands for all
-answers of the file, sorted.
+answers of the file, sorted, unless rows have a column of that name. A null is false in them, and `is none`; a template
+that would write it, or an expression that would compare it, refuses the row.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import jinja2
 import jinja2.meta
 import jinja2.sandbox
 
+from mora_jax.data.read.validate import absent
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded
 
@@ -44,9 +46,23 @@ FIELDS = {
 TEMPLATES = ("prompt", "continuation", "target", "text")
 LABELS = "labels"
 
+
+class Null(jinja2.StrictUndefined):
+    """A null in a row: false, and an error wherever a text or a number would be made of it."""
+
+    def __bool__(self) -> bool:
+        """False, as null is in Jinja."""
+        return False
+
+    def __repr__(self) -> str:
+        """As in JSON."""
+        return "null"
+
+
 _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
 )
+_ENVIRONMENT.tests["none"] = lambda value: value is None or isinstance(value, Null)
 # What somebody's template may raise on somebody's row.
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
@@ -58,7 +74,7 @@ class Shape:
     Attributes:
         sources: the templates and expressions of `FIELDS`, by name.
         columns: those that they read.
-        uses_labels: whether they ask for all answers of the file.
+        uses_labels: whether they ask for all answers of the file, where rows have no column of that name.
     """
 
     sources: Mapping[str, str]
@@ -73,11 +89,12 @@ class Shape:
         """
         compiled = _compiled(self.sources[name], name in TEMPLATES)
         try:
-            value = compiled({**row, LABELS: list(labels)})
+            value = compiled({LABELS: list(labels), **{key: _nulls_named(value, key) for key, value in row.items()}})
         except _REFUSALS as error:
             raise InputError(f"{where}: no {name} can be made of this row: {' '.join(str(error).split())}") from None
         if isinstance(value, jinja2.Undefined):
-            raise InputError(f"{where}: no {name} can be made of this row: {self.sources[name]} is not there")
+            lack = value._undefined_message if isinstance(value, Null) else f"{self.sources[name]} is not there"
+            raise InputError(f"{where}: no {name} can be made of this row: {lack}")
         return value
 
 
@@ -112,14 +129,17 @@ class Task:
     aliases: tuple[str, ...] = ()
 
     def shape_of(self, row: Mapping[str, Any], where: str) -> Shape:
-        """The first shape whose columns a row has.
+        """The first shape whose columns a row has, if possible without a null.
 
         Raises:
             InputError: it has none; names the columns.
         """
-        for shape in self.shapes:
-            if shape.columns <= row.keys():
+        fitting = [shape for shape in self.shapes if shape.columns <= row.keys()]
+        for shape in fitting:
+            if not any(absent(row[column]) for column in shape.columns):
                 return shape
+        if fitting:
+            return fitting[0]
         wanted = "; or ".join(dict.fromkeys(", ".join(sorted(shape.columns)) for shape in self.shapes))
         raise InputError(
             f"{where}: task {self.name} needs the columns {wanted}; this row has {', '.join(map(str, row))}"
@@ -211,6 +231,17 @@ def _shape(row: dict[str, Any], kind: str, path: Path, settings: Mapping[str, An
     if settings.get("group"):
         columns.add(settings["group"])
     return Shape(row, frozenset(columns - {LABELS}), LABELS in columns)
+
+
+def _nulls_named(value: Any, name: str) -> Any:
+    """A row's value with `Null`, which says where it stands, for each null in it."""
+    if absent(value):
+        return Null(hint=f"column {name} is null")
+    if isinstance(value, Mapping):
+        return {key: _nulls_named(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulls_named(item, f"{name}[{number}]") for number, item in enumerate(value)]
+    return value
 
 
 @functools.cache

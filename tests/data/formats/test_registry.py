@@ -219,7 +219,9 @@ def test_a_row_of_several_instances():
         ({"conversations": [{"value": "hi"}]}, r"`conversations\[0\]` has no `from`; expected one of system"),
         ({"prompt": [{"content": "p"}], "completion": "c"}, r"`prompt\[0\]` has no `role`"),
         ({"prompt": "p", "completion": {}}, "`completion` should be text and is an object"),
-        ({"question": "q", "answer": 12}, "`answer` should be text and is a number"),
+        ({"question": 12, "answer": "a"}, "`question` should be text and is a number"),
+        ({"question": "q", "answer": True}, "`answer` should be text and is a boolean"),
+        ({"question": "q", "answer": float("inf")}, "`answer` should be text and is a number"),
         ({"instruction": "i", "instances": []}, "`instances` should be a filled list and is empty"),
         ({"instruction": "i", "instances": [None]}, r"`instances\[0\]` should be an object .* missing or null"),
         ({"instruction": "i", "instances": [{}]}, r"`instances\[0\]`: `output` or `response` is missing"),
@@ -232,6 +234,27 @@ def test_broken_rows(row, message):
         convert(row)
     assert str(caught.value).startswith("a.jsonl, row 1")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value, text", [(12, "12"), (8.0, "8"), (-0.5, "-0.5"), ("8.0", "8.0"), (1e20, "1" + "0" * 20)]
+)
+def test_a_number_as_an_answer_is_its_text(value, text):
+    rows = [
+        {"question": "q", "answer": value},
+        {"prompt": "q", "completion": value},
+        {"instruction": "q", "output": value},
+    ]
+    for row in rows:
+        assert convert(row)[1].messages[-1].content == text
+
+
+def test_sums_whose_question_has_a_passage_are_mapped_whole():
+    row = {"ID": "1", "Body": "There are 87 oranges.", "Question": "How many?", "Equation": "87 - 7", "Answer": 80.0}
+    with pytest.raises(InputError, match="set data.columns to answer=Answer,question=Question,context=Body;"):
+        detect_format([("r1", row)])
+    with pytest.raises(InputError, match="set data.columns to answer=Answer,question=Question,context=Context;"):
+        detect_format([("r1", {**row, "Context": "Jane has them."})])
 
 
 def test_the_first_row_that_is_recognised_decides():

@@ -9,23 +9,30 @@ import pytest
 from mora_jax.errors import InputError
 from mora_jax.evaluation import LoglikelihoodScorer
 from mora_jax.evaluation.loglikelihood import Loglikelihood
+from mora_jax.evaluation.metrics.estimate import Mean
+from mora_jax.evaluation.tasks.results import compare_with, write_results
 from mora_jax.evaluation.tasks.run import metrics_of, run_task
 from mora_jax.evaluation.tasks.task import load_task
 from tests.evaluation.tasks.test_task import examples
 
 
 class Given:
-    """Scores that are looked up by continuation, or by context and continuation."""
+    """Scores that are looked up by continuation, or by context and continuation; `max_length` is in characters."""
 
-    def __init__(self, table):
-        self.table = table
+    def __init__(self, table, max_length=100):
+        self.table, self.max_length = table, max_length
 
-    def loglikelihood(self, pairs, progress=None):
+    refusal = LoglikelihoodScorer.refusal
+
+    def encode_pairs(self, pairs):
+        return pairs
+
+    def score(self, pairs, progress=None):
         found = [self.table.get(pair, self.table.get(pair[1])) for pair in pairs]
         return [Loglikelihood(logprob, correct == tokens, tokens, correct) for logprob, tokens, correct in found]
 
     def loglikelihood_rolling(self, texts, progress=None):
-        return self.loglikelihood([("", text) for text in texts], progress)
+        return self.score([("", text) for text in texts], progress)
 
 
 def run(name, rows, scorer, names=()):
@@ -83,8 +90,40 @@ def test_words_and_texts():
     expected = {"word_perplexity": 20.085537, "byte_perplexity": 2.117, "bits_per_byte": 1.082021}
     expected |= {"token_perplexity": math.exp(9 / 4), "token_accuracy": 0.25}
     assert values == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(InputError, match="no row has a text"):
+    assert found.notes == ["1 of 2 rows are not scored; the first is f.jsonl, row 2: the text has no tokens"]
+    assert found.records[1].keys() == {"row", "id", "skipped"}
+    with pytest.raises(InputError, match="task text: no row can be scored; the first is f.jsonl, row 1"):
         run("text", [{"text": ""}], Given({"": (0.0, 0, 0)}))
+
+
+def test_rows_that_cannot_be_scored_are_named_and_end_nothing(tmp_path):
+    rows = [
+        {"query": "q", "choices": ["x", long, "y"], "gold": gold} for long, gold in (("z", 0), ("z" * 30, 1), ("z", 2))
+    ]
+    table = {" x": (-1, 1, 0), " y": (-2, 1, 0), " z": (-3, 1, 0)}
+    found = run("arc_easy", rows, Given(table, 20))
+    assert found.notes == [
+        "1 of 3 rows are not scored; the first is f.jsonl, row 2: the continuation has 31 tokens, an input at most 20"
+    ]
+    assert found.to_dict()["n"] == 2 and found.to_dict()["skipped"] == 1
+    assert found.metrics["acc"] == (0.5, 0.5, 2)
+    assert found.baselines == {"majority": 0.5, "chance": pytest.approx(1 / 3)}
+    everything = run("arc_easy", rows, Given(table | {" " + "z" * 30: (-0.5, 1, 0)}))
+    assert everything.metrics["acc"].value == pytest.approx(2 / 3)
+    write_results(tmp_path / "a", everything, {})
+    compared = compare_with(tmp_path / "a", found, metrics_of(load_task("arc_easy"), examples("arc_easy", *rows)))
+    assert (compared["acc"].value, compared["acc"].other, compared["acc"].difference) == (0.5, 0.5, 0)
+    with pytest.raises(InputError, match="no row can be scored; the first is f.jsonl, row 1: the cont"):
+        run("arc_easy", rows[1:2] * 2, Given(table, 20))
+    cut = run("lambada", [{"context": "c" * 30, "continuation": "x"}], Given(table, 20))
+    assert cut.notes == ["1 of 1 inputs have more than 20 tokens and lose their beginning"]
+
+
+def test_line_separators_of_unicode_in_records(tmp_path):
+    rows = [{"query": f"q\u2028\u2029\x85{n}", "choices": ["x", "y"], "gold": n} for n in range(2)]
+    found = run("arc_easy", rows, Given({" x": (-1, 1, 0), " y": (-2, 1, 0)}))
+    write_results(tmp_path / "a", found, {})
+    assert compare_with(tmp_path / "a", found, [Mean("acc")])["acc"].value == 0.5
 
 
 def test_metrics_that_do_not_fit_are_refused():
@@ -120,8 +159,16 @@ def test_generated_answers_are_cut_and_checked(model, tokenizer, says):
     assert [record["prediction"] for record in found.records] == ["The Cat.", ("dog " * 12).strip()]
     values = {name: one.value for name, one in found.metrics.items()}
     assert values == {"exact_match": 0.5, "f1": 0.5, "cut_off": 0.5}
+    solved = examples("squad", *rows, shots=1)
+    assert [example.prompt.partition("\n\nBackground")[0] for example in solved] == [
+        "Background: c\n\nQuestion: q\n\nAnswer:",
+        "Background: c\n\nQuestion: q\n\nAnswer: dog",
+    ]
     scorer = says(model, tokenizer, " 3+4=7.\n#### 7\n\nQuestion: 9", " It is $8.")
     found = run("gsm8k", [{"question": "q", "answer": f"x\n#### {n}"} for n in (7, 8)], scorer)
+    numbers = run("gsm8k", [{"question": "q", "answer": n} for n in (7, 8.0)], scorer)
+    assert [record["truths"] for record in numbers.records] == [["7"], ["8"]]
+    assert numbers.metrics["flexible_match"].value == 1
     values = {name: one.value for name, one in found.metrics.items()}
     assert values == {"strict_match": 0.5, "flexible_match": 1.0, "unparsed": 0.0, "cut_off": 0.0}
 

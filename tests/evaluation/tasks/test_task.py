@@ -84,6 +84,65 @@ def test_winogrande_scores_the_rest_behind_two_beginnings():
         assert found.answer == 1
 
 
+def test_winogrande_keeps_what_stands_behind_a_second_underscore():
+    row = {"sentence": "so _ left the _ room.", "option1": "Sarah", "option2": "Maria", "answer": "1"}
+    assert examples("winogrande", row)[0].continuation == "left the _ room."
+
+
+@pytest.mark.parametrize(
+    "name, row, words",
+    [
+        ("arc_easy", {"query": None, "choices": ["x", "y"], "gold": 0}, "no prompt can be made of this row: column"),
+        ("arc_easy", {"query": "q", "choices": ["x", None], "gold": 0}, "a list of texts, found ['x', null]"),
+        ("arc_easy", {"query": "q", "choices": ["x", "y"], "gold": None}, "no answer can be made of this row: column"),
+        ("winogrande", {"sentence": "a _ b", "option1": "x", "option2": None, "answer": "1"}, "column option2 is null"),
+        ("mmlu", {"subject": None, "question": "q", "choices": ["x", "y"], "answer": 1}, "column subject is null"),
+        ("gsm8k", {"question": "q", "answer": None}, "column answer is null"),
+        ("gsm8k", {"question": "q", "answer": float("nan")}, "column answer is null"),
+        ("gsm8k", {"question": "q", "answer": ["7", None]}, "a text, a number or a list of them, found ['7', null]"),
+        ("gsm8k", {"question": "q", "answer": {"value": 7}}, "a text, a number or a list of them"),
+        ("squad", {"context": "c", "question": "q", "answers": {"text": None}}, "column answers.text is null"),
+        ("instruct", {"instruction": None, "input": "i", "output": "o"}, "column instruction is null"),
+        ("text", {"text": None}, "column text is null"),
+        ("classification", {"text": "t", "label": None}, "column label is null"),
+        ("classification", {"text": "t", "label": ["a"]}, "a label must be a text or a number, found ['a']"),
+        ("classification", {"text": None, "label": "a"}, "column text is null"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("shots", [0, 1])
+def test_nulls_are_refused_with_their_row_and_column(name, row, words, shots):
+    with pytest.raises(InputError) as error:
+        examples(name, row, row, shots=0 if name == "text" else shots)
+    assert str(error.value).startswith("f.jsonl, row 1: ") and words in str(error.value)
+
+
+def test_a_null_that_a_task_does_without(tmp_path):
+    first = examples("instruct", {"instruction": "Do", "input": None, "output": "x"})[0]
+    assert (first.prompt, first.truths) == ("Do", ("x",))
+    row = {"passage": "P.", "question": "q", "answer": None, "label": 1}
+    assert examples("boolq", row)[0].answer == 1
+    title = {"title": None, "context": "C", "question": "Q?", "answers": {"text": ["x"]}}
+    assert examples("squad", title)[0].prompt.startswith("Background: C")
+    (tmp_path / "mine.toml").write_text(
+        'type = "generate"\n[[rows]]\n'
+        'prompt = "{% if a is none %}-{% else %}{{ a }}{% endif %}{% if b %}{{ b }}{% endif %}"\nanswer = "c or 0"'
+    )
+    rows = [{"a": None, "b": None, "c": None}, {"a": "A", "b": "B", "c": 2}]
+    found = examples(str(tmp_path / "mine.toml"), *rows)
+    assert [(one.prompt, one.truths) for one in found] == [("-", ("0",)), ("AB", ("2",))]
+
+
+def test_a_column_that_is_called_labels_is_the_rows_own(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'type = "multiple_choice"\n[[rows]]\nprompt = "{{ q }}"\nchoices = "labels"\nanswer = "a"'
+    )
+    rows = [{"q": "Q", "labels": ["x", "y"], "a": "y"}, {"q": "Q", "labels": ["z", "x"], "a": "z"}]
+    found = examples(str(tmp_path / "mine.toml"), *rows)
+    assert [(one.choices, one.answer) for one in found] == [(("x", "y"), 1), (("z", "x"), 0)]
+    without = [{"q": "Q", "a": "y"}, {"q": "Q", "a": "z"}]
+    assert [one.choices for one in examples(str(tmp_path / "mine.toml"), *without)] == [("y", "z")] * 2
+
+
 def test_shots_are_other_rows_of_the_same_group():
     rows = [
         {"subject": "ab"[number % 2], "question": f"Q{number}", "choices": ["x", "y"], "answer": number % 2}
