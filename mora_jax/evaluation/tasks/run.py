@@ -28,7 +28,7 @@ from mora_jax.evaluation.tasks.examples import Example, pairs_of
 from mora_jax.evaluation.tasks.task import Task
 
 Progress = Callable[[int, int], None]
-Records = list[Record]
+Records = Sequence[Record]
 
 #: Metrics by type of task: those that are computed unless others are asked for, and the others.
 METRICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -73,7 +73,7 @@ class TaskResult:
     notes: Sequence[str] = ()
 
     @property
-    def scored(self) -> Records:
+    def scored(self) -> list[Record]:
         """The records of the examples that are scored."""
         return scored(self.records)
 
@@ -186,7 +186,7 @@ def _score_choices(
     if cut:
         notes.append(f"{cut} of {len(sent)} inputs have more than {scorer.max_length} tokens and lose their beginning")
     scores = iter(scorer.score(sent, progress))
-    records = []
+    records: list[Record] = []
     for example, choices, refusal in zip(examples, requests, refusals, strict=True):
         if refusal is not None:
             records.append(_skipped(example, refusal))
@@ -277,7 +277,7 @@ def _generate(
     found = complete_batch(
         Generator(model, stops), prompts, max_new_tokens=made, batch_size=scorer.batch_size, progress=progress
     )
-    records = []
+    records: list[Record] = []
     for example, tokens in zip(examples, found, strict=True):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         ends = [end for stop in task.stop if (end := text.find(stop)) >= 0]

@@ -50,7 +50,7 @@ LABELS = "labels"
 class Null(jinja2.StrictUndefined):
     """A null in a row: false, and an error wherever a text or a number would be made of it."""
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> bool:  # type: ignore[override]
         """False, as null is in Jinja."""
         return False
 
