@@ -1,7 +1,8 @@
 # make demo       fine-tune the embedded model with every method and print one table
 # make test       the tests
 # make test-peers the tests against torch and PEFT, which it installs
-# make test-all   both, with the slow ones and the notebooks
+# make test-slice 15 minutes of what `make test` leaves out, of each commit others; MINUTES=
+# make test-all   all of them: peers, slow ones, notebooks, the TPU compiler
 # make bench      the tables of benchmarks/, into runs/benchmarks; ARGS="decoding --quick" names one in small sizes
 # make lint       ruff, mypy and shellcheck
 # make docs       the site of docs/, into build/site
@@ -12,7 +13,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers test-all bench lint docs clean FORCE
+.PHONY: help demo test test-peers test-slice test-all bench lint docs clean FORCE
 
 CANDIDATES := python3.13 python3.12 python3.11 python3 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -48,8 +49,12 @@ test: $(VENV)/.installed-test
 test-peers: $(VENV)/.installed-peers
 	$(PYTEST) -m "not slow and peers" $(ARGS)
 
+MINUTES := 15
+test-slice: $(VENV)/.installed-all
+	$(PYTEST) -m "slow or peers" --slice "$$(git rev-parse HEAD)" --minutes $(MINUTES) --no-loadscope-reorder -rNfE $(ARGS)
+
 test-all: TIMEOUT := 7200
-test-all: $(VENV)/.installed-peers $(VENV)/.installed-notebook
+test-all: $(VENV)/.installed-all
 	$(PYTEST) $(ARGS)
 
 bench: $(VENV)/.installed-peers
@@ -61,7 +66,8 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/shellcheck scripts/launch/*.sh scripts/launch/*.sbatch .ci/run
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	@echo "the site is in $(CURDIR)/build/site: open $(CURDIR)/build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.util
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,9 +46,18 @@ SHARED = ROOT.parent / "shared"
 REQUIRE_SHARED = os.environ.get("MORA_JAX_REQUIRE_SHARED") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of `make test-slice`."""
+    parser.addoption("--slice", metavar="COMMIT", help="run as many of the tests as fit into --minutes, in its order")
+    parser.addoption("--minutes", type=float, default=15.0, help="of --slice (%(default)s)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Watches the `shared` tests, in the process that hears of every test where there are several; and mappings."""
-    if not hasattr(config, "workerinput"):
+    sliced = config.getoption("slice")
+    if sliced:
+        config.pluginmanager.register(Slice(sliced, config.getoption("minutes")))
+    if not hasattr(config, "workerinput") and not sliced:
         config.pluginmanager.register(SharedTests())
     if MAPPINGS.exists():
         config.pluginmanager.register(Mappings(int(Path("/proc/sys/vm/max_map_count").read_text())))
@@ -64,6 +75,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in absent.items():
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class Slice:
+    """Begins no test after some minutes; which come first is another matter for each commit.
+
+    Files are shuffled by the hash of their name and the commit's, so that over a number of commits each comes first.
+
+    Args:
+        commit: its hash.
+        minutes: after which no test begins; processes of one run count from the same moment.
+    """
+
+    def __init__(self, commit: str, minutes: float) -> None:
+        self.commit = commit
+        self.end = float(os.environ.setdefault("MORA_JAX_SLICE_ENDS", str(time.monotonic() + 60 * minutes)))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Shuffles the files; tests of a file stay in their order."""
+        items.sort(key=lambda item: hashlib.sha256(f"{self.commit} {item.location[0]}".encode()).digest())
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        """Leaves a test to other commits."""
+        if time.monotonic() > self.end:
+            pytest.skip("beyond the slice of this commit")
 
 
 MAPPINGS = Path("/proc/self/maps")
