@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -200,3 +201,58 @@ def test_extras_and_targets(page):
     for code in [*shell_lines(page), *inline(read(page))]:
         if found := re.match(r"make ([a-z-]+)", code):
             assert found[1] in targets, code
+
+
+#: What a target runs, by the marks of its tests; `shared` are in each, where that folder is.
+RUNS = {
+    "`make test`": lambda marks: not marks & {"slow", "peers", "shared"},
+    "`make test-peers`": lambda marks: "peers" in marks and not marks & {"slow", "shared"},
+    "`make test-all`": lambda marks: "shared" not in marks,
+    "*shared*": lambda marks: "shared" in marks and "slow" not in marks,
+}
+
+
+def marks_of_tests(file: Path) -> dict[str, tuple[set[str], str]]:
+    """The marks of each test of a file, and what it is skipped without."""
+    tree = ast.parse(read(file))
+    texts = {
+        ast.unparse(node.targets[0]): ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign)
+    }
+    tests = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            text = "\n".join([texts.get("pytestmark", ""), *decorators, *(texts.get(one, "") for one in decorators)])
+            skipped = "".join(re.findall(r"skip.*", text)) + "".join(re.findall(r"pytest\.skip.*", ast.unparse(node)))
+            tests[node.name] = set(re.findall(r"mark\.(\w+)", text)), skipped
+    return tests
+
+
+def test_what_was_verified_is_run_by_what_the_page_names():
+    page = ROOT / "docs" / "verified.md"
+    rows = [row for row in read(page).splitlines() if row.startswith("| ")]
+    rows = [row for row in rows if not re.match(r"\| (---|method|family|part) ", row)]
+    assert len(rows) > 20
+    for row in rows:
+        cell = row.rstrip(" |").rpartition(" | ")[2]
+        for part in cell.split("; "):
+            target, _, names = part.partition(": ")
+            assert target in RUNS and names, row
+            for name in re.findall(r"`([^`]+)`", names):
+                path, _, function = name.partition("::")
+                tests = marks_of_tests(ROOT / path)
+                chosen = [tests[function]] if function else list(tests.values())
+                runs = [skipped for marks, skipped in chosen if RUNS[target](marks)]
+                assert runs, f"{target} runs nothing of {name}"
+                for skipped in runs:
+                    assert all(variable in row for variable in re.findall(r"[A-Z]+_[A-Z0-9_]+", skipped)), name
+                    assert not skipped or "environ" in skipped or not function, f"{name} may be skipped"
+
+
+def test_a_test_that_a_target_leaves_out_is_found(tmp_path):
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\npytestmark = pytest.mark.peers\n@pytest.mark.slow\ndef test_one(): ...\ndef test_two(): ...\n"
+    )
+    tests = marks_of_tests(tmp_path / "test_x.py")
+    assert [RUNS["`make test-peers`"](tests[name][0]) for name in ("test_one", "test_two")] == [False, True]
+    assert not RUNS["`make test`"](tests["test_two"][0]) and RUNS["`make test-all`"](tests["test_one"][0])
