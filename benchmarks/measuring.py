@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -43,8 +44,43 @@ PACKAGES = (
 )
 
 
+# The line of a results file that says of which state of the sources its figures are.
+_STAMP = re.compile(r"\n*^Made at commits? (.*)\.$\n*", re.MULTILINE)
+
+
+def commit() -> str | None:
+    """The repository's commit; `-changed` behind it where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run([*command, "--dirty=-changed"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def commits_of(text: str) -> list[str]:
+    """The commits that a results file was made at, the oldest first; none where it doesn't say."""
+    stamp = _STAMP.search(text)
+    return re.findall(r"`([^`]+)`", stamp[1]) if stamp else []
+
+
+def without_stamp(text: str) -> str:
+    """A results file without the line about its commits."""
+    return _STAMP.sub("\n", text)
+
+
+def stamped(text: str, before: str = "") -> str:
+    """A results file with the commit in its last line.
+
+    Args:
+        text: the file, with or without that line.
+        before: the file as it was, where parts of it stay; its commits are named too.
+    """
+    commits = [f"`{name}`" for name in dict.fromkeys((*commits_of(before), commit() or "unknown"))]
+    return f"{without_stamp(text).rstrip()}\n\nMade at commit{'s' * (len(commits) > 1)} {', '.join(commits)}.\n"
+
+
 def machine() -> dict[str, Any]:
-    """The processor, its cores and instruction sets, memory, load now, GPUs, versions of what is measured, settings."""
+    """The processor, its cores and instruction sets, memory, load now, GPUs, commit, versions, settings."""
     lines = _text("/proc/cpuinfo").splitlines()
     pairs = [(line.split(":", 1)[0].strip(), line.split(":", 1)[1].strip()) for line in lines if ":" in line]
     said = dict(reversed(pairs))  # the first processor's
@@ -60,6 +96,7 @@ def machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
+        "commit": commit(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
@@ -74,7 +111,8 @@ def in_words(found: Mapping[str, Any]) -> str:
     memory = "" if found["memory_gb"] is None else f", {found['memory_gb']:.0f} GB"
     return (
         f"{found['processor']}, {found['cores']} cores ({instructions}){memory}{gpus}; load {found['load']:.1f} at the "
-        f"start; {found['system']}, Python {found['python']}, {versions}{settings}."
+        f"start; {found['system']}, Python {found['python']}, {versions}{settings}; "
+        f"commit {found['commit'] or 'unknown'}."
     )
 
 

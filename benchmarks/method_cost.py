@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from measuring import vocabulary
+from measuring import stamped, vocabulary, without_stamp
 
 import mora_jax as mj
 from mora_jax.adapters.methods.mora import KINDS
@@ -195,6 +195,7 @@ def main() -> None:
     model, _ = mj.load_pretrained(args.model, dtype=args.dtype)
     base, dtype = nnx.split(model), model.dtype.name
     rows, notes = earlier(args.out) if args.keep else ({}, [])
+    before = args.out.read_text(encoding="utf-8") if args.keep else ""
     options = f"--rounds {args.rounds} --rows {args.rows} --length {args.length}"
     title = [
         f"Printed by `python benchmarks/method_cost.py --model {Path(args.model).name} {options}`",
@@ -212,13 +213,14 @@ def main() -> None:
             notes.append(f"A restart of {name} takes {restart:.1f} s of CPU time once compiled.")
         said = notes if timing is None else [*notes, timing.note()]
         table = [rows[name] for name in METHODS if name in rows]
-        args.out.write_text("\n".join([*title, "", *HEAD, *table, "", *said]).rstrip() + "\n", encoding="utf-8")
+        text = stamped("\n".join([*title, "", *HEAD, *table, "", *said]), before)
+        args.out.write_text(text, encoding="utf-8")
         del one
 
 
 def earlier(path: Path) -> tuple[dict[str, str], list[str]]:
     """The rows of a table by method, and the notes below it."""
-    _, _, rest = path.read_text(encoding="utf-8").partition(HEAD[1] + "\n")
+    _, _, rest = without_stamp(path.read_text(encoding="utf-8")).partition(HEAD[1] + "\n")
     lines = rest.splitlines()
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
     return rows, [line for line in lines if line and not line.startswith("|")]

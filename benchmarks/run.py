@@ -4,12 +4,16 @@
     python benchmarks/run.py --quick
     python benchmarks/run.py decoding lora_against_peft --model SmolLM2-135M-Instruct --out runs/benchmarks
     python benchmarks/run.py decoding --model SmolLM2-135M-Instruct -- --rows 1 --rounds 3
+    python benchmarks/run.py --stale
 
 Each benchmark is a script of its own and runs in a process of its own. Of each this writes `OUT/NAME.md`, the machine
 and the table, and `OUT/NAME.json`, the same for programs: the machine, the command, how long it took, the tables row by
 row, and the times of each round where the benchmark keeps them. One that fails doesn't stop the others; those that
 failed are named at the end. `--quick` takes the smallest sizes, on the embedded demo model some seconds to a minute
 each: it shows that they work, and its numbers say nothing. What stands behind `--` goes to the scripts.
+
+The files in `benchmarks/results` name the commit that they were made at. `--stale` lists those of which the script or a
+file of the library has changed since, of the files that the script imports, directly or not.
 
 A script says in two constants what it is called with: `CALL`, and `QUICK`, which goes behind it with `--quick`. In them
 `{model}`, `{data}` and `{python}` are what this is given, `{table}` and `{json}` files that the script writes (without
@@ -77,7 +81,7 @@ class Benchmark:
                 packages |= {name.name.partition(".")[0] for name in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 packages.add(node.module.partition(".")[0])
-        own = {file.stem for file in script.parent.glob("*.py")} | {file.stem for file in FOLDER.glob("*.py")}
+        own = {"benchmarks", *(file.stem for folder in (script.parent, FOLDER) for file in folder.glob("*.py"))}
         title = (ast.get_docstring(tree) or "").partition("\n")[0]
         needs = (*sorted(packages - own - set(sys.stdlib_module_names)), *said.get("NEEDS", ()))
         return cls(script, title, said.get("CALL", ""), said.get("QUICK"), needs)
@@ -181,6 +185,59 @@ def run(name: str, benchmark: Benchmark, options: argparse.Namespace) -> bool:
     return code == 0
 
 
+#: Scripts of results files that have another name.
+MADE_BY = {"plan": "plan_table"}
+
+
+def sources(script: Path) -> set[Path]:
+    """A script and all files of the library and of this folder that it imports, directly or not, also on demand."""
+    found: set[Path] = set()
+    waiting = [script]
+    while waiting:
+        path = waiting.pop()
+        # The package's front imports all of it on demand; what measures is not what is measured.
+        if path in found or not path.is_file() or path in (ROOT / "mora_jax" / "__init__.py", FOLDER / "measuring.py"):
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                parts = name.split(".")
+                folders = [ROOT] if parts[0] in ("mora_jax", "benchmarks") else [path.parent, FOLDER]
+                for folder in folders:
+                    waiting += [folder.joinpath(*parts).with_suffix(".py"), folder.joinpath(*parts, "__init__.py")]
+    return found
+
+
+def stale() -> list[str]:
+    """A line for each results file whose sources have changed since it was made, the most changed first.
+
+    Raises:
+        OSError: there is no git.
+    """
+    known = benchmarks()
+    lines: list[tuple[int, str]] = []
+    for result in sorted((FOLDER / "results").glob("*.md")):
+        commits = measuring.commits_of(result.read_text(encoding="utf-8"))
+        if not commits:
+            lines.append((10**6, f"{result.name}: names no commit"))
+            continue
+        oldest = commits[0].removesuffix("-changed")
+        files = sources(known[MADE_BY.get(result.stem, result.stem)].script)
+        command = ["git", "-C", str(ROOT), "diff", "--numstat", oldest, "--", *sorted(map(str, files))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines.append((10**6, f"{result.name}: the commit {oldest} isn't known here"))
+        elif changes := [line.split("\t") for line in done.stdout.splitlines()]:
+            changed = sum(int(added) + int(removed) for added, removed, _ in changes)
+            largest = max(changes, key=lambda change: int(change[0]) + int(change[1]))[2]
+            what = f"{len(changes)} of {len(files)} sources have changed, {changed} lines, most in {largest}"
+            lines.append((changed, f"{result.name}: since {oldest} {what}"))
+    return [line for _, line in sorted(lines, reverse=True)]
+
+
 def placeholders(options: argparse.Namespace, name: str) -> dict[str, str]:
     """What stands for `{model}` and the others in a script's arguments."""
     return {
@@ -198,6 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all that can run here")
     parser.add_argument("--list", action="store_true", help="list them, run none")
+    parser.add_argument("--stale", action="store_true", help="list results whose sources have changed, run none")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, to see that they work")
     parser.add_argument("--model", help="a HuggingFace folder; none: the embedded demo model")
     parser.add_argument("--data", help="an instruction file; none: the embedded one")
@@ -216,6 +274,9 @@ def main() -> int:
     if options.list:
         for name, one in known.items():
             print(f"{name:20} {one.title}" + (f" ({obstacles[name]})" if obstacles[name] else ""))
+        return 0
+    if options.stale:
+        print(*stale() or ["no results are stale"], sep="\n")
         return 0
     chosen = options.names or list(known)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import jaxprs_in_params
-from measuring import take_turns
+from measuring import stamped, take_turns
 from training_step import TrainingStep
 
 from mora_jax.losses.chunked_sum import chunk_size
@@ -184,7 +184,7 @@ def main() -> None:
         said += ["", "| operation | seconds a step | calls |", "| --- | ---: | ---: |"]
         operations = traced_operations(step, step.runner.compiled[0].as_text())
         said += [f"| {kind} | {spent:.3f} | {calls} |" for kind, spent, calls in operations[:40]]
-    args.out.write_text("\n".join(said) + "\n", encoding="utf-8")
+    args.out.write_text(stamped("\n".join(said)), encoding="utf-8")
     print(said[4], said[6], sep="\n")
 
 

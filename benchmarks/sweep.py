@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from measuring import stamped, without_stamp
 
 import mora_jax as mj
 from mora_jax.demo import data_path, model_path
@@ -223,7 +224,7 @@ def main() -> None:
                 print(text, f"load {os.getloadavg()[0]:.0f}", flush=True)
                 if args.out is not None:
                     old = args.out.read_text() if args.out.exists() else "\n".join(HEAD) + "\n"
-                    args.out.write_text(f"{old}{text}\n")
+                    args.out.write_text(stamped(f"{without_stamp(old).rstrip()}\n{text}\n", old))
 
 
 if __name__ == "__main__":

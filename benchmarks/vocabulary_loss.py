@@ -223,7 +223,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vocabulary_loss.md")
     options = parser.parse_args()
     chosen = options.parts or ["cpu", *(["tpu"] if measuring.machine()["versions"].get("libtpu") else []), "masks"]
-    kept = options.out.read_text(encoding="utf-8").split("\n## ")[1:] if options.out.exists() else []
+    before = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+    kept = measuring.without_stamp(before).split("\n## ")[1:]
     sections = {text.partition("\n")[0]: text.partition("\n")[2].strip() for text in kept}
     said = vars(options) | {"model": Path(options.model).name, "dtype": options.dtypes[0]}
     for part in chosen:
@@ -232,7 +233,7 @@ def main() -> None:
         sections[part] = f"{head}\n\n{said['machine']}\n\n{parts[part](options)}"
         body = "".join(f"\n## {name}\n\n{sections[name]}\n" for name in parts if name in sections)
         title = "# The vocabulary loss\n\nWritten by `python benchmarks/vocabulary_loss.py`.\n"
-        options.out.write_text(f"{title}{body}", encoding="utf-8")
+        options.out.write_text(measuring.stamped(f"{title}{body}", before), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +80,57 @@ def test_the_gpu_program_lowers_in_full_shapes(load, monkeypatch):
         text = gpu.traced(decoder, config).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmaxBackward" in text
     assert re.search(r"tensor<28x3584x\d+xbf16>", text)
+
+
+def test_results_name_their_commit_and_sources(load, capsys, monkeypatch):
+    run, measuring = load("run"), load("measuring")
+    known = run.benchmarks()
+    for result in (FOLDER / "results").glob("*.md"):
+        assert measuring.commits_of(result.read_text()), result.name
+        assert run.MADE_BY.get(result.stem, result.stem) in known, result.name
+    files = {path.relative_to(FOLDER.parent).as_posix() for path in run.sources(known["decoding"].script)}
+    assert {"benchmarks/decoding.py", "mora_jax/evaluation/generate.py", "mora_jax/models/decoder.py"} <= files
+    assert not any(name.startswith("mora_jax/training/") for name in files)
+    assert "long_context.py" in {path.name for path in run.sources(known["memory"].script)}
+
+
+def git(folder, *arguments):
+    settings = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *settings, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_stale_results_are_listed(load, monkeypatch, tmp_path):
+    run = load("run")
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    (tmp_path / "mora_jax").mkdir()
+    (folder / "one.py").write_text('"""One."""\nfrom mora_jax import inner\n')
+    (folder / "two.py").write_text('"""Two."""\n')
+    (tmp_path / "mora_jax" / "inner.py").write_text("VALUE = 1\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "x")
+    commit = git(tmp_path, "rev-parse", "--short=12", "HEAD").strip()
+    for name in ("one", "two"):
+        (folder / "results" / f"{name}.md").write_text(f"| a |\n\nMade at commit `{commit}`.\n")
+    monkeypatch.setattr(run, "FOLDER", folder)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.stale() == []
+    (tmp_path / "mora_jax" / "inner.py").write_text("VALUE = 2\n")
+    [line] = run.stale()
+    assert line.startswith("one.md") and line.endswith(
+        "1 of 2 sources have changed, 2 lines, most in mora_jax/inner.py"
+    )
+    (folder / "results" / "two.md").write_text("| a |\n")
+    (folder / "results" / "one.md").write_text("| a |\n\nMade at commit `0123456789ab`.\n")
+    assert run.stale() == ["two.md: names no commit", "one.md: the commit 0123456789ab isn't known here"]
+
+
+def test_the_stamp_names_what_stays_and_what_is_new(load, monkeypatch):
+    measuring = load("measuring")
+    monkeypatch.setattr(measuring, "commit", lambda: "new")
+    once = measuring.stamped("# T\n\n| a |\n")
+    assert once == "# T\n\n| a |\n\nMade at commit `new`.\n" and measuring.stamped(once, once) == once
+    assert measuring.without_stamp(once).strip() == "# T\n\n| a |"
+    both = measuring.stamped(once, "Made at commit `old`.\n")
+    assert measuring.commits_of(both) == ["old", "new"] and both.endswith("Made at commits `old`, `new`.\n")

@@ -29,6 +29,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mora_jax as mj
+from benchmarks.measuring import stamped
 from mora_jax.interop.convert.convert import convert_to_lora
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
@@ -202,7 +203,7 @@ class Exchange:
     def note(self, crossing: Crossing) -> None:
         """Rewrites the report, so that an interrupted run leaves what it has."""
         self.crossings.append(crossing)
-        self.args.out.write_text(report(self.crossings, self.args), encoding="utf-8")
+        self.args.out.write_text(stamped(report(self.crossings, self.args)), encoding="utf-8")
 
 
 def report(crossings: list[Crossing], args: argparse.Namespace) -> str:

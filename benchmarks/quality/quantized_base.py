@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 import mora_jax as mj
+from benchmarks.measuring import stamped
 from mora_jax.interop import load_pretrained
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
@@ -153,7 +154,7 @@ def main() -> None:
         answers += [f"\n## Answers, {held}", *(f"\n> {p}\n\n{answer(args, held, out, p)}" for p in PROMPTS)]
     text = "\n".join([*lines, *answers]) + "\n"
     if args.table:
-        args.table.write_text(text, encoding="utf-8")
+        args.table.write_text(stamped(text), encoding="utf-8")
     print(text)
 
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from benchmarks.measuring import stamped
 from mora_jax.backend import compiling_for
 from mora_jax.models.attention.causal import attention
 from mora_jax.models.attention.flash import TILE
@@ -133,7 +134,9 @@ def main() -> None:
             known[key] = row(chip, length, form)
             print(known[key], flush=True)
             order = [(f"| {chip}", str(length), form) for chip, length, form in wanted]
-            options.out.write_text(HEAD + "".join(f"{known[key]}\n" for key in order if key in known))
+            before = options.out.read_text() if options.out.exists() else ""
+            rows = "".join(f"{known[key]}\n" for key in order if key in known)
+            options.out.write_text(stamped(f"{HEAD}{rows}", before))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5l
 import jax
 from jax.experimental import topologies
 
+from benchmarks.measuring import stamped
 from mora_jax.backend import compiling_for
 from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
@@ -114,7 +115,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        options.out.write_text(text)
+        options.out.write_text(stamped(text))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from long_context import compiled_step
 
+from benchmarks.measuring import stamped
+
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
 CALL = "--out {table}"
 QUICK = "--cases 0"
@@ -63,7 +65,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        options.out.write_text(text)
+        options.out.write_text(stamped(text))
 
 
 if __name__ == "__main__":

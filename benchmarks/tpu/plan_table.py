@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.measuring import stamped
 from mora_jax.planning.model_shapes import PUBLISHED
 from mora_jax.planning.plan import Plan, by_formula, with_figures
 from mora_jax.planning.topology import read_topology
@@ -223,8 +224,7 @@ def write(cells: Path, path: Path) -> None:
     """Writes the tables."""
     known = read_cells(cells)
     script = "`nice -n 10 python benchmarks/tpu/plan_table.py`"
-    path.write_text(
-        f"""# What fits which TPU slice
+    text = f"""# What fits which TPU slice
 
 Written by {script}. Rows of 2048 tokens, one a chip, bfloat16, `model.remat=full`,
 every array cut over all chips (`mesh.fsdp`). LoRA and MoRA (rotation) have rank 8 on every linear layer. These are not
@@ -251,7 +251,7 @@ own: that one has `remat=none`, a mesh of (2, 2, 2) and 16 micro-batches.
 
 {check_table(known)}
 """
-    )
+    path.write_text(stamped(text))
 
 
 if __name__ == "__main__":

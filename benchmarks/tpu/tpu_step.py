@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.measuring import stamped
 from mora_jax.backend import compiling_for
 from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.planning.collectives import Loops
@@ -189,9 +190,10 @@ def main() -> None:
     columns = columns.format(f"{share:.3f}")
     row = f"| {options.slice} | {options.method} | {options.label} | {columns} | {figures(text)}"
     print(row)
-    lines = (options.out.read_text() if options.out.exists() else HEAD).splitlines()
+    before = options.out.read_text() if options.out.exists() else HEAD
+    lines = before.splitlines()
     end = max(number for number, line in enumerate(lines) if line.startswith("|")) + 1  # of the table
-    options.out.write_text("\n".join([*lines[:end], row, *lines[end:], ""]))
+    options.out.write_text(stamped("\n".join([*lines[:end], row, *lines[end:], ""]), before))
 
 
 if __name__ == "__main__":
