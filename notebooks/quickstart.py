@@ -21,7 +21,8 @@
 # million parameters that this project's own trainer made, so that everything runs in a few minutes on a CPU.
 
 # %% [markdown]
-# The package, if it is missing (on Colab, say): from the checkout that this notebook is in, otherwise by its name.
+# The package, if it is missing (on Colab, say): from the clone that this notebook is in, or from a wheel beside it,
+# which `pip wheel --no-deps .` makes in a clone.
 
 # %%
 import importlib.util
@@ -30,7 +31,9 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("mora_jax") is None:
-    source = ".." if pathlib.Path("../pyproject.toml").exists() else "mora-jax"
+    wheel = next(pathlib.Path().absolute().glob("mora_jax-*.whl"), None)
+    source = ".." if pathlib.Path("../pyproject.toml").exists() else wheel
+    assert source, "put a wheel of mora_jax beside this notebook"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{source}[plots]"], check=True)
 
 # %%
