@@ -33,7 +33,6 @@ from mora_jax.data.templates.render import Prompt, Renderer, render_prompt
 from mora_jax.data.tokens.encode import RowEncoder
 from mora_jax.data.tokens.tokenize import Tokens, tokenize
 from mora_jax.data.tokens.tokenizer import load_tokenizer
-from mora_jax.display.pages import write_page
 
 __all__ = [
     "FORMATS",
@@ -76,5 +75,4 @@ __all__ = [
     "token_texts",
     "token_weights",
     "tokenize",
-    "write_page",
 ]
