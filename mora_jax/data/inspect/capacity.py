@@ -56,5 +56,6 @@ def advise_on_capacity(trained_tokens: int) -> str:
     bits = bits_to_learn(trained_tokens)
     return (
         f"at most about {bits:,.0f} bits to learn ({BITS_A_TOKEN:g} a trained token), which {parameters_for(bits):,} "
-        f"trained parameters hold ({BITS_A_PARAMETER:g} bits each): an upper bound for the rank, by {EVIDENCE}"
+        f"trained parameters hold ({BITS_A_PARAMETER:g} bits each): an upper bound, as most data need far fewer (by "
+        f"{EVIDENCE}; mora-jax plan says how many parameters a rank trains)"
     )
