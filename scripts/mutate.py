@@ -2,11 +2,13 @@
 
     python scripts/mutate.py cover tests/losses tests/models     # which test runs which line, and how long it takes
     python scripts/mutate.py run --count 200                     # mutants, each against the tests that run its line
-    python scripts/mutate.py report                              # the table, and the survivors as differences
+    python scripts/mutate.py report --save mutants.jsonl         # the table, what was not killed, a line a mutant
 
 Needs Python 3.12 and the extra `test`. All work is done in a copy of the repository under --work, on what `make test`
-selects; both first commands go on where they were stopped. A mutant that no test can tell from the original has a line
-with the reason in scripts/equivalent_mutants.json. A mutant keeps its name while its function and its text stay.
+selects; both first commands go on where they were stopped. A mutant is killed by a test that fails: one that runs out
+of time, or ends its process, is counted by itself and not as killed. Each result names the commit that it is of, and
+those of other commits are left out of the table. A mutant that no test can tell from the original has a line with the
+reason in scripts/equivalent_mutants.json. A mutant keeps its name while its function and its text stay.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -36,12 +39,23 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.json")
 SELECTION = "not slow and not peers"
 # A library that the children have from their parent and that has a plugin of pytest.
 IGNORED = "ignore::pytest.PytestAssertRewriteWarning"
-SOURCES = """
-adapters/base.py adapters/attach.py adapters/merge.py adapters/methods/*.py adapters/products/*.py losses/*.py
-models/block.py models/attention/causal.py models/rope.py training/step.py training/run/checkpoint.py
-data/packing.py data/batch_plan.py data/loss_weights.py
-interop/load.py interop/save.py interop/safetensors_io.py interop/tensor_map.py interop/peft/*.py
-""".split()
+#: Packages and the files of each that are changed, as patterns; a sample has as many mutants of each package.
+PACKAGES = {
+    "adapters": ("adapters/*.py", "adapters/config/*.py", "adapters/matching/*.py"),
+    "adapters/methods": ("adapters/methods/*.py",),
+    "adapters/products": ("adapters/products/*.py",),
+    "data": ("data/**/*.py",),
+    "evaluation": ("evaluation/**/*.py",),
+    "interop": ("interop/*.py", "interop/convert/*.py"),
+    "interop/peft": ("interop/peft/*.py",),
+    "linen": ("linen/*.py",),
+    "losses": ("losses/*.py",),
+    "models": ("models/**/*.py",),
+    "studies, statistics": ("studies/intervals.py", "studies/results.py"),
+    "sweeps": ("sweeps/*.py",),
+    "training": ("training/*.py", "training/config/*.py", "training/sharding/*.py", "training/observe/*.py"),
+    "training/run": ("training/run/*.py",),
+}
 
 
 class Mutant(NamedTuple):
@@ -172,6 +186,9 @@ def copy_repository(work: Path) -> Path:
         shutil.copytree(ROOT / "tests", target / "tests", ignore=ignore)
     else:
         shutil.copytree(ROOT, target, ignore=ignore, symlinks=True)
+        command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=-changed"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        (work / "commit").write_text(done.stdout or "unknown\n")
     shared = ROOT.parent / "shared"
     if shared.is_dir() and not (work / "shared").exists():
         (work / "shared").symlink_to(shared.resolve())
@@ -356,15 +373,28 @@ def collected(repository: Path, work: Path, selected: list[str]) -> bool:
     return run_pytest(repository, ["--collect-only", *selected], work / "control.log", 900) == 0
 
 
-def run(work: Path, patterns: list[str], count: int, seed: int, budget: float, again: bool) -> None:
+def outcome(status: int | str, by: str) -> str:
+    """killed, survived, timeout, crash or unclear: what pytest's exit status, and the first test that failed, say."""
+    if status in ("timeout", "crash", "unclear"):
+        return str(status)
+    if status in (0, "no test"):
+        return "survived"
+    if status == 70:
+        return "crash"
+    # Without a test that failed nothing was noticed by one.
+    return "killed" if by else "unclear"
+
+
+def run(work: Path, packages: list[str], count: int, seed: int, budget: float, again: bool) -> None:
     """Runs a seeded sample of mutants and adds a line for each to results.jsonl."""
     tests, seconds = load_coverage(work)
     repository = copy_repository(work)
+    commit = (work / "commit").read_text().strip()
     results_path = work / "results.jsonl"
     done = {name: r for name, r in load_results(work).items() if not (again and r["result"] == "survived")}
     equivalent = load_equivalent()
     prepare(work)
-    for mutant in sample(repository, patterns, count, seed):
+    for package, mutant in sample(repository, packages, count, seed):
         if mutant.name in done or mutant.name in equivalent:
             continue
         chosen = choose_tests(mutant, repository, tests, seconds)
@@ -388,12 +418,15 @@ def run(work: Path, patterns: list[str], count: int, seed: int, budget: float, a
                 file.write_text(original)
         if result in (2, 3, 4, 5) and not collected(repository, work, selected):
             result = "unclear"
+        by = first_failure(work / "mutant.log") if selected and result != 0 else ""
         record = mutant._asdict() | {
-            "result": "survived" if result in (0, "no test") else "unclear" if result == "unclear" else "killed",
+            "package": package,
+            "commit": commit,
+            "result": outcome(result, by),
             "status": result,
             "tests": f"{len(selected)} of {len(chosen)}",
             "seconds": round(time.monotonic() - begin, 1),
-            "by": "" if result in (0, "no test") else first_failure(work / "mutant.log"),
+            "by": by,
             "change": difference(original, mutant),
         }
         with open(results_path, "a") as log:
@@ -413,32 +446,28 @@ def difference(original: str, mutant: Mutant) -> str:
     return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
 
 
-def sample(repository: Path, patterns: list[str], count: int, seed: int) -> list[Mutant]:
-    """A seeded sample, spread over the files by the root of their size and then in turns over the files."""
-    files = sorted({path for pattern in patterns for path in (repository / "mora_jax").glob(pattern)})
+def sample(repository: Path, packages: list[str], count: int, seed: int) -> list[tuple[str, Mutant]]:
+    """A seeded sample with the package of each mutant: as many of each, in turns, so that any beginning is even too.
+
+    Within a package every possible change is as likely as any other. `count` is of all packages; 0 takes all changes.
+    """
     pools = {}
-    for path in files:
-        pool = mutants_of(path, repository)
-        random.Random(f"{seed} {path.relative_to(repository)}").shuffle(pool)
-        if pool:
-            pools[path] = pool
-    if count <= 0:
-        return [mutant for pool in pools.values() for mutant in pool]
-    weight = sum(len(pool) ** 0.5 for pool in pools.values())
-    quota = {path: max(1, round(count * len(pool) ** 0.5 / weight)) for path, pool in pools.items()}
-    turns = (
-        pool[i] for i in range(max(quota.values())) for path, pool in pools.items() if i < min(quota[path], len(pool))
-    )
-    return list(turns)
+    for package in packages:
+        files = sorted({path for pattern in PACKAGES[package] for path in (repository / "mora_jax").glob(pattern)})
+        pools[package] = [mutant for path in files for mutant in mutants_of(path, repository)]
+        random.Random(f"{seed} {package}").shuffle(pools[package])
+    most = max(map(len, pools.values())) if count <= 0 else -(-count // len(pools))
+    return [(package, pool[i]) for i in range(most) for package, pool in pools.items() if i < len(pool)]
 
 
 def load_results(work: Path) -> dict[str, dict[str, Any]]:
-    """The last result of each mutant that the copy of the library still has."""
-    repository = work / "repository"
+    """The last result of each mutant that the copy of the library still has, at the copy's commit."""
+    repository, commit = work / "repository", (work / "commit").read_text().strip()
     there = {mutant.name for path in (repository / "mora_jax").rglob("*.py") for mutant in mutants_of(path, repository)}
     path = work / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return {record["name"]: record for record in map(json.loads, lines) if record["name"] in there}
+    records = [record for record in map(json.loads, lines) if record.get("commit") == commit]
+    return {record["name"]: record for record in records if record["name"] in there}
 
 
 def load_equivalent() -> dict[str, str]:
@@ -446,25 +475,33 @@ def load_equivalent() -> dict[str, str]:
     return json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
 
 
-def report(work: Path) -> None:
-    """Prints a table by file, and each survivor."""
+#: The columns of the table.
+RESULTS = ("equivalent", "killed", "survived", "timeout", "crash", "unclear")
+
+
+def report(work: Path, save: Path | None) -> None:
+    """Prints a table by package, and each mutant that was not killed; saves a line of JSON a mutant."""
     equivalent = load_equivalent()
     rows: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     survivors = []
     for name, record in sorted(load_results(work).items()):
         result = "equivalent" if name in equivalent else record["result"]
-        rows[record["path"].removeprefix("mora_jax/")][result] += 1
+        rows[record["package"]][result] += 1
         if result not in ("killed", "equivalent"):
             survivors.append(record)
     total: collections.Counter[str] = sum(rows.values(), collections.Counter())
-    print("| file | mutants | equivalent | killed | survived |\n| --- | ---: | ---: | ---: | ---: |")
-    for path, counts in [*sorted(rows.items()), ("all", total)]:
-        left = counts.total() - counts["killed"] - counts["equivalent"]
-        print(f"| `{path}` | {counts.total()} | {counts['equivalent']} | {counts['killed']} | {left} |")
+    print(f"| package | mutants | {' | '.join(RESULTS)} |\n| --- | ---: |{' ---: |' * len(RESULTS)}")
+    for package, counts in [*sorted(rows.items()), ("all", total)]:
+        print(f"| `{package}` | {counts.total()} | {' | '.join(str(counts[name]) for name in RESULTS)} |")
     real = total.total() - total["equivalent"]
     print(
         f"\nKilled: {total['killed']} of {real} that are not equivalent, {100 * total['killed'] / max(real, 1):.1f} %."
     )
+    print(f"Commit {(work / 'commit').read_text().strip()}.")
+    if save is not None:
+        records = sorted(load_results(work).items())
+        marked = (record | {"equivalent": equivalent.get(name)} for name, record in records)
+        save.write_text("".join(json.dumps(record) + "\n" for record in marked), encoding="utf-8")
     for record in survivors:
         print(
             f"\n{record['result']} {record['name']} line {record['line']} ({record['kind']}; {record['tests']} tests)"
@@ -481,10 +518,10 @@ def main() -> None:
     running = commands.add_parser("run")
     running.add_argument("--count", type=int, default=200, help="size of the sample; 0 for all")
     running.add_argument("--seed", type=int, default=0)
-    running.add_argument("--sources", nargs="*", default=SOURCES, help="patterns below mora_jax/")
+    running.add_argument("--packages", nargs="*", default=list(PACKAGES), choices=list(PACKAGES), metavar="PACKAGE")
     running.add_argument("--budget", type=float, default=120, help="seconds of tests for a mutant, as cover took them")
     running.add_argument("--again", action="store_true", help="run survivors again")
-    commands.add_parser("report")
+    commands.add_parser("report").add_argument("--save", type=Path, metavar="FILE", help="the results, a line each")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     work = args.work.resolve()
@@ -492,9 +529,9 @@ def main() -> None:
     if args.command == "cover":
         cover(work, args.paths)
     elif args.command == "run":
-        run(work, args.sources, args.count, args.seed, args.budget, args.again)
+        run(work, args.packages, args.count, args.seed, args.budget, args.again)
     else:
-        report(work)
+        report(work, args.save)
 
 
 if __name__ == "__main__":
