@@ -463,10 +463,11 @@ def sample(repository: Path, packages: list[str], count: int, seed: int) -> list
 def load_results(work: Path) -> dict[str, dict[str, Any]]:
     """The last result of each mutant that the copy of the library still has, at the copy's commit."""
     repository, commit = work / "repository", (work / "commit").read_text().strip()
-    there = {mutant.name for path in (repository / "mora_jax").rglob("*.py") for mutant in mutants_of(path, repository)}
     path = work / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = [record for record in map(json.loads, lines) if record.get("commit") == commit]
+    files = [repository / name for name in {record["path"] for record in records}]
+    there = {mutant.name for file in files if file.exists() for mutant in mutants_of(file, repository)}
     return {record["name"]: record for record in records if record["name"] in there}
 
 
