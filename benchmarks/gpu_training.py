@@ -37,7 +37,7 @@ from measuring import Turn, save, table, take_turns
 
 from mora_jax.errors import InputError
 from mora_jax.models.attention.causal import Rows
-from mora_jax.models.attention.choice import AttentionChoice
+from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config

@@ -28,7 +28,7 @@ from benchmarks.measuring import stamped
 from mora_jax.backend import compiling_for
 from mora_jax.models.attention.causal import attention
 from mora_jax.models.attention.flash import TILE
-from mora_jax.models.attention.splash import Splash
+from mora_jax.models.attention.kernels import Splash
 from mora_jax.planning.jaxpr_cost import matrix_products
 from mora_jax.training.observe.accelerators import ACCELERATORS
 

@@ -22,7 +22,7 @@ from mora_jax.interop.hub import load_tokenizer, local_folder
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
 from mora_jax.interop.sharded_read import Shardings, empty, read_quantized, read_sharded
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
-from mora_jax.models.attention.choice import AttentionChoice
+from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config

@@ -167,7 +167,7 @@ def _dtype(dtype: Any) -> np.dtype:
 def _config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """The original `config.json` with the dtype of the new file, under the spelling that it used."""
     family = family_of(config)
-    values = {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE} | config.hf_config
+    values = {"architectures": [family.architecture], "model_type": family.model_type} | config.hf_config
     spellings = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
     return values | dict.fromkeys(spellings, dtype)
 
@@ -212,7 +212,7 @@ def bias_fields(model: Decoder) -> dict[str, bool]:
     added = [
         part for part, (projection, announced) in _parts(model).items() if projection.bias is not None and not announced
     ]
-    announcing = family_of(model.config).BIAS_FIELDS
+    announcing = family_of(model.config).bias_fields
     fields = {name: True for name, parts in announcing.items() if set(parts) & set(added)}
     stray = [part for part in added if not any(part in announcing[name] for name in fields)]
     if stray:
@@ -226,7 +226,7 @@ def bias_fields(model: Decoder) -> dict[str, bool]:
 
 def zero_biases(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     """The biases that `bias_fields` announces beside those that the model has."""
-    parts, announcing = _parts(model), family_of(model.config).BIAS_FIELDS
+    parts, announcing = _parts(model), family_of(model.config).bias_fields
     for name in bias_fields(model):
         for projection in (parts[part][0] for part in announcing[name]):
             if projection.bias is None:

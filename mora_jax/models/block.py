@@ -40,7 +40,7 @@ class RowLayout:
             where it is by index.
         cos, sin: float32 `[B, T, head_dim / 2]`.
         window: how many positions back a query sees; None for all.
-        kernel: computes attention where order is by index (see attention/choice.py); None for XLA's blocks.
+        kernel: computes attention where order is by index (see attention/kernels.py); None for XLA's blocks.
         folded: whether devices share each row, so that its shares are rows here (`Partitioner.fold`).
         partitioner: how the devices of a mesh share the weights; None where each has all of them.
     """

@@ -30,7 +30,7 @@ class DecoderConfig:
     """Everything that `Decoder` needs to know. Hashable, so that it can be part of a compiled function's key.
 
     Attributes:
-        family: name of the family file in `mora_jax.models.families` that made it.
+        family: `model_type` of the family in `mora_jax.models.families` that it was read as.
         windows: for each layer, how many positions back it sees (the query's own included); None means all.
         ropes: the distinct rotary tables of the model.
         layer_ropes: for each layer, the index of its table in `ropes`.

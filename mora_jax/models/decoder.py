@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
             of attention), "full", or "offload" (full, and what is saved is in the host's memory).
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
             `mora_jax.adapters.products.quantization`).
-        attention: chooses what computes attention (`mora_jax.models.attention.choice`); None for XLA's blocks.
+        attention: chooses what computes attention (`mora_jax.models.attention.kernels`); None for XLA's blocks.
         layers: one `Block` whose leaves have a leading `[L]`.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
@@ -254,6 +254,33 @@ class Decoder(nnx.Module):
             kernel = partitioner.gathered(kernel, parameter.get_metadata()["axes"])
         return Head(kernel, self.config.final_softcap)
 
+    def head_with_dropout(
+        self, hidden: jax.Array, key: jax.Array, row_numbers: jax.Array | None, partitioner: Partitioner | None
+    ) -> tuple[Head, jax.Array]:
+        """The head and its inputs where its adapter leaves out inputs, and the base doesn't.
+
+        `hidden @ W.T + dropped @ (W' - W).T`, with W' the adapted kernel, is one product of the two inputs side by
+        side, so that a loss needs no other form. A tied head has the embedding's adapter, whose inputs are tokens.
+
+        Args:
+            hidden: `[B, T, D]`.
+            key, row_numbers, partitioner: as in `forward`.
+
+        Returns:
+            The head and `hidden`; with dropout on the head a kernel `[V, 2 · D]` and inputs `[B, T, 2 · D]`.
+        """
+        head = self.head(partitioner)
+        adapter = None if self.lm_head is None else self.lm_head.adapter
+        if self.lm_head is None or adapter is None or not adapter.config.dropout:
+            return head, hidden
+        base = self.lm_head.kernel[...].astype(jnp.float32)
+        if partitioner is not None:
+            base = partitioner.gathered(base, self.lm_head.kernel.get_metadata()["axes"])
+        dropout = TokenDropout.of(key, *hidden.shape[:2], row_numbers).fold(self.config.num_layers)
+        dropped = dropout.drop(hidden.reshape(-1, hidden.shape[-1]), adapter.config.dropout).reshape(hidden.shape)
+        kernel = jnp.concatenate([base, head.kernel - base], axis=1)
+        return Head(kernel, head.softcap), jnp.concatenate([hidden, dropped], axis=-1)
+
     @property
     def has_adapted_head(self) -> bool:
         """Whether an adapter is on the output projection, the tied table included."""
@@ -378,7 +405,11 @@ class Decoder(nnx.Module):
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _logits(graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, *arrays: Any, **options: Any) -> jax.Array:
     model = _merged(graphdef, state, adapter_ids, arrays[0])
-    return model.head(partitioner).logits(model.forward(*arrays, partitioner=partitioner, **options))
+    hidden = model.forward(*arrays, partitioner=partitioner, **options)
+    if (key := options["dropout_key"]) is None:
+        return model.head(partitioner).logits(hidden)
+    head, inputs = model.head_with_dropout(hidden, key, None, partitioner)
+    return head.logits(inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -13,8 +13,7 @@ from mora_jax.adapters.projection import Projection
 from mora_jax.backend import backend
 
 if TYPE_CHECKING:
-    from mora_jax.models.attention.head_shards import HeadShards
-    from mora_jax.models.attention.ring import Ring
+    from mora_jax.models.attention.ring import HeadShards, Ring
 
 Array = jax.Array
 Axes = tuple[str | None, ...]

@@ -12,7 +12,7 @@ from flax import nnx
 from mora_jax.adapters.attach import add_adapters
 from mora_jax.backend import read_dtype
 from mora_jax.errors import InputError
-from mora_jax.models.attention.choice import AttentionChoice
+from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble, shapes_in_place

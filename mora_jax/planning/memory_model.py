@@ -39,7 +39,7 @@ from mora_jax.adapters.summary import count
 from mora_jax.backend import compiling_for
 from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.models.attention.causal import Rows
-from mora_jax.models.attention.choice import AttentionChoice
+from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config

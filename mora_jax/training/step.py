@@ -231,12 +231,16 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
     random = {"dropout_key": keys.dropout, "row_numbers": rows.numbers, "embedding_noise": noise}
     shape = {"partitioner": partitioner, "packed": config.packed}
     hidden = _hidden(model, *inputs, **shape, **random)
-    head = model.head(partitioner)
+    inputs_of_head, head = hidden, model.head(partitioner)
+    if keys.dropout is None:
+        head, inputs_of_head = model.head(partitioner), hidden
+    else:
+        head, inputs_of_head = model.head_with_dropout(hidden, keys.dropout, rows.numbers, partitioner)
     ring = None if partitioner is None else partitioner.ring(hidden.shape[0])
     fold = partitioner.fold if partitioner is not None else lambda x: x
     shards = config.row_shards * (1 if ring is None else ring.size)
     shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards, "mapped": config.mapped}
-    loss = weighted_loss(fold(hidden), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
+    loss = weighted_loss(fold(inputs_of_head), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
     if not config.kl_weight:
         return loss, jnp.zeros((), jnp.float32)
     assert config.base is not None, "the configuration demands it"
@@ -244,7 +248,7 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
     base_hidden = _hidden(base, *inputs, **shape)
     shared["base_kernel"] = base.head(partitioner).kernel if model.has_adapted_head else None
     assert rows.kl_weights is not None, "there are some where the divergence counts"
-    kl = weighted_kl(fold(hidden), fold(base_hidden), head.kernel, fold(rows.kl_weights), **shared)
+    kl = weighted_kl(fold(inputs_of_head), fold(base_hidden), head.kernel, fold(rows.kl_weights), **shared)
     return loss + config.kl_weight * kl, kl
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -10,6 +11,8 @@ import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.base import FullParam
 from mora_jax.models import init_decoder
+from mora_jax.training.state import Structure, flat_arrays, initial_state
+from mora_jax.training.step import StepConfig, make_step
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
 
 IDS = random_ids(2, 9)
@@ -121,3 +124,45 @@ def test_modules_to_save_are_not_adapted_and_named_right():
         mj.attach(decoder(True), mj.LoRAConfig(modules_to_save=("head",)), rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="q_proj is stored together with model.layers.*k_proj; name that too"):
         mj.attach(decoder(True), mj.LoRAConfig(modules_to_save=("q_proj",)), rngs=nnx.Rngs(1))
+
+
+def test_the_adapter_of_the_head_leaves_out_inputs_and_the_base_does_not():
+    """An adapter whose update shows its inputs: logit v is input v of the head, or nothing of it, scaled up."""
+    model, rate = decoder(False), 0.25
+    width = LLAMA["hidden_size"]
+    base, hidden = np.asarray(model(IDS)), np.asarray(model.hidden(IDS))
+    mj.attach(model, mj.LoRAConfig(rank=width, alpha=width, dropout=rate, targets=("lm_head",)), rngs=nnx.Rngs(1))
+    adapter = model.lm_head.adapter
+    adapter.lora_a[...], adapter.lora_b[...] = jnp.eye(width), jnp.eye(width, base.shape[-1])
+    np.testing.assert_allclose(model(IDS)[..., :width] - base[..., :width], hidden, atol=1e-4)
+    updates = [np.asarray(model(IDS, dropout_key=jax.random.key(seed))) - base for seed in range(40)]
+    np.testing.assert_allclose(updates[0][..., width:], 0, atol=1e-5)
+    shares = np.stack(updates)[..., :width] / hidden
+    dropped = np.abs(shares) < 0.1
+    np.testing.assert_allclose(shares[~dropped], 1 / (1 - rate), rtol=0.05)
+    assert dropped.mean() == pytest.approx(rate, abs=0.02)
+    assert dropped.any((0, 1)).all() and not dropped.all((0, 1)).any()
+
+
+def test_a_step_trains_the_head_with_its_dropout():
+    model = decoder(False)
+    mj.attach(model, mj.LoRAConfig(rank=3, dropout=0.5, targets=("lm_head",)), rngs=nnx.Rngs(1))
+    fill_randomly(model, scale=0.4)
+    graphdef, adapters, frozen = mj.partition(model)
+    optimizer = optax.sgd(1e-2)
+    step = make_step(Structure(graphdef, adapters, frozen), optimizer, lambda _: 1e-2, StepConfig(dropout=True))
+    state = initial_state(flat_arrays(adapters), optimizer, 0)
+    batch = {name: np.ones((1, *IDS.shape), np.int32) for name in ("input_ids", "segment_ids")}
+    batch |= {"input_ids": IDS[None], "weights": np.ones((1, *IDS.shape), np.float32)}
+    after, metrics = jax.jit(step)(state, flat_arrays(frozen), batch)
+
+    def loss(adapters):
+        logits = nnx.merge(graphdef, adapters, frozen)(IDS, dropout_key=jax.random.fold_in(state.key, 0))
+        likelihoods = jax.nn.log_softmax(logits)[:, :-1]
+        return -jnp.mean(jnp.take_along_axis(likelihoods, IDS[:, 1:, None], axis=-1))
+
+    expected, gradient = jax.value_and_grad(loss)(adapters)
+    assert float(metrics.loss) == pytest.approx(float(expected), rel=1e-5)
+    for name, array in flat_arrays(gradient).items():
+        assert np.abs(array).max() > 1e-4
+        np.testing.assert_allclose((state.adapters[name] - after.adapters[name]) / 1e-2, array, rtol=2e-3, atol=1e-5)

@@ -85,7 +85,7 @@ def test_biases_without_a_place_are_refused(family, tmp_path):
     model = init_decoder(config, nnx.Rngs(0), dtype="float32", unroll=1)
     mj.attach(model, mj.BitFitConfig(targets=("down_proj",)), rngs=nnx.Rngs(0))
     mj.merge(model)
-    if "mlp_bias" in family.BIAS_FIELDS:
+    if "mlp_bias" in family.bias_fields:
         mj.save_pretrained(model, tmp_path / "out")
         return
     with pytest.raises(mj.InputError, match=f"gave biases to down_proj, for which {family.MODEL_TYPE} models have no"):

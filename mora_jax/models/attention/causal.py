@@ -5,7 +5,7 @@ with a fixed window, from its window's start), so the masked half of the scores 
 array is one block of scores. Backward recomputes the probabilities (Dao et al., 2022, arXiv 2205.14135, without tiles
 of keys). For long rows a block of scores is large itself: there keys are taken in tiles too (flash.py), by
 loops, so that neither memory nor the program grows with the number of blocks. Rows that are sharded over devices go
-through a ring (ring.py); accelerators have kernels of their own (choice.py).
+through a ring (ring.py); accelerators have kernels of their own (kernels.py).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Rows:
 
 
 class Choice(Protocol):
-    """Which implementation computes attention, where XLA's blocks are not the only one; see choice.py."""
+    """Which implementation computes attention, where XLA's blocks are not the only one; see kernels.py."""
 
     def check(self, rows: Rows) -> None:
         """Raises InputError where what was asked for can't be had."""
@@ -138,7 +138,7 @@ def attention(
         window: how many places back a query sees, itself included; None for all. May be traced (one a layer).
         scale: factor on the scores.
         softcap: scores become `softcap · tanh(scores / softcap)`; None for no cap.
-        kernel: computes rows without positions (see choice.py); None for XLA's blocks.
+        kernel: computes rows without positions (see kernels.py); None for XLA's blocks.
 
     Returns:
         `[B, T, G, N, H]` in the dtype of `query`; rows that see no key are 0.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from mora_jax.models.attention.flash import (
     TILE,
@@ -29,10 +30,38 @@ from mora_jax.models.attention.flash import (
     attend,
     attend_vjp,
 )
-from mora_jax.models.attention.head_shards import HeadShards
 from mora_jax.models.layer_scan import checkpointed
 
 Array = jax.Array
+
+
+@dataclass(frozen=True)
+class HeadShards:
+    """How the arrays of attention are sharded: by rows and by key/value heads. Hashable, for a compiled function's key.
+
+    Attributes:
+        mesh: the devices.
+        rows: the mesh axes of rows; () where every device computes all of them.
+        heads: the mesh axis of key/value heads; None where every device computes all of them.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    heads: str | None
+
+    def mapped(self, function: Any, kinds: str, results: str) -> Any:
+        """`function` on each device's share, its results as a tuple. Kinds: `q` `[R, G, N, t, H]`, `k` `[R, G, t, H]`,
+        `r` `[R, G, N, t]`, `s` `[R, t]`, `w` a scalar."""
+        specs = {
+            "q": PartitionSpec(self.rows, self.heads),
+            "k": PartitionSpec(self.rows, self.heads),
+            "r": PartitionSpec(self.rows, self.heads),
+            "s": PartitionSpec(self.rows),
+            "w": PartitionSpec(),
+        }
+        into = tuple(specs[kind] for kind in kinds)
+        out = tuple(specs[kind] for kind in results)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
 
 
 @dataclass(frozen=True)
@@ -126,14 +155,14 @@ class _Held(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """What a device key_block of a row: the pieces i (`early`) and 2·c − 1 − i (`late`)."""
+    """The two pieces of a row that a device holds: i (`early`) and 2·c − 1 − i (`late`)."""
 
     early: Any
     late: Any
 
 
 def _chosen(condition: Array, pair: _Pair) -> Any:
-    """The early piece where the condition key_block, else the late one."""
+    """The early piece where the condition holds, else the late one."""
     return jax.tree.map(lambda early, late: jnp.where(condition, early, late), pair.early, pair.late)
 
 
@@ -207,7 +236,7 @@ def _turn(dealer: _Dealer, number: Array) -> tuple[Array, _Turn]:
 
 
 def _hidden_unless(condition: Array, query_block: Block) -> Block:
-    """Queries at a place where they see nothing, unless the condition key_block: their tiles are then skipped."""
+    """Queries at a place where they see nothing, unless the condition holds: their tiles are then skipped."""
     return query_block._replace(start=jnp.where(condition, query_block.start, -(2**30)))
 
 

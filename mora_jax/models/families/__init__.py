@@ -1,23 +1,19 @@
-"""The supported model families. A family is one module with `ARCHITECTURE`, `MODEL_TYPE`, `BIAS_FIELDS` and `read`.
-
-`BIAS_FIELDS` are the fields of its `config.json` that announce biases, each with the projections that get them.
-"""
+"""The supported model families, each with the function that reads its HuggingFace config; a file lists those it has."""
 
 import reprlib
-from types import ModuleType
 from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.families import gemma2, gemma3, llama, mistral, qwen2, qwen3
-from mora_jax.models.families.hf_config import Fields
+from mora_jax.models.families import gemma, llama
+from mora_jax.models.families.fields import Family, Fields
 
-FAMILIES: tuple[ModuleType, ...] = (llama, mistral, qwen2, qwen3, gemma2, gemma3)
+FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *gemma.FAMILIES)
 
 
-def family_of(config: DecoderConfig) -> ModuleType:
-    """The family module that `config` came from."""
-    return next(family for family in FAMILIES if family.MODEL_TYPE == config.family)
+def family_of(config: DecoderConfig) -> Family:
+    """The family that `config` came from."""
+    return next(family for family in FAMILIES if family.model_type == config.family)
 
 
 def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -37,16 +33,16 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
         raise Fields(values, where).bad("architectures", "a list with the name of a class")
     named, model_type = architectures[0] if architectures else None, values.get("model_type")
     for family in FAMILIES:
-        if named == family.ARCHITECTURE or (named is None and model_type == family.MODEL_TYPE):
-            if values.get("model_type", family.MODEL_TYPE) != family.MODEL_TYPE:
+        if named == family.architecture or (named is None and model_type == family.model_type):
+            if values.get("model_type", family.model_type) != family.model_type:
                 raise InputError(
                     f"{where}: model_type is {reprlib.repr(model_type)}, but architectures names {named}, whose"
-                    f" model_type is {family.MODEL_TYPE}; make them agree"
+                    f" model_type is {family.model_type}; make them agree"
                 )
             if values.get("quantization_config") is not None:
                 raise InputError(f"{where}: the checkpoint is quantized; give the unquantized one")
             return family.read(Fields(values, where))
-    supported = ", ".join(family.ARCHITECTURE for family in FAMILIES)
+    supported = ", ".join(family.architecture for family in FAMILIES)
     raise InputError(
         f"{where}: architecture {reprlib.repr(named or model_type)} is not supported; supported are {supported}"
     )

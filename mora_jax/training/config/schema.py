@@ -53,7 +53,7 @@ class ModelConfig:
     attention: str = key(
         "auto",
         "What computes attention: splash (a kernel for TPUs), cudnn (for NVIDIA GPUs), or blocks in plain XLA; auto "
-        "takes a kernel where there is one and rows are long.",
+        "takes splash where rows are long, and cudnn nowhere.",
         choices=ATTENTION,
     )
 

@@ -24,8 +24,7 @@ from flax import nnx
 from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax.models.attention.head_shards import HeadShards
-from mora_jax.models.attention.ring import Ring
+from mora_jax.models.attention.ring import HeadShards, Ring
 from mora_jax.models.partitioning import Partitioner, lay_kernels
 from mora_jax.training.state import dotted
 

@@ -13,10 +13,8 @@ import mora_jax as mj
 from mora_jax.backend import compiling_for, interpreting
 from mora_jax.errors import InputError
 from mora_jax.models.attention.causal import NO_WINDOW, Rows, attention
-from mora_jax.models.attention.choice import AttentionChoice
-from mora_jax.models.attention.cudnn import Cudnn
-from mora_jax.models.attention.head_shards import HeadShards
-from mora_jax.models.attention.splash import Splash, tile_of
+from mora_jax.models.attention.kernels import AttentionChoice, Cudnn, Splash, tile_of
+from mora_jax.models.attention.ring import HeadShards
 from mora_jax.models.families import read_config
 from mora_jax.models.init import init_decoder
 from mora_jax.training.sharding.mesh import make_mesh
@@ -138,17 +136,22 @@ def test_tiles_fill_rows_up_little():
         ("cpu", 8192, {}, "xla"),
         ("tpu", 8192, {}, "splash"),
         ("tpu", 128, {}, "xla"),
-        ("gpu", 4096, {}, "cudnn"),
-        ("gpu", 128, {}, "xla"),
-        ("gpu", 32768, {}, "xla"),  # its mask would be too large
-        ("gpu", 32768, {"packed": False}, "cudnn"),
-        ("gpu", 4096, {"dtype": "float32"}, "xla"),
+        ("gpu", 4096, {}, "xla"),  # cuDNN's has to be asked for
+        ("gpu", 32768, {"packed": False}, "xla"),
     ],
 )
 def test_auto(backend, length, change, name):
     rows = dataclasses.replace(Rows(LLAMA_8B, "bfloat16", 2, length), **change)
     with compiling_for(backend):
         assert AttentionChoice("auto").implementation(rows) == name
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cudnn_is_taken_where_it_is_asked_for(packed):
+    with compiling_for("gpu"):
+        rows = Rows(LLAMA_8B, "bfloat16", 2, 4096, packed=packed)
+        assert AttentionChoice("cudnn").implementation(rows) == "cudnn"
+        assert AttentionChoice("cudnn").kernel(rows) == Cudnn(packed)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,284 @@
+"""Attention by kernels of TPUs and GPUs, and the one rule that chooses: for the decoder, a run's start and `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax.backend import alone, backend, interpreted
+from mora_jax.errors import InputError
+from mora_jax.models.attention.causal import NO_WINDOW, Kernel, Rows
+from mora_jax.models.attention.ring import HeadShards
+from mora_jax.models.layer_scan import SAVED
+
+Array = jax.Array
+
+#: Tiles of keys and queries: those that MaxText takes by default, and smaller ones for rows that would be filled up to
+#: them by more than an eighth. The kernel's tiles are multiples of 128.
+_TILES = (512, 256, 128)
+
+
+@dataclass(frozen=True)
+class Splash:
+    """Splash attention, jax's Pallas kernel for TPUs. Hashable: it is part of a compiled function's key.
+
+    Tiles that the causal mask or a window hides are neither computed nor read. Packed examples are told apart by
+    segment ids; their tiles are computed and masked. A kernel can't be partitioned by the compiler, so on a mesh it
+    runs under `shard_map`, each device with its rows and its key/value heads.
+
+    Attributes:
+        windows: those of the model's layers, each once; None for all.
+        shards: how rows and heads are sharded over a mesh; None on one device.
+        interpret: whether the kernel is interpreted, as it can be anywhere, for tests.
+    """
+
+    windows: tuple[int | None, ...]
+    shards: HeadShards | None = None
+    interpret: bool = False
+
+    def attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        segments: Array,
+        window: int | Array | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Array:
+        """As `attention` without positions: `query [B, T, G, N, H]`, `key, value [B, T, G, H]`, `segments [B, T]`.
+
+        Args:
+            query, key, value, segments, scale, softcap: as in `attention`.
+            window: as in `attention`; a traced one is `NO_WINDOW` or one of `windows`.
+        """
+        b, length, g, n, h = query.shape
+        tile = tile_of(length)
+        # All query heads as one axis: arrays whose last axes are few heads and `H` would be copied to fill whole tiles
+        # of memory. Scores of the kernel are plain products, so the scale is the queries'.
+        heads = (query * jnp.float32(scale)).astype(query.dtype).reshape(b, length, g * n, h)
+        arrays = (
+            *(_padded(array.swapaxes(1, 2), tile, 2) for array in (heads, key, value)),
+            _padded(segments, tile, 1),
+        )
+        traced = window is not None and not isinstance(window, int)
+        windows = self.windows if traced else (window,)
+        places = jnp.asarray([NO_WINDOW if known is None else known for known in windows])
+        which = jnp.argmax(places == window).astype(jnp.int32) if traced else jnp.zeros((), jnp.int32)
+        run = partial(_share, windows, tile, softcap, self.interpret)
+        if self.shards is not None:
+            run = self.shards.mapped(run, "kkksw", "k")
+        (out,) = run(*arrays, which)
+        out = out[:, :, :length].swapaxes(1, 2)
+        out = jnp.where((segments > 0)[:, :, None, None], out, 0)  # padding sees padding in the kernel
+        return out.reshape(b, length, g, n, h)
+
+
+def _share(windows: tuple[Any, ...], tile: int, softcap: float | None, interpret: bool, *arrays: Array) -> tuple[Array]:
+    """The output for one device's `[B, G · N, T, H]`, `[B, G, T, H]` twice, `[B, T]`, and the number of the window."""
+    *inputs, which = arrays
+    branches = [partial(_rows, window, tile, softcap, interpret) for window in windows]
+    return (branches[0](*inputs) if len(branches) == 1 else jax.lax.switch(which, branches, *inputs),)
+
+
+def _rows(
+    window: int | None,
+    tile: int,
+    softcap: float | None,
+    interpret: bool,
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array,
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, heads, t, _ = query.shape
+    causal = window is None or window >= t
+    mask = masks.CausalMask((t, t)) if causal else masks.LocalMask((t, t), (window - 1, 0), 0)
+    kernel = kernels.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(*(tile,) * 8),
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+
+    def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        return kernel(query, key, value, kernels.SegmentIds(segments, segments))
+
+    return jax.vmap(row)(query, key, value, segments)
+
+
+def tile_of(length: int) -> int:
+    """Queries, and keys, of a tile, for rows of `length` tokens."""
+    return next((tile for tile in _TILES if -length % tile <= length // 8), _TILES[-1])
+
+
+def _padded(array: Array, tile: int, axis: int) -> Array:
+    return jnp.pad(array, [(0, -array.shape[axis] % tile if i == axis else 0) for i in range(array.ndim)])
+
+
+@dataclass(frozen=True)
+class Cudnn:
+    """cuDNN's fused attention for NVIDIA GPUs. Hashable: it is part of a compiled function's key.
+
+    Where each row holds one example, padded at its end, padding is told by lengths and nothing of it is computed.
+    Packed examples are told apart by a mask, which cuDNN takes as a bias of `T²` numbers a row for all heads: the
+    causal half of it is computed, whatever the segments. (cuDNN's own packed layout, for Hopper and later, isn't in
+    jax's public function.) XLA partitions the call over rows and heads by itself.
+
+    Attributes:
+        packed: whether a row may hold anything but one example and padding behind it.
+    """
+
+    packed: bool = True
+
+    def attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        segments: Array,
+        window: int | Array | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Array:
+        """As `attention` without positions: `query [B, T, G, N, H]`, `key, value [B, T, G, H]`, `segments [B, T]`.
+
+        Args:
+            query, key, value, segments, scale: as in `attention`.
+            window: as in `attention`, and not traced.
+            softcap: None, as cuDNN knows none here.
+        """
+        assert softcap is None and (window is None or isinstance(window, int)), "refused when it was chosen"
+        b, t, g, n, h = query.shape
+        seen = segments > 0
+        mask, lengths = None, None
+        if self.packed:
+            mask = ((segments[:, :, None] == segments[:, None]) & seen[:, None])[:, None]
+        else:
+            lengths = jnp.sum(seen, axis=1, dtype=jnp.int32)
+        out = jax.nn.dot_product_attention(
+            query.reshape(b, t, g * n, h),
+            key,
+            value,
+            mask=mask,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None or window >= t else (window - 1, 0),
+            implementation="cudnn",
+        )
+        return jnp.where(seen[:, :, None, None, None], out.reshape(query.shape), 0)
+
+
+class _Implementation(NamedTuple):
+    """A way to compute attention besides XLA's blocks.
+
+    Attributes:
+        why_unavailable: why it can't be used, in words that go on from its name; None where it can.
+        make: the kernel.
+    """
+
+    why_unavailable: Callable[[Rows], str | None]
+    make: Callable[[Rows], Kernel]
+
+
+def _splash_unavailable(rows: Rows) -> str | None:
+    return None if backend() == "tpu" or interpreted() else f"needs a TPU, and this is for {backend()}"
+
+
+def _splash(rows: Rows) -> Kernel:
+    shards = None if rows.partitioner is None else rows.partitioner.head_shards(rows.rows)
+    return Splash(rows.windows, shards, interpreted())
+
+
+def _cudnn_unavailable(rows: Rows) -> str | None:
+    config = rows.config
+    if backend() != "gpu":
+        return f"needs an NVIDIA GPU, and this is for {backend()}"
+    if jnp.dtype(rows.dtype).name != "bfloat16":
+        return f"computes in bfloat16, and model.dtype is {rows.dtype}"
+    if config.head_dim % 8 or config.head_dim > 128:
+        return f"takes heads of up to 128 numbers, a multiple of 8, and this model has {config.head_dim}"
+    if config.attention_softcap is not None:
+        return "has no cap on scores, and this model has one"
+    if len(rows.windows) > 1:
+        return "has one window for all layers, and this model's differ"
+    if rows.packed and rows.length % 2:
+        return f"takes packed rows of an even length, not of {rows.length} tokens"
+    return None
+
+
+#: By the names of `model.attention` besides `auto` and `xla`.
+IMPLEMENTATIONS = {
+    "splash": _Implementation(_splash_unavailable, _splash),
+    "cudnn": _Implementation(_cudnn_unavailable, lambda rows: Cudnn(rows.packed)),
+}
+NAMES = ("auto", "xla", *IMPLEMENTATIONS)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """`model.attention`, as a decoder holds it.
+
+    Attributes:
+        name: `auto`, `xla`, or a name of `IMPLEMENTATIONS`. `auto` takes splash attention on TPUs for long rows, by
+            what the TPU's compiler says (benchmarks/results/attention.md). cuDNN's has to be asked for: no run has
+            compared its numbers yet, as `mora-jax doctor --kernels` does.
+
+    Raises:
+        InputError: no such name.
+    """
+
+    name: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise InputError(f"attention must be one of {', '.join(NAMES)}, got {self.name!r}")
+
+    def check(self, rows: Rows) -> None:
+        """Refuses an implementation that can't be had.
+
+        Raises:
+            InputError: one line that says why.
+        """
+        if self.name in IMPLEMENTATIONS and (reason := IMPLEMENTATIONS[self.name].why_unavailable(rows)):
+            raise InputError(f"model.attention={self.name} {reason}; set model.attention=auto, which chooses")
+
+    def implementation(self, rows: Rows) -> str:
+        """The implementation by name.
+
+        Raises:
+            InputError: the one asked for can't be used; one line that says why.
+        """
+        if rows.ring() is not None:
+            if self.name in IMPLEMENTATIONS:
+                raise InputError(
+                    f"model.attention={self.name} takes whole rows, and mesh.context shares each; leave one out"
+                )
+            return "xla"
+        if self.name != "auto":
+            self.check(rows)
+            return self.name
+        alone_or_laid_out = rows.partitioner is not None or alone()
+        return "splash" if rows.length >= 1024 and alone_or_laid_out and not _splash_unavailable(rows) else "xla"
+
+    def kernel(self, rows: Rows) -> Kernel | None:
+        """What computes attention: the ring of `mesh.context`, a kernel, or None for XLA's blocks (attention.py).
+
+        Raises:
+            InputError: as `implementation`.
+        """
+        name = self.implementation(rows)
+        return IMPLEMENTATIONS[name].make(rows) if name in IMPLEMENTATIONS else rows.ring()
