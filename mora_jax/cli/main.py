@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from mora_jax.cli import convert, demo, generate, inspect, lm_eval, merge, plan, study, sweep, train
+from mora_jax.cli import convert, demo, doctor, generate, inspect, lm_eval, merge, plan, study, sweep, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
@@ -38,6 +38,7 @@ COMMANDS = {
     "report": report_command,
     "lm-eval": lm_eval,
     "demo": demo,
+    "doctor": doctor,
 }
 # Those that take --config.KEY=VALUE.
 TAKE_KEYS = ("train", "plan", "sweep")
@@ -183,6 +184,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def _before_jax(name: str, helps: bool) -> None:
     """What has to be found good before a command's options are described, since that imports jax."""
+    if name == "doctor":  # which says so itself
+        return
     try:
         check_versions()
     except ImportError as error:
