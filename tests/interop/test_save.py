@@ -77,18 +77,18 @@ def test_merged_biases_have_a_place(name, tmp_path):
     np.testing.assert_allclose(np.asarray(load(tmp_path / "merged")(IDS)), expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.MODEL_TYPE)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_biases_without_a_place_are_refused(family, tmp_path):
     # Every family says which of its projections may get biases; what it doesn't say is refused, not left out.
-    config = LLAMA | {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE, "head_dim": 8}
-    config |= {"hidden_act": "silu"} if "gemma" not in family.MODEL_TYPE else {"query_pre_attn_scalar": 8}
-    model = init_decoder(config, nnx.Rngs(0), dtype="float32", unroll=1)
+    config = LLAMA | {"architectures": [family.architecture], "model_type": family.model_type, "head_dim": 8}
+    config |= {"hidden_act": "silu"} if "gemma" not in family.model_type else {"query_pre_attn_scalar": 8}
+    model = init_decoder(config, nnx.Rngs(0), dtype="float32")
     mj.attach(model, mj.BitFitConfig(targets=("down_proj",)), rngs=nnx.Rngs(0))
     mj.merge(model)
     if "mlp_bias" in family.bias_fields:
         mj.save_pretrained(model, tmp_path / "out")
         return
-    with pytest.raises(mj.InputError, match=f"gave biases to down_proj, for which {family.MODEL_TYPE} models have no"):
+    with pytest.raises(mj.InputError, match=f"gave biases to down_proj, for which {family.model_type} models have no"):
         mj.save_pretrained(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -40,7 +40,9 @@ def _upper_windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 FAMILIES = (
-    Family("LlamaForCausalLM", "llama", read_llama, {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")}),
+    Family(
+        "LlamaForCausalLM", "llama", read_llama, {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")}
+    ),
     Family("MistralForCausalLM", "mistral", read_mistral),
     Family("Qwen2ForCausalLM", "qwen2", read_qwen2),
     Family("Qwen3ForCausalLM", "qwen3", read_qwen3, {"attention_bias": ("qkv", "out")}),
