@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     problems: list[str] = []
-    facts = {"versions": _versions(problems), "devices": [], "dtype": None, "caches": _caches(problems)}
+    facts: dict[str, Any] = {"versions": _versions(problems), "devices": [], "dtype": None, "caches": _caches(problems)}
     if not problems or "doesn't run with" not in problems[0]:
         facts |= _devices(problems)
     kernels = _kernels(problems) if args.kernels and facts["devices"] else []

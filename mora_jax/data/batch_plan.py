@@ -21,6 +21,14 @@ def padded_length(longest: int, limit: int) -> int:
     return min(-(-longest // LENGTH_STEP) * LENGTH_STEP, limit)
 
 
+def _bucket(longest: int, fixed: int) -> int:
+    """The smallest of few lengths, up to `fixed`, that holds so many tokens: the step is compiled once for each."""
+    length = LENGTH_STEP
+    while length < longest:
+        length *= 2
+    return min(length, fixed)
+
+
 class BatchPlan:
     """Epochs of shuffled examples, cut into batches.
 
@@ -141,11 +149,19 @@ class BatchPlan:
         """
         if not self.bucketing:
             return fixed
-        longest = int(self._lengths[self.indices(step)].max())
-        length = LENGTH_STEP
-        while length < longest:
-            length *= 2  # Few lengths: the step is compiled once for each.
-        return min(length, fixed)
+        return _bucket(int(self._lengths[self.indices(step)].max()), fixed)
+
+    def lengths(self, fixed: int) -> list[int]:
+        """The lengths that `length` gives in the first pass over the examples, ascending.
+
+        Args:
+          fixed: see `length`.
+        """
+        if not self.bucketing:
+            return [fixed]
+        in_order = self._lengths[np.asarray(self._epoch_rows(0))]
+        longest = np.maximum.reduceat(in_order, range(0, len(in_order), self.batch_size))[: self.steps]
+        return sorted({_bucket(int(tokens), fixed) for tokens in np.unique(longest)})
 
     def padding(self, fixed: int, steps: int = 256) -> float:
         """The share of padding in the first steps' tokens.

@@ -276,8 +276,9 @@ class Decoder(nnx.Module):
         base = self.lm_head.kernel[...].astype(jnp.float32)
         if partitioner is not None:
             base = partitioner.gathered(base, self.lm_head.kernel.get_metadata()["axes"])
-        dropout = TokenDropout.of(key, *hidden.shape[:2], row_numbers).fold(self.config.num_layers)
-        dropped = dropout.drop(hidden.reshape(-1, hidden.shape[-1]), adapter.config.dropout).reshape(hidden.shape)
+        rows, length, width = hidden.shape
+        dropout = TokenDropout.of(key, rows, length, row_numbers).fold(self.config.num_layers)
+        dropped = dropout.drop(hidden.reshape(-1, width), adapter.config.dropout).reshape(hidden.shape)
         kernel = jnp.concatenate([base, head.kernel - base], axis=1)
         return Head(kernel, head.softcap), jnp.concatenate([hidden, dropped], axis=-1)
 

@@ -158,10 +158,10 @@ class Stack:
         return {name: np.stack(values) for name, values in columns.items()}
 
     @contextlib.contextmanager
-    def _compiling(self) -> Iterator[None]:
+    def _compiling(self, length: int) -> Iterator[None]:
         with contextlib.ExitStack() as watched:
             for member in self._members:
-                watched.enter_context(member.while_compiling())
+                watched.enter_context(member.while_compiling(length))
             yield
 
     def state_of(self, index: int) -> TrainState:
@@ -174,7 +174,9 @@ class Member:
 
     def __init__(self, stack: Stack, index: int, devices: list[jax.Device]):
         self._stack, self.index, self.devices = stack, index, devices
-        self.while_compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self.while_compiling: Callable[[int], contextlib.AbstractContextManager[None]] = lambda length: (
+            contextlib.nullcontext()
+        )
 
     @property
     def compilation_log(self) -> list[Compilation]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -192,12 +193,11 @@ class Trainer:
         self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
         partitioner = None if made.placement is None else made.placement.partitioner
         self.evaluator = Evaluator(setup, self.observer, display, self._call, partitioner, measure)
-        left = self.evaluator.seconds_left
         self.step_rows = StepRows(
-            config, self.observer, display, made.budget, left, self._call, steps, self.runner.read
+            config, self.observer, display, made.budget, self._seconds_left, self._call, steps, self.runner.read
         )
         self.watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
-        self.runner.while_compiling = self.watchdog.paused
+        self._lengths = len(setup.plan.lengths(setup.batches.length))
 
     def run(self) -> int:
         """Trains to the end, or to the step boundary after a signal; returns the exit code."""
@@ -224,6 +224,7 @@ class Trainer:
         """
         started = time.perf_counter()
         plan, settings = self.setup.plan, self.config.train
+        self.runner.while_compiling = functools.partial(self._compiling, signals)
         self.directory.files.note = self.display.note
         if self.directory.writes and not self.directory.files.remote:
             self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -321,6 +322,27 @@ class Trainer:
         how = f"; continue with --resume {self.directory.path}" if self.directory.kept else ""
         self.display.note(f"stopped after step {done}{owed}{how}")
         return signals.exit_code
+
+    @contextlib.contextmanager
+    def _compiling(self, signals: StopSignals, length: int) -> Iterator[None]:
+        """While the step is compiled for rows of `length` tokens; what is shown and said meanwhile."""
+        number, before = self.runner.compilations + 1, signals.words
+        signals.words = ("stopping after this compilation and its step", "stop without saving")
+        if self._lengths > 1:
+            ordinal = f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number, 'th') }"
+            self.display.waiting(f"compiling for rows of {length} ({ordinal} of {self._lengths} lengths)")
+        try:
+            with self.watchdog.paused():
+                yield
+        finally:
+            signals.words = before
+            self.display.waiting("")
+
+    def _seconds_left(self, step: int) -> float:
+        """Those after `step` that no steps take: of evaluations, and of compiling for lengths that haven't come yet."""
+        compiled = self.runner.compilation_log
+        seconds = self.runner.compile_seconds / max(len(compiled), 1)
+        return self.evaluator.seconds_left(step) + max(self._lengths - len(compiled), 0) * seconds
 
     def _is_last(self, done: int) -> bool:
         """Whether the run ends after so many steps: they are all, or a callback has had enough."""

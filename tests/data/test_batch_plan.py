@@ -95,6 +95,15 @@ def test_buckets_are_batches_of_like_length():
     assert order != sorted(order)
 
 
+def test_the_lengths_of_buckets_are_those_of_its_batches():
+    lengths = np.random.default_rng(3).integers(5, 900, 211)
+    for steps in (None, 5, 500):
+        plan = BatchPlan(lengths, 4, seed=2, steps=steps, max_length=1000, bucketing=True)
+        first = range(min(plan.steps, plan.steps_per_epoch))
+        assert plan.lengths(1000) == sorted({plan.length(step, 1000) for step in first})
+    assert BatchPlan(lengths, 4, max_length=1000).lengths(1000) == [1000]
+
+
 def test_buckets_have_few_lengths():
     lengths = np.array([10, 70, 130, 500, 900] * 20)
     plan = BatchPlan(lengths, 4, epochs=1, max_length=1000, bucketing=True)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,6 +119,31 @@ def test_packs_waste_little_and_count_each_example_once(inputs, tmp_path):
     assert summary(packed)["compilations"] == 1
     assert summary(packed)["data_wait_seconds"] >= 0
     assert 0 < summary(packed)["trained_fraction"] < 1
+
+
+class StoppedWhileCompiling(Display):
+    """A stop comes while the step is compiled for the second length."""
+
+    def waiting(self, words):
+        super().waiting(words)
+        if "2nd" in words:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_while_another_length_compiles_the_display_says_so_and_what_a_stop_does(inputs, tmp_path):
+    rows = [{"instruction": "Say", "output": "red " * count} for count in (3, 4, 60, 61)]
+    (inputs / "lengths.json").write_text(json.dumps(rows))
+    said, out = io.StringIO(), tmp_path / "run"
+    settings = {"data__bucketing": True, "data__max_length": 512, "train__batch_size": 2, "train__save_every": 1}
+    run = config(inputs, out, **settings, data__train=(str(inputs / "lengths.json"),), train__steps=9)
+    assert loop.train(run, StoppedWhileCompiling(said)) == 130
+    lines = said.getvalue().splitlines()
+    shown = [line for line in lines if "compiling for" in line]
+    assert len(shown) == 2 and shown[0] != shown[1]
+    for line, number in zip(shown, ("1st", "2nd"), strict=True):
+        assert re.fullmatch(rf"compiling for rows of \d+ \({number} of 2 lengths\)", line)
+    assert "stopping after this compilation and its step; again to stop without saving" in lines
+    assert lines[-1].startswith("stopped after step")
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,13 @@ def compare() -> Iterator[Comparison]:
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
     tolerance = TOLERANCES["cpu" if on_cpu else "matrix unit"]
     arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (*shapes, shapes[0])]
-    exact = [np.asarray(array, np.float64) for array in arrays]
+    query, key, value, slope = (np.asarray(array, np.float64) for array in arrays)
     for name, packed, function in kernels():
         segments = _segments(packed)
         for window in WINDOWS:
             started = time.perf_counter()
             found = _gradients(partial(function, segments=jnp.asarray(segments), window=window), *arrays)
-            expected = plain_attention(*exact, segments, window)
+            expected = plain_attention(query, key, value, slope, segments, window)
             pairs = zip(found, expected, strict=True)
             error = max(
                 np.abs(np.asarray(ours, np.float64) - right).max() / np.abs(right).max() for ours, right in pairs

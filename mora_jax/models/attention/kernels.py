@@ -101,8 +101,8 @@ def _rows(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, heads, t, _ = query.shape
-    causal = window is None or window >= t
-    mask = masks.CausalMask((t, t)) if causal else masks.LocalMask((t, t), (window - 1, 0), 0)
+    square = (t, t)
+    mask = masks.CausalMask(square) if window is None or window >= t else masks.LocalMask(square, (window - 1, 0), 0)
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=kernels.BlockSizes(*(tile,) * 8),

@@ -25,6 +25,7 @@ class LiveDisplay(Display):
         self.console = Console(stderr=True, highlight=False) if console is None else console
         self.bar: Progress | None = None
         self.status: Status | None = None
+        self._words = ""  # of the last step
 
     def loading(self, words: str) -> None:
         """Shows a line with a spinner until the start; after it, words at the bar until the next step."""
@@ -60,14 +61,19 @@ class LiveDisplay(Display):
     def step(self, row: Mapping[str, Any]) -> None:
         """Moves the bar."""
         step = row["step"]
-        words = f"loss {row['loss']:.4f}  {speed_words(row)}{left_words(row)}"
+        self._words = f"loss {row['loss']:.4f}  {speed_words(row)}{left_words(row)}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, place=f"step {step}/{self.steps}", words=words)
+            self.bar.update(self.task, completed=step, place=f"step {step}/{self.steps}", words=self._words)
+
+    def waiting(self, words: str) -> None:
+        """Says it at the bar, which then is the steps' again."""
+        if self.bar is not None:
+            self.bar.update(self.task, words=words or self._words)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Prints an evaluation above the bar, which is the steps' again."""
         super().evaluation(row)
-        self.loading("")
+        self.waiting("")
 
     def progress(self, words: str, done: int, total: int) -> None:
         """Says at the bar how far something is."""

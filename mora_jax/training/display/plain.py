@@ -97,6 +97,11 @@ class Display:
         if not self.steps:
             self.note(printable(words))
 
+    def waiting(self, words: str) -> None:
+        """Says what the steps wait for; "" when they go on."""
+        if words:
+            self.note(words)
+
     def progress(self, words: str, done: int, total: int) -> None:
         """Says how far something between steps is, now and then where that can't be taken away again."""
         now = time.monotonic()

@@ -35,13 +35,17 @@ class RowShare(NamedTuple):
     place: Callable[[Any], Batch]
 
 
+def _nothing(length: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 class Runner:
     """A step with the cache of its compiled forms, one for each set of shapes.
 
     Attributes:
         devices: those that it runs on, of all processes.
         compilation_log: every compilation, oldest first.
-        while_compiling: a context that is entered for each.
+        while_compiling: makes a context that is entered for each, given the tokens of a row.
     """
 
     devices: list[jax.Device]
@@ -49,7 +53,7 @@ class Runner:
     def __init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
         self.compilation_log: list[Compilation] = []
-        self.while_compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self.while_compiling: Callable[[int], contextlib.AbstractContextManager[None]] = _nothing
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         """The step, traced for these arguments (arrays, or shapes with shardings) and not compiled yet."""
@@ -72,7 +76,7 @@ class Runner:
         signature = tuple((name, value.shape) for name, value in arrays.items())
         compiled = self._compiled.get(signature)
         if compiled is None:
-            with self.while_compiling():
+            with self.while_compiling(batch["input_ids"].shape[-1]):
                 compiled = self._compiled[signature] = self._compile(state, frozen, batch)
         # Devices of a CPU share one pool of threads, in which each of them waits for the others at a collective. With
         # several such programs under way the threads may all be taken by some of the devices: then nobody gets on.

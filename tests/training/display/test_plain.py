@@ -111,10 +111,15 @@ def test_the_bar_says_how_far_steps_and_evaluations_are(width):
         display.progress("evaluating", 4, 9)
         display.bar.refresh()
         display.evaluation({"step": 3, "eval_loss": 1.0, "eval_perplexity": 2.718})
-        assert display.bar.tasks[0].fields["words"] == ""
+        assert display.bar.tasks[0].fields["words"] == "loss 2.5000  1,234 tokens/s  1:39 left"
+        display.waiting("compiling for rows of 512 (4th of 4 lengths)")
+        display.bar.refresh()
+        display.waiting("")
+        assert display.bar.tasks[0].fields["words"] == "loss 2.5000  1,234 tokens/s  1:39 left"
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert re.search("step 3/4 .*loss 2.5000  1,234 tokens/s  1:39 left\\n?", shown)
     assert "evaluating 4/9" in shown
+    assert "compiling for rows of 512" in shown
 
 
 class Broken(io.StringIO):
