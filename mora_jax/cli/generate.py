@@ -4,33 +4,60 @@ With several adapters each answers under its name in brackets: all at once, as r
 MoRA of one kind, else one after the other:
 
   mora-jax generate --model M --adapter poet=runs/1 --adapter coder=runs/2 --prompt P
+
+Many prompts are answered in batches, in their order, with one loading: a text a line, or JSON objects with "prompt" or
+"messages". --json writes an object a line, with the answer in it:
+
+  mora-jax generate --model M --prompts questions.txt --json > answers.jsonl
 """
 
 import argparse
+import json
 import sys
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
 from mora_jax.errors import InputError
 
-HELP = "answer a prompt"
+HELP = "answer a prompt, or many"
+# Batches whose prompts are sorted by length together, and whose answers are written before others begin.
+_BATCHES = 16
+
+
+class Group(NamedTuple):
+    """Adapters that answer in one batch.
+
+    Attributes:
+        model: carries them.
+        names: theirs; None for a model that answers without a name.
+        ids: of several named adapters on the model.
+    """
+
+    model: Any
+    names: Sequence[str | None]
+    ids: Sequence[int] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
+    add_speaking(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="the user's message")
+    what.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line; - reads them from stdin")
+    add_number(parser, "--batch-size", int, 8, "Prompts of --prompts that are answered at once", at_least=1)
+    parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
+
+
+def add_speaking(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say who answers, and how."""
     parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="[NAME=]A",
-        help=f"{ADAPTER}; several may be given",
-    )
+    words = f"{ADAPTER}; several may be given"
+    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]A", help=words)
     add_adapter(parser)
     add_key(parser, "--dtype", "model.dtype")
     add_key(parser, "--quantize", "model.quantize")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before it")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the user's")
     add_number(parser, "--max-new-tokens", int, 256, "Most tokens of the answer.", at_least=1)
     add_number(parser, "--temperature", float, 0.0, "0 takes the likeliest token; larger is freer.", at_least=0)
     add_number(parser, "--top-p", float, 1.0, "Draws among the likeliest tokens of this share.", above=0, at_most=1)
@@ -40,82 +67,164 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
+    from mora_jax.cli.load import named_adapters
+    from mora_jax.evaluation import stream_text
+    from mora_jax.evaluation.prompts import with_system
+
+    prompts = None if args.prompts is None else _read(args.prompts, args.system)
+    adapters = named_adapters(args.adapter)
+    model, tokenizer, options = load_speaker(args, adapters if len(adapters) == 1 else {})
+    groups = _groups(model, adapters, args) if len(adapters) > 1 else [Group(model, [None])]
+    if prompts is not None or args.json or groups[0].ids is not None:
+        if prompts is None:
+            prompts = _as_prompts(args.prompt, args.system)
+        _answer_all(groups, tokenizer, prompts, args, options)
+        return 0
+    messages = with_system([{"role": "user", "content": args.prompt}], args.system)
+    while groups:
+        group = groups.pop(0)
+        if group.names[0] is not None:
+            print(f"[{group.names[0]}]")
+        for piece in stream_text(group.model, tokenizer, messages, **options):
+            print(piece, end="", flush=True)
+        print("" if group.names[0] is None else "\n", flush=True)
+    return 0
+
+
+def load_speaker(args: argparse.Namespace, adapters: dict[str, str]) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, with the adapter if there is one, its tokenizer, and how answers are made.
+
+    Args:
+        args: the options of `add_speaking`.
+        adapters: folders by name, at most one.
+    """
     import jax
 
-    from mora_jax.cli.load import load, named_adapters
-    from mora_jax.evaluation import Sampling, stream_text
+    from mora_jax.cli.load import load
+    from mora_jax.evaluation import Sampling
 
     # Measured with 135 M parameters, one row at a time on CPU: float32 takes as long a token as bfloat16
     # (benchmarks/decoding.py), reads the prompt faster, and is exact.
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    adapters = named_adapters(args.adapter)
-    only = next(iter(adapters.values())) if len(adapters) == 1 else None
-    reading = {"strict": args.strict, "kind": args.adapter_kind}
-    model, tokenizer = load(args.model, only, dtype, quantize=args.quantize, **reading)
-    messages = [{"role": "user", "content": args.prompt}]
-    if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "sampling": Sampling(args.temperature, args.top_p, args.seed),
-        "template": args.template,
-    }
-    if len(adapters) > 1:
-        _answer_each(model, tokenizer, messages, adapters, reading, options)
-        return 0
-    for piece in stream_text(model, tokenizer, messages, **options):
-        print(piece, end="", flush=True)
-    print(flush=True)
-    return 0
+    only = next(iter(adapters.values()), None)
+    model, tokenizer = load(args.model, only, dtype, quantize=args.quantize, **reading(args))
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    return model, tokenizer, {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "template": args.template}
 
 
-def _answer_each(
-    model: Any, tokenizer: Any, messages: list, adapters: dict[str, str], reading: dict[str, Any], options: dict
-) -> None:
-    """Prints what each adapter answers."""
-    from mora_jax.evaluation import generate_batch
-    from mora_jax.evaluation.text_stream import REPLACEMENT
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How adapters are read."""
+    return {"strict": args.strict, "kind": args.adapter_kind}
+
+
+def models_of(model: Any, adapters: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
+    """A model for each adapter, all on the arrays of one base."""
+    from mora_jax.interop import load_adapter
+    from mora_jax.interop.read_adapter import bare
+
+    models: dict[str, Any] = {name: bare(model) for name in adapters}
+    for name, folder in adapters.items():
+        load_adapter(models[name], folder, **reading(args))
+    return models
+
+
+def _groups(model: Any, adapters: dict[str, str], args: argparse.Namespace) -> list[Group]:
+    """Several adapters: in one batch where they can be, else each by itself."""
     from mora_jax.interop.multi_adapter import NamedAdapters
 
     named = NamedAdapters(model, slots=len(adapters))
     try:
-        if reading["kind"] is not None:
+        if args.adapter_kind is not None:
             raise InputError("--adapter-kind is read for one at a time")
         for name, folder in adapters.items():
-            named.load(folder, name, strict=reading["strict"])
+            named.load(folder, name, strict=args.strict)
     except InputError as error:
         # What is wrong with an adapter by itself comes up again, before anything is answered.
         named.clear()
-        _answer_in_turn(model, tokenizer, messages, adapters, reading, options, why=str(error))
-        return
-    prompts = [messages] * len(adapters)
-    ids = named.ids(named.names)
-    answers = generate_batch(model, tokenizer, prompts, adapter_ids=ids, numbers=[0] * len(prompts), **options)
-    for name, answer in zip(adapters, answers, strict=True):
-        print(f"[{name}]\n{answer.rstrip(REPLACEMENT)}\n")
+        models = models_of(model, adapters, args)
+        print(f"the adapters answer one after the other: {error}", file=sys.stderr)
+        return [Group(models[name], [name]) for name in adapters]
+    return [Group(model, list(adapters), named.ids(named.names).tolist())]
 
 
-def _answer_in_turn(
-    model: Any,
-    tokenizer: Any,
-    messages: list,
-    adapters: dict[str, str],
-    reading: dict[str, Any],
-    options: dict,
-    *,
-    why: str,
-) -> None:
-    """Prints what each adapter answers, for those that can't share a batch."""
-    from mora_jax.evaluation import stream_text
-    from mora_jax.interop import load_adapter
-    from mora_jax.interop.read_adapter import bare
+def _read(path: str, system: str | None) -> Any:
+    from mora_jax.data.read.byte_streams import open_bytes
+    from mora_jax.evaluation.prompts import read_prompts
+    from mora_jax.paths import local_path
 
-    loaded: dict[str, Any] = {name: bare(model) for name in adapters}  # one base; adapters are small beside it
-    for name, folder in adapters.items():
-        load_adapter(loaded[name], folder, **reading)
-    print(f"the adapters answer one after the other: {why}", file=sys.stderr)
-    for name in adapters:
-        print(f"[{name}]")
-        for piece in stream_text(loaded.pop(name), tokenizer, messages, **options):
-            print(piece, end="", flush=True)
-        print("\n", flush=True)
+    if path != "-":
+        with open_bytes(local_path(path)) as file:
+            return read_prompts(file, path, system)
+    if sys.stdin is None:
+        raise InputError("--prompts - reads standard input, which is closed")
+    return read_prompts(sys.stdin.buffer, "standard input", system)
+
+
+def _as_prompts(text: str, system: str | None) -> Any:
+    from mora_jax.evaluation.prompts import Prompt, with_system
+
+    return [Prompt("--prompt", {"prompt": text}, with_system([{"role": "user", "content": text}], system))]
+
+
+def _answer_all(groups: list[Group], tokenizer: Any, prompts: Sequence[Any], args: Any, options: dict) -> None:
+    """Prints the answers to prompts, in their order."""
+    from mora_jax.display.progress import progress
+
+    _check_room(groups[0].model, tokenizer, prompts, options["template"])
+    with progress("answering") as report:
+        answers = _answers(groups, tokenizer, prompts, args.batch_size, options, report)
+        for number, (prompt, spoken) in enumerate(zip(prompts, answers, strict=True), start=1):
+            for name, answer in spoken:
+                if args.json:
+                    adapter = {} if name is None else {"adapter": name}
+                    print(json.dumps({**prompt.given, **adapter, "answer": answer}, ensure_ascii=False), flush=True)
+                    continue
+                head = " ".join(filter(None, (str(number) if len(prompts) > 1 else "", name)))
+                print(f"[{head}]\n{answer}\n" if head else answer, flush=True)
+
+
+def _check_room(model: Any, tokenizer: Any, prompts: Sequence[Any], template: str | None) -> None:
+    """Refuses a prompt that can't be answered, before any is.
+
+    Raises:
+        InputError: naming its line.
+    """
+    from mora_jax.data.templates.render import render_prompt
+
+    for prompt in prompts:
+        try:
+            count = len(render_prompt(tokenizer, prompt.messages, template).input_ids)
+        except InputError as error:
+            raise InputError(f"{prompt.where}: {error}") from None
+        if count >= model.config.max_positions:
+            text = f"the prompt has {count} tokens, the model's context {model.config.max_positions}"
+            raise InputError(f"{prompt.where}: {text}; shorten the prompt")
+
+
+def _answers(
+    groups: list[Group], tokenizer: Any, prompts: Sequence[Any], batch_size: int, options: dict, report: Any
+) -> Iterator[Iterable[tuple[str | None, str]]]:
+    """What each adapter answers to each prompt: (name, text) pairs a prompt."""
+    from mora_jax.evaluation import generate_batch
+    from mora_jax.evaluation.text_stream import REPLACEMENT
+
+    total, done = len(prompts) * sum(len(group.names) for group in groups), 0
+    for start in range(0, len(prompts), _BATCHES * batch_size):
+        part = range(start, min(start + _BATCHES * batch_size, len(prompts)))
+        spoken: list[list[tuple[str | None, str]]] = [[] for _ in part]
+        for group in groups:
+            count = len(group.names)
+            answers = generate_batch(
+                group.model,
+                tokenizer,
+                [prompts[number].messages for number in part for _ in group.names],
+                batch_size=batch_size * count,
+                adapter_ids=None if group.ids is None else [*group.ids] * len(part),
+                numbers=[number for number in part for _ in group.names],
+                progress=lambda now, _, done=done: report(done + now, total),  # type: ignore[misc]
+                **options,
+            )
+            done += len(answers)
+            for place, answer in enumerate(answers):
+                spoken[place // count].append((group.names[place % count], answer.rstrip(REPLACEMENT)))
+        yield from spoken

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from mora_jax.cli import convert, demo, doctor, generate, inspect, lm_eval, merge, plan, study, sweep, train
+from mora_jax.cli import chat, convert, demo, doctor, generate, inspect, lm_eval, merge, plan, study, sweep, train
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
@@ -29,6 +29,7 @@ COMMANDS = {
     "train": train,
     "eval": eval_command,
     "generate": generate,
+    "chat": chat,
     "merge": merge,
     "convert": convert,
     "inspect": inspect,
@@ -43,7 +44,7 @@ COMMANDS = {
 # Those that take --config.KEY=VALUE.
 TAKE_KEYS = ("train", "plan", "sweep")
 # Those that compile for seconds; runs say for themselves where what they compile is kept.
-KEEP_PROGRAMS = ("eval", "generate", "lm-eval")
+KEEP_PROGRAMS = ("eval", "generate", "chat", "lm-eval")
 # Those that hand words they don't know to another program.
 HAND_ON = ("lm-eval",)
 EPILOG = """\

@@ -13,7 +13,7 @@ from mora_jax.training.config.key import meant, nearest, words_for
 #: What commands of this kind are called elsewhere.
 COMMAND_ALIASES = {
     "finetune": "train", "fine-tune": "train", "tune": "train", "fit": "train", "sft": "train", "resume": "train",
-    "evaluate": "eval", "score": "eval", "test": "eval", "chat": "generate", "infer": "generate", "predict": "generate",
+    "evaluate": "eval", "score": "eval", "test": "eval", "talk": "chat", "infer": "generate", "predict": "generate",
     "run": "generate", "export": "merge", "fold": "merge", "show": "inspect", "data": "inspect", "estimate": "plan",
 }  # fmt: skip
 #: Options of other commands than train that stand for these keys without being made of them.

@@ -99,6 +99,7 @@ def generate_batch(
     template: str | None = None,
     adapter_ids: Sequence[int] | np.ndarray | None = None,
     numbers: Sequence[int] | np.ndarray | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Returns the answers to many prompts, in their order.
 
@@ -115,6 +116,7 @@ def generate_batch(
         adapter_ids: the adapter of each prompt, int `[N]`, as for `Generator.batch`; None for the active one.
         numbers: int `[N]`, to which the prompts' draws belong; None: their places in `prompts`. Equal ones let
             several adapters answer a prompt with the same draws.
+        progress: called with (prompts done, all prompts) after each batch.
 
     Returns:
         The answers, without special tokens.
@@ -128,6 +130,7 @@ def generate_batch(
         batch_size=batch_size,
         adapter_ids=adapter_ids,
         numbers=numbers,
+        progress=progress,
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
 

@@ -74,19 +74,20 @@ class Generator:
         self._graphdef, self._state = nnx.split(model)
         self._layers = UnstackedLayers.of(model.layers, model.embed_tokens) if _faster_apart(model) else None
 
-    def stream(self, prompt_ids: Sequence[int] | np.ndarray, max_new_tokens: int) -> Iterator[int]:
+    def stream(self, prompt_ids: Sequence[int] | np.ndarray, max_new_tokens: int, number: int = 0) -> Iterator[int]:
         """Yields the answer's tokens one by one, up to a stop token or the end of the model's context.
 
-        The next token is computed while one is looked at. Tokens are drawn as for request number 0.
+        The next token is computed while one is looked at.
 
         Args:
             prompt_ids: int `[T]`.
             max_new_tokens: at most so many are made.
+            number: the request's number, to which its draws belong.
 
         Raises:
             InputError: when the prompt is empty or leaves no room in the context.
         """
-        proceed, answers = self._begin([prompt_ids], max_new_tokens, None, None)
+        proceed, answers = self._begin([prompt_ids], max_new_tokens, None, [number])
         limit = int(answers.limits[0])
         for step in range(1, limit + 1):
             token = int(answers.token[0])
