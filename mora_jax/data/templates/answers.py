@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from mora_jax.data.conversation import Message
-from mora_jax.data.templates.locate import Located
-from mora_jax.data.templates.skeleton import TemplateLayout, find_layout
-from mora_jax.data.templates.spans import Span, Untrackable
+from mora_jax.data.templates.tracking import Located, Span, TemplateLayout, Untrackable, find_layout
 
 #: Renders messages with these contents, with the generation prompt after them if so asked.
 RenderMessages = Callable[[Sequence[Message], Sequence[str], bool], str]
@@ -78,7 +76,7 @@ def find_answer(
     def other_layout(others: Sequence[Message], prompt: bool = False) -> TemplateLayout:
         count = sum(owner < len(others) for owner in owners)
         return find_layout(
-            lambda given: render(others, given, prompt), contents[:count], located.groups[:count], located.keep
+            lambda given: render(others, given, prompt), contents[:count], located.groups[:count], located.uses_content
         )
 
     first, offset = _beginning(turn, messages, layout, other_layout)

@@ -12,8 +12,7 @@ from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
 from mora_jax.data.templates.answers import Answer, CallsNotShown, find_answer
 from mora_jax.data.templates.jinja import JinjaTemplate, at
 from mora_jax.data.templates.label import Words, label
-from mora_jax.data.templates.locate import Located, Tracker
-from mora_jax.data.templates.spans import Span, Untrackable
+from mora_jax.data.templates.tracking import Located, Span, Tracker, Untrackable
 from mora_jax.data.templates.turn_markers import Frame, find_frame, special_tokens
 from mora_jax.errors import InputError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mora_jax.data.segments import Piece, Segment
 from mora_jax.data.templates.answers import Answer
-from mora_jax.data.templates.spans import Span
+from mora_jax.data.templates.tracking import Span
 from mora_jax.data.templates.turn_markers import Frame
 
 

@@ -16,7 +16,7 @@ from mora_jax.data.segments import Piece, Rendered, Segment
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.data.templates.chat import ChatTemplate
 from mora_jax.data.templates.jinja import SUFFIXES, JinjaTemplate, at
-from mora_jax.data.templates.spans import Untrackable
+from mora_jax.data.templates.tracking import Untrackable
 from mora_jax.data.tokens.tokenize import tokenize
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.data.templates.jinja import JinjaTemplate
-from mora_jax.data.templates.skeleton import stand_in
-from mora_jax.data.templates.spans import Untrackable
+from mora_jax.data.templates.tracking import Untrackable, stand_in
 from mora_jax.errors import InputError
 
 

@@ -273,6 +273,28 @@ def test_calls_that_cannot_be_told_from_the_rest(chat, message, make_tokenizer):
     assert renderer.fell_back == 1
 
 
+def test_equal_words_of_which_the_template_shows_some(make_tokenizer):
+    # The words beside a call are not shown, and equal words of a later answer are.
+    tokenizer = make_tokenizer("byte_level", LLAMA31)
+    called, silent = Message("assistant", "", tool_calls=(call(a=1),)), Message("assistant", "")
+    shown = pieces(tokenizer, [ASKED, called, RESULT, silent, ASKED, silent])
+    assert [(text, turn) for text, segment, turn in shown if segment == CALL] == [
+        ('{"name": "add", "parameters": {"a": 1}}', 1)
+    ]
+    assert [turn for _, segment, turn in shown if segment == E] == [1, 3, 5]
+    assert [turn for _, segment, turn in shown if segment == H] == [0, 1, 2, 3, 4, 5]
+    # Of equal thoughts only the last is shown.
+    tokenizer = make_tokenizer("byte_level", QWEN3)
+    thought = Message("assistant", "Yes.", reasoning="Hm.")
+    shown = pieces(tokenizer, [ASKED, thought, ASKED, thought])
+    assert [(text, turn) for text, segment, turn in shown if segment == R] == [
+        ("<think>\n", 3),
+        ("Hm.", 3),
+        ("\n</think>\n\n", 3),
+    ]
+    assert [turn for _, segment, turn in shown if segment == A] == [1, 3]
+
+
 def test_names_reach_the_template(make_tokenizer):
     chat = "{% for m in messages %}{{ (m.name or '') + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
     messages = [Message("user", "a", name="Ann"), Message("assistant", "b", name="Bob")]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mora_jax.data.templates.char_trace import trace
-from mora_jax.data.templates.spans import Untrackable
+from mora_jax.data.templates.tracking import Untrackable, trace
 
 
 def traced(template, contents, program=""):

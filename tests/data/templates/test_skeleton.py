@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mora_jax.data.templates.skeleton import TemplateLayout, find_layout, match_layout, stand_in
-from mora_jax.data.templates.spans import Span
+from mora_jax.data.templates.tracking import Span, TemplateLayout, find_layout, match_layout, stand_in
 
 
 def swapped(contents):
