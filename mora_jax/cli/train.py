@@ -7,6 +7,7 @@ sections, such as a run's config.json; it sets only what it changes. Every confi
 
 import argparse
 import re
+import shutil
 import textwrap
 from typing import Any
 
@@ -44,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
     from mora_jax.training.config.schema import keys
 
-    lines = ["configuration keys:"]
+    lines, width = ["configuration keys:"], max(40, min(100, shutil.get_terminal_size().columns - 2))
     for name, key in keys().items():
         default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.show(key.default)}"
         lines.append(f"  {name}")
         words = f"{key.allowed.doc} ({key.describe()}; {default})"
-        lines += textwrap.wrap(words, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(words, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     parser.epilog = "\n".join(lines).replace("%", "%%")
 
 

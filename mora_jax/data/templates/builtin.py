@@ -13,8 +13,6 @@ from typing import Any, Protocol
 
 from mora_jax.data.conversation import Message
 from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
-from mora_jax.data.templates.alpaca import AlpacaTemplate
-from mora_jax.data.templates.instruct import InstructTemplate
 
 
 class Template(Protocol):
@@ -94,6 +92,101 @@ class TurnTemplate:
             yield Piece(gap + self._header("assistant"), Segment.HEADER, len(messages))
         elif self.final_gap:
             yield Piece(gap, Segment.TEMPLATE)
+
+
+@dataclass(frozen=True)
+class InstructTemplate:
+    """`[INST] question [/INST] answer`, as Llama 2 and Mistral have it; a system message is in the first brackets.
+
+    A prompt ends in the bracket, so the space before an answer is the model's to produce: it is the answer's.
+    The original of Llama 2 writes the beginning-of-sequence token before every question; here it comes once,
+    from the tokenizer.
+
+    Attributes:
+      system_open: before the system message.
+      system_close: after it.
+      answer_space: between an answer and the end-of-sequence text.
+      strip: whether the template strips each question and answer.
+    """
+
+    system_open: str
+    system_close: str
+    answer_space: str = ""
+    strip: bool = False
+
+    writes_tool_calls = False
+
+    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
+        """See `Template`."""
+        del prompt  # A prompt ends in "[/INST]" already.
+        joins = [message.role for message in messages[:2]] == ["system", "user"]
+        for turn, message in enumerate(messages):
+            text = message.text
+            if message.role == "assistant":
+                yield Piece(" " + (text.strip() if self.strip else text), Segment.ASSISTANT, turn)
+                yield Piece(self.answer_space + eos, Segment.END_OF_TURN, turn)
+            elif message.role == "system":
+                yield Piece("[INST] " + self.system_open, Segment.HEADER, turn)
+                yield Piece(text, Segment.SYSTEM, turn)
+                # What is in the brackets is stripped as a whole, so this loses its end where no question follows.
+                asked = messages[1].text.strip() if joins and turn == 0 else ""
+                close = self.system_close.rstrip() if self.strip and not asked else self.system_close
+                yield Piece(close, Segment.CLOSING, turn)
+                if not (joins and turn == 0):
+                    yield Piece(" [/INST]", Segment.CLOSING, turn)
+            else:
+                joined = joins and turn == 1
+                if not joined:
+                    yield Piece("[INST] ", Segment.HEADER, turn)
+                if self.strip:
+                    text = text.strip() if not (joined and text.strip()) else text.rstrip()
+                yield Piece(text, ROLE_SEGMENT[message.role], turn)
+                yield Piece(" [/INST]", Segment.CLOSING, turn)
+
+
+class AlpacaTemplate:
+    """The prompt of Stanford's Alpaca, byte for byte; the answer follows "### Response:" at once, then EOS.
+
+    A system message takes the place of the preamble. Further turns follow a blank line, without preamble.
+    """
+
+    writes_tool_calls = False
+
+    PREAMBLE = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    PREAMBLE_WITH_INPUT = (
+        "Below is an instruction that describes a task, paired with an input that provides further context."
+        " Write a response that appropriately completes the request."
+    )
+
+    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
+        """See `Template`."""
+        del prompt  # The heading of the answer belongs to the instruction: a prompt ends in it already.
+        started = False
+        for turn, message in enumerate(messages):
+            if message.role == "assistant":
+                yield Piece(message.content, Segment.ASSISTANT, turn)
+                yield Piece(eos, Segment.END_OF_TURN, turn)
+                if turn + 1 < len(messages):
+                    yield Piece("\n\n", Segment.HEADER, turn + 1)
+                started = True
+            elif message.role == "system":
+                if message.text:
+                    yield Piece(message.text, Segment.SYSTEM, turn)
+                    yield Piece("\n\n", Segment.HEADER, turn + 1)
+                    started = True
+            else:
+                if not started:
+                    preamble = self.PREAMBLE_WITH_INPUT if message.context else self.PREAMBLE
+                    yield Piece(preamble + "\n\n", Segment.TEMPLATE)
+                yield Piece("### Instruction:\n", Segment.HEADER, turn)
+                yield Piece(message.content, ROLE_SEGMENT[message.role], turn)
+                if message.context:
+                    yield Piece("\n\n### Input:\n", Segment.HEADER, turn)
+                    yield Piece(message.context, ROLE_SEGMENT[message.role], turn)
+                yield Piece("\n\n### Response:", Segment.HEADER, turn + 1)
+                started = True
 
 
 class PlainTemplate:

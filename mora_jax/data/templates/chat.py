@@ -9,9 +9,8 @@ from typing import Any
 
 from mora_jax.data.conversation import Conversation, Message
 from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
-from mora_jax.data.templates.answers import Answer, CallsNotShown, find_answer
 from mora_jax.data.templates.jinja import JinjaTemplate, at
-from mora_jax.data.templates.label import Words, label
+from mora_jax.data.templates.pieces import Answer, CallsNotShown, Words, find_answer, label
 from mora_jax.data.templates.tracking import Located, Span, Tracker, Untrackable
 from mora_jax.data.templates.turn_markers import Frame, find_frame, special_tokens
 from mora_jax.errors import InputError
