@@ -1,36 +1,39 @@
-"""Bytes and lines of a file, read as they are needed; plain or packed by gzip, with or without a BOM."""
+"""Bytes and lines of a file, read as they are needed; plain or compressed, with or without a BOM."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import gzip
 import io
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import pyarrow as pa
+
 from mora_jax.errors import InputError
 
 _BUFFER = 1 << 18
+#: How a file is compressed, by the last ending of its name.
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file behind its BOM. What goes wrong while it is read is raised as `InputError`."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
     try:
         with contextlib.ExitStack() as stack:
-            file: IO[bytes] = stack.enter_context(open(path, "rb"))
-            if path.suffix.lower() == ".gz":
-                # A reader of its own: `GzipFile` hands over lines much more slowly.
-                file = io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=file)), _BUFFER)
-            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-                file.seek(0)
+            file = stack.enter_context(open(path, "rb"))
+            if compression:
+                # A reader of its own: pyarrow's stream has no lines.
+                file = io.BufferedReader(stack.enter_context(pa.CompressedInputStream(file, compression)), _BUFFER)
+            if file.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+                file.read(len(codecs.BOM_UTF8))
             yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: broken gzip data ({error}); get or pack the file again") from None
     except OSError as error:
+        if compression and error.errno is None:
+            raise InputError(f"{path}: broken {compression} data ({error}); get or pack the file again") from None
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 

@@ -1,7 +1,7 @@
 """Data files to numbered rows (dicts), one row at a time. What the keys of a row mean is `registry.py`'s matter.
 
-Parquet goes through `datasets`. JSON and CSV do not: its readers guess types from the values, so that an
-answer "2011-01-01" comes back as a datetime and "007" as 7, and their errors know neither row nor key.
+Parquet goes through Arrow. JSON and CSV do not: its readers guess types from the values, so that an answer
+"2011-01-01" comes back as a datetime and "007" as 7, and their errors know neither row nor key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mora_jax.data.read.byte_streams import TextReader, decode, open_bytes, read_lines
+from mora_jax.data.read.byte_streams import COMPRESSIONS, TextReader, decode, open_bytes, read_lines
 from mora_jax.data.read.hf_datasets import read_parquet
 from mora_jax.data.read.json_stream import ListReader, parse
 from mora_jax.errors import InputError
@@ -28,8 +28,8 @@ class DataFile:
     """One file.
 
     Attributes:
-      path: a .json, .jsonl, .ndjson, .csv or .txt file, or one of these in .gz, or a .parquet file. The three kinds
-        of JSON may each hold a list, or a row a line.
+      path: a .json, .jsonl, .ndjson, .csv or .txt file, or one of these in .gz or .zst, or a .parquet file. The
+        three kinds of JSON may each hold a list, or a row a line.
 
     Raises:
       InputError: if the ending of the name is none of these.
@@ -41,10 +41,10 @@ class DataFile:
         kind, packed = self._kind
         if kind not in READERS:
             raise InputError(
-                f"{self.path}: cannot tell the kind of file from its name; known endings: {', '.join(READERS)}, .gz"
+                f"{self.path}: cannot tell the kind of file from its name; known endings: {known_endings()}"
             )
         if kind == ".parquet" and packed:
-            raise InputError(f"{self.path}: a .parquet file is compressed inside; unpack the .gz first")
+            raise InputError(f"{self.path}: a .parquet file is compressed inside; unpack it first")
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class DataFile:
     @property
     def _kind(self) -> tuple[str, bool]:
         before, last = ["", "", *(suffix.lower() for suffix in self.path.suffixes)][-2:]
-        return (before, True) if last == ".gz" else (last, False)
+        return (before, True) if last in COMPRESSIONS else (last, False)
 
     def rows(self) -> Iterator[NumberedRow]:
         """Reads the file, row by row.
@@ -74,6 +74,11 @@ class DataFile:
         return f"{self._kind} {content}"
 
 
+def known_endings() -> str:
+    """The endings of names that are read, in words."""
+    return ", ".join((*READERS, *COMPRESSIONS))
+
+
 def _json_or_error(line: bytes, path: Path, number: int) -> Any:
     try:
         return parse(decode(line, path, number), path, number)
@@ -89,11 +94,11 @@ def _text_or_error(line: bytes, path: Path, number: int) -> Any:
 
 
 def _read_json_lines(path: Path) -> Iterator[NumberedRow]:
+    if _first_byte(path) == b"[":
+        yield from _read_json(path)
+        return
     with open_bytes(path) as file:
-        if _first_byte(file) != b"[":
-            yield from _rows_of_lines(file, path)
-            return
-    yield from _read_json(path)
+        yield from _rows_of_lines(file, path)
 
 
 def _rows_of_lines(file: IO[bytes], path: Path) -> Iterator[NumberedRow]:
@@ -105,10 +110,10 @@ def _rows_of_lines(file: IO[bytes], path: Path) -> Iterator[NumberedRow]:
 
 
 def _read_json(path: Path) -> Iterator[NumberedRow]:
+    first = _first_byte(path)
+    if not first:
+        raise InputError(f"{path} is empty")
     with open_bytes(path) as file:
-        first = _first_byte(file)
-        if not first:
-            raise InputError(f"{path} is empty")
         if first == b"[":
             rows: Iterator[NumberedRow] = iter(ListReader(TextReader(file, path).read, path))
             empty = f"{path} holds an empty list"
@@ -129,14 +134,13 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
         yield from rows
 
 
-def _first_byte(file: IO[bytes]) -> bytes:
-    """The first byte that is no space, without moving on; empty if there is none."""
-    start = file.tell()
-    while piece := file.read(1 << 16):
-        if piece.strip():
-            break
-    file.seek(start)
-    return piece.lstrip()[:1]
+def _first_byte(path: Path) -> bytes:
+    """The first byte that is no space; empty if there is none."""
+    with open_bytes(path) as file:
+        while piece := file.read(1 << 16):
+            if first := piece.lstrip()[:1]:
+                return first
+    return b""
 
 
 def _read_csv(path: Path) -> Iterator[NumberedRow]:

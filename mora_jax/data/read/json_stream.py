@@ -18,10 +18,20 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _UNFINISHED = "Unterminated string"
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; the last of two would win without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return values
+
+
 def parse(text: str, path: Path, number: int) -> Any:
     """The value of a line of that number."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         cut = error.msg.startswith(_UNFINISHED) or not text[error.pos :].strip()
         reason = "the line ends in the middle of a value" if cut else error.msg
@@ -32,7 +42,7 @@ def parse(text: str, path: Path, number: int) -> Any:
         ) from None
     except RecursionError:
         raise InputError(f"{path}, line {number}: JSON nested too deeply to read") from None
-    except ValueError as error:  # A whole number of thousands of digits.
+    except ValueError as error:  # A whole number of thousands of digits, or a key that stands twice.
         raise InputError(f"{path}, line {number}: JSON that cannot be read ({error})") from None
 
 
@@ -50,7 +60,7 @@ class ListReader:
 
     def __init__(self, read: Callable[[int], str], path: Path, piece: int = _PIECE):
         self._read, self._path, self._piece = read, path, piece
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=_once)
         self._text, self._at, self._ended = "", 0, False
         # The line, and the characters of it, before the current text.
         self._line, self._before = 1, 0
@@ -105,7 +115,7 @@ class ListReader:
                     self._fail(error.msg, error.pos)
             except RecursionError:
                 raise InputError(f"{self._path}, line {self._line_at(self._at)}: JSON nested too deeply") from None
-            except ValueError as error:  # A whole number of thousands of digits.
+            except ValueError as error:  # A whole number of thousands of digits, or a key that stands twice.
                 line = self._line_at(self._at)
                 raise InputError(f"{self._path}, line {line}: JSON that cannot be read ({error})") from None
             else:

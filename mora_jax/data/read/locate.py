@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from mora_jax.data.read.files import READERS, DataFile, NumberedRow
+from mora_jax.data.read.byte_streams import COMPRESSIONS
+from mora_jax.data.read.files import READERS, DataFile, NumberedRow, known_endings
 from mora_jax.data.read.hf_datasets import HubData, SavedFolder
 from mora_jax.data.read.memory_rows import memory_rows
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded, glob_pattern
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DATA_NAME = re.compile(rf".*({'|'.join(map(re.escape, READERS))})(\.gz)?", re.IGNORECASE | re.DOTALL)
+_KIND, _PACKED = ("|".join(map(re.escape, endings)) for endings in (READERS, COMPRESSIONS))
+_DATA_NAME = re.compile(rf".*({_KIND})({_PACKED})?", re.IGNORECASE | re.DOTALL)
 
 
 class Origin(Protocol):
@@ -135,7 +137,7 @@ def _elsewhere(folder: Path) -> str:
     below = next((file for file in sorted(folder.glob("*/*")) if _is_data(file) and file.exists()), None)
     if below is not None:
         return f"there are some in {below.parent}: name that folder, or a glob such as {folder}/**/*{below.suffix}"
-    return f"known endings: {', '.join(READERS)}, .gz"
+    return f"known endings: {known_endings()}"
 
 
 def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:

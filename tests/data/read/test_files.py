@@ -99,7 +99,7 @@ def test_any_text_comes_back(tmp_path_factory, rows):
         assert [row for _, row in rows_of(path)] == rows, path.name
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.csv", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.txt", "a.parquet"])
 def test_a_row_of_a_megabyte(name, tmp_path):
     row = {"text": "wörd " * 200_000}
     data = json.dumps(row, ensure_ascii=False).encode()
@@ -108,7 +108,7 @@ def test_a_row_of_a_megabyte(name, tmp_path):
 
         Dataset.from_list([row]).to_parquet(tmp_path / name)
     else:
-        kinds = {"a.json": b"[%s]" % data, "a.jsonl.gz": compress(data)}
+        kinds = {"a.json": b"[%s]" % data, "a.jsonl.gz": compress(data), "a.jsonl.zst": zstd(data)}
         kinds |= {"a.csv": b"text\n" + row["text"].encode(), "a.txt": row["text"].encode()}
         (tmp_path / name).write_bytes(kinds.get(name, data))
     assert rows_of(tmp_path / name) == [(1, row)]
@@ -124,6 +124,15 @@ def test_parquet(tmp_path):
         (1, {"m": [{"a": 1}, {"b": [None, 2]}], "ids": [1, 2], "n": None}),
         (2, {"m": [], "ids": [], "n": "x"}),
     ]
+
+
+def zstd(data):
+    import pyarrow
+
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
+        stream.write(data)
+    return buffer.getvalue().to_pybytes()
 
 
 GOOD = b'{"instruction": "i", "output": "o"}\n'
@@ -154,6 +163,10 @@ GOOD = b'{"instruction": "i", "output": "o"}\n'
         ("a.csv", b'instruction,output\n"a,b\n', r"line 2: broken CSV"),
         ("a.csv", b"instruction,output,output\na,b,c\n", "names the column 'output' twice"),
         ("a.jsonl.gz", b"not gzip", "broken gzip data"),
+        ("a.jsonl.zst", b"not zstd", "broken zstd data"),
+        ("a.jsonl.zst", zstd(GOOD)[:-5], "broken zstd data"),
+        ("a.json.zst", zstd(b" "), "is empty"),
+        ("a.json", b'[{"a": 1,\n "a": 2}]', "line 1: JSON that cannot be read .*the key 'a' stands twice"),
         ("a.jsonl.gz", compress(GOOD)[:-12], "broken gzip data"),
         ("a.json.gz", compress(b"[" + GOOD)[:-12], "broken gzip data"),
         ("a.csv.gz", compress(b"a,b\n1,2\n")[:14], "broken gzip data"),
@@ -183,6 +196,11 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path, caplog):
         ),
         ("a.jsonl", GOOD + b"{'a': 1}\n" + GOOD, r"line 2, column 2: broken JSON \(Expecting property name"),
         ("a.jsonl", GOOD + b'{"a": ' + b"9" * 5000 + b"}\n" + GOOD, "line 2: JSON that cannot be read"),
+        (
+            "a.jsonl",
+            GOOD + b'{"a": {"c": 1, "b": 2, "c": 1}}\n' + GOOD,
+            "line 2: .*the key 'c' stands twice in one object",
+        ),
         ("a.jsonl", GOOD + b"[" * 100_000 + b"\n" + GOOD, "line 2: JSON nested too deeply"),
         ("a.json", GOOD + b"oops\n" + GOOD, "line 2, column 1: broken JSON"),
         ("a.txt", b"a\n\xe9\na\n", r"line 2: not valid UTF-8 \(byte 0xe9\)"),
