@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from mora_jax.data import Message, inspect_data, load_rows, load_tokenizer
+from mora_jax.data import Mapping, Message, inspect_data, load_rows, load_tokenizer
 from mora_jax.errors import InputError
 
 DEMO = Path(__file__).parents[2] / "mora_jax/demo/assets/model"
@@ -436,22 +437,39 @@ def test_rendered_chats_are_read_as_text_and_named(tmp_path, tokenizer):
     ):
         WRITE["jsonl"](tmp_path / "a.jsonl", [{"text": text}])
         facts = inspect_data(tmp_path / "a.jsonl", tokenizer)
-        assert (facts["format"], facts["trained_fraction"]) == ("text", pytest.approx(1.0, abs=0.2))
+        # All but the first token, which nothing predicts.
+        assert (facts["format"], facts["trained_tokens"]) == ("text", facts["tokens"] - 1)
         assert any("hold the markup of a chat and are trained whole" in note for note in facts["notes"])
 
 
-def test_the_advice_works(tmp_path):
-    """What a refusal says to set is enough."""
-    from mora_jax.data import Mapping
+#: What a refusal proposes as `data.columns`, and what the rows become with it: messages, or plain text.
+ADVICE: dict[str, tuple[str, list[Message] | str]] = {
+    "glaive-v2": ("text=chat", "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"),
+    "ultrafeedback-preferences": ("messages=chosen", ASKED),
+    "orca-preferences": ("answer=chosen", ASKED),
+    "hh-rlhf": ("text=chosen", "\n\nHuman: Hi\n\nAssistant: Hello"),
+    "kto": ("ignore=label", [user("Two plus two?"), assistant("Five.")]),
+    "lambada": ("prompt=context,completion=continuation", [user("Two plus two is"), assistant(" four")]),
+    "competition-math": ("prompt=problem,completion=solution", ASKED),
+    "cnn-dailymail": ("prompt=article,completion=highlights", [user("Long."), assistant("Short.")]),
+    "ultrachat": ("messages=data", ASKED),
+    "capital-letters": ("instruction=Instruction,output=Output,input=Input", ASKED),
+}
 
-    for name in SETS:
-        if not isinstance(SETS[name].read, str):
-            continue
-        path = tmp_path / f"{name}.jsonl"
-        WRITE["jsonl"](path, SETS[name].rows)
-        with pytest.raises(InputError) as caught:
-            load_rows(path)
-        _, found, columns = str(caught.value).partition("data.columns to ")
-        columns = columns.split(" ")[0].rstrip(";")
-        if found and "COLUMN" not in columns:
-            assert len(load_rows(path, mapping=Mapping.parse(columns.split(",")))) == len(SETS[name].rows), name
+
+@pytest.mark.parametrize("name", [name for name in SETS if isinstance(SETS[name].read, str)])
+def test_the_advice_works(name, tmp_path):
+    """What a refusal says to set is enough, and gives what the row means."""
+    path = tmp_path / f"{name}.jsonl"
+    WRITE["jsonl"](path, SETS[name].rows)
+    with pytest.raises(InputError) as caught:
+        load_rows(path)
+    advised = re.search(r"data\.columns to ([\w=,-]+)", str(caught.value))
+    if name not in ADVICE:
+        assert advised is None or "COLUMN" in advised[1]
+        return
+    columns, expected = ADVICE[name]
+    assert advised is not None and advised[1] == columns
+    rows = load_rows(path, mapping=Mapping.parse(columns.split(",")))
+    assert len(rows) == len(SETS[name].rows)
+    assert (rows[0].text if isinstance(expected, str) else list(rows[0].messages)) == expected
