@@ -15,11 +15,11 @@ import pytest
 
 import mora_jax.data
 from mora_jax.adapters.methods.mora import KINDS
+from mora_jax.data.examples import TRUNCATIONS
 from mora_jax.data.formats.registry import FORMATS
 from mora_jax.data.inspect.report import CAUSES
 from mora_jax.data.loss_weights import ENDS, HEADERS, MODES, NORMALIZERS
 from mora_jax.data.templates.builtin import TEMPLATES
-from mora_jax.data.truncation import TRUNCATIONS
 from mora_jax.training.config.schema import METHOD_KEYS, QUANTIZE, keys, sections
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

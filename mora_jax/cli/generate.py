@@ -148,7 +148,7 @@ def _groups(model: Any, adapters: dict[str, str], args: argparse.Namespace) -> l
 
 
 def _read(path: str, system: str | None) -> Any:
-    from mora_jax.data.read.byte_streams import open_bytes
+    from mora_jax.data.read.files import open_bytes
     from mora_jax.evaluation.prompts import read_prompts
     from mora_jax.paths import local_path
 

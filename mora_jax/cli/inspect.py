@@ -26,8 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mora_jax.cli.options import read_data
     from mora_jax.data import load_tokenizer
-    from mora_jax.data.inspect.describe import describe_example
-    from mora_jax.data.inspect.inspecting import inspect_dataset
+    from mora_jax.data.inspect.inspecting import describe_example, inspect_dataset
     from mora_jax.data.inspect.page import make_page
     from mora_jax.data.inspect.terminal import report_view
     from mora_jax.display.pages import write_page

@@ -17,12 +17,16 @@ from mora_jax.data.batch_plan import BatchPlan
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
 from mora_jax.data.dataset import EncodedDataset, Example, split_rows
 from mora_jax.data.formats.column_mapping import Mapping
-from mora_jax.data.formats.load import RowStream, load_rows, open_rows
+from mora_jax.data.formats.load import Rows, RowStream, load_rows, open_rows
 from mora_jax.data.formats.registry import FORMATS
-from mora_jax.data.formats.rows import Rows
 from mora_jax.data.inspect.advice import Advice, advise, advise_on
-from mora_jax.data.inspect.describe import describe_batch, describe_example, token_texts
-from mora_jax.data.inspect.inspecting import inspect_data, inspect_dataset
+from mora_jax.data.inspect.inspecting import (
+    describe_batch,
+    describe_example,
+    inspect_data,
+    inspect_dataset,
+    token_texts,
+)
 from mora_jax.data.inspect.page import make_page
 from mora_jax.data.inspect.report import Report
 from mora_jax.data.loss_weights import MODES, LossWeights, token_weights

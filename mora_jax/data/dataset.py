@@ -12,16 +12,14 @@ import numpy as np
 from mora_jax.batch import Batch
 from mora_jax.data.batch_plan import padded_length
 from mora_jax.data.conversation import Row
-from mora_jax.data.examples import RowOutcomes, find_examples, flat_weights
-from mora_jax.data.formats.rows import Rows
+from mora_jax.data.examples import TRUNCATIONS, Cut, RowOutcomes, find_examples, flat_weights
+from mora_jax.data.formats.load import Rows
 from mora_jax.data.inspect.report import Counted, Report, count
 from mora_jax.data.loss_weights import LossWeights, normalize, response_tokens, token_weights
 from mora_jax.data.segments import INSTRUCTION, Segment, runs
 from mora_jax.data.tokens.cache import build_store
-from mora_jax.data.tokens.encode import RowEncoder
-from mora_jax.data.tokens.row_warnings import notes
+from mora_jax.data.tokens.encode import RowEncoder, notes
 from mora_jax.data.tokens.store import FlatRows, TokenStore
-from mora_jax.data.truncation import TRUNCATIONS, Cut
 from mora_jax.errors import InputError
 
 
@@ -65,7 +63,7 @@ class EncodedDataset(Sequence[Example]):
       store: rows of tokens.
       loss: which tokens count, and how much.
       max_length: the most tokens of an example, at least 2.
-      truncation: a key of `cutting.TRUNCATIONS`.
+      truncation: a key of `TRUNCATIONS`.
       rows: which rows of the store; None: all.
       vocab_size: the model's number of ids; larger ids are refused. None: not checked.
       special_ids: ids of special tokens; rows whose own words hold one are counted.
@@ -118,10 +116,10 @@ class EncodedDataset(Sequence[Example]):
           rows: `N` rows, such as `load_rows` gives.
           tokenizer: a fast `transformers` tokenizer.
           template: a built-in template's name, `tokenizer`, a Jinja file, or None: the tokenizer's own, else `alpaca`.
-          mode: a loss mode, see `weights.MODES`.
+          mode: a loss mode, see `MODES`.
           prompt_weight: weight of instruction tokens in `weighted` and `wit`, in [0, 1].
           max_length: the most tokens of an example.
-          truncation: see `cutting.TRUNCATIONS`.
+          truncation: see `TRUNCATIONS`.
           vocab_size: the model's number of ids; larger ones are refused.
 
         Returns:

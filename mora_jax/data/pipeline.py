@@ -22,7 +22,7 @@ class BatchSource:
       dataset: the examples.
       plan: which of them make up which batch.
       micro_batch: rows computed at once, over all processes; divides the plan's batch.
-      normalize: see `normalize.normalize`.
+      normalize: see `normalize`.
       extra: see `EncodedDataset.batch`.
       rows: this process's share: which rows of each micro-batch it makes, ascending; None for all.
     """

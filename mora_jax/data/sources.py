@@ -21,7 +21,7 @@ class Source:
 
     Attributes:
       paths: files, globs, folders, or one hub id; or rows in memory.
-      format: a name in `formats.FORMATS`; None recognises it.
+      format: a name in `FORMATS`; None recognises it.
       template: see `Renderer`.
       fallback: see `Renderer`.
       columns: texts "ours=theirs": names of keys that differ from the format's.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO, Any
 
-from mora_jax.data.read.byte_streams import read_lines
+from mora_jax.data.read.files import read_lines
 from mora_jax.errors import InputError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mora_jax.data.inspect.capacity import BITS_A_PARAMETER, BITS_A_TOKEN, EVIDENCE, bits_to_learn, smallest_rank
+from mora_jax.data.inspect.advice import BITS_A_PARAMETER, BITS_A_TOKEN, EVIDENCE, bits_to_learn, smallest_rank
 from mora_jax.planning.plan import Plan
 from mora_jax.training.config.adapter import adapter_config
 

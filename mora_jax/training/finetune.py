@@ -14,7 +14,7 @@ from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.base import FullParam
 from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.merge import merge
-from mora_jax.data.read.memory_rows import NAME, memory_rows
+from mora_jax.data.read.locate import NAME, memory_rows
 from mora_jax.display.figures import new_figure
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mora_jax.data import LossWeights, Renderer, Row, Tokens, token_weights
-from mora_jax.data.tokens.rows import tokenize_rows
+from mora_jax.data.tokens.encode import tokenize_rows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mora_jax.data.packing import best_fit, pack
+from mora_jax.data.batch_plan import best_fit, pack
 
 
 @given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 30))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mora_jax.data import Segment
-from mora_jax.data.truncation import TRUNCATIONS, cut
+from mora_jax.data.examples import TRUNCATIONS, cut
 
 S = Segment
 

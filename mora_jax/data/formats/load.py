@@ -4,20 +4,84 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 from mora_jax.data.conversation import Row
 from mora_jax.data.formats.column_mapping import Mapping
 from mora_jax.data.formats.messages import CHATS, has_plain_turns
 from mora_jax.data.formats.registry import FORMATS, Format, detect_format, find_format, recognise
-from mora_jax.data.formats.rows import Rows, Skipped, or_skip
 from mora_jax.data.read.locate import Origin, locate
 from mora_jax.data.read.validate import check_weight, found
 from mora_jax.errors import InputError
+
+
+def or_skip(error: InputError) -> InputError:
+    """The error of a row that ends a command, with what leaves such rows out instead."""
+    return InputError(f"{error} (data.on_error=skip leaves such rows out)")
+
+
+@dataclass
+class Skipped:
+    """Rows that broke the format and were left out.
+
+    Attributes:
+      count: how many.
+      reasons: what was wrong with the first few.
+    """
+
+    count: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    #: Reasons that are kept.
+    LIMIT = 5
+
+    def add(self, error: Exception) -> None:
+        """Counts one."""
+        self.count += 1
+        if len(self.reasons) < self.LIMIT:
+            self.reasons.append(str(error))
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "no rows skipped"
+        return f"{self.count} row{'s' * (self.count > 1)} skipped, the first because of: {self.reasons[0]}"
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """The rows of one or more files: a sequence of them.
+
+    Attributes:
+      rows: in the order of the files.
+      format: the name of the format they were read as; empty if they come from no file.
+      files: the paths.
+      skipped: the rows that could not be used, where such rows are skipped.
+    """
+
+    rows: list[Row]
+    format: str = ""
+    files: tuple[str, ...] = ()
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        return self.rows[index]
+
+    def __str__(self) -> str:
+        origin = ", ".join(self.files) or "memory"
+        skipped = f"; {self.skipped}" if self.skipped.count else ""
+        return f"{len(self)} rows of format `{self.format or 'none'}` from {origin}{skipped}"
+
 
 _NO_MAPPING = Mapping()
 #: Rows in which a format is looked for.
@@ -227,7 +291,7 @@ def open_rows(
     Args:
       paths: one or several: data files, globs, folders of data files, folders saved by `datasets`, or hub ids
         (`owner/name`); all of one format. Or rows in memory: dictionaries, a `datasets.Dataset`, a table of pandas.
-      format: a name in `formats.FORMATS`, or None to find it out from the first rows.
+      format: a name in `FORMATS`, or None to find it out from the first rows.
       mapping: the data's names of columns and roles.
       on_error: `raise` at the first row that breaks the format, or `skip` such rows and count them. What cannot be
         read at all is an error in either case, and so is data of which every row is skipped.

@@ -8,10 +8,9 @@ from typing import Any
 
 from mora_jax.data.conversation import Conversation, Message, Row
 from mora_jax.data.formats.column_mapping import Mapping
-from mora_jax.data.formats.messages import read_message, read_turns
+from mora_jax.data.formats.messages import read_message, read_spoken_calls, read_tools, read_turns
 from mora_jax.data.formats.nearest import no_format, refusal
 from mora_jax.data.formats.pretokenized import read_segments, read_tokens
-from mora_jax.data.formats.tool_calls import read_spoken_calls, read_tools
 from mora_jax.data.read.validate import (
     absent,
     check_list,

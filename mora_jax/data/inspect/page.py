@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from mora_jax.data.dataset import EncodedDataset, Example
-from mora_jax.data.inspect.advice import advise_on
-from mora_jax.data.inspect.capacity import advise_on_capacity
-from mora_jax.data.inspect.describe import describe_example, visible
-from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table
+from mora_jax.data.inspect.advice import advise_on, advise_on_capacity
+from mora_jax.data.inspect.inspecting import describe_example, repeated_prompts, segment_table, visible
 from mora_jax.data.inspect.report import Report
 from mora_jax.data.inspect.terminal import outcomes
 from mora_jax.display.pages import page_template

@@ -12,10 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mora_jax.data.dataset import EncodedDataset
-from mora_jax.data.inspect.advice import Advice, advise_on
-from mora_jax.data.inspect.capacity import advise_on_capacity
-from mora_jax.data.inspect.describe import visible
-from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table
+from mora_jax.data.inspect.advice import Advice, advise_on, advise_on_capacity
+from mora_jax.data.inspect.inspecting import repeated_prompts, segment_table, visible
 from mora_jax.data.inspect.report import CAUSES, NEAR_EMPTY, Report
 
 # Columns of the longest bar, where there is room for it beside the other columns.

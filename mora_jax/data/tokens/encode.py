@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
+from math import isfinite, nan
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from mora_jax.data.conversation import Row
-from mora_jax.data.formats.rows import or_skip
+from mora_jax.data.conversation import Conversation, Passage, Row, TokenRow
+from mora_jax.data.formats.load import or_skip
+from mora_jax.data.segments import Rendered, Segment
 from mora_jax.data.templates.render import Renderer
-from mora_jax.data.tokens.row_warnings import oddities
-from mora_jax.data.tokens.rows import tokenize_rows
 from mora_jax.data.tokens.store import make_batch
-from mora_jax.data.tokens.tokenize import Tokens
+from mora_jax.data.tokens.tokenize import Tokens, tokenize
 from mora_jax.errors import InputError
 
 # Rows that are handed to the tokenizer at once: enough to use every core, little enough to keep in memory.
@@ -43,7 +45,7 @@ class Encoded:
       batch: the rows' tokens.
       reasons: why rows were skipped, for the first of them.
       counts: rows that were `skipped`, that `fell_back` to another template, of which the template leaves out
-        `tools` or `reasoning`, or that are odd (see `oddities.ODDITIES`).
+        `tools` or `reasoning`, or that are odd (see `ODDITIES`).
     """
 
     batch: pa.RecordBatch
@@ -204,3 +206,120 @@ def _end_with_parent() -> None:
 def _work(chunk: list[RawRow]) -> Encoded:
     assert _worker is not None, "the pool's initializer sets it"
     return _worker(chunk)
+
+
+_LARGEST_ID = np.iinfo(np.int32).max
+
+
+def tokenize_rows(rows: Sequence[Row], renderer: Renderer) -> list[Tokens | InputError]:
+    """Tokenises rows, all that have text in one call.
+
+    Args:
+      rows: conversations, passages and rows of ids, in any mixture.
+      renderer: template and tokenizer.
+
+    Returns:
+      For each row its tokens, or what is wrong with it: the caller raises the first or skips and counts them.
+    """
+    results: list[Tokens | InputError] = []
+    rendered: list[Rendered] = []
+    places: list[int] = []
+    for place, row in enumerate(rows):
+        try:
+            if isinstance(row, TokenRow):
+                results.append(_from_ids(row, renderer.tokenizer.bos_token_id))
+                continue
+            rendered.append(renderer.render(row))
+        except InputError as error:
+            results.append(error)
+            continue
+        places.append(place)
+        results.append(_NOT_YET)
+    for place, tokens in zip(places, tokenize(rendered, renderer.tokenizer), strict=True):
+        results[place] = _weighed(tokens, rows[place])
+    return results
+
+
+_NOT_YET = InputError("not tokenised yet")
+
+
+def _weighed(tokens: Tokens, row: Row) -> Tokens:
+    """The tokens with what the data says of their weights."""
+    turn_weights: tuple[float, ...] = ()
+    if isinstance(row, Passage):
+        turn_weights = tuple(weight for _, weight in row.parts)
+    elif isinstance(row, Conversation) and any(message.weight is not None for message in row.messages):
+        turn_weights = tuple(nan if m.weight is None else m.weight for m in row.messages)
+    if not turn_weights and row.weight == 1.0:
+        return tokens
+    return replace(tokens, turn_weights=turn_weights, weight=row.weight)
+
+
+def _from_ids(row: TokenRow, bos: int | None) -> Tokens:
+    """The tokens of a row that was tokenised elsewhere."""
+    where = f"{row.source}: " if row.source else ""
+    wrong = next((i for i, token in enumerate(row.input_ids) if not 0 <= token <= _LARGEST_ID), None)
+    if wrong is not None:
+        raise InputError(
+            f"{where}`input_ids[{wrong}]` is {row.input_ids[wrong]}, which is no token's id; ids are 0 or more"
+        )
+    given = row.weights if row.weights is not None else (1.0,) * len(row.input_ids)
+    if len(given) != len(row.input_ids):
+        raise InputError(
+            f"{where}there are {len(row.input_ids)} `input_ids` and {len(given)} weights; give one weight an id"
+        )
+    wrong = next((i for i, weight in enumerate(given) if not (isfinite(weight) and weight >= 0)), None)
+    if wrong is not None:
+        raise InputError(f"{where}`weights[{wrong}]` is {given[wrong]}; a weight is a number of 0 or more")
+    weights = np.array(given, np.float32)
+    segments = np.where(weights > 0, Segment.ASSISTANT, Segment.USER).astype(np.int8)
+    turns = np.zeros(len(given), np.int16)
+    if bos is not None and row.input_ids[:1] == (bos,):
+        segments[0], turns[0] = Segment.BOS, -1
+    return Tokens(np.array(row.input_ids, np.int32), segments, turns, weights=weights, weight=row.weight)
+
+
+#: What may be odd about a row, in words that follow a number of rows.
+ODDITIES = {
+    "unanswered": "rows do not end with an assistant's turn; what follows the last answer is not trained",
+    "repeated_role": "rows have two turns of one role in a row",
+    "late_system": "rows have a system message that is not the first",
+    "empty_turn": "rows have a turn without a word",
+    "tools": "rows have tool descriptions, which the template does not show",
+    "reasoning": "rows have reasoning, which the template does not show",
+    "chat_markup": "rows of plain text hold the markup of a chat and are trained whole, questions too; rows of"
+    " `messages` train answers alone",
+    "fell_back": "rows could not be tracked and were rendered by the fallback template",
+}
+
+#: How the turn of a user begins in texts that were rendered elsewhere.
+_MARKUP = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|prompter)\|>|\[INST\]|"
+    r"### (?:Human|Instruction|User):"
+)
+#: Characters of a text in which it is looked for.
+_BEGINNING = 4096
+
+
+def oddities(row: Row) -> Iterator[str]:
+    """The keys of `ODDITIES` that a row deserves by its own turns, each once."""
+    if not isinstance(row, Conversation):
+        return
+    if row.text is not None:
+        if _MARKUP.search(row.text, 0, _BEGINNING):
+            yield "chat_markup"
+        return
+    roles = [message.role for message in row.messages]
+    if "assistant" in roles and roles[-1] != "assistant":
+        yield "unanswered"
+    if any(one == other != "tool" for one, other in pairwise(roles)):
+        yield "repeated_role"
+    if "system" in roles[1:]:
+        yield "late_system"
+    if any(not (message.text.strip() or message.tool_calls) for message in row.messages):
+        yield "empty_turn"
+
+
+def notes(counts: dict[str, int]) -> list[str]:
+    """One line for each kind of row that was counted."""
+    return [f"{counts[name]} {words}" for name, words in ODDITIES.items() if counts.get(name)]

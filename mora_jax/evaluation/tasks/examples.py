@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.data.read.byte_streams import decode, open_bytes
-from mora_jax.data.read.files import DataFile
+from mora_jax.data.read.files import DataFile, decode, open_bytes
 from mora_jax.data.read.locate import locate
 from mora_jax.data.read.validate import number_as_text
 from mora_jax.errors import InputError

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mora_jax.data.read.byte_streams import open_bytes, read_lines
+from mora_jax.data.read.files import open_bytes, read_lines
 from mora_jax.errors import InputError
 from mora_jax.evaluation.metrics.compare import Comparison, compare
 from mora_jax.evaluation.metrics.estimate import Metric, Record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mora_jax.data.inspect.capacity import BITS_A_PARAMETER, bits_to_learn
+from mora_jax.data.inspect.advice import BITS_A_PARAMETER, bits_to_learn
 from mora_jax.studies.intervals import Interval, interval, paired
 from mora_jax.studies.rates.minima import best_rate
 from mora_jax.studies.results import Results

@@ -9,12 +9,12 @@ import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from mora_jax.data.examples import TRUNCATIONS
 from mora_jax.data.formats.load import ON_ERROR
 from mora_jax.data.formats.registry import FORMATS
 from mora_jax.data.loss_weights import DIVISORS, ENDS, HEADERS, MODES, LossWeights
 from mora_jax.data.sources import Source
 from mora_jax.data.templates.builtin import TEMPLATES
-from mora_jax.data.truncation import TRUNCATIONS
 from mora_jax.errors import InputError
 from mora_jax.training.config.adapter import METHOD_KEYS, START, AdapterConfig
 from mora_jax.training.config.key import Key, key, meant

@@ -8,8 +8,7 @@ import pytest
 
 from mora_jax.data import Message
 from mora_jax.data.formats.column_mapping import ROLES, Mapping
-from mora_jax.data.formats.messages import read_message, read_turns
-from mora_jax.data.formats.tool_calls import read_calls, read_tools
+from mora_jax.data.formats.messages import read_calls, read_message, read_tools, read_turns
 from mora_jax.errors import InputError
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mora_jax.data.inspect.capacity import advise_on_capacity, bits_to_learn, parameters_for, smallest_rank
+from mora_jax.data.inspect.advice import advise_on_capacity, bits_to_learn, parameters_for, smallest_rank
 
 
 def test_bits_are_tokens_times_their_loss():

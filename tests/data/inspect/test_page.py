@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from mora_jax.data import Conversation, EncodedDataset, Message, make_page
-from mora_jax.data.inspect.describe import describe_example, visible
+from mora_jax.data.inspect.inspecting import describe_example, visible
 from mora_jax.data.inspect.terminal import report_view
 from mora_jax.display.pages import write_page
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mora_jax.data import Message, load_rows
-from mora_jax.data.read.memory_rows import MemoryRows
+from mora_jax.data.read.locate import MemoryRows
 
 
 def called(**arguments):

@@ -6,8 +6,7 @@ import pytest
 
 from mora_jax.data import Conversation, EncodedDataset, Message, Passage
 from mora_jax.data.tokens.cache import build_store
-from mora_jax.data.tokens.encode import RowEncoder
-from mora_jax.data.tokens.row_warnings import ODDITIES, notes, oddities
+from mora_jax.data.tokens.encode import ODDITIES, RowEncoder, notes, oddities
 
 
 def talk(*turns: tuple[str, str]) -> Conversation:

@@ -16,7 +16,7 @@ from mora_jax.data import (
     Tokens,
     token_weights,
 )
-from mora_jax.data.tokens.rows import tokenize_rows
+from mora_jax.data.tokens.encode import tokenize_rows
 from mora_jax.errors import InputError
 
 B, U, A, E = Segment.BOS, Segment.USER, Segment.ASSISTANT, Segment.END_OF_TURN
