@@ -9,6 +9,10 @@ HELP = "compare LoRA, MoRA and full fine-tuning on the embedded model"
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.demo.run import execute
+    from mora_jax.display.progress import progress
+
+    with progress("loading") as report:
+        report(0, args.steps)
+        from mora_jax.demo.run import execute
 
     return execute(args)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
 from mora_jax.demo import model_path
-from mora_jax.training.display.plain import Silent
+from mora_jax.training.display.plain import RunInfo, Silent
 from mora_jax.training.finetune import FinetuneResult, finetune
 
 RANK = 8
@@ -38,6 +38,35 @@ METHODS = (
 )
 
 
+#: Told the steps of a cell that are done, and what is going on.
+Watch = Callable[[int, str], None]
+
+
+class _Watched(Silent):
+    """A display that shows nothing itself, but tells how far the run is."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch, self._step = watch, 0
+
+    def loading(self, words: str) -> None:
+        """Before the first step, or between two."""
+        self._watch(self._step, words)
+
+    def start(self, info: RunInfo) -> None:
+        """The first step is compiled next."""
+        self._watch(0, "compiling")
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A step was logged."""
+        self._step = row["step"]
+        self._watch(self._step, "training")
+
+    def progress(self, words: str, done: int, total: int) -> None:
+        """How far something between steps is."""
+        self._watch(self._step, words)
+
+
 def train_cell(
     method: Method,
     mode: str,
@@ -46,6 +75,7 @@ def train_cell(
     *,
     steps: int,
     seed: int,
+    watch: Watch = lambda step, words: None,
 ) -> FinetuneResult:
     """Fine-tunes the embedded model.
 
@@ -56,6 +86,7 @@ def train_cell(
       held_out: chat messages for validation, whose answers are scored every `WATCH_EVERY` steps and at the end.
       steps: optimiser steps.
       seed: of initial adapters and of the order of the data.
+      watch: told the steps done, and what is going on.
 
     Raises:
       KeyboardInterrupt: the training was stopped.
@@ -77,7 +108,7 @@ def train_cell(
             "train.eval_every": WATCH_EVERY,
             "mesh.data": 1,
         },
-        display=Silent(),
+        display=_Watched(watch),
     )
     if result.interrupted:
         raise KeyboardInterrupt

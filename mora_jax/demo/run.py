@@ -25,6 +25,7 @@ from mora_jax.demo.cells import METHODS, MODES, Curve, Method, train_cell
 from mora_jax.demo.measure import Judge
 from mora_jax.demo.plot import draw
 from mora_jax.demo.table import Row, print_table
+from mora_jax.display.progress import Report, progress
 from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained
 from mora_jax.paths import local_path, new_file
@@ -48,6 +49,7 @@ def run(
     seed: int = 0,
     questions: int | None = None,
     say: Say = lambda line: None,
+    report: Report = lambda done, total, words=None: None,
 ) -> Results:
     """Fine-tunes with every method in both loss modes and measures each.
 
@@ -57,8 +59,11 @@ def run(
       seed: of initial adapters and of the order of the data.
       questions: to choose by and to report, of each task; None for all.
       say: takes lines about the progress.
+      report: told how far all cells are, in steps.
     """
     begun = time.perf_counter()
+    cells = list(itertools.product(methods, MODES))
+    report(0, len(cells) * steps, "the base model answers")
     rows, held_out, test = (_rows(part, None if part == "train" else questions) for part in PARTS)
     base, tokenizer = load_pretrained(model_path(), dtype="float32")
     judge = Judge(base, tokenizer, test)
@@ -67,9 +72,16 @@ def run(
     say(f"base model: {total:,} parameters, exact match {before.exact_match:.1%}")
     results = Results([Row("base model", "-", 0, before)], {}, {})
     with compiled_once():
-        for method, mode in itertools.product(methods, MODES):
+        for number, (method, mode) in enumerate(cells):
             started = time.perf_counter()
-            trained = train_cell(method, mode, rows, held_out, steps=steps, seed=seed)
+
+            def watch(
+                step: int, words: str, before: int = number * steps, cell: str = f"{method.name}, {mode}"
+            ) -> None:
+                report(before + step, len(cells) * steps, f"{cell}: {words}")
+
+            trained = train_cell(method, mode, rows, held_out, steps=steps, seed=seed, watch=watch)
+            watch(steps, "answering the test questions")
             scores = judge(trained.model)
             seconds = time.perf_counter() - started
             key, summary = (method.name, mode), trained.summary
@@ -121,7 +133,8 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _run_into(out: Path, args: argparse.Namespace, say: Say) -> int:
-    results = run(steps=args.steps, seed=args.seed, say=say)
+    with progress("loading") as report:
+        results = run(steps=args.steps, seed=args.seed, say=say, report=report)
     title = f"Test questions: {len(results.rows[0].scores.answers)}; {args.steps} steps a cell"
     print_table(results.rows, title)
     write_figures(results, out / "results.json")

@@ -4,14 +4,22 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 LINE_SECONDS = 10.0
 
 
+class Report(Protocol):
+    """Told how far something is."""
+
+    def __call__(self, done: int, total: int, words: str | None = None, /) -> None:
+        """So much of all is done; `words` say what is going on now."""
+
+
 @contextlib.contextmanager
-def progress(words: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to be called with (done, all) now and then.
+def progress(words: str) -> Iterator[Report]:
+    """Yields a function to be called now and then.
 
     Args:
         words: what is going on, such as "scoring".
@@ -20,23 +28,35 @@ def progress(words: str) -> Iterator[Callable[[int, int], None]]:
         yield _lines(words)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn(words), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), transient=True, expand=True) as bar:
+        task = bar.add_task(words, total=None)
+
+        def report(done: int, total: int, words: str | None = None) -> None:
+            bar.update(task, completed=done, total=total, description=words)
+
+        yield report
 
 
-def _lines(words: str) -> Callable[[int, int], None]:
+def _lines(default: str) -> Report:
     last = time.monotonic()
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, words: str | None = None) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= LINE_SECONDS:
             last = now
-            print(f"{words}: {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{words or default}: {done}/{total}", file=sys.stderr, flush=True)
 
     return report
 

@@ -54,6 +54,22 @@ def test_from_end_to_end(one_method, tmp_path, capsys):
         assert row["response_perplexity"] < 0.5 * base["response_perplexity"]
 
 
+def test_it_tells_all_the_time_how_far_it_is(one_method):
+    told, lines = [], []
+    run.run(steps=11, say=lines.append, report=lambda done, total, words=None: told.append((done, total, words)))
+    counts = [done for done, *_ in told]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 22
+    assert {total for _, total, _ in told} == {22}
+    stages = [words for *_, words in told]
+    assert stages[0] == "the base model answers"
+    for mode in ("masked", "unmasked"):
+        order = [
+            stages.index(f"LoRA, {mode}: {what}") for what in ("compiling", "training", "answering the test questions")
+        ]
+        assert order == sorted(order)
+    assert len(lines) == 4
+
+
 @pytest.mark.parametrize("made", [False, True])
 def test_stopped_early_it_leaves_no_empty_folder(monkeypatch, tmp_path, made):
     def stopped(**settings):
