@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, constant, par
 from mora_jax.adapters.config.patterns import resolve
 from mora_jax.adapters.layers import to_adapted_class
 from mora_jax.adapters.matching.forms import FORMS
-from mora_jax.adapters.matching.naming import summary
 from mora_jax.adapters.matching.targets import Place, adapted_places, places, select
 from mora_jax.adapters.matrices import stacked_in_front, weight_of
 from mora_jax.adapters.methods.bitfit import BitFit
@@ -55,15 +53,16 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
     Raises:
         ValueError: nothing matches, or a layer that matches can't carry this method or carries an adapter already. The
             model is as it was then.
-        TypeError: `config` is no adapter configuration, or `rngs` is none.
+        TypeError: `model` is no NNX module, `config` is no adapter configuration, or `rngs` is none.
+
+    Warns:
+        UserWarning: targets name what can't be adapted, or the rank is higher than a layer can use.
     """
     add_adapters(model, config, rngs=rngs)
     if isinstance(config, FullConfig):
         return report_of_trained(model)
     report = report_of(model, config)
-    for one in report.skipped:
-        if one.asked:
-            warnings.warn(f"targets name what can't be adapted: {summary(one.paths)}, {one.reason}", stacklevel=2)
+    report.warn(stacklevel=3)
     return report
 
 
@@ -73,6 +72,7 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
     Args:
         model, config, rngs: as for `attach`.
     """
+    _check_module(model)
     rngs = as_rngs(rngs)
     _check_base(model, config)
     if isinstance(config, FullConfig):
@@ -91,6 +91,24 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
                 adapter.train_bias()
         if config.bias == "all":
             _train_other_biases(model, config, rngs)
+
+
+def _check_module(model: Any) -> None:
+    """Refuses what is no NNX module, and says what to do with it instead."""
+    if isinstance(model, nnx.Module):
+        return
+    kind = type(model)
+    if any(base.__module__ == "flax.linen.module" for base in kind.__mro__):
+        raise TypeError(
+            f"attach takes a Flax NNX module, and {kind.__name__} is one of Linen, which get their adapters while they "
+            "run: with mora_jax.linen.adapted(config): model.init(…)"
+        )
+    if isinstance(model, Mapping) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(model)):
+        raise TypeError(
+            "attach takes a Flax NNX module, not a tree of arrays: of a Linen model use mora_jax.linen.adapted; else "
+            "add the functions of mora_jax.adapters.lora or mora_jax.adapters.mora (apply, delta_weight) to your own"
+        )
+    raise TypeError(f"attach takes a Flax NNX module, not {kind.__name__}")
 
 
 def _check_base(model: nnx.Module, config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import Adapted
-from mora_jax.adapters.matching.naming import aligned, wrapped
+from mora_jax.adapters.matching.naming import aligned, summary, wrapped
 from mora_jax.adapters.matching.skipped import Skipped, skipped
 from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
@@ -54,6 +55,7 @@ class AttachReport:
         total: number of parameters, those of adapters included.
         warnings: what a user should know, one sentence each.
         skipped: matrices without an adapter, those of one reason together.
+        beyond: of `warnings` those on a rank that is higher than a layer can use.
     """
 
     method: str
@@ -62,6 +64,17 @@ class AttachReport:
     total: int
     warnings: tuple[str, ...] = field(default=())
     skipped: tuple[Skipped, ...] = field(default=())
+    beyond: tuple[str, ...] = field(default=())
+
+    def warn(self, *, stacklevel: int) -> None:
+        """Says as warnings what was asked for and isn't so: targets without a form, ranks that layers can't use."""
+        for one in self.skipped:
+            if one.asked:
+                what = f"targets name what can't be adapted: {summary(one.paths)}, {one.reason}"
+                warnings.warn(what, stacklevel=stacklevel)
+        if self.beyond:
+            more = f" (and {len(self.beyond) - 1} more layers)" if len(self.beyond) > 1 else ""
+            warnings.warn(self.beyond[0] + more, stacklevel=stacklevel)
 
     @property
     def percent(self) -> float:
@@ -93,13 +106,15 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
     Raises:
         ValueError: it carries none.
     """
-    matches, warnings, methods = [], [], []
+    matches, notes, beyond, methods = [], [], [], []
     for place in adapted_places(model):
         adapter = place.adapter
         # A bank has a scaling for each of its slots, too.
         active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
-        warnings += adapter.config.warnings(place.title, place.in_features, place.out_features)
+        about = place.title, place.in_features, place.out_features
+        notes += adapter.config.warnings(*about)
+        beyond.append(adapter.config.beyond(*about))
         methods.append(adapter.method)
     if not matches:
         raise ValueError("the model carries no adapter")
@@ -112,8 +127,9 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
     trainable = sum(match.trainable for match in matches)
     total = count(model, nnx.Not(AdapterParam)) + trainable
     passed_over = () if config is None else skipped(model, config)
+    method = "+".join(dict.fromkeys(methods))
     return AttachReport(
-        "+".join(dict.fromkeys(methods)), tuple(matches), trainable, total, tuple(warnings), passed_over
+        method, tuple(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond))
     )
 
 

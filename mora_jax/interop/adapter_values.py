@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import attach, undone_on_error
+from mora_jax.adapters.attach import add_adapters, undone_on_error
 from mora_jax.adapters.config.patterns import pattern_for, targets_for
 from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.errors import InputError
@@ -55,7 +55,7 @@ def install(model: nnx.Module, by_path: Mapping[str, AdapterValues], *, modules_
         for config in _configs(by_path, possible):
             changes = dataclasses.replace(config, modules_to_save=modules_to_save)
             try:
-                attach(model, changes, rngs=nnx.Rngs(0))
+                add_adapters(model, changes, rngs=nnx.Rngs(0))
             except ValueError as error:
                 raise InputError(str(error)) from None
             modules_to_save = ()

@@ -8,8 +8,10 @@ that is stacked: `layers.0.attn.query`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path as Path_
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +30,10 @@ from mora_jax.interop.peft.lora import alpha_for
 from mora_jax.linen.matrices import Matrix
 from mora_jax.linen.merging import Path, layers_of, plain_tree, possible_matrices
 from mora_jax.linen.report import LinenReport
-from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected
+from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, fresh
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Matrix)]
 
 
 class _Tree(nnx.Module):
@@ -55,6 +60,10 @@ class _Place(NamedTuple):
     def stack(self) -> tuple[int, ...]:
         return self.array.shape[: self.array.ndim - len(self.matrix.shape)]
 
+    def described(self) -> dict[str, Any]:
+        """What a folder has to say of it: how its array is a matrix, and where the numbers of stacked layers belong."""
+        return dataclasses.asdict(self.matrix) | {"lifts": self.lifts}
+
     def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """The path in files of each layer, with its place in the axes in front."""
         for index in np.ndindex(self.stack):
@@ -80,7 +89,7 @@ def save_adapter(
         out: the folder, as for `mora_jax.save_adapter`.
         config: what the adapters were made with.
         report: what `adapted` gave; needed for layers under `nn.scan` or `nn.vmap`, and where shapes alone don't say
-            how a kernel is a matrix.
+            how a kernel is a matrix. What it says of them goes into the folder, so that loading needs none.
         base_model_name_or_path: what the folder names as its base.
         overwrite: replace the adapter that is in `out`; files that belong to none stay there.
 
@@ -104,12 +113,20 @@ def save_adapter(
         scaling = np.asarray(check_config(layer.config).scale(layer.config), np.float32)
         for index, name in place.names():
             values = {key: np.asarray(value[index]) for key, value in layer.arrays.items()}
-            by_path[name] = AdapterValues(layer.config, values | {"scaling": scaling})
+            # The NNX model that is written has these layers alone, under names in which NNX sees other numbers.
+            config = dataclasses.replace(layer.config, layers_to_transform=None)
+            by_path[name] = AdapterValues(config, values | {"scaling": scaling})
     taken = {place.path for place in places}
     others = [place for place in _arrays_of(variables) if place.path not in taken]
     model = _as_nnx(places, others)
     install(model, by_path)
-    save.save_adapter(model, out, base_model_name_or_path=base_model_name_or_path, overwrite=overwrite)
+    save.save_adapter(
+        model,
+        out,
+        base_model_name_or_path=base_model_name_or_path,
+        overwrite=overwrite,
+        linen_layers={".".join(place.path): place.described() for place in places},
+    )
 
 
 def load_adapter(
@@ -120,8 +137,8 @@ def load_adapter(
     Args:
         variables: `{"params": …}` of the plain model.
         path: the folder or hub id, as for `mora_jax.load_adapter`; written from Linen or from NNX.
-        report: what `adapted` gave for the model, with any configuration; needed where shapes alone don't say how a
-            kernel is a matrix.
+        report: what `adapted` gave for the model, with any configuration; needed for folders that `mora_jax.save_adapter`
+            wrote of NNX models, where shapes alone don't say how a kernel is a matrix.
 
     Returns:
         The configuration for `adapted`, and the variables with the adapters among them. Its dropout is the one that the
@@ -148,7 +165,8 @@ def load_adapter(
     given = load.tensor_shapes(path)
     if whole := load.whole_modules(path):
         raise InputError(f"{path}: it trains {', '.join(whole)} whole, for which Linen has no form; leave that away")
-    places = [_placed(place, given, report) for place in _arrays_of(variables)]
+    described = _described(load.local_folder(path) / save.LINEN_NAME)
+    places = [_placed(place, given, report, described) for place in _arrays_of(variables)]
     known = {name: (place, index) for place in places for index, name in place.names()}
     model = _as_nnx([place for place in places if any(name in given for _, name in place.names())], places)
     load.load_adapter(model, path)
@@ -161,12 +179,21 @@ def load_adapter(
     collections: dict[str, dict[Path, jax.Array]] = {COLLECTION: {}, FIXED: {}}
     for where, entries in found.items():
         place = by_path[where]
-        trained, fixed = expected(config_at(config, ".".join(where)), place.matrix)
-        for collection, names in ((COLLECTION, trained), (FIXED, fixed)):
+        own = config_at(config, ".".join(where))
+        kernels = place.matrix.take(place.array)
+        # Layers of a stack that the folder leaves out get a fresh adapter, which changes nothing.
+        layers = {
+            index: fresh(own, place.matrix, jax.random.key(0), kernels[index])
+            for index in np.ndindex(place.stack)
+            if index not in entries
+        }
+        trained, fixed = expected(own, place.matrix)
+        for number, (collection, names) in enumerate(((COLLECTION, trained), (FIXED, fixed))):
             for name, shape in names.items():
                 stacked = np.zeros((*place.stack, *shape), np.float32)
-                for index, entry in entries.items():
-                    stacked[index] = entry.params[name]
+                for index in np.ndindex(place.stack):
+                    held = entries[index].params if index in entries else layers[index][number]
+                    stacked[index] = held[name]
                 collections[collection][*where, name] = jnp.asarray(stacked, wide(place.array.dtype))
     trees = {name: traverse_util.unflatten_dict(arrays) for name, arrays in collections.items() if arrays}
     return config, dict(variables) | trees
@@ -185,8 +212,29 @@ def _arrays_of(variables: Mapping[str, Any]) -> list[_Place]:
     return found
 
 
-def _placed(place: _Place, given: Mapping[str, Any], report: LinenReport | None) -> _Place:
+def _described(file: Path_) -> dict[str, Any]:
+    """What a folder says of its layers, by module path; nothing where it was written from NNX."""
+    if not file.exists():
+        return {}
+    try:
+        layers = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            path: (Matrix(*(v if isinstance(v, str) else tuple(v) for v in (said[n] for n in _FIELDS))), said["lifts"])
+            for path, said in layers.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file} is not what mora_jax.linen.save_adapter writes: {error}") from None
+
+
+def _placed(
+    place: _Place, given: Mapping[str, Any], report: LinenReport | None, described: Mapping[str, Any]
+) -> _Place:
     """A place as the file and the report say that it is a matrix, or a stack of them."""
+    if report is None and (said := described.get(".".join(place.path))) is not None:
+        matrix, lifts = said
+        lead = place.array.ndim - len(matrix.shape)
+        if lead == len(lifts) and matrix.shape == place.array.shape[lead:] and matrix.array == place.matrix.array:
+            return place._replace(matrix=matrix, lifts=tuple(lifts))
     known = None if report is None else report.matrix_at(place.path)
     if known is not None and report is not None:
         return place._replace(matrix=known, lifts=report.lifts_at(place.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -151,7 +152,8 @@ def merge(variables: Mapping[str, Any], *configs: Any, report: LinenReport | Non
 
     Returns:
         `params` with new kernels in their own dtype, the sum taken in float32 (float64 where the kernel is). Auto-named
-        `LoRADense_0` keeps its name; `rename_layers` turns it back.
+        `LoRADense_0` keeps its name; `rename_layers` turns it back. A layer without a bias to which the adapter adds one
+        (BitFit) gets it, with a warning: the plain model needs `use_bias=True` there.
 
     Raises:
         ValueError: no adapters, a layer without kernel or without a config, or shapes that deny the config.
@@ -161,8 +163,15 @@ def merge(variables: Mapping[str, Any], *configs: Any, report: LinenReport | Non
         kernel, bias = _merged(layer)
         for name, value in ((layer.matrix.array, kernel), ("bias", bias)):
             if value is not None:
-                boxed = params[*layer.path, name]
+                boxed = params.get((*layer.path, name), value)
                 params[*layer.path, name] = nn.meta.replace_boxed(boxed, value)
+        if layer.bias is None and bias is not None:
+            where = ".".join(layer.path) or "the layer"
+            warnings.warn(
+                f"{where} has no bias, and its adapter added one: give the plain layer use_bias=True, or it passes over "
+                "the bias that params now hold for it",
+                stacklevel=2,
+            )
     return traverse_util.unflatten_dict(params)
 
 
@@ -174,7 +183,9 @@ def _merged(layer: Layer) -> tuple[Array, Array | None]:
         params = scaled(config, arrays)
         merged = method.merged_kernel(config, params, kernel).astype(kernel.dtype)
         added = method.added_bias(config, params, bias)
-        return merged, None if bias is None or added is None else (widened(bias) + added).astype(bias.dtype)
+        if added is None:
+            return merged, None
+        return merged, added.astype(kernel.dtype) if bias is None else (widened(bias) + added).astype(bias.dtype)
 
     for _ in layer.stack:
         one = jax.vmap(one)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from mora_jax.adapters.matching.naming import summary
 from mora_jax.adapters.matching.skipped import grouped, why_left
 from mora_jax.adapters.matching.targets import Picker, named
 from mora_jax.adapters.matching.unknown import VECTORS
@@ -118,10 +116,7 @@ class LinenReport:
                 raise ValueError(f"targets name {found} ({kind}), which can't be adapted: {_reason(others[found])}")
         adapted = [path for path, seen in self._seen.items() if seen.config is not None]
         picks.check(could, [path or "(the model itself)" for path in could], found=bool(adapted))
-        for one in self.table.skipped:
-            if one.asked:
-                # From the `with` statement: below it are contextlib's and this context's own frames.
-                warnings.warn(f"targets name what can't be adapted: {summary(one.paths)}, {one.reason}", stacklevel=4)
+        self.table.warn(stacklevel=5)  # from the `with` statement, above contextlib's and this context's own frames
         if self.config.layers_to_transform is not None:
             stacked = next((path for path in adapted if self._stack(path)), None)
             if stacked is not None:
@@ -133,18 +128,21 @@ class LinenReport:
     @property
     def table(self) -> AttachReport:
         """The report as that of `mora_jax.attach`."""
-        matches, notes = [], []
+        matches, notes, beyond = [], [], []
         for path, seen in self._seen.items():
             if seen.config is not None and seen.matrix is not None:
                 trained = sum(size for name, size in self._adapters.items() if name[:-1] == path)
                 title, sizes = _title(path), (seen.matrix.in_features, seen.matrix.out_features)
                 matches.append(Match(title, math.prod(self._stack(path)), *sizes, trained))
                 notes += seen.config.warnings(title, *sizes)
+                beyond.append(seen.config.beyond(title, *sizes))
         trainable = sum(match.trainable for match in matches)
         total = trainable + sum(math.prod(shape) for shape in self._params.values())
         method = adapter_class(self.config).method
         passed_over = grouped(self._left(), Picker(self.config, layer_number))
-        return AttachReport(method, tuple(matches), trainable, total, tuple(notes), passed_over)
+        return AttachReport(
+            method, tuple(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond))
+        )
 
     def _left(self) -> Iterator[tuple[str, str, int, str]]:
         """Path, class, size and reason of the matrices without an adapter."""

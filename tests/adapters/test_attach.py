@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
@@ -239,3 +239,20 @@ def test_an_einsum_that_is_given_at_the_call():
     np.testing.assert_array_equal(model(jnp.ones((2, 3)), "td, df -> tf"), model(jnp.ones((2, 3))))
     with pytest.raises(ValueError, match="is for 'td,df->tf', and merges for it; with 'tf,df->td'"):
         model(jnp.ones((2, 3)), "tf,df->td")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (linen.Dense(3), r"Dense is one of Linen, .* with mora_jax.linen.adapted\(config\): model.init"),
+        ({"dense": {"kernel": jnp.ones((2, 3))}}, "not a tree of arrays: of a Linen model use mora_jax.linen.adapted; "),
+        ([nnx.Linear(2, 3, rngs=nnx.Rngs(0))], "attach takes a Flax NNX module, not list"),
+        (None, "attach takes a Flax NNX module, not NoneType"),
+    ],
+    ids=["linen", "arrays", "list", "none"],
+)
+def test_what_is_no_nnx_module_is_refused_with_the_way(model, words):
+    for config in (mj.LoRAConfig(), mj.FullConfig()):
+        with pytest.raises(TypeError, match=words) as raised:
+            mj.attach(model, config, rngs=0)
+        assert "\n" not in str(raised.value)

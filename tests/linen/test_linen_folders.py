@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.linen import adapted, load_adapter, save_adapter
+from mora_jax.linen import adapted, load_adapter, merge, save_adapter
 
 KEY = jax.random.key(0)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), jnp.float32)
@@ -143,9 +144,103 @@ def test_round_trip_of_stacks_tables_and_einsums(config, tmp_path):
     np.testing.assert_array_equal(output(Mixed(), found, loaded, ids), y)
     with pytest.raises(mj.InputError, match="give the report of the context"):
         save_adapter(variables, tmp_path / "other", config)
+    assert not (tmp_path / "other").exists()
+    # A new process has no report: the folder says how kernels are matrices. One of NNX doesn't.
+    found, loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+    np.testing.assert_array_equal(output(Mixed(), found, loaded, ids), y)
+    (tmp_path / "adapter" / "linen_layers.json").unlink()
     with pytest.raises(mj.InputError, match="give the report of a context"):
         load_adapter({"params": variables["params"]}, tmp_path / "adapter")
-    assert not (tmp_path / "other").exists()
+    (tmp_path / "adapter" / "linen_layers.json").write_text('{"out": {}}')
+    with pytest.raises(mj.InputError, match=r"linen_layers.json is not what mora_jax.linen.save_adapter writes"):
+        load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        mj.LoRAConfig(rank=2),
+        mj.MoRAConfig(rank=2),
+        mj.IA3Config(targets="all-linear"),
+        mj.BitFitConfig(),
+        mj.OFTConfig(block_size=2),
+        mj.HiRAConfig(rank=2),
+        mj.MiSSConfig(rank=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_attention_is_loaded_without_a_report(config, tmp_path):
+    variables, y, report = trained(Attending(), config, X)
+    save_adapter(variables, tmp_path / "adapter", config, report=report)
+    found, loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+    np.testing.assert_array_equal(output(Attending(), found, loaded, X), y)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "adapters": 0}
+        stack = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return stack(name="block")(x, None)[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [mj.IA3Config(targets="out"), mj.DoRAConfig(rank=2), mj.BitFitConfig(), mj.HiRAConfig(rank=2), mj.LoRAConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_layers_of_a_stack_that_the_folder_leaves_out_compute_the_base(config, tmp_path):
+    """A folder of NNX that holds layer 1 of three."""
+    params = Scanned().init(KEY, X)["params"]
+    kernels, biases = (np.asarray(params["block"]["out"][name]) for name in ("kernel", "bias"))
+    listed = nnx.Dict(block=nnx.List([nnx.Dict(out=nnx.Linear(8, 8, rngs=nnx.Rngs(i))) for i in range(3)]))
+    for i, layer in enumerate(listed.block):
+        layer.out.kernel[...], layer.out.bias[...] = kernels[i], biases[i]
+    mj.attach(listed, dataclasses.replace(config, layers_to_transform=(1,)), rngs=1)
+    graphdef, adapters, frozen = mj.partition(listed)
+    listed = nnx.merge(graphdef, filled(adapters), frozen)
+    mj.save_adapter(listed, tmp_path / "adapter")
+    expected = X
+    for layer in listed.block:
+        expected = expected + layer.out(expected)
+    found, variables = load_adapter({"params": params}, tmp_path / "adapter")
+    np.testing.assert_allclose(output(Scanned(), found, variables, X), expected, rtol=1e-4, atol=1e-5)
+
+
+class Numbered(nn.Module):
+    """Layers whose number stands inside their names."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = x + Inner()(x)
+        for i in range(2):
+            x = x + nn.Dense(8, name=f"layers_{i}")(x)
+        return x
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8)(x)
+
+
+def test_layers_to_transform_are_written(tmp_path):
+    config = mj.LoRAConfig(rank=2, layers_to_transform=(1,))
+    variables, y, report = trained(Numbered(), config, X)
+    assert sorted(variables["adapters"]) == ["Inner_1", "layers_1"]
+    save_adapter(variables, tmp_path / "adapter", config, report=report)
+    found, loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+    np.testing.assert_array_equal(output(Numbered(), found, loaded, X), y)
+
+
+def test_merging_a_bias_into_a_layer_without_one():
+    plain, config = nn.Dense(4, use_bias=False), mj.BitFitConfig()
+    variables, y, _ = trained(plain, config, X)
+    assert np.abs(y - plain.apply(variables, X)).max() > 0.1
+    with pytest.warns(UserWarning, match="the layer has no bias, and its adapter added one: .* use_bias=True"):
+        params = merge(variables, config)
+    np.testing.assert_allclose(nn.Dense(4).apply({"params": params}, X), y, atol=1e-5)
 
 
 def test_refusals(tmp_path):

@@ -14,6 +14,8 @@ from mora_jax.adapters.config.limits import COUNT, NUMBERS, POSITIVE, Number
 Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
 BIASES = ("none", "lora_only", "all")
+#: PEFT's names of settings, which configurations take in place of their own.
+ALIASES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
 
 
 def freeze_targets(targets) -> Targets:
@@ -57,8 +59,21 @@ def module_names(names: Any, what: str) -> tuple[str, ...]:
     return given
 
 
+class _Aliases(type):
+    """Takes PEFT's names of settings in calls of a configuration, too."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        fields = getattr(cls, "__dataclass_fields__", {})
+        for alias, name in ALIASES.items():
+            if alias in settings and name in fields:
+                if name in settings or list(fields).index(name) < len(args):
+                    raise TypeError(f"{cls.__name__} takes {name} or PEFT's name for it, {alias}, not both")
+                settings[name] = settings.pop(alias)
+        return super().__call__(*args, **settings)
+
+
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(metaclass=_Aliases):
     """What is asked about every method. What is no field is an attribute of the class.
 
     A field's metadata may say: `limits`, which numbers it takes (those of `NUMBERS` for the names in it);
@@ -138,9 +153,22 @@ class MethodConfig:
         """Why this has no form in Linen; empty where it has one."""
         return ""
 
+    def highest_rank(self, in_features: int, out_features: int) -> int | None:
+        """The rank above which an update of a matrix of this size gains nothing; None where no rank is too high."""
+        return None
+
+    def beyond(self, title: str, in_features: int, out_features: int) -> str:
+        """Says that the rank is too high for a matrix of this size, which `title` names; empty where it isn't."""
+        highest = self.highest_rank(in_features, out_features)
+        rank = getattr(self, "rank", 0)
+        if highest is None or rank <= highest:
+            return ""
+        return f"rank {rank} is more than {title}, {in_features} by {out_features}, can use: {highest}"
+
     def warnings(self, title: str, in_features: int, out_features: int) -> list[str]:
         """What a user should know about the method on a matrix of this size, which `title` names."""
-        return []
+        beyond = self.beyond(title, in_features, out_features)
+        return [beyond] if beyond else []
 
     @property
     def joint_form(self) -> str:

@@ -97,6 +97,9 @@ class AdaLoRAConfig(CommonConfig):
             values.setdefault("target_rank", max(1, 2 * values["rank"] // 3))
         return cls(**values)
 
+    def highest_rank(self, in_features: int, out_features: int) -> int:
+        return min(in_features, out_features)
+
     @property
     def linen_refusal(self) -> str:
         return "AdaLoRA takes ranks away while it trains, which Linen layers don't have"

@@ -34,6 +34,9 @@ class HiRAConfig(CommonConfig):
     dropout: float = 0.0
     targets: Targets = "all-linear"
 
+    def highest_rank(self, in_features: int, out_features: int) -> int:
+        return min(in_features, out_features)
+
 
 class HiRA(Adapter):
     """The factors `hira_a [*layers, in, rank]` and `hira_b [*layers, rank, out]`."""

@@ -73,6 +73,9 @@ class LoRAConfig(CommonConfig):
             return super().linen_refusal
         return "init='eva' takes its start from data, which Linen layers don't have; fill lora_a yourself"
 
+    def highest_rank(self, in_features: int, out_features: int) -> int:
+        return min(in_features, out_features)
+
     @property
     def joint_form(self) -> str:
         return "LoRA"

@@ -81,12 +81,17 @@ class MoRAConfig(CommonConfig):
     use_dora: bool = field(default=False, kw_only=True)
     in_peft = False
 
+    def highest_rank(self, in_features: int, out_features: int) -> int:
+        """Up to which M has no more numbers than the matrix itself."""
+        return max(1, in_features * out_features // (in_features + out_features))
+
     def warnings(self, title: str, in_features: int, out_features: int) -> list[str]:
         unused = unused_inputs(in_features, out_features, self.rank, self.kind)
+        beyond = super().warnings(title, in_features, out_features)
         if not unused:
-            return []
+            return beyond
         why = "" if self.kind == "truncation" else " (in > out, as in the authors' code)"
-        return [f"{self.kind} at rank {self.rank} ignores {unused} of the {in_features} inputs of {title}{why}"]
+        return [*beyond, f"{self.kind} at rank {self.rank} ignores {unused} of the {in_features} inputs of {title}{why}"]
 
     @property
     def joint_form(self) -> str:

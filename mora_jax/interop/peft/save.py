@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from flax import nnx
@@ -35,8 +35,9 @@ from mora_jax.interop.save import tensors_of, write_model
 from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, trained_weights
 from mora_jax.models.decoder import Decoder
 
+LINEN_NAME = "linen_layers.json"
 #: What a folder with an adapter holds.
-ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_FOLDER)
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_FOLDER, LINEN_NAME)
 
 
 def save_adapter(
@@ -46,6 +47,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
     write: bool = True,
+    linen_layers: dict[str, Any] | None = None,
 ) -> None:
     """Writes the adapters of a model as a PEFT folder.
 
@@ -60,6 +62,8 @@ def save_adapter(
         base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
         overwrite: replace the adapter that is in `out`; files that belong to none stay there.
         write: False on all processes but one of those that hold parts of the adapters: all have to call this.
+        linen_layers: how the layers of a Linen model are matrices, for `mora_jax.linen.load_adapter`; others pass over
+            the file.
 
     Raises:
         InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
@@ -98,6 +102,8 @@ def save_adapter(
     with new_folder(out, ours=ADAPTER_FILES, overwrite=overwrite) as folder:
         text = json.dumps(extra_fields(model) | fields, indent=2, sort_keys=True)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        if linen_layers is not None:
+            (folder / LINEN_NAME).write_text(json.dumps(linen_layers, indent=2) + "\n", encoding="utf-8")
         shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
         write_tensors(folder / WEIGHTS_NAME, shapes, _all_tensors(model, form, shared))
         if _has_own_base(model):

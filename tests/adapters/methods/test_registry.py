@@ -82,6 +82,43 @@ def test_what_is_no_setting_is_refused_in_one_line(make, words):
     assert "\n" not in str(raised.value)
 
 
+def test_pefts_names_of_settings():
+    peft = mj.LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, bias="none")
+    assert peft == mj.LoRAConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj"), dropout=0.1)
+    assert mj.MoRAConfig(r=4, target_modules="all-linear") == mj.MoRAConfig(rank=4)
+    assert dataclasses.replace(peft, rank=2).rank == 2 and peft == type(peft)(**vars(peft))
+    for twice in (lambda: mj.LoRAConfig(rank=4, r=4), lambda: mj.LoRAConfig(4, r=4)):
+        with pytest.raises(TypeError, match="LoRAConfig takes rank or PEFT's name for it, r, not both"):
+            twice()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lora_alpha'"):
+        mj.MoRAConfig(lora_alpha=8)
+    with pytest.raises(ValueError, match="rank must be a positive integer, not 0"):
+        mj.LoRAConfig(r=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "highest"),
+    [
+        (mj.LoRAConfig(rank=1000), 64),
+        (mj.DoRAConfig(rank=65), 64),
+        (mj.AdaLoRAConfig(rank=65), 64),
+        (mj.HiRAConfig(rank=65), 64),
+        (mj.MoRAConfig(rank=10_000), 32),
+        (mj.MoRAConfig(rank=33, kind="rotation"), 32),
+    ],
+)
+def test_a_rank_beyond_the_layer_is_said(config, highest):
+    model = nnx.Dict(first=nnx.Linear(64, 64, rngs=nnx.Rngs(0)), last=nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+    words = f"rank {config.rank} is more than first, 64 by 64, can use: {highest}"
+    with pytest.warns(UserWarning, match=rf"^{words} \(and 1 more layers\)$") as said:
+        report = mj.attach(model, config, rngs=0)
+    assert said[0].filename == __file__
+    assert words in report.warnings and words in " ".join(str(report).split())
+    model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    report = mj.attach(model, dataclasses.replace(config, rank=highest), rngs=0)  # without a warning, which would fail
+    assert not report.beyond
+
+
 def test_numpys_integers_are_ranks_and_layers():
     config = mj.LoRAConfig(rank=np.int64(4), rank_pattern={"q": np.int32(2)}, layers_to_transform=np.arange(2))
     assert config == mj.LoRAConfig(rank=4, rank_pattern={"q": 2}, layers_to_transform=(0, 1))
