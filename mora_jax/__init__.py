@@ -35,7 +35,7 @@ _HOMES = {
     "AdapterParam": "mora_jax.adapters.base",
     "mutable_state": "mora_jax.adapters.base",
     "attach": "mora_jax.adapters.attach",
-    "register_layer": "mora_jax.adapters.matching.registered",
+    "register_layer": "mora_jax.adapters.layers",
     "partition": "mora_jax.adapters.attach",
     "merge": "mora_jax.adapters.merge",
     "unmerge": "mora_jax.adapters.merge",
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from mora_jax.adapters.config import ReMoRAConfig as ReMoRAConfig
     from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig
     from mora_jax.adapters.config import VeRAConfig as VeRAConfig
-    from mora_jax.adapters.matching.registered import register_layer as register_layer
+    from mora_jax.adapters.layers import register_layer as register_layer
     from mora_jax.adapters.merge import merge as merge
     from mora_jax.adapters.merge import unmerge as unmerge
     from mora_jax.adapters.methods.lora import LoRALinear as LoRALinear

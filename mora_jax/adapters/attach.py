@@ -13,21 +13,18 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, constant, params_of
 from mora_jax.adapters.config.patterns import resolve
-from mora_jax.adapters.layers import to_adapted_class
-from mora_jax.adapters.matching.forms import FORMS
-from mora_jax.adapters.matching.targets import Place, adapted_places, places, select
-from mora_jax.adapters.matrices import stacked_in_front, weight_of
+from mora_jax.adapters.matrices import registered, weight_of
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.methods.full import FullConfig
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.products.quantization import quantized_format
-from mora_jax.adapters.projection import OutputHead, Projection
-from mora_jax.adapters.summary import AdapterEntry as AdapterEntry
-from mora_jax.adapters.summary import AttachReport as AttachReport
-from mora_jax.adapters.summary import Match as Match
-from mora_jax.adapters.summary import adapted_layers as adapted_layers
-from mora_jax.adapters.summary import adapters_of as adapters_of
-from mora_jax.adapters.summary import count, report_of
+from mora_jax.adapters.report import LINEN, AttachReport, count, report_of, unknown_matrices, why_unknown
+from mora_jax.adapters.report import AdapterEntry as AdapterEntry
+from mora_jax.adapters.report import Match as Match
+from mora_jax.adapters.report import adapted_layers as adapted_layers
+from mora_jax.adapters.report import adapters_of as adapters_of
+from mora_jax.adapters.sites import LayerSite, Site, adapted_sites, by_path, sites
+from mora_jax.adapters.targets import Picker
 from mora_jax.adapters.trainable_base import KEPT, TrainableBase, kept, restore, train_biases, train_modules
 
 
@@ -58,39 +55,78 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
     Warns:
         UserWarning: targets name what can't be adapted, or the rank is higher than a layer can use.
     """
-    add_adapters(model, config, rngs=rngs)
+    found = add_adapters(model, config, rngs=rngs)
     if isinstance(config, FullConfig):
         return report_of_trained(model)
-    report = report_of(model, config)
+    report = report_of(model, config, found)
     report.warn(stacklevel=3)
     return report
 
 
-def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> None:
+def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) -> list[Site]:
     """`attach` without its report.
 
     Args:
         model, config, rngs: as for `attach`.
+
+    Returns:
+        The sites of the model.
     """
     _check_module(model)
     rngs = as_rngs(rngs)
     _check_base(model, config)
     if isinstance(config, FullConfig):
-        return _train_everything(model)
-    method = adapter_class(config)
-    selected = select(model, config)
-    for place, mask in selected:
-        _check(place, mask, method, config)
-    config = method.configure_for_shapes(config, [(place.in_features, place.out_features) for place, _ in selected])
+        _train_everything(model)
+        return []
+    method, found = adapter_class(config), list(sites(model))
+    selected = select(model, config, found)
+    for site, mask in selected:
+        _check(site, mask, method, config)
+    config = method.configure_for_shapes(config, [(site.in_features, site.out_features) for site, _ in selected])
     with undone_on_error(model):
         if config.modules_to_save:
             train_modules(model, config.modules_to_save)
-        for place, mask in selected:
-            adapter = put_adapter(place, mask, method, config, rngs)
-            if config.bias != "none" and place.has_bias:
+        for site, mask in selected:
+            adapter = put_adapter(site, mask, method, config, rngs)
+            if config.bias != "none" and site.has_bias:
                 adapter.train_bias()
         if config.bias == "all":
-            _train_other_biases(model, config, rngs)
+            _train_other_biases(model, config, rngs, found)
+    return found
+
+
+def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site, tuple[bool, ...]]]:
+    """The sites that a configuration picks, each with one truth value a path.
+
+    Raises:
+        ValueError: as `Picker.check`.
+    """
+    picks = Picker(config)
+    selected = []
+    for site in found:
+        if site.stacked:
+            mask = tuple(picks(path, site.aliases, is_embedding=site.is_embedding) for path in site.paths)
+        else:
+            mask = (any(picks(path, is_embedding=site.is_embedding) for path in (*site.paths, *site.aliases)),)
+        if any(mask):
+            selected.append((site, mask))
+    by_path(found)
+    paths = [path for site in found for path in (*site.paths, *site.aliases)]
+    try:
+        picks.check(paths, [site.title for site in found], found=bool(selected))
+    except ValueError:
+        for path, module, _ in unknown_matrices(model, {id(site.layer) for site in found}):
+            if picks(path) and config.targets != "all-linear":
+                kind = type(module).__name__
+                raise ValueError(
+                    f"targets name {path} ({kind}), which can't be adapted: {why_unknown(module)}"
+                ) from None
+        linen = [path for path, node in nnx.iter_graph(model) if isinstance(node, nnx.bridge.ToNNX)]
+        if linen and not found:
+            name = ".".join(map(str, linen[0])) or "the model"
+            raise ValueError(f"the model has no linear layer of Flax NNX, and {name} is {LINEN}") from None
+        raise
+    return selected
 
 
 def _check_module(model: Any) -> None:
@@ -129,59 +165,59 @@ def _check_base(model: nnx.Module, config: Any) -> None:
         )
 
 
-def _check(place: Place, mask: tuple[bool, ...], method: type[Adapter], config: Any) -> None:
-    if place.adapter is not None:
-        raise ValueError(f"{place.title} carries an adapter already; merge it before attaching another")
-    for dtype in (place.dtype, getattr(place.layer, "dtype", None)):
+def _check(site: Site, mask: tuple[bool, ...], method: type[Adapter], config: Any) -> None:
+    if site.adapter is not None:
+        raise ValueError(f"{site.title} carries an adapter already; merge it before attaching another")
+    for dtype in (site.dtype, getattr(site.layer, "dtype", None)):
         if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
-            raise ValueError(f"{place.title} is {jnp.dtype(dtype)}, and adapters have no complex form; leave it out")
-    if place.is_embedding and not method.on_embeddings:
+            raise ValueError(f"{site.title} is {jnp.dtype(dtype)}, and adapters have no complex form; leave it out")
+    if site.is_embedding and not method.on_embeddings:
         raise ValueError(
-            f"{place.title} is an embedding, for which {method.method} has no form; leave it out of targets"
+            f"{site.title} is an embedding, for which {method.method} has no form; leave it out of targets"
         )
-    if isinstance(place.layer, OutputHead) and config.biases_alone:
-        raise ValueError(f"{place.title} has no bias, and logits get none; leave it out of targets")
-    if type(place.layer) in FORMS and not place.has_bias and config.biases_alone:
-        raise ValueError(f"{place.title} has no bias, nor a place for one; leave it out of targets")
-    if not isinstance(place.layer, Projection | OutputHead) and not stacked_in_front(place.layer):
-        shape, sizes = list(weight_of(place.layer).shape), f"{place.in_features} by {place.out_features}"
+    if site.is_head and config.biases_alone:
+        raise ValueError(f"{site.title} has no bias, and logits get none; leave it out of targets")
+    if registered(type(site.layer)) is not None and not site.has_bias and config.biases_alone:
+        raise ValueError(f"{site.title} has no bias, nor a place for one; leave it out of targets")
+    if isinstance(site, LayerSite) and not site.holds_layers:
+        shape, sizes = list(weight_of(site.layer).shape), f"{site.in_features} by {site.out_features}"
         raise ValueError(
-            f"{place.title} holds {shape}, no layers of {sizes} stacked along axes in front: make it with "
+            f"{site.title} holds {shape}, no layers of {sizes} stacked along axes in front: make it with "
             "nnx.vmap(…, out_axes=0)"
         )
-    ranks = resolve(config, method, place.paths, mask).ranks
+    ranks = resolve(config, method, site.paths, mask).ranks
     if ranks is not None and not hasattr(method, "limit_ranks"):
         raise ValueError(
-            f"rank_pattern gives the layers of {place.title} different ranks, for which {method.method} has no form"
+            f"rank_pattern gives the layers of {site.title} different ranks, for which {method.method} has no form"
         )
 
 
-def put_adapter(place: Place, mask: tuple[bool, ...], method: Any, config: Any, rngs: nnx.Rngs) -> Adapter:
-    """Makes an adapter and puts it on a place.
+def put_adapter(site: Site, mask: tuple[bool, ...], method: Any, config: Any, rngs: nnx.Rngs) -> Adapter:
+    """Makes an adapter and puts it on a site.
 
     Args:
-        place: where it goes.
-        mask: for each of `place.paths` whether that layer gets one.
+        site: where it goes.
+        mask: for each of `site.paths` whether that layer gets one.
         method: the adapter's class.
         config: of the whole model; what holds for this place is taken from it.
         rngs: keys for its arrays.
     """
-    resolved = resolve(config, method, place.paths, mask)
-    sizes = place.in_features, place.out_features
-    options = {"layer_mask": np.array(mask)} if place.stack and not all(mask) else {}
-    make = method.for_embedding if place.is_embedding else method
-    adapter = make(*sizes, resolved.config, rngs=rngs, **place.layout, **options)
-    adapter.fit(place.dtype)
+    resolved = resolve(config, method, site.paths, mask)
+    sizes = site.in_features, site.out_features
+    options = {"layer_mask": np.array(mask)} if site.stack and not all(mask) else {}
+    make = method.for_embedding if site.is_embedding else method
+    adapter = make(*sizes, resolved.config, rngs=rngs, **site.layout, **options)
+    adapter.fit(site.dtype)
     if resolved.scalings is not None:
         scaling = np.asarray(resolved.scalings, adapter.scaling.dtype)
         adapter.scaling.set_value(constant(scaling.reshape(adapter.layers)))
     if resolved.ranks is not None:
         adapter.limit_ranks(resolved.ranks)
-    if isinstance(weight_of(place.layer).get_value(), jax.ShapeDtypeStruct):
-        _start_abstract(adapter, jax.ShapeDtypeStruct((*place.stack, *sizes), place.dtype))
+    if isinstance(weight_of(site.layer).get_value(), jax.ShapeDtypeStruct):
+        _start_abstract(adapter, jax.ShapeDtypeStruct((*site.stack, *sizes), site.dtype))
     else:
-        adapter.init_from_kernel(place.kernel)
-    add_adapter(place, adapter, rngs)
+        adapter.init_from_kernel(site.kernel)
+    site.put_adapter(adapter, rngs)
     return adapter
 
 
@@ -201,29 +237,12 @@ def _start_abstract(adapter: Adapter, kernel: jax.ShapeDtypeStruct) -> None:
         setattr(adapter, name, getattr(started, name))
 
 
-def add_adapter(place: Place, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
-    """Puts an adapter on a place that has none.
-
-    Args:
-        place: where it goes.
-        adapter: made for the place's sizes.
-        rngs: keys for its dropout; None where it has none.
-    """
-    if isinstance(place.layer, Projection):
-        place.layer.add_adapter(place.part, adapter)
-        return
-    if not isinstance(place.layer, OutputHead):
-        # The layer keeps its identity, so every reference to it in the user's model sees the adapter.
-        to_adapted_class(place.layer)
-    place.layer.put_adapter(adapter, rngs)
-
-
-def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs) -> None:
+def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs, found: list[Site]) -> None:
     """`bias="all"`: those of layers without an adapter, too."""
-    for place in list(places(model)):
-        whole = hasattr(place.layer, KEPT)
-        if place.adapter is None and not whole and place.has_bias and not place.is_embedding:
-            put_adapter(place, (True,) * len(place.paths), BitFit, BitFit.only(config), rngs)
+    for site in found:
+        whole = hasattr(site.layer, KEPT)
+        if site.adapter is None and not whole and site.has_bias and not site.is_embedding:
+            put_adapter(site, (True,) * len(site.paths), BitFit, BitFit.only(config), rngs)
     train_biases(model)
 
 
@@ -243,7 +262,7 @@ def _train_everything(model: nnx.Module) -> None:
 
 def report_of_trained(model: nnx.Module) -> AttachReport:
     """The report on what `model` trains: its adapters, or without any all of its parameters."""
-    if adapted_places(model):
+    if adapted_sites(model):
         return report_of(model)
     return AttachReport("full", (), count(model, AdapterParam), count(model))
 
@@ -260,20 +279,12 @@ def detach(model: nnx.Module) -> None:
     Raises:
         ValueError: the model has no adapter.
     """
-    found = adapted_places(model)
+    found = adapted_sites(model)
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to remove")
-    for place in found:
-        take_adapter(place)
+    for site in found:
+        site.take_adapter()
     restore(model, trained=False)
-
-
-def take_adapter(place: Place) -> None:
-    """Takes the adapter off one place."""
-    if isinstance(place.layer, Projection):
-        del place.layer.adapters[place.part]
-    else:
-        place.layer.take_adapter()
 
 
 @contextlib.contextmanager

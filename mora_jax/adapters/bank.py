@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from mora_jax.adapters.methods.lora import LoRAConfig
 from mora_jax.adapters.methods.mora import MoRAConfig, square_rank, update
-from mora_jax.adapters.products.matmul import row_dot, trained_dot
+from mora_jax.adapters.products.matmul import Dot, decoder_dot, wide
+from mora_jax.adapters.products.matmul import dot as plain_dot
 from mora_jax.adapters.slots import Bank as Bank
 from mora_jax.adapters.slots import use as use
 
@@ -27,8 +28,9 @@ Array = jax.Array
 def dot(x: Array, w: Array) -> Array:
     """`x [N, in]` by one matrix `[in, out]`, or by each row's `[B, in, out]`, as float32 `[N, out]`."""
     if w.ndim == 2:
-        return trained_dot(x, w)
-    return row_dot(_by_row(x, w.shape[0]), w).reshape(len(x), w.shape[-1])
+        return decoder_dot(x, w)
+    y = jnp.einsum("bti,bio->bto", _by_row(x, w.shape[0]), w.astype(x.dtype), preferred_element_type=wide(x.dtype))
+    return y.reshape(len(x), w.shape[-1])
 
 
 def _by_row(x: Array, rows: int) -> Array:
@@ -55,7 +57,9 @@ class LoRABank(Bank):
         self.lora_b = self._factor(config.rank, out_features, axes=("rank", self.axes[1]))
 
     @classmethod
-    def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    def delta(
+        cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = plain_dot
+    ) -> Array:
         hidden = _scaled(dot(x, Bank.pick(params, "lora_a")), Bank.pick_scaling(params))
         return dot(hidden.astype(x.dtype), Bank.pick(params, "lora_b"))
 
@@ -73,7 +77,9 @@ class MoRABank(Bank):
         self.m = self._factor(q, q, axes=("square_out", "square_in"))
 
     @classmethod
-    def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    def delta(
+        cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = plain_dot
+    ) -> Array:
         scaling = Bank.pick_scaling(params)
         picked = Bank.pick(params, "m") * scaling.reshape(*scaling.shape, 1, 1)
         turned = jnp.swapaxes(picked, -1, -2)

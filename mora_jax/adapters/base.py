@@ -13,8 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import Delta, widened
+from mora_jax.adapters.products.matmul import Delta, Dot, FusedLayout, dot, widened
 
 Array = jax.Array
 
@@ -144,8 +143,12 @@ class Adapter(nnx.Module):
         )
 
     @classmethod
-    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
-        """`x [N, in]` → the update, float32 `[N, out]`; products in the dtype of `x`, sums in float32."""
+    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot) -> Array:
+        """`x [N, in]` → the update, `[N, out]`.
+
+        `product` multiplies features of tokens by a matrix, in the dtype of `x`: plainly in layers of users' models, in
+        the decoder with the backward that its products have.
+        """
         raise NotImplementedError  # abstract: each additive method's file defines it
 
     @classmethod

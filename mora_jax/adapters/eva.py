@@ -19,9 +19,9 @@ from flax import nnx
 from mora_jax.adapters.attach import detach, partition, put_adapter
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import CommonConfig, Targets
-from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.adapters.methods.lora import LoRA
-from mora_jax.adapters.projection import OutputHead
+from mora_jax.adapters.products.matmul import Dot, dot
+from mora_jax.adapters.sites import Site, sites
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ def start_from_inputs(model: nnx.Module, run: Callable[[Any], Array]) -> None:
     Raises:
         ValueError: the model carries no LoRA, or a rank is larger than its layer's input.
     """
-    chosen = [place for place in places(model) if _has_lora(place)]
+    chosen = [place for place in sites(model) if _has_lora(place)]
     if not chosen:
         raise ValueError("the model carries no LoRA that could start from its inputs")
     set_directions(model, input_grams(model, run))
@@ -45,7 +45,7 @@ def start_from_inputs(model: nnx.Module, run: Callable[[Any], Array]) -> None:
 
 def set_directions(model: nnx.Module, grams: Mapping[str, np.ndarray | Array]) -> None:
     """As `start_from_inputs`, from the matrices `Xᵀ X [in, in]` (or covariances) of layers by module path."""
-    for place in places(model):
+    for place in sites(model):
         if not _has_lora(place) or not set(place.paths) & set(grams):
             continue
         adapter: Any = place.adapter
@@ -67,10 +67,10 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
     Found as a gradient: a probe that adds nothing has `Xᵀ X` as the gradient of its array, so this works wherever
     training does, through scans and fused projections. It takes `[in, in]` for each layer; add up several batches.
     """
-    chosen = {(place.paths, place.part) for place in places(model) if _has_lora(place)}
+    chosen = {(place.paths, place.part) for place in sites(model) if _has_lora(place)}
     probed = nnx.clone(model)
     detach(probed)
-    for place in list(places(probed)):
+    for place in list(sites(probed)):
         if (place.paths, place.part) in chosen:
             put_adapter(place, (True,) * len(place.paths), Probe, ProbeConfig(), nnx.Rngs(0))
     graphdef, arrays, rest = partition(probed)
@@ -81,15 +81,15 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
 
     nnx.update(probed, jax.grad(total)(arrays, rest))
     found: dict[str, np.ndarray] = {}
-    for place in places(probed):
+    for place in sites(probed):
         if isinstance(place.adapter, Probe):
             gram = np.asarray(place.adapter.gram[...])
             found |= {path: gram[place.index(i)] for i, path in enumerate(place.paths)}
     return found
 
 
-def _has_lora(place: Place) -> bool:
-    special = place.is_embedding or isinstance(place.layer, OutputHead)
+def _has_lora(place: Site) -> bool:
+    special = place.is_embedding or place.is_head
     return isinstance(place.adapter, LoRA) and not special
 
 
@@ -110,7 +110,9 @@ class Probe(Adapter):
         self.gram = AdapterParam(jnp.zeros((*self.layers, in_features, in_features), jnp.float32))
 
     @classmethod
-    def delta(cls, config: ProbeConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    def delta(
+        cls, config: ProbeConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
+    ) -> Array:
         return _probe(out_features, x, params["gram"])
 
 

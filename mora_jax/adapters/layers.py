@@ -1,35 +1,33 @@
 """Flax NNX layers with an adapter beside their kernel.
 
 Each is a subclass of the layer that it adapts and keeps that layer's variables, so state paths, checkpoints and
-`isinstance` checks go on working; `attach` turns a layer into its adapted form in place.
+`isinstance` checks go on working; `attach` turns a layer into its adapted form in place. The layer's own call computes
+`y = x W + b`; what the adapter adds is plain JAX around it (`products/around.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, params_of
-from mora_jax.adapters.matrices import einsum_matrix, matrix_of, stack_of
-from mora_jax.adapters.products.adapted_matmul import adapted_product
-from mora_jax.adapters.products.around import ProductView, transformed_input, view_by_axes, with_adapter
-from mora_jax.adapters.products.explicit_mesh import explicit_axes, placed_like
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import widened
-from mora_jax.adapters.stacks import stacked_dropout
+from mora_jax.adapters.matrices import FORMS, LayerForm, Matrix, bias_param, product_of, registered, stack_of, weight_of
+from mora_jax.adapters.products.around import around, attended, embedded
 from mora_jax.environment import check_versions
 
 check_versions()  # every method's module comes this way
 
 Array = jax.Array
+
+_TOLERANCE = 0.05  # relative, in norm: a layer may round to bfloat16
 
 
 class Adapted:
@@ -37,7 +35,7 @@ class Adapted:
 
     Attributes:
         adapter: the arrays of the update.
-        adapter_dropout: acts on the input of the adapter path only; None without dropout.
+        adapter_dropout: rate and keys of what acts on the input of the adapter path only; None without dropout.
     """
 
     # A mixin without slots, listed after the plain class: the layouts agree, so a layer can change between the two.
@@ -64,67 +62,43 @@ class Adapted:
         """Whether the adapter has a dropout that is on."""
         return self.adapter_dropout is not None and not self.adapter_dropout.deterministic
 
-    def _on_mesh(self, plain: Callable[[Array], Array], again: Callable[[Any, Array], Array], x: Array) -> Array:
-        """A call on a mesh with Explicit axes: placed as the plain layer's output, computed with the axes Auto.
-
-        Args:
-            plain: the plain layer's call, which says how the output is sharded.
-            again: the adapted layer's call, `(layer, x)`.
-            x: the input.
-        """
-        graphdef, state = nnx.split(self)
-
-        def run(state: nnx.State, x: Array) -> Array:
-            return again(nnx.merge(graphdef, state), x)
-
-        y = placed_like(jax.eval_shape(plain, x), run, state, x)
+    def _around(self, call: Callable[..., Array], inputs: Array, *args: Any, **options: Any) -> Array:
+        """The adapter around `call`, the plain layer's, with whatever else that takes."""
+        _refuse_stack(self)
+        if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
+            raise TypeError(f"adapters have no complex form, and the input of an adapted layer is {inputs.dtype}")
+        adapter, bias = self.adapter, bias_param(self)
+        key = None
         if self.adapter_dropout is not None and self.dropping:
-            # Only the copy has drawn a key; behind it, since the copy's state holds these same variables.
-            self.adapter_dropout.rngs()
-        return y
-
-    def _product(self, x: Array, matrix: Array, bias: Array | None, stored: Callable[[], Array]) -> Array:
-        """The adapted product: `x [..., in]`, `matrix [in, out]` and `bias [out]` in one dtype → `[..., out]`.
-
-        The bias is added to the rounded product, as Flax's layers add it. `stored` gives the matrix as it is stored.
-        """
-        adapter = self.adapter
-        _refuse_complex(x)
-        layout = FusedLayout((adapter.out_features,), 0, (adapter.out_features,))
-        dropout = self.adapter_dropout
-        drop = (lambda _, x: dropout(x)) if dropout is not None and self.dropping else None
-        y = adapted_product(layout, (adapter,), x.reshape(-1, x.shape[-1]), matrix, None, drop, stored)
-        if bias is not None:
-            change = None if adapter.additive else adapter.added_bias(adapter.config, params_of(adapter), bias)
-            y = (y + bias if change is None or hasattr(adapter, "bias") else widened(y) + bias + change).astype(x.dtype)
-        return y.reshape(*x.shape[:-1], adapter.out_features)
-
-    def _around(
-        self,
-        view: ProductView,
-        call: Callable[[Array], Array],
-        inputs: Array,
-        kernel: Callable[[], Array],
-        bias: Array | None = None,
-    ) -> Array:
-        """The adapter around a product that the layer keeps: `call` computes it, `view` says how it is one."""
-        adapter, params = self.adapter, params_of(self.adapter)
-        _refuse_complex(inputs)
-        own = type(adapter), adapter.config, params, view
-        inputs = transformed_input(*own, inputs)
-        drop = (lambda x: x) if self.adapter_dropout is None else self.adapter_dropout
-        return with_adapter(*own, call(inputs), inputs, kernel, bias, adapter.out_features, drop)
+            stream: Any = self.adapter_dropout.rngs
+            key = stream()
+        return around(
+            type(adapter),
+            adapter.config,
+            params_of(adapter),
+            product_of(self, inputs),
+            lambda x: call(x, *args, **options),
+            inputs,
+            weight_of(self)[...],
+            None if bias is None else bias[...],
+            key,
+        )
 
 
-def refuse_stack(layer: Any) -> None:
+def stacked_dropout(rate: float, rngs: nnx.Rngs | None, stack: tuple[int, ...]) -> nnx.Dropout:
+    """Dropout for a layer of a stack, `()` for none: each layer draws from a key of its own."""
+    dropout = nnx.Dropout(rate, rngs=rngs)
+    if stack:
+        stream: Any = dropout.rngs
+        stream.key.set_value(jax.random.split(stream.key.get_value(), stack))
+        stream.count.set_value(jnp.zeros(stack, stream.count.get_value().dtype))
+    return dropout
+
+
+def _refuse_stack(layer: Any) -> None:
     """Raises `ValueError` where a layer's arrays are those of several."""
     if stack := stack_of(layer):
         raise ValueError(f"this layer is a stack of {list(stack)} layers: call it inside nnx.scan or nnx.vmap")
-
-
-def _refuse_complex(x: Array) -> None:
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(f"adapters have no complex form, and the input of an adapted layer is {x.dtype}")
 
 
 def plain_class(adapted: type) -> type:
@@ -135,79 +109,28 @@ def plain_class(adapted: type) -> type:
 class AdaptedLinear(nnx.Linear, Adapted):
     """`nnx.Linear` with an adapter: `y = x W + b + update(x)`."""
 
-    def __call__(self, inputs: Array, out_sharding=None) -> Array:
-        refuse_stack(self)
-        if explicit_axes(inputs, self.kernel[...]):
-            plain = functools.partial(nnx.Linear.__call__, self, out_sharding=out_sharding)
-            return self._on_mesh(plain, AdaptedLinear.__call__, inputs)
-        custom = self.precision is not None or self.dot_general is not jax.lax.dot_general
-        if custom or out_sharding is not None or self.preferred_element_type is not None:
-            call = functools.partial(nnx.Linear.__call__, self, out_sharding=out_sharding)
-            bias = None if self.bias is None else self.bias[...]
-            return self._around(ProductView(), call, inputs, lambda: self.kernel[...], bias)
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return self._product(x, kernel, bias, lambda: self.kernel[...])
+    def __call__(self, inputs: Array, *args: Any, **options: Any) -> Array:
+        return self._around(super().__call__, inputs, *args, **options)
 
 
 class AdaptedLinearGeneral(nnx.LinearGeneral, Adapted):
     """`nnx.LinearGeneral` with an adapter on the matrix that its contracted and its new axes form."""
 
-    def __call__(self, inputs: Array, out_sharding=None) -> Array:
-        refuse_stack(self)
-        if explicit_axes(inputs, self.kernel[...]):
-            plain = functools.partial(nnx.LinearGeneral.__call__, self, out_sharding=out_sharding)
-            return self._on_mesh(plain, AdaptedLinearGeneral.__call__, inputs)
-        axes = [a % inputs.ndim for a in self.axis]
-        kept = [a for a in range(inputs.ndim) if a not in axes]
-        view = view_by_axes(inputs, [*kept, *axes], len(kept), self.out_features)
-        if self.adapter.only_adds:
-            call = functools.partial(nnx.LinearGeneral.__call__, self, out_sharding=out_sharding)
-            return self._around(view, call, inputs, lambda: matrix_of(self))
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        x, bias = view.flat(x), None if bias is None else bias.reshape(-1)
-        y = self._product(x, kernel.reshape(x.shape[-1], -1), bias, lambda: matrix_of(self))
-        return y.reshape(*x.shape[:-1], *self.out_features)
+    def __call__(self, inputs: Array, *args: Any, **options: Any) -> Array:
+        return self._around(super().__call__, inputs, *args, **options)
 
 
 class AdaptedEinsum(nnx.Einsum, Adapted):
-    """`nnx.Einsum` with an adapter, where the einsum is a product with a matrix (see `einsum_matrix`)."""
+    """`nnx.Einsum` with an adapter, where the einsum is a product with a matrix."""
 
-    def __call__(self, inputs: Array, einsum_str: str | None = None, out_sharding=None) -> Array:
-        refuse_stack(self)
+    def __call__(self, inputs: Array, einsum_str: str | None = None, *args: Any, **options: Any) -> Array:
         spec = self.einsum_str.replace(" ", "")
         if einsum_str is not None and einsum_str.replace(" ", "") != spec:
             raise ValueError(
                 f"the adapter on this nnx.Einsum is for {spec!r}, and merges for it; with {einsum_str!r}, given at the "
                 "call, it would be another"
             )
-        if explicit_axes(inputs, self.kernel[...]):
-            plain = functools.partial(nnx.Einsum.__call__, self, out_sharding=out_sharding)
-            return self._on_mesh(plain, AdaptedEinsum.__call__, inputs)
-        found = einsum_matrix(spec, self.kernel.shape, inputs.ndim)
-        if found is None:
-            raise ValueError(f"einsum {spec!r} is no product with a matrix, so it can't carry an adapter")
-        to_in, (contracted, free), permutation = found
-        sizes = [self.kernel.shape[a] for a in free]
-        view = view_by_axes(inputs, to_in, inputs.ndim - len(contracted), sizes, permutation)
-        if self.adapter.only_adds:
-            call = functools.partial(nnx.Einsum.__call__, self, out_sharding=out_sharding)
-            return self._around(view, call, inputs, lambda: matrix_of(self))
-        x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
-        x, matrix = view.flat(x), kernel.transpose(*contracted, *free).reshape(-1, math.prod(sizes))
-        bias = _einsum_bias(self, x.ndim - 1, permutation, sizes)
-        bias = None if bias is None else bias.astype(x.dtype)
-        return view.shaped(self._product(x, matrix, bias, lambda: matrix_of(self)))
-
-
-def _einsum_bias(layer: nnx.Einsum, kept: int, permutation: list[int], sizes: list[int]) -> Array | None:
-    """The bias `[out]` in the order of the kernel's free axes; in the layer it has the order of the output."""
-    if layer.bias is None:
-        return None
-    order = [axis - kept for axis in permutation if axis >= kept]
-    bias = layer.bias[...].reshape([sizes[axis] for axis in order])
-    return bias.transpose([order.index(axis) for axis in range(len(order))]).reshape(-1)
+        return self._around(super().__call__, inputs, None, *args, **options)
 
 
 class AdaptedEmbed(nnx.Embed, Adapted):
@@ -222,32 +145,27 @@ class AdaptedEmbed(nnx.Embed, Adapted):
         self.adapter = adapter
         self.adapter_dropout = None
 
-    def __call__(self, inputs: Array, out_sharding=None) -> Array:
-        refuse_stack(self)
-        if explicit_axes(inputs, self.embedding[...]):
-            plain = functools.partial(super().__call__, out_sharding=out_sharding)
-            return self._on_mesh(plain, lambda layer, ids: layer(ids), inputs)
-        y = super().__call__(inputs, out_sharding)
-        adapter, p = self.adapter, params_of(self.adapter)
-        total = widened(y) + adapter.rows(inputs, y.dtype, p)
-        gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
-        return (total if gain is None else total * gain).astype(y.dtype)
+    def __call__(self, inputs: Array, *args: Any, **options: Any) -> Array:
+        _refuse_stack(self)
+        call = functools.partial(_with, super().__call__, args, options)
+        return embedded(type(self.adapter), self.adapter.config, params_of(self.adapter), call, inputs, self._table())
 
-    def attend(self, query: Array, out_sharding=None) -> Array:
+    def attend(self, query: Array, *args: Any, **options: Any) -> Array:
         """The table as an output head: `[..., features]` → `[..., num_embeddings]`."""
-        refuse_stack(self)
-        if explicit_axes(query, self.embedding[...]):
-            plain = functools.partial(super().attend, out_sharding=out_sharding)
-            return self._on_mesh(plain, lambda layer, query: layer.attend(query), query)
-        adapter, p = self.adapter, params_of(self.adapter)
-        gain = adapter.output_gain(adapter.config, p, lambda: self.embedding[...])
-        query = query if gain is None else (query * gain).astype(query.dtype)
-        y = super().attend(query, out_sharding)
-        return (y + adapter.scores(query.astype(y.dtype), p)).astype(y.dtype)
+        _refuse_stack(self)
+        call = functools.partial(_with, super().attend, args, options)
+        return attended(type(self.adapter), self.adapter.config, params_of(self.adapter), call, query, self._table())
+
+    def _table(self) -> Array:
+        return self.embedding[...]
 
     def table(self) -> Array:
         """The adapted table, float32 `[V, D]`."""
         return self.adapter.merged_kernel(self.adapter.config, params_of(self.adapter), self.embedding[...])
+
+
+def _with(call: Callable[..., Array], args: Any, options: Any, x: Array) -> Array:
+    return call(x, *args, **options)
 
 
 ADAPTED: dict[type, type] = {
@@ -258,28 +176,40 @@ ADAPTED: dict[type, type] = {
 }
 
 
-_FLAX = tuple(ADAPTED)
-
-
-@functools.cache
 def adapted_class(plain: Any) -> type | None:
     """The adapted form of a layer class, or None.
 
     A subclass of one of Flax's layers has one where its own call, if it has any, goes on to `super().__call__`: the
     adapter then stands beside the product in there, as a merged kernel would. One that computes the product itself
-    would pass the adapter by.
+    would pass the adapter by; so would a subclass of a registered class with a call of its own.
     """
+    if issubclass(plain, Adapted):
+        return None
+    base = next((one for one in plain.__mro__ if one in ADAPTED or registered(one) is not None), None)
+    if base is None or (base not in ADAPTED and plain.__call__ is not base.__call__):
+        return None
+    if base in ADAPTED and base is not nnx.Embed:
+        between = plain.__mro__[: plain.__mro__.index(base)]
+        if not all(_goes_on(vars(one)["__call__"]) for one in between if "__call__" in vars(one)):
+            return None
+    return _form(plain, base)
+
+
+@functools.cache
+def _form(plain: Any, base: type) -> type:
+    """The class of adapted layers of the class `plain`; as every function of its arguments alone it is made once."""
     if plain in ADAPTED:
         return ADAPTED[plain]
-    base = next((one for one in plain.__mro__ if one in _FLAX), None)
-    if base is None:
-        return None
+    name = f"Adapted{plain.__name__}"
     if base is nnx.Embed:
-        return types.new_class(f"Adapted{plain.__name__}", (AdaptedEmbed, plain))
-    between = plain.__mro__[: plain.__mro__.index(base)]
-    if not all(_goes_on(vars(one)["__call__"]) for one in between if "__call__" in vars(one)):
-        return None
-    return types.new_class(f"Adapted{plain.__name__}", (plain, ADAPTED[base]))
+        return types.new_class(name, (AdaptedEmbed, plain))
+    if base in ADAPTED:
+        return types.new_class(name, (plain, ADAPTED[base]))
+
+    def call(self: Any, inputs: Array, *args: Any, **options: Any) -> Array:
+        return self._around(functools.partial(plain.__call__, self), inputs, *args, **options)
+
+    return types.new_class(name, (plain, Adapted), exec_body=lambda names: names.update(__call__=call))
 
 
 def _goes_on(call: Any) -> bool:
@@ -295,3 +225,84 @@ def to_adapted_class(layer: Any) -> None:
     if form is None:
         raise TypeError(f"{kind.__name__} has no adapted form")
     layer.__class__ = form
+
+
+def register_layer(
+    cls: type, *, example: nnx.Module, kernel: str = "kernel", einsum: str = "einsum_str", bias: str | None = None
+) -> None:
+    """Makes the layers of a class carry adapters, merge and be saved as `nnx.Einsum` does.
+
+    Called with an input, a layer has to compute the einsum of that input with its kernel, plus its bias, and nothing
+    else. That is tried here, once, on random numbers in a copy of `example`; `attach` runs no layer. Subclasses that
+    don't override the call are covered too.
+
+    Args:
+        cls: a subclass of `nnx.Module`.
+        example: a layer of the class, as small as you like.
+        kernel: the attribute that holds the matrix, an `nnx.Param`.
+        einsum: the equation (`"...i,oi->...o"` for a matrix `[out, in]`), or the attribute that holds it.
+        bias: the attribute that holds the bias, an `nnx.Param` laid out as the output is; None for layers without.
+
+    Raises:
+        TypeError: `cls` is no subclass of `nnx.Module`, or a layer that is known already; `example` is none of it.
+        ValueError: the example computes something else.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> class Transposed(nnx.Module):
+        ...     def __init__(self, inputs, outputs, rngs):
+        ...         self.weight = nnx.Param(nnx.initializers.normal()(rngs.params(), (outputs, inputs)))
+        ...     def __call__(self, x):
+        ...         return x @ self.weight[...].T
+        >>> example = Transposed(2, 3, nnx.Rngs(0))
+        >>> mj.register_layer(Transposed, example=example, kernel="weight", einsum="...i,oi->...o")
+        >>> mj.attach(Transposed(5, 3, nnx.Rngs(0)), mj.LoRAConfig(rank=2), rngs=1).matches[0].in_features
+        5
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
+        raise TypeError(f"register_layer takes a class of nnx.Module, not {cls!r}")
+    if issubclass(cls, Adapted) or any(base in ADAPTED for base in cls.__mro__):
+        raise TypeError(f"{cls.__name__} carries adapters already")
+    if type(example) is not cls:
+        raise TypeError(f"example must be a layer of the class {cls.__name__}, not {type(example).__name__}")
+    form = LayerForm(kernel, einsum, bias)
+    if differs := _difference(example, form):
+        raise ValueError(f"{cls.__name__} can't be registered: {differs}")
+    FORMS[cls] = form
+
+
+def _difference(layer: nnx.Module, form: LayerForm) -> str:
+    """What a layer's call does that its form does not say; empty where the two agree on random numbers."""
+    equation, kernel = form.equation(layer), getattr(layer, form.kernel, None)
+    if not isinstance(kernel, nnx.Param) or not equation:
+        return f"a layer has no nnx.Param {form.kernel} or no equation {form.einsum}"
+    matrix = Matrix.of_einsum(form.kernel, equation, kernel.shape)
+    if matrix is None:
+        return "its einsum is no product with one matrix"
+    left, _, right = equation.partition("->")[0].partition(",")
+    sizes = {right[axis]: kernel.shape[axis] for axis in matrix.contracted}
+    shape = [sizes.get(label, 2 + i) for i, label in enumerate(left.replace("...", ""))]
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+    graphdef, state = nnx.split(layer)
+    # Numbers of its own: the example's may be zeros, or abstract.
+    state = jax.tree.map(lambda leaf: _random(next(keys), leaf.shape, leaf.dtype), state)
+    copy: Any = nnx.merge(graphdef, state)
+    x = _random(next(keys), tuple(shape), jnp.float32)
+    expected = jnp.einsum(equation, x, getattr(copy, form.kernel)[...].astype(jnp.float32))
+    bias = None if form.bias is None else getattr(copy, form.bias, None)
+    try:
+        expected = expected if bias is None else expected + bias[...].astype(jnp.float32)
+        y = copy(x)
+    except Exception as error:  # noqa: BLE001 - it is somebody else's code
+        return f"its call refused an input {list(shape)} ({type(error).__name__})"
+    if getattr(y, "shape", None) != expected.shape:
+        return f"its call gives no {list(expected.shape)} for an input {list(shape)}, as its einsum does"
+    off, size = np.linalg.norm(np.asarray(y, np.float64) - expected), np.linalg.norm(expected)
+    return "" if off <= _TOLERANCE * size else "its call computes something other than its einsum"
+
+
+def _random(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(shape, dtype)
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)

@@ -1,219 +1,293 @@
-"""The matrix in a plain Flax NNX layer: its sizes, its values, its bias, and the way back into the layer.
+"""How a layer's arrays are a matrix and its bias, in Flax NNX, in Linen and in the decoder's output head.
 
-Layers made by `nnx.vmap` hold their arrays stacked along axes in front, `[L, …]` or `[L, M, …]`, while their attributes
-speak of one of them. Everything here takes and gives arrays with those axes, written `*stack`.
+Layers made by `nnx.vmap`, `nn.scan` or `nn.vmap` hold their arrays stacked along axes in front, `[L, …]` or
+`[L, M, …]`. Everything here takes and gives arrays with those axes, written `*stack`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.matching.forms import bias_param, equation_of, form_of, kernel_of
-from mora_jax.adapters.products.explicit_mesh import cut_like, whole
-from mora_jax.adapters.products.matmul import widened
+from mora_jax.adapters.products.explicit_mesh import whole
 
 Array = jax.Array
 
 
-def einsum_axes(spec: str | None, kernel_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Contracted and free axes of an einsum's kernel, or None where it is no product with a matrix."""
-    if spec is None:
-        return None
-    spec = spec.replace(" ", "")
-    operands, _, output = spec.partition("->")
-    left, _, right = operands.partition(",")
-    if "..." in right or len(set(right)) != len(right) or len(right) != len(kernel_shape):
-        return None
-    contracted = tuple(i for i, label in enumerate(right) if label in left and label not in output)
-    free = tuple(i for i, label in enumerate(right) if label not in left and label in output)
-    if len(contracted) + len(free) != len(right) or not contracted or not free:
-        return None
-    return contracted, free
+@dataclass(frozen=True)
+class Matrix:
+    """The matrix in a layer.
 
+    Attributes:
+        array: the name of the array that holds it, such as "kernel" or "embedding".
+        shape: of that array, without axes of stacked layers in front.
+        contracted, free: the array's axes that are summed over, and the others, in the order of the matrix.
+        bias_axes: of the free axes, by number in `free`, which comes when in the bias.
 
-def einsum_matrix(spec: str, kernel_shape: tuple[int, ...], ndim: int):
-    """How to see an einsum as `[..., in] @ [in, out]`.
-
-    Returns:
-        The input's transposition (kept axes, then contracted ones in the kernel's order), the kernel's (contracted,
-        free) axes, and the transposition of `[kept..., free...]` to the output; None where it is no such product.
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from mora_jax.adapters.matrices import Matrix
+        >>> heads = Matrix.of_einsum("kernel", "btd,ndh->btnh", (2, 8, 4))  # 2 heads of 4 features, inputs of 8
+        >>> heads.in_features, heads.out_features, heads.contracted, heads.free
+        (8, 8, (1,), (0, 2))
+        >>> heads.take(jnp.ones((3, 2, 8, 4))).shape  # of 3 stacked layers
+        (3, 8, 8)
     """
-    axes = einsum_axes(spec, kernel_shape)
-    if axes is None:
-        return None
-    contracted, free = axes
-    operands, _, output = spec.partition("->")
-    left, _, right = operands.partition(",")
-    if "..." in left:
-        # Stand-in labels for the axes under the ellipsis; upper code points can't collide with letters.
-        hidden = "".join(chr(0x1000 + i) for i in range(ndim - len(left.replace("...", ""))))
-        left, output = left.replace("...", hidden), output.replace("...", hidden)
-    if len(left) != ndim or len(set(left)) != len(left):
-        return None
-    in_labels = [right[a] for a in contracted]
-    kept = [label for label in left if label not in in_labels]
-    if any(label not in output for label in kept):
-        return None
-    result = kept + [right[a] for a in free]
-    return (
-        [left.index(label) for label in kept + in_labels],
-        (contracted, free),
-        [result.index(label) for label in output],
+
+    array: str
+    shape: tuple[int, ...]
+    contracted: tuple[int, ...]
+    free: tuple[int, ...]
+    bias_axes: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, array: str, shape: Sequence[int], inputs: int = 1) -> Matrix:
+        """An array whose first `inputs` axes are contracted."""
+        axes = tuple(range(len(shape)))
+        return cls(array, tuple(shape), axes[:inputs], axes[inputs:], tuple(range(len(shape) - inputs)))
+
+    @classmethod
+    def of_einsum(cls, array: str, spec: str, shape: tuple[int, ...]) -> Matrix | None:
+        """That of an einsum of the input with an array, or None where this is no product with one matrix."""
+        operands, _, output = spec.replace(" ", "").partition("->")
+        left, _, right = operands.partition(",")
+        if "..." in right or len(set(right)) != len(right) or len(right) != len(shape):
+            return None
+        contracted = tuple(i for i, label in enumerate(right) if label in left and label not in output)
+        free = tuple(i for i, label in enumerate(right) if label not in left and label in output)
+        if len(contracted) + len(free) != len(right) or not contracted or not free:
+            return None
+        in_output = sorted(range(len(free)), key=lambda i: output.index(right[free[i]]))
+        return cls(array, tuple(shape), contracted, free, tuple(in_output))
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the layer, the contracted axes flattened."""
+        return math.prod(self.shape[axis] for axis in self.contracted)
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the layer, the other axes flattened."""
+        return math.prod(self.shape[axis] for axis in self.free)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the matrix is an embedding table."""
+        return self.array == "embedding"
+
+    def take(self, array: Array) -> Array:
+        """The layer's array `[*stack, *shape]` as matrices `[*stack, in, out]`."""
+        order, lead = (*self.contracted, *self.free), array.ndim - len(self.shape)
+        if len(order) == 2 and order == (0, 1):
+            return array
+        shape = (*array.shape[:lead], self.in_features, self.out_features)
+        return _transposed(whole(array), order).reshape(shape)
+
+    def put(self, matrix: Array) -> Array:
+        """The inverse of `take`."""
+        order = (*self.contracted, *self.free)
+        if len(order) == 2 and order == (0, 1):
+            return matrix
+        shaped = matrix.reshape(*matrix.shape[:-2], *(self.shape[axis] for axis in order))
+        return _transposed(shaped, np.argsort(order))
+
+    def take_bias(self, bias: Array, lead: int = 0) -> Array:
+        """The layer's bias with `lead` axes in front, as `[*stack, out]` in the order of the matrix."""
+        if len(self.free) == 1:
+            return bias
+        stack = bias.shape[:lead]
+        shaped = whole(bias).reshape(*stack, *(self.shape[self.free[axis]] for axis in self.bias_axes))
+        return _transposed(shaped, np.argsort(self.bias_axes)).reshape(*stack, self.out_features)
+
+    def put_bias(self, bias: Array) -> Array:
+        """The inverse of `take_bias`: `[*stack, out]` with the axes of the layer's output."""
+        shaped = bias.reshape(*bias.shape[:-1], *(self.shape[axis] for axis in self.free))
+        return _transposed(shaped, self.bias_axes)
+
+
+def _transposed(array: Array, order: Any) -> Array:
+    """The last axes in another order."""
+    lead = array.ndim - len(order)
+    return array.transpose(*range(lead), *(lead + int(axis) for axis in order))
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+@dataclass(frozen=True)
+class Product:
+    """One call of a layer, seen as a product with its matrix.
+
+    Attributes:
+        matrix: the layer's.
+        flat: the call's input as `[..., in]`.
+        unflat: the inverse of `flat`.
+        shaped: `[..., out]`, in the order of the matrix, as the call's output.
+    """
+
+    matrix: Matrix
+    flat: Callable[[Array], Array] = _same
+    unflat: Callable[[Array], Array] = _same
+    shaped: Callable[[Array], Array] = _same
+
+    @classmethod
+    def of_axes(cls, matrix: Matrix, inputs: Any, axes: Sequence[int], features: Sequence[int]) -> Product:
+        """That of a layer which contracts some axes of its input and puts its `features` behind the others."""
+        contracted = [axis % inputs.ndim for axis in axes]
+        kept = [axis for axis in range(inputs.ndim) if axis not in contracted]
+        return cls._of(matrix, inputs.shape, [*kept, *contracted], len(kept), features, None)
+
+    @classmethod
+    def of_einsum(cls, matrix: Matrix | None, spec: str, inputs: Any) -> Product | None:
+        """That of an einsum of `inputs` with the array; None where it is no product with one matrix."""
+        operands, _, output = spec.replace(" ", "").partition("->")
+        left, _, right = operands.partition(",")
+        if "..." in left:
+            # Stand-in labels for the axes under the ellipsis; upper code points can't collide with letters.
+            hidden = "".join(chr(0x1000 + i) for i in range(inputs.ndim - len(left.replace("...", ""))))
+            left, output = left.replace("...", hidden), output.replace("...", hidden)
+        if matrix is None or len(left) != inputs.ndim or len(set(left)) != len(left):
+            return None
+        contracted, free = ([right[axis] for axis in axes] for axes in (matrix.contracted, matrix.free))
+        kept = [label for label in left if label not in contracted]
+        if any(label not in output for label in kept):
+            return None
+        order = [left.index(label) for label in kept + contracted]
+        sizes = [matrix.shape[axis] for axis in matrix.free]
+        permutation = [(kept + free).index(label) for label in output]
+        return cls._of(matrix, inputs.shape, order, len(kept), sizes, permutation)
+
+    @classmethod
+    def _of(
+        cls,
+        matrix: Matrix,
+        shape: Sequence[int],
+        order: Sequence[int],
+        kept: int,
+        sizes: Sequence[int],
+        permutation: Sequence[int] | None,
+    ) -> Product:
+        """`order` of the input's axes, those that stay first; `permutation` of these and the new ones in the output."""
+        moved = [shape[axis] for axis in order]
+
+        def flat(x: Array) -> Array:
+            return x.transpose(*order).reshape(*moved[:kept], math.prod(moved[kept:]))
+
+        def shaped(y: Array) -> Array:
+            y = y.reshape(*y.shape[:-1], *sizes)
+            return y if permutation is None else y.transpose(*permutation)
+
+        return cls(matrix, flat, lambda x: x.reshape(moved).transpose(*np.argsort(order)), shaped)
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """The names that a class of layers has for what `nnx.Einsum` calls `kernel`, `einsum_str` and `bias`.
+
+    Attributes:
+        kernel: the attribute that holds the matrix, an `nnx.Param`.
+        einsum: the equation of input and kernel (`"...i,io->...o"`), or the attribute that holds it.
+        bias: the attribute that holds the bias, an `nnx.Param` laid out as the output is, or None.
+    """
+
+    kernel: str
+    einsum: str
+    bias: str | None = None
+
+    def equation(self, layer: nnx.Module) -> str:
+        """The equation of one layer; empty where it has none."""
+        equation = self.einsum if "->" in self.einsum else getattr(layer, self.einsum, None)
+        return equation.replace(" ", "") if isinstance(equation, str) else ""
+
+
+EINSUM = LayerForm("kernel", "einsum_str", "bias")
+#: The classes that `mj.register_layer` was called for.
+FORMS: dict[type, LayerForm] = {}
+#: Classes of libraries whose layers are einsums, by module and name: nothing of them is imported here.
+SHIPPED: dict[str, LayerForm] = {
+    f"tunix.models.{module}.Einsum": LayerForm("w", "einsum_str")
+    for module in (
+        "gemma.model",
+        "gemma.gemma",
+        "gemma3.model",
+        "llama3.model",
+        "qwen2.model",
+        "qwen3.model",
     )
+}
+
+
+def registered(cls: type) -> LayerForm | None:
+    """The form of a registered class, its own or that of a library which is known here; None of another."""
+    return FORMS.get(cls) or SHIPPED.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def form_of(layer: Any) -> LayerForm | None:
+    """The form of an einsum's layer, Flax's or a registered one, adapted or not; None for another layer."""
+    if isinstance(layer, nnx.Einsum):
+        return EINSUM
+    return next((form for base in type(layer).__mro__ if (form := registered(base)) is not None), None)
+
+
+def matrix_of(layer: Any) -> Matrix | None:
+    """The matrix in an NNX layer, adapted or not; None where it holds no single one."""
+    if isinstance(layer, nnx.Linear):
+        return Matrix.plain("kernel", (layer.in_features, layer.out_features))
+    if isinstance(layer, nnx.Embed):
+        return Matrix.plain("embedding", (layer.num_embeddings, layer.features))
+    if isinstance(layer, nnx.LinearGeneral):
+        if layer.batch_axis:
+            return None
+        return Matrix.plain("kernel", (*layer.in_features, *layer.out_features), len(layer.in_features))
+    form = form_of(layer)
+    if form is None:
+        return None
+    spec, shape = form.equation(layer), tuple(getattr(layer, form.kernel).shape)
+    return Matrix.of_einsum(form.kernel, spec, shape[-len(spec.partition("->")[0].partition(",")[2]) :])
+
+
+def product_of(layer: Any, inputs: Any) -> Product:
+    """How the call of an NNX layer with `inputs` is a product.
+
+    Raises:
+        ValueError: an einsum that is none for such inputs.
+    """
+    matrix = matrix_of(layer)
+    assert matrix is not None, "only products with a matrix get adapters"
+    if isinstance(layer, nnx.LinearGeneral):
+        return Product.of_axes(matrix, inputs, layer.axis, layer.out_features)
+    form = form_of(layer)
+    if form is None:
+        return Product(matrix)
+    product = Product.of_einsum(matrix, form.equation(layer), inputs)
+    if product is None:
+        raise ValueError(f"einsum {form.equation(layer)!r} takes no input with {inputs.ndim} axes")
+    return product
 
 
 def weight_of(layer: Any) -> nnx.Variable:
-    """The variable that holds the matrix."""
-    return layer.embedding if isinstance(layer, nnx.Embed) else kernel_of(layer)
+    """The variable that holds the matrix of a layer which has one."""
+    form = form_of(layer)
+    return getattr(
+        layer, form.kernel if form is not None else "embedding" if isinstance(layer, nnx.Embed) else "kernel"
+    )
+
+
+def bias_param(layer: Any) -> nnx.Variable | None:
+    """The parameter that holds the bias of a layer, or None."""
+    form = form_of(layer)
+    name = "bias" if form is None else form.bias
+    return None if name is None else getattr(layer, name, None)
 
 
 def stack_of(layer: Any) -> tuple[int, ...]:
     """The axes in front of the kernel that `nnx.vmap` made, `()` without any."""
-    weight = weight_of(layer)
-    return tuple(weight.shape[: max(0, len(weight.shape) - _plain_ndim(layer))])
-
-
-def _plain_ndim(layer: Any) -> int:
-    if isinstance(layer, nnx.LinearGeneral):
-        return len(layer.in_features) + len(layer.out_features)
-    if form_of(layer) is not None:
-        right = (equation_of(layer) or "").partition("->")[0].partition(",")[2]
-        return len(right) if right and "..." not in right else len(kernel_of(layer).shape)
-    return 2
-
-
-def stacked_in_front(layer: Any) -> bool:
-    """Whether what follows the leading axes is the layer that its attributes speak of."""
-    weight = weight_of(layer)
-    own = weight.shape[len(stack_of(layer)) :]
-    if isinstance(layer, nnx.Linear):
-        return own == (layer.in_features, layer.out_features)
-    if isinstance(layer, nnx.Embed):
-        return own == (layer.num_embeddings, layer.features)
-    if isinstance(layer, nnx.LinearGeneral):
-        return own == (*layer.in_features, *layer.out_features)
-    return not isinstance(layer, nnx.Einsum) or own == tuple(layer.kernel_shape)
-
-
-def _own_shape(layer: Any) -> tuple[int, ...]:
-    """The shape of one kernel."""
-    return tuple(weight_of(layer).shape[len(stack_of(layer)) :])
-
-
-def matrix_shape(layer: nnx.Module) -> tuple[int, int] | None:
-    """`(in_features, out_features)` of the matrix in a plain layer, or None where it holds no single matrix."""
-    if isinstance(layer, nnx.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, nnx.Embed):
-        return layer.num_embeddings, layer.features
-    if isinstance(layer, nnx.LinearGeneral):
-        if layer.batch_axis:
-            return None
-        return math.prod(layer.in_features), math.prod(layer.out_features)
-    if form_of(layer) is not None:
-        shape = _own_shape(layer)
-        axes = einsum_axes(equation_of(layer), shape)
-        if axes is None:
-            return None
-        contracted, free = axes
-        return math.prod(shape[a] for a in contracted), math.prod(shape[a] for a in free)
-    return None
-
-
-def _einsum_axes_of(layer: nnx.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    axes = einsum_axes(equation_of(layer), _own_shape(layer))
-    assert axes is not None, "only products with a matrix get adapters"
-    return axes
-
-
-def _free_order(layer: Any) -> list[int]:
-    """The axes of one kernel, contracted ones first."""
-    if form_of(layer) is None:
-        return list(range(len(_own_shape(layer))))
-    contracted, free = _einsum_axes_of(layer)
-    return [*contracted, *free]
-
-
-def _transposed(array: Array, order: list[int], stack: tuple[int, ...]) -> Array:
-    """The axes behind the stack in another order."""
-    return array.transpose(*range(len(stack)), *(len(stack) + axis for axis in order))
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(axis) for axis in range(len(order))]
-
-
-def matrix_of(layer: Any) -> Array:
-    """The matrix `[*stack, in, out]` of a layer that has one, in the layer's dtype."""
-    weight = weight_of(layer)[...]
-    if isinstance(layer, nnx.Embed | nnx.Linear):
-        return weight
-    shape, stack = matrix_shape(layer), stack_of(layer)
-    assert shape is not None, "only products with a matrix get adapters"
-    return _transposed(whole(weight), _free_order(layer), stack).reshape(*stack, *shape)
-
-
-def put_matrix(layer: Any, matrix: Array) -> None:
-    """Writes the matrix of a layer, laid out as `matrix_of` gives it."""
-    weight = weight_of(layer)
-    order, shape, stack = _free_order(layer), _own_shape(layer), stack_of(layer)
-    if not isinstance(layer, nnx.Embed | nnx.Linear):
-        matrix = _transposed(matrix.reshape(*stack, *(shape[a] for a in order)), _inverse(order), stack)
-    weight[...] = cut_like(matrix, weight[...])
-
-
-def add_to_bias(layer: Any, change: Array) -> None:
-    """Adds `change [*stack, out]`, in the order of `matrix_of`, to a layer's bias; makes one where there is none."""
-    own_bias, stack = bias_param(layer), stack_of(layer)
-    if form_of(layer) is not None:
-        free, own = _einsum_axes_of(layer)[1], _own_shape(layer)
-        change = change.reshape(*stack, *(own[axis] for axis in free))
-        change = _transposed(change, _output_order(layer, free), stack)
-    elif isinstance(layer, nnx.LinearGeneral):
-        change = change.reshape(*stack, *layer.out_features)
-    if own_bias is None:
-        layer.bias = nnx.Param(change.astype(kernel_of(layer).dtype))
-        _say_bias(layer, change.shape[len(stack) :])
-        return
-    bias = own_bias[...]
-    total = widened(whole(bias)) + whole(change).reshape(bias.shape)
-    own_bias[...] = cut_like(total.astype(bias.dtype), bias)
-
-
-def bias_of(layer: Any) -> Array | None:
-    """The bias `[*stack, out]` of a layer, in the order of `matrix_of`."""
-    own_bias, stack = bias_param(layer), stack_of(layer)
-    if own_bias is None:
-        return None
-    bias = own_bias[...]
-    if form_of(layer) is not None:
-        free, own = _einsum_axes_of(layer)[1], _own_shape(layer)
-        order = _output_order(layer, free)
-        bias = _transposed(whole(bias).reshape(*stack, *(own[free[i]] for i in order)), _inverse(order), stack)
-    if bias.ndim == len(stack) + 1:
-        return bias
-    return whole(bias).reshape(*stack, math.prod(bias.shape[len(stack) :]))
-
-
-def _output_order(layer: nnx.Module, free: tuple[int, ...]) -> list[int]:
-    """Which of the kernel's free axes comes when in the output."""
-    right, _, output = (equation_of(layer) or "").partition(",")[2].partition("->")
-    return sorted(range(len(free)), key=lambda i: output.index(right[free[i]]))
-
-
-def drop_bias(layer: Any) -> None:
-    """Takes away a bias that `add_to_bias` made."""
-    layer.bias = nnx.data(None)
-    _say_bias(layer, None)
-
-
-def _say_bias(layer: Any, shape: tuple[int, ...] | None) -> None:
-    """Keeps what a layer says about its bias true."""
-    if isinstance(layer, nnx.Einsum):
-        layer.bias_shape = shape
-    elif hasattr(layer, "use_bias"):
-        layer.use_bias = shape is not None
+    matrix, shape = matrix_of(layer), tuple(weight_of(layer).shape)
+    return () if matrix is None else shape[: max(0, len(shape) - len(matrix.shape))]

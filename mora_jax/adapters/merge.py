@@ -10,13 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax.adapters.attach import add_adapter, take_adapter
 from mora_jax.adapters.base import Adapter
-from mora_jax.adapters.layers import to_adapted_class
-from mora_jax.adapters.matching.targets import Holders, Place, adapted_places, holders_of, places
-from mora_jax.adapters.matrices import add_to_bias, drop_bias
 from mora_jax.adapters.products.quantization import quantized_format
 from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.sites import Site, adapted_sites, sites
 from mora_jax.adapters.slots import refuse_banks
 from mora_jax.adapters.trainable_base import kept, restore
 
@@ -34,7 +31,7 @@ class Merged:
         kernel: the kernel `[*layers, in, out]` as it was, where a merged one does not tell it; else None.
         bias_change: what was added to the bias, `[*layers, out]`, or None.
         had_bias: whether the layer had a bias before.
-        shared: by name, the parameters that other modules hold too; the layer has its own in their place.
+        shared: by name, the parameters that other modules hold too; the layer has its own in their site.
     """
 
     paths: tuple[str, ...]
@@ -56,7 +53,7 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
     module holds too (a tied embedding) stays as it is for that module: the layer gets one of its own, with a warning.
 
     Args:
-        model: a module with adapters, in evaluation mode (`model.eval()`) where these have dropout; changed in place.
+        model: a module with adapters, in evaluation mode (`model.eval()`) where these have dropout; changed in site.
 
     Returns:
         What `unmerge` needs to take the adapters out again.
@@ -72,30 +69,30 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
             f"the model's kernels are quantised (quantize={held}), which a merged weight wouldn't fit: save the "
             "adapter, and merge it into the model loaded without quantize, as mora-jax merge does"
         )
-    found = adapted_places(model)
+    found = adapted_sites(model)
     if not found and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):
         raise ValueError("the model has shapes without values, so nothing can be merged: load its weights first")
-    for place in found:
-        _check_whole(place)
-    biased = {id(place.layer): place.has_bias for place in found}  # before the first part of a layer gives it one
+    for site in found:
+        _check_whole(site)
+    biased = {id(site.layer): site.has_bias for site in found}  # before the first part of a layer gives it one
     holders = holders_of(model)
-    merged = tuple(_merge(place, biased[id(place.layer)], holders) for place in found)
+    merged = tuple(_merge(site, biased[id(site.layer)], holders) for site in found)
     restore(model, trained=True)
     return merged
 
 
-def _check_whole(place: Place) -> None:
+def _check_whole(site: Site) -> None:
     """Refuses an adapter whose merged form would be another function than the layer computes, or none."""
-    if getattr(place.layer, "dropping", False):
+    if getattr(site.layer, "dropping", False):
         raise ValueError(
-            f"the dropout of the adapter on {place.title} is on, and a merged weight drops nothing: call model.eval() "
+            f"the dropout of the adapter on {site.title} is on, and a merged weight drops nothing: call model.eval() "
             "before merging"
         )
-    for name, array in place.adapter.params().items():
+    for name, array in site.adapter.params().items():
         if not isinstance(array, jax.core.Tracer) and not bool(_finite(array)):
-            raise ValueError(f"the adapter on {place.title} has values in {name} that are no finite numbers")
+            raise ValueError(f"the adapter on {site.title} has values in {name} that are no finite numbers")
 
 
 @jax.jit
@@ -103,55 +100,69 @@ def _finite(array: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(array))
 
 
-def _merge(place: Place, had_bias: bool, holders: Holders) -> Merged:
-    adapter, layer = place.adapter, place.layer
+def _merge(site: Site, had_bias: bool, holders: Holders) -> Merged:
+    adapter, layer = site.adapter, site.layer
     dropout = getattr(layer, "adapter_dropout", None)
-    kernel = place.kernel()
+    kernel = site.kernel()
     gain = adapter.gain(kernel)
     # A bias that the merge of another part has just made is none that the adapter knew.
-    change = adapter.bias_change(place.bias() if had_bias else None)
+    change = adapter.bias_change(site.bias() if had_bias else None)
     weight = adapter.merged(kernel) if _changes_kernel(adapter, gain) else None
-    take_adapter(place)
-    shared = _own_params(place, holders, kernel=weight is not None, bias=change is not None)
-    _write(place, weight, change)
+    site.take_adapter()
+    shared = _own_params(site, holders, kernel=weight is not None, bias=change is not None)
+    _write(site, weight, change)
     before = kernel if adapter.transforms else None
-    return Merged(place.paths, place.part, adapter, dropout, gain, before, change, had_bias, shared)
+    return Merged(site.paths, site.part, adapter, dropout, gain, before, change, had_bias, shared)
 
 
 def _changes_kernel(adapter: Adapter, gain: Any) -> bool:
     return adapter.additive or adapter.transforms or gain is not None
 
 
-def _own_params(place: Place, holders: Holders, *, kernel: bool, bias: bool) -> dict[str, nnx.Variable]:
+Holders = dict[int, dict[int, str]]
+
+
+def holders_of(model: nnx.Module) -> Holders:
+    """By identity of a variable: its path in each module (or container) that holds it, by that one's identity."""
+    found: Holders = {}
+    for path, node in nnx.iter_graph(model):
+        children: dict[Any, Any] = {}
+        if isinstance(node, nnx.Module | dict):
+            children = node if isinstance(node, dict) else vars(node)
+        elif isinstance(node, list | tuple):
+            children = dict(enumerate(node))
+        for name, value in children.items():
+            if isinstance(value, nnx.Variable):
+                found.setdefault(id(value), {})[id(node)] = ".".join(map(str, (*path, name)))
+    return found
+
+
+def _own_params(site: Site, holders: Holders, *, kernel: bool, bias: bool) -> dict[str, nnx.Variable]:
     """Gives a layer copies of those parameters that a merge writes to and that others hold; returns what it had."""
-    if isinstance(place.layer, Projection | OutputHead):
+    if isinstance(site.layer, Projection | OutputHead):
         return {}
     found: dict[str, nnx.Variable] = {}
-    for name, value in list(vars(place.layer).items()):
+    for name, value in list(vars(site.layer).items()):
         others = holders.get(id(value), {})
         if not isinstance(value, nnx.Param) or len(others) < 2 or not (bias if name == "bias" else kernel):
             continue
         found[name] = value
-        setattr(place.layer, name, value.copy())
-        del others[id(place.layer)]
+        setattr(site.layer, name, value.copy())
+        del others[id(site.layer)]
         paths = ", ".join(others.values())
         warnings.warn(
-            f"{place.title} shared its {name} with {paths}, which stays as it was; merged, {place.title} has one of "
+            f"{site.title} shared its {name} with {paths}, which stays as it was; merged, {site.title} has one of "
             "its own",
             stacklevel=5,
         )
     return found
 
 
-def _write(place: Place, weight: Any, change: Any) -> None:
+def _write(site: Site, weight: Any, change: Any) -> None:
     if weight is not None:
-        place.put_kernel(weight)
-    if change is None:
-        return
-    if isinstance(place.layer, Projection):
-        place.layer.add_to_part_bias(place.part, change)
-    else:
-        add_to_bias(place.layer, change)
+        site.put_kernel(weight)
+    if change is not None:
+        site.add_to_bias(change)
 
 
 def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
@@ -168,10 +179,10 @@ def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
     Raises:
         ValueError: a place that the model lacks or that carries an adapter, or a gain of 0, which can't be undone.
     """
-    by_path = {(place.paths, place.part): place for place in places(model)}
+    by_path = {(site.paths, site.part): site for site in sites(model)}
     for entry in merged:
-        place = by_path.get((entry.paths, entry.part))
-        if place is None or place.adapter is not None:
+        site = by_path.get((entry.paths, entry.part))
+        if site is None or site.adapter is not None:
             raise ValueError(f"{entry.paths[0]} is not as merging left it: absent, or adapted again")
         if entry.kernel is None and entry.gain is not None and not bool(jnp.all(entry.gain != 0)):
             raise ValueError(f"{entry.paths[0]}: a gain of 0 was merged, which can't be divided out again")
@@ -179,17 +190,13 @@ def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
         _unmerge(by_path[entry.paths, entry.part], entry)
 
 
-def _unmerge(place: Place, entry: Merged) -> None:
+def _unmerge(site: Site, entry: Merged) -> None:
     change, weight = entry.bias_change, entry.kernel
     if weight is None and _changes_kernel(entry.adapter, entry.gain):
-        weight = entry.adapter.unmerged(place.kernel(), entry.gain)
-    _write(place, weight, None if change is None or not entry.had_bias else -change)
+        weight = entry.adapter.unmerged(site.kernel(), entry.gain)
+    _write(site, weight, None if change is None or not entry.had_bias else -change)
     for name, value in entry.shared.items():
-        setattr(place.layer, name, value)
+        setattr(site.layer, name, value)
     if change is not None and not entry.had_bias:
-        drop_bias(place.layer)
-    if isinstance(place.layer, Projection | OutputHead):
-        add_adapter(place, entry.adapter, None)
-    else:
-        to_adapted_class(place.layer)
-        place.layer.adapter, place.layer.adapter_dropout = entry.adapter, entry.dropout
+        site.drop_bias()
+    site.put_adapter(entry.adapter, None, entry.dropout)

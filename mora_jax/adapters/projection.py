@@ -7,19 +7,180 @@ kernel with a leading layer axis; the decoder scans over layers and calls it on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-from mora_jax.adapters.base import Adapter
-from mora_jax.adapters.products.adapted_matmul import adapted_product
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.quantization import QuantizedKernel
+from mora_jax.adapters.base import Adapter, params_of
+from mora_jax.adapters.matrices import Matrix
+from mora_jax.adapters.products.around import update_of
+from mora_jax.adapters.products.matmul import (
+    FusedLayout,
+    Kernel,
+    Turned,
+    adapted_dot,
+    decoder_dot,
+    fused_update,
+    matrix_for,
+    wide,
+    widened,
+)
+from mora_jax.adapters.products.quantization import Quantized, QuantizedKernel
 
 Array = jax.Array
+
+Dropout = Callable[[int, Array], Array]
+Params = dict[str, Array]
+
+
+def adapted_product(
+    layout: FusedLayout,
+    adapters: tuple[Adapter | None, ...],
+    x: Array,
+    kernel: Kernel,
+    bias: Array | None,
+    dropout: Dropout | None = None,
+) -> Array:
+    """The output of matrices that share one input, each with its adapter or without.
+
+    Each is `gain ⊙ (T(x) K(W) + delta(T(x))) + bias` (see `Adapter`), with the one derivative of `adapted_dot`.
+
+    Args:
+        layout: how the matrices lie in the output.
+        adapters: one a matrix, on leaves without layer axis; None for a bare matrix.
+        x: `[N, in]` in the compute dtype.
+        kernel: `[in, *layout.out_shape]` or `[in, features]`, perhaps quantised.
+        bias: `[*layout.out_shape]` or None.
+        dropout: `(number of the part, x) → x` for the adapters' inputs; None without dropout.
+
+    Returns:
+        `[N, layout.features]` in the dtype of `x`.
+    """
+    params = tuple(None if adapter is None else params_of(adapter) for adapter in adapters)
+    inputs = [
+        None if adapter is None or p is None else adapter.transform_input(adapter.config, p, x)
+        for adapter, p in zip(adapters, params, strict=True)
+    ]
+    if all(transformed is None for transformed in inputs):
+        return _Matrices(layout, adapters, params, kernel, x).product(x, bias, dropout)
+    outputs = []
+    for i, transformed in enumerate(inputs):  # matrices whose inputs differ are as many products
+        single = layout.single(i)
+        matrices = _Matrices(single, (adapters[i],), (params[i],), _kernel_of(layout, kernel, i), x)
+        drop = None if dropout is None else (lambda _, x, i=i: dropout(i, x))
+        part_bias = None if bias is None else layout.take(bias, i)
+        outputs.append(matrices.product(x if transformed is None else transformed, part_bias, drop))
+    return layout.join(outputs)
+
+
+def _kernel_of(layout: FusedLayout, kernel: Kernel, index: int) -> Array | Quantized:
+    """The kernel of one matrix; quantised as that of all is."""
+    if isinstance(kernel, Turned):
+        kernel = kernel.dense()
+    return jax.tree.map(lambda array: layout.take(array.reshape(len(array), *layout.out_shape), index), kernel)
+
+
+class _Matrices(NamedTuple):
+    """Matrices with one input that no adapter transforms.
+
+    Attributes:
+        layout, adapters, kernel: as in `adapted_product`.
+        params: the arrays of the adapters.
+        inputs: what the layer was given, behind which a quantised kernel is made dense.
+    """
+
+    layout: FusedLayout
+    adapters: tuple[Adapter | None, ...]
+    params: tuple[Params | None, ...]
+    kernel: Kernel
+    inputs: Array
+
+    def product(self, x: Array, bias: Array | None, dropout: Dropout | None) -> Array:
+        """`adapted_product` of `x`."""
+        gain, bias = self._gain(), self._bias(bias)
+        methods = {type(adapter) for adapter in self.adapters if adapter is not None and adapter.additive}
+        delta = None
+        if dropout is None and len(methods) == 1:
+            configs = (a.config if a is not None and a.additive else None for a in self.adapters)
+            delta = methods.pop().fuse(self.layout, tuple(configs))
+        if dropout is not None:
+            return adapted_dot(None, x, self.kernel, bias, None, gain, self._updates(x, dropout))
+        update = self._updates(x, None) if delta is None else None
+        params = None if delta is None else self._additive_params()
+        if not any(adapter is not None and adapter.transforms_kernel for adapter in self.adapters):
+            return adapted_dot(delta, x, self.kernel, bias, params, gain, update)
+
+        def product(x: Array, arrays: Any) -> Array:
+            matrices = self._replace(params=arrays)
+            return adapted_dot(delta, x, matrices._transformed_kernel(), bias, params, gain, update)
+
+        # The backward pass makes the kernel again rather than keep one a layer.
+        return jax.checkpoint(product)(x, self.params)
+
+    def _additive_params(self) -> tuple[Params | None, ...]:
+        pairs = zip(self.adapters, self.params, strict=True)
+        return tuple(p if adapter is not None and adapter.additive else None for adapter, p in pairs)
+
+    def _dense(self, index: int) -> Array:
+        """The kernel of one matrix, dense: what a quantised one is in a product."""
+        part = _kernel_of(self.layout, self.kernel, index)
+        return matrix_for(part, lax.stop_gradient(self.inputs)) if isinstance(part, Quantized) else part
+
+    def _each(self, one: Callable[[int, Adapter, Params], Array | None]) -> list[Array | None]:
+        pairs = enumerate(zip(self.adapters, self.params, strict=True))
+        return [None if a is None or p is None else one(i, a, p) for i, (a, p) in pairs]
+
+    def _joined(self, parts: list[Array | None], *shape: int, fill: float = 0.0) -> Array | None:
+        """What each matrix has, `[*shape, features]`, side by side, `fill` for one without; None where none has."""
+        if all(part is None for part in parts):
+            return None
+        dtype = wide(self.inputs.dtype)
+        empty = [
+            jnp.full((*shape, self.layout.part_features(i)), fill, dtype) for i, p in enumerate(parts) if p is None
+        ]
+        left = iter(empty)
+        return self.layout.join([next(left) if part is None else part.astype(dtype) for part in parts])
+
+    def _transformed_kernel(self) -> Array:
+        """The kernel, its parts transformed whose adapters do that: float32 `[in, features]`."""
+        found = self._each(
+            lambda i, a, p: a.transform_kernel(a.config, p, self._dense(i)) if a.transforms_kernel else None
+        )
+        parts = [widened(self._dense(i)) if part is None else part for i, part in enumerate(found)]
+        return self.layout.join(parts)
+
+    def _gain(self) -> Array | None:
+        """The gains of all matrices, float32 `[features]`; None where none has one."""
+        gains = self._each(lambda i, a, p: a.output_gain(a.config, p, partial(self._dense, i)))
+        return self._joined(gains, fill=1.0)
+
+    def _bias(self, bias: Array | None) -> Array | None:
+        """The layer's bias with what adapters add to it; flat float32 where they add anything."""
+        added = self._joined(
+            self._each(lambda i, a, p: a.added_bias(a.config, p, None if bias is None else self.layout.take(bias, i)))
+        )
+        return bias if added is None else added if bias is None else widened(bias.reshape(-1)) + added
+
+    def _updates(self, x: Array, dropout: Dropout | None) -> Array | None:
+        """The updates one by one, float32 `[N, features]`: of methods without a joint form, or with dropout."""
+
+        def one(i: int, adapter: Adapter, params: Params) -> Array | None:
+            features, config = self.layout.part_features(i), adapter.config
+            own = x if dropout is None or not config.dropout else dropout(i, x)
+            single = self.layout.single(i)
+            if adapter.additive and (delta := adapter.fuse(single, (config,))) is not None:
+                return fused_update(delta, own, (params,))
+            if dropout is None and not adapter.additive:
+                return None  # a transformed kernel is in the product
+            return update_of(type(adapter), config, params, own, features, partial(self._dense, i), decoder_dot)
+
+        return self._joined(self._each(one), len(x))
 
 
 class TokenDropout(NamedTuple):
@@ -304,10 +465,7 @@ class OutputHead(nnx.Module):
             return kernel
         return self.adapter.merged(kernel.astype(jnp.float32).T).T
 
-    def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
-        """Adds `adapter` to a head that has none."""
-        self.adapter = adapter
-
-    def take_adapter(self) -> None:
-        """Takes the adapter off."""
-        self.adapter = nnx.data(None)
+    @property
+    def matrix(self) -> Matrix:
+        """How the table is the matrix `[D, V]`."""
+        return Matrix("kernel", tuple(self.kernel.shape), (1,), (0,), (0,))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mora_jax.adapters.attach import add_adapters, undone_on_error
 from mora_jax.adapters.config.patterns import pattern_for, targets_for
-from mora_jax.adapters.matching.targets import Place, places
+from mora_jax.adapters.sites import Site, sites
 from mora_jax.errors import InputError
 
 
@@ -40,7 +40,7 @@ def install(model: nnx.Module, by_path: Mapping[str, AdapterValues], *, modules_
     Raises:
         InputError: the model has adapters, lacks a path, or can't hold what is asked for.
     """
-    found = list(places(model))
+    found = list(sites(model))
     if any(place.adapter is not None for place in found):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
     possible = [path for place in found for path in place.paths]
@@ -98,7 +98,7 @@ def _varied(config: Any) -> list[str]:
     return [name for name in ("rank", "alpha") if hasattr(config, f"{name}_pattern")]
 
 
-def _fill(place: Place, values: dict[int, Mapping[str, np.ndarray]]) -> None:
+def _fill(place: Site, values: dict[int, Mapping[str, np.ndarray]]) -> None:
     """Writes the arrays of all layers of a place at once; what is smaller than its place (a lower rank) is padded."""
     adapter = place.adapter
     for name in dict.fromkeys(name for arrays in values.values() for name in arrays):

@@ -8,30 +8,29 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import add_adapter, take_adapter
 from mora_jax.adapters.bank import Bank, LoRABank, MoRABank
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
-from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.adapters.projection import OutputHead
+from mora_jax.adapters.sites import Site, sites
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, first
 from mora_jax.interop.read_adapter import ValuesByPath
 
 
-def placed_banks(model: nnx.Module) -> Iterator[tuple[Place, Bank]]:
+def placed_banks(model: nnx.Module) -> Iterator[tuple[Site, Bank]]:
     """Every bank of `model` with its place."""
-    for place in places(model):
+    for place in sites(model):
         if isinstance(place.adapter, Bank):
             yield place, place.adapter
 
 
-def check_places(model: nnx.Module, by_path: ValuesByPath) -> list[tuple[Place, list[AdapterValues]]]:
+def check_places(model: nnx.Module, by_path: ValuesByPath) -> list[tuple[Site, list[AdapterValues]]]:
     """The places that an adapter is for, with its values for them.
 
     Raises:
         InputError: a path that the model lacks, or a place where the adapter can't stand beside those that are there.
     """
-    found = list(places(model))
+    found = list(sites(model))
     absent = sorted(set(by_path) - {path for place in found for path in place.paths})
     if absent:
         raise InputError(f"the model has no {first(absent)}")
@@ -53,7 +52,7 @@ def check_places(model: nnx.Module, by_path: ValuesByPath) -> list[tuple[Place, 
     return filled
 
 
-def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
+def make_room(place: Site, configs: list[Any], slots: int, rank: int) -> None:
     """Sees that a place has a bank that is large enough; what its present bank holds is kept.
 
     Args:
@@ -76,11 +75,11 @@ def make_room(place: Place, configs: list[Any], slots: int, rank: int) -> None:
     bank = make(place.in_features, place.out_features, config, slots=slots, **place.layout)
     if old is not None:
         bank.copy_from(old)
-        take_adapter(place)
-    add_adapter(place, bank, None)
+        place.take_adapter()
+    place.put_adapter(bank, None)
 
 
-def write_slot(place: Place, bank: Bank, slot: int, by_path: ValuesByPath) -> None:
+def write_slot(place: Site, bank: Bank, slot: int, by_path: ValuesByPath) -> None:
     """Writes an adapter's values at one place: zeros for layers without any, those of a lower rank padded.
 
     Args:
@@ -103,7 +102,7 @@ def write_slot(place: Place, bank: Bank, slot: int, by_path: ValuesByPath) -> No
     bank.write(slot, values)
 
 
-def read_slot(place: Place, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, AdapterValues]:
+def read_slot(place: Site, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, AdapterValues]:
     """The values of an adapter at one place, without padding.
 
     Args:

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import detach, undone_on_error
-from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.adapters.merge import Merged, merge
+from mora_jax.adapters.sites import adapted_sites
 from mora_jax.adapters.slots import NO_SLOT, use
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, install
@@ -69,7 +69,7 @@ class NamedAdapters:
     def __init__(self, model: nnx.Module, *, slots: int = 4, rank: int | None = None):
         if slots < 1 or (rank is not None and rank < 1):
             raise ValueError(f"slots and rank must be positive integers, not {slots} and {rank}")
-        if adapted_places(model):
+        if adapted_sites(model):
             raise InputError("the model carries an adapter already: detach it and add it under a name")
         self.model = model
         self._slots = slots

@@ -9,8 +9,8 @@ from typing import TypeVar
 from flax import nnx
 
 from mora_jax.adapters.attach import detach
-from mora_jax.adapters.matching.targets import adapted_places
-from mora_jax.adapters.summary import adapters_of
+from mora_jax.adapters.report import adapters_of
+from mora_jax.adapters.sites import adapted_sites
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.config import extra_fields
@@ -27,7 +27,7 @@ def bare(model: Model) -> Model:
     """A second model on the same base arrays, without adapters."""
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, state)
-    if adapted_places(copy):
+    if adapted_sites(copy):
         detach(copy)
     return copy
 

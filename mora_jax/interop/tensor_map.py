@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import AdapterParam, FullParam, host
-from mora_jax.adapters.matching.targets import Place, places
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.sites import Site, sites
 from mora_jax.adapters.trainable_base import TrainableBase
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.norms import RMSNorm
@@ -157,7 +157,7 @@ def _projection(projection: Projection) -> Iterator[Entry]:
 
 def _own_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """The modules of somebody else's model with their paths; of what can carry adapters as adapters are called."""
-    known = {id(place.layer): place.paths[0] for place in places(model) if not place.part and not place.stack}
+    known = {id(place.layer): place.paths[0] for place in sites(model) if not place.part and not place.stack}
     for path, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Module):
             yield known.get(id(module), ".".join(map(str, path))), module
@@ -189,7 +189,7 @@ def loose_biases(model: nnx.Module) -> set[str]:
     """Names in files of the biases of modules that can't carry adapters, which `bias="all"` trains, too."""
     if isinstance(model, Decoder):
         return set()  # its norms have none
-    held = {id(place.layer) for place in places(model)}
+    held = {id(place.layer) for place in sites(model)}
     return {
         f"{path}.bias"
         for path, module in _own_modules(model)
@@ -197,7 +197,7 @@ def loose_biases(model: nnx.Module) -> set[str]:
     }
 
 
-def base_bias(place: Place, layer: int) -> np.ndarray:
+def base_bias(place: Site, layer: int) -> np.ndarray:
     """The bias of the base at one path of a place, float32 `[out]`; zeros where it has none."""
     bias = place.bias()
     if bias is None:

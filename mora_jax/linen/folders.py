@@ -21,19 +21,16 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
+from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.products.matmul import wide
-from mora_jax.adapters.summary import AdapterEntry, adapters_of
+from mora_jax.adapters.report import AdapterEntry, adapters_of
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.peft import load, save
 from mora_jax.interop.peft.lora import alpha_for
-from mora_jax.linen.matrices import Matrix
 from mora_jax.linen.merging import Path, layers_of, plain_tree, possible_matrices
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, fresh
-
-
-_FIELDS = [field.name for field in dataclasses.fields(Matrix)]
 
 
 class _Tree(nnx.Module):
@@ -137,8 +134,8 @@ def load_adapter(
     Args:
         variables: `{"params": …}` of the plain model.
         path: the folder or hub id, as for `mora_jax.load_adapter`; written from Linen or from NNX.
-        report: what `adapted` gave for the model, with any configuration; needed for folders that `mora_jax.save_adapter`
-            wrote of NNX models, where shapes alone don't say how a kernel is a matrix.
+        report: what `adapted` gave for the model, with any configuration; needed for folders that were written of NNX
+            models, where shapes alone don't say how a kernel is a matrix.
 
     Returns:
         The configuration for `adapted`, and the variables with the adapters among them. Its dropout is the one that the
@@ -218,12 +215,14 @@ def _described(file: Path_) -> dict[str, Any]:
         return {}
     try:
         layers = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            path: (Matrix(*(v if isinstance(v, str) else tuple(v) for v in (said[n] for n in _FIELDS))), said["lifts"])
-            for path, said in layers.items()
-        }
+        return {path: (_matrix(said), tuple(said["lifts"])) for path, said in layers.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file} is not what mora_jax.linen.save_adapter writes: {error}") from None
+
+
+def _matrix(said: Mapping[str, Any]) -> Matrix:
+    axes = (tuple(said[name]) for name in ("shape", "contracted", "free", "bias_axes"))
+    return Matrix(said["array"], *axes)
 
 
 def _placed(
@@ -231,10 +230,10 @@ def _placed(
 ) -> _Place:
     """A place as the file and the report say that it is a matrix, or a stack of them."""
     if report is None and (said := described.get(".".join(place.path))) is not None:
-        matrix, lifts = said
-        lead = place.array.ndim - len(matrix.shape)
-        if lead == len(lifts) and matrix.shape == place.array.shape[lead:] and matrix.array == place.matrix.array:
-            return place._replace(matrix=matrix, lifts=tuple(lifts))
+        given_place = place._replace(matrix=said[0], lifts=said[1])
+        ends = place.array.shape[len(given_place.lifts) :]
+        if (given_place.matrix.array, given_place.matrix.shape) == (place.matrix.array, ends):
+            return given_place
     known = None if report is None else report.matrix_at(place.path)
     if known is not None and report is not None:
         return place._replace(matrix=known, lifts=report.lifts_at(place.path))
@@ -284,7 +283,9 @@ def _as_nnx(adapted: list[_Place], others: list[_Place]) -> nnx.Module:
     taken = {place.path for place in adapted}
     for place in [*adapted, *(place for place in others if place.path not in taken)]:
         matrices = place.matrix.take(place.array) if place.path in taken else None
-        biases = None if place.bias is None or matrices is None else place.matrix.take_bias(place.bias)
+        biases = (
+            None if place.bias is None or matrices is None else place.matrix.take_bias(place.bias, len(place.stack))
+        )
         for index, name in place.names():
             kernel = None if matrices is None else matrices[index]
             layer = _layer(place.matrix, kernel, None if biases is None else biases[index])

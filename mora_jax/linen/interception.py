@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 
 from mora_jax.adapters.config.patterns import config_at
-from mora_jax.adapters.matching.targets import Picker
+from mora_jax.adapters.targets import Picker
 from mora_jax.linen.layers import LoRADense, MoRADense
 from mora_jax.linen.matrices import KINDS, layer_number, product_of
 from mora_jax.linen.report import LinenReport

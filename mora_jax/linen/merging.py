@@ -11,9 +11,10 @@ from flax import linen as nn
 from flax import traverse_util
 
 from mora_jax.adapters.config.patterns import config_at
-from mora_jax.adapters.matching.targets import Picker
+from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.products.matmul import widened
-from mora_jax.linen.matrices import Matrix, layer_number
+from mora_jax.adapters.targets import Picker
+from mora_jax.linen.matrices import layer_number
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, in_words, scaled
 
@@ -152,8 +153,8 @@ def merge(variables: Mapping[str, Any], *configs: Any, report: LinenReport | Non
 
     Returns:
         `params` with new kernels in their own dtype, the sum taken in float32 (float64 where the kernel is). Auto-named
-        `LoRADense_0` keeps its name; `rename_layers` turns it back. A layer without a bias to which the adapter adds one
-        (BitFit) gets it, with a warning: the plain model needs `use_bias=True` there.
+        `LoRADense_0` keeps its name; `rename_layers` turns it back. A layer without a bias to which the adapter adds
+        one (BitFit) gets it, with a warning: the plain model needs `use_bias=True` there.
 
     Raises:
         ValueError: no adapters, a layer without kernel or without a config, or shapes that deny the config.
@@ -168,8 +169,8 @@ def merge(variables: Mapping[str, Any], *configs: Any, report: LinenReport | Non
         if layer.bias is None and bias is not None:
             where = ".".join(layer.path) or "the layer"
             warnings.warn(
-                f"{where} has no bias, and its adapter added one: give the plain layer use_bias=True, or it passes over "
-                "the bias that params now hold for it",
+                f"{where} has no bias, and its adapter added one: give the plain layer use_bias=True, or it passes "
+                "over the bias that params now hold for it",
                 stacklevel=2,
             )
     return traverse_util.unflatten_dict(params)
@@ -189,6 +190,6 @@ def _merged(layer: Layer) -> tuple[Array, Array | None]:
 
     for _ in layer.stack:
         one = jax.vmap(one)
-    flat_bias = None if layer.bias is None else matrix.take_bias(layer.bias)
+    flat_bias = None if layer.bias is None else matrix.take_bias(layer.bias, len(layer.stack))
     kernel, bias = one(matrix.take(layer.kernel), flat_bias, dict(layer.arrays))
     return matrix.put(kernel), None if bias is None else matrix.put_bias(bias)

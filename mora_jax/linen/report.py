@@ -11,12 +11,11 @@ import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from mora_jax.adapters.matching.skipped import grouped, why_left
-from mora_jax.adapters.matching.targets import Picker, named
-from mora_jax.adapters.matching.unknown import VECTORS
+from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.methods.registry import adapter_class
-from mora_jax.adapters.summary import AttachReport, Match
-from mora_jax.linen.matrices import KINDS, Matrix, layer_number
+from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, why_left
+from mora_jax.adapters.targets import Picker, named
+from mora_jax.linen.matrices import KINDS, layer_number
 from mora_jax.linen.update import COLLECTION
 
 Path = tuple[str, ...]

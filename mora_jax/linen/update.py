@@ -13,11 +13,12 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import MethodConfig
+from mora_jax.adapters.matrices import Matrix, Product
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.methods.registry import adapter_class
-from mora_jax.adapters.products.around import transformed_input, with_adapter
-from mora_jax.adapters.products.explicit_mesh import placed_like
-from mora_jax.linen.matrices import Matrix, Product
+from mora_jax.adapters.products.around import around
+from mora_jax.adapters.products.around import attended as attended_by
+from mora_jax.adapters.products.around import embedded as embedded_by
 
 Array = jax.Array
 Arrays = dict[str, Array]
@@ -150,31 +151,23 @@ def adapted_output(
         inputs: as the layer takes them.
         deterministic: whether dropout is off; None where the configuration has none.
     """
-    method, matrix, view = check_config(config), product.matrix, product.view
-    ready = all(module.has_variable(COLLECTION, name) for name in expected(config, matrix)[0])
-    if ready:
-        params = _arrays(module, config, matrix)
-        if method.transforms_input(config, params, matrix.in_features):
+    method, matrix = check_config(config), product.matrix
+    first = None
+    if not all(module.has_variable(COLLECTION, name) for name in expected(config, matrix)[0]):
+        first = call(inputs)  # makes the kernel that a fresh adapter starts from, which leaves the inputs as they are
+    params = _arrays(module, config, matrix)
 
-            def transformed(inputs: Array, params: Arrays) -> Array:
-                return transformed_input(method, config, params, view, inputs)
+    def real(x: Array) -> Array:
+        y = call(x) if first is None else first
+        if jnp.issubdtype(y.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"{title(module)} computes in {y.dtype}: adapters are real, so complex layers can't carry one"
+            )
+        return y
 
-            inputs = placed_like(inputs, transformed, inputs, params)
-    y = call(inputs)
-    if jnp.issubdtype(y.dtype, jnp.complexfloating):
-        raise ValueError(f"{title(module)} computes in {y.dtype}: adapters are real, so complex layers can't carry one")
-    if not ready:
-        params = _arrays(module, config, matrix)  # of the kernel that the call made; fresh, so the inputs keep theirs
-
-    def run(y: Array, inputs: Array, params: Arrays, kernel: Array, bias: Array | None, key: Array | None) -> Array:
-        bias = None if bias is None else matrix.take_bias(bias)
-        drop = functools.partial(_dropped, config, key=key)
-        take = functools.partial(matrix.take, kernel)
-        return with_adapter(method, config, params, view, y, inputs, take, bias, matrix.out_features, drop)
-
+    key, kernel = _dropout_key(module, config, deterministic), param(module, matrix.array)
     bias = param(module, "bias") if getattr(module, "use_bias", False) else None
-    key = _dropout_key(module, config, deterministic)
-    return placed_like(y, run, y, inputs, params, param(module, matrix.array), bias, key)
+    return around(method, config, params, product, real, inputs, kernel, bias, key)
 
 
 def _dropout_key(module: nn.Module, config: Any, deterministic: bool | None) -> Array | None:
@@ -184,13 +177,6 @@ def _dropout_key(module: nn.Module, config: Any, deterministic: bool | None) -> 
     if deterministic is None:
         raise ValueError(f"dropout is {config.dropout}: deterministic must be True (no dropout) or False")
     return None if deterministic else module.make_rng("dropout")
-
-
-def _dropped(config: Any, x: Array, key: Array | None) -> Array:
-    if key is None:
-        return x
-    kept = jax.random.bernoulli(key, 1.0 - config.dropout, x.shape)
-    return jnp.where(kept, x / (1.0 - config.dropout), 0.0).astype(x.dtype)
 
 
 def embedded(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], ids: Array) -> Array:
@@ -203,15 +189,9 @@ def embedded(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Arr
         call: the module's own look-up.
         ids: int `[...]`.
     """
-    y = call(ids)
+    y = call(ids)  # which makes the table that a fresh adapter starts from
     params, method = _table(module, config, matrix)
-
-    def run(y: Array, ids: Array, params: Arrays, table: Array) -> Array:
-        total = y.astype(jnp.promote_types(y.dtype, jnp.float32)) + method.rows(ids, y.dtype, params)
-        gain = method.output_gain(config, params, lambda: table)
-        return (total if gain is None else total * gain).astype(y.dtype)
-
-    return placed_like(y, run, y, ids, params, param(module, matrix.array))
+    return embedded_by(method, config, params, lambda _: y, ids, param(module, matrix.array))
 
 
 def attended(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], query: Array) -> Array:
@@ -225,17 +205,7 @@ def attended(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Arr
         query: `[..., D]`.
     """
     params, method = _table(module, config, matrix)
-
-    def scaled_query(query: Array, params: Arrays, table: Array) -> Array:
-        gain = method.output_gain(config, params, lambda: table)
-        return query if gain is None else (query * gain).astype(query.dtype)
-
-    def run(y: Array, query: Array, params: Arrays) -> Array:
-        return (y + method.scores(query.astype(y.dtype), params)).astype(y.dtype)
-
-    query = placed_like(query, scaled_query, query, params, param(module, matrix.array))
-    y = call(query)
-    return placed_like(y, run, y, query, params)
+    return attended_by(method, config, params, call, query, param(module, matrix.array))
 
 
 def _table(module: nn.Module, config: Any, matrix: Matrix) -> tuple[Arrays, type[LoRA]]:

@@ -35,7 +35,7 @@ from mora_jax.adapters.base import AdapterParam
 from mora_jax.adapters.methods.mora import MoRA
 from mora_jax.adapters.products.quantization import QuantizedParam
 from mora_jax.adapters.projection import Projection
-from mora_jax.adapters.summary import count
+from mora_jax.adapters.report import count
 from mora_jax.backend import compiling_for
 from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.models.attention.causal import Rows

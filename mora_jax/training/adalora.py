@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 
 from mora_jax.adapters.config import AdaLoRAConfig
-from mora_jax.adapters.matching.targets import places
 from mora_jax.adapters.methods.adalora import (
     Importance,
     Masks,
@@ -25,6 +24,7 @@ from mora_jax.adapters.methods.adalora import (
     orthogonality,
     start_importance,
 )
+from mora_jax.adapters.sites import sites
 from mora_jax.training.config.adapter import AdapterConfig
 from mora_jax.training.state import Arrays
 
@@ -58,7 +58,7 @@ def reschedule(model: nnx.Module, section: AdapterConfig, steps: int) -> None:
 
 
 def _adapters(model: nnx.Module) -> list[Any]:
-    found = [place.adapter for place in places(model)]
+    found = [place.adapter for place in sites(model)]
     return [adapter for adapter in found if adapter is not None and isinstance(adapter.config, AdaLoRAConfig)]
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mora_jax.adapters.attach import detach, partition
-from mora_jax.adapters.matching.targets import adapted_places
+from mora_jax.adapters.sites import adapted_sites
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.adapter import adapter_config
@@ -93,7 +93,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         optimizer = budget.around(optimizer)
     settings = StepConfig(
         partitioner=None if placement is None else placement.partitioner,
-        dropout=any(place.adapter.config.dropout > 0 for place in adapted_places(model)),
+        dropout=any(place.adapter.config.dropout > 0 for place in adapted_sites(model)),
         axis_name="data" if pmap else None,
         divisor=config.loss.constant if config.loss.divided_by == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,

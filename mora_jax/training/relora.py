@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from mora_jax.adapters.attach import partition
-from mora_jax.adapters.matching.targets import Place, adapted_places
+from mora_jax.adapters.sites import Site, adapted_sites
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays
 
 Array = jax.Array
@@ -120,13 +120,13 @@ def renewed(structure: Structure, adapters: Arrays, frozen: Arrays, key: Array) 
     whole have no low rank to overcome; they are left as they are.
     """
     model = structure.model(adapters, frozen)
-    for number, place in enumerate(adapted_places(model)):
+    for number, place in enumerate(adapted_sites(model)):
         _renew(place, jax.random.fold_in(key, number))
     _, trained, rest = partition(model)
     return _changed(adapters, flat_arrays(trained)), _changed(frozen, flat_arrays(rest))
 
 
-def _renew(place: Place, key: Array) -> None:
+def _renew(place: Site, key: Array) -> None:
     adapter = place.adapter  # of a method with restarts, which has `renew`
     kernel = place.kernel()
     merged = adapter.merged(kernel)

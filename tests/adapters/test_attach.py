@@ -8,7 +8,7 @@ from flax import linen, nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.matrices import einsum_axes
+from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.projection import Part, Projection
 
 
@@ -178,11 +178,12 @@ def test_rotation_says_which_inputs_it_ignores():
         ("etd,edf->etf", (5, 3, 4), None),  # a batch axis in the kernel: several matrices
         ("td,d->t", (3,), None),
         ("td,dd->t", (3, 3), None),
-        (None, (3, 4), None),
+        ("", (3, 4), None),
     ],
 )
 def test_which_einsums_are_matrix_products(spec, shape, axes):
-    assert einsum_axes(spec, shape) == axes
+    matrix = Matrix.of_einsum("kernel", spec, shape)
+    assert (None if matrix is None else (matrix.contracted, matrix.free)) == axes
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,10 @@ def test_an_einsum_that_is_given_at_the_call():
     ("model", "words"),
     [
         (linen.Dense(3), r"Dense is one of Linen, .* with mora_jax.linen.adapted\(config\): model.init"),
-        ({"dense": {"kernel": jnp.ones((2, 3))}}, "not a tree of arrays: of a Linen model use mora_jax.linen.adapted; "),
+        (
+            {"dense": {"kernel": jnp.ones((2, 3))}},
+            "not a tree of arrays: of a Linen model use mora_jax.linen.adapted; ",
+        ),
         ([nnx.Linear(2, 3, rngs=nnx.Rngs(0))], "attach takes a Flax NNX module, not list"),
         (None, "attach takes a Flax NNX module, not NoneType"),
     ],

@@ -117,7 +117,10 @@ class Turned(nnx.Module):
         return jax.numpy.einsum(self.equation, x, self.weight[...])
 
 
-def test_layers_of_other_classes_are_tried_while_a_function_is_traced():
+mj.register_layer(Turned, example=Turned(nnx.Rngs(0)), kernel="weight", einsum="...i,oi->...o")
+
+
+def test_registered_layers_while_a_function_is_traced():
     def build():
         model = Turned(nnx.Rngs(0))
         assert mj.attach(model, CASES["dora"], rngs=1).matches

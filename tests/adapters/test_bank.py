@@ -11,10 +11,10 @@ from jax.test_util import check_grads
 from mora_jax.adapters.attach import add_adapter
 from mora_jax.adapters.bank import LoRABank, MoRABank, use
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
-from mora_jax.adapters.matching.targets import places
 from mora_jax.adapters.merge import merge
 from mora_jax.adapters.methods.mora import KINDS
 from mora_jax.adapters.projection import Part, Projection
+from mora_jax.adapters.sites import sites
 from tests.adapters import oracle
 
 SLOTS, TOKENS = 3, 4
@@ -64,7 +64,7 @@ def banked_projection(dtype):
         parts, 6, out_shape=(3, 2), axes=("embed", "heads", "head_dim"), path="{name}", dtype=dtype, rngs=nnx.Rngs(0)
     )
     updates = {}
-    for place, kind in zip(places(layer), ("lora", "rotation"), strict=True):
+    for place, kind in zip(sites(layer), ("lora", "rotation"), strict=True):
         bank, updates[place.part] = filled(kind, place.in_features, place.out_features)
         add_adapter(place, bank, None)
     return layer, updates

@@ -12,8 +12,8 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.base import magnitude_gain
-from mora_jax.adapters.matrices import matrix_of
 from mora_jax.adapters.methods.registry import METHODS
+from mora_jax.adapters.sites import sites
 from tests.adapters.formulas import FORMULAS
 from tests.adapters.made import config_from
 
@@ -86,7 +86,7 @@ def test_float64_stays_float64(name):
     entry = next(adapters_of(model))
     values = {key: np.asarray(value) for key, value in entry.params.items()}
     assert all(value.dtype == np.float64 for value in values.values())
-    kernel, bias = np.asarray(matrix_of(model)), np.asarray(model.bias[...])
+    kernel, bias = np.asarray(next(sites(model)).kernel()), np.asarray(model.bias[...])
     config = entry.config
     if name == "adalora":  # PEFT's factor, which the formula leaves out
         config = dataclasses.replace(config, alpha=config.alpha * config.rank / (config.rank + 1e-5))

@@ -29,6 +29,7 @@ class Turned(nnx.Module):
         return jnp.einsum(self.equation, x, self.kernel[...]) + self.bias[...]
 
 
+mj.register_layer(Turned, example=Turned(nnx.Rngs(0)), einsum="...i,oi->...o", bias="bias")
 LAYERS = {
     "linear": lambda: nnx.Linear(8, 6, rngs=nnx.Rngs(0)),
     "general": lambda: nnx.LinearGeneral(8, (2, 4), rngs=nnx.Rngs(0)),

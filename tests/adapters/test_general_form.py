@@ -1,5 +1,7 @@
 """Transforms of inputs and kernels on layers that keep their own product, with dropout, and taken out again."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config import CommonConfig
-from mora_jax.adapters.products.around import ProductView, transformed_input, with_adapter
+from mora_jax.adapters.matrices import product_of
+from mora_jax.adapters.products.around import around
+from mora_jax.adapters.products.matmul import dot
 from tests.adapters.formulas import FORMULAS
 
 CONFIGS = {
@@ -84,8 +88,8 @@ class Everything(Adapter):
         return jnp.tanh(kernel)
 
     @classmethod
-    def delta(cls, config, out_features, x, params):
-        return x @ params["m"]
+    def delta(cls, config, out_features, x, params, product=dot):
+        return product(x, params["m"])
 
     @classmethod
     def dense(cls, config, in_features, out_features, params):
@@ -110,9 +114,9 @@ def test_all_parts_at_once(name):
     for i in range(6):  # input i goes to place i + 1
         merged[i] = (np.tanh(kernel) + values["m"])[(i + 1) % 6] * values["gain"][(i + 1) % 6] * gain
     np.testing.assert_allclose(adapter.merged(layer.kernel[...]), merged, rtol=1e-4, atol=1e-5)
-    own = Everything, None, adapter.params(), ProductView()
-    inputs = transformed_input(*own, x)
-    y = with_adapter(*own, nnx.Linear.__call__(layer, inputs), inputs, lambda: layer.kernel[...], layer.bias[...], 8)
+    own = Everything, CommonConfig, adapter.params(), product_of(layer, x)
+    call = functools.partial(nnx.Linear.__call__, layer)
+    y = around(*own, call, x, layer.kernel[...], layer.bias[...])
     np.testing.assert_allclose(y, x @ merged + bias, rtol=1e-3, atol=1e-4)
     mj.adapters.layers.to_adapted_class(layer)
     layer.put_adapter(adapter, None)

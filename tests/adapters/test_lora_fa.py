@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.products.fused import FusedLayout
+from mora_jax.adapters.products.matmul import FusedLayout
 
 
 def test_only_b_is_trained_and_the_input_is_not_kept():

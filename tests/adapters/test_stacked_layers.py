@@ -135,6 +135,7 @@ class Turned(nnx.Module):
         return jnp.einsum(self.equation, x, self.weight[...]) + self.bias[...]
 
 
+mj.register_layer(Turned, example=Turned(nnx.Rngs(0)), kernel="weight", einsum="equation", bias="bias")
 MAKERS = {
     "linear": lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs),
     "general": lambda rngs: nnx.LinearGeneral(WIDTH, (2, 3), rngs=rngs),

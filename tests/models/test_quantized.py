@@ -11,7 +11,7 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.adapters.attach import add_adapters
 from mora_jax.adapters.products.quantization import FORMATS
-from mora_jax.adapters.summary import count
+from mora_jax.adapters.report import count
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.models.init import init_decoder

@@ -63,10 +63,11 @@ class _Aliases(type):
     """Takes PEFT's names of settings in calls of a configuration, too."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        fields = getattr(cls, "__dataclass_fields__", {})
+        fields: dict[str, dataclasses.Field] = getattr(cls, "__dataclass_fields__", {})
+        positional = [name for name, field in fields.items() if field.init and not field.kw_only][: len(args)]
         for alias, name in ALIASES.items():
             if alias in settings and name in fields:
-                if name in settings or list(fields).index(name) < len(args):
+                if name in settings or name in positional:
                     raise TypeError(f"{cls.__name__} takes {name} or PEFT's name for it, {alias}, not both")
                 settings[name] = settings.pop(alias)
         return super().__call__(*args, **settings)

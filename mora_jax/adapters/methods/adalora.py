@@ -27,7 +27,7 @@ from flax import nnx
 from mora_jax.adapters.base import Adapter, AdapterParam, host
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
-from mora_jax.adapters.products.matmul import trained_dot
+from mora_jax.adapters.products.matmul import Dot, dot
 
 Array = jax.Array
 Arrays = dict[str, Array]
@@ -129,9 +129,11 @@ class AdaLoRA(Adapter):
         return config.alpha / (config.rank + 1e-5)  # as in PEFT
 
     @classmethod
-    def delta(cls, config: AdaLoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
-        hidden = trained_dot(x, params["lora_a"]) * (params["lora_e"] * params["scaling"])
-        return trained_dot(hidden.astype(x.dtype), params["lora_b"])
+    def delta(
+        cls, config: AdaLoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
+    ) -> Array:
+        hidden = product(x, params["lora_a"]) * (params["lora_e"] * params["scaling"])
+        return product(hidden.astype(x.dtype), params["lora_b"])
 
     @classmethod
     def dense(cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:

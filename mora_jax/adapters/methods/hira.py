@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import CommonConfig, Targets
 from mora_jax.adapters.methods import lora
-from mora_jax.adapters.products.matmul import trained_dot, widened
+from mora_jax.adapters.products.matmul import widened
 
 Array = jax.Array
 
@@ -53,5 +54,5 @@ class HiRA(Adapter):
 
     @classmethod
     def transform_kernel(cls, config: HiRAConfig, params: dict[str, Array], kernel: Array) -> Array:
-        product = trained_dot(params["hira_a"].astype(kernel.dtype), params["hira_b"])
+        product = jnp.matmul(params["hira_a"], params["hira_b"])
         return widened(kernel) * (1.0 + product * params["scaling"])

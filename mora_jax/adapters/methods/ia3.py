@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import CommonConfig, Targets
-from mora_jax.adapters.products.matmul import scale_features, widened
+from mora_jax.adapters.products.matmul import widened
 
 Array = jax.Array
 
@@ -72,7 +72,7 @@ class IA3(Adapter):
 
     @classmethod
     def transform_input(cls, config: IA3Config, params: dict[str, Array], x: Array) -> Array | None:
-        return scale_features(x, _vector(params)) if config.feedforward else None
+        return (widened(x) * _vector(params)).astype(x.dtype) if config.feedforward else None
 
     @classmethod
     def added_bias(cls, config: IA3Config, params: dict[str, Array], bias: Array | None) -> Array | None:

@@ -29,10 +29,8 @@ from mora_jax.adapters.config.common import BIASES, CommonConfig, Pattern, Targe
 from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
-from mora_jax.adapters.methods.lora_fused import FusedLoRA, initial_of, scaling_of
 from mora_jax.adapters.products.explicit_mesh import whole
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import Delta, trained_dot, widened
+from mora_jax.adapters.products.matmul import Delta, Dot, FusedLayout, dot, dot32, dot32_nt, dot32_tn, widened
 
 Array = jax.Array
 
@@ -138,10 +136,9 @@ def apply(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) 
     return _delta(flat, lora_a, lora_b, scaling).astype(x.dtype).reshape(*x.shape[:-1], lora_b.shape[1])
 
 
-def _delta(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float) -> Array:
-    """`x [N, in]` → float32 `[N, out]`; the factors are used in the dtype of `x`."""
-    hidden = trained_dot(x, lora_a) * scaling
-    return trained_dot(hidden.astype(x.dtype), lora_b)
+def _delta(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float, product: Dot = dot) -> Array:
+    hidden = product(x, lora_a) * scaling  # [N, in] @ [in, rank] → [N, rank], thin
+    return product(hidden.astype(x.dtype), lora_b)  # [N, rank] @ [rank, out] → [N, out]
 
 
 def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> Array:
@@ -168,6 +165,19 @@ def _dense(params: dict[str, Array]) -> Array:
     if scaling.ndim:
         return delta_weight(params["lora_a"] * scaling, params["lora_b"])
     return delta_weight(params["lora_a"], params["lora_b"], scaling)
+
+
+def scaling_of(params: dict[str, Array]) -> Array:
+    """The factor on the hidden features: `[]`, or `[rank]` where layers of a stack have their own ranks."""
+    mask = params.get("rank_mask")
+    return params["scaling"] if mask is None else params["scaling"] * mask
+
+
+def initial_of(params: dict[str, Array] | None) -> dict[str, Array] | None:
+    """The factors that the update is counted from, in place of the trained ones; None where it starts at zero."""
+    if params is None or "initial_a" not in params:
+        return None
+    return params | {"lora_a": params["initial_a"], "lora_b": params["initial_b"]}
 
 
 class LoRA(Adapter):
@@ -230,25 +240,27 @@ class LoRA(Adapter):
     def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
         """What is added to looked-up rows of an embedding table, float32 `[..., D]`."""
         picked = (jnp.take(params["lora_a"], ids, axis=0) * scaling_of(params)).astype(dtype)
-        flat = trained_dot(picked.reshape(-1, picked.shape[-1]), params["lora_b"])
+        flat = dot(picked.reshape(-1, picked.shape[-1]), params["lora_b"])
         return flat.reshape(*ids.shape, flat.shape[-1])
 
     @classmethod
     def scores(cls, query: Array, params: dict[str, Array]) -> Array:
         """What is added to products of `query [..., D]` with every row of an embedding table, float32 `[..., V]`."""
         flat = query.reshape(-1, query.shape[-1])
-        hidden = (trained_dot(flat, params["lora_b"].T) * scaling_of(params)).astype(query.dtype)
-        return trained_dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], len(params["lora_a"]))
+        hidden = (dot(flat, params["lora_b"].T) * scaling_of(params)).astype(query.dtype)
+        return dot(hidden, params["lora_a"].T).reshape(*query.shape[:-1], len(params["lora_a"]))
 
     @classmethod
     def scale(cls, config: LoRAConfig) -> float:
         return config.alpha / config.rank**config.scale_power
 
     @classmethod
-    def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
-        y = _delta(x, params["lora_a"], params["lora_b"], scaling_of(params))
+    def delta(
+        cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
+    ) -> Array:
+        y = _delta(x, params["lora_a"], params["lora_b"], scaling_of(params), product)
         first = initial_of(params)
-        return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], scaling_of(params))
+        return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], scaling_of(params), product)
 
     @classmethod
     def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
@@ -281,6 +293,74 @@ class LoRA(Adapter):
     @classmethod
     def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
         return FusedLoRA(layout, tuple(config is not None for config in configs))
+
+
+@dataclass(frozen=True)
+class FusedLoRA:
+    """LoRA on several matrices with one input, as one pair of products: A side by side, B block-diagonal.
+
+    The backward is written out: autodiff compiles the contractions over tokens into transposed copies of the large
+    operand.
+    """
+
+    layout: FusedLayout
+    present: tuple[bool, ...]
+    frozen_a: bool = False
+
+    def _factors(self, params, dtype) -> tuple[Array, Array, Array]:
+        """A `[in, R]`, B `[R, features]` in `dtype` and the scaling `[R]`, R the sum of the ranks."""
+        used = [p for p in params if p is not None]
+        lora_a = jnp.concatenate([p["lora_a"].astype(dtype) for p in used], axis=1)
+        scaling = jnp.concatenate([jnp.broadcast_to(scaling_of(p), p["lora_a"].shape[1:]) for p in used])
+        if len(params) == 1:
+            return lora_a, used[0]["lora_b"].astype(dtype), scaling
+        rows = []
+        for i, p in enumerate(params):
+            if p is not None:
+                rank = p["lora_b"].shape[0]
+                blocks = [jnp.zeros((rank, self.layout.part_features(j)), dtype) for j in range(len(params))]
+                blocks[i] = p["lora_b"].astype(dtype)
+                rows.append(self.layout.join(blocks))
+        return lora_a, jnp.concatenate(rows, axis=0), scaling
+
+    def _product(self, x: Array, params) -> tuple[Array, Array]:
+        lora_a, lora_b, scaling = self._factors(params, x.dtype)
+        hidden = (dot32(x, lora_a) * scaling).astype(x.dtype)
+        return dot32(hidden, lora_b), hidden
+
+    def forward(self, x: Array, params):
+        """As `Delta.forward`."""
+        y, hidden = self._product(x, params)
+        first = tuple(initial_of(p) for p in params)
+        if any(p is not None for p in first):
+            # As a product of its own, so that a fresh update cancels to the last bit.
+            y = y - self._product(x, first)[0]
+        return y, (None if self.frozen_a else x, hidden, params)
+
+    def backward(self, residuals, dy: Array):
+        """As `Delta.backward`."""
+        x, hidden, params = residuals
+        dtype = hidden.dtype
+        lora_a, lora_b, scaling = self._factors(params, dtype)
+        dhidden = (dot32_nt(dy, lora_b) * scaling).astype(dtype)
+        dx = dot32_nt(dhidden, lora_a)
+        first = tuple(initial_of(p) for p in params)
+        if any(p is not None for p in first):
+            first_a, first_b, scaling = self._factors(first, dtype)
+            dx = dx - dot32_nt((dot32_nt(dy, first_b) * scaling).astype(dtype), first_a)
+        da = None if x is None else dot32_tn(x, dhidden)
+        db = dot32_tn(hidden, dy)
+        gradients: list[dict[str, Array | None] | None] = []
+        start = 0
+        for i, p in enumerate(params):
+            if p is None:
+                gradients.append(None)
+                continue
+            rows = slice(start, start + p["lora_b"].shape[0])
+            start = rows.stop
+            part = self.layout.take(db[rows].reshape(-1, *self.layout.out_shape), i)
+            gradients.append(dict.fromkeys(p) | {"lora_a": None if da is None else da[:, rows], "lora_b": part})
+        return dx, tuple(gradients)
 
 
 class LoRALinear(AdaptedLinear):

@@ -10,10 +10,8 @@ import jax
 from mora_jax.adapters.base import AdapterState
 from mora_jax.adapters.config.common import RestartConfig
 from mora_jax.adapters.config.limits import Number
-from mora_jax.adapters.methods.lora import INITS, LoRA, LoRAConfig, init
-from mora_jax.adapters.methods.lora_fused import FusedLoRA
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import Delta
+from mora_jax.adapters.methods.lora import INITS, FusedLoRA, LoRA, LoRAConfig, init
+from mora_jax.adapters.products.matmul import Delta, FusedLayout
 
 
 @dataclass(frozen=True)

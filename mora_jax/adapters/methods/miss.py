@@ -18,7 +18,7 @@ import numpy as np
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import POSITIVE
-from mora_jax.adapters.products.matmul import trained_dot, widened
+from mora_jax.adapters.products.matmul import Dot, dot, widened
 
 Array = jax.Array
 
@@ -66,11 +66,13 @@ class MiSS(Adapter):
         self.miss_block = AdapterParam(jnp.zeros(shape, jnp.float32), axes=axes)
 
     @classmethod
-    def delta(cls, config: MiSSConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    def delta(
+        cls, config: MiSSConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
+    ) -> Array:
         shards = -(-x.shape[-1] // config.rank)
         padded = jnp.pad(widened(x), ((0, 0), (0, shards * config.rank - x.shape[-1])))
         summed = jnp.sum(padded.reshape(len(x), shards, config.rank), axis=1)
-        y = trained_dot(summed.astype(x.dtype), params["miss_block"]) * params["scaling"]
+        y = product(summed.astype(x.dtype), params["miss_block"]) * params["scaling"]
         return jnp.tile(y, (1, out_features // y.shape[-1]))
 
     @classmethod

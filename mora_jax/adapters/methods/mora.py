@@ -46,8 +46,7 @@ from mora_jax.adapters.methods.mora_maps import (
     rotated_squares,
     used_blocks,
 )
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import Delta, row_dot, trained_dot, widened
+from mora_jax.adapters.products.matmul import Delta, Dot, FusedLayout, dot, row_dot, widened
 
 Array = jax.Array
 
@@ -91,7 +90,10 @@ class MoRAConfig(CommonConfig):
         if not unused:
             return beyond
         why = "" if self.kind == "truncation" else " (in > out, as in the authors' code)"
-        return [*beyond, f"{self.kind} at rank {self.rank} ignores {unused} of the {in_features} inputs of {title}{why}"]
+        return [
+            *beyond,
+            f"{self.kind} at rank {self.rank} ignores {unused} of the {in_features} inputs of {title}{why}",
+        ]
 
     @property
     def joint_form(self) -> str:
@@ -131,14 +133,14 @@ def _check(m: Array, in_features: int, out_features: int, kind: str) -> int:
     return m.shape[0]
 
 
-def _delta(x: Array, m: Array, out_features: int, kind: str) -> Array:
-    """`x [N, in]` → float32 `[N, out]`."""
+def _delta(x: Array, m: Array, out_features: int, kind: str, product: Dot = dot) -> Array:
+    """`x [N, in]` → `[N, out]`."""
     inner, outer, blocks = Sides.of(kind, x.shape[1], out_features, m.shape[0])
     features = inner(x).astype(x.dtype).reshape(len(x), blocks, m.shape[0])
     if kind == "rotation" and blocks > 1:
         y = row_dot(features.transpose(1, 0, 2), rotated_squares(m, blocks)).transpose(1, 0, 2)
     else:
-        y = trained_dot(features.reshape(-1, m.shape[0]), m.T)
+        y = product(features.reshape(-1, m.shape[0]), m.T)
     return outer(y.reshape(len(x), blocks * m.shape[0]))
 
 
@@ -300,8 +302,10 @@ class MoRA(Adapter):
         self.m = AdapterParam(zeros, axes=self.stacked("square_out", "square_in"))
 
     @classmethod
-    def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
-        return _delta(x, params["m"] * params["scaling"], out_features, config.kind)
+    def delta(
+        cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
+    ) -> Array:
+        return _delta(x, params["m"] * params["scaling"], out_features, config.kind, product)
 
     @classmethod
     def dense(cls, config: MoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax.adapters.methods.mora_maps import SHARED, Form, Map, Sides, Walk, rotated_squares
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import added, dot32, dot32_nt, dot32_tn, wide
+from mora_jax.adapters.products.matmul import FusedLayout, added, dot32, dot32_nt, dot32_tn, wide
 from mora_jax.backend import untransposed
 
 Array = jax.Array
@@ -173,27 +172,6 @@ class FusedMoRA:
         groups = self._groups(x.shape[1], params)
         held = tuple(group.held(x) for group in groups)
         return self._output(groups, held, self._matrices(groups, params, x.dtype)), (held, params, _Width(x.shape[1]))
-
-    def moved(self, dparams):
-        """As `Delta.moved`: the squares."""
-        return tuple(None if d is None else dict.fromkeys(d) | {"m": d["m"]} for d in dparams)
-
-    def tangent(self, residuals, dx: Array | None, dparams) -> Array | None:
-        """As `Delta.tangent`."""
-        held, params, width = residuals
-        groups, dtype = self._groups(width.features, params), held[0].dtype
-        terms = []
-        if dx is not None:
-            moved = [group.held(dx) for group in groups]
-            terms.append(self._output(groups, moved, self._matrices(groups, params, dtype)))
-        squares = [None if d is None else d["m"] for d in dparams]
-        if any(square is not None for square in squares):
-            changed = [
-                None if p is None else p | {"m": jnp.zeros_like(p["m"]) if square is None else square}
-                for p, square in zip(params, squares, strict=True)
-            ]
-            terms.append(self._output(groups, held, self._matrices(groups, changed, dtype)))
-        return added(*terms) if terms else None
 
     def backward(self, residuals, dy: Array):
         """As `Delta.backward`."""

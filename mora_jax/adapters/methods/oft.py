@@ -20,7 +20,7 @@ import numpy as np
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
-from mora_jax.adapters.products.matmul import row_dot, trained_dot, widened
+from mora_jax.adapters.products.matmul import dot, row_dot, widened
 
 Array = jax.Array
 
@@ -101,7 +101,7 @@ class OFT(Adapter):
         count, size = block_shape(config, x.shape[-1])
         change = rotation_change(config, params["oft_r"] * params["scaling"], size)
         if len(change) == 1:
-            added = trained_dot(x.reshape(-1, size), change[0])
+            added = dot(x.reshape(-1, size), change[0])
         else:
             added = row_dot(x.reshape(-1, count, size).swapaxes(0, 1), change).swapaxes(0, 1)
         return (widened(x) + added.reshape(x.shape)).astype(x.dtype)

@@ -28,7 +28,7 @@ from mora_jax.adapters.methods.shared_bases import (
     uniform,
     unit_draws,
 )
-from mora_jax.adapters.products.matmul import trained_dot
+from mora_jax.adapters.products.matmul import Dot, dot
 
 Array = jax.Array
 
@@ -132,9 +132,11 @@ class RandLoRA(SharedBases):
         return (rows.T, columns.T) if a.shape[-1] == in_features else (columns, rows)
 
     @classmethod
-    def delta(cls, config: RandLoRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    def delta(
+        cls, config: RandLoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
+    ) -> Array:
         left, right = cls.factors(x.shape[-1], params)
-        return trained_dot(trained_dot(x, left).astype(x.dtype), right) * params["scaling"]
+        return product(product(x, left).astype(x.dtype), right) * params["scaling"]
 
     @classmethod
     def dense(cls, config: RandLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:

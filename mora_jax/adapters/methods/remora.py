@@ -18,8 +18,7 @@ from mora_jax.adapters.base import AdapterState
 from mora_jax.adapters.config.common import RestartConfig
 from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.methods.mora import SHARED, STRIDED, TILED, MoRA, MoRAConfig, compress, decompress, delta_weight
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import trained_dot, widened
+from mora_jax.adapters.products.matmul import Dot, FusedLayout, dot, widened
 
 Array = jax.Array
 
@@ -65,11 +64,11 @@ class ReMoRA(MoRA):
         self.turn = AdapterState(jnp.zeros(self.layers, jnp.float32), axes=self.stacked())
 
     @classmethod
-    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array]) -> Array:
+    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot) -> Array:
         m, kinds = params["m"] * params["scaling"], config.kinds
         choose = partial(_choose, kinds, params["turn"])
         sums = choose(STRIDED, lambda kind: compress(widened(x), m.shape[0], kind))
-        y = trained_dot(sums.astype(x.dtype), m.T)
+        y = product(sums.astype(x.dtype), m.T)
         return choose(TILED, lambda kind: decompress(y, out_features, kind))
 
     @classmethod

@@ -18,7 +18,7 @@ from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState
 from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.methods.shared_bases import SharedBases, SharedBasesConfig, torch_generator, uniform
-from mora_jax.adapters.products.matmul import trained_dot
+from mora_jax.adapters.products.matmul import Dot, dot
 
 Array = jax.Array
 
@@ -79,9 +79,11 @@ class VeRA(SharedBases):
         self.vera_b_scale = AdapterParam(zeros, axes=self.stacked(self.axes[1]))
 
     @classmethod
-    def delta(cls, config: VeRAConfig, out_features: int, x: Array, params: dict[str, Array]) -> Array:
-        hidden = (trained_dot(x, params["vera_a"]) * params["vera_d"]).astype(x.dtype)
-        return trained_dot(hidden, params["vera_b"]) * (params["vera_b_scale"] * params["scaling"])
+    def delta(
+        cls, config: VeRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
+    ) -> Array:
+        hidden = (product(x, params["vera_a"]) * params["vera_d"]).astype(x.dtype)
+        return product(hidden, params["vera_b"]) * (params["vera_b_scale"] * params["scaling"])
 
     @classmethod
     def dense(cls, config: VeRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:

@@ -1,117 +1,153 @@
-"""An adapter around a layer's own call, for layers that compute their product themselves.
+"""An adapter around a layer's own call, for Flax's layers and those of other people, NNX and Linen.
 
 `y = call(T(x))` stays the layer's; the change of the kernel, the update, the gain and the bias are added to it:
-`y + (gain - 1) ⊙ (y - b) + gain ⊙ (x (K(W) - W) + delta(x)) + added bias`.
+`y + (gain - 1) ⊙ (y - b) + gain ⊙ (x (K(W) - W) + delta(x)) + added bias`. All of it is plain JAX, so every
+transformation works: both modes of differentiation, `jax.vmap`, `jax.lax.scan`, `jax.checkpoint`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from mora_jax.adapters.products.adapted_matmul import update_of
-from mora_jax.adapters.products.matmul import widened
+from mora_jax.adapters.matrices import Product
+from mora_jax.adapters.products.explicit_mesh import placed_like
+from mora_jax.adapters.products.matmul import Dot, dot, widened
 
 Array = jax.Array
+Params = dict[str, Array]
 
 
-def _same(x: Array) -> Array:
-    return x
-
-
-@dataclass(frozen=True)
-class ProductView:
-    """One call of a layer, seen as a product with a matrix `[in, out]`.
-
-    Attributes:
-        flat: the call's input as `[..., in]`.
-        unflat: the inverse of `flat`.
-        shaped: `[..., out]`, in the order of the matrix, as the call's output.
-    """
-
-    flat: Callable[[Array], Array] = _same
-    unflat: Callable[[Array], Array] = _same
-    shaped: Callable[[Array], Array] = _same
-
-
-def view_by_axes(
-    inputs: Array, order: Sequence[int], kept: int, sizes: Sequence[int], permutation: Sequence[int] | None = None
-) -> ProductView:
-    """The view of a call that contracts some axes of its input.
-
-    Args:
-        inputs: the input.
-        order: its axes, those that stay first.
-        kept: how many stay.
-        sizes: of the new axes of the output, in the order of the matrix.
-        permutation: of the axes that stay and those, as the output has them; None where it has them so.
-    """
-    shape = [inputs.shape[axis] for axis in order]
-
-    def flat(x: Array) -> Array:
-        return x.transpose(*order).reshape(*shape[:kept], math.prod(shape[kept:]))
-
-    def shaped(y: Array) -> Array:
-        y = y.reshape(*y.shape[:-1], *sizes)
-        return y if permutation is None else y.transpose(*permutation)
-
-    return ProductView(flat, lambda x: x.reshape(shape).transpose(*np.argsort(order)), shaped)
-
-
-def transformed_input(method: Any, config: Any, params: dict[str, Array], view: ProductView, inputs: Array) -> Array:
-    """What the layer's own call is given in place of its inputs."""
-    flat = view.flat(inputs)
-    found = method.transform_input(config, params, flat.reshape(-1, flat.shape[-1]))
-    return inputs if found is None else view.unflat(found.reshape(flat.shape))
-
-
-def with_adapter(
+def around(
     method: Any,
     config: Any,
-    params: dict[str, Array],
-    view: ProductView,
-    y: Array,
+    params: Params,
+    product: Product,
+    call: Callable[[Array], Array],
     inputs: Array,
-    kernel: Callable[[], Array],
+    kernel: Array,
     bias: Array | None,
-    out_features: int,
-    drop: Callable[[Array], Array] = _same,
+    key: Array | None = None,
 ) -> Array:
-    """What an adapted layer gives.
+    """What a layer with an adapter gives for `inputs`.
+
+    On a mesh with Explicit axes the adapter is computed with the axes Auto, and placed as the layer's own output is.
 
     Args:
-        method, config, params: of its adapter.
-        view: how its call is a product.
-        y: what its own call gives for `inputs`.
-        inputs: as `transformed_input` gave them.
-        kernel: gives its matrix `[in, out]`.
-        bias: `[out]`, in the order of the matrix, or None.
-        out_features: columns of the matrix.
-        drop: dropout on the adapter's input `[..., in]`.
+        method, config, params: of the adapter.
+        product: how the call is a product with a matrix.
+        call: the plain layer.
+        inputs: as the layer takes them.
+        kernel, bias: the layer's own arrays; the bias may be None.
+        key: of the dropout on the adapter's input; None without.
 
     Returns:
-        As `y`.
+        As `call`.
     """
-    total, rank = widened(y), view.flat(inputs).ndim
+    if method.transforms_input(config, params, product.matrix.in_features):
+
+        def transformed(inputs: Array, params: Params) -> Array:
+            flat = product.flat(inputs)
+            rows = method.transform_input(config, params, flat.reshape(-1, flat.shape[-1]))
+            return product.unflat(rows.reshape(flat.shape))
+
+        inputs = placed_like(inputs, transformed, inputs, params)
+    y = call(inputs)
+    beside = partial(_beside, method, config, product)
+    return placed_like(y, beside, y, inputs, params, kernel, bias, key)
+
+
+def _beside(
+    method: Any,
+    config: Any,
+    product: Product,
+    y: Array,
+    inputs: Array,
+    params: Params,
+    kernel: Array,
+    bias: Array | None,
+    key: Array | None,
+) -> Array:
+    """The layer's own output `y` for `inputs` with what the adapter does to it."""
+    take, total = partial(product.matrix.take, kernel), widened(y)
+    bias = None if bias is None else product.matrix.take_bias(bias)
+    x = product.flat(inputs.astype(y.dtype))  # [..., in]
 
     def spread(vector: Array) -> Array:
-        return view.shaped(vector.reshape(*[1] * (rank - 1), -1))
+        return product.shaped(vector.reshape(*[1] * (x.ndim - 1), -1))
 
-    gain = method.output_gain(config, params, kernel)
+    gain = method.output_gain(config, params, take)
     if gain is not None:
         gain = spread(gain)
         # As a change, so that a gain of 1 changes no bit.
         total = total + (gain - 1.0) * (total if bias is None else total - spread(widened(bias)))
     if method.additive or method.transforms_kernel:
-        x = drop(view.flat(inputs.astype(y.dtype)))
-        update = update_of(method, config, params, x.reshape(-1, x.shape[-1]), out_features, kernel)
-        assert update is not None, "there is one"
-        update = view.shaped(update.reshape(*x.shape[:-1], out_features))
+        x = x if key is None else dropped(x, config.dropout, key)
+        out_features = product.matrix.out_features
+        update = update_of(method, config, params, x.reshape(-1, x.shape[-1]), out_features, take)
+        update = product.shaped(update.reshape(*x.shape[:-1], out_features))
         total = total + (update if gain is None else update * gain)
     more = method.added_bias(config, params, bias)
     return (total if more is None else total + spread(more)).astype(y.dtype)
+
+
+def dropped(x: Array, rate: float, key: Array) -> Array:
+    """`x` with features left out with probability `rate`, the others scaled up so that the mean stays the same."""
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def update_of(
+    method: Any,
+    config: Any,
+    params: Params,
+    x: Array,
+    out_features: int,
+    kernel: Callable[[], Array],
+    product: Dot = dot,
+) -> Any:
+    """What an adapter adds to `x W` for `x [N, in]`, `[N, out]`; `kernel()` is W `[in, out]`."""
+    update = method.delta(config, out_features, x, params, product) if method.additive else None
+    if not method.transforms_kernel:
+        return update
+
+    def changed(x: Array, params: Params, kernel: Array) -> Array:
+        return product(x, method.transform_kernel(config, params, kernel) - widened(kernel))
+
+    change = jax.checkpoint(changed)(x, params, kernel())  # the backward pass makes the kernel again
+    return change if update is None else update + change
+
+
+def embedded(
+    method: Any, config: Any, params: Params, call: Callable[[Array], Array], ids: Array, table: Array
+) -> Array:
+    """Looked-up rows of a table with an adapter, as `call(ids)`; dropout doesn't act on token ids, as in PEFT."""
+    y = call(ids)
+
+    def run(y: Array, ids: Array, params: Params, table: Array) -> Array:
+        total = widened(y) + method.rows(ids, y.dtype, params)
+        gain = method.output_gain(config, params, lambda: table)
+        return (total if gain is None else total * gain).astype(y.dtype)
+
+    return placed_like(y, run, y, ids, params, table)
+
+
+def attended(
+    method: Any, config: Any, params: Params, call: Callable[[Array], Array], query: Array, table: Array
+) -> Array:
+    """Products with every row of an adapted table (a tied output head), as `call(query)`."""
+
+    def scaled(query: Array, params: Params, table: Array) -> Array:
+        gain = method.output_gain(config, params, lambda: table)
+        return query if gain is None else (query * gain).astype(query.dtype)
+
+    def run(y: Array, query: Array, params: Params) -> Array:
+        return (y + method.scores(query.astype(y.dtype), params)).astype(y.dtype)
+
+    query = placed_like(query, scaled, query, params, table)
+    y = call(query)
+    return placed_like(y, run, y, query, params)

@@ -1,26 +1,32 @@
-"""Matrix products that stay in the compute dtype, forward and backward.
+"""Matrix products, and the one rule by which the decoder's are differentiated.
 
 Autodiff of a bfloat16 product with float32 accumulation gets a float32 cotangent and promotes the bfloat16 weight to
-meet it, which doubles the time of a training step or worse. The functions here carry their own backward: every
-operand is in the compute dtype, every accumulation in float32, or in float64 where the operands are. Forward mode works
-too, since each backward is the transpose of a tangent that is written out beside it (`tangent.py`).
+meet it, which doubles the time of a training step or worse. So the decoder's products are one function with a backward
+of its own, `adapted_dot`: every operand is in the compute dtype, every sum in float32, or in float64 where the operands
+are. Like the decoder's norms and attention it has no forward mode.
+
+Layers of users' models keep their own product, and what stands beside it is plain JAX, differentiated in both modes:
+`dot` has operands and result in the dtype of the layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.adapters.products.quantization import Quantized
-from mora_jax.adapters.products.tangent import any_perturbed, linear, perturbed
 from mora_jax.backend import backend, product_over_tokens
 
 Array = jax.Array
+Dot = Callable[[Array, Array], Array]  # `(x [N, in], w [in, out]) → [N, out]`, products in the dtype of `x`
 
 FEW = 64  # columns of a product over tokens that are few: measured with 8 to 64 beside 256 to 1,536
 
@@ -53,85 +59,14 @@ def dot32_tn(x: Array, y: Array) -> Array:
     return product_over_tokens(x, y)
 
 
-@jax.custom_jvp
-def trained_dot(x: Array, w: Array) -> Array:
-    """`x [N, in] @ w [in, out]`, `w` a trained float32 master that is used in the dtype of `x`.
-
-    Returns:
-        float32 `[N, out]`. The gradient of `w` is float32, that of `x` has the dtype of `x`.
-    """
-    return dot32(x, w.astype(x.dtype))
+def dot(x: Array, w: Array) -> Array:
+    """`x [N, in] @ w [in, out]` in the dtype of `x`, plain JAX; `w` is a float32 master."""
+    return x @ w.astype(x.dtype)
 
 
-@partial(trained_dot.defjvp, symbolic_zeros=True)
-def _trained_dot_jvp(primals, tangents):
-    y = trained_dot(*primals)
-    return y, linear(_trained_dot_tangent, _trained_dot_backward, primals, perturbed(tangents), y)
-
-
-def _trained_dot_tangent(residuals, tangents):
-    (x, w), (dx, dw) = residuals, tangents
-    return added(
-        None if dx is None else dot32(dx, w.astype(x.dtype)), None if dw is None else dot32(x, dw.astype(x.dtype))
-    )
-
-
-def _trained_dot_backward(residuals, dy):
-    x, w = residuals
-    dy = dy.astype(x.dtype)
-    return dot32_nt(dy, w.astype(x.dtype)).astype(x.dtype), dot32_tn(x, dy).astype(w.dtype)
-
-
-@jax.custom_jvp
 def row_dot(x: Array, w: Array) -> Array:
-    """`x [B, T, in]` by each row's own `w [B, in, out]`: `trained_dot` row by row, float32 `[B, T, out]`."""
-    return _batched(x, w.astype(x.dtype), 2, 1)
-
-
-def _batched(x: Array, w: Array, left: int, right: int) -> Array:
-    """Contracts axis `left` of `x` with axis `right` of `w`, row by row."""
-    return lax.dot_general(x, w, (((left,), (right,)), ((0,), (0,))), preferred_element_type=wide(x.dtype))
-
-
-@partial(row_dot.defjvp, symbolic_zeros=True)
-def _row_dot_jvp(primals, tangents):
-    y = row_dot(*primals)
-    return y, linear(_row_dot_tangent, _row_dot_backward, primals, perturbed(tangents), y)
-
-
-def _row_dot_tangent(residuals, tangents):
-    (x, w), (dx, dw) = residuals, tangents
-    return added(None if dx is None else row_dot(dx, w), None if dw is None else row_dot(x, dw))
-
-
-def _row_dot_backward(residuals, dy):
-    x, w = residuals
-    dy = dy.astype(x.dtype)
-    return _batched(dy, w.astype(x.dtype), 2, 2).astype(x.dtype), _batched(x, dy, 1, 1).astype(w.dtype)
-
-
-@jax.custom_jvp
-def scale_features(x: Array, gain: Array) -> Array:
-    """`x [N, in]` times a trained `gain [in]`, in the dtype of `x`; the gain's gradient is summed in float32."""
-    return (widened(x) * gain).astype(x.dtype)
-
-
-@partial(scale_features.defjvp, symbolic_zeros=True)
-def _scale_features_jvp(primals, tangents):
-    y = scale_features(*primals)
-    return y, linear(_scale_features_tangent, _scale_features_backward, primals, perturbed(tangents), y)
-
-
-def _scale_features_tangent(residuals, tangents):
-    (x, gain), (dx, dgain) = residuals, tangents
-    by_x = None if dx is None else widened(dx) * gain
-    return added(by_x, None if dgain is None else widened(x) * dgain).astype(x.dtype)
-
-
-def _scale_features_backward(residuals, dy):
-    x, gain = residuals
-    dy = widened(dy)
-    return (dy * gain).astype(x.dtype), jnp.sum(dy * widened(x), axis=0)
+    """`x [B, T, in]` by each row's own `w [B, in, out]`, in the dtype of `x`, plain JAX."""
+    return jnp.einsum("bti,bio->bto", x, w.astype(x.dtype))
 
 
 def added(*terms: Array | None) -> Array:
@@ -165,6 +100,66 @@ class Turned:
 Kernel = Array | Quantized | Turned
 
 
+@dataclass(frozen=True)
+class FusedLayout:
+    """How named matrices share one output: `sizes` along `part_axis` of `out_shape`, in order.
+
+    Attributes:
+        out_shape: axes of the output.
+        part_axis: which of them the matrices share.
+        sizes: of each along it.
+        sharded: whether devices share the features of the input or of the output.
+    """
+
+    out_shape: tuple[int, ...]
+    part_axis: int
+    sizes: tuple[int, ...]
+    sharded: bool = False
+
+    @property
+    def features(self) -> int:
+        """Outputs of all parts together."""
+        return int(np.prod(self.out_shape))
+
+    def part_shape(self, index: int) -> tuple[int, ...]:
+        """Shape of the output of one part."""
+        shape = list(self.out_shape)
+        shape[self.part_axis] = self.sizes[index]
+        return tuple(shape)
+
+    def part_features(self, index: int) -> int:
+        """Outputs of one part."""
+        return int(np.prod(self.part_shape(index)))
+
+    def single(self, index: int) -> FusedLayout:
+        """The layout of one part by itself."""
+        return FusedLayout((self.part_features(index),), 0, (self.part_features(index),), self.sharded)
+
+    def take(self, y: Array, index: int) -> Array:
+        """`y [..., *out_shape]` → one part, `[..., features of the part]`, in the order of its own matrix."""
+        start = sum(self.sizes[:index])
+        leading = y.ndim - len(self.out_shape)
+        part = jax.lax.slice_in_dim(y, start, start + self.sizes[index], axis=leading + self.part_axis)
+        return part.reshape(*y.shape[:leading], self.part_features(index))
+
+    def take_flat(self, y: Array, index: int) -> Array:
+        """`take` of `y [..., features]`."""
+        if self.part_axis:
+            return self.take(y.reshape(*y.shape[:-1], *self.out_shape), index)
+        start = sum(map(self.part_features, range(index)))
+        return y[..., start : start + self.part_features(index)]  # with no axis split, see `join`
+
+    def join(self, parts: list[Array]) -> Array:
+        """The inverse of `take` over all parts: `[..., features of part i]` each → `[..., features]`, flat."""
+        leading = parts[0].shape[:-1]
+        if len(parts) == 1:
+            return parts[0]
+        if self.part_axis == 0:  # an axis between would move every number on TPUs
+            return jnp.concatenate(parts, axis=-1)
+        shaped = [part.reshape(*leading, *self.part_shape(i)) for i, part in enumerate(parts)]
+        return jnp.concatenate(shaped, axis=len(leading) + self.part_axis).reshape(*leading, self.features)
+
+
 class Delta(Protocol):
     """What an adapter adds to a frozen product, as a pair of pure functions; hashable, since it is static under jit."""
 
@@ -172,44 +167,9 @@ class Delta(Protocol):
         """`x [N, in]` → (float32 `[N, out]`, residuals)."""
         ...
 
-    def moved(self, dparams: Any) -> Any:
-        """Tangents of `params` (None for what nothing differentiates) without those of its constants."""
-        ...
-
-    def tangent(self, residuals: Any, dx: Array | None, dparams: Any) -> Array | None:
-        """The change of the output, float32 `[N, out]`, with `x` and `params`; None for what does not change."""
-        ...
-
     def backward(self, residuals: Any, dy: Array) -> tuple[Array, Any]:
-        """The transpose: `dy [N, out]` in the compute dtype → (float32 `[N, in]`, gradients shaped like `params`)."""
+        """`dy [N, out]` in the compute dtype → (float32 `[N, in]`, gradients shaped like `params`, None for none)."""
         ...
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def adapted_dot(delta: Delta | None, x: Array, kernel: Kernel, bias: Array | None, params: Any) -> Array:
-    """One adapted projection, `x @ kernel + bias + delta(x)`, as one function with its own backward.
-
-    Sums are taken in float32 and rounded once. A kernel that nothing differentiates (the usual case: it is frozen)
-    costs no gradient and keeps no activation for one; a trained float32 kernel is used in the dtype of `x`. A quantised
-    kernel is made dense in the dtype of `x` for each of the products, forward and backward, and kept by neither.
-
-    Args:
-        delta: the adapter's static part, or None for a plain product.
-        x: `[N, in]` in the compute dtype.
-        kernel: `[in, out]`, or `[in, *axes]` with the output split in axes, in the compute dtype, a float32 master, or
-            quantised.
-        bias: of the kernel's output shape, or None.
-        params: the adapter's arrays (float32 masters), any pytree.
-
-    Returns:
-        `[N, out]` in the dtype of `x`.
-    """
-    y = base_product(x, kernel)
-    if delta is not None:
-        y = y + delta.forward(x, params)[0]
-    if bias is not None:
-        y = y + widened(bias.reshape(-1))
-    return y.astype(x.dtype)
 
 
 def base_product(x: Array, kernel: Kernel) -> Array:
@@ -228,61 +188,96 @@ def matrix_for(kernel: Kernel, x: Array) -> Array:
     return kernel.reshape(kernel.shape[0], -1).astype(x.dtype)
 
 
-def perturbed_product(delta: Delta | None, tangents: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The tangents of a product's `(x, kernel, …, params)`, None for what nothing differentiates."""
-    dx, dkernel, *others, dparams = perturbed(tangents)
-    dkernel = dkernel if any_perturbed(dkernel) else None  # of a quantised kernel there would be a tree without leaves
-    return dx, dkernel, *others, dparams if delta is None else delta.moved(dparams)
+def decoder_dot(x: Array, w: Array) -> Array:
+    """`x [N, in] @ w [in, out]`, a float32 master used in the dtype of `x`; float32, with the backward of the rule."""
+    return _product(None, x.dtype, x, w, None, None, None)
 
 
-def kernel_tangent(x: Array, dkernel: Array | None) -> Array | None:
-    """The change of a product with the change of its kernel; None for a kernel that is frozen."""
-    return None if dkernel is None else dot32(x, matrix_for(dkernel, x))
+def fused_update(delta: Delta, x: Array, params: Any) -> Array:
+    """`delta` of `x [N, in]` by itself, float32 `[N, out]`, with the backward of the rule."""
+    return _product(delta, x.dtype, x, None, None, params, None)
 
 
-@partial(adapted_dot.defjvp, symbolic_zeros=True)
-def _adapted_dot_jvp(delta, primals, tangents):
-    x, kernel, bias, params = primals
-    moved = perturbed_product(delta, tangents)
-    _, dkernel, dbias, _ = moved
-    y = base_product(x, kernel)
-    residuals = None
-    if delta is not None:
-        update, residuals = delta.forward(x, params)
-        y = y + update
-    if bias is not None:
-        y = y + widened(bias.reshape(-1))
-    # Residuals are the arguments themselves, not reshaped or cast: whoever runs the backward may have them still.
-    saved = None if dkernel is None else x, kernel, None if dbias is None else bias, residuals
-    y = y.astype(x.dtype)
-    if not any_perturbed(moved):
-        return y, jnp.zeros_like(y)
-    backward = partial(_adapted_dot_backward, delta)
-    return y, linear(partial(_adapted_dot_tangent, delta, y.shape, x.dtype), backward, saved, moved, y)
+def adapted_dot(
+    delta: Delta | None,
+    x: Array,
+    kernel: Kernel,
+    bias: Array | None,
+    params: Any,
+    gain: Array | None = None,
+    update: Array | None = None,
+) -> Array:
+    """One adapted projection, `gain ⊙ (x @ kernel + delta(x) + update) + bias`.
+
+    Sums are taken in float32 and rounded once. A kernel that nothing differentiates (the usual case: it is frozen)
+    costs no gradient and keeps no activation for one; a trained float32 kernel is used in the dtype of `x`. A quantised
+    kernel is made dense in the dtype of `x` for each of the products, forward and backward, and kept by neither.
+
+    Args:
+        delta: the adapter's static part, or None for a plain product.
+        x: `[N, in]` in the compute dtype.
+        kernel: `[in, out]`, or `[in, *axes]` with the output split in axes, in the compute dtype, a float32 master, or
+            quantised.
+        bias: of the kernel's output shape, or None.
+        params: the adapter's arrays (float32 masters), any pytree.
+        gain: float32 `[out]`, or None.
+        update: float32 `[N, out]`, what is added to the product besides; or None.
+
+    Returns:
+        `[N, out]` in the dtype of `x`.
+    """
+    y = _product(delta, x.dtype, x, kernel, gain, params, update)
+    return (y if bias is None else y + widened(bias.reshape(-1))).astype(x.dtype)
 
 
-def _adapted_dot_tangent(delta, shape, dtype, saved, tangents):
-    kept_x, kernel, _, residuals = saved
-    dx, dkernel, dbias, dparams = tangents
-    dy = added(
-        None if dx is None else dot32(dx, matrix_for(kernel, dx)),
-        None if kept_x is None else kernel_tangent(kept_x, dkernel),
-        None if dbias is None else widened(dbias.reshape(-1)),
-        None if delta is None else delta.tangent(residuals, dx, dparams),
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(delta, dtype, x, kernel, gain, params, update) -> Array:
+    """The rule: float32 `[N, out]`. `dtype` is that of `x`; the kernel may be None where there is a delta."""
+    y, _ = _sum(delta, x, kernel, params, update)
+    return y if gain is None else y * gain
+
+
+def _sum(delta, x, kernel, params, update) -> tuple[Array, Any]:
+    """What the gain multiplies, and what the delta keeps for its backward."""
+    given, residuals = (None, None) if delta is None else delta.forward(x, params)
+    return added(None if kernel is None else base_product(x, kernel), given, update), residuals
+
+
+def _product_fwd(delta, dtype, *operands):
+    def trained(operand: Any) -> bool:
+        return any(leaf.perturbed for leaf in jax.tree.leaves(operand, is_leaf=_is_primal))
+
+    x, kernel, gain, params, update = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=_is_primal)
+    y, residuals = _sum(delta, x, kernel, params, update)
+    # Residuals are the arguments themselves, not reshaped or cast: whoever runs the backward may have them still. The
+    # gain's gradient needs the product before the gain; in the compute dtype, as a layer's output would be kept.
+    kept_x = x if trained(operands[1]) else None
+    before_gain = y.astype(dtype) if trained(operands[2]) else None
+    return (y if gain is None else y * gain), (
+        kept_x,
+        kernel,
+        gain,
+        before_gain,
+        residuals,
+        None if update is None else (),
     )
-    return jnp.broadcast_to(dy.astype(dtype), shape)
 
 
-def _adapted_dot_backward(delta, saved, dy):
-    kept_x, kernel, bias_like, residuals = saved
-    dx = dot32_nt(dy, matrix_for(kernel, dy))
-    dparams = None
-    if delta is not None:
-        dx_added, dparams = delta.backward(residuals, dy)
-        dx = dx + dx_added
-    dkernel = dbias = None
-    if kept_x is not None:
-        dkernel = dot32_tn(kept_x, dy).reshape(kernel.shape).astype(kernel.dtype)
-    if bias_like is not None:
-        dbias = jnp.sum(dy, axis=0, dtype=wide(dy.dtype)).reshape(bias_like.shape).astype(bias_like.dtype)
-    return dx.astype(dy.dtype), dkernel, dbias, dparams
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _product_bwd(delta, dtype, saved, dy):
+    kept_x, kernel, gain, before_gain, residuals, updated = saved
+    if isinstance(dy, SymbolicZero):
+        return None, None, None, None, None
+    dupdate = dy if gain is None else dy * gain
+    inner = dupdate.astype(dtype)
+    dx, dparams = (None, None) if delta is None else delta.backward(residuals, inner)
+    dx = added(None if kernel is None else dot32_nt(inner, matrix_for(kernel, inner)), dx)
+    dkernel = None if kept_x is None else dot32_tn(kept_x, inner).reshape(kernel.shape).astype(kernel.dtype)
+    dgain = None if before_gain is None else jnp.sum(dy * widened(before_gain), axis=0)
+    return dx.astype(dtype), dkernel, dgain, dparams, None if updated is None else dupdate
+
+
+_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)

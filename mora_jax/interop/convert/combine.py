@@ -22,8 +22,8 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.config import LoRAConfig
-from mora_jax.adapters.matching.targets import places
 from mora_jax.adapters.methods import mora
+from mora_jax.adapters.sites import sites
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.convert.convert import Conversion, Row, lora_values
@@ -76,7 +76,7 @@ def combine(
     # One for all: the layers of a stack can't have several, and adapters that differ in it may be for some of them.
     dropout = max(adapter_values.config.dropout for term in terms.values() for _, adapter_values in term)
     if combination in ("linear", "sum"):
-        sizes = {path: (place.in_features, place.out_features) for place in places(model) for path in place.paths}
+        sizes = {path: (place.in_features, place.out_features) for place in sites(model) for path in place.paths}
         make = _linear if combination == "linear" else _sum
         parts = {path: make(path, *sizes[path], term, dropout) for path, term in terms.items()}
         rows = tuple(row for _, row in parts.values())

@@ -13,8 +13,8 @@ from flax import nnx
 
 from mora_jax.adapters.attach import adapters_of, detach
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
-from mora_jax.adapters.matching.naming import aligned, star
 from mora_jax.adapters.methods import mora
+from mora_jax.adapters.targets import aligned, star
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.convert.low_rank import best_factors, best_factors_of_product, singular_values

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax.adapters.config import Targets
-from mora_jax.adapters.matching.targets import matcher, places
+from mora_jax.adapters.sites import sites
+from mora_jax.adapters.targets import matcher
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first, install
 from mora_jax.interop.convert.convert import Conversion, lora_values, mora_values
@@ -55,7 +56,7 @@ def adapter_from_difference(
     except ValueError as error:
         raise InputError(str(error)) from None
     updates = []
-    for place in places(model):
+    for place in sites(model):
         for path in (path for path in place.paths if matches(path, place.is_embedding)):
             kernel = functools.partial(_kernel, before, after, f"{path}.weight", place.is_embedding)
             sizes = place.in_features, place.out_features

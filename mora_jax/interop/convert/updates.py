@@ -13,9 +13,9 @@ from flax import nnx
 
 from mora_jax.adapters.attach import AdapterEntry, adapters_of
 from mora_jax.adapters.config import MoRAConfig
-from mora_jax.adapters.matching.targets import Place, by_path, places
 from mora_jax.adapters.methods.mora import BLOCK_KINDS
 from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.sites import Site, by_path, sites
 from mora_jax.errors import InputError
 from mora_jax.interop.convert.mora_fit import exact_factors, exact_rank
 from mora_jax.interop.peft.normalise import plain
@@ -61,7 +61,7 @@ def updates_of(model: nnx.Module) -> Iterator[Update]:
     """
     if next(trained_weights(model), None) is not None:
         raise InputError("modules that are trained whole can't be converted with an adapter; merge the adapter instead")
-    where = by_path(places(model))
+    where = by_path(sites(model))
     for entry in adapters_of(model):
         if "bias" in entry.params:
             raise InputError(f"{entry.path} trains its bias, which can't be converted; merge the adapter instead")
@@ -71,7 +71,7 @@ def updates_of(model: nnx.Module) -> Iterator[Update]:
         yield _update(plain(entry), place, layer)
 
 
-def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
+def _update(entry: AdapterEntry, place: Site, layer: int) -> Update:
     config, params = entry.config, entry.params
     sizes = entry.in_features, entry.out_features
     product: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
@@ -105,7 +105,7 @@ def _update(entry: AdapterEntry, place: Place, layer: int) -> Update:
     return Update(entry.path, *sizes, entry.is_embedding, what, kernel, product, exact, rank, scaling, config.dropout)
 
 
-def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Place, layer: int) -> np.ndarray:
+def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Site, layer: int) -> np.ndarray:
     """The merged kernel minus the base's, float32 `[in, out]`; an update that is only added needs no base."""
     method, sizes = adapter_class(config), (place.in_features, place.out_features)
     transforms = method.transforms_kernel or method.transforms_input(config, params, place.in_features)

@@ -12,7 +12,7 @@ import numpy as np
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config import AdaLoRAConfig
-from mora_jax.adapters.matching.targets import Place
+from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import (
@@ -92,7 +92,7 @@ class AdaloraFormat(Format):
         lora_b[used] = target.read("b", (place.out_features, count)).T
         return AdapterValues(config, {"lora_a": lora_a, "lora_e": lora_e, "lora_b": lora_b})
 
-    def for_model(self, places: list[Place]) -> AdaloraFormat:
+    def for_model(self, places: list[Site]) -> AdaloraFormat:
         values = [host(place.adapter.params()["lora_e"]) for place in places]
         return AdaloraFormat(fresh=not any(value.any() for value in values))
 

@@ -15,7 +15,7 @@ import numpy as np
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config.common import BIASES, CommonConfig
 from mora_jax.adapters.config.limits import Number
-from mora_jax.adapters.matching.targets import Place
+from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.safetensors_io import TensorFiles
@@ -56,7 +56,7 @@ class Target:
     """
 
     path: str
-    place: Place
+    place: Site
     layer: int
     names: Mapping[str, str]
     files: TensorFiles
@@ -143,7 +143,7 @@ class Format:
         return set(self.tensor_names), set(self.tensor_names)
 
     def shared(
-        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, found: list[Place]
+        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, found: list[Site]
     ) -> dict[str, np.ndarray]:
         """The arrays that all targets share; `names` are those in the file, `found` the places of the targets."""
         if names:
@@ -158,7 +158,7 @@ class Format:
         """Whether such an adapter, or its change, is only known beside the values of its base."""
         return bool(values.get("modules_to_save")) or values.get("bias", "none") != "none"
 
-    def for_model(self, places: list[Place]) -> Format:
+    def for_model(self, places: list[Site]) -> Format:
         """The type as the adapters on these places are written in it."""
         return self
 
@@ -170,7 +170,7 @@ class Format:
         """How files call the tensors of `write`."""
         return {**self.tensor_names, **self.embedding_names} if entry.is_embedding else self.tensor_names
 
-    def shared_of(self, places: list[Place]) -> dict[str, np.ndarray]:
+    def shared_of(self, places: list[Site]) -> dict[str, np.ndarray]:
         """The tensors that adapters on these places share, by `shared_names`."""
         return {}
 

@@ -15,7 +15,7 @@ from flax import nnx
 from mora_jax.adapters.attach import undone_on_error
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config.common import MethodConfig
-from mora_jax.adapters.matching.targets import Place, by_path, places
+from mora_jax.adapters.sites import Site, by_path, sites
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, first, install
 from mora_jax.interop.hub import local_folder
@@ -42,7 +42,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
 from mora_jax.paths import found_path
 
-Chosen = dict[str, tuple[Place, int]]
+Chosen = dict[str, tuple[Site, int]]
 
 
 def load_adapter(
@@ -75,7 +75,7 @@ def load_adapter(
     own = not isinstance(model, Decoder)
     file = dataclasses.replace(file, whole_components=own)
     files = _open(folder)
-    all_places = list(places(model))
+    all_places = list(sites(model))
     if any(place.adapter is not None for place in all_places):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
     _check_base(model, file, strict)
@@ -117,7 +117,7 @@ def load_adapter(
 
 
 def _trained_as(
-    values_by_path: dict[str, AdapterValues], method: MethodConfig, found: list[Place]
+    values_by_path: dict[str, AdapterValues], method: MethodConfig, found: list[Site]
 ) -> dict[str, AdapterValues]:
     changed = {}
     for place in found:
@@ -221,7 +221,7 @@ def _drop_tied_head(model: nnx.Module, stored: Stored, files: TensorFiles, file:
     stored.frozen.pop(head, None)
 
 
-def _is_target(file: AdapterFile, place: Place, path: str) -> bool:
+def _is_target(file: AdapterFile, place: Site, path: str) -> bool:
     everything = str(file.values.get("target_modules")).lower() == "all-linear"
     return file.matches(path) and not (place.is_embedding and everything)
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import host
-from mora_jax.adapters.matching.targets import Place
 from mora_jax.adapters.methods.randlora import RandLoRAConfig, random_bases
+from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import Target, same
@@ -66,7 +66,7 @@ class RandLoraFormat(SharedBasesFormat):
         a, b = random_bases(config.rank, widths, config.projection_prng_key, config.bases)
         return a[:, None], b
 
-    def least(self, rank: int, found: list[Place]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def least(self, rank: int, found: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         smaller = max(min(place.in_features, place.out_features) for place in found)
         return (rank, 1, smaller), (max(widest(found)), -(-smaller // rank), rank)
 
@@ -87,7 +87,7 @@ class RandLoraFormat(SharedBasesFormat):
         }
         return AdapterValues(config, arrays)
 
-    def for_model(self, places: list[Place]) -> RandLoraFormat:
+    def for_model(self, places: list[Site]) -> RandLoraFormat:
         config = places[0].adapter.config
         own = [(_layer(place, "randlora_a"), _layer(place, "randlora_b")) for place in places]
         drawn = random_bases(config.rank, widest(places), config.projection_prng_key, config.bases)
@@ -107,7 +107,7 @@ class RandLoraFormat(SharedBasesFormat):
         tensors = {"lambda": entry.params["randlora_lambda"], "gamma": entry.params["randlora_gamma"]}
         return tensors if self.bases is None else tensors | {"a": self.bases[0][:, None], "b": self.bases[1]}
 
-    def shared_of(self, places: list[Place]) -> dict[str, np.ndarray]:
+    def shared_of(self, places: list[Site]) -> dict[str, np.ndarray]:
         return {} if self.bases is None else {"randlora_A": self.bases[0][:, None], "randlora_B": self.bases[1]}
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class RandLoraFormat(SharedBasesFormat):
         return super().written(entries, targets) | sparse | {"save_projection": self.bases is not None}
 
 
-def _layer(place: Place, name: str) -> np.ndarray:
+def _layer(place: Site, name: str) -> np.ndarray:
     """A frozen array of the first layer of a place."""
     array = host(place.adapter.params()[name])
     return array.reshape(-1, *array.shape[-(2 if name == "randlora_a" else 3) :])[0]

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.matching.targets import places
 from mora_jax.adapters.methods.mora import KINDS
+from mora_jax.adapters.sites import sites
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first
 from mora_jax.interop.peft.lora import KIND_FIELD
@@ -128,4 +128,4 @@ def _trained(adapter: TensorFiles) -> bool:
 
 def has_other_base(model: nnx.Module) -> bool:
     """Whether the adapters of a model mean nothing on the base that its path names: that base was trained too."""
-    return getattr(model, _MARK, False) or any(hasattr(place.adapter, "renew") for place in places(model))
+    return getattr(model, _MARK, False) or any(hasattr(place.adapter, "renew") for place in sites(model))

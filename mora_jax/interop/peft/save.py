@@ -15,8 +15,8 @@ from flax import nnx
 from mora_jax.adapters.attach import AdapterEntry, adapters_of
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.patterns import targets_for
-from mora_jax.adapters.matching.targets import Place, adapted_places, by_path, places
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.sites import Site, adapted_sites, by_path, sites
 from mora_jax.adapters.trainable_base import named_modules
 from mora_jax.errors import InputError
 from mora_jax.interop.atomic_folder import new_folder
@@ -112,7 +112,7 @@ def save_adapter(
 
 def _all_paths(model: nnx.Module) -> set[str]:
     """Of all modules, among which PEFT looks for targets: those that hold others, too."""
-    paths = {path for place in places(model) for path in (*place.paths, *place.aliases)}
+    paths = {path for place in sites(model) for path in (*place.paths, *place.aliases)}
     others = [named for named, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
     paths |= {path for named in others for path in named if "*" not in path}
     return _with_owners(paths)
@@ -166,13 +166,13 @@ def _trained_whole(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{PREFIX}{_head(model)}.weight", tensor
 
 
-def _format(model: nnx.Module) -> tuple[Format, list[Place]]:
+def _format(model: nnx.Module) -> tuple[Format, list[Site]]:
     """The one format of a model's adapters, and the places that it is for; biases beside them have none of their own.
 
     Raises:
         InputError: there is no adapter, or there are several methods.
     """
-    adapted = adapted_places(model)
+    adapted = adapted_sites(model)
     if not adapted:
         raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
     main = [place for place in adapted if not place.adapter.config.biases_alone] or adapted
@@ -190,7 +190,7 @@ def _is_main(entry: AdapterEntry, form: Format) -> bool:
 
 def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
     """Each adapted matrix with its tensors under their names in files."""
-    where = by_path(places(model))
+    where = by_path(sites(model))
     for entry in map(plain, adapters_of(model)):
         path, main = PREFIX + entry.path, _is_main(entry, form)
         found = form.write(entry) if main else {}

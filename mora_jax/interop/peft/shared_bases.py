@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mora_jax.adapters.matching.targets import Place
+from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.peft.format import Format, first_of
 from mora_jax.interop.safetensors_io import TensorFiles
@@ -26,12 +26,12 @@ class SharedBasesFormat(Format):
         """The pair that PEFT draws for layers of these widths, as files have it."""
         raise NotImplementedError  # abstract: each type's file defines it
 
-    def least(self, rank: int, found: list[Place]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def least(self, rank: int, found: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The smallest shapes that do for the places of the targets."""
         raise NotImplementedError  # abstract: each type's file defines it
 
     def shared(
-        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, found: list[Place]
+        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, found: list[Site]
     ) -> dict[str, np.ndarray]:
         if not values.get("save_projection", True):
             if names:
@@ -56,6 +56,6 @@ class SharedBasesFormat(Format):
         return arrays
 
 
-def widest(found: list[Place]) -> tuple[int, int]:
+def widest(found: list[Site]) -> tuple[int, int]:
     """The most inputs and outputs."""
     return max(place.in_features for place in found), max(place.out_features for place in found)

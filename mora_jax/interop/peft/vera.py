@@ -10,8 +10,8 @@ import numpy as np
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config import VeRAConfig
-from mora_jax.adapters.matching.targets import Place
 from mora_jax.adapters.methods.vera import projections
+from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import Target
@@ -39,7 +39,7 @@ class VeraFormat(SharedBasesFormat):
         left, right = projections(config.rank, widths, config.projection_prng_key)
         return left.T, right.T
 
-    def least(self, rank: int, found: list[Place]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def least(self, rank: int, found: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         inputs, outputs = widest(found)
         return (rank, inputs), (outputs, rank)
 
@@ -57,7 +57,7 @@ class VeraFormat(SharedBasesFormat):
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         return {"b_scale": entry.params["vera_b_scale"], "d": entry.params["vera_d"]}
 
-    def shared_of(self, places: list[Place]) -> dict[str, np.ndarray]:
+    def shared_of(self, places: list[Site]) -> dict[str, np.ndarray]:
         """The factors of the widest places; every other has to have a piece of the same."""
         left = _factor(max(places, key=lambda place: place.in_features), "vera_a")
         right = _factor(max(places, key=lambda place: place.out_features), "vera_b")
@@ -72,6 +72,6 @@ class VeraFormat(SharedBasesFormat):
         return super().written(entries, targets) | {"save_projection": True}
 
 
-def _factor(place: Place, name: str) -> np.ndarray:
+def _factor(place: Site, name: str) -> np.ndarray:
     """A frozen factor of a place, `[*layers, …]`."""
     return host(place.adapter.params()[name])

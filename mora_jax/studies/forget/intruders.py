@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.matching.targets import places
+from mora_jax.adapters.sites import sites
 from mora_jax.studies.forget.spectrum import Change
 
 EPSILONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -83,7 +83,7 @@ def scaled(model: Any, found: Sequence[Leading], below: float, factor: float) ->
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # variables of its own
     additions: Mapping[str, np.ndarray] = {one.change.path: one.scaling(below, factor) for one in found}
-    for place in places(copy):
+    for place in sites(copy):
         known = [(number, path) for number, path in enumerate(place.paths) if path in additions]
         if not known:
             continue

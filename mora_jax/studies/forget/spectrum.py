@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax.adapters.matching.targets import Place, layer_number, matcher, places
+from mora_jax.adapters.sites import Site, sites
+from mora_jax.adapters.targets import layer_number, matcher
 from mora_jax.errors import InputError
 
 ENERGY = 0.9
@@ -32,7 +33,7 @@ class Change:
     """
 
     path: str
-    place: Place
+    place: Site
     index: tuple[int, ...]
     base: np.ndarray
     delta: np.ndarray
@@ -84,9 +85,9 @@ def changes(model: Any, base: Mapping[str, np.ndarray] | None = None, every: int
         yield Change(path, place, index, now, _host(delta, index).astype(np.float64))
 
 
-def _matrices(model: Any, every: int) -> Iterator[tuple[Place, str, tuple[int, ...]]]:
+def _matrices(model: Any, every: int) -> Iterator[tuple[Site, str, tuple[int, ...]]]:
     picks = matcher("all-linear")
-    for place in places(model):
+    for place in sites(model):
         for number, path in enumerate(place.paths):
             if picks(path, place.is_embedding) and (layer_number(path) or 0) % every == 0:
                 yield place, path, place.index(number)

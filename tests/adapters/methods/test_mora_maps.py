@@ -11,7 +11,7 @@ from mora_jax.adapters.methods import mora_maps
 from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.adapters.methods.mora_fused import FusedMoRA
 from mora_jax.adapters.methods.mora_maps import Form, Sides, Walk
-from mora_jax.adapters.products.fused import FusedLayout
+from mora_jax.adapters.products.matmul import FusedLayout
 
 # length, source, target: tiles with a rest and without, sums with a rest and without, padding of both sides, one step.
 WALKS = [(11, 4, 11), (12, 4, 12), (12, 12, 5), (12, 10, 4), (8, 5, 8), (5, 8, 9), (3, 9, 3), (1, 1, 1), (24, 5, 7)]

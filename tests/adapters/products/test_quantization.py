@@ -10,9 +10,7 @@ import pytest
 
 import mora_jax as mj
 from mora_jax.adapters.methods.lora import LoRA
-from mora_jax.adapters.products.adapted_matmul import scaled_dot
-from mora_jax.adapters.products.fused import FusedLayout
-from mora_jax.adapters.products.matmul import adapted_dot
+from mora_jax.adapters.products.matmul import FusedLayout, adapted_dot
 from mora_jax.adapters.products.quantization import FORMATS, NF4, Quantized, QuantizedKernel, quantize
 from mora_jax.training.config.schema import QUANTIZE
 
@@ -146,7 +144,7 @@ def products(held, dtype):
             return adapted_dot(delta, x, kernel, bias, (params,))
 
         def scaled(x, gain, params):
-            return scaled_dot(delta, x, kernel, bias, gain, (params,))
+            return adapted_dot(delta, x, kernel, bias, (params,), gain)
 
         y, pull = jax.vjp(plain, x, params)
         z, pull_scaled = jax.vjp(scaled, x, gain, params)

@@ -10,9 +10,9 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
-from mora_jax.adapters.matching.targets import places
 from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.sites import sites
 from mora_jax.interop.convert.convert import convert_to_lora, convert_to_mora
 from mora_jax.interop.load import load_shapes
 from tests.models.tiny import fill_randomly, hf_folder, random_ids
@@ -211,7 +211,7 @@ def test_other_thin_updates_become_exact_loras(base, config):
     model = shapes_with(base, config)
     pruned = None
     if isinstance(config, mj.AdaLoRAConfig):
-        for place in places(model):
+        for place in sites(model):
             if place.adapter is not None:
                 kept = np.arange(4) < 1 + len(place.part) % 4  # another rank for each matrix, one of them 1
                 place.adapter.lora_e[...] = place.adapter.lora_e[...] * kept

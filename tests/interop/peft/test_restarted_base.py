@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
-from mora_jax.adapters.matching.targets import places
+from mora_jax.adapters.sites import sites
 from mora_jax.interop.convert.convert import convert_to_lora
 from mora_jax.interop.peft.load import needs_base
 from mora_jax.interop.read_adapter import read_adapter
@@ -107,7 +107,7 @@ def authors_layout(model, folder: Path, *, moved: bool = True) -> Path:
     mj.save_adapter(model, folder)
     edit(folder, mora_type=1)
     path = folder / "base-model" / "model.safetensors"
-    adapted = {path for place in places(model) if place.adapter is not None for path in place.paths}
+    adapted = {path for place in sites(model) if place.adapter is not None for path in place.paths}
     tensors = {}
     for name, tensor in load_file(path).items():
         module, _, leaf = name.rpartition(".")
@@ -149,7 +149,7 @@ def test_right_after_a_restart_the_kind_does_not_matter(base, tmp_path):
     model = restarted(base, mj.ReMoRAConfig(rank=2), 1)
     folder = authors_layout(model, tmp_path / "run", moved=False)
     found = load(base, folder)
-    for place in places(model):
+    for place in sites(model):
         if place.adapter is not None:
             place.adapter.m[...] = 0 * place.adapter.m[...]
     np.testing.assert_allclose(logits(found), logits(model), atol=1e-5)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 import mora_jax as mj
-from mora_jax.adapters.matching.targets import places
+from mora_jax.adapters.sites import sites
 from mora_jax.backend import compiling_for
 from mora_jax.interop.save import tensors_of
 from mora_jax.models.families import read_config
@@ -40,7 +40,7 @@ def axes_of(model):
 
 
 def kernels(model):
-    return {path: np.asarray(place.kernel()) for place in places(model) for path in place.paths[:1]}
+    return {path: np.asarray(place.kernel()) for place in sites(model) for path in place.paths[:1]}
 
 
 @pytest.mark.parametrize(("quantize", "fsdp"), [("none", 4), ("int8", 1), ("int8", 4)])
@@ -57,7 +57,7 @@ def test_a_changed_model_computes_and_is_written_as_ever(folder):
     models = loaded(folder, "tpu"), loaded(folder, "cpu")
     ids, hidden = random_ids(1, 7), []
     for model in models:
-        for place in list(places(model))[1:5]:
+        for place in list(sites(model))[1:5]:
             place.put_kernel(place.kernel() * 1.5)
         hidden.append(np.asarray(nnx.jit(lambda model, ids: model(ids))(model, ids)))
     np.testing.assert_allclose(*hidden, rtol=1e-5, atol=1e-5)

@@ -1,10 +1,11 @@
-"""What a model carries: a report for people, and one entry a layer for files."""
+"""What a model carries: a report for people, with what was passed over and why, and one entry a layer for files."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,41 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
-from mora_jax.adapters.layers import Adapted
-from mora_jax.adapters.matching.naming import aligned, summary, wrapped
-from mora_jax.adapters.matching.skipped import Skipped, skipped
-from mora_jax.adapters.matching.targets import adapted_places
+from mora_jax.adapters.layers import ADAPTED, Adapted
+from mora_jax.adapters.matrices import registered
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
+from mora_jax.adapters.sites import Site, adapted_sites, sites
 from mora_jax.adapters.slots import refuse_banks
-from mora_jax.adapters.trainable_base import kept
+from mora_jax.adapters.targets import Picker, aligned, star, summary, wrapped
+from mora_jax.adapters.trainable_base import kept, named_modules
+
+UNNAMED = "not among the targets"
+LINEN = "a Linen module in nnx.bridge.ToNNX: put adapters on the Linen module, with mora_jax.linen.adapted"
+VECTORS = ("bias", "scale", "mean", "var")  # as Flax calls them; a stack of these is no matrix
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Matrices without an adapter, for one reason.
+
+    Attributes:
+        paths: of their modules, `*` in place of numbers.
+        kind: the class of the modules; empty for layers that could have been adapted.
+        parameters: how many numbers they hold.
+        reason: why they were passed over.
+        asked: whether the targets name them all the same.
+    """
+
+    paths: tuple[str, ...]
+    kind: str
+    parameters: int
+    reason: str
+    asked: bool = False
+
+    def __str__(self) -> str:
+        kind = f" ({self.kind})" if self.kind else ""
+        return f"not adapted: {summary(self.paths)}{kind}, {self.parameters:,} parameters: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -96,19 +124,23 @@ class AttachReport:
         return "\n".join(lines)
 
 
-def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
+def report_of(model: nnx.Module, config: Any = None, found: Sequence[Site] | None = None) -> AttachReport:
     """The report on the adapters that `model` carries, wherever they came from.
 
     Args:
         model: with adapters.
         config: what they were attached with; with it the report says what was passed over.
+        found: its sites, where they are known already.
 
     Raises:
         ValueError: it carries none.
     """
     matches, notes, beyond, methods = [], [], [], []
-    for place in adapted_places(model):
+    found = list(sites(model)) if found is None else found
+    for place in found:
         adapter = place.adapter
+        if adapter is None:
+            continue
         # A bank has a scaling for each of its slots, too.
         active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
@@ -126,7 +158,7 @@ def report_of(model: nnx.Module, config: Any = None) -> AttachReport:
         matches.append(Match(", ".join(paths) or "(the model itself)", 0, 0, 0, size))
     trainable = sum(match.trainable for match in matches)
     total = count(model, nnx.Not(AdapterParam)) + trainable
-    passed_over = () if config is None else skipped(model, config)
+    passed_over = () if config is None else skipped(model, config, found)
     method = "+".join(dict.fromkeys(methods))
     return AttachReport(
         method, tuple(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond))
@@ -195,7 +227,7 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
         ValueError: the model has several named adapters.
     """
     refuse_banks(model, "take")
-    for place in adapted_places(model):
+    for place in adapted_sites(model):
         adapter = place.adapter
         # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
         arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
@@ -219,3 +251,134 @@ def adapted_layers(model: nnx.Module) -> Iterator[Any]:
         adapted_head = isinstance(node, OutputHead) and node.adapter is not None
         if isinstance(node, Adapted) or adapted_head or (isinstance(node, Projection) and len(node.adapters)):
             yield node
+
+
+def grouped(matrices: Iterable[tuple[str, str, int, str]], picks: Picker) -> tuple[Skipped, ...]:
+    """Puts matrices of one reason together: each is a path, a class, a size and a reason.
+
+    The class is empty for a layer that could be adapted.
+    """
+    found: dict[tuple[str, str, bool], tuple[list[str], int]] = {}
+    for path, kind, size, reason in matrices:
+        key = kind, reason, bool(kind) and picks.names(path)
+        paths, total = found.get(key, ([], 0))
+        found[key] = [*paths, path], total + size
+    return tuple(
+        Skipped(tuple(dict.fromkeys(map(star, paths))), kind, size, reason, asked)
+        for (kind, reason, asked), (paths, size) in found.items()
+    )
+
+
+def skipped(model: nnx.Module, config: Any, found: Sequence[Site]) -> tuple[Skipped, ...]:
+    """The matrices of an adapted model that have no adapter, those of one class and reason together.
+
+    Args:
+        model: adapted with `config`; it may be abstract.
+        config: of the method.
+        found: the sites of the model.
+    """
+    return grouped(_matrices(model, config, found), Picker(config))
+
+
+def _matrices(model: nnx.Module, config: Any, found: Sequence[Site]) -> Iterator[tuple[str, str, int, str]]:
+    """Path, class, size and reason of every matrix that is frozen and has no adapter."""
+    picks = Picker(config)
+    adapted = {key: place.title for place in found if place.adapter is not None for key in _params(place.layer)}
+    seen: set[int] = set()
+    for place in found:
+        keys, left = _params(place.layer), _left_out(place, config)
+        if left and place.adapter is None and not place.part and keys & adapted.keys():
+            title = adapted[next(iter(keys & adapted.keys()))]
+            yield place.title, "", 0, f"their matrix is that of {title}, too"
+        elif left and not _trained_whole(place.layer) and (place.part or not keys & seen):
+            head = place.is_head
+            embedding = place.is_embedding
+            named = [name for name in (left[0], *place.aliases) if picks.in_any_layer(name, is_embedding=embedding)]
+            why = why_left(picks, named[0] if named else left[0], is_embedding=embedding, is_head=head)
+            yield place.title, "", len(left) * place.in_features * place.out_features, why
+        seen |= keys
+    for path, module, size in unknown_matrices(model, {id(place.layer) for place in found}, seen):
+        yield path, type(module).__name__, size, why_unknown(module)
+
+
+def _params(module: nnx.Module) -> set[int]:
+    """The identities of the base's parameters that a module holds itself."""
+    return {id(value) for value in vars(module).values() if isinstance(value, nnx.Param)}
+
+
+def _left_out(place: Site, config: Any) -> list[str]:
+    """The paths of a place that carry no adapter."""
+    adapter = place.adapter
+    if adapter is None:
+        return list(place.paths)
+    if not place.stacked:
+        return []
+    scaling = adapter.scaling.get_value()
+    if not known(scaling):
+        picks = Picker(config)
+        return [path for path in place.paths if not picks(path, is_embedding=place.is_embedding)]
+    layers = np.asarray(scaling).reshape(len(place.paths), -1)
+    return [path for path, values in zip(place.paths, layers, strict=True) if not values.any()]
+
+
+def _trained_whole(layer: nnx.Module) -> bool:
+    return any(isinstance(value, AdapterParam) for value in vars(layer).values())
+
+
+def why_left(picks: Picker, path: str, *, is_embedding: bool, is_head: bool = False) -> str:
+    """Why a rule leaves out a layer that could be adapted."""
+    targets = picks.config.targets
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    if everything and is_embedding:
+        return "an embedding, which all-linear leaves out"
+    if everything and (is_head or path.rpartition(".")[2] == "lm_head"):
+        return "the output head, which all-linear leaves out"
+    layers = picks.config.layers_to_transform
+    if layers is not None and picks.in_any_layer(path, is_embedding=is_embedding):
+        return "outside layers_to_transform"
+    return UNNAMED
+
+
+def unknown_matrices(
+    model: nnx.Module, known: set[int], seen: set[int] | None = None
+) -> Iterator[tuple[str, nnx.Module, int]]:
+    """Path, module, and how many numbers are in its matrices.
+
+    Args:
+        model: of any kind.
+        known: the identities of layers that could carry adapters.
+        seen: those of parameters that are counted elsewhere; others are added.
+    """
+    seen = set() if seen is None else seen
+    for named, module in named_modules(model):
+        if id(module) in known or isinstance(module, Adapter | Adapted):
+            continue
+        size = sum(math.prod(shape) for shape in _shapes(module, seen))
+        if size:
+            yield named[0] or "(the model itself)", module, size
+
+
+def _shapes(module: nnx.Module, seen: set[int]) -> Iterator[tuple[int, ...]]:
+    """The shapes of the matrices that a module holds itself and that were not `seen`, whose ids it notes."""
+    for name, value in vars(module).items():
+        if not isinstance(value, nnx.Param) or isinstance(value, AdapterParam) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        stacked = (value.get_metadata().get("axes") or ("",))[0] == "layers"
+        if name not in VECTORS and len(value.shape) - stacked > 1:
+            yield value.shape
+
+
+def why_unknown(layer: nnx.Module) -> str:
+    """Why a layer with a matrix, for which there is no adapted form, has none."""
+    kind = type(layer)
+    if isinstance(layer, nnx.bridge.ToNNX):
+        return LINEN
+    base = next((one for one in kind.__mro__ if one in ADAPTED or registered(one) is not None), None)
+    if base is None:
+        return "a class without adapters, see mj.register_layer"
+    if kind.__call__ is not base.__call__:
+        return f"its class overrides the call of {base.__name__}" + (
+            " and does not go on to super().__call__" if base.__module__.startswith("flax.") else ""
+        )
+    return "no product with one matrix"

@@ -9,6 +9,8 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.layers import ADAPTED
+from mora_jax.adapters.matrices import FORMS, SHIPPED
 from tests.models.tiny import fill_randomly
 
 WIDTH, HEADS, SIZE = 12, 3, 4
@@ -18,17 +20,18 @@ X = np.random.default_rng(0).normal(size=(2, 5, WIDTH)).astype(np.float32)
 class Contraction(nnx.Module):
     """As model libraries for JAX write it: one parameter, one equation, a dtype that both are cast to."""
 
-    def __init__(self, einsum_str, shape, *, rngs, dtype=jnp.float32, factor=None):
+    def __init__(self, einsum_str, shape, *, rngs, dtype=jnp.float32):
         self.einsum_str = einsum_str
         self.shape = shape
         self.dtype = dtype
-        self.factor = factor
         self.w = nnx.Param(0.3 * jax.random.normal(rngs.params(), shape))
 
     @jax.named_scope("contraction")
     def __call__(self, x):
-        w = self.w[...] if self.factor is None else self.w[...] * self.factor
-        return jnp.einsum(self.einsum_str, jnp.asarray(x, self.dtype), jnp.asarray(w, self.dtype))
+        return jnp.einsum(self.einsum_str, jnp.asarray(x, self.dtype), jnp.asarray(self.w[...], self.dtype))
+
+
+mj.register_layer(Contraction, example=Contraction("btd,df->btf", (2, 3), rngs=nnx.Rngs(0)), kernel="w")
 
 
 class Attention(nnx.Module):
@@ -198,13 +201,17 @@ class Same(Turned):
     pass
 
 
+class Named(nnx.Linear):
+    pass
+
+
 def test_a_registered_class_with_a_bias(tmp_path):
     class Own(Turned):
         pass
 
     with pytest.raises(ValueError, match=r"no layer; .*none: the model has no linear layer"):
         mj.attach(nnx.Sequential(Own(nnx.Rngs(0))), mj.LoRAConfig(rank=2), rngs=0)
-    mj.register_layer(Own, kernel="weight", einsum="...i,oi->...o", bias="b")
+    mj.register_layer(Own, example=Own(nnx.Rngs(1)), kernel="weight", einsum="...i,oi->...o", bias="b")
     for config in (
         mj.LoRAConfig(rank=2, bias="lora_only"),
         mj.DoRAConfig(rank=2, bias="lora_only"),
@@ -231,14 +238,28 @@ def test_a_registered_class_with_a_bias(tmp_path):
 
 
 def test_what_can_not_be_registered_or_adapted():
-    with pytest.raises(TypeError, match="Linear carries adapters already"):
-        mj.register_layer(nnx.Linear)
+    turned, names = Turned(nnx.Rngs(0)), {"kernel": "weight", "einsum": "...i,oi->...o"}
+    for kind in (nnx.Linear, Named):
+        with pytest.raises(TypeError, match=f"{kind.__name__} carries adapters already"):
+            mj.register_layer(kind, example=turned)
     with pytest.raises(TypeError, match="takes a class of nnx.Module"):
-        mj.register_layer(Turned(nnx.Rngs(0)))
-    mj.register_layer(Turned, kernel="weight", einsum="...i,oi->...o")
-    with pytest.raises(ValueError, match="Turned is registered, but its call computes something other than its einsum"):
-        mj.attach(nnx.Sequential(Turned(nnx.Rngs(0))), mj.LoRAConfig(rank=2), rngs=0)
-    mj.register_layer(Turned, kernel="weight", einsum="...i,oi->...o", bias="b")
+        mj.register_layer(turned, example=turned)
+    with pytest.raises(TypeError, match="example must be a layer of the class Turned, not Same"):
+        mj.register_layer(Turned, example=Same(nnx.Rngs(0)), **names)
+    refused = [
+        (turned, names, "its call computes something other than its einsum"),
+        (Louder(nnx.Rngs(0)), {**names, "bias": "b"}, "its call computes something other than its einsum"),
+        (turned, {"kernel": "weight", "einsum": "...o,oi->...i"}, r"its call refused an input \[5\] \(TypeError\)"),
+        (turned, {"kernel": "weight", "einsum": "e...,eo->e..."}, "its einsum is no product with one matrix"),
+        (turned, {"kernel": "nothing", "einsum": "...i,oi->...o"}, "a layer has no nnx.Param nothing or no equation"),
+        (turned, {"kernel": "weight"}, "a layer has no nnx.Param weight or no equation einsum_str"),
+    ]
+    for example, given, words in refused:
+        before = dict(FORMS)
+        with pytest.raises(ValueError, match=f"^{type(example).__name__} can't be registered: {words}"):
+            mj.register_layer(type(example), example=example, **given)
+        assert before == FORMS
+    mj.register_layer(Turned, example=turned, **names, bias="b")
     model = nnx.Dict(same=Same(nnx.Rngs(0)), louder=Louder(nnx.Rngs(0)))
     report = mj.attach(nnx.Sequential(model["same"], model["louder"]), mj.LoRAConfig(rank=2), rngs=0)
     assert [match.path for match in report.matches] == ["layers.0"]
@@ -247,23 +268,65 @@ def test_what_can_not_be_registered_or_adapted():
     assert left.reason == "its class overrides the call of Turned"
 
 
-def test_a_layer_that_does_more_than_its_einsum_is_left_alone():
+def test_an_einsum_that_is_no_product_is_left_alone():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(
         Contraction("btd,df->btf", (WIDTH, 6), rngs=rngs),
-        Contraction("btd,df->btf", (6, 6), rngs=rngs, factor=0.5),
         Contraction("etd,edf->etf", (2, 6, 6), rngs=rngs),
     )
     report = mj.attach(model, mj.LoRAConfig(rank=2), rngs=0)
     assert [match.path for match in report.matches] == ["layers.0"]
-    assert [(one.parameters, one.reason) for one in report.skipped] == [
-        (36, "its call computes something other than its einsum"),
-        (72, "its einsum is no product with one matrix"),
-    ]
-    with pytest.warns(UserWarning, match=r"targets name what can't be adapted: layers\.\*, its call computes"):
-        mj.attach(nnx.Sequential(*model.layers[1:2], nnx.Linear(6, 6, rngs=rngs)), BOTH, rngs=0)
-    with pytest.raises(ValueError, match=r"targets name layers\.0 \(Contraction\), which can't be adapted: its call"):
+    assert [(one.parameters, one.reason) for one in report.skipped] == [(72, "no product with one matrix")]
+    with pytest.warns(UserWarning, match=r"targets name what can't be adapted: layers\.\*, no product with one matrix"):
+        mj.attach(nnx.Sequential(model.layers[1], nnx.Linear(6, 6, rngs=rngs)), BOTH, rngs=0)
+    with pytest.raises(ValueError, match=r"targets name layers\.0 \(Contraction\), which can't be adapted: no product"):
         mj.attach(nnx.Sequential(model.layers[1]), BOTH, rngs=0)
+
+
+class Watched(nnx.Module):
+    """An einsum that nobody registered, and that must not be run."""
+
+    def __init__(self):
+        self.einsum_str = "btd,df->btf"
+        self.kernel = nnx.Param(jnp.ones((6, 6)))
+
+    def __call__(self, x):
+        raise AssertionError("attach ran a layer")
+
+
+def test_attaching_runs_no_layer_and_changes_no_table():
+    def tables():
+        return dict(FORMS), dict(ADAPTED), dict(SHIPPED)
+
+    before = tables()
+    for _ in range(2):
+        model = nnx.Sequential(Watched(), nnx.Linear(6, 6, rngs=nnx.Rngs(0)), Model())
+        report = mj.attach(model, mj.LoRAConfig(rank=2), rngs=0)
+        assert "layers.1" in {match.path for match in report.matches}
+        reasons = {one.paths: one.reason for one in report.skipped}
+        assert reasons[("layers.*",)] == "a class without adapters, see mj.register_layer"
+        assert type(model.layers[0]) is Watched
+        assert tables() == before
+
+
+def test_classes_of_libraries_are_known_by_name():
+    """Nothing of the library is imported: a class of that name stands for it."""
+    body = dict(vars(Contraction)) | {"__module__": "tunix.models.qwen3.model", "__qualname__": "Einsum"}
+    body = {name: value for name, value in body.items() if name in ("__module__", "__qualname__", "__call__")}
+    kind = type("Einsum", (nnx.Module,), body)
+    layer = kind()
+    layer.einsum_str, layer.shape, layer.dtype = "BTD,DNH->BTNH", (WIDTH, HEADS, SIZE), jnp.float32
+    layer.w = nnx.Param(jax.random.normal(jax.random.key(0), layer.shape))
+    plain = np.asarray(layer(X))
+    mj.attach(layer, mj.LoRAConfig(rank=2), rngs=0)
+    fill_randomly(layer)
+    tuned = np.asarray(layer(X))
+    assert np.abs(tuned - plain).max() > 1e-2
+    mj.merge(layer)
+    np.testing.assert_allclose(layer(X), tuned, rtol=1e-4, atol=1e-4)
+    kind.__module__ = "tunix.models.other"
+    with pytest.raises(ValueError, match="match no layer"):
+        mj.attach(layer, mj.LoRAConfig(rank=2), rngs=0)
 
 
 BOTH = mj.LoRAConfig(rank=2, targets=r"layers\.\d")

@@ -1,1 +1,0 @@
-"""Which layers of a model carry an adapter, which can't, and why."""
