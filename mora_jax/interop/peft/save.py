@@ -134,7 +134,7 @@ def _head(model: nnx.Module) -> str | None:
 
 def refuse_tied_magnitude(model: nnx.Module) -> None:
     """Raises `InputError` for DoRA on a table that is the output head, too: PEFT's is another function there."""
-    for place in adapted_places(model) if _tied(model) else ():
+    for place in adapted_sites(model) if _tied(model) else ():
         if place.is_embedding and hasattr(place.adapter, "magnitude"):
             raise InputError(
                 f"{place.title} has DoRA's magnitude, and the model ties its head to that table: PEFT gives the head a "
