@@ -11,25 +11,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LoRAConfig": "mora_jax.adapters.config",
-    "RsLoRAConfig": "mora_jax.adapters.config",
-    "DoRAConfig": "mora_jax.adapters.config",
-    "PiSSAConfig": "mora_jax.adapters.config",
-    "OLoRAConfig": "mora_jax.adapters.config",
-    "LoRAPlusConfig": "mora_jax.adapters.config",
-    "LoRAFAConfig": "mora_jax.adapters.config",
-    "MoRAConfig": "mora_jax.adapters.config",
-    "ReLoRAConfig": "mora_jax.adapters.config",
-    "ReMoRAConfig": "mora_jax.adapters.config",
-    "VeRAConfig": "mora_jax.adapters.config",
-    "AdaLoRAConfig": "mora_jax.adapters.config",
-    "IA3Config": "mora_jax.adapters.config",
-    "BitFitConfig": "mora_jax.adapters.config",
-    "HiRAConfig": "mora_jax.adapters.config",
-    "MiSSConfig": "mora_jax.adapters.config",
-    "RandLoRAConfig": "mora_jax.adapters.config",
-    "OFTConfig": "mora_jax.adapters.config",
-    "FullConfig": "mora_jax.adapters.config",
     "LoRALinear": "mora_jax.adapters.methods.lora",
     "MoRALinear": "mora_jax.adapters.methods.mora",
     "AdapterParam": "mora_jax.adapters.base",
@@ -50,8 +31,6 @@ _HOMES = {
     "InputError": "mora_jax.errors",
 }
 _ROOMS = ("adapters", "linen", "models", "interop", "data", "training", "evaluation", "demo")
-
-__all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
     from mora_jax.adapters.attach import attach as attach
@@ -94,19 +73,28 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name in _HOMES or name in _ROOMS:
+    if name == "__all__":
+        return __dir__()
+    if name in _HOMES or name in _ROOMS or name.endswith("Config"):
         from mora_jax.environment import check_versions
 
         check_versions()
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in _ROOMS:
+    if name in _ROOMS:
         value = importlib.import_module(f"mora_jax.{name}")
+    elif name in _HOMES or (name.endswith("Config") and name in _configs()):
+        value = getattr(importlib.import_module(_HOMES.get(name, "mora_jax.adapters.config")), name)
     else:
         raise AttributeError(f"module 'mora_jax' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
+def _configs() -> list[str]:
+    """The names of the methods' configurations, which collect themselves."""
+    return [
+        config.__name__ for config in importlib.import_module("mora_jax.adapters.methods.registry").CONFIGS.values()
+    ]
+
+
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOMES, *_ROOMS, "__version__", *_configs()])

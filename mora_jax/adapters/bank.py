@@ -17,20 +17,18 @@ import jax.numpy as jnp
 
 from mora_jax.adapters.methods.lora import LoRAConfig
 from mora_jax.adapters.methods.mora import MoRAConfig, square_rank, update
-from mora_jax.adapters.products.matmul import Dot, decoder_dot, wide
-from mora_jax.adapters.products.matmul import dot as plain_dot
+from mora_jax.adapters.products.matmul import Dot, dot
 from mora_jax.adapters.slots import Bank as Bank
 from mora_jax.adapters.slots import use as use
 
 Array = jax.Array
 
 
-def dot(x: Array, w: Array) -> Array:
-    """`x [N, in]` by one matrix `[in, out]`, or by each row's `[B, in, out]`, as float32 `[N, out]`."""
+def _multiplied(product: Dot, x: Array, w: Array) -> Array:
+    """`x [N, in]` by one matrix `[in, out]`, or by each row's `[B, in, out]`, as `[N, out]`."""
     if w.ndim == 2:
-        return decoder_dot(x, w)
-    y = jnp.einsum("bti,bio->bto", _by_row(x, w.shape[0]), w.astype(x.dtype), preferred_element_type=wide(x.dtype))
-    return y.reshape(len(x), w.shape[-1])
+        return product(x, w)
+    return jax.vmap(product)(_by_row(x, w.shape[0]), w).reshape(len(x), w.shape[-1])
 
 
 def _by_row(x: Array, rows: int) -> Array:
@@ -58,10 +56,10 @@ class LoRABank(Bank):
 
     @classmethod
     def delta(
-        cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = plain_dot
+        cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
     ) -> Array:
-        hidden = _scaled(dot(x, Bank.pick(params, "lora_a")), Bank.pick_scaling(params))
-        return dot(hidden.astype(x.dtype), Bank.pick(params, "lora_b"))
+        hidden = _scaled(_multiplied(product, x, Bank.pick(params, "lora_a")), Bank.pick_scaling(params))
+        return _multiplied(product, hidden.astype(x.dtype), Bank.pick(params, "lora_b"))
 
 
 class MoRABank(Bank):
@@ -78,10 +76,12 @@ class MoRABank(Bank):
 
     @classmethod
     def delta(
-        cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = plain_dot
+        cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
     ) -> Array:
         scaling = Bank.pick_scaling(params)
         picked = Bank.pick(params, "m") * scaling.reshape(*scaling.shape, 1, 1)
         turned = jnp.swapaxes(picked, -1, -2)
         q = turned.shape[-1]
-        return update(x, q, out_features, config.kind, lambda sums: dot(sums, turned[..., : sums.shape[-1], :]))
+        return update(
+            x, q, out_features, config.kind, lambda sums: _multiplied(product, sums, turned[..., : sums.shape[-1], :])
+        )

@@ -6,8 +6,6 @@ from mora_jax.data.inspect.advice import BITS_A_PARAMETER, BITS_A_TOKEN, EVIDENC
 from mora_jax.planning.plan import Plan
 from mora_jax.training.config.adapter import adapter_config
 
-#: Methods whose trained parameters grow with the rank as LoRA's do.
-_BY_RANK = frozenset({"lora", "rslora", "pissa", "olora", "lora_plus", "lora_fa", "hira", "mora", "relora", "remora"})
 _MEASURED = "on the embedded model, in 64 steps (docs/studies/rates)"
 #: By method: how its best rates lay to those of others.
 _RATES = {
@@ -35,7 +33,7 @@ def _capacity(plan: Plan) -> str:
         f"({BITS_A_PARAMETER:g} bits a parameter, {BITS_A_TOKEN:g} a token)"
     )
     steps = plan.config.train.steps
-    if steps is not None and plan.config.adapter.method in _BY_RANK:
+    if steps is not None and plan.config.adapter.config_class.grows_with_rank:
         tokens = steps * plan.tokens
         rank = smallest_rank(bits_to_learn(tokens), plan.trainable / adapter_config(plan.config.adapter, steps).rank)
         words += f"; rank {rank} would hold all {tokens:,} tokens of the run, if each was new and trained"

@@ -8,7 +8,6 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
-from mora_jax.adapters.attach import add_adapter
 from mora_jax.adapters.bank import LoRABank, MoRABank, use
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.merge import merge
@@ -66,7 +65,7 @@ def banked_projection(dtype):
     updates = {}
     for place, kind in zip(sites(layer), ("lora", "rotation"), strict=True):
         bank, updates[place.part] = filled(kind, place.in_features, place.out_features)
-        add_adapter(place, bank, None)
+        place.put_adapter(bank, None)
     return layer, updates
 
 

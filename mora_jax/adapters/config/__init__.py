@@ -7,21 +7,19 @@ components of a module path), one regular expression that must match the whole p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mora_jax.adapters.config.common import BIASES as BIASES
 from mora_jax.adapters.config.common import CommonConfig as CommonConfig
 from mora_jax.adapters.config.common import Targets as Targets
 
-if TYPE_CHECKING:
-    from mora_jax.adapters.methods.registry import *  # noqa: F403
-
 
 def __getattr__(name: str) -> Any:
-    """The methods' configurations, imported at their first use: their files import this package's."""
-    from mora_jax.adapters.methods import registry
+    """The methods' configurations, collected at their first use: their files import this package's."""
+    if not name.startswith("_"):
+        from mora_jax.adapters.methods.registry import CONFIGS
 
-    found = vars(registry).get(name)
-    if name.startswith("_") or found is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return found
+        for config in CONFIGS.values():
+            if config.__name__ == name:
+                return config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,6 +86,7 @@ class MethodConfig(metaclass=_Aliases):
         changes_base: whether training changes the base itself, so that the result is a whole model.
         restarts: whether it is a `RestartConfig`.
         biases_alone: whether biases are all that is trained, as other methods do beside their layers.
+        grows_with_rank: whether the trained numbers are as many as the rank times what one rank has.
         in_peft: whether PEFT has the method, or a form of it.
         scale_power: the power of the rank that alpha is divided by, for methods with alpha.
         joint_form: what adapters have to agree in to be used beside each other; empty for a method whose can't be.
@@ -96,6 +97,7 @@ class MethodConfig(metaclass=_Aliases):
     changes_base: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
     biases_alone: ClassVar[bool] = False
+    grows_with_rank: ClassVar[bool] = False
     in_peft: ClassVar[bool] = True
     scale_power: ClassVar[float] = 1.0
     implied: ClassVar[tuple[str, ...]] = ()

@@ -34,6 +34,7 @@ class HiRAConfig(CommonConfig):
     rank: int = 32
     dropout: float = 0.0
     targets: Targets = "all-linear"
+    grows_with_rank = True
 
     def highest_rank(self, in_features: int, out_features: int) -> int:
         return min(in_features, out_features)

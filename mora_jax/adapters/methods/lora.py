@@ -64,6 +64,7 @@ class LoRAConfig(CommonConfig):
     bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
     use_dora: bool = field(default=False, kw_only=True)
     init: str = field(default="kaiming", kw_only=True, metadata={"choices": INITS, "run_choices": INITS[:-1]})
+    grows_with_rank = True
 
     @property
     def linen_refusal(self) -> str:

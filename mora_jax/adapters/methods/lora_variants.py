@@ -49,7 +49,7 @@ class DoRAConfig(LoRAConfig):
     """
 
     use_dora: bool = field(default=True, kw_only=True)
-    implied = ("use_dora",)
+    implied, grows_with_rank = ("use_dora",), False
 
     def __post_init__(self):
         super().__post_init__()

@@ -78,7 +78,7 @@ class MoRAConfig(CommonConfig):
     targets: Targets = "all-linear"
     rank_pattern: Pattern = field(default=(), kw_only=True)
     use_dora: bool = field(default=False, kw_only=True)
-    in_peft = False
+    in_peft, grows_with_rank = False, True
 
     def highest_rank(self, in_features: int, out_features: int) -> int:
         """Up to which M has no more numbers than the matrix itself."""

@@ -1,40 +1,19 @@
-"""The methods by name: configuration and adapter class. A new method is one file and one line here."""
+"""The methods by name, collected from the files of this package: a new method is one file.
+
+A method is a subclass of `Adapter` with a `method` of its own, and beside it its configuration under the same name with
+`Config` behind it: `LoRA` and `LoRAConfig`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any, NamedTuple
 
+from mora_jax.adapters import methods as package
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.common import MethodConfig
-from mora_jax.adapters.methods.adalora import AdaLoRA, AdaLoRAConfig
-from mora_jax.adapters.methods.bitfit import BitFit, BitFitConfig
 from mora_jax.adapters.methods.full import FullConfig
-from mora_jax.adapters.methods.hira import HiRA, HiRAConfig
-from mora_jax.adapters.methods.ia3 import IA3, IA3Config
-from mora_jax.adapters.methods.lora import INITS as INITS
-from mora_jax.adapters.methods.lora import LoRA, LoRAConfig
-from mora_jax.adapters.methods.lora_variants import (
-    DoRA,
-    DoRAConfig,
-    LoRAFA,
-    LoRAFAConfig,
-    LoRAPlus,
-    LoRAPlusConfig,
-    OLoRA,
-    OLoRAConfig,
-    PiSSA,
-    PiSSAConfig,
-    ReLoRA,
-    ReLoRAConfig,
-    RsLoRA,
-    RsLoRAConfig,
-)
-from mora_jax.adapters.methods.miss import MiSS, MiSSConfig
-from mora_jax.adapters.methods.mora import MoRA, MoRAConfig
-from mora_jax.adapters.methods.oft import OFT, OFTConfig
-from mora_jax.adapters.methods.randlora import RandLoRA, RandLoRAConfig
-from mora_jax.adapters.methods.remora import ReMoRA, ReMoRAConfig
-from mora_jax.adapters.methods.vera import VeRA, VeRAConfig
 
 
 class Method(NamedTuple):
@@ -44,27 +23,26 @@ class Method(NamedTuple):
     adapter: type[Adapter] | None
 
 
-METHODS: dict[str, Method] = {
-    "lora": Method(LoRAConfig, LoRA),
-    "rslora": Method(RsLoRAConfig, RsLoRA),
-    "dora": Method(DoRAConfig, DoRA),
-    "pissa": Method(PiSSAConfig, PiSSA),
-    "olora": Method(OLoRAConfig, OLoRA),
-    "lora_plus": Method(LoRAPlusConfig, LoRAPlus),
-    "lora_fa": Method(LoRAFAConfig, LoRAFA),
-    "mora": Method(MoRAConfig, MoRA),
-    "vera": Method(VeRAConfig, VeRA),
-    "adalora": Method(AdaLoRAConfig, AdaLoRA),
-    "ia3": Method(IA3Config, IA3),
-    "hira": Method(HiRAConfig, HiRA),
-    "miss": Method(MiSSConfig, MiSS),
-    "randlora": Method(RandLoRAConfig, RandLoRA),
-    "oft": Method(OFTConfig, OFT),
-    "relora": Method(ReLoRAConfig, ReLoRA),
-    "remora": Method(ReMoRAConfig, ReMoRA),
-    "bitfit": Method(BitFitConfig, BitFit),
-    "full": Method(FullConfig, None),
-}
+def _collected() -> dict[str, Method]:
+    found = {}
+    for file in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        if file.name == __name__:
+            continue
+        names = vars(importlib.import_module(file.name))
+        for name, value in names.items():
+            own = isinstance(value, type) and issubclass(value, Adapter) and value.__module__ == file.name
+            if own and "method" in vars(value):
+                found[value.method] = Method(names[f"{name}Config"], value)
+    # LoRA first, then its relatives, then the others; what changes the base comes last.
+    order = sorted(found, key=lambda m: (found[m].config.changes_base, m != "lora", not _is_lora(found[m]), m))
+    return {name: found[name] for name in order} | {"full": Method(FullConfig, None)}
+
+
+def _is_lora(method: Method) -> bool:
+    return any(base.__name__ == "LoRA" for base in method.adapter.__mro__) if method.adapter is not None else False
+
+
+METHODS: dict[str, Method] = _collected()
 CONFIGS: dict[str, type[MethodConfig]] = {name: method.config for name, method in METHODS.items()}
 # The arrays of all adapters that hold one number a feature.
 VECTORS = Adapter.vectors.union(*(method.adapter.vectors for method in METHODS.values() if method.adapter is not None))
