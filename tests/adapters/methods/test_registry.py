@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,14 @@ def test_a_method_is_named_configured_and_exported(name):
     if name != "full":
         assert adapter_class(config).method == name
     assert hash(config) == hash(CONFIGS[name]())
+
+
+def test_every_method_has_a_line_for_editors():
+    """`mora_jax` finds configurations by itself, and type checkers read them."""
+    lines = Path(mj.__file__).read_text(encoding="utf-8").splitlines()
+    for config in CONFIGS.values():
+        words = f"    from mora_jax.adapters.config import {config.__name__} as {config.__name__}"
+        assert words in lines and config.__name__ in dir(mj)
 
 
 NUMBERS_OF = [
