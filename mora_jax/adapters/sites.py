@@ -34,14 +34,7 @@ class Site(Protocol):
         layer: the module that holds it.
         part: its name inside a `Projection`, else "".
         in_features, out_features: its sizes.
-        stack: the axes in front of the matrix that stand for layers, `()` for a single one.
-        is_embedding: whether the matrix is an embedding table.
         is_head: whether it is the decoder's output head, whose logits get no bias.
-        title: one path for the whole stack, `*` in place of the layer.
-        adapter: the `Adapter` on it, or None.
-        dtype: in which the matrix is stored.
-        has_bias: whether the layer has a bias.
-        layout: what the class of an adapter for it takes beside the sizes: the stack, and the names of sharded axes.
     """
 
     paths: tuple[str, ...]
@@ -53,19 +46,39 @@ class Site(Protocol):
     is_head: bool
 
     @property
-    def stack(self) -> tuple[int, ...]: ...
+    def stack(self) -> tuple[int, ...]:
+        """The axes in front of the matrix that stand for layers, `()` for a single one."""
+        ...
+
     @property
-    def is_embedding(self) -> bool: ...
+    def is_embedding(self) -> bool:
+        """Whether the matrix is an embedding table."""
+        ...
+
     @property
-    def title(self) -> str: ...
+    def title(self) -> str:
+        """One path for the whole stack, `*` in place of the layer."""
+        ...
+
     @property
-    def adapter(self) -> Any: ...
+    def adapter(self) -> Any:
+        """The `Adapter` on it, or None."""
+        ...
+
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """In which the matrix is stored."""
+        ...
+
     @property
-    def has_bias(self) -> bool: ...
+    def has_bias(self) -> bool:
+        """Whether the layer has a bias."""
+        ...
+
     @property
-    def layout(self) -> dict[str, Any]: ...
+    def layout(self) -> dict[str, Any]:
+        """For the class of an adapter, beside the sizes: the stack, and the names of sharded axes."""
+        ...
 
     def kernel(self) -> jax.Array:
         """The base's matrix, `[*stack, in, out]`."""
