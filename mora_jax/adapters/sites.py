@@ -189,10 +189,12 @@ class LayerSite(Site):
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
+        """Inputs of the matrix."""
         return self.matrix.in_features
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
+        """Outputs of the matrix."""
         return self.matrix.out_features
 
     @property
@@ -201,6 +203,7 @@ class LayerSite(Site):
 
     @property
     def is_head(self) -> bool:  # type: ignore[override]
+        """Whether it is the decoder's output head."""
         return isinstance(self.layer, OutputHead)
 
     @property
