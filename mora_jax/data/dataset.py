@@ -14,7 +14,7 @@ from mora_jax.data.batch_plan import padded_length
 from mora_jax.data.conversation import Row
 from mora_jax.data.examples import TRUNCATIONS, Cut, RowOutcomes, find_examples, flat_weights
 from mora_jax.data.formats.load import Rows
-from mora_jax.data.inspect.report import Counted, Report, count
+from mora_jax.data.inspect.report import Report, count
 from mora_jax.data.loss_weights import LossWeights, normalize, response_tokens, token_weights
 from mora_jax.data.segments import INSTRUCTION, Segment, runs
 from mora_jax.data.tokens.cache import build_store
@@ -151,7 +151,7 @@ class EncodedDataset(Sequence[Example]):
             # Of the whole store, also where only a part of its rows is chosen: a bad row belongs to no part.
             outcomes.dropped["bad_row"] = counts["skipped"]
         found: list[np.ndarray] = []
-        counted: list[Counted] = []
+        counted: list[dict[str, Any]] = []
         first = 0
         for flat in self.store.flat():
             here = chosen[first : first + len(flat)]

@@ -93,6 +93,14 @@ def describe_batch(batch: Mapping[str, np.ndarray]) -> str:
 _SHOWN = 80
 
 
+# What is told of a report under its own name.
+_TOLD = (
+    *("format", "files", "rows", "kept", "dropped", "truncated", "split", "tokens", "trained_tokens"),
+    *("trained_fraction", "ratio", "max_length", "recommended_max_length", "seam_rows", "special_rows", "fell_back"),
+    *("template", "mode", "notes"),
+)
+
+
 def inspect_data(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     tokenizer: Any,
@@ -150,36 +158,17 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
     """
     report, advice = dataset.report, advise_on(dataset.report)
     starts, rows = report.histogram()
-    return {
-        "format": report.format,
-        "files": report.files,
-        "rows": report.rows,
-        "kept": report.kept,
-        "dropped": report.dropped,
+    return {name: getattr(report, name) for name in _TOLD} | {
         "bad_rows": report.reasons,
-        "truncated": report.truncated,
-        "split": report.split,
-        "tokens": report.tokens,
-        "trained_tokens": report.trained_tokens,
-        "trained_fraction": report.trained_fraction,
         "segments": {name: {"tokens": n, "mean_weight": weight} for name, n, weight in segment_table(report)},
-        "ratio": report.ratio,
         "ratio_median": report.median_ratio,
         "lengths": report.quantiles,
         "histogram": {"from": starts.tolist(), "rows": rows.tolist()},
-        "max_length": report.max_length,
         "over_max_length": report.over_length,
         "lost_fraction": report.lost_share,
-        "recommended_max_length": report.recommended_max_length,
         "duplicates": {"rows": report.duplicated, "fraction": report.duplicated_share},
         "near_empty": {"rows": report.near_empty, "at_most_tokens": NEAR_EMPTY},
-        "seam_rows": report.seam_rows,
-        "special_rows": report.special_rows,
-        "fell_back": report.fell_back,
-        "template": report.template,
-        "mode": report.mode,
         "loss": asdict(dataset.loss) | {"roles": list(dataset.loss.roles)},
-        "notes": report.notes,
         "advice": advice.text,
         "advice_details": {
             "mode": advice.mode,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class Report(RowOutcomes):
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, parts: Sequence[Counted], outcomes: RowOutcomes, **known: Any) -> Report:
+    def of(cls, parts: Sequence[Mapping[str, Any]], outcomes: RowOutcomes, **known: Any) -> Report:
         """Sums up the counts of batches of rows, and what became of them.
 
         Args:
@@ -90,14 +90,11 @@ class Report(RowOutcomes):
           The report.
         """
         report = cls(**known, **vars(outcomes))
-        for name in ("rows", "instruction_tokens", "response_tokens", "seam_rows", "special_rows", "near_empty"):
-            setattr(report, name, sum(getattr(part, name) for part in parts))
+        for name in parts[0] if parts else ():
+            values = [part[name] for part in parts]
+            # Some have an entry for each row, the others are sums over them.
+            setattr(report, name, np.concatenate(values) if name in ("lengths", "ratios", "prompts") else sum(values))
         report.rows += report.dropped.get("bad_row", 0)
-        for name in ("by_segment", "weight_by_segment"):
-            setattr(report, name, sum((getattr(part, name) for part in parts), getattr(report, name)))
-        for name in ("lengths", "ratios", "prompts"):
-            if parts:
-                setattr(report, name, np.concatenate([getattr(part, name) for part in parts]))
         return report
 
     @property
@@ -242,25 +239,8 @@ class Report(RowOutcomes):
         return "\n".join(f"{name:>10}  {value}" for name, value in self.lines())
 
 
-@dataclass(frozen=True)
-class Counted:
-    """Counts over some rows, before any cut; see `Report`."""
-
-    rows: int
-    instruction_tokens: int
-    response_tokens: int
-    seam_rows: int
-    special_rows: int
-    near_empty: int
-    by_segment: np.ndarray
-    weight_by_segment: np.ndarray
-    lengths: np.ndarray
-    ratios: np.ndarray
-    prompts: np.ndarray
-
-
-def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: np.ndarray) -> Counted:
-    """Counts over a batch of rows.
+def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: np.ndarray) -> dict[str, Any]:
+    """Counts over a batch of rows, before any cut: values of fields of `Report`, by name.
 
     Args:
       flat: the rows.
@@ -275,16 +255,16 @@ def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: 
     answered = answers > 0
     looked_at = np.repeat(chosen, flat.lengths)
     kinds, kinds_count = segments[looked_at], len(Segment)
-    return Counted(
-        rows=int(chosen.sum()),
-        instruction_tokens=int(instructions.sum()),
-        response_tokens=int(answers.sum()),
-        seam_rows=int(np.count_nonzero(flat.seams[chosen])),
-        special_rows=int(np.count_nonzero(special)),
-        near_empty=int(np.count_nonzero(answered & (answers <= NEAR_EMPTY))),
-        by_segment=np.bincount(kinds, minlength=kinds_count),
-        weight_by_segment=np.bincount(kinds, weights[looked_at], minlength=kinds_count),
-        lengths=flat.lengths[chosen].astype(np.int32),
-        ratios=(instructions[answered] / answers[answered]).astype(np.float32),
-        prompts=flat.prompts[chosen],
-    )
+    return {
+        "rows": int(chosen.sum()),
+        "instruction_tokens": int(instructions.sum()),
+        "response_tokens": int(answers.sum()),
+        "seam_rows": int(np.count_nonzero(flat.seams[chosen])),
+        "special_rows": int(np.count_nonzero(special)),
+        "near_empty": int(np.count_nonzero(answered & (answers <= NEAR_EMPTY))),
+        "by_segment": np.bincount(kinds, minlength=kinds_count),
+        "weight_by_segment": np.bincount(kinds, weights[looked_at], minlength=kinds_count),
+        "lengths": flat.lengths[chosen].astype(np.int32),
+        "ratios": (instructions[answered] / answers[answered]).astype(np.float32),
+        "prompts": flat.prompts[chosen],
+    }
