@@ -114,7 +114,7 @@ def resume(
     Args:
         out: the run's directory.
         display: as for `train`.
-        changes: (dotted key, text) pairs that hold from now on, such as another mesh; see resume.py. They are
+        changes: (dotted key, text) pairs that hold from now on, such as another mesh; see `changed`. They are
             written into the run's `config.json`.
         profile: keys `log.profile_*` for this process alone, in place of the run's own.
 
