@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rich import box
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -13,53 +14,63 @@ from rich.text import Text
 #: Columns of a report where there is no terminal to ask.
 WIDTH = 110
 # Columns where a line may be as long as it has to.
-_UNLIMITED = 100_000
+_UNLIMITED = 10_000
 _GAP = 2
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = (0,)) -> Table:
-    """A table without rules.
+    """A table with a rule below its heads.
 
     Args:
-        heads: a name a column.
+        heads: a name a column, of one or several lines.
         rows: a text a column.
         words: the columns that hold words, set to the left; the others hold numbers, which are never broken.
     """
-    laid_out = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    laid_out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for column, head in enumerate(heads):
         if column in words:
-            laid_out.add_column(Text(head), overflow="fold")
+            laid_out.add_column(Text(head), overflow="fold", vertical="bottom")
         else:
-            laid_out.add_column(Text(head), justify="right", no_wrap=True)
+            laid_out.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
     for row in rows:
         laid_out.add_row(*map(Text, row))
     return laid_out
 
 
-def fitted(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[Table]:
-    """A table as one or several, each at most `width` wide: all have the first column, and each some of the others.
+def fitted(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int | None,
+    *,
+    names: int = 1,
+    words: Sequence[int] = (0,),
+) -> list[Table]:
+    """A table as one or several, each at most `width` wide: all have the first columns, and each some of the others.
 
-    Only a text that alone is wider than there is room for is broken over lines. `width` None: one table.
+    Only a text that alone is wider than there is room for is broken over lines.
+
+    Args:
+        heads, rows, words: see `table`.
+        width: in characters; None: one table.
+        names: how many columns are in each, those that say what a row is of.
     """
     if width is None:
-        return [table(heads, rows)]
-    widths = [max(map(cell_len, column)) for column in zip(heads, *rows, strict=True)]
-    room = width - min(widths[0], width // 2)
+        return [table(heads, rows, words=words)]
+    lines = [[line for text in column for line in text.split("\n")] for column in zip(heads, *rows, strict=True)]
+    widths = [_GAP + max(map(cell_len, column)) for column in lines]
+    room = width - min(sum(widths[:names]), width // 2)
     parts: list[list[int]] = [[]]
-    left = room
-    for column in range(1, len(heads)):
-        needed = min(widths[column] + _GAP, room)
-        if needed > left and parts[-1]:
+    for column in range(names, len(heads)):
+        taken = sum(min(widths[other], room) for other in parts[-1])
+        if parts[-1] and taken + min(widths[column], room) > room:
             parts.append([])
-            left = room
         parts[-1].append(column)
-        left -= needed
     tables = []
     for part in parts:
-        columns = [0, *part]
-        broken = [place for place, column in enumerate(columns) if not place or widths[column] + _GAP > room]
-        picked = [[row[column] for column in columns] for row in (heads, *rows)]
-        tables.append(table(picked[0], picked[1:], words=broken))
+        columns = [*range(names), *part]
+        folded = [place for place, column in enumerate(columns) if column in words or widths[column] > room]
+        head, *body = ([row[column] for column in columns] for row in (heads, *rows))
+        tables.append(table(head, body, words=folded))
     return tables
 
 

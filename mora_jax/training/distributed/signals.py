@@ -33,45 +33,58 @@ def cause(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-class _Handlers:
-    """Handlers that stand while a context lasts, with a thread that hears of signals at once.
+class _Handled:
+    """A context manager during which a subclass hears of signals, at once.
 
     Python runs handlers only between two lines of the main thread, which may be minutes away while a step computes. The
-    interpreter writes the number of a signal into a socket at once, though, and the thread reads it there. It tells of
+    interpreter writes the number of a signal into a socket at once, though, and a thread reads it there. It tells of
     the first one, and ends the process some time after a second SIGINT, whatever the main thread is doing.
-
-    Args:
-        handler: for the main thread.
-        tell: called from the thread, with the first signal.
-        delay: seconds that the thread waits before it tells.
     """
 
     patience = 2.0
+    #: Seconds that the thread waits before it tells.
+    delay = 0.0
 
-    def __init__(
-        self,
-        handler: Callable[[int, FrameType | None], None],
-        tell: Callable[[int], None],
-        delay: float = 0.0,
-    ) -> None:
-        self._handler, self._tell, self._delay = handler, tell, delay
+    def __init__(self) -> None:
         self._before: dict[int, Any] = {}
         self._ended = threading.Event()
         self._theirs: socket.socket | None = None
         self._repeated = 0
+        self._raised = False
 
-    def open(self) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler, in the main thread."""
+        raise NotImplementedError
+
+    def _told(self, number: int) -> None:
+        """Called from the thread, with the first signal."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         """Puts the handlers in place; in a thread other than the main one nothing happens, for nothing may."""
         if threading.current_thread() is not threading.main_thread():
-            return
+            return self
         for number in ASKING:
             # Whoever started the process may want it to ignore one: nohup, and shells for what is in the background.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._before[number] = signal.signal(number, self._handler)
+                self._before[number] = signal.signal(number, self._receive)
         ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=(ours,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """From here on signals are again the business of whose they were."""
+        if self._theirs is None:
+            return
+        self._ended.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._theirs.close()
 
     def _read(self, ours: socket.socket) -> None:
         first = True
@@ -82,15 +95,15 @@ class _Handlers:
                         self._repeated -= 1
                     elif first:
                         first = False
-                        if not self._ended.wait(self._delay):
+                        if not self._ended.wait(self.delay):
                             with contextlib.suppress(Exception):  # nobody reads it any more
-                                self._tell(number)
+                                self._told(number)
                     elif number == signal.SIGINT:
                         if not self._ended.wait(self.patience):
                             _leave()
                         return
 
-    def postponed(self, number: int, frame: FrameType | None) -> bool:
+    def _postponed(self, number: int, frame: FrameType | None) -> bool:
         """Whether nothing may be raised now, for something is being imported; the handler is then called again soon.
 
         Extensions that are being imported lose exceptions, make others of them, or crash.
@@ -109,16 +122,6 @@ class _Handlers:
             self._repeated += 1
             signal.pthread_kill(threading.main_thread().ident or 0, number)
 
-    def close(self) -> None:
-        """From here on signals are again the business of whose they were."""
-        if self._theirs is None:
-            return
-        self._ended.set()
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._theirs.close()
-
 
 def _leave() -> None:
     """Ends the process without any cleaning up."""
@@ -126,21 +129,6 @@ def _leave() -> None:
         # A live display has hidden the cursor.
         os.write(2, b"\x1b[?25h\nstopped at once\n" if os.isatty(2) else b"stopped at once\n")
     os._exit(128 + signal.SIGINT)
-
-
-class _Handled:
-    """A context manager during which the handlers of a subclass stand."""
-
-    _handlers: _Handlers
-
-    def __enter__(self) -> Self:
-        self._handlers.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handlers.close()
 
 
 class Stoppable(_Handled):
@@ -157,15 +145,19 @@ class Stoppable(_Handled):
             an extension that is being imported makes an ImportError of it.
     """
 
+    delay = 0.7
+
     def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
         self.received: int | None = None
-        self._raised = False
-        words = "stopping; again to stop at once"
-        self._handlers = _Handlers(self._receive, lambda number: tell(words), delay=0.7)
+        self._tell = tell
+
+    def _told(self, number: int) -> None:
+        self._tell("stopping; again to stop at once")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        if self._raised or self._handlers.postponed(self.received, frame):
+        if self._raised or self._postponed(self.received, frame):
             return
         self._raised = True
         raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped(self.received)
@@ -190,26 +182,25 @@ class StopSignals(_Handled):
     def __init__(
         self, agree: Callable[[int], int] | None = None, tell: Callable[[str], None] = lambda text: None
     ) -> None:
+        super().__init__()
         self.received: int | None = None
         self.words: Sequence[str] = ("stopping after this step", "stop without saving")
         self._own: int | None = None
-        self._agree = agree
-        self._handlers = _Handlers(self._receive, lambda number: tell(self._said(number)))
-        self._raised = False
+        self._agree, self._tell = agree, tell
 
     def look(self) -> int | None:
         """Brings `received` up to date and returns it; all processes of a run do so equally often."""
         self.received = self._own if self._agree is None else self._agree(self._own or 0) or None
         return self.received
 
-    def _said(self, number: int) -> str:
+    def _told(self, number: int) -> None:
         first, second = self.words
-        return f"{first}; again to {second}" if number == signal.SIGINT else f"{cause(number)}: {first}"
+        self._tell(f"{first}; again to {second}" if number == signal.SIGINT else f"{cause(number)}: {first}")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._own is None:
             self._own = number
-        elif number == signal.SIGINT and not self._raised and not self._handlers.postponed(number, frame):
+        elif number == signal.SIGINT and not self._raised and not self._postponed(number, frame):
             self._raised = True
             raise KeyboardInterrupt
 

@@ -13,12 +13,11 @@ from mora_jax.training.config.schema import Config
 from mora_jax.training.display.plain import Display
 from mora_jax.training.display.summary import bytes_words
 from mora_jax.training.observe import profile
-from mora_jax.training.observe.background import Background
 from mora_jax.training.observe.compile_log import Compilation, CompileLog
 from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
 from mora_jax.training.observe.memory import device_memory, peak_memory
 from mora_jax.training.observe.timing import StepClock, StepTimes
-from mora_jax.training.observe.writers import Writer, open_writers
+from mora_jax.training.observe.writers import Background, Writer, open_writers
 from mora_jax.training.run.directory import RunDirectory
 
 

@@ -67,11 +67,14 @@ class Files:
         self.note: Callable[[str], None] = lambda text: None
 
     def _persistently(self, action: Callable[[], T], name: str, what: str) -> T:
-        return persistently(action, f"{self.path / name} can't be {what}", self.hint, self.note, attempts=self.attempts)
+        with quiet():
+            return persistently(
+                action, f"{self.path / name} can't be {what}", self.hint, self.note, attempts=self.attempts
+            )
 
     def make(self) -> None:
         """Makes the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._persistently(lambda: self.path.mkdir(parents=True, exist_ok=True), "", "made")
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -80,7 +83,7 @@ class Files:
         Raises:
             InputError: another one has it.
         """
-        if fcntl is None:
+        if fcntl is None or self.remote:  # objects of a bucket know no locks
             yield
             return
         folder = os.open(self.path, os.O_RDONLY)
@@ -99,12 +102,16 @@ class Files:
 
     def present(self, names: tuple[str, ...]) -> list[str]:
         """Those of these files and folders that are there."""
-        return [name for name in names if (self.path / name).exists()]
+        return self._persistently(lambda: [name for name in names if (self.path / name).exists()], "", "read")
 
     def read(self, name: str) -> bytes | None:
         """What a file holds; None where there is none."""
-        file = self.path / name
-        return file.read_bytes() if file.is_file() else None
+
+        def content() -> bytes | None:
+            file = self.path / name
+            return file.read_bytes() if file.is_file() else None
+
+        return self._persistently(content, name, "read")
 
     def write(self, name: str, text: str) -> None:
         """Writes a file, whole or not at all."""
@@ -149,16 +156,21 @@ class Files:
 
     def names(self, folder: str) -> list[str]:
         """The names of what is in a folder; none where there is no such folder."""
-        found = self.path / folder
-        return sorted(entry.name for entry in found.iterdir()) if found.is_dir() else []
+        path = self.path / folder
+        entries = self._persistently(lambda: list(path.iterdir()) if path.is_dir() else [], folder, "read")
+        return sorted(entry.name for entry in entries)
 
     def remove(self, name: str) -> None:
         """Removes a file or a folder, if it is there."""
-        target = self.path / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
+
+        def gone() -> None:
+            target = epath.Path(self.path / name)
+            if target.is_dir():
+                target.rmtree()
+            elif target.exists():
+                target.unlink()
+
+        self._persistently(gone, name, "removed")
 
     @contextlib.contextmanager
     def folder(self, name: str, *, write: bool = True) -> Iterator[Path]:
@@ -187,8 +199,8 @@ class Mirror:
         for file in sorted(self.folder.rglob("*")):
             if file.is_symlink() or not file.is_file():
                 continue
-            name, found = str(file.relative_to(self.folder)), file.stat()
-            state = found.st_size, found.st_mtime_ns
+            name, status = str(file.relative_to(self.folder)), file.stat()
+            state = status.st_size, status.st_mtime_ns
             if self._copied.get(name) != state:
                 self._put(file, name)
                 self._copied[name] = state
@@ -213,27 +225,6 @@ class BucketFiles(Files):
         self._growing: dict[str, str] = {}
         self._unwritten: set[str] = set()
         self._written = time.monotonic()
-
-    def _persistently(self, action: Callable[[], T], name: str, what: str) -> T:
-        with quiet():
-            return super()._persistently(action, name, what)
-
-    def make(self) -> None:
-        self._persistently(lambda: self.path.mkdir(parents=True, exist_ok=True), "", "made")
-
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        yield  # objects know no locks
-
-    def present(self, names: tuple[str, ...]) -> list[str]:
-        return self._persistently(lambda: [name for name in names if (self.path / name).exists()], "", "read")
-
-    def read(self, name: str) -> bytes | None:
-        def content() -> bytes | None:
-            file = self.path / name
-            return file.read_bytes() if file.exists() else None
-
-        return self._persistently(content, name, "read")
 
     def write(self, name: str, text: str) -> None:
         # An object appears whole or not at all.
@@ -269,37 +260,28 @@ class BucketFiles(Files):
         if name not in self._mirrors:
             if self._scratch is None:
                 self._scratch = tempfile.TemporaryDirectory(prefix="mora-jax-")
-            folder = Path(self._scratch.name) / name
-            self._mirrors[name] = Mirror(folder, lambda file, below: self._put(file, f"{name}/{below}"))
+            self._mirrors[name] = self._mirror(self._scratch.name, name)
         return self._mirrors[name].folder
-
-    def names(self, folder: str) -> list[str]:
-        return self._persistently(lambda: super(BucketFiles, self).names(folder), folder, "read")
-
-    def remove(self, name: str) -> None:
-        def gone() -> None:
-            target = self.path / name
-            if target.is_dir():
-                target.rmtree()
-            elif target.exists():
-                target.unlink()
-
-        self._persistently(gone, name, "removed")
 
     @contextlib.contextmanager
     def folder(self, name: str, *, write: bool = True) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="mora-jax-") as scratch:
-            local = Path(scratch) / name
-            yield local
-            for file in sorted(path for path in local.rglob("*") if write and path.is_file()):
-                self._put(file, f"{name}/{file.relative_to(local)}")
+            mirror = self._mirror(scratch, name)
+            yield mirror.folder
+            if write:
+                mirror.copy()
 
-    def _put(self, file: Path, name: str) -> None:
-        def put() -> None:
-            with file.open("rb") as source, (self.path / name).open("wb") as target:
-                shutil.copyfileobj(source, target, 2**23)
+    def _mirror(self, scratch: str, name: str) -> Mirror:
+        """A folder on the disk whose files `copy` puts into the bucket's folder of this name."""
 
-        self._persistently(put, name, "written")
+        def put(file: Path, below: str) -> None:
+            def copy() -> None:
+                with file.open("rb") as source, (self.path / name / below).open("wb") as target:
+                    shutil.copyfileobj(source, target, 2**23)
+
+            self._persistently(copy, f"{name}/{below}", "written")
+
+        return Mirror(Path(scratch) / name, put)
 
 
 class MemoryFiles(Files):

@@ -11,10 +11,9 @@ from mora_jax.cli.train import profile_keys
 from mora_jax.errors import InputError
 from mora_jax.training.config.schema import LogConfig
 from mora_jax.training.observe import timing
-from mora_jax.training.observe.background import Background
 from mora_jax.training.observe.compile_log import CompileLog
 from mora_jax.training.observe.profile import profiled
-from mora_jax.training.observe.tags import tagged
+from mora_jax.training.observe.writers import Background, tagged
 from mora_jax.training.observe.timing import StepClock
 from mora_jax.training.sharding.runner import Runner
 
