@@ -169,9 +169,9 @@ def _run(argv: Sequence[str]) -> int:
         args.overrides = overrides
         if name not in KEEP_PROGRAMS:
             return args.run(args)
-        from mora_jax.training.run.compilation_cache import keeping_programs
+        from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 
-        with keeping_programs(None):
+        with persistent_compilation_cache(None):
             return args.run(args)
     except InputError as error:
         if name not in COMMANDS or name in TAKE_KEYS:

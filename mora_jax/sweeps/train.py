@@ -27,7 +27,7 @@ from mora_jax.training.config.schema import Config, ModelConfig
 from mora_jax.training.distributed.signals import StopSignals
 from mora_jax.training.loop import Callback, Trainer
 from mora_jax.training.observe.writers import check_writers
-from mora_jax.training.run.compilation_cache import keeping_programs
+from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
 from mora_jax.training.setup import NOTHING, Objects, Setup, encode_data, load_base, prepare
 from mora_jax.training.sharding.mesh import make_mesh
@@ -70,7 +70,7 @@ def train_runs(
     goes_on = False if folder is None else folder.check_free(runs, overwrite)
     sweep = _Sweep(folder, board, objects, callbacks, measure, go_on)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(keeping_programs(runs[0].config.log.compilation_cache))
+        stack.enter_context(persistent_compilation_cache(runs[0].config.log.compilation_cache))
         if folder is not None:
             if goes_on:
                 stack.enter_context(folder.claimed())

@@ -34,9 +34,9 @@ from mora_jax.training.observe.step_rows import StepRows
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.relora import Restarter
 from mora_jax.training.run.checkpoint import Checkpoints, NoCheckpoints
-from mora_jax.training.run.compilation_cache import keeping_programs
+from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import RunDirectory
-from mora_jax.training.run.export import result_name, write_persistently, write_result
+from mora_jax.training.run.export import result_name, write_result, write_with_retries
 from mora_jax.training.run.identity import run_identity
 from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
 from mora_jax.training.state import Arrays, TrainState
@@ -91,7 +91,7 @@ def new_run(
     """
     directory.check_free(overwrite)
     check_writers(config)
-    with keeping_programs(config.log.compilation_cache):
+    with persistent_compilation_cache(config.log.compilation_cache):
         setup = prepare(config, objects)
         check_profile(config, setup.plan.steps)
         check_same(setup.identity())
@@ -133,7 +133,7 @@ def resume(
     if profile:
         config = lay_over(config, [(name, value, "--profile") for name, value in profile.items()])
     check_writers(config)
-    with keeping_programs(config.log.compilation_cache):
+    with persistent_compilation_cache(config.log.compilation_cache):
         setup = prepare(config)
         check_profile(config, setup.plan.steps)
         check_same(setup.identity())
@@ -427,7 +427,7 @@ class Trainer:
                 write_to(out)  # each try gathers from all of them
             else:
                 saved = self.config.train.save_every > 0  # a checkpoint has the last step
-                write_persistently(write_to, out, files, rescue=not saved)
+                write_with_retries(write_to, out, files, rescue=not saved)
 
     def _write_best(self, checkpoints: Checkpoints | NoCheckpoints) -> dict[str, Any]:
         """Writes what the best checkpoint gives, where it isn't the last; returns what the summary says of it."""

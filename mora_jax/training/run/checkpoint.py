@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local, local_path
 from mora_jax.training.run.identity import check_identity
-from mora_jax.training.run.retry import lasting, persistently, quiet, reason, storage_errors
+from mora_jax.training.run.retry import is_permanent, reason, silenced_loggers, storage_errors, with_retries
 from mora_jax.training.state import Arrays, TrainState
 
 # What a damaged checkpoint makes orbax and TensorStore raise.
@@ -81,7 +81,7 @@ class Checkpoints:
         self._logger.setLevel(logging.CRITICAL)
 
         def opened() -> Any:
-            with quiet():
+            with silenced_loggers():
                 return ocp.training.Checkpointer(
                     self._directory,
                     preservation_policy=self._keep,
@@ -90,7 +90,7 @@ class Checkpoints:
                 )
 
         what = f"the checkpoints in {self._directory} can't be opened"
-        return persistently(opened, what, "fix the path or its permissions", self._note)
+        return with_retries(opened, what, "fix the path or its permissions", self._note)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -150,7 +150,7 @@ class Checkpoints:
 
         def write_now() -> None:
             self._drop_unfinished()
-            with quiet():
+            with silenced_loggers():
                 response = write()
                 if response is not None:
                     response.result()
@@ -160,7 +160,7 @@ class Checkpoints:
         try:
             self._finish_writing()
             if not wait:
-                with quiet():
+                with silenced_loggers():
                     self._writing = write()
                 return
         except storage_errors() as error:
@@ -172,7 +172,7 @@ class Checkpoints:
         attempts = 4 if jax.process_count() == 1 else 1
         self._reported = True
         try:
-            persistently(write_now, what, hint, self._note, attempts=attempts)
+            with_retries(write_now, what, hint, self._note, attempts=attempts)
         except InputError:
             self._drop_unfinished()
             raise
@@ -201,7 +201,7 @@ class Checkpoints:
     def _finish_writing(self) -> None:
         response, self._writing = self._writing, None
         if response is not None:
-            with quiet():
+            with silenced_loggers():
                 response.result()
 
     def newest(self, like: TrainState, base_at: Callable[[int], Arrays]) -> Restored | None:
@@ -260,7 +260,7 @@ class Checkpoints:
 
         def load() -> dict[str, Any]:
             try:
-                with quiet():
+                with silenced_loggers():
                     return self._inner.load(step, abstract_state=abstract)
             except _DAMAGE as error:
                 if "UNAVAILABLE" in str(error) or isinstance(error, ConnectionError | TimeoutError):
@@ -268,18 +268,18 @@ class Checkpoints:
                 raise _Damaged(reason(error)) from None
 
         what = f"the checkpoint of step {step} in {self._directory} can't be read"
-        plain = persistently(load, what, "see that the storage can be reached", self._note)
+        plain = with_retries(load, what, "see that the storage can be reached", self._note)
         key = jax.random.wrap_key_data(plain["key"], impl=jax.random.key_impl(like.key))
         changed = plain.pop("base", {})
         return Restored(step, TrainState(**{**plain, "key": key}), changed)
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """What was written with a checkpoint; empty where it can't be read."""
-        with quiet():
+        with silenced_loggers():
             try:
                 return dict(self._inner.metadata(step).custom_metadata or {})
             except _DAMAGE as error:
-                if lasting(error) and not isinstance(error, FileNotFoundError):
+                if is_permanent(error) and not isinstance(error, FileNotFoundError):
                     raise InputError(f"{self._directory} can't be read: {reason(error)}") from None
                 return {}
 
@@ -312,7 +312,7 @@ class Checkpoints:
             self._settle()
         finally:
             self._logger.setLevel(self._level)
-            with quiet(), contextlib.suppress(*storage_errors() if self._reported else ()):
+            with silenced_loggers(), contextlib.suppress(*storage_errors() if self._reported else ()):
                 self._inner.close()
 
 
@@ -326,7 +326,7 @@ def read_trained(directory: Any, step: int) -> Arrays:
     Raises:
         InputError: there is no such checkpoint, or it can't be read.
     """
-    with quiet(), ocp.training.Checkpointer(epath.Path(directory)) as reader:
+    with silenced_loggers(), ocp.training.Checkpointer(epath.Path(directory)) as reader:
         steps = [checkpoint.step for checkpoint in reader.checkpoints]
         if step not in steps:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there is none yet"

@@ -27,7 +27,7 @@ _SETTINGS = {
 
 
 @contextlib.contextmanager
-def keeping_programs(folder: str | None) -> Iterator[None]:
+def persistent_compilation_cache(folder: str | None) -> Iterator[None]:
     """Compiled programs are kept while the context lasts; afterwards jax's settings are what they were.
 
     Nothing happens where jax has a folder already, by `JAX_COMPILATION_CACHE_DIR` or `jax.config`, where the folder

@@ -16,7 +16,7 @@ from mora_jax.paths import found_path
 from mora_jax.training.config.schema import Config
 from mora_jax.training.run.checkpoint import read_trained
 from mora_jax.training.run.directory import RunDirectory
-from mora_jax.training.run.retry import persistently
+from mora_jax.training.run.retry import with_retries
 from mora_jax.training.run.storage import Files
 from mora_jax.training.setup import put_adapter
 from mora_jax.training.state import Structure, flat_arrays
@@ -80,7 +80,7 @@ def export_checkpoint(run: str, step: int, out: Path) -> None:
     write_result(model, out, config, tokenizer, restarted=False)
 
 
-def write_persistently(write: Callable[[Path], None], out: Path, files: Files, *, rescue: bool) -> None:
+def write_with_retries(write: Callable[[Path], None], out: Path, files: Files, *, rescue: bool) -> None:
     """Writes a folder of a run, and again after a while where the disk doesn't take it.
 
     Args:
@@ -100,7 +100,7 @@ def write_persistently(write: Callable[[Path], None], out: Path, files: Files, *
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     try:
-        persistently(attempt, f"{out} can't be written", files.hint, files.note)
+        with_retries(attempt, f"{out} can't be written", files.hint, files.note)
     except InputError as error:
         what = str(error).removesuffix(files.hint)
         if not rescue or what == str(error):

@@ -16,8 +16,8 @@ from mora_jax.errors import InputError
 T = TypeVar("T")
 
 # No second try helps against these.
-_LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-_LASTING_WORDS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Permission denied", "Read-only file system", "Forbidden")
+_PERMANENT = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_PERMANENT_WORDS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Permission denied", "Read-only file system", "Forbidden")
 # Where the classes of errors of clients of buckets live; none of them has a base in Python itself.
 _CLIENTS = ("gcsfs.retry", "aiohttp.client_exceptions", "google.auth.exceptions", "botocore.exceptions")
 _CLASSES = ("HttpError", "ClientError", "GoogleAuthError", "BotoCoreError")
@@ -43,16 +43,16 @@ def reason(error: BaseException) -> str:
     return text.rpartition(": ")[2][:200] if "os_error_code" in str(error) else text[:200] or type(error).__name__
 
 
-def lasting(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Whether another try is pointless."""
     number = getattr(error, "errno", None)
     if isinstance(error, FileNotFoundError | PermissionError):
         return True
-    return number in _LASTING or any(word in str(error) for word in _LASTING_WORDS)
+    return number in _PERMANENT or any(word in str(error) for word in _PERMANENT_WORDS)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silenced_loggers() -> Iterator[None]:
     """Keeps what orbax and clients of buckets say to themselves (each error a second time) from a run's stderr."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs", "root")]
     levels = [logger.level for logger in loggers]
@@ -72,7 +72,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def persistently(
+def with_retries(
     action: Callable[[], T],
     what: str,
     hint: str,
@@ -99,7 +99,7 @@ def persistently(
             if isinstance(error, InputError):
                 raise
             why = reason(error)
-            if lasting(error) or attempt == attempts:
+            if is_permanent(error) or attempt == attempts:
                 times = f" ({attempt} tries)" if attempt > 1 else ""
                 raise InputError(f"{what}: {why}{times}; {hint}") from None
             wait = 2.0 ** (attempt - 1)

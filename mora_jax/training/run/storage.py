@@ -21,7 +21,7 @@ except ImportError:  # Windows
 
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local, local_path
-from mora_jax.training.run.retry import persistently, quiet
+from mora_jax.training.run.retry import silenced_loggers, with_retries
 
 T = TypeVar("T")
 
@@ -66,15 +66,15 @@ class Files:
         self.path = path
         self.note: Callable[[str], None] = lambda text: None
 
-    def _persistently(self, action: Callable[[], T], name: str, what: str) -> T:
-        with quiet():
-            return persistently(
+    def _retry(self, action: Callable[[], T], name: str, what: str) -> T:
+        with silenced_loggers() if self.remote else contextlib.nullcontext():
+            return with_retries(
                 action, f"{self.path / name} can't be {what}", self.hint, self.note, attempts=self.attempts
             )
 
     def make(self) -> None:
         """Makes the folder."""
-        self._persistently(lambda: self.path.mkdir(parents=True, exist_ok=True), "", "made")
+        self._retry(lambda: self.path.mkdir(parents=True, exist_ok=True), "", "made")
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -102,7 +102,7 @@ class Files:
 
     def present(self, names: tuple[str, ...]) -> list[str]:
         """Those of these files and folders that are there."""
-        return self._persistently(lambda: [name for name in names if (self.path / name).exists()], "", "read")
+        return self._retry(lambda: [name for name in names if (self.path / name).exists()], "", "read")
 
     def read(self, name: str) -> bytes | None:
         """What a file holds; None where there is none."""
@@ -111,7 +111,7 @@ class Files:
             file = self.path / name
             return file.read_bytes() if file.is_file() else None
 
-        return self._persistently(content, name, "read")
+        return self._retry(content, name, "read")
 
     def write(self, name: str, text: str) -> None:
         """Writes a file, whole or not at all."""
@@ -125,7 +125,7 @@ class Files:
                 beside.unlink(missing_ok=True)
                 raise
 
-        self._persistently(whole, name, "written")
+        self._retry(whole, name, "written")
 
     def append(self, name: str, text: str) -> None:
         """Adds whole lines to a file, all or none of them."""
@@ -141,7 +141,7 @@ class Files:
                     os.truncate(file, size)
                 raise
 
-        self._persistently(add, name, "written")
+        self._retry(add, name, "written")
 
     def flush(self) -> None:
         """Writes what `append` and folders of `on_disk` still hold back: nothing here."""
@@ -157,7 +157,7 @@ class Files:
     def names(self, folder: str) -> list[str]:
         """The names of what is in a folder; none where there is no such folder."""
         path = self.path / folder
-        entries = self._persistently(lambda: list(path.iterdir()) if path.is_dir() else [], folder, "read")
+        entries = self._retry(lambda: list(path.iterdir()) if path.is_dir() else [], folder, "read")
         return sorted(entry.name for entry in entries)
 
     def remove(self, name: str) -> None:
@@ -170,7 +170,7 @@ class Files:
             elif target.exists():
                 target.unlink()
 
-        self._persistently(gone, name, "removed")
+        self._retry(gone, name, "removed")
 
     @contextlib.contextmanager
     def folder(self, name: str, *, write: bool = True) -> Iterator[Path]:
@@ -228,7 +228,7 @@ class BucketFiles(Files):
 
     def write(self, name: str, text: str) -> None:
         # An object appears whole or not at all.
-        self._persistently(lambda: (self.path / name).write_text(text), name, "written")
+        self._retry(lambda: (self.path / name).write_text(text), name, "written")
         self._growing.pop(name, None)
         self._unwritten.discard(name)
 
@@ -279,7 +279,7 @@ class BucketFiles(Files):
                 with file.open("rb") as source, (self.path / name / below).open("wb") as target:
                     shutil.copyfileobj(source, target, 2**23)
 
-            self._persistently(copy, f"{name}/{below}", "written")
+            self._retry(copy, f"{name}/{below}", "written")
 
         return Mirror(Path(scratch) / name, put)
 

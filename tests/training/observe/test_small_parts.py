@@ -13,8 +13,8 @@ from mora_jax.training.config.schema import LogConfig
 from mora_jax.training.observe import timing
 from mora_jax.training.observe.compile_log import CompileLog
 from mora_jax.training.observe.profile import profiled
-from mora_jax.training.observe.writers import Background, tagged
 from mora_jax.training.observe.timing import StepClock
+from mora_jax.training.observe.writers import Background, tagged
 from mora_jax.training.sharding.runner import Runner
 
 

@@ -187,15 +187,15 @@ def test_what_fails_is_tried_again_and_then_reported(monkeypatch):
         return 7
 
     what = "x can't be written", "make room", notes.append
-    assert retry.persistently(action, *what) == 7
+    assert retry.with_retries(action, *what) == 7
     assert waits == [1.0, 2.0]
     assert notes[0] == "x can't be written: No space left on device; trying again in 1 s"
     failures.extend([OSError(28, "No space left on device")] * 9)
     with pytest.raises(InputError, match=r"x can't be written: No space left on device \(4 tries\); make room"):
-        retry.persistently(action, *what)
+        retry.with_retries(action, *what)
     failures[:] = [OSError(30, "Read-only file system")]
     with pytest.raises(InputError, match="x can't be written: Read-only file system; make room"):
-        retry.persistently(action, *what)
+        retry.with_retries(action, *what)
     text = "RESOURCE_EXHAUSTED: Failed writing: \"/a\": Failed to write 9 bytes: No space left [os_error_code='28']"
     assert retry.reason(ValueError(text)) == "No space left"
 
