@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     results = result_table(runs)
     for table in fitted(results.heads, results.rows, width):
         show(table, width)
-    if results.note:
-        print(results.note)
+    for note in results.notes:
+        print(note)
     if differences(runs):
         print()
         for table in fitted(*difference_table(runs), width):

@@ -43,7 +43,7 @@ def report_page(
     return page_template("report.html.jinja", Path(__file__).parent).render(
         runs=runs,
         results=(results.heads, results.rows),
-        star=results.note,
+        notes=results.notes,
         curves=as_svg(draw_curves(drawn)) if drawn else "",
         differences=difference_table(runs),
         questions=questions,

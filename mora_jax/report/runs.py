@@ -66,6 +66,7 @@ _COMPARED = (
     "eval_loss",
     "eval_perplexity",
     "best_step",
+    "resumed_after",
     "tokens_per_second",
     "wall_seconds",
     "peak_memory_bytes",

@@ -21,6 +21,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "eval_loss": ("eval loss", "{:.4f}".format),
     "eval_perplexity": ("perplexity", "{:,.2f}".format),
     "best_step": ("best step", "{:,}".format),
+    "resumed_after": ("resumed after", "{:,}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "wall_seconds": ("time", duration),
     "peak_memory_bytes": ("memory", bytes_words),
@@ -33,12 +34,12 @@ class ResultTable(NamedTuple):
     Attributes:
         heads: of the columns.
         rows: of texts, a row a run.
-        note: what the star says, or why there is none; empty where a star would say nothing.
+        notes: what the star says, or why there is none, and what figures of resumed runs are of.
     """
 
     heads: list[str]
     rows: list[list[str]]
-    note: str
+    notes: list[str]
 
 
 def result_table(runs: Sequence[Run]) -> ResultTable:
@@ -51,12 +52,14 @@ def result_table(runs: Sequence[Run]) -> ResultTable:
     names.sort(key=lambda name: list(_COLUMNS).index(name) if name in _COLUMNS else len(_COLUMNS))
     names = [name for name in names if any(result.get(name) is not None for result in results)]
     scored = [run for run, result in zip(runs, results, strict=True) if result.get("eval_loss") is not None]
-    best, note = None, ""
+    best, notes = None, []
     if len(scored) > 1 and evaluated_alike(scored):
         best = min(result["eval_loss"] for result in results if result.get("eval_loss") is not None)
-        note = f"{STAR.strip()} the lowest evaluation loss"
+        notes.append(f"{STAR.strip()} the lowest evaluation loss")
     elif len(scored) > 1:
-        note = "the evaluation losses are of different data: they don't compare"
+        notes.append("the evaluation losses are of different data: they don't compare")
+    if any(result.get("resumed_after") for result in results):
+        notes.append("of a resumed run tokens/s and time are those of its last process, after that step")
     rows = []
     for run, result in zip(runs, results, strict=True):
         cells = [_cell(name, result.get(name)) for name in names]
@@ -66,7 +69,7 @@ def result_table(runs: Sequence[Run]) -> ResultTable:
     heads = ["run", *(_head(name) for name in names), "state"]
     if all(run.summary for run in runs):
         heads, rows = heads[:-1], [row[:-1] for row in rows]
-    return ResultTable(heads, rows, note)
+    return ResultTable(heads, rows, notes)
 
 
 def _head(name: str) -> str:

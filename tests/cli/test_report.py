@@ -170,6 +170,12 @@ def test_a_star_needs_the_same_evaluation_data(run, tmp_path, model_dir):
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         (tmp_path / name / "summary.json").write_text(json.dumps(summary | {"eval_data": tokens}))
     assert "2.0000 *" in run("report", tmp_path / "a", tmp_path / "b")[1]
+    # Figures of a resumed run say what they are of.
+    assert "resumed" not in run("report", tmp_path / "a", tmp_path / "b")[1]
+    (tmp_path / "b" / "summary.json").write_text(json.dumps(summary | {"resumed_after": 1500}))
+    out = run("report", tmp_path / "a", tmp_path / "b")[1]
+    assert "1,500" in out and "of a resumed run tokens/s and time are those of its last process" in out
+    (tmp_path / "b" / "summary.json").write_text(json.dumps(summary | {"eval_data": "x"}))
     assert "different data" in run("report", tmp_path / "b", tmp_path / "c")[1]
 
 
