@@ -203,7 +203,7 @@ def test_damaged_files(run, fails, tmp_path, model_dir):
     folder = write_run(tmp_path / "one", model_dir, [3.0, 2.0, 1.0], ended=False)
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_bytes().split(b"\n")
-    odd = [b"[1]", b"null", b"\xff\xfe", b'{"loss": 1}', b'{"step": 2, "lo', b'{"step": 2, "loss": "high"}']
+    odd = [b"[1]", b"null", b"\xff\xfe", b'{"loss": 1}', b'{"step": 2, "lo', b'{"step": 2, "loss": "high"}', b'{"step": 2, "loss": NaN}']
     metrics.write_bytes(b"\n".join([*lines[:1], *odd, *lines[1:]]) + b'{"step": 4, "lo')
     code, out, err = run("report", folder, "--json", "--html", tmp_path / "page.html")
     assert code == 0 and err.count("note: ") == 1
