@@ -203,11 +203,19 @@ def test_damaged_files(run, fails, tmp_path, model_dir):
     folder = write_run(tmp_path / "one", model_dir, [3.0, 2.0, 1.0], ended=False)
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_bytes().split(b"\n")
-    odd = [b"[1]", b"null", b"\xff\xfe", b'{"loss": 1}', b'{"step": 2, "lo', b'{"step": 2, "loss": "high"}', b'{"step": 2, "loss": NaN}']
+    odd = [
+        b'{"step": 2, "loss": NaN}',
+        b"[1]",
+        b"null",
+        b"\xff\xfe",
+        b'{"loss": 1}',
+        b'{"step": 2, "lo',
+        b'{"step": 2, "loss": "high"}',
+    ]
     metrics.write_bytes(b"\n".join([*lines[:1], *odd, *lines[1:]]) + b'{"step": 4, "lo')
     code, out, err = run("report", folder, "--json", "--html", tmp_path / "page.html")
     assert code == 0 and err.count("note: ") == 1
-    assert "metrics.jsonl: lines 2, 3, 4, 5, 6 can't be read and are left out" in err
+    assert "metrics.jsonl: lines 3, 4, 5, 6, 7 can't be read and are left out" in err
     [found] = json.loads(out)["runs"]
     assert (found["final_loss"], found["steps"]) == (1.0, 3)
     for text in ("[]", "3", "{", "\ud800"):
