@@ -206,7 +206,7 @@ def _answers(
 ) -> Iterator[Iterable[tuple[str | None, str]]]:
     """What each adapter answers to each prompt: (name, text) pairs a prompt."""
     from mora_jax.evaluation import generate_batch
-    from mora_jax.evaluation.text_stream import REPLACEMENT
+    from mora_jax.evaluation.chat import REPLACEMENT
 
     total, done = len(prompts) * sum(len(group.names) for group in groups), 0
     for start in range(0, len(prompts), _BATCHES * batch_size):

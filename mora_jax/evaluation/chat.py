@@ -1,7 +1,7 @@
 """Prompts in, text out: the chat template, the tokens that end an answer, and decoding around `Generator`."""
 
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from mora_jax.data.templates.render import Renderer, render_prompt
 from mora_jax.data.tokens.tokenize import tokenize
 from mora_jax.errors import InputError
 from mora_jax.evaluation.generate import GREEDY, Generator, Sampling
-from mora_jax.evaluation.text_stream import decode_stream
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
 
+REPLACEMENT = "\ufffd"
 Chat = str | Sequence[Message | Mapping[str, str]]
 
 
@@ -177,3 +177,52 @@ def complete_batch(
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
     return answers
+
+
+class TextStream:
+    """Decodes tokens one by one.
+
+    A token may be part of a character, and may be decoded differently at the start of a text. So each new
+    token is decoded behind the ones before it, and text is given out only when it ends in a whole character.
+    (`tokenizers.decoders.DecodeStream` raises on bytes that are no UTF-8, which a model with byte tokens may make.)
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Takes a transformers tokenizer; special tokens are left out of the text."""
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # tokens before are no longer needed as context
+        self._given = 0  # tokens whose text was given out
+
+    def push(self, token: int) -> str:
+        """Adds a token and returns the text that is complete with it; may be empty."""
+        self._ids.append(int(token))
+        text = self._new_text()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return text
+
+    def end(self) -> str:
+        """Returns what was held back, without an unfinished character."""
+        text = self._new_text().rstrip(REPLACEMENT)
+        self._start = self._given = len(self._ids)
+        return text
+
+    def _new_text(self) -> str:
+        known = self._decode(self._ids[self._start : self._given])
+        whole = self._decode(self._ids[self._start :])
+        return whole[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Yields the text of tokens as they arrive, special tokens left out."""
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        if text := stream.push(token):
+            yield text
+    if text := stream.end():
+        yield text

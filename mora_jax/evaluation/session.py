@@ -7,10 +7,9 @@ from typing import Any
 
 from mora_jax.data.templates.render import render_prompt
 from mora_jax.errors import InputError
-from mora_jax.evaluation.chat import find_stop_ids
+from mora_jax.evaluation.chat import decode_stream, find_stop_ids
 from mora_jax.evaluation.generate import GREEDY, Generator, Sampling
 from mora_jax.evaluation.prompts import with_system
-from mora_jax.evaluation.text_stream import decode_stream
 from mora_jax.models.decoder import Decoder
 
 

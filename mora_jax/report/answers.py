@@ -10,7 +10,7 @@ from mora_jax.data.conversation import Conversation, Message
 from mora_jax.data.formats.load import open_rows
 from mora_jax.errors import InputError
 from mora_jax.evaluation import generate_batch
-from mora_jax.evaluation.text_stream import REPLACEMENT
+from mora_jax.evaluation.chat import REPLACEMENT
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.read_adapter import bare
 from mora_jax.models.decoder import Decoder

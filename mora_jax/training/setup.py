@@ -22,7 +22,7 @@ from mora_jax.data.inspect.report import CAUSES
 from mora_jax.data.loss_weights import DIVISORS, LossWeights
 from mora_jax.data.pipeline import BatchSource
 from mora_jax.errors import InputError
-from mora_jax.evaluation.tasks.named import NamedTask, read_tasks
+from mora_jax.evaluation.tasks.run import NamedTask, read_tasks
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.hub import load_tokenizer
 from mora_jax.interop.peft.save import refuse_tied_magnitude

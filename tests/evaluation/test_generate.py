@@ -121,24 +121,28 @@ def test_the_draws_of_a_request_belong_to_its_number_whatever_the_batch(model, b
     assert [sample.tolist() for sample in numbered] == [samples[7].tolist()] * 2
 
 
-def draws(rows, top_p=1.0):
-    keys = jax.random.split(jax.random.key(0), len(rows))
-    return choose(rows, keys, jnp.float32(1.0), jnp.float32(top_p), greedy=False)
+def distribution(logits, temperature, top_p):
+    """The probabilities of a draw, token by token: float64 `[V]`."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    probabilities, reached, kept = weights / weights.sum(), 0.0, np.zeros(len(weights), bool)
+    for token in np.argsort(-probabilities, kind="stable"):
+        if reached >= top_p:
+            break
+        reached, kept[token] = reached + probabilities[token], True
+    return np.where(kept, probabilities, 0) / probabilities[kept].sum()
 
 
-def test_draws_have_the_probabilities_of_the_softmax():
-    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    rows = jnp.broadcast_to(logits, (20_000, 4))
-    drawn = draws(rows)
-    shares = np.bincount(np.asarray(drawn), minlength=4) / len(drawn)
-    np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.02)
-
-
-@pytest.mark.parametrize("top_p, kept", [(0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
-def test_top_p_keeps_the_likeliest(top_p, kept):
-    rows = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1])), (2_000, 4))
-    drawn = draws(rows, top_p)
-    assert set(np.asarray(drawn).tolist()) == kept
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("top_p", [0.05, 0.4, 0.8, 0.97, 1.0])
+def test_draws_have_the_probabilities_of_temperature_and_top_p(temperature, top_p):
+    count, logits = 20_000, np.random.default_rng(3).normal(size=11).astype(np.float32) * 2
+    rows, keys = jnp.broadcast_to(logits, (count, 11)), jax.random.split(jax.random.key(0), count)
+    drawn = choose(rows, keys, jnp.float32(temperature), jnp.float32(top_p), greedy=False)
+    shares = np.bincount(np.asarray(drawn), minlength=11) / count
+    expected = distribution(logits, temperature, top_p)
+    assert (shares[expected == 0] == 0).all()
+    np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / count))
 
 
 def test_a_changed_model_needs_a_new_generator_and_then_shows(model):

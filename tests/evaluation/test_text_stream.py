@@ -2,7 +2,7 @@
 
 import pytest
 
-from mora_jax.evaluation.text_stream import REPLACEMENT, TextStream, decode_stream
+from mora_jax.evaluation.chat import REPLACEMENT, TextStream, decode_stream
 
 
 @pytest.mark.parametrize("text", ["plain words", "naïve café", "日本語 and 🙂🏽 faces", "", " leading", "\n\ntwo\n"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -60,10 +61,17 @@ def f1(matrix: np.ndarray, kind: str) -> float:
     return float(f1_scores(matrix) @ weights / weights.sum()) if weights.sum() else 0.0
 
 
-def f1_metric(kind: str, labels: int) -> OfSums:
-    """The metric of that name over records with the numbers `answer` and `prediction` (None for none of the labels)."""
-
+def _f1_metric(kind: str) -> OfSums:
     def statistics(record: Record) -> list[float]:
-        return confusion_matrix([record["answer"]], [record["prediction"]], range(labels)).ravel().tolist()
+        labels = range(len(record["choices"]))
+        return confusion_matrix([record["answer"]], [record["prediction"]], labels).ravel().tolist()
 
-    return OfSums(kind, statistics, lambda sums: f1(sums.reshape(labels, labels + 1), kind))
+    def value(sums: np.ndarray) -> float:
+        labels = (math.isqrt(4 * len(sums) + 1) - 1) // 2  # of which there are labels * (labels + 1) sums
+        return f1(sums.reshape(labels, labels + 1), kind)
+
+    return OfSums(kind, statistics, value)
+
+
+#: Over records with `choices`, the same in all, and the numbers `answer` and `prediction` (None for none of them).
+F1 = tuple(map(_f1_metric, KINDS))

@@ -9,7 +9,8 @@ from typing import Any
 from mora_jax.data.read.files import open_bytes, read_lines
 from mora_jax.errors import InputError
 from mora_jax.evaluation.metrics.compare import Comparison, compare
-from mora_jax.evaluation.metrics.estimate import Metric, Record
+from mora_jax.evaluation.metrics.estimate import Record
+from mora_jax.evaluation.tasks.metrics import TaskMetric
 from mora_jax.evaluation.tasks.run import TaskResult
 from mora_jax.interop.atomic_folder import new_folder
 from mora_jax.paths import local_path
@@ -58,14 +59,14 @@ def read_records(folder: str, task: str) -> list[Record]:
     return records
 
 
-def compare_with(folder: str, result: TaskResult, metrics: Sequence[Metric]) -> dict[str, Comparison]:
+def compare_with(folder: str, result: TaskResult, metrics: Sequence[TaskMetric]) -> dict[str, Comparison]:
     """Compares an evaluation with one that was written before, in pairs of examples."""
-    return compare(metrics, result.records, read_records(folder, result.task))
+    return compare([one.metric for one in metrics], result.records, read_records(folder, result.task))
 
 
 def result_table(result: TaskResult, comparison: Mapping[str, Comparison] | None = None) -> str:
     """Metrics with their standard errors, baselines and confusion matrix, in lines for people."""
-    count = len(result.scored)
+    count = len(result.records) - result.skipped
     lines = [f"{result.task}, {count} example{'s' if count > 1 else ''}"]
     width = max(map(len, (*result.metrics, *result.baselines)))
     lines += [f"  {name:{width}}  {_shown(one.value, one.stderr)}" for name, one in result.metrics.items()]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mora_jax.evaluation.metrics.classification import KINDS, confusion_matrix, f1, f1_metric, f1_scores
+from mora_jax.evaluation.metrics.classification import F1, KINDS, confusion_matrix, f1, f1_scores
 
 GOLD, PREDICTED = [0, 0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 1, 2, 0]
 
@@ -40,10 +40,12 @@ def test_drawn_labels_some_of_them_unreadable():
     np.testing.assert_allclose([f1(matrix, kind) for kind in KINDS], means, atol=1e-12)
     assert matrix[:, -1].sum() == predicted.count("?")
     records = [
-        {"answer": labels.index(g), "prediction": labels.index(p) if p in labels else None}
+        {"choices": labels, "answer": labels.index(g), "prediction": labels.index(p) if p in labels else None}
         for g, p in zip(gold, predicted, strict=True)
     ]
-    found = f1_metric("macro_f1", 4)(records)
+    assert [metric.name for metric in F1] == list(KINDS)
+    assert [metric(records).value for metric in F1] == pytest.approx([f1(matrix, kind) for kind in KINDS], abs=1e-12)
+    found = F1[0](records)
     assert found.value == pytest.approx(means[0], abs=1e-12)
     assert 0 < found.stderr < 0.2
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mora_jax.evaluation.metrics.classification import f1_metric
+from mora_jax.evaluation.metrics.classification import F1
 from mora_jax.evaluation.metrics.compare import compare, mcnemar
 from mora_jax.evaluation.metrics.estimate import Mean, OfSums, Ratio
 
@@ -68,8 +68,8 @@ def test_two_models_in_pairs():
     assert (found.low, found.high) == pytest.approx((0.3 - reach, 0.3 + reach), abs=1e-5)
     assert found.p_value == 0.25 == mcnemar(X, Y)
     assert mcnemar([1, 0], [0, 1]) == 1.0 == mcnemar([1], [1])
-    kinds = [dict(row, answer=x, prediction=y) for row, x, y in zip(first, X, Y, strict=True)]
-    same = compare([f1_metric("macro_f1", 2), Ratio("r", "row", "answer")], kinds, kinds)
+    kinds = [dict(row, choices=["n", "y"], answer=x, prediction=y) for row, x, y in zip(first, X, Y, strict=True)]
+    same = compare([F1[0], Ratio("r", "row", "answer")], kinds, kinds)
     for one in same.values():
         assert (one.difference, one.stderr, one.p_value) == (0, pytest.approx(0), None)
 

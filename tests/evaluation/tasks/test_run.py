@@ -9,7 +9,6 @@ import pytest
 from mora_jax.errors import InputError
 from mora_jax.evaluation import LoglikelihoodScorer
 from mora_jax.evaluation.loglikelihood import Loglikelihood
-from mora_jax.evaluation.metrics.estimate import Mean
 from mora_jax.evaluation.tasks.results import compare_with, write_results
 from mora_jax.evaluation.tasks.run import metrics_of, run_task
 from mora_jax.evaluation.tasks.task import load_task
@@ -123,7 +122,12 @@ def test_line_separators_of_unicode_in_records(tmp_path):
     rows = [{"query": f"q\u2028\u2029\x85{n}", "choices": ["x", "y"], "gold": n} for n in range(2)]
     found = run("arc_easy", rows, Given({" x": (-1, 1, 0), " y": (-2, 1, 0)}))
     write_results(tmp_path / "a", found, {})
-    assert compare_with(tmp_path / "a", found, [Mean("acc")])["acc"].value == 0.5
+    assert (
+        compare_with(tmp_path / "a", found, metrics_of(load_task("arc_easy"), examples("arc_easy", *rows), ["acc"]))[
+            "acc"
+        ].value
+        == 0.5
+    )
 
 
 def test_metrics_that_do_not_fit_are_refused():
@@ -147,7 +151,9 @@ def says(monkeypatch):
             return [np.array(tokenizer(text)["input_ids"], int)[:max_new_tokens] for text in texts]
 
         monkeypatch.setattr("mora_jax.evaluation.tasks.run.complete_batch", complete)
-        return SimpleNamespace(model=model, tokenizer=tokenizer, batch_size=2, encode=lambda texts: [[1]] * len(texts))
+        return SimpleNamespace(
+            model=model, tokenizer=tokenizer, batch_size=2, max_length=128, encode=lambda texts: [[1]] * len(texts)
+        )
 
     return scorer
 
