@@ -10,7 +10,7 @@ from typing import Any
 from mora_jax.data.conversation import Conversation, Message
 from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
 from mora_jax.data.templates.jinja import JinjaTemplate, at
-from mora_jax.data.templates.pieces import Answer, CallsNotShown, Words, find_answer, label
+from mora_jax.data.templates.pieces import Answer, CallsNotShown, Content, find_answer, label
 from mora_jax.data.templates.tracking import Located, Span, Tracker, Untrackable
 from mora_jax.data.templates.turn_markers import Frame, find_frame, special_tokens
 from mora_jax.errors import InputError
@@ -42,8 +42,8 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of the messages up to where an answer begins."""
-        contents = [words.text for words in _words(messages)]
-        return self._template.render(_turns(messages, contents), tools, prompt=True)
+        texts = [content.text for content in _contents(messages)]
+        return self._template.render(_turns(messages, texts), tools, prompt=True)
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """The stretches of a whole conversation.
@@ -54,58 +54,56 @@ class ChatTemplate:
         """
         messages, tools, source = conversation.messages, conversation.tools, conversation.source
 
-        def render(messages: Sequence[Message], contents: Sequence[str], prompt: bool = False) -> str:
-            return self._template.render(_turns(messages, contents), tools, prompt=prompt, source=source)
+        def render(messages: Sequence[Message], texts: Sequence[str], prompt: bool = False) -> str:
+            return self._template.render(_turns(messages, texts), tools, prompt=prompt, source=source)
 
-        words = list(_words(messages))
-        contents = [one.text for one in words]
-        text = render(messages, contents)
+        contents = list(_contents(messages))
+        texts = [one.text for one in contents]
+        text = render(messages, texts)
         located = self._tracker.locate(
             lambda given: render(messages, given),
-            [f"{one.role} {one.segment.name}" for one in words],
-            contents,
+            [f"{one.role} {one.segment.name}" for one in contents],
+            texts,
             text,
             self.program,
             _extras(conversation),
         )
-        _check(located.spans, words)
+        _check(located.spans, contents)
         try:
-            answers = self._answers(messages, words, located, render)
+            answers = self._answers(messages, contents, located, render)
         except CallsNotShown:
             raise InputError(
                 f"{at(source)}{self.name} does not show tool calls;"
                 " set data.template=chatml, the built-in one that writes them"
             ) from None
-        self._count_unshown(conversation, words, located.spans, text)
+        self._count_unshown(conversation, contents, located.spans, text)
         eos = self._template.tokenizer.eos_token or ""
-        pieces = label(text, located.spans, words, answers, self.frame, eos)
+        pieces = label(text, located.spans, contents, answers, self.frame, eos)
         if "".join(piece.text for piece in pieces) not in (text, text + eos):
             raise Untrackable("the messages in its output overlap")
         return pieces
 
     def _answers(
-        self, messages: Sequence[Message], words: Sequence[Words], located: Located, render: Any
+        self, messages: Sequence[Message], contents: Sequence[Content], located: Located, render: Any
     ) -> dict[int, Answer]:
         """Where the turns stand that hold more than words."""
         rich = [i for i, message in enumerate(messages) if message.tool_calls or message.reasoning]
         if not rich:
             return {}
         closings, specials = self.frame.answer_closings, special_tokens(self._template.tokenizer)
-        owners, contents = [one.turn for one in words], [one.text for one in words]
-        return {
-            turn: find_answer(turn, messages, owners, contents, located, render, closings, specials) for turn in rich
-        }
+        owners, texts = [one.turn for one in contents], [one.text for one in contents]
+        return {turn: find_answer(turn, messages, owners, texts, located, render, closings, specials) for turn in rich}
 
     def _count_unshown(
-        self, conversation: Conversation, words: Sequence[Words], spans: Sequence[Span], text: str
+        self, conversation: Conversation, contents: Sequence[Content], spans: Sequence[Span], text: str
     ) -> None:
         shown = {span.content for span in spans}
-        if any(one.segment == Segment.REASONING and i not in shown for i, one in enumerate(words)):
+        if any(one.segment == Segment.REASONING and i not in shown for i, one in enumerate(contents)):
             self._unshown["reasoning"] += 1
         if conversation.tools:
             roles = tuple(message.role for message in conversation.messages)
             if roles not in self._shows_tools:
-                turns = _turns(conversation.messages, [one.text for one in words])
+                turns = _turns(conversation.messages, [one.text for one in contents])
                 without = self._template.render(turns, source=conversation.source)
                 self._shows_tools[roles] = text != without
             self._unshown["tools"] += not self._shows_tools[roles]
@@ -138,17 +136,17 @@ class ChatTemplate:
         return notes
 
 
-def _words(messages: Sequence[Message]) -> Iterator[Words]:
+def _contents(messages: Sequence[Message]) -> Iterator[Content]:
     """All texts of the messages: what each says, then what it thought before."""
     for turn, message in enumerate(messages):
-        yield Words(turn, message.role, ROLE_SEGMENT[message.role], message.text or "")
+        yield Content(turn, message.role, ROLE_SEGMENT[message.role], message.text or "")
         if message.reasoning:
-            yield Words(turn, message.role, Segment.REASONING, message.reasoning)
+            yield Content(turn, message.role, Segment.REASONING, message.reasoning)
 
 
-def _turns(messages: Sequence[Message], contents: Sequence[str]) -> list[dict[str, Any]]:
+def _turns(messages: Sequence[Message], texts: Sequence[str]) -> list[dict[str, Any]]:
     """Messages as `apply_chat_template` takes them, with these texts."""
-    given = iter(contents)
+    given = iter(texts)
     turns = []
     for message in messages:
         turn: dict[str, Any] = {"role": message.role, "content": next(given)}
@@ -173,12 +171,12 @@ def _extras(conversation: Conversation) -> str | None:
     return repr((names, conversation.tools)) if conversation.tools or any(names) else ""
 
 
-def _check(spans: Sequence[Span], words: Sequence[Words]) -> None:
+def _check(spans: Sequence[Span], contents: Sequence[Content]) -> None:
     """Refuses renderings in which an answer is missing, or comes twice."""
-    shown = [0] * len(words)
+    shown = [0] * len(contents)
     for span in spans:
         shown[span.content] += span.stop - span.start
-    for index, one in enumerate(words):
+    for index, one in enumerate(contents):
         if one.role != "assistant":
             continue
         where = f"message {one.turn + 1} ({one.role})"

@@ -155,7 +155,7 @@ def _with_calls(messages: Sequence[Message], turn: int, **change: object) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class Content:
     """One text of a message.
 
     Attributes:
@@ -182,7 +182,7 @@ class _Stretch:
 def label(
     text: str,
     spans: Sequence[Span],
-    words: Sequence[Words],
+    contents: Sequence[Content],
     answers: Mapping[int, Answer],
     frame: Frame,
     eos: str,
@@ -194,14 +194,14 @@ def label(
     Args:
       text: the rendering.
       spans: where the words stand, in the order of the text.
-      words: the texts that the spans are of.
+      contents: the texts that the spans are of.
       answers: by turn, where the turns stand that hold more than words.
       frame: what the template writes around messages.
       eos: ends an answer in a template that ends none.
     """
-    stretches = _said(text, spans, words, answers, frame)
+    stretches = _said(text, spans, contents, answers, frame)
     for turn, answer in answers.items():
-        stretches += _rest(text, turn, answer, spans, words)
+        stretches += _rest(text, turn, answer, spans, contents)
     if answers:
         stretches.sort(key=lambda stretch: stretch.start)
     pieces: list[Piece] = []
@@ -212,25 +212,25 @@ def label(
         pieces.append(Piece(text[stretch.start : stretch.stop], stretch.segment, stretch.turn))
         at = stretch.stop
     rest = text[at:]
-    if words and words[-1].role == "assistant" and not frame.closing and eos:
-        pieces.append(Piece(rest + eos, Segment.END_OF_TURN, words[-1].turn))
+    if contents and contents[-1].role == "assistant" and not frame.closing and eos:
+        pieces.append(Piece(rest + eos, Segment.END_OF_TURN, contents[-1].turn))
     elif rest:
         pieces.append(Piece(rest, Segment.TEMPLATE))
     return pieces
 
 
 def _said(
-    text: str, spans: Sequence[Span], words: Sequence[Words], answers: Mapping[int, Answer], frame: Frame
+    text: str, spans: Sequence[Span], contents: Sequence[Content], answers: Mapping[int, Answer], frame: Frame
 ) -> list[_Stretch]:
     """The words and what closes them."""
     lead = frame.lead if frame.lead and frame.lead.isspace() else ""
     stretches: list[_Stretch] = []
-    owners = [words[span.content].turn for span in spans]
+    owners = [contents[span.content].turn for span in spans]
     last_of = {turn: index for index, turn in enumerate(owners)}
     seen: set[int] = set()
     at = 0
     for index, (span, turn) in enumerate(zip(spans, owners, strict=True)):
-        said = words[span.content]
+        said = contents[span.content]
         start = span.start
         # Space after the generation prompt: the model has to produce it. `_rest` has that of the turns in `answers`.
         first = said.role == "assistant" and turn not in seen and turn not in answers
@@ -264,12 +264,14 @@ def _closed(text: str, at: int, following: int, closings: Sequence[str]) -> int:
     return at
 
 
-def _rest(text: str, turn: int, answer: Answer, spans: Sequence[Span], words: Sequence[Words]) -> Iterator[_Stretch]:
+def _rest(
+    text: str, turn: int, answer: Answer, spans: Sequence[Span], contents: Sequence[Content]
+) -> Iterator[_Stretch]:
     """What the model has to produce of a turn besides its words."""
-    own = [span for span in spans if words[span.content].turn == turn]
+    own = [span for span in spans if contents[span.content].turn == turn]
     at, before = answer.start, Segment.TOOL_CALL
     for span in own:
-        segment = words[span.content].segment
+        segment = contents[span.content].segment
         if span.start > at:
             # Tags around reasoning stand before it, and between it and the answer's words.
             beside = Segment.REASONING if Segment.REASONING in (before, segment) else Segment.TOOL_CALL
