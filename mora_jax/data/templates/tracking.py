@@ -111,9 +111,9 @@ class Tracker:
         equal = [first.setdefault(one, i) for i, one in enumerate(zip(kinds, contents, strict=True))]
         # Equal contents are told apart, unless the template compares messages ("is this the last question?").
         groupings: list[Sequence[int]] = [apart] if len(first) == len(contents) else [apart, equal]
-        # Templates may leave out a turn that says nothing, so blank contents are tried as they are too.
-        blank = [not content or content.isspace() for content in contents]
-        for uses_content in [[False] * len(kinds), blank] if any(blank) else [blank]:
+        # Templates may leave out a turn that says nothing, so empty and blank contents are tried as they are too.
+        empty, blank = [not content for content in contents], [not content.strip() for content in contents]
+        for uses_content in dict.fromkeys(map(tuple, ([False] * len(kinds), empty, blank))):
             used = [content for content, is_used in zip(contents, uses_content, strict=True) if is_used]
             for groups in groupings:
                 key = None if extras is None else (*kinds, *groups, *uses_content, *used, extras)

@@ -295,6 +295,15 @@ def test_equal_words_of_which_the_template_shows_some(make_tokenizer):
     assert [turn for _, segment, turn in shown if segment == A] == [1, 3]
 
 
+def test_an_answer_of_mere_space_beside_empty_turns(make_tokenizer):
+    messages = [Message("user", ""), CALLED, Message("tool", ""), Message("assistant", "\n")]
+    assert pieces(make_tokenizer("byte_level", QWEN), messages)[-3:] == [
+        ("\n", A, 3),
+        ("<|im_end|>", E, 3),
+        ("\n", T, -1),
+    ]
+
+
 def test_names_reach_the_template(make_tokenizer):
     chat = "{% for m in messages %}{{ (m.name or '') + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
     messages = [Message("user", "a", name="Ann"), Message("assistant", "b", name="Bob")]
