@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     group = parser.add_argument_group("tasks", "--max-length is then the longest input, by default the model's context")
     group.add_argument("--task", metavar="NAME", help="arc_easy, boolq, gsm8k, ..., or a task file NAME.toml")
-    add_number(group, "--limit", int, None, "Takes the first so many rows", at_least=1)
+    add_number(group, "--limit", int, None, "Takes so many rows, drawn with a fixed seed", at_least=1)
     add_number(group, "--shots", int, 0, "Solved examples before each, drawn from the other rows", at_least=0)
     group.add_argument("--metrics", metavar="NAMES", help="metrics in place of the task's own, separated by commas")
     group.add_argument("--compare", metavar="DIR", help="folder of another model's evaluation, compared in pairs")

@@ -1,17 +1,19 @@
 """Run one of the papers' questions as an experiment: a grid of methods, learning rates and seeds.
 
-Learning rates are chosen on one seed and reported on others. DIR then holds cells.csv (one measurement a line),
-conclusion.md, figures, and each cell's run directory. The same command goes on with a study that was stopped.
+Learning rates are chosen on three seeds and reported on others. DIR then holds cells.csv (one measurement a line),
+claims.json, conclusion.md, figures, and each cell's run directory. The same command goes on with a study that was
+stopped.
 """
 
 import argparse
+import dataclasses
 from typing import Any
 
 from mora_jax.cli.options import add_number
 
 HELP = "run one of the papers' experiments"
 NAMES = ("memorize", "forget", "instruct", "rates")
-PRESETS = ("tiny", "quick", "small", "paper")
+PRESETS = ("tiny", "quick", "saturation", "small", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="quick",
-        help="tiny: seconds, to see the form; quick: minutes on two cores, on the embedded model (default); small: "
-        "hours there, a model of about 100 M parameters; paper: 7 B parameters on eight accelerators",
+        help="tiny: seconds, to see the form; quick: minutes on two cores, on the embedded model (default); saturation "
+        "(of memorize): hours there; small: a model of about 100 M parameters; paper: 7 B parameters on eight "
+        "accelerators",
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
     parser.add_argument(
@@ -30,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", action="append", metavar="FILE", help="rows to learn, in place of the study's own")
     parser.add_argument("--texts", metavar="FILE", help="texts like those that the base was pretrained on")
+    add_number(parser, "--seeds", int, None, "How many seeds are reported; none: as the preset says.", at_least=2)
+    parser.add_argument(
+        "--robust", action="store_true", help="run what is reported once more from weights with a little noise"
+    )
     parser.add_argument("--cells", metavar="REGEX", help="train only cells whose name it is found in")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the study in DIR; failed cells are tried again"
@@ -52,11 +59,15 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.studies.study import Sources
 
     study = STUDIES[args.name]
+    if args.preset not in study.presets:
+        raise InputError(f"study {args.name} has no preset {args.preset}; choose one of {', '.join(study.presets)}")
+    preset = study.presets[args.preset]
+    preset = dataclasses.replace(preset, seeds=args.seeds or preset.seeds)
     if args.list:
-        print("\n".join(cell_names(study.presets[args.preset])))
+        print("\n".join(cell_names(preset)))
         return 0
     if args.plan is not None:
-        return _plan(study.presets[args.preset], args)
+        return _plan(preset, args)
     if args.price is not None:
         raise InputError("--price is read with --plan alone")
     if args.out is None:
@@ -72,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         sources,
         cells=args.cells,
+        seeds=args.seeds,
+        robust=args.robust,
         resume=args.resume,
         overwrite=args.overwrite,
         at_once=args.at_once,
@@ -86,11 +99,11 @@ def _plan(preset: Any, args: argparse.Namespace) -> int:
     from mora_jax import demo
     from mora_jax.planning.model_shapes import read_model
     from mora_jax.planning.topology import read_topology
-    from mora_jax.studies.price import price_arms, price_table
+    from mora_jax.studies.price import price_table
 
     # Shapes are all that is worked with here.
     jax.config.update("jax_platforms", "cpu")
     topology = read_topology(args.plan)
     model = args.model or demo.model_path()
-    print(price_table(price_arms(preset, model, read_model(model), topology), topology, args.price))
+    print(price_table(preset, model, read_model(model), topology, args.price))
     return 0

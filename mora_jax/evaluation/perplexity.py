@@ -84,6 +84,7 @@ def score(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
     partitioner: Partitioner | None = None,
+    each: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> DatasetScores:
     """Scores a model on every example of a data set.
 
@@ -93,6 +94,8 @@ def score(
         batch_size: rows computed at once; the result doesn't depend on it but for rounding.
         progress: called with (rows done, all rows) after each batch.
         partitioner: how the model's arrays are laid over devices; see `Decoder`.
+        each: called after each batch with the numbers of its rows and, `[2, 4, rows]`, the `TokenSums` of their tokens
+            that carry loss and of their instructions.
 
     Raises:
         InputError: the weights of a row add up to more than float32 holds, or those of all rows are 0.
@@ -105,6 +108,8 @@ def score(
         order += rows.tolist()
         if progress is not None:
             progress(len(order), len(dataset))
+        if each is not None:
+            each(rows, sums[-1])
     by_row = np.concatenate(sums, axis=-1).astype(np.float64)
     of_answers, of_prompts = (TokenSums(*row) for row in by_row.sum(axis=-1).tolist())
     # Divided by a sum of weights beyond float32 any loss is 0.

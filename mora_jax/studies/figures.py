@@ -1,97 +1,165 @@
-"""How studies draw: one colour, dash and marker an arm, means as lines, seeds as a band of the 95 % interval."""
+"""How studies draw: a method has one colour and mark in all figures, seeds a band, and a caption says what is shown."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mora_jax.display.figures import new_figure as empty_figure
-from mora_jax.studies.intervals import interval
+from mora_jax.studies.intervals import Interval, interval
 from mora_jax.studies.results import Results
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F")
-DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-MARKERS = "osD^vPX*"
+# Okabe and Ito's colours, as in the demo's picture. The first name that an arm's begins with counts.
+METHODS = {
+    "full": ("#000000", "D"),
+    "LoRA+": ("#8C6D1F", "X"),
+    "LoRA": ("#0072B2", "o"),
+    "MoRA sharing": ("#D55E00", "s"),
+    "MoRA": ("#009E73", "^"),
+    "HiRA": ("#CC79A7", "v"),
+    "DoRA": ("#56B4E9", "P"),
+    "PiSSA": ("#E69F00", "*"),
+}
+FILLINGS = ("full", "none", "left", "top", "bottom")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2, 1, 2)))
+#: Inches of a column of the documentation, 700 pixels wide.
+WIDTH = 7.0
 
 
-def style(index: int) -> dict[str, Any]:
-    """Of the arm with this number; colour, dash and marker differ between neighbours."""
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": DASHES[index % len(DASHES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 4.5,
-    }
+def style(arm: str, arms: Sequence[str] = ()) -> dict[str, Any]:
+    """Colour and mark of an arm's method; its dash and filling tell it from other arms of the method.
+
+    Args:
+        arm: its name.
+        arms: those in the figure.
+    """
+
+    def method(name: str) -> str:
+        return next((known for known in METHODS if name.startswith(known)), "")
+
+    colour, mark = METHODS.get(method(arm), ("#777777", "."))
+    place = [name for name in arms if method(name) == method(arm)].index(arm) if arm in arms else 0
+    look = {"color": colour, "marker": mark, "linestyle": DASHES[place % len(DASHES)], "markersize": 4.5}
+    return look | {"fillstyle": FILLINGS[place % len(FILLINGS)], "markerfacecoloralt": "white"}
 
 
-def new_figure(columns: int = 1, rows: int = 1, *, width: float = 5.2, height: float = 3.9) -> tuple[Any, Any]:
-    """A figure and its panels, `[rows, columns]`; `width` and `height` are a panel's, in inches.
+def new_figure(columns: int = 1, rows: int = 1, *, height: float = 3.0) -> tuple[Any, Any]:
+    """A figure as wide as a column and its panels, `[rows, columns]`; `height` is a panel's, in inches.
 
     Raises:
         InputError: matplotlib isn't installed.
     """
-    figure = empty_figure(width * columns, height * rows)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = empty_figure(WIDTH, height * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+        panel.tick_params(labelsize=8)
+        panel.xaxis.label.set_size(9)
+        panel.yaxis.label.set_size(9)
+    return figure, panels
 
 
-def legend(figure: Any, *panels: Any, columns: int = 4) -> None:
-    """One legend below all panels, of what these hold."""
-    found: dict[str, Any] = {}
+def finish(figure: Any, results: Results, text: str, *panels: Any, columns: int = 3) -> Any:
+    """Puts one legend of all panels below them and a caption below that, and returns the figure.
+
+    Args:
+        figure: which.
+        results: that it shows, whose base model's seeds the caption names.
+        text: what is shown, and what bands and bars mean.
+        panels: those with entries for the legend.
+        columns: of the legend.
+    """
+    entries: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)), frameon=False
-    )
-
-
-def draw_curves(panel: Any, results: Results, metric: str, level: str = "", *, only: Sequence[str] = ()) -> None:
-    """A metric against steps: a line an arm through the means over seeds, a band of their 95 % intervals."""
-    for index, arm in enumerate(results.arms):
-        curves = results.curves(metric, arm, level)
-        if not curves or (only and arm not in only):
-            continue
-        by_step: dict[int, list[float]] = {}
-        for rows in curves.values():
-            for step, value in rows:
-                by_step.setdefault(step, []).append(value)
-        steps = sorted(by_step)
-        found = [interval(by_step[step]) for step in steps]
-        line = panel.plot(steps, [one.mean for one in found], label=arm, **style(index))[0]
-        if all(one.half is not None for one in found):
-            low, high = [one.low for one in found], [one.high for one in found]
-            panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    panel.set_xlabel("step")
-    panel.grid(alpha=0.3)
-
-
-def draw_rates(panel: Any, results: Results, metric: str, level: str = "") -> None:
-    """A metric against the learning rate, on the seed that chooses; a star at the chosen rate.
-
-    Its value is the last, or the best where the study chooses by that.
-    """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    best = max if results.study.higher else min
-    for index, arm in enumerate(results.arms):
-        curves = results.curves_by_rate(metric, arm, level)
-        points = sorted(
-            (rate, best(value for _, value in rows) if results.study.chosen_at_best else rows[-1][1])
-            for rate, rows in curves.items()
+            entries.setdefault(label, handle)
+    caption = "\n".join(textwrap.wrap(f"{results.study.name}: n = {results.preset.seeds} seeds. {text}", 105))
+    figure.supxlabel(caption, fontsize=8, x=0.01, ha="left")
+    if entries:
+        columns = min(columns, len(entries))
+        # Room for the legend is made by a height of its own, so that it lies over no panel.
+        lines = math.ceil(len(entries) / columns)
+        figure.set_figheight(figure.get_figheight() + 0.2 * lines + 0.15 * caption.count("\n"))
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize=8
         )
-        if not points:
+    return figure
+
+
+def bars(points: Sequence[Interval]) -> list[float]:
+    """Half intervals, as `errorbar` takes them."""
+    return [point.half or 0.0 for point in points]
+
+
+def draw_curves(
+    panel: Any,
+    results: Results,
+    metric: str,
+    level: str = "",
+    arms: Iterable[str] = (),
+    *,
+    label: str = "{}",
+    epoch: float = 0.0,
+    **look: Any,
+) -> None:
+    """A metric against steps: a line an arm through the means over seeds, a band of their 95 % intervals.
+
+    Args:
+        panel: to draw in.
+        results, metric, level: what.
+        arms: of which; all of the level by default.
+        label: of an arm in the legend, around its name.
+        epoch: steps of one, to draw against epochs behind the first step; 0 for steps.
+        look: changes of each arm's style.
+    """
+    arms = list(arms) or results.arms_at(level)
+    for arm in arms:
+        means = {step: mean for step, mean in results.by_step(metric, arm, level).items() if step or not epoch}
+        if not means:
             continue
-        panel.plot(*zip(*points, strict=True), label=arm, **style(index))
-        chosen = dict(points).get(results.rate(arm, level) or math.nan)
-        if chosen is not None:
-            at = results.rate(arm, level), chosen
-            panel.plot(*at, "*", color="white", markeredgecolor=style(index)["color"], markersize=13, zorder=5)
-    panel.set_xscale("log")
-    # Each digit would be named on an axis of one or two decades, one over the other.
-    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_xlabel("learning rate (star: chosen)")
-    panel.grid(alpha=0.3)
+        steps = [step / (epoch or 1) for step in means]
+        lines = style(arm, arms) | {"markevery": max(1, len(steps) // 8)} | look
+        panel.plot(steps, [mean.mean for mean in means.values()], label=label.format(arm), **lines)
+        if all(mean.half is not None for mean in means.values()):
+            low, high = ([getattr(mean, end) for mean in means.values()] for end in ("low", "high"))
+            panel.fill_between(steps, low, high, color=lines["color"], alpha=0.12, linewidth=0)
+    panel.set_xlabel("epoch" if epoch else "step")
+
+
+def rates_figure(results: Results) -> Any:
+    """What rates were chosen by against the rate, a panel a level: means over the seeds that choose."""
+    study, columns = results.study, min(2, len(results.levels))
+    figure, panels = new_figure(columns, -(-len(results.levels) // columns))
+    best = max if study.higher else min
+    for panel, level in zip(panels.flat, results.levels, strict=False):
+        for arm in results.arms_at(level):
+            means = {}
+            for rate, curves in results.curves_by_rate(study.chosen_by, arm, level).items():
+                values = [[value for _, value in curve] for curve in curves.values()]
+                means[rate] = interval(best(one) if study.chosen_at_best else one[-1] for one in values).mean
+            if means:
+                panel.plot(means.keys(), means.values(), label=arm, **style(arm, results.arms))
+            chosen = results.rate(arm, level) or math.nan
+            if chosen in means:
+                look = {"color": "white", "markeredgecolor": style(arm)["color"], "markersize": 12, "zorder": 5}
+                panel.plot(chosen, means[chosen], "*", **look)
+        plain_log(panel, "x", (1.0, 3.0))
+        if not study.higher:
+            plain_log(panel, "y", (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+        panel.set_title(level, fontsize=8)
+        panel.set(xlabel="learning rate", ylabel=study.chosen_by.replace("_", " "))
+    return finish(figure, results, "Means over the seeds that choose; star: the chosen rate.", *panels.flat)
+
+
+def plain_log(panel: Any, which: str, subs: Sequence[float] = (1.0, 2.0, 5.0), ticks: Sequence[float] = ()) -> None:
+    """Makes axis `x` or `y` logarithmic, in plain figures, at `ticks` where they are given."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    panel.set(**{f"{which}scale": "log"})
+    axis = getattr(panel, f"{which}axis")
+    axis.set_major_locator(FixedLocator(list(ticks)) if ticks else LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())

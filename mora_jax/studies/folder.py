@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from mora_jax.sweeps.results import SweepResult
 from mora_jax.training.config.load import config_from_dict
 
 FILE = "study.json"
-_OWN = (FILE, "data", "runs", "figures", "cells.csv", "conclusion.md")
+_OWN = (FILE, "data", "runs", "items", "figures", "cells.csv", "claims.json", "conclusion.md")
 
 _ASIDE, _MOVING = ".replaced", ".moving"
 
@@ -40,6 +39,7 @@ class StudyFolder(SweepFolder):
             raise InputError(f"{out}: a study is written to a local folder")
         super().__init__(out)
         self.data = Path(self.path) / "data"
+        self.items = Path(self.path) / "items"
         self.figures = Path(self.path) / "figures"
 
     @contextlib.contextmanager
@@ -59,16 +59,14 @@ class StudyFolder(SweepFolder):
         if not Path(self.path).is_dir():
             self._directory.check_free(overwrite)
         new = not Path(self.path).exists()
-        with self._directory.claimed(), contextlib.ExitStack() as stack:
-            if new:
-                stack.callback(self._remove_if_empty)
+        with self._directory.claimed(), self._removed_if_empty(new):
             self._take_back()  # where the process that was to replace it was killed
-            own = self.files.present(_OWN)
-            goes_on = bool(own) and not overwrite
+            present = self.files.present(_OWN)
+            goes_on = bool(present) and not overwrite
             if goes_on:
-                found = self._read()["asked"] if FILE in own else None
-                if found != asked:
-                    differs = _difference(found, asked)
+                before = self._read()["asked"] if FILE in present else None
+                if before != asked:
+                    differs = _difference(before, asked)
                     raise InputError(
                         f"{self.path} holds another study ({differs}); replace it with --overwrite, or set another "
                         "--out"
@@ -78,11 +76,15 @@ class StudyFolder(SweepFolder):
             else:
                 self._directory.check_free(overwrite)
                 self._put_aside()
-                # Whatever ends the study before its first cell: errors, signals, a full disk.
-                stack.callback(self._take_back)
-                self._write({"asked": dict(asked), "runs": [], "failed": {}})
-            self.data.mkdir(parents=True, exist_ok=True)
-            yield
+            try:
+                if not goes_on:
+                    self._write({"asked": dict(asked), "runs": [], "failed": {}})
+                self.data.mkdir(parents=True, exist_ok=True)
+                yield
+            except BaseException:  # errors, signals, a full disk
+                self._take_back()
+                raise
+            self.files.remove(_ASIDE)
 
     def _put_aside(self) -> None:
         """Moves an earlier study aside, until the first cell of a new one has begun in its place."""
@@ -111,9 +113,14 @@ class StudyFolder(SweepFolder):
                 path.rename(Path(self.path) / path.name)
             moving.rmdir()
 
-    def _remove_if_empty(self) -> None:
-        with contextlib.suppress(OSError):
-            Path(self.path).rmdir()
+    @contextlib.contextmanager
+    def _removed_if_empty(self, new: bool) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if new:
+                with contextlib.suppress(OSError):
+                    Path(self.path).rmdir()
 
     def check_free(self, runs: Sequence[SweepRun], overwrite: bool) -> bool:
         """Adds the cells that are new; those that are there have to be the same.
@@ -159,7 +166,7 @@ class StudyFolder(SweepFolder):
         with matplotlib.rc_context({"svg.hashsalt": "mora-jax", "svg.fonttype": "none"}):
             for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
                 with new_file(self.figures / (name + ending)) as file:
-                    figure.savefig(file, format=ending[1:], dpi=120, metadata=metadata)
+                    figure.savefig(file, format=ending[1:], dpi=200, metadata=metadata)
 
 
 def _computed(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,23 +179,10 @@ def _computed(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "out": None, "log": None, "model": model, "data": data | files}
 
 
-def _difference(found: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str:
+def _difference(before: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str:
     """What a study that is there has otherwise, in words."""
-    if found is None:
+    if before is None:
         return f"{FILE} is missing"
-    names = [name for name in asked if found.get(name) != asked[name]]
-    name = names[0] if names else next(iter(set(found) - set(asked)))
-    return f"its {name} is {found.get(name)}, here it is {asked.get(name)}"
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Writes rows as JSON lines unless the file is there, and returns its path."""
-    if not path.exists():
-        with new_file(path) as file:
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a file that `write_rows` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    names = [name for name in asked if before.get(name) != asked[name]]
+    name = names[0] if names else next(iter(set(before) - set(asked)))
+    return f"its {name} is {before.get(name)}, here it is {asked.get(name)}"

@@ -2,85 +2,50 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.planning.plan import by_formula
 from mora_jax.planning.topology import Topology
 from mora_jax.studies.conclusion import table
-from mora_jax.studies.run import cell_config
-from mora_jax.studies.study import Cell, Preset, choosing_cells, reported_cells
-
-_UNREAD = {"data.train": ("unread",)}
+from mora_jax.studies.run import SEARCHED, cell_config
+from mora_jax.studies.study import Preset, reported_cells
 
 
-@dataclass(frozen=True)
-class ArmPrice:
-    """The cells of an arm.
-
-    Attributes:
-        cells: how many there are, at all levels.
-        needed: bytes on each chip.
-        fits: whether they are there.
-        hours: shortest and longest of all cells, without evaluations.
-    """
-
-    cells: int
-    needed: float
-    fits: bool
-    hours: tuple[float, float]
-
-
-def price_arms(preset: Preset, model: str, values: dict[str, Any], topology: Topology) -> dict[str, ArmPrice]:
-    """Each arm's cells, by its name.
+def price_table(preset: Preset, model: str, values: dict[str, Any], topology: Topology, price: float | None) -> str:
+    """A row an arm with its cells at all levels, where no grid grows, and their sum, in Markdown.
 
     Args:
         preset: of the study.
         model: the base's folder or name.
         values: its HuggingFace config.
         topology: the chips.
+        price: of one chip for one hour.
 
     Raises:
         InputError: as `by_formula`.
     """
-    first = {(level.name, arm.name): arm.rates[0] for level, arm in preset.pairs() if arm.rates}
-    found: dict[str, ArmPrice] = {}
-    for (_, arm), cells in itertools.groupby(
-        sorted([*choosing_cells(preset), *reported_cells(preset, first)], key=_place), key=_place
-    ):
-        members = list(cells)
-        plan = by_formula(cell_config(members[0], preset, model, _UNREAD, "unread"), values, topology)
+    guess = {(level.name, arm.name): arm.rates[0] for level, arm in preset.pairs() if arm.rates}
+    reported = list(reported_cells(preset, guess))
+    prices: dict[str, tuple[int, float, bool, float, float]] = {}
+    for level, arm in preset.pairs():
+        cells = [cell for cell in reported if (cell.level, cell.arm) == (level, arm)]
+        count = len(cells) + SEARCHED * (len(arm.rates) > 1)
+        plan = by_formula(cell_config(cells[0], preset, model, {"data.train": ("unread",)}, "unread"), values, topology)
         low, high = plan.hours or (0.0, 0.0)
-        before = found.get(arm, ArmPrice(0, 0.0, True, (0.0, 0.0)))
-        count = len(members)
-        found[arm] = ArmPrice(
-            before.cells + count,
-            max(before.needed, plan.needed),
-            before.fits and plan.fits,
-            (before.hours[0] + low * count, before.hours[1] + high * count),
+        cells_before, needed, fits, *hours = prices.get(arm.name, (0, 0.0, True, 0.0, 0.0))
+        prices[arm.name] = (
+            cells_before + count,
+            max(needed, plan.needed),
+            fits and plan.fits,
+            hours[0] + low * count,
+            hours[1] + high * count,
         )
-    return {arm.name: found[arm.name] for _, arm in preset.pairs()}
-
-
-def _place(cell: Cell) -> tuple[str, str]:
-    return cell.level.name, cell.arm.name
-
-
-def price_table(prices: dict[str, ArmPrice], topology: Topology, price: float | None) -> str:
-    """The arms with their sum, in Markdown.
-
-    Args:
-        prices: by arm.
-        topology: the chips.
-        price: of one chip for one hour.
-    """
     rows = [
-        [name, str(one.cells), f"{one.needed / 1e9:.1f}{'' if one.fits else ' (does not fit)'}", _range(*one.hours)]
-        for name, one in prices.items()
+        [name, str(cells), f"{needed / 1e9:.1f}{'' if fits else ' (does not fit)'}", _range(low, high)]
+        for name, (cells, needed, fits, low, high) in prices.items()
     ]
-    low, high = (sum(one.hours[end] for one in prices.values()) for end in (0, 1))
-    rows.append(["all", str(sum(one.cells for one in prices.values())), "", _range(low, high)])
+    total, _, _, low, high = map(sum, zip(*prices.values(), strict=True))
+    rows.append(["all", str(total), "", _range(low, high)])
     text = table(
         ["arm", "cells", f"GB a chip of {topology.usable_bytes / 1e9:.1f}", "hours, evaluations left out"], rows
     )

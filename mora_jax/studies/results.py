@@ -12,14 +12,14 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]  # datasets needs it
 
-from mora_jax.studies.intervals import Interval, interval, paired
-from mora_jax.studies.study import Cell, Preset, Study
+from mora_jax.studies.intervals import Interval, interval
+from mora_jax.studies.study import CHOOSING, EXPLORATORY, REPORTED, Cell, Metric, Preset, Study
 from mora_jax.sweeps.run_result import RunResult
 
-#: Rows of an evaluation that are no measurement of the model.
-_NOT_METRICS = ("eval_tokens",)
-CHOOSING, REPORTED, NEIGHBOUR = "choosing", "reported", "neighbour"
 FAILED = "failed"
+PERTURBED = "perturbed weights"
+#: (step, value) in the order of steps.
+Curve = list[tuple[int, float]]
 
 
 def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Iterable[RunResult]) -> pd.DataFrame:
@@ -28,7 +28,7 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
     Columns: study, preset, cell, config (the first digits of the SHA-256 of its configuration, where it writes left
     out), stage, level and the level's own values, arm, method, parameters, learning_rate, seed, step, metric, value,
     note, versions. A cell that failed or has not ended has one row, whose metric says so, whose note says why it
-    failed, and whose value is empty.
+    failed, and whose value is empty; a value that is not finite is empty too, beside its step.
     """
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mora-jax", "jax", "flax", "optax"))
     rows: list[dict[str, Any]] = []
@@ -39,7 +39,7 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
             "preset": preset,
             "cell": run.name,
             "config": config_hash(run),
-            "stage": CHOOSING if cell.chooses else NEIGHBOUR if cell.neighbour else REPORTED,
+            "stage": cell.stage,
             "level": cell.level.name,
             **cell.level.values,
             "arm": cell.arm.name,
@@ -48,23 +48,20 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
             "learning_rate": run.config.optimizer.learning_rate,
             "seed": cell.seed,
         }
-        found: list[tuple[int | None, str, float | None]] = []
-        if run.summary and not run.failed:
-            found += _measured(run)
-        for step, metric, value in found or [(None, FAILED if run.failed else "not ended", None)]:
-            rows.append(
-                {**head, "step": step, "metric": metric, "value": value, "note": run.failed, "versions": versions}
-            )
+        note = run.failed or (PERTURBED if cell.perturbed else None)
+        measured = _measured(run) if run.summary and not run.failed else []
+        for step, metric, value in measured or [(None, FAILED if run.failed else "not ended", None)]:
+            rows.append({**head, "step": step, "metric": metric, "value": value, "note": note, "versions": versions})
     return pd.DataFrame(rows)
 
 
 def config_hash(run: RunResult) -> str:
     """Of what says what a run computes: its configuration, with the contents of data files in place of their paths."""
-    said = {name: value for name, value in run.config.to_dict().items() if name not in ("out", "log")}
-    said["model"]["path"] = Path(said["model"]["path"]).name
+    values = {name: value for name, value in run.config.to_dict().items() if name not in ("out", "log")}
+    values["model"]["path"] = Path(values["model"]["path"]).name
     for name in ("train", "eval"):
-        said["data"][name] = [_content(path) for path in said["data"][name] or ()]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
+        values["data"][name] = [_content(path) for path in values["data"][name] or ()]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _content(path: str) -> str:
@@ -72,16 +69,15 @@ def _content(path: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else path
 
 
-def _measured(run: RunResult) -> Iterable[tuple[int, str, float]]:
+def _measured(run: RunResult) -> list[tuple[int | None, str, float | None]]:
+    rows: list[tuple[int | None, str, float | None]] = []
     for row in run.metrics:
         for name, value in row.items():
+            metric = "train_loss" if name == "loss" else name.removeprefix("eval_")
             # A file of metrics holds null for what is not finite.
-            number = math.nan if value is None else value
-            scored = name.startswith("eval_") and name not in _NOT_METRICS
-            if scored and isinstance(number, int | float):
-                yield row["step"], name.removeprefix("eval_"), float(number)
-            elif name == "loss":
-                yield row["step"], "train_loss", float(number)
+            if metric != name and metric != "tokens" and isinstance(value, int | float | None):
+                rows.append((row["step"], metric, math.nan if value is None else float(value)))
+    return rows
 
 
 class Results:
@@ -91,113 +87,137 @@ class Results:
         frame: the observations.
         study: whose.
         preset: its size.
+        perturbed: whether the reported values are those of cells that started from perturbed weights.
 
     Attributes:
         frame: all observations.
     """
 
-    def __init__(self, frame: pd.DataFrame, study: Study, preset: Preset) -> None:
-        self.frame, self.study, self.preset = frame, study, preset
-        self.arms = list(dict.fromkeys(arm.name for _, arm in preset.pairs()))
-        self.levels = [level.name for level in preset.levels]
+    def __init__(self, frame: pd.DataFrame, study: Study, preset: Preset, *, perturbed: bool = False) -> None:
+        self.frame, self.study, self.preset, self._perturbed = frame, study, preset, perturbed
+        self._groups: dict[tuple[str, ...], pd.DataFrame] = {}
+        order = list(dict.fromkeys([*(arm.name for _, arm in preset.pairs()), *frame["arm"]]))
+        self.arms = sorted(set(frame["arm"]), key=order.index)
+        self.levels = list(dict.fromkeys(frame["level"]))
 
-    def _of(self, metric: str, stage: str, **where: Any) -> pd.DataFrame:
-        frame = self.frame
-        chosen = (frame["metric"] == metric) & (frame["stage"] == stage)
-        for name, value in where.items():
-            chosen &= frame[name] == value
-        return frame[chosen]
+    @classmethod
+    def read(cls, file: Path, study: Study) -> Results:
+        """From a file `cells.csv`."""
+        frame = pd.read_csv(file, keep_default_na=False, na_values={"value": [""], "step": [""], "parameters": [""]})
+        return cls(frame, study, study.presets[frame["preset"].iloc[0]])
 
-    def last(self, metric: str, arm: str, level: str = "") -> dict[int, float]:
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether they are those from perturbed weights."""
+        return self._perturbed
+
+    def perturbed(self) -> Results:
+        """The results from perturbed weights, in the place of those that are reported."""
+        return Results(self.frame, self.study, self.preset, perturbed=True)
+
+    def _where(self, stage: str, arm: str, level: str, metric: str | None = None) -> pd.DataFrame:
+        """The rows of an arm's cells, of one metric or of all."""
+        if not self._groups:
+            stages = self.frame["stage"].where(self.frame["note"] != PERTURBED, PERTURBED)
+            for columns in (["arm", "level"], ["arm", "level", "metric"]):
+                self._groups |= dict(iter(self.frame.groupby([stages, *columns], sort=False)))
+        stage = PERTURBED if self._perturbed and stage == REPORTED else stage
+        key = (stage, arm, level) if metric is None else (stage, arm, level, metric)
+        return self._groups.get(key, self.frame.iloc[:0])
+
+    def curves(self, metric: str, arm: str, level: str = "", stage: str = REPORTED) -> dict[int, Curve]:
+        """The (step, value) pairs of each seed, in order."""
+        rows = self._where(stage, arm, level, metric)
+        return {int(seed): _curve(of_seed) for seed, of_seed in rows.groupby("seed")}
+
+    def curves_by_rate(self, metric: str, arm: str, level: str = "") -> dict[float, dict[int, Curve]]:
+        """The (step, value) pairs of each seed by each learning rate that was tried on the seeds that choose."""
+        curves: dict[float, dict[int, Curve]] = {}
+        for stage in (CHOOSING, EXPLORATORY):
+            rows = self._where(stage, arm, level, metric)
+            for (rate, seed), of_cell in rows.groupby(["learning_rate", "seed"]):
+                curves.setdefault(rate, {})[int(seed)] = _curve(of_cell)
+        return dict(sorted(curves.items()))
+
+    def by_rate(self, metric: str, arm: str, level: str = "") -> dict[float, dict[int, float]]:
+        """The last value of each reported seed by learning rate: the chosen one, and those beside it where trained."""
+        values: dict[float, dict[int, float]] = {}
+        for stage in (REPORTED, "neighbour"):
+            rows = self._where(stage, arm, level, metric)
+            for (rate, seed), of_cell in rows.groupby(["learning_rate", "seed"]):
+                values.setdefault(rate, {})[int(seed)] = _curve(of_cell)[-1][1]
+        return dict(sorted(values.items()))
+
+    def by_step(self, metric: str, arm: str, level: str = "") -> dict[int, Interval]:
+        """The mean over reported seeds at each evaluation."""
+        values: dict[int, list[float]] = {}
+        for curve in self.curves(metric, arm, level).values():
+            for step, value in curve:
+                values.setdefault(step, []).append(value)
+        return {step: interval(values[step]) for step in sorted(values)}
+
+    def last(self, metric: str, arm: str, level: str = "", stage: str = REPORTED) -> dict[int, float]:
         """The value after the last step, by seed."""
-        return {seed: rows[-1][1] for seed, rows in self.curves(metric, arm, level).items()}
+        return self.values(Metric(metric, metric), arm, level, stage)
 
-    def curves(self, metric: str, arm: str, level: str = "") -> dict[int, list[tuple[int, float]]]:
-        """The (step, value) pairs of each reported seed, in order."""
-        return self._curves(self._of(metric, REPORTED, arm=arm, level=level), "seed")
+    def values(
+        self, metric: Metric, arm: str, level: str = "", stage: str = REPORTED, *, share: float = 1.0
+    ) -> dict[int, float]:
+        """A metric by seed; NaN for seeds whose cell failed.
 
-    def curves_by_rate(self, metric: str, arm: str, level: str = "") -> dict[float, list[tuple[int, float]]]:
-        """The (step, value) pairs of each learning rate that was tried, on the seed that chooses."""
-        return self._curves(self._of(metric, CHOOSING, arm=arm, level=level), "learning_rate")
-
-    def by_rate(self, metric: str, arm: str, level: str = "") -> dict[int, dict[float, float]]:
-        """The value after the last step of each reported seed by the learning rate: the chosen one and those beside it.
-
-        Those beside it are there for levels with `neighbours`.
+        Args:
+            metric: whose value after the last step is taken, or that at the evaluation that it names.
+            arm, level, stage: of the cells.
+            share: of the steps, after which the value is taken where the metric names no evaluation.
         """
-        found: dict[int, dict[float, float]] = {}
-        for stage in (REPORTED, NEIGHBOUR):
-            for (seed, rate), rows in self._of(metric, stage, arm=arm, level=level).groupby(["seed", "learning_rate"]):
-                found.setdefault(seed, {})[rate] = float(rows.sort_values("step")["value"].iloc[-1])
-        return found
+        values = dict.fromkeys(map(int, self._where(stage, arm, level, FAILED)["seed"]), math.nan)
+        guides = self.curves(metric.best_by, arm, level, stage) if metric.best_by else {}
+        for seed, curve in self.curves(metric.name, arm, level, stage).items():
+            steps = [step for step, _ in curve if step <= share * curve[-1][0] and (step or share == 1)]
+            if metric.best_by:
+                steps = [min(guides[seed], key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])[0]]
+            if steps:
+                values[seed] = dict(curve)[steps[-1]]
+        return values
 
     def arms_at(self, level: str = "") -> list[str]:
         """The arms that are compared at a level."""
-        return [arm.name for one, arm in self.preset.pairs() if one.name == level]
-
-    @staticmethod
-    def _curves(frame: pd.DataFrame, by: str) -> dict[Any, list[tuple[int, float]]]:
-        return {
-            key: [(int(step), float(value)) for step, value in sorted(zip(rows["step"], rows["value"], strict=True))]
-            for key, rows in frame.groupby(by)
-        }
-
-    def best(self, metric: str, by: str, arm: str, level: str = "") -> dict[int, float]:
-        """The value at the evaluation where `by` is lowest, by seed; the first where several are."""
-        found = {}
-        guides = self.curves(by, arm, level)
-        for seed, rows in self.curves(metric, arm, level).items():
-            step = min(guides[seed], key=lambda pair: pair[1])[0]
-            found[seed] = dict(rows)[step]
-        return found
+        there = set(self.frame[self.frame["level"] == level]["arm"])
+        return [arm for arm in self.arms if arm in there]
 
     def mean(self, metric: str, arm: str, level: str = "") -> Interval:
         """Over seeds, after the last step."""
         return interval(self.last(metric, arm, level).values())
 
-    def difference(self, metric: str, first: str, second: str, level: str = "") -> Interval:
-        """The first arm minus the second, paired by seed, after the last step."""
-        return paired(self.last(metric, first, level), self.last(metric, second, level))
+    def has(self, metric: str) -> bool:
+        """Whether it was measured."""
+        return bool((self.frame["metric"] == metric).any())
 
     def parameters(self, arm: str) -> int | None:
         """How many numbers an arm trains; None where none of its cells has ended."""
-        found = self.frame[self.frame["arm"] == arm]["parameters"].dropna()
-        return None if found.empty else int(found.iloc[0])
+        counts = pd.to_numeric(self.frame[self.frame["arm"] == arm]["parameters"]).dropna()
+        return None if counts.empty else int(counts.iloc[0])
 
     def rate(self, arm: str, level: str = "") -> float | None:
         """The learning rate of the reported cells."""
-        frame = self.frame
-        rows = frame[(frame["arm"] == arm) & (frame["level"] == level) & (frame["stage"] == REPORTED)]
+        rows = self._where(REPORTED, arm, level)
         return None if rows.empty else float(rows["learning_rate"].iloc[0])
 
     def at_edge(self, arm: str, level: str = "") -> bool:
         """Whether the chosen rate is the lowest or highest that was tried."""
-        rates = next(two.rates for one, two in self.preset.pairs() if (one.name, two.name) == (level, arm))
+        rates = set(self._where(CHOOSING, arm, level)["learning_rate"])
         return len(rates) > 1 and self.rate(arm, level) in (min(rates), max(rates))
+
+    def cells(self, arm: str, level: str = "", stage: str = REPORTED) -> list[str]:
+        """The names of an arm's cells."""
+        return list(dict.fromkeys(self._where(stage, arm, level)["cell"]))
 
     def missing(self) -> list[tuple[str, str]]:
         """The cells without a result, and why."""
-        frame = self.frame[self.frame["value"].isna() & self.frame["step"].isna()]
-        pairs = zip(frame["cell"], frame["metric"], frame["note"], strict=True)
-        return [(cell, f"{metric}: {note}" if metric == FAILED else metric) for cell, metric, note in pairs]
+        rows = self.frame[self.frame["value"].isna() & self.frame["step"].isna()]
+        triples = zip(rows["cell"], rows["metric"], rows["note"], strict=True)
+        return [(cell, f"{metric}: {note}" if metric == FAILED else metric) for cell, metric, note in triples]
 
 
-def choose_rates(study: Study, cells: Mapping[str, Cell], runs: Iterable[RunResult]) -> dict[tuple[str, str], float]:
-    """The learning rate of each (level, arm): the one with the best value of `study.chosen_by` after its last step.
-
-    Where `study.chosen_at_best`, the best evaluation of a rate counts in place of its last.
-    Pairs of which no run has come to its end are left out.
-    """
-    sign = -1 if study.higher else 1
-    best: dict[tuple[str, str], tuple[float, float]] = {}
-    for run in runs:
-        cell = cells[run.name]
-        evaluations = [row[f"eval_{study.chosen_by}"] for row in run.metrics if f"eval_{study.chosen_by}" in row]
-        values = [sign * value for value in evaluations if value is not None and math.isfinite(value)]
-        # A rate whose run ended with a loss that is not finite is not taken.
-        if not run.summary or run.failed or not values or evaluations[-1] is None or not math.isfinite(evaluations[-1]):
-            continue
-        found = min(values) if study.chosen_at_best else values[-1], cell.rate
-        key = cell.level.name, cell.arm.name
-        best[key] = min(best.get(key, found), found)
-    return {key: rate for key, (_, rate) in best.items()}
+def _curve(rows: pd.DataFrame) -> Curve:
+    return [(int(step), float(value)) for step, value in sorted(zip(rows["step"], rows["value"], strict=True))]

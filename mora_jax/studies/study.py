@@ -1,21 +1,29 @@
 """What a study is: the arms that it compares, the levels at which it does, and the cells that follow from both.
 
-The learning rate of every arm is chosen at every level on seed 0 alone; what is reported comes from the other seeds,
-whose data, order and start are others.
+Learning rates are searched on seeds of their own (see `search`); what is reported comes from seeds 1, 2, 3, …, whose
+data, order and start are others.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-#: The seed on which learning rates are chosen, and which is never reported.
-CHOOSING_SEED = 0
-_PLAIN = re.compile(r"[^A-Za-z0-9_.+-]+")
+#: The seeds on which learning rates are chosen, and which are never reported.
+CHOOSING_SEEDS = (0, 1001, 1002)
+CHOOSING, NEIGHBOUR, EQUAL_RATE, EXPLORATORY, REPORTED = (
+    "choosing",
+    "neighbour",
+    "equal_rate",
+    "exploratory",
+    "reported",
+)
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.+-]+")
 
 
 @dataclass(frozen=True)
@@ -25,14 +33,16 @@ class Arm:
     Attributes:
         name: in tables and figures.
         settings: configuration keys by dotted name.
-        rates: the learning rates that are tried; a single one is taken as it is.
+        rates: the learning rates that the search begins with, rising by a factor; a single one is taken as it is.
         rate_of: another arm of the level, whose chosen rate it takes in place of `rates`; see `Study.learning_rate`.
+        control_of: another arm, which this one is a variation of: they are compared at equal rates too.
     """
 
     name: str
     settings: Mapping[str, Any]
     rates: tuple[float, ...] = ()
     rate_of: str = ""
+    control_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,15 +66,16 @@ class Level:
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of a study.
+    """A size of a study, fixed before its seeds run.
 
     Attributes:
         doc: in one line, for what machine it is.
         arms: are compared at every level that has none of its own.
-        levels: where they are.
         settings: the configuration keys of all cells.
         data: numbers that the study's data are made by.
+        levels: where arms are compared.
         seeds: how many are reported.
+        reason: why the sizes are these.
     """
 
     doc: str
@@ -73,6 +84,7 @@ class Preset:
     data: Mapping[str, Any] = field(default_factory=dict)
     levels: tuple[Level, ...] = (Level(),)
     seeds: int = 3
+    reason: str = ""
 
     @property
     def template(self) -> str | None:
@@ -92,25 +104,27 @@ class Cell:
 
     Attributes:
         level, arm, rate, seed: of the run.
-        neighbour: whether its rate is one beside the chosen one.
+        stage: what it is for, as in the table.
+        perturbed: whether it starts from a base with noise of one bfloat16 step in its weights.
     """
 
     level: Level
     arm: Arm
     rate: float
     seed: int
-    neighbour: bool = False
+    stage: str = REPORTED
+    perturbed: bool = False
 
     @property
     def name(self) -> str:
         """Of its folder: level, arm, rate and seed."""
-        words = [self.level.name, self.arm.name, f"lr{self.rate:g}", f"seed{self.seed}"]
-        return "_".join(_PLAIN.sub("-", word.replace("α", "alpha")).strip("-") for word in words if word)
+        parts = [self.level.name, self.arm.name, f"lr{self.rate:g}", f"seed{self.seed}", "perturbed" * self.perturbed]
+        return "_".join(_NOT_PLAIN.sub("-", part.replace("α", "alpha")).strip("-") for part in parts if part)
 
     @property
     def chooses(self) -> bool:
-        """Whether it is there for the choice of a learning rate."""
-        return self.seed == CHOOSING_SEED
+        """Whether its seed is one of those for the choice of a learning rate."""
+        return self.seed in CHOOSING_SEEDS
 
 
 @dataclass(frozen=True)
@@ -128,52 +142,42 @@ class Sources:
     texts: str | None = None
 
 
-class Study(abc.ABC):
-    """A question, the runs that answer it, and what is read from them.
+@dataclass(frozen=True)
+class Metric:
+    """A measurement that arms are compared by.
 
     Attributes:
-        name: of the command.
-        question: in one sentence.
-        paper: where the question comes from.
-        chosen_by: the metric of the last evaluation on seed 0 by which a learning rate is chosen.
-        chosen_at_best: whether the best evaluation of a rate counts in place of its last.
-        higher: whether more of it is better.
-        presets: the sizes, by name.
-        notes: what a reader of the conclusion has to know, a sentence each.
+        name: in the table of cells.
+        head: in tables and figures, with its unit.
+        better: 1 where more of it is better, -1 where less is, 0 where neither.
+        best_by: the metric whose lowest evaluation is taken; empty for the last evaluation.
     """
 
-    name: ClassVar[str]
-    question: ClassVar[str]
-    paper: ClassVar[str]
-    chosen_by: ClassVar[str]
-    chosen_at_best: ClassVar[bool] = False
-    higher: ClassVar[bool]
-    presets: ClassVar[Mapping[str, Preset]]
-    notes: ClassVar[tuple[str, ...]] = ()
+    name: str
+    head: str
+    better: int = -1
+    best_by: str = ""
 
-    @abc.abstractmethod
-    def write_data(self, preset: Preset, level: Level, seed: int, folder: Path, sources: Sources) -> dict[str, Any]:
-        """Writes the data of the cells at a level with a seed, unless they are there.
 
-        Returns:
-            The configuration keys that name them: `data.train`, `data.eval`.
-        """
+@dataclass(frozen=True)
+class Contrast:
+    """One difference that is looked at.
 
-    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
-        """What is measured at every evaluation beside the loss and the accuracy on `data.eval`; by name."""
-        return {}
+    Attributes:
+        claim: what it is of, such as `MoRA r2 − LoRA r2`.
+        metric: that is compared.
+        level: where.
+        values: the difference by seed.
+        cells: that it comes from.
+        halfway: the difference by seed after half of the steps; empty where that is not known.
+    """
 
-    def learning_rate(self, cell: Cell, data: Mapping[str, Any]) -> float:
-        """What a cell is trained with, given the keys that `write_data` returned for it: its rate."""
-        return cell.rate
-
-    @abc.abstractmethod
-    def conclude(self, results: Any) -> list[str]:
-        """The conclusion, in paragraphs of Markdown, from the table alone (see `Results`)."""
-
-    @abc.abstractmethod
-    def figures(self, results: Any) -> dict[str, Any]:
-        """The figures by name, each a `matplotlib.figure.Figure`."""
+    claim: str
+    metric: Metric
+    level: str
+    values: Mapping[int, float]
+    cells: tuple[str, ...]
+    halfway: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,7 @@ class Measuring:
         data: the configuration keys that `write_data` gave for the cell.
         steps: of the cell.
         cache: of the whole study, for what is made once.
+        items: the file for scores of single rows, at the last evaluation of a reported cell; else None.
     """
 
     preset: Preset
@@ -195,30 +200,122 @@ class Measuring:
     data: Mapping[str, Any]
     steps: int
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    items: Path | None = None
 
 
-def choosing_cells(preset: Preset) -> Iterator[Cell]:
-    """The cells by which learning rates are chosen: none for an arm with a single one, or with another arm's."""
-    for level, arm in preset.pairs():
-        if len(arm.rates) > 1:
-            for rate in arm.rates:
-                yield Cell(level, arm, rate, CHOOSING_SEED)
+class Study(abc.ABC):
+    """A question, the runs that answer it, and what is read from them.
+
+    The text of its conclusion is `text/NAME.md`, a template for `string.Template`.
+
+    Attributes:
+        name: of the command.
+        question: in one sentence.
+        paper: where the question comes from.
+        chosen_by: the metric by which a learning rate is chosen.
+        chosen_at_best: whether the best evaluation of a rate counts in place of its last.
+        higher: whether more of it is better.
+        presets: the sizes, by name.
+        metrics: what arms are compared by; the first is what the question is about.
+        notes: what a reader of the conclusion has to know, a sentence each.
+
+    Methods read a table of results, a `mora_jax.studies.results.Results`.
+    """
+
+    name: ClassVar[str]
+    question: ClassVar[str]
+    paper: ClassVar[str]
+    chosen_by: ClassVar[str]
+    chosen_at_best: ClassVar[bool] = False
+    higher: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Preset]]
+    metrics: ClassVar[tuple[Metric, ...]]
+    notes: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, preset: Preset, sources: Sources) -> None:  # noqa: B027  # most take anything
+        """Refuses sources that the preset can't work on, before anything is written.
+
+        Raises:
+            InputError: what the user has to mend.
+        """
+
+    @abc.abstractmethod
+    def write_data(self, preset: Preset, level: Level, seed: int, folder: Path, sources: Sources) -> dict[str, Any]:
+        """Writes the data of the cells at a level with a seed, unless they are there.
+
+        Returns:
+            The configuration keys that name them: `data.train`, `data.eval`.
+        """
+
+    @abc.abstractmethod
+    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
+        """What is measured at an evaluation; by name."""
+
+    def settings(self, cell: Cell, preset: Preset) -> dict[str, Any]:
+        """Configuration keys of a cell that differ from those of its arm, level and preset."""
+        return {}
+
+    def learning_rate(self, cell: Cell, data: Mapping[str, Any]) -> float:
+        """What a cell is trained with, given the keys that `write_data` returned for it: its rate."""
+        return cell.rate
+
+    def explore(self, results: Any) -> Iterable[Cell]:
+        """Further cells, given what the cells so far have shown; called until there are none that are new."""
+        return ()
+
+    @abc.abstractmethod
+    def pairs(self, results: Any, level: str) -> list[tuple[str, str]]:
+        """The arms that are compared at a level, each with the one that it is compared with."""
+
+    def contrasts(self, results: Any) -> Iterable[Contrast]:
+        """Comparisons beside those of `pairs` and `metrics`."""
+        return ()
+
+    @abc.abstractmethod
+    def sections(self, results: Any) -> dict[str, str]:
+        """The study's own parts of its text, by the names in the template, from the table alone."""
+
+    @abc.abstractmethod
+    def figures(self, results: Any) -> dict[str, Any]:
+        """The figures by name, each a `matplotlib.figure.Figure`."""
 
 
-def reported_cells(preset: Preset, chosen: Mapping[tuple[str, str], float]) -> Iterator[Cell]:
-    """The cells that are reported.
+def reported_cells(
+    preset: Preset, chosen: Mapping[tuple[str, str], float], factor: float = 2.0, *, perturbed: bool = False
+) -> Iterator[Cell]:
+    """The cells that are reported, with those beside them.
 
     Args:
         preset: of the study.
         chosen: the rate of each arm at each level, by the names of level and arm; pairs without one are left out.
+        factor: between an arm's rate and those beside it, where it has no grid.
+        perturbed: those that start from perturbed weights too.
     """
     single = {(level.name, arm.name): arm.rates[0] for level, arm in preset.pairs() if len(arm.rates) == 1}
+    rates = {**chosen, **single}
     for level, arm in preset.pairs():
-        rate = {**chosen, **single}.get((level.name, arm.rate_of or arm.name))
+        rate = rates.get((level.name, arm.rate_of or arm.name))
         if rate is None:
             continue
-        rates = sorted(arm.rates or (rate,))
-        place = rates.index(rate)
-        for other in rates[max(0, place - 1) : place + 2] if level.neighbours else (rate,):
+        stages = {rate: REPORTED}
+        if level.neighbours:
+            step = arm.rates[1] / arm.rates[0] if len(arm.rates) > 1 else factor
+            stages = {rounded(rate / step): NEIGHBOUR, rate: REPORTED, rounded(rate * step): NEIGHBOUR}
+        if (equal := rates.get((level.name, arm.control_of))) is not None:
+            stages.setdefault(equal, EQUAL_RATE)
+        for other, stage in stages.items():
             for seed in range(1, preset.seeds + 1):
-                yield Cell(level, arm, other, seed, neighbour=other != rate)
+                cell = Cell(level, arm, other, seed, stage)
+                yield cell
+                if perturbed and stage == REPORTED:
+                    yield dataclasses.replace(cell, stage=EXPLORATORY, perturbed=True)
+
+
+def rounded(rate: float) -> float:
+    """A learning rate of three digits, so that one that is reached in two ways has one name."""
+    return float(f"{rate:.3g}")
+
+
+def grid(rate: float) -> tuple[float, ...]:
+    """The learning rates that a search begins with, a factor of 2 apart around `rate`."""
+    return rounded(rate / 2), rounded(rate), rounded(2 * rate)

@@ -20,23 +20,25 @@ from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.merge import merge
 from mora_jax.cli.main import main
 from mora_jax.interop import load_pretrained
-from mora_jax.studies.forget.intruders import EPSILONS, FACTORS, Leading, scaled
-from mora_jax.studies.forget.presets import _data, _settings
-from mora_jax.studies.forget.spectrum import (
+from mora_jax.studies.claims import claims
+from mora_jax.studies.conclusion import rates_table
+from mora_jax.studies.forget import Forget, _data, _settings, known_at, least_forgetting, matched, pieces
+from mora_jax.studies.results import Results
+from mora_jax.studies.run import run_study
+from mora_jax.studies.spectrum import (
+    EPSILONS,
+    FACTORS,
     Change,
+    Leading,
     Spectrum,
     changes,
     cumulative_energy,
     energy_rank,
     gaussian_energy,
     kernels,
+    scaled,
     stable_rank,
 )
-from mora_jax.studies.forget.stdlib_code import pieces
-from mora_jax.studies.forget.study import Forget
-from mora_jax.studies.forget.trade import known_at, lowest_known_at
-from mora_jax.studies.results import Results
-from mora_jax.studies.run import run_study
 from mora_jax.studies.study import Arm, Preset, Sources
 from mora_jax.sweeps.board import Board
 
@@ -49,7 +51,7 @@ class Small(Forget):
     presets = {
         "test": Preset(
             "a test",
-            (Arm("full", {"adapter.method": "full"}, (1e-3,)), Arm("LoRA r1", LORA, (5e-2, 1e-3))),
+            (Arm("full", {"adapter.method": "full"}, (1e-3,)), Arm("LoRA r1", LORA, (1e-2, 2e-2))),
             _settings(steps=2, batch_size=4, max_length=32, evaluations=1, **{"model.dtype": "float32"}),
             _data("instructions", rows=12, scored=10, text_length=64, layers=2, top=4),
             seeds=2,
@@ -166,9 +168,7 @@ def test_what_was_known_is_read_where_as_much_was_learned():
     assert known_at(path, 2.0) == pytest.approx(1.4)
     assert known_at(path, 1.75) == pytest.approx(1.75)
     assert known_at(path, 5.0) == 1.0
-    assert known_at(path, 0.5) is None
-    assert lowest_known_at({0.1: path, 0.2: [(4.0, 1.0), (2.0, 1.1)], 0.3: [(4.0, 1.0)]}, 3.0) == (0.2, 1.05)
-    assert lowest_known_at({0.1: path}, 0.1) is None
+    assert math.isnan(known_at(path, 0.5))
 
 
 def test_code_is_cut_between_lines():
@@ -179,17 +179,27 @@ def test_code_is_cut_between_lines():
 
 @pytest.mark.slow
 def test_rates_are_chosen_on_held_out_rows_and_reported_on_the_test(done):
+    """Rows are drawn from all tasks alike, and not from the head of a file."""
     result, out = done
-    for part in ("held_out", "test"):
+    for part, count in (("held_out", 5), ("test", 10)):
         rows = [json.loads(line) for line in (out / "data" / f"{part}.jsonl").read_text().splitlines()]
-        known = [json.loads(line)["messages"] for line in Path(demo.data_path(part)).read_text().splitlines()]
-        assert [row["messages"] for row in rows] == known[:10]
+        known = [json.loads(line) for line in Path(demo.data_path(part)).read_text().splitlines()]
+        assert len(rows) == count and all(row in known for row in rows)
+        assert len({row["task"] for row in rows}) == count
     frame = pd.read_csv(out / "cells.csv")
-    first = frame[(frame["step"] == 0) & (frame["metric"] == "loss")].groupby("stage")["value"]
-    assert set(first.groups) == {"choosing", "reported"}
-    assert (first.max() - first.min()).max() < 1e-4
-    assert abs(first.mean()["choosing"] - first.mean()["reported"]) > 1e-3
+    first = frame[(frame["step"] == 0) & (frame["metric"] == "loss")]
+    by_part = first.groupby(first["stage"] == "reported")["value"]
+    assert set(first["stage"]) >= {"choosing", "reported"}
+    assert (by_part.max() - by_part.min()).max() < 1e-4
+    assert abs(by_part.mean()[True] - by_part.mean()[False]) > 1e-3
     assert result.results.missing() == []
+
+
+def test_all_test_rows_of_the_quick_preset_are_scored(tmp_path):
+    study, preset = Forget(), Forget.presets["quick"]
+    study.write_data(preset, preset.levels[0], 1, tmp_path, Sources(demo.model_path()))
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert len(rows) == 240 and len({row["task"] for row in rows}) == 12
 
 
 @pytest.mark.slow
@@ -212,10 +222,10 @@ def test_the_change_of_a_run_is_that_of_its_files(done):
 @pytest.mark.slow
 def test_the_conclusion_and_figures_of_a_run(done):
     result, out = done
-    for words in ("At equal steps", "At equal learning", "a knob of its own", "Intruder dimensions", "all parameters"):
-        assert words in result.conclusion
+    for heading in ("## Differences", "## At equal learning", "## By learning rate", "Intruder dimensions"):
+        assert heading in result.conclusion
     assert "nan" not in result.conclusion
-    assert {path.stem for path in (out / "figures").iterdir()} == {"pareto", "curves", "spectrum", "intruders"}
+    assert {path.stem for path in (out / "figures").iterdir()} == {"plane", "curves", "spectrum", "intruders", "rates"}
 
 
 class Written(Forget):
@@ -227,7 +237,7 @@ class Written(Forget):
             (
                 Arm("full", {"adapter.method": "full"}, (0.1, 1.0)),
                 Arm("LoRA r1", LORA, (2.0, 3.0)),
-                Arm("full, weight decay", {"adapter.method": "full"}, (0.1,)),
+                Arm("full, weight decay", {"adapter.method": "full"}, (0.1,), control_of="full"),
             ),
             {},
             _data("instructions", rows=12),
@@ -252,6 +262,7 @@ def written():
         seeds = [("choosing", 0)] + [("reported", seed) for seed in (1, 2) if (arm, rate) in reported]
         for stage, seed in seeds:
             head = {"stage": stage, "seed": seed, "arm": arm, "level": "", "learning_rate": rate, "parameters": 7}
+            head |= {"cell": f"{arm} {rate} {seed}", "note": None, "versions": ""}
             for step, (new, old) in enumerate(course):
                 for metric, value in (("loss", new), ("base_text_loss", old + seed * step * 0.001)):
                     rows.append({**head, "step": step, "metric": metric, "value": value})
@@ -265,39 +276,57 @@ def written():
 
 
 def test_the_conclusion_is_what_the_table_says(written):
-    text = "\n".join(Written().conclude(written))
-    assert "**LoRA r1 learns less than full and LoRA r1 forgets less than full**" in text
-    assert "**full, weight decay** against **full**: learns less (+1.000 ± 0.000" in text
-    # LoRA ends at 3.0. full passes that two thirds of the way from step 0 to step 1, at its lower rate later.
-    assert "| full | 0.668 ± 0.004 | 2 |  | 0.150 | 0.1 |" in text
-    assert "| LoRA r1 | 0.503 ± 0.013 | 2 | -0.165 ± 0.008 | 0.500 | 2 |" in text
-    assert "**LoRA r1** against **full**: forgets less, -0.165 ± 0.008" in text
-    # full learns at one rate alone (2.5 is more than twice 1.0), LoRA at both, which differ by nothing.
-    assert (
-        "differs by 0.000 on average (most, 0.000, for full); among the methods at their chosen rates by 2.500" in text
-    )
-    assert "ranges overlap" not in text
-    assert "Of *learns less* and *forgets less* both hold here." in text
-    assert "LoRA r1 moves the weights furthest, but full forgets most" in text
-    assert "- **full**: it has none" in text
-    assert "- **LoRA r1**: without them the old domain is better, 50% of what was lost comes back" in text
+    stated = {(claim.claim, claim.metric.split(",")[0]): claim for claim in claims(written)}
+    learned = stated["LoRA r1 − full", "loss on the new domain"]
+    known = stated["LoRA r1 − full", "loss on the old domain"]
+    assert (learned.effect, learned.verdict, learned.halfway) == (2.0, "worse", 2.0)
+    assert (known.effect, known.verdict) == (pytest.approx(-2.5), "better")
+    assert stated["full, weight decay − full", "loss on the new domain"].effect == 1.0
+    # LoRA ends at 3.0. full passes that two thirds of the way from step 0 to step 1.
+    rise = matched(written)
+    assert rise["full"] == pytest.approx({1: 2 / 3 * 1.001, 2: 2 / 3 * 1.002})
+    assert rise["LoRA r1"] == pytest.approx({1: 0.502, 2: 0.504})
+    equal = stated["LoRA r1 − full", "rise of the old domain's loss at equal learning"]
+    assert equal.effect == pytest.approx(0.503 - 2 / 3 * 1.0015)
+    # On the seed that chooses, full at its lower rate comes to 3.0 half way from step 1 to step 2.
+    assert least_forgetting(written, "full", 3.0) == pytest.approx({0.1: 0.15, 1.0: 2 / 3})
+    assert least_forgetting(written, "LoRA r1", 3.0) == pytest.approx({2.0: 0.5})
+    sections = Written().sections(written)
+    assert "| full | 0.668 ± 0.004 | 2 | 0.150 | 0.1 | 1 |" in sections["matched"]
+    assert "| LoRA r1, 2 (chosen) | 1 | 1.500 | 3.000 |" in rates_table(written)
+    assert "| LoRA r1 | 2 | 2.00 ± 0.00 | -0.250 ± 0.000 | +0.000 ± 0.000 |" in sections["intruders"]
+
+
+def test_lower_rates_are_explored_until_the_least_forgetting_lies_inside(written):
+    cells = {cell.name for cell in Written().explore(written)}
+    # At equal learning full forgets least at its lowest rate; LoRA's lowest is its only one that learns as much.
+    assert {name.split("_")[0] for name in cells} == {"full", "LoRA-r1"}
+    assert {name.split("_")[1] for name in cells} == {"lr0.01", "lr1.33"}
+    assert {name.split("_")[2] for name in cells} == {"seed0", "seed1001", "seed1002"}
+    rows = written.frame[(written.frame["arm"] == "full") & (written.frame["learning_rate"] == 0.1)]
+    slow = rows[rows["seed"] == 0].assign(learning_rate=0.01, stage="exploratory", cell="slow")
+    slow.loc[slow["metric"] == "loss", "value"] += 1.0
+    further = Results(pd.concat([written.frame, slow]), written.study, written.preset)
+    assert not any("full" in cell.name for cell in Written().explore(further))
 
 
 def test_figures_show_every_rate(written):
-    found = Written().figures(written)
-    assert set(found) == {"pareto", "curves", "spectrum", "intruders"}
-    first = found["pareto"].axes[0]
-    assert [text.get_text() for text in first.get_legend().get_texts()] == ["0.1", "1 (chosen)"]
-    lines = [line.get_xydata().tolist() for line in first.get_lines() if not line.get_label().startswith("_")]
-    np.testing.assert_allclose(lines, [[[0, 0], [0.1, 1.5], [0.2, 2.5]], [[0, 0], [1, 3], [3, 4]]], atol=1e-9)
+    figures = Written().figures(written)
+    assert set(figures) == {"plane", "curves", "spectrum", "intruders"}
+    [plane] = figures["plane"].axes
+    lines = [line.get_xydata().tolist() for line in plane.get_lines() if len(line.get_xdata()) == 2]
+    assert [[0.2, 2.5], [3.0, 4.0]] in [np.round(line, 9).tolist() for line in lines]
+    assert [text.get_text() for text in figures["plane"].legends[0].get_texts()] == written.arms
+    assert "n = 2 seeds" in figures["plane"].get_supxlabel()
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         (["--model", "elsewhere"], "give --texts FILE"),
-        (["--data", "few.jsonl"], "and there are 3 in all"),
+        (["--data", "few.jsonl"], "3 rows with 1 prompts are too few for three parts"),
         (["--data", "tokens.jsonl"], "takes chats or plain texts"),
+        (["--preset", "paper", "--model", "elsewhere", "--texts", "few.jsonl"], "give more by --data FILE"),
     ],
 )
 def test_bad_input_is_one_line(given, words, tmp_path, monkeypatch, capsys):

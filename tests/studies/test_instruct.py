@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import json
-import math
 from types import SimpleNamespace
 
 import jax
@@ -17,14 +17,25 @@ from mora_jax.adapters.base import AdapterParam
 from mora_jax.cli.main import main
 from mora_jax.data import EncodedDataset, Segment, load_rows, load_tokenizer
 from mora_jax.errors import InputError
-from mora_jax.studies.instruct.compare import change, gain, ratio
-from mora_jax.studies.instruct.report import conclude
-from mora_jax.studies.instruct.rows import base_texts, embedded_parts, facts_of, parts_of_files
-from mora_jax.studies.instruct.study import LOSSES, Instruct, levels, lora
+from mora_jax.studies.claims import claims
+from mora_jax.studies.instruct import (
+    LOSSES,
+    Instruct,
+    arms,
+    base_texts,
+    embedded_parts,
+    fact,
+    facts_of,
+    gain,
+    levels,
+    parts_of_files,
+)
+from mora_jax.studies.intervals import interval
 from mora_jax.studies.registry import STUDIES
-from mora_jax.studies.results import Results, choose_rates
-from mora_jax.studies.run import cell_names, run_study
-from mora_jax.studies.study import Arm, Cell, Preset, Sources, reported_cells
+from mora_jax.studies.results import Results
+from mora_jax.studies.rows import read_rows
+from mora_jax.studies.run import cell_names, guide, run_study
+from mora_jax.studies.study import Arm, Preset, Sources, reported_cells
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.train import train_runs
@@ -90,6 +101,13 @@ def test_passages_change_prompts_and_no_answers():
     assert prompts(again.train)[:9] != prompts(behind.train)[:9]
     passages = [{". ".join(text.split(". ")[:3]) for text in prompts(rows)} for rows in (again.train, again.test)]
     assert len(passages[0]) > 40 and not passages[0] & passages[1]
+    assert (alone.rows, alone.duplicates, alone.dropped) == (2550, 0.0, 0)
+
+
+def test_all_tasks_are_scored_alike():
+    tasks = {json.dumps(row["messages"]): row["task"] for row in read_rows(demo.data_path("test"))}
+    test = embedded_parts(0, 24, 1).test
+    assert collections.Counter(tasks[json.dumps(row["messages"])] for row in test) == dict.fromkeys(tasks.values(), 2)
 
 
 def test_facts_are_those_of_the_tokens(tokenizer):
@@ -119,7 +137,7 @@ def test_a_users_rows_are_split_by_prompt_and_grouped_by_ratio(dolly, tokenizer)
     groups = [parts_of_files(dolly, tokenizer, 64, group, 2, 100, 1) for group in (1, 2)]
     held_out: set[str] = set()
     for parts in groups:
-        assert parts.duplicates == pytest.approx(20 / 80)
+        assert (parts.rows, parts.dropped, parts.duplicates) == (80, 0, pytest.approx(20 / 80))
         held_out |= {*prompts(parts.validation), *prompts(parts.test)}
         assert not {*prompts(parts.validation)} & {*prompts(parts.test)}
     trained = [row for parts in groups for row in parts.train]
@@ -127,6 +145,14 @@ def test_a_users_rows_are_split_by_prompt_and_grouped_by_ratio(dolly, tokenizer)
     assert len(trained) + sum(len(parts.validation) + len(parts.test) for parts in groups) == 80
     words = [[len(row["messages"][1]["content"].split()) for row in parts.train] for parts in groups]
     assert min(words[0]) >= max(words[1])  # long answers make low ratios
+
+
+def test_rows_that_are_left_out_are_counted(dolly, tokenizer):
+    lengths = EncodedDataset.build(load_rows(list(dolly)), tokenizer, max_length=64).report.lengths
+    longest = sorted(lengths)[39]
+    parts = parts_of_files(dolly, tokenizer, longest, 1, 1, 100, 1)
+    assert parts.dropped == sum(length > longest for length in lengths) > 0
+    assert len(parts.train) + len(parts.validation) + len(parts.test) == 80 - parts.dropped
 
 
 def test_files_without_what_the_study_needs(dolly, tokenizer, tmp_path, capsys):
@@ -165,13 +191,14 @@ def test_end_to_end(done):
     rates = frame[frame["arm"] == "LoRA lr_share"].groupby("seed")["learning_rate"].first()
     for seed, [(_, mean)] in share.items():
         assert rates[seed] == pytest.approx(1e-2 * mean, rel=1e-2)
-    assert "| LoRA | unmasked |" in result.conclusion
-    assert {path.stem for path in (out / "figures").iterdir()} == {"crossing", "epochs", "rates", "rows", "share"}
+    assert "| LoRA unmasked − LoRA masked, ratio 1 of 1, 4 rows |" in result.conclusion
+    assert "Of 2,550 rows 0.0% repeat the prompt of another, and 0 are left out" in result.conclusion
+    assert {path.stem for path in (out / "figures").iterdir()} == {"crossing", "epochs", "rates"}
 
 
 def table_of(values):
     """Results of a table with (level, arm, seed, step, validation loss, test loss) rows, at two ratios."""
-    preset = Preset("a test", (), {}, {}, levels(2, 2, 4, {8: ARMS[:2], 16: ARMS[:2]}), seeds=3)
+    preset = Preset("a test", (), {"data.max_length": 64}, {}, levels(2, 2, 4, {8: ARMS[:2], 16: ARMS[:2]}), seeds=3)
     rows = [
         {"level": level, "arm": arm, "seed": seed, "step": step, "metric": metric, "value": value}
         for level, arm, seed, step, *pair in values
@@ -182,9 +209,15 @@ def table_of(values):
         {"level": level, "arm": "LoRA masked", "seed": seed, "step": 0, "metric": metric, "value": value}
         for level, known in ratios.items()
         for seed in (1, 2, 3)
-        for metric, value in (("ratio", known), ("share", 1 / (1 + known)), ("duplicate_prompts", 0.25))
+        for metric, value in (
+            ("ratio", known),
+            ("share", 1 / (1 + known)),
+            ("duplicate_prompts", 0.25),
+            ("dropped_rows", 7),
+            ("all_rows", 1080),
+        )
     ]
-    frame = pd.DataFrame(rows).assign(stage="reported", learning_rate=1e-2, note=None, parameters=1)
+    frame = pd.DataFrame(rows).assign(stage="reported", learning_rate=1e-2, note=None, parameters=1, cell="a cell")
     return Results(frame, STUDIES["instruct"], preset)
 
 
@@ -205,48 +238,60 @@ def known():
 
 
 def test_gains_are_of_the_epoch_that_validation_chooses(known):
-    arms = "LoRA masked", "LoRA unmasked"
-    found = gain(known, *arms, "ratio 2 of 2, 8 rows")
-    assert found.mean == pytest.approx(0.6)
-    assert found.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
-    assert gain(known, *arms, "ratio 2 of 2, 8 rows", best=False).mean == pytest.approx(0.5 - 1.4)
-    assert ratio(known, "ratio 2 of 2, 8 rows") == 4.0
-    grows = change(known, *arms, "ratio 1 of 2, 8 rows", "ratio 2 of 2, 8 rows")
-    assert grows.mean == pytest.approx(0.6)
-    assert grows.half == pytest.approx(4.302653 * np.std([0.4, 0.6, 0.8], ddof=1) / math.sqrt(3), rel=1e-5)
+    mean = interval(gain(known, "LoRA", "ratio 2 of 2, 8 rows").values())
+    assert mean.mean == pytest.approx(0.6)
+    assert mean.half == pytest.approx(4.302653 * 0.1 / np.sqrt(3), rel=1e-5)
+    assert fact(known, "ratio", "ratio 2 of 2, 8 rows") == 4.0
+    stated = {(claim.claim, claim.level, claim.metric.split(",")[0]): claim for claim in claims(known)}
+    arms = "LoRA unmasked − LoRA masked"
+    best = stated[arms, "ratio 2 of 2, 8 rows", "test loss at the best epoch"]
+    assert best.effect == pytest.approx(-0.6) and best.halfway is None
+    last = stated[arms, "ratio 2 of 2, 8 rows", "test loss after the last epoch"]
+    assert last.effect == pytest.approx(1.4 - 0.5)
+    grows = stated[
+        "LoRA unmasked, ratio 2 of 2, 8 rows − ratio 1 of 2, 8 rows",
+        "",
+        "gain of unmasked loss in test loss at the best epoch",
+    ]
+    assert grows.effect == pytest.approx(0.6)
+    assert grows.high - grows.effect == pytest.approx(4.302653 * np.std([0.4, 0.6, 0.8], ddof=1) / np.sqrt(3), rel=1e-5)
+    rows = stated[
+        "LoRA unmasked, ratio 2 of 2, 16 rows − ratio 2 of 2, 8 rows",
+        "",
+        "gain of unmasked loss in test loss at the best epoch",
+    ]
+    assert rows.effect == pytest.approx(-0.3)
 
 
-def test_verdicts_stand_level_by_level(known):
-    text = "\n".join(conclude(known))
-    for level, words in {
+def test_verdicts_stand_level_by_level_and_are_corrected(known):
+    verdicts = {
+        claim.level: claim.verdict for claim in claims(known) if claim.metric.startswith("test loss at the best epoch")
+    }
+    assert verdicts == {
         "ratio 1 of 2, 8 rows": "no difference shown",
         "ratio 2 of 2, 8 rows": "better",
         "ratio 1 of 2, 16 rows": "worse",
-    }.items():
-        [line] = [line for line in text.splitlines() if line.startswith(f"| {level} | LoRA | unmasked")]
-        assert f" | {words} | " in line
-    assert "ratio 4.0, 8 to 16 rows: it falls with the rows, -0.300" in text
-    assert "25.0% repeat the prompt" in text
+        # Its interval leaves 0 out, by itself.
+        "ratio 2 of 2, 16 rows": "no difference shown",
+    }
+    text = Instruct().sections(known)
+    assert (text["duplicates"], text["dropped"], text["rows"]) == ("25.0%", "7", "1,080")
 
 
 def test_a_rate_is_chosen_by_its_best_evaluation():
-    level, arm = levels(1, 2, 4, {8: lora((1e-3, 1e-2), "masked")})[0], lora((1e-3, 1e-2), "masked")[0]
-    runs = []
-    for rate, losses in ((1e-3, (3.0, 2.0, 2.0)), (1e-2, (3.0, 1.5, 4.0))):
-        cell = Cell(level, arm, rate, 0)
-        metrics = [{"step": 2 * place, "eval_validation_loss": loss} for place, loss in enumerate(losses)]
-        runs.append(SimpleNamespace(name=cell.name, cell=cell, metrics=metrics, summary={"steps": 4}, failed=None))
-    cells = {run.name: run.cell for run in runs}
-    assert choose_rates(STUDIES["instruct"], cells, runs) == {(level.name, "LoRA masked"): 1e-2}
-    assert choose_rates(STUDIES["memorize"].__class__(), cells, runs) == {}
+    metrics = [{"step": 2 * place, "eval_validation_loss": loss} for place, loss in enumerate((3.0, 1.5, 4.0))]
+    run = SimpleNamespace(metrics=metrics, failed=None)
+    assert guide(STUDIES["instruct"], run) == 1.5
+    assert guide(STUDIES["memorize"], run) == float("inf")
 
 
 def test_an_arm_takes_another_ones_rate():
-    preset = Preset("a test", (), {}, {}, levels(1, 2, 4, {8: lora((1e-3, 1e-2), "masked", "lr_share")}), seeds=1)
+    compared = arms("LoRA", 2e-3, "masked", "lr_share")
+    preset = Preset("a test", (), {}, {}, levels(1, 2, 4, {8: compared}), seeds=1)
     [level] = preset.levels
     cells = list(reported_cells(preset, {(level.name, "LoRA masked"): 1e-2}))
     assert [(cell.arm.name, cell.rate) for cell in cells] == [("LoRA masked", 1e-2), ("LoRA lr_share", 1e-2)]
-    assert len(cell_names(preset)) == 2 + 2 * 2
+    assert len(cell_names(preset)) == 3 + 2 * 3
 
 
 def test_identities(tmp_path):

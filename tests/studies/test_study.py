@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,16 +26,16 @@ from mora_jax.errors import InputError
 from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
-from mora_jax.studies.folder import StudyFolder, write_rows
-from mora_jax.studies.instruct.study import Instruct
-from mora_jax.studies.intervals import interval, paired, verdict
-from mora_jax.studies.memorize.pairs import SYMBOLS, make_pairs, right_symbols, share_of_right
-from mora_jax.studies.memorize.study import Memorize
+from mora_jax.studies.folder import StudyFolder
+from mora_jax.studies.instruct import Instruct
+from mora_jax.studies.intervals import interval, paired
+from mora_jax.studies.memorize import SYMBOLS, Memorize, bits_stored, make_pairs, right_symbols, share_of_right
 from mora_jax.studies.registry import STUDIES
-from mora_jax.studies.results import choose_rates, observations
-from mora_jax.studies.run import run_study
-from mora_jax.studies.scoring import score_rows
-from mora_jax.studies.study import Arm, Cell, Measuring, Preset, Sources
+from mora_jax.studies.results import Results, observations
+from mora_jax.studies.rows import sample, score_rows, split_by_prompt, write_rows
+from mora_jax.studies.run import guide, run_study
+from mora_jax.studies.search import search
+from mora_jax.studies.study import CHOOSING_SEEDS, Arm, Cell, Level, Measuring, Preset, Sources, reported_cells
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.run_result import RunResult
 
@@ -49,12 +49,13 @@ SETTINGS = {
 LORA = {"adapter.method": "lora", "adapter.rank": 1, "adapter.targets": ("q_proj",)}
 ARMS = (Arm("LoRA", LORA, (1e-3, 1e-2)), Arm("no layer", LORA | {"adapter.targets": ("w_proj",)}, (1e-3,)))
 SOURCES = Sources(demo.model_path())
+LEVELS = (Level("6 pairs", {"pairs": 6}),)
 
 
 class Small(Memorize):
     """Two arms, one of which can't begin."""
 
-    presets = {"test": Preset("a test", ARMS, SETTINGS, {"pairs": 6, "length": 2}, seeds=2)}
+    presets = {"test": Preset("a test", ARMS, SETTINGS, {"length": 2}, LEVELS, seeds=2)}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,11 @@ def test_intervals_are_students():
     assert found.mean == pytest.approx(0.10)
     assert found.low == pytest.approx(0.0006, abs=1e-4)
     assert interval([2.0]).half is None
-    assert not interval([2.0]).decided
+    assert interval([2.0]).p is None
     assert interval([]).text() == "missing"
+    lost = interval([math.nan, 1.0, math.inf, 2.0])
+    assert (lost.n, lost.lost, lost.mean, lost.seeds) == (2, 2, 1.5, "2 (2 diverged)")
+    assert interval([math.nan]).text() == "diverged"
 
 
 def test_differences_are_paired_by_seed():
@@ -78,10 +82,6 @@ def test_differences_are_paired_by_seed():
     found = paired(first, second)
     assert (found.n, found.mean) == (2, 0.75)
     assert found.half == pytest.approx(12.706 * math.sqrt(0.125 / 2), rel=1e-3)
-    assert verdict(found, "more", "less") == "no difference shown"
-    assert verdict(interval([1.0, 1.1, 0.9]), "more", "less") == "more"
-    assert verdict(interval([-1.0, -1.1, -0.9]), "more", "less") == "less"
-    assert verdict(interval([1.0]), "more", "less") == "one seed, so undecided"
 
 
 def test_pairs_are_uniform_and_keys_unique():
@@ -100,29 +100,78 @@ def test_symbols_count_by_position():
     assert share_of_right(["a b", "c"], ["a b", "c d"]) == (0.75, 0.5)
 
 
-def test_a_rate_is_chosen_on_one_seed_and_reported_on_others(done):
+def test_bits_are_what_a_guess_lacks():
+    assert bits_stored(10, math.log(16)) == pytest.approx(0)
+    assert bits_stored(10, 0.0) == 40
+    assert bits_stored(10, 5.0) == 0
+
+
+def test_a_rate_is_chosen_on_seeds_that_are_not_reported(done):
     result, out = done
     frame = pd.read_csv(out / "cells.csv")
-    lora = frame[(frame["arm"] == "LoRA") & (frame["metric"] == "generated_accuracy") & (frame["step"] == 2)]
+    lora = frame[(frame["arm"] == "LoRA") & (frame["metric"] == "teacher_forced_accuracy") & (frame["step"] == 2)]
     choosing = lora[lora["stage"] == "choosing"]
-    assert set(choosing["seed"]) == {0}
-    assert list(choosing["learning_rate"]) == [1e-3, 1e-2]
-    best = choosing.sort_values(["value", "learning_rate"], ascending=[False, True])["learning_rate"].iloc[0]
+    assert set(choosing["seed"]) == set(CHOOSING_SEEDS)
+    means = choosing.groupby("learning_rate")["value"].agg(["mean", "count"])
+    best = means[means["count"] == 3].sort_values("mean", ascending=False).index[0]
     reported = lora[lora["stage"] == "reported"]
     assert list(reported["seed"]) == [1, 2]
-    assert set(reported["learning_rate"]) == {best} == {result.results.rate("LoRA")}
+    assert set(reported["learning_rate"]) == {best} == {result.results.rate("LoRA", "6 pairs")}
     assert set(frame[frame["arm"] == "LoRA"]["parameters"]) == {4 * (128 + 128)}
-    assert list(frame[frame["metric"] == "loss"].groupby("cell")["step"].apply(list)) == [[0, 1, 2]] * 4
+    steps = frame[frame["metric"] == "loss"].groupby(["stage", "cell"])["step"].apply(list)
+    assert list(steps["reported"]) == [[0, 1, 2]] * 2
     assert "mora-jax" in frame["versions"][0]
+
+
+def losses_of(rates, curve, seeds=CHOOSING_SEEDS):
+    return {rate: {seed: curve(rate, seed) for seed in seeds} for rate in rates}
+
+
+def searched(grid, curve):
+    """A search from its beginning to its end: the chosen rate, and what was trained."""
+    losses: dict[float, dict[int, float]] = {}
+    while True:
+        state = search(grid, losses)
+        if not state.wanted:
+            return state, losses
+        for rate, seed in state.wanted:
+            assert seed not in losses.get(rate, {})
+            losses.setdefault(rate, {})[seed] = curve(rate, seed)
+
+
+@pytest.mark.parametrize("best", [1e-4, 2e-3, 6e-2])
+def test_a_grid_grows_until_the_best_rate_lies_inside(best):
+    state, losses = searched((1e-3, 2e-3, 4e-3), lambda rate, seed: math.log(rate / best) ** 2)
+    assert state.inside and min(losses) < state.rate < max(losses)
+    assert abs(math.log2(state.rate / best)) <= 0.5 + 1e-2
+    # One seed at every rate, all three at two of them.
+    assert sorted(map(len, losses.values())) == [1] * (len(losses) - 2) + [3, 3]
+
+
+def test_the_best_mean_is_chosen_and_not_the_best_seed():
+    def curve(rate, seed):
+        lucky = -0.2 if (rate, seed) == (2e-3, CHOOSING_SEEDS[0]) else 0.0
+        return math.log(rate / 1e-3) ** 2 * 0.2 + lucky
+
+    state, losses = searched((1e-3, 2e-3), curve)
+    assert min(losses, key=lambda rate: losses[rate][CHOOSING_SEEDS[0]]) == 2e-3
+    assert state.rate == 1e-3
+
+
+def test_diverged_runs_lower_the_rates():
+    state, losses = searched((1e-2, 2e-2), lambda rate, seed: math.inf if rate > 2e-3 else -math.log(rate))
+    assert state.rate == 1.25e-3
+    state, losses = searched((1e-2, 2e-2), lambda rate, seed: math.inf)
+    assert state.rate is None and len(losses) < 10
 
 
 def test_what_is_measured_is_what_the_adapter_does(done):
     _, out = done
-    run = next((out / "runs").glob("LoRA_*seed1"))
+    run = next((out / "runs").glob("6-pairs_LoRA_*seed1"))
     model, tokenizer = load_pretrained(demo.model_path(), dtype="float32")
     load_adapter(model, run / "adapter")
     losses, right = [], []
-    for row in map(json.loads, (out / "data" / "pairs_1.jsonl").read_text().splitlines()):
+    for row in map(json.loads, (out / "data" / "pairs_6_1.jsonl").read_text().splitlines()):
         chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
         ids = tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
         logits = np.asarray(model(np.array([ids])), np.float64)[0]
@@ -143,10 +192,10 @@ def test_a_cell_that_cannot_begin_is_named_and_the_others_go_on(done):
     result, out = done
     assert result.exit_code == 0
     text = (out / "conclusion.md").read_text()
-    assert "- no-layer_lr0.001_seed1: failed: adapter: " in text
+    assert "- 6-pairs_no-layer_lr0.001_seed1: failed: adapter: " in text
     assert "did you mean 'v_proj'" in text
-    line, steps = [line for line in text.splitlines() if line.startswith("| no layer")]
-    assert line.count("missing") >= 4
+    arm, *_, steps = [line for line in text.splitlines() if line.startswith("| no layer")]
+    assert "| 0 (2 diverged) | diverged |" in arm
     assert steps == "| no layer | missing |"
 
 
@@ -188,8 +237,8 @@ def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatc
         seen.append(template)
         return ["" for _ in prompts]
 
-    monkeypatch.setattr("mora_jax.studies.memorize.study.generate_batch", answers)
-    monkeypatch.setattr("mora_jax.studies.instruct.study.generate_batch", answers)
+    monkeypatch.setattr("mora_jax.studies.memorize.generate_batch", answers)
+    monkeypatch.setattr("mora_jax.studies.instruct.generate_batch", answers)
     model, tokenizer = load_pretrained(demo.model_path(), dtype="float32")
     for study in (Memorize(), Instruct()):
         tiny = study.presets["tiny"]
@@ -202,18 +251,51 @@ def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatc
     assert seen == ["chatml", "chatml"]
 
 
-def test_cells_that_were_not_asked_for_are_none_of_the_whole():
-    preset = Preset("a test", ARMS, SETTINGS, seeds=3)
-    for pattern, count in ((None, 2 + 3 + 3), ("seed0", 2), ("no-layer", 3), ("LoRA_lr0.01", 1 + 3), ("seed[12]", 4)):
-        wanted = None if pattern is None else re.compile(pattern)
-        assert run_module._cells_at_most(preset, wanted) == count
+def test_rows_are_drawn_from_all_tasks_alike():
+    rows = [{"task": task, "number": number} for task in "abc" for number in range(40)]
+    for count in (30, 31, 200):
+        drawn = sample(rows, count)
+        counts = collections.Counter(row["task"] for row in drawn)
+        assert len(drawn) == min(count, 120) and max(counts.values()) - min(counts.values()) <= 1
+        assert drawn == sample(rows, count) and (count > 120 or drawn != sample(rows, count, "other"))
+        assert len({(row["task"], row["number"]) for row in drawn}) == len(drawn)
+    untasked = sample([{"number": number} for number in range(100)], 50)
+    assert max(row["number"] for row in untasked) > 60
+
+
+def test_prompts_are_in_one_part_alone():
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n % 30}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(90)
+    ]
+    parts = split_by_prompt(rows, 0.1, "rows")
+    prompts = {name: {row["messages"][0]["content"] for row in part} for name, part in parts.items()}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 72, "held_out": 9, "test": 9}
+    assert sum(map(len, prompts.values())) == 30
+    with pytest.raises(InputError, match="6 rows with 2 prompts are too few"):
+        split_by_prompt(rows[:2] * 3, 0.1, "rows")
+
+
+def test_controls_are_trained_at_equal_rates_and_what_is_reported_from_perturbed_weights():
+    arms = (Arm("full", {}, (1e-3, 2e-3)), Arm("full, decay", {}, (1e-3, 2e-3), control_of="full"))
+    preset = Preset("a test", arms, SETTINGS, seeds=1)
+    cells = list(reported_cells(preset, {("", "full"): 1e-3, ("", "full, decay"): 2e-3}, perturbed=True))
+    assert [(cell.name, cell.stage) for cell in cells] == [
+        ("full_lr0.001_seed1", "reported"),
+        ("full_lr0.001_seed1_perturbed", "exploratory"),
+        ("full-decay_lr0.002_seed1", "reported"),
+        ("full-decay_lr0.002_seed1_perturbed", "exploratory"),
+        ("full-decay_lr0.001_seed1", "equal_rate"),
+    ]
+    equal = list(reported_cells(preset, {("", "full"): 1e-3, ("", "full, decay"): 1e-3}))
+    assert [cell.stage for cell in equal] == ["reported"] * 2
 
 
 @pytest.mark.slow
 def test_what_is_done_stays_and_what_is_missing_is_trained(done, monkeypatch, tmp_path):
     _, out = done
     before = pd.read_csv(out / "cells.csv")
-    [gone] = (out / "runs").glob("LoRA_*seed2")
+    [gone] = (out / "runs").glob("6-pairs_LoRA_*seed2")
     shutil.rmtree(gone)
     trained = []
     measure = run_module._Running._measure
@@ -244,12 +326,13 @@ def test_a_folder_is_of_one_study(done, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--cells", "nothing"], "--cells nothing fits no cell; they are called such as LoRA"),
+        (["--cells", "nothing"], "--cells nothing fits no cell; they are called such as 128-pairs_LoRA"),
         (["--cells", "("], "is no regular expression"),
         (["--preset", "small"], "give --model MODEL"),
         (["--data", "rows.jsonl"], "makes its own pairs"),
         (["--resume", "--overwrite"], "leave out one of them"),
         (["--model", "models/none"], "models/none"),
+        (["--seeds", "1"], "--seeds must be an integer, at least 2"),
     ],
 )
 def test_bad_input_is_one_line(given, words, tmp_path, monkeypatch, capsys):
@@ -330,17 +413,20 @@ def test_a_loss_that_is_not_finite_is_a_result_and_no_error():
     arm = Arm("LoRA", LORA, (1e-3, 1e-2, 1e-1))
     preset, runs, cells = Preset("a test", (arm,), SETTINGS), [], {}
     for rate, values in ((1e-3, (0.1, 0.2)), (1e-2, (0.3, None)), (1e-1, (None, 0.15))):
-        cell = Cell(preset.levels[0], arm, rate, 0)
+        cell = Cell(preset.levels[0], arm, rate, 1)
         cells[cell.name] = cell
         metrics = [
-            {"step": step, "loss": None, "eval_generated_accuracy": value} for step, value in enumerate(values, 1)
+            {"step": step, "loss": None, "eval_teacher_forced_accuracy": value} for step, value in enumerate(values, 1)
         ]
         config = run_module.cell_config(cell, preset, demo.model_path(), {"data.train": ("a",)}, "out")
         runs.append(RunResult(cell.name, {}, {"steps": 2}, metrics, None, None, config))
-    assert choose_rates(Memorize(), cells, runs) == {("", "LoRA"): 1e-3}
+    assert [guide(Memorize(), run) for run in runs] == [-0.2, math.inf, -0.15]
     frame = observations(Memorize(), "test", cells, runs)
     assert frame[(frame["metric"] == "train_loss")]["value"].isna().all()
     assert frame[frame["learning_rate"] == 1e-2]["value"].isna().tolist() == [True, False, True, True]
+    results = Results(frame[frame["learning_rate"] == 1e-2], Memorize(), preset)
+    assert results.mean("teacher_forced_accuracy", "LoRA").seeds == "0 (1 diverged)"
+    assert results.missing() == []
 
 
 def test_a_study_goes_on_that_was_begun_before_a_key_was_there(done):
@@ -362,24 +448,29 @@ def test_the_command_knows_every_study():
     assert set(NAMES) == set(STUDIES)
 
 
+def test_a_preset_of_another_study_is_refused(capsys):
+    assert main(["study", "rates", "--preset", "saturation", "--out", "none"]) == 2
+    assert "study rates has no preset saturation; choose one of tiny, quick" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", sorted(STUDIES))
 def test_cells_are_listed_and_presets_hold(name, capsys):
     study = STUDIES[name]
-    assert set(study.presets) == {"tiny", "quick", "small", "paper"}
+    assert set(study.presets) - {"saturation"} == {"tiny", "quick", "small", "paper"}
     for preset in study.presets:
         assert main(["study", name, "--preset", preset, "--out", "none", "--list"]) == 0
         names = capsys.readouterr().out.split("\n")[:-1]
         assert len(names) == len(set(names)) >= 2
-        assert all(arm.rates == tuple(sorted(arm.rates)) for arm in study.presets[preset].arms)
+        for _, arm in study.presets[preset].pairs():
+            factors = [above / below for below, above in itertools.pairwise(arm.rates)]
+            assert factors == pytest.approx([2.0] * len(factors), rel=2e-2), arm.name
 
 
 @pytest.mark.slow
 def test_cells_may_share_their_weights_over_devices(tmp_path):
     class Sharded(Memorize):
         settings = SETTINGS | {"mesh.fsdp": 2, "train.steps": 1}
-        presets = {
-            "test": Preset("a test", (Arm("LoRA", LORA, (1e-2,)),), settings, {"pairs": 6, "length": 2}, seeds=1)
-        }
+        presets = {"test": Preset("a test", (Arm("LoRA", LORA, (1e-2,)),), settings, {"length": 2}, LEVELS, seeds=1)}
 
     class Alone(Memorize):
         presets = {
@@ -387,7 +478,8 @@ def test_cells_may_share_their_weights_over_devices(tmp_path):
                 "a test",
                 (Arm("LoRA", LORA, (1e-2,)),),
                 SETTINGS | {"train.steps": 1},
-                {"pairs": 6, "length": 2},
+                {"length": 2},
+                LEVELS,
                 seeds=1,
             )
         }
@@ -412,5 +504,10 @@ def test_the_smallest_preset(name, tmp_path, monkeypatch, capsys):
 def test_a_plan_prices_every_cell(capsys):
     assert main(["study", "memorize", "--preset", "tiny", "--plan", "v5e-1", "--price", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[1] for line in lines if line.startswith(("| LoRA", "| MoRA", "| all"))] == ["4", "4", "8"]
+    # Seven for the rate, two that are reported.
+    assert [line.split(" | ")[1] for line in lines if line.startswith(("| LoRA", "| MoRA", "| all"))] == [
+        "9",
+        "9",
+        "18",
+    ]
     assert "At 2 a chip and hour: " in lines[-1]

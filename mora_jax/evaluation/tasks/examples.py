@@ -87,7 +87,8 @@ def make_examples(
         task: says how.
         rows: as `read_rows` gives them; shots are drawn from all of them, never the example itself.
         shots: how many solved examples stand before each, drawn with a fixed seed.
-        limit: takes the first so many rows; None: all.
+        limit: takes so many rows, drawn with a fixed seed, in their order; None: all. Files are often sorted by subject
+            or answer. Fewer rows are some of those that more would be.
 
     Raises:
         InputError: rows lack columns, an answer is outside of the choices, or there are too few rows for the shots.
@@ -96,9 +97,9 @@ def make_examples(
         raise InputError(f"task {task.name} scores whole texts, before which no shots can stand; leave out --shots")
     shapes = [task.shape_of(row, where) for where, _, row in rows]
     labels = _labels(shapes, rows)
-    wanted = range(len(rows) if limit is None else min(limit, len(rows)))
+    wanted = sorted(np.random.default_rng(SEED).permutation(len(rows))[:limit].tolist())
     needed = range(len(rows)) if shots else wanted
-    made = [_example(task, shapes[index], *rows[index], labels) for index in needed]
+    made = {index: _example(task, shapes[index], *rows[index], labels) for index in needed}
     if not shots:
         return [_with_shots(task, made[index], (), rows[index]) for index in wanted]
     members: dict[Any, list[int]] = {}

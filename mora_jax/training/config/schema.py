@@ -168,7 +168,9 @@ class TrainSection:
     eval_tasks: tuple[str, ...] | None = key(
         None, "Tasks evaluated too, NAME=FILE each: names (or .toml files) and files as for mora-jax eval --task."
     )
-    eval_tasks_limit: int | None = key(200, "Rows of each of eval_tasks; none: all.", at_least=1)
+    eval_tasks_limit: int | None = key(
+        200, "Rows of each of eval_tasks, drawn with a fixed seed; none: all.", at_least=1
+    )
     neftune_alpha: float = key(
         0.0, "NEFTune: noise on the embeddings in training, scaled by each example's length; 0: none.", at_least=0
     )

@@ -150,8 +150,9 @@ def test_shots_are_other_rows_of_the_same_group():
     ]
     found = examples("mmlu", *rows, shots=2, limit=3)
     assert len(found) == 3
-    for number, example in enumerate(found):
+    for example in found:
         header, *shots, last = example.prompt.split("\n\n")
+        number = int(last[1])
         assert header.endswith("about " + "ab"[number % 2] + ".")
         asked = [int(shot[1]) for shot in shots]
         assert len(set(asked)) == 2 and number not in asked
@@ -159,6 +160,10 @@ def test_shots_are_other_rows_of_the_same_group():
         assert all(shot.endswith("Answer: " + "AB"[number % 2]) for shot in shots)
         assert last == f"Q{number}\nA. x\nB. y\nAnswer:"
     assert [one.prompt for one in examples("mmlu", *rows, shots=2, limit=3)] == [one.prompt for one in found]
+    # A limit draws rows from the whole file, and of more rows those of fewer are some.
+    drawn = [{one.prompt for one in examples("mmlu", *rows, limit=limit)} for limit in (3, 5, None)]
+    assert [len(prompts) for prompts in drawn] == [3, 5, 8] and drawn[0] < drawn[1] < drawn[2]
+    assert drawn[0] != {one.prompt for one in examples("mmlu", *rows[:3])}
     with pytest.raises(InputError, match="row 1: 4 shots need as many other rows of its subject, there are 3"):
         examples("mmlu", *rows, shots=4)
     with pytest.raises(InputError, match="leave out --shots"):
