@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, constant, params_of
-from mora_jax.adapters.config.patterns import resolve
+from mora_jax.adapters.config.patterns import by_layer, resolve
 from mora_jax.adapters.matrices import registered, weight_of
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.methods.full import FullConfig
@@ -81,13 +81,13 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
     method, found = adapter_class(config), list(sites(model))
     selected = select(model, config, found)
     for site, mask in selected:
-        _check(site, mask, method, config)
+        check_site(site, by_layer(config, site.paths, mask), method)
     config = method.configure_for_shapes(config, [(site.in_features, site.out_features) for site, _ in selected])
     with undone_on_error(model):
         if config.modules_to_save:
             train_modules(model, config.modules_to_save)
         for site, mask in selected:
-            adapter = put_adapter(site, mask, method, config, rngs)
+            adapter = put_adapter(site, by_layer(config, site.paths, mask), method, rngs)
             if config.bias != "none" and site.has_bias:
                 adapter.train_bias()
         if config.bias == "all":
@@ -165,7 +165,13 @@ def _check_base(model: nnx.Module, config: Any) -> None:
         )
 
 
-def _check(site: Site, mask: tuple[bool, ...], method: type[Adapter], config: Any) -> None:
+def check_site(site: Site, configs: Sequence[Any | None], method: type[Adapter]) -> None:
+    """Refuses a site that can't carry an adapter of these configurations, one a layer (None: left out).
+
+    Raises:
+        ValueError: says why.
+    """
+    biases_alone = any(config is not None and config.biases_alone for config in configs)
     if site.adapter is not None:
         raise ValueError(f"{site.title} carries an adapter already; merge it before attaching another")
     for dtype in (site.dtype, getattr(site.layer, "dtype", None)):
@@ -175,9 +181,9 @@ def _check(site: Site, mask: tuple[bool, ...], method: type[Adapter], config: An
         raise ValueError(
             f"{site.title} is an embedding, for which {method.method} has no form; leave it out of targets"
         )
-    if site.is_head and config.biases_alone:
+    if site.is_head and biases_alone:
         raise ValueError(f"{site.title} has no bias, and logits get none; leave it out of targets")
-    if registered(type(site.layer)) is not None and not site.has_bias and config.biases_alone:
+    if registered(type(site.layer)) is not None and not site.has_bias and biases_alone:
         raise ValueError(f"{site.title} has no bias, nor a place for one; leave it out of targets")
     if isinstance(site, LayerSite) and not site.holds_layers:
         shape, sizes = list(weight_of(site.layer).shape), f"{site.in_features} by {site.out_features}"
@@ -185,25 +191,25 @@ def _check(site: Site, mask: tuple[bool, ...], method: type[Adapter], config: An
             f"{site.title} holds {shape}, no layers of {sizes} stacked along axes in front: make it with "
             "nnx.vmap(…, out_axes=0)"
         )
-    ranks = resolve(config, method, site.paths, mask).ranks
+    ranks = resolve(configs, method, site.paths).ranks
     if ranks is not None and not hasattr(method, "limit_ranks"):
         raise ValueError(
             f"rank_pattern gives the layers of {site.title} different ranks, for which {method.method} has no form"
         )
 
 
-def put_adapter(site: Site, mask: tuple[bool, ...], method: Any, config: Any, rngs: nnx.Rngs) -> Adapter:
+def put_adapter(site: Site, configs: Sequence[Any | None], method: Any, rngs: nnx.Rngs) -> Adapter:
     """Makes an adapter and puts it on a site.
 
     Args:
         site: where it goes.
-        mask: for each of `site.paths` whether that layer gets one.
+        configs: for each of `site.paths` its configuration, None for a layer that gets no adapter.
         method: the adapter's class.
-        config: of the whole model; what holds for this place is taken from it.
         rngs: keys for its arrays.
     """
-    resolved = resolve(config, method, site.paths, mask)
+    resolved = resolve(configs, method, site.paths)
     sizes = site.in_features, site.out_features
+    mask = [config is not None for config in configs]
     options = {"layer_mask": np.array(mask)} if site.stack and not all(mask) else {}
     make = method.for_embedding if site.is_embedding else method
     adapter = make(*sizes, resolved.config, rngs=rngs, **site.layout, **options)
@@ -242,7 +248,7 @@ def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs, found: l
     for site in found:
         whole = hasattr(site.layer, KEPT)
         if site.adapter is None and not whole and site.has_bias and not site.is_embedding:
-            put_adapter(site, (True,) * len(site.paths), BitFit, BitFit.only(config), rngs)
+            put_adapter(site, (BitFit.only(config),) * len(site.paths), BitFit, rngs)
     train_biases(model)
 
 

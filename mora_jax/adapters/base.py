@@ -186,7 +186,9 @@ class Adapter(nnx.Module):
     def added_bias(cls, config: Any, params: dict[str, Array], bias: Array | None) -> Array | None:
         """What is added to the layer's `bias [out]` (None: it has none), float32 `[out]`, or None."""
         added = params.get("bias")
-        return None if added is None else jnp.where(params["scaling"] != 0, added, 0.0)
+        if added is None or config.bias == "all":  # then those of layers that are left out are trained, too
+            return added
+        return jnp.where(params["scaling"] != 0, added, 0.0)
 
     @classmethod
     def in_file(cls, config: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -72,7 +72,7 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
     detach(probed)
     for place in list(sites(probed)):
         if (place.paths, place.part) in chosen:
-            put_adapter(place, (True,) * len(place.paths), Probe, ProbeConfig(), nnx.Rngs(0))
+            put_adapter(place, (ProbeConfig(),) * len(place.paths), Probe, nnx.Rngs(0))
     graphdef, arrays, rest = partition(probed)
 
     @jax.jit

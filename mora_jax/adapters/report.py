@@ -16,6 +16,7 @@ from flax import nnx
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import ADAPTED, Adapted
 from mora_jax.adapters.matrices import registered
+from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.adapters.sites import Site, adapted_sites, sites
@@ -176,6 +177,8 @@ def _trainable(adapter: Adapter) -> int:
 
 
 def _used_of(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
+    if name == "bias" and adapter.config.bias == "all":
+        return size * len(active)
     mask = getattr(adapter, "rank_mask", None)
     if mask is None or name not in ("lora_a", "lora_b"):
         return size * int(active.sum())
@@ -221,7 +224,9 @@ class AdapterEntry:
 
 
 def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
-    """Every adapted matrix of `model`, one entry a layer; layers that a stacked adapter leaves out don't occur.
+    """Every adapted matrix of `model`, one entry a layer.
+
+    Of layers that a stacked adapter leaves out only the biases occur that `bias="all"` trains there.
 
     Raises:
         ValueError: the model has several named adapters.
@@ -233,15 +238,17 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
         arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
         for i, path in enumerate(place.paths):
             params = {name: value[place.index(i)] for name, value in arrays.items()}
+            config, sizes = adapter.config, (place.in_features, place.out_features)
             if params["scaling"] == 0:
+                if config.bias == "all" and "bias" in params:
+                    alone = {"scaling": np.ones_like(params["scaling"]), "bias": params["bias"]}
+                    yield AdapterEntry(path, BitFit.method, BitFit.only(config), *sizes, place.is_embedding, alone)
                 continue
-            config = adapter.config
             mask = params.pop("rank_mask", None)
             if mask is not None:
                 rank = int(mask.sum())
                 params |= {"lora_a": params["lora_a"][:, :rank], "lora_b": params["lora_b"][:rank]}
                 config = dataclasses.replace(config, rank=rank)
-            sizes = place.in_features, place.out_features
             yield AdapterEntry(path, adapter.method, config, *sizes, place.is_embedding, params)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import glob
 import os
 import shutil
 import tempfile
@@ -44,7 +45,9 @@ def new_folder(out: str | os.PathLike[str], *, ours: Collection[str] = (), overw
     try:
         parent = target if inside else target.parent
         parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=os.path.realpath(parent)))
+        prefix = f"{_PREFIX}{target.name[:100]}-"
+        repair(parent, prefix)
+        staged = Path(tempfile.mkdtemp(prefix=prefix, dir=os.path.realpath(parent)))
     except OSError as error:
         raise InputError(f"{target} cannot be made: {error.strerror}") from None
     try:
@@ -107,9 +110,14 @@ def _umask() -> int:
     return mask
 
 
-def repair(folder: Path) -> None:
-    """Undoes what a process that was killed in `new_folder` left half done in `folder`: what it held comes back."""
-    for left in folder.glob(f"{_PREFIX}*"):
+def repair(folder: Path, prefix: str = _PREFIX) -> None:
+    """Undoes what a process that was killed in `new_folder` left half done in `folder`: what it held comes back.
+
+    Args:
+        folder: the target, or what is around one that is new.
+        prefix: of the names of what may be left.
+    """
+    for left in folder.glob(f"{glob.escape(prefix)}*"):
         # Where it can't be undone, on a disk that may only be read, readers say what is missing.
         with contextlib.suppress(OSError), _held(left) as dead:
             if dead:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,7 +19,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first
 from mora_jax.interop.hub import load_tokenizer, local_folder
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
-from mora_jax.interop.sharded_read import Shardings, empty, read_quantized, read_sharded
+from mora_jax.interop.sharded_read import Shardings, read_quantized, read_sharded
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
@@ -160,14 +159,9 @@ def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shar
     for entry in plan:
         if isinstance(entry.parameter, QuantizedKernel):
             read_quantized(entry, entry.parameter, files, stored_as, shardings)
-            continue
-        if shardings is not None:
-            entry.parameter.set_value(read_sharded(entry, files, stored_as, shardings(entry.parameter)))
-            continue
-        buffer = empty(entry.shape, entry.parameter.dtype)
-        for piece in entry.pieces:
-            piece.put(buffer, files.read(stored_as.get(piece.name, piece.name)))
-        entry.parameter.set_value(jax.device_put(buffer.reshape(entry.parameter.shape)))
+        else:
+            sharding = shardings(entry.parameter) if shardings else None
+            entry.parameter.set_value(read_sharded(entry, files, stored_as, sharding))
 
 
 def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str]) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import detach, undone_on_error
+from mora_jax.adapters.bank import Bank, LoRABank, MoRABank
+from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.merge import Merged, merge
-from mora_jax.adapters.sites import adapted_sites
+from mora_jax.adapters.projection import OutputHead
+from mora_jax.adapters.sites import Site, adapted_sites, sites
 from mora_jax.adapters.slots import NO_SLOT, use
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import AdapterValues, install
-from mora_jax.interop.bank_slots import check_places, make_room, placed_banks, read_slot, write_slot
+from mora_jax.interop.adapter_values import AdapterValues, ValuesByPath, first, install
 from mora_jax.interop.convert.combine import combine
 from mora_jax.interop.convert.convert import Conversion
 from mora_jax.interop.peft.config import put_extra_fields
 from mora_jax.interop.peft.save import save_adapter
-from mora_jax.interop.read_adapter import ValuesByPath, bare, read_adapter, same_form, values_of
+from mora_jax.interop.read_adapter import bare, read_adapter, same_form, values_of
 from mora_jax.paths import local_path
 
 
@@ -159,7 +161,7 @@ class NamedAdapters:
             InputError: there is no adapter of that name.
         """
         slot = self._find(name).slot
-        for _, bank in placed_banks(self.model):
+        for _, bank in _banks(self.model):
             bank.write(slot, {})
         del self._named[name]
         if isinstance(self._active, tuple):
@@ -193,7 +195,7 @@ class NamedAdapters:
         if names is not None and not isinstance(names, str):
             names = tuple(names)
         ids = self.ids(names) if isinstance(names, tuple) else self.ids([names])[0]
-        if any(True for _ in placed_banks(self.model)):
+        if any(True for _ in _banks(self.model)):
             use(self.model, ids)
         self._active = names
 
@@ -257,7 +259,7 @@ class NamedAdapters:
 
     def clear(self) -> None:
         """Removes everything from the model, which is the bare base again."""
-        if any(True for _ in placed_banks(self.model)):
+        if any(True for _ in _banks(self.model)):
             detach(self.model)
         self._named, self._active = {}, None
 
@@ -283,7 +285,7 @@ class NamedAdapters:
     def _read(self, name: str) -> dict[str, AdapterValues]:
         """The values of an adapter as they are now."""
         slot, configs, _ = self._find(name)
-        found = [read_slot(place, bank, slot, configs) for place, bank in placed_banks(self.model)]
+        found = [_read_slot(place, bank, slot, configs) for place, bank in _banks(self.model)]
         return {path: adapter_values for part in found for path, adapter_values in part.items()}
 
     def _put(self, name: str, by_path: ValuesByPath, extra: Mapping[str, Any]) -> None:
@@ -291,17 +293,97 @@ class NamedAdapters:
         if self._named:
             other = next(iter(self._named))
             same_form({other: self._read(other), name: by_path})
-        filled = check_places(self.model, by_path)
-        used = {one.slot for one in self._named.values()}
+        found = list(sites(self.model))
+        _check_sites(found, by_path)
+        used = {named.slot for named in self._named.values()}
         slot = next(i for i in range(len(used) + 1) if i not in used)
         self._slots = self._slots if slot < self._slots else 2 * self._slots
-        for place, values in filled:
-            make_room(place, [adapter_values.config for adapter_values in values], self._slots, self._rank)
-        for place, _ in list(placed_banks(self.model)):
-            make_room(place, [], self._slots, self._rank)
-        for place, bank in placed_banks(self.model):
-            write_slot(place, bank, slot, by_path)
-        self._named[name] = _Named(
-            slot, {path: adapter_values.config for path, adapter_values in by_path.items()}, extra
-        )
+        for place in found:
+            configs = [by_path[path].config for path in place.paths if path in by_path]
+            if configs or place.adapter is not None:
+                _write_slot(place, _bank_with_room(place, configs, self._slots, self._rank), slot, by_path)
+        configurations = {path: adapter_values.config for path, adapter_values in by_path.items()}
+        self._named[name] = _Named(slot, configurations, extra)
         self.set_active(name if len(self._named) == 1 else self._active)
+
+
+def _banks(model: nnx.Module) -> Iterator[tuple[Site, Bank]]:
+    """Every bank of `model` with its place."""
+    for place in sites(model):
+        if isinstance(place.adapter, Bank):
+            yield place, place.adapter
+
+
+def _check_sites(found: list[Site], by_path: ValuesByPath) -> None:
+    """Refuses a path that the model lacks, or a place where the adapter can't stand beside those that are there."""
+    absent = sorted(set(by_path) - {path for place in found for path in place.paths})
+    if absent:
+        raise InputError(f"the model has no {first(absent)}")
+    for place in found:
+        adapters = [by_path[path] for path in place.paths if path in by_path]
+        if adapters and (place.is_embedding or isinstance(place.layer, OutputHead)):
+            raise InputError(
+                f"{place.title} is a table that all rows share; an adapter on it can't be used beside others: merge it"
+            )
+        sides = {len(adapter_values.values["m"]) for adapter_values in adapters if "m" in adapter_values.values}
+        if sides and isinstance(place.adapter, MoRABank):
+            sides.add(place.adapter.m.shape[-1])
+        if len(sides) > 1:
+            raise InputError(
+                f"{place.title}: MoRA's matrices have sides {' and '.join(map(str, sorted(sides)))}; a square can't be "
+                "padded, so only adapters of one rank go together"
+            )
+
+
+def _bank_with_room(place: Site, configs: list[Any], slots: int, rank: int) -> Bank:
+    """The bank of a place, or a larger one with the same contents, or a new one.
+
+    Args:
+        place: without an adapter, or with a bank.
+        configs: of the adapters that go into it.
+        slots: how many it has to have at least.
+        rank: the least rank of a bank of LoRAs.
+    """
+    old = place.adapter
+    configs = configs if old is None else [old.config, *configs]
+    config = configs[0]
+    if isinstance(config, MoRAConfig):
+        config = MoRAConfig(rank=config.rank, kind=config.kind)
+    else:
+        config = LoRAConfig(rank=max(rank, *(one.rank for one in configs)), alpha=1.0)
+    if old is not None and old.slots >= slots and old.config == config:
+        return old
+    bank_class: Any = MoRABank if isinstance(config, MoRAConfig) else LoRABank
+    bank = bank_class(place.in_features, place.out_features, config, slots=slots, **place.layout)
+    if old is not None:
+        bank.copy_from(old)
+        place.take_adapter()
+    place.put_adapter(bank, None)
+    return bank
+
+
+def _write_slot(place: Site, bank: Bank, slot: int, by_path: ValuesByPath) -> None:
+    """Writes an adapter's values at one place: zeros for layers without any, those of a lower rank padded."""
+    stack, values = len(bank.layers), {}
+    for name, variable in bank.arrays().items():
+        array = np.zeros(variable.shape[:stack] + variable.shape[stack + 1 :], np.float32)
+        for layer, path in enumerate(place.paths):
+            if path in by_path:
+                value = np.asarray(by_path[path].values[name])
+                rows: tuple[Any, ...] = tuple(slice(size) for size in value.shape)
+                array[(*place.index(layer), *rows)] = value
+        values[name] = array
+    bank.write(slot, values)
+
+
+def _read_slot(place: Site, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, AdapterValues]:
+    """The values of an adapter at one place, without padding; `configs` by module path."""
+    arrays, by_path = bank.read(slot), {}
+    for layer, path in enumerate(place.paths):
+        if path in configs:
+            values = {name: array[place.index(layer)] for name, array in arrays.items()}
+            if "lora_a" in values:
+                rank = configs[path].rank
+                values |= {"lora_a": values["lora_a"][:, :rank], "lora_b": values["lora_b"][:rank]}
+            by_path[path] = AdapterValues(configs[path], values)
+    return by_path

@@ -12,14 +12,12 @@ from mora_jax.adapters.attach import detach
 from mora_jax.adapters.report import adapters_of
 from mora_jax.adapters.sites import adapted_sites
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import AdapterValues
+from mora_jax.interop.adapter_values import AdapterValues, ValuesByPath, plain
 from mora_jax.interop.peft.config import extra_fields
 from mora_jax.interop.peft.load import load_adapter
-from mora_jax.interop.peft.normalise import plain
 from mora_jax.interop.peft.restarted_base import has_other_base
 from mora_jax.interop.tensor_map import trained_weights
 
-ValuesByPath = Mapping[str, AdapterValues]
 Model = TypeVar("Model", bound=nnx.Module)
 
 

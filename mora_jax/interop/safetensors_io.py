@@ -69,36 +69,37 @@ def _open(file: Path) -> Any:
         raise InputError(f"{file} cannot be read: {error}") from None
 
 
-def open_checkpoint(folder: Path) -> TensorFiles:
-    """The weights of a HuggingFace model folder.
+def open_checkpoint(folder: Path, stem: str = "model") -> TensorFiles:
+    """The weights of a HuggingFace model folder, or those of an adapter's, whose files begin with `adapter_model`.
 
     Raises:
         InputError: when there are none, or only pickled ones, or a shard is missing or broken.
     """
-    files = TensorFiles(folder, checkpoint_files(folder))
-    absent = [name for name in _weight_map(folder) if name not in files]
+    files = TensorFiles(folder, checkpoint_files(folder, stem))
+    absent = [name for name in _weight_map(folder, stem) if name not in files]
     if absent:
         raise InputError(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:3])}")
     return files
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a HuggingFace model folder.
+def checkpoint_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The files that hold the weights of a folder, as for `open_checkpoint`.
 
     Raises:
         InputError: when there are none, or only pickled ones.
     """
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if (folder / "model.safetensors.index.json").exists():
-        return [folder / file for file in sorted(set(_weight_map(folder).values()))]
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if (folder / f"{stem}.safetensors").exists():
+        return [folder / f"{stem}.safetensors"]
+    if (folder / f"{stem}.safetensors.index.json").exists():
+        return [folder / file for file in sorted(set(_weight_map(folder, stem).values()))]
+    package, patterns = ("transformers", ("*.bin", "*.pt", "*.pth")) if stem == "model" else ("peft", (f"{stem}*.bin",))
+    pickled = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
     if pickled:
         raise InputError(
             f"{folder} has only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded: "
-            "convert them to safetensors first (load with transformers, then save_pretrained)"
+            f"convert them to safetensors first (load with {package}, then save_pretrained)"
         )
-    raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    raise InputError(f"{folder} has no {stem}.safetensors, nor {stem}.safetensors.index.json")
 
 
 def weight_bytes(folder: Path) -> int:
@@ -106,10 +107,10 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(folder: Path, stem: str) -> dict[str, str]:
     """The index's table of tensor names to files; empty where one file holds all."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
+    index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").exists() or not index.exists():
         return {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

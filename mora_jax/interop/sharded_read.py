@@ -28,14 +28,16 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return whole[start : start + size].view(dtype).reshape(shape)
 
 
-def read_sharded(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], sharding: Sharding) -> jax.Array:
+def read_sharded(
+    entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], sharding: Sharding | None
+) -> jax.Array:
     """A parameter on its devices; each region is read when its device's turn comes, and freed again.
 
     Args:
         entry: the parameter and the tensors that make it up.
         files: where they are.
         stored_as: names of tensors in files that differ from the entry's.
-        sharding: of the parameter.
+        sharding: of the parameter; None: whole, on the default device.
     """
     dtype = entry.parameter.dtype
     return made_in_place(
@@ -44,9 +46,11 @@ def read_sharded(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str],
 
 
 def made_in_place(
-    shape: tuple[int, ...], sharding: Sharding, make: Callable[[tuple[slice, ...]], np.ndarray]
+    shape: tuple[int, ...], sharding: Sharding | None, make: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
     """An array on its devices, each region made by `make` when its device's turn comes."""
+    if sharding is None:
+        return jax.device_put(make(tuple(slice(0, size) for size in shape)))
     last: dict[Any, np.ndarray] = {}
 
     def region(index: Any) -> np.ndarray:
@@ -140,11 +144,8 @@ def read_quantized(
     """
     blocks = _Blocks(entry, kernel, files, stored_as)
     for variable, make in ((kernel.values, blocks.codes), (kernel.scales, blocks.scales)):
-        shape = tuple(variable.shape)
-        if shardings is None:
-            variable.set_value(jax.device_put(make(tuple(slice(0, size) for size in shape))))
-        else:
-            variable.set_value(made_in_place(shape, shardings(variable), make))
+        sharding = shardings(variable) if shardings else None
+        variable.set_value(made_in_place(tuple(variable.shape), sharding, make))
 
 
 class _Blocks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import AdapterParam, FullParam, host
+from mora_jax.adapters.products.quantization import QuantizedKernel
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.sites import Site, sites
 from mora_jax.adapters.trainable_base import TrainableBase
+from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.norms import RMSNorm
 
@@ -62,14 +64,20 @@ class Entry:
     """A parameter (or the quantised kernel in its place) and the tensors that make it up.
 
     Attributes:
-        parameter: as it is stored.
+        module, attribute: what holds it, and under which name.
         pieces: the tensors.
         axes: the shape that they are regions of; () for that of the parameter. A kernel may be stored as matrices.
     """
 
-    parameter: Any
+    module: nnx.Module
+    attribute: str
     pieces: tuple[TensorRegion, ...]
     axes: tuple[int, ...] = ()
+
+    @property
+    def parameter(self) -> Any:
+        """As it is stored."""
+        return getattr(self.module, self.attribute)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,11 +100,11 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
     norm are `weight`, as torch has them; all else has its own name and shape.
     """
     if not isinstance(model, Decoder):
-        return [Entry(getattr(module, name), (piece,)) for module, name, piece in _own_parameters(model)]
+        return [Entry(module, name, (piece,)) for module, name, piece in _own_parameters(model)]
     config = model.config
     table = (config.vocab_size, config.hidden_size)
     entries = [
-        Entry(model.embed_tokens.embedding, (TensorRegion(f"{model.embed_tokens.path}.weight", (), table, table),))
+        Entry(model.embed_tokens, "embedding", (TensorRegion(f"{model.embed_tokens.path}.weight", (), table, table),))
     ]
     block = model.layers
     attention = block.self_attn
@@ -119,18 +127,18 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
         entries.extend(_projection(projection))
     entries.append(_norm(model.norm, None))
     if model.lm_head is not None:
-        entries.append(Entry(model.lm_head.kernel, (TensorRegion(f"{config.names.head}.weight", (), table, table),)))
+        head = TensorRegion(f"{config.names.head}.weight", (), table, table)
+        entries.append(Entry(model.lm_head, "kernel", (head,)))
     return entries
 
 
 def _norm(norm: RMSNorm, num_layers: int | None) -> Entry:
     size = norm.weight.shape[-1]
     if num_layers is None:
-        return Entry(norm.weight, (TensorRegion(f"{norm.path}.weight", (), (size,), (size,)),))
+        return Entry(norm, "weight", (TensorRegion(f"{norm.path}.weight", (), (size,), (size,)),))
     names = [norm.path.format(layer=layer) for layer in range(num_layers)]
-    return Entry(
-        norm.weight, tuple(TensorRegion(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names))
-    )
+    pieces = tuple(TensorRegion(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names))
+    return Entry(norm, "weight", pieces)
 
 
 def _projection(projection: Projection) -> Iterator[Entry]:
@@ -150,9 +158,9 @@ def _projection(projection: Projection) -> Iterator[Entry]:
             biases.append(TensorRegion(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
     stack = () if projection.num_layers is None else (projection.num_layers,)
     axes = (*stack, projection.in_features, *projection.layout.out_shape)
-    yield Entry(projection.kernel, tuple(kernels), axes)
+    yield Entry(projection, "kernel", tuple(kernels), axes)
     if projection.bias is not None:
-        yield Entry(projection.bias, tuple(biases))
+        yield Entry(projection, "bias", tuple(biases))
 
 
 def _own_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
@@ -219,18 +227,20 @@ def base_names(model: nnx.Module) -> list[str]:
     return [piece.name for entry in tensor_plan(model) for piece in entry.pieces]
 
 
-def train_own_weights(model: nnx.Module, names: Container[str]) -> None:
-    """Makes parameters of somebody else's model, by name in files, trained ones; their frozen values are kept."""
+def train_weights(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
+    """Makes base parameters trained ones, with these values by name in files; their frozen values are kept.
+
+    Raises:
+        InputError: one is quantised.
+    """
     trainable = TrainableBase(keep=True)
-    for module, name, piece in list(_own_parameters(model)):
-        if piece.name in names:
-            trainable.train(module, name)
-
-
-def put_trained_weights(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
-    """Gives the modules of a model that are trained whole their values, by name in files."""
     for entry in tensor_plan(model):
         pieces = tuple(piece for piece in entry.pieces if piece.name in values)
-        if pieces:
-            buffer = np.array(entry.parameter[...]).reshape(entry.shape)
-            dataclasses.replace(entry, pieces=pieces).put(values.__getitem__, buffer)
+        if not pieces:
+            continue
+        if isinstance(entry.parameter, QuantizedKernel):
+            held = entry.parameter.format
+            raise InputError(f"{pieces[0].name} can't be trained whole: model.quantize={held} holds it quantised")
+        trainable.train(entry.module, entry.attribute)
+        buffer = np.array(entry.parameter[...]).reshape(entry.shape)
+        dataclasses.replace(entry, pieces=pieces).put(values.__getitem__, buffer)

@@ -266,6 +266,7 @@ def _configuration(
             )
         arguments["model.path"] = model.name_or_path or MODEL
     adapters = list(adapters_of(model)) if model is not None else []
+    adapters.sort(key=lambda entry: entry.config.biases_alone)  # others train biases beside an adapter
     settings: list[tuple[str, Any, str]] = []
     whole_trained = model is not None and not adapters and bool(jax.tree.leaves(nnx.state(model, FullParam)))
     if whole_trained and (adapter_config is None or isinstance(adapter_config, FullConfig)):

@@ -56,7 +56,7 @@ BROKEN = {
     "only a pickle": (
         "ia3",
         lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
-        "only adapter_model.bin, a pickle",
+        "only pickled weights (adapter_model.bin), which can run code when loaded",
     ),
     "no weights": ("ia3", lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
     "no config": ("vera", lambda f: (f / CONFIG).unlink(), CONFIG),

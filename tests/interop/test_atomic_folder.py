@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mora_jax as mj
-from mora_jax.interop.atomic_folder import check_out, new_folder
+from mora_jax.interop.atomic_folder import check_out, new_folder, repair
 from mora_jax.interop.hub import local_folder
 
 
@@ -120,6 +120,23 @@ def test_after_a_kill_the_old_folder_comes_back(old, look):
     look(old)
     assert content(old) == before
     assert sorted(path.name for path in old.iterdir()) == ["a_config.json", "d", "notes", "w"]
+
+
+def kill_while_filling(out):
+    with new_folder(Path(out)) as folder:
+        (folder / "weights").write_bytes(bytes(1000))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_after_a_kill_in_a_new_folder_the_next_start_leaves_nothing_beside_it(tmp_path):
+    code = "import sys; from tests.interop import test_atomic_folder as t; t.kill_while_filling(sys.argv[1])"
+    out = tmp_path / "out[1]"
+    assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == -signal.SIGKILL
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+    with new_folder(out) as filled:
+        repair(tmp_path)
+        assert filled.is_dir(), "what a living process fills stays"
+    assert list(tmp_path.iterdir()) == [out] and list(out.iterdir()) == []
 
 
 def test_its_mode_is_the_usual_one(tmp_path):

@@ -56,6 +56,7 @@ def from_peft(name: str, folder: Path) -> np.ndarray:
 
 READ = {
     "rslora": ("llama", {"use_rslora": True}),
+    "all biases, some layers": ("qwen2", {"target_modules": ["q_proj"], "bias": "all", "layers_to_transform": [0, 2]}),
     "dora": ("llama", {"use_dora": True}),
     "dora with rslora": ("llama", {"use_dora": True, "use_rslora": True, "target_modules": ["o_proj", "down_proj"]}),
     "dora beside biases": ("qwen2", {"use_dora": True}),
@@ -104,6 +105,10 @@ WRITTEN = {
     "dora": ("llama", mj.DoRAConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj"))),
     "patterns": ("llama", mj.LoRAConfig(rank=2, rank_pattern={r"layers\.1\..*": 5}, alpha_pattern={"up_proj": 3})),
     "all biases": ("qwen2", mj.LoRAConfig(rank=2, targets=("q_proj",), bias="all")),
+    "all biases, some layers": (
+        "qwen2",
+        mj.LoRAConfig(rank=2, targets=("q_proj", "o_proj"), bias="all", layers_to_transform=(1,)),
+    ),
     "pissa": ("llama", mj.PiSSAConfig(rank=3, alpha=5.0)),
     "olora with ranks": ("llama", mj.OLoRAConfig(rank=2, rank_pattern={r"layers\.1\..*": 4})),
     "lora_plus": ("llama", mj.LoRAPlusConfig(rank=3, alpha=5.0)),
@@ -128,6 +133,34 @@ def test_real_peft_reads_what_was_made_here(bases, tmp_path, case):
     assert np.abs(expected - start).max() > 1e-2
     mj.save_adapter(model, tmp_path / "adapter")
     np.testing.assert_allclose(from_peft(name, tmp_path / "adapter"), expected, atol=1e-4)
+    again = load(bases[name])
+    mj.load_adapter(again, tmp_path / "adapter")
+    np.testing.assert_allclose(np.asarray(again(IDS)), expected, atol=1e-4)
+    mj.merge(again)
+    np.testing.assert_allclose(np.asarray(again(IDS)), expected, atol=1e-4)
+
+
+def test_all_biases_are_trained_in_layers_that_are_left_out(bases, tmp_path):
+    model, again = load(bases["qwen2"]), load(bases["qwen2"])
+    config = mj.LoRAConfig(rank=2, targets=("q_proj",), bias="all", layers_to_transform=(1,))
+    report = mj.attach(model, config, rngs=nnx.Rngs(0))
+    assert report.trainable == 2 * (32 + 32) + 3 * (32 + 16 + 16)
+    fill_randomly(model)
+    mj.save_adapter(model, tmp_path / "adapter")
+    names = [name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if name.endswith("bias")]
+    assert len(names) == 9
+    mj.load_adapter(again, tmp_path / "adapter")
+    np.testing.assert_array_equal(np.asarray(again(IDS)), np.asarray(model(IDS)))
+    base = load(bases["qwen2"])
+    for part in ("q_proj", "k_proj", "v_proj"):  # the same biases, added to the base's
+        base.layers.self_attn.qkv_proj.add_to_part_bias(part, again.layers.self_attn.qkv_proj.adapters[part].bias[...])
+        again.layers.self_attn.qkv_proj.adapters[part].bias[...] *= 0
+    lora = mj.LoRAConfig(rank=2, targets=("q_proj",), layers_to_transform=(1,))
+    mj.attach(base, lora, rngs=nnx.Rngs(0))
+    adapters = [one.layers.self_attn.qkv_proj.adapters["q_proj"] for one in (base, again)]
+    for name in ("lora_a", "lora_b"):
+        getattr(adapters[0], name)[...] = getattr(adapters[1], name)[...]
+    np.testing.assert_allclose(np.asarray(base(IDS)), np.asarray(model(IDS)), atol=1e-5)
 
 
 def test_mora_with_magnitudes_returns(bases, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,23 +100,31 @@ class Resolved:
     scalings: np.ndarray | None = None
 
 
-def resolve(config: Any, method: Any, paths: tuple[str, ...], mask: tuple[bool, ...]) -> Resolved:
-    """The configuration of a place with these paths, of which `mask` says which are adapted.
+def by_layer(config: Any, paths: tuple[str, ...], mask: tuple[bool, ...]) -> tuple[Any | None, ...]:
+    """The configuration of each layer of a place with these paths; None for those that `mask` leaves out."""
+    return tuple(config_at(config, path) if on else None for path, on in zip(paths, mask, strict=True))
+
+
+def resolve(configs: Sequence[Any | None], method: Any, paths: tuple[str, ...]) -> Resolved:
+    """What the layers of a place use.
+
+    Args:
+        configs: of each layer, None for those that are left out.
+        method: the adapters' class.
+        paths: of each layer.
 
     Raises:
         ValueError: the layers of a stack differ in what has no form by layer.
     """
-    used = [config_at(config, path) for path, on in zip(paths, mask, strict=True) if on]
+    used = [config for config in configs if config is not None]
     first = used[0]
     if all(other == first for other in used):
         return Resolved(first)
     if not hasattr(first, "rank"):
-        named = [path for path, on in zip(paths, mask, strict=True) if on]
+        named = [path for path, config in zip(paths, configs, strict=True) if config is not None]
         other = next(path for path, config in zip(named, used, strict=True) if config != first)
         raise ValueError(f"{named[0]} and {other} lie in one stack, so feedforward has to name both or none")
-    every = iter(used)
-    by_layer = [next(every) if on else first for on in mask]
-    ranks = np.array([layer.rank for layer in by_layer])
-    scalings = np.array([method.scale(layer) if on else 0.0 for layer, on in zip(by_layer, mask, strict=True)])
+    ranks = np.array([(config or first).rank for config in configs])
+    scalings = np.array([0.0 if config is None else method.scale(config) for config in configs])
     widest = max(used, key=lambda layer: layer.rank)
     return Resolved(widest, None if len({layer.rank for layer in used}) == 1 else ranks, scalings.astype(np.float32))

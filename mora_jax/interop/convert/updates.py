@@ -17,8 +17,8 @@ from mora_jax.adapters.methods.mora import BLOCK_KINDS
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.sites import Site, by_path, sites
 from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import plain
 from mora_jax.interop.convert.mora_fit import exact_factors, exact_rank
-from mora_jax.interop.peft.normalise import plain
 from mora_jax.interop.tensor_map import trained_weights
 
 
@@ -87,20 +87,10 @@ def _update(entry: AdapterEntry, place: Site, layer: int) -> Update:
         what = f"MoRA of kind {config.kind}"
         if config.kind not in BLOCK_KINDS:
             exact = exact_rank(*sizes, config.rank, config.kind)
-
-            def lifted() -> tuple[np.ndarray, np.ndarray]:
-                return _thin(exact_factors(params["m"] * params["scaling"], *sizes, config.kind))
-
-            product = lifted
+            product = lambda: _thin(exact_factors(params["m"] * params["scaling"], *sizes, config.kind))  # noqa: E731
     elif (factors := adapter_class(config).low_rank(config, *sizes, params)) is not None:
         thin = _thin(factors)
-        exact, scaling = thin[0].shape[1], float(params["scaling"])
-
-        def given() -> tuple[np.ndarray, np.ndarray]:
-            return thin
-
-        product = given
-
+        exact, scaling, product = thin[0].shape[1], float(params["scaling"]), lambda: thin
     rank = getattr(config, "rank", 0)
     return Update(entry.path, *sizes, entry.is_embedding, what, kernel, product, exact, rank, scaling, config.dropout)
 

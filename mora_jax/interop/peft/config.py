@@ -13,15 +13,13 @@ from flax import nnx
 
 from mora_jax.errors import InputError
 from mora_jax.interop.peft.adalora import AdaloraFormat
-from mora_jax.interop.peft.bitfit import BitfitFormat
 from mora_jax.interop.peft.format import Format, is_names, require, require_names
 from mora_jax.interop.peft.hira import HiraFormat
 from mora_jax.interop.peft.ia3 import Ia3Format
-from mora_jax.interop.peft.lora import LoraFormat
+from mora_jax.interop.peft.lora import BitfitFormat, LoraFormat
 from mora_jax.interop.peft.miss import MissFormat
 from mora_jax.interop.peft.oft import OftFormat
-from mora_jax.interop.peft.randlora import RandLoraFormat
-from mora_jax.interop.peft.vera import VeraFormat
+from mora_jax.interop.peft.shared_bases import RandLoraFormat, VeraFormat
 
 FORMATS: tuple[Format, ...] = (
     BitfitFormat(),
@@ -169,17 +167,12 @@ def common_fields(form: Format, base: str | None) -> dict[str, Any]:
     }
 
 
-def keep_extra_fields(model: nnx.Module, file: AdapterFile) -> None:
-    """Notes the fields of a newer PEFT on the model, to be written back when its adapter is saved."""
-    put_extra_fields(model, file.unknown)
-
-
 def put_extra_fields(model: nnx.Module, fields: Mapping[str, Any]) -> None:
-    """Makes `fields` those that a model's adapter is saved with, beside its own."""
+    """Notes the fields of a newer PEFT on a model, to be written back when its adapter is saved."""
     if fields or extra_fields(model):
         setattr(model, _EXTRA, json.dumps(dict(fields), sort_keys=True))
 
 
 def extra_fields(model: nnx.Module) -> dict[str, Any]:
-    """Fields that `keep_extra_fields` noted."""
+    """Fields that `put_extra_fields` noted."""
     return json.loads(getattr(model, _EXTRA, "{}"))

@@ -268,5 +268,5 @@ def same(entries: list[AdapterEntry], name: str) -> Any:
     return found.pop()
 
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."

@@ -1,4 +1,4 @@
-"""PEFT's LORA: LoRA and its relatives, and MoRA with the two fields that its authors add."""
+"""PEFT's LORA: LoRA and its relatives, MoRA with the two fields that its authors add, and BitFit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config import (
+    BitFitConfig,
     DoRAConfig,
     LoRAConfig,
     MoRAConfig,
@@ -153,27 +154,48 @@ class LoraFormat(Format):
         return tensors
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
-        """Ranks below the highest and alphas that differ go into the patterns.
+        """PEFT 0.21's fields for LoRA; for MoRA those of PEFT 0.9, `use_mora` and `mora_type`.
 
-        `r` is the highest rank, and `lora_alpha` gives the commonest scaling there: loaders that read no patterns make
-        room by the one and scale by the other.
+        Ranks below the highest and alphas that differ go into the patterns: `r` is the highest rank, and `lora_alpha`
+        gives the commonest scaling there, since loaders that read no patterns make room by the one and scale by the
+        other. A kind that MoRA's authors don't have is named in a field of its own and claims no `mora_type`, so their
+        code refuses the file instead of computing something else.
         """
-        rank = max(entry.config.rank for entry in entries)
-        ranks = pattern_for({entry.path: entry.config.rank for entry in entries}, rank)
-        dropout = max(entry.config.dropout for entry in entries)
-        config = dataclasses.replace(entries[0].config, rank=rank, dropout=dropout)
-        if isinstance(config, MoRAConfig):
-            same(entries, "kind")
-            return mora_fields(config, targets=targets, ranks=ranks)
+        config, rank = entries[0].config, max(entry.config.rank for entry in entries)
         if len({entry.config.use_dora for entry in entries}) > 1:
             raise InputError("one folder holds LoRA with or without DoRA's magnitude, but the model has both")
-        # From the scaling that is really used, which may differ by layer.
-        scalings = {entry.path: float(entry.params["scaling"]) for entry in entries}
-        power = config.scale_power
-        alpha_of = {entry.path: alpha_for(scalings[entry.path], entry.config.rank, power) for entry in entries}
-        alpha = alpha_for(collections.Counter(scalings.values()).most_common(1)[0][0], rank, power)
-        alphas = pattern_for(alpha_of, alpha)
-        return lora_fields(config, targets=targets, alpha=alpha, ranks=ranks, alphas=alphas)
+        alpha, alphas = float(rank), dict[str, float]()
+        own: dict[str, Any]
+        if isinstance(config, MoRAConfig):
+            kind = same(entries, "kind")
+            numbers = {kind: number for number, kind in MORA_TYPES.items()}
+            own = {"use_mora": True, "mora_type": numbers[kind]} if kind in numbers else {KIND_FIELD: kind}
+        else:
+            # From the scaling that is really used, which may differ by layer.
+            scalings = [float(entry.params["scaling"]) for entry in entries]
+            alpha = alpha_for(collections.Counter(scalings).most_common(1)[0][0], rank, config.scale_power)
+            alphas = {
+                entry.path: alpha_for(scaling, entry.config.rank, config.scale_power)
+                for entry, scaling in zip(entries, scalings, strict=True)
+            }
+            own = {"exclude_modules": None, "lora_bias": self.biases_alone}
+        return own | {
+            "alpha_pattern": {path: plain(value) for path, value in pattern_for(alphas, alpha).items()},
+            "bias": config.bias,
+            "init_lora_weights": True,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "loftq_config": {},
+            "lora_alpha": plain(alpha),
+            "lora_dropout": max(entry.config.dropout for entry in entries),
+            "megatron_config": None,
+            "megatron_core": "megatron.core",
+            "r": rank,
+            "rank_pattern": pattern_for({entry.path: entry.config.rank for entry in entries}, rank),
+            "target_modules": targets,
+            "use_dora": config.use_dora,
+            "use_rslora": isinstance(config, RsLoRAConfig),
+        }
 
 
 def alpha_for(scaling: float, rank: int, power: float) -> float:
@@ -226,48 +248,46 @@ def _kind(values: dict[str, Any], where: str) -> str | None:
     return MORA_TYPES[number]
 
 
-def lora_fields(
-    config: LoRAConfig, *, targets: list[str] | str, alpha: float, ranks: dict[str, int], alphas: dict[str, float]
-) -> dict[str, Any]:
-    """The fields of a LoRA's `adapter_config.json`; the ones that PEFT 0.21 knows, and those alone."""
-    return _shared_fields(config, targets, alpha, ranks) | {
-        "alpha_pattern": {path: plain(value) for path, value in alphas.items()},
-        "bias": config.bias,
-        "exclude_modules": None,
-        "lora_bias": False,
-        "use_rslora": isinstance(config, RsLoRAConfig),
-    }
+class BitfitFormat(LoraFormat):
+    """BitFit, as PEFT's LoRA with a bias of its own: `y = x W + s (x A B + β)`.
 
-
-def mora_fields(config: MoRAConfig, *, targets: list[str] | str, ranks: dict[str, int]) -> dict[str, Any]:
-    """The fields of a MoRA's `adapter_config.json`: PEFT 0.9's for LoRA, `use_mora` and `mora_type`.
-
-    A kind that the authors' code does not have is named in a field of its own and claims no `mora_type`, so
-    their code refuses the file instead of computing something else.
+    With A and B zero nothing but β is left, and as the gradient of each of them is a product with the other, neither
+    can be trained: such a LoRA is BitFit, in PEFT as here.
     """
-    fields = _shared_fields(config, targets, config.rank, ranks) | {"alpha_pattern": {}}
-    numbers = {kind: number for number, kind in MORA_TYPES.items()}
-    if config.kind in numbers:
-        return fields | {"use_mora": True, "mora_type": numbers[config.kind]}
-    return fields | {KIND_FIELD: config.kind}
 
+    methods = ("bitfit",)
+    tensor_names: ClassVar[Mapping[str, str]] = {**LoraFormat.tensor_names, "added": "lora_B.bias"}
+    biases_alone = True
+    refused = tuple(name for name in LoraFormat.refused if name != "lora_bias")
 
-def _shared_fields(
-    config: LoRAConfig | MoRAConfig, targets: list[str] | str, alpha: float, ranks: dict[str, int]
-) -> dict[str, Any]:
-    return {
-        "bias": "none",
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": plain(alpha),
-        "lora_dropout": config.dropout,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "r": config.rank,
-        "rank_pattern": ranks,
-        "target_modules": targets,
-        "use_dora": config.use_dora,
-        "use_rslora": False,
-    }
+    def holds(self, values: dict[str, Any]) -> bool:
+        return bool(values.get("lora_bias"))
+
+    def check(self, values: dict[str, Any], where: str) -> None:
+        super().check(values, where)
+        require(values, where, "bias", values.get("bias", "none") == "none", "none beside lora_bias")
+        for name in ("use_dora", "use_mora"):
+            if values.get(name):
+                raise InputError(f"{where}: {name} beside lora_bias is not supported")
+
+    def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
+        return {"a", "b", "added"}, {"a", "b", "added"}
+
+    def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
+        lora = super().read(values, target).values
+        if lora["lora_a"].any() or lora["lora_b"].any():
+            raise InputError(
+                f"{target.files.folder}: lora_bias beside a LoRA that is not zero, as in {target.names['a']}, is not "
+                "supported; merge it in PEFT"
+            )
+        change = target.read("added", (target.place.out_features,)) * lora["scaling"]
+        return AdapterValues(BitFitConfig(targets=(target.path,)), {"bias": change})
+
+    def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
+        zero_a = np.zeros((1, entry.in_features), np.float32)
+        zero_b = np.zeros((entry.out_features, 1), np.float32)
+        return {"a": zero_a, "b": zero_b, "added": entry.params["bias"]}
+
+    def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
+        lora = LoRAConfig(rank=1, alpha=1.0)
+        return super().written([dataclasses.replace(entry, config=lora) for entry in entries], targets)

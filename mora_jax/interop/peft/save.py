@@ -19,15 +19,15 @@ from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.sites import Site, adapted_sites, by_path, sites
 from mora_jax.adapters.trainable_base import named_modules
 from mora_jax.errors import InputError
+from mora_jax.interop.adapter_values import plain
 from mora_jax.interop.atomic_folder import new_folder
 from mora_jax.interop.peft.config import common_fields, extra_fields, format_for
 from mora_jax.interop.peft.format import (
     CONFIG_NAME,
     PREFIX,
-    WEIGHTS_NAME,
+    WEIGHTS,
     Format,
 )
-from mora_jax.interop.peft.normalise import file_method, plain
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
 from mora_jax.interop.peft.stored import SHARED_PREFIX, base_name, meaning
 from mora_jax.interop.safetensors_io import write_tensors
@@ -37,7 +37,7 @@ from mora_jax.models.decoder import Decoder
 
 LINEN_NAME = "linen_layers.json"
 #: What a folder with an adapter holds.
-ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_FOLDER, LINEN_NAME)
+ADAPTER_FILES = (CONFIG_NAME, f"{WEIGHTS}.safetensors*", f"{WEIGHTS}-*-of-*.safetensors", BASE_FOLDER, LINEN_NAME)
 
 
 def save_adapter(
@@ -105,7 +105,7 @@ def save_adapter(
         if linen_layers is not None:
             (folder / LINEN_NAME).write_text(json.dumps(linen_layers, indent=2) + "\n", encoding="utf-8")
         shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
-        write_tensors(folder / WEIGHTS_NAME, shapes, _all_tensors(model, form, shared))
+        write_tensors(folder / f"{WEIGHTS}.safetensors", shapes, _all_tensors(model, form, shared))
         if _has_own_base(model):
             write_model(model, folder / BASE_FOLDER)
 
@@ -176,7 +176,7 @@ def _format(model: nnx.Module) -> tuple[Format, list[Site]]:
     if not adapted:
         raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
     main = [place for place in adapted if not place.adapter.config.biases_alone] or adapted
-    methods = sorted({file_method(place.adapter) for place in main})
+    methods = sorted({place.adapter.file_method or place.adapter.method for place in main})
     if len(methods) == 1 and len(main) < len(adapted) and main[0].adapter.config.bias != "all":
         methods = ["bitfit", *methods]
     if len(methods) > 1:

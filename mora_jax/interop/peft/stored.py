@@ -20,9 +20,10 @@ _KINDS = {
     for kind, name in table.items()
 }
 _NAMES = sorted({name.removesuffix(".bias") for name in _KINDS})
-_FACTOR = re.compile(rf"(?P<path>.+)\.(?P<name>{'|'.join(_NAMES)})(\.default)?(\.(?P<leaf>weight|bias))?")
+_ADAPTER = r"(\.(?!(weight|bias)$)[^.]+)?"  # the adapter's name, as in PEFT's memory
+_FACTOR = re.compile(rf"(?P<path>.+)\.(?P<name>{'|'.join(_NAMES)}){_ADAPTER}(\.(?P<leaf>weight|bias))?")
 _SHARED_NAMES = sorted({name for form in FORMATS for name in form.shared_names})
-_SHARED = re.compile(rf"((base_model\.)?(model\.)?)(?P<name>{'|'.join(_SHARED_NAMES)})(\.default)?")
+_SHARED = re.compile(rf"((base_model\.)?(model\.)?)(?P<name>{'|'.join(_SHARED_NAMES)}){_ADAPTER}")
 _BASE = re.compile(r"(?P<path>.+?)(?P<inner>\.base_layer)?\.(?P<leaf>weight|bias)")
 
 
@@ -76,6 +77,7 @@ def meaning(name: str) -> tuple[str, str, str]:
     The last is a factor's key in `Format.tensor_names`, or the name of another parameter, else empty. The first is
     empty for a name that is none of PEFT's.
     """
+    name = name.replace("_orig_mod.", "")  # torch.compile's
     factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
     if factor is not None:
         kind = _kind(factor["name"], factor["leaf"])

@@ -374,8 +374,49 @@ def test_incomplete_folders(base, tmp_path):
     with pytest.raises(mj.InputError, match="has no adapter_model.safetensors"):
         mj.load_adapter(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(mj.InputError, match="a pickle"):
+    (tmp_path / "adapter" / "training_args.bin").touch()  # what trainers leave there
+    with pytest.raises(mj.InputError, match=r"only pickled weights \(adapter_model.bin\).*load with peft"):
         mj.load_adapter(model, tmp_path / "adapter")
+
+
+def test_names_of_compiled_modules(base, tmp_path):
+    model = adapted(base, mj.LoRAConfig(rank=2, targets=("q_proj",)))
+    for place in ("base_model.model.", "base_model.model.model.layers.0."):
+        folder = tmp_path / place
+        mj.save_adapter(model, folder)
+        rename(folder, lambda name, place=place: name.replace(place, f"{place}_orig_mod."))
+        again = load(base)
+        mj.load_adapter(again, folder)
+        assert_same_adapters(again, model)
+
+
+def test_names_with_an_adapters_name(base, tmp_path):
+    model = adapted(base, mj.DoRAConfig(rank=2, targets=("q_proj", "embed_tokens")))
+    for name in ("default", "poet-2"):
+        mj.save_adapter(model, tmp_path / name)
+        rename(tmp_path / name, lambda full, name=name: re.sub(r"(lora_\w+)(?=\.weight$|$)", rf"\1.{name}", full))
+        again = load(base)
+        mj.load_adapter(again, tmp_path / name)
+        assert_same_adapters(again, model)
+
+
+def test_weights_in_several_files(base, tmp_path):
+    model = adapted(base, mj.LoRAConfig(rank=2, targets=("q_proj",)))
+    mj.save_adapter(model, tmp_path / "adapter")
+    whole = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(whole)
+    files = {name: f"adapter_model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+        save_file(part, tmp_path / "adapter" / file)
+    index = tmp_path / "adapter" / "adapter_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    whole.unlink()
+    again = load(base)
+    mj.load_adapter(again, tmp_path / "adapter")
+    assert_same_adapters(again, model)
+    mj.save_adapter(again, tmp_path / "adapter", overwrite=True)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", whole.name}
 
 
 def test_a_second_adapter_is_refused(base, tmp_path):
