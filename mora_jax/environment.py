@@ -42,10 +42,10 @@ def check_versions() -> None:
     Raises:
         ImportError: one line that says what was found and what to install.
     """
-    found = {name: _version(name) for name in PAIRS[0]}
-    if any(all(_allows(pair[name], version) for name, version in found.items()) for pair in PAIRS):
+    versions = {name: _version(name) for name in PAIRS[0]}
+    if any(all(_allows(pair[name], version) for name, version in versions.items()) for pair in PAIRS):
         return
-    listed = " and ".join(f"{name} {version}" if version else f"no {name}" for name, version in found.items())
+    listed = " and ".join(f"{name} {version}" if version else f"no {name}" for name, version in versions.items())
     extra = next((extra for name, extra in _EXTRAS.items() if _version(name)), None)
     pair = PAIRS[sys.version_info >= (3, 12)]
     wanted = " ".join(f"'{name}{f'[{extra}]' if extra and name == 'jax' else ''}{spec}'" for name, spec in pair.items())
@@ -64,12 +64,12 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if "PJRT_NAMES_AND_LIBRARY_PATHS" in environ:  # whoever adds platforms by hand knows what is there
         return
-    named, found = environ.get("JAX_PLATFORMS", ""), plugins()
+    named, platforms = environ.get("JAX_PLATFORMS", ""), plugins()
     if named:
-        _check_platforms(named, found)
-    elif has_libtpu() and not may_have_tpu() and "JAX_FORCE_TPU_INIT" not in environ and found <= _GPUS:
+        _check_platforms(named, platforms)
+    elif has_libtpu() and not may_have_tpu() and "JAX_FORCE_TPU_INIT" not in environ and platforms <= _GPUS:
         # jax would try libtpu, here for planning, which prints lines of errors before jax goes on without it.
-        environ["JAX_PLATFORMS"] = ",".join([*sorted(found), "cpu"])
+        environ["JAX_PLATFORMS"] = ",".join([*sorted(platforms), "cpu"])
 
 
 def explain(error: RuntimeError) -> str | None:
@@ -81,10 +81,10 @@ def explain(error: RuntimeError) -> str | None:
     return f"{' '.join(str(error).split())}{f'; to have it: {how}' if how else ''}"
 
 
-def _check_platforms(named: str, found: set[str]) -> None:
+def _check_platforms(named: str, installed: set[str]) -> None:
     """Refuses what jax fails at with a traceback that says less, or after errors of libtpu."""
     names = [name.strip() for name in named.split(",")]
-    for name, present in (("cuda", "cuda" in found), ("tpu", has_libtpu())):
+    for name, present in (("cuda", "cuda" in installed), ("tpu", has_libtpu())):
         if name in names and not present and (name == "tpu" or has_nvidia_gpu() or names == ["cuda"]):
             raise InputError(f"JAX_PLATFORMS={named}: jax's plugin for {name} is not installed: {_INSTALL[name]}")
     if names == ["cuda"] and not has_nvidia_gpu():  # beside another platform jax passes over it
@@ -147,5 +147,5 @@ def _allows(specifiers: str, version: str | None) -> bool:
 
 def _release(version: str) -> tuple[int, ...]:
     """The numbers that a version starts with."""
-    found = re.search(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    match = re.search(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()

@@ -42,17 +42,17 @@ def ask(prompts: Sequence[str] = (), data: str | None = None, most: int = 3) -> 
     Raises:
         InputError: the file has no conversation.
     """
-    found = [Question((Message("user", text),)) for text in prompts]
+    questions = [Question((Message("user", text),)) for text in prompts]
     if data is not None:
         rows = [row for row in itertools.islice(open_rows(data), most) if isinstance(row, Conversation)]
         for row in rows:
             turns = row.messages
             last = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=0)
             if last:
-                found.append(Question(turns[:last], turns[last].text))
-        if not rows or len(found) == len(prompts):
+                questions.append(Question(turns[:last], turns[last].text))
+        if not rows or len(questions) == len(prompts):
             raise InputError(f"--prompts {data}: its first rows have no answered conversation")
-    return found
+    return questions
 
 
 def answer(

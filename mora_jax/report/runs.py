@@ -162,4 +162,4 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     settings = [dict(flatten(run.config.to_dict())) for run in runs]
     keys = [key for key in (settings[0] if settings else {}) if key != "out"]
     values = {key: [one.get(key) for one in settings] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+    return {key: column for key, column in values.items() if any(value != column[0] for value in column)}

@@ -127,8 +127,8 @@ def _tpu_workers(environ: Mapping[str, str], attribute: Callable[[str], str | No
     hosts = attribute("worker-network-endpoints")
     if hosts is None:
         return slices
-    found = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", attribute("tpu-env") or "")
-    return (int(found[1]) if found else slices) * len(hosts.split(","))
+    match = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", attribute("tpu-env") or "")
+    return (int(match[1]) if match else slices) * len(hosts.split(","))
 
 
 def _read_attribute(name: str) -> str | None:

@@ -52,13 +52,13 @@ class Watch:
         threading.Thread(target=self._accept, args=(self._listener,), name="watch", daemon=True).start()
         return {"hosts": hosts, "port": self._listener.getsockname()[1], "token": self._token}
 
-    def connect(self, found: dict[str, Any]) -> bool:
+    def connect(self, main: dict[str, Any]) -> bool:
         """On the others: connects to process 0; returns whether that worked."""
-        for host in found["hosts"]:
+        for host in main["hosts"]:
             with contextlib.suppress(OSError):
-                peer = socket.create_connection((host, found["port"]), timeout=_HELLO / 4)
+                peer = socket.create_connection((host, main["port"]), timeout=_HELLO / 4)
                 peer.settimeout(None)
-                self._send(peer, {"hello": self.index, "token": found["token"]})
+                self._send(peer, {"hello": self.index, "token": main["token"]})
                 self._peers[0] = peer
                 self._start(self._read, 0, peer, peer.makefile())
                 return True

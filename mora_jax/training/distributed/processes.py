@@ -102,10 +102,10 @@ def start(cluster: Cluster) -> Watch:
     """Joins the other processes (see `join`), and watches over them from then on."""
     join(cluster)
     watch = Watch(jax.process_index(), jax.process_count())
-    found = broadcast(watch.listen(_names(cluster)) if is_main() else None)
-    if not is_main() and not watch.connect(found):
+    main = broadcast(watch.listen(_names(cluster)) if is_main() else None)
+    if not is_main() and not watch.connect(main):
         print(
-            f"note: process {watch.index} can't reach process 0 at {', '.join(found['hosts'])}, port {found['port']}: "
+            f"note: process {watch.index} can't reach process 0 at {', '.join(main['hosts'])}, port {main['port']}: "
             f"a lost process will be noticed after {HEARTBEAT} s only",
             file=sys.stderr,
         )
@@ -159,8 +159,8 @@ def check_same(parts: Mapping[str, str]) -> None:
         return
     digests = [np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], np.uint8) for text in parts.values()]
     everywhere = gather(np.stack(digests))
-    for process, found in enumerate(everywhere):
-        names = [name for name, same in zip(parts, (found == everywhere[0]).all(-1), strict=True) if not same]
+    for process, digest in enumerate(everywhere):
+        names = [name for name, same in zip(parts, (digest == everywhere[0]).all(-1), strict=True) if not same]
         if names:
             raise InputError(
                 f"process {process} differs from process 0 in {', '.join(names)}: start every process with the same "
@@ -176,7 +176,7 @@ def check_shared(folder: Path) -> None:
     """
     if not several() or "://" in os.fspath(folder):  # a bucket is the same from everywhere
         return
-    made = is_main() and not folder.exists()
+    is_new = is_main() and not folder.exists()
     probe = folder / f".seen-by-all-{broadcast({'token': secrets.token_hex(4)})['token']}"
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def check_shared(folder: Path) -> None:
     everywhere = gather(np.array(seen))
     if is_main():
         probe.unlink()
-        if made:
+        if is_new:
             folder.rmdir()
     gather(np.zeros(1))  # nobody ends the others before that is gone
     if not everywhere.all():

@@ -110,13 +110,13 @@ def span(lengths: Sequence[int] | np.ndarray, window: int | None = None) -> floa
         lengths: tokens of each example.
         window: how far a layer sees; None: the whole example.
     """
-    own = np.asarray(lengths, np.float64)
-    seen = own if window is None else np.minimum(own, window)
-    return float((own * seen).sum() / max(own.sum(), 1.0))
+    tokens = np.asarray(lengths, np.float64)
+    seen = tokens if window is None else np.minimum(tokens, window)
+    return float((tokens * seen).sum() / max(tokens.sum(), 1.0))
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
     """Peak dense bfloat16 FLOP/s of devices together; None where one of them is not in the table."""
-    found = [by_device_kind(device.device_kind) for device in devices]
-    known = [entry.bf16_flops for entry in found if entry is not None]
-    return sum(known) if len(known) == len(found) else None
+    accelerators = [by_device_kind(device.device_kind) for device in devices]
+    known = [entry.bf16_flops for entry in accelerators if entry is not None]
+    return sum(known) if len(known) == len(accelerators) else None

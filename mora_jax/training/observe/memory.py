@@ -13,9 +13,9 @@ import jax
 
 def device_memory(devices: Sequence[jax.Device]) -> dict[str, int | None]:
     """Bytes on the fullest device now, and at most so far; None on backends without the statistic, such as CPU's."""
-    found = [stats for stats in map(_stats, devices) if stats]
-    used = [int(stats["bytes_in_use"]) for stats in found if "bytes_in_use" in stats]
-    peak = [int(stats["peak_bytes_in_use"]) for stats in found if "peak_bytes_in_use" in stats]
+    statistics = [stats for stats in map(_stats, devices) if stats]
+    used = [int(stats["bytes_in_use"]) for stats in statistics if "bytes_in_use" in stats]
+    peak = [int(stats["peak_bytes_in_use"]) for stats in statistics if "peak_bytes_in_use" in stats]
     return {"device_bytes": max(used, default=None), "device_peak_bytes": max(peak, default=None)}
 
 
@@ -38,15 +38,15 @@ def planned_memory(compiled: Any) -> dict[str, int] | None:
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    found = {
+    sizes = {
         "arguments": int(analysis.argument_size_in_bytes),
         "outputs": int(analysis.output_size_in_bytes),
         "aliased": int(analysis.alias_size_in_bytes),
         "temporary": int(analysis.temp_size_in_bytes),
         "code": int(analysis.generated_code_size_in_bytes),
     }
-    total = found["arguments"] + found["outputs"] - found["aliased"] + found["temporary"] + found["code"]
-    return found | {"total": total}
+    total = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"] + sizes["code"]
+    return sizes | {"total": total}
 
 
 def _stats(device: jax.Device) -> dict[str, Any] | None:

@@ -78,8 +78,8 @@ class StepClock:
     def lap(self, now: float | None = None) -> StepTimes:
         """A step is done, now or at `now` by `time.perf_counter`: its times. The next one's begins."""
         now = time.perf_counter() if now is None else now
-        whole = max(now - self._start, 1e-9)
-        times = StepTimes(whole, self._data, max(whole - self._data - self._device, 0.0), self._device)
+        seconds = max(now - self._start, 1e-9)
+        times = StepTimes(seconds, self._data, max(seconds - self._data - self._device, 0.0), self._device)
         self.total = self.total.plus(times)
         self._steps += 1
         self._start, self._data, self._device = now, 0.0, 0.0

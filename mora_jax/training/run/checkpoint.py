@@ -166,8 +166,8 @@ class Checkpoints:
         except storage_errors() as error:
             self._note(f"a checkpoint in {self._directory} was not written: {reason(error)}; writing step {step} now")
         what = f"the checkpoint of step {step} can't be written to {self._directory}"
-        whole = f"the checkpoint of step {self.steps()[-1]} is whole; " if self.steps() else ""
-        hint = f"{whole}fix that and continue with --resume {self._directory.parent}"
+        intact = f"the checkpoint of step {self.steps()[-1]} is whole; " if self.steps() else ""
+        hint = f"{intact}fix that and continue with --resume {self._directory.parent}"
         # One of several processes can't try again alone.
         attempts = 4 if jax.process_count() == 1 else 1
         self._reported = True
@@ -220,12 +220,12 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                found = self.restore(step, like, base_at(step))
+                restored = self.restore(step, like, base_at(step))
             except _Damaged as error:
                 damaged[step] = str(error)
                 continue
             self._set_aside(damaged, step)
-            return found
+            return restored
         if damaged:
             raise self._none_readable(damaged)
         return None
@@ -405,8 +405,8 @@ class Keeping:
         """Takes a score in, and drops those that are no longer among the best."""
         if loss is not None and self.is_best(loss):
             self.scores[step] = loss
-            kept = sorted(self.scores.items(), key=lambda item: (item[1], item[0]))[: self._best]
-            self.scores = dict(kept)
+            best = sorted(self.scores.items(), key=lambda item: (item[1], item[0]))[: self._best]
+            self.scores = dict(best)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Whether each of the checkpoints, oldest first, stays."""

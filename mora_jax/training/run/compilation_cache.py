@@ -36,12 +36,12 @@ def persistent_compilation_cache(folder: str | None) -> Iterator[None]:
     Args:
         folder: where to; None: in the user's cache folder; `off`: nowhere.
     """
-    found = None if folder == OFF or _has_one() else _folder(folder)
-    if found is None:
+    directory = None if folder == OFF or _has_one() else _folder(folder)
+    if directory is None:
         yield
         return
     before = {name: _read(name) for name in ("jax_compilation_cache_dir", *_SETTINGS)}
-    _use({"jax_compilation_cache_dir": found, **_SETTINGS})
+    _use({"jax_compilation_cache_dir": directory, **_SETTINGS})
     try:
         yield
     finally:

@@ -29,8 +29,8 @@ def storage_errors() -> tuple[type[Exception], ...]:
     TensorStore raises ValueError, with the cause in its text.
     """
     modules = [sys.modules[name] for name in _CLIENTS if name in sys.modules]
-    found = [getattr(module, name) for module in modules for name in _CLASSES if hasattr(module, name)]
-    return (OSError, ValueError, *found)
+    classes = [getattr(module, name) for module in modules for name in _CLASSES if hasattr(module, name)]
+    return (OSError, ValueError, *classes)
 
 
 def reason(error: BaseException) -> str:

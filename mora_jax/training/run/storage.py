@@ -116,7 +116,7 @@ class Files:
     def write(self, name: str, text: str) -> None:
         """Writes a file, whole or not at all."""
 
-        def whole() -> None:
+        def write_beside() -> None:
             beside = self.path / f".{name}.tmp"
             try:
                 beside.write_text(text, encoding="utf-8")
@@ -125,7 +125,7 @@ class Files:
                 beside.unlink(missing_ok=True)
                 raise
 
-        self._retry(whole, name, "written")
+        self._retry(write_beside, name, "written")
 
     def append(self, name: str, text: str) -> None:
         """Adds whole lines to a file, all or none of them."""
