@@ -135,23 +135,26 @@ class Doubling(Runner):
     devices: ClassVar[list] = jax.devices()[:1]
 
     def lower(self, state, frozen, batch):
-        return jax.jit(lambda state, frozen, batch: (state, 2 * batch["x"])).lower(state, frozen, batch)
+        return jax.jit(lambda state, frozen, batch: (state, 2 * batch["input_ids"])).lower(state, frozen, batch)
 
 
 def test_a_second_compilation_names_what_changed():
     runner, written = Doubling(), []
     with CompileLog(written.extend) as log:
-        batches = [{"x": jnp.ones((2, 8))}, {"x": jnp.ones((2, 4), jnp.int32), "y": jnp.ones(3)}]
+        batches = [{"input_ids": jnp.ones((2, 8))}, {"input_ids": jnp.ones((2, 4), jnp.int32), "y": jnp.ones(3)}]
         assert not log.take(runner.compilation_log)  # making the arrays compiled nothing of the step's
         for batch in (*batches, batches[0]):
             runner({}, {}, batch)
         assert [one.shapes for one in log.take(runner.compilation_log)] == [
-            {"x": "float32[2,8]"},
-            {"x": "int32[2,4]", "y": "float32[3]"},
+            {"input_ids": "float32[2,8]"},
+            {"input_ids": "int32[2,4]", "y": "float32[3]"},
         ]
         assert not log.take(runner.compilation_log)
     steps = [row for row in written if row["what"] == "training step"]
-    assert [row["changed"] for row in steps] == [[], ["x: float32[2,8] -> int32[2,4]", "y: absent -> float32[3]"]]
+    assert [row["changed"] for row in steps] == [
+        [],
+        ["input_ids: float32[2,8] -> int32[2,4]", "y: absent -> float32[3]"],
+    ]
     assert runner.compilations == 2
 
 
