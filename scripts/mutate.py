@@ -41,7 +41,7 @@ SELECTION = "not slow and not peers"
 IGNORED = "ignore::pytest.PytestAssertRewriteWarning"
 #: Packages and the files of each that are changed, as patterns; a sample has as many mutants of each package.
 PACKAGES = {
-    "adapters": ("adapters/*.py", "adapters/config/*.py", "adapters/matching/*.py"),
+    "adapters": ("adapters/*.py", "adapters/config/*.py"),
     "adapters/methods": ("adapters/methods/*.py",),
     "adapters/products": ("adapters/products/*.py",),
     "data": ("data/**/*.py",),
