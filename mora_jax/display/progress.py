@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 LINE_SECONDS = 10.0
 
@@ -39,7 +39,10 @@ def progress(words: str) -> Iterator[Report]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), transient=True, expand=True) as bar:
+    # What is printed meanwhile goes through the bar's console, except results that are written to a file or a pipe.
+    here = sys.stdout is not None and sys.stdout.isatty()
+    live: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "redirect_stdout": here}
+    with Progress(*columns, *times, expand=True, **live) as bar:
         task = bar.add_task(words, total=None)
 
         def report(done: int, total: int, words: str | None = None) -> None:

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import mora_jax as mj
+from mora_jax.cli.main import main
 from mora_jax.evaluation import generate_batch
 from mora_jax.evaluation.session import ChatSession
 from tests.cli.test_commands import write_adapter
@@ -212,3 +213,19 @@ def test_many_prompts_and_several_adapters(run, model_dir, adapters, tmp_path, o
     expected = [json.loads(alone[name][number]) | {"adapter": name} for number in range(2) for name in names]
     assert found == expected
     assert len({one["answer"] for one in found}) > 2, "equal answers would prove little"
+
+
+def test_results_go_to_their_file_while_a_bar_is_on_the_terminal(model_dir, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    (tmp_path / "p.txt").write_text("Hello\nSay red\n")
+    bar, results = Terminal(), io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", bar)
+    monkeypatch.setattr(sys, "stdout", results)
+    base = ("generate", "--model", model_dir, "--max-new-tokens", "4")
+    assert main([*base, "--prompts", str(tmp_path / "p.txt"), "--json"]) == 0
+    assert "answering" in bar.getvalue()
+    assert [json.loads(line)["prompt"] for line in results.getvalue().split("\n")[:-1]] == ["Hello", "Say red"]

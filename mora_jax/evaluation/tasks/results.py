@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mora_jax.data.read.files import open_bytes, read_lines
+from mora_jax.display.tables import as_text, table
 from mora_jax.errors import InputError
 from mora_jax.evaluation.metrics.compare import Comparison, compare
 from mora_jax.evaluation.metrics.estimate import Record
@@ -92,11 +93,6 @@ def _shown(value: float, stderr: float | None) -> str:
 
 def _confusion_lines(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[str]:
     heads = [f"{label:.16}" for label in labels]
-    widths = [max(len(head), *(len(str(row[column])) for row in matrix)) for column, head in enumerate(heads)]
-    first = max(map(len, heads))
-    lines = ["rows: the answer; columns: the prediction"]
-    lines.append("  " + " " * first + "".join(f"  {head:>{width}}" for head, width in zip(heads, widths, strict=True)))
-    for head, row in zip(heads, matrix, strict=True):
-        cells = "".join(f"  {number:>{width}}" for number, width in zip(row, widths, strict=False))
-        lines.append(f"  {head:<{first}}{cells}")
-    return lines
+    rows = [[head, *map(str, row[: len(heads)])] for head, row in zip(heads, matrix, strict=True)]
+    lines = as_text(table(["", *heads], rows)).split("\n")
+    return ["rows: the answer; columns: the prediction", *(f"  {line}" for line in lines)]

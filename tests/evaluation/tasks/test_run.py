@@ -9,7 +9,7 @@ import pytest
 from mora_jax.errors import InputError
 from mora_jax.evaluation import LoglikelihoodScorer
 from mora_jax.evaluation.loglikelihood import Loglikelihood
-from mora_jax.evaluation.tasks.results import compare_with, write_results
+from mora_jax.evaluation.tasks.results import compare_with, result_table, write_results
 from mora_jax.evaluation.tasks.run import metrics_of, run_task
 from mora_jax.evaluation.tasks.task import load_task
 from tests.evaluation.tasks.test_task import examples
@@ -73,6 +73,10 @@ def test_labels_have_f1_and_a_confusion_matrix():
     assert values == pytest.approx(expected, abs=1e-6)
     assert found.confusion == {"labels": ["0", "10", "20"], "matrix": [[3, 2, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]]}
     assert found.baselines == pytest.approx({"majority": 5 / 8, "chance": 1 / 3})
+    shown = result_table(found).split("\n")
+    assert shown[-5].split() == ["0", "10", "20"]
+    expected = [[str(10 * place), *map(str, row[:3])] for place, row in enumerate(found.confusion["matrix"])]
+    assert [line.split() for line in shown[-3:]] == expected
 
 
 def test_words_and_texts():
