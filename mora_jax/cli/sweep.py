@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, out: str | None, runs: Any, note: str | None = None) -> int:
+    from mora_jax.sweeps.board import make_board
     from mora_jax.sweeps.folder import SweepFolder
-    from mora_jax.sweeps.live_board import make_board
     from mora_jax.sweeps.train import train_runs
 
     folder = SweepFolder(args.resume if out is None else out)

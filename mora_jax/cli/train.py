@@ -7,6 +7,7 @@ sections, such as a run's config.json; it sets only what it changes. Every confi
 
 import argparse
 import re
+import shlex
 import shutil
 import textwrap
 from typing import Any
@@ -98,11 +99,24 @@ def _train(config: Any, note: str | None, display: Any, overwrite: bool) -> int:
     if note:
         display.note(f"warning: {note}")
     display.loading(f"loading {config.model.path}")
-    return loop.train(config, display, overwrite=overwrite)
+    return _with_next_command(loop.train(config, display, overwrite=overwrite), config, display)
 
 
 def _resume(args: argparse.Namespace, profile: dict[str, int], display: Any) -> int:
     from mora_jax.training import loop
+    from mora_jax.training.run.directory import RunDirectory
 
     display.loading(f"loading the run in {args.resume}")
-    return loop.resume(args.resume, display, changes=args.overrides, profile=profile)
+    code = loop.resume(args.resume, display, changes=args.overrides, profile=profile)
+    return _with_next_command(code, RunDirectory(args.resume).read_config(), display)
+
+
+def _with_next_command(code: int, config: Any, display: Any) -> int:
+    """Says, after a run that came to its end, how to try what it left; returns the run's exit code."""
+    if code == 0:
+        from mora_jax.training.run.export import result_name
+
+        model, name = str(config.model.path), result_name(config)
+        result = ["--model", f"{config.out}/{name}"] if name == "model" else ["--model", model, "--adapter", config.out]
+        display.note(f"try it: {shlex.join(['mora-jax', 'generate', *result, '--prompt'])} '...'")
+    return code

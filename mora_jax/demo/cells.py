@@ -106,6 +106,7 @@ def train_cell(
             "data.max_length": MAX_LENGTH,
             "optimizer.warmup_steps": min(10, steps),
             "train.eval_every": WATCH_EVERY,
+            "train.eval_on_start": False,  # the base is scored once for all cells
             "mesh.data": 1,
         },
         display=_Watched(watch),

@@ -43,8 +43,7 @@ from mora_jax.studies.study import (
 )
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import SweepRun
-from mora_jax.sweeps.live_board import make_board
-from mora_jax.sweeps.run_result import RunResult
+from mora_jax.sweeps.results import RunResult
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, lay_over

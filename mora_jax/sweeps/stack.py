@@ -1,4 +1,4 @@
-"""Runs of one shape as one compiled step: what differs between them is stacked, the frozen base is there once.
+"""Which runs share a compiled step, and that step: what differs between them is stacked, the frozen base is there once.
 
 `jax.vmap` over the runs leaves the base without their axis, so each product with a frozen matrix is one product of the
 tokens of all runs. Learning rate, weight decay and the norm to clip to are data, as are a run's rows.
@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mora_jax.sweeps.grid import SweepRun
 from mora_jax.training.build_step import Assembly
-from mora_jax.training.config.schema import OptimizerConfig
+from mora_jax.training.config.schema import Config, MeshConfig, OptimizerConfig
+from mora_jax.training.hooks import Runner
 from mora_jax.training.observe.compile_log import Compilation
 from mora_jax.training.optimizer import make_schedule, scheduled
 from mora_jax.training.sharding.runner import JitRunner, RowShare
@@ -27,28 +29,77 @@ from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepFunction, StepMetrics, make_step
 
 Array = jax.Array
-Reading = Callable[[], tuple[StepMetrics, float]]
+
+# What goes into the step as data, by section.
+_OPTIMIZER = ("learning_rate", "schedule", "min_ratio", "warmup_steps", "weight_decay")
+_LOSS = ("mode", "prompt_weight", "roles", "end_of_turn", "headers")
 
 
-def stacked_step(made: Assembly, optimizer: OptimizerConfig, own: frozenset[str]) -> StepFunction:
+def stackable(config: Config) -> bool:
+    """Whether a run can share a step with others: its base stays frozen, and its state on one device."""
+    changes = config.adapter.config_class.changes_base
+    alone = config.optimizer.offload or config.model.remat == "offload" or config.mesh != MeshConfig(data=1)
+    return not changes and not alone
+
+
+def base_of(run: SweepRun) -> object:
+    """What is the same for runs on one base: one that changes its base has it to itself."""
+    return run.config.model if stackable(run.config) else run.name
+
+
+def shape_of(config: Config) -> Config:
+    """What runs of one group have in common: the configuration without what is data in the step."""
+    usual = OptimizerConfig()
+    optimizer = {name: getattr(usual, name) for name in _OPTIMIZER}
+    if config.optimizer.clip_norm is not None:
+        optimizer["clip_norm"] = 1.0
+    changes: dict[str, object] = {"out": None, "optimizer": dataclasses.replace(config.optimizer, **optimizer)}
+    if not config.adapter.dropout:
+        # Masks of dropout go by a token's place in the step: with it a batch has to be of the run's own length.
+        loss = {name: getattr(type(config.loss)(), name) for name in _LOSS}
+        if config.loss.normalize != "constant":
+            loss["normalize"] = None
+        changes["loss"] = dataclasses.replace(config.loss, **loss)
+        changes["data"] = dataclasses.replace(config.data, train=None, eval=None)
+    if not config.adapter.dropout or not (config.data.bucketing or config.data.eval_fraction):
+        changes["seed"] = 0
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def groups_of(runs: Sequence[SweepRun], at_once: int | None = None) -> list[list[SweepRun]]:
+    """The runs in groups that train together, in the order of their first ones; those of one base follow each other.
+
+    Args:
+        runs: of the sweep.
+        at_once: the most runs of a group; None for no limit.
+    """
+    by_base: dict[object, dict[object, list[SweepRun]]] = {}
+    for run in runs:
+        by_base.setdefault(base_of(run), {}).setdefault(shape_of(run.config), []).append(run)
+    found = [group for groups in by_base.values() for group in groups.values()]
+    size = at_once or len(runs)
+    return [group[start : start + size] for group in found for start in range(0, len(group), size)]
+
+
+def stacked_step(assembly: Assembly, optimizer: OptimizerConfig, own: frozenset[str]) -> StepFunction:
     """The step of several runs: as `make_step`, with every array of state, batch and metrics `[runs, …]`.
 
     Args:
-        made: one of the runs.
+        assembly: of one of the runs.
         optimizer: its section; rate, decay and norm come with each batch instead (`hyperparameters`).
         own: the frozen arrays that each run has for itself, `[runs, …]` too.
     """
 
-    settings = dataclasses.replace(made.settings, mapped=True)
+    settings = dataclasses.replace(assembly.settings, mapped=True)
 
     def one(state: TrainState, frozen: Arrays, batch: Any) -> tuple[TrainState, StepMetrics]:
         given = {name: batch[name] for name in hyperparameters(optimizer, 0)}
         rows: Any = {name: value for name, value in batch.items() if name not in given}
         rate = given.pop("learning_rate")
-        update = scheduled(dataclasses.replace(optimizer, **given), lambda step: rate, made.rates)
-        if made.budget is not None:
-            update = made.budget.around(update)
-        return make_step(made.structure, update, lambda step: rate, settings)(state, frozen, rows)
+        update = scheduled(dataclasses.replace(optimizer, **given), lambda step: rate, assembly.rates)
+        if assembly.budget is not None:
+            update = assembly.budget.around(update)
+        return make_step(assembly.structure, update, lambda step: rate, settings)(state, frozen, rows)
 
     def step(state: TrainState, frozen: Arrays, batch: Any) -> tuple[TrainState, StepMetrics]:
         return jax.vmap(one, in_axes=(0, {name: 0 if name in own else None for name in frozen}, 0))(
@@ -69,163 +120,130 @@ class Stack:
 
     Args:
         mesh: of one device.
-
-    Attributes:
-        runner: compiles and runs the step; None before the first.
     """
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
-        self._made: list[Assembly] = []
-        self._optimizers: list[OptimizerConfig] = []
-        self._rates: list[np.ndarray] = []
         self._members: list[Member] = []
         self._slice: Callable[[Any, Any], Any] = jax.jit(lambda tree, index: jax.tree.map(lambda x: x[index], tree))
         self._done = np.zeros(0, int)
         self._batches: list[Any] = []
-        self.runner: JitRunner | None = None
+        self._runner: JitRunner | None = None  # from the first step on
         self._state: TrainState | None = None
         self._frozen: Arrays = {}
 
-    def join(self, made: Assembly, optimizer: OptimizerConfig, steps: int) -> Member:
+    def join(self, assembly: Assembly, optimizer: OptimizerConfig, steps: int) -> Member:
         """Takes a run in.
 
         Args:
-            made: its step; of the same structure as the others'.
+            assembly: its step; of the same structure as the others'.
             optimizer: its section of the configuration.
             steps: of the run.
         """
-        schedule = make_schedule(optimizer, steps)
-        self._made.append(made)
-        self._optimizers.append(optimizer)
-        self._rates.append(np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps))))
-        self._members.append(Member(self, len(self._members), list(self._mesh.devices.flat)))
+        rates = np.asarray(jax.jit(jax.vmap(make_schedule(optimizer, steps)))(jnp.arange(steps)))
+        self._members.append(Member(self, len(self._members), assembly, optimizer, rates))
         return self._members[-1]
 
-    def step(self, states: Mapping[int, Any], batches: Mapping[int, Any]) -> dict[int, tuple[Slot, Reading]]:
-        """One step of the runs that have a batch. The others keep their place, and what becomes of them is no matter.
+    def step(
+        self,
+        states: Sequence[Any],
+        batches: Mapping[int, Any],
+        compiling: Callable[[int], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> dict[int, tuple[Any, Any]]:
+        """One step of the runs that have a batch. The others keep their place, and nobody reads what it then holds.
 
         Args:
-            states: of the runs, by number: as they were when they joined, or as the step before gave them.
+            states: of all runs: as they were when they joined, or as the step before gave them.
             batches: of the runs that go on, by number.
+            compiling: entered around a compilation.
 
         Returns:
-            For these the state after it, and what waits for its metrics (`Member.read`).
+            For these the state after it, and what their `read` takes.
         """
         if self._state is None:
             self._start(states)
             some = next(iter(batches.values()))  # for runs that have come to their end already
-            self._batches = [batches.get(index, some) for index in range(len(self._made))]
+            self._batches = [batches.get(index, some) for index in range(len(self._members))]
         for index, batch in batches.items():
             self._batches[index] = batch
-        assert self.runner is not None and self._state is not None, "they are there from the first step on"
-        placed = jax.device_put(self._joined(), self._mesh.devices.flat[0])
-        self._state, metrics = self.runner(self._state, self._frozen, placed)
+        assert self._runner is not None and self._state is not None, "they are there from the first step on"
+        placed = jax.device_put(self._joined(), self.device)
+        self._state, metrics = self._runner(self._state, self._frozen, placed, compiling)
         self._done += 1
-        shared = _Metrics(metrics)
-        return {index: (Slot(self, index), functools.partial(shared.read, index)) for index in batches}
+        # Fetched from the device when the first of the runs reads them: at one time for all, however late they are.
+        fetched = functools.cache(lambda: (jax.device_get(metrics), time.perf_counter()))
+        return {index: (self._members[index], fetched) for index in batches}
 
-    def _start(self, states: Mapping[int, Any]) -> None:
+    def _start(self, states: Sequence[Any]) -> None:
         """Stacks the states, and what else the runs don't share."""
-        first = self._made[0]
+        first, *others = (member.assembly for member in self._members)
         own: dict[str, Array] = {}
         shared: dict[str, Array] = {}
         for name, array in first.frozen.items():
-            others = [made.frozen[name] for made in self._made[1:]]
-            if all(other is array or bool(jnp.array_equal(other, array)) for other in others):
+            theirs = [assembly.frozen[name] for assembly in others]
+            if all(other is array or bool(jnp.array_equal(other, array)) for other in theirs):
                 shared[name] = array
             else:
-                own[name] = jnp.stack([array, *others])
-        step = stacked_step(first, self._optimizers[0], frozenset(own))
-        self.runner = JitRunner(step, self._mesh)
-        self.runner.while_compiling = self._compiling
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(states[index] for index in range(len(self._made))))
+                own[name] = jnp.stack([array, *theirs])
+        self._runner = JitRunner(stacked_step(first, self._members[0].optimizer, frozenset(own)), self._mesh)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         self._done = np.array(jax.device_get(stacked.step))
-        self._state, self._frozen = self.runner.place(stacked), self.runner.place(shared | own)
+        self._state, self._frozen = self._runner.place(stacked), self._runner.place(shared | own)
 
     def _joined(self) -> dict[str, np.ndarray]:
         """The batches with what else each run brings along, padded to one length."""
         longest = max(batch["input_ids"].shape[-1] for batch in self._batches)
         columns: dict[str, list[Any]] = {}
-        for batch, optimizer, rates, done in zip(self._batches, self._optimizers, self._rates, self._done, strict=True):
+        for batch, member, done in zip(self._batches, self._members, self._done, strict=True):
             length = batch["input_ids"].shape[-1]
-            for name, value in batch.items():
+            rate = member.rates[min(done, len(member.rates) - 1)]
+            for name, value in (batch | hyperparameters(member.optimizer, rate)).items():
                 if value.ndim == 3 and length < longest:
                     value = np.pad(value, ((0, 0), (0, 0), (0, longest - length)))
                 columns.setdefault(name, []).append(value)
-            for name, value in hyperparameters(optimizer, rates[min(done, len(rates) - 1)]).items():
-                columns.setdefault(name, []).append(value)
         return {name: np.stack(values) for name, values in columns.items()}
 
-    @contextlib.contextmanager
-    def _compiling(self, length: int) -> Iterator[None]:
-        with contextlib.ExitStack() as watched:
-            for member in self._members:
-                watched.enter_context(member.while_compiling(length))
-            yield
+    @property
+    def device(self) -> jax.Device:
+        """The one that all is on."""
+        return self._mesh.devices.flat[0]
+
+    @property
+    def compilation_log(self) -> list[Compilation]:
+        """Every compilation of the runs' step, oldest first."""
+        return [] if self._runner is None else self._runner.compilation_log
 
     def state_of(self, index: int) -> TrainState:
         """A run's part of the stacked state, as a run alone would have it."""
         return self._slice(self._state, index)
 
 
-class Member:
-    """In the place of a run's `Runner` while it is in a stack; see there."""
+class Member(Runner):
+    """A run in a stack. Its state after a step is the member itself, for it lies in the stack."""
 
-    def __init__(self, stack: Stack, index: int, devices: list[jax.Device]):
-        self._stack, self.index, self.devices = stack, index, devices
-        self.while_compiling: Callable[[int], contextlib.AbstractContextManager[None]] = lambda length: (
-            contextlib.nullcontext()
-        )
+    def __init__(
+        self, stack: Stack, index: int, assembly: Assembly, optimizer: OptimizerConfig, rates: np.ndarray
+    ) -> None:
+        self._stack, self._index = stack, index
+        self.assembly, self.optimizer, self.rates = assembly, optimizer, rates
+        self.devices = [stack.device]
 
     @property
     def compilation_log(self) -> list[Compilation]:
-        """Every compilation of the stack's step, oldest first."""
-        return [] if self._stack.runner is None else self._stack.runner.compilation_log
-
-    @property
-    def compile_seconds(self) -> float:
-        """What all of them took."""
-        return 0.0 if self._stack.runner is None else self._stack.runner.compile_seconds
-
-    @property
-    def compilations(self) -> int:
-        """How many there were."""
-        return 0 if self._stack.runner is None else self._stack.runner.compilations
+        return self._stack.compilation_log
 
     def place(self, tree: Any) -> Any:
         """The tree: the stack places it."""
         return tree
 
     def whole(self, tree: Any) -> Any:
-        """The tree without what the stack added: its own state in place of a slot."""
-        return self._stack.state_of(tree.index) if isinstance(tree, Slot) else tree
+        """The tree; in place of the member its state."""
+        return self._stack.state_of(self._index) if tree is self else tree
 
-    def read(self, reading: Reading) -> tuple[StepMetrics, float]:
-        """Waits for a step's metrics, as `Runner.read` does."""
-        return reading()
+    def read(self, fetched: Callable[[], tuple[StepMetrics, float]]) -> tuple[StepMetrics, float]:
+        metrics, there = fetched()
+        return StepMetrics(*(field[self._index] for field in metrics)), there
 
     def share(self, rows: int) -> RowShare:
         """All rows, left where they are."""
         return RowShare(None, lambda batch: batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """The state of one run, which lies in the stack."""
-
-    stack: Stack
-    index: int
-
-
-class _Metrics:
-    """The metrics of a step of all runs, fetched from the device when the first of them is read."""
-
-    def __init__(self, metrics: StepMetrics):
-        self._metrics, self._there = metrics, 0.0
-
-    def read(self, index: int) -> tuple[StepMetrics, float]:
-        """Those of one run, and when they were there: the same for all, however late they are read."""
-        if not self._there:
-            self._metrics, self._there = jax.device_get(self._metrics), time.perf_counter()
-        return StepMetrics(*(field[index] for field in self._metrics)), self._there

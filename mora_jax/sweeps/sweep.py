@@ -8,10 +8,9 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
-from mora_jax.sweeps.board import Board
+from mora_jax.sweeps.board import Board, make_board
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import combinations, expand
-from mora_jax.sweeps.live_board import make_board
 from mora_jax.sweeps.results import SweepResult
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training.finetune import configured
@@ -84,19 +83,10 @@ def sweep(
     both = next((name for values in settings for name in values if name in common), None)
     if both:
         raise InputError(f"{both} is in config and in grid; leave it out of one of them")
-    objects, settings_of = configured(
-        model,
-        rows,
-        adapter_config,
-        tokenizer=tokenizer,
-        loss=loss,
-        eval_rows=eval_rows,
-        steps=steps,
-        batch_size=batch_size,
-        out=out,
-    )
+    arguments = {"loss.mode": loss, "train.steps": steps, "train.batch_size": batch_size}
+    objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, arguments)
     path = None if out is None else os.fspath(out)
     folder = None if path is None else SweepFolder(path)
-    runs = expand(settings, lambda values: settings_of(common | values, "grid"), path)
+    runs = expand(settings, lambda values: config_of(common | values, "grid"), path)
     shown = make_board() if board is None else board
     return train_runs(runs, folder, shown, objects=objects, callbacks=callbacks, at_once=at_once, overwrite=overwrite)

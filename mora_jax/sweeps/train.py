@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,13 +18,12 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun
-from mora_jax.sweeps.groups import groups_of, stackable
-from mora_jax.sweeps.results import SweepResult
-from mora_jax.sweeps.run_result import RunResult
-from mora_jax.sweeps.stack import Stack
-from mora_jax.training.config.schema import Config, ModelConfig
+from mora_jax.sweeps.results import RunResult, SweepResult
+from mora_jax.sweeps.stack import Stack, base_of, groups_of, stackable
+from mora_jax.training.config.schema import Config
 from mora_jax.training.distributed.signals import StopSignals
-from mora_jax.training.loop import Callback, Trainer
+from mora_jax.training.hooks import Callback
+from mora_jax.training.loop import Trainer
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
@@ -67,34 +65,31 @@ def train_runs(
     if objects.model is not None and jax.tree.leaves(nnx.state(objects.model, (AdapterParam, FullParam))):
         raise InputError("the model carries adapters already; a sweep starts from a model without: detach them first")
     check_writers(runs[0].config)
-    goes_on = False if folder is None else folder.check_free(runs, overwrite)
-    sweep = _Sweep(folder, board, objects, callbacks, measure, go_on)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(persistent_compilation_cache(runs[0].config.log.compilation_cache))
-        if folder is not None:
-            if goes_on:
-                stack.enter_context(folder.claimed())
-                sweep.take_up(runs)
-            else:
-                sweep.begin = functools.partial(_create, stack, folder, runs, overwrite)
+    goes_on = folder is not None and folder.check_free(runs, overwrite)
+    with contextlib.ExitStack() as context:
+        context.enter_context(persistent_compilation_cache(runs[0].config.log.compilation_cache))
+
+        def begin() -> None:
+            """Takes the folder, once everything was found good."""
+            if folder is not None:
+                context.enter_context(folder.claimed())
+                if not goes_on:
+                    folder.create(runs, overwrite)
+
+        sweep = _Sweep(folder, board, objects, callbacks, measure, go_on, begin)
+        if goes_on:
+            sweep.begin_once()
+            sweep.take_up(runs)
         board.begin([run.name for run in runs])
         for name, ended in sweep.results.items():
             board.ended(name, ended.failed or "done")
         with board:
             code = sweep.train([run for run in runs if run.name not in sweep.results], at_once)
-        for run in runs:
-            sweep.results.setdefault(run.name, sweep.result(run))
-        out = None if folder is None else str(folder.path)
-        result = SweepResult([sweep.results[run.name] for run in runs], out, code)
+        results = [sweep.results.get(run.name) or sweep.result(run, sweep.directory(run)) for run in runs]
+        result = SweepResult(results, None if folder is None else str(folder.path), code)
         if folder is not None and code == 0 and (why := folder.write(result)):
             board.note(f"no plot: {why}")
     return result
-
-
-def _create(context: contextlib.ExitStack, folder: SweepFolder, runs: Sequence[SweepRun], overwrite: bool) -> None:
-    """Makes the folder of a new sweep, and keeps others out of it while the context lasts."""
-    context.enter_context(folder.claimed())
-    folder.create(runs, overwrite)
 
 
 @dataclass
@@ -109,8 +104,7 @@ class _Base:
     def setup(self, config: Config) -> Setup:
         """A run on the base, whose arrays it shares."""
         model = nnx.merge(*nnx.split(self.model))
-        rows, eval_rows = self.objects.rows, self.objects.eval_rows
-        return prepare(config, Objects(model, self.tokenizer, rows, eval_rows), self._encode)
+        return prepare(config, replace(self.objects, model=model, tokenizer=self.tokenizer), self._encode)
 
     def _encode(self, config: Config, *arguments: Any) -> Any:
         """As `encode_data`, once for all runs on the same data."""
@@ -121,182 +115,177 @@ class _Base:
         return self.encoded[key]
 
 
+@dataclass
 class _Sweep:
     """A sweep under way.
 
     Attributes:
-        results: of the runs that are over, by name.
         begin: called once, before the first run begins: everything was found good.
+        results: of the runs that are over, by name.
     """
 
-    def __init__(
-        self,
-        folder: SweepFolder | None,
-        board: Board,
-        objects: Objects,
-        callbacks: Sequence[Callback],
-        measure: RunMeasure | None,
-        go_on: bool,
-    ) -> None:
-        self._folder, self._board, self._objects, self._callbacks = folder, board, objects, callbacks
-        self._measure, self._go_on = measure, go_on
-        self.results: dict[str, RunResult] = {}
-        self.begin: Callable[[], Any] | None = None
+    folder: SweepFolder | None
+    board: Board
+    objects: Objects
+    callbacks: Sequence[Callback]
+    measure: RunMeasure | None
+    go_on: bool
+    begin: Callable[[], None] | None
+    results: dict[str, RunResult] = field(default_factory=dict)
+
+    def begin_once(self) -> None:
+        """Calls `begin` if nothing has begun."""
+        begin, self.begin = self.begin, None
+        if begin is not None:
+            begin()
 
     def take_up(self, runs: Sequence[SweepRun]) -> None:
         """Reads the results of runs that are over."""
-        assert self._folder is not None, "there is something to take up"
-        failed = self._folder.failed()
+        assert self.folder is not None, "there is something to take up"
+        failed = self.folder.failed()
         for run in runs:
-            directory = RunDirectory(run.config.out or "")
-            summary = directory.files.read("summary.json")
-            if summary is not None or run.name in failed:
-                self.results[run.name] = self.result(run, directory, json.loads(summary or "{}"), failed.get(run.name))
+            result = self.result(run, self.directory(run), failed.get(run.name))
+            if result.summary or result.failed:
+                self.results[run.name] = result
+
+    def directory(self, run: SweepRun) -> RunDirectory:
+        """The run's folder, or a record in memory."""
+        note = self.board.of(run.name).note
+        return MemoryDirectory(note) if self.folder is None else RunDirectory(run.config.out or "", note=note)
 
     def result(
-        self,
-        run: SweepRun,
-        directory: RunDirectory | None = None,
-        summary: dict[str, Any] | None = None,
-        failed: str | None = None,
-        model: Decoder | None = None,
+        self, run: SweepRun, directory: RunDirectory, failed: str | None = None, model: Decoder | None = None
     ) -> RunResult:
-        """What came of a run; without a directory of one that this process did not begin."""
-        out = run.config.out if self._folder is not None else None
-        if directory is None and out is not None:
-            directory = RunDirectory(out)
-        metrics = [] if directory is None else directory.read_metrics()
-        return RunResult(run.name, run.values, summary or {}, metrics, failed, out, run.config, model)
+        """What came of a run, as its directory has it."""
+        summary, metrics = directory.read_json("summary.json") or {}, directory.read_metrics()
+        out = run.config.out if directory.kept else None
+        return RunResult(run.name, run.values, summary, metrics, failed, out, run.config, model)
 
     def train(self, runs: Sequence[SweepRun], at_once: int | None) -> int:
         """Trains these runs; returns 0, or the exit code after a signal."""
-        together = [run for run in runs if stackable(run.config)]
-        for model, members in itertools.groupby(groups_of(together, at_once), key=lambda group: group[0].config.model):
-            if code := self._train_base(model, list(members)):
+        for _, groups in itertools.groupby(groups_of(runs, at_once), key=lambda group: base_of(group[0])):
+            if code := self._train_base(list(groups)):
                 return code
-        alone = (self._train_alone(run) for run in runs if not stackable(run.config))
-        return next((code for code in alone if code), 0)
+        return 0
 
-    def _train_base(self, model: ModelConfig, groups: Sequence[Sequence[SweepRun]]) -> int:
+    def _train_base(self, groups: Sequence[Sequence[SweepRun]]) -> int:
         """The groups on one base."""
-        self._board.loading(f"loading {model.path}")
-        loaded, tokenizer, _ = load_base(groups[0][0].config, self._objects)
-        base = _Base(loaded, tokenizer, self._objects)
-        setups = {run.name: self._prepared(run, base.setup) for group in groups for run in group}
+        config, objects = groups[0][0].config, self.objects
+        self.board.loading(f"loading {config.model.path}")
+        if objects.model is not None and not stackable(config):
+            graphdef, state = nnx.split(objects.model)
+            copied = nnx.merge(graphdef, jax.tree.map(lambda array: array.copy(), state))  # the run changes it
+            objects = replace(objects, model=copied)
+        model, tokenizer, _ = load_base(config, objects)
+        base = _Base(model, tokenizer, objects)
+        setups = {run.name: self._prepared(run, base) for group in groups for run in group}
         for group in groups:
             # What is known of the data alone: as many steps, and masks of dropout for the same places.
-            shapes: dict[Any, list[SweepRun]] = {}
+            shapes: dict[Any, list[tuple[SweepRun, Setup]]] = {}
             for run in group:
-                setup = setups[run.name]
-                if setup is None:
-                    continue
-                length = setup.batches.length if run.config.adapter.dropout else 0
-                shapes.setdefault((setup.plan.steps, length), []).append(run)
+                setup = setups.pop(run.name)
+                if setup is not None:
+                    length = setup.batches.length if run.config.adapter.dropout else 0
+                    shapes.setdefault((setup.plan.steps, length), []).append((run, setup))
             for part in shapes.values():
-                if code := self._train_group(part, {run.name: setups.pop(run.name) for run in part}):  # type: ignore[misc]
+                if code := self._train_group(part):
                     return code
         return 0
 
-    def _train_alone(self, run: SweepRun) -> int:
-        """A run that shares nothing: its base changes."""
-        self._board.loading(f"loading {run.config.model.path}")
-        objects = self._objects
-        if objects.model is not None:
-            graphdef, state = nnx.split(objects.model)
-            copied = nnx.merge(graphdef, jax.tree.map(lambda array: array.copy(), state))
-            objects = Objects(copied, objects.tokenizer, objects.rows, objects.eval_rows)
-        setup = self._prepared(run, lambda config: prepare(config, objects))
-        return 0 if setup is None else self._train_group([run], {run.name: setup}, alone=True)
-
-    def _prepared(self, run: SweepRun, make: Callable[[Config], Setup]) -> Setup | None:
+    def _prepared(self, run: SweepRun, base: _Base) -> Setup | None:
         """The run, ready to start; None where it can't and the others go on."""
         try:
-            return make(run.config)
+            return base.setup(run.config)
         except InputError as error:
-            if not self._go_on:
+            if not self.go_on:
                 raise InputError(f"run {run.name}: {error}") from None
-            self._failed(run, str(error), None)
+            self._ended(run, self.directory(run), str(error))
             return None
 
-    def _train_group(self, runs: Sequence[SweepRun], setups: Mapping[str, Setup], *, alone: bool = False) -> int:
+    def _train_group(self, setups: Sequence[tuple[SweepRun, Setup]]) -> int:
         """Trains runs together to their ends; returns 0, or the exit code after a signal."""
-        if self.begin is not None:
-            self.begin()
-            self.begin = None
-        self._board.group([run.name for run in runs])
-        stack = None if alone else Stack(make_mesh(1))
+        self.begin_once()
+        runs = [run for run, _ in setups]
+        self.board.group([run.name for run in runs])
+        signals = StopSignals(None, self.board.note)
+        stack = Stack(make_mesh(1)) if stackable(runs[0].config) else None
         with contextlib.ExitStack() as context:
             trainers = []
-            for run in runs:
-                directory = context.enter_context(_directory(run, kept=self._folder is not None))
-                trainers.append(self._trainer(run, setups[run.name], directory, stack))
-            signals = context.enter_context(StopSignals(None, self._board.note))
-            self._steps(runs, trainers, stack, signals)
-            self._board.round()
-            for run, trainer in zip(runs, trainers, strict=True):
-                if run.name not in self.results:
-                    model = trainer.trained_model() if self._folder is None else None
-                    self.results[run.name] = self.result(run, trainer.directory, dict(trainer.summary), None, model)
-            return 0 if signals.received is None else signals.exit_code
+            for run, setup in setups:
+                directory = context.enter_context(self._opened(run))
+                trainers.append(self._trainer(run, setup, directory, signals, stack))
+            context.enter_context(signals)
+            self._steps(runs, trainers, stack)
+            self.board.round()
+        return 0 if signals.received is None else signals.exit_code
 
-    def _trainer(self, run: SweepRun, setup: Setup, directory: RunDirectory, stack: Stack | None) -> Trainer:
-        def call(callback: Callback) -> Callback:
+    @contextlib.contextmanager
+    def _opened(self, run: SweepRun) -> Iterator[RunDirectory]:
+        """The run's folder, new or with what it did before it was stopped."""
+        directory = self.directory(run)
+        with directory.claimed():
+            if not directory.files.present(("config.json",)):
+                directory.create(run.config, False)
+            yield directory
+
+    def _trainer(
+        self, run: SweepRun, setup: Setup, directory: RunDirectory, signals: StopSignals, stack: Stack | None
+    ) -> Trainer:
+        def named(callback: Callback) -> Callback:
             return lambda row: callback({"run": run.name, **row})
 
-        callbacks = [call(callback) for callback in self._callbacks]
-        join = None
+        join, measure = None, None
         if stack is not None:
-            optimizer, steps = run.config.optimizer, setup.plan.steps
-            join = lambda made: stack.join(made, optimizer, steps)  # noqa: E731
-        measure = None
-        if self._measure is not None:
-            measure = functools.partial(self._measure, run.name, setup.tokenizer)
-        return Trainer(setup, directory, self._board.of(run.name), callbacks, join, measure)
+            join = functools.partial(stack.join, optimizer=run.config.optimizer, steps=setup.plan.steps)
+        if self.measure is not None:
+            measure = functools.partial(self.measure, run.name, setup.tokenizer)
+        callbacks = [named(callback) for callback in self.callbacks]
+        display = self.board.of(run.name)
+        return Trainer(setup, directory, display, callbacks, signals=signals, runner_for=join, measure=measure)
 
-    def _steps(
-        self, runs: Sequence[SweepRun], trainers: Sequence[Trainer], stack: Stack | None, signals: StopSignals
-    ) -> None:
+    def _steps(self, runs: Sequence[SweepRun], trainers: Sequence[Trainer], stack: Stack | None) -> None:
         """Steps the runs until the last of them is over."""
-        replies: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         with contextlib.ExitStack() as context:
-            works = {i: context.enter_context(contextlib.closing(t.work(signals))) for i, t in enumerate(trainers)}
+            works = {i: context.enter_context(contextlib.closing(t.work())) for i, t in enumerate(trainers)}
             while works:
                 batches = {}
                 for index, work in list(works.items()):
+                    trainer, failed = trainers[index], None
                     try:
-                        batches[index] = work.send(replies.get(index))  # type: ignore[arg-type]  # None starts it
+                        batches[index] = work.send(results.get(index))  # type: ignore[arg-type]  # None starts it
+                        continue
                     except StopIteration:
-                        del works[index]
-                        # The others step on, and the stack with them.
-                        trainers[index].state = trainers[index].runner.whole(trainers[index].state)
+                        pass
                     except InputError as error:
-                        del works[index]
-                        self._failed(runs[index], str(error), trainers[index].directory)
-                self._board.round()
-                if not works:
-                    break
-                for index in works:  # the others' evaluations and checkpoints are no part of a run's step
+                        failed = str(error)
+                    del works[index]
+                    model = trainer.model() if self.folder is None and failed is None else None
+                    self._ended(runs[index], trainer.run.directory, failed, model)
+                self.board.round()
+                for index in batches:  # the others' evaluations and checkpoints are no part of a run's step
                     trainers[index].observer.clock.first_sent()
                 if stack is None:
-                    trainer = trainers[0]
-                    replies = {0: trainer.runner(trainer.state, trainer.frozen, batches[0])}
-                else:
-                    replies = stack.step({index: trainer.state for index, trainer in enumerate(trainers)}, batches)
+                    results = {index: trainers[index].stepped(batch) for index, batch in batches.items()}
+                elif batches:
+                    states = [trainer.point.state for trainer in trainers]
+                    results = stack.step(states, batches, functools.partial(_compiling, trainers))
 
-    def _failed(self, run: SweepRun, words: str, directory: RunDirectory | None) -> None:
-        """A run ended by an error of its own; the others go on."""
-        self._board.said(run.name, f"failed: {words}")
-        self._board.ended(run.name, words)
-        self.results[run.name] = self.result(run, directory, failed=words)
-        if self._folder is not None:
-            self._folder.note_failure(run.name, words)
+    def _ended(
+        self, run: SweepRun, directory: RunDirectory, failed: str | None = None, model: Decoder | None = None
+    ) -> None:
+        """A run is over, or has ended by an error of its own, and the others go on."""
+        self.results[run.name] = self.result(run, directory, failed, model)
+        if failed is not None:
+            self.board.said(run.name, f"failed: {failed}")
+            self.board.ended(run.name, failed)
+            if self.folder is not None:
+                self.folder.note_failure(run.name, failed)
 
 
 @contextlib.contextmanager
-def _directory(run: SweepRun, *, kept: bool) -> Iterator[RunDirectory]:
-    """The run's folder, new or with what it did before it was stopped."""
-    directory = RunDirectory(run.config.out or "") if kept else MemoryDirectory()
-    with directory.claimed():
-        if not directory.files.present(("config.json",)):
-            directory.create(run.config, False)
-        yield directory
+def _compiling(trainers: Sequence[Trainer], length: int) -> Iterator[None]:
+    with contextlib.ExitStack() as context:
+        for trainer in trainers:
+            context.enter_context(trainer.compiling(length))
+        yield

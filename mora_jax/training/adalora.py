@@ -27,6 +27,7 @@ from mora_jax.adapters.methods.adalora import (
 from mora_jax.adapters.sites import sites
 from mora_jax.training.config.adapter import AdapterConfig
 from mora_jax.training.state import Arrays
+from mora_jax.training.step import StepMetrics
 
 Array = jax.Array
 
@@ -88,6 +89,10 @@ class RankBudget:
         """The mean rank that the budget allows after `step` steps."""
         matrices = sum(int(mask.any(-1).sum()) for mask in self.exists.values())
         return budget(self.config, self.exists, step) / matrices
+
+    def row(self, step: int, metrics: StepMetrics) -> dict[str, float]:
+        """What a row of metrics says of a step."""
+        return {"penalty": float(metrics.penalty), "mean_rank": self.mean_rank(step)}
 
     def around(self, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         """The optimizer, followed by allocation.

@@ -155,31 +155,26 @@ def finetune(
         >>> [row["step"] for row in result.metrics]
         [1, 2]
     """
-    objects, settings_of = configured(
-        model,
-        rows,
-        adapter_config,
-        tokenizer=tokenizer,
-        loss=loss,
-        eval_rows=eval_rows,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        out=out,
-    )
-    whole = settings_of(dict(config or {}), "config")
+    arguments = {
+        "loss.mode": loss,
+        "train.steps": steps,
+        "train.batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+    }
+    objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, arguments)
+    whole = config_of(dict(config or {}), "config")
     shown = make_display() if display is None else display
-    directory = MemoryDirectory() if out is None else RunDirectory(os.fspath(out))
+    directory = MemoryDirectory(shown.note) if out is None else RunDirectory(os.fspath(out), note=shown.note)
     given = objects.model
     with new_run(whole, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
         try:
-            code = trainer.run()
+            code = trainer.train()
         finally:
             # The steps took over the arrays of a model that was given.
             trained = _trained(trainer, given)
     return FinetuneResult(
         trained,
-        trainer.setup.tokenizer,
+        trainer.run.setup.tokenizer,
         directory.read_metrics(),
         dict(trainer.summary),
         code != 0,
@@ -191,17 +186,17 @@ def finetune(
 def configured(
     model: Decoder | str | os.PathLike[str],
     rows: Any,
-    adapter_config: Any = None,
-    *,
-    tokenizer: Any = None,
-    loss: str = "masked",
-    eval_rows: Any = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    out: str | os.PathLike[str] | None = None,
+    adapter_config: Any,
+    tokenizer: Any,
+    eval_rows: Any,
+    out: str | os.PathLike[str] | None,
+    arguments: Mapping[str, Any],
 ) -> tuple[Objects, Callable[[dict[str, Any], str], Config]]:
     """The arguments of `finetune` as what is in memory, and as a checked configuration of each run with them.
+
+    Args:
+        model, rows, adapter_config, tokenizer, eval_rows, out: as for `finetune`.
+        arguments: its other ones, by the keys that they stand for; None for one that isn't given.
 
     Returns:
         What is in memory, and a function: values of further keys, and where they come from for messages, to the whole
@@ -218,21 +213,14 @@ def configured(
         rows=memory_rows(rows),
         eval_rows=memory_rows(eval_rows),
     )
-    arguments = {
+    given = {
         "model.path": None if isinstance(model, nnx.Module) else os.fspath(model),
         "data.train": _paths(rows, objects.rows, "rows"),
         "data.eval": None if eval_rows is None else _paths(eval_rows, objects.eval_rows, "eval_rows"),
-        "loss.mode": loss,
-        "train.steps": steps,
-        "train.batch_size": batch_size,
-        "optimizer.learning_rate": learning_rate,
         "out": None if out is None else os.fspath(out),
+        **arguments,
     }
-
-    def settings_of(keys: dict[str, Any], origin: str) -> Config:
-        return _configuration(objects, adapter_config, dict(arguments), keys, origin)
-
-    return objects, settings_of
+    return objects, lambda keys, origin: _configuration(objects, adapter_config, dict(given), keys, origin)
 
 
 def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:
@@ -306,10 +294,10 @@ _NEED_FOLDER = ("train.save_every", "train.keep_best", "log.tensorboard", "log.w
 
 def _trained(trainer: Trainer, given: Decoder | None) -> Decoder:
     """The trained model: the one that was given, if one was."""
-    trained = trainer.trained_model()
+    trained = trainer.model()
     if given is not None:
         nnx.update(given, nnx.state(trained))
         trained = given
-    if trainer.config.adapter.config_class.restarts:
+    if trainer.run.config.adapter.config_class.restarts:
         merge(trained)
     return trained

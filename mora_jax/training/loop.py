@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 
 from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.backend import backend, compiling_for
@@ -24,25 +22,22 @@ from mora_jax.training.config.load import changed, check_found
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import Display
 from mora_jax.training.distributed.processes import Agreement, check_same, check_shared, is_main, several
-from mora_jax.training.distributed.signals import StopSignals
+from mora_jax.training.distributed.signals import FINISHING, StopSignals
 from mora_jax.training.distributed.watchdog import Watchdog
 from mora_jax.training.evaluator import Evaluator, Measure
+from mora_jax.training.hooks import Callback, Callbacks, CompilingHook, Hook, Point, RestartHook, Run, Runner
 from mora_jax.training.observe.flops import StepFlops
 from mora_jax.training.observe.observer import Observer
 from mora_jax.training.observe.profile import check_profile
 from mora_jax.training.observe.step_rows import StepRows
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.relora import Restarter
-from mora_jax.training.run.checkpoint import Checkpoints, NoCheckpoints
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import RunDirectory
-from mora_jax.training.run.export import result_name, write_result, write_with_retries
-from mora_jax.training.run.identity import run_identity
+from mora_jax.training.run.export import result_name
+from mora_jax.training.saving import CheckpointHook, save_result
 from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
-from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepMetrics
-
-Callback = Callable[[dict[str, Any]], Any]
 
 
 def train(config: Config, display: Display | None = None, *, overwrite: bool = False) -> int:
@@ -59,9 +54,10 @@ def train(config: Config, display: Display | None = None, *, overwrite: bool = F
     Raises:
         InputError: anything the user has to mend; nothing was written then.
     """
-    directory = RunDirectory(config.out or "", writes=is_main())
-    with new_run(config, directory, display or Display(), overwrite=overwrite) as trainer:
-        return trainer.run()
+    shown = display or Display()
+    directory = RunDirectory(config.out or "", writes=is_main(), note=shown.note)
+    with new_run(config, directory, shown, overwrite=overwrite) as trainer:
+        return trainer.train()
 
 
 @contextlib.contextmanager
@@ -121,10 +117,10 @@ def resume(
     Raises:
         InputError: there is no run, what it was trained on can't be read any more, or something can't be changed.
     """
-    directory = RunDirectory(out, writes=is_main())
+    shown = display or Display()
+    directory = RunDirectory(out, writes=is_main(), note=shown.note)
     check_shared(directory.path)
     config = directory.read_config()
-    shown = display or Display()
     if directory.files.present(("summary.json",)):
         shown.note(f"{directory.path} is finished; nothing to resume")
         return 0
@@ -138,14 +134,19 @@ def resume(
         check_profile(config, setup.plan.steps)
         check_same(setup.identity())
         with directory.claimed():
-            trainer = Trainer(setup, directory, shown)
-            if changes:
-                directory.write_config(dataclasses.replace(kept, out=str(directory.path)))
-            return trainer.run()
+            rewriting = _ConfigWriter(directory, dataclasses.replace(kept, out=str(directory.path)))
+            return Trainer(setup, directory, shown, hooks=[rewriting] if changes else []).train()
 
 
-# What a signal does when the run is all but over, and what a second one.
-_FINISHING = ("writing the result, then stopping", "stop at once")
+class _ConfigWriter(Hook):
+    """Writes a changed `config.json` once the run has taken it: a checkpoint may refuse it."""
+
+    def __init__(self, directory: RunDirectory, config: Config) -> None:
+        self._directory, self._config = directory, config
+
+    def on_start(self, point: Point) -> Point:
+        self._directory.write_config(self._config)
+        return point
 
 
 class Trainer:
@@ -156,11 +157,17 @@ class Trainer:
         directory: where it is recorded.
         display: what the user sees.
         callbacks: called with every row of metrics; one that returns True ends the training after the step at hand.
-        runner_for: gives what runs the step in place of the runner that was put together, as for a run among several
+        hooks: called before the run's own.
+        signals: ask it to stop; None: those that this process gets while `run` lasts.
+        runner_for: gives what holds the arrays in place of the runner that was put together, as for a run among several
             (mora_jax/sweeps).
         measure: see `Evaluator`.
 
     Attributes:
+        run: what stays as it is from start to end.
+        point: how far it is.
+        hooks: what takes part in it, in the order in which they are called.
+        observer: the hook that measures its steps.
         summary: what `summary.json` holds, once the run is done.
     """
 
@@ -170,223 +177,175 @@ class Trainer:
         directory: RunDirectory,
         display: Display,
         callbacks: Sequence[Callback] = (),
-        runner_for: Callable[[Assembly], Any] | None = None,
+        *,
+        hooks: Sequence[Hook] = (),
+        signals: StopSignals | None = None,
+        runner_for: Callable[[Assembly], Runner] | None = None,
         measure: Measure | None = None,
     ):
-        self.setup, self.directory, self.display = setup, directory, display
-        self.callbacks, self.summary = tuple(callbacks), dict[str, Any]()
-        self._enough = False  # whether a callback has said so
-        self.config = config = setup.config
-        made = assemble(setup.model, config, setup.plan.steps, setup.mesh)
-        self.structure, self.placement, restarts = made.structure, made.placement, made.restarts
-        self.state: TrainState = made.placed_state(config.seed)
-        self.runner: Any = made.runner if runner_for is None else runner_for(made)
-        self.frozen = self.runner.place(made.frozen)
-        self.restarter: Restarter | None = None
-        if restarts is not None:
-            whole = self.runner.whole((self.state, self.frozen))
-            self.restarter = Restarter(self.structure, restarts, *whole)
-        lengths, kl = setup.train.lengths, config.loss.kl_weight > 0
-        packed = packed_sizes(setup.model)
-        flops = StepFlops.of(setup.model.config, made.adapters, made.frozen, lengths, kl=kl, packed=packed)
-        devices, steps = self.runner.devices, setup.plan.steps
-        self.observer = Observer(config, directory, display, flops=flops, devices=devices, steps=steps)
-        partitioner = None if made.placement is None else made.placement.partitioner
-        self.evaluator = Evaluator(setup, self.observer, display, self._call, partitioner, measure)
-        self.step_rows = StepRows(
-            config, self.observer, display, made.budget, self._seconds_left, self._call, steps, self.runner.read
+        config, steps = setup.config, setup.plan.steps
+        assembly = assemble(setup.model, config, steps, setup.mesh)
+        runner = assembly.runner if runner_for is None else runner_for(assembly)
+        if signals is None:
+            signals = StopSignals(Agreement() if several() else None, display.note)
+        self.run = run = Run(setup, directory, display, assembly, runner, signals)
+        self.point = Point(0, assembly.placed_state(config.seed), runner.place(assembly.frozen))
+        flops = StepFlops.of(
+            setup.model.config,
+            assembly.adapters,
+            assembly.frozen,
+            setup.train.lengths,
+            kl=config.loss.kl_weight > 0,
+            packed=packed_sizes(setup.model),
         )
-        self.watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
-        self._lengths = len(setup.plan.lengths(setup.batches.length))
+        self.observer = Observer(config, directory, display, flops=flops, devices=runner.devices, steps=steps)
+        self._rows = StepRows(config, self.observer, assembly.budget, runner.read, display.note)
+        self._evaluator = Evaluator(run, measure)
+        self._checkpoints: CheckpointHook | None = None
+        restarter = None
+        if assembly.restarts is not None:
+            whole = runner.whole((self.point.state, self.point.frozen))
+            restarter = Restarter(assembly.structure, assembly.restarts, *whole)
+        watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
+        self.hooks = [*hooks, watchdog, CompilingHook(run), self.observer]
+        self.hooks += [] if restarter is None else [RestartHook(run, restarter)]
+        self.hooks.append(self._evaluator)
+        if directory.kept:
+            self._checkpoints = CheckpointHook(run, restarter)
+            self.hooks.append(self._checkpoints)
+        self.hooks.append(Callbacks(callbacks))
+        self._enough = False  # whether a hook has said so
+        self.summary = dict[str, Any]()
 
-    def run(self) -> int:
+    def train(self) -> int:
         """Trains to the end, or to the step boundary after a signal; returns the exit code."""
-        with (
-            StopSignals(Agreement() if several() else None, self.display.note) as signals,
-            contextlib.closing(self.work(signals)) as work,
-        ):
-            after: Any = None
+        with self.run.signals, contextlib.closing(self.work()) as work:
+            result: Any = None
             while True:
                 try:
-                    batch = work.send(after)
+                    batch = work.send(result)
                 except StopIteration as end:
                     return end.value
-                after = self.runner(self.state, self.frozen, batch)
+                result = self.stepped(batch)
 
-    def work(self, signals: StopSignals) -> Generator[Batch, tuple[TrainState, StepMetrics], int]:
+    def stepped(self, batch: Batch) -> tuple[Any, StepMetrics]:
+        """A step of its own: the state after it, and its metrics."""
+        return self.run.assembly.runner(self.point.state, self.point.frozen, batch, self.compiling)
+
+    def work(self) -> Generator[Batch, tuple[Any, StepMetrics], int]:
         """The run, but for the steps themselves: yields each batch, and is sent the state after it and its metrics.
-
-        Args:
-            signals: in place; their stop is looked for after each step.
 
         Returns:
             The exit code.
         """
-        started = time.perf_counter()
-        plan, settings = self.setup.plan, self.config.train
-        self.runner.while_compiling = functools.partial(self._compiling, signals)
-        self.directory.files.note = self.display.note
-        if self.directory.writes and not self.directory.files.remote:
-            self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
-        with (
-            self.display,
-            self._checkpoints() as checkpoints,
-            contextlib.ExitStack() as context,
-        ):
-            found = checkpoints.newest(self.runner.whole(self.state), self._base)
-            first = 0 if found is None else found.step
-            if found is not None:
-                self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
-                del found
-            share = self.runner.share(self.setup.micro_batch)
-            source = dataclasses.replace(self.setup.batches, rows=share.rows)
-            batches = BatchIterator(source, first, place=share.place)
-            context.enter_context(contextlib.closing(batches))
-            context.callback(self.directory.files.close)
-            self._remember(self.directory.rewind_metrics(first), checkpoints)
-            info = self.setup.info(first)
-            out, attention = str(self.directory.path), self._attention()
-            self.display.start(dataclasses.replace(info, out=out, attention=attention))
-            context.enter_context(self.observer.open(first))
-            for note in self.placement.notes() if self.placement is not None else ():
-                self.display.note(note)
-            if self.evaluator.owed(first):
-                self.evaluator(self.trained_model(), first, signals)
-                if first:
-                    checkpoints.scored(first, self.evaluator.row.get("eval_loss"))
-                self.observer.clock.restart()
-                if signals.received:
-                    return self._stopped(first, signals)
-                self.display.loading("compiling")
+        started, run = time.perf_counter(), self.run
+        steps = run.setup.plan.steps
+        with run.display, contextlib.ExitStack() as context:
+            batches = self._start(context)
+            first = self.point.step
+            if run.signals.received:
+                return self._stopped()
             pending: tuple[int, StepMetrics] | None = None
-            context.enter_context(self.watchdog)
-            for step in range(first, plan.steps):
-                self.watchdog.begin(step + 1)
-                if step + 1 == plan.steps and not self.evaluator.due(plan.steps):
-                    signals.words = _FINISHING
-                with self.observer.step(step + 1):
+            for step in range(first + 1, steps + 1):
+                if step == steps and not self._evaluator.due(steps, last=True):
+                    run.signals.announce(FINISHING)
+                self._begin(step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     batch = self._next(batches)
-                    self.state, metrics = yield batch
-                    self.observer.sent(step + 1, self.runner.compilation_log)
+                    state, metrics = yield batch
+                    self.point = Point(step, state, self.point.frozen)  # the state before is no more
+                    self.observer.sent(step, run.runner.compilation_log)
                     # Metrics are read a step late, so the device always has the next step in its queue.
                     self._report(pending)
-                pending = (step + 1, metrics)
-                done = step + 1
-                last = self._is_last(done)
-                signals.look()
-                evaluate = self.evaluator.due(done)
-                save = settings.save_every and (last or done % settings.save_every == 0)
-                restart = self.restarter is not None and self.restarter.restarts.due(done)
-                trace_ends = self.observer.ends_trace(done)
-                if last or evaluate or save or restart or trace_ends or signals.received:
-                    self._report(pending)
+                pending = step, metrics
+                last = step == steps or self._enough
+                self.point = self.point._replace(last=last)
+                run.signals.look()
+                if last or run.signals.received or any(hook.due(step, last) for hook in self.hooks):
+                    self._report(pending, last)
                     pending = None
-                    if trace_ends:
-                        self.observer.end_trace()
-                    with self.watchdog.paused():
-                        if restart:
-                            self._restart(done)
-                        if evaluate and not signals.received:
-                            self.evaluator(self.trained_model(), done, signals)
-                    eval_loss = self.evaluator.loss_after(done)
-                    # A stop in the last step finishes the run, unless an evaluation would have to be waited for.
-                    stops = signals.received and (not last or self.evaluator.owed(done))
-                    if save or stops or checkpoints.is_best(eval_loss):
-                        wait = bool(last or signals.received)
-                        self.directory.files.flush()
-                        state, base = self.runner.whole(self.state), self._base(done)
-                        checkpoints.save(state, base, eval_loss=eval_loss, wait=wait)
-                    self.observer.clock.restart()
-                    if stops:
-                        return self._stopped(done, signals)
+                    self._each(lambda hook, point: hook.on_pause(point))
+                    if run.signals.received and not self.point.over:
+                        return self._stopped()
                 if last:
                     break
-            self.watchdog.begin(None)
-            signals.words = _FINISHING
-            self._finish(started, checkpoints)
-            return signals.exit_code if signals.look() else 0
+            run.signals.announce(FINISHING)
+            self._finish(started, first)
+            return run.signals.exit_code if run.signals.look() else 0
+
+    def _start(self, context: contextlib.ExitStack) -> BatchIterator:
+        """Goes to the newest checkpoint, and opens all that is open while the run lasts; returns the batches."""
+        run, setup = self.run, self.run.setup
+        context.callback(run.directory.files.close)
+        for hook in self.hooks:
+            context.enter_context(hook)
+        if self._checkpoints is not None:
+            self.point = self._checkpoints.restored(self.point)
+        first = self.point.step
+        share = run.runner.share(setup.micro_batch)
+        source = dataclasses.replace(setup.batches, rows=share.rows)
+        batches = context.enter_context(contextlib.closing(BatchIterator(source, first, place=share.place)))
+        for row in run.directory.rewind_metrics(first):
+            self._rows.remember(row)
+            for hook in self.hooks:
+                hook.remember(row)
+        out, attention = str(run.directory.path), self._attention()
+        run.display.start(dataclasses.replace(setup.info(first), out=out, attention=attention))
+        placement = run.assembly.placement
+        for note in placement.notes() if placement is not None else ():
+            run.display.note(note)
+        self._each(lambda hook, point: hook.on_start(point))
+        if self.point.evaluation is not None:
+            run.display.loading("compiling")
+        return batches
+
+    def _begin(self, step: int) -> None:
+        for hook in self.hooks:
+            hook.on_begin(step)
+
+    def _each(self, event: Callable[[Hook, Point], Point]) -> None:
+        """What comes between two steps, hook by hook; all of them hear of an evaluation."""
+        for hook in self.hooks:
+            before, self.point = self.point, event(hook, self.point)
+            row = self.point.evaluation
+            if row is not None and row is not before.evaluation:
+                self.run.display.evaluation(row)
+                for other in self.hooks:
+                    self._enough |= bool(other.on_evaluation(row))
+        self.observer.clock.restart()
+
+    def _report(self, pending: tuple[int, StepMetrics] | None, last: bool = False) -> None:
+        """Waits for a step's metrics, records and shows them."""
+        row = None if pending is None else self._rows(*pending, last)
+        if row is None:
+            return
+        left = (self.run.setup.plan.steps - row["step"]) * self.observer.clock.mean_step
+        left += sum(hook.seconds_left(row["step"]) for hook in self.hooks)
+        self.run.display.step(row | {"seconds_left": left})
+        for hook in self.hooks:
+            self._enough |= bool(hook.on_step(row))
+
+    @contextlib.contextmanager
+    def compiling(self, length: int) -> Iterator[None]:
+        """Around a compilation of the step for rows of so many tokens."""
+        with contextlib.ExitStack() as context:
+            for hook in self.hooks:
+                context.enter_context(hook.compiling(length))
+            yield
+
+    def model(self) -> Decoder:
+        """The model as trained so far."""
+        return self.run.model(self.point)
 
     def _attention(self) -> str:
         """What computes attention, in words; of rows as long as they get."""
-        model, setup = self.setup.model, self.setup
-        partitioner = None if self.placement is None else self.placement.partitioner
+        setup, placement = self.run.setup, self.run.assembly.placement
+        model, partitioner = setup.model, None if placement is None else placement.partitioner
         sizes = setup.micro_batch, setup.batches.length
-        rows = Rows(model.config, model.dtype, *sizes, partitioner, self.config.data.packing)
+        rows = Rows(model.config, model.dtype, *sizes, partitioner, setup.config.data.packing)
         # Under pmap each device computes its rows alone.
-        with contextlib.nullcontext() if self.placement is not None else compiling_for(backend()):
+        with contextlib.nullcontext() if placement is not None else compiling_for(backend()):
             return "xla" if model.attention is None else model.attention.implementation(rows)
-
-    def _stopped(self, done: int, signals: StopSignals) -> int:
-        """Says how the run goes on; returns the exit code."""
-        owed = ", before its evaluation" if self.evaluator.owed(done) else ""
-        how = f"; continue with --resume {self.directory.path}" if self.directory.kept else ""
-        self.display.note(f"stopped after step {done}{owed}{how}")
-        return signals.exit_code
-
-    @contextlib.contextmanager
-    def _compiling(self, signals: StopSignals, length: int) -> Iterator[None]:
-        """While the step is compiled for rows of `length` tokens; what is shown and said meanwhile."""
-        number, before = self.runner.compilations + 1, signals.words
-        signals.words = ("stopping after this compilation and its step", "stop without saving")
-        if self._lengths > 1:
-            ordinal = f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number, 'th') }"
-            self.display.waiting(f"compiling for rows of {length} ({ordinal} of {self._lengths} lengths)")
-        try:
-            with self.watchdog.paused():
-                yield
-        finally:
-            signals.words = before
-            self.display.waiting("")
-
-    def _seconds_left(self, step: int) -> float:
-        """Those after `step` that no steps take: of evaluations, and of compiling for lengths that haven't come yet."""
-        compiled = self.runner.compilation_log
-        seconds = self.runner.compile_seconds / max(len(compiled), 1)
-        return self.evaluator.seconds_left(step) + max(self._lengths - len(compiled), 0) * seconds
-
-    def _is_last(self, done: int) -> bool:
-        """Whether the run ends after so many steps: they are all, or a callback has had enough."""
-        if self._enough:
-            self.step_rows.last_step = self.evaluator.last_step = done
-        return done == self.step_rows.last_step
-
-    def _report_hang(self, text: str) -> None:
-        self.display.note(text)
-        self.directory.append_hang(text)
-
-    def _checkpoints(self) -> Checkpoints | NoCheckpoints:
-        if not self.directory.kept:
-            return NoCheckpoints()
-        adapters = self.runner.whole(self.state).adapters
-        identity = run_identity(self.setup, adapters, self.restarter and self.restarter.restarts)
-        settings = self.config.train
-        best = settings.keep_best if self.setup.evaluation is not None else 0
-        return Checkpoints(self.directory.checkpoints, settings.keep, identity, keep_best=best, note=self.display.note)
-
-    def _remember(self, rows: list[dict[str, Any]], checkpoints: Checkpoints | NoCheckpoints) -> None:
-        """Takes up what the rows of the steps before a resumption say."""
-        for row in rows:
-            self.step_rows.remember(row)
-            if any(name.startswith("eval_") for name in row):
-                self.evaluator.row = row
-                checkpoints.scored(row["step"], row.get("eval_loss"))
-
-    def _restart(self, done: int) -> None:
-        """Folds the adapters into the base and reinitialises them."""
-        assert self.restarter is not None, "only runs with restarts get here"
-        state, frozen = self.restarter(*self.runner.whole((self.state, self.frozen)))
-        self.state, self.frozen = self.runner.place(state), self.runner.place(frozen)
-        number = self.restarter.restarts.count(done)
-        self.display.note(f"restart {number} after step {done}: adapters merged into the base and reinitialised")
-
-    def _base(self, done: int) -> Arrays:
-        """The frozen arrays that restarts have changed in the first `done` steps.
-
-        None before the first restart, except where the best checkpoint may have to bring back what was then.
-        """
-        if self.restarter is None or not (self.config.train.keep_best or self.restarter.restarts.count(done)):
-            return {}
-        return self.restarter.base(self.runner.whole(self.frozen))
 
     def _next(self, batches: BatchIterator) -> Batch:
         """The next batch; the time that the loop had to wait for it is counted."""
@@ -395,80 +354,43 @@ class Trainer:
         self.observer.clock.waited_for_data(asked)
         return batch
 
-    def _report(self, pending: tuple[int, StepMetrics] | None) -> None:
-        """Waits for a step's metrics and records them."""
-        if pending is not None:
-            self.step_rows(*pending)
+    def _report_hang(self, text: str) -> None:
+        self.run.display.note(text)
+        self.run.directory.append_hang(text)
 
-    def _call(self, row: dict[str, Any]) -> None:
-        for callback in self.callbacks:
-            answer = callback(dict(row))
-            # A True of any kind, numpy's and jax's too; other values that count as true are no answer.
-            self._enough |= answer is True or (getattr(answer, "dtype", None) == np.bool_ and bool(answer))
+    def _stopped(self) -> int:
+        """Says how the run goes on; returns the exit code."""
+        directory, owed = self.run.directory, f", before {self.point.owed}" if self.point.owed else ""
+        how = f"; continue with --resume {directory.path}" if directory.kept else ""
+        self.run.display.note(f"stopped after step {self.point.step}{owed}{how}")
+        return self.run.signals.exit_code
 
-    def trained_model(self) -> Decoder:
-        """The model as trained so far."""
-        adapters = self.runner.whole(self.state).adapters
-        return self.structure.model(adapters, self.runner.whole(self.frozen))
-
-    def _write_result(self, name: str) -> None:
-        """Writes the adapter or the model as trained so far into a folder of the run."""
-        if not self.directory.kept:
-            return
-        restarted = self.restarter is not None
-        files, write = self.directory.files, self.directory.writes
-
-        def write_to(out: Path) -> None:
-            model, tokenizer = self.trained_model(), self.setup.tokenizer
-            write_result(model, out, self.config, tokenizer, restarted=restarted, write=write)
-
-        with files.folder(name, write=write) as out:
-            if several():
-                write_to(out)  # each try gathers from all of them
-            else:
-                saved = self.config.train.save_every > 0  # a checkpoint has the last step
-                write_with_retries(write_to, out, files, rescue=not saved)
-
-    def _write_best(self, checkpoints: Checkpoints | NoCheckpoints) -> dict[str, Any]:
-        """Writes what the best checkpoint gives, where it isn't the last; returns what the summary says of it."""
-        best = checkpoints.best()
-        if best is None:
-            return {}
-        assert isinstance(checkpoints, Checkpoints), "there is a best one only where some are written"
-        (step, loss), name = best, result_name(self.config)
-        if step != self.step_rows.last_step:
-            found = checkpoints.restore(step, self.runner.whole(self.state), self._base(step))
-            self.state, self.frozen = self.runner.place(found.state), self.frozen | self.runner.place(found.base)
-            name = self.directory.best.name
-            self._write_result(name)
-        return {"best_step": step, "best_eval_loss": loss, "best": name}
-
-    def _finish(self, started: float, checkpoints: Checkpoints | NoCheckpoints) -> None:
+    def _finish(self, started: float, first: int) -> None:
         """Writes the result and the summary."""
-        self.display.loading("saving")
-        self._write_result(result_name(self.config))
-        summary = {
-            "method": self.config.adapter.method,
-            "trainable_parameters": self.setup.attached.trainable,
-            "total_parameters": self.setup.attached.total,
-            "steps": self.step_rows.last_step,
-            "compilations": self.runner.compilations,
-            "compile_seconds": self.runner.compile_seconds,
-            **(self.restarter.summary(self.setup.plan.steps) if self.restarter is not None else {}),
-            **self.observer.summary(),
-            "trained_fraction": self.setup.train.report.trained_fraction,
-            "padding": self.setup.plan.padding(self.setup.batches.length),
-            "final_loss": None if math.isnan(self.step_rows.last_loss) else self.step_rows.last_loss,
-            "eval_loss": self.evaluator.row.get("eval_loss"),
-            "eval_perplexity": self.evaluator.row.get("eval_perplexity"),
-            "eval_data": None if self.setup.evaluation is None else self.setup.evaluation.fingerprint(),
-            **self.evaluator.of_tasks,
-            **self._write_best(checkpoints),
+        run, setup = self.run, self.run.setup
+        run.display.loading("saving")
+        name = result_name(run.config)
+        save_result(run, name, self.model)
+        parts = [hook.summary(self.point) for hook in self.hooks]
+        compilations = run.runner.compilation_log
+        self.summary = {
+            "method": run.config.adapter.method,
+            "trainable_parameters": setup.attached.trainable,
+            "total_parameters": setup.attached.total,
+            "steps": self.point.step,
+            # What is measured is of the last process: of the steps after this one.
+            "resumed_after": first or None,
+            "compilations": len(compilations),
+            "compile_seconds": sum(one.lower_seconds + one.seconds for one in compilations),
+            "trained_fraction": setup.train.report.trained_fraction,
+            "padding": setup.plan.padding(setup.batches.length),
+            "final_loss": None if math.isnan(self._rows.last_loss) else self._rows.last_loss,
+            **{key: value for part in parts for key, value in part.items()},
             "wall_seconds": time.perf_counter() - started,
-            "result": str(self.directory.path / result_name(self.config)) if self.directory.kept else None,
+            "result": str(run.directory.path / name) if run.directory.kept else None,
         }
-        self.observer.finish(summary)
-        self.directory.files.flush()  # a run with a summary has all its rows
-        self.directory.write_json("summary.json", summary)
-        self.display.finish(summary)
-        self.summary = summary
+        for hook in self.hooks:
+            hook.on_end(self.summary)
+        run.directory.files.flush()  # a run with a summary has all its rows
+        run.directory.write_json("summary.json", self.summary)
+        run.display.finish(self.summary)

@@ -69,6 +69,17 @@ def _by_layer(each: Any, leaves: tuple[Array, ...]) -> Any:
     return lax.scan(lambda carry, layer: (carry, each(*layer)), None, leaves)[1]
 
 
+def moments_on_device(state: Any) -> Any:
+    """A state, under a trace, whose moments have left the host's memory."""
+
+    def fetched(node: Any) -> Any:
+        if not isinstance(node, OnHost):
+            return node
+        return OnHost(node.count, *jax.device_put((node.mu, node.nu), jax.memory.Space.Device))
+
+    return jax.tree.map(fetched, state, is_leaf=lambda node: isinstance(node, OnHost))
+
+
 def moments_on_host(shardings: Any) -> Any:
     """Shardings of a state, those of moments that `streamed` updates in the host's memory."""
 

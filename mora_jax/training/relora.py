@@ -22,6 +22,7 @@ import optax
 
 from mora_jax.adapters.attach import partition
 from mora_jax.adapters.sites import Site, adapted_sites
+from mora_jax.training.optimizer_offload import moments_on_device
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays
 
 Array = jax.Array
@@ -99,9 +100,11 @@ def prune(array: Array, share: float) -> Array:
 def prune_moments(optimizer_state: Any, arrays: Arrays, names: Iterable[str], share: float) -> Any:
     """Prunes an optax state's moments of some of the trained arrays; counts, and other arrays' moments, are kept.
 
-    First and second moments are pruned each by its own magnitude, as in the authors' code.
+    First and second moments are pruned each by its own magnitude, as in the authors' code. Those that lie in the host's
+    memory, which computes nothing, come to the device for it.
     """
     chosen = frozenset(names)
+    optimizer_state = moments_on_device(optimizer_state)
 
     def pruned(path, leaf):
         name = getattr(path[-1], "key", None) if path else None
@@ -176,10 +179,6 @@ class Restarter:
     def base(self, frozen: Arrays) -> Arrays:
         """The frozen arrays that restarts change."""
         return {name: frozen[name] for name in self.names}
-
-    def summary(self, steps: int) -> dict[str, Any]:
-        """What the summary of a run of so many steps says."""
-        return {"restarts": self.restarts.count(steps), "restart_compile_seconds": self.compile_seconds}
 
     def __call__(self, state: TrainState, frozen: Arrays) -> tuple[TrainState, Arrays]:
         """The state and the frozen arrays after a restart, each where it was. What changes is donated."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,6 +84,12 @@ class Setup:
         extra = {"kl_weights": kind} if loss.kl_weight else None
         return BatchSource(self.train, self.plan, self.micro_batch, loss.divided_by, extra)
 
+    @property
+    def task_rows(self) -> str | None:
+        """A digest of the tasks' rows; None without tasks."""
+        ids = [f"{task.task.name} {one.id}" for task in self.tasks for one in task.examples]
+        return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16] if ids else None
+
     def identity(self) -> dict[str, str]:
         """What all processes of a run must have alike, by what it is, in words."""
         versions = []
@@ -95,7 +103,7 @@ class Setup:
             "the number of its devices": f"{jax.local_device_count()}",
             "its training data": f"{self.train.fingerprint()} in {self.plan}",
             "its evaluation data": evaluation,
-            "its evaluation tasks": " ".join(one.id for task in self.tasks for one in task.examples),
+            "its evaluation tasks": f"{self.task_rows}",
             "its base model": f"{self.model.config}",
         }
 
@@ -256,10 +264,26 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     )
     check_warmup(config, plan.steps)
     given = objects.model is not None and bool(jax.tree.leaves(nnx.state(model, AdapterParam)))
-    attached = report_of_trained(model) if given else put_adapter(model, config, plan.steps)
+    if given:
+        with refused("adapter"):
+            reschedule(model, config.adapter, plan.steps)
+        attached = report_of_trained(model)
+    else:
+        attached = put_adapter(model, config, plan.steps)
     if config.loss.kl_weight:
         check_divergence(model)
     return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks)
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Makes bad input of a value that a method refuses."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
@@ -271,7 +295,7 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
         steps: of the run, for methods with a schedule.
     """
     section = config.adapter
-    try:
+    with refused("adapter"):
         method = adapter_config(section, steps)
         if section.path is None or section.config_class.changes_base:
             report = attach(model, method, rngs=nnx.Rngs(config.seed))
@@ -279,8 +303,6 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
             return report
         load_adapter(model, section.path, strict=section.strict, method=method)
         reschedule(model, section, steps)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"adapter: {error}") from None
     entries = list(adapters_of(model))
     main = [entry for entry in entries if not entry.config.biases_alone]  # others train biases beside an adapter
     held = (main or entries)[0].method

@@ -37,7 +37,7 @@ from mora_jax.studies.run import guide, run_study
 from mora_jax.studies.search import search
 from mora_jax.studies.study import CHOOSING_SEEDS, Arm, Cell, Level, Measuring, Preset, Sources, reported_cells
 from mora_jax.sweeps.board import Board
-from mora_jax.sweeps.run_result import RunResult
+from mora_jax.sweeps.results import RunResult
 
 SETTINGS = {
     "data.max_length": 16,

@@ -18,11 +18,10 @@ import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.cli.main import main
 from mora_jax.errors import InputError
-from mora_jax.sweeps.board import Board
+from mora_jax.sweeps.board import Board, LiveBoard
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun, combinations, expand, parse_grid
-from mora_jax.sweeps.groups import groups_of
-from mora_jax.sweeps.live_board import LiveBoard
+from mora_jax.sweeps.stack import groups_of
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over

@@ -10,14 +10,16 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+import mora_jax as mj
 from mora_jax.adapters.config import AdaLoRAConfig
+from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.adapters.methods.adalora import existing, orthogonality
 from mora_jax.errors import InputError
 from mora_jax.training import loop
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.schema import AdapterConfig
-from tests.training.test_loop import Interrupting, config, metrics, quiet
+from tests.training.test_loop import ROWS, Interrupting, config, metrics, quiet
 from tests.training.test_loop import inputs as inputs
 
 RUN = {
@@ -126,3 +128,15 @@ def test_a_mesh_changes_nothing(inputs, tmp_path, method):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     one, cut = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "cut"))
     assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in cut.items()}
+
+
+def test_a_model_that_carries_an_adalora_is_trained_by_the_runs_schedule(inputs):
+    model, tokenizer = mj.load_pretrained(inputs / "model", dtype="float32")
+    method = AdaLoRAConfig(rank=3, target_rank=1, targets=("q_proj", "down_proj"), tinit=1, tfinal=1, total_steps=500)
+    mj.attach(model, method, rngs=nnx.Rngs(0))
+    settings = {"tokenizer": tokenizer, "steps": 6, "display": quiet()}
+    result = mj.finetune(model, ROWS, config={"adapter.delta_t": 1, "mesh.data": 1}, **settings)
+    assert [row["mean_rank"] for row in result.metrics][::5] == [3, 1]
+    assert {place.adapter.config.total_steps for place in adapted_places(model)} == {6}
+    with pytest.raises(InputError, match=r"adapter: tinit \+ tfinal is 2, which must be less than total_steps 2"):
+        mj.finetune(model, ROWS, config={"mesh.data": 1}, **settings | {"steps": 2})

@@ -74,7 +74,7 @@ def test_the_same_losses_as_the_command(model_path, result, tmp_path, monkeypatc
     rows = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     assert losses(rows) == losses(result.metrics)
     scores = [[row["eval_loss"] for row in of if "eval_loss" in row] for of in (rows, result.metrics)]
-    assert scores[0] == scores[1] and len(scores[0]) == 2
+    assert scores[0] == scores[1] and len(scores[0]) == 3  # the base is scored too
     summary = json.loads(Path("runs/a/summary.json").read_text())
     assert summary["final_loss"] == result.summary["final_loss"]
     saved = mj.load_pretrained(model_path, dtype="float32")[0]
@@ -136,7 +136,7 @@ def test_plots(result, tmp_path):
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for that hasn't imported pyplot
     training, held_out = figure.axes[0].lines
     assert list(training.get_ydata()) == losses(result.metrics)
-    assert list(held_out.get_xdata()) == [2, 4]
+    assert list(held_out.get_xdata()) == [0, 2, 4]
 
 
 def test_callbacks_see_every_row_and_can_end_the_training(model_path):
@@ -162,6 +162,29 @@ def test_an_interrupt_gives_back_what_was_trained(model_path, tmp_path, monkeypa
     assert 2 <= len(found.metrics) < 6
     assert list(Path("runs/b/checkpoints").iterdir())
     assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(nnx.state(found.model, mj.AdapterParam)))
+
+
+def test_the_model_given_back_is_that_of_the_last_step(model_path, tmp_path):
+    """Also where an earlier checkpoint is the best one: `best` holds that."""
+    keys = {"train.eval_every": 1, "train.keep_best": 1, "optimizer.learning_rate": 0.3, "train.save_every": 1}
+    eval_rows = [{"instruction": "Say grey", "input": "", "output": "zzz"}]
+    found = tune(model_path, keys=keys, eval_rows=eval_rows, out=tmp_path / "run", steps=3)
+    assert found.summary["best_step"] < 3 and found.summary["best"] == "best"
+    last, best = (mj.load_pretrained(model_path, dtype="float32")[0] for _ in range(2))
+    mj.load_adapter(last, tmp_path / "run" / "adapter")
+    mj.load_adapter(best, tmp_path / "run" / "best")
+    ids = np.array([[1, 2, 3, 4]])
+    np.testing.assert_allclose(found.model(ids), last(ids), atol=1e-5)
+    assert np.abs(found.model(ids) - best(ids)).max() > 1e-3
+
+
+def test_a_run_that_fails_leaves_the_model_that_was_given_in_order(model_path):
+    """The steps took over its arrays."""
+    model, tokenizer = mj.load_pretrained(model_path, dtype="float32")
+    keys = {"train.max_skipped": 1, "optimizer.learning_rate": 10.0, "optimizer.weight_decay": 1e38}
+    with pytest.raises(InputError, match="lower optimizer.learning_rate"):
+        tune(model, keys=keys, tokenizer=tokenizer, steps=8)
+    assert model(np.array([[1, 2, 3, 4]])).shape == (1, 4, 261)
 
 
 def test_restarts_end_in_a_plain_model(model_path):
@@ -214,5 +237,5 @@ def test_tables_and_iterators_of_rows(model_path, result):
             return ROWS
 
     found = tune(model_path, rows=Table(), steps=1)
-    assert found.metrics[0]["loss"] == pytest.approx(result.metrics[0]["loss"])
+    assert found.metrics[0]["loss"] == pytest.approx(losses(result.metrics)[0])
     assert tune(model_path, rows=iter(ROWS), steps=1).metrics[0]["loss"] == found.metrics[0]["loss"]

@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from mora_jax.errors import InputError
+from mora_jax.evaluation.perplexity import score
+from mora_jax.interop import load_pretrained
 from mora_jax.training import build_step, loop
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display.plain import Display
@@ -73,6 +75,7 @@ def config(inputs: Path, out: Path, **settings) -> Config:
         "adapter.rank": 2,
         "adapter.dropout": 0.1,
         "adapter.targets": ("q_proj", "down_proj"),
+        "train.eval_on_start": False,
         "mesh.data": 1,
         **{name.replace("__", "."): value for name, value in settings.items()},
     }
@@ -353,3 +356,56 @@ def test_the_first_example_is_shown_with_its_weights(inputs, tmp_path):
     assert any(trained.startswith(row["output"]) for row in ROWS)
     assert info.method == "lora, rank 2, alpha 16" and info.matched == 2
     assert dataclasses.replace(info, steps=1).trainable == setup.attached.trainable
+
+
+def test_a_run_says_what_its_base_scores_where_that_is_cheap(inputs, tmp_path):
+    """1 of 10 rows is held out: at most a quarter of 6 steps of 4 rows, and more than a quarter of one step of 2."""
+    settings = {
+        "data__eval_fraction": 0.1,
+        "train__save_every": 0,
+        "adapter__dropout": 0.0,
+        "train__eval_on_start": None,
+    }
+    out = tmp_path / "run"
+    assert loop.train(config(inputs, out, **settings), quiet()) == 0
+    first, *others = metrics(out)
+    assert first["step"] == 0 and "loss" not in first
+    model, _ = load_pretrained(inputs / "model", dtype="float32")
+    held_out = loop.prepare(config(inputs, out, **settings)).evaluation
+    np.testing.assert_allclose(first["eval_loss"], score(model, held_out, batch_size=1).nll, rtol=1e-5)
+    assert [row["step"] for row in others if "eval_loss" in row] == [6]
+    few = {"train__steps": 1, "train__batch_size": 2}
+    for asked, steps in ((None, [1]), (True, [0, 1])):
+        out = tmp_path / f"{asked}"
+        assert loop.train(config(inputs, out, **settings | few | {"train__eval_on_start": asked}), quiet()) == 0
+        assert [row["step"] for row in metrics(out) if "eval_loss" in row] == steps
+
+
+def test_a_resumed_run_says_of_which_steps_its_figures_are(inputs, tmp_path, monkeypatch):
+    out, shown = tmp_path / "run", quiet()
+    assert loop.train(config(inputs, out), Interrupting(4, lambda: os.kill(os.getpid(), signal.SIGTERM))) == 143
+    assert loop.resume(str(out), shown) == 0
+    assert json.loads((out / "summary.json").read_text())["resumed_after"] == 5
+    assert " from step 5 on (" in shown.stream.getvalue()
+    # A process that has no step to do says nothing of its speed.
+    (out / "summary.json").unlink()
+    again = quiet()
+    assert loop.resume(str(out), again) == 0
+    assert json.loads((out / "summary.json").read_text())["tokens_per_second"] is None
+    done = again.stream.getvalue().partition("done: ")[2]
+    assert done and "tokens/s" not in done and "FLOP/s" not in done and " from step 6 on (" in done
+
+
+def test_another_evaluation_set_in_mid_run_is_refused(inputs, tmp_path):
+    """The same rows may lie elsewhere; others would make two sets of one curve, and of the best checkpoint."""
+    held_out, moved, other = (tmp_path / f"{name}.json" for name in ("held_out", "moved", "other"))
+    for path, rows in ((held_out, ROWS[:2]), (moved, ROWS[:2]), (other, ROWS[2:4])):
+        path.write_text(json.dumps(rows))
+    out = tmp_path / "run"
+    begun = Interrupting(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert loop.train(config(inputs, out, data__eval=str(held_out)), begun) == 143
+    before = (out / "config.json").read_text(), (out / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="the checkpoint was written with evaluation data"):
+        loop.resume(str(out), quiet(), changes=[("data.eval", str(other))])
+    assert ((out / "config.json").read_text(), (out / "metrics.jsonl").read_text()) == before
+    assert loop.resume(str(out), quiet(), changes=[("data.eval", str(moved))]) == 0

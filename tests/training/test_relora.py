@@ -382,3 +382,13 @@ def test_settings_of_a_run_are_checked_together(inputs, tmp_path):
         wrong = config(inputs, tmp_path / "x", **settings(method, **more)).to_dict()
         with pytest.raises(InputError, match=re.escape(words)):
             config_from_dict(wrong)
+
+
+def test_moments_in_the_hosts_memory_are_pruned_too(inputs, tmp_path):
+    settings = {"adapter__method": "relora", "adapter__restart_every": 2, "adapter__restart_warmup": 1}
+    settings |= {"adapter__prune": 0.75, "adapter__dropout": 0.0, "train__save_every": 0}
+    losses = []
+    for name, offload in {"device": False, "host": True}.items():
+        assert loop.train(config(inputs, tmp_path / name, optimizer__offload=offload, **settings), quiet()) == 0
+        losses.append([row["loss"] for row in metrics(tmp_path / name)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -164,7 +164,11 @@ class TrainSection:
     )
     log_every: int = key(1, "Steps between logged rows.", at_least=1)
     eval_every: int = key(0, "Steps between evaluations; 0: only at the end.", at_least=0)
-    eval_on_start: bool = key(False, "Evaluate before the first step too.")
+    eval_on_start: bool | None = key(
+        None,
+        "Evaluate before the first step too, which says what the base scores; none: where that is little work, of at "
+        "most a quarter of the rows that are trained on.",
+    )
     eval_tasks: tuple[str, ...] | None = key(
         None, "Tasks evaluated too, NAME=FILE each: names (or .toml files) and files as for mora-jax eval --task."
     )

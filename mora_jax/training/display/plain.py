@@ -178,7 +178,8 @@ def summary_words(summary: Mapping[str, Any]) -> str:
     if summary.get("wall_seconds") is not None:
         compiling = summary.get("compile_seconds")
         share = f" ({duration(compiling)} compiling)" if compiling is not None else ""
-        parts.append(f"took {duration(summary['wall_seconds'])}{share}")
+        since = f" from step {summary['resumed_after']:,} on" if summary.get("resumed_after") else ""
+        parts.append(f"took {duration(summary['wall_seconds'])}{since}{share}")
     return ", ".join(parts)
 
 

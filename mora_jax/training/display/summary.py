@@ -49,7 +49,7 @@ def _steps(summary: Mapping[str, Any]) -> str:
 
 
 def _compute(summary: Mapping[str, Any]) -> str:
-    if not summary.get("flops_per_token"):
+    if not summary.get("flops_per_token") or not summary["tokens_per_second"]:
         return ""
     flops = summary["flops_per_token"] * summary["tokens_per_second"]
     rate = f"{flops / 1e12:,.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.3g} GFLOP/s"

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -163,6 +163,12 @@ class Stoppable(_Handled):
         raise KeyboardInterrupt if self.received == signal.SIGINT else Stopped(self.received)
 
 
+#: What a first signal and a second one do, in words.
+Announcement = tuple[str, str]
+AFTER_STEP: Announcement = ("stopping after this step", "stop without saving")
+FINISHING: Announcement = ("writing the result, then stopping", "stop at once")
+
+
 class StopSignals(_Handled):
     """Turns signals into a stop request that the loop reads after each step. A context manager.
 
@@ -171,12 +177,12 @@ class StopSignals(_Handled):
 
     Args:
         agree: where the run has several processes: gives the highest of their numbers (see processes.Agreement).
-        tell: called, from another thread, with `words` when the first signal comes.
+        tell: called, from another thread, with what was announced last when the first signal comes.
 
     Attributes:
         received: the signal that came first, or None. In a run of several processes one that any of them received
             and that all know of, so that all stop at the same step.
-        words: what will happen after the first signal, and after the second, as things are now.
+        several: whether the run has several processes.
     """
 
     def __init__(
@@ -184,9 +190,15 @@ class StopSignals(_Handled):
     ) -> None:
         super().__init__()
         self.received: int | None = None
-        self.words: Sequence[str] = ("stopping after this step", "stop without saving")
+        self.several = agree is not None
+        self._announced = AFTER_STEP
         self._own: int | None = None
         self._agree, self._tell = agree, tell
+
+    def announce(self, what: Announcement) -> Announcement:
+        """Sets what will happen after the first signal, and after the second, as things are now; returns what was."""
+        before, self._announced = self._announced, what
+        return before
 
     def look(self) -> int | None:
         """Brings `received` up to date and returns it; all processes of a run do so equally often."""
@@ -194,7 +206,7 @@ class StopSignals(_Handled):
         return self.received
 
     def _told(self, number: int) -> None:
-        first, second = self.words
+        first, second = self._announced
         self._tell(f"{first}; again to {second}" if number == signal.SIGINT else f"{cause(number)}: {first}")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
+from mora_jax.training.hooks import Hook, Point
 
-class Watchdog:
-    """Watches that steps begin often enough. A context manager: a thread watches while it lasts.
+
+class Watchdog(Hook):
+    """Watches that steps begin often enough; a thread does while the context lasts.
 
     A hung step is reported once, and the run is left alone: a network may come back, and a debugger can still be
     attached. Code that holds Python's lock and never gives it back stops the watching thread, too; what waits for
@@ -47,14 +49,18 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
 
-    def begin(self, step: int | None) -> None:
+    def on_begin(self, step: int | None) -> None:
         """A step begins, and the one before has ended; None: there is nothing to watch."""
         with self._lock:
             self._step, self._since = step, self._clock()
 
+    def on_pause(self, point: Point) -> Point:
+        self.on_begin(None)
+        return point
+
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For work of unknown length inside a step, such as compiling; the step's time starts again after it."""
+    def compiling(self, length: int = 0) -> Iterator[None]:
+        """Work of unknown length inside a step; the step's time starts again after it."""
         with self._lock:
             self._pauses += 1
         try:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 
 from mora_jax.training.config.schema import Config
 from mora_jax.training.display.plain import Display
 from mora_jax.training.display.summary import bytes_words
+from mora_jax.training.hooks import Hook, Point, Row
 from mora_jax.training.observe import profile
 from mora_jax.training.observe.compile_log import Compilation, CompileLog
 from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
@@ -21,7 +22,7 @@ from mora_jax.training.observe.writers import Background, Writer, open_writers
 from mora_jax.training.run.directory import RunDirectory
 
 
-class Observer:
+class Observer(Hook):
     """Times, utilisation, memory, compilations, traces and the writers of one run in this process.
 
     Only process 0 writes.
@@ -60,8 +61,9 @@ class Observer:
         self._planned: dict[str, int] | None = None
         self._traced = False
         self._compilations: Sequence[Compilation] = ()
-        self._summary: Mapping[str, Any] | None = None
+        self._summary: Row | None = None
         self._tokens, self._needed, self._palm = 0, 0.0, 0.0
+        self._open = contextlib.ExitStack()
         self.clock = StepClock()
 
     def _trace(self, steps: range) -> profile.Profile:
@@ -69,26 +71,28 @@ class Observer:
         folder = functools.partial(self._directory.files.on_disk, profile.FOLDER)
         return profile.Profile(folder, shown, steps, self._display.note)
 
-    @contextlib.contextmanager
-    def open(self, first_step: int) -> Iterator[None]:
-        """Watches while the context lasts: a run of which `first_step` steps are done."""
-        steps = profile.profiled(self._config.log, first_step, self._steps) if self._writes else range(0)
+    def __enter__(self) -> Self:
+        self._open.enter_context(self._compile_log)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._open.__exit__(*exception)
+
+    def on_start(self, point: Point) -> Point:
+        first = point.step
+        steps = profile.profiled(self._config.log, first, self._steps) if self._writes else range(0)
         self._profile = self._trace(steps)
         if self._config.log.profile_steps and self._writes and not steps:
-            self._display.note(f"note: nothing to trace: step {first_step} is done already")
-        with self._compile_log, contextlib.ExitStack() as stack:
-            if self._writes:
-                self._writers = open_writers(self._config, self._directory, first_step)
-                self._background = Background(self._writers)
-                stack.callback(lambda: self._background.close(self._summary))
-            stack.callback(self._profile.stop)
-            self.clock.restart()
-            yield
+            self._display.note(f"note: nothing to trace: step {first} is done already")
+        if self._writes:
+            self._writers = open_writers(self._config, self._directory, first)
+            self._background = Background(self._writers)
+            self._open.callback(lambda: self._background.close(self._summary))
+        self._open.callback(self._profile.stop)
+        return point
 
-    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """Marks what is done in its context as part of a step, for whatever traces; starts the run's own trace."""
-        self._profile.before(number)
-        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+    def on_begin(self, step: int) -> None:
+        self._profile.before(step)
 
     def sent(self, number: int, compilations: Sequence[Compilation]) -> None:
         """A step was sent to the device, which took the compilations so far."""
@@ -105,14 +109,15 @@ class Observer:
             size = f"; it takes {bytes_words(planned['total'])} a device" if planned else ""
             self._display.note(f"compiled the training step{again} in {seconds:.1f} s{size}")
 
-    def ends_trace(self, number: int) -> bool:
-        """Whether the trace ends with this step: it has to be done on the device before `end_trace`."""
-        return self._profile.ends(number)
+    def due(self, step: int, last: bool) -> bool:
+        """Whether the trace ends with this step."""
+        return self._profile.ends(step)
 
-    def end_trace(self) -> None:
-        """Writes the trace."""
-        self._profile.stop()
-        self._traced = True
+    def on_pause(self, point: Point) -> Point:
+        if self._profile.ends(point.step):
+            self._profile.stop()
+            self._traced = True
+        return point
 
     def lap(self, now: float, tokens: int, trained_tokens: int) -> StepTimes:
         """A step was found done on the device at `now`, by `time.perf_counter`."""
@@ -131,21 +136,23 @@ class Observer:
             **device_memory(self._devices),
         }
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def on_step(self, row: Row) -> None:
         """Adds a row to `metrics.jsonl` and to whatever else is written."""
         if self._writes:
             self._directory.append_metrics([row])
         self._background.write(row)
 
-    def summary(self) -> dict[str, Any]:
-        """What `summary.json` says of the machine: of the steps of this process."""
+    on_evaluation = on_step
+
+    def summary(self, point: Point) -> dict[str, Any]:
+        """What is said of the machine: of the steps of this process."""
         self._compile_log.take(self._compilations)
         total = self.clock.total
         opened = {writer.name: writer.how_to_open for writer in self._writers}
         if self._traced:
             opened["XProf"] = self._profile.how_to_open
         return {
-            "tokens_per_second": self._tokens / total.step if total.step else 0.0,
+            "tokens_per_second": self._tokens / total.step if total.step else None,
             "mfu": self._share(self._needed, total.step),
             "mfu_convention": CONVENTION,
             "mfu_palm": self._share(self._palm, total.step),
@@ -159,9 +166,8 @@ class Observer:
             "open": opened,
         }
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Gives the whole summary to the writers, when they are closed."""
-        self._summary = summary
+    def on_end(self, summary: Row) -> None:
+        self._summary = summary  # for the writers, when they are closed
 
     def _share(self, flops: float, seconds: float) -> float | None:
         return flops / seconds / self._peak if self._peak and seconds else None

@@ -342,34 +342,6 @@ def read_trained(directory: Any, step: int) -> Arrays:
             raise InputError(f"the checkpoint of step {step} in {directory} can't be read: {reason(error)}") from None
 
 
-class NoCheckpoints:
-    """In the place of `Checkpoints` for a run that writes nothing."""
-
-    def __enter__(self) -> NoCheckpoints:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def newest(self, like: TrainState, base_at: Callable[[int], Arrays]) -> Restored | None:
-        """None: nothing was saved."""
-        return None
-
-    def scored(self, step: int, eval_loss: float | None) -> None:
-        """Does nothing."""
-
-    def is_best(self, eval_loss: float | None) -> bool:
-        """False: nothing is kept."""
-        return False
-
-    def best(self) -> tuple[int, float] | None:
-        """None: nothing is kept."""
-        return None
-
-    def save(self, *state: Any, **how: Any) -> None:
-        """Does nothing."""
-
-
 class _Damaged(Exception):
     """A checkpoint that is there and can't be read; says why."""
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mora_jax.data.templates.builtin import TEMPLATES
@@ -46,6 +46,7 @@ class RunDirectory:
     Args:
         path: the folder, local or in a bucket.
         writes: whether this process writes; of several only one does.
+        note: is told, in a line each, of what went wrong and was tried again.
 
     Raises:
         InputError: the path can't be used.
@@ -58,8 +59,11 @@ class RunDirectory:
 
     kept = True
 
-    def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
+    def __init__(
+        self, path: str | os.PathLike[str], *, writes: bool = True, note: Callable[[str], None] = lambda text: None
+    ):
         self.files: Files = open_files(path)
+        self.files.note = note
         self.path = self.files.path
         if odd := _ODD.search(os.fspath(self.path)):
             raise InputError(f"{self.path}: no run can be kept where a path has {odd[0]!r} in it; choose another")
@@ -252,8 +256,9 @@ class MemoryDirectory(RunDirectory):
 
     kept = False
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None] = lambda text: None) -> None:
         self.files = MemoryFiles()
+        self.files.note = note
         self.path = self.files.path
         self.writes = True
 

@@ -20,6 +20,8 @@ COMPARED = {
     "targets": "adapted layers",
     "arrays": "trained arrays",
     "data": "data",
+    "evaluation": "evaluation data",
+    "tasks": "evaluation tasks",
     "restarts": "restarts",
 }
 
@@ -43,6 +45,8 @@ def run_identity(setup: Setup, adapters: Arrays, restarts: Any = None) -> dict[s
         "targets": sorted({match.path for match in setup.attached.matches}),
         "arrays": {name: list(array.shape) for name, array in adapters.items()},
         "data": f"{setup.train.fingerprint()} in {setup.plan}",
+        "evaluation": None if setup.evaluation is None else setup.evaluation.fingerprint(),
+        "tasks": setup.task_rows,
     }
     return identity if restarts is None else identity | {"restarts": f"{restarts}"}
 
@@ -54,7 +58,8 @@ def check_identity(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         InputError: they differ; one line with both values.
     """
     for name, words in COMPARED.items():
-        if name in found and found[name] != own.get(name):
+        # What a run did not have, it may have from now on.
+        if found.get(name) is not None and found[name] != own.get(name):
             theirs, ours = (_value(name, identity, other) for identity, other in ((found, own), (own, found)))
             raise InputError(
                 f"the checkpoint was written with {words} {theirs}, this run has {ours}; resume with the run's own "

@@ -35,17 +35,12 @@ class RowShare(NamedTuple):
     place: Callable[[Any], Batch]
 
 
-def _nothing(length: int) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
 class Runner:
     """A step with the cache of its compiled forms, one for each set of shapes.
 
     Attributes:
         devices: those that it runs on, of all processes.
         compilation_log: every compilation, oldest first.
-        while_compiling: makes a context that is entered for each, given the tokens of a row.
     """
 
     devices: list[jax.Device]
@@ -53,7 +48,6 @@ class Runner:
     def __init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
         self.compilation_log: list[Compilation] = []
-        self.while_compiling: Callable[[int], contextlib.AbstractContextManager[None]] = _nothing
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         """The step, traced for these arguments (arrays, or shapes with shardings) and not compiled yet."""
@@ -70,13 +64,22 @@ class Runner:
             batch = {name: value[:, list(share.rows)] for name, value in batch.items()}
         return share.place(batch)
 
-    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Runs the step, compiling it first for a batch shape that is new. `state` is donated."""
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Arrays,
+        batch: Batch,
+        compiling: Callable[[int], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> tuple[TrainState, StepMetrics]:
+        """Runs the step; `state` is donated.
+
+        For a batch shape that is new it is compiled first, within what `compiling` gives for the tokens of a row.
+        """
         arrays: Any = batch
         signature = tuple((name, value.shape) for name, value in arrays.items())
         compiled = self._compiled.get(signature)
         if compiled is None:
-            with self.while_compiling(batch["input_ids"].shape[-1]):
+            with compiling(batch["input_ids"].shape[-1]):
                 compiled = self._compiled[signature] = self._compile(state, frozen, batch)
         # Devices of a CPU share one pool of threads, in which each of them waits for the others at a collective. With
         # several such programs under way the threads may all be taken by some of the devices: then nobody gets on.

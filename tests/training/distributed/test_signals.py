@@ -66,7 +66,7 @@ def test_a_deaf_process_says_what_will_be_and_ends_at_the_second_interrupt(kind,
 def test_what_is_said_follows_what_is_done():
     said = []
     with StopSignals(tell=said.append) as signals:
-        signals.words = "stopping this evaluation", "stop without saving"
+        signals.announce(("stopping this evaluation", "stop without saving"))
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(lambda: said)
     assert said == ["SIGTERM: stopping this evaluation"]

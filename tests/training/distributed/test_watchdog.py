@@ -24,18 +24,18 @@ def test_a_step_that_takes_too_long_is_reported_once():
         return len(reports)
 
     assert after(1000) == 0  # nothing has begun
-    watchdog.begin(7)
+    watchdog.on_begin(7)
     assert after(59) == 0
-    with watchdog.paused():
+    with watchdog.compiling():
         assert after(1000) == 0
     assert after(59) == 0  # the time begins anew after a pause
     assert after(2) == 1 and after(500) == 1
     assert reports[0].startswith("step 7 has not ended after 61 s (train.watchdog_seconds=60)")
-    watchdog.begin(8)
+    watchdog.on_begin(8)
     assert after(59) == 1
-    watchdog.begin(9)
+    watchdog.on_begin(9)
     assert after(61) == 2
-    watchdog.begin(None)
+    watchdog.on_begin(None)
     assert after(1000) == 2
 
 
@@ -52,7 +52,7 @@ def test_the_stacks_name_the_function_that_hangs():
     thread = threading.Thread(target=a_function_that_hangs)
     thread.start()
     with Watchdog(0.05, report) as watchdog:
-        watchdog.begin(3)
+        watchdog.on_begin(3)
         assert reported.wait(30)
     release.set()
     thread.join()
