@@ -50,7 +50,7 @@ class Board(Display):
         self.whole: Callable[[], str] = str
         self._together: Sequence[str] = ()
         self._said: dict[str, list[str]] = {}
-        self._fresh = False
+        self._shown: list[int] = []
 
     def begin(self, names: Sequence[str]) -> None:
         """The sweep's runs, in order."""
@@ -68,27 +68,9 @@ class Board(Display):
         """The display of a run."""
         return _RunDisplay(self, name)
 
-    def info(self, name: str, info: RunInfo) -> None:
-        """What a run is about to train; said once for runs that train together."""
-        state = self.runs[name]
-        state.steps, state.step = info.steps, info.first_step
-        if name == self._together[0]:
-            for head, words in info.rows():
-                if head != "out":
-                    self.note(f"{head:8}{printable(words)}")
-        for words in info.notes:
-            self.said(name, f"note: {words}")
-
-    def row(self, name: str, row: Mapping[str, Any]) -> None:
-        """A logged step of a run."""
-        state = self.runs[name]
-        state.step, state.loss = row["step"], row["loss"]
-        state.tokens_per_second, state.seconds_left = row["tokens_per_second"], row.get("seconds_left")
-        self._fresh = True
-
-    def evaluated(self, name: str, row: Mapping[str, Any]) -> None:
-        """An evaluation of a run."""
-        self.runs[name].eval_loss = row.get("eval_loss")
+    def leads(self, name: str) -> bool:
+        """Whether it is the first of those that train now."""
+        return name == self._together[0]
 
     def ended(self, name: str, words: str) -> None:
         """A run is done, or failed."""
@@ -103,8 +85,9 @@ class Board(Display):
         said, self._said = self._said, {}
         for text, names in said.items():
             self.note(text if set(names) >= set(self._together) else f"{', '.join(dict.fromkeys(names))}: {text}")
-        if self._fresh:
-            self._fresh = False
+        steps = [self.runs[name].step for name in self._together]
+        if steps != self._shown:
+            self._shown = steps
             self.show()
 
     def show(self) -> None:
@@ -130,6 +113,10 @@ class _RunDisplay(Display):
         super().__init__(board.stream)
         self._board, self._name = board, name
 
+    @property
+    def _state(self) -> RunState:
+        return self._board.runs[self._name]
+
     def loading(self, words: str) -> None:
         """Shows nothing."""
 
@@ -137,13 +124,21 @@ class _RunDisplay(Display):
         """Shows nothing."""
 
     def start(self, info: RunInfo) -> None:
-        self._board.info(self._name, info)
+        """What the run is about to train; said once for runs that train together."""
+        self._state.steps, self._state.step = info.steps, info.first_step
+        for head, words in info.rows():
+            if head != "out" and self._board.leads(self._name):
+                self._board.note(f"{head:8}{printable(words)}")
+        for words in info.notes:
+            self.note(f"note: {words}")
 
     def step(self, row: Mapping[str, Any]) -> None:
-        self._board.row(self._name, row)
+        state = self._state
+        state.step, state.loss = row["step"], row["loss"]
+        state.tokens_per_second, state.seconds_left = row["tokens_per_second"], row.get("seconds_left")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        self._board.evaluated(self._name, row)
+        self._state.eval_loss = row.get("eval_loss")
 
     def note(self, text: str) -> None:
         self._board.said(self._name, text)

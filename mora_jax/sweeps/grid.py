@@ -11,7 +11,6 @@ from pathlib import PurePath
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.paths import is_local
 from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.key import TEXTS, split_list
 from mora_jax.training.config.schema import AdapterConfig, Config, MeshConfig, find_key, lay_over
@@ -37,38 +36,28 @@ class SweepRun:
     config: Config
 
 
-def parse_sweep(text: str) -> tuple[str, tuple[str, ...]]:
-    """`KEY=v1,v2` → the key, and the texts of its values; commas inside brackets don't separate, so that one value can
-    be a list: `adapter.targets=all-linear,[q_proj,v_proj]`.
-
-    Raises:
-        InputError: no key, no value, an empty value.
-    """
-    name, equals, listed = text.partition("=")
-    if not name or not equals:
-        raise InputError(f"--sweep {text}: write KEY=VALUE,VALUE, such as optimizer.learning_rate=1e-4,3e-4")
-    key = find_key(name, f"--sweep {name}")
-    values = split_list(listed)
-    if any(not value.strip() for value in values):
-        raise InputError(f"--sweep {text}: a value is empty; write {name}=VALUE,VALUE")
-    if TEXTS in key.types:
-        values = tuple(value[1:-1] if value[:1] + value[-1:] == "[]" else value for value in values)
-    return name, values
-
-
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """The values of each key that `--sweep` options name, in their order.
+    """The values of each key that texts `KEY=v1,v2` of `--sweep` name, in their order.
+
+    Commas inside brackets don't separate, so that a value can be a list: `adapter.targets=all-linear,[q_proj,v_proj]`.
 
     Raises:
-        InputError: an unknown key, a value that it doesn't take, a key that is named twice.
+        InputError: no key, an unknown one or one that is named twice; an empty value, or one that it doesn't take.
     """
     grid: dict[str, list[Any]] = {}
     for text in texts:
-        name, values = parse_sweep(text)
+        name, equals, listed = text.partition("=")
         origin = f"--sweep {name}"
+        if not name or not equals:
+            raise InputError(f"--sweep {text}: write KEY=VALUE,VALUE, such as optimizer.learning_rate=1e-4,3e-4")
+        key, values = find_key(name, origin), split_list(listed)
+        if any(not value.strip() for value in values):
+            raise InputError(f"--sweep {text}: a value is empty; write {name}=VALUE,VALUE")
         if name in grid:
             raise InputError(f"{origin} is given twice; put all values into one: {origin}=VALUE,VALUE")
-        grid[name] = [find_key(name, origin).parse(value, origin) for value in values]
+        if TEXTS in key.types:
+            values = tuple(value[1:-1] if value[:1] + value[-1:] == "[]" else value for value in values)
+        grid[name] = [key.parse(value, origin) for value in values]
     return grid
 
 
@@ -121,7 +110,7 @@ def expand(
         except InputError as error:
             raise InputError(f"run {name}: {error}") from None
         _check_shared(config)
-        where = config.out or "" if out is None else _join(out, name)
+        where = config.out or "" if out is None else f"{out.rstrip('/')}/runs/{name}"
         config = lay_over(config, [("out", where, "out"), ("mesh.data", 1, "the sweep")])
         runs.append(SweepRun(name, dict(values), config))
     _check_different(runs)
@@ -184,7 +173,3 @@ def _last(value: Any) -> str:
 def shown(value: Any) -> str:
     """A value as it is shown in tables."""
     return "none" if value is None else "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _join(out: str, name: str) -> str:
-    return f"{out.rstrip('/')}/runs/{name}" if not is_local(out) else str(PurePath(out) / "runs" / name)
