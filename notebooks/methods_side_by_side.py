@@ -186,7 +186,7 @@ final = mj.sweep(
     eval_rows=test,
     steps=STEPS,
     batch_size=BATCH_SIZE,
-    config=common | {"train.eval_every": STEPS // 3},
+    config=common | {"train.eval_every": STEPS // 3, "train.eval_on_start": False},
 )
 
 # %%

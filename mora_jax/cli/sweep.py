@@ -85,6 +85,6 @@ def _train(args: argparse.Namespace, out: str | None, runs: Any, note: str | Non
         board.note(f"stopped; continue with mora-jax sweep --resume {folder.path}")
         return result.exit_code
     if result.best is None:
-        raise InputError(f"every run failed: {result.runs[0].failed}")
+        raise InputError(f"every run failed: {result.runs[0].failed or 'no step had a finite loss'}")
     board.note(f"the best of {len(found)} runs is {result.best.name}; all of them: {folder.path / 'sweep.csv'}")
     return 0
