@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 import mora_jax as mj
 from mora_jax.adapters.config import AdaLoRAConfig
-from mora_jax.adapters.matching.targets import adapted_places
 from mora_jax.adapters.methods.adalora import existing, orthogonality
+from mora_jax.adapters.sites import adapted_sites
 from mora_jax.errors import InputError
 from mora_jax.training import loop
 from mora_jax.training.adalora import RankBudget
@@ -137,6 +137,6 @@ def test_a_model_that_carries_an_adalora_is_trained_by_the_runs_schedule(inputs)
     settings = {"tokenizer": tokenizer, "steps": 6, "display": quiet()}
     result = mj.finetune(model, ROWS, config={"adapter.delta_t": 1, "mesh.data": 1}, **settings)
     assert [row["mean_rank"] for row in result.metrics][::5] == [3, 1]
-    assert {place.adapter.config.total_steps for place in adapted_places(model)} == {6}
+    assert {site.adapter.config.total_steps for site in adapted_sites(model)} == {6}
     with pytest.raises(InputError, match=r"adapter: tinit \+ tfinal is 2, which must be less than total_steps 2"):
         mj.finetune(model, ROWS, config={"mesh.data": 1}, **settings | {"steps": 2})
