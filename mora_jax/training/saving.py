@@ -10,7 +10,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.training.hooks import Hook, Point, Row, Run
 from mora_jax.training.relora import Restarter
 from mora_jax.training.run.checkpoint import Checkpoints
-from mora_jax.training.run.export import result_name, write_with_retries, write_result
+from mora_jax.training.run.export import result_name, write_result, write_with_retries
 from mora_jax.training.run.identity import run_identity
 from mora_jax.training.state import Arrays
 
