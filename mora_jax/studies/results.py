@@ -14,7 +14,7 @@ import pandas as pd  # type: ignore[import-untyped]  # datasets needs it
 
 from mora_jax.studies.intervals import Interval, interval
 from mora_jax.studies.study import CHOOSING, EXPLORATORY, REPORTED, Cell, Metric, Preset, Study
-from mora_jax.sweeps.run_result import RunResult
+from mora_jax.sweeps.results import RunResult
 
 FAILED = "failed"
 PERTURBED = "perturbed weights"

@@ -41,7 +41,7 @@ from mora_jax.studies.study import (
     reported_cells,
     rounded,
 )
-from mora_jax.sweeps.board import Board
+from mora_jax.sweeps.board import Board, make_board
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.results import RunResult
 from mora_jax.sweeps.train import train_runs
