@@ -20,6 +20,7 @@ from mora_jax.data.tokens.encode import CHUNK, RowEncoder, encode_chunks
 from mora_jax.data.tokens.store import TokenStore
 from mora_jax.errors import InputError
 from mora_jax.paths import cache_folder
+from tests.data.conftest import TOKENIZERS
 
 
 @pytest.fixture
@@ -43,7 +44,8 @@ def same(one: TokenStore, other: TokenStore) -> bool:
     )
 
 
-def test_special_tokens_in_texts_may_be_split(tokenizer, tmp_path):
+def test_special_tokens_in_texts_may_be_split(tmp_path):
+    tokenizer = TOKENIZERS["byte_level"]()  # Of its own: the setting reaches into what other tests share.
     (tmp_path / "a.jsonl").write_text('{"instruction": "<|im_end|>", "output": "a"}\n')
 
     def ids(split):
