@@ -134,15 +134,14 @@ def test_the_study_end_to_end(tmp_path, capsys):
         best = means[means["count"] == 3].sort_values("mean").index[0]
         assert set(frame[(frame["arm"] == arm) & (frame["stage"] == "reported")]["learning_rate"]) == {best}
     # A cell's loss on new rows is what eval says of its adapter, and what its file of rows adds up to.
-    run = next((out / "runs").glob("*LoRA*seed1"))
-    while not (out / "items" / f"{run.name}.jsonl").exists():
-        run = next(path for path in (out / "runs").glob("*LoRA*seed1") if path != run)
+    [file] = (out / "items").glob("*LoRA*seed1.jsonl")
+    run = out / "runs" / file.stem
     scored = ["eval", "--model", demo.model_path(), "--adapter", str(run / "adapter"), "--data", demo.data_path("test")]
     capsys.readouterr()
     assert main([*scored, "--max-length", "25", "--json"]) == 0
     [value] = frame[(frame["cell"] == run.name) & (frame["metric"] == "loss")]["value"]
     assert json.loads(capsys.readouterr().out)["nll"] == pytest.approx(value, rel=1e-4)
-    items = [json.loads(line) for line in (out / "items" / f"{run.name}.jsonl").read_text().splitlines()]
+    items = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(item["row"] for item in items) == list(range(240))
     assert sum(item["loss"] for item in items) / sum(item["tokens"] for item in items) == pytest.approx(value, rel=1e-5)
     assert {path.name for path in (out / "figures").glob("*.png")} == {"rates.png", "best_rates.png"}
