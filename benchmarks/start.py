@@ -1,0 +1,151 @@
+"""Where the seconds of a run's start go: the first start, and the second with what was compiled kept.
+
+    python benchmarks/start.py --model SmolLM2-135M-Instruct --json FILE.json
+
+Each start is a process of its own that trains one step (LoRA, `--rows` × `--length` tokens) as `mora-jax train` does.
+Seconds are of CPU time, so that other work on the machine counts little; a part doesn't count what another part named
+here does inside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+#: What `run.py` calls this with, and what goes behind it with `--quick`.
+CALL = "--model {model} --json {json}"
+QUICK = "--rows 1 --length 32"
+PARTS = (
+    "interpreter and imports",
+    "reading the model",
+    "rows to batches",
+    "adapter and step put together",
+    "tracing and lowering the step",
+    "compiling the step, or looking it up",
+    "compiling all else, or looking it up",
+    "first step",
+    "saving and the rest",
+)
+
+
+class Parts:
+    """Adds up the CPU time of parts, each without those inside it."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._stack = [PARTS[-1]]
+        self._since = 0.0  # the process's start
+
+    def enter(self, part: str) -> None:
+        """A part begins inside the present one; compiling the step is not told from what does it."""
+        self._book()
+        part = PARTS[5] if part == PARTS[6] and self._stack[-1] == PARTS[5] else part
+        self._stack.append(part)
+
+    def leave(self) -> None:
+        """The present part ends."""
+        self._book()
+        self._stack.pop()
+
+    def _book(self) -> None:
+        now = time.process_time()
+        self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def wrap(self, owner: Any, name: str, part: str) -> None:
+        """Counts what a function does as `part`."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            self.enter(part)
+            try:
+                return function(*args, **options)
+            finally:
+                self.leave()
+
+        setattr(owner, name, timed)
+
+
+def work(options: list[str]) -> None:
+    """A start in this process: prints the parts."""
+    parts = Parts()
+    parts.enter(PARTS[0])
+    import jax
+    from jax._src import compiler
+
+    from mora_jax.cli.main import main
+    from mora_jax.training import loop, setup
+    from mora_jax.training.sharding.runner import JitRunner, Runner
+
+    parts.leave()
+    parts.wrap(setup, "load_pretrained", PARTS[1])
+    parts.wrap(setup, "encode_data", PARTS[2])
+    parts.wrap(setup, "put_adapter", PARTS[3])
+    parts.wrap(loop, "assemble", PARTS[3])
+    parts.wrap(JitRunner, "lower", PARTS[4])
+    parts.wrap(compiler, "compile_or_get_cached", PARTS[6])
+    parts.wrap(jax.stages.Lowered, "compile", PARTS[5])  # which the step alone is compiled by
+    parts.wrap(Runner, "__call__", PARTS[7])
+    code = main(["train", *options])
+    parts.enter(PARTS[-1])
+    print(json.dumps({"code": code, "parts": parts.seconds}), flush=True)
+
+
+def start(args: argparse.Namespace, folder: Path, number: int) -> dict[str, float]:
+    """One start in a new process; seconds of CPU time by part."""
+    settings = {
+        "model.path": args.model,
+        "model.dtype": args.dtype,
+        "data.train": folder / "rows.json",
+        "data.max_length": args.length,
+        "train.batch_size": args.rows,
+        "train.steps": 1,
+        "out": folder / f"run{number}",
+        "log.compilation_cache": folder / "programs",
+    }
+    options = [f"--config.{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, __file__, "--work", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"error: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])["parts"]
+
+
+def main() -> None:
+    """Prints the table."""
+    if sys.argv[1:2] == ["--work"]:
+        work(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a HuggingFace folder")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="where to write the seconds")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        words = " ".join(["red", "green", "blue"] * args.length)
+        rows = [{"instruction": f"Say {number}.", "output": words} for number in range(8)]
+        (folder / "rows.json").write_text(json.dumps(rows))
+        starts = [start(args, folder, number) for number in (1, 2)]
+    print(f"{args.rows} × {args.length} tokens, LoRA, {args.dtype}; CPU seconds\n")
+    print("| part | first start | second start |\n| --- | ---: | ---: |")
+    for part in PARTS:
+        print(f"| {part} | {starts[0][part]:.2f} | {starts[1][part]:.2f} |")
+    totals = [sum(one.values()) for one in starts]
+    print(f"| all | {totals[0]:.2f} | {totals[1]:.2f} ({totals[1] / totals[0]:.0%}) |")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"first": starts[0], "second": starts[1]}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
