@@ -93,7 +93,8 @@ def work(options: list[str]) -> None:
     parts.wrap(compiler, "compile_or_get_cached", PARTS[6])
     parts.wrap(jax.stages.Lowered, "compile", PARTS[5])  # which the step alone is compiled by
     parts.wrap(Runner, "__call__", PARTS[7])
-    code = main(["train", *options])
+    sys.argv = ["mora-jax", "train", *options]
+    code = main()
     parts.enter(PARTS[-1])
     print(json.dumps({"code": code, "parts": parts.seconds}), flush=True)
 

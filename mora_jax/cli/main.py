@@ -114,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if argv is None and not set(sys.argv[1:2]) & set(HAND_ON):
+        # transformers imports torch where it is installed, for seconds, and no command has a use for it.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     format_warning, warnings.formatwarning = warnings.formatwarning, _one_line
     unraisable = sys.unraisablehook
     try:

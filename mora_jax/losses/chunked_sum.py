@@ -41,17 +41,18 @@ class Options(NamedTuple):
     part: int | None = None
 
 
-def chunk_size(vocab_size: int, tokens: int) -> int:
+def chunk_size(vocab_size: int, tokens: int, heads: int = 1) -> int:
     """Tokens a chunk, no more than there are; where there are several they are about equal, so that few are filled up.
 
     On a CPU 64 MB of float32 logits, at least 256 tokens. Accelerators read the whole head for every chunk, and want as
-    many tokens for it: 1024, or the multiple of 128 that keeps 320 MB of bfloat16 powers (a GPU: 160 MB).
+    many tokens for it: 1024, or the multiple of 128 that keeps 320 MB of bfloat16 powers (a GPU: 160 MB), of all the
+    `heads` whose logits are there at once.
     """
     if backend() == "cpu":
         multiple, most = 32, 32 * max(8, (1 << 24) // (32 * vocab_size))
     else:
         powers = (160 if backend() == "tpu" else 80) << 20
-        multiple, most = 128, 128 * min(8, max(1, powers // (128 * vocab_size)))
+        multiple, most = 128, 128 * min(8, max(1, powers // (128 * vocab_size * heads)))
     if tokens <= most:
         return max(1, tokens)
     even = -(-tokens // -(-tokens // most))
@@ -75,13 +76,14 @@ def pack_weighted_tokens(
     shards: int,
     chunk: int | None,
     mapped: bool = False,
+    heads: int = 1,
 ) -> tuple[Options, tuple[Array, ...]]:
     """Brings tokens of non-zero weight to the front of each shard and fills up the last chunk.
 
     Args:
         weights: float32 `[B, T]`.
         *arrays: `[B, T, …]`.
-        vocab_size: of the output head; chooses the size of a chunk.
+        vocab_size, heads: of the output head, and how many there are; they choose the size of a chunk.
         softcap, shards, mapped: see `Options`; `shards` divides B.
         chunk: tokens a chunk; None chooses.
 
@@ -92,7 +94,7 @@ def pack_weighted_tokens(
     if batch % shards:
         raise ValueError(f"{shards} shards can't share {batch} rows evenly")
     per_shard = batch // shards * length
-    size = chunk or chunk_size(vocab_size, per_shard)
+    size = chunk or chunk_size(vocab_size, per_shard, heads)
     # Under vmap the elements' chunks are laid side by side, which makes them small enough.
     part = None if chunk or mapped else part_size(vocab_size, size)
     options = Options(softcap, shards, size, mapped, part)

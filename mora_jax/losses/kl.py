@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.backend import backend
 from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
 
 Array = jax.Array
@@ -42,17 +41,16 @@ def weighted_kl(
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
     """
-    # Both models' logits are there at once, which counts where chunks are large.
-    vocab_size = kernel.shape[0] * (1 if backend() == "cpu" else 2)
     options, (scales, tuned, base) = pack_weighted_tokens(
         weights,
         hidden,
         base_hidden,
-        vocab_size=vocab_size,
+        vocab_size=kernel.shape[0],
         softcap=softcap,
         shards=shards,
         chunk=chunk,
         mapped=mapped,
+        heads=2,  # both models' logits are there at once
     )
     if base_kernel is None:
         base_kernel = kernel = lax.stop_gradient(kernel)

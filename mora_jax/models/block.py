@@ -77,23 +77,6 @@ class RowLayout:
         return projection(x, token_dropout=token_dropout, lead=lead, flat=flat and not lead, sharded=sharded)
 
 
-@jax.custom_vjp
-def split_heads(fused: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`[B, T, G, N + 2, H]` → queries `[B, T, G, N, H]`, keys and values `[B, T, G, H]`.
-
-    Its own backward joins the three; autodiff would pad each to the whole and add them up.
-    """
-    return fused[:, :, :, :-2], fused[:, :, :, -2], fused[:, :, :, -1]
-
-
-def _join_heads(_: None, parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array]:
-    query, key, value = parts
-    return (jnp.concatenate([query, key[:, :, :, None], value[:, :, :, None]], axis=3),)
-
-
-split_heads.defvjp(lambda fused: (split_heads(fused), None), _join_heads)
-
-
 def _stacked(config: DecoderConfig, path: str, **making: Any) -> Callable[..., Projection]:
     """`Projection` with what those of a part of the block have in common."""
     making |= {"path": config.names.layer + path, "num_layers": config.num_layers, "init_std": config.initializer_range}
@@ -135,7 +118,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
         fused = checkpointed(layout.project(self.qkv_proj, x, _fold(token_dropout, 0)))  # [B, T, G, N + 2, H]
-        query, key, value = split_heads(fused)
+        query, key, value = jnp.split(fused, (-2, -1), axis=3)
+        key, value = key[:, :, :, 0], value[:, :, :, 0]  # [B, T, G, H]
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, layout.cos, layout.sin)
@@ -169,11 +153,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
 def gated(activation: str, fused: jax.Array, flat: bool = False) -> jax.Array:
     """`activation(gate) · up`, computed in float32 and rounded once.
-
-    Its own backward keeps `fused` alone; autodiff would keep three arrays of the size of the result.
 
     Args:
         activation: a name in `ACTIVATIONS`.
@@ -183,29 +164,14 @@ def gated(activation: str, fused: jax.Array, flat: bool = False) -> jax.Array:
     Returns:
         `[..., M]` in the dtype of `fused`.
     """
-    gate, up = _halves(fused, flat)
-    return (ACTIVATIONS[activation](gate) * up).astype(fused.dtype)
 
+    def product(fused: jax.Array) -> jax.Array:
+        gate, up = jnp.split(fused, 2, axis=-1 if flat else -2)
+        wide = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return (wide if flat else wide[..., 0, :]).astype(fused.dtype)
 
-def _halves(fused: jax.Array, flat: bool) -> tuple[jax.Array, jax.Array]:
-    gate, up = jnp.split(fused, 2, axis=-1) if flat else (fused[..., 0, :], fused[..., 1, :])
-    return gate.astype(jnp.float32), up.astype(jnp.float32)
-
-
-def _gated_forward(activation: str, fused: jax.Array, flat: bool) -> tuple[jax.Array, jax.Array]:
-    return gated(activation, fused, flat), fused
-
-
-def _gated_backward(activation: str, flat: bool, fused: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    gate, up = _halves(fused, flat)
-    dy = dy.astype(jnp.float32)
-    active, pull = jax.vjp(ACTIVATIONS[activation], gate)
-    (dgate,) = pull(dy * up)
-    slopes = [part.astype(fused.dtype) for part in (dgate, dy * active)]
-    return (jnp.concatenate(slopes, axis=-1) if flat else jnp.stack(slopes, axis=-2),)
-
-
-gated.defvjp(_gated_forward, _gated_backward)
+    # The backward pass computes it again from `fused`, in place of saving three arrays of the size of the result.
+    return jax.checkpoint(product, prevent_cse=False)(fused)
 
 
 class MLP(nnx.Module):

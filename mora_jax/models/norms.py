@@ -44,8 +44,9 @@ class RMSNorm(nnx.Module):
 def rms_norm(eps: float, x: jax.Array, weight: jax.Array) -> jax.Array:
     """`x / sqrt(mean(x²) + eps) · weight` over the last axis.
 
-    Its own backward keeps `x` as it is and one number a row; autodiff would keep two float32 copies of `x`. A
-    weight that nothing differentiates costs no gradient.
+    Its own backward keeps `x` as it is and one number a row; autodiff would keep two float32 copies of `x`, and with
+    `jax.checkpoint` a step of full fine-tuning took 1 to 3 % more temporary memory. A weight that nothing
+    differentiates costs no gradient.
 
     Args:
         eps: added to the mean square.

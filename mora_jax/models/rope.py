@@ -1,6 +1,7 @@
 """Rotary position embeddings with the scaling variants of the supported families."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -119,12 +120,10 @@ def tables(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array) -> tupl
     return jnp.cos(angles) * factors, jnp.sin(angles) * factors
 
 
-@jax.custom_vjp
+# Autodiff alone would save the reshaped tables of every layer; the tables themselves all layers share.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (j, j + H/2) of the last axis, in float32, and returns the dtype of `x`.
-
-    Linear in `x`: its backward is the rotation by the opposite angles and keeps nothing but the tables, which all
-    layers share. Autodiff is as fast, but in a scan keeps the reshaped tables of every layer.
 
     Args:
         x: `[B, T, ..., H]`.
@@ -136,15 +135,3 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return rotate(x, cos, sin), (cos, sin)
-
-
-def _rotate_backward(tables: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None, None]:
-    cos, sin = tables
-    return rotate(dy, cos, -sin), None, None
-
-
-rotate.defvjp(_rotate_forward, _rotate_backward)
