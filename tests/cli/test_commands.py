@@ -1,6 +1,8 @@
 """eval, generate and merge on a tiny model: results on stdout, refusals, no folder left behind."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -183,3 +185,14 @@ def test_refusals(fails, model_dir, data_file, adapters, tmp_path):
     fails("merge", *model, "--adapter", bad_adapter, "--out", out)
     assert "tokenizer" in fails("inspect", "--model", bad_adapter, *data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "broken.json", "text.txt"]
+
+
+@pytest.mark.parametrize(("command", "hidden"), [("--version", True), ("lm-eval", False)])
+def test_commands_leave_torch_unimported(command, hidden):
+    """transformers would import it for seconds, where it is installed; the harness of lm-eval needs it."""
+    program = (
+        f"import sys; sys.argv = ['mora-jax', {command!r}, '--help']; from mora_jax.cli.main import main; main();"
+        "print(sys.modules.get('torch', 'as it was') is None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(hidden)
