@@ -130,7 +130,7 @@ def traced(config: Any, mesh: tuple[int, ...] = (1, 1, 1)) -> list[Any]:
 def step_of(case: str) -> Step:
     """The case, trained for some steps, with the loss in chunks of a quarter of the tokens."""
     config, mesh = CASES[case]
-    with mock.patch.object(chunked_sum, "chunk_size", lambda vocab_size, tokens: tokens // 4):
+    with mock.patch.object(chunked_sum, "chunk_size", lambda vocab_size, tokens, heads: tokens // 4):
         runner, state, frozen, batch = made(config, mesh, jnp.float32)
         for _ in range(STEPS):
             state, metrics = runner(state, frozen, batch)
