@@ -1,7 +1,8 @@
 """The formula against what XLA says of the same step, compiled here for simulated CPU devices.
 
-How far it may be off: nothing in the arguments, 35 % in what is alive besides (a CPU's compiler fuses and orders
-differently from a TPU's, for which benchmarks/results/plan.md has the comparison).
+How far it may be off: nothing in the arguments; in what is alive besides up to 35 % too low and never too high, 15 to
+30 % here (a CPU's compiler fuses and orders differently from a TPU's, for which benchmarks/results/plan.md has the
+comparison).
 """
 
 import jax
@@ -64,7 +65,7 @@ def test_memory_and_gathers(method, mesh, remat):
     stats = compiled.memory_analysis()
     assert found.memory.arguments == pytest.approx(stats.argument_size_in_bytes, rel=0.01)
     estimated = found.memory.activations + found.memory.temp
-    assert estimated == pytest.approx(stats.temp_size_in_bytes, rel=0.35)
+    assert 0.65 < estimated / stats.temp_size_in_bytes < 1
     parsed = {entry.kind: entry for entry in collectives(compiled.as_text(), 4, Loops(6, 1, 1))}
     own = {entry.kind: entry for entry in found.collectives}
     if mesh[1] > 1:
