@@ -469,8 +469,8 @@ def test_cells_are_listed_and_presets_hold(name, capsys):
 @pytest.mark.slow
 def test_cells_may_share_their_weights_over_devices(tmp_path):
     class Sharded(Memorize):
-        settings = SETTINGS | {"mesh.fsdp": 2, "train.steps": 1}
-        presets = {"test": Preset("a test", (Arm("LoRA", LORA, (1e-2,)),), settings, {"length": 2}, LEVELS, seeds=1)}
+        sizes = SETTINGS | {"mesh.fsdp": 2, "train.steps": 1}
+        presets = {"test": Preset("a test", (Arm("LoRA", LORA, (1e-2,)),), sizes, {"length": 2}, LEVELS, seeds=1)}
 
     class Alone(Memorize):
         presets = {
