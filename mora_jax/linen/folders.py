@@ -105,7 +105,7 @@ def save_adapter(
                 f"{'.'.join(layer.path)} is a stack of layers {layer.stack}, and where their numbers belong is not "
                 "known: give the report of the context in which they were made, report="
             )
-        place = _Place(layer.path, layer.matrix, layer.kernel, layer.bias, lifts)
+        place = _Place(layer.path, layer.matrix, layer.array, layer.bias_array, lifts)
         places.append(place)
         scaling = np.asarray(check_config(layer.config).scale(layer.config), np.float32)
         for index, name in place.names():

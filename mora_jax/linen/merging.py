@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from flax import traverse_util
+from flax import nnx, traverse_util
 
+from mora_jax.adapters.base import Adapter, AdapterState
 from mora_jax.adapters.config.patterns import config_at
 from mora_jax.adapters.matrices import Matrix
+from mora_jax.adapters.merge import folded
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.targets import Picker
 from mora_jax.linen.matrices import layer_number
@@ -24,33 +28,80 @@ Path = tuple[str, ...]
 _REPORT = "give the report of the context in which the adapters were made, report="
 
 
-class Layer(NamedTuple):
-    """One adapted layer of a tree of variables.
+@dataclass(frozen=True)
+class LinenSite:
+    """One adapted layer of a tree of variables, with what `adapters.sites.Site` has for merging.
 
     Attributes:
         path: its module path.
         matrix: its matrix.
         config: of its adapter.
         arrays: the adapter's, by name, each with the axes that `nn.scan` or `nn.vmap` put in front.
-        kernel, bias: the layer's own arrays, out of any box; the bias may be None.
+        params: all parameters by path, which are written to.
     """
 
     path: Path
     matrix: Matrix
     config: Any
     arrays: dict[str, Array]
-    kernel: Array
-    bias: Array | None
+    params: dict[Path, Any]
+
+    @property
+    def array(self) -> Array:
+        """The layer's own array, out of any box."""
+        return nn.meta.unbox(self.params[*self.path, self.matrix.array])
+
+    @property
+    def bias_array(self) -> Array | None:
+        """The layer's own bias, out of any box, or None."""
+        bias = self.params.get((*self.path, "bias"))
+        return None if bias is None else nn.meta.unbox(bias)
 
     @property
     def stack(self) -> tuple[int, ...]:
         """The sizes of the axes in front."""
-        return self.kernel.shape[: self.kernel.ndim - len(self.matrix.shape)]
+        return self.array.shape[: self.array.ndim - len(self.matrix.shape)]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as its own class has it."""
+        method: Any = check_config(self.config)
+        make = method.for_embedding if self.matrix.is_embedding else method
+        sizes = self.matrix.in_features, self.matrix.out_features
+        adapter = nnx.eval_shape(lambda: make(*sizes, self.config, rngs=nnx.Rngs(0), num_layers=self.stack))
+        arrays = scaled(self.config, self.arrays)
+        for name, value in arrays.items():
+            full = jnp.broadcast_to(value, self.stack) if name == "scaling" else value
+            setattr(adapter, name, AdapterState(full))
+        return adapter
+
+    def kernel(self) -> Array:
+        """The base's matrix, `[*stack, in, out]`."""
+        return self.matrix.take(self.array)
+
+    def put_kernel(self, kernel: Array) -> None:
+        """Writes the base's matrix."""
+        self._put(self.matrix.array, self.matrix.put(kernel))
+
+    def bias(self) -> Array | None:
+        """The base's bias, `[*stack, out]`, or None."""
+        bias = self.bias_array
+        return None if bias is None else self.matrix.take_bias(bias, len(self.stack))
+
+    def add_to_bias(self, change: Array) -> None:
+        """Adds `change [*stack, out]` to the bias; makes one where there is none."""
+        bias, change = self.bias_array, self.matrix.put_bias(change)
+        self._put(
+            "bias", change.astype(self.array.dtype) if bias is None else (widened(bias) + change).astype(bias.dtype)
+        )
+
+    def _put(self, name: str, value: Array) -> None:
+        self.params[*self.path, name] = nn.meta.replace_boxed(self.params.get((*self.path, name), value), value)
 
 
 def layers_of(
     variables: Mapping[str, Any], configs: tuple[Any, ...], report: LinenReport | None = None
-) -> Iterator[Layer]:
+) -> Iterator[LinenSite]:
     """The adapted layers among variables.
 
     Args:
@@ -78,15 +129,15 @@ def layers_of(
         name = next((name for name in ("kernel", "embedding") if (*path, name) in params), None)
         if name is None:
             raise ValueError(f"{where} has an adapter, but params hold no kernel for it")
-        array, bias = nn.meta.unbox(params[*path, name]), params.get((*path, "bias"))
+        shape = nn.meta.unbox(params[*path, name]).shape
         picked = [
             config_at(config, ".".join(path))
             for config, picks in pickers
             if picks(".".join(path), is_embedding=name == "embedding")
         ]
         known = None if report is None else report.matrix_at(path)
-        config, matrix = _form(where, name, array.shape, arrays, picked, known)
-        yield Layer(path, matrix, config, arrays, array, None if bias is None else nn.meta.unbox(bias))
+        config, matrix = _form(where, name, shape, arrays, picked, known)
+        yield LinenSite(path, matrix, config, arrays, params)
 
 
 def plain_tree(tree: Any) -> Any:
@@ -159,37 +210,20 @@ def merge(variables: Mapping[str, Any], *configs: Any, report: LinenReport | Non
     Raises:
         ValueError: no adapters, a layer without kernel or without a config, or shapes that deny the config.
     """
-    params = traverse_util.flatten_dict(plain_tree(variables["params"]))
-    for layer in layers_of(variables, configs, report):
-        kernel, bias = _merged(layer)
-        for name, value in ((layer.matrix.array, kernel), ("bias", bias)):
-            if value is not None:
-                boxed = params.get((*layer.path, name), value)
-                params[*layer.path, name] = nn.meta.replace_boxed(boxed, value)
-        if layer.bias is None and bias is not None:
-            where = ".".join(layer.path) or "the layer"
-            warnings.warn(
-                f"{where} has no bias, and its adapter added one: give the plain layer use_bias=True, or it passes "
-                "over the bias that params now hold for it",
-                stacklevel=2,
-            )
+    params: dict[Path, Any] = {}
+    for site in layers_of(variables, configs, report):
+        params = site.params
+        had_bias = site.bias_array is not None
+        _, kernel, change = folded(site.adapter, site.kernel(), site.bias())
+        if kernel is not None:
+            site.put_kernel(kernel)
+        if change is not None:
+            site.add_to_bias(change)
+            if not had_bias:
+                where = ".".join(site.path) or "the layer"
+                warnings.warn(
+                    f"{where} has no bias, and its adapter added one: give the plain layer use_bias=True, or it passes "
+                    "over the bias that params now hold for it",
+                    stacklevel=2,
+                )
     return traverse_util.unflatten_dict(params)
-
-
-def _merged(layer: Layer) -> tuple[Array, Array | None]:
-    """The layer's kernel and bias with the adapter in them; no bias where it stays as it is."""
-    config, matrix, method = layer.config, layer.matrix, check_config(layer.config)
-
-    def one(kernel: Array, bias: Array | None, arrays: dict[str, Array]) -> tuple[Array, Array | None]:
-        params = scaled(config, arrays)
-        merged = method.merged_kernel(config, params, kernel).astype(kernel.dtype)
-        added = method.added_bias(config, params, bias)
-        if added is None:
-            return merged, None
-        return merged, added.astype(kernel.dtype) if bias is None else (widened(bias) + added).astype(bias.dtype)
-
-    for _ in layer.stack:
-        one = jax.vmap(one)
-    flat_bias = None if layer.bias is None else matrix.take_bias(layer.bias, len(layer.stack))
-    kernel, bias = one(matrix.take(layer.kernel), flat_bias, dict(layer.arrays))
-    return matrix.put(kernel), None if bias is None else matrix.put_bias(bias)
