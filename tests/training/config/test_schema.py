@@ -122,7 +122,7 @@ def test_override_values(name, text, value):
         ("adapter.alpha", "nan", ["adapter.alpha", "finite"]),
         ("adapter.alpha", "0", ["above 0"]),
         ("adapter.dropout", "1", ["at least 0 and below 1"]),
-        ("adapter.method", "dorra", ["lora, rslora, dora, pissa", "dora"]),
+        ("adapter.method", "dorra", ["must be one of lora, ", "dora, ", "dora"]),
         ("adapter.method", "Mora", ["did you mean 'mora'"]),
         ("adapter.kind", "rotate", ["sharing, rotation"]),
         ("adapter.targets", "", ["adapter.targets"]),
