@@ -38,30 +38,30 @@ if TYPE_CHECKING:
     from mora_jax.adapters.attach import partition as partition
     from mora_jax.adapters.base import AdapterParam as AdapterParam
     from mora_jax.adapters.base import mutable_state as mutable_state
-    from mora_jax.adapters.config import AdaLoRAConfig as AdaLoRAConfig
-    from mora_jax.adapters.config import BitFitConfig as BitFitConfig
-    from mora_jax.adapters.config import DoRAConfig as DoRAConfig
-    from mora_jax.adapters.config import FullConfig as FullConfig
-    from mora_jax.adapters.config import HiRAConfig as HiRAConfig
-    from mora_jax.adapters.config import IA3Config as IA3Config
-    from mora_jax.adapters.config import LoRAConfig as LoRAConfig
-    from mora_jax.adapters.config import LoRAFAConfig as LoRAFAConfig
-    from mora_jax.adapters.config import LoRAPlusConfig as LoRAPlusConfig
-    from mora_jax.adapters.config import MiSSConfig as MiSSConfig
-    from mora_jax.adapters.config import MoRAConfig as MoRAConfig
-    from mora_jax.adapters.config import OFTConfig as OFTConfig
-    from mora_jax.adapters.config import OLoRAConfig as OLoRAConfig
-    from mora_jax.adapters.config import PiSSAConfig as PiSSAConfig
-    from mora_jax.adapters.config import RandLoRAConfig as RandLoRAConfig
-    from mora_jax.adapters.config import ReLoRAConfig as ReLoRAConfig
-    from mora_jax.adapters.config import ReMoRAConfig as ReMoRAConfig
-    from mora_jax.adapters.config import RsLoRAConfig as RsLoRAConfig
-    from mora_jax.adapters.config import VeRAConfig as VeRAConfig
     from mora_jax.adapters.layers import register_layer as register_layer
     from mora_jax.adapters.merge import merge as merge
     from mora_jax.adapters.merge import unmerge as unmerge
+    from mora_jax.adapters.methods.adalora import AdaLoRAConfig as AdaLoRAConfig
+    from mora_jax.adapters.methods.bitfit import BitFitConfig as BitFitConfig
+    from mora_jax.adapters.methods.full import FullConfig as FullConfig
+    from mora_jax.adapters.methods.hira import HiRAConfig as HiRAConfig
+    from mora_jax.adapters.methods.ia3 import IA3Config as IA3Config
+    from mora_jax.adapters.methods.lora import LoRAConfig as LoRAConfig
     from mora_jax.adapters.methods.lora import LoRALinear as LoRALinear
+    from mora_jax.adapters.methods.lora_variants import DoRAConfig as DoRAConfig
+    from mora_jax.adapters.methods.lora_variants import LoRAFAConfig as LoRAFAConfig
+    from mora_jax.adapters.methods.lora_variants import LoRAPlusConfig as LoRAPlusConfig
+    from mora_jax.adapters.methods.lora_variants import OLoRAConfig as OLoRAConfig
+    from mora_jax.adapters.methods.lora_variants import PiSSAConfig as PiSSAConfig
+    from mora_jax.adapters.methods.lora_variants import ReLoRAConfig as ReLoRAConfig
+    from mora_jax.adapters.methods.lora_variants import RsLoRAConfig as RsLoRAConfig
+    from mora_jax.adapters.methods.miss import MiSSConfig as MiSSConfig
+    from mora_jax.adapters.methods.mora import MoRAConfig as MoRAConfig
     from mora_jax.adapters.methods.mora import MoRALinear as MoRALinear
+    from mora_jax.adapters.methods.oft import OFTConfig as OFTConfig
+    from mora_jax.adapters.methods.randlora import RandLoRAConfig as RandLoRAConfig
+    from mora_jax.adapters.methods.remora import ReMoRAConfig as ReMoRAConfig
+    from mora_jax.adapters.methods.vera import VeRAConfig as VeRAConfig
     from mora_jax.errors import InputError as InputError
     from mora_jax.interop import load_adapter as load_adapter
     from mora_jax.interop import load_pretrained as load_pretrained

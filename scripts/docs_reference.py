@@ -45,7 +45,7 @@ def public(package: str) -> dict[str, str]:
     if package == "mora_jax":
         import mora_jax
 
-        return dict(mora_jax._HOMES)
+        return mora_jax._HOMES | dict.fromkeys(mora_jax._configs(), "mora_jax.adapters.config")
     path = ROOT / package.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ def test_every_method_has_a_line_for_editors():
     """`mora_jax` finds configurations by itself, and type checkers read them."""
     lines = Path(mj.__file__).read_text(encoding="utf-8").splitlines()
     for config in CONFIGS.values():
-        words = f"    from mora_jax.adapters.config import {config.__name__} as {config.__name__}"
+        words = f"    from {config.__module__} import {config.__name__} as {config.__name__}"
         assert words in lines and config.__name__ in dir(mj)
 
 
