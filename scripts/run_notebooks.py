@@ -25,11 +25,11 @@ FOLDER = ROOT / "notebooks"
 QUIET = """
 def quiet():
     import os
-    from mora_jax.sweeps import live_board
+    from mora_jax.sweeps import board
     from mora_jax.training.display import choose
     nowhere = open(os.devnull, "w")
     choose.make_display = lambda: choose.Display(nowhere)
-    live_board.make_board = lambda: live_board.Board(nowhere)
+    board.make_board = lambda: board.Board(nowhere)
 quiet()
 del quiet
 """

@@ -73,7 +73,7 @@ def test_the_gpu_program_lowers_in_full_shapes(load, monkeypatch):
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)  # this machine has none
     gpu = load("gpu_training")
-    options = {"rank": 16, "length": 4096, "packed": False, "attention": "auto", "dtype": "bfloat16"}
+    options = {"rank": 16, "length": 4096, "packed": False, "attention": "cudnn", "dtype": "bfloat16"}
     config = gpu.configuration(argparse.Namespace(micro_batches=2, **options), "mora-sharing", 2, "none")
     decoder = read_config(read_model("qwen2.5-7b"), "qwen2.5-7b")
     with compiling_for("gpu"):

@@ -118,7 +118,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
         fused = checkpointed(layout.project(self.qkv_proj, x, _fold(token_dropout, 0)))  # [B, T, G, N + 2, H]
-        query, key, value = jnp.split(fused, (-2, -1), axis=3)
+        heads = fused.shape[3] - 2
+        query, key, value = jnp.split(fused, (heads, heads + 1), axis=3)
         key, value = key[:, :, :, 0], value[:, :, :, 0]  # [B, T, G, H]
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)

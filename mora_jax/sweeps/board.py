@@ -55,6 +55,7 @@ class Board(Display):
     def begin(self, names: Sequence[str]) -> None:
         """The sweep's runs, in order."""
         self.runs = {name: RunState() for name in names}
+        self._together, self._shown = (), []
 
     def group(self, names: Sequence[str]) -> None:
         """The runs that train now."""

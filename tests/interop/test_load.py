@@ -179,7 +179,7 @@ class TestBadWeights:
 
     def test_none(self, folder):
         (folder / "model.safetensors").unlink()
-        with pytest.raises(mj.InputError, match="has no model.safetensors and no model.safetensors.index.json"):
+        with pytest.raises(mj.InputError, match="has no model.safetensors, nor model.safetensors.index.json"):
             load(folder)
 
 

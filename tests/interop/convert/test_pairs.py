@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mora_jax.adapters.matching.targets import places
 
 import mora_jax as mj
 from mora_jax.adapters.methods.mora import KINDS
 from mora_jax.adapters.methods.registry import METHODS
+from mora_jax.adapters.sites import sites
 from mora_jax.interop.convert import convert_to_lora, convert_to_mora
 
 SETTINGS = {"rank": 2, "block_size": 4, "target_rank": 1, "targets": ("inner", "out")}
@@ -46,7 +46,7 @@ CONFIGS = configs()
 
 
 def kernels(model) -> dict[str, np.ndarray]:
-    return {path: np.asarray(place.kernel(), np.float64) for place in places(model) for path in place.paths}
+    return {path: np.asarray(site.kernel(), np.float64) for site in sites(model) for path in site.paths}
 
 
 def change(model) -> dict[str, np.ndarray]:
