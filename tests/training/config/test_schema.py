@@ -437,7 +437,8 @@ def test_keys_are_those_that_the_methods_declare():
 
 def test_help_says_where_methods_differ():
     known = keys()
-    assert "none: the method's own, 8 (adalora 12, hira 32, miss 64, randlora 32, vera 256)" in known["adapter.rank"].allowed.doc
+    own = "none: the method's own, 8 (adalora 12, hira 32, miss 64, randlora 32, vera 256)"
+    assert own in known["adapter.rank"].allowed.doc
     assert known["adapter.target_rank"].allowed.doc.startswith("adalora: mean rank")
     assert known["adapter.target_rank"].allowed.doc.endswith("none: two thirds of rank.")
     assert known["adapter.init"].allowed.choices == ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
