@@ -251,6 +251,8 @@ def test_nothing_is_made_again_for_each_layer():
     text = runner.compiled[0].as_text()
     cosines = re.findall(r" cosine\(.*op_name=\"(.*?)\"", text)
     assert cosines and not [name for name in cosines if "while" in name]
+    if jax.__version_info__ < (0, 11):  # XLA of then widens a whole bfloat16 stack on CPUs before it is looped over
+        return
     assert not re.findall(r"f32\[\d+,72,160\]|f32\[\d+,160,72\]", text), "the stack is never float32"
     step = Step(runner, [], state.adapters, frozen)
     assert step.memory.temp_size_in_bytes < step_of("LoRA").memory.temp_size_in_bytes
