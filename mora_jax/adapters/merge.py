@@ -13,7 +13,7 @@ from flax import nnx
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.products.quantization import quantized_format
 from mora_jax.adapters.projection import OutputHead, Projection
-from mora_jax.adapters.sites import Site, adapted_sites, sites
+from mora_jax.adapters.sites import Holders, Site, adapted_sites, holders_of, sites
 from mora_jax.adapters.slots import refuse_banks
 from mora_jax.adapters.trainable_base import kept, restore
 
@@ -127,24 +127,6 @@ def folded(adapter: Adapter, kernel: jax.Array, bias: jax.Array | None) -> tuple
 
 def _changes_kernel(adapter: Adapter, gain: Any) -> bool:
     return adapter.additive or adapter.transforms or gain is not None
-
-
-Holders = dict[int, dict[int, str]]
-
-
-def holders_of(model: nnx.Module) -> Holders:
-    """By identity of a variable: its path in each module (or container) that holds it, by that one's identity."""
-    found: Holders = {}
-    for path, node in nnx.iter_graph(model):
-        children: dict[Any, Any] = {}
-        if isinstance(node, nnx.Module | dict):
-            children = node if isinstance(node, dict) else vars(node)
-        elif isinstance(node, list | tuple):
-            children = dict(enumerate(node))
-        for name, value in children.items():
-            if isinstance(value, nnx.Variable):
-                found.setdefault(id(value), {})[id(node)] = ".".join(map(str, (*path, name)))
-    return found
 
 
 def _own_params(site: Site, holders: Holders, *, kernel: bool, bias: bool) -> dict[str, nnx.Variable]:

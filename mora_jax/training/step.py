@@ -231,7 +231,6 @@ def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch,
     random = {"dropout_key": keys.dropout, "row_numbers": rows.numbers, "embedding_noise": noise}
     shape = {"partitioner": partitioner, "packed": config.packed}
     hidden = _hidden(model, *inputs, **shape, **random)
-    inputs_of_head, head = hidden, model.head(partitioner)
     if keys.dropout is None:
         head, inputs_of_head = model.head(partitioner), hidden
     else:
