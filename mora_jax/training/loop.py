@@ -215,6 +215,7 @@ class Trainer:
             self.hooks.append(self._checkpoints)
         self.hooks.append(Callbacks(callbacks))
         self._enough = False  # whether a hook has said so
+        self._pending: tuple[int, StepMetrics] | None = None  # the last step, while its metrics are not read
         self.summary = dict[str, Any]()
 
     def train(self) -> int:
@@ -245,7 +246,6 @@ class Trainer:
             first = self.point.step
             if run.signals.received:
                 return self._stopped()
-            pending: tuple[int, StepMetrics] | None = None
             for step in range(first + 1, steps + 1):
                 if step == steps and not self._evaluator.due(steps, last=True):
                     run.signals.announce(FINISHING)
@@ -256,14 +256,13 @@ class Trainer:
                     self.point = Point(step, state, self.point.frozen)  # the state before is no more
                     self.observer.sent(step, run.runner.compilation_log)
                     # Metrics are read a step late, so the device always has the next step in its queue.
-                    self._report(pending)
-                pending = step, metrics
+                    self._report()
+                self._pending = step, metrics
                 last = step == steps or self._enough
                 self.point = self.point._replace(last=last)
                 run.signals.look()
                 if last or run.signals.received or any(hook.due(step, last) for hook in self.hooks):
-                    self._report(pending, last)
-                    pending = None
+                    self._report(last)
                     self._each(lambda hook, point: hook.on_pause(point))
                     if run.signals.received and not self.point.over:
                         return self._stopped()
@@ -314,8 +313,9 @@ class Trainer:
                     self._enough |= bool(other.on_evaluation(row))
         self.observer.clock.restart()
 
-    def _report(self, pending: tuple[int, StepMetrics] | None, last: bool = False) -> None:
-        """Waits for a step's metrics, records and shows them."""
+    def _report(self, last: bool = False) -> None:
+        """Waits for the metrics of the step that is not read yet, if any, records and shows them."""
+        pending, self._pending = self._pending, None
         row = None if pending is None else self._rows(*pending, last)
         if row is None:
             return
@@ -328,6 +328,8 @@ class Trainer:
     @contextlib.contextmanager
     def compiling(self, length: int) -> Iterator[None]:
         """Around a compilation of the step for rows of so many tokens."""
+        # The time of the step before would end anywhere in the compilation, which is left out of it.
+        self._report()
         with contextlib.ExitStack() as context:
             for hook in self.hooks:
                 context.enter_context(hook.compiling(length))

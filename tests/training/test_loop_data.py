@@ -146,6 +146,33 @@ def test_while_another_length_compiles_the_display_says_so_and_what_a_stop_does(
     assert lines[-1].startswith("stopped after step")
 
 
+class Recording(Display):
+    """Notes which step is shown, and when a compilation begins."""
+
+    def __init__(self):
+        super().__init__(io.StringIO())
+        self.events = []
+
+    def waiting(self, words):
+        self.events += [words.split()[0]] if words else []
+
+    def step(self, row):
+        self.events.append(row["step"])
+
+
+def test_a_step_is_shown_before_another_length_compiles(inputs, tmp_path):
+    """Else its time ends anywhere in the compilation, which is left out of it: tokens a second of nothing."""
+    rows = [{"instruction": "Say", "output": "red " * count} for count in (3, 4, 60, 61)]
+    (inputs / "lengths.json").write_text(json.dumps(rows))
+    settings = {"data__bucketing": True, "data__max_length": 512, "train__batch_size": 2, "train__save_every": 0}
+    settings |= {"data__train": (str(inputs / "lengths.json"),), "train__steps": 6}
+    display = Recording()
+    assert loop.train(config(inputs, tmp_path / "run", **settings), display) == 0
+    lengths = [row["tokens"] for row in metrics(tmp_path / "run")]
+    second = next(step for step, tokens in enumerate(lengths, 1) if tokens != lengths[0])
+    assert display.events == ["compiling", *range(1, second), "compiling", *range(second, 7)]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
