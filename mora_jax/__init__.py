@@ -30,7 +30,7 @@ _HOMES = {
     "NamedAdapters": "mora_jax.interop.multi_adapter",
     "InputError": "mora_jax.errors",
 }
-_ROOMS = ("adapters", "linen", "models", "interop", "data", "training", "evaluation", "demo")
+_ROOMS = ("adapters", "linen", "functional", "models", "interop", "data", "training", "evaluation", "demo")
 
 if TYPE_CHECKING:
     from mora_jax.adapters.attach import attach as attach

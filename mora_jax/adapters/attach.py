@@ -141,8 +141,8 @@ def _check_module(model: Any) -> None:
         )
     if isinstance(model, Mapping) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(model)):
         raise TypeError(
-            "attach takes a Flax NNX module, not a tree of arrays: of a Linen model use mora_jax.linen.adapted; else "
-            "add the functions of mora_jax.adapters.lora or mora_jax.adapters.mora (apply, delta_weight) to your own"
+            "attach takes a Flax NNX module, not a tree of arrays: of a Linen model use mora_jax.linen.adapted; of "
+            "any other tree mj.functional"
         )
     raise TypeError(f"attach takes a Flax NNX module, not {kind.__name__}")
 

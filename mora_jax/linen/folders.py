@@ -37,7 +37,7 @@ class _Tree(nnx.Module):
     """Modules under the names of a tree of parameters."""
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """An array of `params` that may be a layer's matrix.
 
     Attributes:
@@ -105,7 +105,7 @@ def save_adapter(
                 f"{'.'.join(layer.path)} is a stack of layers {layer.stack}, and where their numbers belong is not "
                 "known: give the report of the context in which they were made, report="
             )
-        place = _Place(layer.path, layer.matrix, layer.array, layer.bias_array, lifts)
+        place = Place(layer.path, layer.matrix, layer.array, layer.bias_array, lifts)
         places.append(place)
         scaling = np.asarray(check_config(layer.config).scale(layer.config), np.float32)
         for index, name in place.names():
@@ -113,9 +113,27 @@ def save_adapter(
             # The NNX model that is written has these layers alone, under names in which NNX sees other numbers.
             config = dataclasses.replace(layer.config, layers_to_transform=None)
             by_path[name] = AdapterValues(config, values | {"scaling": scaling})
+    write_places(places, _arrays_of(variables), by_path, out, base_model_name_or_path, overwrite)
+
+
+def write_places(
+    places: list[Place],
+    others: list[Place],
+    by_path: Mapping[str, AdapterValues],
+    out: str | os.PathLike[str],
+    base_model_name_or_path: str | None,
+    overwrite: bool,
+) -> None:
+    """Writes adapters on arrays as a PEFT folder.
+
+    Args:
+        places: the adapted arrays.
+        others: all arrays, among which targets have to name the adapted ones.
+        by_path: the adapters by the paths of files.
+        out, base_model_name_or_path, overwrite: as for `save_adapter`.
+    """
     taken = {place.path for place in places}
-    others = [place for place in _arrays_of(variables) if place.path not in taken]
-    model = _as_nnx(places, others)
+    model = _as_nnx(places, [place for place in others if place.path not in taken])
     install(model, by_path)
     save.save_adapter(
         model,
@@ -160,10 +178,34 @@ def load_adapter(
         (3, 4)
     """
     given = load.tensor_shapes(path)
-    if whole := load.whole_modules(path):
-        raise InputError(f"{path}: it trains {', '.join(whole)} whole, for which Linen has no form; leave that away")
     described = _described(load.local_folder(path) / save.LINEN_NAME)
     places = [_placed(place, given, report, described) for place in _arrays_of(variables)]
+    config, arrays = read_places(places, path)
+    collections: dict[str, dict[Path, jax.Array]] = {COLLECTION: {}, FIXED: {}}
+    for where, parts in arrays.items():
+        for collection, values in zip(collections, parts, strict=True):
+            collections[collection] |= {(*where, name): value for name, value in values.items()}
+    trees = {name: traverse_util.unflatten_dict(arrays) for name, arrays in collections.items() if arrays}
+    return config, dict(variables) | trees
+
+
+def read_places(
+    places: list[Place], path: str | os.PathLike[str]
+) -> tuple[Any, dict[Path, tuple[dict[str, jax.Array], dict[str, jax.Array]]]]:
+    """Reads the adapter of a PEFT folder for arrays.
+
+    Args:
+        places: every array that may be a layer's matrix.
+        path: the folder.
+
+    Returns:
+        The configuration, and by module path the arrays that are trained and those that are not.
+    """
+    given = load.tensor_shapes(path)
+    if whole := load.whole_modules(path):
+        raise InputError(
+            f"{path}: it trains {', '.join(whole)} whole, for which a tree of parameters has no form; leave that away"
+        )
     known = {name: (place, index) for place in places for index, name in place.names()}
     model = _as_nnx([place for place in places if any(name in given for _, name in place.names())], places)
     load.load_adapter(model, path)
@@ -173,7 +215,7 @@ def load_adapter(
         found.setdefault(place.path, {})[index] = entry
     by_path = {place.path: place for place in places}
     config = _one_config({path: list(entries.values()) for path, entries in found.items()})
-    collections: dict[str, dict[Path, jax.Array]] = {COLLECTION: {}, FIXED: {}}
+    arrays = {}
     for where, entries in found.items():
         place = by_path[where]
         own = config_at(config, ".".join(where))
@@ -184,19 +226,19 @@ def load_adapter(
             for index in np.ndindex(place.stack)
             if index not in entries
         }
-        trained, fixed = expected(own, place.matrix)
-        for number, (collection, names) in enumerate(((COLLECTION, trained), (FIXED, fixed))):
+        parts: tuple[dict[str, jax.Array], dict[str, jax.Array]] = {}, {}
+        for number, names in enumerate(expected(own, place.matrix)):
             for name, shape in names.items():
                 stacked = np.zeros((*place.stack, *shape), np.float32)
                 for index in np.ndindex(place.stack):
                     held = entries[index].params if index in entries else layers[index][number]
                     stacked[index] = held[name]
-                collections[collection][*where, name] = jnp.asarray(stacked, wide(place.array.dtype))
-    trees = {name: traverse_util.unflatten_dict(arrays) for name, arrays in collections.items() if arrays}
-    return config, dict(variables) | trees
+                parts[number][name] = jnp.asarray(stacked, wide(place.array.dtype))
+        arrays[where] = parts
+    return config, arrays
 
 
-def _arrays_of(variables: Mapping[str, Any]) -> list[_Place]:
+def _arrays_of(variables: Mapping[str, Any]) -> list[Place]:
     """Every kernel and table among the parameters, taken as a matrix in the first way that its shape allows."""
     params = traverse_util.flatten_dict(plain_tree(variables["params"]))
     found = []
@@ -205,7 +247,7 @@ def _arrays_of(variables: Mapping[str, Any]) -> list[_Place]:
         if path[-1] in ("kernel", "embedding") and array.ndim >= 2:
             bias = params.get((*path[:-1], "bias"))
             matrix = Matrix.plain(path[-1], array.shape)
-            found.append(_Place(path[:-1], matrix, array, None if bias is None else nn.meta.unbox(bias), ()))
+            found.append(Place(path[:-1], matrix, array, None if bias is None else nn.meta.unbox(bias), ()))
     return found
 
 
@@ -225,9 +267,7 @@ def _matrix(said: Mapping[str, Any]) -> Matrix:
     return Matrix(said["array"], *axes)
 
 
-def _placed(
-    place: _Place, given: Mapping[str, Any], report: LinenReport | None, described: Mapping[str, Any]
-) -> _Place:
+def _placed(place: Place, given: Mapping[str, Any], report: LinenReport | None, described: Mapping[str, Any]) -> Place:
     """A place as the file and the report say that it is a matrix, or a stack of them."""
     if report is None and (said := described.get(".".join(place.path))) is not None:
         given_place = place._replace(matrix=said[0], lifts=said[1])
@@ -277,7 +317,7 @@ def _fits(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return (down[-1], up[0]) == (matrix.in_features, matrix.out_features)
 
 
-def _as_nnx(adapted: list[_Place], others: list[_Place]) -> nnx.Module:
+def _as_nnx(adapted: list[Place], others: list[Place]) -> nnx.Module:
     """An NNX model of plain layers at the paths of files; those that are to carry adapters have their values."""
     model: Any = _Tree()
     taken = {place.path for place in adapted}

@@ -34,8 +34,8 @@ def check_config(config: Any) -> type[Adapter]:
         TypeError: `config` is no adapter configuration.
         ValueError: the method, or one of its settings, has no form in Linen.
     """
-    if isinstance(config, MethodConfig) and config.linen_refusal:
-        raise ValueError(config.linen_refusal)
+    if isinstance(config, MethodConfig) and config.tree_refusal:
+        raise ValueError(config.tree_refusal)
     method = adapter_class(config)
     if config.bias != "none":
         raise ValueError(f"Linen layers have no bias={config.bias!r}; BitFitConfig trains biases alone")

@@ -266,5 +266,5 @@ def test_refusals(tmp_path):
     own = nnx.Dict(layers_0=nnx.Linear(X.shape[-1], 8, rngs=nnx.Rngs(0)), layers_1=nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
     mj.attach(own, mj.LoRAConfig(rank=2, targets="layers_0", modules_to_save="layers_1"), rngs=0)
     mj.save_adapter(own, tmp_path / "whole")
-    with pytest.raises(mj.InputError, match="it trains layers_1 whole, for which Linen has no form"):
+    with pytest.raises(mj.InputError, match="it trains layers_1 whole, for which a tree of parameters has no form"):
         load_adapter({"params": variables["params"]}, tmp_path / "whole")

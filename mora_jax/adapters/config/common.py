@@ -152,8 +152,8 @@ class MethodConfig(metaclass=_Aliases):
         return cls(**settings)
 
     @property
-    def linen_refusal(self) -> str:
-        """Why this has no form in Linen; empty where it has one."""
+    def tree_refusal(self) -> str:
+        """Why this has no form where parameters are a plain tree (Linen, `mj.functional`); empty where it has one."""
         return ""
 
     def highest_rank(self, in_features: int, out_features: int) -> int | None:
@@ -262,9 +262,9 @@ class RestartConfig(CommonConfig):
             raise ValueError(f"restart_warmup must be an integer from 0 to restart_every={every}, not {warmup!r}")
 
     @property
-    def linen_refusal(self) -> str:
+    def tree_refusal(self) -> str:
         name = type(self).__name__.removesuffix("Config")
-        return f"{name} merges into the base while it trains, which Linen layers don't have"
+        return f"{name} merges into the base while it trains, for which a plain tree of parameters has no place"
 
     @property
     def details(self) -> tuple[str, ...]:

@@ -101,8 +101,8 @@ class AdaLoRAConfig(CommonConfig):
         return min(in_features, out_features)
 
     @property
-    def linen_refusal(self) -> str:
-        return "AdaLoRA takes ranks away while it trains, which Linen layers don't have"
+    def tree_refusal(self) -> str:
+        return "AdaLoRA takes ranks away while it trains, for which a plain tree of parameters has no place"
 
     @property
     def details(self) -> tuple[str, ...]:

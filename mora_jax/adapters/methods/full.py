@@ -15,5 +15,5 @@ class FullConfig(MethodConfig):
     changes_base: ClassVar[bool] = True
 
     @property
-    def linen_refusal(self) -> str:
-        return "full fine-tuning has no adapter: train variables['params']"
+    def tree_refusal(self) -> str:
+        return "full fine-tuning has no adapter: train the parameters themselves"

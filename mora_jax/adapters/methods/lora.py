@@ -67,10 +67,10 @@ class LoRAConfig(CommonConfig):
     grows_with_rank = True
 
     @property
-    def linen_refusal(self) -> str:
+    def tree_refusal(self) -> str:
         if self.init != "eva":
-            return super().linen_refusal
-        return "init='eva' takes its start from data, which Linen layers don't have; fill lora_a yourself"
+            return super().tree_refusal
+        return "init='eva' takes its start from data, which is not seen here; fill lora_a yourself"
 
     def highest_rank(self, in_features: int, out_features: int) -> int:
         return min(in_features, out_features)

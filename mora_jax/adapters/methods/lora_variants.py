@@ -130,8 +130,10 @@ class LoRAPlusConfig(LoRAConfig):
     lr_ratio: float = field(default=16.0, kw_only=True, metadata={"training": True, "limits": Number(above=0)})
 
     @property
-    def linen_refusal(self) -> str:
-        return "LoRA+ is LoRA with two learning rates, and in Linen those are your optimizer's: take LoRAConfig"
+    def tree_refusal(self) -> str:
+        return (
+            "LoRA+ is LoRA with two learning rates, and with a plain tree those are your optimizer's: take LoRAConfig"
+        )
 
     @property
     def rates(self) -> dict[str, float]:

@@ -47,7 +47,7 @@ class SharedBasesConfig(CommonConfig):
             object.__setattr__(self, "widths", (inputs, outputs))
 
     @property
-    def linen_refusal(self) -> str:
+    def tree_refusal(self) -> str:
         if self.widths is not None:
             return ""
         name = type(self).__name__.removesuffix("Config")

@@ -57,11 +57,11 @@ def around(
 
         inputs = placed_like(inputs, transformed, inputs, params)
     y = call(inputs)
-    beside = partial(_beside, method, config, product)
-    return placed_like(y, beside, y, inputs, params, kernel, bias, key)
+    run = partial(beside, method, config, product)
+    return placed_like(y, run, y, inputs, params, kernel, bias, key)
 
 
-def _beside(
+def beside(
     method: Any,
     config: Any,
     product: Product,
