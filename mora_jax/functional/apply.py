@@ -109,7 +109,8 @@ def apply(
         f: a function of the parameters and of anything else, as `jax.jit` could trace it; arrays among its arguments
             are traced, other values are what they are.
         params: its first argument.
-        adapters, config: as for `merge`.
+        adapters: as for `merge`.
+        config: as for `merge`.
         einsums: as for `init`.
         key: of the dropout on the adapters' inputs; None for none.
 

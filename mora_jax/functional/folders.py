@@ -30,7 +30,10 @@ def save(
     Layers of a stack are one entry each, with their number behind the node that is stacked: `layers.0.attn.q`.
 
     Args:
-        params, adapters, config, einsums: as for `merge`.
+        params: as for `merge`.
+        adapters: as for `merge`.
+        config: as for `merge`.
+        einsums: as for `init`.
         out: the folder; one that holds something is refused without `overwrite`.
         base_model_name_or_path: what the folder names as its base.
         overwrite: replace the adapter that is in `out`; files that belong to none stay there.

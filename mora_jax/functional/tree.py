@@ -338,7 +338,9 @@ def trainable(params: Any, config: Any, *, einsums: Einsums | None = None) -> di
     `optax.masked(optax.adamw(1e-4), mj.functional.trainable(params, config))`.
 
     Args:
-        params, config, einsums: as for `init`; shapes are enough.
+        params: as for `init`; shapes are enough.
+        config: as for `init`.
+        einsums: as for `init`.
     """
     found = {kernel.path: kernel.shapes for kernel in selected(params, config, einsums)}
     return {path: dict.fromkeys(yes, True) | dict.fromkeys(no, False) for path, (yes, no) in found.items()}
@@ -348,7 +350,9 @@ def report(params: Any, config: Any, *, einsums: Einsums | None = None) -> Attac
     """What `init` would adapt and what it would pass over; `print` it.
 
     Args:
-        params, config, einsums: as for `init`; shapes are enough.
+        params: as for `init`; shapes are enough.
+        config: as for `init`.
+        einsums: as for `init`.
     """
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if is_array(leaf))
     return _report(kernels_of(params, einsums), selected(params, config, einsums), config, total)
