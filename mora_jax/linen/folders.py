@@ -55,6 +55,7 @@ class Place(NamedTuple):
 
     @property
     def stack(self) -> tuple[int, ...]:
+        """The sizes of the axes in front."""
         return self.array.shape[: self.array.ndim - len(self.matrix.shape)]
 
     def described(self) -> dict[str, Any]:
