@@ -106,7 +106,7 @@ def numbers(tables: dict[str, Results], stated: dict[str, list[Claim]]) -> dict[
         "full_rate": f"{rates.rate('full', '1024 rows'):g}",
     }
     for rows in ("1024", "128"):
-        means = [rates.last("trained_rows_loss", arm, f"{rows} rows") for arm in ("LoRA r16", "full")]
+        means = [rates.values("trained_rows_loss", arm, f"{rows} rows") for arm in ("LoRA r16", "full")]
         gap = interval(means[0][seed] - means[1][seed] for seed in means[0])
         values[f"r16_trained_{rows}"] = gap.text(sign=True)
     for name, claims_of in stated.items():

@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from mora_jax import demo
     from mora_jax.errors import InputError
+    from mora_jax.studies.cells import cell_names
     from mora_jax.studies.registry import STUDIES
-    from mora_jax.studies.run import cell_names, run_study
+    from mora_jax.studies.run import run_study
     from mora_jax.studies.study import Sources
 
     study = STUDIES[args.name]
@@ -99,7 +100,7 @@ def _plan(preset: Any, args: argparse.Namespace) -> int:
     from mora_jax import demo
     from mora_jax.planning.model_shapes import read_model
     from mora_jax.planning.topology import read_topology
-    from mora_jax.studies.price import price_table
+    from mora_jax.studies.cells import price_table
 
     # Shapes are all that is worked with here.
     jax.config.update("jax_platforms", "cpu")

@@ -1,14 +1,17 @@
-"""Figures of matplotlib: an empty one, the styles that lines take in turn, legends, and a figure as SVG."""
+"""Figures of matplotlib: an empty one, the styles that lines take in turn, legends, and a figure as a file or SVG."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mora_jax.errors import InputError
+from mora_jax.paths import new_file
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), with dashes and markers beside them.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F")
@@ -67,13 +70,30 @@ def legend(parent: Any, lines: Mapping[str, Any], **options: Any) -> None:
         text.set(text=name, parse_math=False)
 
 
+def write_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> None:
+    """Writes a figure, whole or not at all, as PNG or SVG by the ending of the path; equal figures give equal files.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    with _reproducible(), new_file(path) as file:
+        metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
+        figure.savefig(file, dpi=dpi, metadata=metadata)
+
+
 def as_svg(figure: Any) -> str:
     """A figure as the text of an `<svg>` element; equal figures give equal texts."""
-    import matplotlib
-
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "mora-jax", "svg.fonttype": "none"}), warnings.catch_warnings():
-        # The reader's browser draws the letters, with fonts that have more of them.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    with _reproducible():
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+@contextlib.contextmanager
+def _reproducible() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "mora-jax", "svg.fonttype": "none"}), warnings.catch_warnings():
+        # The reader's browser draws the letters of an SVG, with fonts that have more of them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield

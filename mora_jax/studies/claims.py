@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mora_jax.studies.intervals import LEVEL, Interval, differences, holm, interval
 from mora_jax.studies.results import Results
-from mora_jax.studies.study import EQUAL_RATE, Contrast, Metric
+from mora_jax.studies.study import EQUAL_RATE, REPORTED, Contrast, Metric
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Claim:
     detectable: float | None
     halfway: float | None
     robust: bool | None
-    cells: tuple[str, ...]
+    cells: Sequence[str]
 
     @property
     def verdict(self) -> str:
@@ -69,18 +69,22 @@ class Claim:
 
 
 def claims(results: Results) -> list[Claim]:
-    """All of a study, those about its first metric first corrected among themselves, then the others."""
-    primary = results.study.metrics[0]
-    again = {_key(one): interval(one.values.values()) for one in contrasts(results.perturbed())}
-    looked_at = [(one, interval(one.values.values())) for one in contrasts(results)]
-    families = [(one.metric == primary, mean.p) for one, mean in looked_at]
+    """All of a study, those about its first metric corrected among themselves, and so are the others."""
+    looked_at = list(contrasts(results))
+    means = [interval(one.values.values()) for one in looked_at]
+    perturbed = Results(results.frame, results.study, results.preset, perturbed=True)
+    again = {_key(one): interval(one.values.values()) for one in contrasts(perturbed)}
     corrected = dict[int, float]()
-    for family in (True, False):
-        tested = [(place, p) for place, (of, p) in enumerate(families) if of == family and p is not None]
-        corrected |= dict(zip((place for place, _ in tested), holm([p for _, p in tested]), strict=True))
-    stated = [_claim(one, mean, corrected.get(place)) for place, (one, mean) in enumerate(looked_at)]
+    for primary in (True, False):
+        tested = {
+            place: mean.p
+            for place, (one, mean) in enumerate(zip(looked_at, means, strict=True))
+            if (one.metric == results.study.metrics[0]) is primary and mean.p is not None
+        }
+        corrected |= dict(zip(tested, holm(list(tested.values())), strict=True))
     return [
-        replace(claim, robust=_robust(claim, again.get((claim.claim, claim.metric, claim.level)))) for claim in stated
+        _claim(one, mean, corrected.get(place), again.get(_key(one)))
+        for place, (one, mean) in enumerate(zip(looked_at, means, strict=True))
     ]
 
 
@@ -88,8 +92,14 @@ def _key(contrast: Contrast) -> tuple[str, str, str]:
     return contrast.claim, contrast.metric.head, contrast.level
 
 
-def _claim(one: Contrast, mean: Interval, p: float | None) -> Claim:
-    halfway = interval(one.halfway.values()).mean
+def _claim(one: Contrast, mean: Interval, p: float | None, again: Interval | None) -> Claim:
+    """A contrast as it is stated; from perturbed weights, `again`, a robust effect has its sign and an interval without
+    0, and one that is not decided has 0 in it."""
+    decided, halfway = p is not None and p < LEVEL, interval(one.halfway.values()).mean
+    robust = None
+    if again is not None and again.half is not None and mean.n:
+        shown = again.low > 0 or again.high < 0
+        robust = shown and again.mean * mean.mean > 0 if decided else not shown
     return Claim(
         claim=one.claim,
         metric=one.metric.head,
@@ -101,66 +111,48 @@ def _claim(one: Contrast, mean: Interval, p: float | None) -> Claim:
         n=mean.n,
         diverged=mean.lost,
         p=p,
-        decided=p is not None and p < LEVEL,
+        decided=decided,
         detectable=mean.detectable,
         halfway=None if math.isnan(halfway) else halfway,
-        robust=None,
+        robust=robust,
         cells=one.cells,
     )
 
 
-def _robust(claim: Claim, again: Interval | None) -> bool | None:
-    """From perturbed weights a decided effect has its sign and an interval without 0, another one has 0 in it."""
-    if again is None or again.half is None or claim.effect is None:
-        return None
-    shown = again.low > 0 or again.high < 0
-    return shown and again.mean * claim.effect > 0 if claim.decided else not shown
-
-
 def contrasts(results: Results) -> Iterator[Contrast]:
     """Every pair of arms by every metric, controls at equal rates too, and what the study compares beside them."""
+    metrics = [metric for metric in results.study.metrics if results.has(metric.name)]
     for level in results.levels:
         for arm, other in results.study.pairs(results, level):
-            for metric in results.study.metrics:
-                if results.has(metric.name):
-                    yield _contrast(results, metric, (arm, level), (other, level), f"{arm} − {other}")
-        for one, control in results.preset.pairs():
-            if one.name == level and control.control_of in results.arms_at(level):
-                yield from _at_equal_rates(results, control.name, control.control_of, level)
+            for metric in metrics:
+                yield contrast(results, metric, (arm, level), (other, level), f"{arm} − {other}")
+        for control in [arm for one, arm in results.preset.pairs() if one.name == level and arm.control_of]:
+            name, other = control.name, control.control_of
+            rate = results.rate(other, level)
+            # Else the reported cells have equal rates already, or none was run again.
+            if rate is not None and results.rate(name, level) not in (None, rate) and not results.perturbed:
+                for metric in metrics:
+                    claim = f"{name} − {other}, both at {rate:g}"
+                    yield contrast(results, metric, (name, level), (other, level), claim, stage=EQUAL_RATE)
     yield from results.study.contrasts(results)
 
 
-def _at_equal_rates(results: Results, arm: str, other: str, level: str) -> Iterator[Contrast]:
-    rate = results.rate(other, level)
-    if rate is None or results.rate(arm, level) in (None, rate) or results.is_perturbed:
-        return  # the reported cells have equal rates already, or none was run again
-    for metric in results.study.metrics:
-        if results.has(metric.name):
-            claim = f"{arm} − {other}, both at {rate:g}"
-            yield _contrast(results, metric, (arm, level), (other, level), claim, stage=EQUAL_RATE)
-
-
-def _contrast(
+def contrast(
     results: Results,
     metric: Metric,
     first: tuple[str, str],
     second: tuple[str, str],
     claim: str,
     *,
-    stage: str = "reported",
+    stage: str = REPORTED,
 ) -> Contrast:
     """The first (arm, level) minus the second; `stage` is the first one's."""
-    at = [
+    end, halfway = (
         differences(results.values(metric, *first, stage, share=share), results.values(metric, *second, share=share))
         for share in (1.0, 0.5)
-    ]
-    cells = tuple(results.cells(*first, stage) + results.cells(*second))
-    return Contrast(claim, metric, first[1], at[0], cells, {} if metric.best_by else at[1])
-
-
-def between_levels(results: Results, metric: Metric, arm: str, level: str, other: str, other_level: str) -> Contrast:
-    """An arm at one level minus an arm at another."""
-    return _contrast(results, metric, (arm, level), (other, other_level), f"{arm} − {other} ({other_level})")
+    )
+    cells = results.cells(*first, stage) + results.cells(*second)
+    return Contrast(claim, metric, first[1], end, cells, {} if metric.best_by else halfway)
 
 
 def to_json(stated: list[Claim]) -> str:

@@ -14,7 +14,7 @@ from mora_jax.studies.study import CHOOSING_SEEDS, Metric, Sources
 
 
 def write_conclusion(
-    results: Results, stated: Sequence[Claim], preset: str, sources: Sources, figures: Sequence[str]
+    results: Results, stated: Sequence[Claim], preset: str, sources: Sources, figures: Iterable[str]
 ) -> str:
     """The whole text, in Markdown.
 
@@ -26,19 +26,18 @@ def write_conclusion(
         figures: names of those that lie beside it.
     """
     study = results.study
-    heading = f"# {study.name}: {study.question}\n\nAfter {study.paper}. {_setting(results, preset, sources)}"
-    parts = [heading]
+    parts = [f"# {study.name}: {study.question}", f"After {study.paper}. {_setting(results, preset, sources)}"]
     if results.frame["value"].notna().any():
         text = importlib.resources.files("mora_jax.studies").joinpath(f"text/{study.name}.md").read_text("utf-8")
         arms = "\n\n".join(_titled(level, arms_table(results, study.metrics, level)) for level in results.levels)
         sections = study.sections(results)
         parts.append(Template(text).substitute(sections, arms=arms, differences=claims_text(stated)).strip())
         parts.append(f"## By learning rate\n\nOn the seeds that choose, after the last step:\n\n{rates_table(results)}")
-    if figures:
-        parts.append("## Figures\n\n" + "\n\n".join(f"![{name}](figures/{name}.png)" for name in figures))
-    parts.append("## Limits\n\n" + bullets([*study.notes, *_edges(results)]))
+    if pictures := "\n\n".join(f"![{name}](figures/{name}.png)" for name in figures):
+        parts.append(f"## Figures\n\n{pictures}")
+    parts.append("## Limits\n\n" + _bullets([*study.notes, *_edges(results)]))
     if missing := results.missing():
-        parts.append("## Missing\n\n" + bullets(f"{cell}: {why}" for cell, why in missing))
+        parts.append("## Missing\n\n" + _bullets(f"{cell}: {why}" for cell, why in missing))
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,53 +57,45 @@ def _setting(results: Results, preset: str, sources: Sources) -> str:
 def rates_table(results: Results) -> str:
     """What the seeds that choose came to after the last step, at every rate that was tried."""
     names = {results.study.chosen_by, *(metric.name for metric in results.study.metrics)}
-    measured = [name for name in sorted(names) if any(results.curves_by_rate(name, *pair) for pair in _pairs(results))]
+    measured = [name for name in sorted(names) if any(results.by_rate(name, *pair) for pair in results.pairs())]
     rows = []
-    for arm, level in _pairs(results):
-        for rate, curves in results.curves_by_rate(results.study.chosen_by, arm, level).items():
-            values = [results.curves_by_rate(name, arm, level)[rate].values() for name in measured]
+    for arm, level in results.pairs():
+        for rate, curves in results.by_rate(results.study.chosen_by, arm, level).items():
+            values = [results.by_rate(name, arm, level)[rate].values() for name in measured]
             means = [interval(curve[-1][1] for curve in curves).text() for curves in values]
             chosen = " (chosen)" if rate == results.rate(arm, level) else ""
             rows.append([f"{arm}{f', {level}' if level else ''}, {rate:g}{chosen}", str(len(curves)), *means])
     return table(["arm, rate", "n", *(name.replace("_", " ") for name in measured)], rows)
 
 
-def _pairs(results: Results) -> list[tuple[str, str]]:
-    return [(arm, level) for level in results.levels for arm in results.arms_at(level)]
-
-
 def claims_text(stated: Sequence[Claim]) -> str:
     """The claims metric by metric, with what they could have shown."""
     heads = ["difference", "effect", "n", "p", "verdict", "detectable", "at half the steps", "robust"]
-    parts = []
-    for metric in dict.fromkeys(claim.metric for claim in stated):
-        rows = [_row(claim) for claim in stated if claim.metric == metric]
-        parts.append(_titled(metric, table(heads, rows)))
+    by_metric: dict[str, list[list[str]]] = {}
+    for claim in stated:
+        row = [
+            claim.claim + (f", {claim.level}" if claim.level else ""),
+            claim.effect_text(),
+            f"{claim.n} ({claim.diverged} diverged)" if claim.diverged else str(claim.n),
+            "" if claim.p is None else f"{claim.p:.2g}",
+            claim.verdict,
+            "" if claim.detectable is None else f"{claim.detectable:.3f}",
+            "" if claim.halfway is None else f"{claim.halfway:+.3f}",
+            "not run" if claim.robust is None else "yes" if claim.robust else "no",
+        ]
+        by_metric.setdefault(claim.metric, []).append(row)
     decided = sum(claim.decided for claim in stated)
     return (
         f"The first minus the second, in pairs by seed. *p* is corrected by Holm's method: among the differences in "
         f"{stated[0].metric if stated else 'the first metric'}, which the question is about, and among all others. "
         f"Of {len(stated)} differences {decided} are decided (p below 0.05). *Detectable* is the difference that a "
         "study of as many seeds and this spread would have shown in four of five cases, uncorrected; *robust* says "
-        "whether the same came out from weights with noise of one bfloat16 step.\n\n" + "\n\n".join(parts)
-    )
-
-
-def _row(claim: Claim) -> list[str]:
-    return [
-        claim.claim + (f", {claim.level}" if claim.level else ""),
-        claim.effect_text(),
-        f"{claim.n} ({claim.diverged} diverged)" if claim.diverged else str(claim.n),
-        "" if claim.p is None else f"{claim.p:.2g}",
-        claim.verdict,
-        "" if claim.detectable is None else f"{claim.detectable:.3f}",
-        "" if claim.halfway is None else f"{claim.halfway:+.3f}",
-        "not run" if claim.robust is None else "yes" if claim.robust else "no",
-    ]
+        "whether the same came out from weights with noise of one bfloat16 step.\n\n"
+    ) + "\n\n".join(_titled(metric, table(heads, rows)) for metric, rows in by_metric.items())
 
 
 def _edges(results: Results) -> Iterable[str]:
-    at = [f"{arm}{f' ({level})' if level else ''}" for arm, level in _pairs(results) if results.at_edge(arm, level)]
+    at = [f"{arm}{f' ({level})' if level else ''}" for arm, level in results.pairs() if results.at_edge(arm, level)]
     if at:
         yield f"At the edge of the rates that were tried, so that comparisons are void: {', '.join(at)}."
 
@@ -113,8 +104,7 @@ def _titled(title: str, text: str) -> str:
     return f"### {title}\n\n{text}" if title else text
 
 
-def bullets(lines: Iterable[str]) -> str:
-    """A list in Markdown."""
+def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -124,14 +114,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rules, *rows))
 
 
-def arms_table(results: Results, metrics: Sequence[Metric], level: str = "", digits: int = 3) -> str:
+def arms_table(results: Results, metrics: Sequence[Metric], level: str = "") -> str:
     """A row an arm: parameters, chosen rate, seeds, and the means of metrics over seeds."""
     metrics = [metric for metric in metrics if results.has(metric.name)]
     rows = []
     for arm in results.arms_at(level):
         count, rate = results.parameters(arm), results.rate(arm, level)
-        means = [interval(results.values(metric, arm, level).values()) for metric in metrics]
+        means = [results.mean(metric, arm, level) for metric in metrics]
         seeds = means[0].seeds if means else "0"
         numbers = [f"{count:,}" if count else "missing", f"{rate:g}" if rate else "missing", seeds]
-        rows.append([arm, *numbers, *(mean.text(digits) for mean in means)])
+        rows.append([arm, *numbers, *(mean.text() for mean in means)])
     return table(["arm", "trained parameters", "learning rate", "n", *(metric.head for metric in metrics)], rows)

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mora_jax.display.figures import new_figure as empty_figure
+from mora_jax.display import figures as display
 from mora_jax.studies.intervals import Interval, interval
 from mora_jax.studies.results import Results
 
@@ -26,6 +26,9 @@ FILLINGS = ("full", "none", "left", "top", "bottom")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2, 1, 2)))
 #: Inches of a column of the documentation, 700 pixels wide.
 WIDTH = 7.0
+#: Styles of a line that helps to read: zero, chance, a bound.
+ZERO = {"color": "0.5", "linewidth": 1, "zorder": 0}
+DOTTED = ZERO | {"linestyle": ":"}
 
 
 def style(arm: str, arms: Sequence[str] = ()) -> dict[str, Any]:
@@ -45,15 +48,15 @@ def style(arm: str, arms: Sequence[str] = ()) -> dict[str, Any]:
     return look | {"fillstyle": FILLINGS[place % len(FILLINGS)], "markerfacecoloralt": "white"}
 
 
-def new_figure(columns: int = 1, rows: int = 1, *, height: float = 3.0) -> tuple[Any, Any]:
-    """A figure as wide as a column and its panels, `[rows, columns]`; `height` is a panel's, in inches.
+def new_figure(columns: int = 1, rows: int = 1, *, height: float = 3.0) -> tuple[Any, list[Any]]:
+    """A figure as wide as a column and its panels, row by row; `height` is a panel's, in inches.
 
     Raises:
         InputError: matplotlib isn't installed.
     """
-    figure = empty_figure(WIDTH, height * rows)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat:
+    figure = display.new_figure(WIDTH, height * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels:
         panel.grid(alpha=0.3)
         panel.tick_params(labelsize=8)
         panel.xaxis.label.set_size(9)
@@ -61,18 +64,17 @@ def new_figure(columns: int = 1, rows: int = 1, *, height: float = 3.0) -> tuple
     return figure, panels
 
 
-def finish(figure: Any, results: Results, text: str, *panels: Any, columns: int = 3) -> Any:
-    """Puts one legend of all panels below them and a caption below that, and returns the figure.
+def finish(figure: Any, results: Results, text: str, *, columns: int = 3) -> Any:
+    """Puts one legend of all panels above them and a caption below, and returns the figure.
 
     Args:
         figure: which.
         results: that it shows, whose base model's seeds the caption names.
         text: what is shown, and what bands and bars mean.
-        panels: those with entries for the legend.
         columns: of the legend.
     """
     entries: dict[str, Any] = {}
-    for panel in panels:
+    for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     caption = "\n".join(textwrap.wrap(f"{results.study.name}: n = {results.preset.seeds} seeds. {text}", 105))
@@ -82,15 +84,15 @@ def finish(figure: Any, results: Results, text: str, *panels: Any, columns: int 
         # Room for the legend is made by a height of its own, so that it lies over no panel.
         lines = math.ceil(len(entries) / columns)
         figure.set_figheight(figure.get_figheight() + 0.2 * lines + 0.15 * caption.count("\n"))
-        figure.legend(
-            entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize=8
-        )
+        place = {"loc": "outside upper center", "ncols": columns, "frameon": False, "fontsize": 8}
+        figure.legend(entries.values(), entries.keys(), **place)
     return figure
 
 
-def bars(points: Sequence[Interval]) -> list[float]:
-    """Half intervals, as `errorbar` takes them."""
-    return [point.half or 0.0 for point in points]
+def draw_means(panel: Any, places: Sequence[float], means: Sequence[Interval], label: str, **look: Any) -> None:
+    """Means over seeds with bars of their 95 % intervals, at places along the horizontal axis."""
+    bars = [mean.half or 0.0 for mean in means]
+    panel.errorbar(places, [mean.mean for mean in means], bars, capsize=3, label=label, **look)
 
 
 def draw_curves(
@@ -133,10 +135,10 @@ def rates_figure(results: Results) -> Any:
     study, columns = results.study, min(2, len(results.levels))
     figure, panels = new_figure(columns, -(-len(results.levels) // columns))
     best = max if study.higher else min
-    for panel, level in zip(panels.flat, results.levels, strict=False):
+    for panel, level in zip(panels, results.levels, strict=False):
         for arm in results.arms_at(level):
             means = {}
-            for rate, curves in results.curves_by_rate(study.chosen_by, arm, level).items():
+            for rate, curves in results.by_rate(study.chosen_by, arm, level).items():
                 values = [[value for _, value in curve] for curve in curves.values()]
                 means[rate] = interval(best(one) if study.chosen_at_best else one[-1] for one in values).mean
             if means:
@@ -150,7 +152,7 @@ def rates_figure(results: Results) -> Any:
             plain_log(panel, "y", (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
         panel.set_title(level, fontsize=8)
         panel.set(xlabel="learning rate", ylabel=study.chosen_by.replace("_", " "))
-    return finish(figure, results, "Means over the seeds that choose; star: the chosen rate.", *panels.flat)
+    return finish(figure, results, "Means over the seeds that choose; star: the chosen rate.")
 
 
 def plain_log(panel: Any, which: str, subs: Sequence[float] = (1.0, 2.0, 5.0), ticks: Sequence[float] = ()) -> None:

@@ -7,17 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mora_jax.display.figures import write_figure
 from mora_jax.errors import InputError
-from mora_jax.paths import is_local, new_file
+from mora_jax.paths import is_local
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.results import SweepResult
 from mora_jax.training.config.load import config_from_dict
 
 FILE = "study.json"
-_OWN = (FILE, "data", "runs", "items", "figures", "cells.csv", "claims.json", "conclusion.md")
-
-_ASIDE, _MOVING = ".replaced", ".moving"
+_CONTENTS = (FILE, "data", "runs", "items", "figures", "cells.csv", "claims.json", "conclusion.md")
 
 
 class StudyFolder(SweepFolder):
@@ -38,9 +37,9 @@ class StudyFolder(SweepFolder):
         if not is_local(out):
             raise InputError(f"{out}: a study is written to a local folder")
         super().__init__(out)
-        self.data = Path(self.path) / "data"
-        self.items = Path(self.path) / "items"
-        self.figures = Path(self.path) / "figures"
+        self.data, self.items, self.figures = (Path(self.path) / name for name in ("data", "items", "figures"))
+        # An earlier study is moved from `aside` to `moving` and back, so that a killed process leaves one of them.
+        self._aside, self._moving = (Path(self.path) / name for name in (".replaced", ".replaced.moving"))
 
     @contextlib.contextmanager
     def opened(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -56,26 +55,22 @@ class StudyFolder(SweepFolder):
         Raises:
             InputError: the folder holds something else, or nothing to resume.
         """
-        if not Path(self.path).is_dir():
+        folder = Path(self.path)
+        if not folder.is_dir():
             self._directory.check_free(overwrite)
-        new = not Path(self.path).exists()
-        with self._directory.claimed(), self._removed_if_empty(new):
+        with contextlib.ExitStack() as context:
+            if not folder.exists():
+                context.callback(_remove_if_empty, folder)
+            context.enter_context(self._directory.claimed())
             self._take_back()  # where the process that was to replace it was killed
-            present = self.files.present(_OWN)
-            goes_on = bool(present) and not overwrite
-            if goes_on:
-                before = self._read()["asked"] if FILE in present else None
-                if before != asked:
-                    differs = _difference(before, asked)
-                    raise InputError(
-                        f"{self.path} holds another study ({differs}); replace it with --overwrite, or set another "
-                        "--out"
-                    )
+            present = self.files.present(_CONTENTS)
+            if goes_on := bool(present) and not overwrite:
+                self._check_same(asked, self._read()["asked"] if FILE in present else None)
             elif resume:
-                raise InputError(f"{self.path} holds no study to resume: {self.path / FILE} is missing")
+                raise InputError(f"{folder} holds no study to resume: {folder / FILE} is missing")
             else:
                 self._directory.check_free(overwrite)
-                self._put_aside()
+                self._put_aside(present)
             try:
                 if not goes_on:
                     self._write({"asked": dict(asked), "runs": [], "failed": {}})
@@ -84,43 +79,42 @@ class StudyFolder(SweepFolder):
             except BaseException:  # errors, signals, a full disk
                 self._take_back()
                 raise
-            self.files.remove(_ASIDE)
+            self.files.remove(self._aside.name)
 
-    def _put_aside(self) -> None:
+    def _check_same(self, asked: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+        """Refuses to go on with another study."""
+        if before == asked:
+            return
+        differs = f"{FILE} is missing"
+        if before is not None:
+            name = next(name for name in {**asked, **before} if before.get(name) != asked.get(name))
+            differs = f"its {name} is {before.get(name)}, here it is {asked.get(name)}"
+        raise InputError(
+            f"{self.path} holds another study ({differs}); replace it with --overwrite, or set another --out"
+        )
+
+    def _put_aside(self, names: Sequence[str]) -> None:
         """Moves an earlier study aside, until the first cell of a new one has begun in its place."""
-        aside = Path(self.path) / _ASIDE
-        moving = aside.with_suffix(_MOVING)
-        moving.mkdir()
-        for name in self.files.present(_OWN):
-            (Path(self.path) / name).rename(moving / name)
-        moving.rename(aside)
+        self._moving.mkdir()
+        for name in names:
+            (Path(self.path) / name).rename(self._moving / name)
+        self._moving.rename(self._aside)
 
     def _take_back(self) -> None:
         """Puts an earlier study back where no cell of the new one has begun, and removes it where one has.
 
         The process may be killed between any two of these lines, and the next one goes on from there.
         """
-        aside = Path(self.path) / _ASIDE
-        moving = aside.with_suffix(_MOVING)
-        if aside.exists() and self.files.present(("runs",)):
-            self.files.remove(_ASIDE)
-        elif aside.exists():
-            for name in _OWN:
+        if self._aside.exists() and self.files.present(("runs",)):
+            self.files.remove(self._aside.name)
+        elif self._aside.exists():
+            for name in _CONTENTS:
                 self.files.remove(name)
-            aside.rename(moving)
-        if moving.exists():
-            for path in moving.iterdir():
+            self._aside.rename(self._moving)
+        if self._moving.exists():
+            for path in self._moving.iterdir():
                 path.rename(Path(self.path) / path.name)
-            moving.rmdir()
-
-    @contextlib.contextmanager
-    def _removed_if_empty(self, new: bool) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if new:
-                with contextlib.suppress(OSError):
-                    Path(self.path).rmdir()
+            self._moving.rmdir()
 
     def check_free(self, runs: Sequence[SweepRun], overwrite: bool) -> bool:
         """Adds the cells that are new; those that are there have to be the same.
@@ -154,19 +148,16 @@ class StudyFolder(SweepFolder):
             self.files.remove(f"runs/{name}")
         self._write(values | {"failed": {}})
 
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a file whole or not at all."""
-        self.files.write(name, text)
-
     def write_figure(self, name: str, figure: Any) -> None:
         """Writes a figure as PNG and as SVG."""
-        import matplotlib
-
         self.figures.mkdir(exist_ok=True)
-        with matplotlib.rc_context({"svg.hashsalt": "mora-jax", "svg.fonttype": "none"}):
-            for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-                with new_file(self.figures / (name + ending)) as file:
-                    figure.savefig(file, format=ending[1:], dpi=200, metadata=metadata)
+        for ending in (".png", ".svg"):
+            write_figure(figure, self.figures / (name + ending), dpi=200)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _computed(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,12 +168,3 @@ def _computed(run: Mapping[str, Any]) -> dict[str, Any]:
     files = {name: [Path(path).name for path in data[name] or ()] for name in ("train", "eval")}
     model = config["model"] | {"path": None}  # which is asked for, once for all
     return {**config, "out": None, "log": None, "model": model, "data": data | files}
-
-
-def _difference(before: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str:
-    """What a study that is there has otherwise, in words."""
-    if before is None:
-        return f"{FILE} is missing"
-    names = [name for name in asked if before.get(name) != asked[name]]
-    name = names[0] if names else next(iter(set(before) - set(asked)))
-    return f"its {name} is {before.get(name)}, here it is {asked.get(name)}"

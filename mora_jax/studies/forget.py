@@ -7,11 +7,12 @@ at equal learning too.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +23,25 @@ from mora_jax import demo
 from mora_jax.data import Conversation, load_rows
 from mora_jax.demo.answers import mean_scores
 from mora_jax.errors import InputError
-from mora_jax.evaluation.chat import generate_batch
 from mora_jax.interop.load import load_pretrained
+from mora_jax.studies import figures as draw
+from mora_jax.studies import rows as row_files
+from mora_jax.studies import spectrum
 from mora_jax.studies.conclusion import table
-from mora_jax.studies.figures import bars, draw_curves, finish, new_figure, plain_log, style
 from mora_jax.studies.intervals import differences, interval, paired
 from mora_jax.studies.results import Curve, Results
-from mora_jax.studies.rows import (
-    HELD_OUT,
-    TEST,
-    TRAIN,
-    Rows,
-    as_row,
-    read_rows,
-    sample,
-    score_rows,
-    split_by_prompt,
-    texts_of,
-    write_rows,
-)
-from mora_jax.studies.spectrum import (
-    COUNTS,
-    EPSILON,
-    EPSILONS,
-    FACTORS,
-    Change,
-    Leading,
-    Spectrum,
-    changes,
-    kernels,
-    output_side,
-    scaled,
-)
+from mora_jax.studies.rows import HELD_OUT, TEST, TRAIN, Rows
+from mora_jax.studies.spectrum import COUNTS, EPSILON, EPSILONS, FACTORS, Change
 from mora_jax.studies.study import (
+    CHOOSING,
     CHOOSING_SEEDS,
     EXPLORATORY,
+    REPORTED,
     Arm,
     Cell,
     Contrast,
+    Evaluation,
     Level,
-    Measuring,
     Metric,
     Preset,
     Sources,
@@ -87,8 +67,9 @@ def _arms(low: int, high: int, *, full: float, lora: float, mora: float) -> tupl
     def of_lora(rank: int, **others: Any) -> dict[str, Any]:
         return {"adapter.method": "lora", "adapter.rank": rank, "adapter.alpha": 2.0 * rank, **others}
 
-    def of_mora(kind: str) -> dict[str, Any]:
-        return {"adapter.method": "mora", "adapter.rank": low, "adapter.kind": kind}
+    def of_mora(kind: str, rate: float) -> Arm:
+        settings = {"adapter.method": "mora", "adapter.rank": low, "adapter.kind": kind}
+        return Arm(f"MoRA {kind} r{low}", settings, grid(rate))
 
     name, of_full, of_high = f"LoRA r{high}", grid(full), grid(0.4 * lora)
     everything: dict[str, Any] = {"adapter.method": "full"}
@@ -97,8 +78,8 @@ def _arms(low: int, high: int, *, full: float, lora: float, mora: float) -> tupl
         Arm(FULL, everything, of_full),
         Arm(f"LoRA r{low}", of_lora(low), grid(lora)),
         Arm(name, of_lora(high), of_high),
-        Arm(f"MoRA sharing r{low}", of_mora("sharing"), grid(0.5 * mora)),
-        Arm(f"MoRA rotation r{low}", of_mora("rotation"), grid(mora)),
+        of_mora("sharing", 0.5 * mora),
+        of_mora("rotation", mora),
         Arm(f"{FULL}, weight decay", everything | {"optimizer.weight_decay": 1.0}, of_full, control_of=FULL),
         Arm(f"{name}, dropout", of_lora(high, **{"adapter.dropout": 0.1}), of_high, control_of=name),
         Arm(f"{name}, KL", of_lora(high, **divergence), of_high, control_of=name),
@@ -200,7 +181,7 @@ class Forget(Study):
 
     def check(self, preset: Preset, sources: Sources) -> None:
         """Needs texts, and as much data as the preset's steps are worth."""
-        if texts_of(sources) is None:
+        if sources.base_texts is None:
             raise InputError("study forget watches texts like those that the base was pretrained on: give --texts FILE")
         rows = len(_parts(preset, sources)[TRAIN])
         sizes = preset.settings
@@ -220,27 +201,27 @@ class Forget(Study):
         train, test = folder / f"train_{seed}.jsonl", folder / f"{TEST}.jsonl"
         if not train.exists() or not test.exists():
             limit, parts = preset.data["scored"], _parts(preset, sources)
-            texts = sample(_rows([texts_of(sources) or ""], "--texts"), limit)
-            write_rows(folder / "texts.jsonl", texts)
-            write_rows(folder / "some_texts.jsonl", sample(texts, limit // 4))
-            write_rows(folder / f"{HELD_OUT}.jsonl", sample(parts[HELD_OUT], limit // 2))
+            texts = row_files.sample(_rows([sources.base_texts or ""], "--texts"), limit)
+            row_files.write_rows(folder / "texts.jsonl", texts)
+            row_files.write_rows(folder / "some_texts.jsonl", row_files.sample(texts, limit // 4))
+            row_files.write_rows(folder / f"{HELD_OUT}.jsonl", row_files.sample(parts[HELD_OUT], limit // 2))
             rows = parts[TRAIN]
-            write_rows(train, random.Random(seed).sample(rows, min(len(rows), preset.data["rows"])))
-            write_rows(test, sample(parts[TEST], limit))
+            row_files.write_rows(train, random.Random(seed).sample(rows, min(len(rows), preset.data["rows"])))
+            row_files.write_rows(test, row_files.sample(parts[TEST], limit))
         return {"data.train": (str(train),)}
 
-    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
+    def measure(self, at: Evaluation) -> dict[str, float]:
         """Losses on both domains; at some steps the spectrum of the change; at the end of reported cells the rest."""
-        values = _losses(cell, settings, tokenizer, model, items=True)
-        last = step == settings.steps
-        if cell.chooses or cell.perturbed or not step or not (last or step % max(1, settings.steps // _SPECTRA) == 0):
+        values, cell = _losses(at), at.cell
+        last, due = at.step == at.steps, at.step % max(1, at.steps // _SPECTRA) == 0
+        if cell.chooses or cell.perturbed or not at.step or not (last or due):
             return values
-        spectrum = Spectrum.of(_changes(cell, settings, model))
-        values |= spectrum.figures()
+        spectra = spectrum.Spectrum.of(_changes(at))
+        values |= spectra.figures()
         if last:
-            values |= spectrum.details(COUNTS, noise=cell.seed == 1 and cell.arm is settings.preset.arms[0])
-            values |= _intruders(cell, settings, tokenizer, model, spectrum.changes)
-            values |= _answers(cell, settings, tokenizer, model)
+            values |= spectra.details(COUNTS, noise=cell.seed == 1 and cell.arm is at.preset.arms[0])
+            values |= _intruders(at, spectra.changes)
+            values |= _exact_match(at)
         return values
 
     def explore(self, results: Results) -> Iterable[Cell]:
@@ -253,7 +234,7 @@ class Forget(Study):
             if mark is None or len(arm.rates) < 2 or arm.control_of:
                 continue
             least = least_forgetting(results, arm.name, mark)
-            rates = results.curves_by_rate(LEARNED.name, arm.name)
+            rates = results.by_rate(LEARNED.name, arm.name)
             if not least or min(least, key=lambda rate: (least[rate], rate)) != min(rates) or len(rates) > 9:
                 continue
             lower = rounded(min(rates) / (arm.rates[1] / arm.rates[0]))
@@ -272,8 +253,8 @@ class Forget(Study):
         known = matched(results)
         for arm in results.arms:
             if arm != FULL and FULL in known:
-                cells = tuple(results.cells(arm) + results.cells(FULL))
-                yield Contrast(f"{arm} − {FULL}", _MATCHED, "", differences(known[arm], known[FULL]), cells, {})
+                cells = results.cells(arm) + results.cells(FULL)
+                yield Contrast(f"{arm} − {FULL}", _MATCHED, "", differences(known[arm], known[FULL]), cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """Both domains at the start, equal learning, rates, spectra and intruders."""
@@ -306,17 +287,17 @@ def _rows(files: Sequence[str], option: str) -> Rows:
         for row in load_rows(file):
             if not isinstance(row, Conversation):
                 raise InputError(f"{option} {file}: study forget takes chats or plain texts, and no rows of tokens")
-            rows.append(as_row(row))
+            rows.append(row_files.as_row(row))
     return rows
 
 
 def _parts(preset: Preset, sources: Sources) -> dict[str, Rows]:
     """Rows by part: the user's own, the embedded instructions with their tasks, or code."""
     if sources.data is not None:
-        return split_by_prompt(_rows(sources.data, "--data"), 0.1, f"--data {sources.data[0]}")
+        return row_files.split_by_prompt(_rows(sources.data, "--data"), 0.1, f"--data {sources.data[0]}")
     if preset.data["source"] == "code":
         return code_texts(preset.data["characters"])
-    return {part: read_rows(demo.data_path(part)) for part in demo.PARTS}
+    return {part: row_files.read_rows(demo.data_path(part)) for part in demo.PARTS}
 
 
 def code_texts(characters: int) -> dict[str, Rows]:
@@ -351,54 +332,51 @@ def pieces(text: str, characters: int) -> list[str]:
     return [*texts, "".join(lines)] if "".join(lines).strip() else texts
 
 
-def _losses(cell: Cell, settings: Measuring, tokenizer: Any, model: Any, *, items: bool = False) -> dict[str, float]:
+def _losses(at: Evaluation) -> dict[str, float]:
     """On both domains: rates are not chosen on what is reported."""
-    new, old = (HELD_OUT, "some_texts") if cell.chooses else (TEST, "texts")
-    length = settings.preset.data["text_length"]
-    learned = score_rows(settings, tokenizer, model, settings.folder / f"{new}.jsonl", part=new * items)
-    texts = settings.folder / f"{old}.jsonl"
-    known = score_rows(settings, tokenizer, model, texts, mode="full", max_length=length, part=old * items)
+    new, old = (HELD_OUT, "some_texts") if at.cell.chooses else (TEST, "texts")
+    learned = at.score(at.folder / f"{new}.jsonl", part=new)
+    length = at.preset.data["text_length"]
+    known = at.score(at.folder / f"{old}.jsonl", mode="full", max_length=length, part=old)
     return {"loss": learned.nll, "accuracy": learned.accuracy, "base_text_loss": known.nll}
 
 
-def _changes(cell: Cell, settings: Measuring, model: Any) -> list[Change]:
+def _changes(at: Evaluation) -> list[Change]:
     """Of the layers whose spectra are measured."""
-    every, base = settings.preset.data["layers"], None
-    if cell.arm.settings["adapter.method"] == "full":
-        if "kernels" not in settings.cache:
+    every, base = at.preset.data["layers"], None
+    if at.cell.arm.settings["adapter.method"] == "full":
+        if "kernels" not in at.cache:
             # Read on the host: the devices hold the model that is trained.
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                loaded, _ = load_pretrained(settings.sources.model, dtype=settings.preset.settings.get("model.dtype"))
-                settings.cache["kernels"] = kernels(loaded, every)
-        base = settings.cache["kernels"]
-    return list(changes(model, base, every))
+                model, _ = load_pretrained(at.sources.model, dtype=at.preset.settings.get("model.dtype"))
+                at.cache["kernels"] = spectrum.kernels(model, every)
+        base = at.cache["kernels"]
+    return list(spectrum.changes(at.model, base, every))
 
 
-def _intruders(
-    cell: Cell, settings: Measuring, tokenizer: Any, model: Any, changed: Sequence[Change]
-) -> dict[str, float]:
+def _intruders(at: Evaluation, changes: Sequence[Change]) -> dict[str, float]:
     """How many there are, and both losses with them scaled."""
-    cache, top = settings.cache, settings.preset.data["top"]
+    cache, top = at.cache, at.preset.data["top"]
     if "vectors" not in cache:
-        cache["vectors"] = {one.path: output_side(one.base) for one in changed}
-    leading = [Leading.of(one, top, cache["vectors"][one.path]) for one in changed]
+        cache["vectors"] = {one.path: spectrum.output_side(one.base) for one in changes}
+    leading = [spectrum.Leading.of(one, top, cache["vectors"][one.path]) for one in changes]
     values: dict[str, float] = {
         f"intruders_{below}": float(np.mean([one.count(below) for one in leading])) for below in EPSILONS
     }
     for factor in FACTORS:
-        losses = _losses(cell, settings, tokenizer, scaled(model, leading, EPSILON, factor))
+        model = spectrum.scaled(at.model, leading, EPSILON, factor)
+        losses = _losses(dataclasses.replace(at, model=model, items=None))
         values |= {f"{name}_scaled_{factor}": losses[name] for name in ("loss", "base_text_loss")}
     return values
 
 
-def _answers(cell: Cell, settings: Measuring, tokenizer: Any, model: Any) -> dict[str, float]:
+def _exact_match(at: Evaluation) -> dict[str, float]:
     """The share of answers that are right, where each row of the new domain is a question and its answer."""
-    if settings.preset.data["source"] != "instructions" or settings.sources.data is not None:
+    if at.preset.data["source"] != "instructions" or at.sources.data is not None:
         return {}
-    rows = read_rows(settings.folder / f"{TEST}.jsonl")
+    rows = row_files.read_rows(at.folder / f"{TEST}.jsonl")
     questions, truths = ([row["messages"][turn]["content"] for row in rows] for turn in (0, 1))
-    answers = generate_batch(model, tokenizer, questions, max_new_tokens=_ANSWER_TOKENS, batch_size=len(questions))
-    return {"exact_match": mean_scores(answers, truths)[0]}
+    return {"exact_match": mean_scores(at.answers(questions, _ANSWER_TOKENS), truths)[0]}
 
 
 # What is read from the table.
@@ -420,22 +398,20 @@ def _start(results: Results, metric: str) -> float:
     return interval(c[0][1] for arm in results.arms for c in results.curves(metric, arm).values()).mean
 
 
-def _joined(learned: Curve, known: Curve) -> Course:
-    others = dict(known)
-    return [(value, others[step]) for step, value in learned if step in others]
+def paths(
+    results: Results, arm: str, stages: Iterable[str] = (CHOOSING, EXPLORATORY)
+) -> dict[float, dict[int, Course]]:
+    """Learning and forgetting in the course of each seed by learning rate; by default on the seeds that choose."""
+    known = results.by_rate(KNOWN.name, arm, stages=stages)
 
+    def joined(curve: Curve, rate: float, seed: int) -> Course:
+        others = dict(known.get(rate, {}).get(seed, []))
+        return [(value, others[step]) for step, value in curve if step in others]
 
-def paths(results: Results, arm: str) -> dict[int, Course]:
-    """Learning and forgetting in the course of each reported seed."""
-    known = results.curves(KNOWN.name, arm)
-    return {seed: _joined(curve, known.get(seed, [])) for seed, curve in results.curves(LEARNED.name, arm).items()}
-
-
-def paths_by_rate(results: Results, arm: str) -> dict[float, dict[int, Course]]:
-    """The same by learning rate, on the seeds that choose."""
-    known = results.curves_by_rate(KNOWN.name, arm)
-    learned = results.curves_by_rate(LEARNED.name, arm)
-    return {rate: {seed: _joined(c, known[rate][seed]) for seed, c in by.items()} for rate, by in learned.items()}
+    learned = results.by_rate(LEARNED.name, arm, stages=stages)
+    return {
+        rate: {seed: joined(curve, rate, seed) for seed, curve in curves.items()} for rate, curves in learned.items()
+    }
 
 
 def known_at(path: Course, target: float) -> float:
@@ -458,13 +434,14 @@ def matched(results: Results) -> dict[str, dict[int, float]]:
     """By arm and seed how far the old domain's loss rose where the arm has learned what the weakest arm ends with."""
     ends: dict[int, list[float]] = {}
     for arm in _mains(results):
-        for seed, value in results.last(LEARNED.name, arm).items():
+        for seed, value in results.values(LEARNED, arm).items():
             if math.isfinite(value):
                 ends.setdefault(seed, []).append(value)
     return {
         arm: {
             seed: known_at(path, max(ends[seed])) - path[0][1]
-            for seed, path in paths(results, arm).items()
+            for by_seed in paths(results, arm, [REPORTED]).values()
+            for seed, path in by_seed.items()
             if seed in ends and path
         }
         for arm in results.arms
@@ -475,49 +452,45 @@ def _choosing_mark(results: Results) -> float | None:
     """On the seeds that choose: the mean loss of the weakest arm at the end, at its chosen rate."""
     ends = []
     for arm in _mains(results):
-        by_seed = paths_by_rate(results, arm).get(results.rate(arm) or math.nan, {})
-        if by_seed:
+        if by_seed := paths(results, arm).get(results.rate(arm) or math.nan):
             ends.append(interval(path[-1][0] for path in by_seed.values()).mean)
     return max(ends, default=None)
 
 
 def least_forgetting(results: Results, arm: str, mark: float) -> dict[float, float]:
     """By rate, over the seeds that choose, the mean rise of the old domain's loss where `mark` is reached by all."""
-    rises = {}
-    for rate, by_seed in paths_by_rate(results, arm).items():
-        rise = [known_at(path, mark) - path[0][1] for path in by_seed.values()]
-        if all(map(math.isfinite, rise)):
-            rises[rate] = sum(rise) / len(rise)
-    return rises
+    rises = {
+        rate: [known_at(path, mark) - path[0][1] for path in by_seed.values()]
+        for rate, by_seed in paths(results, arm).items()
+    }
+    return {rate: sum(rise) / len(rise) for rate, rise in rises.items() if all(map(math.isfinite, rise))}
 
 
 def _matched_table(results: Results) -> str:
     rise, mark = matched(results), _choosing_mark(results)
     rows = []
     for arm in results.arms:
-        mean = interval(rise[arm].values())
-        envelope = {} if mark is None else least_forgetting(results, arm, mark)
-        rate = min(envelope, key=lambda rate: envelope[rate], default=None)
-        seeds = 0 if rate is None else len(results.curves_by_rate(LEARNED.name, arm)[rate])
-        least = ("", "", "") if rate is None else (f"{envelope[rate]:.3f}", f"{rate:g}", str(seeds))
+        mean, least = interval(rise[arm].values()), ["", "", ""]
+        if mark is not None and (rates := least_forgetting(results, arm, mark)):
+            rate = min(rates, key=lambda rate: rates[rate])
+            least = [f"{rates[rate]:.3f}", f"{rate:g}", str(len(results.by_rate(LEARNED.name, arm)[rate]))]
         rows.append([arm, mean.text(), str(mean.n), *least])
     heads = ["arm", "forgetting", "seeds that got there", "least over rates", "at rate", "seeds that choose"]
     return table(heads, rows)
 
 
 def _intruders_table(results: Results) -> str:
-    heads = ["arm", "n", "intruders a matrix"]
+    heads, rows = ["arm", "n", "intruders a matrix"], []
     heads += [f"{domain} domain, λ = {factor:g} minus 1" for factor in FACTORS for domain in ("old", "new")]
-    rows = []
     for arm in results.arms:
         count = results.mean(f"intruders_{EPSILON}", arm)
-        moved = [
-            paired(results.last(f"{metric.name}_scaled_{factor}", arm), results.last(metric.name, arm))
+        changes = [
+            paired(results.values(f"{metric.name}_scaled_{factor}", arm), results.values(metric, arm))
             for factor in FACTORS
             for metric in (KNOWN, LEARNED)
         ]
         if count.n:
-            rows.append([arm, count.seeds, count.text(2), *(one.text(sign=True) for one in moved)])
+            rows.append([arm, count.seeds, count.text(2), *(one.text(sign=True) for one in changes)])
     return table(heads, rows)
 
 
@@ -526,26 +499,21 @@ def _intruders_table(results: Results) -> str:
 
 def _draw_plane(results: Results) -> Any:
     """Forgetting against learning: arms at their chosen rates, the envelope over rates behind them."""
-    figure, [[panel]] = new_figure(height=4.6)
+    figure, [panel] = draw.new_figure(height=4.6)
     old, new = _start(results, KNOWN.name), _start(results, LEARNED.name)
     far, low = list[float](), list[float]()
     for arm in results.arms:
-        learned = interval(new - value for value in results.last(LEARNED.name, arm).values())
-        rise = interval(value - old for value in results.last(KNOWN.name, arm).values())
-        look = style(arm, results.arms)
-        ends = sorted(_ends_by_rate(results, arm))
-        panel.plot(*zip(*ends, strict=True), color=look["color"], alpha=0.35, linewidth=1) if ends else None
+        learned = interval(new - value for value in results.values(LEARNED, arm).values())
+        rise = interval(value - old for value in results.values(KNOWN, arm).values())
+        look = draw.style(arm, results.arms)
+        if ends := sorted(_ends_by_rate(results, arm)):
+            panel.plot(*zip(*ends, strict=True), color=look["color"], alpha=0.35, linewidth=1)
         if learned.n:
-            far, low = [*far, rise.mean + (rise.half or 0.0)], [*low, learned.mean - (learned.half or 0.0)]
-            panel.errorbar(
-                rise.mean,
-                learned.mean,
-                xerr=rise.half or 0.0,
-                yerr=learned.half or 0.0,
-                capsize=3,
-                label=arm,
-                **look | {"linestyle": "none", "markersize": 7},
-            )
+            bars = rise.half or 0.0, learned.half or 0.0
+            far.append(rise.mean + bars[0])
+            low.append(learned.mean - bars[1])
+            look |= {"linestyle": "none", "markersize": 7}
+            panel.errorbar(rise.mean, learned.mean, bars[1], bars[0], capsize=3, label=arm, **look)
     if far:
         panel.set_xlim(right=1.1 * max(far))
         # Rates at which next to nothing is learned lie below.
@@ -554,12 +522,12 @@ def _draw_plane(results: Results) -> Any:
         xlabel="forgetting: rise of the old domain's loss, nats a token", ylabel="learning: fall of the new one's"
     )
     text = "Marks: chosen rates, bars of 95 % over seeds. Thin lines: all rates that were tried, on the choosing seeds."
-    return finish(figure, results, text, panel)
+    return draw.finish(figure, results, text)
 
 
 def _ends_by_rate(results: Results, arm: str) -> Iterator[tuple[float, float]]:
     """Forgetting and learning at the end, by rate, where both are finite."""
-    for by_seed in paths_by_rate(results, arm).values():
+    for by_seed in paths(results, arm).values():
         rise = interval(path[-1][1] - path[0][1] for path in by_seed.values())
         learned = interval(path[0][0] - path[-1][0] for path in by_seed.values())
         if rise.n and learned.n:
@@ -567,81 +535,72 @@ def _ends_by_rate(results: Results, arm: str) -> Iterator[tuple[float, float]]:
 
 
 def _draw_curves(results: Results) -> Any:
-    figure, [panels] = new_figure(2)
+    figure, panels = draw.new_figure(2)
     for panel, metric in zip(panels, (LEARNED, KNOWN), strict=True):
-        draw_curves(panel, results, metric.name)
+        draw.draw_curves(panel, results, metric.name)
         panel.set_ylabel(metric.head)
-    plain_log(panels[0], "y")
-    return finish(figure, results, "Chosen rates; bands: 95 % intervals over seeds.", panels[0])
+    draw.plain_log(panels[0], "y")
+    return draw.finish(figure, results, "Chosen rates; bands: 95 % intervals over seeds.")
 
 
 def _draw_spectrum(results: Results) -> Any:
-    figure, panels = new_figure(2, 2)
-    first, second, third, fourth = panels.flat
+    figure, panels = draw.new_figure(2, 2)
     mains = _mains(results)
-    for panel, kind in ((first, "attention"), (second, "MLP")):
-        for arm, name in [*((arm, f"energy_{kind}") for arm in mains), ("", f"energy_noise_{kind}")]:
-            means = {count: _over(results, f"{name}_{count}", arm) for count in COUNTS}
-            points = [(count, mean) for count, mean in means.items() if not math.isnan(mean)]
-            look = style(arm, mains) if arm else {"color": "0.5", "linestyle": "--"}
-            if points:
-                panel.plot(*zip(*points, strict=True), label=arm or "independent noise", **look)
-        panel.axhline(0.9, color="0.5", linewidth=1, linestyle=":", zorder=0)
-        plain_log(panel, "x", ticks=[4**power for power in range(6)])
+    for panel, kind in zip(panels, ("attention", "MLP"), strict=False):
+        for arm in mains:
+            _draw_energy(panel, results, f"energy_{kind}", [arm], label=arm, **draw.style(arm, mains))
+        noise = {"label": "independent noise", "color": "0.5", "linestyle": "--"}
+        _draw_energy(panel, results, f"energy_noise_{kind}", results.arms, **noise)
+        panel.axhline(0.9, **draw.DOTTED)
+        draw.plain_log(panel, "x", ticks=[4**power for power in range(6)])
         panel.set(xlabel=f"singular values of the change, {kind}", ylabel="share of its energy", ylim=(0, 1.03))
-    draw_curves(third, results, "rank90", arms=mains)
-    plain_log(third, "y")
-    third.set_ylabel("rank at 90 % of the energy")
-    _draw_layers(fourth, results)
+    draw.draw_curves(panels[2], results, "rank90", arms=mains)
+    draw.plain_log(panels[2], "y")
+    panels[2].set_ylabel("rank at 90 % of the energy")
+    _draw_layers(panels[3], results)
     text = (
         "Means over matrices; bands: 95 % intervals over seeds. Noise: normal numbers in matrices of the same shapes."
     )
-    return finish(figure, results, text, first)
+    return draw.finish(figure, results, text)
 
 
-def _over(results: Results, metric: str, arm: str) -> float:
-    return interval(value for name in [arm] * bool(arm) or results.arms for value in results.last(metric, name).values()
-                    if math.isfinite(value)).mean  # fmt: skip
+def _draw_energy(panel: Any, results: Results, metric: str, arms: Iterable[str], **look: Any) -> None:
+    """The mean share of energy in the first singular values, over those cells of the arms that have it."""
+    means = {count: [results.mean(f"{metric}_{count}", arm) for arm in arms] for count in COUNTS}
+    energies = {count: interval(mean.mean for mean in means[count]) for count in COUNTS}
+    if counts := [count for count in COUNTS if energies[count].n]:
+        panel.plot(counts, [energies[count].mean for count in counts], **look)
 
 
 def _draw_layers(panel: Any, results: Results) -> None:
     """The rank by layer and module, in numbers on shades."""
     arm = FULL if FULL in results.arms else results.arms[0]
-    means: Mapping[tuple[str, int], float] = {
-        (module, int(layer)): results.mean(f"rank90_{module}_{layer}", arm).mean
-        for name in dict.fromkeys(results.frame["metric"])
-        for module, _, layer in [name.removeprefix("rank90_").rpartition("_")]
-        if name.startswith("rank90_") and layer.isdecimal()
-    }
-    modules, layers = list(dict.fromkeys(module for module, _ in means)), sorted({layer for _, layer in means})
-    grid = np.array([[means.get((module, layer), math.nan) for layer in layers] for module in modules])
+    names = results.frame["metric"].drop_duplicates().str.extract(r"^rank90_(?P<module>\w+)_(?P<layer>\d+)$").dropna()
     panel.grid(False)
-    if not grid.size:
+    if names.empty:
         return
-    panel.imshow(grid, cmap="Blues", aspect="auto", vmin=0)
-    half = np.nanmax(grid) / 2 if np.isfinite(grid).any() else 0.0
-    for (row, column), value in np.ndenumerate(grid):
-        if not math.isnan(value):
-            colour = "white" if value > half else "black"
-            panel.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    panel.set_yticks(range(len(modules)), modules)
-    panel.set_xticks(range(len(layers)), layers)
+    ranks = [results.mean(f"rank90_{module}_{layer}", arm).mean for module, layer in names.itertuples(index=False)]
+    shades = names.assign(layer=names["layer"].astype(int), rank=ranks).pivot_table("rank", "module", "layer")
+    panel.imshow(shades, cmap="Blues", aspect="auto", vmin=0)
+    for (row, column), rank in np.ndenumerate(shades.to_numpy()):
+        colour = "white" if rank > shades.max(axis=None) / 2 else "black"
+        panel.text(column, row, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    panel.set_yticks(range(len(shades.index)), shades.index)
+    panel.set_xticks(range(len(shades.columns)), shades.columns)
     panel.set_xlabel(f"layer; rank at 90 % of the energy, {arm}")
 
 
 def _draw_intruders(results: Results) -> Any:
-    figure, [panels] = new_figure(3)
+    figure, panels = draw.new_figure(3)
     factors, mains = sorted({*FACTORS, 1.0}), _mains(results)
-    curves = {panel: (factors, metric) for panel, metric in zip(panels[1:], (KNOWN, LEARNED), strict=True)}
-    for arm in mains:
-        means = [results.mean(f"intruders_{below}", arm) for below in EPSILONS]
-        panels[0].errorbar(EPSILONS, [mean.mean for mean in means], yerr=bars(means), label=arm, **style(arm, mains))
-        for panel, (places, metric) in curves.items():
-            names = [metric.name if factor == 1 else f"{metric.name}_scaled_{factor}" for factor in places]
-            means = [results.mean(name, arm) for name in names]
-            panel.errorbar(places, [mean.mean for mean in means], yerr=bars(means), **style(arm, mains))
-    panels[0].set(xlabel="ε", ylabel=f"intruders a matrix, of {results.preset.data['top']} vectors")
-    for panel, domain in zip(panels[1:], ("old", "new"), strict=True):
+    columns: dict[str, dict[float, str]] = {"": {below: f"intruders_{below}" for below in EPSILONS}}
+    for domain, metric in (("old", KNOWN.name), ("new", LEARNED.name)):
+        columns[domain] = {factor: metric if factor == 1 else f"{metric}_scaled_{factor}" for factor in factors}
+    for panel, (domain, names) in zip(panels, columns.items(), strict=True):
+        for arm in mains:
+            means = [results.mean(name, arm) for name in names.values()]
+            draw.draw_means(panel, list(names), means, arm, **draw.style(arm, mains))
         panel.set(xlabel="λ", ylabel=f"loss, {domain} domain, nats")
+    panels[0].set(xlabel="ε", ylabel=f"intruders a matrix, of {results.preset.data['top']} vectors")
     text = f"Bars: 95 % intervals over seeds. λ: factor on intruders at ε = {EPSILON} (1: as trained, 0: taken away)."
-    return finish(figure, results, text, panels[0])
+    return draw.finish(figure, results, text)

@@ -10,6 +10,7 @@ rows are sorted into groups by the ratio that they have.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -25,33 +26,13 @@ from mora_jax.data import EncodedDataset, load_rows, load_tokenizer
 from mora_jax.data.loss_weights import normalize
 from mora_jax.demo.answers import mean_scores
 from mora_jax.errors import InputError
-from mora_jax.evaluation.chat import generate_batch
-from mora_jax.paths import new_file
+from mora_jax.studies import figures as draw
+from mora_jax.studies import rows as row_files
 from mora_jax.studies.conclusion import table
-from mora_jax.studies.figures import (
-    DASHES,
-    FILLINGS,
-    bars,
-    draw_curves,
-    finish,
-    new_figure,
-    plain_log,
-    style,
-)
-from mora_jax.studies.intervals import Interval, differences, interval
+from mora_jax.studies.intervals import differences, interval
 from mora_jax.studies.results import Results
-from mora_jax.studies.rows import (
-    Rows,
-    as_row,
-    is_answered,
-    prompt_of,
-    read_rows,
-    sample,
-    score_rows,
-    texts_of,
-    write_rows,
-)
-from mora_jax.studies.study import Arm, Cell, Contrast, Level, Measuring, Metric, Preset, Sources, Study, grid, rounded
+from mora_jax.studies.rows import Rows
+from mora_jax.studies.study import Arm, Cell, Contrast, Evaluation, Level, Metric, Preset, Sources, Study, grid, rounded
 
 #: Answers of so many words at most are generated and compared with the right ones.
 _CHECKED_WORDS = 8
@@ -93,16 +74,13 @@ _METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def arms(method: str, rate: float, *losses: str, settings: Mapping[str, Any] | None = None) -> list[Arm]:
+def arms(method: str, rate: float, *losses: str) -> list[Arm]:
     """A method under several losses, keys of `LOSSES`, whose learning rates are searched around `rate`."""
-    keys = _METHODS[method] if settings is None else settings
-    rates = grid(rate)
-    return [
-        Arm(f"{method} {loss}", {**keys, **LOSSES[loss]}, rate_of=f"{method} masked")
-        if loss == "lr_share"
-        else Arm(f"{method} {loss}", {**keys, **LOSSES[loss]}, rates)
-        for loss in losses
-    ]
+    compared = []
+    for loss in losses:
+        search = {"rate_of": f"{method} masked"} if loss == "lr_share" else {"rates": grid(rate)}
+        compared.append(Arm(f"{method} {loss}", {**_METHODS[method], **LOSSES[loss]}, **search))
+    return compared
 
 
 def levels(
@@ -117,8 +95,8 @@ def levels(
         arms_by_rows: what is compared at each number of rows.
         which: the numbers of the ratios, from 1; empty for all.
     """
-    grid_levels: list[Level] = []
-    for rows, compared in arms_by_rows.items():
+    compared: list[Level] = []
+    for rows, of_rows in arms_by_rows.items():
         steps = -(-rows // batch_size)
         settings = {
             "train.batch_size": batch_size,
@@ -128,11 +106,10 @@ def levels(
             "optimizer.schedule": "constant",
             "optimizer.warmup_steps": min(5, steps),
         }
-        grid_levels += [
-            Level(f"ratio {k} of {ratios}, {rows} rows", {"ratio_level": k, "rows": rows}, settings, tuple(compared))
-            for k in which or range(1, ratios + 1)
-        ]
-    return tuple(grid_levels)
+        for ratio in which or range(1, ratios + 1):
+            values = {"ratio_level": ratio, "rows": rows}
+            compared.append(Level(f"ratio {ratio} of {ratios}, {rows} rows", values, settings, tuple(of_rows)))
+    return tuple(compared)
 
 
 _TWO = ("masked", "unmasked")
@@ -234,79 +211,67 @@ class Instruct(Study):
         length = preset.settings["data.max_length"]
         if sources.data is None and "lengths" in preset.data:
             length = preset.data["lengths"][group - 1]
-        train = str(folder / f"train_{group}_{count}_{seed}.jsonl")
+        train = folder / f"train_{group}_{count}_{seed}.jsonl"
         if not _facts_file(train).exists():
-            tokenizer = load_tokenizer(sources.model)
+            tokenizer, template = load_tokenizer(sources.model), preset.settings.get("data.template")
             sentences, scored = preset.data["sentences"], preset.data["scored"]
             if sources.data is None:
                 parts = embedded_parts(sentences[group - 1], scored, seed)
             else:
                 groups = len(sentences)
-                parts = parts_of_files(sources.data, tokenizer, length, group, groups, scored, seed, preset.template)
+                parts = parts_of_files(sources.data, tokenizer, length, group, groups, scored, seed, template)
             if len(parts.train) < count:
                 raise InputError(f"{level.name}: {len(parts.train)} rows are left to train on; give more data")
             rows = parts.train[:count]
-            write_rows(Path(train), rows)
-            for name, others in (("validation", parts.validation), ("test", parts.test)):
-                write_rows(folder / f"{name}_{group}.jsonl", others)
-            facts = facts_of(rows, tokenizer, length, preset.template)
-            facts |= {"duplicate_prompts": parts.duplicates, "dropped_rows": parts.dropped, "all_rows": parts.rows}
-            with new_file(_facts_file(train)) as file:
-                file.write_text(json.dumps(facts), encoding="utf-8")
+            row_files.write_rows(train, rows)
+            row_files.write_rows(folder / f"validation_{group}.jsonl", parts.validation)
+            row_files.write_rows(folder / f"test_{group}.jsonl", parts.test)
+            facts = facts_of(rows, tokenizer, length, template)
+            facts |= dict(zip(_FACTS, (parts.duplicates, parts.dropped, parts.rows), strict=True))
+            row_files.write_rows(_facts_file(train), [facts])
         if sources.texts is None:
-            write_rows(folder / "base_texts.jsonl", base_texts())
-        return {"data.train": (train,), "data.max_length": length}
+            row_files.write_rows(folder / "base_texts.jsonl", base_texts())
+        return {"data.train": (str(train),), "data.max_length": length}
 
     def learning_rate(self, cell: Cell, data: Mapping[str, Any]) -> float:
         """The cell's, or for `lr_share` that of masked loss times the share of answers."""
         return rounded(cell.rate * _facts(data)["share"]) if cell.arm.rate_of else cell.rate
 
-    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
+    def measure(self, at: Evaluation) -> dict[str, float]:
         """Losses after 1, 2, 4, 8, … epochs; at the end, and once at the start, also answers and the base's texts."""
-        epoch, rest = divmod(step, cell.level.settings["train.eval_every"])
-        if rest or (epoch & (epoch - 1) and step != settings.steps):
+        epoch, rest = divmod(at.step, at.cell.level.settings["train.eval_every"])
+        if rest or (epoch & (epoch - 1) and at.step != at.steps):
             return {}
-        if step or cell.perturbed:
-            return self._scores(cell, settings, tokenizer, model, everything=step == settings.steps)
+        if at.step or at.cell.perturbed:
+            return self._scores(at, everything=at.step == at.steps)
         # Adapters begin as nothing, so that all arms begin as the base.
-        key = "before", cell.level.name, cell.seed
-        if key not in settings.cache:
-            settings.cache[key] = self._scores(cell, settings, tokenizer, model, everything=True)
-        return {**settings.cache[key], **_facts(settings.data)}
+        key = "before", at.cell.level.name, at.cell.seed
+        if key not in at.cache:
+            at.cache[key] = self._scores(at, everything=True)
+        return {**at.cache[key], **_facts(at.data)}
 
-    def _scores(
-        self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, *, everything: bool
-    ) -> dict[str, float]:
-        group = cell.level.values["ratio_level"]
-        validation, test = (str(settings.folder / f"{name}_{group}.jsonl") for name in ("validation", "test"))
-        values = {_GUIDE: score_rows(settings, tokenizer, model, validation).nll}
-        if cell.chooses:
+    def _scores(self, at: Evaluation, *, everything: bool) -> dict[str, float]:
+        group = at.cell.level.values["ratio_level"]
+        values = {_GUIDE: at.score(at.folder / f"validation_{group}.jsonl").nll}
+        if at.cell.chooses:
             return values
-        scores = score_rows(settings, tokenizer, model, test, part="test")
-        (train,) = settings.data["data.train"]
-        values |= {
-            "test_loss": scores.nll,
-            "test_accuracy": scores.accuracy,
-            "trained_rows_loss": score_rows(settings, tokenizer, model, train).nll,
-        }
+        test = at.folder / f"test_{group}.jsonl"
+        scores = at.score(test, part="test")
+        (train,) = at.data["data.train"]
+        values |= {"test_loss": scores.nll, "test_accuracy": scores.accuracy, "trained_rows_loss": at.score(train).nll}
         if scores.prompt_nll is not None:
             values["instruction_loss"] = scores.prompt_nll
         if not everything:
             return values
-        if texts_of(settings.sources) is not None:
-            texts = settings.sources.texts or str(settings.folder / "base_texts.jsonl")
-            length = settings.preset.settings["data.max_length"]
-            values["base_text_loss"] = score_rows(settings, tokenizer, model, texts, mode="full", max_length=length).nll
-        prompts, truths = short_answers(test, _CHECKED_WORDS)
-        if prompts:
-            answers = generate_batch(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens=settings.preset.data["new_tokens"],
-                batch_size=settings.preset.data["scored"],
-                template=settings.preset.template,
-            )
+        if at.sources.base_texts is not None:
+            texts, length = at.sources.texts or at.folder / "base_texts.jsonl", at.preset.settings["data.max_length"]
+            values["base_text_loss"] = at.score(texts, mode="full", max_length=length).nll
+        # Short answers can be checked.
+        turns = [row["messages"] for row in row_files.read_rows(test)]
+        turns = [row for row in turns if len(row[-1]["content"].split()) <= _CHECKED_WORDS]
+        if turns:
+            answers = at.answers([row[:-1] for row in turns], at.preset.data["new_tokens"])
+            truths = [row[-1]["content"] for row in turns]
             values["exact_match"], values["f1"] = mean_scores([answer.strip() for answer in answers], truths)
         return values
 
@@ -327,20 +292,21 @@ class Instruct(Study):
     def contrasts(self, results: Results) -> Iterable[Contrast]:
         """How the gain of unmasked loss goes with the ratio, and with the number of rows."""
         by_place = {(level.values["ratio_level"], level.values["rows"]): level.name for level in results.preset.levels}
-        ratios, counts = zip(*by_place, strict=True)
-        lowest, highest, few, many = min(ratios), max(ratios), min(counts), max(counts)
-        changes = [((lowest, rows), (highest, rows)) for rows in sorted({few, many})] if lowest != highest else []
-        changes += [((ratio, few), (ratio, many)) for ratio in sorted({lowest, highest})] if few != many else []
+        ratios, counts = (sorted(set(numbers)) for numbers in zip(*by_place, strict=True))
+        changes: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        if len(ratios) > 1:
+            changes += [((ratios[0], rows), (ratios[-1], rows)) for rows in dict.fromkeys((counts[0], counts[-1]))]
+        if len(counts) > 1:
+            changes += [((one, counts[0]), (one, counts[-1])) for one in dict.fromkeys((ratios[0], ratios[-1]))]
         for method in _METHODS:
-            for start, end in changes:
-                names = [by_place.get(place, "") for place in (start, end)]
-                gains = [gain(results, method, name) for name in names]
+            for change in changes:
+                before, after = (by_place.get(place, "") for place in change)
+                gains = [gain(results, method, name) for name in (before, after)]
                 if all(gains):
-                    cells = tuple(
-                        cell for name in names for loss in _TWO for cell in results.cells(f"{method} {loss}", name)
-                    )
-                    claim = f"{method} unmasked, {names[1]} − {names[0]}"
-                    yield Contrast(claim, _GAIN, "", differences(gains[1], gains[0]), cells, {})
+                    compared = itertools.product((before, after), _TWO)
+                    cells = [cell for name, loss in compared for cell in results.cells(f"{method} {loss}", name)]
+                    claim = f"{method} unmasked, {after} − {before}"
+                    yield Contrast(claim, _GAIN, "", differences(gains[1], gains[0]), cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """What the rows of each level are like."""
@@ -392,7 +358,7 @@ class Parts:
 
 def base_texts() -> Rows:
     """Texts like those of the base's pretraining that are no passages: the second half of `demo.TEXTS`."""
-    rows = read_rows(demo.TEXTS)
+    rows = row_files.read_rows(demo.TEXTS)
     return rows[len(rows) // 2 :]
 
 
@@ -404,7 +370,7 @@ def embedded_parts(sentences: int, scored: int, seed: int) -> Parts:
         scored: questions for validation, and for the test; the same for all seeds.
         seed: of the order of the training rows and of their passages. Questions are the same for any passage.
     """
-    texts = [row["text"] for row in read_rows(demo.TEXTS)]
+    texts = [row["text"] for row in row_files.read_rows(demo.TEXTS)]
     passages = texts[: len(texts) // 2]
     # Passages of training come in no test, so that knowing them by heart is of no use there.
     first = len(passages) * 2 // 3
@@ -413,10 +379,12 @@ def embedded_parts(sentences: int, scored: int, seed: int) -> Parts:
         draw = random.Random(f"{name} {seed} passages")
         return [_behind(row, _passage(draw, texts, sentences)) for row in rows]
 
-    train = read_rows(demo.data_path("train"))
-    prompts = [prompt_of(row) for row in train]
+    train = row_files.read_rows(demo.data_path("train"))
+    prompts = [row_files.prompt_of(row) for row in train]
     random.Random(f"train {seed}").shuffle(train)
-    validation, test = (sample(read_rows(demo.data_path(name)), scored) for name in ("held_out", "test"))
+    validation, test = (
+        row_files.sample(row_files.read_rows(demo.data_path(name)), scored) for name in ("held_out", "test")
+    )
     held_out = passages[first:]
     return Parts(
         part("train", passages[:first], train, seed),
@@ -465,7 +433,7 @@ def parts_of_files(
     Raises:
         InputError: the files hold too few rows with an instruction and an answer.
     """
-    rows = [row for row in load_rows(files) if is_answered(row)]
+    rows = [row for row in load_rows(files) if row_files.is_answered(row)]
     if not rows:
         raise InputError(f"{', '.join(files)}: no row with an instruction and an answer, which study instruct needs")
     report = EncodedDataset.build(rows, tokenizer, template, max_length=max_length).report
@@ -477,7 +445,7 @@ def parts_of_files(
     order = dict(zip(known.tolist(), np.random.default_rng(0).permutation(len(known)) / len(known), strict=True))
     at = np.array([order[prompt] for prompt in prompts[of_group].tolist()])
     validation, test, train = (
-        [as_row(rows[index]) for index in of_group[(at >= low) & (at < high)].tolist()]
+        [row_files.as_row(rows[index]) for index in of_group[(at >= low) & (at < high)].tolist()]
         for low, high in ((0, _HELD_OUT), (_HELD_OUT, 2 * _HELD_OUT), (2 * _HELD_OUT, 1))
     )
     random.Random(f"rows {seed}").shuffle(train)
@@ -488,7 +456,14 @@ def parts_of_files(
             f"({len(rows) - len(fits)} rows are longer)"
         )
     longer = len(rows) - len(fits)
-    return Parts(train, sample(validation, scored), sample(test, scored), len(rows), report.duplicated_share, longer)
+    return Parts(
+        train,
+        row_files.sample(validation, scored),
+        row_files.sample(test, scored),
+        len(rows),
+        report.duplicated_share,
+        longer,
+    )
 
 
 def facts_of(rows: Rows, tokenizer: Any, max_length: int, template: str | None = None) -> dict[str, float]:
@@ -504,14 +479,7 @@ def facts_of(rows: Rows, tokenizer: Any, max_length: int, template: str | None =
     return {"ratio": encoded.report.ratio, "share": float(np.mean(shares))}
 
 
-def short_answers(path: str, words: int) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """The prompts and answers of the rows whose answer has at most so many words, which can be checked."""
-    rows = [row["messages"] for row in read_rows(path)]
-    short = [row for row in rows if len(row[-1]["content"].split()) <= words]
-    return [row[:-1] for row in short], [row[-1]["content"] for row in short]
-
-
-def _facts_file(train: str) -> Path:
+def _facts_file(train: str | Path) -> Path:
     return Path(train).with_suffix(".facts.json")
 
 
@@ -543,66 +511,60 @@ def gain(results: Results, method: str, level: str) -> dict[int, float]:
 def _draw_gains(results: Results) -> Any:
     """What unmasked loss gains, a panel a method, a line a number of rows, and what the paper published."""
     methods = list(dict.fromkeys(arm.split(" ", 1)[0] for arm in results.arms))
-    figure, panels = new_figure(2, (len(methods) + 2) // 2, height=2.8)
-    *drawn, published = list(panels.flat)[: len(methods) + 1]
-    for panel in list(panels.flat)[len(methods) + 1 :]:
+    figure, panels = draw.new_figure(2, (len(methods) + 2) // 2, height=2.8)
+    published, *empty = panels[len(methods) :]
+    for panel in empty:
         panel.set_axis_off()
     counts = sorted({level.values["rows"] for level in results.preset.levels})
-    for panel, method in zip(drawn, methods, strict=True):
+    for panel, method in zip(panels, methods, strict=False):
         for place, rows in enumerate(counts):
-            points: list[tuple[float, Interval]] = []
-            for level in results.preset.levels:
-                mean = interval(gain(results, method, level.name).values())
-                if level.values["rows"] == rows and mean.n:
-                    points.append((fact(results, "ratio", level.name) * 1.03**place, mean))
-            if points:
-                look = style(method) | {"linestyle": DASHES[place], "fillstyle": FILLINGS[place]}
-                means = [mean for _, mean in points]
-                panel.errorbar(
-                    [ratio for ratio, _ in points],
-                    [mean.mean for mean in means],
-                    yerr=bars(means),
-                    capsize=3,
-                    label=f"{method}, {rows} rows",
-                    **look,
-                )
-        plain_log(panel, "x", ticks=[0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20])
+            levels_of_rows = [level.name for level in results.preset.levels if level.values["rows"] == rows]
+            gains = {name: interval(gain(results, method, name).values()) for name in levels_of_rows}
+            gains = {name: mean for name, mean in gains.items() if mean.n}
+            # A little apart, so that no bar hides another.
+            ratios = [fact(results, "ratio", name) * 1.03**place for name in gains]
+            look = draw.style(method) | {"linestyle": draw.DASHES[place], "fillstyle": draw.FILLINGS[place]}
+            if gains:
+                draw.draw_means(panel, ratios, list(gains.values()), f"{method}, {rows} rows", **look)
+        draw.plain_log(panel, "x", ticks=[0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20])
         panel.set(xlabel="instruction tokens an answer token", ylabel="gain in test loss, nats a token")
-    _equal_scales(drawn)
+    _equal_scales(panels[: len(methods)])
     ratios, before, after = np.array(list(_PUBLISHED.values())).T
-    published.plot(ratios, 100 * (after / before - 1), "s", color="0.35", markersize=4, label="Shi et al., data sets")
+    look = {"color": "0.35", "markersize": 4}
+    published.plot(ratios, 100 * (after / before - 1), "s", label="Shi et al., data sets", **look)
     line = np.geomspace(0.05, 40, 50)
-    published.plot(line, 18.85 * np.log(line) + 25.83, "--", color="0.35", label="Shi et al., fit")
-    plain_log(published, "x", ticks=[0.1, 1, 10])
+    published.plot(line, 18.85 * np.log(line) + 25.83, "--", label="Shi et al., fit", **look)
+    draw.plain_log(published, "x", ticks=[0.1, 1, 10])
     published.set(xlabel="instruction / output length, words", ylabel="relative gain in AlpacaEval, %")
-    for panel in (*drawn, published):
-        panel.axhline(0, color="0.5", linewidth=1, zorder=0)
+    for panel in panels[: len(methods) + 1]:
+        panel.axhline(0, **draw.ZERO)
     text = (
         "Masked minus unmasked loss at best epochs: above 0 unmasked is better. Bars: 95 % intervals over seeds. Last "
         "panel: Llama-2-7B, full fine-tuning, one run each."
     )
-    return finish(figure, results, text, *drawn, published)
+    return draw.finish(figure, results, text)
 
 
 def _equal_scales(panels: Sequence[Any]) -> None:
-    limits = [panel.get_ylim() for panel in panels]
+    lows, highs = zip(*(panel.get_ylim() for panel in panels), strict=True)
     for panel in panels:
-        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        panel.set_ylim(min(lows), max(highs))
 
 
 def _draw_epochs(results: Results) -> Any:
     """Losses on rows trained on (pale) and on test rows, a line a loss, a panel a level of the first method."""
     method = results.arms[0].split(" ", 1)[0]
-    figure, panels = new_figure(2, (len(results.levels) + 1) // 2, height=2.6)
-    for panel, level in zip(panels.flat, results.levels, strict=False):
-        every = next(one.settings for one in results.preset.levels if one.name == level)["train.eval_every"]
+    figure, panels = draw.new_figure(2, (len(results.levels) + 1) // 2, height=2.6)
+    settings = {level.name: level.settings for level in results.preset.levels}
+    for panel, level in zip(panels, results.levels, strict=False):
+        every = settings[level]["train.eval_every"]
         compared = [f"{method} {loss}" for loss in (*_TWO, "share") if f"{method} {loss}" in results.arms_at(level)]
-        draw_curves(panel, results, "test_loss", level, compared, label="{}, test", epoch=every)
+        draw.draw_curves(panel, results, "test_loss", level, compared, label="{}, test", epoch=every)
         pale: dict[str, Any] = {"label": "{}, rows trained on", "epoch": every, "alpha": 0.5, "linewidth": 0.8}
-        draw_curves(panel, results, "trained_rows_loss", level, compared, **pale)
+        draw.draw_curves(panel, results, "trained_rows_loss", level, compared, **pale)
         epochs = [step / every for step in results.by_step("test_loss", compared[0], level) if step] if compared else []
-        plain_log(panel, "x", ticks=epochs or [1])
+        draw.plain_log(panel, "x", ticks=epochs or [1])
         panel.set_title(level, fontsize=8)
         panel.set(ylabel="loss on answers, nats a token", ylim=(0, None))
-    _equal_scales(list(panels.flat)[: len(results.levels)])
-    return finish(figure, results, "Bands: 95 % intervals over seeds; pale: rows trained on.", *panels.flat, columns=2)
+    _equal_scales(panels[: len(results.levels)])
+    return draw.finish(figure, results, "Bands: 95 % intervals over seeds; pale: rows trained on.", columns=2)

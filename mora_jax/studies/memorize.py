@@ -16,14 +16,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mora_jax.errors import InputError
-from mora_jax.evaluation.chat import generate_batch
+from mora_jax.studies import figures as draw
 from mora_jax.studies.conclusion import table
-from mora_jax.studies.figures import bars, draw_curves, finish, new_figure, plain_log, style
 from mora_jax.studies.intervals import differences, interval
 from mora_jax.studies.results import Results
-from mora_jax.studies.rows import read_rows, score_rows, texts_of, write_rows
-from mora_jax.studies.study import Arm, Cell, Contrast, Level, Measuring, Metric, Preset, Sources, Study, grid
+from mora_jax.studies.rows import read_rows, write_rows
+from mora_jax.studies.study import Arm, Cell, Contrast, Evaluation, Level, Metric, Preset, Sources, Study, grid
 
 SYMBOLS = "abcdefghijklmnop"
 BITS = 4
@@ -53,15 +54,14 @@ def right_symbols(answer: str, truth: str) -> tuple[int, int]:
     >>> right_symbols("a b c", "a c c d")
     (2, 4)
     """
-    wanted, given = truth.split(), answer.split()
-    return sum(one == other for one, other in zip(given, wanted, strict=False)), len(wanted)
+    value = truth.split()
+    return sum(symbol == right for symbol, right in zip(answer.split(), value, strict=False)), len(value)
 
 
 def share_of_right(answers: Sequence[str], truths: Sequence[str]) -> tuple[float, float]:
     """The share of right symbols over all pairs, and of pairs that are right whole."""
-    counts = [right_symbols(answer, truth) for answer, truth in zip(answers, truths, strict=True)]
-    right, every = (sum(column) for column in zip(*counts, strict=True))
-    return right / every, sum(one == other for one, other in counts) / len(counts)
+    right, symbols = np.array([right_symbols(*pair) for pair in zip(answers, truths, strict=True)]).T
+    return float(right.sum() / symbols.sum()), float(np.mean(right == symbols))
 
 
 def bits_stored(symbols: int, loss: float) -> float:
@@ -80,16 +80,13 @@ def bits_stored(symbols: int, loss: float) -> float:
 def _arms(rank: int, high: int, full: float, scale: float = 1.0, **others: Any) -> tuple[Arm, ...]:
     """The arms at a rank; `scale` times the learning rates of a narrow model."""
 
-    def arm(name: str, middle: float, method: str, rank: int = rank, **settings: Any) -> Arm:
-        keys = {
-            f"adapter.{key}": value for key, value in {"method": method, "rank": rank, **settings, **others}.items()
-        }
-        return Arm(f"{name} r{rank}", keys, grid(middle * scale))
+    def arm(name: str, rate: float, method: str, rank: int = rank, note: str = "", **settings: Any) -> Arm:
+        keys = {"method": method, "rank": rank, **settings, **others}
+        return Arm(f"{name} r{rank}{note}", {f"adapter.{key}": keys[key] for key in keys}, grid(rate * scale))
 
-    strong = arm("LoRA", 4e-3, "lora", alpha=8.0 * rank)
     return (
         arm("LoRA", 5e-3, "lora", alpha=2.0 * rank),
-        Arm(f"{strong.name}, α = 8r", strong.settings, strong.rates),
+        arm("LoRA", 4e-3, "lora", note=", α = 8r", alpha=8.0 * rank),
         arm("MoRA sharing", 3e-3, "mora", kind="sharing"),
         arm("MoRA rotation", 1e-2, "mora", kind="rotation"),
         arm("HiRA", 2e-2, "hira"),
@@ -203,32 +200,24 @@ class Memorize(Study):
         rows = make_pairs(count, preset.data["length"], seed)
         return {"data.train": (write_rows(folder / f"pairs_{count}_{seed}.jsonl", rows),)}
 
-    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
+    def measure(self, at: Evaluation) -> dict[str, float]:
         """Loss and accuracy given the right symbols before; at some steps what is generated, and the base's texts."""
-        (path,) = settings.data["data.train"]
-        scores = score_rows(settings, tokenizer, model, path, end_of_turn="none", part="pairs")
-        symbols = cell.level.values["pairs"] * settings.preset.data["length"]
+        (path,), length = at.data["data.train"], at.preset.data["length"]
+        scores = at.score(path, end_of_turn="none", part="pairs")
         values = {
             "loss": scores.nll,
             "teacher_forced_accuracy": scores.accuracy,
-            "bits_stored": bits_stored(symbols, scores.nll),
+            "bits_stored": bits_stored(at.cell.level.values["pairs"] * length, scores.nll),
         }
-        every = settings.steps // _GENERATIONS or 1
-        if cell.chooses or (step % every and step != settings.steps):
+        every = at.steps // _GENERATIONS or 1
+        if at.cell.chooses or (at.step % every and at.step != at.steps):
             return values
         rows = read_rows(path)
-        answers = generate_batch(
-            model,
-            tokenizer,
-            [row["prompt"] for row in rows],
-            max_new_tokens=settings.preset.data["length"] + 1,
-            batch_size=min(len(rows), 128),
-            template=settings.preset.template,
-        )
+        answers = at.answers([row["prompt"] for row in rows], length + 1)
         symbols_right, pairs_right = share_of_right(answers, [row["completion"] for row in rows])
         values |= {"generated_accuracy": symbols_right, "pairs_right": pairs_right}
-        if (texts := texts_of(settings.sources)) is not None:
-            values["base_text_loss"] = score_rows(settings, tokenizer, model, texts, mode="full").nll
+        if at.sources.base_texts is not None:
+            values["base_text_loss"] = at.score(at.sources.base_texts, mode="full").nll
         return values
 
     def pairs(self, results: Results, level: str) -> list[tuple[str, str]]:
@@ -242,87 +231,80 @@ class Memorize(Study):
     def contrasts(self, results: Results) -> Iterable[Contrast]:
         """Who learns sooner: the mean accuracy of all evaluations behind the first step, since arms that end at 1
         differ."""
+
+        def over_the_run(arm: str, level: str) -> dict[int, float]:
+            curves = results.curves(_SOONER.name, arm, level)
+            return {seed: interval(value for step, value in curve if step).mean for seed, curve in curves.items()}
+
         for level in results.levels:
             for arm, other in self.pairs(results, level):
-                values = differences(_over_the_run(results, arm, level), _over_the_run(results, other, level))
-                cells = tuple(results.cells(arm, level) + results.cells(other, level))
-                yield Contrast(f"{arm} − {other}", _SOONER, level, values, cells, {})
+                values = differences(over_the_run(arm, level), over_the_run(other, level))
+                cells = results.cells(arm, level) + results.cells(other, level)
+                yield Contrast(f"{arm} − {other}", _SOONER, level, values, cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """The setting, steps to half of the symbols, and parameters a bit."""
-        length = results.preset.data["length"]
+        heads = ["arm", "parameters", "bits to store", "bits stored", "parameters a bit", "last quarter adds"]
         return {
-            "length": f"{length}",
+            "length": str(results.preset.data["length"]),
             "chance": f"{1 / len(SYMBOLS):.4f}",
             "steps": table(["arm", "step (teacher-forced)"], _steps_to_half(results)),
-            "stored": table(
-                ["arm", "parameters", "bits to store", "bits stored", "parameters a bit", "last quarter adds"],
-                _stored(results),
-            ),
+            "stored": table(heads, _stored(results)),
         }
 
     def figures(self, results: Results) -> dict[str, Any]:
         """Accuracy against steps; bits stored against pairs."""
-        level, title = results.levels[-1], results.levels[-1] and f"{results.levels[-1]}."
-        figure, [panels] = new_figure(2)
+        level, chance = results.levels[-1], 1 / len(SYMBOLS)
+        curves, panels = draw.new_figure(2)
         for panel, metric in zip(panels, self.metrics[:2], strict=True):
-            draw_curves(panel, results, metric.name, level)
+            draw.draw_curves(panel, results, metric.name, level)
             panel.set_ylabel(metric.head)
-            panel.axhline(1 / len(SYMBOLS), color="0.5", linewidth=1, linestyle=":", zorder=0)
-            panel.annotate("chance", (1, 1 / len(SYMBOLS)), (-2, 2), ("axes fraction", "data"), "offset points",
+            panel.axhline(chance, **draw.DOTTED)
+            panel.annotate("chance", (1, chance), (-2, 2), ("axes fraction", "data"), "offset points",
                            ha="right", fontsize=7, color="0.4")  # fmt: skip
-        finish(figure, results, f"{title} Bands: 95 % intervals over seeds; dotted: chance.", panels[0])
-        drawn = {"curves": figure}
+        text = "Bands: 95 % intervals over seeds; dotted: chance."
+        drawn = {"curves": draw.finish(curves, results, f"{level}. {text}" if level else text)}
         if len(results.levels) > 1:
             drawn["stored"] = _draw_stored(results)
         return drawn
 
 
-def _over_the_run(results: Results, arm: str, level: str) -> dict[int, float]:
-    curves = results.curves(_SOONER.name, arm, level)
-    return {seed: interval(value for step, value in curve if step).mean for seed, curve in curves.items()}
-
-
 def _steps_to_half(results: Results) -> Iterable[list[str]]:
     """By the mean over seeds at the evaluations."""
-    for level in results.levels:
-        for arm in results.arms_at(level):
-            by_step = results.by_step(_SOONER.name, arm, level)
-            reached = [step for step, mean in by_step.items() if mean.mean >= 0.5]
-            name = f"{arm}, {level}" if len(results.levels) > 1 else arm
-            yield [name, str(reached[0]) if reached else "not reached" if by_step else "missing"]
+    for arm, level in results.pairs():
+        by_step = results.by_step(_SOONER.name, arm, level)
+        reached = [step for step, mean in by_step.items() if mean.mean >= 0.5]
+        name = f"{arm}, {level}" if len(results.levels) > 1 else arm
+        yield [name, str(reached[0]) if reached else "not reached" if by_step else "missing"]
 
 
 def _stored(results: Results) -> Iterable[list[str]]:
     """Bits stored at the end, and by how much they grew in the last quarter of the steps: nothing at saturation."""
-    bits = Metric("bits_stored", "bits")
-    for level in results.levels:
-        for arm in results.arms_at(level):
-            count, stored = results.parameters(arm), interval(results.values(bits, arm, level).values())
-            if not stored.n or not count:
-                continue
-            before = interval(results.values(bits, arm, level, share=0.75).values())
-            pairs = int(results.frame[results.frame["level"] == level]["pairs"].iloc[0])
-            yield [
-                f"{arm}, {level}",
-                f"{count:,}",
-                f"{pairs * results.preset.data['length'] * BITS:,}",
-                stored.text(0),
-                f"{count / stored.mean:.2f}" if stored.mean else "none stored",
-                f"{stored.mean - before.mean:+.0f}" if before.n else "",
-            ]
+    for arm, level in results.pairs():
+        count, stored = results.parameters(arm), results.mean("bits_stored", arm, level)
+        if not stored.n or not count:
+            continue
+        before = results.mean("bits_stored", arm, level, share=0.75)
+        pairs = int(results.frame[results.frame["level"] == level]["pairs"].iloc[0])
+        yield [
+            f"{arm}, {level}",
+            f"{count:,}",
+            f"{pairs * results.preset.data['length'] * BITS:,}",
+            stored.text(0),
+            f"{count / stored.mean:.2f}" if stored.mean else "none stored",
+            f"{stored.mean - before.mean:+.0f}" if before.n else "",
+        ]
 
 
 def _draw_stored(results: Results) -> Any:
-    figure, [[panel]] = new_figure(height=3.4)
+    figure, [panel] = draw.new_figure(height=3.4)
     size = results.preset.data["length"] * BITS
     counts = [int(level.split()[0]) for level in results.levels]
     for arm in results.arms:
         means = [results.mean("bits_stored", arm, level) for level in results.levels]
-        points = [mean.mean for mean in means]
-        panel.errorbar(counts, points, bars(means), capsize=3, label=arm, **style(arm, results.arms))
+        draw.draw_means(panel, counts, means, arm, **draw.style(arm, results.arms))
     panel.plot(counts, [size * count for count in counts], color="0.6", linewidth=1, linestyle=":", label="all bits")
-    plain_log(panel, "x", ticks=counts)
-    plain_log(panel, "y")
+    draw.plain_log(panel, "x", ticks=counts)
+    draw.plain_log(panel, "y")
     panel.set(xlabel="pairs", ylabel="bits stored")
-    return finish(figure, results, "Bars: 95 % intervals over seeds.", panel)
+    return draw.finish(figure, results, "Bars: 95 % intervals over seeds.")

@@ -18,24 +18,26 @@ from mora_jax import demo
 from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.data.inspect.advice import BITS_A_PARAMETER, bits_to_learn
 from mora_jax.errors import InputError
-from mora_jax.studies.claims import between_levels
+from mora_jax.studies import figures as draw
+from mora_jax.studies import rows as row_files
+from mora_jax.studies.claims import contrast
 from mora_jax.studies.conclusion import table
-from mora_jax.studies.figures import FILLINGS, finish, new_figure, plain_log, style
 from mora_jax.studies.intervals import differences, interval, paired
 from mora_jax.studies.results import Results
-from mora_jax.studies.rows import (
-    HELD_OUT,
-    TEST,
-    TRAIN,
-    as_row,
-    is_answered,
-    read_rows,
-    sample,
-    score_rows,
-    split_by_prompt,
-    write_rows,
+from mora_jax.studies.rows import HELD_OUT, TEST, TRAIN
+from mora_jax.studies.study import (
+    NEIGHBOUR,
+    REPORTED,
+    Arm,
+    Contrast,
+    Evaluation,
+    Level,
+    Metric,
+    Preset,
+    Sources,
+    Study,
+    grid,
 )
-from mora_jax.studies.study import Arm, Cell, Contrast, Level, Measuring, Metric, Preset, Sources, Study, grid
 
 VARIANTS, BATCH, FULL = "variants", "batch", "full"
 #: Of all ranks, as in LoRA Without Regret: with alpha / rank the first steps then move the kernel alike at any rank.
@@ -46,17 +48,9 @@ LOSS = Metric("loss", "loss on new rows, nats a token")
 _GAP = Metric("gap", "how much further from full at the large batch, nats a token")
 
 
-def _arm(name: str, method: str, rank: int, rate: float, **others: Any) -> Arm:
+def _arm(name: str, rank: int, rate: float, method: str = "lora", note: str = "", **others: Any) -> Arm:
     settings = {"method": method, "rank": rank, **others}
-    return Arm(f"{name} r{rank}", {f"adapter.{key}": value for key, value in settings.items()}, grid(rate))
-
-
-def _lora(rank: int, rate: float, method: str = "lora", name: str = "LoRA") -> Arm:
-    return _arm(name, method, rank, rate, alpha=ALPHA)
-
-
-def _full(rate: float) -> Arm:
-    return Arm(FULL, {"adapter.method": "full"}, grid(rate))
+    return Arm(f"{name} r{rank}{note}", {f"adapter.{key}": value for key, value in settings.items()}, grid(rate))
 
 
 def _preset(
@@ -87,58 +81,45 @@ def _preset(
     """
     low, middle, high = ranks
     rate = 3e-3 * scale
-    attention = _arm("LoRA", "lora", low, 2 * rate, alpha=ALPHA, targets=("q_proj", "v_proj"))
-    attention = Arm(f"{attention.name}, q and v", attention.settings, attention.rates)
-    sweep = (
-        attention,
-        *(_lora(rank, rate) for rank in ranks),
-        *(_arm("MoRA sharing", "mora", rank, rate, kind="sharing") for rank in (middle, high)),
-        *(_arm("MoRA rotation", "mora", rank, 2 * rate, kind="rotation") for rank in (middle, high)),
-        _full(full),
-    )
+    attention = _arm("LoRA", low, 2 * rate, note=", q and v", alpha=ALPHA, targets=("q_proj", "v_proj"))
+    loras = [_arm("LoRA", rank, rate, alpha=ALPHA) for rank in ranks]
+    sharing = [_arm("MoRA sharing", rank, rate, "mora", kind="sharing") for rank in (middle, high)]
+    rotation = [_arm("MoRA rotation", rank, 2 * rate, "mora", kind="rotation") for rank in (middle, high)]
+    everything = Arm(FULL, {"adapter.method": "full"}, grid(full))
     variants = (
-        _lora(middle, rate, "dora", "DoRA"),
-        _lora(middle, rate / 3, "lora_plus", "LoRA+"),
-        _lora(middle, rate / 3, "pissa", "PiSSA"),
+        _arm("DoRA", middle, rate, "dora", alpha=ALPHA),
+        _arm("LoRA+", middle, rate / 3, "lora_plus", alpha=ALPHA),
+        _arm("PiSSA", middle, rate / 3, "pissa", alpha=ALPHA),
     )
-    few = (attention, _lora(low, rate), _lora(high, rate), sweep[4], _full(full))
-    batch = {"batch_size": batch_size}
+    few = (attention, loras[0], loras[2], sharing[0], everything)
+
+    def budget(size: int, evaluations: int, logged: int) -> dict[str, Any]:
+        """As many rows in steps of this size."""
+        count = steps * batch_size // size
+        return {
+            "optimizer.warmup_steps": max(1, count // 10),
+            "train.steps": count,
+            "train.batch_size": size,
+            "train.eval_every": max(1, count // evaluations),
+            "train.log_every": max(1, count // logged),
+        }
+
     most, *fewer = rows
-    fewer_steps = steps * batch_size // large
-    of_large = {
-        "train.batch_size": large,
-        "train.steps": fewer_steps,
-        "train.eval_every": fewer_steps,
-        "train.log_every": max(1, fewer_steps // 4),
-        "optimizer.warmup_steps": max(1, fewer_steps // 10),
-    }
-    return Preset(
-        doc,
-        (),
-        {
-            "loss.mode": "masked",
-            "optimizer.schedule": "constant",
-            "optimizer.warmup_steps": max(1, steps // 10),
-            "train.steps": steps,
-            "train.batch_size": batch_size,
-            "train.eval_every": max(1, steps // 2),
-            "train.eval_on_start": False,
-            "train.log_every": max(1, steps // 6),
-            **settings,
-        },
-        levels=(
-            Level(f"{most} rows", {"examples": most, **batch}, arms=sweep, neighbours=True),
-            *(Level(f"{count} rows", {"examples": count, **batch}, arms=few) for count in fewer),
-            Level(VARIANTS, {"examples": most, **batch}, arms=variants),
-            Level(
-                f"{BATCH} {large}",
-                {"examples": most, "batch_size": large},
-                of_large,
-                (_lora(low, rate), _lora(high, rate), _full(full)),
-            ),
+    batch = {"batch_size": batch_size}
+    common = {"loss.mode": "masked", "optimizer.schedule": "constant", "train.eval_on_start": False}
+    sweep = (attention, *loras, *sharing, *rotation, everything)
+    levels = (
+        Level(f"{most} rows", {"examples": most, **batch}, arms=sweep, neighbours=True),
+        *(Level(f"{count} rows", {"examples": count, **batch}, arms=few) for count in fewer),
+        Level(VARIANTS, {"examples": most, **batch}, arms=variants),
+        Level(
+            f"{BATCH} {large}",
+            {"examples": most, "batch_size": large},
+            budget(large, 1, 4),
+            (loras[0], loras[2], everything),
         ),
-        reason=reason,
     )
+    return Preset(doc, (), {**common, **budget(batch_size, 2, 6), **settings}, levels=levels, reason=reason)
 
 
 class Rates(Study):
@@ -170,7 +151,7 @@ class Rates(Study):
                 Level(
                     "16 rows",
                     {"examples": 16, "batch_size": 4},
-                    arms=(_lora(4, 2e-3), _arm("MoRA sharing", "mora", 4, 2e-3, kind="sharing")),
+                    arms=(_arm("LoRA", 4, 2e-3, alpha=ALPHA), _arm("MoRA sharing", 4, 2e-3, "mora", kind="sharing")),
                     neighbours=True,
                 ),
             ),
@@ -219,20 +200,20 @@ class Rates(Study):
         parts = write_parts(sources, folder)
         return {"data.train": (take(parts[TRAIN], level.values["examples"], seed, folder),)}
 
-    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
+    def measure(self, at: Evaluation) -> dict[str, float]:
         """The losses on answers: of the reported part, where a rate is chosen of that part, else of trained rows."""
-        parts = write_parts(settings.sources, settings.folder)
+        parts, cell = write_parts(at.sources, at.folder), at.cell
         if cell.chooses:
-            return {"held_out_loss": score_rows(settings, tokenizer, model, parts[HELD_OUT]).nll}
-        (path,) = settings.data["data.train"]
-        length = settings.preset.settings["data.max_length"]
-        if path not in settings.cache:
-            settings.cache[path] = EncodedDataset.build(load_rows(path), tokenizer, max_length=length).report
-        some = take(Path(path), min(_TRAINED_ROWS, cell.level.values["examples"]), cell.seed, settings.folder)
+            return {"held_out_loss": at.score(parts[HELD_OUT]).nll}
+        (path,) = at.data["data.train"]
+        if path not in at.cache:
+            length = at.preset.settings["data.max_length"]
+            at.cache[path] = EncodedDataset.build(load_rows(path), at.tokenizer, max_length=length).report
+        some = take(Path(path), min(_TRAINED_ROWS, cell.level.values["examples"]), cell.seed, at.folder)
         return {
-            "loss": score_rows(settings, tokenizer, model, parts[TEST], part=TEST).nll,
-            "trained_rows_loss": score_rows(settings, tokenizer, model, some).nll,
-            "trained_tokens": settings.cache[path].trained_tokens,
+            "loss": at.score(parts[TEST], part=TEST).nll,
+            "trained_rows_loss": at.score(some).nll,
+            "trained_tokens": at.cache[path].trained_tokens,
         }
 
     def pairs(self, results: Results, level: str) -> list[tuple[str, str]]:
@@ -244,26 +225,31 @@ class Rates(Study):
 
     def contrasts(self, results: Results) -> Iterable[Contrast]:
         """Variants against LoRA of their rank, and how the distance to full fine-tuning goes with the batch."""
-        level, large = _sweep_level(results), _large_batch(results)
+        level = _sweep_level(results)
+        large = next((level for level in results.levels if level.startswith(BATCH)), "")
         for arm in results.arms_at(VARIANTS):
-            yield between_levels(results, LOSS, arm, VARIANTS, f"LoRA {arm.split()[-1]}", level)
+            lora = f"LoRA {arm.split()[-1]}"
+            yield contrast(results, LOSS, (arm, VARIANTS), (lora, level), f"{arm} − {lora} ({level})")
+
+        def behind_full(arm: str, level: str) -> dict[int, float]:
+            return differences(results.values(LOSS, arm, level), results.values(LOSS, FULL, level))
+
         for arm in results.arms_at(large):
             if arm != FULL and arm in results.arms_at(level):
-                values = differences(_behind_full(results, arm, large), _behind_full(results, arm, level))
-                cells = tuple(results.cells(arm, large) + results.cells(arm, level))
-                yield Contrast(f"{arm} − {FULL}, {large} − {level}", _GAP, "", values, cells, {})
+                values = differences(behind_full(arm, large), behind_full(arm, level))
+                cells = results.cells(arm, large) + results.cells(arm, level)
+                yield Contrast(f"{arm} − {FULL}, {large} − {level}", _GAP, "", values, cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """Best rates, their ratios, what another's rate costs, and capacity."""
         level, settings = _sweep_level(results), results.preset.settings
-        learn = ", ".join(f"{_tokens(results, one) or 0:,.0f} tokens in {one}" for one in _row_levels(results))
         return {
             "level": level,
             "steps": str(settings["train.steps"]),
             "batch_size": str(settings["train.batch_size"]),
             "best": _best_table(results, level),
             "ratios": _ratios_table(results, level),
-            "learn": learn,
+            "learn": ", ".join(f"{_tokens(results, one) or 0:,.0f} tokens in {one}" for one in _row_levels(results)),
         }
 
     def figures(self, results: Results) -> dict[str, Any]:
@@ -287,10 +273,10 @@ def write_parts(sources: Sources, folder: Path) -> dict[str, Path]:
         return {part: Path(demo.data_path(part)) for part in demo.PARTS}
     files = {part: folder / f"{part}.jsonl" for part in demo.PARTS}
     if not all(path.exists() for path in files.values()):
-        rows = [as_row(row) for row in load_rows(list(sources.data)) if is_answered(row)]
-        parts = split_by_prompt(rows, 0.1, ", ".join(sources.data))
+        rows = [row_files.as_row(row) for row in load_rows(list(sources.data)) if row_files.is_answered(row)]
+        parts = row_files.split_by_prompt(rows, 0.1, ", ".join(sources.data))
         for part, path in files.items():
-            write_rows(path, parts[part] if part == TRAIN else sample(parts[part], _HELD_OUT_ROWS))
+            row_files.write_rows(path, parts[part] if part == TRAIN else row_files.sample(parts[part], _HELD_OUT_ROWS))
     return files
 
 
@@ -300,10 +286,12 @@ def take(path: Path, count: int, seed: int, folder: Path) -> str:
     Raises:
         InputError: there are not so many.
     """
-    rows = read_rows(path)
+    rows = row_files.read_rows(path)
     if count > len(rows):
         raise InputError(f"the study trains on {count} rows, and there are {len(rows)}; give more by --data")
-    return write_rows(folder / f"rows_{count}_{seed}.jsonl", random.Random(f"rows {seed}").sample(rows, count))
+    return row_files.write_rows(
+        folder / f"rows_{count}_{seed}.jsonl", random.Random(f"rows {seed}").sample(rows, count)
+    )
 
 
 # What is read from the table.
@@ -320,13 +308,10 @@ def _row_levels(results: Results) -> dict[str, int]:
     return {level.name: level.values["examples"] for level in levels if level.name in results.levels}
 
 
-def _large_batch(results: Results) -> str:
-    """The level of large batches; empty where there is none."""
-    return next((level for level in results.levels if level.startswith(BATCH)), "")
-
-
-def _behind_full(results: Results, arm: str, level: str) -> dict[int, float]:
-    return differences(results.last("loss", arm, level), results.last("loss", FULL, level))
+def _losses_by_rate(results: Results, arm: str, level: str) -> dict[float, dict[int, float]]:
+    """The last loss of each reported seed by learning rate: the chosen one, and those beside it where trained."""
+    by_rate = results.by_rate(LOSS.name, arm, level, (REPORTED, NEIGHBOUR))
+    return {rate: {seed: curve[-1][1] for seed, curve in curves.items()} for rate, curves in by_rate.items()}
 
 
 def best_rates(results: Results, arm: str, level: str, draws: int = 2000) -> tuple[float, ...]:
@@ -338,7 +323,7 @@ def best_rates(results: Results, arm: str, level: str, draws: int = 2000) -> tup
     Returns:
         The rate, and the ends of its range; nothing where no seed has a loss at each rate, or all are infinite.
     """
-    losses = results.by_rate("loss", arm, level)
+    losses = _losses_by_rate(results, arm, level)
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in losses.values()))) if losses else []
     means = np.array([[by_seed[seed] for seed in seeds] for by_seed in losses.values()])
     means = np.where(np.isfinite(means), means, np.inf)
@@ -352,23 +337,18 @@ def best_rates(results: Results, arm: str, level: str, draws: int = 2000) -> tup
     return float(middle), float(best[int(0.025 * draws)] / half_step), float(best[int(0.975 * draws) - 1] * half_step)
 
 
-def _range(rates: tuple[float, ...]) -> str:
-    if not rates:
-        return "missing"
-    middle, low, high = rates
-    return f"{middle:g} ({low:.2g} to {high:.2g})"
-
-
 def _best_table(results: Results, level: str) -> str:
     rows = []
     for arm in results.arms_at(level):
-        losses, rate = results.by_rate("loss", arm, level), results.rate(arm, level)
-        chosen = losses.get(rate or math.nan, {})
-        costs = [(other, paired(by_seed, chosen)) for other, by_seed in losses.items() if other != rate]
-        below = [cost.text(sign=True) for other, cost in costs if rate and other < rate]
-        above = [cost.text(sign=True) for other, cost in costs if rate and other > rate]
-        loss = interval(chosen.values())
-        parts = [f"{rate:g}" if rate else "missing", _range(best_rates(results, arm, level)), loss.seeds, loss.text()]
+        losses, rate = _losses_by_rate(results, arm, level), results.rate(arm, level) or math.nan
+        chosen = losses.get(rate, {})
+        costs = {other: paired(by_seed, chosen).text(sign=True) for other, by_seed in losses.items()}
+        below = [cost for other, cost in costs.items() if other < rate]
+        above = [cost for other, cost in costs.items() if other > rate]
+        loss, best = interval(chosen.values()), "missing"
+        if rates := best_rates(results, arm, level):
+            best = f"{rates[0]:g} ({rates[1]:.2g} to {rates[2]:.2g})"
+        parts = ["missing" if math.isnan(rate) else f"{rate:g}", best, loss.seeds, loss.text()]
         rows.append([arm, *parts, *(below or ["not tried"]), *(above or ["not tried"])])
     heads = ["arm", "chosen rate", "best rate", "n", "loss", "at the rate below", "at the rate above"]
     return table(heads, rows)
@@ -403,36 +383,34 @@ def _draw_best(results: Results) -> Any:
     """The best rate of each arm with its range, one arm below the other."""
     level = _sweep_level(results)
     arms = results.arms_at(level)
-    figure, [[panel]] = new_figure(height=3.2)
+    figure, [panel] = draw.new_figure(height=3.2)
     for place, arm in enumerate(arms):
         if rates := best_rates(results, arm, level):
             middle, low, high = rates
             ends = [[middle - low], [high - middle]]
-            panel.errorbar(middle, -place, xerr=ends, capsize=3, **style(arm) | {"linestyle": "none"})
+            panel.errorbar(middle, -place, xerr=ends, capsize=3, **draw.style(arm) | {"linestyle": "none"})
     panel.set_yticks([-place for place in range(len(arms))], arms)
-    plain_log(panel, "x")
+    draw.plain_log(panel, "x")
     panel.set_xlabel("best learning rate")
     text = f"{level}. Points of the grid; bars: those that are best in 95 % of draws of the seeds."
-    return finish(figure, results, text)
+    return draw.finish(figure, results, text)
 
 
 def _draw_capacity(results: Results) -> Any:
     """What an arm loses to full fine-tuning against the bits that it holds for each that there is to learn."""
-    figure, [panels] = new_figure(2)
+    figure, panels = draw.new_figure(2)
     for panel, metric in zip(panels, results.study.metrics, strict=True):
         for place, (level, count) in enumerate(_row_levels(results).items()):
             for arm in results.arms_at(level):
                 held = capacity(results, arm, level)
-                gap = paired(results.last(metric.name, arm, level), results.last(metric.name, FULL, level))
+                gap = paired(results.values(metric, arm, level), results.values(metric, FULL, level))
                 if arm != FULL and held is not None and gap.n:
                     method = " ".join(arm.split()[:-1]) if "," not in arm else "LoRA"
-                    look = style(method) | {"linestyle": "none", "fillstyle": FILLINGS[place]}
-                    label = f"{method}, {count:,} rows"
-                    panel.errorbar(held, gap.mean, yerr=gap.half or 0.0, capsize=3, label=label, **look)
-        panel.axhline(0, color="0.5", linewidth=1, zorder=0)
-        panel.axvline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)
-        plain_log(panel, "x", (1.0,))
+                    look = draw.style(method) | {"linestyle": "none", "fillstyle": draw.FILLINGS[place]}
+                    draw.draw_means(panel, [held], [gap], f"{method}, {count:,} rows", **look)
+        panel.axhline(0, **draw.ZERO)
+        panel.axvline(1, **draw.DOTTED)
+        draw.plain_log(panel, "x", (1.0,))
         panel.set(xlabel="bits held for each bit to learn", ylabel=f"{metric.head.split(',')[0]}, minus full")
-    return finish(
-        figure, results, "Nats a token; bars: 95 % intervals over seeds. Dotted: one bit held a bit.", *panels
-    )
+    text = "Nats a token; bars: 95 % intervals over seeds. Dotted: one bit held a bit."
+    return draw.finish(figure, results, text)

@@ -1,11 +1,10 @@
-"""The studies by name. A new one is a file, a template in `text/` and a line here."""
+"""The studies by name. A new one is a file, a template in `text/` and its name here."""
 
 from __future__ import annotations
 
-from mora_jax.studies.forget import Forget
-from mora_jax.studies.instruct import Instruct
-from mora_jax.studies.memorize import Memorize
-from mora_jax.studies.rates import Rates
+from mora_jax.studies import forget, instruct, memorize, rates
 from mora_jax.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (Memorize(), Forget(), Instruct(), Rates())}
+STUDIES: dict[str, Study] = {
+    study.name: study for study in (memorize.Memorize(), forget.Forget(), instruct.Instruct(), rates.Rates())
+}

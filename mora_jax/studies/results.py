@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
             "seed": cell.seed,
         }
         note = run.failed or (PERTURBED if cell.perturbed else None)
-        measured = _measured(run) if run.summary and not run.failed else []
+        measured = list(_measured(run)) if run.summary and not run.failed else []
         for step, metric, value in measured or [(None, FAILED if run.failed else "not ended", None)]:
             rows.append({**head, "step": step, "metric": metric, "value": value, "note": note, "versions": versions})
     return pd.DataFrame(rows)
@@ -60,24 +61,20 @@ def config_hash(run: RunResult) -> str:
     values = {name: value for name, value in run.config.to_dict().items() if name not in ("out", "log")}
     values["model"]["path"] = Path(values["model"]["path"]).name
     for name in ("train", "eval"):
-        values["data"][name] = [_content(path) for path in values["data"][name] or ()]
+        files = map(Path, values["data"][name] or ())
+        values["data"][name] = [
+            hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(file) for file in files
+        ]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _content(path: str) -> str:
-    file = Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else path
-
-
-def _measured(run: RunResult) -> list[tuple[int | None, str, float | None]]:
-    rows: list[tuple[int | None, str, float | None]] = []
+def _measured(run: RunResult) -> Iterator[tuple[int | None, str, float | None]]:
     for row in run.metrics:
         for name, value in row.items():
             metric = "train_loss" if name == "loss" else name.removeprefix("eval_")
             # A file of metrics holds null for what is not finite.
             if metric != name and metric != "tokens" and isinstance(value, int | float | None):
-                rows.append((row["step"], metric, math.nan if value is None else float(value)))
-    return rows
+                yield row["step"], metric, math.nan if value is None else float(value)
 
 
 class Results:
@@ -90,12 +87,11 @@ class Results:
         perturbed: whether the reported values are those of cells that started from perturbed weights.
 
     Attributes:
-        frame: all observations.
+        arms, levels: their names, in order.
     """
 
     def __init__(self, frame: pd.DataFrame, study: Study, preset: Preset, *, perturbed: bool = False) -> None:
-        self.frame, self.study, self.preset, self._perturbed = frame, study, preset, perturbed
-        self._groups: dict[tuple[str, ...], pd.DataFrame] = {}
+        self.frame, self.study, self.preset, self.perturbed = frame, study, preset, perturbed
         order = list(dict.fromkeys([*(arm.name for _, arm in preset.pairs()), *frame["arm"]]))
         self.arms = sorted(set(frame["arm"]), key=order.index)
         self.levels = list(dict.fromkeys(frame["level"]))
@@ -106,47 +102,33 @@ class Results:
         frame = pd.read_csv(file, keep_default_na=False, na_values={"value": [""], "step": [""], "parameters": [""]})
         return cls(frame, study, study.presets[frame["preset"].iloc[0]])
 
-    @property
-    def is_perturbed(self) -> bool:
-        """Whether they are those from perturbed weights."""
-        return self._perturbed
+    @functools.cached_property
+    def _groups(self) -> dict[tuple[str, ...], pd.DataFrame]:
+        """The rows by stage, arm and level, and by these and the metric."""
+        stages = self.frame["stage"].mask(self.frame["note"] == PERTURBED, PERTURBED)
+        columns = [stages, "arm", "level"]
+        return {key: rows for by in (columns, [*columns, "metric"]) for key, rows in self.frame.groupby(by, sort=False)}
 
-    def perturbed(self) -> Results:
-        """The results from perturbed weights, in the place of those that are reported."""
-        return Results(self.frame, self.study, self.preset, perturbed=True)
-
-    def _where(self, stage: str, arm: str, level: str, metric: str | None = None) -> pd.DataFrame:
+    def _where(self, stage: str, arm: str, level: str, *metric: str) -> pd.DataFrame:
         """The rows of an arm's cells, of one metric or of all."""
-        if not self._groups:
-            stages = self.frame["stage"].where(self.frame["note"] != PERTURBED, PERTURBED)
-            for columns in (["arm", "level"], ["arm", "level", "metric"]):
-                self._groups |= dict(iter(self.frame.groupby([stages, *columns], sort=False)))
-        stage = PERTURBED if self._perturbed and stage == REPORTED else stage
-        key = (stage, arm, level) if metric is None else (stage, arm, level, metric)
-        return self._groups.get(key, self.frame.iloc[:0])
+        stage = PERTURBED if self.perturbed and stage == REPORTED else stage
+        return self._groups.get((stage, arm, level, *metric), self.frame.iloc[:0])
+
+    def by_rate(
+        self, metric: str, arm: str, level: str = "", stages: Iterable[str] = (CHOOSING, EXPLORATORY)
+    ) -> dict[float, dict[int, Curve]]:
+        """The (step, value) pairs of each seed by each learning rate; by default on the seeds that choose."""
+        curves: dict[float, dict[int, Curve]] = {}
+        for stage in stages:
+            for (rate, seed), rows in self._where(stage, arm, level, metric).groupby(["learning_rate", "seed"]):
+                pairs = sorted(zip(rows["step"], rows["value"], strict=True))
+                curves.setdefault(rate, {})[int(seed)] = [(int(step), float(value)) for step, value in pairs]
+        return dict(sorted(curves.items()))
 
     def curves(self, metric: str, arm: str, level: str = "", stage: str = REPORTED) -> dict[int, Curve]:
         """The (step, value) pairs of each seed, in order."""
-        rows = self._where(stage, arm, level, metric)
-        return {int(seed): _curve(of_seed) for seed, of_seed in rows.groupby("seed")}
-
-    def curves_by_rate(self, metric: str, arm: str, level: str = "") -> dict[float, dict[int, Curve]]:
-        """The (step, value) pairs of each seed by each learning rate that was tried on the seeds that choose."""
-        curves: dict[float, dict[int, Curve]] = {}
-        for stage in (CHOOSING, EXPLORATORY):
-            rows = self._where(stage, arm, level, metric)
-            for (rate, seed), of_cell in rows.groupby(["learning_rate", "seed"]):
-                curves.setdefault(rate, {})[int(seed)] = _curve(of_cell)
-        return dict(sorted(curves.items()))
-
-    def by_rate(self, metric: str, arm: str, level: str = "") -> dict[float, dict[int, float]]:
-        """The last value of each reported seed by learning rate: the chosen one, and those beside it where trained."""
-        values: dict[float, dict[int, float]] = {}
-        for stage in (REPORTED, "neighbour"):
-            rows = self._where(stage, arm, level, metric)
-            for (rate, seed), of_cell in rows.groupby(["learning_rate", "seed"]):
-                values.setdefault(rate, {})[int(seed)] = _curve(of_cell)[-1][1]
-        return dict(sorted(values.items()))
+        by_rate = self.by_rate(metric, arm, level, [stage])
+        return dict(sorted(pair for curves in by_rate.values() for pair in curves.items()))
 
     def by_step(self, metric: str, arm: str, level: str = "") -> dict[int, Interval]:
         """The mean over reported seeds at each evaluation."""
@@ -156,12 +138,8 @@ class Results:
                 values.setdefault(step, []).append(value)
         return {step: interval(values[step]) for step in sorted(values)}
 
-    def last(self, metric: str, arm: str, level: str = "", stage: str = REPORTED) -> dict[int, float]:
-        """The value after the last step, by seed."""
-        return self.values(Metric(metric, metric), arm, level, stage)
-
     def values(
-        self, metric: Metric, arm: str, level: str = "", stage: str = REPORTED, *, share: float = 1.0
+        self, metric: Metric | str, arm: str, level: str = "", stage: str = REPORTED, *, share: float = 1.0
     ) -> dict[int, float]:
         """A metric by seed; NaN for seeds whose cell failed.
 
@@ -170,6 +148,7 @@ class Results:
             arm, level, stage: of the cells.
             share: of the steps, after which the value is taken where the metric names no evaluation.
         """
+        metric = Metric(metric, metric) if isinstance(metric, str) else metric
         values = dict.fromkeys(map(int, self._where(stage, arm, level, FAILED)["seed"]), math.nan)
         guides = self.curves(metric.best_by, arm, level, stage) if metric.best_by else {}
         for seed, curve in self.curves(metric.name, arm, level, stage).items():
@@ -180,14 +159,18 @@ class Results:
                 values[seed] = dict(curve)[steps[-1]]
         return values
 
+    def mean(self, metric: Metric | str, arm: str, level: str = "", *, share: float = 1.0) -> Interval:
+        """Of `values`, over seeds."""
+        return interval(self.values(metric, arm, level, share=share).values())
+
     def arms_at(self, level: str = "") -> list[str]:
         """The arms that are compared at a level."""
         there = set(self.frame[self.frame["level"] == level]["arm"])
         return [arm for arm in self.arms if arm in there]
 
-    def mean(self, metric: str, arm: str, level: str = "") -> Interval:
-        """Over seeds, after the last step."""
-        return interval(self.last(metric, arm, level).values())
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every arm with each level at which it is compared."""
+        return [(arm, level) for level in self.levels for arm in self.arms_at(level)]
 
     def has(self, metric: str) -> bool:
         """Whether it was measured."""
@@ -217,7 +200,3 @@ class Results:
         rows = self.frame[self.frame["value"].isna() & self.frame["step"].isna()]
         triples = zip(rows["cell"], rows["metric"], rows["note"], strict=True)
         return [(cell, f"{metric}: {note}" if metric == FAILED else metric) for cell, metric, note in triples]
-
-
-def _curve(rows: pd.DataFrame) -> Curve:
-    return [(int(step), float(value)) for step, value in sorted(zip(rows["step"], rows["value"], strict=True))]

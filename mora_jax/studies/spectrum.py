@@ -161,22 +161,21 @@ class Spectrum:
     values: tuple[np.ndarray, ...]
 
     @classmethod
-    def of(cls, found: Sequence[Change]) -> Spectrum:
+    def of(cls, matrices: Sequence[Change]) -> Spectrum:
         """Of these changes."""
-        return cls(tuple(found), tuple(np.linalg.svd(one.delta, compute_uv=False) for one in found))
+        return cls(tuple(matrices), tuple(np.linalg.svd(one.delta, compute_uv=False) for one in matrices))
 
     def figures(self) -> dict[str, float]:
         """Means over matrices of `rank90` and `stable_rank`, by kind too, and `delta_norm`, Frobenius' norm of all."""
         ranks = [energy_rank(values) for values in self.values]
-        squares = sum(float(np.square(values).sum()) for values in self.values)
         by_kind: dict[str, list[int]] = {}
         for one, rank in zip(self.changes, ranks, strict=True):
-            by_kind.setdefault(one.kind, []).append(rank)
+            by_kind.setdefault(f"rank90_{one.kind}", []).append(rank)
         return {
             "rank90": float(np.mean(ranks)),
             "stable_rank": float(np.mean([stable_rank(values) for values in self.values])),
-            "delta_norm": float(np.sqrt(squares)),
-            **{f"rank90_{kind}": float(np.mean(found)) for kind, found in by_kind.items()},
+            "delta_norm": float(np.linalg.norm(np.concatenate(self.values))),
+            **{name: float(np.mean(of_kind)) for name, of_kind in by_kind.items()},
         }
 
     def details(self, counts: Sequence[int], *, noise: bool = False) -> dict[str, float]:
@@ -186,19 +185,19 @@ class Spectrum:
             counts: how many singular values.
             noise: also what that energy would be if matrices of these shapes held independent normal numbers.
         """
-        figures: dict[str, float] = {
-            f"rank90_{one.module}_{one.layer}": energy_rank(values)
-            for one, values in zip(self.changes, self.values, strict=True)
-        }
-        for kind in sorted({one.kind for one in self.changes}):
-            of_kind = [place for place, one in enumerate(self.changes) if one.kind == kind]
-            energies = {f"energy_{kind}": [cumulative_energy(self.values[place]) for place in of_kind]}
-            if noise:
-                energies[f"energy_noise_{kind}"] = [gaussian_energy([self.changes[p].delta.shape for p in of_kind])]
-            for name, curves in energies.items():
-                for count in counts:
-                    if count <= min(map(len, curves)):
-                        figures[f"{name}_{count}"] = float(np.mean([curve[count - 1] for curve in curves]))
+        figures: dict[str, float] = {}
+        energies: dict[str, list[np.ndarray]] = {}
+        for one, values in zip(self.changes, self.values, strict=True):
+            figures[f"rank90_{one.module}_{one.layer}"] = energy_rank(values)
+            energies.setdefault(f"energy_{one.kind}", []).append(cumulative_energy(values))
+        if noise:
+            for kind in {one.kind for one in self.changes}:
+                shapes = [one.delta.shape for one in self.changes if one.kind == kind]
+                energies[f"energy_noise_{kind}"] = [gaussian_energy(shapes)]
+        for name, curves in energies.items():
+            for count in counts:
+                if count <= min(map(len, curves)):
+                    figures[f"{name}_{count}"] = float(np.mean([curve[count - 1] for curve in curves]))
         return figures
 
 
@@ -248,24 +247,23 @@ def output_side(matrix: np.ndarray) -> np.ndarray:
     return np.linalg.svd(matrix, full_matrices=False)[2]
 
 
-def scaled(model: Any, found: Sequence[Leading], below: float, factor: float) -> Any:
+def scaled(model: Any, leading: Sequence[Leading], below: float, factor: float) -> Any:
     """A model whose intruders at ε = `below` are scaled by `factor`; shares all other arrays with `model`.
 
     Args:
         model: with adapters, which stay beside their changed base matrices, or with trained kernels.
-        found: of the matrices of that model.
+        leading: of the matrices of that model.
         below: ε.
         factor: λ.
     """
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # variables of its own
-    additions: Mapping[str, np.ndarray] = {one.change.path: one.scaling(below, factor) for one in found}
+    additions: Mapping[str, np.ndarray] = {one.change.path: one.scaling(below, factor) for one in leading}
     for place in sites(copy):
         known = [(number, path) for number, path in enumerate(place.paths) if path in additions]
-        if not known:
-            continue
-        kernel = np.array(place.kernel(), np.float32)
-        for number, path in known:
-            kernel[place.index(number)] += additions[path]
-        place.put_kernel(jnp.asarray(kernel, place.dtype))
+        if known:
+            kernel = np.array(place.kernel(), np.float32)
+            for number, path in known:
+                kernel[place.index(number)] += additions[path]
+            place.put_kernel(jnp.asarray(kernel, place.dtype))
     return copy

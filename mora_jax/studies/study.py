@@ -7,23 +7,27 @@ data, order and start are others.
 from __future__ import annotations
 
 import abc
-import dataclasses
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from mora_jax import demo
+from mora_jax.data import EncodedDataset, load_rows
+from mora_jax.data.loss_weights import LossWeights
+from mora_jax.evaluation import chat, perplexity
+from mora_jax.studies.rows import is_embedded
+
 #: The seeds on which learning rates are chosen, and which are never reported.
 CHOOSING_SEEDS = (0, 1001, 1002)
-CHOOSING, NEIGHBOUR, EQUAL_RATE, EXPLORATORY, REPORTED = (
-    "choosing",
-    "neighbour",
-    "equal_rate",
-    "exploratory",
-    "reported",
-)
+CHOOSING, NEIGHBOUR, EQUAL_RATE = "choosing", "neighbour", "equal_rate"
+EXPLORATORY, REPORTED = "exploratory", "reported"
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.+-]+")
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,6 @@ class Preset:
     seeds: int = 3
     reason: str = ""
 
-    @property
-    def template(self) -> str | None:
-        """The chat template of rows and of prompts, as `data.template`."""
-        return self.settings.get("data.template")
-
     def pairs(self) -> Iterator[tuple[Level, Arm]]:
         """Every level with each of its arms."""
         for level in self.levels:
@@ -141,6 +140,11 @@ class Sources:
     data: tuple[str, ...] | None = None
     texts: str | None = None
 
+    @property
+    def base_texts(self) -> str | None:
+        """The file of such texts, of the embedded model its own; None where none is known."""
+        return self.texts or (demo.TEXTS if is_embedded(self.model) else None)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -176,31 +180,79 @@ class Contrast:
     metric: Metric
     level: str
     values: Mapping[int, float]
-    cells: tuple[str, ...]
-    halfway: Mapping[int, float]
+    cells: Sequence[str]
+    halfway: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """What a measurement may need.
+class Evaluation:
+    """The model of a cell at one of its evaluations, with what a measurement may need.
 
     Attributes:
-        preset: of the study.
-        sources: what it works on.
+        cell, preset, sources: of the study.
         folder: of the study's data.
         data: the configuration keys that `write_data` gave for the cell.
-        steps: of the cell.
+        step, steps: done, and of the cell.
+        tokenizer, model: of the cell.
         cache: of the whole study, for what is made once.
         items: the file for scores of single rows, at the last evaluation of a reported cell; else None.
     """
 
+    cell: Cell
     preset: Preset
     sources: Sources
     folder: Path
     data: Mapping[str, Any]
+    step: int
     steps: int
+    tokenizer: Any = field(repr=False)
+    model: Any = field(repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     items: Path | None = None
+
+    def score(
+        self,
+        path: str | Path,
+        *,
+        mode: str = "masked",
+        end_of_turn: str | None = None,
+        max_length: int | None = None,
+        part: str = "",
+    ) -> perplexity.DatasetScores:
+        """The scores on a file of rows or texts; the file is read and encoded once.
+
+        Args:
+            path: the file.
+            mode: which tokens count, as `loss.mode`.
+            end_of_turn: as `loss.end_of_turn`.
+            max_length: tokens at which rows are cut; None for the cell's own.
+            part: what the rows are called in the cell's file of single rows; empty to leave them out of it.
+        """
+        settings = {**self.preset.settings, **self.data}
+        length = max_length or settings["data.max_length"]
+        key = str(path), mode, end_of_turn, length
+        if key not in self.cache:
+            template = settings.get("data.template")
+            encoded = EncodedDataset.build(load_rows(str(path)), self.tokenizer, template, max_length=length)
+            self.cache[key] = encoded.with_loss(LossWeights(mode, end_of_turn=end_of_turn))
+        rows = self.cache[key]
+
+        def write_items(numbers: np.ndarray, sums: np.ndarray) -> None:
+            """A line a row: its loss summed over tokens, their number, and how many were the likeliest."""
+            if self.items is None or not part:
+                return
+            with self.items.open("a", encoding="utf-8") as lines:
+                for row, (loss, _, right, tokens) in zip(numbers.tolist(), sums[0].T.tolist(), strict=True):
+                    values = {"part": part, "row": row, "loss": loss, "tokens": int(tokens), "right": int(right)}
+                    lines.write(json.dumps(values) + "\n")
+
+        return perplexity.score(self.model, rows, batch_size=min(_BATCH_SIZE, len(rows)), each=write_items)
+
+    def answers(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+        """What the model answers to prompts, greedily."""
+        template, size = self.preset.settings.get("data.template"), min(len(prompts), 4 * _BATCH_SIZE)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": size, "template": template}
+        return chat.generate_batch(self.model, self.tokenizer, prompts, **options)
 
 
 class Study(abc.ABC):
@@ -248,7 +300,7 @@ class Study(abc.ABC):
         """
 
     @abc.abstractmethod
-    def measure(self, cell: Cell, settings: Measuring, tokenizer: Any, model: Any, step: int) -> dict[str, float]:
+    def measure(self, at: Evaluation) -> dict[str, float]:
         """What is measured at an evaluation; by name."""
 
     def settings(self, cell: Cell, preset: Preset) -> dict[str, Any]:
@@ -278,37 +330,6 @@ class Study(abc.ABC):
     @abc.abstractmethod
     def figures(self, results: Any) -> dict[str, Any]:
         """The figures by name, each a `matplotlib.figure.Figure`."""
-
-
-def reported_cells(
-    preset: Preset, chosen: Mapping[tuple[str, str], float], factor: float = 2.0, *, perturbed: bool = False
-) -> Iterator[Cell]:
-    """The cells that are reported, with those beside them.
-
-    Args:
-        preset: of the study.
-        chosen: the rate of each arm at each level, by the names of level and arm; pairs without one are left out.
-        factor: between an arm's rate and those beside it, where it has no grid.
-        perturbed: those that start from perturbed weights too.
-    """
-    single = {(level.name, arm.name): arm.rates[0] for level, arm in preset.pairs() if len(arm.rates) == 1}
-    rates = {**chosen, **single}
-    for level, arm in preset.pairs():
-        rate = rates.get((level.name, arm.rate_of or arm.name))
-        if rate is None:
-            continue
-        stages = {rate: REPORTED}
-        if level.neighbours:
-            step = arm.rates[1] / arm.rates[0] if len(arm.rates) > 1 else factor
-            stages = {rounded(rate / step): NEIGHBOUR, rate: REPORTED, rounded(rate * step): NEIGHBOUR}
-        if (equal := rates.get((level.name, arm.control_of))) is not None:
-            stages.setdefault(equal, EQUAL_RATE)
-        for other, stage in stages.items():
-            for seed in range(1, preset.seeds + 1):
-                cell = Cell(level, arm, other, seed, stage)
-                yield cell
-                if perturbed and stage == REPORTED:
-                    yield dataclasses.replace(cell, stage=EXPLORATORY, perturbed=True)
 
 
 def rounded(rate: float) -> float:

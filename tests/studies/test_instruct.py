@@ -17,6 +17,7 @@ from mora_jax.adapters.base import AdapterParam
 from mora_jax.cli.main import main
 from mora_jax.data import EncodedDataset, Segment, load_rows, load_tokenizer
 from mora_jax.errors import InputError
+from mora_jax.studies.cells import cell_names, reported_cells
 from mora_jax.studies.claims import claims
 from mora_jax.studies.instruct import (
     LOSSES,
@@ -34,8 +35,8 @@ from mora_jax.studies.intervals import interval
 from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.results import Results
 from mora_jax.studies.rows import read_rows
-from mora_jax.studies.run import cell_names, guide, run_study
-from mora_jax.studies.study import Arm, Preset, Sources, reported_cells
+from mora_jax.studies.run import guide, run_study
+from mora_jax.studies.study import Arm, Preset, Sources
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.train import train_runs

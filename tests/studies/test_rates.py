@@ -12,10 +12,11 @@ from mora_jax import demo
 from mora_jax.cli.main import main
 from mora_jax.errors import InputError
 from mora_jax.studies import rates
+from mora_jax.studies.cells import reported_cells
 from mora_jax.studies.claims import claims
 from mora_jax.studies.rates import Rates, best_rates, take, write_parts
 from mora_jax.studies.results import Results
-from mora_jax.studies.study import CHOOSING, Arm, Cell, Level, Preset, Sources, reported_cells
+from mora_jax.studies.study import CHOOSING, Arm, Cell, Level, Preset, Sources
 
 LEVEL = Level("8 rows", {"examples": 8, "batch_size": 4}, neighbours=True)
 LORA, FULL = Arm("LoRA r4", {}, (1e-3, 2e-3, 4e-3)), Arm("full", {}, (4e-4, 8e-4, 1.6e-3))

@@ -26,16 +26,16 @@ from mora_jax.errors import InputError
 from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
+from mora_jax.studies.cells import cell_config, reported_cells, search
 from mora_jax.studies.folder import StudyFolder
 from mora_jax.studies.instruct import Instruct
 from mora_jax.studies.intervals import interval, paired
 from mora_jax.studies.memorize import SYMBOLS, Memorize, bits_stored, make_pairs, right_symbols, share_of_right
 from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.results import Results, observations
-from mora_jax.studies.rows import sample, score_rows, split_by_prompt, write_rows
+from mora_jax.studies.rows import sample, split_by_prompt, write_rows
 from mora_jax.studies.run import guide, run_study
-from mora_jax.studies.search import search
-from mora_jax.studies.study import CHOOSING_SEEDS, Arm, Cell, Level, Measuring, Preset, Sources, reported_cells
+from mora_jax.studies.study import CHOOSING_SEEDS, Arm, Cell, Evaluation, Level, Preset, Sources
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.results import RunResult
 
@@ -211,8 +211,8 @@ def test_rows_are_scored_in_the_template_of_the_study(tmp_path):
     found = {}
     for template in ("plain", None):
         preset = Preset("a test", (), {"data.max_length": 32, "data.template": template})
-        settings = Measuring(preset, SOURCES, tmp_path, {}, 1, {})
-        found[template] = score_rows(settings, tokenizer, model, path).nll
+        cell = Cell(Level(), ARMS[0], 1e-3, 1)
+        found[template] = Evaluation(cell, preset, SOURCES, tmp_path, {}, 0, 1, tokenizer, model).score(path).nll
         encoded = EncodedDataset.build(load_rows(rows), tokenizer, template, max_length=32)
         assert found[template] == pytest.approx(score(model, encoded, batch_size=2).nll, rel=1e-5)
     assert found["plain"] != pytest.approx(found[None], rel=1e-2)
@@ -226,7 +226,7 @@ def test_the_embedded_model_is_known_by_any_path_and_computes_in_float32():
         (os.path.relpath(demo.model_path()), "float32"),
         ("other", None),
     ):
-        assert run_module.cell_config(cell, preset, path, {"data.train": ("a",)}, "out").model.dtype == dtype
+        assert cell_config(cell, preset, path, {"data.train": ("a",)}, "out").model.dtype == dtype
 
 
 @pytest.mark.slow
@@ -237,8 +237,7 @@ def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatc
         seen.append(template)
         return ["" for _ in prompts]
 
-    monkeypatch.setattr("mora_jax.studies.memorize.generate_batch", answers)
-    monkeypatch.setattr("mora_jax.studies.instruct.generate_batch", answers)
+    monkeypatch.setattr("mora_jax.evaluation.chat.generate_batch", answers)
     model, tokenizer = load_pretrained(demo.model_path(), dtype="float32")
     for study in (Memorize(), Instruct()):
         tiny = study.presets["tiny"]
@@ -246,8 +245,8 @@ def test_answers_are_generated_in_the_template_of_the_study(tmp_path, monkeypatc
         settings = tiny.settings | {"data.template": "chatml", "data.max_length": 96}
         preset = dataclasses.replace(tiny, settings=settings, data={**tiny.data, "lengths": (96,)})
         data = study.write_data(preset, level, 1, tmp_path, SOURCES)
-        measuring = Measuring(preset, SOURCES, tmp_path, data, 1)
-        study.measure(Cell(level, arm, 1e-3, 1), measuring, tokenizer, model, 0)
+        cell = Cell(level, arm, 1e-3, 1)
+        study.measure(Evaluation(cell, preset, SOURCES, tmp_path, data, 0, 1, tokenizer, model))
     assert seen == ["chatml", "chatml"]
 
 
@@ -365,7 +364,7 @@ class Stop(BaseException):
 def test_what_ends_a_study_before_its_first_cell_replaces_nothing(stop, tmp_path, monkeypatch):
     folder = StudyFolder(str(tmp_path / "out"))
     with folder.opened({"study": "old"}, resume=False, overwrite=False):
-        folder.write_text("cells.csv", "old")
+        folder.files.write("cells.csv", "old")
         (folder.path / "runs" / "cell").mkdir(parents=True)
     before = {path.relative_to(folder.path) for path in folder.path.rglob("*")}
     with pytest.raises(stop), folder.opened({"study": "new"}, resume=False, overwrite=True):
@@ -384,7 +383,7 @@ def test_a_process_that_is_killed_loses_no_study(lines, tmp_path):
     out = tmp_path / "out"
     folder = StudyFolder(str(out))
     with folder.opened({"study": "old"}, resume=False, overwrite=False):
-        folder.write_text("cells.csv", "old")
+        folder.files.write("cells.csv", "old")
         (out / "runs" / "cell").mkdir(parents=True)
     code = f"""
 import os, pathlib
@@ -418,7 +417,7 @@ def test_a_loss_that_is_not_finite_is_a_result_and_no_error():
         metrics = [
             {"step": step, "loss": None, "eval_teacher_forced_accuracy": value} for step, value in enumerate(values, 1)
         ]
-        config = run_module.cell_config(cell, preset, demo.model_path(), {"data.train": ("a",)}, "out")
+        config = cell_config(cell, preset, demo.model_path(), {"data.train": ("a",)}, "out")
         runs.append(RunResult(cell.name, {}, {"steps": 2}, metrics, None, None, config))
     assert [guide(Memorize(), run) for run in runs] == [-0.2, math.inf, -0.15]
     frame = observations(Memorize(), "test", cells, runs)
