@@ -78,13 +78,16 @@ def _train(args: argparse.Namespace, out: str | None, runs: Any, note: str | Non
     board = make_board()
     if note:
         board.note(f"warning: {note}")
-    found = runs or folder.runs()
-    result = train_runs(found, folder, board, at_once=args.at_once, overwrite=args.overwrite)
+    result = train_runs(runs or folder.runs(), folder, board, at_once=args.at_once, overwrite=args.overwrite)
     print(result.table())
     if result.exit_code:
         board.note(f"stopped; continue with mora-jax sweep --resume {folder.path}")
         return result.exit_code
-    if result.best is None:
+    if result.best is not None:
+        words = f"the best of {len(result.runs)} runs is {result.best.name}"
+    elif result.comparable:
         raise InputError(f"every run failed: {result.runs[0].failed or 'no step had a finite loss'}")
-    board.note(f"the best of {len(found)} runs is {result.best.name}; all of them: {folder.path / 'sweep.csv'}")
+    else:
+        words = "no run is called the best, since their losses are of different data"
+    board.note(f"{words}; all of them: {folder.path / 'sweep.csv'}")
     return 0

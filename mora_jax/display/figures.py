@@ -71,14 +71,14 @@ def legend(parent: Any, lines: Mapping[str, Any], **options: Any) -> None:
 
 
 def write_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> None:
-    """Writes a figure, whole or not at all, as PNG or SVG by the ending of the path; equal figures give equal files.
+    """Writes a figure, whole or not at all; the ending of the path says the format, and equal figures give equal files.
 
     Raises:
         InputError: the file can't be written.
     """
     with _reproducible(), new_file(path) as file:
-        metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
-        figure.savefig(file, dpi=dpi, metadata=metadata)
+        metadata = {".svg": {"Date": None}, ".png": {"Software": None}}
+        figure.savefig(file, dpi=dpi, metadata=metadata.get(file.suffix))
 
 
 def as_svg(figure: Any) -> str:

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mora_jax.display.figures import legend, new_figure, style
+from mora_jax.display.figures import legend, new_figure, style, write_figure
 from mora_jax.display.tables import as_text, table
 from mora_jax.models.decoder import Decoder
 from mora_jax.sweeps.grid import shown
 from mora_jax.training.config.schema import Config
 
+#: Said where no run is the best.
+INCOMPARABLE = "the losses are of different data: they don't compare"
 _SCORES = ("final_loss", "eval_loss", "eval_perplexity")
 
 
@@ -51,6 +53,13 @@ class RunResult:
         loss = self.summary.get("final_loss") if loss is None else loss
         return math.nan if loss is None or self.failed else loss
 
+    @property
+    def scored_on(self) -> object:
+        """What `score` is of: scores of runs compare where these are equal."""
+        if self.summary.get("eval_loss") is not None:
+            return self.summary.get("eval_data")
+        return self.config.data, self.config.loss
+
 
 @dataclass
 class SweepResult:
@@ -68,9 +77,14 @@ class SweepResult:
 
     @property
     def best(self) -> RunResult | None:
-        """The run with the lowest `score`; None if none came to its end."""
+        """The run with the lowest `score`; None if none came to its end, or the scores are of different data."""
         ended = [run for run in self.runs if math.isfinite(run.score)]
-        return min(ended, key=lambda run: run.score, default=None)
+        return min(ended, key=lambda run: run.score, default=None) if self.comparable else None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the scores of all runs that came to their end are of the same data (and, of training, same loss)."""
+        return len({run.scored_on for run in self.runs if math.isfinite(run.score)}) <= 1
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -103,7 +117,8 @@ class SweepResult:
             numbers = ["-" if row[name] is None else f"{row[name]:.4f}" for name in _SCORES]
             why = run.failed or ("" if run.summary else "not ended")
             lines.append(("*" if row["best"] else "", run.name, *numbers, why))
-        return as_text(table(heads, lines, words=(0, 1, 5)))
+        text = as_text(table(heads, lines, words=(0, 1, 5)))
+        return text if self.comparable else f"{text}\n{INCOMPARABLE}"
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws the losses of the runs against the swept number, the best one marked.
@@ -146,61 +161,66 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
         InputError: matplotlib isn't installed, or `path` can't be written.
     """
     runs = [run for run in every if math.isfinite(run.score)]
-    keys = _varied(every)
+    named = dict.fromkeys(key for run in every for key in run.values)
+    keys = [key for key in named if len({shown(_value(run, key)) for run in every}) > 1]
     along = _along(every, keys)
-    places = _places(every, along)
-    lines: dict[str, list[RunResult]] = {}
+    values = list(dict.fromkeys(_value(run, along) for run in every))
+    numeric = all(isinstance(value, int | float) for value in values)
+    # A learning rate lies at itself, other values side by side.
+    if along == _RATE:
+        places = {shown(value): float(value) for value in values if value is not None}
+    else:
+        places = {shown(value): float(index) for index, value in enumerate(sorted(values) if numeric else values)}
+    lines: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         rest = [f"{key.rpartition('.')[2]} {shown(_value(run, key))}" for key in keys if key not in (along, _SEED)]
-        lines.setdefault(", ".join(rest), []).append(run)
+        by_place = lines.setdefault(", ".join(rest), {})
+        by_place.setdefault(places[shown(_value(run, along))], []).append(run.score)
     figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
     handles: dict[str, Any] = {}
-    for number, (label, members) in enumerate(lines.items()):
-        by_place: dict[float, list[float]] = {}
-        for run in members:
-            by_place.setdefault(places[shown(_value(run, along))], []).append(run.score)
-        middle = sorted((place, sum(losses) / len(losses)) for place, losses in by_place.items())
-        handles |= dict.fromkeys([label], axes.plot(*zip(*middle, strict=True), **style(number))[0])
+    for number, (label, by_place) in enumerate(lines.items()):
+        means = sorted((place, sum(losses) / len(losses)) for place, losses in by_place.items())
+        [handles[label]] = axes.plot(*zip(*means, strict=True), **style(number))
         if any(len(losses) > 1 for losses in by_place.values()):
             points = [(place, loss) for place, losses in by_place.items() for loss in losses]
             axes.plot(*zip(*points, strict=True), **style(number) | {"linestyle": "none"}, markersize=4, alpha=0.5)
     if best is not None:
-        at = places[shown(_value(best, along))], best.score
-        axes.plot(*at, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
-        first, last = min(places.values()), max(places.values())
-        side = "center" if first == last else {first: "left", last: "right"}.get(at[0], "center")
-        below = {"xytext": (0, -20), "textcoords": "offset points", "ha": side, "va": "top", "fontsize": 8}
-        axes.annotate(f"best: {best.name}", at, parse_math=False, **below)
-    numeric = all(isinstance(_value(run, along), int | float) for run in every)
+        _mark_best(axes, best, places[shown(_value(best, along))], list(places.values()))
     if along == _RATE and numeric:
         axes.set_xscale("log")
-    if not numeric or along != _RATE:
-        axes.set_xticks(list(places.values()), list(places), parse_math=False)
-    elif len(places) <= 8:
+    if along != _RATE or not numeric or len(places) <= 8:
         axes.set_xticks(list(places.values()), list(places), parse_math=False)
         axes.set_xticks([], minor=True)
     axes.margins(y=0.2)
     axes.set_xlabel(along or "run")
     scored = any(run.summary.get("eval_loss") is not None for run in runs)
     axes.set_ylabel("loss on held-out answers, nats a token" if scored else "loss of the last step, nats a token")
-    failed = [run for run in every if run.failed]
-    if failed:
-        names = ", ".join(run.name for run in failed)
-        axes.set_title(f"left out, since they failed: {names}", fontsize=8, wrap=True, parse_math=False)
+    if failed := ", ".join(run.name for run in every if run.failed):
+        axes.set_title(f"left out, since they failed: {failed}", fontsize=8, wrap=True, parse_math=False)
     if len(lines) > 1:
         legend(axes, handles)
     axes.grid(alpha=0.3)
     if path is not None:
-        figure.savefig(path, dpi=130)
+        write_figure(figure, path, dpi=130)
     return figure
+
+
+def _mark_best(axes: Any, best: RunResult, place: float, places: Sequence[float]) -> None:
+    """A star with the run's name below it, turned inwards where it lies at a side."""
+    axes.plot(place, best.score, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
+    first, last = min(places), max(places)
+    side = "center" if first == last else {first: "left", last: "right"}.get(place, "center")
+    below = {"xytext": (0, -20), "textcoords": "offset points", "ha": side, "va": "top", "fontsize": 8}
+    axes.annotate(f"best: {best.name}", (place, best.score), parse_math=False, **below)
 
 
 def _value(run: RunResult, key: str) -> Any:
     """What a run has for a key, whether or not its settings name it; of a value of a study's own what they say."""
+    if key in run.values:
+        return run.values[key]
     section, _, name = key.rpartition(".")
-    place = getattr(run.config, section) if section and key not in run.values else run.config
-    return run.values[key] if key in run.values else getattr(place, name, None)
+    return getattr(getattr(run.config, section) if section else run.config, name, None)
 
 
 def _along(runs: Sequence[RunResult], keys: list[str]) -> str:
@@ -210,19 +230,3 @@ def _along(runs: Sequence[RunResult], keys: list[str]) -> str:
     numbers = [key for key in keys if all(isinstance(_value(run, key), int | float) for run in runs)]
     others = [key for key in numbers if key != _SEED]
     return next(iter(others or numbers or keys), next(iter(runs[0].values), ""))
-
-
-def _places(runs: Sequence[RunResult], along: str) -> dict[str, float]:
-    """Where each value lies: a number at itself for the learning rate, others side by side."""
-    values = list(dict.fromkeys(_value(run, along) for run in runs))
-    if along == _RATE:
-        return {shown(value): float(value) for value in values if value is not None}
-    if all(isinstance(value, int | float) for value in values):
-        values.sort()
-    return {shown(value): float(index) for index, value in enumerate(values)}
-
-
-def _varied(runs: Sequence[RunResult]) -> list[str]:
-    """The keys whose values differ among runs, in order."""
-    keys = dict.fromkeys(key for run in runs for key in run.values)
-    return [key for key in keys if len({shown(_value(run, key)) for run in runs}) > 1]

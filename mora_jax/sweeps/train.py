@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,51 +68,20 @@ def train_runs(
     goes_on = folder is not None and folder.check_free(runs, overwrite)
     with contextlib.ExitStack() as context:
         context.enter_context(persistent_compilation_cache(runs[0].config.log.compilation_cache))
-
-        def begin() -> None:
-            """Takes the folder, once everything was found good."""
-            if folder is not None:
-                context.enter_context(folder.claimed())
-                if not goes_on:
-                    folder.create(runs, overwrite)
-
-        sweep = _Sweep(folder, board, objects, callbacks, measure, go_on, begin)
-        if goes_on:
-            sweep.begin_once()
-            sweep.take_up(runs)
+        sweep = _Sweep(runs, folder, board, objects, callbacks, measure, go_on, context)
+        if folder is not None and goes_on:
+            context.enter_context(folder.claimed())
+            sweep.take_up(folder.failed())
         board.begin([run.name for run in runs])
-        for name, ended in sweep.results.items():
-            board.ended(name, ended.failed or "done")
+        for name, result in sweep.results.items():
+            board.ended(name, result.failed or "done")
         with board:
-            code = sweep.train([run for run in runs if run.name not in sweep.results], at_once)
+            code = sweep.train(at_once, None if goes_on else overwrite)
         results = [sweep.results.get(run.name) or sweep.result(run, sweep.directory(run)) for run in runs]
-        result = SweepResult(results, None if folder is None else str(folder.path), code)
-        if folder is not None and code == 0 and (why := folder.write(result)):
+        outcome = SweepResult(results, None if folder is None else str(folder.path), code)
+        if folder is not None and code == 0 and (why := folder.write(outcome)):
             board.note(f"no plot: {why}")
-    return result
-
-
-@dataclass
-class _Base:
-    """A base in memory with what the runs on it have in common."""
-
-    model: Decoder
-    tokenizer: Any
-    objects: Objects
-    encoded: dict[Any, Any] = field(default_factory=dict)
-
-    def setup(self, config: Config) -> Setup:
-        """A run on the base, whose arrays it shares."""
-        model = nnx.merge(*nnx.split(self.model))
-        return prepare(config, replace(self.objects, model=model, tokenizer=self.tokenizer), self._encode)
-
-    def _encode(self, config: Config, *arguments: Any) -> Any:
-        """As `encode_data`, once for all runs on the same data."""
-        held_out = config.data.eval is None and config.data.eval_fraction > 0
-        key = config.data, config.loss, config.seed if held_out else 0
-        if key not in self.encoded:
-            self.encoded[key] = encode_data(config, *arguments)
-        return self.encoded[key]
+    return outcome
 
 
 @dataclass
@@ -120,30 +89,23 @@ class _Sweep:
     """A sweep under way.
 
     Attributes:
-        begin: called once, before the first run begins: everything was found good.
+        context: what it holds until its end.
         results: of the runs that are over, by name.
     """
 
+    runs: Sequence[SweepRun]
     folder: SweepFolder | None
     board: Board
     objects: Objects
     callbacks: Sequence[Callback]
     measure: RunMeasure | None
     go_on: bool
-    begin: Callable[[], None] | None
+    context: contextlib.ExitStack
     results: dict[str, RunResult] = field(default_factory=dict)
 
-    def begin_once(self) -> None:
-        """Calls `begin` if nothing has begun."""
-        begin, self.begin = self.begin, None
-        if begin is not None:
-            begin()
-
-    def take_up(self, runs: Sequence[SweepRun]) -> None:
-        """Reads the results of runs that are over."""
-        assert self.folder is not None, "there is something to take up"
-        failed = self.folder.failed()
-        for run in runs:
+    def take_up(self, failed: Mapping[str, str]) -> None:
+        """Reads the results of runs that are over; `failed` has what was said of those that failed, by name."""
+        for run in self.runs:
             result = self.result(run, self.directory(run), failed.get(run.name))
             if result.summary or result.failed:
                 self.results[run.name] = result
@@ -161,15 +123,27 @@ class _Sweep:
         out = run.config.out if directory.kept else None
         return RunResult(run.name, run.values, summary, metrics, failed, out, run.config, model)
 
-    def train(self, runs: Sequence[SweepRun], at_once: int | None) -> int:
-        """Trains these runs; returns 0, or the exit code after a signal."""
-        for _, groups in itertools.groupby(groups_of(runs, at_once), key=lambda group: base_of(group[0])):
-            if code := self._train_base(list(groups)):
-                return code
+    def train(self, at_once: int | None, overwrite: bool | None) -> int:
+        """Trains the runs that are not over; returns 0, or the exit code after a signal.
+
+        Args:
+            at_once: the most runs that train together.
+            overwrite: as of the sweep, whose folder is made before the first run begins; None where that was done.
+        """
+        create = self.folder is not None and overwrite is not None
+        groups = groups_of([run for run in self.runs if run.name not in self.results], at_once)
+        for _, on_base in itertools.groupby(groups, key=lambda group: base_of(group[0])):
+            for setups in self._prepared(list(on_base)):
+                if self.folder is not None and create:  # everything was found good
+                    self.context.enter_context(self.folder.claimed())
+                    self.folder.create(self.runs, bool(overwrite))
+                    create = False
+                if code := self._train_group(setups):
+                    return code
         return 0
 
-    def _train_base(self, groups: Sequence[Sequence[SweepRun]]) -> int:
-        """The groups on one base."""
+    def _prepared(self, groups: Sequence[Sequence[SweepRun]]) -> Iterator[list[tuple[SweepRun, Setup]]]:
+        """The groups on one base, ready to start; all of them are, before the first one is given out."""
         config, objects = groups[0][0].config, self.objects
         self.board.loading(f"loading {config.model.path}")
         if objects.model is not None and not stackable(config):
@@ -177,34 +151,36 @@ class _Sweep:
             copied = nnx.merge(graphdef, jax.tree.map(lambda array: array.copy(), state))  # the run changes it
             objects = replace(objects, model=copied)
         model, tokenizer, _ = load_base(config, objects)
-        base = _Base(model, tokenizer, objects)
-        setups = {run.name: self._prepared(run, base) for group in groups for run in group}
+        encoded: dict[Any, Any] = {}
+
+        def encode(config: Config, *arguments: Any) -> Any:
+            """As `encode_data`, once for all runs on the same data."""
+            held_out = config.data.eval is None and config.data.eval_fraction > 0
+            key = config.data, config.loss, config.seed if held_out else 0
+            if key not in encoded:
+                encoded[key] = encode_data(config, *arguments)
+            return encoded[key]
+
+        setups: dict[str, Setup] = {}
+        for run in itertools.chain(*groups):
+            shared = nnx.merge(*nnx.split(model))  # its arrays
+            try:
+                setups[run.name] = prepare(run.config, replace(objects, model=shared, tokenizer=tokenizer), encode)
+            except InputError as error:
+                if not self.go_on:
+                    raise InputError(f"run {run.name}: {error}") from None
+                self._ended(run, self.directory(run), str(error))
         for group in groups:
             # What is known of the data alone: as many steps, and masks of dropout for the same places.
             shapes: dict[Any, list[tuple[SweepRun, Setup]]] = {}
             for run in group:
-                setup = setups.pop(run.name)
-                if setup is not None:
+                if setup := setups.pop(run.name, None):
                     length = setup.batches.length if run.config.adapter.dropout else 0
                     shapes.setdefault((setup.plan.steps, length), []).append((run, setup))
-            for part in shapes.values():
-                if code := self._train_group(part):
-                    return code
-        return 0
-
-    def _prepared(self, run: SweepRun, base: _Base) -> Setup | None:
-        """The run, ready to start; None where it can't and the others go on."""
-        try:
-            return base.setup(run.config)
-        except InputError as error:
-            if not self.go_on:
-                raise InputError(f"run {run.name}: {error}") from None
-            self._ended(run, self.directory(run), str(error))
-            return None
+            yield from shapes.values()
 
     def _train_group(self, setups: Sequence[tuple[SweepRun, Setup]]) -> int:
         """Trains runs together to their ends; returns 0, or the exit code after a signal."""
-        self.begin_once()
         runs = [run for run, _ in setups]
         self.board.group([run.name for run in runs])
         signals = StopSignals(None, self.board.note)
@@ -234,7 +210,7 @@ class _Sweep:
         def named(callback: Callback) -> Callback:
             return lambda row: callback({"run": run.name, **row})
 
-        join, measure = None, None
+        join = measure = None
         if stack is not None:
             join = functools.partial(stack.join, optimizer=run.config.optimizer, steps=setup.plan.steps)
         if self.measure is not None:

@@ -21,6 +21,7 @@ from mora_jax.errors import InputError
 from mora_jax.sweeps.board import Board, LiveBoard
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun, combinations, expand, parse_grid
+from mora_jax.sweeps.results import RunResult, SweepResult
 from mora_jax.sweeps.stack import groups_of
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training import loop
@@ -242,6 +243,46 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(inputs, tmp_path):
     assert result.best is good
     assert isinstance(good.model, mj.models.Decoder)
     assert not list(adapters_of(model)), "the base is as it was"
+
+
+def scored(name, config, **summary):
+    return RunResult(name, {}, {"final_loss": 1.0} | summary, [], None, None, config)
+
+
+def test_no_run_is_the_best_where_losses_are_of_different_data(inputs, tmp_path):
+    config, other = base(inputs, tmp_path), base(inputs, tmp_path, data__train="other.json")
+    low = scored("low", config, eval_loss=0.5, eval_data="a")
+    same = SweepResult([scored("high", config, eval_loss=0.7, eval_data="a"), low], None)
+    assert same.best is low and "of different data" not in same.table()
+    for runs in (
+        [low, scored("elsewhere", config, eval_loss=0.7, eval_data="b")],
+        [low, scored("unscored", config)],
+        [scored("unscored", config), scored("other rows", other)],
+        [scored("unscored", config), scored("other tokens", base(inputs, tmp_path, loss__mode="unmasked"))],
+    ):
+        result = SweepResult(runs, None)
+        assert result.best is None and not any(row["best"] for row in result.rows)
+        assert result.table().endswith("the losses are of different data: they don't compare")
+        assert result.plot().axes
+    # What failed has no loss that could be of anything.
+    failed = RunResult("failed", {}, {}, [], "it failed", None, other)
+    assert SweepResult([low, failed], None).best is low
+
+
+def test_a_sweep_over_evaluation_data_names_no_best_run(inputs, tmp_path, capsys):
+    (tmp_path / "few.json").write_text(json.dumps(ROWS[:2]))
+    settings = {
+        "model.path": inputs / "model",
+        "data.train": inputs / "rows.json",
+        "train.steps": 1,
+        "train.batch_size": 2,
+    }
+    keys = [f"--config.{key}={value}" for key, value in (settings | {"out": tmp_path / "out"}).items()]
+    assert main(["sweep", *keys, "--sweep", f"data.eval={inputs / 'rows.json'},{tmp_path / 'few.json'}"]) == 0
+    out, err = capsys.readouterr()
+    assert "they don't compare" in out and "no run is called the best" in err
+    with open(tmp_path / "out" / "sweep.csv") as file:
+        assert [row["best"] for row in csv.DictReader(file)] == ["false", "false"]
 
 
 def test_groups_are_what_shares_a_compiled_step(inputs, tmp_path):
