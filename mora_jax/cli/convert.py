@@ -1,11 +1,10 @@
-"""Turn an adapter into another method or layout, extract one from a full fine-tune, or check an exported folder.
+"""Turn an adapter into another method or layout, or extract one from a full fine-tune.
 
   mora-jax convert --model M --adapter A --to lora --out DIR [--rank R]
   mora-jax convert --model M --adapter A --to mora --out DIR [--kind K] [--rank R]
   mora-jax convert --model M --adapter A --to peft --out DIR [--rank R]
   mora-jax convert --from-diff BASE TUNED --rank R --out DIR [--to mora --kind K]
   mora-jax convert --model M --adapter A --adapter B --combine cat|svd|linear|sum --weights W W --out DIR [--rank R]
-  mora-jax convert --check vllm DIR
 
 lora: exact where the method's update has low rank (LoRA; MoRA of every kind but rotation and decouple); with --rank the
 nearest LoRA of that rank, its relative Frobenius error printed. Without --rank a lossy result is refused.
@@ -46,13 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_key(parser, "--targets", "adapter.targets", help="Matrices to extract with --from-diff", default="all-linear")
     add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--check", nargs=2, metavar=("ENGINE", "DIR"), help="check a written folder for vllm; no --out")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    if args.check:
-        return _check(*args.check)
     _check_arguments(args)
     if args.from_diff:
         model, conversion = _difference(args)
@@ -161,17 +157,3 @@ def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
     by_path, conversion = combine(model, adapters, weights, args.combine, args.rank)
     install(model, by_path)
     return model, conversion
-
-
-def _check(engine: str, folder: str) -> int:
-    if engine != "vllm":
-        raise InputError(f"--check knows vllm, not {engine!r}")
-    from mora_jax.interop.vllm_check import check_folder
-
-    findings = check_folder(folder)
-    for finding in findings:
-        print(finding)
-    if findings:
-        raise InputError(f"{folder}: vLLM would refuse or misread it, {len(findings)} findings above")
-    print(f"{folder}: nothing that vLLM refuses", file=sys.stderr)
-    return 0

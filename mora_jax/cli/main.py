@@ -15,7 +15,22 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from mora_jax.cli import chat, convert, demo, doctor, generate, inspect, lm_eval, merge, plan, study, sweep, train
+from mora_jax.cli import (
+    chat,
+    check,
+    convert,
+    demo,
+    doctor,
+    generate,
+    info,
+    inspect,
+    lm_eval,
+    merge,
+    plan,
+    study,
+    sweep,
+    train,
+)
 from mora_jax.cli import eval as eval_command
 from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
@@ -32,6 +47,8 @@ COMMANDS = {
     "chat": chat,
     "merge": merge,
     "convert": convert,
+    "check": check,
+    "info": info,
     "inspect": inspect,
     "plan": plan,
     "sweep": sweep,

@@ -79,7 +79,7 @@ def test_a_rank_accepts_the_error_and_json_states_it(run, model_dir, adapters, t
     assert code == 0
     assert 0.1 < result["relative_error"] < 1
     assert {row["size"] for row in result["matrices"]} == {2}
-    assert run("convert", "--check", "vllm", tmp_path / "out")[0] == 0
+    assert run("check", tmp_path / "out", "--for", "vllm")[0] == 0
 
 
 def test_mora_in_its_authors_layout(run, model_dir, adapters, tmp_path):
@@ -152,7 +152,7 @@ def test_refusals(fails, run, model_dir, adapters, tmp_path):
     assert "--rank must be" in fails(*base, "--to", "lora", "--rank", "0", "--out", out)
     assert "--kind must be" in fails(*base, "--to", "mora", "--kind", "spiral", "--out", out)
     assert "leave --model and --adapter" in fails(*base, "--from-diff", model_dir, model_dir, "--out", out)
-    assert "is a LoRA" not in fails("convert", "--check", "tgi", adapters["lora"])
+    assert "invalid choice: 'tgi'" in fails("check", adapters["lora"], "--for", "tgi")
     assert "full rank" in fails("convert", "--from-diff", model_dir, model_dir, "--out", out)
     path = tmp_path / "other"
     model = mj.load_pretrained(model_dir, dtype="float32")[0]
@@ -167,7 +167,6 @@ def test_refusals(fails, run, model_dir, adapters, tmp_path):
     assert "so it has no kind" in fails("merge", *model[:4], "--adapter-kind", "grouped", "--out", out)
     assert "--adapter-kind must be" in fails("merge", *model[:4], "--adapter-kind", "spiral", "--out", out)
     assert not out.exists()
-    code, found, err = run("convert", "--check", "vllm", adapters["rotation"])
-    assert code == 2
-    assert "it is a MoRA, which vLLM does not have" in found
-    assert err.startswith("error: ")
+    code, found, _ = run("check", adapters["rotation"], "--for", "vllm")
+    assert code == 1
+    assert "refused: it is a MoRA, which vLLM does not have" in found

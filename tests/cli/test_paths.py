@@ -55,7 +55,7 @@ def test_every_command_takes_them(run, home, style):
     assert run("generate", *given, f"{out}/adapter", "--prompt", "Hi", "--max-new-tokens", "2")[0] == 0
     assert run("merge", *given, out, "--out", f"{to}/merged")[0] == 0
     assert run("convert", *given, out, "--to", "lora", "--out", f"{to}/lora")[0] == 0
-    assert run("convert", "--check", "vllm", f"{to}/merged")[0] == 0
+    assert run("check", f"{to}/merged", "--for", "vllm")[0] == 0
     assert run("inspect", "--model", f"{to}/merged", "--data", data, "--html", f"{to}/page.html", "--json")[0] == 0
     shutil.copyfile(ROOT / "configs" / "smollm2_dolly.py", os.path.expanduser(f"{to}/config.py"))
     planned = ["--config", f"{to}/config.py", "--model", model, "--tries", "0", "--json"]

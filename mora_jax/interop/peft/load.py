@@ -113,7 +113,7 @@ def needs_base(path: str | os.PathLike[str]) -> bool:
     return format_of(values, str(where)).needs_base(values)
 
 
-def _names(path: str) -> set[str]:
+def model_names(path: str) -> set[str]:
     """What a model is called: by the path as it is given, and by the folder that a link leads to."""
     return {Path(path).name, Path(found_path(path)).resolve().name}
 
@@ -156,7 +156,7 @@ class _Given:
     def check_base(self, strict: bool) -> None:
         """Warns of another base than the one that the folder names, or refuses it."""
         wanted, have = self.config.values.get("base_model_name_or_path"), getattr(self.model, "name_or_path", None)
-        if not wanted or not have or _names(wanted) & _names(have):
+        if not wanted or not have or model_names(wanted) & model_names(have):
             return
         message = f"{self.config.where}: the adapter was made for {wanted}, the model is {have}"
         if strict:
