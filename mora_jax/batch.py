@@ -28,3 +28,30 @@ class Batch(TypedDict):
     counts: NotRequired[Array]
     kl_weights: NotRequired[Array]
     prompt_weights: NotRequired[Array]
+
+
+class PreferenceBatch(TypedDict):
+    """Rows of preferences. B stands for the rows as in `Batch`, K for the most examples that share one.
+
+    An example is two sequences, `[B, 2, T]`: with the chosen and the rejected answer of a pair, or with a labelled
+    answer and with that of another example. Each has the number of its example in `segment_ids`.
+
+    Attributes:
+        input_ids, segment_ids, positions: int32 `[B, 2, T]`, as in `Batch`.
+        weights: float32 `[B, 2, T]`, of the SFT term; of wanted answers alone.
+        answer_weights: float32 `[B, 2, T]`, of each token in the log-probability of its answer.
+        counts: float32 `[B]`, as in `Batch`, of the SFT term.
+        example_weights: float32 `[B, K]`, what each example counts; 0 where there is none.
+        desired: float32 `[B, K]`, 1 where the first answer is wanted, which that of a pair always is.
+        reference_logps: float32 `[B, 2, K]`, the log-probabilities of the answers under the reference.
+    """
+
+    input_ids: Array
+    segment_ids: Array
+    positions: Array
+    weights: Array
+    answer_weights: Array
+    counts: Array
+    example_weights: Array
+    desired: Array
+    reference_logps: NotRequired[Array]

@@ -54,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
         return _run_task(args)
     from mora_jax.cli.load import load
     from mora_jax.cli.options import read_data
+    from mora_jax.data.preferences import refuse_preferences
     from mora_jax.evaluation.perplexity import score
 
     args.max_length = args.max_length or args.defaults["max_length"]
     reading = {"strict": args.strict, "kind": args.adapter_kind}
     model, tokenizer = load(args.model, args.adapter, args.dtype, quantize=args.quantize, **reading)
     dataset = read_data(args, tokenizer, model.config.vocab_size)
+    refuse_preferences(dataset.store)
     for note in dataset.report.notes:
         print(f"note: {note}", file=sys.stderr)
     with progress("scoring") as report:

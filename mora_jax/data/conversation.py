@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from mora_jax.data.segments import ROLE_SEGMENT
+
+
+class Side(IntEnum):
+    """How a row of preferences judges its answer. A chosen row is followed by the rejected one of its pair."""
+
+    NONE = 0
+    CHOSEN = 1
+    REJECTED = 2
+    DESIRED = 3
+    UNDESIRED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,8 @@ class Conversation:
       source: file and row, for messages to the user.
       weight: what the whole row counts beside the others.
       tools: descriptions of the tools that the assistant may call, for templates that show them.
+      side: how its answer is judged, in data of preferences.
+      answer: the message with which that answer begins.
     """
 
     messages: tuple[Message, ...] = ()
@@ -69,6 +82,8 @@ class Conversation:
     source: str = ""
     weight: float = 1.0
     tools: tuple[Mapping[str, Any], ...] = ()
+    side: Side = Side.NONE
+    answer: int = 0
 
     def __str__(self) -> str:
         return self.text if self.text is not None else "\n".join(map(str, self.messages))
@@ -82,11 +97,14 @@ class Passage:
       parts: `(text, weight)`; weight 0 is not trained.
       source: file and row.
       weight: what the whole row counts beside the others.
+      side, answer: as of a `Conversation`, by parts.
     """
 
     parts: tuple[tuple[str, float], ...]
     source: str = ""
     weight: float = 1.0
+    side: Side = Side.NONE
+    answer: int = 0
 
     def __str__(self) -> str:
         return "\n".join(f"{weight:>10g}: {text}" for text, weight in self.parts)

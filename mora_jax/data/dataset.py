@@ -11,8 +11,8 @@ import numpy as np
 
 from mora_jax.batch import Batch
 from mora_jax.data.batch_plan import padded_length
-from mora_jax.data.conversation import Row
-from mora_jax.data.examples import TRUNCATIONS, Cut, RowOutcomes, find_examples, flat_weights
+from mora_jax.data.conversation import Row, Side
+from mora_jax.data.examples import TRUNCATIONS, Cut, RowOutcomes, answer_weights, find_examples, flat_weights
 from mora_jax.data.formats.load import Rows
 from mora_jax.data.inspect.report import Report, count
 from mora_jax.data.loss_weights import LossWeights, normalize, response_tokens, token_weights
@@ -33,6 +33,9 @@ class Example:
       weights: `[T]` float32; `weights[t]` is the weight of predicting token t, so the first is 0.
       weight: what the example counts beside the others.
       source: file and row.
+      side: how its answer is judged.
+      answer_weights: `[T]` float32, the weight of each token in the log-probability of a judged answer; None for other
+        rows.
     """
 
     input_ids: np.ndarray
@@ -40,6 +43,8 @@ class Example:
     weights: np.ndarray
     weight: float = 1.0
     source: str = ""
+    side: Side = Side.NONE
+    answer_weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -158,7 +163,8 @@ class EncodedDataset(Sequence[Example]):
             if here.any():
                 self._check_ids(flat, first, vocab_size)
                 weights = flat_weights(flat, self.loss)
-                examples = find_examples(flat, weights, here, self.max_length, self.truncation, outcomes)
+                needed = weights if not flat.sides.any() else answer_weights(flat)
+                examples = find_examples(flat, needed, here, self.max_length, self.truncation, outcomes)
                 found.append(examples + np.array([first, 0, 0, 0]))
                 counted.append(count(flat, weights, here, special))
             first += len(flat)
@@ -199,12 +205,28 @@ class EncodedDataset(Sequence[Example]):
         tokens = self.store[row]
         weights = piece.take(token_weights(tokens, self.loss)).copy()
         weights[:1] = 0.0
+        of_answer = None
+        if tokens.side:
+            of_answer = piece.take(np.where(tokens.turns >= tokens.answer, token_weights(tokens), 0.0))
+            of_answer = of_answer.astype(np.float32)
+            of_answer[:1] = 0.0
         return Example(
-            piece.take(tokens.input_ids), piece.take(tokens.segments), weights, tokens.weight, self.store.source(row)
+            piece.take(tokens.input_ids),
+            piece.take(tokens.segments),
+            weights,
+            tokens.weight,
+            self.store.source(row),
+            Side(tokens.side),
+            of_answer,
         )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def sides(self) -> np.ndarray:
+        """How the answer of each example is judged: `[N]` int8, values of `Side`."""
+        return self.store.sides[self._rows]
 
     @property
     def batch_length(self) -> int:

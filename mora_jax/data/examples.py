@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from mora_jax.data.conversation import Side
 from mora_jax.data.loss_weights import LossWeights, response_tokens, segment_weights
 from mora_jax.data.segments import Segment
 from mora_jax.data.tokens.store import FlatRows
@@ -82,6 +83,29 @@ TRUNCATIONS: dict[str, Callable[[np.ndarray, np.ndarray, int], Iterator[Cut]]] =
 }
 
 
+def cut_pair(starts: Sequence[int], lengths: Sequence[int], head: int, limit: int, policy: str) -> list[Cut]:
+    """The examples of a chosen and a rejected answer whose rows begin with one prompt: what it loses, it loses in both.
+
+    Args:
+      starts: the first token of each answer.
+      lengths: tokens of each row.
+      head: tokens at the beginning that stay in any case.
+      limit: the most tokens of an example.
+      policy: a key of `TRUNCATIONS`; with `left` and `prompt_first` the prompt loses its beginning, then an answer that
+        is too long its end.
+
+    Returns:
+      Two cuts; none where nothing of an answer would be left, and under `drop`.
+    """
+    excess = max(lengths) - limit
+    if excess > 0 and policy == "drop":
+        return []
+    removed = 0 if excess <= 0 or policy == "right" else max(0, min(excess, min(starts) - 1 - head))
+    kept_head = head if removed else 0
+    cuts = [Cut(kept_head, kept_head + removed, min(length, removed + limit)) for length in lengths]
+    return cuts if all(cut.stop > start for cut, start in zip(cuts, starts, strict=True)) else []
+
+
 def cut(segments: np.ndarray, weights: np.ndarray, limit: int, policy: str) -> list[Cut]:
     """The examples that a row becomes.
 
@@ -124,9 +148,9 @@ class RowOutcomes:
     trained_tokens: int = 0
     trained_before: int = 0
 
-    def drop(self, cause: str) -> None:
-        """Counts a row that is left out."""
-        self.dropped[cause] = self.dropped.get(cause, 0) + 1
+    def drop(self, cause: str, rows: int = 1) -> None:
+        """Counts rows that are left out."""
+        self.dropped[cause] = self.dropped.get(cause, 0) + rows
 
 
 def flat_weights(flat: FlatRows, loss: LossWeights) -> np.ndarray:
@@ -155,6 +179,12 @@ def flat_weights(flat: FlatRows, loss: LossWeights) -> np.ndarray:
     return weights
 
 
+def answer_weights(flat: FlatRows) -> np.ndarray:
+    """Weights of predicting the tokens of judged answers, `[T]` float32: those of `masked`, 0 in the turns before."""
+    answers = flat.turns >= np.repeat(flat.answers, flat.lengths)
+    return np.where(answers, flat_weights(flat, LossWeights()), 0.0).astype(np.float32)
+
+
 def find_examples(
     flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, max_length: int, truncation: str, outcomes: RowOutcomes
 ) -> np.ndarray:
@@ -162,8 +192,8 @@ def find_examples(
 
     Args:
       flat: the rows.
-      weights: `[T]`, see `flat_weights`.
-      chosen: `[R]` bool, the rows to look at.
+      weights: `[T]`, see `flat_weights`; of rows that judge answers see `answer_weights`.
+      chosen: `[R]` bool, the rows to look at, of a pair both.
       max_length: the most tokens of an example.
       truncation: see `cut`.
       outcomes: counts, added to.
@@ -176,28 +206,35 @@ def find_examples(
     answers = flat.per_row(response_tokens(flat.segments))
     usable = (flat.weight > 0) & (trained > 0)
     whole = chosen & usable & (lengths <= max_length)
+    first = np.flatnonzero(flat.sides == Side.CHOSEN)
+    for marks in (usable, whole):  # both halves of a pair, or neither
+        marks[first] = marks[first + 1] = marks[first] & marks[first + 1]
     examples = [(row, 0, 0, int(lengths[row])) for row in np.flatnonzero(whole).tolist()]
     outcomes.tokens += int(lengths[whole].sum())
     outcomes.trained_tokens += int(trained[whole].sum())
     outcomes.trained_before += int(trained[chosen & usable].sum())
-    for row in np.flatnonzero(chosen & ~whole).tolist():
+    for row in np.flatnonzero(chosen & ~whole & (flat.sides != Side.REJECTED)).tolist():
+        paired = flat.sides[row] == Side.CHOSEN
+        parts = [slice(*flat.offsets[one : one + 2].tolist()) for one in range(row, row + 1 + paired)]
         if not usable[row]:
-            outcomes.drop("no_weight" if answers[row] else "no_answer")
+            outcomes.drop("no_weight" if answers[row] else "no_answer", len(parts))
             continue
-        part = slice(int(flat.offsets[row]), int(flat.offsets[row + 1]))
-        cuts = cut(flat.segments[part], weights[part], max_length, truncation)
-        _count_cuts(outcomes, cuts, truncation)
-        for piece in cuts:
-            examples.append((row, *piece))
+        if paired:
+            starts = [int(np.flatnonzero(weights[part])[0]) for part in parts]
+            sizes = [part.stop - part.start for part in parts]
+            cuts = cut_pair(starts, sizes, _bos(flat.segments[parts[0]]), max_length, truncation)
+        else:
+            cuts = cut(flat.segments[parts[0]], weights[parts[0]], max_length, truncation)
+        if not cuts:
+            outcomes.drop("too_long" if truncation == "drop" else "answer_cut_off", len(parts))
+        elif truncation == "split":
+            outcomes.split += 1
+        else:
+            outcomes.truncated += sum(
+                piece.length < part.stop - part.start for piece, part in zip(cuts, parts, strict=True)
+            )
+        for number, piece in enumerate(cuts):
+            examples.append((row + number * paired, *piece))
             outcomes.tokens += piece.length
-            outcomes.trained_tokens += int(np.count_nonzero(piece.take(weights[part])[1:]))
+            outcomes.trained_tokens += int(np.count_nonzero(piece.take(weights[parts[number * paired]])[1:]))
     return np.array(sorted(examples), np.int64).reshape(-1, 4)
-
-
-def _count_cuts(outcomes: RowOutcomes, cuts: list[Cut], truncation: str) -> None:
-    if not cuts:
-        outcomes.drop("too_long" if truncation == "drop" else "answer_cut_off")
-    elif truncation == "split":
-        outcomes.split += 1
-    else:
-        outcomes.truncated += 1

@@ -12,6 +12,7 @@ import numpy as np
 from mora_jax.batch import Batch
 from mora_jax.data.batch_plan import BatchPlan
 from mora_jax.data.dataset import EncodedDataset
+from mora_jax.data.preferences import PreferenceDataset
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BatchSource:
       rows: this process's share: which rows of each micro-batch it makes, ascending; None for all.
     """
 
-    dataset: EncodedDataset
+    dataset: EncodedDataset | PreferenceDataset
     plan: BatchPlan
     micro_batch: int
     normalize: str = "token"

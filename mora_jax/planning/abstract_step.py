@@ -60,6 +60,13 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (train.batch_size // rows, rows, config.data.max_length)
     integers, floats = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
     batch = {"input_ids": integers, "segment_ids": integers, "positions": integers, "weights": floats}
+    if config.loss.preference is not None:
+        batch = {name: jax.ShapeDtypeStruct((*shape[:2], 2, shape[2]), value.dtype) for name, value in batch.items()}
+        batch["answer_weights"] = batch["weights"]
+        for name in ("example_weights", "desired"):
+            batch[name] = jax.ShapeDtypeStruct((*shape[:2], 1), jnp.float32)
+        if config.loss.preference.referenced:
+            batch["reference_logps"] = jax.ShapeDtypeStruct((*shape[:2], 2, 1), jnp.float32)
     batch["counts"] = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
     if config.loss.kl_weight:
         batch["kl_weights"] = floats

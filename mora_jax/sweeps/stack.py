@@ -242,7 +242,7 @@ class Member(Runner):
 
     def read(self, fetched: Callable[[], tuple[StepMetrics, float]]) -> tuple[StepMetrics, float]:
         metrics, there = fetched()
-        return StepMetrics(*(field[self._index] for field in metrics)), there
+        return jax.tree.map(lambda values: values[self._index], metrics), there
 
     def share(self, rows: int) -> RowShare:
         """All rows, left where they are."""

@@ -17,6 +17,7 @@ from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.schema import Config
 from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.preferences import PreferenceLoss, reference_of
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.device_put import put
 from mora_jax.training.sharding.rules import Placement, placed
@@ -101,6 +102,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         base=base_structure(model) if config.loss.kl_weight else None,
         penalty=None if budget is None else budget.penalty,
         packed=config.data.packing,
+        loss=_preference_loss(config, model),
     )
     step = make_step(structure, optimizer, make_schedule(config.optimizer, steps, restarts), settings)
     runner: JitRunner | PmapRunner
@@ -109,6 +111,15 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     else:
         runner = JitRunner(step, mesh, placement.table(adapters, frozen))
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget, settings, rates)
+
+
+def _preference_loss(config: Config, model: Decoder) -> PreferenceLoss | None:
+    """The objective of preferences; None for the loss of tokens."""
+    objective = config.loss.preference
+    if objective is None:
+        return None
+    base = base_structure(model) if reference_of(config, model) == "base" else None
+    return PreferenceLoss(objective, config.loss.settings, config.loss.sft_term, base)
 
 
 def put_model(placement: Placement, model: Decoder) -> None:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mora_jax.data.preferences import PreferenceDataset
 from mora_jax.evaluation.loglikelihood import LoglikelihoodScorer
 from mora_jax.evaluation.perplexity import score
+from mora_jax.evaluation.preferences import answer_scores, preference_metrics
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.hooks import Hook, Point, Row, Run
 
@@ -84,7 +86,9 @@ class Evaluator(Hook):
         started, model = time.perf_counter(), run.model(point)
         row: dict[str, Any] = {"step": point.step}
         try:
-            if setup.evaluation is not None:
+            if isinstance(setup.evaluation, PreferenceDataset):
+                row |= self._of_preferences(model, setup.evaluation, progress=progress, **options)
+            elif setup.evaluation is not None:
                 scores = score(model, setup.evaluation, progress=progress, **options)
                 row |= {"eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
                 row |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
@@ -103,6 +107,18 @@ class Evaluator(Hook):
         self._seconds.append(time.perf_counter() - started)
         return row
 
+    def _of_preferences(self, model: Decoder, dataset: PreferenceDataset, **options: Any) -> dict[str, float]:
+        """Each metric of the objective, with its standard error beside it."""
+        loss = self._run.config.loss
+        assert loss.preference is not None, "preferences have an objective"
+        scores = answer_scores(model, dataset, base=loss.reference == "base", **options)
+        row = {}
+        for name, estimate in preference_metrics(dataset, scores, loss.preference, loss.settings).items():
+            row[f"eval_{name}"] = estimate.value
+            if estimate.stderr is not None:
+                row[f"eval_{name}_stderr"] = estimate.stderr
+        return row
+
     def seconds_left(self, step: int) -> float:
         """What the evaluations after `step` should take, by the shortest of this process: the first compiles."""
         if not self._evaluates or not self._seconds:
@@ -112,11 +128,12 @@ class Evaluator(Hook):
         return left * min(self._seconds)
 
     def summary(self, point: Point) -> dict[str, Any]:
-        of_tasks = tuple(f"eval_{task.task.name}_" for task in self._setup.tasks)
         evaluation = self._setup.evaluation
+        preferences = isinstance(evaluation, PreferenceDataset)
+        others = ("eval_",) if preferences else tuple(f"eval_{task.task.name}_" for task in self._setup.tasks)
         return {
             "eval_loss": self._row.get("eval_loss"),
             "eval_perplexity": self._row.get("eval_perplexity"),
             "eval_data": None if evaluation is None else evaluation.fingerprint(),
-            **{name: value for name, value in self._row.items() if name.startswith(of_tasks)},
+            **{name: value for name, value in self._row.items() if name.startswith(others)},
         }

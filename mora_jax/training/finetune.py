@@ -18,6 +18,7 @@ from mora_jax.data.read.locate import NAME, memory_rows
 from mora_jax.display.figures import new_figure
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
+from mora_jax.losses.preference import OBJECTIVES
 from mora_jax.models.decoder import Decoder
 from mora_jax.paths import OFF
 from mora_jax.training.config.adapter import adapter_settings
@@ -125,8 +126,9 @@ def finetune(
             paths, as `data.train`.
         adapter_config: a method's configuration, such as `MoRAConfig(rank=8)`; None for a model with adapters.
         tokenizer: for that of the model's folder.
-        loss: the loss mode, as `loss.mode`.
-        eval_rows: as `rows`; scored by the masked loss at the end and every `train.eval_every` steps.
+        loss: the loss mode, as `loss.mode`, or an objective of preferences, as `loss.objective`: `"dpo"`.
+        eval_rows: as `rows`; scored by the masked loss, or the objective of preferences, at the end and every
+            `train.eval_every` steps.
         steps: optimiser steps; None: `train.epochs` passes over the data.
         batch_size: rows an optimiser step; None: the default of `train.batch_size`.
         learning_rate: its peak; None: the default of `optimizer.learning_rate`.
@@ -156,7 +158,7 @@ def finetune(
         [1, 2]
     """
     arguments = {
-        "loss.mode": loss,
+        "loss.objective" if loss in OBJECTIVES else "loss.mode": loss,
         "train.steps": steps,
         "train.batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,

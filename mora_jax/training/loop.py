@@ -35,6 +35,7 @@ from mora_jax.training.relora import Restarter
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import RunDirectory
 from mora_jax.training.run.export import result_name
+from mora_jax.training.run.reference import ReferenceHook
 from mora_jax.training.saving import CheckpointHook, save_result
 from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
 from mora_jax.training.step import StepMetrics
@@ -195,7 +196,7 @@ class Trainer:
             assembly.adapters,
             assembly.frozen,
             setup.train.lengths,
-            kl=config.loss.kl_weight > 0,
+            kl=config.loss.kl_weight > 0 or config.loss.reference == "base",
             packed=packed_sizes(setup.model),
         )
         self.observer = Observer(config, directory, display, flops=flops, devices=runner.devices, steps=steps)
@@ -207,6 +208,7 @@ class Trainer:
             whole = runner.whole((self.point.state, self.point.frozen))
             restarter = Restarter(assembly.structure, assembly.restarts, *whole)
         watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
+        hooks = [*hooks, ReferenceHook(run, self.point)] if config.loss.reference == "cached" else hooks
         self.hooks = [*hooks, watchdog, CompilingHook(run), self.observer]
         self.hooks += [] if restarter is None else [RestartHook(run, restarter)]
         self.hooks.append(self._evaluator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +24,8 @@ from mora_jax.data import BatchPlan, EncodedDataset, describe_example, split_row
 from mora_jax.data.inspect.report import CAUSES
 from mora_jax.data.loss_weights import DIVISORS, LossWeights
 from mora_jax.data.pipeline import BatchSource
+from mora_jax.data.preferences import PreferenceDataset, refuse_preferences, split_preferences
+from mora_jax.data.tokens.store import TokenStore
 from mora_jax.errors import InputError
 from mora_jax.evaluation.tasks.run import NamedTask, read_tasks
 from mora_jax.interop import load_adapter, load_pretrained
@@ -32,8 +35,9 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import reschedule
 from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.load import check_warmup
-from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config
+from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, LossConfig
 from mora_jax.training.display.plain import RunInfo
+from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 from mora_jax.training.sharding.rules import base_shardings
 
@@ -54,17 +58,19 @@ class Setup:
         plan: which examples make up which batch.
         mesh: the devices along `data`, `fsdp`, `tensor` and `context`.
         tasks: those that are evaluated with the evaluation data.
+        given: whether the model came with adapters, which training goes on with.
     """
 
     config: Config
     model: Decoder
     tokenizer: Any
     attached: AttachReport
-    train: EncodedDataset
-    evaluation: EncodedDataset | None
+    train: EncodedDataset | PreferenceDataset
+    evaluation: EncodedDataset | PreferenceDataset | None
     plan: BatchPlan
     mesh: Mesh
     tasks: tuple[NamedTask, ...] = ()
+    given: bool = False
 
     @property
     def evaluates(self) -> bool:
@@ -157,7 +163,7 @@ class Setup:
             matched=sum(match.layers for match in self.attached.matches),
             trainable=self.attached.trainable,
             total=self.attached.total,
-            loss_mode=f"{config.loss.weights.words}, divided by {DIVISORS[config.loss.divided_by]}",
+            loss_mode=describe_loss(config.loss),
             trained_fraction=report.trained_fraction,
             examples=len(self.train),
             padding=self.plan.padding(self.batches.length),
@@ -184,6 +190,16 @@ def describe_method(config: AdapterConfig) -> str:
     return ", ".join((words, *found.details))
 
 
+def describe_loss(loss: LossConfig) -> str:
+    """What is minimised, in a few words."""
+    tokens = f"{loss.weights.words}, divided by {DIVISORS[loss.divided_by]}"
+    if loss.preference is None:
+        return tokens
+    words = f"{loss.objective}, beta {loss.settings.beta:g}"
+    words += "" if loss.reference is None else f", reference {loss.reference}"
+    return f"{words}, SFT term {loss.sft_term:g} ({tokens})" if loss.sft_term else words
+
+
 @dataclass(frozen=True)
 class Objects:
     """What a program has in memory, in place of what the configuration names.
@@ -204,7 +220,8 @@ class Objects:
 NOTHING = Objects()
 
 
-Encode = Callable[[Config, Any, int, Any, Any], tuple[EncodedDataset, EncodedDataset | None]]
+DataSet = EncodedDataset | PreferenceDataset
+Encode = Callable[[Config, Any, int, Any, Any], tuple[DataSet, DataSet | None]]
 
 
 def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Decoder, Any, Mesh]:
@@ -272,7 +289,9 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
         attached = put_adapter(model, config, plan.steps)
     if config.loss.kl_weight:
         check_divergence(model)
-    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks)
+    reference = reference_of(config, model, given=given)
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reference=reference))
+    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks, given)
 
 
 @contextlib.contextmanager
@@ -321,10 +340,11 @@ def check_divergence(model: Decoder) -> None:
 
 def encode_data(
     config: Config, tokenizer: Any, vocab_size: int, rows_given: Any = None, eval_rows: Any = None
-) -> tuple[EncodedDataset, EncodedDataset | None]:
+) -> tuple[DataSet, DataSet | None]:
     """Training and evaluation data as tokens with weights.
 
-    Evaluation always scores responses (the masked loss), so that runs of different loss modes compare.
+    Evaluation always scores responses (the masked loss), so that runs of different loss modes compare; of preferences
+    by their objective.
 
     Args:
         config: the whole run.
@@ -339,14 +359,27 @@ def encode_data(
     if data.eval is not None:
         held_out_store = data.source(data.eval if eval_rows is None else eval_rows, data.eval_split).load(tokenizer)
     elif data.eval_fraction > 0:
-        rows, held_out = split_rows(len(store), data.eval_fraction, config.seed)
+        if config.loss.preference is None:
+            rows, held_out = split_rows(len(store), data.eval_fraction, config.seed)
+        else:
+            rows, held_out = split_preferences(store, data.eval_fraction, config.seed)
     settings: dict[str, Any] = {
         "max_length": data.max_length,
         "truncation": data.truncation,
         "vocab_size": vocab_size,
         "special_ids": tokenizer.all_special_ids,
     }
-    train = EncodedDataset(store, config.loss.weights, rows=rows, **settings)
+    objective = config.loss.preference
+    for one in (store, held_out_store) if objective is None else ():
+        refuse_preferences(one)
+
+    def dataset(store: TokenStore, loss: LossWeights, rows: Any) -> DataSet:
+        encoded = EncodedDataset(store, loss, rows=rows, **settings)
+        if objective is None:
+            return encoded
+        return PreferenceDataset(encoded, labelled=objective.labelled, packing=data.packing)
+
+    train = dataset(store, config.loss.weights, rows)
     if data.eval is None and held_out is None:
         return train, None
-    return train, EncodedDataset(held_out_store, LossWeights(), rows=held_out, **settings)
+    return train, dataset(held_out_store, LossWeights(), held_out)

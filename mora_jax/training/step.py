@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class StepMetrics(NamedTuple):
         skipped: updates left out so far because loss or gradient was not finite, this one included.
         skipped_in_row: how many of them are the last steps without a break.
         penalty: what the loss got for the weights themselves; 0 without such a term.
+        of_loss: further means over the step, by name; those of preferences are named in training/preferences.py.
     """
 
     loss: Array
@@ -51,6 +52,7 @@ class StepMetrics(NamedTuple):
     skipped: Array
     skipped_in_row: Array
     penalty: Array
+    of_loss: dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class StepConfig:
         penalty: a term of the loss that depends on the trained arrays alone; it counts once a step.
         mapped: whether the step is under `jax.vmap` over runs that share the base (see mora_jax/sweeps).
         packed: whether a row may hold several examples.
+        loss: what is minimised; None for the weighted loss of tokens.
 
     Raises:
         ValueError: a divisor that is not positive; `kl_weight` without a `base`.
@@ -88,6 +91,7 @@ class StepConfig:
     penalty: Callable[[Arrays], Array] | None = None
     mapped: bool = False
     packed: bool = True
+    loss: StepLoss | None = None
 
     def __post_init__(self) -> None:
         if self.divisor is not None and not self.divisor > 0:
@@ -135,6 +139,32 @@ class Keys(NamedTuple):
     noise: Array | None
 
 
+class StepLoss(Protocol):
+    """What a step minimises.
+
+    Attributes:
+        names: of the metrics beside the loss.
+    """
+
+    names: tuple[str, ...]
+
+    def rows(
+        self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any
+    ) -> tuple[Any, Array, Array]:
+        """What each micro-batch needs, stacked; the normaliser of the step; how many tokens carry loss.
+
+        All that is divided by something of the whole step is divided here. Like a `MicroBatch` the first has at least
+        `input_ids` and `segment_ids`.
+        """
+        ...
+
+    def __call__(
+        self, config: StepConfig, model: Any, frozen: Arrays, rows: Any, keys: Keys
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss and the metrics of one micro-batch, as shares that add up to those of the step."""
+        ...
+
+
 StepFunction = Callable[[TrainState, Arrays, "Batch"], tuple[TrainState, StepMetrics]]
 
 
@@ -166,27 +196,29 @@ def make_step(
     if config.kl_weight and structure.trains_base:
         raise ValueError("full fine-tuning keeps no frozen base, so there is no divergence from it: use kl_weight=0")
 
-    def objective(adapters: Arrays, frozen: Arrays, rows: MicroBatch, keys: Keys) -> tuple[Array, Array]:
-        """Loss and KL of one micro-batch, both shares of the step's."""
-        return _objective(config, structure.model(adapters, frozen), frozen, rows, keys)
+    loss_of = TokenLoss() if config.loss is None else config.loss
+
+    def objective(adapters: Arrays, frozen: Arrays, rows: Any, keys: Keys) -> tuple[Array, dict[str, Array]]:
+        """Loss and metrics of one micro-batch, all shares of the step's."""
+        return loss_of(config, structure.model(adapters, frozen), frozen, rows, keys)
 
     def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        rows, normalizer, trained_tokens = _divided(config, batch)
+        rows, normalizer, trained_tokens = loss_of.rows(config, structure, state.adapters, frozen, batch)
         key = jax.random.fold_in(state.key, state.step)
         keys = Keys(key if config.dropout else None, jax.random.fold_in(key, _NOISE) if config.neftune_alpha else None)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
-        def add_micro_batch(sums: Any, rows: MicroBatch) -> tuple[Any, None]:
+        def add_micro_batch(sums: Any, rows: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, value_and_grad(state.adapters, frozen, rows, keys)), None
 
         if len(rows.input_ids) == 1:
             sums = value_and_grad(state.adapters, frozen, jax.tree.map(lambda x: x[0], rows), keys)
         else:
             zero = jnp.zeros((), jnp.float32)
-            start = ((zero, zero), jax.tree.map(jnp.zeros_like, state.adapters))
+            start = ((zero, dict.fromkeys(loss_of.names, zero)), jax.tree.map(jnp.zeros_like, state.adapters))
             sums, _ = jax.lax.scan(add_micro_batch, start, rows)
 
-        (loss, kl), gradient = jax.tree.map(config.total, sums)
+        (loss, of_loss), gradient = jax.tree.map(config.total, sums)
         # Divided by a sum of weights beyond float32 any loss is 0.
         loss = jnp.where(jnp.isfinite(normalizer), loss, jnp.nan)
         penalty = jnp.zeros((), jnp.float32)
@@ -203,10 +235,11 @@ def make_step(
             tokens=config.total(jnp.sum(rows.segment_ids > 0)),
             trained_tokens=trained_tokens,
             normalizer=normalizer,
-            kl=kl,
+            kl=of_loss.pop("kl", jnp.zeros((), jnp.float32)),
             skipped=skips.total,
             skipped_in_row=skips.in_row,
             penalty=penalty,
+            of_loss=of_loss,
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters, taken=taken)
         adapters: Any = optax.apply_updates(state.adapters, updates)
@@ -219,36 +252,62 @@ def make_step(
     return step
 
 
-def _objective(config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch, keys: Keys) -> tuple[Array, Array]:
-    """Loss and KL of one micro-batch; their weights are divided already, so that both are shares of the step's."""
-    partitioner = config.partitioner
-    inputs = rows.input_ids, rows.segment_ids, rows.positions
+class TokenLoss:
+    """The weighted loss of tokens, with the divergence from the base where that counts."""
+
+    names = ("kl",)
+
+    def rows(
+        self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any
+    ) -> tuple[MicroBatch, Array, Array]:
+        return _divided(config, batch)
+
+    def __call__(
+        self, config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch, keys: Keys
+    ) -> tuple[Array, dict[str, Array]]:
+        partitioner = config.partitioner
+        states, head = head_inputs(config, model, rows, keys)
+        fold = partitioner.fold if partitioner is not None else lambda x: x
+        shards = token_shards(config, len(states))
+        shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards, "mapped": config.mapped}
+        loss = weighted_loss(fold(states), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
+        if not config.kl_weight:
+            return loss, {"kl": jnp.zeros((), jnp.float32)}
+        assert config.base is not None, "the configuration demands it"
+        base_states, base_head = head_inputs(config, config.base.model(frozen), rows, Keys(None, None))
+        shared["base_kernel"] = base_head.kernel if model.has_adapted_head else None
+        assert rows.kl_weights is not None, "there are some where the divergence counts"
+        kl = weighted_kl(fold(states), fold(base_states), head.kernel, fold(rows.kl_weights), **shared)
+        return loss + config.kl_weight * kl, {"kl": kl}
+
+
+def token_shards(config: StepConfig, rows: int) -> int:
+    """Devices among which the tokens of so many rows are laid, once they are folded."""
+    ring = None if config.partitioner is None else config.partitioner.ring(rows)
+    return config.row_shards * (1 if ring is None else ring.size)
+
+
+def head_inputs(config: StepConfig, model: Any, rows: Any, keys: Keys) -> tuple[Array, Any]:
+    """The states `[rows, T, …]` that go into the output head, and that head.
+
+    Args:
+        config: of the step.
+        model: whose states.
+        rows: a `MicroBatch`, or another with its `input_ids`, `segment_ids`, `positions` and `numbers`.
+        keys: of what is random.
+    """
     noise = None
     if keys.noise is not None:
         assert rows.numbers is not None, "rows are numbered where noise is drawn"
         width = model.config.hidden_size
         noise = embedding_noise(keys.noise, rows.numbers, rows.segment_ids, width, config.neftune_alpha)
     random = {"dropout_key": keys.dropout, "row_numbers": rows.numbers, "embedding_noise": noise}
-    shape = {"partitioner": partitioner, "packed": config.packed}
-    hidden = _hidden(model, *inputs, **shape, **random)
+    inputs = rows.input_ids, rows.segment_ids, rows.positions
+    hidden = _hidden(model, *inputs, partitioner=config.partitioner, packed=config.packed, **random)
     if keys.dropout is None:
-        head, inputs_of_head = model.head(partitioner), hidden
-    else:
-        head, inputs_of_head = model.head_with_dropout(hidden, keys.dropout, rows.numbers, partitioner)
-    ring = None if partitioner is None else partitioner.ring(hidden.shape[0])
-    fold = partitioner.fold if partitioner is not None else lambda x: x
-    shards = config.row_shards * (1 if ring is None else ring.size)
-    shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards, "mapped": config.mapped}
-    loss = weighted_loss(fold(inputs_of_head), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
-    if not config.kl_weight:
-        return loss, jnp.zeros((), jnp.float32)
-    assert config.base is not None, "the configuration demands it"
-    base = config.base.model(frozen)
-    base_hidden = _hidden(base, *inputs, **shape)
-    shared["base_kernel"] = base.head(partitioner).kernel if model.has_adapted_head else None
-    assert rows.kl_weights is not None, "there are some where the divergence counts"
-    kl = weighted_kl(fold(inputs_of_head), fold(base_hidden), head.kernel, fold(rows.kl_weights), **shared)
-    return loss + config.kl_weight * kl, kl
+        return hidden, model.head(config.partitioner)
+    head, states = model.head_with_dropout(hidden, keys.dropout, rows.numbers, config.partitioner)
+    return states, head
 
 
 def _hidden(model: Any, *inputs: Array | None, **options: Any) -> Array:
@@ -271,22 +330,24 @@ def _divided(config: StepConfig, batch: Batch) -> tuple[MicroBatch, Array, Array
     kl_weights = None
     if config.kl_weight:
         _, kl_weights = next_token_targets(ids, batch["kl_weights"], segments)
-        kl_weights = kl_weights * _inverse(config.total(jnp.sum(kl_weights)))
-    numbers = _row_numbers(config.axis_name, *ids.shape[:2]) if config.dropout or config.neftune_alpha else None
-    divided = weights * _inverse(normalizer)
+        kl_weights = kl_weights * inverse(config.total(jnp.sum(kl_weights)))
+    numbers = row_numbers(config, *ids.shape[:2])
+    divided = weights * inverse(normalizer)
     rows = MicroBatch(ids, segments, batch.get("positions"), targets, divided, kl_weights, numbers)
     return rows, normalizer, config.total(jnp.sum(weights > 0))
 
 
-def _row_numbers(axis_name: str | None, micro_batches: int, rows: int) -> Array:
-    """The number of each row in the whole step, `[micro-batches, rows]` on this device."""
-    if axis_name is None:
+def row_numbers(config: StepConfig, micro_batches: int, rows: int) -> Array | None:
+    """The number of each row in the step, `[micro-batches, rows]` on this device; None where nothing is random."""
+    if not (config.dropout or config.neftune_alpha):
+        return None
+    if config.axis_name is None:
         return jnp.arange(micro_batches * rows).reshape(micro_batches, rows)
-    devices = jax.lax.psum(1, axis_name)
-    number = jnp.arange(micro_batches)[:, None] * devices + jax.lax.axis_index(axis_name)
+    devices = jax.lax.psum(1, config.axis_name)
+    number = jnp.arange(micro_batches)[:, None] * devices + jax.lax.axis_index(config.axis_name)
     return number * rows + jnp.arange(rows)
 
 
-def _inverse(normalizer: Array) -> Array:
+def inverse(normalizer: Array) -> Array:
     """1 / normalizer, and 0 for 0: nothing to train on is no division by zero."""
     return jnp.where(normalizer > 0, 1.0 / jnp.where(normalizer > 0, normalizer, 1.0), 0.0)

@@ -32,7 +32,10 @@ ROLES = {
 }
 
 #: Keys whose items are objects with keys of their own, and all keys that mean something.
-NESTED = ("messages", "conversations", "conversation", "prompt", "completion", "segments", "instances")
+NESTED = (
+    *("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected"),
+    *("segments", "instances"),
+)
 COLUMNS = (
     *NESTED,
     *("instruction", "input", "context", "output", "response", "system", "history", "question", "answer"),

@@ -131,7 +131,8 @@ class Converter:
             raise InputError(
                 f"{source}: a row should be an object with keys and is {found(row)}; expected {chosen.wanted}"
             )
-        if self.guessed and not chosen.matches(row) and (other := recognise(row)):
+        half = self.format == "preference" and not row.keys().isdisjoint(("chosen", "rejected"))
+        if self.guessed and not half and not chosen.matches(row) and (other := recognise(row)):
             raise InputError(
                 f"{source}: mixed formats: this row is of format `{other.name}`, others are of `{chosen.name}`"
                 f" (expected {chosen.wanted}); give each format a file of its own"

@@ -53,11 +53,6 @@ def refusal(row: Any) -> str | None:
             "the row is one message of a tree (`message_id`, `parent_id`), as OpenAssistant publishes them: join each"
             " path from root to leaf into one row with `messages`, or set data.format=text to train on single messages"
         )
-    if {"prompt", "completion"} <= row.keys() and isinstance(row.get("label"), bool):
-        return (
-            "the row says by `label` whether its completion is wanted: keep the rows where it is true, and set"
-            " data.columns to ignore=label"
-        )
     if isinstance(row.get("answer"), int):
         return _choices(row)
     return None
@@ -72,18 +67,12 @@ def _choices(row: dict[str, Any]) -> str | None:
     )
 
 
-def _preference(row: dict[str, Any]) -> str | None:
-    if not {"chosen", "rejected"} <= row.keys():
+def _half_pair(row: dict[str, Any]) -> str | None:
+    have = [key for key in ("chosen", "rejected") if key in row]
+    if len(have) != 1:
         return None
-    partner = {"prompt": "completion", "question": "answer", "query": "response", "instruction": "output"}
-    if isinstance(row["chosen"], list):
-        ours = "messages"
-    else:
-        ours = next((answer for key, answer in partner.items() if row.get(key) is not None), "text")
-    return (
-        "the row is a pair of answers to prefer between (`chosen`, `rejected`), and training is on one: set"
-        f" data.columns to {ours}=chosen to train on the chosen ones"
-    )
+    other = "rejected" if have == ["chosen"] else "chosen"
+    return f"the row has `{have[0]}` and no `{other}`: a pair of answers to prefer between has both"
 
 
 def _tree(row: dict[str, Any]) -> str | None:
@@ -125,7 +114,7 @@ def _wrapped(row: dict[str, Any]) -> str | None:
 
 
 _LISTS = ("messages", "conversations", "text")
-_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_preference, _tree, _script, _rated, _choices, _wrapped)
+_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_half_pair, _tree, _script, _rated, _choices, _wrapped)
 
 
 def no_format(row: dict[str, Any], formats: Iterable[tuple[str, frozenset[str]]]) -> str:

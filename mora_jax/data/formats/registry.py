@@ -10,6 +10,7 @@ from mora_jax.data.conversation import Conversation, Message, Row
 from mora_jax.data.formats.column_mapping import Mapping
 from mora_jax.data.formats.messages import read_message, read_spoken_calls, read_tools, read_turns
 from mora_jax.data.formats.nearest import no_format, refusal
+from mora_jax.data.formats.preferences import read_labelled, read_pair
 from mora_jax.data.formats.pretokenized import read_segments, read_tokens
 from mora_jax.data.read.validate import (
     absent,
@@ -59,15 +60,21 @@ class Format:
       name: as a user writes it in `config.data.format`.
       keys: a row that has one of these is of this format. The first are the names that `data.columns` maps to.
       convert: `(row, source, mapping)` -> rows (nearly always one). The columns are mapped already.
+      flag: a key that has to be true or false in a row by which the format is recognised.
     """
 
     name: str
     keys: tuple[Keys, ...]
     convert: Convert
+    flag: str = ""
 
     def matches(self, row: RawRow, filled: bool = True) -> bool:
         """Whether the row has the keys of this format; with a value, if `filled`."""
         return any(keys.match(row, filled) for keys in self.keys)
+
+    def recognises(self, row: RawRow) -> bool:
+        """Whether a row of unknown format is of this one."""
+        return self.matches(row) and (not self.flag or isinstance(row[self.flag], bool))
 
     @property
     def wanted(self) -> str:
@@ -171,12 +178,12 @@ def _filled(row: RawRow, *keys: str) -> str:
     return next((key for key in keys if not absent(row.get(key))), keys[0])
 
 
-def _format(name: str, convert: Convert, *keys: str, barred: dict[str, str] | None = None) -> Format:
+def _format(name: str, convert: Convert, *keys: str, barred: dict[str, str] | None = None, flag: str = "") -> Format:
     without = barred or {}
     entries = (
         Keys(frozenset(alternative.split("+")), frozenset(without.get(alternative, "").split())) for alternative in keys
     )
-    return Format(name, tuple(entries), convert)
+    return Format(name, tuple(entries), convert, flag)
 
 
 #: In the order in which a row is compared with them: those whose keys say most come first. Rows that were
@@ -186,6 +193,8 @@ FORMATS = {
     for entry in (
         _format("tokens", read_tokens, "input_ids"),
         _format("segments", read_segments, "segments"),
+        _format("preference", read_pair, "chosen+rejected"),
+        _format("labelled", read_labelled, "prompt+completion+label", flag="label"),
         _format("messages", _messages, "messages"),
         _format("sharegpt", _sharegpt, "conversations", "conversation"),
         _format("self_instruct", _self_instruct, "instruction+instances"),
@@ -218,7 +227,7 @@ def recognise(row: Any) -> Format | None:
     """The first format whose keys the row has, with values; None if it is of none."""
     if not isinstance(row, dict):
         return None
-    return next((candidate for candidate in FORMATS.values() if candidate.matches(row)), None)
+    return next((candidate for candidate in FORMATS.values() if candidate.recognises(row)), None)
 
 
 def detect_format(rows: Sequence[tuple[str, Any]]) -> Format:

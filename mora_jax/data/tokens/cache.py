@@ -21,7 +21,7 @@ from mora_jax.data.tokens.store import TokenStore, write
 from mora_jax.errors import InputError
 
 #: Raise it when the same rows become other tokens or another layout.
-VERSION = 3
+VERSION = 4
 _REASONS = 5
 
 

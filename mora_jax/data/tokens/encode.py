@@ -101,10 +101,13 @@ class RowEncoder:
           InputError: for the first row that cannot be used, unless such rows are skipped.
         """
         rows: list[Row] = []
+        origins: list[int] = []  # of each row, the raw one that it comes from
         errors: list[InputError] = []
-        for source, raw in chunk:
+        for number, (source, raw) in enumerate(chunk):
             try:
-                rows.extend(self._convert(source, raw))
+                converted = list(self._convert(source, raw))
+                rows += converted
+                origins += [number] * len(converted)
             except InputError as error:
                 if not self._skip:
                     raise or_skip(error) from None
@@ -112,13 +115,15 @@ class RowEncoder:
         renderer = self.renderer
         before = _rendered(renderer)
         kept: list[tuple[Tokens, str]] = []
-        for row, result in zip(rows, tokenize_rows(rows, self.renderer), strict=True):
-            if isinstance(result, Tokens):
-                kept.append((result, row.source))
-            elif self._skip:
+        results = tokenize_rows(rows, self.renderer)
+        refused = {origin for origin, result in zip(origins, results, strict=True) if isinstance(result, InputError)}
+        for row, origin, result in zip(rows, origins, results, strict=True):
+            if isinstance(result, InputError):
+                if not self._skip:
+                    raise or_skip(result)
                 errors.append(result)
-            else:
-                raise or_skip(result)
+            elif not (result.side and origin in refused):  # an answer whose other half is refused compares with nothing
+                kept.append((result, row.source))
         reasons = [str(error) for error in errors[:_REASONS]]
         counts = _rendered(renderer) - before
         counts["skipped"] = len(errors)
@@ -250,9 +255,10 @@ def _weighed(tokens: Tokens, row: Row) -> Tokens:
         turn_weights = tuple(weight for _, weight in row.parts)
     elif isinstance(row, Conversation) and any(message.weight is not None for message in row.messages):
         turn_weights = tuple(nan if m.weight is None else m.weight for m in row.messages)
-    if not turn_weights and row.weight == 1.0:
+    side, answer = (0, 0) if isinstance(row, TokenRow) else (int(row.side), row.answer)
+    if not turn_weights and row.weight == 1.0 and not side:
         return tokens
-    return replace(tokens, turn_weights=turn_weights, weight=row.weight)
+    return replace(tokens, turn_weights=turn_weights, weight=row.weight, side=side, answer=answer)
 
 
 def _from_ids(row: TokenRow, bos: int | None) -> Tokens:

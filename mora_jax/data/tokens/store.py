@@ -23,6 +23,8 @@ SCHEMA = pa.schema(
         ("weight", pa.float32()),
         ("seams", pa.int32()),
         ("prompt", pa.uint64()),
+        ("side", pa.int8()),
+        ("answer", pa.int16()),
         ("source", pa.string()),
     ]
 )
@@ -40,6 +42,8 @@ def make_batch(rows: Sequence[tuple[Tokens, str]]) -> pa.RecordBatch:
         pa.array([row.weight for row in tokens], pa.float32()),
         pa.array([row.seams for row in tokens], pa.int32()),
         pa.array([prompt_hash(row) for row in tokens], pa.uint64()),
+        pa.array([row.side for row in tokens], pa.int8()),
+        pa.array([row.answer for row in tokens], pa.int16()),
         pa.array([source for _, source in rows], pa.string()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
@@ -81,6 +85,8 @@ class FlatRows:
       weight: `[R]` float32, what each row counts.
       seams: `[R]`.
       prompts: `[R]` uint64, see `prompt_hash`.
+      sides: `[R]` int8, values of `Side`.
+      answers: `[R]` int16, the turn with which the judged answer begins.
     """
 
     offsets: np.ndarray
@@ -93,6 +99,8 @@ class FlatRows:
     weight: np.ndarray
     seams: np.ndarray
     prompts: np.ndarray
+    sides: np.ndarray
+    answers: np.ndarray
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -142,7 +150,14 @@ class TokenStore:
             tuple(_row(batch, "turn_weights", row).tolist()),
             None if own is None else own.to_numpy(),
             batch.column("weight")[row].as_py(),
+            batch.column("side")[row].as_py(),
+            batch.column("answer")[row].as_py(),
         )
+
+    @property
+    def sides(self) -> np.ndarray:
+        """How each row's answer is judged: `[N]` int8, values of `Side`."""
+        return np.concatenate([np.zeros(0, np.int8), *(batch.column("side").to_numpy() for batch in self._batches)])
 
     def source(self, index: int) -> str:
         """File and row number of one row."""
@@ -171,6 +186,8 @@ class TokenStore:
                 batch.column("weight").to_numpy(),
                 batch.column("seams").to_numpy(),
                 batch.column("prompt").to_numpy(),
+                batch.column("side").to_numpy(),
+                batch.column("answer").to_numpy(),
             )
 
 

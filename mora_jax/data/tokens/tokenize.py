@@ -45,6 +45,7 @@ class Tokens:
       turn_weights: for each message what it counts, NaN where the loss mode decides; empty if it always does.
       weights: `[T]` float32, the weights that the data gives each token; None if it gives none.
       weight: what the whole row counts beside the others.
+      side, answer: see `Conversation`.
     """
 
     input_ids: np.ndarray
@@ -54,6 +55,8 @@ class Tokens:
     turn_weights: tuple[float, ...] = ()
     weights: np.ndarray | None = None
     weight: float = 1.0
+    side: int = 0
+    answer: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

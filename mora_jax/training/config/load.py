@@ -22,6 +22,7 @@ from ml_collections import config_dict
 
 from mora_jax.data.segments import ROLE_SEGMENT
 from mora_jax.errors import InputError
+from mora_jax.losses.preference import OBJECTIVES, Settings
 from mora_jax.paths import expanded
 from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.schema import Config, find_key, flatten, keys, lay_over, unused
@@ -329,8 +330,33 @@ def _check_data_and_loss(config: Config) -> None:
             f"config: loss.kl_weight needs a base that stays frozen, and adapter.method={config.adapter.method} "
             f"changes it"
         )
+    _check_objective(config)
     if data.packing and data.bucketing:
         raise InputError("config: data.packing fills rows of one length; set data.bucketing=false with it")
+
+
+def _check_objective(config: Config) -> None:
+    """Refuses keys of preferences that the objective doesn't use."""
+    loss, objective = config.loss, config.loss.preference
+    known: set[str] = set()
+    if objective is not None:
+        known = {"beta", "sft_weight", *objective.settings, *(("reference",) if objective.referenced else ())}
+    for name in (*Settings._fields, "sft_weight", "reference"):
+        if getattr(loss, name) is not None and name not in known:
+            users = [key for key, entry in OBJECTIVES.items() if name in (*entry.settings, "beta", "sft_weight")]
+            users = [key for key, entry in OBJECTIVES.items() if entry.referenced] if name == "reference" else users
+            raise InputError(
+                f"config: loss.objective={loss.objective} does not use loss.{name}, which is of {', '.join(users)}"
+            )
+    if objective is None:
+        return
+    if loss.kl_weight:
+        raise InputError(f"config: loss.kl_weight is of loss.objective=sft, and it is {loss.objective}")
+    if config.data.truncation == "split":
+        raise InputError(
+            f"config: data.truncation=split makes pieces of an answer, which loss.objective={loss.objective} compares "
+            "whole; set data.truncation=prompt_first"
+        )
 
 
 def check_warmup(config: Config, steps: int) -> None:

@@ -16,10 +16,12 @@ from mora_jax.data.loss_weights import DIVISORS, ENDS, HEADERS, MODES, LossWeigh
 from mora_jax.data.sources import Source
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.errors import InputError
+from mora_jax.losses.preference import OBJECTIVES, Objective, Settings
 from mora_jax.training.config.adapter import METHOD_KEYS, START, AdapterConfig
 from mora_jax.training.config.key import Key, key, meant
 
 QUANTIZE = ("none", "int8", "nf4")
+REFERENCES = ("base", "cached")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 
 
@@ -111,7 +113,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Section `loss`: which tokens carry loss."""
+    """Section `loss`: what is minimised, and which tokens carry it."""
 
     mode: str = key(
         "masked",
@@ -139,6 +141,58 @@ class LossConfig:
     constant: float | None = key(None, "The divisor of normalize=constant.", above=0)
     kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)
     kl_tokens: str = key("response", "The tokens on which it is taken.", choices=("response", "prompt"))
+    objective: str = key(
+        "sft",
+        "What is minimised: sft, the loss of tokens; or from preferences "
+        f"{'; '.join(f'{name}: {entry.doc}' for name, entry in OBJECTIVES.items())}.",
+        choices=("sft", *OBJECTIVES),
+    )
+    beta: float | None = key(
+        None,
+        "How strongly differences of log-probabilities count in an objective of preferences; none: its own, "
+        f"{', '.join(f'{name} {entry.beta:g}' for name, entry in OBJECTIVES.items())}.",
+        above=0,
+    )
+    label_smoothing: float | None = key(
+        None, "dpo, simpo, cpo: the probability that a pair is judged the wrong way; none: 0.", at_least=0, below=0.5
+    )
+    length_normalize: bool | None = key(
+        None, "dpo, ipo: whether log-ratios are means over an answer's tokens; none: with ipo."
+    )
+    gamma: float | None = key(None, "simpo: the target margin of rewards; none: 0.5.", at_least=0)
+    desirable_weight: float | None = key(None, "kto: what a wanted answer counts; none: 1.", at_least=0)
+    undesirable_weight: float | None = key(None, "kto: what an unwanted answer counts; none: 1.", at_least=0)
+    sft_weight: float | None = key(
+        None,
+        "Weight of the loss of the chosen answers' tokens, by loss.mode, beside preferences; none: 1 with orpo and "
+        "cpo, else 0.",
+        at_least=0,
+    )
+    reference: str | None = key(
+        None,
+        "dpo, ipo, kto: base is the model without its adapters, run in each step; cached are the log-probabilities of "
+        "the model as training begins, computed once and kept with the tokens; none: base where that is the same.",
+        choices=REFERENCES,
+    )
+
+    @property
+    def preference(self) -> Objective | None:
+        """The objective of preferences; None for `sft`."""
+        return OBJECTIVES.get(self.objective)
+
+    @property
+    def sft_term(self) -> float:
+        """The weight of the loss of tokens beside preferences."""
+        usual = 0.0 if self.preference is None else self.preference.sft_weight
+        return usual if self.sft_weight is None else self.sft_weight
+
+    @property
+    def settings(self) -> Settings:
+        """The numbers of the objective of preferences."""
+        assert self.preference is not None, "sft has none"
+        usual = {"beta": self.preference.beta, "length_normalize": self.preference.length_normalize}
+        given = {name: getattr(self, name) for name in Settings._fields if getattr(self, name) is not None}
+        return Settings(**usual | given)
 
     @property
     def weights(self) -> LossWeights:
@@ -373,6 +427,11 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         (not mode.roles, f"loss.mode={loss.mode}", ["loss.roles"]),
         (loss.normalize != "constant", f"loss.normalize={loss.normalize or 'unset'}", ["loss.constant"]),
         (loss.kl_weight == 0, "loss.kl_weight=0", ["loss.kl_tokens"]),
+        (
+            loss.preference is not None and loss.sft_term == 0,
+            "loss.sft_weight=0",
+            [f"loss.{name}" for name in ("mode", "prompt_weight", "roles", "end_of_turn", "headers", "normalize")],
+        ),
         (data.eval is None, "no data.eval", ["data.eval_split"]),
         (log.wandb is None, "no log.wandb", ["log.wandb_mode"]),
         (log.profile_steps == 0, "log.profile_steps=0", ["log.profile_first"]),

@@ -201,7 +201,9 @@ def left_words(row: Mapping[str, Any]) -> str:
 def _evaluation_words(row: Mapping[str, Any]) -> str:
     found = []
     if "eval_loss" in row:
-        found.append(f"eval loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}")
+        found.append(f"eval loss {row['eval_loss']:.4f}")
+    if "eval_perplexity" in row:
+        found.append(f"perplexity {row['eval_perplexity']:.3f}")
     known = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_tokens", "eval_prompt_loss")
     tasks = {name: value for name, value in row.items() if name.startswith("eval_") and name not in known}
     return "  ".join([*found, *(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in tasks.items())])

@@ -36,6 +36,11 @@ def divergence(step: int, metrics: StepMetrics) -> dict[str, float]:
     return {"kl": float(metrics.kl)}
 
 
+def of_preferences(step: int, metrics: StepMetrics) -> dict[str, float]:
+    """Those of an objective of preferences; what no example of the step says is left out."""
+    return {name: float(value) for name, value in metrics.of_loss.items() if math.isfinite(value)}
+
+
 class StepRows:
     """Turns the metrics of steps into rows.
 
@@ -60,7 +65,8 @@ class StepRows:
     ):
         self._config, self._observer, self._read, self._note = config, observer, read, note
         self._metrics: list[RowMetric] = [of_every_step]
-        self._metrics += [divergence] if config.loss.kl_weight else []
+        self._metrics += [divergence] if config.loss.kl_weight or config.loss.reference == "base" else []
+        self._metrics += [of_preferences] if config.loss.preference else []
         self._metrics += [] if budget is None else [budget.row]
         self._nonfinite = NonFinite(config.train.max_skipped, config.optimizer.learning_rate)
         self._spikes = Spikes()

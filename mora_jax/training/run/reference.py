@@ -1,0 +1,89 @@
+"""The reference of preference losses where it is cached: log-probabilities by the model that training begins from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from mora_jax.data.preferences import PreferenceDataset
+from mora_jax.evaluation.preferences import answer_scores
+from mora_jax.interop.fingerprint import base_hash
+from mora_jax.paths import OFF, cache_folder, expanded, local_path, writable
+from mora_jax.training.config.adapter import adapter_config
+from mora_jax.training.hooks import Hook, Point, Run
+
+
+class ReferenceHook(Hook):
+    """Scores the data by the model that a run begins from, or finds what an earlier run of the same kept.
+
+    Args:
+        run: whose reference is cached.
+        start: its beginning, before any checkpoint is read.
+    """
+
+    def __init__(self, run: Run, start: Point) -> None:
+        self._run, self._start = run, start
+
+    def __enter__(self) -> Self:
+        setup = self._run.setup
+        for words, dataset in (("training", setup.train), ("evaluation", setup.evaluation)):
+            if isinstance(dataset, PreferenceDataset):
+                dataset.reference = self._scored(dataset, words)
+        del self._start  # its arrays are given away by the first step
+        return self
+
+    def _scored(self, dataset: PreferenceDataset, words: str) -> np.ndarray:
+        run = self._run
+        path = self._file(dataset)
+        if path is not None and path.is_file():
+            return np.load(path)
+        placement = run.assembly.placement
+        scores = answer_scores(
+            run.model(self._start),
+            dataset,
+            batch_size=run.setup.micro_batch,
+            partitioner=None if placement is None else placement.partitioner,
+            progress=lambda done, total: run.display.progress(f"reference of the {words} data", done, total),
+        )
+        if path is not None and run.directory.writes:
+            _write(path, scores.logp)
+        return scores.logp
+
+    def _file(self, dataset: PreferenceDataset) -> Path | None:
+        """Where the log-probabilities are kept; None where what training begins from isn't all in files."""
+        run, config = self._run, self._run.config
+        folder = cache_folder() if config.data.cache is None else local_path(config.data.cache)
+        start = config.adapter.path
+        if config.data.cache == OFF or run.setup.given or folder is None or not writable(folder):
+            return None
+        adapter: Any = None
+        if start is not None:
+            files = sorted(expanded(start).glob("*.safetensors"))
+            if not files:
+                return None
+            adapter = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        assert run.setup.model.folder is not None, "a model that was loaded has a folder"
+        parts = {
+            "base": base_hash(run.setup.model.folder),
+            "model": [run.setup.model.dtype.name, config.model.quantize],
+            "adapter": [repr(adapter_config(config.adapter)), config.seed, adapter],
+            "data": [dataset.fingerprint(), dataset.labelled],
+        }
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        return folder / f"reference-{key}.npy"
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    """Writes an array beside and renames it; a full disk only costs computing it again."""
+    with contextlib.suppress(OSError):
+        handle, beside = tempfile.mkstemp(dir=os.path.realpath(path.parent), suffix=".npy")
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, values)
+        os.replace(beside, path)
