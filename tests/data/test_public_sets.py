@@ -53,6 +53,8 @@ TOOL = {"name": "rain", "description": "Rain of a day", "parameters": {"day": {"
 ASK = [("human", "Two plus two?"), ("gpt", "Four.")]
 ASKED = [user("Two plus two?"), assistant("Four.")]
 CHAT = chat(("user", "Two plus two?"), ("assistant", "Four."))
+ASKED_FIVE = [user("Two plus two?"), assistant("Five.")]
+CHAT_FIVE = chat(("user", "Two plus two?"), ("assistant", "Five."))
 
 SETS: dict[str, Public] = {
     "alpaca": Public(
@@ -319,23 +321,23 @@ SETS: dict[str, Public] = {
     ),
     "ultrafeedback-preferences": Public(
         "jsonl parquet",
-        [{"prompt": "Two plus two?", "prompt_id": "f", "chosen": CHAT, "rejected": CHAT, "score_chosen": 8.0}],
-        "(`chosen`, `rejected`), and training is on one: set data.columns to messages=chosen to train",
+        [{"prompt": "Two plus two?", "prompt_id": "f", "chosen": CHAT, "rejected": CHAT_FIVE, "score_chosen": 8.0}],
+        [ASKED, ASKED_FIVE],
     ),
     "orca-preferences": Public(
         "jsonl",
         [{"system": "", "question": "Two plus two?", "chosen": "Four.", "rejected": "Five."}],
-        "set data.columns to answer=chosen to train on the chosen ones",
+        [ASKED, ASKED_FIVE],
     ),
     "hh-rlhf": Public(
         "jsonl",
         [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}],
-        "set data.columns to text=chosen to train on the chosen ones",
+        [[user("Hi"), assistant("Hello")], [user("Hi"), assistant("No")]],
     ),
     "kto": Public(
         "jsonl parquet",
         [{"prompt": "Two plus two?", "completion": "Five.", "label": False}],
-        "the row says by `label` whether its completion is wanted: keep the rows where it is true, and set",
+        [ASKED_FIVE],
     ),
     "mmlu": Public(
         "jsonl parquet",
@@ -445,16 +447,28 @@ def test_rendered_chats_are_read_as_text_and_named(tmp_path, tokenizer):
 #: What a refusal proposes as `data.columns`, and what the rows become with it: messages, or plain text.
 ADVICE: dict[str, tuple[str, list[Message] | str]] = {
     "glaive-v2": ("text=chat", "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"),
-    "ultrafeedback-preferences": ("messages=chosen", ASKED),
-    "orca-preferences": ("answer=chosen", ASKED),
-    "hh-rlhf": ("text=chosen", "\n\nHuman: Hi\n\nAssistant: Hello"),
-    "kto": ("ignore=label", [user("Two plus two?"), assistant("Five.")]),
     "lambada": ("prompt=context,completion=continuation", [user("Two plus two is"), assistant(" four")]),
     "competition-math": ("prompt=problem,completion=solution", ASKED),
     "cnn-dailymail": ("prompt=article,completion=highlights", [user("Long."), assistant("Short.")]),
     "ultrachat": ("messages=data", ASKED),
     "capital-letters": ("instruction=Instruction,output=Output,input=Input", ASKED),
 }
+
+
+#: What trains on the chosen answers of pairs alone, or on labelled ones as on others.
+WITHOUT_JUDGEMENT: dict[str, tuple[str, list[Message] | str]] = {
+    "ultrafeedback-preferences": ("messages=chosen", ASKED),
+    "orca-preferences": ("answer=chosen", ASKED),
+    "hh-rlhf": ("text=chosen", "\n\nHuman: Hi\n\nAssistant: Hello"),
+    "kto": ("ignore=label", ASKED_FIVE),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_JUDGEMENT)
+def test_chosen_answers_are_trained_on_alone_by_columns(name):
+    columns, expected = WITHOUT_JUDGEMENT[name]
+    [row] = load_rows(list(SETS[name].rows), mapping=Mapping.parse([columns]))
+    assert (row.text if isinstance(expected, str) else list(row.messages)) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if isinstance(SETS[name].read, str)])

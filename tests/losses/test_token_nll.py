@@ -66,7 +66,9 @@ def test_the_base_gets_no_gradient():
 def test_what_is_not_counted_is_not_looked_at():
     hidden, _, kernel, _, targets, counted, _ = case()
     hidden[0, 0], counted[0, 0] = np.inf, 0
-    value, gradient = jax.value_and_grad(lambda hidden: jnp.sum(token_nll(hidden, kernel, targets, counted).nll))(hidden)
+    value, gradient = jax.value_and_grad(lambda hidden: jnp.sum(token_nll(hidden, kernel, targets, counted).nll))(
+        hidden
+    )
     assert np.isfinite(value) and np.isfinite(gradient).all() and not np.any(gradient[0, 0])
 
 

@@ -131,8 +131,8 @@ class Converter:
             raise InputError(
                 f"{source}: a row should be an object with keys and is {found(row)}; expected {chosen.wanted}"
             )
-        half = self.format == "preference" and not row.keys().isdisjoint(("chosen", "rejected"))
-        if self.guessed and not half and not chosen.matches(row) and (other := recognise(row)):
+        broken = not row.keys().isdisjoint(chosen.marks)
+        if self.guessed and not broken and not chosen.matches(row) and (other := recognise(row)):
             raise InputError(
                 f"{source}: mixed formats: this row is of format `{other.name}`, others are of `{chosen.name}`"
                 f" (expected {chosen.wanted}); give each format a file of its own"

@@ -60,12 +60,15 @@ class Format:
       name: as a user writes it in `config.data.format`.
       keys: a row that has one of these is of this format. The first are the names that `data.columns` maps to.
       convert: `(row, source, mapping)` -> rows (nearly always one). The columns are mapped already.
+      marks: keys of this format alone: in data of it a row with one of them and without the rest is a broken one, not
+        one of another format.
       flag: a key that has to be true or false in a row by which the format is recognised.
     """
 
     name: str
     keys: tuple[Keys, ...]
     convert: Convert
+    marks: tuple[str, ...] = ()
     flag: str = ""
 
     def matches(self, row: RawRow, filled: bool = True) -> bool:
@@ -178,12 +181,19 @@ def _filled(row: RawRow, *keys: str) -> str:
     return next((key for key in keys if not absent(row.get(key))), keys[0])
 
 
-def _format(name: str, convert: Convert, *keys: str, barred: dict[str, str] | None = None, flag: str = "") -> Format:
+def _format(
+    name: str,
+    convert: Convert,
+    *keys: str,
+    barred: dict[str, str] | None = None,
+    marks: tuple[str, ...] = (),
+    flag: str = "",
+) -> Format:
     without = barred or {}
     entries = (
         Keys(frozenset(alternative.split("+")), frozenset(without.get(alternative, "").split())) for alternative in keys
     )
-    return Format(name, tuple(entries), convert, flag)
+    return Format(name, tuple(entries), convert, marks, flag)
 
 
 #: In the order in which a row is compared with them: those whose keys say most come first. Rows that were
@@ -193,8 +203,8 @@ FORMATS = {
     for entry in (
         _format("tokens", read_tokens, "input_ids"),
         _format("segments", read_segments, "segments"),
-        _format("preference", read_pair, "chosen+rejected"),
-        _format("labelled", read_labelled, "prompt+completion+label", flag="label"),
+        _format("preference", read_pair, "chosen+rejected", marks=("chosen", "rejected")),
+        _format("labelled", read_labelled, "prompt+completion+label", marks=("label",), flag="label"),
         _format("messages", _messages, "messages"),
         _format("sharegpt", _sharegpt, "conversations", "conversation"),
         _format("self_instruct", _self_instruct, "instruction+instances"),
