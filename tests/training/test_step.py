@@ -74,7 +74,7 @@ def run(method: str, *, devices: int = 1, micro_batches: int = 1, pmap: bool = F
     for batch in batches():
         split = {name: value.reshape(micro_batches, -1, LENGTH) for name, value in batch.items()}
         state, found = runner(state, held, runner.place_batch(split))
-        metrics.append([float(value) for value in jax.device_get(found)])
+        metrics.append([float(value) for value in jax.tree.leaves(jax.device_get(found))])
     trained = {name: np.asarray(value) for name, value in runner.whole(state).adapters.items()}
     return runner, np.array(metrics), trained, held
 
