@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mora_jax.cli.options import read_data
     from mora_jax.data import load_tokenizer
-    from mora_jax.data.inspect.inspecting import describe_example, inspect_dataset
+    from mora_jax.data.inspect.inspecting import describe_example, first_examples, inspect_dataset
     from mora_jax.data.inspect.page import make_page
     from mora_jax.data.inspect.terminal import report_view
     from mora_jax.display.pages import write_page
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     show(report_view(dataset, tokenizer, console, recognised=args.format is None))
-    shown = ((example.source, describe_example(example, tokenizer)) for example in dataset[: args.examples])
+    shown = (
+        (example.source, describe_example(example, tokenizer)) for example in first_examples(dataset, args.examples)
+    )
     print_examples(shown, console)
     return 0

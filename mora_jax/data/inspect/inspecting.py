@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mora_jax.data.conversation import Side
 from mora_jax.data.dataset import EncodedDataset, Example
 from mora_jax.data.inspect.advice import advise_on, advise_on_capacity
 from mora_jax.data.inspect.report import NEAR_EMPTY, Report
@@ -53,8 +54,18 @@ def token_texts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
     return texts
 
 
+def first_examples(dataset: EncodedDataset, count: int) -> list[Example]:
+    """The first examples of a data set; a pair is one, with both answers."""
+    return dataset[: count * (2 if Side.CHOSEN in dataset.sides else 1)]
+
+
 def training_weights(example: Example) -> np.ndarray:
-    """The weights of an example's tokens as the normaliser `token` sums them: `[T]`, with the row's own weight."""
+    """The weights of an example's tokens as the normaliser `token` sums them: `[T]`, with the row's own weight.
+
+    Of a judged answer those in its log-probability.
+    """
+    if example.answer_weights is not None:
+        return example.answer_weights * np.float32(example.weight)
     return normalize(example.weights, example.segments, example.weight, "token")[0]
 
 
@@ -151,10 +162,10 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
       (instruction tokens for each response token) and `ratio_median` (the median of the rows). Lengths: `lengths`,
       `histogram` (`from`: the classes' lower ends, and `rows`), `max_length`, `over_max_length` (rows),
       `lost_fraction` (of the trained tokens), `recommended_max_length`. What else to look at: `duplicates`,
-      `near_empty`, `seam_rows`, `special_rows`, `fell_back`, `notes`, `advice` (one line that begins with the mode),
+      `near_empty`, `judged` (rows by how their answer is judged), `seam_rows`, `special_rows`, `fell_back`, `notes`, `advice` (one line that begins with the mode),
       `advice_details` and `capacity` (one line on the trained parameters that the data can need). Then
       `examples`: a list of `input_ids`, `weights` and `segments` (names), where `weights[i]` is the weight of
-      predicting token i, with the row's own weight in it.
+      predicting token i, with the row's own weight in it, and of a judged answer that in its log-probability.
     """
     report, advice = dataset.report, advise_on(dataset.report)
     starts, rows = report.histogram()
@@ -168,6 +179,7 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
         "lost_fraction": report.lost_share,
         "duplicates": {"rows": report.duplicated, "fraction": report.duplicated_share},
         "near_empty": {"rows": report.near_empty, "at_most_tokens": NEAR_EMPTY},
+        "judged": {side.name.lower(): int((report.sides == side).sum()) for side in Side if side in report.sides},
         "loss": asdict(dataset.loss) | {"roles": list(dataset.loss.roles)},
         "advice": advice.text,
         "advice_details": {
@@ -184,7 +196,7 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
                 "weights": training_weights(example).tolist(),
                 "segments": [Segment(segment).label for segment in example.segments.tolist()],
             }
-            for example in dataset[:examples]
+            for example in first_examples(dataset, examples)
         ],
     }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mora_jax.data.dataset import EncodedDataset, Example
 from mora_jax.data.inspect.advice import advise_on, advise_on_capacity
-from mora_jax.data.inspect.inspecting import describe_example, repeated_prompts, segment_table, visible
+from mora_jax.data.inspect.inspecting import describe_example, first_examples, repeated_prompts, segment_table, visible
 from mora_jax.data.inspect.report import Report
 from mora_jax.data.inspect.terminal import outcomes
 from mora_jax.display.pages import page_template
@@ -47,7 +47,7 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
         repeated=repeated_prompts(dataset, tokenizer, most=5),
         advice=advise_on(report),
         capacity=advise_on_capacity(report.trained_tokens),
-        examples=[_example(example, tokenizer) for example in dataset[:examples]],
+        examples=[_example(example, tokenizer) for example in first_examples(dataset, examples)],
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.data.examples import RowOutcomes
+from mora_jax.data.conversation import Side
+from mora_jax.data.examples import RowOutcomes, answer_weights
 from mora_jax.data.segments import ANSWER, CONTENT, INSTRUCTION, Segment
 from mora_jax.data.tokens.store import FlatRows
 
@@ -26,6 +27,7 @@ NEAR_EMPTY = 2
 _IS_CONTENT = np.isin(list(Segment), CONTENT)
 _IS_ANSWER = np.isin(list(Segment), ANSWER)
 _IS_INSTRUCTION = np.isin(list(Segment), INSTRUCTION)
+_BY_ROW = ("lengths", "ratios", "prompts", "sides", "answer_tokens")
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -50,6 +52,8 @@ class Report(RowOutcomes):
       max_length: the most tokens of an example; 0 if it isn't known.
       by_segment: `[len(Segment)]`, tokens of each segment in all rows before any cut.
       weight_by_segment: `[len(Segment)]`, the sum of their weights.
+      sides: `[N]`, how each row's answer is judged, values of `Side`.
+      answer_tokens: `[N]`, tokens of the judged answer of each row, 0 in other rows.
       files: where the rows come from.
       reasons: what was wrong with the first rows that broke the format.
       fell_back: rows that the fallback template rendered.
@@ -72,6 +76,8 @@ class Report(RowOutcomes):
     max_length: int = 0
     by_segment: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.int64))
     weight_by_segment: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.float64))
+    sides: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
+    answer_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     files: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     fell_back: int = 0
@@ -93,7 +99,7 @@ class Report(RowOutcomes):
         for name in parts[0] if parts else ():
             values = [part[name] for part in parts]
             # Some have an entry for each row, the others are sums over them.
-            setattr(report, name, np.concatenate(values) if name in ("lengths", "ratios", "prompts") else sum(values))
+            setattr(report, name, np.concatenate(values) if name in _BY_ROW else sum(values))
         report.rows += report.dropped.get("bad_row", 0)
         return report
 
@@ -210,6 +216,8 @@ class Report(RowOutcomes):
             ("repeated", f"{self.duplicated} rows ask what an earlier row asks ({self.duplicated_share:.1%})"),
             ("near-empty", f"{self.near_empty} answers of at most {NEAR_EMPTY} tokens"),
         ]
+        if self.judged_words:
+            lines.append(("judged", self.judged_words))
         if self.seam_rows:
             lines.append(("seams", f"{self.seam_rows} rows with a token that joins an answer to what is around it"))
         if self.special_rows:
@@ -218,6 +226,15 @@ class Report(RowOutcomes):
             lines.append(("fallback", f"{self.fell_back} rows rendered by the fallback template"))
         lines += [("bad row", reason) for reason in self.reasons]
         return lines + [("note", note) for note in self.notes]
+
+    @property
+    def judged_words(self) -> str | None:
+        """How many answers are judged how, with the length of the median one; None where none is."""
+        kinds = [
+            (side.name.lower(), self.answer_tokens[self.sides == side]) for side in Side if side and side in self.sides
+        ]
+        words = [f"{len(tokens):,} {name} of {np.median(tokens):,.0f} tokens" for name, tokens in kinds]
+        return f"{' and '.join(words)} in the median answer" if words else None
 
     @property
     def ratio_words(self) -> str:
@@ -266,5 +283,10 @@ def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: 
         "weight_by_segment": np.bincount(kinds, weights[looked_at], minlength=kinds_count),
         "lengths": flat.lengths[chosen].astype(np.int32),
         "ratios": (instructions[answered] / answers[answered]).astype(np.float32),
-        "prompts": flat.prompts[chosen],
+        # Both answers of a pair are to one prompt, which repeats nothing.
+        "prompts": np.where(flat.sides == Side.REJECTED, 0, flat.prompts)[chosen],
+        "sides": flat.sides[chosen],
+        "answer_tokens": flat.per_row((answer_weights(flat) > 0) & (np.repeat(flat.sides, flat.lengths) > 0))[chosen]
+        if flat.sides.any()
+        else np.zeros(int(chosen.sum()), np.int64),
     }

@@ -69,6 +69,7 @@ def _facts(report: Report, loss: str, recognised: bool) -> Table:
     trained = f"{report.trained_fraction:.1%} of the kept tokens carry loss"
     rows.append(("trained", f"{trained} ({report.trained_tokens:,} of {report.tokens:,})"))
     rows.append(("ratio", report.ratio_words))
+    rows += [("judged", report.judged_words)] if report.judged_words else []
     rows += [("bad row", reason) for reason in report.reasons]
     rows += [("note", note) for note in report.notes]
     for name, words in rows:
