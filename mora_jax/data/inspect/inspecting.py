@@ -162,7 +162,8 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
       (instruction tokens for each response token) and `ratio_median` (the median of the rows). Lengths: `lengths`,
       `histogram` (`from`: the classes' lower ends, and `rows`), `max_length`, `over_max_length` (rows),
       `lost_fraction` (of the trained tokens), `recommended_max_length`. What else to look at: `duplicates`,
-      `near_empty`, `judged` (rows by how their answer is judged), `seam_rows`, `special_rows`, `fell_back`, `notes`, `advice` (one line that begins with the mode),
+      `near_empty`, `judged` (rows by how their answer is judged), `seam_rows`, `special_rows`, `fell_back`, `notes`,
+      `advice` (one line that begins with the mode),
       `advice_details` and `capacity` (one line on the trained parameters that the data can need). Then
       `examples`: a list of `input_ids`, `weights` and `segments` (names), where `weights[i]` is the weight of
       predicting token i, with the row's own weight in it, and of a judged answer that in its log-probability.
