@@ -58,7 +58,7 @@ class Setup:
         plan: which examples make up which batch.
         mesh: the devices along `data`, `fsdp`, `tensor` and `context`.
         tasks: those that are evaluated with the evaluation data.
-        given: whether the model came with adapters, which training goes on with.
+        loaded: whether the model was loaded for this run, and is as its files are.
     """
 
     config: Config
@@ -70,7 +70,7 @@ class Setup:
     plan: BatchPlan
     mesh: Mesh
     tasks: tuple[NamedTask, ...] = ()
-    given: bool = False
+    loaded: bool = True
 
     @property
     def evaluates(self) -> bool:
@@ -291,7 +291,7 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
         check_divergence(model)
     reference = reference_of(config, model, given=given)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reference=reference))
-    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks, given)
+    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks, objects.model is None)
 
 
 @contextlib.contextmanager

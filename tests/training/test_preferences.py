@@ -325,7 +325,7 @@ def test_scores_of_held_out_pairs_against_whole_logits(result):
 
     examples = EncodedDataset.build(load_rows(ROWS[:3]), result.tokenizer, max_length=64)
     base = nnx.clone(result.model)
-    mj.unload(base)
+    mj.detach(base)
     ratios = []
     for example in examples:
         both = []

@@ -60,12 +60,13 @@ class ReferenceHook(Hook):
         """Where the log-probabilities are kept; None where what training begins from isn't all in files."""
         run, config = self._run, self._run.config
         folder = cache_folder() if config.data.cache is None else local_path(config.data.cache)
-        start = config.adapter.path
-        if config.data.cache == OFF or run.setup.given or folder is None or not writable(folder):
+        if config.data.cache == OFF or not run.setup.loaded or folder is None or not writable(folder):
             return None
-        adapter: Any = None
-        if start is not None:
-            files = sorted(expanded(start).glob("*.safetensors"))
+        # A fresh adapter leaves the base as it is, but for rounding where it takes a part of it.
+        method = adapter_config(config.adapter)
+        adapter: Any = [repr(method), config.seed] if method.starts_from_base else None
+        if config.adapter.path is not None:
+            files = sorted(expanded(config.adapter.path).glob("*.safetensors"))
             if not files:
                 return None
             adapter = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
@@ -73,7 +74,7 @@ class ReferenceHook(Hook):
         parts = {
             "base": base_hash(run.setup.model.folder),
             "model": [run.setup.model.dtype.name, config.model.quantize],
-            "adapter": [repr(adapter_config(config.adapter)), config.seed, adapter],
+            "adapter": adapter,
             "data": [dataset.fingerprint(), dataset.labelled],
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
