@@ -2,7 +2,7 @@
 
     python scripts/preference_run.py SmolLM2-135M-Instruct pairs.json runs/preferences --seeds 1
 
-Runs one after the other in this process, and prints a table: reward accuracy and margin on the held-out pairs with their
+Runs one after the other in this process. It prints reward accuracy and margin on the held-out pairs with their
 standard errors over pairs, and what was forgotten beside it, the loss of plain texts (`--texts`) after training less
 before. A seed draws the adapter and the order of the pairs; which pairs are held out stays the same.
 """
