@@ -41,7 +41,8 @@ class PreferenceDataset(Sequence[Example]):
     """
 
     def __init__(self, answers: EncodedDataset, *, labelled: bool = False, packing: bool = False):
-        self.answers, self.labelled, self.reference = answers, labelled, None
+        self.answers, self.labelled = answers, labelled
+        self.reference: np.ndarray | None = None
         self.max_length = answers.max_length
         sides = answers.sides
         if not sides.all() or (not labelled and not np.isin(sides, (Side.CHOSEN, Side.REJECTED)).all()):
@@ -86,7 +87,7 @@ class PreferenceDataset(Sequence[Example]):
             return np.concatenate([ours[:start], theirs[begin:]])[: self.max_length]
 
         names = ("input_ids", "segments", "weights", "answer_weights")
-        arrays = {name: crossed(getattr(example, name), getattr(other, name)) for name in names}
+        arrays: dict[str, Any] = {name: crossed(getattr(example, name), getattr(other, name)) for name in names}
         return example, Example(**arrays, weight=example.weight, source=example.source)
 
     @property

@@ -100,7 +100,8 @@ def _score(
     shards = 1 if partitioner is None or len(targets) % partitioner.row_shards else partitioner.row_shards
     found = token_nll(hidden, head.kernel, targets, weights, base=base, softcap=head.softcap, shards=shards)
     values = [-weights * found.nll, weights]
-    values += [] if found.base_nll is None else [-weights * found.base_nll, weights * found.kl]
+    if found.base_nll is not None and found.kl is not None:
+        values += [-weights * found.base_nll, weights * found.kl]
     sums = jnp.stack([jnp.sum(value, axis=-1) for value in values]).reshape(len(values), -1, 2)
     whole = None if partitioner is None else partitioner.used((None, None, None), sums.shape)
     return sums if whole is None else jax.lax.with_sharding_constraint(sums, whole)
@@ -129,11 +130,13 @@ def preference_metrics(
     weights = np.array([example.weight for example in first])
     desired = np.array([example.side in (Side.CHOSEN, Side.DESIRED) for example in first])
     used = slice(0, 1 if objective.labelled else 2)
-    by_answer = [None if array is None else array[:, used, None] for array in (scores.logp, reference, scores.length)]
+    logp, length = (array[:, used, None] for array in (scores.logp, scores.length))
     point = None
     if objective.labelled and reference is not None:
         point = max(0.0, float(np.average(scores.logp[:, 1] - reference[:, 1], weights=weights)))
-    answers = Answers(*by_answer, desired[:, None].astype(np.float32), point)  # type: ignore[arg-type]
+    of_reference = None if reference is None else jnp.asarray(reference[:, used, None])
+    arrays = jnp.asarray(logp), of_reference, jnp.asarray(length), jnp.asarray(desired[:, None], jnp.float32)
+    answers = Answers(*arrays, None if point is None else jnp.float32(point))
     values = {name: np.asarray(value)[:, 0] for name, value in example_metrics(answers, settings).items()}
     values["loss"] = np.asarray(objective.loss(answers, settings))[:, 0]
 

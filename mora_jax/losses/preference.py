@@ -100,6 +100,7 @@ def _orpo(answers: Answers, settings: Settings) -> Array:
 
 
 def _kto(answers: Answers, settings: Settings) -> Array:
+    assert answers.reference_point is not None, "labelled answers have one"
     above = settings.beta * (answers.ratio[:, 0] - answers.reference_point)
     wanted = settings.desirable_weight * jax.nn.sigmoid(-above)
     unwanted = settings.undesirable_weight * jax.nn.sigmoid(above)

@@ -32,6 +32,7 @@ from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Loops, collectives
 from mora_jax.planning.tpu_compile import read_shortage
 from mora_jax.training.config.schema import Config, flatten, lay_over
+from mora_jax.training.preferences import reference_of
 
 
 def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
@@ -42,12 +43,14 @@ def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
     alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(task["mesh"]) == 1 else {}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"], **alone).devices
     with compiling_for("tpu"):
-        made, arguments = assemble_abstract(abstract_model(decoder, config), config, tuple(task["mesh"]), devices)
+        model = abstract_model(decoder, config)
+        made, arguments = assemble_abstract(model, config, tuple(task["mesh"]), devices)
         lowered = made.runner.lower(*arguments)
-        micro, rows, length = arguments[2]["input_ids"].shape
+        micro, *_ = arguments[2]["input_ids"].shape
         shards = made.placement.row_shards if made.placement is not None else 1
-        tokens = rows // shards * length
-        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
+        tokens = arguments[2]["input_ids"].size // (micro * shards)
+        heads = 2 if reference_of(config, model) == "base" else 1
+        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens, heads))
     return lowered, Loops(decoder.num_layers, micro, chunks, turns=task["mesh"][-1])
 
 

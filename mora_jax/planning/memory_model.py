@@ -48,6 +48,7 @@ from mora_jax.planning.collectives import Collective
 from mora_jax.planning.jaxpr_cost import Traced, read_traced
 from mora_jax.training.config.adapter import AdapterConfig
 from mora_jax.training.config.schema import Config, ModelConfig, lay_over
+from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import AXES
 from mora_jax.training.sharding.rules import Placement
 from mora_jax.training.sharding.runner import JitRunner, places
@@ -130,8 +131,9 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         shardings = placement.table(adapters, frozen)
         trained, kept = flat_arrays(adapters), flat_arrays(frozen)
         batch = abstract_batch(config)
-        micro, rows, length = batch["input_ids"].shape
-        layout = Rows(decoder, model.dtype, rows, length, placement.partitioner, config.data.packing)
+        micro, rows, *_, length = batch["input_ids"].shape
+        sequences = batch["input_ids"].size // (micro * rows * length)  # both answers of a pair
+        layout = Rows(decoder, model.dtype, rows * sequences, length, placement.partitioner, config.data.packing)
         attention = AttentionChoice(config.model.attention).implementation(layout)
 
     def held(tree: Any) -> float:
@@ -154,7 +156,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         activations=0.0 if config.model.remat == "offload" else saved,
         temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0) + _turned(placement, model, kept),
     )
-    tokens = local * length // context
+    tokens = local * sequences * length // context
     moved = _collectives(decoder, axes, micro, tokens, layers, head, trained, width, config)
     mixed = micro * decoder.num_layers * tokens * _mixed(placement, model, width, config.model.remat)
     if mixed:
@@ -273,8 +275,9 @@ def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced
         made, arguments = assemble_abstract(model, config, (1,) * len(AXES))
         assert isinstance(made.runner, JitRunner), "pmap is refused before"
         program = made.runner.trace(*arguments).jaxpr
-        tokens = rows * config.data.max_length
-        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens))
+        tokens = arguments[-1]["input_ids"].size
+        heads = 2 if reference_of(config, model) == "base" else 1
+        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens, heads))
     flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
     squares = (variable for _, variable in flat if "square_in" in (variable.get_metadata().get("axes") or ()))
     sides = frozenset(variable.get_value().shape[-1] for variable in squares)

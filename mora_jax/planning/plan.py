@@ -52,7 +52,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Places for tokens in one step, over all chips."""
-        return self.config.train.batch_size * self.config.data.max_length
+        sequences = 1 if self.config.loss.preference is None else 2
+        return self.config.train.batch_size * sequences * self.config.data.max_length
 
     @property
     def hours(self) -> tuple[float, float] | None:

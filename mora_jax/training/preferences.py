@@ -80,7 +80,7 @@ class PreferenceLoss:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the metrics."""
-        found = ("margin", "reward_accuracy", "chosen_logp", "rejected_logp")
+        found: tuple[str, ...] = ("margin", "reward_accuracy", "chosen_logp", "rejected_logp")
         found += ("reference_point",) if self.objective.labelled else ()
         return found if self.base is None else (*found, "kl")
 
@@ -97,7 +97,11 @@ class PreferenceLoss:
                 answers, _ = self._answers(config, structure.model(adapters, frozen), frozen, rows, Keys(None, None))
                 return total + jnp.sum(rows.shares * answers.ratio[:, 0]), None
 
-            mean, _ = jax.lax.scan(moved, jnp.zeros((), jnp.float32), other)
+            zero = jnp.zeros((), jnp.float32)
+            if len(other.input_ids) == 1:
+                mean, _ = moved(zero, jax.tree.map(lambda array: array[0], other))
+            else:
+                mean, _ = jax.lax.scan(moved, zero, other)
             point = jax.lax.stop_gradient(jnp.maximum(config.total(mean), 0.0))
             rows = self._rows(config, batch, slice(0, 1), examples)
             rows = rows._replace(reference_point=jnp.broadcast_to(point, len(rows.input_ids)))
@@ -119,7 +123,7 @@ class PreferenceLoss:
             normalizer = jnp.asarray(config.divisor, jnp.float32)
         shares, desired = batch["example_weights"], batch["desired"]
         paired = not self.objective.labelled
-        wanted = shares * desired
+        wanted = shares if paired else shares * desired
         unwanted = shares if paired else shares - wanted
         reference = batch.get("reference_logps")
         return PreferenceRows(
@@ -179,8 +183,7 @@ class PreferenceLoss:
         )
         if config.partitioner is not None:
             unfold = config.partitioner.unfold
-            shape = rows.targets.shape
-            tokens = TokenNLL(*(None if array is None else unfold(array, *shape) for array in tokens))
+            tokens = jax.tree.map(lambda array: unfold(array, *rows.targets.shape), tokens)
         examples, per_row = rows.shares.shape
         numbers = jnp.arange(len(rows.targets))[:, None] * per_row + jnp.maximum(rows.segment_ids - 1, 0)
 

@@ -140,13 +140,12 @@ class Keys(NamedTuple):
 
 
 class StepLoss(Protocol):
-    """What a step minimises.
+    """What a step minimises."""
 
-    Attributes:
-        names: of the metrics beside the loss.
-    """
-
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the metrics beside the loss."""
+        ...
 
     def rows(
         self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any

@@ -43,12 +43,13 @@ def read_pair(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[Ro
         raise InputError(f"{source}: `chosen` and `rejected` are equal: such a pair says nothing; drop the row")
     sides = (Side.CHOSEN, Side.REJECTED)
     names = [f"{source}, {side.name.lower()}" for side in sides]
-    if not prompt and all(isinstance(answer, str) for answer in answers):
-        shared = os.path.commonprefix(answers).rstrip()
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    if not prompt and len(texts) == 2:
+        shared = os.path.commonprefix(texts).rstrip()
         if not shared:
             raise InputError(f"{source}: there is no `prompt`, and `chosen` and `rejected` begin differently")
-        for answer, side, name in zip(answers, sides, names, strict=True):
-            yield Passage(((shared, 0.0), (answer[len(shared) :], 1.0)), name, side=side, answer=1)
+        for text, side, name in zip(texts, sides, names, strict=True):
+            yield Passage(((shared, 0.0), (text[len(shared) :], 1.0)), name, side=side, answer=1)
         return
     chosen, rejected = (
         [Message("assistant", answer)] if isinstance(answer, str) else _after(prompt, answer, key, source)
