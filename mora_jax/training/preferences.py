@@ -233,5 +233,5 @@ def _why_not_base(config: Config, model: Decoder, given: bool) -> str | None:
     if adapter_config(section).starts_from_base:
         return f"adapter.init={section.init} moves a part of the base into the adapter"
     if jax.tree.leaves(nnx.state(model, FullParam)):
-        return "weights of the base itself are trained (biases or adapter.modules_to_save)"
+        return "modules of the base itself are trained (adapter.modules_to_save)"
     return None

@@ -371,21 +371,26 @@ def test_a_cached_reference_is_the_same_run_and_is_kept(model_path, result, tmp_
 OTHERS = {
     "full": (mj.FullConfig(), "adapter.method=full changes the base"),
     "pissa": (mj.LoRAConfig(rank=2, init="pissa", targets=("q_proj",)), "adapter.init=pissa moves a part of the base"),
-    "modules": (mj.LoRAConfig(rank=2, targets=("q_proj",), modules_to_save=("lm_head",)), "weights of the base itself"),
-    "biases": (mj.LoRAConfig(rank=2, targets=("q_proj",), bias="all"), "weights of the base itself"),
+    "modules": (mj.LoRAConfig(rank=2, targets=("q_proj",), modules_to_save=("lm_head",)), "modules of the base itself"),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_where_adapters_off_is_another_model(name, model_path, tmp_path):
+def test_where_adapters_off_is_another_model(name, model_path):
     """The reference is what training began from, cached; the other one is refused with the reason."""
     adapter, reason = OTHERS[name]
-    if name == "biases":
-        model_path = tiny.save_folder(tmp_path / "model", attention_bias=True)
     found = tune(model_path, adapter=adapter, learning_rate=1e-3)
     np.testing.assert_allclose(losses(found)[0], math.log(2), rtol=1e-5)
     with pytest.raises(InputError, match=reason):
         tune(model_path, adapter=adapter, keys={"loss.reference": "base"})
+
+
+def test_trained_biases_are_left_out_with_the_adapter(tmp_path):
+    path = tiny.save_folder(tmp_path / "model", attention_bias=True)
+    adapter = mj.LoRAConfig(rank=2, targets=("q_proj",), bias="all")
+    base, cached = (tune(path, adapter=adapter, keys={"loss.reference": name}) for name in ("base", "cached"))
+    np.testing.assert_allclose(losses(base), losses(cached), rtol=1e-5)
+    assert losses(base)[-1] < losses(base)[0]
 
 
 def test_relora_keeps_the_reference_it_began_with(model_path):
