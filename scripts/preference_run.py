@@ -13,12 +13,14 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 import mora_jax as mj
 from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.evaluation.perplexity import score
 
+BATCH_SIZE = 4
 METHODS = {"lora": mj.LoRAConfig(rank=8), "mora": mj.MoRAConfig(rank=8, kind="rotation")}
-HELD_OUT = 5  # of the pairs each fifth
 
 
 def main() -> None:
@@ -28,13 +30,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--held-out", type=int, default=60, help="how many pairs")
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--rate", action="append", metavar="METHOD=RATE", default=[])
     parser.add_argument("--texts", help="a file of plain text, scored before and after")
     args = parser.parse_args()
     rows = json.loads(Path(args.pairs).read_text())
-    held_out = rows[::HELD_OUT]
-    train = [row for number, row in enumerate(rows) if number % HELD_OUT]
+    order = np.random.default_rng(0).permutation(len(rows))
+    held_out, train = ([rows[number] for number in part] for part in np.split(order, [args.held_out]))
+    train = train[: args.steps * BATCH_SIZE]  # each pair once
     rates = {"lora": 5e-5, "mora": 5e-5} | {name: float(rate) for name, rate in (x.split("=") for x in args.rate)}
     lines = []
     for seed in range(args.seeds):
@@ -52,7 +56,7 @@ def main() -> None:
                 loss="dpo",
                 eval_rows=held_out,
                 steps=args.steps,
-                batch_size=4,
+                batch_size=BATCH_SIZE,
                 learning_rate=rates[method],
                 out=args.out / f"{method}-{seed}",
                 config=settings,
