@@ -28,6 +28,25 @@ def test_one_object(run, model_dir, data_file):
     assert "as asked" not in out
 
 
+def test_both_answers_of_a_pair(run, fails, model_dir, tmp_path):
+    path = tmp_path / "pairs.json"
+    row = {"prompt": "Say red", "chosen": "red", "rejected": "no red"}
+    path.write_text(json.dumps([row, row | {"prompt": "Say blue"}]))
+    base = ["inspect", "--model", model_dir, "--data", path, "--template", "chatml"]
+    code, out, err = run(*base)
+    assert (code, err) == (0, "")
+    assert "2 chosen of" in out and "2 rejected of" in out
+    assert "row 1, chosen" in out and "row 1, rejected" in out and "row 2" not in out
+    found = json.loads(run(*base, "--json", "--examples", "2")[1])
+    assert found["judged"] == {"chosen": 2, "rejected": 2} and len(found["examples"]) == 4
+    for example in found["examples"]:
+        assert set(example["weights"]) == {0.0, 1.0}
+    assert "the rows judge answers" in fails("eval", "--model", model_dir, "--data", path)
+    path.write_text(json.dumps([row, row | {"rejected": "red"}]))
+    error = fails(*base)
+    assert "row 2: `chosen` and `rejected` are equal" in error
+
+
 def test_page_beside_either(run, model_dir, data_file, tmp_path):
     path = tmp_path / "page.html"
     base = ["inspect", "--model", model_dir, "--data", data_file, "--html", path, "--examples", "2"]

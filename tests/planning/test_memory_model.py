@@ -93,6 +93,21 @@ def test_flops_are_those_of_the_layers():
     assert more.flops == pytest.approx(again, rel=0.03)
 
 
+def test_a_pair_costs_two_sequences_and_the_reference_a_forward_pass():
+    def planned(rows: int, **loss):
+        keys = {"train.batch_size": rows, "train.micro_batch_size": rows} | {f"loss.{k}": v for k, v in loss.items()}
+        config = lay_over(run_of("lora", (1, 1, 1, 1)), [(name, value, "test") for name, value in keys.items()])
+        return estimate_memory(config, MODEL, (1, 1, 1, 1), "tpu")
+
+    sft, cached = planned(16), planned(8, objective="dpo", reference="cached")
+    assert cached.flops == pytest.approx(sft.flops, rel=0.02)
+    assert cached.memory.activations == pytest.approx(sft.memory.activations, rel=0.01)
+    base = planned(8, objective="dpo")
+    # A third of the attention's products and half of all others, but for the adapters'.
+    assert 1.33 < base.flops / cached.flops < 1.5
+    assert base.memory.activations == pytest.approx(cached.memory.activations, rel=0.01)
+
+
 @pytest.mark.parametrize("target", ["tpu", "gpu"])
 def test_flops_of_a_large_head(target):
     """The loss's chunks are those of the machine that is planned for, not of this one."""
