@@ -205,5 +205,8 @@ def _evaluation_words(row: Mapping[str, Any]) -> str:
     if "eval_perplexity" in row:
         found.append(f"perplexity {row['eval_perplexity']:.3f}")
     known = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_tokens", "eval_prompt_loss")
-    tasks = {name: value for name, value in row.items() if name.startswith("eval_") and name not in known}
-    return "  ".join([*found, *(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in tasks.items())])
+    for name, value in row.items():
+        if name.startswith("eval_") and name not in known and not name.endswith("_stderr"):
+            error = row.get(f"{name}_stderr")
+            found.append(f"{name.removeprefix('eval_')} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+    return "  ".join(found)
