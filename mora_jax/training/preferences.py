@@ -87,6 +87,7 @@ class PreferenceLoss:
     def rows(
         self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any
     ) -> tuple[PreferenceRows, Array, Array]:
+        """See `StepLoss`; KTO's reference point is estimated here, for it is of the whole step."""
         examples = config.total(jnp.sum(batch["example_weights"]))
         if not self.objective.labelled:
             rows = self._rows(config, batch, slice(0, 2), examples)

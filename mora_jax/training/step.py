@@ -259,6 +259,7 @@ class TokenLoss:
     def rows(
         self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any
     ) -> tuple[MicroBatch, Array, Array]:
+        """See `StepLoss`."""
         return _divided(config, batch)
 
     def __call__(
