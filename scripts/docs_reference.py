@@ -6,6 +6,7 @@ A page asks for it by a comment on a line of its own:
     <!-- names: PACKAGE -->                 all of them; with `; no members` at its end, classes without their methods
     <!-- commands -->                       every command, from its argument parser
     <!-- keys -->                           every configuration key, from the schema
+    <!-- families -->                       every model family, from their registry
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def fill(markdown: str) -> str:
     """The text of a page with its comments replaced by what they ask for."""
     markdown = NAMES.sub(lambda match: _names(match[1], (match[2] or "").split(), match[3] is None), markdown)
-    for comment, text in (("<!-- commands -->", commands), ("<!-- keys -->", keys)):
+    for comment, text in (("<!-- commands -->", commands), ("<!-- keys -->", keys), ("<!-- families -->", families)):
         if comment in markdown:
             markdown = markdown.replace(comment, text())
     return markdown
@@ -64,6 +65,17 @@ def _names(package: str, modules: list[str], members: bool) -> str:
     if not found:
         raise ValueError(f"no public name of {package} is in {' '.join(modules)}")
     return "\n\n".join(found)
+
+
+def families() -> str:
+    """A table of the model families: the models, their `model_type`, and in what they differ from Llama."""
+    from mora_jax.models.families import FAMILIES
+
+    notes = [(family.read.__doc__ or "").partition(": ")[2].strip().rstrip(".") for family in FAMILIES]
+    rows = [
+        f"| {family.title} | `{family.model_type}` | {note} |" for family, note in zip(FAMILIES, notes, strict=True)
+    ]
+    return "\n".join(["| models | `model_type` | what is its own |", "| --- | --- | --- |", *rows])
 
 
 def commands() -> str:

@@ -128,6 +128,10 @@ def hook():
     return module
 
 
+def test_the_readme_has_the_table_of_families(hook):
+    assert f"\n{hook.families()}\n\n" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
 def test_reference_has_every_public_name(hook):
     text = "\n".join(hook.fill(path.read_text(encoding="utf-8")) for path in (DOCS / "reference").glob("*.md"))
     named = re.findall(r"^::: (\S+)$", text, re.MULTILINE)

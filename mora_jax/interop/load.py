@@ -100,6 +100,9 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, DecoderConfig, TensorFile
     folder = local_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     files = open_checkpoint(folder)
+    base = config.names.embedding.partition(".")[0] + "."
+    if not any(name.startswith(base) for name in files.shapes):  # saved without the head's class around it
+        files.rename(lambda name: name if name == config.names.head_tensor else base + name)
     _check_sizes(config, files)
     return folder, _with_real_tying(config, files), files
 
@@ -107,20 +110,22 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, DecoderConfig, TensorFile
 def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
     """Compares the sizes of a config with the tensors, before anything is made in these sizes."""
     names = config.names
-    table = files.shapes.get(f"{names.embedding}.weight") or files.shapes.get(f"{names.head}.weight")
+    table = files.shapes.get(f"{names.embedding}.weight") or files.shapes.get(names.head_tensor)
     before, after = names.layer.split("{layer}")
     layer = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}\.")
     numbers = [int(found.group(1)) for found in map(layer.match, files.shapes) if found]
     first_layer = names.layer.format(layer=0)
-    q, k, gate = (
-        files.shapes.get(f"{first_layer}.{name}.weight")
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    q, k = (
+        # One tensor for q, k and v is compared later, with all others.
+        files.shapes.get(f"{first_layer}.{name}.weight") if len(names.qkv) > 1 else None
+        for name in (names.qkv[0], names.qkv[-1])
     )
+    down = files.shapes.get(f"{first_layer}.{names.down}.weight")
     stated: list[tuple[str, int, int | None]] = [
         ("num_hidden_layers", config.num_layers, max(numbers) + 1 if numbers else None),
         ("vocab_size", config.vocab_size, table[0] if table else None),
         ("hidden_size", config.hidden_size, table[-1] if table else None),
-        ("intermediate_size", config.intermediate_size, gate[0] if gate else None),
+        ("intermediate_size", config.intermediate_size, down[0 if names.turned else -1] if down else None),
         ("num_attention_heads × head_dim", config.num_heads * config.head_dim, q[0] if q else None),
         ("num_key_value_heads × head_dim", config.num_kv_heads * config.head_dim, k[0] if k else None),
     ]
@@ -131,7 +136,7 @@ def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
 
 def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:
     """Unties a head that the config calls tied but whose stored weights differ, as transformers does."""
-    head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
+    head, embedding = config.names.head_tensor, f"{config.names.embedding}.weight"
     if not config.tie_embeddings or head not in files or embedding not in files:
         return config
     if files.shapes[head] == files.shapes[embedding] and np.array_equal(files.read(head), files.read(embedding)):
@@ -147,7 +152,7 @@ def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig
 
 def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, str]:
     """Names to read under another name: a tied checkpoint may store the head alone."""
-    head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
+    head, embedding = config.names.head_tensor, f"{config.names.embedding}.weight"
     if config.tie_embeddings and embedding not in files and head in files:
         return {embedding: head}
     return {}
@@ -170,7 +175,8 @@ def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, 
     missing = [name for name in names if name not in files]
     if missing:
         raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {first(missing)}")
-    extra = sorted(name for name in set(files.shapes) - set(names) if not _harmless(name))
+    # A head that is not wanted here equals the embedding (checked before).
+    extra = sorted(set(files.shapes) - set(names) - {"lm_head.weight"})
     if extra:
         raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {first(extra)}")
     for piece, name in zip(pieces, names, strict=True):
@@ -179,8 +185,3 @@ def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, 
                 f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but config.json "
                 f"implies {list(piece.shape)}"
             )
-
-
-def _harmless(name: str) -> bool:
-    """Rotary tables are recomputed; a head that is not wanted here equals the embedding (checked before)."""
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mora_jax.errors import InputError
 from mora_jax.models.init import read_json
 
 _READABLE = ("F32", "F16", "BF16", "F64")
+#: Tables and masks that older files hold beside the weights; models compute them.
+_BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)")
 
 
 class TensorFiles:
@@ -29,11 +32,13 @@ class TensorFiles:
     def __init__(self, folder: Path, files: list[Path]):
         """Opens `files` and reads their headers."""
         self.folder = folder
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, tuple[Any, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             handle = _open(file)
             for name in handle.keys():
+                if _BUFFERS.fullmatch(name):
+                    continue
                 if name in self._handles:
                     raise InputError(f"{file}: tensor {name} is also in another file of the folder")
                 piece = handle.get_slice(name)
@@ -42,7 +47,7 @@ class TensorFiles:
                         f"{file}: tensor {name} has dtype {piece.get_dtype()}; only checkpoints in float32, "
                         "float16 or bfloat16 can be read"
                     )
-                self._handles[name] = handle
+                self._handles[name] = handle, name
                 self.shapes[name] = tuple(piece.get_shape())
 
     def __contains__(self, name: str) -> bool:
@@ -50,11 +55,18 @@ class TensorFiles:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype of the file."""
-        return self._handles[name].get_tensor(name)
+        handle, stored = self._handles[name]
+        return handle.get_tensor(stored)
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part of a tensor, one slice (of step 1) an axis; nothing else of the file is read."""
-        return self._handles[name].get_slice(name)[index]
+        handle, stored = self._handles[name]
+        return handle.get_slice(stored)[index]
+
+    def rename(self, new: Callable[[str], str]) -> None:
+        """Calls every tensor by a new name, in place."""
+        self._handles = {new(name): handle for name, handle in self._handles.items()}
+        self.shapes = {new(name): shape for name, shape in self.shapes.items()}
 
 
 def _open(file: Path) -> Any:

@@ -17,7 +17,7 @@ from mora_jax.adapters.sites import Site, sites
 from mora_jax.adapters.trainable_base import TrainableBase
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
-from mora_jax.models.norms import RMSNorm
+from mora_jax.models.norms import Norm
 
 # Flax calls `scale` what torch calls `weight`.
 _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
@@ -103,9 +103,11 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
         return [Entry(module, name, (piece,)) for module, name, piece in _own_parameters(model)]
     config = model.config
     table = (config.vocab_size, config.hidden_size)
-    entries = [
-        Entry(model.embed_tokens, "embedding", (TensorRegion(f"{model.embed_tokens.path}.weight", (), table, table),))
-    ]
+    entries = []
+    for embed in (model.embed_tokens, model.embed_positions):
+        if embed is not None:
+            shape = tuple(embed.embedding.shape)
+            entries.append(Entry(embed, "embedding", (TensorRegion(f"{embed.path}.weight", (), shape, shape),)))
     block = model.layers
     attention = block.self_attn
     for norm in (
@@ -117,31 +119,33 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
         block.post_mlp_norm,
     ):
         if norm is not None:
-            entries.append(_norm(norm, config.num_layers))
+            entries.extend(_norm(norm))
     for projection in (
         block.self_attn.qkv_proj,
         block.self_attn.o_proj,
         block.mlp.gate_up_proj,
         block.mlp.down_proj,
     ):
-        entries.extend(_projection(projection))
-    entries.append(_norm(model.norm, None))
+        entries.extend(_projection(projection, turned=config.names.turned))
+    entries.extend(_norm(model.norm))
     if model.lm_head is not None:
-        head = TensorRegion(f"{config.names.head}.weight", (), table, table)
+        head = TensorRegion(config.names.head_tensor, (), table, table)
         entries.append(Entry(model.lm_head, "kernel", (head,)))
     return entries
 
 
-def _norm(norm: RMSNorm, num_layers: int | None) -> Entry:
-    size = norm.weight.shape[-1]
-    if num_layers is None:
-        return Entry(norm, "weight", (TensorRegion(f"{norm.path}.weight", (), (size,), (size,)),))
-    names = [norm.path.format(layer=layer) for layer in range(num_layers)]
-    pieces = tuple(TensorRegion(f"{name}.weight", (i,), (size,), (size,)) for i, name in enumerate(names))
-    return Entry(norm, "weight", pieces)
+def _norm(norm: Norm) -> Iterator[Entry]:
+    *stack, size = norm.weight.shape
+    indices: list[tuple[int, ...]] = [(layer,) for layer in range(stack[0])] if stack else [()]
+    for name in ("weight", "bias") if norm.bias is not None else ("weight",):
+        paths = [norm.path.format(layer=index[0]) if index else norm.path for index in indices]
+        pieces = [
+            TensorRegion(f"{path}.{name}", index, (size,), (size,)) for path, index in zip(paths, indices, strict=True)
+        ]
+        yield Entry(norm, name, tuple(pieces))
 
 
-def _projection(projection: Projection) -> Iterator[Entry]:
+def _projection(projection: Projection, *, turned: bool) -> Iterator[Entry]:
     kernels, biases = [], []
     layers = range(projection.num_layers or 0)
     for layer in layers:
@@ -151,9 +155,9 @@ def _projection(projection: Projection) -> Iterator[Entry]:
             where = projection.part_slice(part.name)
             path = projection.module_path(part.name, layer)
             size, region = projection.part_features(part.name), (projection.in_features, *shape)
-            file_shape = (size, projection.in_features)
+            file_shape = (projection.in_features, size) if turned else (size, projection.in_features)
             kernels.append(
-                TensorRegion(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=True)
+                TensorRegion(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=not turned)
             )
             biases.append(TensorRegion(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
     stack = () if projection.num_layers is None else (projection.num_layers,)
@@ -196,7 +200,8 @@ def _is_base(value: Any) -> bool:
 def loose_biases(model: nnx.Module) -> set[str]:
     """Names in files of the biases of modules that can't carry adapters, which `bias="all"` trains, too."""
     if isinstance(model, Decoder):
-        return set()  # its norms have none
+        plan = (entry for entry in tensor_plan(model) if isinstance(entry.module, Norm) and entry.attribute == "bias")
+        return {piece.name for entry in plan for piece in entry.pieces}
     held = {id(place.layer) for place in sites(model)}
     return {
         f"{path}.bias"

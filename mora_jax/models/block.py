@@ -19,7 +19,7 @@ from mora_jax.backend import backend
 from mora_jax.models.attention.causal import NO_WINDOW, attention
 from mora_jax.models.kv_cache import Cache, CacheSlot
 from mora_jax.models.layer_scan import Places, checkpointed, run_stack
-from mora_jax.models.norms import RMSNorm
+from mora_jax.models.norms import Norm
 from mora_jax.models.rope import rotate
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class RowLayout:
         kv_segments: int32 `[B, S]` of the keys.
         positions, kv_positions: int32 of the same shapes where order is by position (with a cache); None
             where it is by index.
-        cos, sin: float32 `[B, T, head_dim / 2]`.
+        cos, sin: float32 `[B, T, rotary_dim / 2]`.
         window: how many positions back a query sees; None for all.
+        query_scale: float32 `[B, T]`, what queries are multiplied by; None for nothing.
         kernel: computes attention where order is by index (see attention/kernels.py); None for XLA's blocks.
         folded: whether devices share each row, so that its shares are rows here (`Partitioner.fold`).
         partitioner: how the devices of a mesh share the weights; None where each has all of them.
@@ -52,6 +53,7 @@ class RowLayout:
     cos: jax.Array
     sin: jax.Array
     window: int | jax.Array | None
+    query_scale: jax.Array | None = None
     kernel: Kernel | None = None
     folded: bool = False
     partitioner: Partitioner | None = None
@@ -77,10 +79,19 @@ class RowLayout:
         return projection(x, token_dropout=token_dropout, lead=lead, flat=flat and not lead, sharded=sharded)
 
 
-def _stacked(config: DecoderConfig, path: str, **making: Any) -> Callable[..., Projection]:
-    """`Projection` with what those of a part of the block have in common."""
-    making |= {"path": config.names.layer + path, "num_layers": config.num_layers, "init_std": config.initializer_range}
-    return functools.partial(Projection, **making)
+def _projection(
+    config: DecoderConfig, names: tuple[str, ...], sizes: tuple[int, ...], in_features: int, **making: Any
+) -> Projection:
+    """All layers' matrices of those names, of those sizes along the part axis; all under one name is one part."""
+    parts = zip(names, sizes if len(names) == len(sizes) else (sum(sizes),), strict=True)
+    return Projection(
+        tuple(Part(name.rpartition(".")[2], size) for name, size in parts),
+        in_features,
+        path=f"{config.names.layer}.{names[0].rpartition('.')[0]}.{{name}}",
+        num_layers=config.num_layers,
+        init_std=config.initializer_range,
+        **making,
+    )
 
 
 def _fold(token_dropout: TokenDropout | None, index: int) -> TokenDropout | None:
@@ -88,43 +99,55 @@ def _fold(token_dropout: TokenDropout | None, index: int) -> TokenDropout | None
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention. q, k and v are one product, grouped by key/value head."""
+    """Grouped-query attention. q, k and v are one product, grouped by key/value head unless files hold it ungrouped."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None, quantize: str | None = None):
+    def __init__(self, config: DecoderConfig, **making: Any):
         """Makes the stacked projections (and the norms of q and k where the family has them)."""
-        projection = _stacked(config, ".self_attn.{name}", dtype=dtype, rngs=rngs, quantize=quantize)
-        self.qkv_proj = projection(
-            (Part("q_proj", config.q_per_kv), Part("k_proj", 1), Part("v_proj", 1)),
+        names = config.names
+        # One tensor that has all queries, all keys and all values is `[N + 2, G, H]` in its order, not `[G, N + 2, H]`.
+        self.by_head = len(names.qkv) == 3 or names.by_head
+        heads = (config.num_kv_heads, "kv_heads"), (config.q_per_kv + 2, "q_per_kv")
+        sizes, axes = zip(*(heads if self.by_head else reversed(heads)), strict=True)
+        self.qkv_proj = _projection(
+            config,
+            names.qkv,
+            (config.q_per_kv, 1, 1),
             config.hidden_size,
-            out_shape=(config.num_kv_heads, config.q_per_kv + 2, config.head_dim),
-            part_axis=1,
-            axes=("embed", "kv_heads", "q_per_kv", "head_dim"),
+            out_shape=(*sizes, config.head_dim),
+            part_axis=1 if self.by_head else 0,
+            axes=("embed", *axes, "head_dim"),
             use_bias=config.qkv_bias,
+            **making,
         )
-        self.o_proj = projection(
-            (Part("o_proj", config.hidden_size),),
-            config.num_kv_heads * config.q_per_kv * config.head_dim,
+        self.o_proj = _projection(
+            config,
+            (names.out,),
+            (config.hidden_size,),
+            config.num_heads * config.head_dim,
             out_shape=(config.hidden_size,),
             axes=("heads", "embed"),
             use_bias=config.out_bias,
+            **making,
         )
-        self.q_norm = _head_norm(config, "self_attn.q_norm") if config.qk_norm else None
-        self.k_norm = _head_norm(config, "self_attn.k_norm") if config.qk_norm else None
+        one = config.qk_norm == "all"
+        size = config.head_dim * (config.num_heads if one else 1), config.head_dim * (config.num_kv_heads if one else 1)
+        self.q_norm = _norm(config, names.q_norm if config.qk_norm else None, size=size[0], axis="head_dim")
+        self.k_norm = _norm(config, names.k_norm if config.qk_norm else None, size=size[1], axis="head_dim")
         self.scale = config.attention_scale
         self.softcap = config.attention_softcap
+        self.neighbours = config.rotary_neighbours
 
     def __call__(
         self, x: jax.Array, layout: RowLayout, slot: CacheSlot | None, token_dropout: TokenDropout | None
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` to `[B, T, D]`, and the cache slot with this layer's keys and values written."""
-        fused = checkpointed(layout.project(self.qkv_proj, x, _fold(token_dropout, 0)))  # [B, T, G, N + 2, H]
-        heads = fused.shape[3] - 2
-        query, key, value = jnp.split(fused, (heads, heads + 1), axis=3)
-        key, value = key[:, :, :, 0], value[:, :, :, 0]  # [B, T, G, H]
+        query, key, value = self._split(checkpointed(layout.project(self.qkv_proj, x, _fold(token_dropout, 0))))
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query, layout.cos, layout.sin)
-        key = rotate(key, layout.cos, layout.sin)
+            query, key = _normed_heads(self.q_norm, query), _normed_heads(self.k_norm, key)
+        query = rotate(query, layout.cos, layout.sin, self.neighbours)
+        key = rotate(key, layout.cos, layout.sin, self.neighbours)
+        if layout.query_scale is not None:
+            query = query * layout.query_scale[:, :, None, None, None].astype(query.dtype)
         if slot is not None:
             slot = slot.write(key, value)
             key, value = slot.read()
@@ -145,12 +168,29 @@ class Attention(nnx.Module):
         mixed = mixed.reshape(*mixed.shape[:2], -1).astype(x.dtype)
         return checkpointed(layout.project(self.o_proj, mixed, _fold(token_dropout, 1))), slot
 
+    def _split(self, fused: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`[B, T, G, N + 2, H]`, or else `[B, T, N + 2, G, H]`, as `[B, T, G, N, H]` and twice `[B, T, G, H]`."""
+        axis = 3 if self.by_head else 2
+        heads = fused.shape[axis] - 2
+        query, key, value = jnp.split(fused, (heads, heads + 1), axis=axis)
+        if not self.by_head:
+            query = query.reshape(*query.shape[:2], fused.shape[3], heads, fused.shape[4])
+        return query, jnp.squeeze(key, axis), jnp.squeeze(value, axis)
+
+
+def _normed_heads(norm: Norm, x: jax.Array) -> jax.Array:
+    """Heads `[B, T, ..., H]`, normalised each or, by a longer norm, all together."""
+    if norm.weight.shape[-1] == x.shape[-1]:
+        return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -175,34 +215,49 @@ def gated(activation: str, fused: jax.Array, flat: bool = False) -> jax.Array:
     return jax.checkpoint(product, prevent_cse=False)(fused)
 
 
-class MLP(nnx.Module):
-    """The gated MLP. Gate and up are one product."""
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def activated(activation: str, up: jax.Array) -> jax.Array:
+    """`activation(up)`, computed in float32, in the dtype of `up`; the backward pass computes it again."""
+    return ACTIVATIONS[activation](up.astype(jnp.float32)).astype(up.dtype)
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None, quantize: str | None = None):
-        """Makes the stacked projections."""
-        projection = _stacked(config, ".mlp.{name}", dtype=dtype, rngs=rngs, quantize=quantize)
-        self.gate_up_proj = projection(
-            (Part("gate_proj", 1), Part("up_proj", 1)),
+
+class MLP(nnx.Module):
+    """The MLP. Gate, where there is one, and up are one product."""
+
+    def __init__(self, config: DecoderConfig, **making: Any):
+        """Makes the stacked projections; `making` is the dtype, the keys and the quantisation of `Projection`."""
+        names, inner = config.names, config.intermediate_size
+        self.gate_up_proj = _projection(
+            config,
+            names.gate_up,
+            (1, 1) if config.gated else (inner,),
             config.hidden_size,
-            out_shape=(2, config.intermediate_size),
-            part_axis=0,
-            axes=("embed", "gate_up", "mlp"),
+            out_shape=(2, inner) if config.gated else (inner,),
+            axes=("embed", "gate_up", "mlp") if config.gated else ("embed", "mlp"),
             use_bias=config.mlp_bias,
+            **making,
         )
-        self.down_proj = projection(
-            (Part("down_proj", config.hidden_size),),
-            config.intermediate_size,
+        self.down_proj = _projection(
+            config,
+            (names.down,),
+            (config.hidden_size,),
+            inner,
             out_shape=(config.hidden_size,),
             axes=("mlp", "embed"),
             use_bias=config.mlp_bias,
+            **making,
         )
         self.activation = config.activation
+        self.gated = config.gated
 
     def __call__(self, x: jax.Array, layout: RowLayout, token_dropout: TokenDropout | None) -> jax.Array:
         """`x [B, T, D]` to `[B, T, D]`."""
         projected = layout.project(self.gate_up_proj, x, _fold(token_dropout, 2), flat=True)
         fused = checkpointed(projected)  # [B, T, 2 · M], or [B, T, 2, M]
-        inner = gated(self.activation, fused, fused.ndim == x.ndim)
+        if self.gated:
+            inner = gated(self.activation, fused, fused.ndim == x.ndim)
+        else:
+            inner = activated(self.activation, fused)
         return checkpointed(layout.project(self.down_proj, inner, _fold(token_dropout, 3)))
 
 
@@ -216,8 +271,10 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs, quantize=quantize)
         self.attention_norm = _norm(config, names.attention_norm)
         self.mlp_norm = _norm(config, names.mlp_norm)
-        self.post_attention_norm = _norm(config, names.post_attention_norm) if names.post_attention_norm else None
-        self.post_mlp_norm = _norm(config, names.post_mlp_norm) if names.post_mlp_norm else None
+        self.post_attention_norm = _norm(config, names.post_attention_norm)
+        self.post_mlp_norm = _norm(config, names.post_mlp_norm)
+        self.parallel = config.parallel
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self,
@@ -227,14 +284,16 @@ class Block(nnx.Module):
         token_dropout: TokenDropout | None = None,
     ) -> tuple[jax.Array, CacheSlot | None]:
         """`x [B, T, D]` through one layer; also the cache slot after this layer's write."""
-        mixed, slot = self.self_attn(self.attention_norm(x), layout, slot, token_dropout)
-        if self.post_attention_norm is not None:
-            mixed = self.post_attention_norm(mixed)
-        x = x + mixed
-        out = self.mlp(self.mlp_norm(x), layout, token_dropout)
-        if self.post_mlp_norm is not None:
-            out = self.post_mlp_norm(out)
-        return x + out, slot
+        inputs = _normed(self.attention_norm, x)
+        mixed, slot = self.self_attn(inputs, layout, slot, token_dropout)
+        y = self._added(x, _normed(self.post_attention_norm, mixed))
+        if self.mlp_norm is not None or not self.parallel:  # else one norm is for both
+            inputs = _normed(self.mlp_norm, x if self.parallel else y)
+        out = self.mlp(inputs, layout, token_dropout)
+        return self._added(y, _normed(self.post_mlp_norm, out)), slot
+
+    def _added(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        return x + (update if self.residual_scale == 1 else update * self.residual_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +316,7 @@ class LayerRunner:
         Args:
             layers: the stack.
             x: the embeddings.
-            layout: for all layers; its `cos` and `sin` are `[R, B, T, H / 2]`.
+            layout: for all layers; its `cos` and `sin` are `[R, B, T, rotary_dim / 2]`.
             token_dropout: turns the adapters' dropout on.
         """
         graphdef, per_layer = self._split(layers, layout.partitioner)
@@ -373,16 +432,19 @@ def _places(partitioner: Partitioner, per_layer: Any) -> Places:
     return Places(tuple(stored), tuple(used), tuple(leads))
 
 
-def _head_norm(config: DecoderConfig, name: str) -> RMSNorm:
-    return _norm(config, name, size=config.head_dim, axis="head_dim")
+def _norm(config: DecoderConfig, name: str | None, *, size: int | None = None, axis: str = "embed") -> Norm | None:
+    """All layers' norms of that name; None where the family has none."""
+    if name is None:
+        return None
+    path = f"{config.names.layer}.{name}"
+    return norm_of(config, path, size=size or config.hidden_size, axis=axis, num_layers=config.num_layers)
 
 
-def _norm(config: DecoderConfig, name: str, *, size: int | None = None, axis: str = "embed") -> RMSNorm:
-    return RMSNorm(
-        size or config.hidden_size,
-        eps=config.norm_eps,
-        offset=config.norm_offset,
-        path=f"{config.names.layer}.{name}",
-        axis=axis,
-        num_layers=config.num_layers,
-    )
+def norm_of(config: DecoderConfig, path: str, **making: Any) -> Norm:
+    """A norm of the family's kind."""
+    making |= {"eps": config.norm_eps, "offset": config.norm_offset, "kind": config.norm, "use_bias": config.norm_bias}
+    return Norm(path=path, **making)
+
+
+def _normed(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)

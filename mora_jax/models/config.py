@@ -9,20 +9,39 @@ from mora_jax.models.rope import Rope
 
 @dataclasses.dataclass(frozen=True)
 class TensorNames:
-    """The HuggingFace names of the tensors that a family may name differently.
+    """The HuggingFace names of modules, those of a layer below `layer`.
 
-    Projections are always `self_attn.{q,k,v,o}_proj` and `mlp.{gate,up,down}_proj` below `layer`. A norm
-    whose name is None does not exist in the family.
+    A norm whose name is None does not exist in the family. Matrices that are one tensor in files are one name here, and
+    one target of adapters.
+
+    Attributes:
+        positions: the table of learned positions; None in families that rotate.
+        head_tensor: the head's in files.
+        qkv: of queries, keys and values, or the one that holds all three.
+        by_head: whether that one holds a key/value head with its queries after the other, as parameters do; else all
+            queries come first, then all keys, then all values.
+        gate_up: of gate and up, or the one that holds both; of up alone where there is no gate.
+        turned: whether matrices of layers are `[in, out]` in files (transformers' Conv1D), not `[out, in]`.
     """
 
     embedding: str = "model.embed_tokens"
+    positions: str | None = None
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    head_tensor: str = "lm_head.weight"
     layer: str = "model.layers.{layer}"
-    attention_norm: str = "input_layernorm"
+    attention_norm: str | None = "input_layernorm"
     post_attention_norm: str | None = None
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     post_mlp_norm: str | None = None
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    by_head: bool = False
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    out: str = "self_attn.o_proj"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +53,19 @@ class DecoderConfig:
         windows: for each layer, how many positions back it sees (the query's own included); None means all.
         ropes: the distinct rotary tables of the model.
         layer_ropes: for each layer, the index of its table in `ropes`.
+        rotary_dim: how many numbers of a head rotate, the first ones; 0 where positions are learned.
+        rotary_neighbours: whether the pairs (2j, 2j + 1) rotate, not (j, j + rotary_dim / 2).
+        query_growth: (β, n): queries at position p are multiplied by 1 + β·log(1 + ⌊p / n⌋), or None.
+        norm: "rms" or "layer", which also takes the mean away.
+        norm_bias: whether norms have biases.
         norm_offset: what is added to every norm weight (1.0 in Gemma).
+        qk_norm: "head" where each head of q and k has a norm, "all" where one norm goes over all heads, or None.
+        gated: whether the MLP is `activation(gate) · up`, not `activation(up)`.
+        parallel: whether attention and MLP of a layer have the same input.
+        residual_scale: what attention and MLP are multiplied by before they are added.
         embedding_scale: what embeddings are multiplied by, rounded to the compute dtype first, or None.
         attention_scale: what the attention scores are multiplied by.
+        logit_scale: what logits are multiplied by, before the cap. The final norm does it.
         source: the HuggingFace `config.json` it was read from, as JSON text; `save_pretrained` writes it.
     """
 
@@ -56,11 +85,20 @@ class DecoderConfig:
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]
     attention_scale: float
+    rotary_dim: int
+    rotary_neighbours: bool = False
+    query_growth: tuple[float, int] | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    norm: str = "rms"
+    norm_bias: bool = False
     norm_offset: float = 0.0
+    qk_norm: str | None = None
+    gated: bool = True
+    parallel: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     embedding_scale: float | None = None
     attention_softcap: float | None = None
     final_softcap: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,11 +17,10 @@ from mora_jax.adapters.projection import OutputHead, TokenDropout
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
 from mora_jax.backend import backend
 from mora_jax.models.attention.causal import Choice, Rows
-from mora_jax.models.block import Block, LayerRunner, RowLayout
+from mora_jax.models.block import Block, LayerRunner, RowLayout, norm_of
 from mora_jax.models.kv_cache import Cache, empty_cache
-from mora_jax.models.norms import RMSNorm
-from mora_jax.models.rope import tables
-from mora_jax.models.segments import check_token_ids, default_positions
+from mora_jax.models.rope import by_length, tables
+from mora_jax.models.segments import check_token_ids, default_positions, segment_lengths
 
 if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig
@@ -43,15 +43,25 @@ class TokenEmbedding(nnx.Embed):
         path: HuggingFace module path.
     """
 
-    def __init__(self, vocab_size: int, features: int, *, scale: float, path: str, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """Draws a normal table with standard deviation `scale`."""
+    def __init__(
+        self,
+        vocab_size: int,
+        features: int,
+        *,
+        scale: float,
+        path: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        axis: str = "vocab",
+    ):
+        """Draws a normal table with standard deviation `scale`, whose rows are the logical axis `axis`."""
         super().__init__(
             vocab_size,
             features,
             dtype=dtype,
             param_dtype=dtype,
             embedding_init=functools.partial(normal, scale),
-            embedding_metadata={"axes": ("vocab", "embed")},
+            embedding_metadata={"axes": (axis, "embed")},
             rngs=rngs,
         )
         self.path = path
@@ -127,23 +137,20 @@ class Decoder(nnx.Module):
         self.folder: str | None = None
         scale = 0.0 if rngs is None else config.initializer_range
         draws = nnx.Rngs(0) if rngs is None else rngs
-        self.embed_tokens = TokenEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            scale=scale,
-            path=config.names.embedding,
-            dtype=dtype,
-            rngs=draws,
-        )
+        making: dict[str, Any] = {"scale": scale, "dtype": dtype, "rngs": draws}
+        names, width = config.names, config.hidden_size
+        self.embed_tokens = TokenEmbedding(config.vocab_size, width, path=names.embedding, **making)
+        positions = None
+        if names.positions is not None:
+            positions = TokenEmbedding(config.max_positions, width, path=names.positions, axis="positions", **making)
+        self.embed_positions = nnx.data(positions)
         self.layers = Block(config, dtype=dtype, rngs=rngs, quantize=None if quantize == "none" else quantize)
-        self.norm = RMSNorm(
-            config.hidden_size, eps=config.norm_eps, offset=config.norm_offset, path=config.names.final_norm
-        )
+        self.norm = norm_of(config, names.final_norm, size=width, scale=config.logit_scale)
         if config.tie_embeddings:
             self.lm_head = None
         else:
-            shape = (config.vocab_size, config.hidden_size)
-            self.lm_head = OutputHead(normal(scale, draws.params(), shape, dtype), path=config.names.head)
+            table = normal(scale, draws.params(), (config.vocab_size, width), dtype)
+            self.lm_head = OutputHead(table, path=names.head)
 
     def __call__(
         self,
@@ -187,7 +194,7 @@ class Decoder(nnx.Module):
         adapter_ids: jax.Array | None = None,
         partitioner: Partitioner | None = None,
     ) -> jax.Array:
-        """The states after the final norm, `[B, T, D]` in the compute dtype.
+        """The states after the final norm, `[B, T, D]` in the compute dtype, times `config.logit_scale`.
 
         Args:
             input_ids, segment_ids, positions, dropout_key, adapter_ids, partitioner: as in `__call__`.
@@ -229,20 +236,21 @@ class Decoder(nnx.Module):
             segments = segment_ids.astype(jnp.int32)
             implied = default_positions(segments) if positions is None else segments
         places = implied if positions is None else positions.astype(jnp.int32)
-        cos, sin = tables(self.config.ropes, self.config.head_dim, places)
+        cos, sin, query_scale = self._by_position(places, lambda: segment_lengths(segments))
         token_dropout = None
         if dropout_key is not None:
             token_dropout = TokenDropout.of(dropout_key, len(input_ids), input_ids.shape[1], row_numbers)
-        x = self._embed(input_ids, embedding_noise, partitioner)
+        x = self._embed(input_ids, places, embedding_noise, partitioner)
         ring = None if partitioner is None else partitioner.ring(x.shape[0])
         if partitioner is not None and ring is not None:
             x, segments = partitioner.fold(x), partitioner.fold(segments)
             cos, sin = jax.vmap(partitioner.fold)(cos), jax.vmap(partitioner.fold)(sin)
+            query_scale = None if query_scale is None else partitioner.fold(query_scale)
             if token_dropout is not None:
                 token_dropout = token_dropout._replace(tokens=partitioner.fold(token_dropout.tokens))
         sharded = partitioner if partitioner is not None and partitioner.cuts_weights else None
         static: dict[str, Any] = {"kernel": kernel, "folded": ring is not None, "partitioner": sharded}
-        layout = RowLayout(segments, segments, None, None, cos, sin, window=None, **static)
+        layout = RowLayout(segments, segments, None, None, cos, sin, None, query_scale, **static)
         x = self.norm(self._runner(self.layers, x, layout, token_dropout))
         return x if ring is None or partitioner is None else partitioner.unfold(x, *input_ids.shape)
 
@@ -341,16 +349,28 @@ class Decoder(nnx.Module):
             check_token_ids(input_ids, self.config.vocab_size)
         return input_ids, segment_ids, positions
 
-    def _embed(self, input_ids: jax.Array, noise: jax.Array | None, partitioner: Partitioner | None) -> jax.Array:
-        if partitioner is None:
-            x = self.embed_tokens(input_ids)
-        else:
-            axes = self.embed_tokens.embedding.get_metadata()["axes"]
-            shape = self.config.vocab_size, self.config.hidden_size
-            x = partitioner.looked_up(axes, shape, input_ids, self.embed_tokens)
+    def _embed(
+        self, input_ids: jax.Array, places: jax.Array, noise: jax.Array | None, partitioner: Partitioner | None
+    ) -> jax.Array:
+        x = _looked_up(self.embed_tokens, input_ids, partitioner)
         if noise is not None:
             x = (x.astype(jnp.float32) + noise).astype(x.dtype)
-        return self._scaled(x)
+        x = self._scaled(x)
+        return x if self.embed_positions is None else x + _looked_up(self.embed_positions, places, partitioner)
+
+    def _by_position(self, places: jax.Array, lengths: Callable[[], Any]) -> tuple[Any, Any, jax.Array | None]:
+        """Cosines and sines of the angles, `[R, B, T, rotary_dim / 2]`, and what queries are multiplied by.
+
+        Args:
+            places: int32 `[B, T]`.
+            lengths: gives the lengths of the texts, as in `tables`.
+        """
+        config = self.config
+        cos, sin = tables(config.ropes, config.rotary_dim, places, lengths() if by_length(config.ropes) else 0)
+        if config.query_growth is None:
+            return cos, sin, None
+        beta, length = config.query_growth
+        return cos, sin, 1 + beta * jnp.log(1 + (places // length).astype(jnp.float32))
 
     def _scaled(self, x: jax.Array) -> jax.Array:
         scale = self.config.embedding_scale
@@ -389,11 +409,12 @@ class Decoder(nnx.Module):
             segments=jax.lax.dynamic_update_slice(cache.segments, segments, start),
             positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
         )
-        cos, sin = tables(self.config.ropes, self.config.head_dim, positions)
-        layout = RowLayout(segments, cache.segments, positions, cache.positions, cos, sin, window=None)
+        cos, sin, query_scale = self._by_position(positions, lambda: cache.max_length)
+        layout = RowLayout(segments, cache.segments, positions, cache.positions, cos, sin, None, query_scale)
         stack = self.layers if layers is None else layers
         rows = self.embed_tokens if layers is None or layers.table is None else layers.rows
         x = self._scaled(rows(input_ids).astype(self.dtype))
+        x = x if self.embed_positions is None else x + self.embed_positions(positions)
         x, written = self._runner.extend(stack, x, layout, cache)
         columns = jnp.arange(shape[1])
         last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
@@ -421,6 +442,14 @@ def _hidden(graphdef: Any, state: Any, partitioner: Any, adapter_ids: Any, *arra
 @functools.partial(jax.jit, static_argnums=0)
 def _extend(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> tuple[jax.Array, Cache]:
     return _merged(graphdef, state, adapter_ids, args[1]).read(*args)
+
+
+def _looked_up(table: TokenEmbedding, ids: jax.Array, partitioner: Partitioner | None) -> jax.Array:
+    """Rows of a table, which a mesh may share."""
+    if partitioner is None:
+        return table(ids)
+    count, width = table.embedding.shape
+    return partitioner.looked_up(table.embedding.get_metadata()["axes"], (count, width), ids, table)
 
 
 def _merged(graphdef: Any, state: Any, adapter_ids: Any, input_ids: jax.Array) -> Decoder:

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Normalisation: by the root mean square, or by mean and deviation."""
 
 import functools
 from typing import Any
@@ -9,11 +9,12 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 
-class RMSNorm(nnx.Module):
-    """Divides by the root mean square of the last axis and multiplies by a weight, computed in float32.
+class Norm(nnx.Module):
+    """Normalises the last axis and multiplies by a weight, computed in float32 and rounded once.
 
     Attributes:
         weight: float32 `[num_layers, size]`, or `[size]` when `num_layers` is None.
+        bias: the same shape, or None.
         path: HuggingFace module path, with `{layer}` in it for a stacked norm.
     """
 
@@ -26,18 +27,50 @@ class RMSNorm(nnx.Module):
         path: str,
         axis: str = "embed",
         num_layers: int | None = None,
+        kind: str = "rms",
+        use_bias: bool = False,
+        scale: float = 1.0,
     ):
-        """Makes the identity: a weight that is 1 after `offset` has been added."""
+        """Makes the identity: a weight that is 1 after `offset` has been added.
+
+        Args:
+            size: of the last axis.
+            eps: added to the mean square.
+            offset: added to the weight.
+            path: see the attribute.
+            axis: logical name of the last axis.
+            num_layers: length of the stack, or None for a single norm.
+            kind: "rms", or "layer", which takes the mean away first.
+            use_bias: whether a bias is added.
+            scale: what the result is multiplied by.
+        """
         shape: tuple[int, ...] = (size,) if num_layers is None else (num_layers, size)
         axes = (axis,) if num_layers is None else ("layers", axis)
         self.weight = nnx.Param(jnp.full(shape, 1.0 - offset, dtype=jnp.float32), axes=axes)
+        self.bias = nnx.data(nnx.Param(jnp.zeros(shape, dtype=jnp.float32), axes=axes) if use_bias else None)
         self.eps = eps
         self.offset = offset
         self.path = path
+        self.kind = kind
+        self.scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `x [..., size]` with an unstacked weight; the result has the dtype of `x`."""
-        return rms_norm(self.eps, x, self.weight[...].astype(jnp.float32) + self.offset)
+        weight = (self.weight[...].astype(jnp.float32) + self.offset) * self.scale
+        if self.kind == "rms" and self.bias is None:
+            return rms_norm(self.eps, x, weight)
+        bias = None if self.bias is None else self.bias[...].astype(jnp.float32) * self.scale
+        return _general_norm(self.kind == "layer", self.eps, x, weight, bias)
+
+
+# The backward pass computes it again from `x`, in place of saving float32 copies of it.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1))
+def _general_norm(centred: bool, eps: float, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    if centred:
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    y = wide * _inverse(eps, wide) * weight
+    return (y if bias is None else y + bias).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

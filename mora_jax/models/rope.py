@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +17,15 @@ class Rope:
 
     Attributes:
         theta: the base wavelength.
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or "none" for layers that don't rotate.
         factor: how much longer the context is than in pretraining (linear, llama3, yarn).
-        original_positions: the context length of pretraining (llama3, yarn).
+        original_positions: the context length of pretraining (llama3, yarn, longrope).
         low_freq_factor, high_freq_factor: the band that llama3 interpolates.
         beta_fast, beta_slow: numbers of rotations between which yarn ramps.
         truncate: whether yarn rounds the ends of its ramp to whole dimensions.
-        attention_factor: what cos and sin are multiplied by (yarn), already resolved.
+        attention_factor: what cos and sin are multiplied by (yarn, longrope), already resolved.
+        short_factors, long_factors: what the wavelength of each pair is multiplied by in texts of up to
+            `original_positions` tokens, and in longer ones (longrope).
     """
 
     theta: float
@@ -36,14 +38,17 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: Rope, head_dim: int, *, long: bool = False) -> np.ndarray:
     """The angle per position of every pair of dimensions.
 
     Args:
         rope: the table's description.
-        head_dim: the size of a head, even.
+        head_dim: how many numbers of a head rotate, even.
+        long: whether the text is longer than those of pretraining (longrope).
 
     Returns:
         float32 `[head_dim / 2]`.
@@ -62,6 +67,10 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         frequencies = _llama3(rope, plain)
     elif rope.kind == "yarn":
         frequencies = _yarn(rope, plain, head_dim)
+    elif rope.kind == "longrope":
+        frequencies = plain / np.asarray(rope.long_factors if long else rope.short_factors)
+    elif rope.kind == "none":
+        frequencies = np.zeros_like(plain)
     else:
         raise ValueError(f"unknown rotary kind {rope.kind!r}; known: {', '.join(KINDS)}")
     return frequencies.astype(np.float32)
@@ -103,35 +112,66 @@ def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all
     return scaled(1.0)
 
 
-def tables(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def tables(
+    ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array, lengths: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of every table at every position.
 
     Args:
         ropes: R table descriptions.
-        head_dim: the size of a head.
+        head_dim: how many numbers of a head rotate.
         positions: int32 `[B, T]`.
+        lengths: int32 `[B, T]`, the length of the text of each token, or one for all (longrope).
 
     Returns:
         Two float32 arrays `[R, B, T, head_dim / 2]`.
     """
-    frequencies = jnp.asarray(np.stack([inverse_frequencies(rope, head_dim) for rope in ropes]))
+
+    def frequencies(long: bool) -> jax.Array:
+        return jnp.asarray(np.stack([inverse_frequencies(rope, head_dim, long=long) for rope in ropes]))[:, None, None]
+
+    turns = frequencies(False)
+    if by_length(ropes):
+        limits = jnp.asarray([rope.original_positions for rope in ropes])[:, None, None]
+        turns = jnp.where((jnp.broadcast_to(lengths, positions.shape) > limits)[..., None], frequencies(True), turns)
     factors = jnp.asarray([rope.attention_factor for rope in ropes], dtype=jnp.float32)[:, None, None, None]
-    angles = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None, :]
+    angles = positions.astype(jnp.float32)[None, :, :, None] * turns
     return jnp.cos(angles) * factors, jnp.sin(angles) * factors
 
 
-# Autodiff alone would save the reshaped tables of every layer; the tables themselves all layers share.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (j, j + H/2) of the last axis, in float32, and returns the dtype of `x`.
+def by_length(ropes: tuple[Rope, ...]) -> bool:
+    """Whether angles depend on the length of a text."""
+    return any(rope.kind == "longrope" for rope in ropes)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, neighbours: bool = False) -> jax.Array:
+    """Rotates pairs of the first R numbers of the last axis, in float32, and returns the dtype of `x`.
 
     Args:
-        x: `[B, T, ..., H]`.
-        cos: float32 `[B, T, H / 2]`.
+        x: `[B, T, ..., H]`, H ≥ R.
+        cos: float32 `[B, T, R / 2]`.
         sin: the same.
+        neighbours: whether the pairs are (2j, 2j + 1), not (j, j + R/2).
     """
+    return _rotated(neighbours, x, cos, sin)
+
+
+# Autodiff alone would save the reshaped tables of every layer; the tables themselves all layers share.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _rotated(neighbours: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     shape = (*cos.shape[:2], *(1,) * (x.ndim - 3), cos.shape[-1])
     cos, sin = cos.reshape(shape), sin.reshape(shape)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    size = 2 * cos.shape[-1]
+    if not size:
+        return x
+    turning, still = (x, None) if size == x.shape[-1] else jnp.split(x, (size,), axis=-1)
+    wide = turning.astype(jnp.float32)
+    if neighbours:
+        pairs = wide.reshape(*wide.shape[:-1], size // 2, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+        rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(wide.shape)
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    rotated = rotated.astype(x.dtype)
+    return rotated if still is None else jnp.concatenate([rotated, still], axis=-1)

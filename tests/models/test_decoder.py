@@ -161,7 +161,7 @@ def test_bfloat16_keeps_its_dtypes(model):
         for value in vars(node).values()
         if isinstance(value, nnx.Param)
     }
-    assert dtypes == {("Projection", "bfloat16"), ("TokenEmbedding", "bfloat16"), ("RMSNorm", "float32")} | {
+    assert dtypes == {("Projection", "bfloat16"), ("TokenEmbedding", "bfloat16"), ("Norm", "float32")} | {
         ("OutputHead", "bfloat16")
     }
     difference = np.abs(np.asarray(half(IDS)) - np.asarray(model(IDS)))

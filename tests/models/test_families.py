@@ -4,29 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
 from mora_jax.models import read_config
+from tests.models.odd import IDS, LLAMA3, LOCAL, ODD, YARN
 from tests.models.tiny import SIZES, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model, save_torch
 
-LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 5000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 8,
-}
-LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4}
 
@@ -77,6 +62,21 @@ CASES = {
             "final_logit_softcapping": 4.0,
         },
     ),
+}
+
+LONG = {"rope_parameters": ODD["phi3"]["rope_parameters"] | {"original_max_position_embeddings": 32}}
+CASES |= {
+    # Its defaults, as far as a tiny model can have them.
+    **{name: (name, IDS) for name in ODD if name not in CASES},
+    **{f"{name}-odd": (name, fields) for name, fields in ODD.items()},
+    "ministral": ("ministral", IDS | {"head_dim": 8}),  # transformers wants it said
+    "helium": ("helium", IDS | {"head_dim": 8}),  # the only one that transformers can do
+    "phi3-short": ("phi3", ODD["phi3"] | LONG | {"original_max_position_embeddings": 32, "sliding_window": None}),
+    "gpt_neox-parallel": ("gpt_neox", ODD["gpt_neox"] | {"use_parallel_residual": True, "attention_bias": False}),
+    "exaone4-no-window": ("exaone4", ODD["exaone4"] | {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "smollm3-intervals": ("smollm3", ODD["smollm3"] | {"no_rope_layers": None, "no_rope_layer_interval": 2}),
+    "starcoder2-no-bias": ("starcoder2", ODD["starcoder2"] | {"use_bias": False}),
+    "glm-no-bias": ("glm", ODD["glm"] | {"attention_bias": False}),
 }
 
 
@@ -214,6 +214,42 @@ def base_config(**fields) -> dict:
             "use_bidirectional_attention",
         ),
         ({"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"rope_theta": 1.0}}, "alone"),
+        (
+            {
+                "architectures": ["GPT2LMHeadModel"],
+                "n_embd": 32,
+                "n_head": 4,
+                "n_layer": 2,
+                "add_cross_attention": True,
+            },
+            "add_cross_attention True is not supported; supported is false",
+        ),
+        (
+            {"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx True is not supported",
+        ),
+        ({"architectures": ["GPT2LMHeadModel"]}, "n_embd is missing"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_scaling must be of the rope type default or longrope",
+        ),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+            "rope_scaling: short_factor must be a list of 4 positive numbers, found",
+        ),
+        (
+            {"architectures": ["Glm4ForCausalLM"], "partial_rotary_factor": 1.5},
+            "partial_rotary_factor must be at most 1",
+        ),
+        (
+            {"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.4},
+            "an even number of each head has to rotate, not 3",
+        ),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 2]},
+            "no_rope_layers must be a list of 0 and 1",
+        ),
+        ({"architectures": ["GemmaForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
     ids=str,
 )
@@ -222,6 +258,19 @@ def test_configs_that_are_refused(fields, message):
         read_config(base_config(**fields), "folder/config.json")
     assert str(caught.value).startswith("folder/config.json: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("model_type, buffer", [("gpt2", "h.1.attn.bias"), ("gpt_neox", "layers.1.attention.bias")])
+def test_files_without_the_class_around_and_with_masks(model_type, buffer, tmp_path):
+    reference = hf_model(model_type, **ODD[model_type])
+    folder = save_torch(tmp_path, reference)
+    tensors = load_file(folder / "model.safetensors")
+    base = "transformer." if model_type == "gpt2" else "gpt_neox."
+    tensors = {name.removeprefix(base): value for name, value in tensors.items()} | {buffer: np.ones((1, 8), bool)}
+    save_file(tensors, folder / "model.safetensors")
+    ids = random_ids(1, 20)
+    np.testing.assert_allclose(np.asarray(ours(folder)(ids)), hf_logits(reference, ids), atol=2e-4, rtol=1e-4)
 
 
 def test_the_model_type_is_enough():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.models.norms import RMSNorm, rms_norm
+from mora_jax.models.norms import Norm, rms_norm
 
 DRAWS = np.random.default_rng(0)
 X = DRAWS.standard_normal((3, 5, 8)).astype(np.float32)
@@ -18,7 +18,7 @@ def plain(x, weight):
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_weights_count_from_the_offset(offset):
-    norm = RMSNorm(8, eps=1e-3, offset=offset, path="norm")
+    norm = Norm(8, eps=1e-3, offset=offset, path="norm")
     np.testing.assert_allclose(norm(X), plain(X, 1.0), rtol=1e-5)
     norm.weight[...] = jnp.asarray(WEIGHT)
     np.testing.assert_allclose(norm(X), plain(X, WEIGHT + offset), rtol=1e-5, atol=1e-6)

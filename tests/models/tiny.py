@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from mora_jax.adapters.base import AdapterParam
+from mora_jax.models.families import FAMILIES
 
 SIZES = {
     "vocab_size": 97,
@@ -23,14 +24,7 @@ SIZES = {
     "initializer_range": 0.2,
 }
 LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"]}
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
+ARCHITECTURES = {family.model_type: family.architecture for family in FAMILIES}
 
 
 def hf_config(model_type: str, **fields) -> transformers.PretrainedConfig:

@@ -43,7 +43,11 @@ def load_torch(folder: Path) -> Module:
 
 
 def hf_logits(model: Module, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Logits of transformers, float32 `[B, T, V]`."""
+    """Logits of transformers, float32 `[B, T, V]`; of rows with padding, which are NaN there, as of texts alone."""
     with torch.no_grad():
-        attention_mask = None if mask is None else torch.tensor(mask)
-        return model(torch.tensor(ids), attention_mask=attention_mask).logits.float().numpy()
+        if mask is None:
+            return model(torch.tensor(ids)).logits.float().numpy()
+        logits = np.full((*ids.shape, model.config.vocab_size), np.nan, np.float32)
+        for row, seen in enumerate(mask.astype(bool)):
+            logits[row, seen] = model(torch.tensor(ids[row : row + 1, seen])).logits[0].float().numpy()
+        return logits

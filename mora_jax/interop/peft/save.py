@@ -89,6 +89,8 @@ def save_adapter(
     targets = targets_for((entry.path for entry in main), _all_paths(model))
     fields = common_fields(form, base) | form.written(main, targets)
     fields["task_type"] = "CAUSAL_LM" if isinstance(model, Decoder) else None
+    if form.fan_in_fan_out and isinstance(model, Decoder) and model.config.names.turned:
+        fields["fan_in_fan_out"] = True
     whole_modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in _of_whole_modules(model, whole, main)}
     whole_modules.discard(_head(model))  # with ensure_weight_tying PEFT adds it
     fields |= {"modules_to_save": _saved_modules(model, whole_modules)}

@@ -5,10 +5,16 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.families import gemma, llama
+from mora_jax.models.families import gemma, gpt, llama, olmo, phi
 from mora_jax.models.families.fields import Family, Fields
 
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *gemma.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES,
+    *gemma.FAMILIES,
+    *phi.FAMILIES,
+    *olmo.FAMILIES,
+    *gpt.FAMILIES,
+)
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -41,7 +47,7 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
                 )
             if values.get("quantization_config") is not None:
                 raise InputError(f"{where}: the checkpoint is quantized; give the unquantized one")
-            return family.read(Fields(values, where))
+            return family.read(Fields(values, where, family))
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise InputError(
         f"{where}: architecture {reprlib.repr(named or model_type)} is not supported; supported are {supported}"

@@ -1,6 +1,7 @@
 """Values of a HuggingFace `config.json`, with one clear line for each bad one."""
 
 import json
+import math
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -33,34 +35,68 @@ class Family(NamedTuple):
         architecture: the name of its class in transformers.
         model_type: its short name there.
         read: the decoder that its `config.json` describes.
+        title: the models that it is known by.
         bias_fields: those of its config that announce biases, each with the projections that get them.
+        defaults: what fields that are absent mean, where that isn't what they mean in Llama.
+        aliases: its own names of Llama's fields.
     """
 
     architecture: str
     model_type: str
     read: Callable[["Fields"], DecoderConfig]
+    title: str
     bias_fields: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    aliases: Mapping[str, str] = MappingProxyType({})
+
+
+ATTENTION_BIAS = MappingProxyType({"attention_bias": ("qkv", "out")})
+BIASES = MappingProxyType({**ATTENTION_BIAS, "mlp_bias": ("gate_up", "down")})
 
 
 class Fields:
-    """A `config.json` as checked values by name. A null counts as absent, except in `nullable`."""
+    """A `config.json` as checked values by Llama's names. A null counts as absent, except in `nullable`."""
 
-    def __init__(self, values: dict[str, Any], where: str = "config.json"):
-        """Takes the parsed JSON object; `where` begins every error message."""
+    def __init__(self, values: dict[str, Any], where: str = "config.json", family: Family | None = None):
+        """Takes the parsed JSON object; `where` begins every error message. `family` has defaults and names."""
         self.values = values
         self.where = where
+        self.family = family
+
+    def name(self, name: str) -> str:
+        """What the file calls a field."""
+        return name if self.family is None else self.family.aliases.get(name, name)
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """As the file has it, null too; where it has none, the family's default, or else `default`."""
+        if self.family is not None:
+            default = self.family.defaults.get(name, default)
+        return self.values.get(self.name(name), default)
+
+    def replaced(self, name: str, value: Any) -> "Fields":
+        """With another value of a field."""
+        return Fields(self.values | {name: value}, self.where, self.family)
 
     def _get(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
+        value = self.value(name, default)
         if value is None:
             value = default
         if value is _MISSING:
-            raise InputError(f"{self.where}: {name} is missing")
+            raise InputError(f"{self.where}: {self.name(name)} is missing")
         return value
 
     def bad(self, name: str, wanted: str) -> InputError:
         """The error for a value that is not what it should be."""
+        name = self.name(name)
         return InputError(f"{self.where}: {name} must be {wanted}, found {reprlib.repr(self.values.get(name))}")
+
+    def only(self, name: str, supported: Any) -> None:
+        """Refuses an option whose value is another than the one that is supported."""
+        if (value := self.value(name, supported)) not in (supported, None):
+            raise InputError(
+                f"{self.where}: {self.name(name)} {reprlib.repr(value)} is not supported; supported is"
+                f" {json.dumps(supported)}"
+            )
 
     def integer(self, name: str, default: Any = _MISSING, *, least: int = 1, most: int = _LARGEST) -> int:
         """A whole number from `least`, which is 1 or 0, to `most`."""
@@ -103,20 +139,23 @@ class Fields:
 
     def nullable(self, read: Callable[[str, Any], Any], name: str, default: Any) -> Any:
         """What `read`, `integer` or `number`, gives; None where the file, or else `default`, has none."""
-        return None if self.values.get(name, default) is None else read(name, default)
+        return None if self.value(name, default) is None else read(name, default)
 
 
-def read_decoder(fields: Fields, family: str, *, head_dim: int | None = None, **family_fields: Any) -> DecoderConfig:
+def read_decoder(
+    fields: Fields, *, head_dim: int | None = None, rotary_factor: float | None = None, **family_fields: Any
+) -> DecoderConfig:
     """A `DecoderConfig` as a plain Llama-like family has it, with a family's own fields laid over.
 
     Args:
         fields: the config.
-        family: the family's `model_type`.
         head_dim: its size where the config states none; None for hidden_size / num_attention_heads.
+        rotary_factor: the part of a head that rotates where the config states none; None where all of it has to.
         **family_fields: fields of `DecoderConfig`.
     """
+    assert fields.family is not None
     heads = fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", heads)
+    kv_heads = family_fields.get("num_kv_heads") or fields.integer("num_key_value_heads", heads)
     hidden = fields.integer("hidden_size")
     if heads % kv_heads:
         raise InputError(
@@ -125,18 +164,24 @@ def read_decoder(fields: Fields, family: str, *, head_dim: int | None = None, **
     if head_dim is None and fields.values.get("head_dim") is None and hidden % heads:
         raise InputError(f"{fields.where}: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads})")
     head_dim = fields.integer("head_dim", head_dim or hidden // heads)
-    if head_dim % 2:
-        raise InputError(f"{fields.where}: head_dim ({head_dim}) must be even for rotary embeddings")
+    rotary_dim = head_dim
+    if "rotary_dim" not in family_fields:
+        if head_dim % 2:
+            raise InputError(f"{fields.where}: head_dim ({head_dim}) must be even for rotary embeddings")
+        rotary_dim = int(head_dim * _rotary_factor(fields, rotary_factor))
+        if rotary_dim % 2:
+            raise InputError(f"{fields.where}: an even number of each head has to rotate, not {rotary_dim}")
     layers = fields.layers()
     values: dict[str, Any] = {
-        "family": family,
+        "family": fields.family.model_type,
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": fields.integer("intermediate_size"),
+        "intermediate_size": family_fields.get("intermediate_size") or fields.integer("intermediate_size"),
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
+        "rotary_dim": rotary_dim,
         "max_positions": fields.integer("max_position_embeddings", 2048),
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "initializer_range": fields.number("initializer_range", 0.02),
@@ -151,21 +196,32 @@ def read_decoder(fields: Fields, family: str, *, head_dim: int | None = None, **
     if "tie_embeddings" not in values:
         values["tie_embeddings"] = fields.flag("tie_word_embeddings", False)
     if "ropes" not in values:
-        values["ropes"] = (_one_rope(fields),)
+        values["ropes"] = (one_rope(fields, rotary_dim),)
     return DecoderConfig(**values)
 
 
 def read_activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> str:
     """The MLP's activation."""
-    if name in fields.values and fields.values[name] is None:
+    if fields.value(name, default) is None:
         raise fields.bad(name, f"one of {', '.join(sorted(_ACTIVATIONS))}")
     value = fields.text(name, default)
     if value not in _ACTIVATIONS:
         raise InputError(
-            f"{fields.where}: {name} {reprlib.repr(value)} is not supported; supported are"
+            f"{fields.where}: {fields.name(name)} {reprlib.repr(value)} is not supported; supported are"
             f" {', '.join(sorted(_ACTIVATIONS))}"
         )
     return _ACTIVATIONS[value]
+
+
+def read_biases(fields: Fields) -> dict[str, bool]:
+    """Those that `attention_bias` and `mlp_bias` announce."""
+    attention = fields.flag("attention_bias", False)
+    return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.flag("mlp_bias", False)}
+
+
+def sliding_but_every(number: int, layers: int) -> list[str]:
+    """For each layer "sliding_attention", but for each that is a multiple of `number`, counted from 1."""
+    return ["sliding_attention" if (i + 1) % number else "full_attention" for i in range(layers)]
 
 
 def layer_types(fields: Fields, default: list[str]) -> list[str]:
@@ -191,22 +247,56 @@ def windows_of(fields: Fields, types: list[str], window: int | None) -> tuple[in
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _one_rope(fields: Fields) -> Rope:
+def _rotary_factor(fields: Fields, default: float | None) -> float:
+    """The part of a head that rotates; refused where it is not 1 and the family knows none (`default` is None)."""
+    tables = [table for name in ("rope_scaling", "rope_parameters") if (table := fields.table(name)) is not None]
+    for settings in (*tables, fields):
+        factor = settings.number("partial_rotary_factor", default or 1.0)
+        if default is None and factor != 1:
+            raise InputError(f"{settings.where}: partial_rotary_factor other than 1 is not supported")
+        if factor > 1:
+            raise settings.bad("partial_rotary_factor", "at most 1")
+        if "partial_rotary_factor" in settings.values:
+            return factor
+    return default or 1.0
+
+
+def one_rope(fields: Fields, rotary_dim: int = 0) -> Rope:
     """The rotary table of a family without local layers, from `rope_scaling` or the newer `rope_parameters`."""
     table = fields.table("rope_scaling") or fields.table("rope_parameters") or Fields({}, fields.where)
     nested = [name for name, value in table.values.items() if isinstance(value, dict)]
     if nested:
         raise InputError(f"{table.where}: settings per layer type ({', '.join(nested)}) do not exist in this family")
-    return read_rope(table, fields, fields.number("rope_theta", 10_000.0))
+    return read_rope(table, fields, fields.number("rope_theta", 10_000.0), rotary_dim)
 
 
-def read_rope(table: Fields, fields: Fields, theta: float) -> Rope:
+def local_ropes(fields: Fields, theta: float, local_theta: float) -> tuple[Rope, Rope]:
+    """The table of layers that see everything, which may be scaled, and that of those that slide.
+
+    Args:
+        fields: the config.
+        theta, local_theta: their base wavelengths where `rope_parameters` states none.
+    """
+    nothing = Fields({}, fields.where)
+    both = fields.table("rope_parameters") or nothing
+    if both.values and not set(both.values) <= {"full_attention", "sliding_attention"}:
+        raise InputError(f"{both.where} must have the entries full_attention and sliding_attention alone")
+    full = both.table("full_attention") or nothing
+    scaling = fields.table("rope_scaling")
+    if scaling is not None:
+        full = Fields(full.values | scaling.values, scaling.where)
+    local = both.table("sliding_attention") or nothing
+    return read_rope(full, fields, theta), read_rope(local, fields, local_theta)
+
+
+def read_rope(table: Fields, fields: Fields, theta: float, rotary_dim: int = 0) -> Rope:
     """A rotary table from its settings.
 
     Args:
         table: the rotary settings.
         fields: the whole config.
         theta: the base wavelength where the settings state none.
+        rotary_dim: how many numbers of a head rotate (longrope).
 
     Raises:
         InputError: for a kind that is not supported, or a setting that is missing or bad.
@@ -215,9 +305,6 @@ def read_rope(table: Fields, fields: Fields, theta: float) -> Rope:
     theta = table.number("rope_theta", theta)
     if kind not in KINDS:
         raise InputError(f"{table.where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}")
-    for settings in (table, fields):
-        if settings.number("partial_rotary_factor", 1.0) != 1.0:
-            raise InputError(f"{settings.where}: partial_rotary_factor other than 1 is not supported")
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
@@ -230,6 +317,8 @@ def read_rope(table: Fields, fields: Fields, theta: float) -> Rope:
         if high <= low:
             raise table.bad("high_freq_factor", f"above low_freq_factor ({low})")
         return Rope(**shared, factor=table.number("factor"), low_freq_factor=low, high_freq_factor=high)
+    if kind == "longrope":
+        return _longrope(table, fields, rotary_dim, shared)
     if "factor" not in table.values:
         raise InputError(f"{table.where}: factor is missing")
     factor = table.number("factor", fields.integer("max_position_embeddings") / original)
@@ -242,3 +331,19 @@ def read_rope(table: Fields, fields: Fields, theta: float) -> Rope:
         truncate=table.flag("truncate", True),
         attention_factor=table.number("attention_factor", yarn_attention_factor(factor, *mscales)),
     )
+
+
+def _longrope(table: Fields, fields: Fields, rotary_dim: int, shared: dict[str, Any]) -> Rope:
+    factors: dict[str, Any] = {}
+    for name in ("short_factor", "long_factor"):
+        values: Any = table.values.get(name)
+        numbers = isinstance(values, list) and all(
+            isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in values
+        )
+        if not numbers or len(values) != rotary_dim // 2:
+            raise table.bad(name, f"a list of {rotary_dim // 2} positive numbers")
+        factors[f"{name}s"] = tuple(map(float, values))
+    original = shared["original_positions"]
+    factor = table.number("factor", fields.integer("max_position_embeddings", 2048) / original)
+    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return Rope(**shared, **factors, attention_factor=table.number("attention_factor", grown))

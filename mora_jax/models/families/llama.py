@@ -1,31 +1,57 @@
-"""Llama (also SmolLM2, TinyLlama) and what differs from it in a few fields: Mistral, Qwen2 and Qwen3."""
+"""Llama and what differs from it in a few fields: biases, windows, norms on q and k, still layers, factors."""
 
-from mora_jax.models.config import DecoderConfig
-from mora_jax.models.families.fields import Family, Fields, layer_types, read_decoder, windows_of
+from typing import Any
+
+from mora_jax.models.config import DecoderConfig, TensorNames
+from mora_jax.models.families.fields import (
+    ATTENTION_BIAS,
+    BIASES,
+    Family,
+    Fields,
+    layer_types,
+    one_rope,
+    read_biases,
+    read_decoder,
+    windows_of,
+)
+from mora_jax.models.rope import Rope
 
 
-def read_llama(fields: Fields) -> DecoderConfig:
-    """Llama 2 and 3.x."""
-    bias = fields.flag("attention_bias", False)
-    return read_decoder(fields, "llama", qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+def read_llama(fields: Fields, **family_fields: Any) -> DecoderConfig:
+    """Llama: RMSNorm before attention and MLP, rotary positions, a gated MLP; biases where the config says so."""
+    return read_decoder(fields, **read_biases(fields), **family_fields)
 
 
 def read_mistral(fields: Fields) -> DecoderConfig:
-    """Mistral, whose layers all have the same sliding window (or none)."""
+    """Mistral: a sliding window in every layer, or none."""
     window = fields.nullable(fields.integer, "sliding_window", 4096)
-    return read_decoder(fields, "mistral", windows=(window,) * fields.layers())
+    return read_decoder(fields, windows=(window,) * fields.layers())
+
+
+def read_ministral(fields: Fields) -> DecoderConfig:
+    """Ministral 8B: a sliding window in the layers that the config names."""
+    window = fields.nullable(fields.integer, "sliding_window", 4096)
+    kind = "full_attention" if window is None else "sliding_attention"
+    return read_decoder(fields, windows=windows_of(fields, layer_types(fields, [kind] * fields.layers()), window))
+
+
+def read_ministral3(fields: Fields) -> DecoderConfig:
+    """Ministral 3: yarn, and queries that grow with their position."""
+    table = fields.table("rope_parameters")
+    beta = None if table is None else table.nullable(table.number, "llama_4_scaling_beta", None)
+    growth = None if table is None or beta is None else (beta, table.integer("original_max_position_embeddings"))
+    window = fields.nullable(fields.integer, "sliding_window", None)
+    return read_decoder(fields, head_dim=128, query_growth=growth, windows=(window,) * fields.layers())
 
 
 def read_qwen2(fields: Fields) -> DecoderConfig:
-    """Qwen2 and Qwen2.5: biases on q, k and v; optionally a sliding window in the upper layers."""
-    return read_decoder(fields, "qwen2", qkv_bias=True, windows=_upper_windows(fields))
+    """Qwen2: biases of q, k and v; a sliding window in upper layers, or none."""
+    return read_decoder(fields, qkv_bias=True, windows=_upper_windows(fields))
 
 
 def read_qwen3(fields: Fields) -> DecoderConfig:
-    """Qwen3 (dense): norms on the heads of q and k, a head size of its own."""
-    bias = fields.flag("attention_bias", False)
-    windows = _upper_windows(fields)
-    return read_decoder(fields, "qwen3", head_dim=128, qk_norm=True, qkv_bias=bias, out_bias=bias, windows=windows)
+    """Qwen3: norms on each head of q and k; a sliding window in upper layers, or none."""
+    return read_llama(fields, head_dim=128, qk_norm="head", windows=_upper_windows(fields))
 
 
 def _upper_windows(fields: Fields) -> tuple[int | None, ...]:
@@ -39,11 +65,117 @@ def _upper_windows(fields: Fields) -> tuple[int | None, ...]:
     return windows_of(fields, layer_types(fields, types), window)
 
 
+def read_smollm3(fields: Fields) -> DecoderConfig:
+    """SmolLM3: every fourth layer has no rotary positions, and may have a window."""
+    layers = fields.layers()
+    every = fields.integer("no_rope_layer_interval", 4)
+    rotates = fields.value("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
+    if not isinstance(rotates, list) or len(rotates) < layers or not set(rotates) <= {0, 1}:
+        raise fields.bad("no_rope_layers", f"a list of 0 and 1 with one entry for each of the {layers} layers")
+    window = fields.nullable(fields.integer, "sliding_window", None)
+    if not fields.flag("use_sliding_window", False):
+        window = None
+    slides = [window is not None and not on for on in rotates[:layers]]
+    types = layer_types(fields, ["sliding_attention" if on else "full_attention" for on in slides])
+    windows = (None,) * layers if window is None else windows_of(fields, types, window)
+    return read_llama(fields, windows=windows, **rotating(fields, rotates[:layers]))
+
+
+def rotating(fields: Fields, rotates: list[Any], **settings: Any) -> dict[str, Any]:
+    """The fields of a decoder some of whose layers don't rotate."""
+    layer_ropes = tuple(0 if on else 1 for on in rotates)
+    ropes = one_rope(fields, **settings), Rope(1.0, "none")
+    return {"ropes": ropes[: 1 + max(layer_ropes)], "layer_ropes": layer_ropes}
+
+
+def read_granite(fields: Fields) -> DecoderConfig:
+    """Granite: factors on embeddings, scores, residuals and logits."""
+    return read_llama(
+        fields,
+        embedding_scale=fields.number("embedding_multiplier", 1.0),
+        attention_scale=fields.number("attention_multiplier", 1.0),
+        residual_scale=fields.number("residual_multiplier", 1.0),
+        logit_scale=1 / fields.number("logits_scaling", 1.0),
+    )
+
+
+def read_seed_oss(fields: Fields) -> DecoderConfig:
+    """Seed-OSS: biases of q, k and v; a field for that of o."""
+    biases = read_biases(fields) | {"out_bias": fields.flag("attention_out_bias", False)}
+    return read_decoder(fields, head_dim=128, **biases)
+
+
+def read_arcee(fields: Fields) -> DecoderConfig:
+    """Arcee AFM: an MLP without gate, relu²."""
+    return read_llama(fields, gated=False, names=TensorNames(gate_up=("mlp.up_proj",)))
+
+
+def read_helium(fields: Fields) -> DecoderConfig:
+    """Helium: rotary pairs are neighbours."""
+    return read_decoder(fields, head_dim=128, rotary_neighbours=True, **read_biases(fields) | {"out_bias": False})
+
+
+#: What Ministral 3 means by no rotary settings.
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
 FAMILIES = (
+    Family("LlamaForCausalLM", "llama", read_llama, "Llama 2 and 3, SmolLM2, TinyLlama", BIASES),
+    Family("MistralForCausalLM", "mistral", read_mistral, "Mistral 7B, Nemo, Small"),
     Family(
-        "LlamaForCausalLM", "llama", read_llama, {"attention_bias": ("qkv", "out"), "mlp_bias": ("gate_up", "down")}
+        "MinistralForCausalLM",
+        "ministral",
+        read_ministral,
+        "Ministral 8B",
+        defaults={"max_position_embeddings": 131072},
     ),
-    Family("MistralForCausalLM", "mistral", read_mistral),
-    Family("Qwen2ForCausalLM", "qwen2", read_qwen2),
-    Family("Qwen3ForCausalLM", "qwen3", read_qwen3, {"attention_bias": ("qkv", "out")}),
+    Family(
+        "Ministral3ForCausalLM",
+        "ministral3",
+        read_ministral3,
+        "Ministral 3",
+        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "rope_parameters": _MINISTRAL3_ROPE},
+    ),
+    Family("Qwen2ForCausalLM", "qwen2", read_qwen2, "Qwen2, Qwen2.5"),
+    Family("Qwen3ForCausalLM", "qwen3", read_qwen3, "Qwen3 (dense)", ATTENTION_BIAS),
+    Family(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        read_smollm3,
+        "SmolLM3",
+        BIASES,
+        {"rope_theta": 2e6, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+    ),
+    Family("GraniteForCausalLM", "granite", read_granite, "Granite 3.x (dense)", BIASES),
+    Family(
+        "SeedOssForCausalLM",
+        "seed_oss",
+        read_seed_oss,
+        "Seed-OSS",
+        {"attention_bias": ("qkv",), "attention_out_bias": ("out",), "mlp_bias": ("gate_up", "down")},
+        {"attention_bias": True, "max_position_embeddings": 524288},
+    ),
+    Family(
+        "ArceeForCausalLM",
+        "arcee",
+        read_arcee,
+        "Arcee AFM",
+        BIASES,
+        {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    ),
+    Family(
+        "HeliumForCausalLM",
+        "helium",
+        read_helium,
+        "Helium",
+        {"attention_bias": ("qkv",), "mlp_bias": ("gate_up", "down")},
+        {"rms_norm_eps": 1e-8, "rope_theta": 1e5, "max_position_embeddings": 4096},
+    ),
 )

@@ -78,7 +78,7 @@ class StepFlops:
                 size = packed.get(name, array.size)
                 if first == "lm_head" or (first == "embed_tokens" and config.tie_embeddings):
                     head[is_trained] += size
-                elif first != "embed_tokens":  # the rows of an embedding are looked up
+                elif first not in ("embed_tokens", "embed_positions"):  # rows are looked up
                     body[is_trained] += size
         sights = sum(span(lengths, window) for window in config.windows)
         attention = 4 * config.num_heads * config.head_dim * sights

@@ -1,0 +1,208 @@
+"""One line for each family, of settings that are not its defaults: against `transformers` and `peft` in torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax as mj
+from mora_jax.adapters.attach import adapters_of
+from mora_jax.evaluation.generate import Generator
+from mora_jax.interop.tensor_map import tensor_plan
+from mora_jax.models.families import FAMILIES
+from mora_jax.planning.memory_model import estimate_memory
+from mora_jax.training.config.schema import Config
+from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.rules import base_shardings
+from tests.models.odd import ODD
+from tests.models.quantized import rounded_copy
+from tests.models.tiny import hf_config, random_ids
+from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
+from tests.peers import peft, torch
+from tests.training import meshed
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+LENGTH = 20
+WEIGHTS = np.random.default_rng(3).standard_normal((2, LENGTH, 97)).astype(np.float32)
+
+
+class Made(NamedTuple):
+    """A random model of a family."""
+
+    name: str
+    torch: Any
+    folder: Any
+
+    def ours(self, **options: Any) -> Any:
+        return mj.load_pretrained(self.folder, dtype="float32", **options)[0]
+
+
+@pytest.fixture(scope="module", params=ODD)
+def made(request, tmp_path_factory):
+    reference = hf_model(request.param, **ODD[request.param])
+    return Made(request.param, reference, save_torch(tmp_path_factory.mktemp(request.param), reference))
+
+
+def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """To a part of the largest number."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+def test_the_table_has_every_family():
+    assert set(ODD) == {family.model_type for family in FAMILIES}
+
+
+@pytest.mark.peers
+def test_packed_rows_are_those_of_texts_alone(made):
+    model, ids = made.ours(), random_ids(1, LENGTH)
+    segments = np.repeat([[1, 2, 0]], (7, 11, 2), axis=1)
+    found = np.asarray(model(ids, segments))[0]
+    close(found[:7], hf_logits(made.torch, ids[:, :7])[0])
+    close(found[7:18], hf_logits(made.torch, ids[:, 7:18])[0])
+
+
+def some_ids() -> np.ndarray:
+    """Without that of padding, whose row of an embedding torch doesn't train."""
+    return np.maximum(random_ids(2, LENGTH), 1)
+
+
+def randomised(reference: Any, targets: Any) -> Any:
+    """A copy with LoRA of peft whose factors are random."""
+    turned = any(type(module).__name__ == "Conv1D" for module in reference.modules())
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=turned)
+    adapted = peft.get_peft_model(copy.deepcopy(reference), config).eval()
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draws))
+    return adapted
+
+
+def gradient(model: Any, ids: np.ndarray) -> Any:
+    """The model with the gradient in place of what is trained."""
+    graphdef, trained, frozen = mj.partition(model)
+
+    def loss(trained: Any) -> jax.Array:
+        return jnp.sum(nnx.merge(graphdef, trained, frozen)(ids) * WEIGHTS)
+
+    return nnx.merge(graphdef, jax.grad(loss)(trained), frozen)
+
+
+def backward(reference: Any, ids: np.ndarray) -> None:
+    reference.zero_grad()
+    (reference(torch.tensor(ids)).logits * torch.tensor(WEIGHTS)).sum().backward()
+
+
+@pytest.mark.peers
+def test_lora_of_peft_both_ways_and_merged(made, tmp_path):
+    theirs, ids = randomised(made.torch, "all-linear"), some_ids()
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = hf_logits(theirs, ids)
+    assert np.abs(expected - hf_logits(made.torch, ids)).max() > 0.01
+    model = made.ours()
+    mj.load_adapter(model, tmp_path / "theirs")
+    close(model(ids), expected)
+    adapted = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert {entry.path for entry in adapters_of(model)} == adapted
+    fresh = made.ours()
+    mj.attach(fresh, mj.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(0))
+    assert {entry.path for entry in adapters_of(fresh)} == adapted
+    # Gradients of the factors.
+    backward(theirs, ids)
+    slopes = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in theirs.named_parameters()
+        if parameter.grad is not None
+    }
+    for entry in adapters_of(gradient(model, ids)):
+        close(entry.params["lora_a"].T, slopes[f"{entry.path}.lora_A.weight"])
+        close(entry.params["lora_b"].T, slopes[f"{entry.path}.lora_B.weight"])
+    # Written by us, read by peft.
+    mj.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(made.torch), tmp_path / "ours").eval()
+    close(hf_logits(again, ids), expected, 1e-6)
+    # Merged, read by transformers.
+    mj.merge(model)
+    mj.save_pretrained(model, tmp_path / "merged")
+    close(hf_logits(load_torch(tmp_path / "merged"), ids), expected)
+
+
+@pytest.mark.peers
+def test_gradients_of_every_tensor(made):
+    model, ids = made.ours(), some_ids()
+    mj.attach(model, mj.FullConfig(), rngs=nnx.Rngs(0))
+    backward(made.torch, ids)
+    expected = {name: parameter.grad.numpy() for name, parameter in made.torch.named_parameters()}
+    if model.config.names.head_tensor != "lm_head.weight" and "lm_head.weight" in expected:
+        expected[model.config.names.head_tensor] = expected.pop("lm_head.weight")
+    found = {}
+    for entry in tensor_plan(gradient(model, ids)):
+        values = np.asarray(entry.parameter[...]).reshape(entry.shape)
+        found |= {piece.name: piece.take(values) for piece in entry.pieces}
+    assert set(found) == set(expected)
+    for name, slope in found.items():
+        close(slope, expected[name], 5e-5)
+
+
+@pytest.mark.peers
+def test_generated_tokens_are_those_of_transformers(made):
+    # Longer than any window, and than where angles change with the length of a text.
+    prompt, count = random_ids(1, 18), 24
+    ids = torch.tensor(prompt)
+    with torch.no_grad():
+        answer = made.torch.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+    expected = answer[0, prompt.size :].tolist()
+    model = made.ours()
+    assert list(Generator(model).stream(prompt[0].tolist(), count)) == expected
+    # Through the stack that accelerators read, one token at a time.
+    cache = model.init_cache(1, prompt.size + count)
+    logits, cache = model.extend(cache, prompt)
+    tokens = []
+    for _ in range(count):
+        tokens.append(int(logits[0].argmax()))
+        logits, cache = model.extend(cache, np.array([tokens[-1:]]))
+    assert tokens == expected
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("held", ["int8", "nf4"])
+def test_quantised_bases_are_their_rounded_values(made, held):
+    ids = random_ids(1, LENGTH)
+    close(made.ours(quantize=held)(ids), rounded_copy(made.ours(), held)(ids))
+
+
+@pytest.mark.peers
+def test_a_base_is_read_into_shards(made):
+    mesh, whole = make_mesh(1, 2, 2), made.ours()
+    sharded = made.ours(shardings=lambda model: base_shardings(mesh, model))
+    for one, other in zip(tensor_plan(whole), tensor_plan(sharded), strict=True):
+        assert one.pieces == other.pieces
+        np.testing.assert_array_equal(np.ravel(one.parameter[...]), np.ravel(other.parameter[...]))
+
+
+@pytest.mark.peers
+def test_a_plan_counts_its_parameters(made):
+    values = hf_config(made.name, **ODD[made.name]).to_dict()
+    plan = estimate_memory(Config(), values, (1, 1, 1, 1), "tpu")
+    assert plan.parameters - plan.trainable == sum(p.numel() for p in made.torch.parameters())
+    assert plan.flops > 0
+    assert plan.memory.total > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ODD)
+def test_a_mesh_computes_the_same(name, monkeypatch):
+    monkeypatch.setitem(meshed.METHODS, "linear", mj.LoRAConfig(rank=2, targets="all-linear"))
+    monkeypatch.setitem(meshed.SIZES, name, hf_config(name, **ODD[name]).to_dict())
+    one = meshed.run("linear", sizes=name)
+    for mesh in ((1, 4, 1), (1, 2, 2), (1, 1, 2)):
+        found = meshed.run("linear", mesh, sizes=name)
+        np.testing.assert_allclose(found.losses, one.losses, rtol=2e-5)
