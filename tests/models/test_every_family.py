@@ -49,10 +49,11 @@ def made(request, tmp_path_factory):
     return Made(request.param, reference, save_torch(tmp_path_factory.mktemp(request.param), reference))
 
 
-def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    """To a part of the largest number."""
+def close(found: Any, expected: Any, tolerance: float = 2e-5, least: float = 0.0) -> None:
+    """To a part of the largest number, or of `least`: a gradient that should be zero is what rounding leaves."""
     expected = np.asarray(expected)
-    np.testing.assert_allclose(np.asarray(found), expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+    atol = tolerance * max(np.abs(expected).max(), least)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=atol, rtol=0)
 
 
 def test_the_table_has_every_family():
@@ -149,7 +150,7 @@ def test_gradients_of_every_tensor(made):
         found |= {piece.name: piece.take(values) for piece in entry.pieces}
     assert set(found) == set(expected)
     for name, slope in found.items():
-        close(slope, expected[name], 5e-5)
+        close(slope, expected[name], 5e-5, least=0.5)
 
 
 @pytest.mark.peers

@@ -170,7 +170,7 @@ def base_config(**fields) -> dict:
         ),
         ({"architectures": None, "model_type": "mamba"}, "architecture 'mamba' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor must be a list of 4 positive numbers, found None"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),

@@ -296,14 +296,14 @@ def read_rope(table: Fields, fields: Fields, theta: float, rotary_dim: int = 0) 
         table: the rotary settings.
         fields: the whole config.
         theta: the base wavelength where the settings state none.
-        rotary_dim: how many numbers of a head rotate (longrope).
+        rotary_dim: how many numbers of a head rotate; 0 where longrope is not supported.
 
     Raises:
         InputError: for a kind that is not supported, or a setting that is missing or bad.
     """
     kind = table.text("rope_type", table.text("type", "default"))
     theta = table.number("rope_theta", theta)
-    if kind not in KINDS:
+    if kind not in KINDS or (kind == "longrope" and not rotary_dim):
         raise InputError(f"{table.where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}")
     if kind == "default":
         return Rope(theta)
