@@ -13,6 +13,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs, constant, params_of
 from mora_jax.adapters.config.patterns import by_layer, resolve
+from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.matrices import registered, weight_of
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.methods.full import FullConfig
@@ -78,7 +79,9 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
     if isinstance(config, FullConfig):
         _train_everything(model)
         return []
-    method, found = adapter_class(config), list(sites(model))
+    method = adapter_class(config)
+    name_experts(model, config)
+    found = list(sites(model))
     selected = select(model, config, found)
     for site, mask in selected:
         check_site(site, by_layer(config, site.paths, mask), method)
@@ -93,6 +96,14 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
         if config.bias == "all":
             _train_other_biases(model, config, rngs, found)
     return found
+
+
+def name_experts(model: nnx.Module, config: Any) -> None:
+    """Has gate and up of experts seen as one matrix where targets name that, and as two where they name those."""
+    picks = Picker(config)
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, ExpertProjection) and len(node.matrices) > 1 and not len(node.adapters):
+            node.see(whole=node.named_by(picks.names_in_any_layer))
 
 
 def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site, tuple[bool, ...]]]:
@@ -172,6 +183,8 @@ def check_site(site: Site, configs: Sequence[Any | None], method: type[Adapter])
         ValueError: says why.
     """
     biases_alone = any(config is not None and config.biases_alone for config in configs)
+    if site.of_experts:
+        _check_experts(site, configs, method)
     if site.adapter is not None:
         raise ValueError(f"{site.title} carries an adapter already; merge it before attaching another")
     for dtype in (site.dtype, getattr(site.layer, "dtype", None)):
@@ -196,6 +209,17 @@ def check_site(site: Site, configs: Sequence[Any | None], method: type[Adapter])
         raise ValueError(
             f"rank_pattern gives the layers of {site.title} different ranks, for which {method.method} has no form"
         )
+
+
+def _check_experts(site: Site, configs: Sequence[Any | None], method: type[Adapter]) -> None:
+    reason = f"{method.method} has no form for" if not method.on_experts else ""
+    for config in filter(None, configs):
+        if getattr(config, "use_dora", False):
+            reason = "DoRA would need the norms of all experts' columns for each product, and has no form for"
+        elif getattr(config, "init", "") == "eva":
+            reason = "init='eva' collects what a layer reads, and has no form for"
+    if reason:
+        raise ValueError(f"{reason} {site.title}, the matrices of experts; leave them out of targets")
 
 
 def put_adapter(site: Site, configs: Sequence[Any | None], method: Any, rngs: nnx.Rngs) -> Adapter:

@@ -55,6 +55,7 @@ class Adapter(nnx.Module):
         scales_bias: whether it multiplies the layer's own bias.
         holds_start: whether a file's factors hold the start that is subtracted again, as `in_file` puts it there.
         on_embeddings: whether the method has a form for embedding tables; it then has `for_embedding`.
+        on_experts: whether it has one for experts, of which each row of the input has one; it then has `grouped`.
         scaling: float32 `[*layers]`; 0 for layers of a stack that are not adapted.
         bias: `[*layers, out]`, what is added to the layer's bias; only where biases are trained.
         magnitude: `[*layers, out]`, DoRA's; only where the configuration asks for it.
@@ -68,6 +69,7 @@ class Adapter(nnx.Module):
     additive: ClassVar[bool] = True
     transforms_kernel: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = False
+    on_experts: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class Adapter(nnx.Module):
         num_layers: int | tuple[int, ...] | None = None,
         layer_mask: Any = None,
         axes: tuple[str, str] = ("embed", "mlp"),
+        stack_axes: tuple[str, ...] | None = None,
     ):
         """Makes the arrays.
 
@@ -90,16 +93,18 @@ class Adapter(nnx.Module):
             num_layers: length of the stack, or its lengths where it has several axes; None for a single matrix.
             layer_mask: bool, one a layer of the stack: which are adapted. None for all.
             axes: logical names of the matrix's axes.
+            stack_axes: those of the stack's; None where all of them are layers.
         """
         self.in_features = in_features
         self.out_features = out_features
         self.config = config
         self.axes = tuple(axes)
         layers = () if num_layers is None else (num_layers,) if isinstance(num_layers, int) else tuple(num_layers)
+        self.stack_axes = ("layers",) * len(layers) if stack_axes is None else tuple(stack_axes)
         scaling = np.full(layers, self.scale(config), np.float32)
         if layer_mask is not None:
             scaling = np.where(np.asarray(layer_mask).reshape(layers), scaling, np.float32(0.0))
-        self.scaling = AdapterState(constant(scaling), axes=("layers",) * len(layers))
+        self.scaling = AdapterState(constant(scaling), axes=self.stack_axes)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -108,7 +113,7 @@ class Adapter(nnx.Module):
 
     def stacked(self, *axes: str) -> tuple[str, ...]:
         """Logical axes of an array of this adapter: those given, behind that of the stack."""
-        return (*("layers",) * len(self.layers), *axes)
+        return (*self.stack_axes[len(self.stack_axes) - len(self.layers) :], *axes)
 
     @classmethod
     def scale(cls, config: Any) -> float:
@@ -150,6 +155,15 @@ class Adapter(nnx.Module):
         the decoder with the backward that its products have.
         """
         raise NotImplementedError  # abstract: each additive method's file defines it
+
+    @classmethod
+    def grouped(cls, config: Any, out_features: int, x: Array, params: dict[str, Array], product: Dot) -> Array:
+        """The update of rows `x [R, in]` sorted by expert, float32 `[R, out]`; `params` are those of all E experts.
+
+        `product(x, w)` multiplies rows by their expert's matrix of `w [E, in, out]`. Several rows may stand for each of
+        R, side by side.
+        """
+        raise NotImplementedError  # abstract: each method that has on_experts defines it
 
     @classmethod
     def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:

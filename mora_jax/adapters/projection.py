@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -244,6 +245,7 @@ class Projection(nnx.Module):
         part_axis: the axis of `out_shape` that the parts share.
         axes: logical names of `[in, *out_shape]`.
         num_layers: length of the stack, or None for a single projection.
+        experts: how many matrices each layer has, of which `ExpertProjection` takes one a row; None for one.
         use_bias: whether there is a bias `[*out_shape]`.
         path: HuggingFace's path of a part, with `{layer}` and `{name}` to fill in.
         dtype: dtype of the stored kernel.
@@ -261,6 +263,7 @@ class Projection(nnx.Module):
         part_axis: int = 0,
         axes: tuple[str, ...],
         num_layers: int | None = None,
+        experts: int | None = None,
         use_bias: bool = False,
         path: str,
         dtype=jnp.float32,
@@ -277,8 +280,9 @@ class Projection(nnx.Module):
         self.axes = tuple(axes)
         self.num_layers = num_layers
         self.path = path
-        stack = () if num_layers is None else (num_layers,)
-        names = ("layers",) * len(stack)
+        lengths = {"layers": num_layers, "experts": experts}
+        self.stack_axes = names = tuple(name for name, length in lengths.items() if length is not None)
+        self.stack = stack = tuple(length for length in lengths.values() if length is not None)
         shape = (*stack, in_features, *out_shape)
         kernel: Any
         if quantize is None:
@@ -349,7 +353,7 @@ class Projection(nnx.Module):
         """
         out = (self.layout.features,) if flat else self.layout.out_shape
         quantized = isinstance(self.kernel, QuantizedKernel)
-        stack = ("layers",) * (self.num_layers is not None)
+        stack = self.stack_axes
         stored = [(self.kernel, "values"), (self.kernel, "scales")] if quantized else [(self, "kernel")]
         for owner, name in stored:
             variable = getattr(owner, name)
@@ -387,9 +391,13 @@ class Projection(nnx.Module):
         rest = [i for i in range(len(self.layout.out_shape)) if i != self.layout.part_axis or len(self.parts) == 1]
         return self.axes[0], self.axes[1 + rest[0]]
 
-    def module_path(self, name: str, layer: int | str | None) -> str:
+    def module_path(self, name: str, layer: int | str | None, expert: int | str | None = None) -> str:
         """HuggingFace's path of one part in one layer, such as `model.layers.3.self_attn.q_proj`."""
-        return self.path.format(layer=layer, name=name)
+        return self.path.format(layer=layer, expert=expert, name=name)
+
+    def module_paths(self, name: str) -> tuple[str, ...]:
+        """HuggingFace's paths of one part, one for each matrix of the stack; of a single projection one."""
+        return tuple(self.module_path(name, *numbers) for numbers in np.ndindex(*self.stack or (1,)))
 
     def part_slice(self, name: str) -> tuple[slice, ...]:
         """Index of a part in `[..., *out_shape]`, to be used behind an Ellipsis."""
@@ -426,13 +434,14 @@ class Projection(nnx.Module):
 
     def add_to_part_bias(self, name: str, change: Array) -> None:
         """Adds `change [*layers, features of the part]` to the bias; makes one where there is none."""
-        stack = () if self.num_layers is None else (self.num_layers,)
         if self.bias is None:
-            zeros = jnp.zeros((*stack, *self.layout.out_shape), self.kernel.dtype)
-            self.bias = nnx.Param(zeros, axes=(*("layers",) * len(stack), *self.axes[1:]))
+            zeros = jnp.zeros((*self.stack, *self.layout.out_shape), self.kernel.dtype)
+            self.bias = nnx.Param(zeros, axes=(*self.stack_axes, *self.axes[1:]))
         bias = self.bias[...]
         index = (..., *self.part_slice(name))
-        total = bias[index].astype(jnp.float32) + change.reshape(*stack, *self.layout.part_shape(self._index(name)))
+        total = bias[index].astype(jnp.float32) + change.reshape(
+            *self.stack, *self.layout.part_shape(self._index(name))
+        )
         self.bias[...] = bias.at[index].set(total.astype(bias.dtype))
 
 

@@ -26,7 +26,7 @@ from mora_jax.adapters.trainable_base import kept, named_modules
 
 UNNAMED = "not among the targets"
 LINEN = "a Linen module in nnx.bridge.ToNNX: put adapters on the Linen module, with mora_jax.linen.adapted"
-VECTORS = ("bias", "scale", "mean", "var")  # as Flax calls them; a stack of these is no matrix
+VECTORS = ("bias", "scale", "mean", "var", "sinks")  # as Flax calls them; a stack of these is no matrix
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class AttachReport:
         total: number of parameters, those of adapters included.
         warnings: what a user should know, one sentence each.
         skipped: matrices without an adapter, those of one reason together.
+        experts: numbers in the matrices of experts that carry adapters, and in all of them; None without experts.
         beyond: of `warnings` those on a rank that is higher than a layer can use.
     """
 
@@ -94,6 +95,7 @@ class AttachReport:
     warnings: tuple[str, ...] = field(default=())
     skipped: tuple[Skipped, ...] = field(default=())
     beyond: tuple[str, ...] = field(default=())
+    experts: tuple[int, int] | None = None
 
     def warn(self, *, stacklevel: int) -> None:
         """Says as warnings what was asked for and isn't so: targets without a form, ranks that layers can't use."""
@@ -101,9 +103,22 @@ class AttachReport:
             if one.asked:
                 what = f"targets name what can't be adapted: {summary(one.paths)}, {one.reason}"
                 warnings.warn(what, stacklevel=stacklevel)
+        if self.without_experts:
+            warnings.warn(self.without_experts, stacklevel=stacklevel)
         if self.beyond:
             more = f" (and {len(self.beyond) - 1} more layers)" if len(self.beyond) > 1 else ""
             warnings.warn(self.beyond[0] + more, stacklevel=stacklevel)
+
+    @property
+    def without_experts(self) -> str:
+        """Says that all experts were passed over; empty where they weren't."""
+        if self.experts is None or self.experts[0]:
+            return ""
+        share = 100 * self.experts[1] / max(self.total - self.trainable, 1)
+        return (
+            f"no expert carries an adapter, and experts hold {share:.0f} % of the model's parameters: add gate_proj, "
+            "up_proj and down_proj to targets, or say 'all-linear', if they should"
+        )
 
     @property
     def percent(self) -> float:
@@ -120,8 +135,14 @@ class AttachReport:
         lines = [lines[0], rule, *lines[1:], rule] if self.matches else []
         share = f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
         lines.append(f"{self.method}: {share}")
+        if self.experts is not None:
+            adapted, held = self.experts
+            lines += wrapped(
+                f"experts: adapters on {adapted:,} of their {held:,} parameters ({100 * adapted / held:.3g} %)"
+            )
         lines += [line for one in self.skipped for line in wrapped(str(one))]
-        lines += [line for text in self.warnings for line in wrapped(f"warning: {text}")]
+        notes = (*self.warnings, *filter(None, [self.without_experts]))
+        lines += [line for text in notes for line in wrapped(f"warning: {text}")]
         return "\n".join(lines)
 
 
@@ -136,7 +157,7 @@ def report_of(model: nnx.Module, config: Any = None, found: Sequence[Site] | Non
     Raises:
         ValueError: it carries none.
     """
-    matches, notes, beyond, methods = [], [], [], []
+    matches, notes, beyond, methods, adapted = [], [], [], [], 0
     found = list(sites(model)) if found is None else found
     for place in found:
         adapter = place.adapter
@@ -144,6 +165,8 @@ def report_of(model: nnx.Module, config: Any = None, found: Sequence[Site] | Non
             continue
         # A bank has a scaling for each of its slots, too.
         active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
+        if place.of_experts:
+            adapted += active * place.in_features * place.out_features
         matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
         about = place.title, place.in_features, place.out_features
         notes += adapter.config.warnings(*about)
@@ -161,8 +184,10 @@ def report_of(model: nnx.Module, config: Any = None, found: Sequence[Site] | Non
     total = count(model, nnx.Not(AdapterParam)) + trainable
     passed_over = () if config is None else skipped(model, config, found)
     method = "+".join(dict.fromkeys(methods))
+    held = sum(math.prod((*place.stack, place.in_features, place.out_features)) for place in found if place.of_experts)
+    experts = (adapted, held) if held else None
     return AttachReport(
-        method, tuple(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond))
+        method, tuple(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond)), experts
     )
 
 
@@ -233,23 +258,28 @@ def adapters_of(model: nnx.Module) -> Iterator[AdapterEntry]:
     """
     refuse_banks(model, "take")
     for place in adapted_sites(model):
-        adapter = place.adapter
-        # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
-        arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
-        for i, path in enumerate(place.paths):
-            params = {name: value[place.index(i)] for name, value in arrays.items()}
-            config, sizes = adapter.config, (place.in_features, place.out_features)
-            if params["scaling"] == 0:
-                if config.bias == "all" and "bias" in params:
-                    alone = {"scaling": np.ones_like(params["scaling"]), "bias": params["bias"]}
-                    yield AdapterEntry(path, BitFit.method, BitFit.only(config), *sizes, place.is_embedding, alone)
-                continue
-            mask = params.pop("rank_mask", None)
-            if mask is not None:
-                rank = int(mask.sum())
-                params |= {"lora_a": params["lora_a"][:, :rank], "lora_b": params["lora_b"][:rank]}
-                config = dataclasses.replace(config, rank=rank)
-            yield AdapterEntry(path, adapter.method, config, *sizes, place.is_embedding, params)
+        yield from entries_of(place)
+
+
+def entries_of(place: Site) -> Iterator[AdapterEntry]:
+    """The entries of one adapted place."""
+    adapter = place.adapter
+    # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
+    arrays = {name: host(value.copy()) for name, value in adapter.params().items()}
+    for i, path in enumerate(place.paths):
+        params = {name: value[place.index(i)] for name, value in arrays.items()}
+        config, sizes = adapter.config, (place.in_features, place.out_features)
+        if params["scaling"] == 0:
+            if config.bias == "all" and "bias" in params:
+                alone = {"scaling": np.ones_like(params["scaling"]), "bias": params["bias"]}
+                yield AdapterEntry(path, BitFit.method, BitFit.only(config), *sizes, place.is_embedding, alone)
+            continue
+        mask = params.pop("rank_mask", None)
+        if mask is not None:
+            rank = int(mask.sum())
+            params |= {"lora_a": params["lora_a"][:, :rank], "lora_b": params["lora_b"][:rank]}
+            config = dataclasses.replace(config, rank=rank)
+        yield AdapterEntry(path, adapter.method, config, *sizes, place.is_embedding, params)
 
 
 def adapted_layers(model: nnx.Module) -> Iterator[Any]:
@@ -379,6 +409,8 @@ def _shapes(module: nnx.Module, seen: set[int]) -> Iterator[tuple[int, ...]]:
 def why_unknown(layer: nnx.Module) -> str:
     """Why a layer with a matrix, for which there is no adapted form, has none."""
     kind = type(layer)
+    if reason := getattr(layer, "left_out", ""):
+        return reason
     if isinstance(layer, nnx.bridge.ToNNX):
         return LINEN
     base = next((one for one in kind.__mro__ if one in ADAPTED or registered(one) is not None), None)

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter
+from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.layers import Adapted, adapted_class, to_adapted_class
 from mora_jax.adapters.matrices import Matrix, bias_param, form_of, matrix_of, stack_of, weight_of
 from mora_jax.adapters.products.explicit_mesh import cut_like, whole
@@ -54,6 +55,11 @@ class Site(Protocol):
     def is_embedding(self) -> bool:
         """Whether the matrix is an embedding table."""
         ...
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether the matrices are those of experts, of which each row of the input has one."""
+        return False
 
     @property
     def title(self) -> str:
@@ -127,17 +133,25 @@ class PartSite(Site):
     part: str
     in_features: int
     out_features: int
-    aliases = ()
     is_embedding = False
     is_head = False
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return () if self.layer.num_layers is None else (self.layer.num_layers,)
+        return self.layer.stack
+
+    @property
+    def of_experts(self) -> bool:
+        return isinstance(self.layer, ExpertProjection)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Of experts the names without a number, as PEFT and transformers have them."""
+        return self.layer.names(self.part) if isinstance(self.layer, ExpertProjection) else ()
 
     @property
     def title(self) -> str:
-        return self.layer.module_path(self.part, "*")
+        return self.layer.module_path(self.part, "*", "*")
 
     @property
     def adapter(self) -> Any:
@@ -149,11 +163,12 @@ class PartSite(Site):
 
     @property
     def has_bias(self) -> bool:
-        return self.layer.bias is not None
+        return self.layer.bias is not None and not self.of_experts
 
     @property
     def layout(self) -> dict[str, Any]:
-        return {"num_layers": self.stack or None, "axes": self.layer.part_axes(self.part)}
+        layout = {"num_layers": self.stack or None, "axes": self.layer.part_axes(self.part)}
+        return layout | ({"stack_axes": self.layer.stack_axes} if self.of_experts else {})
 
     def kernel(self) -> jax.Array:
         return self.layer.part_weight(self.part)
@@ -297,8 +312,7 @@ def sites(model: nnx.Module) -> Iterator[Site]:
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Projection):
             for part in node.parts:
-                layers = [None] if node.num_layers is None else range(node.num_layers)
-                paths = tuple(node.module_path(part.name, layer) for layer in layers)
+                paths = node.module_paths(part.name)
                 yield PartSite(paths, node, part.name, node.in_features, node.part_features(part.name))
         elif isinstance(node, OutputHead):
             yield LayerSite((node.path,), node, node.matrix)

@@ -127,6 +127,11 @@ class Picker:
         """Whether the rule would pick a path if it named no layers."""
         return self._matches(path, is_embedding) and not set(path.split(".")) & set(self.config.modules_to_save)
 
+    def names_in_any_layer(self, path: str) -> bool:
+        """Whether the rule says this path, not all linear layers, leaving out what it says about layers."""
+        targets = self.config.targets
+        return not (isinstance(targets, str) and targets.lower() == "all-linear") and self._matches(path, False)
+
     def names(self, path: str) -> bool:
         """Whether the rule picks a path by what it says, not as one of all linear layers."""
         targets = self.config.targets

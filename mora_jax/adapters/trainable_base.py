@@ -106,7 +106,7 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Modu
     """Modules that hold parameters themselves, with their paths: those in files where they are known."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, Projection):
-            yield tuple(node.module_path(part.name, "*") for part in node.parts), node
+            yield tuple(node.module_path(part.name, "*", "*") for part in node.parts), node
             continue
         if not isinstance(node, nnx.Module) or not any(isinstance(v, nnx.Param) for v in vars(node).values()):
             continue

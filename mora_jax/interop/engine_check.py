@@ -27,6 +27,7 @@ from mora_jax.interop.hub import load_tokenizer
 from mora_jax.interop.load import load_shapes
 from mora_jax.interop.peft.config import FORMATS, AdapterFile, format_of
 from mora_jax.interop.peft.format import CONFIG_NAME, PREFIX, WEIGHTS
+from mora_jax.interop.peft.fused_experts import unfused
 from mora_jax.interop.peft.load import model_names
 from mora_jax.interop.peft.lora import scaling_at
 from mora_jax.interop.peft.stored import meaning
@@ -248,7 +249,7 @@ def _check_adapter(where: Path, engine: Engine, model: Decoder | None) -> Check:
     elif kind not in engine.types and kind in {form.peft_type for form in FORMATS}:
         findings += _peft_tensors(values, files.shapes, engine, str(where))
     if model is not None:
-        findings += _against(model, files.shapes)
+        findings += _against(model, unfused(model, files, values.get("target_parameters") or (), str(where))[0].shapes)
     odd, zeros = [], []
     for name in files.shapes:
         array = files.read(name).astype(np.float32)
@@ -354,7 +355,7 @@ def _peft_tensors(
             yield Finding("dropped", f"tensor {name} has an adapter's name in it", (name,))
         elif any(end in name for end in engine.dropped):
             yield Finding("dropped", f"tensor {name}: {engine.title} looks for it under another name", (name,))
-        elif group == "factors" and not config.matches(path):
+        elif group == "factors" and not config.matches(path) and not _of_parameters(values, path):
             yield Finding("dropped", f"tensor {name}: target_modules does not name {path}", (name,))
         elif group == "biases" and config.bias == "none" and not config.saves(path) and kind != "added":
             yield Finding("misread", f"tensor {name} takes the place of the base's own", (name,))
@@ -367,6 +368,12 @@ def _peft_tensors(
         if missing := sorted(form.tensor_names[kind] for kind in needed - set(names)):
             words = f"{path} lacks {', '.join(missing)}, which {engine.title} leaves at a fresh adapter's values"
             yield Finding("misread", words, tuple(names.values()))
+
+
+def _of_parameters(values: dict[str, Any], path: str) -> bool:
+    """Whether a path is that of adapters on parameters of a module, which lie in each other's `base_layer`."""
+    modules = [name.rpartition(".")[0] for name in values.get("target_parameters") or ()]
+    return any(f".{path.removesuffix('.base_layer')}".endswith(f".{module}" if module else "") for module in modules)
 
 
 def _against(model: Decoder, shapes: dict[str, tuple[int, ...]]) -> Iterator[Finding]:

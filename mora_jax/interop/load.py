@@ -18,6 +18,7 @@ from mora_jax.backend import read_dtype
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first
 from mora_jax.interop.hub import load_tokenizer, local_folder
+from mora_jax.interop.mxfp4 import BLOCKS, Mxfp4Files
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
 from mora_jax.interop.sharded_read import Shardings, read_quantized, read_sharded
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
@@ -100,6 +101,8 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, DecoderConfig, TensorFile
     folder = local_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     files = open_checkpoint(folder)
+    if any(name.endswith(BLOCKS) for name in files.shapes):
+        files = Mxfp4Files(files)
     base = config.names.embedding.partition(".")[0] + "."
     if not any(name.startswith(base) for name in files.shapes):  # saved without the head's class around it
         files.rename(lambda name: name if name == config.names.head_tensor else base + name)

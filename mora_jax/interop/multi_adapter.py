@@ -353,6 +353,8 @@ def _bank_with_room(place: Site, configs: list[Any], slots: int, rank: int) -> B
         config = LoRAConfig(rank=max(rank, *(one.rank for one in configs)), alpha=1.0)
     if old is not None and old.slots >= slots and old.config == config:
         return old
+    if place.of_experts:
+        raise InputError(f"{place.title} has an adapter for each expert, of which there can be one alone: merge it")
     bank_class: Any = MoRABank if isinstance(config, MoRAConfig) else LoRABank
     bank = bank_class(place.in_features, place.out_features, config, slots=slots, **place.layout)
     if old is not None:

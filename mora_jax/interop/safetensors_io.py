@@ -42,7 +42,8 @@ class TensorFiles:
                 if name in self._handles:
                     raise InputError(f"{file}: tensor {name} is also in another file of the folder")
                 piece = handle.get_slice(name)
-                if piece.get_dtype() not in _READABLE:
+                packed = piece.get_dtype() == "U8" and name.endswith(("_blocks", "_scales"))  # see mxfp4.py
+                if piece.get_dtype() not in _READABLE and not packed:
                     raise InputError(
                         f"{file}: tensor {name} has dtype {piece.get_dtype()}; only checkpoints in float32, "
                         "float16 or bfloat16 can be read"

@@ -25,6 +25,7 @@ from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.experts import Experts
 from mora_jax.models.families import family_of
 
 #: What a folder with a model holds, by names and patterns.
@@ -239,9 +240,13 @@ def zero_biases(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
 def _parts(model: Decoder) -> dict[str, tuple[Projection, bool]]:
     """The projections of a block, and whether the config announces their biases."""
     block, config = model.layers, model.config
-    return {
+    attention = {
         "qkv": (block.self_attn.qkv_proj, config.qkv_bias),
         "out": (block.self_attn.o_proj, config.out_bias),
+    }
+    if isinstance(block.mlp, Experts):  # adapters give them no biases
+        return attention
+    return attention | {
         "gate_up": (block.mlp.gate_up_proj, config.mlp_bias),
         "down": (block.mlp.down_proj, config.mlp_bias),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import AdapterParam, FullParam, host
+from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.products.quantization import QuantizedKernel
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.sites import Site, sites
 from mora_jax.adapters.trainable_base import TrainableBase
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.experts import Experts
 from mora_jax.models.norms import Norm
 
 # Flax calls `scale` what torch calls `weight`.
@@ -120,12 +123,19 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
     ):
         if norm is not None:
             entries.extend(_norm(norm))
-    for projection in (
-        block.self_attn.qkv_proj,
-        block.self_attn.o_proj,
-        block.mlp.gate_up_proj,
-        block.mlp.down_proj,
-    ):
+    if attention.sinks is not None:
+        shape = attention.sinks.shape[1:]
+        layers = [config.names.layer.format(layer=layer) for layer in range(config.num_layers)]
+        regions = [
+            TensorRegion(f"{path}.self_attn.sinks", (i,), shape, (math.prod(shape),)) for i, path in enumerate(layers)
+        ]
+        entries.append(Entry(attention, "sinks", tuple(regions)))
+    projections = [attention.qkv_proj, attention.o_proj]
+    if isinstance(block.mlp, Experts):
+        entries.extend(_experts(block.mlp))
+    else:
+        projections += [block.mlp.gate_up_proj, block.mlp.down_proj]
+    for projection in projections:
         entries.extend(_projection(projection, turned=config.names.turned))
     entries.extend(_norm(model.norm))
     if model.lm_head is not None:
@@ -165,6 +175,56 @@ def _projection(projection: Projection, *, turned: bool) -> Iterator[Entry]:
     yield Entry(projection, "kernel", tuple(kernels), axes)
     if projection.bias is not None:
         yield Entry(projection, "bias", tuple(biases))
+
+
+def _experts(experts: Experts) -> Iterator[Entry]:
+    router = experts.router
+    layers, inputs, count = router.kernel.shape
+    paths = [router.path.format(layer=layer) for layer in range(layers)]
+    kernels = [
+        TensorRegion(f"{path}.weight", (layer,), (inputs, count), (count, inputs), matrix=True)
+        for layer, path in enumerate(paths)
+    ]
+    yield Entry(router, "kernel", tuple(kernels))
+    if router.bias is not None:
+        biases = [TensorRegion(f"{path}.bias", (layer,), (count,), (count,)) for layer, path in enumerate(paths)]
+        yield Entry(router, "bias", tuple(biases))
+    for projection in (experts.gate_up_proj, experts.down_proj):
+        pieces = _fused_experts(projection) if experts.config.fused else _single_experts(projection)
+        axes = (*projection.stack, projection.in_features, *projection.layout.out_shape)
+        yield Entry(projection, "kernel", tuple(kernel for kernel, _ in pieces), axes)
+        if projection.bias is not None:
+            yield Entry(projection, "bias", tuple(bias for _, bias in pieces))
+
+
+def _fused_experts(projection: ExpertProjection) -> list[tuple[TensorRegion, TensorRegion]]:
+    """Kernels and biases as files have them that hold all experts of a layer as one tensor `[E, in, out]`."""
+    (layers, count), inputs, out = projection.stack, projection.in_features, projection.layout.out_shape
+    pieces = []
+    for layer in range(layers):
+        name = projection.path.format(layer=layer, expert="*", name=projection.whole).replace(".*.", ".")
+        kernel = TensorRegion(name, (layer,), (count, inputs, *out), (count, inputs, math.prod(out)))
+        pieces.append((kernel, TensorRegion(f"{name}_bias", (layer,), (count, *out), (count, math.prod(out)))))
+    return pieces
+
+
+def _single_experts(projection: ExpertProjection) -> list[tuple[TensorRegion, TensorRegion]]:
+    """Kernels and biases as files have them that hold a tensor for each matrix of each expert."""
+    pieces = []
+    for index in np.ndindex(*projection.stack):
+        for matrix, where in projection.matrix_slices():
+            shape = list(projection.layout.out_shape)
+            shape[projection.layout.part_axis] = matrix.size
+            path, size = projection.module_path(matrix.name, *index), math.prod(shape)
+            kernel = TensorRegion(
+                f"{path}.weight",
+                (*index, slice(None), *where),
+                (projection.in_features, *shape),
+                (size, projection.in_features),
+                matrix=True,
+            )
+            pieces.append((kernel, TensorRegion(f"{path}.bias", (*index, *where), tuple(shape), (size,))))
+    return pieces
 
 
 def _own_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:

@@ -44,6 +44,7 @@ class RowLayout:
         kernel: computes attention where order is by index (see attention/kernels.py); None for XLA's blocks.
         folded: whether devices share each row, so that its shares are rows here (`Partitioner.fold`).
         partitioner: how the devices of a mesh share the weights; None where each has all of them.
+        mesh: how they share rows, be it nothing else; None on one device.
     """
 
     segments: jax.Array
@@ -57,10 +58,11 @@ class RowLayout:
     kernel: Kernel | None = None
     folded: bool = False
     partitioner: Partitioner | None = None
+    mesh: Partitioner | None = None
 
     def arrays(self) -> dict[str, jax.Array | None]:
         """All but the window and what is static, as a pytree."""
-        static = ("window", "kernel", "folded", "partitioner")
+        static = ("window", "kernel", "folded", "partitioner", "mesh")
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in static}
 
     def with_arrays(self, arrays: dict[str, Any]) -> RowLayout:
@@ -133,6 +135,9 @@ class Attention(nnx.Module):
         size = config.head_dim * (config.num_heads if one else 1), config.head_dim * (config.num_kv_heads if one else 1)
         self.q_norm = _norm(config, names.q_norm if config.qk_norm else None, size=size[0], axis="head_dim")
         self.k_norm = _norm(config, names.k_norm if config.qk_norm else None, size=size[1], axis="head_dim")
+        zeros = jnp.zeros((config.num_layers, config.num_kv_heads, config.q_per_kv), making["dtype"])
+        sinks = nnx.Param(zeros, axes=("layers", "kv_heads", "q_per_kv"))
+        self.sinks = nnx.data(sinks if config.attention_sinks else None)
         self.scale = config.attention_scale
         self.softcap = config.attention_softcap
         self.neighbours = config.rotary_neighbours
@@ -163,6 +168,7 @@ class Attention(nnx.Module):
             window=layout.window,
             scale=self.scale,
             softcap=self.softcap,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
             kernel=layout.kernel,
         )
         mixed = mixed.reshape(*mixed.shape[:2], -1).astype(x.dtype)
@@ -268,7 +274,12 @@ class Block(nnx.Module):
         """Makes `config.num_layers` stacked layers."""
         names = config.names
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs, quantize=quantize)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs, quantize=quantize)
+        self.mlp: Any
+        if config.experts is None:
+            self.mlp = MLP(config, dtype=dtype, rngs=rngs, quantize=quantize)
+        else:
+            activation = ACTIVATIONS[config.activation]
+            self.mlp = config.experts.layer(config, activation, dtype=dtype, rngs=rngs, quantize=quantize)
         self.attention_norm = _norm(config, names.attention_norm)
         self.mlp_norm = _norm(config, names.mlp_norm)
         self.post_attention_norm = _norm(config, names.post_attention_norm)

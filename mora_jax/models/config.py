@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 from mora_jax.models.rope import Rope
@@ -45,6 +46,41 @@ class TensorNames:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """The MLP of layers with experts, of which a router gives each token some.
+
+    Attributes:
+        layer: makes the module of all layers, `mora_jax.models.experts.Experts`; other models do without that file.
+        count: experts a layer.
+        per_token: how many of them compute a token.
+        width: what an expert has in place of `intermediate_size`.
+        normalize: whether the weights of a token's experts add up to 1; else they are those among all experts.
+        router_bias, bias: whether the router and the experts have biases.
+        limit: of gate (from above) and up (both ways); with it the gate is `gate · sigmoid(sigmoid_scale · gate)`, and
+            up is counted from -1. None: gated by `activation`.
+        router: the end of the router's path.
+        path: that of the experts in files; an expert's number and name follow.
+        names: of gate, up and down.
+        fused: whether files hold all experts of a layer as one tensor `[E, in, out]`, gate and up of a feature
+            side by side.
+    """
+
+    layer: Callable[..., Any]
+    count: int
+    per_token: int
+    width: int
+    normalize: bool = True
+    router_bias: bool = False
+    bias: bool = False
+    limit: float | None = None
+    sigmoid_scale: float = 1.702
+    router: str = "mlp.gate"
+    path: str = "mlp.experts"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    fused: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that `Decoder` needs to know. Hashable, so that it can be part of a compiled function's key.
 
@@ -65,6 +101,8 @@ class DecoderConfig:
         residual_scale: what attention and MLP are multiplied by before they are added.
         embedding_scale: what embeddings are multiplied by, rounded to the compute dtype first, or None.
         attention_scale: what the attention scores are multiplied by.
+        attention_sinks: whether each head has a trained score that takes part in the softmax and gives nothing.
+        experts: of layers that have them in place of an MLP; None where none has.
         logit_scale: what logits are multiplied by, before the cap. The final norm does it.
         source: the HuggingFace `config.json` it was read from, as JSON text; `save_pretrained` writes it.
     """
@@ -103,6 +141,8 @@ class DecoderConfig:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     initializer_range: float = 0.02
+    attention_sinks: bool = False
+    experts: ExpertsConfig | None = None
     names: TensorNames = TensorNames()
     source: str = dataclasses.field(default="{}", repr=False)
 

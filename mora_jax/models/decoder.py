@@ -249,7 +249,12 @@ class Decoder(nnx.Module):
             if token_dropout is not None:
                 token_dropout = token_dropout._replace(tokens=partitioner.fold(token_dropout.tokens))
         sharded = partitioner if partitioner is not None and partitioner.cuts_weights else None
-        static: dict[str, Any] = {"kernel": kernel, "folded": ring is not None, "partitioner": sharded}
+        static: dict[str, Any] = {
+            "kernel": kernel,
+            "folded": ring is not None,
+            "partitioner": sharded,
+            "mesh": partitioner,
+        }
         layout = RowLayout(segments, segments, None, None, cos, sin, None, query_scale, **static)
         x = self.norm(self._runner(self.layers, x, layout, token_dropout))
         return x if ring is None or partitioner is None else partitioner.unfold(x, *input_ids.shape)

@@ -81,6 +81,21 @@ class Partitioner(Protocol):
         """Whether the output axes of a kernel `[in, …]` can be one axis: none but the first of them is sharded."""
         ...
 
+    def by_experts(
+        self,
+        function: Callable[..., Array],
+        rows: tuple[Array, ...],
+        weights: list[tuple[Array, Axes]],
+        *,
+        folded: bool = False,
+    ) -> Array:
+        """`function(number, *rows, *weights)` of each device's rows and share of experts, `[B, …]` like the rows.
+
+        `number` counts the devices that share experts; what they give for the same rows is summed. `weights` are arrays
+        as they are used, with their axes. With `folded` rows are those of `fold`.
+        """
+        ...
+
     def gathered(self, array: Array, axes: Axes) -> Array:
         """A stored parameter as it is used; its gradient goes back to where it is stored."""
         ...

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.products.matmul import Turned
+from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.slots import use
 
 
@@ -71,7 +73,7 @@ def _bits(table: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(graphdef: Any, state: Any, index: jax.Array) -> Any:
     layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
-    attention, mlp = layer.self_attn, layer.mlp
-    for projection in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-        projection.kernel = nnx.Param(Turned.of(projection.kernel.get_value()))
+    for _, projection in list(nnx.iter_graph(layer)):
+        if isinstance(projection, Projection) and not isinstance(projection, ExpertProjection):
+            projection.kernel = nnx.Param(Turned.of(projection.kernel.get_value()))
     return nnx.split(layer)

@@ -152,6 +152,13 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
             out = _aval(step.equation.outvars[0])
             flops += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
             moved += sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in (left, right, out))
+        elif step.name == "ragged_dot_general":  # each row is multiplied by the matrix of its group alone
+            left, right = (_aval(variable) for variable in step.equation.invars[:2])
+            numbers = step.equation.params["ragged_dot_dimension_numbers"]
+            summed = {*numbers.dot_dimension_numbers[0][1], *numbers.rhs_group_dimensions}
+            free = math.prod(size for i, size in enumerate(right.shape) if i not in summed)
+            flops += 2 * math.prod(left.shape) * free
+            moved += sum(map(_bytes, (*step.equation.invars[:2], *step.equation.outvars)))
         elif step.inner:
             length = step.equation.params.get("length", 1)
             inside = {"scan": (length + 1) / 2, "while": 0}.get(step.name, turns)

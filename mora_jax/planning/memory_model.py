@@ -32,6 +32,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from mora_jax.adapters.attach import partition
 from mora_jax.adapters.base import AdapterParam
+from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.methods.mora import MoRA
 from mora_jax.adapters.products.quantization import QuantizedParam
 from mora_jax.adapters.projection import Projection
@@ -200,8 +201,9 @@ def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -
 
 
 def _projections(model: Decoder) -> list[tuple[str, Projection]]:
-    """The layers' projections with their dotted paths."""
-    return [(dotted(path), node) for path, node in nnx.iter_graph(model) if isinstance(node, Projection)]
+    """The layers' projections with their dotted paths; without those of experts, which `tensor` shares whole."""
+    nodes = [(dotted(path), node) for path, node in nnx.iter_graph(model) if isinstance(node, Projection)]
+    return [(path, node) for path, node in nodes if not isinstance(node, ExpertProjection)]
 
 
 def _turned(placement: Placement, model: Decoder, kept: dict[str, Any]) -> float:

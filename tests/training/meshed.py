@@ -50,11 +50,21 @@ GEMMA = {
     "final_logit_softcapping": 3.0,
     "tie_word_embeddings": True,
 }
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 #: Inputs of whole blocks of quantised kernels: 4 of them, and 8.
 BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 16, "num_hidden_layers": 2}
 #: Two key/value heads and 97 tokens divide by nothing; in the second every size divides by 8; in the third layers see
 #: a window and the whole row in turn, and scores are capped.
-SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA, "blocks": LLAMA | EVEN | BLOCKS}
+SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA, "blocks": LLAMA | EVEN | BLOCKS} | {
+    "experts": LLAMA | EVEN | EXPERTS,
+    "three_experts": LLAMA | EVEN | EXPERTS | {"num_experts": 3},
+}
 #: With the usual eps, Adam's first step is the sign of a gradient however small it is: one of 2,048 that rounding turns
 #: moved the losses by 1e-5.
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01, eps=1e-5)

@@ -161,6 +161,13 @@ def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> 
     return product * scaling
 
 
+def _grouped(x: Array, params: dict[str, Array], product: Dot) -> Array:
+    """`_delta` with each expert's factors, `[E, in, rank]` and `[E, rank, out]`."""
+    scaling = params["scaling"][:, None] * params.get("rank_mask", 1.0)  # [E, rank] or [E, 1]
+    hidden = product(x, params["lora_a"] * scaling[:, None])
+    return product(hidden.astype(x.dtype), params["lora_b"])
+
+
 def _dense(params: dict[str, Array]) -> Array:
     scaling = scaling_of(params)
     if scaling.ndim:
@@ -188,6 +195,7 @@ class LoRA(Adapter):
     file_method: ClassVar[str] = "lora"
     file_config: ClassVar[type[LoRAConfig]] = LoRAConfig
     on_embeddings: ClassVar[bool] = True
+    on_experts: ClassVar[bool] = True
     config: LoRAConfig
 
     def __init__(self, in_features: int, out_features: int, config: LoRAConfig, *, rngs: nnx.Rngs, **placing: Any):
@@ -262,6 +270,12 @@ class LoRA(Adapter):
         y = _delta(x, params["lora_a"], params["lora_b"], scaling_of(params), product)
         first = initial_of(params)
         return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], scaling_of(params), product)
+
+    @classmethod
+    def grouped(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot) -> Array:
+        y = _grouped(x, params, product)
+        first = initial_of(params)
+        return y if first is None else y - _grouped(x, first, product)
 
     @classmethod
     def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:

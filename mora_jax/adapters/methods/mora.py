@@ -292,6 +292,7 @@ class MoRA(Adapter):
     """MoRA's square matrix for one matrix, or for one matrix a layer when it carries a leading layer axis."""
 
     method: ClassVar[str] = "mora"
+    on_experts: ClassVar[bool] = True
     config: MoRAConfig
 
     def __init__(self, in_features: int, out_features: int, config: MoRAConfig, **placing: Any):
@@ -306,6 +307,15 @@ class MoRA(Adapter):
         cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
     ) -> Array:
         return _delta(x, params["m"] * params["scaling"], out_features, config.kind, product)
+
+    @classmethod
+    def grouped(cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot) -> Array:
+        squares = jnp.swapaxes(params["m"] * params["scaling"][:, None, None], 1, 2)  # [E, q, q]
+
+        def products(sums: Array) -> Array:
+            return product(sums, squares[:, : sums.shape[1]])
+
+        return update(x, squares.shape[-1], out_features, config.kind, products)
 
     @classmethod
     def dense(cls, config: MoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:

@@ -56,6 +56,7 @@ class ReMoRA(MoRA):
     """
 
     method: ClassVar[str] = "remora"
+    on_experts: ClassVar[bool] = False
     file_method: ClassVar[str] = "mora"
     config: ReMoRAConfig
 

@@ -45,17 +45,21 @@ class AdapterFile:
         where: the file, for error messages.
         whole_components: whether a name in `modules_to_save` stands for whole components of a path. PEFT takes any path
             that ends with its letters, so that `norm` is `final_norm`, too; models of one's own are not so regular.
+        experts: the paths of those that `target_parameters` names, each with that of its parameter.
     """
 
     format: Format
     values: dict[str, Any]
     where: str
     whole_components: bool = False
+    experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def matches(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`."""
         if self.saves(path):
             return False
+        if path in self.experts:
+            return True
         targets = self.values.get("target_modules")
         excluded = self.values.get("exclude_modules")
         if excluded and _named(excluded, path):
@@ -142,7 +146,7 @@ def _check_common(values: dict[str, Any], where: str) -> None:
     require(values, where, "base_model_name_or_path", base is None or isinstance(base, str), "a path or a hub id")
     saved = values.get("modules_to_save")
     require(values, where, "modules_to_save", saved is None or is_names(saved), "a list of names")
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
         require_names(values, where, name)
     layers = values.get("layers_to_transform")
     indices = layers if isinstance(layers, list) else [layers]

@@ -53,6 +53,7 @@ class Target:
         names: its tensors' names in the file, by the keys of the type's `tensor_names`.
         files: the file.
         shared: arrays that all targets share, as the file has them.
+        setting_path: the path by which patterns name it: of experts that of their parameter in transformers.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Target:
     names: Mapping[str, str]
     files: TensorFiles
     shared: Mapping[str, np.ndarray]
+    setting_path: str
 
     def read(self, kind: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor in float32; an `InputError` where the file has another shape."""

@@ -26,6 +26,7 @@ from mora_jax.interop.peft.format import (
     Target,
     read_tensor,
 )
+from mora_jax.interop.peft.fused_experts import unfused
 from mora_jax.interop.peft.restarted_base import has_own_base, own_base, with_kind
 from mora_jax.interop.peft.stored import stored_tensors, unknown
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
@@ -65,18 +66,19 @@ def load_adapter(
     """
     folder = local_folder(path)
     values = with_kind(read_json(folder / CONFIG_NAME), kind, str(folder / CONFIG_NAME))
-    given = _Given(model, read_adapter_config(values, str(folder / CONFIG_NAME)), open_checkpoint(folder, WEIGHTS))
-    given.check_base(strict)
-    base = own_base(model, folder, given.files, kind_is_known=kind is not None or not values.get("use_mora"))
-    given.drop_tied_head()
-    adapters = given.adapters(method)
-    given.add_biases(adapters)
-    given.check_frozen()
-    whole = given.trained_whole()
-    if base is not None:
-        assert isinstance(model, Decoder), "checked with its tensors"
-        base.put(model)
+    config = read_adapter_config(values, str(folder / CONFIG_NAME))
     with undone_on_error(model):
+        given = _Given(model, config, open_checkpoint(folder, WEIGHTS))
+        given.check_base(strict)
+        base = own_base(model, folder, given.files, kind_is_known=kind is not None or not values.get("use_mora"))
+        given.drop_tied_head()
+        adapters = given.adapters(method)
+        given.add_biases(adapters)
+        given.check_frozen()
+        whole = given.trained_whole()
+        if base is not None:
+            assert isinstance(model, Decoder), "checked with its tensors"
+            base.put(model)
         train_weights(model, whole)
         install(model, adapters)
     put_extra_fields(model, given.config.unknown)
@@ -132,12 +134,13 @@ class _Given:
     """
 
     def __init__(self, model: nnx.Module, config: AdapterFile, files: TensorFiles):
-        found = list(sites(model))
-        if any(place.adapter is not None for place in found):
+        if any(place.adapter is not None for place in sites(model)):
             raise InputError("the model carries an adapter already: merge it, or load the base model again")
+        files, experts = unfused(model, files, config.values.get("target_parameters") or (), config.where)
+        found = list(sites(model))
         own = not isinstance(model, Decoder)
         self.model, self.files, self.stored = model, files, stored_tensors(files)
-        self.config = dataclasses.replace(config, whole_components=own)
+        self.config = dataclasses.replace(config, whole_components=own, experts=experts)
         known = {piece.name for entry in tensor_plan(model) for piece in entry.pieces} if own else set()
         if stray := [stored for name, stored in self.stored.others.items() if name not in known]:
             raise unknown(files, stray[0])
@@ -214,9 +217,9 @@ class _Given:
 
         adapters = {}
         for path, (place, layer) in self.targets.items():
-            adapters[path] = form.read(
-                values, Target(path, place, layer, self.stored.factors[path], self.files, shared)
-            )
+            setting_path = self.config.experts.get(path, path)
+            names = self.stored.factors[path]
+            adapters[path] = form.read(values, Target(path, place, layer, names, self.files, shared, setting_path))
             if method is not None:
                 adapters[path] = trained_as(adapters[path], method, functools.partial(kernel, place, layer), path)
         return adapters

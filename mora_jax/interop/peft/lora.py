@@ -67,7 +67,6 @@ class LoraFormat(Format):
         "layer_replication",
         "lora_bias",
         "monteclora_config",
-        "target_parameters",
         "trainable_token_indices",
         "use_bdlora",
         "use_qalora",
@@ -86,6 +85,7 @@ class LoraFormat(Format):
             "mora_type",
             "qalora_group_size",
             "rank_pattern",
+            "target_parameters",
             "use_dora",
             "use_mora",
             "use_rslora",
@@ -126,7 +126,7 @@ class LoraFormat(Format):
         return bool(values.get("use_dora")) or start or super().needs_base(values)
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
-        config, place = lora_config(values, target.path), target.place
+        config, place = lora_config(values, target.setting_path), target.place
         arrays: dict[str, np.ndarray] = {}
         if isinstance(config, MoRAConfig):
             side = square_rank(place.in_features, place.out_features, config.rank, config.kind)
@@ -137,7 +137,7 @@ class LoraFormat(Format):
         else:
             arrays["lora_a"] = target.read("a", (config.rank, place.in_features)).T
             arrays["lora_b"] = target.read("b", (place.out_features, config.rank)).T
-            arrays["scaling"] = np.asarray(scaling_at(values, target.path), np.float32)
+            arrays["scaling"] = np.asarray(scaling_at(values, target.setting_path), np.float32)
         if "magnitude" in target.names:
             arrays["magnitude"] = target.read("magnitude", (place.out_features,))
         return AdapterValues(config, arrays)

@@ -12,11 +12,13 @@ from typing import Any, TypeGuard
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import AdapterEntry, adapters_of
+from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.patterns import targets_for
 from mora_jax.adapters.projection import Projection
+from mora_jax.adapters.report import entries_of
 from mora_jax.adapters.sites import Site, adapted_sites, by_path, sites
+from mora_jax.adapters.slots import refuse_banks
 from mora_jax.adapters.trainable_base import named_modules
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import plain
@@ -28,6 +30,7 @@ from mora_jax.interop.peft.format import (
     WEIGHTS,
     Format,
 )
+from mora_jax.interop.peft.fused_experts import each, fused, parameter_names
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
 from mora_jax.interop.peft.stored import SHARED_PREFIX, base_name, meaning
 from mora_jax.interop.safetensors_io import write_tensors
@@ -35,6 +38,7 @@ from mora_jax.interop.save import tensors_of, write_model
 from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, trained_weights
 from mora_jax.models.decoder import Decoder
 
+EXPERTS = ("fused", "each")
 LINEN_NAME = "linen_layers.json"
 #: What a folder with an adapter holds.
 ADAPTER_FILES = (CONFIG_NAME, f"{WEIGHTS}.safetensors*", f"{WEIGHTS}-*-of-*.safetensors", BASE_FOLDER, LINEN_NAME)
@@ -47,6 +51,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
     write: bool = True,
+    experts: str = "fused",
     linen_layers: dict[str, Any] | None = None,
 ) -> None:
     """Writes the adapters of a model as a PEFT folder.
@@ -62,6 +67,9 @@ def save_adapter(
         base_model_name_or_path: what the folder names as its base; None for where the model was loaded from.
         overwrite: replace the adapter that is in `out`; files that belong to none stay there.
         write: False on all processes but one of those that hold parts of the adapters: all have to call this.
+        experts: how LoRA on experts is held: "fused", all of a layer as one, which PEFT writes and reads with
+            transformers 5; or "each", a pair of tensors an expert, which vLLM reads, and PEFT where all
+            matrices of experts carry adapters. MoRA is "each".
         linen_layers: how the layers of a Linen model are matrices, for `mora_jax.linen.load_adapter`; others pass over
             the file.
 
@@ -69,11 +77,18 @@ def save_adapter(
         InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
     """
     refuse_tied_magnitude(model)
+    if experts not in EXPERTS:
+        raise InputError(f"experts must be one of {', '.join(EXPERTS)}, not {experts!r}")
     form, adapted = _format(model)
+    is_fused = experts == "fused" and all(hasattr(place.adapter, "lora_a") for place in adapted)
     # Two passes over the model: names, sizes and scalings first, so that none of the arrays has to stay.
     shapes: dict[str, tuple[int, ...]] = {}
     main = []
-    for entry, tensors in _gathered(model, form):
+    parameters = []
+    for entry, tensors in fused(model) if is_fused else ():
+        shapes |= {name: tensor.shape for name, tensor in tensors.items()}
+        parameters.append(dataclasses.replace(entry, params=form.kept(entry)))
+    for entry, tensors in _gathered(model, form, is_fused):
         shapes |= {name: tensor.shape for name, tensor in tensors.items()}
         odd = [name for name in tensors if meaning(name)[1] not in (entry.path, _head(model))]
         if odd:
@@ -87,7 +102,12 @@ def save_adapter(
             raise InputError(f"{name} is trained, and PEFT's files can't hold that name: rename the module")
     base = base_model_name_or_path or getattr(model, "name_or_path", None)
     targets = targets_for((entry.path for entry in main), _all_paths(model))
-    fields = common_fields(form, base) | form.written(main, targets)
+    fields = common_fields(form, base) | form.written([*main, *parameters], targets)
+    if parameters:  # for which PEFT has no dropout
+        fields |= {
+            "target_parameters": parameter_names(model, [entry.path for entry in parameters]),
+            "lora_dropout": 0.0,
+        }
     fields["task_type"] = "CAUSAL_LM" if isinstance(model, Decoder) else None
     if form.fan_in_fan_out and isinstance(model, Decoder) and model.config.names.turned:
         fields["fan_in_fan_out"] = True
@@ -98,7 +118,7 @@ def save_adapter(
         fields["ensure_weight_tying"] = True
     if not write:
         base_tensors = tensors_of(model) if _has_own_base(model) else ()
-        for _ in itertools.chain(_all_tensors(model, form, shared), base_tensors):
+        for _ in itertools.chain(_all_tensors(model, form, shared, is_fused), base_tensors):
             pass  # gathered for the process that writes
         return
     with new_folder(out, ours=ADAPTER_FILES, overwrite=overwrite) as folder:
@@ -107,14 +127,16 @@ def save_adapter(
         if linen_layers is not None:
             (folder / LINEN_NAME).write_text(json.dumps(linen_layers, indent=2) + "\n", encoding="utf-8")
         shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
-        write_tensors(folder / f"{WEIGHTS}.safetensors", shapes, _all_tensors(model, form, shared))
+        write_tensors(folder / f"{WEIGHTS}.safetensors", shapes, _all_tensors(model, form, shared, is_fused))
         if _has_own_base(model):
             write_model(model, folder / BASE_FOLDER)
 
 
 def _all_paths(model: nnx.Module) -> set[str]:
     """Of all modules, among which PEFT looks for targets: those that hold others, too."""
-    paths = {path for place in sites(model) for path in (*place.paths, *place.aliases)}
+    paths = {
+        path for site in sites(model) for path in (site.paths if site.of_experts else (*site.paths, *site.aliases))
+    }
     others = [named for named, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
     paths |= {path for named in others for path in named if "*" not in path}
     return _with_owners(paths)
@@ -153,8 +175,10 @@ def _trains_table(model: Decoder, entries: list[AdapterEntry], whole: Iterable[s
     return any(entry.is_embedding for entry in entries) or f"{PREFIX}{model.config.names.embedding}.weight" in whole
 
 
-def _all_tensors(model: nnx.Module, form: Format, shared: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    for _, tensors in _gathered(model, form):
+def _all_tensors(
+    model: nnx.Module, form: Format, shared: dict[str, np.ndarray], is_fused: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    for _, tensors in itertools.chain(fused(model) if is_fused else (), _gathered(model, form, is_fused)):
         yield from tensors.items()
     yield from shared.items()
     yield from _trained_whole(model)
@@ -190,10 +214,12 @@ def _is_main(entry: AdapterEntry, form: Format) -> bool:
     return not entry.config.biases_alone or form.biases_alone
 
 
-def _gathered(model: nnx.Module, form: Format) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
-    """Each adapted matrix with its tensors under their names in files."""
+def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
+    """Each adapted matrix with its tensors under their names in files; without experts where these are fused."""
+    refuse_banks(model, "take")
     where = by_path(sites(model))
-    for entry in map(plain, adapters_of(model)):
+    others = (entry for place in adapted_sites(model) if not place.of_experts for entry in entries_of(place))
+    for entry in itertools.chain(map(plain, others), () if is_fused else each(model)):
         path, main = PREFIX + entry.path, _is_main(entry, form)
         found = form.write(entry) if main else {}
         names = form.names(entry)

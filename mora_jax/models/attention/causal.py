@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mora_jax.adapters.products.matmul import dot32_tn
 from mora_jax.backend import backend, untransposed
-from mora_jax.models.attention.flash import MASKED, TILE, Tiling, product, scores_of, tiled_attention
+from mora_jax.models.attention.flash import MASKED, TILE, Tiling, product, scores_of, sink_gradient, tiled_attention
 from mora_jax.models.layer_scan import checkpointed
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def attention(
     window: int | Array | None = None,
     scale: float,
     softcap: float | None = None,
+    sinks: Array | None = None,
     kernel: Kernel | None = None,
 ) -> Array:
     """Causal attention inside segments.
@@ -138,7 +139,8 @@ def attention(
         window: how many places back a query sees, itself included; None for all. May be traced (one a layer).
         scale: factor on the scores.
         softcap: scores become `softcap · tanh(scores / softcap)`; None for no cap.
-        kernel: computes rows without positions (see kernels.py); None for XLA's blocks.
+        sinks: `[G, N]`, a score of each head that takes part in the softmax and gives nothing; None without.
+        kernel: computes rows without positions (see kernels.py), and without sinks; None for XLA's blocks.
 
     Returns:
         `[B, T, G, N, H]` in the dtype of `query`; rows that see no key are 0.
@@ -152,6 +154,8 @@ def attention(
     if by_index and query.shape[1] != key.shape[1]:
         raise ValueError(f"without positions T and S must agree, not {query.shape[1]} and {key.shape[1]}")
     if by_index and kernel is not None:
+        if sinks is not None:
+            raise ValueError("attention sinks are computed by XLA's blocks alone")
         return kernel.attention(query, key, value, segments=q_segments, window=window, scale=scale, softcap=softcap)
     if by_index:
         index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
@@ -161,7 +165,7 @@ def attention(
     if by_index and query.shape[1] > LONG:
         tiling = Tiling(float(scale), softcap, fixed, TILE, TILE)
         query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-        return tiled_attention(tiling, query, key, value, q_segments, moving).transpose(0, 3, 1, 2, 4)
+        return tiled_attention(tiling, query, key, value, q_segments, moving, sinks).transpose(0, 3, 1, 2, 4)
     static = _Options(float(scale), softcap, fixed, by_index, query_block())
     places = (q_segments, kv_segments, q_positions, kv_positions, moving)
     # [B, G, N, T, H] and [B, G, S, H]: batch axes in front, as the products want them.
@@ -170,6 +174,7 @@ def attention(
         query.transpose(0, 2, 3, 1, 4),
         untransposed(key.transpose(0, 2, 1, 3)),
         untransposed(value.transpose(0, 2, 1, 3)),
+        sinks,
         places,
     )
     return out.transpose(0, 3, 1, 2, 4)
@@ -203,35 +208,41 @@ def _visible(options: _Options, places, queries: slice, keys: slice) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: _Options, query: Array, key: Array, value: Array, places) -> Array:
-    return _forward(options, query, key, value, places)[0]
+def _attention(options: _Options, query: Array, key: Array, value: Array, sinks: Array | None, places) -> Array:
+    return _forward(options, query, key, value, sinks, places)[0]
 
 
-def _forward(options, query, key, value, places):
+def _forward(options, query, key, value, sinks, places):
     b, g, n, _, h = query.shape
     outs, sums = [], []
     for rows, columns in _spans(options, query.shape[3], key.shape[2]):
         scores = scores_of(options, query[:, :, :, rows], key[:, :, columns])
         scores = jnp.where(_visible(options, places, rows, columns), scores, MASKED)
         top = jnp.max(scores, axis=-1, keepdims=True)
+        if sinks is not None:
+            sink = sinks.astype(jnp.float32)[..., None, None]
+            top = jnp.maximum(top, sink)
         weights = jnp.where(scores > 0.5 * MASKED, jnp.exp(scores - top), 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sinks is not None:
+            total = total + jnp.exp(sink - top)
         flat = weights.astype(query.dtype).reshape(b, g, -1, weights.shape[-1])
         mixed = product(flat, value[:, :, columns], 3, 2).reshape(b, g, n, -1, h)
         outs.append((mixed / jnp.maximum(total, 1e-30)).astype(query.dtype))
         # log-sum-exp of a row; huge where nothing is visible, which makes its probabilities 0 in the backward.
         sums.append(jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -MASKED)[..., 0])
     out, sums = checkpointed((outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3), sums))
-    return out, (query, key, value, out, sums, places)
+    return out, (query, key, value, sinks, out, sums, places)
 
 
 def _backward(options, saved, dout):
-    query, key, value, out, sums, places = saved
+    query, key, value, sinks, out, sums, places = saved
     b, g, n, _, h = query.shape
     keys = key.shape[2]
     dqueries = []
     dkey = jnp.zeros(key.shape, jnp.float32)
     dvalue = jnp.zeros(value.shape, jnp.float32)
+    dsinks: Any = None if sinks is None else jnp.zeros(sinks.shape, jnp.float32)
     for (rows, columns), log_sum in zip(_spans(options, query.shape[3], keys), sums, strict=True):
         q, k, v = query[:, :, :, rows], key[:, :, columns], value[:, :, columns]
         do = dout[:, :, :, rows]
@@ -242,6 +253,8 @@ def _backward(options, saved, dout):
         p_flat = p.astype(query.dtype).reshape(b, g, -1, p.shape[-1])
         dp = product(do_flat, v, 3, 3).reshape(p.shape)
         mean = jnp.sum(do.astype(jnp.float32) * out[:, :, :, rows].astype(jnp.float32), axis=-1, keepdims=True)
+        if sinks is not None:
+            dsinks = dsinks + sink_gradient(sinks, log_sum, mean[..., 0])
         ds = p * (dp - mean) * options.scale
         if options.softcap is not None:
             ds = ds * (1.0 - jnp.square(scores / options.softcap))
@@ -255,7 +268,8 @@ def _backward(options, saved, dout):
             dkey = dkey.at[:, :, columns].add(dk)
             dvalue = dvalue.at[:, :, columns].add(dv)
     dquery = dqueries[0] if len(dqueries) == 1 else jnp.concatenate(dqueries, axis=3)
-    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
+    dsinks = None if sinks is None else dsinks.astype(sinks.dtype)
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), dsinks, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -68,10 +68,13 @@ class SoftmaxState(NamedTuple):
     total: Array
 
     @classmethod
-    def empty(cls, query: Array) -> SoftmaxState:
-        """Nothing seen yet, for `query [B, G, N, T, H]`."""
+    def empty(cls, query: Array, sinks: Array | None = None) -> SoftmaxState:
+        """Nothing seen yet but the sinks `[G, N]`, which weigh 1 and give 0, for `query [B, G, N, T, H]`."""
         row = query.shape[:-1]
-        return cls(jnp.zeros(query.shape, jnp.float32), jnp.full(row, MASKED), jnp.zeros(row, jnp.float32))
+        nothing = jnp.zeros(query.shape, jnp.float32)
+        if sinks is None:
+            return cls(nothing, jnp.full(row, MASKED), jnp.zeros(row, jnp.float32))
+        return cls(nothing, jnp.broadcast_to(sinks.astype(jnp.float32)[..., None], row), jnp.ones(row, jnp.float32))
 
     def finish(self) -> tuple[Array, Array]:
         """The weighted mean of values, float32 `[B, G, N, T, H]`, and log-sum-exp `[B, G, N, T]` for the backward.
@@ -231,6 +234,16 @@ def product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
+def sink_gradient(sinks: Array, log_sum: Array, mean: Array) -> Array:
+    """The derivative by `sinks [G, N]`, float32: a sink's probability, `exp(sink − log_sum)`, takes from the others.
+
+    Args:
+        sinks: as in `attention`.
+        log_sum, mean: of all queries, `[B, G, N, T]`, see `OutputGradients`.
+    """
+    return -jnp.sum(jnp.exp(sinks.astype(jnp.float32)[..., None] - log_sum) * mean, axis=(0, 3))
+
+
 def _slice(array: Array, start: Array, size: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(array, start, size, axis)
 
@@ -243,7 +256,13 @@ def _add(array: Array, start: Array, values: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tiled_attention(
-    tiling: Tiling, query: Array, key: Array, value: Array, segments: Array, traced_window: Array | None
+    tiling: Tiling,
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array,
+    traced_window: Array | None,
+    sinks: Array | None = None,
 ) -> Array:
     """Causal attention of a row with itself, `[B, G, N, T, H]` in the dtype of `query`; T needn't fill whole tiles.
 
@@ -252,8 +271,9 @@ def tiled_attention(
         query, key, value: as in `attend`, S = T.
         segments: int `[B, T]`; 0 is padding.
         traced_window: int32 scalar, a traced window; None without.
+        sinks: `[G, N]`, see `attention`; None without.
     """
-    return _tiled_forward(tiling, query, key, value, segments, traced_window)[0]
+    return _tiled_forward(tiling, query, key, value, segments, traced_window, sinks)[0]
 
 
 def _padded(tiling: Tiling, array: Array, axis: int) -> Array:
@@ -261,17 +281,17 @@ def _padded(tiling: Tiling, array: Array, axis: int) -> Array:
     return jnp.pad(array, widths)
 
 
-def _tiled_forward(tiling, query, key, value, segments, traced_window):
+def _tiled_forward(tiling, query, key, value, segments, traced_window, sinks):
     q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
     row = Block(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
-    out, log_sum = attend(tiling, q, row, k, v, row, traced_window, SoftmaxState.empty(q)).finish()
+    out, log_sum = attend(tiling, q, row, k, v, row, traced_window, SoftmaxState.empty(q, sinks)).finish()
     length = query.shape[3]
     out, log_sum = checkpointed((out[:, :, :, :length].astype(query.dtype), log_sum[..., :length]))
-    return out, (query, key, value, out, log_sum, segments, traced_window)
+    return out, (query, key, value, out, log_sum, segments, traced_window, sinks)
 
 
 def _tiled_backward(tiling, saved, dout):
-    query, key, value, out, log_sum, segments, traced_window = saved
+    query, key, value, out, log_sum, segments, traced_window, sinks = saved
     q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
     row = Block(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
     mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -280,7 +300,8 @@ def _tiled_backward(tiling, saved, dout):
     found = attend_vjp(tiling, q, row, output_grads, k, v, row, traced_window, nothing)
     length = query.shape[3]
     dquery, dkey, dvalue = found.query[:, :, :, :length], found.key[:, :, :length], found.value[:, :, :length]
-    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), None, None
+    dsinks = None if sinks is None else sink_gradient(sinks, log_sum, mean).astype(sinks.dtype)
+    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), None, None, dsinks
 
 
 tiled_attention.defvjp(_tiled_forward, _tiled_backward)

@@ -195,6 +195,8 @@ class _Implementation(NamedTuple):
 
 
 def _splash_unavailable(rows: Rows) -> str | None:
+    if rows.config.attention_sinks:
+        return "has no attention sinks here, and this model has them"
     return None if backend() == "tpu" or interpreted() else f"needs a TPU, and this is for {backend()}"
 
 
@@ -205,6 +207,8 @@ def _splash(rows: Rows) -> Kernel:
 
 def _cudnn_unavailable(rows: Rows) -> str | None:
     config = rows.config
+    if config.attention_sinks:
+        return "has no attention sinks, and this model has them"
     if backend() != "gpu":
         return f"needs an NVIDIA GPU, and this is for {backend()}"
     if jnp.dtype(rows.dtype).name != "bfloat16":
@@ -263,6 +267,10 @@ class AttentionChoice:
             InputError: the one asked for can't be used; one line that says why.
         """
         if rows.ring() is not None:
+            if rows.config.attention_sinks:
+                raise InputError(
+                    f"mesh.context has no form for the attention sinks of {rows.config.family}: leave it at 1"
+                )
             if self.name in IMPLEMENTATIONS:
                 raise InputError(
                     f"model.attention={self.name} takes whole rows, and mesh.context shares each; leave one out"

@@ -5,7 +5,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.families import gemma, gpt, llama, olmo, phi
+from mora_jax.models.families import experts, gemma, gpt, llama, olmo, phi
 from mora_jax.models.families.fields import Family, Fields
 
 FAMILIES: tuple[Family, ...] = (
@@ -14,6 +14,7 @@ FAMILIES: tuple[Family, ...] = (
     *phi.FAMILIES,
     *olmo.FAMILIES,
     *gpt.FAMILIES,
+    *experts.FAMILIES,
 )
 
 
@@ -45,9 +46,13 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
                     f"{where}: model_type is {reprlib.repr(model_type)}, but architectures names {named}, whose"
                     f" model_type is {family.model_type}; make them agree"
                 )
-            if values.get("quantization_config") is not None:
+            quantization = values.get("quantization_config")
+            if quantization is not None and (
+                not isinstance(quantization, dict) or quantization.get("quant_method") not in family.read_dense
+            ):
                 raise InputError(f"{where}: the checkpoint is quantized; give the unquantized one")
-            return family.read(Fields(values, where, family))
+            dense = {name: value for name, value in values.items() if name != "quantization_config"}
+            return family.read(Fields(dense, where, family))
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise InputError(
         f"{where}: architecture {reprlib.repr(named or model_type)} is not supported; supported are {supported}"

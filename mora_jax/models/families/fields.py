@@ -39,6 +39,7 @@ class Family(NamedTuple):
         bias_fields: those of its config that announce biases, each with the projections that get them.
         defaults: what fields that are absent mean, where that isn't what they mean in Llama.
         aliases: its own names of Llama's fields.
+        read_dense: quantised formats of its files that are read as the numbers that they stand for.
     """
 
     architecture: str
@@ -48,6 +49,7 @@ class Family(NamedTuple):
     bias_fields: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     defaults: Mapping[str, Any] = MappingProxyType({})
     aliases: Mapping[str, str] = MappingProxyType({})
+    read_dense: tuple[str, ...] = ()
 
 
 ATTENTION_BIAS = MappingProxyType({"attention_bias": ("qkv", "out")})

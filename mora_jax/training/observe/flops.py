@@ -32,7 +32,8 @@ class StepFlops:
     """What decides the FLOPs of a step, for the whole run, all devices together.
 
     Attributes:
-        body: N without the output head: numbers in matrices that multiply activations, adapters' too.
+        body: N without the output head: numbers in matrices that multiply activations, adapters' too; of experts those
+            that a token has.
         body_trained: those of them that are trained.
         head: numbers in the output head; where embeddings are tied, the embedding.
         head_trained: those of them that are trained.
@@ -76,6 +77,8 @@ class StepFlops:
                     continue  # vectors: no matrix product
                 first = name.partition(".")[0]
                 size = packed.get(name, array.size)
+                if config.experts is not None and name.startswith(("layers.mlp.gate_up", "layers.mlp.down")):
+                    size = size * config.experts.per_token // config.experts.count  # those that a token has
                 if first == "lm_head" or (first == "embed_tokens" and config.tie_embeddings):
                     head[is_trained] += size
                 elif first not in ("embed_tokens", "embed_positions"):  # rows are looked up

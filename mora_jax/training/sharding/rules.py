@@ -44,6 +44,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "gate_up": (),
+    "experts": ("tensor",),
+    "expert_mlp": (),
+    "router": (),
     "rank": (),
     "square_in": (),
     "square_out": ("fsdp", "context"),
@@ -222,6 +225,28 @@ class Placement:
         x = self.rows(x, folded=True).reshape(ring.size, rows, share, *rest).swapaxes(0, 1)
         x = constrain(x.reshape(rows, ring.size * share, *rest), self.sharding(RULES["batch"], _CONTEXT))
         return x[:, :length]
+
+    def by_experts(
+        self,
+        function: Callable[..., Array],
+        rows: tuple[Array, ...],
+        weights: list[tuple[Array, Axes]],
+        *,
+        folded: bool = False,
+    ) -> Array:
+        """See `Partitioner.by_experts`. Sorting all rows of a batch would gather them: each device sorts its own."""
+        even = rows[0].shape[0] % self.row_shards == 0
+        along = (_CONTEXT, *RULES["batch"]) if folded else RULES["batch"] if even else ()
+        shared = self.mesh.shape["tensor"] > 1 and "experts" not in dict(self.undivided)
+
+        def share(*arrays: Array) -> Array:
+            if not shared:
+                return function(jnp.int32(0), *arrays)
+            return jax.lax.psum(function(jax.lax.axis_index("tensor"), *arrays), "tensor")
+
+        specs = (*(PartitionSpec(along),) * len(rows), *(self.used(axes, array.shape).spec for array, axes in weights))
+        mapped = jax.shard_map(share, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(along), check_vma=False)
+        return mapped(*rows, *(array for array, _ in weights))
 
     def gathered(self, array: Array, axes: Axes) -> Array:
         """A stored parameter where it is used; its gradient goes back to where it is stored."""

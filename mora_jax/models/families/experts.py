@@ -1,0 +1,99 @@
+"""Mixtral, Qwen3-MoE and GPT-OSS, whose layers have experts."""
+
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.models.config import DecoderConfig, ExpertsConfig
+from mora_jax.models.experts import Experts
+from mora_jax.models.families.fields import (
+    ATTENTION_BIAS,
+    Family,
+    Fields,
+    layer_types,
+    read_biases,
+    read_decoder,
+    sliding_but_every,
+    windows_of,
+)
+
+_YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+
+
+def _experts(fields: Fields, count: str, width: str, **options: Any) -> ExpertsConfig:
+    """The experts of a config; `count` and `width` are its names of how many there are and of their inner size."""
+    experts, per_token = fields.integer(count), fields.integer("num_experts_per_tok")
+    if per_token > experts:
+        raise InputError(f"{fields.where}: num_experts_per_tok ({per_token}) is more than {count} ({experts})")
+    return ExpertsConfig(Experts, experts, per_token, fields.integer(width), **options)
+
+
+def read_mixtral(fields: Fields) -> DecoderConfig:
+    """Mixtral: experts, whose weights for a token add up to 1; a sliding window in every layer, or none."""
+    window = fields.nullable(fields.integer, "sliding_window", None)
+    paths = {"router": "block_sparse_moe.gate", "path": "block_sparse_moe.experts", "names": ("w1", "w3", "w2")}
+    experts = _experts(fields, "num_local_experts", "intermediate_size", **paths)
+    return read_decoder(fields, windows=(window,) * fields.layers(), experts=experts)
+
+
+def read_qwen3_moe(fields: Fields) -> DecoderConfig:
+    """Qwen3-MoE: experts; norms on each head of q and k."""
+    window = (
+        fields.nullable(fields.integer, "sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
+    )
+    step, dense = fields.integer("decoder_sparse_step", 1), fields.value("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise fields.bad("mlp_only_layers", "a list of layer numbers")
+    mixed = [layer for layer in range(fields.layers()) if layer in dense or (layer + 1) % step]
+    if mixed:
+        raise InputError(
+            f"{fields.where}: decoder_sparse_step and mlp_only_layers leave layer {mixed[0]} without experts, and only"
+            " models whose layers all have experts are supported"
+        )
+    count = "num_experts" if "num_experts" in fields.values else "num_local_experts"  # transformers renames it
+    normalize = fields.flag("norm_topk_prob", False)
+    experts = _experts(fields, count, "moe_intermediate_size", normalize=normalize)
+    biases = read_biases(fields) | {"mlp_bias": False}
+    return read_decoder(fields, qk_norm="head", windows=(window,) * fields.layers(), experts=experts, **biases)
+
+
+def read_gpt_oss(fields: Fields) -> DecoderConfig:
+    """GPT-OSS: experts with biases and a clamped gate; attention sinks; every other layer local; yarn."""
+    if not any(fields.table(name) for name in ("rope_scaling", "rope_parameters")):
+        fields = fields.replaced("rope_scaling", _YARN)
+    window = fields.nullable(fields.integer, "sliding_window", 128)
+    experts = _experts(
+        fields,
+        "num_local_experts",
+        "intermediate_size",
+        router_bias=True,
+        bias=True,
+        limit=fields.number("swiglu_limit", 7.0),
+        sigmoid_scale=fields.number("swiglu_alpha", 1.702),
+        router="mlp.router",
+        fused=True,
+    )
+    return read_decoder(
+        fields,
+        head_dim=64,
+        attention_sinks=True,
+        windows=windows_of(fields, layer_types(fields, sliding_but_every(2, fields.layers())), window),
+        experts=experts,
+        **(read_biases(fields) | {"mlp_bias": False}),
+    )
+
+
+FAMILIES = (
+    Family(
+        "MixtralForCausalLM", "mixtral", read_mixtral, "Mixtral", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    ),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", read_qwen3_moe, "Qwen3-MoE", ATTENTION_BIAS),
+    Family(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        read_gpt_oss,
+        "GPT-OSS",
+        ATTENTION_BIAS,
+        {"rms_norm_eps": 1e-5, "rope_theta": 150_000.0, "attention_bias": True},
+        read_dense=("mxfp4",),
+    ),
+)
