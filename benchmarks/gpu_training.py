@@ -10,7 +10,7 @@ micro-batch; without it the most of 1, 2, 4, ... rows that the compiler says fit
 dots and full that has room for one row. Attention is what `model.attention=auto` takes.
 
 TFLOP/s count 4N a token, N all parameters, as the published figures do; MFU 4N is that against the dense bfloat16 peak
-of `mora_jax/training/observe/accelerators.py`, and *MFU with attention* is what `mora-jax train` shows (4N without the
+of `mora_jax/training/observe/flops.py`, and *MFU with attention* is what `mora-jax train` shows (4N without the
 embedding, 2N of the trained ones, 12·L·H·Q·T).
 """
 

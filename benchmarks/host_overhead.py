@@ -22,7 +22,7 @@ from typing import Any
 import mora_jax
 from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
 CALL = ""

@@ -79,19 +79,26 @@ def found_path(text: str) -> str:
 
 
 @contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to write beside `target`, whose place it takes when the block ends without an error or a signal."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp{target.suffix}")
+    try:
+        yield beside
+        beside.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write, which takes the place of `path` when the block ends without an error: nobody meets half of it.
 
     Raises:
         InputError: it can't be written.
     """
-    target = Path(os.path.realpath(local_path(path)))
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp{target.suffix}")
     try:
-        yield beside
-        beside.replace(target)
+        with replacing(Path(os.path.realpath(local_path(path)))) as beside:
+            yield beside
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)

@@ -137,11 +137,11 @@ def keys() -> str:
     tables: dict[str, list[str]] = {}
     for name, key in schema.keys().items():
         section, _, last = name.rpartition(".")
-        default = "required" if "Required." in key.allowed.doc else f"default: {key.show(key.default)}"
+        default = "required" if "Required." in key.doc else f"default: {key.show(key.default)}"
         facts = [key.describe(), default]
         if section == "adapter" and (methods := _methods(last, schema.METHOD_KEYS)):
             facts.append(f"methods: {methods}")
-        words = key.allowed.doc.removesuffix(" Required.")
+        words = key.doc.removesuffix(" Required.")
         cell = f"{_escape(words)}<br>*{_escape('; '.join(facts))}*"
         tables.setdefault(section, []).append(f'| <span id="{name}"></span>`{name}` | {cell} |')
     parts = []

@@ -26,9 +26,9 @@ QUIET = """
 def quiet():
     import os
     from mora_jax.sweeps import board
-    from mora_jax.training.display import choose
+    from mora_jax.training import display
     nowhere = open(os.devnull, "w")
-    choose.make_display = lambda: choose.Display(nowhere)
+    display.make_display = lambda: display.Display(nowhere)
     board.make_board = lambda: board.Board(nowhere)
 quiet()
 del quiet

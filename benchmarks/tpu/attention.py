@@ -30,7 +30,7 @@ from mora_jax.models.attention.causal import attention
 from mora_jax.models.attention.flash import TILE
 from mora_jax.models.attention.kernels import Splash
 from mora_jax.planning.jaxpr_cost import matrix_products
-from mora_jax.training.observe.accelerators import ACCELERATORS
+from mora_jax.training.observe.flops import ACCELERATORS
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
 CALL = "--out {table}"

@@ -76,7 +76,7 @@ def _say_size(args: argparse.Namespace) -> None:
     """Says where an exact LoRA is much larger than what it came from, and what makes it smaller."""
     from mora_jax.interop.hub import adapter_folder, local_folder
     from mora_jax.interop.safetensors_io import weight_bytes
-    from mora_jax.training.display.summary import bytes_words
+    from mora_jax.training.display import bytes_words
 
     before, after = (weight_bytes(local_folder(path)) for path in (adapter_folder(args.adapter[0]), args.out))
     if after > 1.5 * before:

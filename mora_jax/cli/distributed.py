@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mora_jax.cli.errors import report
 
 if TYPE_CHECKING:
-    from mora_jax.training.display.plain import Display
+    from mora_jax.training.display import Display
     from mora_jax.training.distributed.peer_monitor import Watch
 
 # What collectives say when another process no longer answers, on CPU, GPU and TPU.
@@ -37,13 +37,12 @@ def together(args: argparse.Namespace, again: str, work: Callable[[Display], int
         work: given the display, returns the exit code.
         silent: the work shows for itself how far it is.
     """
-    from mora_jax.training.distributed.cluster import find_cluster, read_flags
+    from mora_jax.training.distributed.processes import find_cluster, read_flags
 
     cluster = read_flags(args.coordinator, args.process_id, args.process_count)
     if cluster is None and args.coordinator is None:
         cluster = find_cluster()
-    from mora_jax.training.display.choose import make_display
-    from mora_jax.training.display.plain import Silent
+    from mora_jax.training.display import Silent, make_display
 
     choose = Silent if silent else make_display
     if cluster is None:

@@ -62,7 +62,7 @@ def adapter_folder(text: str) -> str:
     run, at, step = text.rpartition("@")
     if not (at and step.isdecimal() and expanded(run).is_dir()) or expanded(text).exists():
         return hub.adapter_folder(text)
-    from mora_jax.training.run.export import export_checkpoint
+    from mora_jax.training.run.saving import export_checkpoint
 
     place = tempfile.mkdtemp(prefix="mora-jax-")
     atexit.register(shutil.rmtree, place, ignore_errors=True)

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.interop.atomic_folder import check_out
     from mora_jax.interop.hub import local_folder
     from mora_jax.interop.safetensors_io import weight_bytes
-    from mora_jax.training.display.summary import bytes_words
+    from mora_jax.training.display import bytes_words
 
     check_out(args.out, overwrite=args.overwrite)
 

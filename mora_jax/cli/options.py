@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mora_jax.errors import InputError
-from mora_jax.training.config.key import Allowed, Key
+from mora_jax.training.config.key import Key
 
 if TYPE_CHECKING:
     from mora_jax.data.dataset import EncodedDataset
@@ -46,15 +46,15 @@ def add_key(parser: Parser, flag: str, name: str, *, help: str = "", **changes: 
 
 
 def add_number(parser: Parser, flag: str, type_: type, default: Any, doc: str, **limits: Any) -> None:
-    """Adds a number option with a range (see `Allowed`)."""
+    """Adds a number option with a range (see `Key`)."""
     options = (type_, type(None)) if default is None else (type_,)
-    add_value(parser, flag, Key(flag, options, default, Allowed(doc, **limits)))
+    add_value(parser, flag, Key(name=flag, types=options, default=default, doc=doc, **limits))
 
 
 def add_value(parser: Parser, flag: str, key: Key, *, help: str = "", **changes: Any) -> None:
     """Adds an option whose value a `Key` checks."""
     default = changes.pop("default", key.default)
-    words = f"{(help or key.allowed.doc).rstrip('.')} ({key.describe()}; default: {key.show(default)})"
+    words = f"{(help or key.doc).rstrip('.')} ({key.describe()}; default: {key.show(default)})"
     metavar = flag.rpartition("-")[2].upper()
     changes.setdefault("metavar", metavar)
     # A '%' in help would be argparse's formatting.

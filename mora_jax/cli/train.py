@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, key in keys().items():
         default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.show(key.default)}"
         lines.append(f"  {name}")
-        words = f"{key.allowed.doc} ({key.describe()}; {default})"
+        words = f"{key.doc} ({key.describe()}; {default})"
         lines += textwrap.wrap(words, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     parser.epilog = "\n".join(lines).replace("%", "%%")
 
@@ -114,7 +114,7 @@ def _resume(args: argparse.Namespace, profile: dict[str, int], display: Any) -> 
 def _with_next_command(code: int, config: Any, display: Any) -> int:
     """Says, after a run that came to its end, how to try what it left; returns the run's exit code."""
     if code == 0:
-        from mora_jax.training.run.export import result_name
+        from mora_jax.training.run.saving import result_name
 
         model, name = str(config.model.path), result_name(config)
         result = ["--model", f"{config.out}/{name}"] if name == "model" else ["--model", model, "--adapter", config.out]

@@ -13,6 +13,8 @@ Step by step, each value printable:
     batch = dataset.batch(plan.rows(0))                         # see describe_batch
 """
 
+# ruff: noqa: F401  # these imports are what the package offers
+
 from mora_jax.data.batch_plan import BatchPlan
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
 from mora_jax.data.dataset import EncodedDataset, Example, split_rows
@@ -20,63 +22,19 @@ from mora_jax.data.formats.column_mapping import Mapping
 from mora_jax.data.formats.load import Rows, RowStream, load_rows, open_rows
 from mora_jax.data.formats.registry import FORMATS
 from mora_jax.data.inspect.advice import Advice, advise, advise_on
-from mora_jax.data.inspect.inspecting import (
+from mora_jax.data.inspect.report import Report
+from mora_jax.data.inspect.views import (
     describe_batch,
     describe_example,
     inspect_data,
     inspect_dataset,
+    make_page,
     token_texts,
 )
-from mora_jax.data.inspect.page import make_page
-from mora_jax.data.inspect.report import Report
 from mora_jax.data.loss_weights import MODES, LossWeights, token_weights
 from mora_jax.data.segments import Piece, Rendered, Segment
 from mora_jax.data.sources import Source
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.data.templates.render import Prompt, Renderer, render_prompt
 from mora_jax.data.tokens.encode import RowEncoder
-from mora_jax.data.tokens.tokenize import Tokens, tokenize
-from mora_jax.data.tokens.tokenizer import load_tokenizer
-
-__all__ = [
-    "FORMATS",
-    "MODES",
-    "TEMPLATES",
-    "Advice",
-    "BatchPlan",
-    "Conversation",
-    "EncodedDataset",
-    "Example",
-    "LossWeights",
-    "Message",
-    "Passage",
-    "Piece",
-    "Prompt",
-    "Rendered",
-    "Renderer",
-    "Report",
-    "Row",
-    "RowEncoder",
-    "Rows",
-    "Segment",
-    "Source",
-    "TokenRow",
-    "Tokens",
-    "advise",
-    "advise_on",
-    "describe_batch",
-    "describe_example",
-    "inspect_data",
-    "inspect_dataset",
-    "Mapping",
-    "RowStream",
-    "load_rows",
-    "open_rows",
-    "load_tokenizer",
-    "make_page",
-    "render_prompt",
-    "split_rows",
-    "token_texts",
-    "token_weights",
-    "tokenize",
-]
+from mora_jax.data.tokens.tokenize import Tokens, load_tokenizer, tokenize

@@ -237,9 +237,9 @@ class BatchPlan:
         return f"{self.steps} steps of {self.batch_size} {kind} {self.num_examples} examples"
 
     def _count(self, epochs: float) -> int:
-        whole = math.floor(epochs)
-        part = (epochs - whole) * (self._start_of(whole + 1) - self._start_of(whole)) if epochs > whole else 0.0
-        return self._start_of(whole) + math.ceil(part - 1e-9)
+        passes = math.floor(epochs)
+        part = (epochs - passes) * (self._start_of(passes + 1) - self._start_of(passes)) if epochs > passes else 0.0
+        return self._start_of(passes) + math.ceil(part - 1e-9)
 
     def _start_of(self, epoch: int) -> int:
         """The first step of an epoch."""
@@ -255,8 +255,8 @@ class BatchPlan:
         with self._lock:
             if epoch not in self._rows:
                 # Two epochs are kept, because threads that make batches ahead are on both sides of a boundary.
-                kept = dict(list(self._rows.items())[-1:])
-                self._rows = {**kept, epoch: self._make_rows(epoch)}
+                latest = dict(list(self._rows.items())[-1:])
+                self._rows = {**latest, epoch: self._make_rows(epoch)}
             return self._rows[epoch]
 
     def _make_rows(self, epoch: int) -> list[np.ndarray] | np.ndarray:
@@ -273,8 +273,8 @@ class BatchPlan:
         window = _BUCKET_WINDOW * self.batch_size
         parts = [order[start : start + window] for start in range(0, len(order), window)]
         order = np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])
-        whole = len(order) // self.batch_size
-        batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)
+        full = len(order) // self.batch_size
+        batches = order[: full * self.batch_size].reshape(full, self.batch_size)
         if self.shuffle:
-            batches = batches[random.permutation(whole)]
-        return np.concatenate([batches.reshape(-1), order[whole * self.batch_size :]])
+            batches = batches[random.permutation(full)]
+        return np.concatenate([batches.reshape(-1), order[full * self.batch_size :]])

@@ -17,7 +17,7 @@ from mora_jax.data.formats.load import Rows
 from mora_jax.data.inspect.report import Report, count
 from mora_jax.data.loss_weights import LossWeights, normalize, response_tokens, token_weights
 from mora_jax.data.segments import INSTRUCTION, Segment, runs
-from mora_jax.data.tokens.cache import build_store
+from mora_jax.data.sources import build_store
 from mora_jax.data.tokens.encode import RowEncoder, notes
 from mora_jax.data.tokens.store import FlatRows, TokenStore
 from mora_jax.errors import InputError

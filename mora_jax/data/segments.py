@@ -91,8 +91,8 @@ class Rendered:
         Returns:
           The text with its pieces.
         """
-        kept = tuple(piece for piece in pieces if piece.text)
-        return cls("".join(piece.text for piece in kept), kept, source)
+        filled = tuple(piece for piece in pieces if piece.text)
+        return cls("".join(piece.text for piece in filled), filled, source)
 
     def __str__(self) -> str:
         return "\n".join(f"{piece.segment.label:>12} {piece.text!r}" for piece in self.pieces)

@@ -2,17 +2,105 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from filelock import FileLock
+
 from mora_jax.data.formats.column_mapping import Mapping
 from mora_jax.data.formats.load import open_rows
-from mora_jax.data.tokens.cache import build_store, fingerprint, tokenizer_fingerprint
-from mora_jax.data.tokens.encode import RowEncoder
-from mora_jax.data.tokens.store import TokenStore
+from mora_jax.data.tokens.encode import Encoded, RawRow, RowEncoder, encode_chunks
+from mora_jax.data.tokens.store import TokenStore, write
+from mora_jax.errors import InputError
 from mora_jax.paths import OFF, cache_folder, local_path, writable
+
+#: Raise it when the same rows become other tokens or another layout.
+VERSION = 4
+_REASONS = 5
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of all that decides what a tokenizer makes of a conversation."""
+    described = (
+        tokenizer.backend_tokenizer.to_str(),
+        str(tokenizer.chat_template),
+        str(tokenizer.special_tokens_map),
+        str(tokenizer.split_special_tokens),
+    )
+    return hashlib.sha256("\0".join(described).encode()).hexdigest()
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """A hash of JSON values, under which tokens are kept."""
+    return hashlib.sha256(json.dumps({"version": VERSION, **parts}, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def build_store(
+    encoder: RowEncoder,
+    rows: Iterable[RawRow],
+    facts: dict[str, Any],
+    *,
+    workers: int = 1,
+    place: Path | None = None,
+) -> TokenStore:
+    """Encodes rows, or finds the tokens that an earlier run left.
+
+    Several processes may ask for the same at the same time: one encodes, the others wait for it. What is
+    there under the key is whole, since it is written beside and renamed.
+
+    Args:
+      encoder: what to do with the rows.
+      rows: sources and raw rows; not read if the tokens are there.
+      facts: what is to be remembered with the tokens; JSON values.
+      workers: see `encode_chunks`.
+      place: the folder where tokens are kept, named by their `fingerprint`; None: in memory alone.
+    """
+    facts = dict(facts)
+    if place is None:
+        return TokenStore(list(_batches(encode_chunks(encoder, rows, workers), facts)), facts)
+    with FileLock(f"{place}.lock"):
+        if not (place / "facts.json").is_file():
+            _fill(place, encode_chunks(encoder, rows, workers), facts)
+    facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
+    return TokenStore.open(place / "tokens.arrow", facts)
+
+
+def _fill(place: Path, chunks: Iterable[Encoded], facts: dict[str, Any]) -> None:
+    # The real path: from Python 3.12 on mkdtemp cuts "link/.." out of what it returns, which is another folder.
+    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=os.path.realpath(place.parent)))
+    try:
+        write(beside / "tokens.arrow", _batches(chunks, facts))
+        (beside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+    except OSError as error:
+        raise InputError(
+            f"cannot keep tokens in {place.parent} ({error.strerror or str(error).rpartition('] ')[2]}): set data.cache"
+            " to a folder with room, or to `off`"
+        ) from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(beside)
+
+
+def _batches(chunks: Iterable[Encoded], facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    """The batches of encoded chunks; what is reported beside them is summed up in `facts`."""
+    counts: Counter[str] = Counter()
+    facts |= {"reasons": [], "counts": {}}
+    for chunk in chunks:
+        counts += chunk.counts
+        facts |= {"reasons": (facts["reasons"] + chunk.reasons)[:_REASONS], "counts": dict(counts)}
+        yield chunk.batch
 
 
 @dataclass(frozen=True)
@@ -76,24 +164,20 @@ class Source:
             "template": encoder.renderer.template,
             "notes": list(encoder.renderer.notes),
         }
-        folder: Path | None = cache_folder() if self.cache is None else local_path(self.cache)
-        key = None
-        if self.cache == OFF or folder is None or not writable(folder):
-            folder = None
-        else:
-            key = fingerprint(
-                {
-                    "rows": stream.fingerprint(),
-                    "tokenizer": tokenizer_fingerprint(tokenizer),
-                    "template": encoder.renderer.program,
-                    "fallback": self.fallback,
-                    "skip": skip,
-                }
-            )
-        store = build_store(encoder, stream.raw(), facts, workers=self._workers(), folder=folder, key=key)
+        folder = cache_folder() if self.cache is None else local_path(self.cache)
+        place = None
+        if self.cache != OFF and writable(folder):
+            settings = {
+                "rows": stream.fingerprint(),
+                "tokenizer": tokenizer_fingerprint(tokenizer),
+                "template": encoder.renderer.program,
+                "fallback": self.fallback,
+                "skip": skip,
+            }
+            place = folder / fingerprint(settings)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        workers = self.workers or min(16, cores)
+        store = build_store(encoder, stream.raw(), facts, workers=workers, place=place)
         # Kept tokens may come from files of the same rows elsewhere.
         store.facts |= {"files": facts["files"], "notes": [*stream.notes, *store.facts["notes"]]}
         return store
-
-    def _workers(self) -> int:
-        return self.workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
 from mora_jax.demo import model_path
-from mora_jax.training.display.plain import RunInfo, Silent
+from mora_jax.training.display import RunInfo, Silent
 from mora_jax.training.finetune import FinetuneResult, finetune
 
 RANK = 8

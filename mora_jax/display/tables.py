@@ -18,12 +18,12 @@ _UNLIMITED = 10_000
 _GAP = 2
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = (0,)) -> Table:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str | Text]], *, words: Sequence[int] = (0,)) -> Table:
     """A table with a rule below its heads.
 
     Args:
         heads: a name a column, of one or several lines.
-        rows: a text a column.
+        rows: a text a column, perhaps with a style.
         words: the columns that hold words, set to the left; the others hold numbers, which are never broken.
     """
     laid_out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
@@ -33,7 +33,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequenc
         else:
             laid_out.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
     for row in rows:
-        laid_out.add_row(*map(Text, row))
+        laid_out.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     return laid_out
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mora_jax.data.tokens import tokenizer as any_tokenizer
+from mora_jax.data.tokens import tokenize as any_tokenizer
 from mora_jax.errors import InputError
 from mora_jax.interop.atomic_folder import repair
 from mora_jax.paths import local_path

@@ -16,8 +16,7 @@ from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble, shapes_in_place
-from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.schema import Config
+from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.optimizer import make_optimizer
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner

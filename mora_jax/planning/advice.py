@@ -13,8 +13,7 @@ from mora_jax.planning.plan import Plan, by_formula, compiled
 from mora_jax.planning.search import recommend
 from mora_jax.planning.topology import Topology, larger
 from mora_jax.planning.tpu_compile import CompilerError
-from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.config.schema import Config, adapter_config, lay_over
 from mora_jax.training.sharding.mesh import AXES
 
 Note = Callable[[str], None]

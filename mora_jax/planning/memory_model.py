@@ -47,8 +47,7 @@ from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_batch, abstract_model, assemble_abstract, optimizer_shapes
 from mora_jax.planning.collectives import Collective
 from mora_jax.planning.jaxpr_cost import Traced, read_traced
-from mora_jax.training.config.adapter import AdapterConfig
-from mora_jax.training.config.schema import Config, ModelConfig, lay_over
+from mora_jax.training.config.schema import AdapterConfig, Config, ModelConfig, lay_over
 from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import AXES
 from mora_jax.training.sharding.rules import Placement

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mora_jax.errors import InputError
 from mora_jax.training.config.key import nearest
-from mora_jax.training.observe.accelerators import ACCELERATORS, Accelerator
+from mora_jax.training.observe.flops import ACCELERATORS, Accelerator
 
 # Shapes of slices in chips, from Cloud TPU's page of each version. The number in the name of a v4 or v5p slice counts
 # TensorCores, of which a chip has two; that of a v5e or v6e slice counts chips.

@@ -15,7 +15,7 @@ from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.read_adapter import bare
 from mora_jax.models.decoder import Decoder
 from mora_jax.report.runs import Run
-from mora_jax.training.run.export import result_name
+from mora_jax.training.run.saving import result_name
 
 #: Stands for the model without an adapter where a run's name would: no run has this name, nor one that begins so.
 BASE = "base"

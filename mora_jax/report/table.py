@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mora_jax.report.runs import Run, differences, evaluated_alike
-from mora_jax.training.display.plain import duration
-from mora_jax.training.display.summary import bytes_words
+from mora_jax.training.display import bytes_words, duration
 
 #: Marks the lowest evaluation loss.
 STAR = " *"

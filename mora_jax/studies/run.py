@@ -31,7 +31,7 @@ from mora_jax.sweeps.board import Board, make_board
 from mora_jax.sweeps.grid import SweepRun
 from mora_jax.sweeps.results import RunResult
 from mora_jax.sweeps.train import train_runs
-from mora_jax.training.display.plain import left_words
+from mora_jax.training.display import left_words
 from mora_jax.training.run.directory import RunDirectory
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mora_jax.display.progress import in_notebook, is_live
-from mora_jax.training.display.plain import Display, RunInfo, left_words, printable
+from mora_jax.training.display import Display, RunInfo, left_words, printable
 
 
 @dataclass
@@ -127,7 +127,7 @@ class _RunDisplay(Display):
     def start(self, info: RunInfo) -> None:
         """What the run is about to train; said once for runs that train together."""
         self._state.steps, self._state.step = info.steps, info.first_step
-        for head, words in info.rows():
+        for head, words in info.facts.items():
             if head != "out" and self._board.leads(self._name):
                 self._board.note(f"{head:8}{printable(words)}")
         for words in info.notes:

@@ -11,9 +11,8 @@ from pathlib import PurePath
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.key import TEXTS, split_list
-from mora_jax.training.config.schema import AdapterConfig, Config, MeshConfig, find_key, lay_over
+from mora_jax.training.config.schema import AdapterConfig, Config, MeshConfig, adapter_config, find_key, lay_over
 
 #: Runs share one device and one process; where they write belongs to the sweep.
 NOT_SWEPT = ("out", "mesh", "log")

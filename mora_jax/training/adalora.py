@@ -25,7 +25,7 @@ from mora_jax.adapters.methods.adalora import (
     start_importance,
 )
 from mora_jax.adapters.sites import sites
-from mora_jax.training.config.adapter import AdapterConfig
+from mora_jax.training.config.schema import AdapterConfig
 from mora_jax.training.state import Arrays
 from mora_jax.training.step import StepMetrics
 
@@ -59,8 +59,8 @@ def reschedule(model: nnx.Module, section: AdapterConfig, steps: int) -> None:
 
 
 def _adapters(model: nnx.Module) -> list[Any]:
-    found = [place.adapter for place in sites(model)]
-    return [adapter for adapter in found if adapter is not None and isinstance(adapter.config, AdaLoRAConfig)]
+    adapters = [place.adapter for place in sites(model)]
+    return [adapter for adapter in adapters if adapter is not None and isinstance(adapter.config, AdaLoRAConfig)]
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class RankBudget:
             updates, inner = optimizer.update(gradients, state.inner, params, **others)
             moved: Any = optax.apply_updates(params, updates)
             step = state.step + 1
-            importance, kept = allocate(self.config, state.importance, moved, gradients, step, self.exists)
+            importance, masks = allocate(self.config, state.importance, moved, gradients, step, self.exists)
             # Adding the negative gives exactly 0; all other updates stay as they were, to the last bit.
-            zeroing = {name: jnp.where(kept[name] == 0, -params[name], updates[name]) for name in self.exists}
+            zeroing = {name: jnp.where(masks[name] == 0, -params[name], updates[name]) for name in self.exists}
             return updates | zeroing, BudgetState(step, importance, inner)
 
         return optax.GradientTransformationExtraArgs(init, update)

@@ -14,12 +14,11 @@ from mora_jax.adapters.attach import detach, partition
 from mora_jax.adapters.sites import adapted_sites
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import RankBudget
-from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.schema import Config
+from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.preferences import PreferenceLoss, reference_of
 from mora_jax.training.relora import Restarts
-from mora_jax.training.sharding.device_put import put
+from mora_jax.training.sharding.mesh import put
 from mora_jax.training.sharding.rules import Placement, placed
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state

@@ -21,11 +21,9 @@ from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.losses.preference import OBJECTIVES
 from mora_jax.models.decoder import Decoder
 from mora_jax.paths import OFF
-from mora_jax.training.config.adapter import adapter_settings
 from mora_jax.training.config.load import check_together
-from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.choose import make_display
-from mora_jax.training.display.plain import Display
+from mora_jax.training.config.schema import Config, adapter_settings, lay_over
+from mora_jax.training.display import Display, make_display
 from mora_jax.training.loop import Trainer, new_run
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
 from mora_jax.training.setup import Objects
@@ -164,11 +162,11 @@ def finetune(
         "optimizer.learning_rate": learning_rate,
     }
     objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, arguments)
-    whole = config_of(dict(config or {}), "config")
+    run_config = config_of(dict(config or {}), "config")
     shown = make_display() if display is None else display
     directory = MemoryDirectory(shown.note) if out is None else RunDirectory(os.fspath(out), note=shown.note)
     given = objects.model
-    with new_run(whole, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
+    with new_run(run_config, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
         try:
             code = trainer.train()
         finally:
@@ -181,7 +179,7 @@ def finetune(
         dict(trainer.summary),
         code != 0,
         None if out is None else str(directory.path),
-        whole,
+        run_config,
     )
 
 
@@ -243,34 +241,31 @@ def _configuration(
 ) -> Config:
     """All settings as one checked configuration."""
     model = objects.model
+    if model is not None and not isinstance(model, Decoder):
+        raise InputError(
+            f"model should be a path or a model of load_pretrained, not {type(model).__name__}; a model of your own "
+            "needs a training loop of your own"
+        )
     if model is not None:
-        if not isinstance(model, Decoder):
-            raise InputError(
-                f"model should be a path or a model of load_pretrained, not {type(model).__name__}; a model of your "
-                "own needs a training loop of your own"
-            )
-        loading = [name for name in keys if name.startswith("model.")]
-        if loading:
-            raise InputError(
-                f"{origin}: {loading[0]} says how a model is loaded, and the model given is loaded already"
-            )
+        if loading := next((name for name in keys if name.startswith("model.")), None):
+            raise InputError(f"{origin}: {loading} says how a model is loaded, and the model given is loaded already")
         arguments["model.path"] = model.name_or_path or MODEL
     adapters = list(adapters_of(model)) if model is not None else []
-    adapters.sort(key=lambda entry: entry.config.biases_alone)  # others train biases beside an adapter
+    if adapters and adapter_config is not None:
+        raise InputError("the model carries adapters already: leave out adapter_config to train them")
+    fully_trained = model is not None and not adapters and bool(jax.tree.leaves(nnx.state(model, FullParam)))
+    from_config = "adapter_config"
+    if adapters:
+        entry = min(adapters, key=lambda entry: entry.config.biases_alone)  # others train biases beside an adapter
+        adapter_config, from_config = entry.config, "the model's adapters"
+        if adapter_config.restarts:
+            raise InputError(f"{entry.method} starts from a model without adapters: give adapter_config")
     settings: list[tuple[str, Any, str]] = []
-    whole_trained = model is not None and not adapters and bool(jax.tree.leaves(nnx.state(model, FullParam)))
-    if whole_trained and (adapter_config is None or isinstance(adapter_config, FullConfig)):
+    if fully_trained and (adapter_config is None or isinstance(adapter_config, FullConfig)):
         settings.append(("adapter.method", "full", "the model's parameters"))
     elif adapter_config is not None:
-        if adapters:
-            raise InputError("the model carries adapters already: leave out adapter_config to train them")
         given = adapter_settings(adapter_config)
-        settings += [(f"adapter.{name}", value, "adapter_config") for name, value in given.items()]
-    elif adapters:
-        if adapters[0].config.restarts:
-            raise InputError(f"{adapters[0].method} starts from a model without adapters: give adapter_config")
-        given = adapter_settings(adapters[0].config)
-        settings += [(f"adapter.{name}", value, "the model's adapters") for name, value in given.items()]
+        settings += [(f"adapter.{name}", value, from_config) for name, value in given.items()]
     elif not any(name.startswith("adapter.") for name in keys):
         raise InputError("adapter_config is missing: say what to train, such as LoRAConfig(rank=8) or FullConfig()")
     settings += [(name, value, name) for name, value in arguments.items() if value is not None]
@@ -285,9 +280,9 @@ def _configuration(
         settings.append(("out", "(nothing is written)", "out"))
         caches = [name for name in ("data.cache", "log.compilation_cache") if name not in keys]
         settings += [(name, OFF, "out") for name in caches]
-    whole = lay_over(Config(), settings)
-    check_together(whole)
-    return whole
+    config = lay_over(Config(), settings)
+    check_together(config)
+    return config
 
 
 #: Keys that make no sense without a run directory.

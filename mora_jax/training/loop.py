@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.backend import backend, compiling_for
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
@@ -20,23 +19,19 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble
 from mora_jax.training.config.load import changed, check_found
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 from mora_jax.training.distributed.processes import Agreement, check_same, check_shared, is_main, several
 from mora_jax.training.distributed.signals import FINISHING, StopSignals
-from mora_jax.training.distributed.watchdog import Watchdog
 from mora_jax.training.evaluator import Evaluator, Measure
-from mora_jax.training.hooks import Callback, Callbacks, CompilingHook, Hook, Point, RestartHook, Run, Runner
-from mora_jax.training.observe.flops import StepFlops
+from mora_jax.training.hooks import Callback, Callbacks, CompilingHook, Hook, Point, RestartHook, Run, Runner, Watchdog
 from mora_jax.training.observe.observer import Observer
-from mora_jax.training.observe.profile import check_profile
-from mora_jax.training.observe.step_rows import StepRows
-from mora_jax.training.observe.writers import check_writers
+from mora_jax.training.observe.profile import Profiler, check_profile
+from mora_jax.training.observe.writers import MetricsHook, check_writers
 from mora_jax.training.relora import Restarter
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import RunDirectory
-from mora_jax.training.run.export import result_name
 from mora_jax.training.run.reference import ReferenceHook
-from mora_jax.training.saving import CheckpointHook, save_result
+from mora_jax.training.run.saving import CheckpointHook, result_name, save_result
 from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
 from mora_jax.training.step import StepMetrics
 
@@ -87,16 +82,23 @@ def new_run(
         InputError: anything the user has to mend; nothing was written then.
     """
     directory.check_free(overwrite)
-    check_writers(config)
-    with persistent_compilation_cache(config.log.compilation_cache):
-        setup = prepare(config, objects)
-        check_profile(config, setup.plan.steps)
-        check_same(setup.identity())
+    with _prepared(config, objects) as setup:
         if directory.kept:
             check_shared(directory.path)
         with directory.claimed():
             directory.create(config, overwrite)
             yield Trainer(setup, directory, display, callbacks)
+
+
+@contextlib.contextmanager
+def _prepared(config: Config, objects: Objects = NOTHING) -> Iterator[Setup]:
+    """What a run needs, loaded and checked; what it compiles is kept on disk while the context lasts."""
+    check_writers(config)
+    with persistent_compilation_cache(config.log.compilation_cache):
+        setup = prepare(config, objects)
+        check_profile(config, setup.plan.steps)
+        check_same(setup.identity())
+        yield setup
 
 
 def resume(
@@ -125,18 +127,13 @@ def resume(
     if directory.files.present(("summary.json",)):
         shown.note(f"{directory.path} is finished; nothing to resume")
         return 0
-    kept = config = changed(config, changes) if changes else config
+    saved = config = changed(config, changes) if changes else config
     check_found(config, directory.path)
     if profile:
         config = lay_over(config, [(name, value, "--profile") for name, value in profile.items()])
-    check_writers(config)
-    with persistent_compilation_cache(config.log.compilation_cache):
-        setup = prepare(config)
-        check_profile(config, setup.plan.steps)
-        check_same(setup.identity())
-        with directory.claimed():
-            rewriting = _ConfigWriter(directory, dataclasses.replace(kept, out=str(directory.path)))
-            return Trainer(setup, directory, shown, hooks=[rewriting] if changes else []).train()
+    with _prepared(config) as setup, directory.claimed():
+        rewriting = _ConfigWriter(directory, dataclasses.replace(saved, out=str(directory.path)))
+        return Trainer(setup, directory, shown, hooks=[rewriting] if changes else []).train()
 
 
 class _ConfigWriter(Hook):
@@ -191,16 +188,7 @@ class Trainer:
             signals = StopSignals(Agreement() if several() else None, display.note)
         self.run = run = Run(setup, directory, display, assembly, runner, signals)
         self.point = Point(0, assembly.placed_state(config.seed), runner.place(assembly.frozen))
-        flops = StepFlops.of(
-            setup.model.config,
-            assembly.adapters,
-            assembly.frozen,
-            setup.train.lengths,
-            kl=config.loss.kl_weight > 0 or config.loss.reference == "base",
-            packed=packed_sizes(setup.model),
-        )
-        self.observer = Observer(config, directory, display, flops=flops, devices=runner.devices, steps=steps)
-        self._rows = StepRows(config, self.observer, assembly.budget, runner.read, display.note)
+        self.observer = Observer(run)
         self._evaluator = Evaluator(run, measure)
         self._checkpoints: CheckpointHook | None = None
         restarter = None
@@ -209,7 +197,7 @@ class Trainer:
             restarter = Restarter(assembly.structure, assembly.restarts, *whole)
         watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
         hooks = [*hooks, ReferenceHook(run, self.point)] if config.loss.reference == "cached" else hooks
-        self.hooks = [*hooks, watchdog, CompilingHook(run), self.observer]
+        self.hooks = [*hooks, watchdog, CompilingHook(run), self.observer, Profiler(run), MetricsHook(run)]
         self.hooks += [] if restarter is None else [RestartHook(run, restarter)]
         self.hooks.append(self._evaluator)
         if directory.kept:
@@ -256,7 +244,7 @@ class Trainer:
                     batch = self._next(batches)
                     state, metrics = yield batch
                     self.point = Point(step, state, self.point.frozen)  # the state before is no more
-                    self.observer.sent(step, run.runner.compilation_log)
+                    self.observer.sent(step)
                     # Metrics are read a step late, so the device always has the next step in its queue.
                     self._report()
                 self._pending = step, metrics
@@ -287,11 +275,9 @@ class Trainer:
         source = dataclasses.replace(setup.batches, rows=share.rows)
         batches = context.enter_context(contextlib.closing(BatchIterator(source, first, place=share.place)))
         for row in run.directory.rewind_metrics(first):
-            self._rows.remember(row)
             for hook in self.hooks:
                 hook.remember(row)
-        out, attention = str(run.directory.path), self._attention()
-        run.display.start(dataclasses.replace(setup.info(first), out=out, attention=attention))
+        run.display.start(setup.info(first, str(run.directory.path), self._attention()))
         placement = run.assembly.placement
         for note in placement.notes() if placement is not None else ():
             run.display.note(note)
@@ -318,7 +304,7 @@ class Trainer:
     def _report(self, last: bool = False) -> None:
         """Waits for the metrics of the step that is not read yet, if any, records and shows them."""
         pending, self._pending = self._pending, None
-        row = None if pending is None else self._rows(*pending, last)
+        row = None if pending is None else self.observer.row(*pending, last)
         if row is None:
             return
         left = (self.run.setup.plan.steps - row["step"]) * self.observer.clock.mean_step
@@ -376,7 +362,8 @@ class Trainer:
         name = result_name(run.config)
         save_result(run, name, self.model)
         parts = [hook.summary(self.point) for hook in self.hooks]
-        compilations = run.runner.compilation_log
+        opened = {name: command for part in parts for name, command in part.pop("open", {}).items()}
+        compilations, last_loss = run.runner.compilation_log, self.observer.last_loss
         self.summary = {
             "method": run.config.adapter.method,
             "trainable_parameters": setup.attached.trainable,
@@ -385,11 +372,12 @@ class Trainer:
             # What is measured is of the last process: of the steps after this one.
             "resumed_after": first or None,
             "compilations": len(compilations),
-            "compile_seconds": sum(one.lower_seconds + one.seconds for one in compilations),
+            "compile_seconds": sum(one.seconds for one in compilations),
             "trained_fraction": setup.train.report.trained_fraction,
             "padding": setup.plan.padding(setup.batches.length),
-            "final_loss": None if math.isnan(self._rows.last_loss) else self._rows.last_loss,
+            "final_loss": None if math.isnan(last_loss) else last_loss,
             **{key: value for part in parts for key, value in part.items()},
+            "open": opened,
             "wall_seconds": time.perf_counter() - started,
             "result": str(run.directory.path / name) if run.directory.kept else None,
         }

@@ -11,9 +11,8 @@ import optax
 
 from mora_jax.adapters.methods.registry import VECTORS
 from mora_jax.training.config.schema import OptimizerConfig
-from mora_jax.training.optimizer_offload import streamed
 from mora_jax.training.relora import Restarts
-from mora_jax.training.state import Arrays
+from mora_jax.training.state import Arrays, streamed
 
 
 def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None = None) -> optax.Schedule:

@@ -21,8 +21,7 @@ from mora_jax.losses.cross_entropy import next_token_targets
 from mora_jax.losses.preference import Answers, Objective, Settings, example_metrics
 from mora_jax.losses.token_nll import TokenNLL, token_nll
 from mora_jax.models.decoder import Decoder
-from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.schema import Config
+from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.state import Arrays, Structure
 from mora_jax.training.step import Keys, StepConfig, head_inputs, inverse, row_numbers, token_shards
 

@@ -22,8 +22,7 @@ import optax
 
 from mora_jax.adapters.attach import partition
 from mora_jax.adapters.sites import Site, adapted_sites
-from mora_jax.training.optimizer_offload import moments_on_device
-from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays
+from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, moments_on_device
 
 Array = jax.Array
 

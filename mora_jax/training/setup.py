@@ -33,10 +33,9 @@ from mora_jax.interop.hub import load_tokenizer
 from mora_jax.interop.peft.save import refuse_tied_magnitude
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import reschedule
-from mora_jax.training.config.adapter import adapter_config
 from mora_jax.training.config.load import check_warmup
-from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, LossConfig
-from mora_jax.training.display.plain import RunInfo
+from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, LossConfig, adapter_config
+from mora_jax.training.display import RunInfo
 from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 from mora_jax.training.sharding.rules import base_shardings
@@ -98,17 +97,14 @@ class Setup:
 
     def identity(self) -> dict[str, str]:
         """What all processes of a run must have alike, by what it is, in words."""
-        versions = []
-        for name in ("mora-jax", "jax", "jaxlib", "flax", "optax"):
-            found = next(iter(importlib.metadata.distributions(name=name)), None)
-            versions.append(f"{name} {found and found.version}")
-        evaluation = "" if self.evaluation is None else self.evaluation.fingerprint()
+        packages = ("mora-jax", "jax", "jaxlib", "flax", "optax")
+        versions = [[one.version for one in importlib.metadata.distributions(name=name)] for name in packages]
         return {
             "its configuration": json.dumps(self.config.to_dict(), sort_keys=True),
             "its versions": f"{versions}",
             "the number of its devices": f"{jax.local_device_count()}",
             "its training data": f"{self.train.fingerprint()} in {self.plan}",
-            "its evaluation data": evaluation,
+            "its evaluation data": "" if self.evaluation is None else self.evaluation.fingerprint(),
             "its evaluation tasks": f"{self.task_rows}",
             "its base model": f"{self.model.config}",
         }
@@ -121,22 +117,49 @@ class Setup:
         lengths = self.train.lengths
         if len(lengths) > PADDING_SAMPLE:
             lengths = np.random.default_rng(0).choice(lengths, PADDING_SAMPLE, replace=False)
-        rows: dict[str, Any] = {"batch_size": self.config.train.batch_size, "max_length": data.max_length}
-        words = []
-        for name, how in {
-            "bucketing": "",
-            "packing": ", train.batch_size then counting rows of several examples",
-        }.items():
-            if not (data.packing or getattr(data, name)):
-                plan = BatchPlan(lengths, seed=self.config.seed, **rows, **{name: True})
-                left = plan.padding(data.max_length if name == "packing" else self.train.batch_length)
-                if left < share - 0.1:
-                    words.append(f"--config.data.{name}=true would leave {left:.0%}{how}")
-        return f"{share:.0%} of the tokens are padding; {'; '.join(words)}" if words else None
+        ways = {"bucketing": "", "packing": ", train.batch_size then counting rows of several examples"}
+        advice = []
+        for name, remark in ways.items():
+            if data.packing or getattr(data, name):
+                continue
+            size, packing = self.config.train.batch_size, name == "packing"
+            way: dict[str, Any] = {"max_length": data.max_length, "packing": packing, "bucketing": not packing}
+            plan = BatchPlan(lengths, size, self.config.seed, **way)
+            left = plan.padding(data.max_length if packing else self.train.batch_length)
+            if left < share - 0.1:
+                advice.append(f"--config.data.{name}=true would leave {left:.0%}{remark}")
+        return f"{share:.0%} of the tokens are padding; {'; '.join(advice)}" if advice else None
 
-    def info(self, first_step: int) -> RunInfo:
-        """What is shown before the first step."""
-        config, report = self.config, self.train.report
+    def info(self, first_step: int, out: str, attention: str) -> RunInfo:
+        """What is shown before the first step.
+
+        Args:
+            first_step: steps that are done already.
+            out: the run directory.
+            attention: what computes attention, in words.
+        """
+        config, report, attached, model = self.config, self.train.report, self.attached, self.model
+        matched = sum(match.layers for match in attached.matches)
+        layers = f" on {matched:,} layers" if matched else ""
+        stored = "" if model.quantize == "none" else f", layers held in {model.quantize}"
+        padding, resumed = self.plan.padding(self.batches.length), f", continuing after step {first_step:,}"
+        facts = {
+            "model": f"{config.model.path} ({model.dtype.name}{stored}, attention by {attention})",
+            "method": f"{describe_method(config.adapter)}{layers}",
+            "trained": f"{attached.trainable:,} of {attached.total:,} parameters "
+            f"({attached.trainable / attached.total:.2%})",
+            "loss": f"{describe_loss(config.loss)}: {report.trained_fraction:.1%} of the tokens carry loss",
+            "data": f"{len(self.train):,} examples, {self.plan.steps:,} steps, {padding:.1%} padding"
+            f"{resumed if first_step else ''}",
+            "out": out,
+        }
+        shown = describe_example(self.train[int(self.plan.indices(0)[0])], self.tokenizer)
+        example = [(text, weight) for text, weight, _ in shown]
+        return RunInfo(facts, self.plan.steps, first_step, example, self._notes(first_step))
+
+    def _notes(self, first_step: int) -> list[str]:
+        """Remarks, such as rows that were dropped."""
+        report = self.train.report
         notes = [*report.notes, *self.attached.warnings]
         if report.dropped:
             causes = ", ".join(f"{count} {CAUSES[cause]}" for cause, count in report.dropped.items())
@@ -155,39 +178,15 @@ class Setup:
         if fsdp * tensor * context > 1:
             sizes = f"fsdp {fsdp} × tensor {tensor}" + (f" × context {context}" if context > 1 else "")
             notes.append(f"{fsdp * tensor * context} devices hold one copy of the weights ({sizes})")
-        shown = describe_example(self.train[int(self.plan.indices(0)[0])], self.tokenizer)
-        return RunInfo(
-            model=str(config.model.path),
-            dtype=_stored(self.model),
-            method=describe_method(config.adapter),
-            matched=sum(match.layers for match in self.attached.matches),
-            trainable=self.attached.trainable,
-            total=self.attached.total,
-            loss_mode=describe_loss(config.loss),
-            trained_fraction=report.trained_fraction,
-            examples=len(self.train),
-            padding=self.plan.padding(self.batches.length),
-            steps=self.plan.steps,
-            first_step=first_step,
-            out=str(config.out),
-            first_example=[(text, weight) for text, weight, _ in shown],
-            notes=notes,
-        )
-
-
-def _stored(model: Decoder) -> str:
-    """What a model computes in, and what its layers are held in where that is another."""
-    return model.dtype.name if model.quantize == "none" else f"{model.dtype.name}, layers held in {model.quantize}"
+        return notes
 
 
 def describe_method(config: AdapterConfig) -> str:
     """The method with its settings, in a few words."""
-    found = adapter_config(config)
-    words = f"{config.method} {found.kind}" if "kind" in METHOD_KEYS[config.method] else config.method
-    for name in ("rank", "alpha"):
-        if hasattr(found, name):
-            words += f", {name} {getattr(found, name):g}"
-    return ", ".join((words, *found.details))
+    method = adapter_config(config)
+    kind = f" {method.kind}" if "kind" in METHOD_KEYS[config.method] else ""
+    sizes = [f"{name} {getattr(method, name):g}" for name in ("rank", "alpha") if hasattr(method, name)]
+    return ", ".join((f"{config.method}{kind}", *sizes, *method.details))
 
 
 def describe_loss(loss: LossConfig) -> str:

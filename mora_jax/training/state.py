@@ -7,12 +7,14 @@ is what checkpoints hold.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 
 from mora_jax.adapters.base import FullParam
 from mora_jax.backend import backend, false_after
@@ -117,10 +119,87 @@ def chosen(taken: Array, new: Any, old: Any) -> Any:
     the old values and the new ones at once: XLA on CPU takes up to one more copy of what is trained for it. A step that
     is left out still counts as a step: its batch is used up and the learning rate goes on, so a schedule's state is
     always the new one. Weights, moments and the optimizer's own count of updates (Adam's correction of its bias) stay
-    as they were. A state that says `chosen_by_update` has been chosen already.
+    as they were. Moments in the host's memory have been chosen already, by `streamed`.
     """
 
     def is_new(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState) or getattr(node, "chosen_by_update", False)
+        return isinstance(node, optax.ScaleByScheduleState | OnHost)
 
     return jax.tree.map(lambda new, old: new if is_new(new) else jnp.where(taken, new, old), new, old, is_leaf=is_new)
+
+
+class OnHost(optax.ScaleByAdamState):
+    """Adam's state with its moments in the host's memory: fields `count`, `mu` and `nu`, the latter by name."""
+
+    __slots__ = ()
+
+
+def streamed(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Adam with moments on the host.
+
+    Arrays of stacked layers `[L, ...]` are updated in a loop over the layers, the others whole, one after the other. So
+    a device never holds the moments of more than one layer or one such array.
+
+    Args:
+        adam: `optax.scale_by_adam`, for a flat dictionary of arrays by dotted path.
+
+    Returns:
+        A transformation whose `update` takes `taken`, a bool: without it nothing changes. The moments have to be
+        chosen where they are on the device, and the host computes nothing.
+    """
+
+    def init(params: Any) -> OnHost:
+        return OnHost(*adam.init(params))
+
+    def update(
+        updates: dict[str, Array], state: OnHost, params: Any = None, *, taken: Array, **others: Any
+    ) -> tuple[dict[str, Array], OnHost]:
+        results, moments = {}, OnHost(jnp.where(taken, optax.safe_increment(state.count), state.count), {}, {})
+        for name, gradient in updates.items():
+            each = _updating(adam, state.count, name, taken)
+            leaves = gradient, state.mu[name], state.nu[name]
+            updated = _by_layer(each, leaves) if name.startswith("layers.") else each(*leaves)
+            results[name], moments.mu[name], moments.nu[name] = updated
+        return results, moments
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _updating(
+    adam: optax.GradientTransformation, count: Array, name: str, taken: Array
+) -> Callable[[Array, Array, Array], tuple[Array, Array, Array]]:
+    def each(gradient: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array]:
+        """The update of one array, and its moments, which come from the host and go back there."""
+        mu, nu = jax.device_put((mu, nu), jax.memory.Space.Device)
+        out, new = adam.update({name: gradient}, optax.ScaleByAdamState(count, {name: mu}, {name: nu}))
+        moments = jnp.where(taken, new.mu[name], mu), jnp.where(taken, new.nu[name], nu)
+        return out[name], *jax.device_put(moments, jax.memory.Space.Host)
+
+    return each
+
+
+def _by_layer(each: Any, leaves: tuple[Array, ...]) -> Any:
+    return lax.scan(lambda carry, layer: (carry, each(*layer)), None, leaves)[1]
+
+
+def moments_on_device(state: Any) -> Any:
+    """A state, under a trace, whose moments have left the host's memory."""
+
+    def fetched(node: Any) -> Any:
+        if not isinstance(node, OnHost):
+            return node
+        return OnHost(node.count, *jax.device_put((node.mu, node.nu), jax.memory.Space.Device))
+
+    return jax.tree.map(fetched, state, is_leaf=lambda node: isinstance(node, OnHost))
+
+
+def moments_on_host(shardings: Any) -> Any:
+    """Shardings of a state, those of moments that `streamed` updates in the host's memory."""
+
+    def place(node: Any) -> Any:
+        if not isinstance(node, OnHost):
+            return node
+        moved = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), (node.mu, node.nu))
+        return OnHost(node.count, *moved)
+
+    return jax.tree.map(place, shardings, is_leaf=lambda node: isinstance(node, OnHost))

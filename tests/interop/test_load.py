@@ -302,6 +302,6 @@ def test_smollm2():
 
 
 def test_the_first_import_of_transformers_is_silent():
-    code = "from mora_jax.data.tokens.tokenizer import _auto_tokenizer; _auto_tokenizer()"
+    code = "from mora_jax.data.tokens.tokenize import _auto_tokenizer; _auto_tokenizer()"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout + result.stderr == ""

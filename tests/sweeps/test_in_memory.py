@@ -16,7 +16,7 @@ from mora_jax.errors import InputError
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import combinations, expand
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 from tests.evaluation import tiny
 
 WORDS = ("red", "blue", "green", "black")

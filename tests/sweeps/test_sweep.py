@@ -26,7 +26,7 @@ from mora_jax.sweeps.stack import groups_of
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 from tests.evaluation import tiny
 
 WORDS = ("red", "blue", "green", "black", "grey")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mora_jax.training.observe.accelerators import ACCELERATORS, by_device_kind
+from mora_jax.training.observe.flops import ACCELERATORS, by_device_kind
 
 
 def test_kinds_are_distinct_and_unknown_ones_have_no_figures():

@@ -17,7 +17,7 @@ import mora_jax as mj
 from mora_jax.errors import InputError
 from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 from tests.evaluation import tiny
 
 ROWS = [{"instruction": f"Say {word}", "input": "", "output": word} for word in ("red", "blue", "green", "black")] * 2

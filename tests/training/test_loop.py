@@ -1,6 +1,5 @@
 """The loop: what a run leaves behind, and that a run which was cut short ends as if it had not been."""
 
-import dataclasses
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_pretrained
 from mora_jax.training import build_step, loop
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 from mora_jax.training.step import make_step
 from tests.evaluation import tiny
 
@@ -351,11 +350,15 @@ def test_pmap_gives_the_same_losses(inputs, tmp_path):
 
 def test_the_first_example_is_shown_with_its_weights(inputs, tmp_path):
     setup = loop.prepare(config(inputs, tmp_path / "run"))
-    info = setup.info(0)
+    info = setup.info(3, "runs/a", "xla")
     trained = "".join(text for text, weight in info.first_example if weight > 0)
     assert any(trained.startswith(row["output"]) for row in ROWS)
-    assert info.method == "lora, rank 2, alpha 16" and info.matched == 2
-    assert dataclasses.replace(info, steps=1).trainable == setup.attached.trainable
+    attached, share = setup.attached, setup.train.report.trained_fraction
+    assert info.facts["model"].endswith("(float32, attention by xla)") and info.facts["out"] == "runs/a"
+    assert info.facts["method"] == "lora, rank 2, alpha 16 on 2 layers"
+    assert info.facts["trained"].startswith(f"{attached.trainable:,} of {attached.total:,} parameters (")
+    assert info.facts["loss"] == f"masked, divided by the sum of weights: {share:.1%} of the tokens carry loss"
+    assert info.facts["data"].endswith(", continuing after step 3") and (info.first_step, info.steps) == (3, 6)
 
 
 def test_a_run_says_what_its_base_scores_where_that_is_cheap(inputs, tmp_path):

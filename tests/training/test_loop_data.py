@@ -18,7 +18,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.training import loop
 from mora_jax.training.config.load import check_together
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 from mora_jax.training.setup import Setup
 from tests.evaluation import tiny
 from tests.training.test_loop import Interrupting, config, metrics, quiet

@@ -14,8 +14,8 @@ import pytest
 from mora_jax.errors import InputError
 from mora_jax.interop.peft import save
 from mora_jax.training import evaluator, loop
-from mora_jax.training.display.plain import Display
-from mora_jax.training.run import retry
+from mora_jax.training.display import Display
+from mora_jax.training.run import storage
 from tests.evaluation import tiny
 from tests.training.test_loop import ROWS, Interrupting, config, metrics, quiet
 
@@ -105,7 +105,7 @@ def test_a_run_killed_at_its_very_end_knows_what_came_before(inputs, tmp_path, l
 
 
 def test_a_disk_that_takes_no_metrics_ends_the_run_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage, "sleep", lambda seconds: None)
     directory = loop.RunDirectory(tmp_path)
     directory.append_metrics([{"step": 1, "loss": 2.0}])
     before = (directory.path / "metrics.jsonl").read_text()
@@ -132,7 +132,7 @@ def full_disk(monkeypatch, tmp_path):
         return real(path, *args, **settings)
 
     monkeypatch.setattr(save, "write_tensors", write_tensors)
-    monkeypatch.setattr(retry, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage, "sleep", lambda seconds: None)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     return full

@@ -6,7 +6,7 @@ import pytest
 
 import mora_jax as mj
 from mora_jax.errors import InputError
-from mora_jax.training.observe.step_rows import NonFinite
+from mora_jax.training.observe.observer import NonFinite
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner

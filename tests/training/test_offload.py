@@ -11,7 +11,7 @@ import pytest
 from mora_jax.errors import InputError
 from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.optimizer_offload import OnHost, streamed
+from mora_jax.training.state import OnHost, streamed
 from tests.training.meshed import run
 
 

@@ -19,7 +19,7 @@ from mora_jax.losses.preference import OBJECTIVES, Answers, Settings
 from mora_jax.training.build_step import base_structure
 from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.display import Display
 from mora_jax.training.preferences import PreferenceLoss
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.rules import Placement

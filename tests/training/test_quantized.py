@@ -12,9 +12,8 @@ from mora_jax.cli.main import main
 from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained
 from mora_jax.training import loop
-from mora_jax.training.config.adapter import METHOD_KEYS
 from mora_jax.training.config.load import check_quantize
-from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.config.schema import METHOD_KEYS, Config, lay_over
 from tests.evaluation import tiny
 from tests.training.distributed.test_processes import alone, arguments, same_run
 from tests.training.launching import run as launched

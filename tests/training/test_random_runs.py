@@ -16,10 +16,9 @@ from mora_jax.adapters.methods.registry import CONFIGS
 from mora_jax.errors import InputError
 from mora_jax.sweeps.board import Board
 from mora_jax.training import loop
-from mora_jax.training.config.adapter import METHOD_KEYS
 from mora_jax.training.config.load import check_together
-from mora_jax.training.config.schema import Config, lay_over
-from mora_jax.training.display.plain import Display
+from mora_jax.training.config.schema import METHOD_KEYS, Config, lay_over
+from mora_jax.training.display import Display
 from tests.evaluation import tiny
 
 ROWS = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, overload
+from typing import Any
 
 from mora_jax.data.conversation import Row
 from mora_jax.data.formats.column_mapping import Mapping
@@ -51,31 +51,20 @@ class Skipped:
         return f"{self.count} row{'s' * (self.count > 1)} skipped, the first because of: {self.reasons[0]}"
 
 
-@dataclass(frozen=True)
-class Rows(Sequence[Row]):
-    """The rows of one or more files: a sequence of them.
+class Rows(list[Row]):
+    """The rows of one or more files, in the order of the files.
 
     Attributes:
-      rows: in the order of the files.
       format: the name of the format they were read as; empty if they come from no file.
       files: the paths.
       skipped: the rows that could not be used, where such rows are skipped.
     """
 
-    rows: list[Row]
-    format: str = ""
-    files: tuple[str, ...] = ()
-    skipped: Skipped = field(default_factory=Skipped)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        return self.rows[index]
+    def __init__(
+        self, rows: Iterable[Row], format: str = "", files: tuple[str, ...] = (), skipped: Skipped | None = None
+    ):
+        super().__init__(rows)
+        self.format, self.files, self.skipped = format, files, skipped or Skipped()
 
     def __str__(self) -> str:
         origin = ", ".join(self.files) or "memory"
@@ -151,34 +140,30 @@ class Converter:
         return [replace(item, weight=factor) for item in rows]
 
 
+@dataclass(eq=False)
 class RowStream(Iterable[Row]):
-    """The rows of one or more files, read again, one at a time, at each iteration.
-
-    Made by `open_rows`.
+    """The rows of one or more files, read again, one at a time, at each iteration. Made by `open_rows`.
 
     Attributes:
-      files: the paths and ids that the rows come from.
-      skipped: what was left out of the last pass, with `on_error="skip"`.
+      origins: what the rows come from.
+      asked: the format that was asked for; None: it is found out.
+      mapping, on_error, max_rows: see `open_rows`.
       notes: what a user should be told about the files.
+      skipped: what was left out of the last pass, with `on_error="skip"`.
     """
 
-    def __init__(
-        self,
-        origins: tuple[Origin, ...],
-        chosen: Format | None,
-        mapping: Mapping,
-        on_error: str,
-        max_rows: int | None,
-        notes: tuple[str, ...] = (),
-    ):
-        self._origins = origins
-        self._asked = chosen
-        self._mapping = mapping
-        self._on_error = on_error
-        self._max_rows = max_rows
-        self.notes = notes
-        self.files = tuple(origin.name for origin in origins)
-        self.skipped = Skipped()
+    origins: tuple[Origin, ...]
+    asked: Format | None
+    mapping: Mapping
+    on_error: str
+    max_rows: int | None
+    notes: tuple[str, ...] = ()
+    skipped: Skipped = field(default_factory=Skipped)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths and ids that the rows come from."""
+        return tuple(origin.name for origin in self.origins)
 
     @property
     def format(self) -> str:
@@ -190,12 +175,12 @@ class RowStream(Iterable[Row]):
         """What turns the rows of `raw` into rows; it can be sent to other processes."""
         seen = self._first_rows()
         plain = next((plain for _, row in seen if (plain := has_plain_turns(row)) is not None), None)
-        if self._asked:
-            return Converter(self._asked.name, False, self._mapping, plain)
+        if self.asked:
+            return Converter(self.asked.name, False, self.mapping, plain)
         try:
-            return Converter(detect_format(seen).name, True, self._mapping, plain)
+            return Converter(detect_format(seen).name, True, self.mapping, plain)
         except InputError as error:
-            raise self._mapping.explain(error) from None
+            raise self.mapping.explain(error) from None
 
     def _first_rows(self) -> list[tuple[str, Any]]:
         """Rows under our names with their sources, up to the first of which a format is recognised."""
@@ -206,7 +191,7 @@ class RowStream(Iterable[Row]):
                 if isinstance(raw, InputError):
                     skipped.add(raw)
                     continue
-                seen.append((source, self._mapping.apply(raw)))
+                seen.append((source, self.mapping.apply(raw)))
                 if len(seen) == _LOOK_AT or recognise(seen[-1][1]):
                     break
         except InputError:
@@ -226,14 +211,14 @@ class RowStream(Iterable[Row]):
         Raises:
           InputError: for what cannot be read.
         """
-        return islice(self._read(), self._max_rows)
+        return islice(self._read(), self.max_rows)
 
     def _read(self) -> Iterator[tuple[str, Any]]:
-        for origin in self._origins:
+        for origin in self.origins:
             empty = True
             for number, row in origin.rows():
                 empty = False
-                if self._on_error == "raise" and isinstance(row, InputError):
+                if self.on_error == "raise" and isinstance(row, InputError):
                     raise or_skip(row)
                 yield f"{origin.name}, row {number}", row
             if empty:
@@ -242,29 +227,29 @@ class RowStream(Iterable[Row]):
     def __iter__(self) -> Iterator[Row]:
         convert = self.converter
         skipped = self.skipped = Skipped()
-        kept = 0
+        count = 0
         for source, raw in self.raw():
             try:
                 rows = convert(source, raw)
             except InputError as error:
-                if self._on_error == "raise":
+                if self.on_error == "raise":
                     raise or_skip(error) from None
                 skipped.add(error)
                 continue
-            kept += len(rows)
+            count += len(rows)
             yield from rows
-        if not kept:
+        if not count:
             raise _nothing_left(skipped)
 
     def fingerprint(self) -> str:
         """SHA-256 of the data and of all settings that change what rows are made of it."""
         settings = {
-            "format": self._asked.name if self._asked else None,
-            "columns": self._mapping.columns,
-            "roles": self._mapping.roles,
-            "on_error": self._on_error,
-            "max_rows": self._max_rows,
-            "data": [origin.digest() for origin in self._origins],
+            "format": self.asked.name if self.asked else None,
+            "columns": self.mapping.columns,
+            "roles": self.mapping.roles,
+            "on_error": self.on_error,
+            "max_rows": self.max_rows,
+            "data": [origin.digest() for origin in self.origins],
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

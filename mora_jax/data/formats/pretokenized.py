@@ -55,8 +55,8 @@ def read_tokens(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[
         counts = _from_labels(labels, ids, source)
     elif weights is not None:
         counts = _from_weights(weights, len(ids), source)
-    kept = _kept(row.get("attention_mask"), len(ids), source)
-    yield TokenRow(tuple(ids[kept]), None if counts is None else tuple(counts[kept]), source)
+    tokens = _unpadded(row.get("attention_mask"), len(ids), source)
+    yield TokenRow(tuple(ids[tokens]), None if counts is None else tuple(counts[tokens]), source)
 
 
 def _from_labels(value: Any, ids: list[int], source: str) -> list[float]:
@@ -76,7 +76,7 @@ def _from_weights(value: Any, length: int, source: str) -> list[float]:
     return [check_weight(weight, f"weights[{index}]", source) for index, weight in enumerate(weights)]
 
 
-def _kept(value: Any, length: int, source: str) -> slice:
+def _unpadded(value: Any, length: int, source: str) -> slice:
     """The tokens that are no padding: all but the zeros at either end of the mask."""
     if value is None:
         return slice(0, length)

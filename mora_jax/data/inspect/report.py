@@ -212,7 +212,7 @@ class Report(RowOutcomes):
             ("tokens", f"{self.tokens}, {self.trained_fraction:.1%} of them trained"),
             ("ratio", self.ratio_words),
             ("lengths", ", ".join(f"{name} {value}" for name, value in self.quantiles.items())),
-            ("max length", self._length_words()),
+            ("max length", self.length_words),
             ("repeated", f"{self.duplicated} rows ask what an earlier row asks ({self.duplicated_share:.1%})"),
             ("near-empty", f"{self.near_empty} answers of at most {NEAR_EMPTY} tokens"),
         ]
@@ -243,7 +243,9 @@ class Report(RowOutcomes):
             return "no response"
         return f"{self.ratio:.2f} instruction tokens a response token, {self.median_ratio:.2f} in the median row"
 
-    def _length_words(self) -> str:
+    @property
+    def length_words(self) -> str:
+        """What `max_length` costs, and the one to take."""
         advice = f"{self.recommended_max_length} recommended (99 of 100 rows fit)"
         if not self.max_length:
             return advice

@@ -9,18 +9,148 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import functools
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
-from mora_jax.data.read.hf_datasets import read_parquet
-from mora_jax.data.read.json_stream import ListReader, parse
+from mora_jax.data.read.validate import one_line
 from mora_jax.errors import InputError
+
+_PIECE = 1 << 18
+# No token of JSON that is not a text is longer. What fails this close to the end of what was read may be whole
+# once more is read.
+_MARGIN = 16
+_SPACE = re.compile(r"[ \t\n\r]*")
+_UNFINISHED = "Unterminated string"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; the last of two would win without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} stands twice in one object")
+    return values
+
+
+def parse(text: str, path: Path, number: int) -> Any:
+    """The value of a line of that number."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        cut = error.msg.startswith(_UNFINISHED) or not text[error.pos :].strip()
+        reason = "the line ends in the middle of a value" if cut else error.msg
+        if error.msg == "Extra data" and text[error.pos :].strip() == ",":
+            reason = "a comma after the row; lines have none between them"
+        raise InputError(
+            f"{path}, line {number + error.lineno - 1}, column {error.colno}: broken JSON ({reason})"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{path}, line {number}: JSON nested too deeply to read") from None
+    except ValueError as error:  # A whole number of thousands of digits, or a key that stands twice.
+        raise InputError(f"{path}, line {number}: JSON that cannot be read ({error})") from None
+
+
+class ListReader:
+    """Reads the elements of one list.
+
+    The decoder of the standard library runs on what was read so far; where that ends within an element, at least
+    as much again is read before the next try, so that the time grows in step with the size of an element.
+
+    Args:
+      read: gives the next text of about so many characters, empty at the end.
+      path: for errors.
+      piece: how much to read at once.
+    """
+
+    def __init__(self, read: Callable[[int], str], path: Path, piece: int = _PIECE):
+        self._read, self._path, self._piece = read, path, piece
+        self._decoder = json.JSONDecoder(object_pairs_hook=_once)
+        self._text, self._at, self._ended = "", 0, False
+        # The line, and the characters of it, before the current text.
+        self._line, self._before = 1, 0
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Yields `(number, element)`, counted from 1."""
+        if self._next_character() != "[":
+            self._fail("Expecting '['", self._at)
+        self._at += 1
+        number = 0
+        if self._next_character() != "]":
+            while True:
+                number += 1
+                yield number, self._element()
+                character = self._next_character()
+                if character not in (",", "]"):
+                    self._fail("Expecting ',' delimiter", self._at)
+                if character == "]":
+                    break
+                self._at += 1
+                if self._next_character() == "]":
+                    self._fail("a comma after the last element", self._at)
+        self._at += 1
+        if self._next_character():
+            self._fail("Extra data", self._at)
+
+    def _more(self) -> None:
+        """Drops what is done with, and reads at least as much as is left of the element."""
+        text, at = self._text, self._at
+        lines = text.count("\n", 0, at)
+        self._before = at - text.rfind("\n", 0, at) - 1 if lines else self._before + at
+        self._line += lines
+        piece = self._read(max(self._piece, len(text) - at))
+        self._text, self._at, self._ended = text[at:] + piece, 0, not piece
+
+    def _next_character(self) -> str:
+        """Skips space; the character that follows, empty at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # It matches anywhere.
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._more()
+
+    def _element(self) -> Any:
+        while True:
+            size = len(self._text)
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                near = error.pos >= size - _MARGIN or error.msg.startswith(_UNFINISHED)
+                if self._ended or not near:
+                    self._fail(error.msg, error.pos)
+            except RecursionError:
+                raise InputError(f"{self._path}, line {self._line_at(self._at)}: JSON nested too deeply") from None
+            except ValueError as error:  # A whole number of thousands of digits, or a key that stands twice.
+                line = self._line_at(self._at)
+                raise InputError(f"{self._path}, line {line}: JSON that cannot be read ({error})") from None
+            else:
+                # The digits of a number may go on.
+                if isinstance(value, dict | list | str) or self._ended or end < size - _MARGIN:
+                    self._at = end
+                    return value
+            self._more()
+
+    def _line_at(self, position: int) -> int:
+        return self._line + self._text.count("\n", 0, position)
+
+    def _fail(self, reason: str, position: int) -> None:
+        start = self._text.rfind("\n", 0, position)
+        column = position - start if start >= 0 else self._before + position + 1
+        if reason.startswith(_UNFINISHED) or not self._text[position:].strip():
+            reason = "the file ends in the middle of a value"
+        raise InputError(
+            f"{self._path}, line {self._line_at(position)}, column {column}: broken JSON ({reason})"
+        ) from None
+
 
 _BUFFER = 1 << 18
 #: How a file is compressed, by the last ending of its name.
@@ -159,57 +289,42 @@ def known_endings() -> str:
     return ", ".join((*READERS, *COMPRESSIONS))
 
 
-def _json_or_error(line: bytes, path: Path, number: int) -> Any:
-    try:
-        return parse(decode(line, path, number), path, number)
-    except InputError as error:
-        return error
+def _text(line: bytes, path: Path, number: int) -> dict[str, str]:
+    return {"text": decode(line, path, number).removesuffix("\n").removesuffix("\r")}
 
 
-def _text_or_error(line: bytes, path: Path, number: int) -> Any:
-    try:
-        return {"text": decode(line, path, number).removesuffix("\n").removesuffix("\r")}
-    except InputError as error:
-        return error
+def _json(line: bytes, path: Path, number: int) -> Any:
+    return parse(decode(line, path, number), path, number)
 
 
-def _read_json_lines(path: Path) -> Iterator[NumberedRow]:
-    if _first_byte(path) == b"[":
-        yield from _read_json(path)
-        return
-    with open_bytes(path) as file:
-        yield from _rows_of_lines(file, path)
-
-
-def _rows_of_lines(file: IO[bytes], path: Path) -> Iterator[NumberedRow]:
-    number = 0
+def _lines(file: IO[bytes], path: Path, row_of: Callable[[bytes, Path, int], Any]) -> Iterator[NumberedRow]:
+    """One row a line, as `datasets` reads text files too; blank lines are none."""
     for number, line in read_lines(file):
-        yield number, _json_or_error(line, path, number)
-    if not number:
-        raise InputError(f"{path} is empty")
+        try:
+            row = row_of(line, path, number)
+        except InputError as error:
+            row = error
+        yield number, row
 
 
-def _read_json(path: Path) -> Iterator[NumberedRow]:
+def _read_json(path: Path, lines: bool = True) -> Iterator[NumberedRow]:
+    """The rows of a list, or one a line; where `lines` aren't what the file's name says, the first must be good."""
     first = _first_byte(path)
-    if not first:
-        raise InputError(f"{path} is empty")
     with open_bytes(path) as file:
         if first == b"[":
             rows: Iterator[NumberedRow] = iter(ListReader(TextReader(file, path).read, path))
-            empty = f"{path} holds an empty list"
         else:
-            rows = _rows_of_lines(file, path)
-            empty = f"{path} is empty"
+            rows = _lines(file, path, _json)
         row = next(rows, None)
         if row is None:
-            raise InputError(empty)
-        if first == b"{" and isinstance(row[1], InputError):
+            raise InputError(f"{path} holds an empty list" if first else f"{path} is empty")
+        if isinstance(row[1], InputError) and not lines:
+            if first != b"{":
+                raise row[1]
             raise InputError(
                 f"{path}: expected a list of rows, [...], or one row a line; of an object that holds the rows, write"
                 f" their list alone ({row[1]})"
             )
-        if isinstance(row[1], InputError):
-            raise row[1]
         yield row
         yield from rows
 
@@ -221,6 +336,15 @@ def _first_byte(path: Path) -> bytes:
             if first := piece.lstrip()[:1]:
                 return first
     return b""
+
+
+def _read_text(path: Path) -> Iterator[NumberedRow]:
+    with open_bytes(path) as file:
+        number = 0
+        for number, row in _lines(file, path, _text):
+            yield number, row
+        if not number:
+            raise InputError(f"{path} is empty")
 
 
 def _read_csv(path: Path) -> Iterator[NumberedRow]:
@@ -237,20 +361,15 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
             raise InputError(f"{path}: the header has no comma but {mark!r}; save the table with commas between cells")
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"{path}: the header names the column {twice[0]!r} twice; rename one")
-        number = 0
-        while (fields := _next_fields(table, path)) is not None:
-            number += 1
+        rows = iter(functools.partial(_next_fields, table, path), None)
+        for number, fields in enumerate(rows, start=1):
             if not fields:
                 continue
-            if len(fields) == len(names):
-                yield number, dict(zip(names, fields, strict=True))
-            else:
-                yield (
-                    number,
-                    InputError(
-                        f"{path}, row {number}: {len(fields)} fields where the header names {len(names)} columns"
-                    ),
-                )
+            row: Any = dict(zip(names, fields, strict=False))
+            if len(fields) != len(names):
+                count = f"{len(fields)} fields where the header names {len(names)} columns"
+                row = InputError(f"{path}, row {number}: {count}")
+            yield number, row
 
 
 def _next_fields(table: Any, path: Path) -> list[str] | None:
@@ -264,21 +383,43 @@ def _next_fields(table: Any, path: Path) -> list[str] | None:
         csv.field_size_limit(limit)
 
 
-def _read_text(path: Path) -> Iterator[NumberedRow]:
-    """One row a line, as `datasets` reads text files; blank lines are none."""
-    number = 0
-    with open_bytes(path) as file:
-        for number, line in read_lines(file):
-            yield number, _text_or_error(line, path, number)
-    if not number:
-        raise InputError(f"{path} is empty")
+#: Rows that are turned into Python objects at once.
+BATCH = 1000
+
+
+def read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a Parquet file, with their numbers from 1."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from numbered_rows(file.iter_batches(BATCH))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from None
+
+
+def numbered_rows(tables: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """The rows of Arrow tables, with their numbers from 1."""
+    # Table by table: several times as fast as row by row.
+    rows = (row for table in tables for row in table.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield number, {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leaves out the keys of inner objects that are null: Arrow gives every object all keys that any one has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and value and not isinstance(value[0], int | float | str):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 #: How to read a file, by the ending of its name.
 READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
+    ".json": functools.partial(_read_json, lines=False),
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".csv": _read_csv,
     ".txt": _read_text,
     ".parquet": read_parquet,

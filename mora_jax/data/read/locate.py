@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -13,10 +14,126 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mora_jax.data.read.files import COMPRESSIONS, READERS, DataFile, NumberedRow, known_endings
-from mora_jax.data.read.hf_datasets import HubData, SavedFolder
+from mora_jax.data.read.files import BATCH, COMPRESSIONS, READERS, DataFile, NumberedRow, known_endings, numbered_rows
+from mora_jax.data.read.validate import one_line
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded, glob_pattern
+
+
+def _tables(dataset: Any) -> Iterable[Any]:
+    return dataset.with_format("arrow").iter(batch_size=BATCH)
+
+
+class SavedFolder:
+    """A folder that `save_to_disk` of `datasets` wrote.
+
+    Args:
+      path: the folder.
+      split: which of several splits; None: `train`, or the only one. As for a file, it says nothing about a
+        folder that was saved without splits.
+    """
+
+    def __init__(self, path: Path, split: str | None = None):
+        self.path = path
+        self.split = split if (path / "dataset_dict.json").is_file() else None
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a folder was written by `save_to_disk`."""
+        return (path / "dataset_dict.json").is_file() or (
+            (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+        )
+
+    @property
+    def name(self) -> str:
+        """The path as text, and the split if one is asked for."""
+        return f"{self.path} ({self.split})" if self.split else str(self.path)
+
+    @cached_property
+    def _dataset(self) -> Any:
+        from datasets import DatasetDict, load_from_disk
+
+        try:
+            loaded = load_from_disk(str(self.path))
+        except (ValueError, OSError, LookupError, AttributeError, TypeError) as error:
+            # `datasets` checks nothing in a folder's metadata: a wrong kind of value or no rows fail as they may.
+            raise InputError(
+                f"{self.path}: not a readable folder of `datasets` with rows in it ({one_line(error)})"
+            ) from None
+        if isinstance(loaded, DatasetDict):
+            splits = list(loaded)
+            chosen = self.split or (splits[0] if len(splits) == 1 else "train")
+            if chosen not in loaded:
+                raise InputError(f"{self.path} has no split {chosen!r}: set data.split to one of {', '.join(splits)}")
+            loaded = loaded[chosen]
+        return loaded
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Numbered rows; they are mapped into memory as they are read."""
+        return numbered_rows(_tables(self._dataset))
+
+    def digest(self) -> str:
+        """SHA-256 of the files that the rows are in, and of the types of the columns."""
+        total = hashlib.sha256(repr(self._dataset.features).encode())
+        for file in self._dataset.cache_files:
+            with open(file["filename"], "rb") as opened:
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+        return f"saved {total.hexdigest()}"
+
+
+class HubData:
+    """A data set on the hub.
+
+    Args:
+      identity: `owner/name`.
+      split: None: `train`. Slices such as `train[:1000]` are understood by `datasets`.
+      subset: the configuration, where the data set has several.
+      streaming: read over the network as rows are asked for, instead of downloading first.
+    """
+
+    def __init__(self, identity: str, split: str | None = None, subset: str | None = None, streaming: bool = False):
+        self.identity, self.split, self.subset, self.streaming = identity, split or "train", subset, streaming
+
+    @property
+    def name(self) -> str:
+        """The id, the subset and the split."""
+        return f"{self.identity} ({', '.join(filter(None, (self.subset, self.split)))})"
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        from datasets import exceptions
+
+        try:
+            yield
+        except (ValueError, OSError, ImportError, RuntimeError, exceptions.DatasetsError) as error:
+            raise InputError(
+                f"cannot read {self.name}, which is no file or folder here, from the hub: {one_line(error)}; check the"
+                " path or id, data.subset, data.split and the network"
+            ) from None
+
+    @cached_property
+    def _dataset(self) -> Any:
+        from datasets import load_dataset
+
+        with self._reading():
+            return load_dataset(self.identity, self.subset, split=self.split, streaming=self.streaming)
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Numbered rows."""
+        tables = _tables(self._dataset)
+        with self._reading():
+            yield from numbered_rows(tables)
+
+    def digest(self) -> str:
+        """What `datasets` itself calls this version of the data."""
+        if not self.streaming:
+            return f"hub {self._dataset._fingerprint}"
+        from datasets import load_dataset_builder
+
+        with self._reading():
+            builder = load_dataset_builder(self.identity, self.subset)
+        return f"hub {self.identity} {self.subset} {self.split} {builder.hash}"
+
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KIND, _PACKED = ("|".join(map(re.escape, endings)) for endings in (READERS, COMPRESSIONS))
@@ -86,8 +203,8 @@ def _find(text: str, split: str | None, subset: str | None, streaming: bool, not
     if path.exists():
         return [DataFile(path)]
     if glob.has_magic(text):
-        found = sorted(Path(name) for name in glob.glob(_pattern(text), recursive=True))
-        files: list[Origin] = [DataFile(name) for name in found if name.is_file()]
+        names = sorted(Path(name) for name in glob.glob(_pattern(text), recursive=True))
+        files: list[Origin] = [DataFile(name) for name in names if name.is_file()]
         if not files:
             hint = "; a name with [ in it is written with [[] in a glob" if "[" in text else ""
             raise InputError(f"no file matches {text}{hint}")
@@ -161,10 +278,10 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
 def _split_of(file: Path, split: str) -> str | None:
     """The split that a file is named after, as its first or last word; None for none."""
     stem = re.sub(r"-\d+-of-\d+", "", file.name.lower()).partition(".")[0]
-    if split not in {word for words in _SPLITS.values() for word in words} and stem.startswith(split.lower()):
+    if split not in {word for spelled in _SPLITS.values() for word in spelled} and stem.startswith(split.lower()):
         return split  # One of its own, such as train_sft.
-    words = re.split(r"[-_ ]+", stem)
-    ends = (words[0], words[-1])
+    stem_parts = re.split(r"[-_ ]+", stem)
+    ends = (stem_parts[0], stem_parts[-1])
     return next((name for name, spelled in _SPLITS.items() if not {*spelled}.isdisjoint(ends)), None)
 
 

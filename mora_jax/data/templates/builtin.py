@@ -9,23 +9,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from mora_jax.data.conversation import Message
 from mora_jax.data.segments import ROLE_SEGMENT, Piece, Segment
 
 
-class Template(Protocol):
-    """What a built-in template can do."""
+class Template:
+    """A built-in template.
 
-    @property
-    def writes_tool_calls(self) -> bool:
-        """Whether an assistant's calls of tools are written; if not, rows that have some are refused."""
-        ...
+    Attributes:
+      writes_tool_calls: whether an assistant's calls of tools are written; if not, rows that have some are refused.
+    """
 
-    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
-        """The stretches of a conversation; with `prompt` it goes on to where an answer begins."""
-        ...
+    writes_tool_calls = False
+
+    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
+        """The stretches of a conversation."""
+        raise NotImplementedError  # abstract: every template has its own
+
+    def prompt(self, messages: Sequence[Message], eos: str) -> str:
+        """The text after which an answer begins: here that of the messages, as nothing stands before an answer."""
+        return "".join(piece.text for piece in self.pieces(messages, eos))
 
 
 def _tool_call(call: Mapping[str, Any]) -> str:
@@ -36,7 +41,7 @@ def _tool_call(call: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class TurnTemplate:
+class TurnTemplate(Template):
     """A header and a footer around every message.
 
     Attributes:
@@ -61,41 +66,40 @@ class TurnTemplate:
     system_joins_user: bool = False
     writes_tool_calls: bool = False
 
+    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
+        yield from self._turns(messages, eos)
+        if messages and self.final_gap:
+            yield Piece(self.gap, Segment.TEMPLATE)
+
+    def prompt(self, messages: Sequence[Message], eos: str) -> str:
+        texts = [piece.text for piece in self._turns(messages, eos)]
+        return "".join((*texts, self.gap if messages else "", self._header("assistant")))
+
     def _header(self, role: str) -> str:
         return self.header.replace("{role}", self.names.get(role, role))
 
-    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
-        """See `Template`."""
+    def _turns(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
         joins = self.system_joins_user and [message.role for message in messages[:2]] == ["system", "user"]
-        gap = ""
         for turn, message in enumerate(messages):
-            if joins and turn == 1:
-                yield Piece("\n\n", Segment.HEADER, turn)
-            else:
-                as_user = self.system_joins_user and message.role == "system"
-                header = self._header("user" if as_user else message.role)
-                yield Piece(gap + header, Segment.HEADER, turn)
+            as_user = self.system_joins_user and message.role == "system"
+            header = (self.gap if turn else "") + self._header("user" if as_user else message.role)
+            yield Piece("\n\n" if joins and turn == 1 else header, Segment.HEADER, turn)
             text = message.text.strip() if self.strip else message.text
             yield Piece(text, ROLE_SEGMENT[message.role], turn)
             if joins and turn == 0:
                 continue
-            if message.role == "assistant":
-                if message.tool_calls:
-                    calls = "\n".join(map(_tool_call, message.tool_calls))
-                    yield Piece(("\n" if text else "") + calls, Segment.TOOL_CALL, turn)
-                answer_footer = self.footer if self.answer_footer is None else self.answer_footer
-                yield Piece(answer_footer.replace("{eos}", eos), Segment.END_OF_TURN, turn)
-            else:
+            if message.role != "assistant":
                 yield Piece(self.footer.replace("{eos}", eos), Segment.CLOSING, turn)
-            gap = self.gap
-        if prompt:
-            yield Piece(gap + self._header("assistant"), Segment.HEADER, len(messages))
-        elif self.final_gap:
-            yield Piece(gap, Segment.TEMPLATE)
+                continue
+            if message.tool_calls:
+                calls = "\n".join(map(_tool_call, message.tool_calls))
+                yield Piece(("\n" if text else "") + calls, Segment.TOOL_CALL, turn)
+            footer = self.footer if self.answer_footer is None else self.answer_footer
+            yield Piece(footer.replace("{eos}", eos), Segment.END_OF_TURN, turn)
 
 
 @dataclass(frozen=True)
-class InstructTemplate:
+class InstructTemplate(Template):
     """`[INST] question [/INST] answer`, as Llama 2 and Mistral have it; a system message is in the first brackets.
 
     A prompt ends in the bracket, so the space before an answer is the model's to produce: it is the answer's.
@@ -114,43 +118,38 @@ class InstructTemplate:
     answer_space: str = ""
     strip: bool = False
 
-    writes_tool_calls = False
-
-    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
-        """See `Template`."""
-        del prompt  # A prompt ends in "[/INST]" already.
+    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
         joins = [message.role for message in messages[:2]] == ["system", "user"]
         for turn, message in enumerate(messages):
-            text = message.text
+            text, joined = message.text, joins and turn == 1
             if message.role == "assistant":
                 yield Piece(" " + (text.strip() if self.strip else text), Segment.ASSISTANT, turn)
                 yield Piece(self.answer_space + eos, Segment.END_OF_TURN, turn)
-            elif message.role == "system":
-                yield Piece("[INST] " + self.system_open, Segment.HEADER, turn)
+                continue
+            if not joined:
+                opening = "[INST] " + (self.system_open if message.role == "system" else "")
+                yield Piece(opening, Segment.HEADER, turn)
+            if message.role == "system":
                 yield Piece(text, Segment.SYSTEM, turn)
                 # What is in the brackets is stripped as a whole, so this loses its end where no question follows.
                 asked = messages[1].text.strip() if joins and turn == 0 else ""
                 close = self.system_close.rstrip() if self.strip and not asked else self.system_close
                 yield Piece(close, Segment.CLOSING, turn)
-                if not (joins and turn == 0):
-                    yield Piece(" [/INST]", Segment.CLOSING, turn)
+                if joins and turn == 0:
+                    continue
             else:
-                joined = joins and turn == 1
-                if not joined:
-                    yield Piece("[INST] ", Segment.HEADER, turn)
                 if self.strip:
-                    text = text.strip() if not (joined and text.strip()) else text.rstrip()
+                    text = text.rstrip() if joined and text.strip() else text.strip()
                 yield Piece(text, ROLE_SEGMENT[message.role], turn)
-                yield Piece(" [/INST]", Segment.CLOSING, turn)
+            yield Piece(" [/INST]", Segment.CLOSING, turn)
 
 
-class AlpacaTemplate:
+class AlpacaTemplate(Template):
     """The prompt of Stanford's Alpaca, byte for byte; the answer follows "### Response:" at once, then EOS.
 
     A system message takes the place of the preamble. Further turns follow a blank line, without preamble.
+    The heading of the answer belongs to the instruction: a prompt ends in it already.
     """
-
-    writes_tool_calls = False
 
     PREAMBLE = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -160,9 +159,7 @@ class AlpacaTemplate:
         " Write a response that appropriately completes the request."
     )
 
-    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
-        """See `Template`."""
-        del prompt  # The heading of the answer belongs to the instruction: a prompt ends in it already.
+    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
         started = False
         for turn, message in enumerate(messages):
             if message.role == "assistant":
@@ -189,14 +186,10 @@ class AlpacaTemplate:
                 started = True
 
 
-class PlainTemplate:
+class PlainTemplate(Template):
     """The messages one after the other with nothing between them; EOS after each answer."""
 
-    writes_tool_calls = False
-
-    def pieces(self, messages: Sequence[Message], eos: str, *, prompt: bool = False) -> Iterator[Piece]:
-        """See `Template`."""
-        del prompt  # Nothing stands before an answer.
+    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
         for turn, message in enumerate(messages):
             yield Piece(message.text, ROLE_SEGMENT[message.role], turn)
             if message.role == "assistant":

@@ -57,19 +57,18 @@ class Renderer:
             raise InputError(f"unknown template {fallback!r} to fall back to: choose one of {', '.join(TEMPLATES)}")
         self.tokenizer = tokenizer
         self.template = template or (OWN if has_own else "alpaca")
-        self.fallback = fallback
         self.eos: str = tokenizer.eos_token or ""
         self.fell_back = 0
         self.unshown: Counter[str] = Counter()
         self._chose_alpaca = template is None and not has_own
-        self._chat = self._own_or_file()
+        self._source = self._find()
+        self._fallback = None if fallback is None else BuiltInTemplate(fallback, self.eos, self.unshown)
 
-    def _own_or_file(self) -> ChatTemplate | None:
-        """The Jinja template, or None for a built-in one."""
+    def _find(self) -> ChatTemplate | BuiltInTemplate:
         if self.template == OWN:
             return ChatTemplate(JinjaTemplate(self.tokenizer), self.unshown)
         if self.template in TEMPLATES:
-            return None
+            return BuiltInTemplate(self.template, self.eos, self.unshown)
         if self.template.endswith(SUFFIXES) or expanded(self.template).is_file():
             return ChatTemplate(JinjaTemplate(self.tokenizer, self.template), self.unshown)
         known = ", ".join((OWN, *TEMPLATES))
@@ -78,7 +77,7 @@ class Renderer:
     @property
     def program(self) -> str:
         """What decides how rows are rendered: the source of the Jinja template, or the name of a built-in one."""
-        return self.template if self._chat is None else self._chat.program
+        return self._source.program
 
     @cached_property
     def notes(self) -> list[str]:
@@ -88,22 +87,20 @@ class Renderer:
             notes.append("the tokenizer has no chat template: the built-in `alpaca` is used")
         if not self.eos:
             notes.append("the tokenizer has no end-of-sequence token: only the template can end an answer")
-        if self._chat is not None:
-            notes += self._chat.notes
-        return notes + self._trial_notes()
+        return notes + self._source.notes + self._trial_notes()
 
     def _trial_notes(self) -> list[str]:
         """What is to be said about template and tokenizer together, seen on a short conversation."""
         asked = Message("user", "Hello")
         try:
             prompt = self.prompt([asked])
-            whole = Rendered.join(self._pieces(Conversation((asked, Message("assistant", "Yes")))))
+            answered = Rendered.join(self._pieces(Conversation((asked, Message("assistant", "Yes")))))
         except (InputError, Untrackable):
             return []  # A template that wants other roles; rows it refuses are reported as they come.
-        alone, trained = tokenize([Rendered(prompt, (Piece(prompt, Segment.TEMPLATE),)), whole], self.tokenizer)
+        alone, trained = tokenize([Rendered(prompt, (Piece(prompt, Segment.TEMPLATE),)), answered], self.tokenizer)
         notes = []
         length = len(alone.input_ids)
-        if whole.text.startswith(prompt) and not np.array_equal(trained.input_ids[:length], alone.input_ids):
+        if answered.text.startswith(prompt) and not np.array_equal(trained.input_ids[:length], alone.input_ids):
             notes.append("the tokenizer splits the end of a prompt in another way where no answer follows it")
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         ends = trained.input_ids[trained.segments == Segment.END_OF_TURN]
@@ -135,35 +132,18 @@ class Renderer:
         try:
             return Rendered.join(self._pieces(row), row.source)
         except Untrackable as error:
-            if self.fallback is None:
+            if self._fallback is None:
                 raise InputError(
-                    f"{at(row.source)}{self._template_name} cannot be tracked, {error}; set data.fallback=chatml for"
+                    f"{at(row.source)}{self._source.name} cannot be tracked, {error}; set data.fallback=chatml for"
                     " such rows, or choose a built-in template by data.template"
                 ) from None
             self.fell_back += 1
-            return Rendered.join(self._built_in(self.fallback, row), row.source)
-
-    @property
-    def _template_name(self) -> str:
-        return self._chat.name if self._chat is not None else f"the built-in template `{self.template}`"
+            return Rendered.join(self._fallback.pieces(row), row.source)
 
     def _pieces(self, row: Conversation) -> Iterable[Piece]:
         if row.text is not None:
             return (Piece(row.text, Segment.ASSISTANT, 0), Piece(self.eos, Segment.END_OF_TURN, 0))
-        if self._chat is not None:
-            return self._chat.pieces(row)
-        return self._built_in(self.template, row)
-
-    def _built_in(self, name: str, row: Conversation) -> Iterable[Piece]:
-        template = TEMPLATES[name]
-        if not template.writes_tool_calls and any(message.tool_calls for message in row.messages):
-            raise InputError(
-                f"{at(row.source)}the built-in template `{name}` does not write tool calls;"
-                " set data.template=chatml, the built-in one that does"
-            )
-        self.unshown["tools"] += bool(row.tools)
-        self.unshown["reasoning"] += any(message.reasoning for message in row.messages)
-        return template.pieces(row.messages, self.eos)
+        return self._source.pieces(row)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text after which the model answers: how `render` begins if an answer is added.
@@ -174,10 +154,40 @@ class Renderer:
         Returns:
           The text.
         """
-        if self._chat is not None:
-            return self._chat.prompt(messages)
-        pieces = TEMPLATES[self.template].pieces(messages, self.eos, prompt=True)
-        return "".join(piece.text for piece in pieces)
+        return self._source.prompt(messages)
+
+
+class BuiltInTemplate:
+    """A built-in template with what rows ask of it: the counterpart of `ChatTemplate`.
+
+    Args:
+      name: a key of `TEMPLATES`.
+      eos: the text of the tokenizer's end-of-sequence token.
+      unshown: counts rows that have `tools` or `reasoning`, which no built-in template shows.
+    """
+
+    def __init__(self, name: str, eos: str, unshown: Counter[str]):
+        self.program, self.name, self.notes = name, f"the built-in template `{name}`", list[str]()
+        self._template, self._eos, self._unshown = TEMPLATES[name], eos, unshown
+
+    def pieces(self, conversation: Conversation) -> Iterable[Piece]:
+        """The stretches of a conversation.
+
+        Raises:
+          InputError: it has calls of tools, which the template does not write.
+        """
+        if not self._template.writes_tool_calls and any(message.tool_calls for message in conversation.messages):
+            raise InputError(
+                f"{at(conversation.source)}{self.name} does not write tool calls;"
+                " set data.template=chatml, the built-in one that does"
+            )
+        self._unshown["tools"] += bool(conversation.tools)
+        self._unshown["reasoning"] += any(message.reasoning for message in conversation.messages)
+        return self._template.pieces(conversation.messages, self._eos)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text after which an answer begins."""
+        return self._template.prompt(messages, self._eos)
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,12 @@ def prompt_hash(tokens: Tokens) -> int:
     """A number that rows with the same instruction tokens before the first answer share; 0 for no instruction."""
     answers = np.flatnonzero(_IS_ANSWER[tokens.segments])
     stop = answers[0] if len(answers) else len(tokens)
-    words = tokens.input_ids[:stop][_IS_INSTRUCTION[tokens.segments[:stop]]]
-    if not len(words):
+    instruction = tokens.input_ids[:stop][_IS_INSTRUCTION[tokens.segments[:stop]]]
+    if not len(instruction):
         return 0
     from xxhash import xxh3_64_intdigest
 
-    return xxh3_64_intdigest(words.tobytes())
+    return xxh3_64_intdigest(instruction.tobytes())
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,14 @@ class TokenStore:
     def __getitem__(self, index: int) -> Tokens:
         """One row."""
         batch, row = self._find(index)
-        own = batch.column("weights")[row].values
+        weights = batch.column("weights")[row].values
         return Tokens(
             _row(batch, "input_ids", row),
             _row(batch, "segments", row),
             _row(batch, "turns", row),
             batch.column("seams")[row].as_py(),
             tuple(_row(batch, "turn_weights", row).tolist()),
-            None if own is None else own.to_numpy(),
+            None if weights is None else weights.to_numpy(),
             batch.column("weight")[row].as_py(),
             batch.column("side")[row].as_py(),
             batch.column("answer")[row].as_py(),

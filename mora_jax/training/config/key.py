@@ -4,6 +4,7 @@ A key is a dataclass field made with `key(default, doc, ...)`. The field's annot
 `float`, `bool`, `str`, `tuple[str, ...]`, `tuple[int, ...]`, any of them `| None`, or `str | tuple[str, ...]`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import numbers
@@ -30,126 +31,66 @@ TYPE_NAMES = {
 }
 
 #: What other libraries and habit call our keys; with a value where theirs says something else than ours.
-ALIASES = {
-    "adapter": "adapter.path",
-    "base_model": "model.path",
-    "batch": "train.batch_size",
-    "bf16": "model.dtype=bfloat16",
-    "chat_template": "data.template",
-    "completion_only_loss": "loss.mode=masked",
-    "cutoff_len": "data.max_length",
-    "data": "data.train",
-    "dataset": "data.train",
-    "eval_data": "data.eval",
-    "eval_steps": "train.eval_every",
-    "finetuning_type": "adapter.method",
-    "gradient_checkpointing": "model.remat=full",
-    "grad_clip": "optimizer.clip_norm",
-    "group_by_length": "data.bucketing",
-    "load_in_4bit": "model.quantize=nf4",
-    "load_in_8bit": "model.quantize=int8",
-    "logging_steps": "train.log_every",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "lora_r": "adapter.rank",
-    "lora_target_modules": "adapter.targets",
-    "loss": "loss.mode",
-    "lr": "optimizer.learning_rate",
-    "lr_scheduler_type": "optimizer.schedule",
-    "mask_prompt": "loss.mode=masked",
-    "max_grad_norm": "optimizer.clip_norm",
-    "max_seq_length": "data.max_length",
-    "max_steps": "train.steps",
-    "model": "model.path",
-    "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "neftune_noise_alpha": "train.neftune_alpha",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "optim": "optimizer.name",
-    "optimizer": "optimizer.name",
-    "output": "out",
-    "output_dir": "out",
-    "peft_type": "adapter.method",
-    "r": "adapter.rank",
-    "sample_packing": "data.packing",
-    "save_dir": "out",
-    "save_steps": "train.save_every",
-    "save_total_limit": "train.keep",
-    "scheduler": "optimizer.schedule",
-    "seq_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "target_modules": "adapter.targets",
-    "train_data": "data.train",
-    "train_file": "data.train",
-    "train_on_inputs": "loss.mode=unmasked",
-    "validation_file": "data.eval",
-    "val_set_size": "data.eval_fraction",
-    "val_size": "data.eval_fraction",
-    "wandb_project": "log.wandb",
-    "warmup": "optimizer.warmup_steps",
+_OTHER_NAMES = {
+    "adapter.path": ("adapter",),
+    "model.path": ("base_model", "model", "model_name", "model_name_or_path"),
+    "train.batch_size": ("batch",),
+    "model.dtype=bfloat16": ("bf16",),
+    "data.template": ("chat_template",),
+    "loss.mode=masked": ("completion_only_loss", "mask_prompt"),
+    "data.max_length": ("cutoff_len", "max_seq_length", "seq_len", "sequence_len"),
+    "data.train": ("data", "dataset", "train_data", "train_file"),
+    "data.eval": ("eval_data", "validation_file"),
+    "train.eval_every": ("eval_steps",),
+    "adapter.method": ("finetuning_type", "peft_type"),
+    "model.remat=full": ("gradient_checkpointing",),
+    "optimizer.clip_norm": ("grad_clip", "max_grad_norm"),
+    "data.bucketing": ("group_by_length",),
+    "model.quantize=nf4": ("load_in_4bit",),
+    "model.quantize=int8": ("load_in_8bit",),
+    "train.log_every": ("logging_steps",),
+    "adapter.alpha": ("lora_alpha",),
+    "adapter.dropout": ("lora_dropout",),
+    "adapter.rank": ("lora_r", "r"),
+    "adapter.targets": ("lora_target_modules", "target_modules"),
+    "loss.mode": ("loss",),
+    "optimizer.learning_rate": ("lr",),
+    "optimizer.schedule": ("lr_scheduler_type", "scheduler"),
+    "train.steps": ("max_steps",),
+    "train.neftune_alpha": ("neftune_noise_alpha",),
+    "train.epochs": ("num_epochs", "num_train_epochs"),
+    "optimizer.name": ("optim", "optimizer"),
+    "out": ("output", "output_dir", "save_dir"),
+    "data.packing": ("sample_packing",),
+    "train.save_every": ("save_steps",),
+    "train.keep": ("save_total_limit",),
+    "loss.mode=unmasked": ("train_on_inputs",),
+    "data.eval_fraction": ("val_set_size", "val_size"),
+    "log.wandb": ("wandb_project",),
+    "optimizer.warmup_steps": ("warmup",),
 }
+ALIASES = {alias: key for key, aliases in _OTHER_NAMES.items() for alias in aliases}
 
 
-@dataclasses.dataclass(frozen=True)
-class Allowed(Limits):
-    """What a key's value may be, beside its type: its range, and what stands here.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Key(Limits):
+    """A key: its default, its range, and once its section is known, its full name and type.
 
     Attributes:
+        default: value when neither the file nor the command line sets the key.
         doc: one sentence for people.
         choices: the only values allowed.
         extra: one more value that is allowed although the range excludes it.
+        name: with its section, `train.steps`.
+        types: those that its annotation admits.
     """
 
+    default: Any
     doc: str
     choices: tuple[Any, ...] | None = None
     extra: int | None = None
-
-    def admits(self, value: Any) -> bool:
-        """Says whether a value of the right type is in the range."""
-        if self.choices is not None:
-            return value in self.choices
-        if isinstance(value, str):
-            return bool(value.strip())
-        if isinstance(value, tuple):
-            return all(part.strip() if isinstance(part, str) else self.admits(part) for part in value)
-        if self.extra is not None and value == self.extra:
-            return True
-        return self.holds(value)
-
-    def describe(self) -> str:
-        """Returns the range in words, empty when every value of the type will do."""
-        if self.choices is not None:
-            return ("one of " if len(self.choices) > 1 else "") + ", ".join(str(choice) for choice in self.choices)
-        return self.words() + (f", or {self.extra}" if self.extra is not None else "")
-
-
-def key(default: Any, doc: str, **limits: Any) -> Any:
-    """Declares a configuration key: a dataclass field with a default, a sentence about it and its range.
-
-    Args:
-        default: value when neither the file nor the command line sets the key.
-        doc: one sentence for people.
-        **limits: fields of `Allowed`.
-    """
-    return dataclasses.field(default=default, metadata={"allowed": Allowed(doc, **limits)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """A key with its full name, the types that its annotation admits, and its range."""
-
-    name: str
-    types: tuple[Any, ...]
-    default: Any
-    allowed: Allowed
-
-    @classmethod
-    def of(cls, name: str, annotation: Any, field: dataclasses.Field) -> "Key":
-        """Builds the key of a dataclass field."""
-        union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
-        options = typing.get_args(annotation) if union else (annotation,)
-        return cls(name, options, field.default, field.metadata["allowed"])
+    name: str = ""
+    types: tuple[Any, ...] = ()
 
     @property
     def may_be_none(self) -> bool:
@@ -159,7 +100,7 @@ class Key:
     @property
     def none_word(self) -> str:
         """What stands for no value: "unset" where "none" is one of the values."""
-        return "unset" if "none" in (self.allowed.choices or ()) else "none"
+        return "unset" if "none" in (self.choices or ()) else "none"
 
     def show(self, value: Any) -> str:
         """A value as it is written on the command line."""
@@ -171,21 +112,13 @@ class Key:
 
     def describe(self) -> str:
         """Returns what the key accepts, in words: "an integer, at least 1, or none"."""
-        if self.allowed.choices is not None:
-            words = self.allowed.describe()
+        if self.choices is not None:
+            text = ("one of " if len(self.choices) > 1 else "") + ", ".join(map(str, self.choices))
         else:
             names = " or ".join(TYPE_NAMES[option] for option in self.types if option is not type(None))
-            words = ", ".join(part for part in (names, self.allowed.describe()) if part)
-        return words + (f", or {self.none_word}" if self.may_be_none else "")
-
-    def refuse(self, value: Any, origin: str, why: str = "") -> InputError:
-        """Returns the error for a value that the key can't take."""
-        shown = repr(value) if isinstance(value, (str, numbers.Number, tuple, list)) else type(value).__name__
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        hint = nearest(value, self.allowed.choices or ()) if isinstance(value, str) else None
-        tail = f"; did you mean {hint!r}?" if hint else ""
-        where = origin if origin.startswith("--") else f"{origin}: {self.name}"
-        return InputError(f"{where} must be {self.describe()}; got {shown}{why}{tail}")
+            extra = "" if self.extra is None else f"or {self.extra}"
+            text = ", ".join(part for part in (names, self.words(), extra) if part)
+        return text + (f", or {self.none_word}" if self.may_be_none else "")
 
     def check(self, value: Any, origin: str) -> Any:
         """Returns `value` as one of the key's types.
@@ -197,58 +130,84 @@ class Key:
         Raises:
             InputError: on a wrong type or a value out of range.
         """
-        typed = self._typed(value, origin)
-        if typed is not None and not self.allowed.admits(typed):
-            raise self.refuse(value, origin)
-        return typed
-
-    def parse(self, text: str, origin: str) -> Any:
-        """Returns the value that command-line text stands for; lists are comma-separated, unless that names a file."""
-        lowered = text.strip().lower()
-        if self.may_be_none and lowered in NONE_WORDS and lowered not in (self.allowed.choices or ()):
-            return None
-        for option in self.types:
-            try:
-                if option is bool:
-                    return self.check(BOOL_WORDS[text.strip().lower()], origin)
-                if option in (int, float):
-                    return self.check(option(text), origin)
-            except (ValueError, KeyError) as error:
-                if isinstance(error, InputError):
-                    raise
-                raise self.refuse(text, origin) from None
-        parts = (text,) if "," in text and expanded(text).exists() else split_list(text)
-        if INTS in self.types:
-            try:
-                return self.check(tuple(int(part) for part in parts), origin)
-            except ValueError as error:
-                raise error if isinstance(error, InputError) else self.refuse(text, origin) from None
-        return self.check(parts[0] if len(parts) == 1 else parts if TEXTS in self.types else text, origin)
-
-    def _typed(self, value: Any, origin: str) -> Any:
         if value is None and self.may_be_none:
             return None
-        if isinstance(value, bool):
+        typed = self._typed(value)
+        if typed is not None and self._admits(typed):
+            return typed
+        shown = repr(value) if isinstance(value, (str, numbers.Number, tuple, list)) else type(value).__name__
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        is_float = isinstance(value, numbers.Real) and not isinstance(value, bool) and float in self.types
+        why = " (not finite)" if is_float and typed is None else ""
+        hint = nearest(value, self.choices or ()) if isinstance(value, str) else None
+        tail = f"; did you mean {hint!r}?" if hint else ""
+        where = origin if origin.startswith("--") else f"{origin}: {self.name}"
+        raise InputError(f"{where} must be {self.describe()}; got {shown}{why}{tail}")
+
+    def parse(self, text: str, origin: str) -> Any:
+        """Returns the value that command-line text stands for; lists are comma-separated, unless that names a file.
+
+        Raises:
+            InputError: as `check`.
+        """
+        lowered = text.strip().lower()
+        if self.may_be_none and lowered in NONE_WORDS and lowered not in (self.choices or ()):
+            return None
+        parts = (text,) if "," in text and expanded(text).exists() else split_list(text)
+        value: Any = text
+        with contextlib.suppress(ValueError, KeyError):  # a text that is none of these is refused as it stands
             if bool in self.types:
-                return value
-        elif int in self.types and number(value, whole=True) is not None:
-            return number(value, whole=True)
-        elif INTS in self.types:
-            listed = value if isinstance(value, (list, tuple)) else (value,)
-            integers = tuple(number(part, whole=True) for part in listed)
-            if integers and None not in integers:
-                return integers
-        elif isinstance(value, numbers.Real) and float in self.types:
-            if number(value, whole=False) is None:
-                raise self.refuse(value, origin, " (not finite)")
-            return float(value)
-        elif isinstance(value, str) and str in self.types:
+                value = BOOL_WORDS[lowered]
+            elif int in self.types:
+                value = int(text)
+            elif float in self.types:
+                value = float(text)
+            elif INTS in self.types:
+                value = tuple(map(int, parts))
+            elif TEXTS in self.types and len(parts) > 1:
+                value = parts
+        return self.check(value, origin)
+
+    def _typed(self, value: Any) -> Any:
+        """`value` as one of the types, or None."""
+        if isinstance(value, bool):
+            return value if bool in self.types else None
+        if int in self.types or float in self.types:
+            return number(value, whole=int in self.types)
+        if isinstance(value, str) and str in self.types:
             return value
-        elif TEXTS in self.types:
-            parts = (value,) if isinstance(value, str) else value
-            if isinstance(parts, (list, tuple)) and parts and all(isinstance(part, str) for part in parts):
-                return tuple(parts)
-        raise self.refuse(value, origin)
+        listed = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if INTS in self.types:
+            listed = tuple(number(part, whole=True) for part in listed)
+            return None if None in listed else listed or None
+        return listed or None if TEXTS in self.types and all(isinstance(part, str) for part in listed) else None
+
+    def _admits(self, value: Any) -> bool:
+        """Whether a value of the right type is in the range."""
+        if self.choices is not None:
+            return value in self.choices
+        if isinstance(value, str):
+            return bool(value.strip())
+        if isinstance(value, tuple):
+            return all(map(self._admits, value))
+        return value == self.extra or self.holds(value)
+
+
+def key(default: Any, doc: str, **limits: Any) -> Any:
+    """Declares a configuration key: a dataclass field with a default, a sentence about it and its range.
+
+    Args:
+        default, doc: see `Key`.
+        **limits: its other fields.
+    """
+    return dataclasses.field(default=default, metadata={"key": Key(default=default, doc=doc, **limits)})
+
+
+def key_of(field: dataclasses.Field, name: str, annotation: Any) -> Key:
+    """The key of a dataclass field that `key` made, with its full name and the types of its annotation."""
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    options = typing.get_args(annotation) if union else (annotation,)
+    return dataclasses.replace(field.metadata["key"], name=name, types=options)
 
 
 def split_list(text: str) -> TEXTS:
@@ -293,14 +252,14 @@ def meant(name: str, known: Iterable[str]) -> str | None:
     """
     name, known = name.replace("-", "_").lower(), list(known)
     section, _, last = name.rpartition(".")
-    words = words_for(known)
-    if last in words:
-        return words[last]
+    lasts = words_for(known)
+    if last in lasts:
+        return lasts[last]
     inside = [other for other in known if section and other.startswith(f"{section}.")]
     if inside:
-        found = nearest(last, (other.rpartition(".")[2] for other in inside))
-        return found and f"{section}.{found}"
+        close = nearest(last, (other.rpartition(".")[2] for other in inside))
+        return close and f"{section}.{close}"
     if section:
         return nearest(name, known)
-    found = nearest(last, words)
-    return None if found is None else words[found]
+    close = nearest(last, lasts)
+    return None if close is None else lasts[close]

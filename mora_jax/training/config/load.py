@@ -24,8 +24,7 @@ from mora_jax.data.segments import ROLE_SEGMENT
 from mora_jax.errors import InputError
 from mora_jax.losses.preference import OBJECTIVES, Settings
 from mora_jax.paths import expanded
-from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.schema import Config, find_key, flatten, keys, lay_over, unused
+from mora_jax.training.config.schema import Config, adapter_config, find_key, flatten, keys, lay_over, unused
 from mora_jax.training.distributed.signals import Stopped
 
 MODULE_NAME = "mora_jax_config_file"
@@ -274,28 +273,37 @@ def check_together(config: Config) -> None:
     if missing:
         flags = " ".join(f"--config.{name}=..." for name in missing)
         raise InputError(f"config: {', '.join(missing)} must be set, in the file or by {flags}")
-    train = config.train
-    micro = train.micro_batch_size
-    if micro is not None and train.batch_size % micro:
-        raise InputError(f"config: train.micro_batch_size={micro} must divide train.batch_size={train.batch_size}")
-    mesh, attention = config.mesh, config.model.attention
-    if mesh.context != 1 and attention not in ("auto", "xla"):
-        raise InputError(
-            f"config: model.attention={attention} takes whole rows, and mesh.context={mesh.context} shares each; set "
-            "model.attention=auto with it"
-        )
-    if mesh.pmap and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1):
-        raise InputError(
-            f"config: mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, "
-            f"{mesh.tensor}, {mesh.context}) to 1"
-        )
-    if mesh.pmap and config.optimizer.offload:
-        raise InputError("config: optimizer.offload needs jit over a mesh; set mesh.pmap=false with it")
+    train, mesh, loss, data = config.train, config.mesh, config.loss, config.data
+    attention, method = config.model.attention, config.adapter.method
+    unknown_roles = [role for role in loss.roles if role not in ROLE_SEGMENT]
+    impossible = {
+        f"train.micro_batch_size={train.micro_batch_size} must divide train.batch_size={train.batch_size}": (
+            train.batch_size % train.micro_batch
+        ),
+        f"model.attention={attention} takes whole rows, and mesh.context={mesh.context} shares each; set "
+        "model.attention=auto with it": mesh.context != 1 and attention not in ("auto", "xla"),
+        f"mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, {mesh.tensor}, "
+        f"{mesh.context}) to 1": mesh.pmap and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1),
+        "optimizer.offload needs jit over a mesh; set mesh.pmap=false with it": mesh.pmap and config.optimizer.offload,
+        "loss.normalize=constant needs loss.constant, the number to divide by": (
+            loss.normalize == "constant" and loss.constant is None
+        ),
+        f"loss.roles: unknown role {''.join(map(repr, unknown_roles[:1]))}; choose from {', '.join(ROLE_SEGMENT)}": (
+            unknown_roles
+        ),
+        f"loss.kl_weight needs a base that stays frozen, and adapter.method={method} changes it": (
+            loss.kl_weight and config.adapter.config_class.changes_base
+        ),
+        "data.packing fills rows of one length; set data.bucketing=false with it": data.packing and data.bucketing,
+    }
+    for why, is_so in impossible.items():
+        if is_so:
+            raise InputError(f"config: {why}")
+    _check_objective(config)
     if train.steps is not None:
         check_warmup(config, train.steps)
     adapter_config(config.adapter)
     check_quantize(config)
-    _check_data_and_loss(config)
 
 
 def check_quantize(config: Config) -> None:
@@ -304,35 +312,16 @@ def check_quantize(config: Config) -> None:
     Raises:
         InputError: naming the keys.
     """
-    adapter, held = config.adapter, config.model.quantize
-    if held == "none":
-        return
-    method = adapter.config_class
-    if not method.changes_base and not adapter_config(adapter).starts_from_base:
+    adapter, quantize, method = config.adapter, config.model.quantize, config.adapter.config_class
+    if quantize == "none" or not (method.changes_base or adapter_config(adapter).starts_from_base):
         return
     by_method = method.changes_base or method().starts_from_base
     asked = f"adapter.method={adapter.method}" if by_method else f"adapter.init={adapter.init}"
     why = "changes it" if method.changes_base else "takes its start from the exact weights"
     raise InputError(
-        f"config: model.quantize={held} holds the base frozen, with rounded weights, and {asked} {why}; set "
+        f"config: model.quantize={quantize} holds the base frozen, with rounded weights, and {asked} {why}; set "
         "model.quantize=none, or another method"
     )
-
-
-def _check_data_and_loss(config: Config) -> None:
-    loss, data = config.loss, config.data
-    if loss.normalize == "constant" and loss.constant is None:
-        raise InputError("config: loss.normalize=constant needs loss.constant, the number to divide by")
-    if unknown := [role for role in loss.roles if role not in ROLE_SEGMENT]:
-        raise InputError(f"config: loss.roles: unknown role {unknown[0]!r}; choose from {', '.join(ROLE_SEGMENT)}")
-    if loss.kl_weight and config.adapter.config_class.changes_base:
-        raise InputError(
-            f"config: loss.kl_weight needs a base that stays frozen, and adapter.method={config.adapter.method} "
-            f"changes it"
-        )
-    _check_objective(config)
-    if data.packing and data.bucketing:
-        raise InputError("config: data.packing fills rows of one length; set data.bucketing=false with it")
 
 
 def _check_objective(config: Config) -> None:

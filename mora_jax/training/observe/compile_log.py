@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +14,51 @@ from typing import Any
 
 import jax
 
-from mora_jax.training.observe.memory import planned_memory
+
+def device_memory(devices: Sequence[jax.Device]) -> dict[str, int | None]:
+    """Bytes on the fullest device now, and at most so far; None on backends without the statistic, such as CPU's."""
+    statistics = [stats for stats in map(_stats, devices) if stats]
+    used = [int(stats["bytes_in_use"]) for stats in statistics if "bytes_in_use" in stats]
+    peak = [int(stats["peak_bytes_in_use"]) for stats in statistics if "peak_bytes_in_use" in stats]
+    return {"device_bytes": max(used, default=None), "device_peak_bytes": max(peak, default=None)}
+
+
+def peak_memory(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """The most on one device where devices have the statistic, else the peak resident size of this process."""
+    peak = device_memory(devices)["device_peak_bytes"]
+    if peak is not None:
+        return {"peak_memory_bytes": peak, "peak_memory_of": "device"}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scale = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_bytes": resident * scale, "peak_memory_of": "process"}
+
+
+def planned_memory(compiled: Any) -> dict[str, int] | None:
+    """Bytes a device that a compiled program takes, by what for; None where the backend doesn't tell.
+
+    `arguments` are weights, state and batch; `outputs` that reuse them (`aliased`) take none of their own; `temporary`
+    is activations and everything else that comes and goes. `total` is what must fit.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    sizes = {
+        "arguments": int(analysis.argument_size_in_bytes),
+        "outputs": int(analysis.output_size_in_bytes),
+        "aliased": int(analysis.alias_size_in_bytes),
+        "temporary": int(analysis.temp_size_in_bytes),
+        "code": int(analysis.generated_code_size_in_bytes),
+    }
+    total = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"] + sizes["code"]
+    return sizes | {"total": total}
+
+
+def _stats(device: jax.Device) -> dict[str, Any] | None:
+    # A backend without the statistic returns None or raises, depending on its plugin.
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return device.memory_stats()
+    return None
+
 
 # What jax reports at the end of every compilation (or of its fetching from the cache on disk).
 _EVENT = "/jax/core/compile/backend_compile_duration"
@@ -26,35 +73,38 @@ class Compilation:
     Attributes:
         started: `time.time()` at its beginning.
         lower_seconds: tracing in Python and lowering.
-        seconds: the compiler's.
+        compile_seconds: the compiler's.
         shapes: of the batch, as `int32[1,4,512]` by name.
+        changed: what is new in the shapes since the compilation before; empty for the first one.
         compiled: the result.
     """
 
     started: float
     lower_seconds: float
-    seconds: float
+    compile_seconds: float
     shapes: dict[str, str]
+    changed: list[str]
     compiled: Any
+
+    @property
+    def seconds(self) -> float:
+        """What all of it took."""
+        return self.lower_seconds + self.compile_seconds
 
     @functools.cached_property
     def memory(self) -> dict[str, int] | None:
         """What the compiler planned, by `planned_memory`."""
         return planned_memory(self.compiled)
 
-    def changed(self, earlier: Sequence[Compilation]) -> list[str]:
-        """Why it was needed: what is new in the shapes since the newest of `earlier`; nothing for the first one."""
-        return differences(earlier[-1].shapes, self.shapes) if earlier else []
-
-    def row(self, earlier: Sequence[Compilation]) -> dict[str, Any]:
-        """As a line of `compile.jsonl`; `earlier` are those before it."""
+    def row(self) -> dict[str, Any]:
+        """As a line of `compile.jsonl`."""
         return {
             "time": _utc(self.started),
             "what": "training step",
-            "seconds": self.lower_seconds + self.seconds,
+            "seconds": self.seconds,
             "lower_seconds": self.lower_seconds,
             "shapes": self.shapes,
-            "changed": self.changed(earlier),
+            "changed": self.changed,
             "memory_bytes": self.memory,
         }
 
@@ -107,14 +157,10 @@ class CompileLog:
         Returns:
             Those of them that are new.
         """
-        if not self._heard and len(compilations) == self._seen:
-            return ()
-        heard, self._heard = self._heard, []
-        new = compilations[self._seen :]
-        spans = [(one.started, one.started + one.lower_seconds + one.seconds) for one in new]
-        rows = [one.row(compilations[: self._seen + number]) for number, one in enumerate(new)]
+        new, (heard, self._heard) = compilations[self._seen :], (self._heard, [])
+        rows = [one.row() for one in new]
         for started, name, seconds in heard:
-            if any(first <= started <= last for first, last in spans):
+            if any(one.started <= started <= one.started + one.seconds for one in new):
                 continue  # the step itself
             self.other_seconds += seconds
             if seconds >= _LONG:

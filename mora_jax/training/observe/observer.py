@@ -1,161 +1,322 @@
-"""Everything that watches a run, behind the few calls that the loop makes."""
+"""What the steps of a run say and cost: a row of metrics for each, its times, utilisation, memory and compilations."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Sequence
-from typing import Any, Self
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import jax
 
+from mora_jax.adapters.products.quantization import packed_sizes
+from mora_jax.errors import InputError
+from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config
-from mora_jax.training.display.plain import Display
-from mora_jax.training.display.summary import bytes_words
-from mora_jax.training.hooks import Hook, Point, Row
-from mora_jax.training.observe import profile
-from mora_jax.training.observe.compile_log import Compilation, CompileLog
+from mora_jax.training.display import bytes_words
+from mora_jax.training.hooks import Hook, Point, Row, Run
+from mora_jax.training.observe.compile_log import CompileLog, device_memory, peak_memory
 from mora_jax.training.observe.flops import CONVENTION, StepFlops, peak_flops
-from mora_jax.training.observe.memory import device_memory, peak_memory
-from mora_jax.training.observe.timing import StepClock, StepTimes
-from mora_jax.training.observe.writers import Background, Writer, open_writers
-from mora_jax.training.run.directory import RunDirectory
+from mora_jax.training.step import StepMetrics
+
+#: What a row says of a step, by name: given its number and its metrics on the host. To add a metric, write one.
+RowMetric = Callable[[int, StepMetrics], dict[str, float]]
 
 
-class Observer(Hook):
-    """Times, utilisation, memory, compilations, traces and the writers of one run in this process.
+def of_every_step(step: int, metrics: StepMetrics) -> dict[str, float]:
+    """What all runs have."""
+    return {
+        "loss": float(metrics.loss),
+        "learning_rate": float(metrics.learning_rate),
+        "grad_norm": float(metrics.grad_norm),
+        "tokens": int(metrics.tokens),
+        "trained_tokens": int(metrics.trained_tokens),
+        "skipped": int(metrics.skipped),
+    }
 
-    Only process 0 writes.
+
+def divergence(step: int, metrics: StepMetrics) -> dict[str, float]:
+    """The mean divergence from the base, where the loss has it."""
+    return {"kl": float(metrics.kl)}
+
+
+def of_preferences(step: int, metrics: StepMetrics) -> dict[str, float]:
+    """Those of an objective of preferences; what no example of the step says is left out."""
+    return {name: float(value) for name, value in metrics.of_loss.items() if math.isfinite(value)}
+
+
+def row_metrics(config: Config, budget: RankBudget | None) -> list[RowMetric]:
+    """The metrics of a run's rows.
 
     Args:
         config: of the run.
-        directory: where it is recorded.
-        display: gets notes.
-        flops: what a step costs.
-        devices: those of the mesh, of all processes.
-        steps: of the whole run.
+        budget: AdaLoRA's; None without.
+    """
+    metrics: list[RowMetric] = [of_every_step]
+    metrics += [divergence] if config.loss.kl_weight or config.loss.reference == "base" else []
+    metrics += [of_preferences] if config.loss.preference else []
+    return metrics + ([] if budget is None else [budget.row])
+
+
+class NonFinite:
+    """What a run says of updates that were left out because loss or gradient was not finite, and when it stops.
+
+    The compiled step leaves them out itself (see `chosen` in state.py).
+
+    Args:
+        limit: updates left out one after the other at which the run stops.
+        learning_rate: the run's, for the advice.
+    """
+
+    def __init__(self, limit: int, learning_rate: float):
+        self._limit, self._learning_rate = limit, learning_rate
+
+    def note(self, step: int, loss: float, grad_norm: float, total: int, in_row: int) -> str | None:
+        """One line about a step whose update was left out; None about any other.
+
+        Args:
+            step: its number, from 1.
+            loss, grad_norm: as the step reported them.
+            total, in_row: updates left out so far, this one included.
+
+        Raises:
+            InputError: it was one too many.
+        """
+        if in_row == 0:
+            return None
+        what = "gradient's norm" if math.isfinite(loss) else "loss"
+        value = grad_norm if math.isfinite(loss) else loss
+        if in_row < self._limit:
+            return (
+                f"step {step}: the {what} is {value}; the update is skipped ({in_row} in a row of at most "
+                f"{self._limit}, {total} in all)"
+            )
+        steps = f"at step {step}" if in_row == 1 else f"at step {step}, number {in_row} in a row that is not finite"
+        raise InputError(
+            f"the {what} is {value} {steps}: lower optimizer.learning_rate (now {self._learning_rate:g}), set "
+            f"optimizer.warmup_steps, or look at the data; train.max_skipped={self._limit} allows no more"
+        )
+
+
+_NORMAL = 1.4826  # a normal distribution's standard deviation, in units of its median absolute deviation
+
+
+class Spikes:
+    """Compares each loss with the median of those before it, in robust standard deviations.
+
+    Median and median absolute deviation (Hampel, 1974) are not moved by the spikes themselves. Of a run of spikes the
+    first is reported; a loss that stays high moves the median in time and is then normal.
+
+    Args:
+        window: losses that are looked back upon.
+        least: losses that must be known first.
+        threshold: robust standard deviations above the median from which a loss is a spike.
+    """
+
+    def __init__(self, window: int = 64, least: int = 16, threshold: float = 8.0):
+        self._losses: deque[float] = deque(maxlen=window)
+        self._least, self._threshold = least, threshold
+        self._inside = False
+
+    def note(self, step: int, loss: float) -> str | None:
+        """Takes a step's loss in; one line about it where a spike begins."""
+        if not math.isfinite(loss):
+            return None
+        score, median = self._score(loss)
+        count = len(self._losses)
+        self._losses.append(loss)
+        began = score > self._threshold and not self._inside
+        self._inside = score > self._threshold
+        if not began:
+            return None
+        return (
+            f"step {step}: the loss {loss:.4f} is a spike, {score:.1f} robust standard deviations above the median "
+            f"{median:.4f} of the {count} steps before"
+        )
+
+    def _score(self, loss: float) -> tuple[float, float]:
+        if len(self._losses) < self._least:
+            return 0.0, math.nan
+        median = statistics.median(self._losses)
+        deviation = _NORMAL * statistics.median(abs(other - median) for other in self._losses)
+        # Losses that are all but equal have no scale of their own; a thousandth of them is no spike.
+        return (loss - median) / max(deviation, 1e-3 * abs(median), 1e-12), median
+
+
+class StepTimes(NamedTuple):
+    """Seconds from the moment at which the step before was known to be done to that of this one.
+
+    The three parts make up the whole. The device computes during all of them: the loop sends the next step before it
+    waits for this one. So `device > 0` says that the loop was there first and the device was never short of work;
+    `device` near 0 says that data (`data_wait`) or the loop (`host`) is what holds the run up.
+
+    Attributes:
+        step: the whole.
+        data_wait: the loop had no batch to send.
+        host: its own work: sending the step, writing metrics, showing them.
+        device: it waited for the device.
+    """
+
+    step: float = 0.0
+    data_wait: float = 0.0
+    host: float = 0.0
+    device: float = 0.0
+
+    def plus(self, other: StepTimes) -> StepTimes:
+        """Part by part."""
+        return StepTimes(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    def row(self) -> dict[str, float]:
+        """As keys of `metrics.jsonl` and `summary.json`."""
+        return {f"{name}_seconds": seconds for name, seconds in self._asdict().items()}
+
+
+class StepClock:
+    """Measures `StepTimes`.
+
+    Attributes:
+        total: of all steps so far.
+    """
+
+    def __init__(self) -> None:
+        self.total = StepTimes()
+        self._steps = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """The next step's time begins now; for what is no part of a step, such as an evaluation."""
+        self._start, self._fresh = time.perf_counter(), True
+        self._data = self._device = 0.0
+
+    def first_sent(self) -> None:
+        """A step goes to the device now. If it is the first since the last start, that was now; for a loop which others
+        may hold up in between."""
+        if self._fresh:
+            self.restart()
+        self._fresh = False
+
+    def exclude(self, seconds: float) -> None:
+        """Leaves out what has just taken so long, such as compiling."""
+        self._start += seconds
+
+    def waited_for_data(self, since: float) -> None:
+        """The loop got its batch now and had asked at `since`, by `time.perf_counter`."""
+        self._data += time.perf_counter() - since
+
+    def waited_for_device(self, since: float) -> None:
+        """The device's result is there now and the loop had asked at `since`."""
+        self._device += time.perf_counter() - since
+
+    @property
+    def mean_step(self) -> float:
+        """Seconds of a step so far, 0 before the first; compiling and evaluations are no part of it."""
+        return self.total.step / max(self._steps, 1)
+
+    def lap(self, now: float | None = None) -> StepTimes:
+        """A step is done, now or at `now` by `time.perf_counter`: its times. The next one's begins."""
+        now = time.perf_counter() if now is None else now
+        seconds = max(now - self._start, 1e-9)
+        times = StepTimes(seconds, self._data, max(seconds - self._data - self._device, 0.0), self._device)
+        self.total = self.total.plus(times)
+        self._steps += 1
+        self._start, self._data, self._device = now, 0.0, 0.0
+        return times
+
+
+class Observer(Hook):
+    """Measures the steps of a run in this process.
 
     Attributes:
         clock: splits the time of steps.
+        last_loss: of the last step whose loss was finite; NaN before the first.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        directory: RunDirectory,
-        display: Display,
-        *,
-        flops: StepFlops,
-        devices: Sequence[jax.Device],
-        steps: int,
-    ):
-        self._config, self._directory, self._display, self._steps = config, directory, display, steps
-        self._flops, self._peak = flops, peak_flops(devices)
-        mine = jax.process_index()
-        self._devices = [device for device in devices if device.process_index == mine]
-        self._writes = mine == 0
-        self._writers: list[Writer] = []
-        self._background = Background(())
-        self._compile_log = CompileLog(directory.append_compilations if self._writes else lambda rows: None)
-        self._profile = self._trace(range(0))
+    def __init__(self, run: Run):
+        self._run, config, assembly = run, run.config, run.assembly
+        self._flops = StepFlops.of(
+            run.setup.model.config,
+            assembly.adapters,
+            assembly.frozen,
+            run.setup.train.lengths,
+            kl=config.loss.kl_weight > 0 or config.loss.reference == "base",
+            packed=packed_sizes(run.setup.model),
+        )
+        devices, process = run.runner.devices, jax.process_index()
+        self._peak = peak_flops(devices)
+        self._devices = [device for device in devices if device.process_index == process]
+        self._metrics = row_metrics(config, assembly.budget)
+        self._nonfinite = NonFinite(config.train.max_skipped, config.optimizer.learning_rate)
+        self._spikes = Spikes()
+        self._compile_log = CompileLog(run.directory.append_compilations)
         self._planned: dict[str, int] | None = None
-        self._traced = False
-        self._compilations: Sequence[Compilation] = ()
-        self._summary: Row | None = None
         self._tokens, self._needed, self._palm = 0, 0.0, 0.0
-        self._open = contextlib.ExitStack()
-        self.clock = StepClock()
-
-    def _trace(self, steps: range) -> profile.Profile:
-        shown = str(self._directory.path / profile.FOLDER)
-        folder = functools.partial(self._directory.files.on_disk, profile.FOLDER)
-        return profile.Profile(folder, shown, steps, self._display.note)
+        self.clock, self.last_loss = StepClock(), math.nan
 
     def __enter__(self) -> Self:
-        self._open.enter_context(self._compile_log)
+        self._compile_log.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._open.__exit__(*exception)
+        self._compile_log.__exit__(*exception)
 
-    def on_start(self, point: Point) -> Point:
-        first = point.step
-        steps = profile.profiled(self._config.log, first, self._steps) if self._writes else range(0)
-        self._profile = self._trace(steps)
-        if self._config.log.profile_steps and self._writes and not steps:
-            self._display.note(f"note: nothing to trace: step {first} is done already")
-        if self._writes:
-            self._writers = open_writers(self._config, self._directory, first)
-            self._background = Background(self._writers)
-            self._open.callback(lambda: self._background.close(self._summary))
-        self._open.callback(self._profile.stop)
-        return point
+    def remember(self, row: Row) -> None:
+        if row.get("loss") is not None:
+            self.last_loss = row["loss"]
+            self._spikes.note(row["step"], row["loss"])
 
-    def on_begin(self, step: int) -> None:
-        self._profile.before(step)
-
-    def sent(self, number: int, compilations: Sequence[Compilation]) -> None:
-        """A step was sent to the device, which took the compilations so far."""
-        self._compilations = compilations
-        for one in self._compile_log.take(compilations):
-            seconds = one.lower_seconds + one.seconds
+    def sent(self, step: int) -> None:
+        """A step was sent to the device; reports what was compiled for it."""
+        for one in self._compile_log.take(self._run.runner.compilation_log):
             # Compiling is reported on its own; it is no part of any step's time.
-            self.clock.exclude(seconds)
+            self.clock.exclude(one.seconds)
             planned = one.memory
-            self._planned = max((self._planned, planned), key=lambda found: found["total"] if found else 0)
+            self._planned = max((self._planned, planned), key=lambda sizes: sizes["total"] if sizes else 0)
             # One change tells why; compile.jsonl has all of them.
-            changed = one.changed(compilations[: compilations.index(one)])[:1]
-            again = f" again for step {number} ({changed[0]})" if changed else ""
+            again = f" again for step {step} ({one.changed[0]})" if one.changed else ""
             size = f"; it takes {bytes_words(planned['total'])} a device" if planned else ""
-            self._display.note(f"compiled the training step{again} in {seconds:.1f} s{size}")
+            self._run.display.note(f"compiled the training step{again} in {one.seconds:.1f} s{size}")
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether the trace ends with this step."""
-        return self._profile.ends(step)
+    def row(self, step: int, on_device: StepMetrics, last: bool) -> dict[str, Any] | None:
+        """Waits for a step's metrics: its row; None for a step that is not logged.
 
-    def on_pause(self, point: Point) -> Point:
-        if self._profile.ends(point.step):
-            self._profile.stop()
-            self._traced = True
-        return point
+        `mfu` is None where the devices' peak isn't known.
 
-    def lap(self, now: float, tokens: int, trained_tokens: int) -> StepTimes:
-        """A step was found done on the device at `now`, by `time.perf_counter`."""
-        self._tokens += tokens
-        self._needed += self._flops.needed(tokens, trained_tokens)
-        self._palm += self._flops.palm(tokens)
-        return self.clock.lap(now)
-
-    def measures(self, times: StepTimes, tokens: int, trained_tokens: int) -> dict[str, Any]:
-        """What a row of `metrics.jsonl` says of the machine; `mfu` is None where the devices' peak isn't known."""
+        Raises:
+            InputError: too many updates were left out because they were not finite.
+        """
+        asked = time.perf_counter()
+        metrics, there = self._run.runner.read(on_device)
+        self.clock.waited_for_device(asked)
+        row: dict[str, Any] = {"step": step}
+        for metric in self._metrics:
+            row |= metric(step, metrics)
+        loss, tokens, trained_tokens = row["loss"], row["tokens"], row["trained_tokens"]
         needed = self._flops.needed(tokens, trained_tokens)
-        return {
-            "tokens_per_second": tokens / times.step,
-            "mfu": self._share(needed, times.step),
-            **times.row(),
-            **device_memory(self._devices),
-        }
-
-    def on_step(self, row: Row) -> None:
-        """Adds a row to `metrics.jsonl` and to whatever else is written."""
-        if self._writes:
-            self._directory.append_metrics([row])
-        self._background.write(row)
-
-    on_evaluation = on_step
+        self._tokens += tokens
+        self._needed += needed
+        self._palm += self._flops.palm(tokens)
+        times = self.clock.lap(there)
+        skip = self._nonfinite.note(step, loss, row["grad_norm"], row["skipped"], int(metrics.skipped_in_row))
+        for note in (skip, self._spikes.note(step, loss) if trained_tokens else None):
+            if note:
+                self._run.display.note(note)
+        self.last_loss = loss if math.isfinite(loss) else self.last_loss
+        if not last and step % self._run.config.train.log_every:
+            return None
+        speed = {"tokens_per_second": tokens / times.step, "mfu": self._utilisation(needed, times.step)}
+        return row | speed | times.row() | device_memory(self._devices)
 
     def summary(self, point: Point) -> dict[str, Any]:
         """What is said of the machine: of the steps of this process."""
-        self._compile_log.take(self._compilations)
+        self._compile_log.take(self._run.runner.compilation_log)
         total = self.clock.total
-        opened = {writer.name: writer.how_to_open for writer in self._writers}
-        if self._traced:
-            opened["XProf"] = self._profile.how_to_open
         return {
             "tokens_per_second": self._tokens / total.step if total.step else None,
-            "mfu": self._share(self._needed, total.step),
+            "mfu": self._utilisation(self._needed, total.step),
             "mfu_convention": CONVENTION,
-            "mfu_palm": self._share(self._palm, total.step),
+            "mfu_palm": self._utilisation(self._palm, total.step),
             "flops_per_token": self._needed / self._tokens if self._tokens else None,
             "flops_per_token_palm": self._flops.palm(1),
             "peak_flops": self._peak,
@@ -163,11 +324,7 @@ class Observer(Hook):
             "other_compile_seconds": self._compile_log.other_seconds,
             "step_memory_bytes": self._planned,
             **peak_memory(self._devices),
-            "open": opened,
         }
 
-    def on_end(self, summary: Row) -> None:
-        self._summary = summary  # for the writers, when they are closed
-
-    def _share(self, flops: float, seconds: float) -> float | None:
+    def _utilisation(self, flops: float, seconds: float) -> float | None:
         return flops / seconds / self._peak if self._peak and seconds else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import jax
 
 from mora_jax.errors import InputError
 from mora_jax.training.config.schema import Config, LogConfig
+from mora_jax.training.hooks import Hook, Point, Run
 
 FOLDER = "profile"
 # The first step of a process compiles and the second one still warms up.
@@ -43,44 +43,54 @@ def check_profile(config: Config, steps: int) -> None:
         raise InputError(f"log.profile_first={first} must be at most the run's {steps} steps")
 
 
-class Profile:
-    """Starts and ends the trace of one run.
+class Profiler(Hook):
+    """Traces the steps that `log.profile_steps` asks for, in the process that writes."""
 
-    Args:
-        folder: gives the one on this machine's disk where it is written, if there are steps to trace.
-        shown: where it is found afterwards.
-        steps: their numbers.
-        note: shows a line to the user.
-    """
+    def __init__(self, run: Run):
+        self._run, self._steps = run, range(0)
+        self._tracing = self._traced = False
 
-    def __init__(self, folder: Callable[[], Path], shown: str, steps: range, note: Callable[[str], None]):
-        self._folder, self._shown, self._steps, self._note = folder, shown, steps, note
-        self._on = False
+    def __exit__(self, *exception: Any) -> None:
+        self._stop()
 
-    def before(self, step: int) -> None:
-        """To be called before a step is sent."""
-        if step == self._steps.start and self._steps:
+    def on_start(self, point: Point) -> Point:
+        run, log = self._run, self._run.config.log
+        if run.directory.writes and log.profile_steps:
+            self._steps = profiled(log, point.step, run.setup.plan.steps)
+            if not self._steps:
+                run.display.note(f"note: nothing to trace: step {point.step} is done already")
+        return point
+
+    def on_begin(self, step: int) -> None:
+        if self._steps and step == self._steps.start:
             # Events of Python functions would slow the host, which is measured here, and fill most of the file.
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            jax.profiler.start_trace(self._folder(), profiler_options=options)
-            self._on = True
+            jax.profiler.start_trace(self._run.directory.files.on_disk(FOLDER), profiler_options=options)
+            self._tracing = True
 
-    def ends(self, step: int) -> bool:
-        """Whether the trace ends with this step, which must be done on the device before `stop`."""
-        return self._on and step == self._steps.stop - 1
+    def due(self, step: int, last: bool) -> bool:
+        """Whether the trace ends with this step, which has to be done on the device then."""
+        return self._tracing and step == self._steps.stop - 1
 
-    def stop(self) -> None:
-        """Writes the trace and says how to look at it; nothing where none is under way."""
-        if not self._on:
+    def on_pause(self, point: Point) -> Point:
+        if self.due(point.step, point.last):
+            self._stop()
+        return point
+
+    def summary(self, point: Point) -> dict[str, Any]:
+        return {"open": {"XProf": self._how_to_open}} if self._traced else {}
+
+    @property
+    def _how_to_open(self) -> str:
+        return f"xprof --logdir {self._run.directory.path / FOLDER}"
+
+    def _stop(self) -> None:
+        """Writes the trace, if one is under way, and says how to look at it."""
+        if not self._tracing:
             return
-        self._on = False
+        self._tracing, self._traced = False, True
         jax.profiler.stop_trace()
         first, last = self._steps.start, self._steps.stop - 1
         steps = f"step {first}" if first == last else f"steps {first} to {last}"
-        self._note(f"trace of {steps} written; open it with: {self.how_to_open}")
-
-    @property
-    def how_to_open(self) -> str:
-        """The command that shows the trace."""
-        return f"xprof --logdir {self._shown}"
+        self._run.display.note(f"trace of {steps} written; open it with: {self._how_to_open}")

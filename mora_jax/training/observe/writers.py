@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from mora_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from mora_jax.training.config.schema import Config
-    from mora_jax.training.run.directory import RunDirectory
+from mora_jax.training.config.schema import Config
+from mora_jax.training.hooks import Hook, Point, Row, Run
+from mora_jax.training.run.directory import RunDirectory
 
 _SPEED = frozenset(
     {"tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "host_seconds", "device_seconds"}
@@ -84,10 +83,38 @@ def _refusal(why: object) -> InputError:
     )
 
 
-def open_writers(config: Config, directory: RunDirectory, first_step: int) -> list[Writer]:
-    """The writers that a run asks for, ready to go on after `first_step` steps."""
-    writers: list[Writer] = [TensorBoardWriter(directory, config, first_step)] if config.log.tensorboard else []
-    return [*writers, WandbWriter(directory, config)] if config.log.wandb else writers
+class MetricsHook(Hook):
+    """Writes every row into `metrics.jsonl` and to the writers that the run asks for; of several processes one does."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._writers: list[Writer] = []
+        self._background = Background(())
+        self._summary: Row | None = None
+
+    def __exit__(self, *exception: Any) -> None:
+        self._background.close(self._summary)
+
+    def on_start(self, point: Point) -> Point:
+        directory, config = self._run.directory, self._run.config
+        if directory.writes and config.log.tensorboard:
+            self._writers.append(TensorBoardWriter(directory, config, point.step))
+        if directory.writes and config.log.wandb:
+            self._writers.append(WandbWriter(directory, config))
+        self._background = Background(self._writers)
+        return point
+
+    def on_step(self, row: Row) -> None:
+        self._run.directory.append_metrics([row])
+        self._background.write(row)
+
+    on_evaluation = on_step
+
+    def summary(self, point: Point) -> dict[str, Any]:
+        return {"open": {writer.name: writer.how_to_open for writer in self._writers}}
+
+    def on_end(self, summary: Row) -> None:
+        self._summary = summary  # for the writers, when they are closed
 
 
 class Background:

@@ -20,8 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mora_jax.errors import InputError
 from mora_jax.paths import is_local, local_path
-from mora_jax.training.run.identity import check_identity
-from mora_jax.training.run.retry import is_permanent, reason, silenced_loggers, storage_errors, with_retries
+from mora_jax.training.run.storage import is_permanent, reason, silenced_loggers, storage_errors, with_retries
 from mora_jax.training.state import Arrays, TrainState
 
 # What a damaged checkpoint makes orbax and TensorStore raise.
@@ -50,7 +49,7 @@ class Checkpoints:
     Args:
         directory: the folder that holds them, also on `gs://`.
         keep: how many of the newest are kept.
-        identity: what a checkpoint belongs to (identity.py); a restore into something else is refused.
+        identity: what a checkpoint belongs to (`check_identity`); a restore into something else is refused.
         keep_best: how many of those with the lowest evaluation loss are kept in addition.
         note: is told, in one line each, of what went wrong and was repaired.
     """
@@ -65,7 +64,7 @@ class Checkpoints:
         note: Callable[[str], None] = lambda text: None,
     ):
         self._directory = epath.Path(local_path(directory) if is_local(directory) else directory)
-        self._keep = Keeping(keep, keep_best)
+        self._policy = NewestAndBest(keep, keep_best)
         self._identity, self._note = dict(identity), note
         self._writing: Any = None
         self._reported = False  # whether a write has failed for good, which the caller knows
@@ -75,7 +74,7 @@ class Checkpoints:
         self._inner = self._open()
         if keep_best:
             for step in self.steps():
-                self._keep.scored(step, self._metadata(step).get("eval_loss"))
+                self._policy.scored(step, self._metadata(step).get("eval_loss"))
 
     def _open(self) -> Any:
         self._logger.setLevel(logging.CRITICAL)
@@ -84,7 +83,7 @@ class Checkpoints:
             with silenced_loggers():
                 return ocp.training.Checkpointer(
                     self._directory,
-                    preservation_policy=self._keep,
+                    preservation_policy=self._policy,
                     save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                     cleanup_tmp_directories=True,
                 )
@@ -108,18 +107,18 @@ class Checkpoints:
 
     def is_best(self, eval_loss: float | None) -> bool:
         """Whether a state with this evaluation loss belongs to those to keep."""
-        return self._keep.is_best(eval_loss)
+        return self._policy.is_best(eval_loss)
 
     def scored(self, step: int, eval_loss: float | None) -> None:
         """Takes in the evaluation loss of a checkpoint that was written before it was evaluated."""
         if step in self.steps():
-            self._keep.scored(step, eval_loss)
+            self._policy.scored(step, eval_loss)
 
     def best(self) -> tuple[int, float] | None:
         """Step and evaluation loss of the best checkpoint, or None where none is kept for its loss."""
         self._settle()
         written = set(self.steps())
-        scores = [(loss, step) for step, loss in self._keep.scores.items() if step in written]
+        scores = [(loss, step) for step, loss in self._policy.scores.items() if step in written]
         return None if not scores else min(scores)[::-1]
 
     def save(
@@ -142,7 +141,7 @@ class Checkpoints:
         if step in self.steps():
             return
         plain = _plain(state, base)
-        self._keep.scored(step, eval_loss)
+        self._policy.scored(step, eval_loss)
         metadata = self._identity | {"step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
 
         def write() -> Any:
@@ -294,7 +293,7 @@ class Checkpoints:
                 if target.exists():
                     target.rmtree()
                 (self._directory / str(step)).rename(target)
-            self._keep.scores.pop(step, None)
+            self._policy.scores.pop(step, None)
             self._note(
                 f"the checkpoint of step {step} is damaged ({why}): kept as {target}; continuing from step {good}"
             )
@@ -346,6 +345,54 @@ class _Damaged(Exception):
     """A checkpoint that is there and can't be read; says why."""
 
 
+# In the order in which they are compared: what explains most comes first.
+COMPARED = {
+    "base": "base",
+    "quantize": "model.quantize",
+    "method": "adapter.method",
+    "rank": "adapter.rank",
+    "targets": "adapted layers",
+    "arrays": "trained arrays",
+    "data": "data",
+    "evaluation": "evaluation data",
+    "tasks": "evaluation tasks",
+    "restarts": "restarts",
+}
+
+
+def check_identity(written: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compares a checkpoint's identity with a run's.
+
+    Raises:
+        InputError: they differ; one line with both values.
+    """
+    for name, words in COMPARED.items():
+        # What a run did not have, it may have from now on.
+        if written.get(name) is not None and written[name] != expected.get(name):
+            theirs, ours = (
+                _value(name, identity, other) for identity, other in ((written, expected), (expected, written))
+            )
+            raise InputError(
+                f"the checkpoint was written with {words} {theirs}, this run has {ours}; resume with the run's own "
+                f"settings"
+            )
+
+
+def _value(name: str, identity: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """A value in words: of many only what the other doesn't have."""
+    value, against = identity.get(name), other.get(name)
+    if name == "base":
+        return f"{identity.get('base_path')} ({value})"
+    if isinstance(value, list) and isinstance(against, list):
+        return (
+            f"{', '.join(sorted(set(value) - set(against))) or 'none'} beside {len(set(value) & set(against))} others"
+        )
+    if isinstance(value, dict) and isinstance(against, dict):
+        differing = [key for key in sorted({*value, *against}) if value.get(key) != against.get(key)]
+        return ", ".join(f"{key} {value.get(key, 'absent')}" for key in differing[:3])
+    return repr(value)
+
+
 def _plain(state: TrainState, base: Arrays | None) -> dict[str, Any]:
     """The state as arrays that any storage knows; a typed key becomes its bits."""
     plain = {**state._asdict(), "key": jax.random.key_data(state.key)}
@@ -356,7 +403,7 @@ def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-class Keeping:
+class NewestAndBest:
     """A preservation policy for orbax: the newest, and the best by evaluation losses, which may come after the writing.
 
     Attributes:

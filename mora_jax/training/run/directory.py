@@ -215,8 +215,9 @@ class RunDirectory:
         self.files.append("metrics.jsonl", "".join(_line(row) for row in rows))
 
     def append_compilations(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows to `compile.jsonl`, which keeps those of every process that worked on the run."""
-        self.files.append("compile.jsonl", "".join(_line(row) for row in rows))
+        """Adds rows to `compile.jsonl`, which keeps those of every process that resumed the run."""
+        if self.writes:
+            self.files.append("compile.jsonl", "".join(_line(row) for row in rows))
 
     def append_hang(self, report: str) -> None:
         """Adds a report of a hung step to `hangs.txt`."""

@@ -16,7 +16,7 @@ from mora_jax.data.preferences import PreferenceDataset
 from mora_jax.evaluation.preferences import answer_scores
 from mora_jax.interop.fingerprint import base_hash
 from mora_jax.paths import OFF, cache_folder, expanded, local_path, writable
-from mora_jax.training.config.adapter import adapter_config
+from mora_jax.training.config.schema import adapter_config
 from mora_jax.training.hooks import Hook, Point, Run
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import gc
+import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from time import sleep
 from typing import Any, TypeVar
 
 from etils import epath
@@ -20,10 +26,102 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from mora_jax.errors import InputError
-from mora_jax.paths import is_local, local_path
-from mora_jax.training.run.retry import silenced_loggers, with_retries
+from mora_jax.paths import is_local, local_path, replacing
 
 T = TypeVar("T")
+
+# No second try helps against these.
+_PERMANENT = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_PERMANENT_WORDS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "Permission denied", "Read-only file system", "Forbidden")
+# Where the classes of errors of clients of buckets live; none of them has a base in Python itself.
+_CLIENTS = ("gcsfs.retry", "aiohttp.client_exceptions", "google.auth.exceptions", "botocore.exceptions")
+_CLASSES = ("HttpError", "ClientError", "GoogleAuthError", "BotoCoreError")
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """The classes of errors that reading and writing can raise; those of clients as far as they are loaded.
+
+    TensorStore raises ValueError, with the cause in its text.
+    """
+    modules = [sys.modules[name] for name in _CLIENTS if name in sys.modules]
+    classes = [getattr(module, name) for module in modules for name in _CLASSES if hasattr(module, name)]
+    return (OSError, ValueError, *classes)
+
+
+def reason(error: BaseException) -> str:
+    """The error in a few words: what the system said, without the layers that passed it on."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, FileNotFoundError):
+        return "it isn't there"
+    text = " ".join(str(error).split()).partition(" [")[0]
+    return text.rpartition(": ")[2][:200] if "os_error_code" in str(error) else text[:200] or type(error).__name__
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether another try is pointless."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return True
+    return number in _PERMANENT or any(word in str(error) for word in _PERMANENT_WORDS)
+
+
+@contextlib.contextmanager
+def silenced_loggers() -> Iterator[None]:
+    """Keeps what orbax and clients of buckets say to themselves (each error a second time) from a run's stderr."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "gcsfs", "root")]
+    levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    except BaseException:
+        # Coroutines that were left behind complain when they are collected.
+        gc.collect()
+        raise
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def with_retries(
+    action: Callable[[], T],
+    what: str,
+    hint: str,
+    note: Callable[[str], None],
+    *,
+    attempts: int = 4,
+) -> T:
+    """Does something with files, and does it again after 1, 2 and 4 seconds where it fails.
+
+    Args:
+        action: what to do; each try does all of it.
+        what: the sentence's start, such as "the checkpoint of step 4 can't be written to runs/a".
+        hint: how to fix it.
+        note: is told of each failed try.
+        attempts: tries in all.
+
+    Raises:
+        InputError: it failed every time, or in a way that lasts.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except storage_errors() as error:
+            if isinstance(error, InputError):
+                raise
+            why = reason(error)
+            if is_permanent(error) or attempt == attempts:
+                times = f" ({attempt} tries)" if attempt > 1 else ""
+                raise InputError(f"{what}: {why}{times}; {hint}") from None
+            wait = 2.0 ** (attempt - 1)
+            note(f"{what}: {why}; trying again in {wait:g} s")
+            sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
 
 #: What a kind of bucket needs: the package that reaches it, and the extra that installs it.
 BUCKETS = {"gs": ("gcsfs", "gcs")}
@@ -100,36 +198,34 @@ class Files:
         finally:
             os.close(folder)
 
+    def names(self, folder: str = "") -> list[str]:
+        """The names of what is in a folder; none where there is no such folder."""
+        path = self.path / folder
+        entries = self._retry(lambda: list(path.iterdir()) if path.is_dir() else [], folder, "read")
+        return sorted(entry.name for entry in entries)
+
     def present(self, names: tuple[str, ...]) -> list[str]:
         """Those of these files and folders that are there."""
-        return self._retry(lambda: [name for name in names if (self.path / name).exists()], "", "read")
+        there = self.names()
+        return [name for name in names if name in there]
 
     def read(self, name: str) -> bytes | None:
         """What a file holds; None where there is none."""
-
-        def content() -> bytes | None:
-            file = self.path / name
-            return file.read_bytes() if file.is_file() else None
-
-        return self._retry(content, name, "read")
+        file = self.path / name
+        return self._retry(lambda: file.read_bytes() if file.is_file() else None, name, "read")
 
     def write(self, name: str, text: str) -> None:
         """Writes a file, whole or not at all."""
 
         def write_beside() -> None:
-            beside = self.path / f".{name}.tmp"
-            try:
+            with replacing(self.path / name) as beside:
                 beside.write_text(text, encoding="utf-8")
-                beside.replace(self.path / name)
-            except BaseException:  # a signal's, too
-                beside.unlink(missing_ok=True)
-                raise
 
         self._retry(write_beside, name, "written")
 
     def append(self, name: str, text: str) -> None:
         """Adds whole lines to a file, all or none of them."""
-        file = self.path / name
+        file = self.on_disk(name)
 
         def add() -> None:
             size = file.stat().st_size if file.exists() else 0
@@ -143,23 +239,6 @@ class Files:
 
         self._retry(add, name, "written")
 
-    def flush(self) -> None:
-        """Writes what `append` and folders of `on_disk` still hold back: nothing here."""
-
-    def close(self) -> None:
-        """Flushes for the last time."""
-        self.flush()
-
-    def on_disk(self, name: str) -> Path:
-        """A folder on this machine's disk for programs that write there step by step: itself, of a local run."""
-        return self.path / name
-
-    def names(self, folder: str) -> list[str]:
-        """The names of what is in a folder; none where there is no such folder."""
-        path = self.path / folder
-        entries = self._retry(lambda: list(path.iterdir()) if path.is_dir() else [], folder, "read")
-        return sorted(entry.name for entry in entries)
-
     def remove(self, name: str) -> None:
         """Removes a file or a folder, if it is there."""
 
@@ -172,45 +251,28 @@ class Files:
 
         self._retry(gone, name, "removed")
 
+    def on_disk(self, name: str) -> Path:
+        """Where on this machine's disk programs may write a file or a folder step by step: itself, of a local run."""
+        return self.path / name
+
+    def flush(self) -> None:
+        """Writes what `append` and programs in `on_disk` have held back: nothing here."""
+
+    def close(self) -> None:
+        """Flushes for the last time."""
+        self.flush()
+
     @contextlib.contextmanager
     def folder(self, name: str, *, write: bool = True) -> Iterator[Path]:
         """Where a folder of this name is to be written; of several processes only one does."""
         yield self.path / name
 
 
-class Mirror:
-    """A folder on this machine's disk, for programs that write to disks alone, copied into a bucket now and then.
-
-    Args:
-        folder: on the disk; what links to somewhere else is left out.
-        put: copies one file, given its path and its name below the folder.
-    """
-
-    def __init__(self, folder: Path, put: Callable[[Path, str], None]):
-        self.folder = folder
-        self._put = put
-        self._copied: dict[str, tuple[int, int]] = {}
-
-    def copy(self) -> None:
-        """Copies the files that have grown or changed since they were copied last.
-
-        Somebody may be writing to one meanwhile: it is copied again the next time.
-        """
-        for file in sorted(self.folder.rglob("*")):
-            if file.is_symlink() or not file.is_file():
-                continue
-            name, status = str(file.relative_to(self.folder)), file.stat()
-            state = status.st_size, status.st_mtime_ns
-            if self._copied.get(name) != state:
-                self._put(file, name)
-                self._copied[name] = state
-
-
 class BucketFiles(Files):
-    """Files in a bucket, which knows no appending: a file that grows is kept in memory and rewritten.
+    """Files in a bucket, which knows no appending: what grows, grows on this machine's disk and is copied from there.
 
     That happens every 30 seconds at most, and with every `flush`: before each checkpoint, so that a run which goes on
-    from it finds the rows of all its steps. Folders of `on_disk` are copied at the same times.
+    from it finds the rows of all its steps.
     """
 
     remote = True
@@ -220,68 +282,64 @@ class BucketFiles(Files):
 
     def __init__(self, path: Any):
         super().__init__(path)
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._mirrors: dict[str, Mirror] = {}
-        self._growing: dict[str, str] = {}
-        self._unwritten: set[str] = set()
-        self._written = time.monotonic()
+        self._disk: tempfile.TemporaryDirectory[str] | None = None
+        self._copied: dict[Path, tuple[int, int]] = {}  # size and time of files when they were copied last
+        self._flushed = time.monotonic()
+
+    def on_disk(self, name: str) -> Path:
+        if self._disk is None:
+            self._disk = tempfile.TemporaryDirectory(prefix="mora-jax-")
+        return Path(self._disk.name) / name
 
     def write(self, name: str, text: str) -> None:
         # An object appears whole or not at all.
         self._retry(lambda: (self.path / name).write_text(text), name, "written")
-        self._growing.pop(name, None)
-        self._unwritten.discard(name)
+        if self._disk is not None:
+            self.on_disk(name).unlink(missing_ok=True)
 
     def append(self, name: str, text: str) -> None:
-        if name not in self._growing:
-            self._growing[name] = (self.read(name) or b"").decode("utf-8", "replace")
-        self._growing[name] += text
-        self._unwritten.add(name)
-        if time.monotonic() - self._written > self.interval:
+        if not self.on_disk(name).exists():
+            self.on_disk(name).write_bytes(self.read(name) or b"")
+        super().append(name, text)
+        if time.monotonic() - self._flushed > self.interval:
             self.flush()
 
     def flush(self) -> None:
-        for name in sorted(self._unwritten):
-            text = self._growing[name]
-            self.write(name, text)
-            self._growing[name] = text
-        for mirror in self._mirrors.values():
-            mirror.copy()
-        self._written = time.monotonic()
+        if self._disk is not None:
+            self._copy(Path(self._disk.name))
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self.flush()
-        self._mirrors.clear()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-            self._scratch = None
-
-    def on_disk(self, name: str) -> Path:
-        if name not in self._mirrors:
-            if self._scratch is None:
-                self._scratch = tempfile.TemporaryDirectory(prefix="mora-jax-")
-            self._mirrors[name] = self._mirror(self._scratch.name, name)
-        return self._mirrors[name].folder
+        if self._disk is not None:
+            self._disk.cleanup()
+            self._disk = None
 
     @contextlib.contextmanager
     def folder(self, name: str, *, write: bool = True) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="mora-jax-") as scratch:
-            mirror = self._mirror(scratch, name)
-            yield mirror.folder
+        with tempfile.TemporaryDirectory(prefix="mora-jax-") as disk:
+            yield Path(disk) / name
             if write:
-                mirror.copy()
+                self._copy(Path(disk))
 
-    def _mirror(self, scratch: str, name: str) -> Mirror:
-        """A folder on the disk whose files `copy` puts into the bucket's folder of this name."""
+    def _copy(self, disk: Path) -> None:
+        """Copies the files below `disk` that have grown or changed since they were copied last, but for links.
 
-        def put(file: Path, below: str) -> None:
-            def copy() -> None:
-                with file.open("rb") as source, (self.path / name / below).open("wb") as target:
-                    shutil.copyfileobj(source, target, 2**23)
+        Somebody may be writing to one meanwhile: it is copied again the next time.
+        """
+        for file in sorted(disk.rglob("*")):
+            if file.is_symlink() or not file.is_file():
+                continue
+            name, status = file.relative_to(disk), file.stat()
+            state = status.st_size, status.st_mtime_ns
+            if self._copied.get(file) != state:
+                self._retry(functools.partial(_copy_file, file, self.path / name), str(name), "written")
+                self._copied[file] = state
 
-            self._retry(copy, f"{name}/{below}", "written")
 
-        return Mirror(Path(scratch) / name, put)
+def _copy_file(file: Path, target: Any) -> None:
+    with file.open("rb") as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, 2**23)
 
 
 class MemoryFiles(Files):
@@ -296,12 +354,8 @@ class MemoryFiles(Files):
     def make(self) -> None:
         pass
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        yield
-
-    def present(self, names: tuple[str, ...]) -> list[str]:
-        return [name for name in names if name in self._texts]
+    def names(self, folder: str = "") -> list[str]:
+        return [] if folder else list(self._texts)
 
     def read(self, name: str) -> bytes | None:
         return self._texts[name].encode() if name in self._texts else None
@@ -311,9 +365,6 @@ class MemoryFiles(Files):
 
     def append(self, name: str, text: str) -> None:
         self._texts[name] = self._texts.get(name, "") + text
-
-    def names(self, folder: str) -> list[str]:
-        return []
 
     def remove(self, name: str) -> None:
         self._texts.pop(name, None)

@@ -191,8 +191,8 @@ class Placement:
     @property
     def _heads(self) -> str | None:
         """The mesh axis of key/value heads; None where every device has all of them."""
-        whole = "kv_heads" in dict(self.undivided) or self.mesh.shape["tensor"] == 1
-        return None if whole else "tensor"
+        everywhere = "kv_heads" in dict(self.undivided) or self.mesh.shape["tensor"] == 1
+        return None if everywhere else "tensor"
 
     def head_shards(self, rows: int) -> HeadShards:
         """The devices that share the heads of so many rows; uneven rows are everywhere."""
@@ -262,17 +262,17 @@ class Placement:
         groups = tuple(axis for axis in RULES["batch"] if axis not in columns)
         if not columns or ids.shape[0] % self.row_shards:
             return self.rows(table(ids))
-        found = table(constrain(ids, self.sharding(groups)))
-        found = constrain(found, self.sharding(groups, None, columns))
+        rows = table(constrain(ids, self.sharding(groups)))
+        rows = constrain(rows, self.sharding(groups, None, columns))
         # One exchange after the other, the innermost axis first: the partitioner can't do several in one. Columns that
         # are sharded along `tensor` are gathered, those along `context` become shards of the length, those of `fsdp`
         # shards of rows.
         columns = tuple(axis for axis in columns if axis != "tensor")
-        found = constrain(found, self.sharding(groups, None, columns))
+        rows = constrain(rows, self.sharding(groups, None, columns))
         columns = tuple(axis for axis in columns if axis != _CONTEXT)
-        along = (_CONTEXT,) if self.ring(ids.shape[0]) and found.shape[1] % self.mesh.shape[_CONTEXT] == 0 else ()
-        found = constrain(found, self.sharding(groups, along, columns))
-        return constrain(found, self.sharding(RULES["batch"], along))
+        along = (_CONTEXT,) if self.ring(ids.shape[0]) and rows.shape[1] % self.mesh.shape[_CONTEXT] == 0 else ()
+        rows = constrain(rows, self.sharding(groups, along, columns))
+        return constrain(rows, self.sharding(RULES["batch"], along))
 
     def table(self, *states: nnx.State) -> dict[str, NamedSharding]:
         """The stored sharding of every array of a split model, by dotted path."""

@@ -13,11 +13,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.batch import Batch
-from mora_jax.training.observe.compile_log import Compilation, shape_words
-from mora_jax.training.optimizer_offload import moments_on_host
-from mora_jax.training.sharding.device_put import put, put_rows, rows_here
+from mora_jax.training.observe.compile_log import Compilation, differences, shape_words
+from mora_jax.training.sharding.mesh import put, put_rows, rows_here
 from mora_jax.training.sharding.rules import RULES
-from mora_jax.training.state import Arrays, TrainState
+from mora_jax.training.state import Arrays, TrainState, moments_on_host
 from mora_jax.training.step import StepFunction, StepMetrics
 
 Array = jax.Array
@@ -98,15 +97,16 @@ class Runner:
         lowered = self.lower(state, frozen, batch)
         middle = time.perf_counter()
         compiled = lowered.compile()
-        shapes = {name: shape_words(value) for name, value in batch.items()}
         times = middle - start, time.perf_counter() - middle
-        self.compilation_log.append(Compilation(started, *times, shapes, compiled))
+        shapes = {name: shape_words(value) for name, value in batch.items()}
+        log = self.compilation_log
+        log.append(Compilation(started, *times, shapes, differences(log[-1].shapes, shapes) if log else [], compiled))
         return compiled
 
     @property
     def compile_seconds(self) -> float:
         """What all compilations took, tracing included."""
-        return sum(one.lower_seconds + one.seconds for one in self.compilation_log)
+        return sum(one.seconds for one in self.compilation_log)
 
     @property
     def compiled(self) -> list[Any]:
@@ -177,8 +177,8 @@ def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        found = shardings.get(names[-1]) if names else None
-        return whole if found is None or not _fits(found, leaf.shape) else found
+        sharding = shardings.get(names[-1]) if names else None
+        return whole if sharding is None or not _fits(sharding, leaf.shape) else sharding
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

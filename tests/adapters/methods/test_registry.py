@@ -138,7 +138,7 @@ def test_the_command_line_has_the_same_ranges():
     for config in CONFIGS.values():
         for setting in config.settings():
             if (limits := config.limits(setting)) is not None:
-                assert keys()[f"adapter.{setting}"].allowed.bounds == limits.bounds, setting
+                assert keys()[f"adapter.{setting}"].bounds == limits.bounds, setting
 
 
 def test_keys_may_be_a_seed_or_a_key_and_nothing_else():

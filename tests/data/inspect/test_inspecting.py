@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mora_jax.data import Conversation, EncodedDataset, LossWeights, Message, Segment, describe_batch, inspect_data
-from mora_jax.data.inspect.inspecting import inspect_dataset, repeated_prompts, segment_table
+from mora_jax.data.inspect.views import inspect_dataset, repeated_prompts, segment_table
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 
 from mora_jax.data import Conversation, EncodedDataset, Message, make_page
-from mora_jax.data.inspect.inspecting import describe_example, visible
-from mora_jax.data.inspect.terminal import report_view
+from mora_jax.data.inspect.views import describe_example, report_view, visible
 from mora_jax.display.pages import write_page
 
 VOID = {"meta", "rect", "line", "br"}
@@ -100,7 +99,7 @@ def test_nothing_is_loaded(dataset, tokenizer):
     page = make_page(dataset, tokenizer, 1)
     attributes = [attributes for _, attributes in Reader(page).elements]
     assert not any({"src", "href", "srcset", "data"} & set(found) for found in attributes)
-    assert "@import" not in page and "url(" not in page.replace("url(#hatch)", "")
+    assert "@import" not in page and "url(" not in page
     assert "default-src 'none'" in page
     assert "prefers-color-scheme: dark" in page
 
@@ -125,18 +124,20 @@ def test_report_and_advice_are_on_the_page(dataset, tokenizer):
     assert 'class="long"' in make_page(short, tokenizer, 0)
 
 
-def test_bars_stay_inside_the_drawing(tokenizer):
+def test_bars_are_as_long_as_their_rows_are_many(tokenizer):
     rows = [Conversation((Message("user", "a"), Message("assistant", "b " * n))) for n in range(1, 120)]
     for limit in (64, 128, 100_000):
-        reader = Reader(make_page(EncodedDataset.build(rows, tokenizer, max_length=limit), tokenizer, 0))
-        [drawing] = [found for tag, found in reader.elements if tag == "svg"]
-        width, height = map(float, drawing["viewbox"].split()[2:])
-        for tag, found in reader.elements:
-            if tag == "rect" and "x" in found:
-                assert 0 <= float(found["x"]) <= float(found["x"]) + float(found["width"]) <= width
-                assert 0 <= float(found["y"]) <= float(found["y"]) + float(found["height"]) <= height
-            if str(found.get("class")).startswith("limit"):
-                assert 0 <= float(found["x1"]) <= width
+        report = EncodedDataset.build(rows, tokenizer, max_length=limit)
+        page = make_page(report, tokenizer, 0)
+        table = page[page.index("<h2>Row lengths") : page.index("<h2>Tokens")]
+        reader = Reader(table)
+        bars = [found for _, found in reader.elements if found.get("class") in ("count", "long")]
+        shares = [float(re.fullmatch(r"width: (\S+)%", found["style"])[1]) for found in bars]
+        starts, counts = report.report.histogram()
+        assert shares == pytest.approx([100 * n / counts.max() for n in counts if n], abs=0.005)
+        longest = [start >= limit for start, n in zip(starts, counts, strict=True) if n]
+        assert [found["class"] == "long" for found in bars] == longest
+        assert f"max_length {limit}" in table and f"recommended {report.report.recommended_max_length}" in table
 
 
 def test_writing_replaces_whole_files(tmp_path, monkeypatch):
@@ -173,4 +174,3 @@ def test_no_rule_of_the_page_breaks_words_of_a_table_where_they_fit(dataset, tok
     page = make_page(dataset, tokenizer, 1)
     cells = re.search(r"\n(th:first-child, td:first-child \{.*?\})", page)[1]
     assert "overflow-wrap: break-word" in cells, "`anywhere` lets a column shrink to one letter"
-    assert re.search(r'<div class="drawing"><svg [^>]*>', page), "the drawing can be moved where it is too wide"

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from mora_jax.data.read.hf_datasets import HubData, SavedFolder
+from mora_jax.data.read.locate import HubData, SavedFolder
 from mora_jax.errors import InputError
 
 ROWS = [{"text": f"row {i}", "m": [{"a": i}, {"b": None}]} for i in range(2500)]

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mora_jax.data.read.files import TextReader
-from mora_jax.data.read.json_stream import ListReader
+from mora_jax.data.read.files import ListReader, TextReader
 from mora_jax.errors import InputError
 
 PATH = Path("a.json")

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from mora_jax.data.read.files import DataFile
-from mora_jax.data.read.hf_datasets import HubData, SavedFolder
-from mora_jax.data.read.locate import locate
+from mora_jax.data.read.locate import HubData, SavedFolder, locate
 from mora_jax.errors import InputError
 
 

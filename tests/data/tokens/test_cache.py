@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from mora_jax.data import Conversation, EncodedDataset, Message
-from mora_jax.data.sources import Source
+from mora_jax.data.sources import Source, build_store, fingerprint
 from mora_jax.data.tokens import encode
-from mora_jax.data.tokens.cache import build_store, fingerprint
 from mora_jax.data.tokens.encode import CHUNK, RowEncoder, encode_chunks
 from mora_jax.data.tokens.store import TokenStore
 from mora_jax.errors import InputError
@@ -61,13 +60,13 @@ def test_special_tokens_in_texts_may_be_split(tmp_path):
 
 def test_found_again_without_reading(tokenizer, tmp_path):
     encoder = RowEncoder(tokenizer)
-    first = build_store(encoder, raw(1100), {"format": "x"}, folder=tmp_path, key="k")
+    first = build_store(encoder, raw(1100), {"format": "x"}, place=tmp_path / "k")
 
     def unreadable():
         raise AssertionError("the rows were read again")
         yield
 
-    again = build_store(encoder, unreadable(), {}, folder=tmp_path, key="k")
+    again = build_store(encoder, unreadable(), {}, place=tmp_path / "k")
     assert same(first, again) and len(again) == 1100
     assert again.facts["format"] == "x" and again.facts["counts"] == {}
     assert same(first, build_store(encoder, raw(1100), {}))
@@ -77,7 +76,7 @@ def test_found_again_without_reading(tokenizer, tmp_path):
 def test_an_unfinished_one_is_made_again_and_a_failed_one_leaves_nothing(tokenizer, tmp_path):
     (tmp_path / "k").mkdir()
     (tmp_path / "k" / "tokens.arrow").write_bytes(b"half")
-    store = build_store(RowEncoder(tokenizer), raw(3), {}, folder=tmp_path, key="k")
+    store = build_store(RowEncoder(tokenizer), raw(3), {}, place=tmp_path / "k")
     assert len(store) == 3
 
     def broken():
@@ -85,7 +84,7 @@ def test_an_unfinished_one_is_made_again_and_a_failed_one_leaves_nothing(tokeniz
         raise InputError("row 600 is broken")
 
     with pytest.raises(InputError, match="row 600"):
-        build_store(RowEncoder(tokenizer), broken(), {}, folder=tmp_path, key="other")
+        build_store(RowEncoder(tokenizer), broken(), {}, place=tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k", "k.lock", "other.lock"]
 
 
@@ -101,7 +100,7 @@ def _ask(folder: Path, results: object) -> None:
             read.append(item)
             yield item
 
-    store = build_store(RowEncoder(tokenizer), rows(), {}, folder=folder, key="k")
+    store = build_store(RowEncoder(tokenizer), rows(), {}, place=folder / "k")
     results.put((len(read), len(store), int(store[699].input_ids.sum())))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mora_jax.data import Conversation, EncodedDataset, Message, Passage
-from mora_jax.data.tokens.cache import build_store
+from mora_jax.data.sources import build_store
 from mora_jax.data.tokens.encode import ODDITIES, RowEncoder, notes, oddities
 
 

@@ -4,8 +4,7 @@ import pytest
 
 from mora_jax.adapters.config import DoRAConfig, FullConfig, LoRAConfig, MoRAConfig
 from mora_jax.errors import InputError
-from mora_jax.training.config.adapter import adapter_config
-from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, lay_over
+from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, adapter_config, lay_over
 
 
 def section(**values) -> AdapterConfig:

@@ -11,10 +11,9 @@ import pytest
 from mora_jax.adapters.methods.registry import CONFIGS
 from mora_jax.data import MODES
 from mora_jax.errors import InputError
-from mora_jax.training.config.adapter import START
 from mora_jax.training.config.key import split_list
 from mora_jax.training.config.load import check_warmup, config_from_dict, load_config, read_config_file
-from mora_jax.training.config.schema import METHOD_KEYS, Config, LossConfig, keys, unused
+from mora_jax.training.config.schema import METHOD_KEYS, START, Config, LossConfig, keys, unused
 
 REQUIRED = (("model.path", "base"), ("data.train", "rows.json"), ("out", "run"))
 
@@ -55,7 +54,7 @@ def test_defaults_are_the_documented_ones():
 
 def test_every_key_is_documented_and_its_default_is_allowed():
     for name, key in keys().items():
-        assert key.allowed.doc.endswith("."), name
+        assert key.doc.endswith("."), name
         assert key.check(key.default, name) == key.default, name
         assert key.describe(), name
 
@@ -428,7 +427,7 @@ def test_keys_are_those_that_the_methods_declare():
         for name in settings:
             default = CONFIGS[method].field(name).default
             assert section[name].default in (None, default), (method, name)
-            assert section[name].metadata["allowed"].doc.endswith(".")
+            assert section[name].metadata["key"].doc.endswith(".")
     assert METHOD_KEYS["full"] == frozenset()
     assert {"use_dora", "init"} & METHOD_KEYS["dora"] == {"init"}
     assert METHOD_KEYS["pissa"] == METHOD_KEYS["lora"] - {"init"}
@@ -438,11 +437,11 @@ def test_keys_are_those_that_the_methods_declare():
 def test_help_says_where_methods_differ():
     known = keys()
     own = "none: the method's own, 8 (adalora 12, hira 32, miss 64, randlora 32, vera 256)"
-    assert own in known["adapter.rank"].allowed.doc
-    assert known["adapter.target_rank"].allowed.doc.startswith("adalora: mean rank")
-    assert known["adapter.target_rank"].allowed.doc.endswith("none: two thirds of rank.")
-    assert known["adapter.init"].allowed.choices == ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
-    assert known["adapter.rank_pattern"].allowed.doc.endswith("given as REGEX=RANK.")
+    assert own in known["adapter.rank"].doc
+    assert known["adapter.target_rank"].doc.startswith("adalora: mean rank")
+    assert known["adapter.target_rank"].doc.endswith("none: two thirds of rank.")
+    assert known["adapter.init"].choices == ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+    assert known["adapter.rank_pattern"].doc.endswith("given as REGEX=RANK.")
 
 
 def test_unused_keys_of_the_loss_follow_its_mode():

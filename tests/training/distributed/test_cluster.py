@@ -3,7 +3,7 @@
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.distributed.cluster import Cluster, find_cluster, read_flags
+from mora_jax.training.distributed.processes import Cluster, find_cluster, read_flags
 
 SLURM = {
     "SLURM_JOB_ID": "7",

@@ -196,7 +196,7 @@ def test_a_cut_mesh_goes_on_as_another(inputs, unbroken, tmp_path):
 
 JOIN = """
 import sys
-from mora_jax.training.distributed.cluster import Cluster
+from mora_jax.training.distributed.processes import Cluster
 from mora_jax.training.distributed.processes import join
 join(Cluster("the command line", sys.argv[1], int(sys.argv[2]), 2), patience=2)
 """
@@ -224,8 +224,8 @@ SCATTERED = """
 import sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from mora_jax.training.distributed.cluster import read_flags
-from mora_jax.training.sharding.device_put import put_rows, rows_here
+from mora_jax.training.distributed.processes import read_flags
+from mora_jax.training.sharding.mesh import put_rows, rows_here
 from mora_jax.training.distributed.processes import gather, start
 watch = start(read_flags(sys.argv[1], int(sys.argv[2]), 2))
 # Neighbours on a TPU's grid may belong to different hosts.

@@ -2,7 +2,7 @@
 
 import threading
 
-from mora_jax.training.distributed.watchdog import Watchdog
+from mora_jax.training.hooks import Watchdog
 
 
 class Clock:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from mora_jax.training.observe.loss_spikes import Spikes
+from mora_jax.training.observe.observer import Spikes
 
 
 def notes(losses):

@@ -10,17 +10,17 @@ import pytest
 from mora_jax.cli.train import profile_keys
 from mora_jax.errors import InputError
 from mora_jax.training.config.schema import LogConfig
-from mora_jax.training.observe import timing
+from mora_jax.training.observe import observer
 from mora_jax.training.observe.compile_log import CompileLog
+from mora_jax.training.observe.observer import StepClock
 from mora_jax.training.observe.profile import profiled
-from mora_jax.training.observe.timing import StepClock
 from mora_jax.training.observe.writers import Background, tagged
 from mora_jax.training.sharding.runner import Runner
 
 
 def test_the_clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(observer.time, "perf_counter", lambda: now[0])
     clock = StepClock()
     now[0] = 101.0
     clock.waited_for_data(since=100.5)

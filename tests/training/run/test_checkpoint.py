@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.training.run import retry
+from mora_jax.training.run import storage
 from mora_jax.training.run.checkpoint import Checkpoints
 from mora_jax.training.state import Skips, TrainState, initial_state
 
@@ -178,7 +178,7 @@ def test_a_folder_named_from_where_one_stands(tmp_path, monkeypatch):
 
 def test_what_fails_is_tried_again_and_then_reported(monkeypatch):
     waits, notes = [], []
-    monkeypatch.setattr(retry, "sleep", waits.append)
+    monkeypatch.setattr(storage, "sleep", waits.append)
     failures = [OSError(28, "No space left on device"), OSError(5, "Input/output error")]
 
     def action():
@@ -187,17 +187,17 @@ def test_what_fails_is_tried_again_and_then_reported(monkeypatch):
         return 7
 
     what = "x can't be written", "make room", notes.append
-    assert retry.with_retries(action, *what) == 7
+    assert storage.with_retries(action, *what) == 7
     assert waits == [1.0, 2.0]
     assert notes[0] == "x can't be written: No space left on device; trying again in 1 s"
     failures.extend([OSError(28, "No space left on device")] * 9)
     with pytest.raises(InputError, match=r"x can't be written: No space left on device \(4 tries\); make room"):
-        retry.with_retries(action, *what)
+        storage.with_retries(action, *what)
     failures[:] = [OSError(30, "Read-only file system")]
     with pytest.raises(InputError, match="x can't be written: Read-only file system; make room"):
-        retry.with_retries(action, *what)
+        storage.with_retries(action, *what)
     text = "RESOURCE_EXHAUSTED: Failed writing: \"/a\": Failed to write 9 bytes: No space left [os_error_code='28']"
-    assert retry.reason(ValueError(text)) == "No space left"
+    assert storage.reason(ValueError(text)) == "No space left"
 
 
 @contextlib.contextmanager
@@ -217,13 +217,13 @@ def test_a_disk_that_takes_no_more_keeps_the_checkpoints_that_are_there(tmp_path
         checkpoints.save(state(1), wait=True)
         with small_files() as make_room:
             # The write in the background fails; it or the next save hears of it, fails too, waits, and works.
-            monkeypatch.setattr(retry, "sleep", lambda seconds: make_room())
+            monkeypatch.setattr(storage, "sleep", lambda seconds: make_room())
             checkpoints.save(state(2))
             checkpoints.save(state(3))
         assert len(notes) == 2 and re.search("was not written: File too large; writing step [23] now$", notes[0])
         assert notes[1].endswith("File too large; trying again in 1 s")
         with small_files():
-            monkeypatch.setattr(retry, "sleep", lambda seconds: None)
+            monkeypatch.setattr(storage, "sleep", lambda seconds: None)
             with pytest.raises(
                 InputError, match=r"step 4 can't be .*: File too large \(4 tries\); the checkpoint of st"
             ):

@@ -8,29 +8,28 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mora_jax.training.display.choose import make_display
-from mora_jax.training.display.example import example_lines, token_text, window
-from mora_jax.training.display.live import LiveDisplay
-from mora_jax.training.display.plain import (
+from mora_jax.training.display import (
     Display,
+    LiveDisplay,
     RunInfo,
     duration,
+    example_lines,
+    make_display,
     printable,
     speed_words,
+    summary_facts,
     summary_words,
+    token_text,
+    window,
 )
-from mora_jax.training.display.summary import summary_rows
 
 INFO = RunInfo(
-    model="base",
-    dtype="float32",
-    method="lora, rank 8",
-    matched=14,
-    trainable=1_000,
-    total=100_000,
-    loss_mode="masked",
-    trained_fraction=0.25,
-    examples=9,
+    facts={
+        "model": "base (float32)",
+        "method": "lora, rank 8 on 14 layers",
+        "trained": "1,000 of 100,000 parameters (1.00%)",
+        "loss": "masked: 25.0% of the tokens carry loss",
+    },
     steps=4,
     first_example=[
         ("Say \x1b[31m", 0.0),
@@ -217,7 +216,7 @@ MEASURED = {
 
 
 def test_the_table_at_the_end():
-    rows = dict(summary_rows(MEASURED))
+    rows = summary_facts(MEASURED)
     assert rows == {
         "time": "steps 80.0 s, compiling 10.0 s (the step 9.0 s), evaluating, saving and other 10.0 s",
         "steps": "90.0% waiting for the device, 2.5% waiting for data, 7.5% the loop itself",
@@ -226,9 +225,9 @@ def test_the_table_at_the_end():
         "result": "runs/x/adapter",
         "TensorBoard": "tensorboard --logdir runs/x/tensorboard",
     }
-    unknown = dict(summary_rows(MEASURED | {"mfu": None, "tokens_per_second": 10.0}))
+    unknown = summary_facts(MEASURED | {"mfu": None, "tokens_per_second": 10.0})
     assert unknown["compute"] == "40 GFLOP/s; no MFU, as this device's peak isn't known"
-    assert summary_rows(SUMMARY) == []
+    assert summary_facts(SUMMARY) == {}
     stream = io.StringIO()
     Display(stream).finish(MEASURED)
     assert "\nmemory: at most 3.21 GB" in stream.getvalue()

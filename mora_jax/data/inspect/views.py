@@ -1,21 +1,32 @@
-"""A look at a data set: which of its tokens carry loss, how long its rows are, and which loss mode suits it."""
+"""A report as people see it: tables for the terminal, and a web page without network or scripts.
+
+Both read the same without colours.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from mora_jax.data.conversation import Side
 from mora_jax.data.dataset import EncodedDataset, Example
-from mora_jax.data.inspect.advice import advise_on, advise_on_capacity
-from mora_jax.data.inspect.report import NEAR_EMPTY, Report
+from mora_jax.data.inspect.advice import Advice, advise_on, advise_on_capacity
+from mora_jax.data.inspect.report import CAUSES, NEAR_EMPTY, Report
 from mora_jax.data.loss_weights import LossWeights, normalize
 from mora_jax.data.segments import ANSWER, INSTRUCTION, Segment
 from mora_jax.data.sources import Source
+from mora_jax.display.pages import page_template
+from mora_jax.display.tables import table
 from mora_jax.paths import OFF
 
 _REPLACEMENT = "\ufffd"
@@ -238,3 +249,183 @@ def repeated_prompts(dataset: EncodedDataset, tokenizer: Any, most: int = 3) -> 
         text = visible(" ".join(tokenizer.decode(asked[: 2 * _SHOWN].tolist()).split()))
         told.append((text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...", int(counts[place])))
     return told
+
+
+# Columns of the longest bar, where there is room for it beside the other columns.
+_BAR, _SHORTEST_BAR = 36, 8
+_STYLES = {"on": "green", "part": "yellow", "off": "dim"}
+
+
+def facts(report: Report, loss: str, recognised: bool) -> list[tuple[str, str]]:
+    """What is said of a data set before any table: names and words, with control characters written out."""
+    how = "recognised from the first rows; --format names another" if recognised else "as asked"
+    trained = f"{report.trained_fraction:.1%} of the kept tokens carry loss"
+    rows = [
+        ("data", ", ".join(report.files) or "memory"),
+        ("format", f"{report.format or 'none'} ({how})"),
+        ("template", report.template),
+        ("loss mode", loss),
+        ("trained", f"{trained} ({report.trained_tokens:,} of {report.tokens:,})"),
+        ("ratio", report.ratio_words),
+        *((("judged", report.judged_words),) if report.judged_words else ()),
+        *(("bad row", reason) for reason in report.reasons),
+        *(("note", note) for note in report.notes),
+    ]
+    return [(name, visible(words)) for name, words in rows]
+
+
+def outcomes(report: Report) -> list[tuple[str, str, str]]:
+    """What became of the rows, in words, with how many and their share; then what is odd about some of those kept."""
+    rows = [("read", report.rows)]
+    rows += [(f"dropped: {CAUSES[cause]}", n) for cause, n in report.dropped.items()]
+    rows.append(("kept (examples)", report.kept))
+    odd = [
+        ("cut to max_length", report.truncated),
+        ("split into several examples", report.split),
+        ("rendered by the fallback template", report.fell_back),
+        ("ask what an earlier row asks", report.duplicated),
+        (f"answered in {NEAR_EMPTY} tokens or fewer", report.near_empty),
+        ("a token joins the answer to what is around it", report.seam_rows),
+        ("own words hold a special token", report.special_rows),
+    ]
+    rows += [(f"  {words}", n) for words, n in odd if n]
+    return [(words, f"{n:,}", f"{n / report.rows:.1%}" if report.rows else "") for words, n in rows]
+
+
+def segments(report: Report) -> list[dict[str, Any]]:
+    """The kinds of tokens, before any cut, as rows of a table with bars."""
+    rows = segment_table(report)
+    total = sum(count for _, count, _ in rows)
+    return [
+        {"cells": (name, f"{n:,}", f"{n / total:.1%}", f"{weight:.3g}"), "share": n / total, "kind": _kind(weight)}
+        for name, n, weight in rows
+    ]
+
+
+def lengths(report: Report) -> list[dict[str, Any]]:
+    """The classes of lengths, before any cut, as rows of a table with bars, and the limits that lie in each."""
+    starts, rows = (values.tolist() for values in report.histogram())
+    step = starts[1] - starts[0] if len(starts) > 1 else 1
+    limits = {"max_length": report.max_length, "recommended": report.recommended_max_length}
+    classes = []
+    for start, stop, n in zip(starts, [*starts[1:], None], rows, strict=True):
+        inside = [f"{name} {n}" for name, n in limits.items() if n and start <= n and (stop is None or n < stop)]
+        label = f"{start}+" if stop is None else f"{start}-{start + step - 1}"
+        long = bool(report.max_length) and start >= report.max_length
+        share, mark = n / max(*rows, 1), f"<- {', '.join(inside)}" if inside else ""
+        classes.append({"cells": (label, f"{n:,}"), "share": share, "kind": "long" if long else "count", "mark": mark})
+    return classes
+
+
+def _kind(weight: float) -> str:
+    return "on" if weight >= 1 else "part" if weight > 0 else "off"
+
+
+def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, recognised: bool = True) -> Group:
+    """The report of a data set as something to print.
+
+    Args:
+      dataset: the encoded rows, all of their store.
+      tokenizer: the tokenizer that encoded them.
+      console: where it will be printed.
+      recognised: whether the format was found out, not named.
+    """
+    report = dataset.report
+    advice, repeated = advise_on(report), repeated_prompts(dataset, tokenizer)
+    shape = ", ".join(f"{name} {value:,}" for name, value in report.quantiles.items())
+    parts: dict[str, Sequence[RenderableType]] = {
+        "Rows by outcome": [table(("", "rows", "share"), outcomes(report))],
+        "Tokens, before any cut": [_bars(("", "tokens", "share", "mean weight"), segments(report), console)],
+        "Row lengths in tokens, before any cut": [
+            _bars(("tokens", "rows"), lengths(report), console),
+            _indented(f"{shape}\nmax_length {report.length_words}"),
+        ],
+        "Most repeated instructions": [table(("", "rows"), [(text, f"{n:,}") for text, n in repeated])],
+        f"Advice on the loss mode (confidence: {advice.confidence})": [_advice(advice)],
+        "Advice on trained parameters": [_indented(advise_on_capacity(report.trained_tokens))],
+    }
+    if not repeated:
+        del parts["Most repeated instructions"]
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="bold", justify="right")
+    head.add_column(overflow="fold")
+    for name, words in facts(report, dataset.loss.words, recognised):
+        head.add_row(name, Text(words))
+    return Group(head, *itertools.chain(*((Text(f"\n{title}", style="bold"), *part) for title, part in parts.items())))
+
+
+def _indented(text: str) -> Padding:
+    return Padding(Text(text), (0, 0, 0, 1))
+
+
+def _bars(heads: Sequence[str], rows: Sequence[dict[str, Any]], console: Console) -> Table:
+    """A table with a bar in each row, and what is marked behind it."""
+    texts = [(*row["cells"], row.get("mark", "")) for row in rows]
+    taken = sum(max(map(len, column)) + 3 for column in zip((*heads, ""), *texts, strict=True))
+    # A bar that is wrapped would say something else.
+    longest = max(_SHORTEST_BAR, min(_BAR, console.width - taken))
+    char = "█" if console.encoding.lower().startswith("utf") else "#"
+    cells = []
+    for row, (*texts_before, mark) in zip(rows, texts, strict=True):
+        bar = char * max(round(longest * row["share"]), int(row["share"] > 0))
+        cells.append((*texts_before, Text(bar, style=_STYLES.get(row["kind"], "cyan")), mark))
+    return table((*heads, "", ""), cells, words=(0, len(heads), len(heads) + 1))
+
+
+def _advice(advice: Advice) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=9, style="dim")
+    grid.add_column()
+    grid.add_column(overflow="fold")
+    grid.add_row("", "", Text.assemble((advice.mode, "bold"), f": {advice.reason}"))
+    for name, lines in (("evidence", advice.evidence), ("limits", advice.limits)):
+        for place, line in enumerate(lines):
+            grid.add_row("" if place else name, "-", Text(line))
+    return grid
+
+
+def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, recognised: bool = True) -> str:
+    """The page of a data set.
+
+    Args:
+      dataset: the encoded rows, all of their store.
+      tokenizer: the tokenizer that encoded them.
+      examples: how many examples to show.
+      recognised: whether the format was found out, not named.
+
+    Returns:
+      HTML. Whatever comes from the data is escaped, and control characters are written out.
+    """
+    report = dataset.report
+    return page_template("page.html.jinja", Path(__file__).parent).render(
+        report=report,
+        names=[os.path.basename(name.rstrip("/")) or name for name in report.files] or ["rows in memory"],
+        facts=facts(report, dataset.loss.words, recognised),
+        outcomes=outcomes(report),
+        segments=segments(report),
+        lengths=lengths(report),
+        repeated=repeated_prompts(dataset, tokenizer, most=5),
+        advice=advise_on(report),
+        capacity=advise_on_capacity(report.trained_tokens),
+        examples=[
+            {
+                "source": example.source,
+                "tokens": len(example),
+                "trained": int((example.weights > 0).sum()),
+                "weight": example.weight,
+                "runs": list(_runs(example, tokenizer)),
+            }
+            for example in first_examples(dataset, examples)
+        ],
+    )
+
+
+def _runs(example: Example, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """An example as runs of tokens of one weight and segment."""
+    numbered = enumerate(zip(example.input_ids.tolist(), describe_example(example, tokenizer), strict=True))
+    for (weight, segment), members in itertools.groupby(numbered, key=lambda item: item[1][1][1:]):
+        tokens = [
+            {"text": visible(text), "title": f"token {place}: id {token}, weight {weight:.3g}, {segment}"}
+            for place, (token, (text, _, _)) in members
+        ]
+        yield {"weight": f"{weight:.3g}", "kind": _kind(weight), "segment": segment, "tokens": tokens}
