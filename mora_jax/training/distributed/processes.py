@@ -2,6 +2,11 @@
 
 Every process runs the same program on its own devices and its own rows of each batch. Process 0 alone writes the run's
 files and prints. One process can't run without the others: what ends one ends all (see peer_monitor.py).
+
+Which processes make up a run is what the launcher's environment says, before JAX is asked.
+`jax.distributed.initialize()` finds TPU VMs, SLURM and Open MPI by itself, but it fails or waits where there is nothing
+to find, and gives every process of SLURM one GPU even if it is alone on its host. So it is called only where an
+environment is found here, and told which devices to take.
 """
 
 from __future__ import annotations
@@ -171,7 +176,7 @@ def join(cluster: Cluster, patience: float = PATIENCE) -> None:
     Where the others don't come in time, the process ends with one line and the code of a lost process: JAX would abort.
 
     Args:
-        cluster: from cluster.py.
+        cluster: from `find_cluster` or `read_flags`.
         patience: seconds to wait for the others.
 
     Raises:

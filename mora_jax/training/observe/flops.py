@@ -8,6 +8,9 @@ optimizer and elementwise work don't count, nor does a causal mask halve the att
 Adapters need less: frozen weights have no gradient, so `needed` counts 2N + 2N + 2·(trained N) + 12·L·H·Q·T, and the
 output head only for tokens that carry loss, the only ones whose logits are computed. Where every weight is trained
 and every token carries loss, it is PaLM's number.
+
+What accelerators can do is from their makers' data sheets: one table, for utilisation and for planning. A device that
+is not in the table has no figures here, and whatever needs them says so instead of guessing.
 """
 
 from __future__ import annotations
