@@ -52,6 +52,7 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
         ("finetune", 1),
         ("evaluation", 1),
         ("walkthrough", 8),
+        ("preferences", 1),
         ("own_models", 17),
         ("transforms", 6),
         ("convert", 3),

@@ -191,17 +191,13 @@ class Stack:
         self._state, self._frozen = self._runner.place(stacked), self._runner.place(shared | own)
 
     def _joined(self) -> dict[str, np.ndarray]:
-        """The batches with what else each run brings along, padded to one length."""
-        longest = max(batch["input_ids"].shape[-1] for batch in self._batches)
+        """The batches with what else each run brings along, padded to one shape."""
         columns: dict[str, list[Any]] = {}
         for batch, member, done in zip(self._batches, self._members, self._done, strict=True):
-            length = batch["input_ids"].shape[-1]
             rate = member.rates[min(done, len(member.rates) - 1)]
             for name, value in (batch | hyperparameters(member.optimizer, rate)).items():
-                if value.ndim == 3 and length < longest:
-                    value = np.pad(value, ((0, 0), (0, 0), (0, longest - length)))
                 columns.setdefault(name, []).append(value)
-        return {name: np.stack(values) for name, values in columns.items()}
+        return {name: np.stack(_padded(values)) for name, values in columns.items()}
 
     @property
     def device(self) -> jax.Device:
@@ -216,6 +212,15 @@ class Stack:
     def state_of(self, index: int) -> TrainState:
         """A run's part of the stacked state, as a run alone would have it."""
         return self._slice(self._state, index)
+
+
+def _padded(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Arrays of one shape, with zeros behind what is shorter: of rows, and of the examples that share one."""
+    shape = tuple(map(max, zip(*(array.shape for array in arrays), strict=True)))
+    widths = ([(0, most - size) for most, size in zip(shape, array.shape, strict=True)] for array in arrays)
+    return [
+        array if array.shape == shape else np.pad(array, width) for array, width in zip(arrays, widths, strict=True)
+    ]
 
 
 class Member(Runner):

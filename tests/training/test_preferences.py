@@ -470,3 +470,26 @@ def test_rows_of_another_kind(model_path):
         tune(model_path, LABELS)
     with pytest.raises(InputError, match="rows of pairs"):
         tune(model_path, [{"prompt": "Hi", "completion": "Hello"}] * 3)
+
+
+def test_runs_of_a_sweep_are_those_of_runs_alone(model_path, result):
+    from mora_jax.sweeps.board import Board
+
+    rates = (1e-2, 3e-2)
+    keys = KEYS | {"loss.objective": "dpo"}
+    swept = mj.sweep(
+        str(model_path),
+        ROWS,
+        LORA,
+        grid={"optimizer.learning_rate": rates},
+        steps=3,
+        config=keys,
+        board=Board(io.StringIO()),
+    )
+    assert len(swept.runs) == 2
+    np.testing.assert_allclose(losses(swept.runs[0]), losses(result), rtol=1e-5)
+    names = ("margin", "reward_accuracy", "kl")
+    for name in names:
+        ours, alone = ([row[name] for row in of.metrics if "loss" in row] for of in (swept.runs[0], result))
+        np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-6)
+    assert losses(swept.runs[1])[-1] < losses(swept.runs[0])[-1]

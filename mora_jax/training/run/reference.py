@@ -17,6 +17,7 @@ from mora_jax.evaluation.preferences import answer_scores
 from mora_jax.interop.fingerprint import base_hash
 from mora_jax.paths import OFF, cache_folder, expanded, local_path, writable
 from mora_jax.training.config.schema import adapter_config
+from mora_jax.training.distributed.processes import several
 from mora_jax.training.hooks import Hook, Point, Run
 
 
@@ -57,10 +58,13 @@ class ReferenceHook(Hook):
         return scores.logp
 
     def _file(self, dataset: PreferenceDataset) -> Path | None:
-        """Where the log-probabilities are kept; None where what training begins from isn't all in files."""
+        """Where the log-probabilities are kept; None where what training begins from isn't all in files.
+
+        Processes compute them together, so that none may find a file that another doesn't see.
+        """
         run, config = self._run, self._run.config
         folder = cache_folder() if config.data.cache is None else local_path(config.data.cache)
-        if config.data.cache == OFF or not run.setup.loaded or folder is None or not writable(folder):
+        if several() or config.data.cache == OFF or not run.setup.loaded or folder is None or not writable(folder):
             return None
         # A fresh adapter leaves the base as it is, but for rounding where it takes a part of it.
         method = adapter_config(config.adapter)
