@@ -40,13 +40,18 @@ def main() -> None:
     held_out, train = ([rows[number] for number in part] for part in np.split(order, [args.held_out]))
     train = train[: args.steps * BATCH_SIZE]  # each pair once
     rates = {"lora": 5e-5, "mora": 5e-5} | {name: float(rate) for name, rate in (x.split("=") for x in args.rate)}
+    model, tokenizer = mj.load_pretrained(args.model, dtype="float32")
+    texts = None if args.texts is None else plain_texts(args.texts, tokenizer, args.max_length)
+    before = None if texts is None else score(model, texts, batch_size=8).nll
     lines = []
     for seed in range(args.seeds):
         for method, adapter in METHODS.items():
-            model, tokenizer = mj.load_pretrained(args.model, dtype="float32")
-            texts = None if args.texts is None else plain_texts(args.texts, tokenizer, args.max_length)
-            before = None if texts is None else score(model, texts, batch_size=8).nll
-            settings = {"seed": seed, "data.max_length": args.max_length, "data.truncation": "prompt_first"}
+            settings = {
+                "seed": seed,
+                "model.dtype": "float32",
+                "data.max_length": args.max_length,
+                "data.truncation": "prompt_first",
+            }
             settings |= {"loss.reference": "cached", "optimizer.warmup_steps": args.steps // 10}
             settings |= {"train.eval_on_start": False, "data.cache": str(args.out / "tokens")}
             result = mj.finetune(
@@ -63,7 +68,7 @@ def main() -> None:
                 overwrite=True,
             )
             final = {"method": method, "seed": seed, "rate": rates[method]} | result.metrics[-1]
-            if texts is not None:
+            if texts is not None and before is not None:
                 final["forgotten"] = score(result.model, texts, batch_size=8).nll - before
             lines.append(final)
             print(json.dumps(final), flush=True)
@@ -77,8 +82,8 @@ def main() -> None:
 
 
 def plain_texts(path: str, tokenizer, max_length: int) -> EncodedDataset:
-    """The first texts of a file, whole paragraphs."""
-    rows = [row for row in load_rows(path, format="text") if len(str(row)) > 200][:64]
+    """The first paragraphs of a file."""
+    rows = [row for row in load_rows(path, format="text") if len(str(row)) > 200][:32]
     return EncodedDataset.build(rows, tokenizer, mode="full", max_length=max_length)
 
 
