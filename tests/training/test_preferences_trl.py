@@ -20,7 +20,7 @@ from tests.training.test_preferences import LABELS, ROWS, run
 
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="the extra trl is not installed"),
     pytest.mark.filterwarnings("ignore"),
 ]
 TARGETS = ("q_proj", "v_proj", "down_proj")
