@@ -81,11 +81,16 @@ def test_the_base_and_the_head_get_no_gradient():
     assert all(not np.any(gradient) for gradient in gradients)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_two_heads(softcap):
-    """The tuned one gets a gradient, the base's none."""
+def test_two_heads(softcap, dropout):
+    """The tuned one gets a gradient, the base's none; with dropout on the tuned head it has inputs of its own."""
     hidden, base, kernel, weights = case()
     base_kernel = kernel + 0.3 * np.random.default_rng(5).normal(size=kernel.shape).astype(np.float32)
+    if dropout:
+        dropped = hidden * (np.random.default_rng(6).random(hidden.shape) > 0.3) / 0.7
+        hidden = np.concatenate([hidden, dropped.astype(np.float32)], axis=-1)
+        kernel = np.concatenate([base_kernel, kernel - base_kernel], axis=-1)
 
     def ours(hidden, kernel, base_kernel):
         options = {"softcap": softcap, "shards": 2, "chunk": 5}
@@ -102,7 +107,7 @@ def test_two_heads(softcap):
     value, found = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(hidden, kernel, base_kernel)
     expected, wanted = jax.value_and_grad(plainly, (0, 1))(hidden, kernel)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for one, other in zip(found, (*wanted, 0 * kernel), strict=True):
+    for one, other in zip(found, (*wanted, 0 * base_kernel), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
