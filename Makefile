@@ -2,6 +2,7 @@
 # make test       the tests
 # make test-peers the tests against torch and PEFT, which it installs
 # make test-slice 15 minutes of what `make test` leaves out, of each commit others; MINUTES=
+# make test-colab the tests of what notebooks use, with the oldest versions: those that Colab has (Python 3.13)
 # make test-all   all of them: peers, slow ones, notebooks, the TPU compiler
 # make bench      the tables of benchmarks/, into runs/benchmarks; ARGS="decoding --quick" names one in small sizes
 # make lint       ruff, mypy and shellcheck
@@ -13,7 +14,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers test-slice test-all bench lint docs clean FORCE
+.PHONY: help demo test test-peers test-slice test-colab test-all bench lint docs clean FORCE
 
 CANDIDATES := python3.13 python3.12 python3.11 python3 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -52,6 +53,18 @@ test-peers: $(VENV)/.installed-peers
 MINUTES := 15
 test-slice: $(VENV)/.installed-all
 	$(PYTEST) -m "slow or peers" --slice "$$(git rev-parse HEAD)" --minutes $(MINUTES) --no-loadscope-reorder -rNfE $(ARGS)
+
+# Colab's versions of August 2026, where replacing jax breaks the accelerator's plugin: nothing of these may change.
+COLAB := jax==0.7.2 jaxlib==0.7.2 flax==0.12.0 optax==0.2.8 orbax-checkpoint==0.12.4 transformers==5.15.0 \
+  absl-py==1.4.0 pyarrow==18.1.0 datasets==4.0.0 grain==0.2.18 numpy==2.1.3
+COLAB_TESTS := tests/adapters/test_attach.py tests/adapters/methods tests/linen tests/functional tests/interop/peft \
+  tests/training/test_finetune.py tests/test_environment.py
+test-colab: VENV := .venv-colab
+test-colab:
+	$(MAKE) VENV=$(VENV) $(VENV)/.interpreter
+	$(BIN)/python -m pip install --quiet '.[plots]' $(COLAB)
+	$(BIN)/python -m pip install --quiet 'pytest>=8.3' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.112'
+	$(PYTEST) -m "not slow and not peers" $(or $(TESTS),$(COLAB_TESTS)) $(ARGS)
 
 test-all: TIMEOUT := 7200
 test-all: $(VENV)/.installed-all

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from mora_jax.errors import InputError
 
-#: The pairs of jax and flax that go together, for Pythons before 3.12 and from then on, as in pyproject.toml.
-PAIRS = (
-    {"jax": ">=0.10.2,<0.11", "flax": ">=0.12.8,<0.12.9"},
-    {"jax": ">=0.11.1", "flax": ">=0.12.9"},
-)
+#: The oldest versions that this package runs with, those that Colab has, as in pyproject.toml.
+FLOORS = {"jax": "0.7.2", "flax": "0.12.0"}
+#: From these versions on jax and flax need each other: neither imports beside an older one of the other.
+TOGETHER = {"jax": "0.11.1", "flax": "0.12.9"}
 # Plugins of jax, which have its version: with one of them the new jax has to be installed as this extra.
 _EXTRAS = {"jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13", "libtpu": "tpu"}
 _GPUS = {"cuda", "rocm"}
@@ -42,15 +41,22 @@ def check_versions() -> None:
     Raises:
         ImportError: one line that says what was found and what to install.
     """
-    versions = {name: _version(name) for name in PAIRS[0]}
-    if any(all(_allows(pair[name], version) for name, version in versions.items()) for pair in PAIRS):
+    versions = {name: _version(name) for name in FLOORS}
+    releases = {name: _release(version or "") for name, version in versions.items()}
+    wanted = {name: f">={floor}" for name, floor in FLOORS.items() if releases[name] < _release(floor)}
+    new = {name for name, bound in TOGETHER.items() if releases[name] >= _release(bound)}
+    if len(new) == 1 and not wanted:
+        name = next(iter(TOGETHER.keys() - new))
+        wanted = {name: f">={TOGETHER[name]}"}
+        if sys.version_info < (3, 12):  # for which there is no newer flax
+            wanted = {name: f"<{bound}" for name, bound in TOGETHER.items() if name in new}
+    if not wanted:
         return
     listed = " and ".join(f"{name} {version}" if version else f"no {name}" for name, version in versions.items())
-    extra = next((extra for name, extra in _EXTRAS.items() if _version(name)), None)
-    pair = PAIRS[sys.version_info >= (3, 12)]
-    wanted = " ".join(f"'{name}{f'[{extra}]' if extra and name == 'jax' else ''}{spec}'" for name, spec in pair.items())
+    extra = next((f"[{extra}]" for plugin, extra in _EXTRAS.items() if _version(plugin)), "")
+    packages = " ".join(f"'{name}{extra if name == 'jax' else ''}{bound}'" for name, bound in wanted.items())
     restart = ", then restart the notebook's kernel" if "ipykernel" in sys.modules else ""
-    raise ImportError(f"mora_jax doesn't run with {listed}, found here: pip install -U {wanted}{restart}")
+    raise ImportError(f"mora_jax doesn't run with {listed}, found here: pip install -U {packages}{restart}")
 
 
 def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -134,15 +140,6 @@ def _version(name: str) -> str | None:
         return loaded or importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _allows(specifiers: str, version: str | None) -> bool:
-    release = _release(version or "")
-    for specifier in specifiers.split(","):
-        bound = _release(specifier)
-        if not release or (release < bound if specifier.startswith(">=") else release >= bound):
-            return False
-    return True
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -29,6 +29,7 @@
 # which `pip wheel --no-deps .` makes in a clone.
 
 # %%
+import importlib.metadata
 import importlib.util
 import pathlib
 import subprocess
@@ -38,7 +39,8 @@ if importlib.util.find_spec("mora_jax") is None:
     wheel = next(pathlib.Path().absolute().glob("mora_jax-*.whl"), None)
     source = ".." if pathlib.Path("../pyproject.toml").exists() else wheel
     assert source, "put a wheel of mora_jax beside this notebook"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{source}[plots]"], check=True)
+    same_jax = [f"jax=={importlib.metadata.version('jax')}"] if importlib.util.find_spec("jax") else []
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{source}[plots]", *same_jax], check=True)
 
 # %%
 import json

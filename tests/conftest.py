@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mora_jax import compat
+
 # Four simulated devices, so that sharding and pmap are tested everywhere. The price: they share the cores,
 # and an array on several of them is copied. Code for one device runs on the first as it would alone.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -40,6 +42,8 @@ _PROGRAMS = tempfile.TemporaryDirectory(prefix="mora-jax-programs-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _PROGRAMS.name)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+compat.complete()  # tests use newer names too
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -61,9 +61,9 @@ class TokenEmbedding(nnx.Embed):
             dtype=dtype,
             param_dtype=dtype,
             embedding_init=functools.partial(normal, scale),
-            embedding_metadata={"axes": (axis, "embed")},
             rngs=rngs,
         )
+        self.embedding.set_metadata(axes=(axis, "embed"))
         self.path = path
 
     def __call__(self, inputs: jax.Array, out_sharding: None = None) -> jax.Array:

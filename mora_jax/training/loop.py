@@ -242,6 +242,8 @@ class Trainer:
                 self._begin(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     batch = self._next(batches)
+                    if self._pending is not None and _is_done(self._pending[1]):
+                        self._report()
                     state, metrics = yield batch
                     self.point = Point(step, state, self.point.frozen)  # the state before is no more
                     self.observer.sent(step)
@@ -386,3 +388,8 @@ class Trainer:
         run.directory.files.flush()  # a run with a summary has all its rows
         run.directory.write_json("summary.json", self.summary)
         run.display.finish(self.summary)
+
+
+def _is_done(metrics: StepMetrics) -> bool:
+    """Whether a step has ended: on several CPU devices, and on CPUs with jax before 0.8, its call waits for that."""
+    return all(isinstance(leaf, jax.Array) and leaf.is_ready() for leaf in jax.tree.leaves(metrics))

@@ -20,6 +20,7 @@ from mora_jax.training import loop
 from mora_jax.training.config.load import check_together
 from mora_jax.training.display import Display
 from mora_jax.training.setup import Setup
+from mora_jax.training.sharding.runner import JitRunner
 from tests.evaluation import tiny
 from tests.training.test_loop import Interrupting, config, metrics, quiet
 
@@ -171,6 +172,16 @@ def test_a_step_is_shown_before_another_length_compiles(inputs, tmp_path):
     lengths = [row["tokens"] for row in metrics(tmp_path / "run")]
     second = next(step for step, tokens in enumerate(lengths, 1) if tokens != lengths[0])
     assert display.events == ["compiling", *range(1, second), "compiling", *range(second, 7)]
+
+
+def test_a_step_that_is_done_is_shown_before_the_next_one_is_made(inputs, tmp_path, monkeypatch):
+    """Several CPU devices make a step within its call: its time is not that of two, and the last one's not nothing."""
+    display = Recording()
+    call = JitRunner.__call__
+    monkeypatch.setattr(JitRunner, "__call__", lambda *args: display.events.append("call") or call(*args))
+    settings = {"train__steps": 3, "train__save_every": 0, "mesh__data": 2}
+    assert loop.train(config(inputs, tmp_path / "run", **settings), display) == 0
+    assert [event for event in display.events if event != "compiling"] == ["call", 1, "call", 2, "call", 3]
 
 
 @pytest.mark.parametrize(
