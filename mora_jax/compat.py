@@ -5,6 +5,7 @@ The oldest versions are those that Colab has. Nothing is replaced: a version tha
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 
@@ -24,8 +25,9 @@ def complete() -> None:
     ):
         if not hasattr(owner, name):
             setattr(owner, name, value)
-    if nnx.Dict.get is not _get and not _has_keys(nnx.Dict):
-        nnx.Dict.get = _get  # flax 0.12.6
+    dictionary: Any = nnx.Dict
+    if dictionary.get is not _get and not _has_keys(dictionary):
+        dictionary.get = _get  # flax 0.12.6
 
 
 def _get_value(variable: Any) -> Any:
@@ -49,8 +51,7 @@ def _get(mapping: Any, key: str, default: Any = None) -> Any:
 
 
 def _unregister(listener: Any) -> None:
-    from jax._src import monitoring
-
+    monitoring: Any = importlib.import_module("jax._src.monitoring")
     monitoring._unregister_event_duration_listener_by_callback(listener)
 
 

@@ -392,4 +392,5 @@ class Trainer:
 
 def _is_done(metrics: StepMetrics) -> bool:
     """Whether a step has ended: on several CPU devices, and on CPUs with jax before 0.8, its call waits for that."""
-    return all(isinstance(leaf, jax.Array) and leaf.is_ready() for leaf in jax.tree.leaves(metrics))
+    leaves: list[Any] = jax.tree.leaves(metrics)
+    return all(isinstance(leaf, jax.Array) and leaf.is_ready() for leaf in leaves)
