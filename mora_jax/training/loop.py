@@ -393,4 +393,4 @@ class Trainer:
 def _is_done(metrics: StepMetrics) -> bool:
     """Whether a step has ended: on several CPU devices, and on CPUs with jax before 0.8, its call waits for that."""
     leaves: list[Any] = jax.tree.leaves(metrics)
-    return all(isinstance(leaf, jax.Array) and leaf.is_ready() for leaf in leaves)
+    return all(getattr(leaf, "is_ready", bool)() for leaf in leaves)
