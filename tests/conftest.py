@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mora_jax import compat
+from mora_jax.adapters import compat
 
 # Four simulated devices, so that sharding and pmap are tested everywhere. The price: they share the cores,
 # and an array on several of them is copied. Code for one device runs on the first as it would alone.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax import compat
+from mora_jax.adapters import compat
 from mora_jax.adapters.base import Adapter, params_of
 from mora_jax.adapters.matrices import FORMS, LayerForm, Matrix, bias_param, product_of, registered, stack_of, weight_of
 from mora_jax.adapters.products.around import around, attended, embedded
