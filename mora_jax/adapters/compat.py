@@ -39,7 +39,7 @@ def _set_value(variable: Any, value: Any) -> None:
 
 
 def _has_keys(mapping: Any) -> bool:
-    """Whether a missing key is a KeyError, as `Mapping.get` needs it."""
+    """Whether a missing key is a KeyError, as mappings need it to give their default."""
     try:
         return mapping().get("missing") is None
     except AttributeError:
