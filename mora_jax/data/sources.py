@@ -1,4 +1,7 @@
-"""From files to a store of tokens: reading, converting, rendering and tokenising, with all their settings."""
+"""From files to a store of tokens: reading, converting, rendering and tokenising, with all their settings.
+
+Tokens are kept on disk between runs, under a name that says all they depend on.
+"""
 
 from __future__ import annotations
 

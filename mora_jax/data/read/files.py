@@ -2,6 +2,8 @@
 
 Parquet goes through Arrow. JSON and CSV do not: its readers guess types from the values, so that an answer
 "2011-01-01" comes back as a datetime and "007" as 7, and their errors know neither row nor key.
+
+A JSON list is read element by element: only the current element and one piece of the file are in memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A chat template written in Jinja, the tokenizer's own or a user's file, as something that renders text."""
+"""A chat template written in Jinja, the tokenizer's own or a user's file, as something that renders text.
+
+What it writes around a message is seen on short conversations of stand-ins.
+"""
 
 from __future__ import annotations
 

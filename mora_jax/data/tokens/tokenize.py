@@ -1,4 +1,7 @@
-"""Rendered text to tokens: one pass of the tokenizer, and a segment for every token from its offsets."""
+"""Rendered text to tokens: one pass of the tokenizer, and a segment for every token from its offsets.
+
+A tokenizer is loaded without the notices that `transformers` prints on import.
+"""
 
 from __future__ import annotations
 

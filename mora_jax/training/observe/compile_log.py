@@ -1,4 +1,7 @@
-"""What was compiled, when, for which shapes, how long it took, and why it was not the first time."""
+"""What was compiled, when, for which shapes, how long it took, and why it was not the first time.
+
+Memory is that of the devices during a run, and of a compiled step as the compiler planned it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Checkpoints of what training changes: adapters, optimizer state, step, key and counts of skipped updates.
 
 Of the base model only what restarts have changed is written (see relora.py); otherwise it is on disk already.
+
+A checkpoint belongs to a base, a method, a rank, layers and data: a restore into something else is refused.
 """
 
 from __future__ import annotations

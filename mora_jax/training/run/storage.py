@@ -1,4 +1,7 @@
-"""The files of a run's folder, on a disk or in a bucket: each written whole, or growing line by line."""
+"""The files of a run's folder, on a disk or in a bucket: each written whole, or growing line by line.
+
+What disks, network folders and buckets do to a run is told in words, and tried again where that may help.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The mesh: how many devices lie along each of its axes, and which rows they share."""
+"""The mesh: how many devices lie along each of its axes, and which rows they share.
+
+Of several processes each can reach its own devices alone: arrays are placed accordingly.
+"""
 
 from __future__ import annotations
 

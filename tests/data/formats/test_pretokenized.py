@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mora_jax.data import Passage, TokenRow
 from mora_jax.data.formats.column_mapping import Mapping
-from mora_jax.data.formats.pretokenized import read_segments, read_tokens
+from mora_jax.data.formats.registry import read_segments, read_tokens
 from mora_jax.errors import InputError
 
 NAN = float("nan")
