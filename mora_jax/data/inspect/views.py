@@ -411,7 +411,7 @@ def make_page(dataset: EncodedDataset, tokenizer: Any, examples: int = 3, *, rec
             {
                 "source": example.source,
                 "tokens": len(example),
-                "trained": int((example.weights > 0).sum()),
+                "trained": int((training_weights(example) > 0).sum()),
                 "weight": example.weight,
                 "runs": list(_runs(example, tokenizer)),
             }
