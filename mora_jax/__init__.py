@@ -26,7 +26,7 @@ _HOMES = {
     "load_adapter": "mora_jax.interop",
     "save_adapter": "mora_jax.interop",
     "finetune": "mora_jax.training.finetune",
-    "sweep": "mora_jax.sweeps.sweep",
+    "sweep": "mora_jax.sweeps.train",
     "NamedAdapters": "mora_jax.interop.multi_adapter",
     "InputError": "mora_jax.errors",
 }
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from mora_jax.interop import save_adapter as save_adapter
     from mora_jax.interop import save_pretrained as save_pretrained
     from mora_jax.interop.multi_adapter import NamedAdapters as NamedAdapters
-    from mora_jax.sweeps.sweep import sweep as sweep
+    from mora_jax.sweeps.train import sweep as sweep
     from mora_jax.training.finetune import finetune as finetune
 
 

@@ -16,8 +16,8 @@ from string import Template
 from mora_jax.studies.claims import Claim, claims, to_json
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import interval
-from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.results import Results
+from mora_jax.studies.run import STUDIES
 
 ROOT = Path(__file__).parents[1]
 PAGE, TEMPLATE = ROOT / "docs/studies/index.md", Path(__file__).with_suffix(".md")

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise InputError("chat reads standard input, which is closed")
     from mora_jax.cli.load import named_adapters
-    from mora_jax.evaluation.session import ChatSession
+    from mora_jax.evaluation.chat import ChatSession
 
     adapters = named_adapters(args.adapter)
     model, tokenizer, options = load_speaker(args, {})

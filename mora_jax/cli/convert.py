@@ -150,8 +150,8 @@ def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
     from mora_jax.interop.read_adapter import read_adapter
 
     folders = named_adapters(args.adapter)
-    whole = any(needs_base(folder) for folder in folders.values())
-    model = load_pretrained(args.model, dtype="float32")[0] if whole else load_shapes(args.model)
+    needs_weights = any(needs_base(folder) for folder in folders.values())
+    model = load_pretrained(args.model, dtype="float32")[0] if needs_weights else load_shapes(args.model)
     adapters = {name: read_adapter(model, folder, strict=args.strict)[0] for name, folder in folders.items()}
     weights = dict(zip(folders, args.weights, strict=True))
     by_path, conversion = combine(model, adapters, weights, args.combine, args.rank)

@@ -96,13 +96,13 @@ def _caches(problems: list[str]) -> list[dict[str, Any]]:
 def _kernels(problems: list[str]) -> list[dict[str, Any]]:
     from mora_jax.models.attention.compare import compare
 
-    found = []
+    comparisons = []
     for one in compare():
         print(f"compared {one.kernel}, {one.rows}: {one.seconds:.1f} s", file=sys.stderr)
-        found.append(one._asdict() | {"agrees": one.agrees})
+        comparisons.append(one._asdict() | {"agrees": one.agrees})
         if not one.agrees:
             problems.append(
                 f"attention by {one.kernel} on {one.rows} is off by {one.error:.1e} (right: {one.tolerance:.0e}): set "
                 "model.attention=xla, and report it with this output"
             )
-    return found
+    return comparisons

@@ -83,9 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_task(args: argparse.Namespace) -> int:
     """Evaluates a task; what can be refused is refused before the model is loaded."""
-    from mora_jax.evaluation.metrics.compare import in_order_of
-    from mora_jax.evaluation.tasks.examples import make_examples, read_rows
-    from mora_jax.evaluation.tasks.results import compare_with, read_records, result_table, write_results
+    from mora_jax.evaluation.metrics.estimate import in_order_of
+    from mora_jax.evaluation.tasks import examples, results
     from mora_jax.evaluation.tasks.run import metrics_of, run_task
     from mora_jax.evaluation.tasks.task import load_task
     from mora_jax.interop.atomic_folder import check_out
@@ -94,26 +93,25 @@ def _run_task(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_out(args.out, overwrite=args.overwrite)
     where = {"split": args.split, "subset": args.subset, "streaming": args.streaming}
-    rows = read_rows(args.data, whole_texts=task.type == "text", **where)
-    examples = make_examples(task, rows, shots=args.shots, limit=args.limit)
+    rows = examples.read_rows(args.data, whole_texts=task.type == "text", **where)
+    questions = examples.make_examples(task, rows, shots=args.shots, limit=args.limit)
     if args.compare is not None:
-        in_order_of([vars(example) for example in examples], read_records(args.compare, task.name))
-    metrics = metrics_of(task, examples, (args.metrics or "").split(",") if args.metrics is not None else ())
+        in_order_of([vars(question) for question in questions], results.read_records(args.compare, task.name))
+    metrics = metrics_of(task, questions, () if args.metrics is None else args.metrics.split(","))
     scorer = _scorer(args)
     with progress("generating" if task.type == "generate" else "scoring") as report:
-        result = run_task(task, examples, scorer, metrics=metrics, progress=report)
+        result = run_task(task, questions, scorer, metrics=metrics, progress=report)
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    comparison = None if args.compare is None else compare_with(args.compare, result, metrics)
-    found = result.to_dict()
-    if comparison is not None:
-        found["comparison"] = {name: one.to_dict() for name, one in comparison.items()}
+    comparison, compared = None, {}
+    if args.compare is not None:
+        comparison = results.compare_with(args.compare, result, metrics)
+        compared = {"comparison": {name: one.to_dict() for name, one in comparison.items()}}
     if args.out is not None:
         names = ("model", "adapter", "data", "limit", "shots", "batch_size", "max_length", "dtype", "compare")
         settings = {name: getattr(args, name) for name in names}
-        more = {"comparison": found["comparison"]} if comparison is not None else {}
-        write_results(args.out, result, settings, overwrite=args.overwrite, **more)
-    print(json.dumps(found) if args.json else result_table(result, comparison))
+        results.write_results(args.out, result, settings, overwrite=args.overwrite, **compared)
+    print(json.dumps(result.to_dict() | compared) if args.json else results.result_table(result, comparison))
     return 0
 
 

@@ -14,7 +14,7 @@ Many prompts are answered in batches, in their order, with one loading: a text a
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
@@ -68,24 +68,23 @@ def add_speaking(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from mora_jax.cli.load import named_adapters
-    from mora_jax.evaluation import stream_text
-    from mora_jax.evaluation.prompts import with_system
+    from mora_jax.evaluation.chat import Prompt, stream_text
 
-    prompts = None if args.prompts is None else _read(args.prompts, args.system)
+    if args.prompts is not None:
+        prompts = _read(args.prompts, args.system)
+    else:
+        prompts = [Prompt.of("--prompt", args.prompt, args.system)]
     adapters = named_adapters(args.adapter)
     model, tokenizer, options = load_speaker(args, adapters if len(adapters) == 1 else {})
     groups = _groups(model, adapters, args) if len(adapters) > 1 else [Group(model, [None])]
-    if prompts is not None or args.json or groups[0].ids is not None:
-        if prompts is None:
-            prompts = _as_prompts(args.prompt, args.system)
+    if args.prompts is not None or args.json or groups[0].ids is not None:
         _answer_all(groups, tokenizer, prompts, args, options)
         return 0
-    messages = with_system([{"role": "user", "content": args.prompt}], args.system)
     while groups:
         group = groups.pop(0)
         if group.names[0] is not None:
             print(f"[{group.names[0]}]")
-        for piece in stream_text(group.model, tokenizer, messages, **options):
+        for piece in stream_text(group.model, tokenizer, prompts[0].messages, **options):
             print(piece, end="", flush=True)
         print("" if group.names[0] is None else "\n", flush=True)
     return 0
@@ -149,7 +148,7 @@ def _groups(model: Any, adapters: dict[str, str], args: argparse.Namespace) -> l
 
 def _read(path: str, system: str | None) -> Any:
     from mora_jax.data.read.files import open_bytes
-    from mora_jax.evaluation.prompts import read_prompts
+    from mora_jax.evaluation.chat import read_prompts
     from mora_jax.paths import local_path
 
     if path != "-":
@@ -158,12 +157,6 @@ def _read(path: str, system: str | None) -> Any:
     if sys.stdin is None:
         raise InputError("--prompts - reads standard input, which is closed")
     return read_prompts(sys.stdin.buffer, "standard input", system)
-
-
-def _as_prompts(text: str, system: str | None) -> Any:
-    from mora_jax.evaluation.prompts import Prompt, with_system
-
-    return [Prompt("--prompt", {"prompt": text}, with_system([{"role": "user", "content": text}], system))]
 
 
 def _answer_all(groups: list[Group], tokenizer: Any, prompts: Sequence[Any], args: Any, options: dict) -> None:
@@ -203,28 +196,27 @@ def _check_room(model: Any, tokenizer: Any, prompts: Sequence[Any], template: st
 
 def _answers(
     groups: list[Group], tokenizer: Any, prompts: Sequence[Any], batch_size: int, options: dict, report: Any
-) -> Iterator[Iterable[tuple[str | None, str]]]:
+) -> Iterator[list[tuple[str | None, str]]]:
     """What each adapter answers to each prompt: (name, text) pairs a prompt."""
-    from mora_jax.evaluation import generate_batch
-    from mora_jax.evaluation.chat import REPLACEMENT
+    from mora_jax.evaluation.chat import REPLACEMENT, generate_batch
 
     total, done = len(prompts) * sum(len(group.names) for group in groups), 0
     for start in range(0, len(prompts), _BATCHES * batch_size):
         part = range(start, min(start + _BATCHES * batch_size, len(prompts)))
-        spoken: list[list[tuple[str | None, str]]] = [[] for _ in part]
+        answers: list[list[tuple[str | None, str]]] = [[] for _ in part]
         for group in groups:
-            count = len(group.names)
-            answers = generate_batch(
+            asked = [(number, name) for number in part for name in group.names]
+            texts = generate_batch(
                 group.model,
                 tokenizer,
-                [prompts[number].messages for number in part for _ in group.names],
-                batch_size=batch_size * count,
+                [prompts[number].messages for number, _ in asked],
+                batch_size=batch_size * len(group.names),
                 adapter_ids=None if group.ids is None else [*group.ids] * len(part),
-                numbers=[number for number in part for _ in group.names],
+                numbers=[number for number, _ in asked],
                 progress=lambda now, _, done=done: report(done + now, total),  # type: ignore[misc]
                 **options,
             )
-            done += len(answers)
-            for place, answer in enumerate(answers):
-                spoken[place // count].append((group.names[place % count], answer.rstrip(REPLACEMENT)))
-        yield from spoken
+            done += len(texts)
+            for (number, name), text in zip(asked, texts, strict=True):
+                answers[number - start].append((name, text.rstrip(REPLACEMENT)))
+        yield from answers

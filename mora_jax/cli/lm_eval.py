@@ -78,11 +78,11 @@ def command_lines(words: Sequence[str], adapters: dict[str, str], base: bool) ->
     parser = argparse.ArgumentParser(add_help=False)
     for name, short in {"use_cache": "-c", "output_path": "-o", "model": "-M", "config": "-C"}.items():
         parser.add_argument(short, f"--{name}")
-    found = parser.parse_known_args(list(words))[0]
-    model = [] if found.model or found.config else ["--model", "mora_jax"]
+    options = parser.parse_known_args(list(words))[0]
+    model = [] if options.model or options.config else ["--model", "mora_jax"]
     if not adapters and not base:
         return [[*words, *model]]
-    if found.config:
+    if options.config:
         raise InputError("--adapter and --base don't go with the harness's --config: give its options one by one")
     lines = []
     for name, folder in [*([("base", None)] if base else []), *adapters.items()]:
@@ -90,7 +90,7 @@ def command_lines(words: Sequence[str], adapters: dict[str, str], base: bool) ->
         if folder is not None:
             line += ["--model_args", json.dumps({"adapter": folder})]
         for option in ("use_cache", "output_path"):
-            if given := getattr(found, option):
+            if given := getattr(options, option):
                 path = Path(given)
                 line += [f"--{option}", str(path.with_name(f"{path.stem}_{name}{path.suffix}"))]
         lines.append(line)

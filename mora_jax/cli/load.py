@@ -77,7 +77,7 @@ def named_adapters(texts: Iterable[str]) -> dict[str, str]:
     Raises:
         InputError: a text lacks one of the two, there is no adapter, or two have one name.
     """
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or expanded(text).exists():
@@ -89,7 +89,7 @@ def named_adapters(texts: Iterable[str]) -> dict[str, str]:
         place = local_path(path)
         # A run directory holds its adapter in a folder that is always called the same.
         name = name or (place.parent if place.name == "adapter" else place).name
-        if name in found:
+        if name in folders:
             raise InputError(f"two adapters are called {name!r}; name them, as in --adapter NAME={path}")
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Stoppable(lambda words: print(words, file=sys.stderr, flush=True)) as signals:
             # Where a stop hits a finalizer, that is no news.
-            sys.unraisablehook = lambda found: unraisable(found) if signals.received is None else None
+            sys.unraisablehook = lambda error: unraisable(error) if signals.received is None else None
             try:
                 code = _run(sys.argv[1:] if argv is None else argv)
                 print(end="", flush=True)

@@ -5,7 +5,7 @@ import json
 import sys
 
 from mora_jax.cli.options import add_number
-from mora_jax.display.pages import page_file
+from mora_jax.display.pages import page_file, write_page
 
 HELP = "compare runs, as a table or a web page"
 
@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from mora_jax.display.tables import fitted, show, terminal_width
     from mora_jax.report.answers import BASE, answer, ask
+    from mora_jax.report.page import difference_table, report_page, result_table
     from mora_jax.report.runs import differences, read_runs
-    from mora_jax.report.table import difference_table, result_table
 
     html = None if args.html is None else page_file(args.html)
     runs = read_runs(args.runs, lambda text: print(f"note: {text}", file=sys.stderr), BASE)
@@ -39,9 +39,6 @@ def run(args: argparse.Namespace) -> int:
         for name, why in silent.items():
             print(f"note: {name} does not answer: {why}", file=sys.stderr)
     if html is not None:
-        from mora_jax.display.pages import write_page
-        from mora_jax.report.page import report_page
-
         write_page(html, report_page(runs, questions, silent, args.max_new_tokens))
         print(f"wrote {args.html}", file=sys.stderr)
     if args.json:

@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax import demo
     from mora_jax.errors import InputError
     from mora_jax.studies.cells import cell_names
-    from mora_jax.studies.registry import STUDIES
-    from mora_jax.studies.run import run_study
+    from mora_jax.studies.run import STUDIES, run_study
     from mora_jax.studies.study import Sources
 
     study = STUDIES[args.name]

@@ -52,12 +52,12 @@ def check_options(command: str, parser: argparse.ArgumentParser, words: Sequence
         InputError: naming all such options.
     """
     known = {option: action for action in parser._actions for option in action.option_strings}
-    found = [(name, values) for name, values in _options(words) if name not in known]
-    if not found:
+    unknown = [(name, values) for name, values in _options(words) if name not in known]
+    if not unknown:
         return
     say = _key_words if takes_keys else _flag_words
     flags = {option[2:]: option for option in known if option.startswith("--") and option != "--help"}
-    hints = {name: say(name.lstrip("-"), values, flags, known) for name, values in found}
+    hints = {name: say(name.lstrip("-"), values, flags, known) for name, values in unknown}
     text = f"{command} has no option {', '.join(hints)}; "
     meaning = " ".join(hint for hint in hints.values() if hint)
     if meaning:
@@ -128,8 +128,8 @@ def _key_words(
         key = meant(word, keys())
     else:
         table = {**flags, **{name.replace("_", "-"): key for name, key in words_for(keys()).items()}}
-        found = nearest(word.replace("_", "-"), table)
-        key = found and table[found]
+        closest = nearest(word.replace("_", "-"), table)
+        key = closest and table[closest]
     if key is None or key in known:
         return key
     key, equals, value = key.partition("=")

@@ -65,8 +65,8 @@ def profile_keys(text: str | None) -> dict[str, int]:
         return {}
     if not text:
         return {"log.profile_steps": 3}
-    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
-    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+    steps = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    first, last = (int(steps[1]), int(steps[2])) if steps else (0, 0)
     if not 1 <= first <= last:
         raise InputError(f"--profile must be FIRST:LAST, two steps from 1 on in order, such as 10:12; got {text!r}")
     return {"log.profile_first": first, "log.profile_steps": last - first + 1}

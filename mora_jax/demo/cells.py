@@ -1,16 +1,24 @@
-"""The cells of the demo's table: one method and one loss mode each, trained from the same start."""
+"""The cells of the demo's table: one method and one loss mode each, trained from the same start, and measured alike."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flax import nnx
+
+from mora_jax.adapters.attach import adapted_layers
 from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
-from mora_jax.demo import model_path
+from mora_jax.adapters.merge import merge
+from mora_jax.data import EncodedDataset, load_rows
+from mora_jax.demo import TEXTS, model_path
+from mora_jax.demo.answers import exact_match, mean_scores
+from mora_jax.evaluation.chat import generate_batch
+from mora_jax.evaluation.perplexity import score
 from mora_jax.training.display import RunInfo, Silent
 from mora_jax.training.finetune import FinetuneResult, finetune
+from mora_jax.training.state import Structure, flat_arrays
 
 RANK = 8
 BATCH_SIZE = 32
@@ -18,6 +26,9 @@ BATCH_SIZE = 32
 MAX_LENGTH = 32
 WATCH_EVERY = 30
 MODES = ("masked", "unmasked")
+MAX_NEW_TOKENS = 16
+#: Questions and texts that are scored at once.
+_SCORED = 120
 
 
 @dataclass(frozen=True)
@@ -117,15 +128,69 @@ def train_cell(
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The validation loss, on the held-out answers, while a cell was trained, in nats a token."""
+class Scores:
+    """A model's figures.
 
-    steps: list[int]
-    held_out_loss: list[float]
+    Attributes:
+      exact_match, f1: means over the test questions, in [0, 1].
+      by_task: exact match of each task.
+      response_perplexity: of the right answers, given their questions.
+      base_perplexity: of text like that of the base model's pretraining, which wasn't part of it.
+      answers: what the model said, in the order of the questions.
+    """
 
-    @classmethod
-    def of(cls, metrics: Sequence[dict[str, Any]], perplexity_before: float) -> Curve:
-        """The evaluations of a run whose base model, like a fresh adapter on it, has that perplexity."""
-        seen = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
-        steps, losses = zip((0, math.log(perplexity_before)), *seen, strict=True)
-        return cls(list(steps), list(losses))
+    exact_match: float
+    f1: float
+    by_task: dict[str, float]
+    response_perplexity: float
+    base_perplexity: float
+    answers: tuple[str, ...]
+
+
+class Judge:
+    """Holds test questions and held-out texts; every model is judged by the same compiled functions."""
+
+    def __init__(self, base: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> None:
+        """Takes what the models are judged by.
+
+        Args:
+          base: the decoder without adapters, into whose structure every judged model is brought.
+          tokenizer: its tokenizer.
+          rows: test questions with the right answers.
+        """
+        self._tokenizer, self._rows = tokenizer, rows
+        self._texts = EncodedDataset.build(load_rows(TEXTS), tokenizer, mode="full")
+        graphdef, state = nnx.split(base)
+        self._structure = Structure(graphdef, state)
+        self._names = flat_arrays(state).keys()
+
+    def perplexity(self, model: Any, rows: Sequence[dict[str, Any]]) -> float:
+        """Of the answers of rows."""
+        answers = EncodedDataset.build(load_rows(rows), self._tokenizer, mode="masked", max_length=MAX_LENGTH)
+        return score(self._plain(model), answers, batch_size=_SCORED).perplexity
+
+    def _plain(self, model: Any) -> Any:
+        """The same weights in the structure of the base model; adapters of `model` are folded in."""
+        if any(True for _ in adapted_layers(model)):
+            merge(model)
+        arrays = flat_arrays(nnx.state(model))
+        return self._structure.model({name: arrays[name] for name in self._names})
+
+    def __call__(self, model: Any) -> Scores:
+        """Measures a model, whose adapters are merged."""
+        model = self._plain(model)
+        questions, truths = ([row["messages"][turn]["content"] for row in self._rows] for turn in (0, 1))
+        options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": _SCORED}
+        answers = generate_batch(model, self._tokenizer, questions, **options)
+        exact, f1 = mean_scores(answers, truths)
+        by_task: dict[str, list[float]] = {}
+        for row, answer, truth in zip(self._rows, answers, truths, strict=True):
+            by_task.setdefault(row["task"], []).append(exact_match(answer, truth))
+        return Scores(
+            exact_match=exact,
+            f1=f1,
+            by_task={task: sum(hits) / len(hits) for task, hits in by_task.items()},
+            response_perplexity=self.perplexity(model, self._rows),
+            base_perplexity=score(model, self._texts, batch_size=_SCORED).perplexity,
+            answers=tuple(answer.strip() for answer in answers),
+        )

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import operator
 import sys
 import tempfile
@@ -18,28 +19,17 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from mora_jax.demo import PARTS, STEPS, data_path, model_path
-from mora_jax.demo.cells import METHODS, MODES, Curve, Method, train_cell
-from mora_jax.demo.measure import Judge
-from mora_jax.demo.plot import draw
-from mora_jax.demo.table import Row, print_table
+from mora_jax.demo.cells import METHODS, MODES, Judge, Method, train_cell
+from mora_jax.demo.show import Row, draw, print_table
 from mora_jax.display.progress import Report, progress
 from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained
 from mora_jax.paths import local_path, new_file
+from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass
-class Results:
-    """Everything that the run measured."""
-
-    rows: list[Row]
-    curves: dict[tuple[str, str], Curve]
-    seconds: dict[tuple[str, str], float]
 
 
 def run(
@@ -50,7 +40,7 @@ def run(
     questions: int | None = None,
     say: Say = lambda line: None,
     report: Report = lambda done, total, words=None: None,
-) -> Results:
+) -> list[Row]:
     """Fine-tunes with every method in both loss modes and measures each.
 
     Args:
@@ -60,6 +50,9 @@ def run(
       questions: to choose by and to report, of each task; None for all.
       say: takes lines about the progress.
       report: told how far all cells are, in steps.
+
+    Returns:
+      The table's lines, the base model first.
     """
     begun = time.perf_counter()
     cells = list(itertools.product(methods, MODES))
@@ -67,32 +60,29 @@ def run(
     rows, held_out, test = (_rows(part, None if part == "train" else questions) for part in PARTS)
     base, tokenizer = load_pretrained(model_path(), dtype="float32")
     judge = Judge(base, tokenizer, test)
-    before, watched = judge(base), judge.perplexity(base, held_out)
+    before, loss_before = judge(base), math.log(judge.perplexity(base, held_out))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(base, nnx.Param)))
     say(f"base model: {total:,} parameters, exact match {before.exact_match:.1%}")
-    results = Results([Row("base model", "-", 0, before)], {}, {})
-    with compiled_once():
-        for number, (method, mode) in enumerate(cells):
-            started = time.perf_counter()
+    lines = [Row("base model", "-", before)]
+    for number, (method, mode) in enumerate(cells):
+        started, name = time.perf_counter(), f"{method.name}, {mode}"
 
-            def watch(
-                step: int, words: str, before: int = number * steps, cell: str = f"{method.name}, {mode}"
-            ) -> None:
-                report(before + step, len(cells) * steps, f"{cell}: {words}")
+        def watch(step: int, words: str, before: int = number * steps, name: str = name) -> None:
+            report(before + step, len(cells) * steps, f"{name}: {words}")
 
-            trained = train_cell(method, mode, rows, held_out, steps=steps, seed=seed, watch=watch)
-            watch(steps, "answering the test questions")
-            scores = judge(trained.model)
-            seconds = time.perf_counter() - started
-            key, summary = (method.name, mode), trained.summary
-            results.rows.append(
-                Row(*key, summary["trainable_parameters"], scores, before, summary["tokens_per_second"])
-            )
-            results.curves[key] = Curve.of(trained.metrics, watched)
-            results.seconds[key] = seconds
-            say(f"{method.name}, {mode}: exact match {scores.exact_match:.1%} after {seconds:.1f} s")
+        trained = train_cell(method, mode, rows, held_out, steps=steps, seed=seed, watch=watch)
+        watch(steps, "answering the test questions")
+        scores, summary = judge(trained.model), trained.summary
+        seconds = time.perf_counter() - started
+        evaluations = [(row["step"], row["eval_loss"]) for row in trained.metrics if "eval_loss" in row]
+        # A fresh adapter changes nothing, so every cell begins with the base's loss.
+        at, losses = map(list, zip((0, loss_before), *evaluations, strict=True))
+        speeds = summary["tokens_per_second"], seconds
+        curve = {"steps": at, "held_out_loss": losses}
+        lines.append(Row(method.name, mode, scores, summary["trainable_parameters"], *speeds, curve))
+        say(f"{name}: exact match {scores.exact_match:.1%} after {seconds:.1f} s")
     say(f"all cells: {time.perf_counter() - begun:.0f} s")
-    return results
+    return lines
 
 
 def _rows(part: str, each: int | None) -> list[dict[str, Any]]:
@@ -105,44 +95,24 @@ def _rows(part: str, each: int | None) -> list[dict[str, Any]]:
     return [row for _, group in by_task for row in itertools.islice(group, each)]
 
 
-@contextlib.contextmanager
-def compiled_once() -> Iterator[None]:
-    """Lets runs that compile the same program share it, as both loss modes of a method do."""
-    folder, seconds = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    given = {key: getattr(jax.config, key) for key in (folder, seconds)}
-    if given[folder]:
-        yield
-        return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
-        try:
-            jax.config.update(folder, made)
-            jax.config.update(seconds, 0.5)
-            reset_cache()
-            yield
-        finally:
-            for key, value in given.items():
-                jax.config.update(key, value)
-            reset_cache()
-
-
 def execute(args: argparse.Namespace) -> int:
     """Runs the demo with parsed options; returns the exit code."""
-    say = _Progress()
+    begun = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - begun:5.1f} s] {line}", file=sys.stderr, flush=True)
+
     with out_folder(args.out) as out:
-        return _run_into(out, args, say)
-
-
-def _run_into(out: Path, args: argparse.Namespace, say: Say) -> int:
-    with progress("loading") as report:
-        results = run(steps=args.steps, seed=args.seed, say=say, report=report)
-    title = f"Test questions: {len(results.rows[0].scores.answers)}; {args.steps} steps a cell"
-    print_table(results.rows, title)
-    write_figures(results, out / "results.json")
-    if importlib.util.find_spec("matplotlib") is None:
-        say("no plot: matplotlib is not installed; pip install 'mora-jax[plots]' brings it")
-    else:
-        draw(results.rows, results.curves, out / "curves.png")
-        say(f"plot: {out / 'curves.png'}; all figures: {out / 'results.json'}")
+        # Both loss modes of a method compile the same programs.
+        with progress("loading") as report, persistent_compilation_cache(None):
+            rows = run(steps=args.steps, seed=args.seed, say=say, report=report)
+        print_table(rows, f"Test questions: {len(rows[0].scores.answers)}; {args.steps} steps a cell")
+        write_figures(rows, out / "results.json")
+        if importlib.util.find_spec("matplotlib") is None:
+            say("no plot: matplotlib is not installed; pip install 'mora-jax[plots]' brings it")
+        else:
+            draw(rows, out / "curves.png")
+            say(f"plot: {out / 'curves.png'}; all figures: {out / 'results.json'}")
     return 0
 
 
@@ -172,31 +142,12 @@ def out_folder(given: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_figures(results: Results, path: Path) -> None:
+def write_figures(rows: Sequence[Row], path: Path) -> None:
     """Writes every figure of the run as JSON, the answers included."""
-    rows = []
-    for row in results.rows:
-        entry = {
-            "method": row.method,
-            "loss": row.mode,
-            "trainable_parameters": row.trainable,
-            "tokens_per_second": row.tokens_per_second,
-            **dataclasses.asdict(row.scores),
-        }
-        curve = results.curves.get((row.method, row.mode))
-        if curve is not None:
-            entry["curve"] = dataclasses.asdict(curve)
-            entry["wall_seconds"] = results.seconds[row.method, row.mode]
-        rows.append(entry)
+    entries = []
+    for row in rows:
+        figures = {"trainable_parameters": row.trainable, "tokens_per_second": row.tokens_per_second}
+        entry = {"method": row.method, "loss": row.mode, **figures, **dataclasses.asdict(row.scores)}
+        entries.append(entry | ({"curve": row.curve, "wall_seconds": row.wall_seconds} if row.curve else {}))
     with new_file(path) as file:
-        file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
-class _Progress:
-    """Lines on stderr with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __call__(self, line: str) -> None:
-        print(f"[{time.perf_counter() - self._start:5.1f} s] {line}", file=sys.stderr, flush=True)
+        file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

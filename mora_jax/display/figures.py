@@ -7,7 +7,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mora_jax.errors import InputError
@@ -68,6 +68,18 @@ def legend(parent: Any, lines: Mapping[str, Any], **options: Any) -> None:
     drawn = parent.legend(list(lines.values()), [str(place) for place in range(len(lines))], frameon=False, **options)
     for text, name in zip(drawn.get_texts(), lines, strict=True):
         text.set(text=name, parse_math=False)
+
+
+def plain_log(panel: Any, which: str, subs: Sequence[float] = (1.0, 2.0, 5.0), ticks: Sequence[float] = ()) -> None:
+    """Makes axis `x` or `y` logarithmic, in plain figures, at `ticks` where they are given."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    panel.set(**{f"{which}scale": "log"})
+    axis = getattr(panel, f"{which}axis")
+    axis.set_major_locator(FixedLocator(list(ticks)) if ticks else LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def write_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> None:

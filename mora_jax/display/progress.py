@@ -27,22 +27,16 @@ def progress(words: str) -> Iterator[Report]:
     if not is_live():
         yield _lines(words)
         return
+    from rich import progress as parts
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    words_column = parts.TextColumn("{task.description}", markup=False)
+    columns = (words_column, parts.BarColumn(bar_width=None), parts.MofNCompleteColumn())
+    times = (parts.TimeElapsedColumn(), parts.TimeRemainingColumn())
     # What is printed meanwhile goes through the bar's console, except results that are written to a file or a pipe.
     here = sys.stdout is not None and sys.stdout.isatty()
     live: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "redirect_stdout": here}
-    with Progress(*columns, *times, expand=True, **live) as bar:
+    with parts.Progress(*columns, *times, expand=True, **live) as bar:
         task = bar.add_task(words, total=None)
 
         def report(done: int, total: int, words: str | None = None) -> None:

@@ -1,13 +1,19 @@
-"""Prompts in, text out: the chat template, the tokens that end an answer, and decoding around `Generator`."""
+"""Prompts in, text out: the chat template, the tokens that end an answer, decoding, conversations."""
 
+from __future__ import annotations
+
+import itertools
+import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from mora_jax.data.conversation import Conversation, Message
+from mora_jax.data.read.files import read_lines
 from mora_jax.data.segments import Segment
 from mora_jax.data.templates.render import Renderer, render_prompt
 from mora_jax.data.tokens.tokenize import tokenize
@@ -50,7 +56,7 @@ def stated_stop_ids(model: Decoder, tokenizer: Any) -> frozenset[int]:
     Raises:
         InputError: a file's `eos_token_id` is no token id.
     """
-    found: set[int] = set()
+    stop_ids: set[int] = set()
     sources = {"the tokenizer": {"eos_token_id": tokenizer.eos_token_id}, "config.json": model.config.hf_config}
     if model.folder is not None and (path := Path(model.folder) / "generation_config.json").exists():
         sources[str(path)] = read_json(path)
@@ -60,8 +66,8 @@ def stated_stop_ids(model: Decoder, tokenizer: Any) -> frozenset[int]:
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
             raise InputError(f"{name}: eos_token_id must be a token id or a list of them, found {reprlib.repr(stated)}")
         # Others are never made: -1 stands for none in some files.
-        found.update(token for token in ids if 0 <= token < model.config.vocab_size)
-    return frozenset(found)
+        stop_ids.update(token for token in ids if 0 <= token < model.config.vocab_size)
+    return frozenset(stop_ids)
 
 
 def stream_text(
@@ -210,9 +216,8 @@ class TextStream:
         return text
 
     def _new_text(self) -> str:
-        known = self._decode(self._ids[self._start : self._given])
-        whole = self._decode(self._ids[self._start :])
-        return whole[len(known) :]
+        before = self._decode(self._ids[self._start : self._given])
+        return self._decode(self._ids[self._start :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -226,3 +231,157 @@ def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
             yield text
     if text := stream.end():
         yield text
+
+
+class ChatSession:
+    """A conversation with one of several models that share a tokenizer.
+
+    Args:
+        models: by name; the first one answers until another is chosen.
+        tokenizer: theirs.
+        system: a message before the conversation.
+        max_new_tokens: the longest answer.
+        sampling: how tokens are drawn; the draws of an answer belong to its number in the session.
+        template: as for `mora_jax.data.Renderer`.
+
+    Attributes:
+        messages: what was said so far, without the system message.
+        speaker: the name of the model that answers.
+        left_out: messages at the beginning that the last prompt had no room for.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Decoder],
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        template: str | None = None,
+    ) -> None:
+        self.models, self.tokenizer, self.template = dict(models), tokenizer, template
+        self.messages: list[dict[str, Any]] = []
+        self.left_out = 0
+        self._system, self._max_new_tokens, self._sampling = system, max_new_tokens, sampling
+        self._answers = 0
+        self.speaker = next(iter(self.models))
+        self.switch(self.speaker)
+
+    def switch(self, name: str) -> None:
+        """Lets another model answer from here on; the conversation stays.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        if name not in self.models:
+            raise InputError(f"there is no adapter {name!r}; there are {', '.join(self.models)}")
+        self.speaker, model = name, self.models[name]
+        self._generator = Generator(model, find_stop_ids(model, self.tokenizer, self.template), self._sampling)
+
+    def reset(self) -> None:
+        """Forgets what was said."""
+        self.messages.clear()
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Yields the answer to a message, piece by piece.
+
+        The pieces that were yielded when it ends, or is closed, belong to the conversation.
+
+        Raises:
+            InputError: the message alone leaves no room in the context; it is then no part of the conversation.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt = self._prompt()
+            tokens = self._generator.stream(prompt, self._max_new_tokens, self._answers)
+        except InputError:
+            del self.messages[-1]
+            raise
+        self._answers += 1
+        pieces: list[str] = []
+        try:
+            for piece in decode_stream(self.tokenizer, tokens):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _prompt(self) -> Any:
+        """The tokens of the conversation, without as many turns at its beginning as leave room for an answer."""
+        context = self._generator.model.config.max_positions
+        room = min(self._max_new_tokens, context // 2)
+        for start in range(0, len(self.messages), 2):
+            messages = with_system(self.messages[start:], self._system)
+            ids = render_prompt(self.tokenizer, messages, self.template).input_ids
+            self.left_out = start
+            if len(ids) + room <= context:
+                return ids
+        if len(ids) >= context:
+            raise InputError(f"the message has {len(ids)} tokens, the model's context {context}; shorten it")
+        return ids
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        where: file and line, for messages.
+        given: the entry of the line, as results repeat it: `{"prompt": text}` or `{"messages": [...]}`.
+        messages: for the chat template.
+    """
+
+    where: str
+    given: dict[str, Any]
+    messages: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, where: str, text: str, system: str | None = None) -> Prompt:
+        """A user's text, behind a system message if there is one."""
+        return cls(where, {"prompt": text}, with_system([{"role": "user", "content": text}], system))
+
+
+def read_prompts(file: IO[bytes], name: str, system: str | None = None) -> list[Prompt]:
+    """Reads prompts: a text a line, or JSON objects with `prompt` or `messages` where the first line is an object.
+
+    Args:
+        file: lines in UTF-8; blank ones are passed over.
+        name: of the file, for messages.
+        system: a system message before those that have none.
+
+    Raises:
+        InputError: there are none, or a line isn't understood; names it.
+    """
+    lines = read_lines(file)
+    first = next(lines, None)
+    if first is None:
+        raise InputError(f"{name}: there are no prompts")
+    as_json = first[1].lstrip().startswith(b"{")
+    return [
+        _prompt(f"{name}, line {number}", line, as_json, system) for number, line in itertools.chain([first], lines)
+    ]
+
+
+def _prompt(where: str, line: bytes, as_json: bool, system: str | None) -> Prompt:
+    try:
+        text = line.decode("utf-8").strip("\r\n")
+        given = json.loads(text) if as_json else {"prompt": text}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not valid UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+    except ValueError as error:
+        raise InputError(f"{where}: no JSON object, as the first line is one: {error}") from None
+    prompt, messages = (given.get(key) if isinstance(given, dict) else None for key in ("prompt", "messages"))
+    if isinstance(prompt, str) and messages is None:
+        return Prompt.of(where, prompt, system)
+    if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages) and prompt is None:
+        return Prompt(where, {"messages": messages}, with_system(messages, system))
+    raise InputError(f'{where}: expected {{"prompt": TEXT}} or {{"messages": [...]}}, found {text:.80}')
+
+
+def with_system(messages: Iterable[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """The messages behind a system message, unless they begin with one."""
+    messages = list(messages)
+    if system is None or messages[0].get("role") == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]

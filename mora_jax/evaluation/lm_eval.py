@@ -22,12 +22,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models import utils as harness
 from tqdm import tqdm
 
 from mora_jax.data.conversation import Conversation, Message
@@ -158,16 +153,16 @@ class MoraJaxLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before a text that has no context."""
-        found = self._scorer.prefix_id if self._prefix is None else self._prefix
-        if found is None:
+        token = self._scorer.prefix_id if self._prefix is None else self._prefix
+        if token is None:
             raise InputError("the tokenizer has neither a bos_token nor an eos_token; give prefix_token_id")
-        return found
+        return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The tokens of a text, with those that the tokenizer adds, unless the text begins with one already."""
         if add_special_tokens is None:
             first = self._scorer.prefix_id if self._prefix is None else self._prefix
-            begins = first is not None and has_bos_prefix(string, self.tokenizer.decode([first]))
+            begins = first is not None and harness.has_bos_prefix(string, self.tokenizer.decode([first]))
             add_special_tokens = False if begins else self.add_bos_token
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer(string, verbose=False, **options)["input_ids"]
@@ -180,27 +175,27 @@ class MoraJaxLM(TemplateLM):
         """(log-likelihood, whether greedy) of continuations, given as (texts, context, continuation)."""
         # Long ones first; those of one context together, since they share an input.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1] + requests[i][2]), requests[i][1]))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with self._bar(len(requests), "log-likelihoods", disable_tqdm) as bar:
             for part in self._parts(order):
                 scores = self._scorer.score([requests[number][1:] for number in part], _advance(bar))
                 for number, score in zip(part, scores, strict=True):
-                    found[number] = (score.logprob, score.is_greedy)
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
-        return found
+                    results[number] = (score.logprob, score.is_greedy)
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of `max_length` tokens, each token once."""
         texts = [request.args[0] for request in requests]
         cut = [windows(self.tok_encode(text), self.prefix_token_id, self.max_length) for text in texts]
-        found = [0.0] * len(texts)
+        totals = [0.0] * len(texts)
         with self._bar(sum(map(len, cut)), "rolling log-likelihoods", disable_tqdm) as bar:
             for part in self._parts(range(len(texts))):
                 scores = iter(self._scorer.score([pair for number in part for pair in cut[number]], _advance(bar)))
                 for number in part:
-                    found[number] = sum((next(scores).logprob for _ in cut[number]), 0.0)
-                    self.cache_hook.add_partial("loglikelihood_rolling", (texts[number],), found[number])
-        return found
+                    totals[number] = sum((next(scores).logprob for _ in cut[number]), 0.0)
+                    self.cache_hook.add_partial("loglikelihood_rolling", (texts[number],), totals[number])
+        return totals
 
     def _parts(self, numbers: Sequence[int]) -> list[Sequence[int]]:
         """All at once, or with a cache so many as may be lost when the run ends early."""
@@ -232,10 +227,10 @@ class MoraJaxLM(TemplateLM):
         Raises:
             InputError: one of them is not supported, or leaves no room for the prompt.
         """
-        wanted = normalize_gen_kwargs(dict(arguments), self.max_gen_toks)
+        wanted = harness.normalize_gen_kwargs(dict(arguments), self.max_gen_toks)
         stop = [text for text in wanted.pop("until") if text]
         eos = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
-        stop = handle_stop_sequences(stop, eos)
+        stop = harness.handle_stop_sequences(stop, eos)
         count, drawn = wanted.pop("max_gen_toks"), wanted.pop("do_sample")
         temperature = float(wanted.pop("temperature", 0.0) or 0.0)
         rest = {name: value for name, value in wanted.items() if value is not None}
@@ -286,7 +281,7 @@ class MoraJaxLM(TemplateLM):
             progress=progress,
         )
         texts = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
-        return [postprocess_generated_text(text, plan.stop, self._think_end) for text in texts]
+        return [harness.postprocess_generated_text(text, plan.stop, self._think_end) for text in texts]
 
     # Chat.
 
@@ -357,8 +352,8 @@ class MoraJaxLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results."""
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.model, nnx.Param)))
-        found = {"model_num_parameters": count, "model_dtype": str(np.dtype(self.model.dtype))}
-        return found if self.adapter is None else {**found, "adapter": str(self.adapter)}
+        info = {"model_num_parameters": count, "model_dtype": str(np.dtype(self.model.dtype))}
+        return info if self.adapter is None else {**info, "adapter": str(self.adapter)}
 
     def _bar(self, total: int, what: str, disabled: bool) -> tqdm:
         return tqdm(total=total, desc=what, disable=disabled or self.rank != 0)
@@ -392,13 +387,12 @@ def _load(pretrained: Any, tokenizer: Any, dtype: str | None, quantize: str) -> 
     key = (str(pretrained), dtype, quantize)
     if _shared is not None and key in _shared:
         return _shared[key]
-    # One layer an iteration compiles soonest.
-    model, found = load_pretrained(str(pretrained), dtype=None if dtype == "auto" else dtype, quantize=quantize)
-    if found is None:
+    model, tokenizer = load_pretrained(pretrained, dtype=None if dtype == "auto" else dtype, quantize=quantize)
+    if tokenizer is None:
         raise InputError(f"{pretrained} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if _shared is not None:
-        _shared[key] = (model, found)
-    return model, found
+        _shared[key] = (model, tokenizer)
+    return model, tokenizer
 
 
 def _refuse(unknown: Mapping[str, Any], device: str | None, max_batch_size: int | None) -> None:

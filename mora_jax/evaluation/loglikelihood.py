@@ -121,33 +121,33 @@ class LoglikelihoodScorer:
             context: fewest tokens before each that is scored, but for the first window; see `windows`.
         """
         cut = [windows(ids, self._prefix(), self.max_length, context) for ids in self.encode(texts, plain=True)]
-        found = iter(self.score([window for one in cut for window in one], progress))
-        return [_total([next(found) for _ in one]) for one in cut]
+        scores = iter(self.score([window for one in cut for window in one], progress))
+        return [_total([next(scores) for _ in one]) for one in cut]
 
     def encode(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
         """The tokens of texts, with a beginning-of-sequence token where the tokenizer adds one, unless `plain`."""
         if not texts:
             return []
-        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         head = [] if plain or self._bos is None else [self._bos]
-        return [ids if ids[:1] == head else [*head, *ids] for ids in found]
+        return [ids if ids[:1] == head else [*head, *ids] for ids in tokens]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """The tokens of contexts and continuations, by the conventions above."""
         texts: list[str] = []
         for context, continuation in pairs:
-            kept = context.rstrip()
-            texts += (kept, context + continuation)
-        whole = self.encode(texts)
-        found = []
-        for (context, _), before, both in zip(pairs, whole[::2], whole[1::2], strict=True):
+            stripped = context.rstrip()
+            texts += (stripped, context + continuation)
+        encoded = self.encode(texts)
+        pairs_of_tokens = []
+        for (context, _), before, both in zip(pairs, encoded[::2], encoded[1::2], strict=True):
             if context.strip():
-                found.append((before, both[len(before) :]))
+                pairs_of_tokens.append((before, both[len(before) :]))
             elif both[:1] == [self._prefix()]:
-                found.append((both[:1], both[1:]))
+                pairs_of_tokens.append((both[:1], both[1:]))
             else:
-                found.append(([self._prefix()], both))
-        return found
+                pairs_of_tokens.append(([self._prefix()], both))
+        return pairs_of_tokens
 
     def score(self, requests: Sequence[tuple[Ids, Ids]], progress: Progress | None = None) -> list[Loglikelihood]:
         """Scores continuations that are tokens already.
@@ -197,15 +197,15 @@ class LoglikelihoodScorer:
 
     def _rows(self, requests: Sequence[tuple[Ids, Ids]]) -> list[_Row]:
         """The distinct inputs, each with the tokens to score."""
-        found: dict[tuple[int, ...], _Row] = {}
+        by_input: dict[tuple[int, ...], _Row] = {}
         rows: list[_Row] = []
         for number, (context, continuation) in enumerate(requests):
             if (reason := self.refusal((context, continuation))) is not None:
                 raise InputError(f"request {number}: {reason}")
             ids = tuple([*context, *continuation][-self.max_length - 1 :])
-            row = found.get(ids[:-1])
+            row = by_input.get(ids[:-1])
             if row is None or row.size + len(continuation) > self.max_length:
-                row = found[ids[:-1]] = _Row(ids[:-1])
+                row = by_input[ids[:-1]] = _Row(ids[:-1])
                 rows.append(row)
             row.add(number, ids[-len(continuation) :])
         if rows:
@@ -237,13 +237,13 @@ def windows(tokens: Ids, prefix: int, length: int, context: int = 1) -> list[tup
     tokens = [int(token) for token in tokens]
     if not tokens:
         return []
-    found = [([prefix], tokens[:length])]
+    cut = [([prefix], tokens[:length])]
     done = length
     while done < len(tokens):
         end = min(done + length - context + 1, len(tokens))
-        found.append((tokens[end - length - 1 : done], tokens[done:end]))
+        cut.append((tokens[end - length - 1 : done], tokens[done:end]))
         done = end
-    return found
+    return cut
 
 
 class _Row:
@@ -303,6 +303,6 @@ def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: di
     if partitioner is None:
         return token_scores(hidden, head.kernel, targets, weights, softcap=head.softcap)
     hidden = partitioner.rows(hidden)
-    found = token_scores(hidden, head.kernel, targets, weights, softcap=head.softcap, shards=partitioner.row_shards)
-    whole = partitioner.used((None, None), weights.shape)
-    return TokenScores(*(jax.lax.with_sharding_constraint(array, whole) for array in found))
+    scores = token_scores(hidden, head.kernel, targets, weights, softcap=head.softcap, shards=partitioner.row_shards)
+    replicated = partitioner.used((None, None), weights.shape)
+    return TokenScores(*(jax.lax.with_sharding_constraint(array, replicated) for array in scores))

@@ -170,6 +170,6 @@ def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Ba
         targets = next_token_targets(ids, weights, segments)
         return token_sums(hidden, head.kernel, *targets, softcap=head.softcap)
 
-    found = jnp.stack([jnp.stack(sums(batch["weights"])), jnp.stack(sums(batch["prompt_weights"]))])
-    whole = None if partitioner is None else partitioner.used((None, None, None), found.shape)
-    return found if whole is None else jax.lax.with_sharding_constraint(found, whole)
+    by_row = jnp.stack([jnp.stack(sums(batch["weights"])), jnp.stack(sums(batch["prompt_weights"]))])
+    replicated = None if partitioner is None else partitioner.used((None, None, None), by_row.shape)
+    return by_row if replicated is None else jax.lax.with_sharding_constraint(by_row, replicated)

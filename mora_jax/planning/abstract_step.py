@@ -83,15 +83,15 @@ def assemble_abstract(
         mesh: devices along each axis.
         devices: that make up the mesh, perhaps only described; None: those of this process.
     """
-    made = assemble(model, config, config.train.steps or STEPS, make_mesh(*mesh, devices=devices))
-    assert made.placement is not None and isinstance(made.runner, JitRunner), "pmap is refused before"
-    runner, rows = made.runner, made.placement.batch(1)
-    state = jax.eval_shape(lambda adapters: initial_state(adapters, made.optimizer, config.seed), made.adapters)
+    assembly = assemble(model, config, config.train.steps or STEPS, make_mesh(*mesh, devices=devices))
+    assert assembly.placement is not None and isinstance(assembly.runner, JitRunner), "pmap is refused before"
+    runner, rows = assembly.runner, assembly.placement.batch(1)
+    state = jax.eval_shape(lambda adapters: initial_state(adapters, assembly.optimizer, config.seed), assembly.adapters)
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows)
         for name, value in abstract_batch(config).items()
     }
-    return made, (shapes_in_place(runner, state), shapes_in_place(runner, made.frozen), batch)
+    return assembly, (shapes_in_place(runner, state), shapes_in_place(runner, assembly.frozen), batch)
 
 
 def optimizer_shapes(config: Config, trained: dict[str, Any]) -> Any:

@@ -1,32 +1,44 @@
-"""From a configuration and chips to what is reported: the plan asked for, the one advised, why, and hints."""
+"""From a configuration and chips to what is reported: the plan asked for, the one advised, why, and hints.
+
+Meshes, micro-batches and remat are tried, and where nothing fits a quantised base too; the fastest that fits is
+advised.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.data.inspect.advice import BITS_A_PARAMETER, BITS_A_TOKEN, EVIDENCE, bits_to_learn, smallest_rank
 from mora_jax.environment import has_libtpu
+from mora_jax.errors import InputError
+from mora_jax.models.decoder import REMAT
 from mora_jax.planning.plan import Plan, by_formula, compiled
-from mora_jax.planning.search import recommend
 from mora_jax.planning.topology import Topology, larger
 from mora_jax.planning.tpu_compile import CompilerError
-from mora_jax.training.config.schema import Config, adapter_config, lay_over
+from mora_jax.training.config.load import check_quantize
+from mora_jax.training.config.schema import QUANTIZE, Config, adapter_config, lay_over
 from mora_jax.training.sharding.mesh import AXES
 
 Note = Callable[[str], None]
 
-_MEASURED = "on the embedded model, in 64 steps (docs/studies/rates)"
-#: By method: how its best rates lay to those of others.
+_MEASURED = (
+    "by three seeds of an earlier state of study rates (the embedded model, 64 steps; docs/studies/rates/quick, "
+    "intervals of 95 % in brackets)"
+)
+#: By method: how its best rates lay to those of others, and who says so.
 _RATES = {
-    "lora": f"the best rates of LoRA with alpha 32 were about 10 times full fine-tuning's, by {EVIDENCE}, and 2.6 to 3 "
-    f"times {_MEASURED}, ranks 1 to 16",
-    "full": f"the best rates of full fine-tuning were about a tenth of LoRA's, by {EVIDENCE}, and a third {_MEASURED}",
-    "mora": "the best rates of MoRA were 0.8 to 1.1 times those of LoRA with alpha 32, but of rotation at rank 4 three "
-    f"times, {_MEASURED}; nothing is published",
+    "lora": f"the best rates of LoRA with alpha 32 were about 10 times full fine-tuning's, by {EVIDENCE}, and 2.6 "
+    f"(1.6 to 4.3) to 3 (1.6 to 5.6) times {_MEASURED}",
+    "full": f"the best rates of full fine-tuning were about a tenth of LoRA's, by {EVIDENCE}, and a third of them, "
+    f"{_MEASURED}",
+    "mora": "the best rates of MoRA were 0.8 (0.6 to 1.2) to 1.1 (1 to 1.2) times those of LoRA with alpha 32, but of "
+    f"rotation at rank 4 3.1 (2.5 to 3.9) times, {_MEASURED}; nothing is published",
 }
+_UNKNOWN_RATE = "how its best rates lie to LoRA's was not measured here; choose one by mora-jax sweep"
 
 
 @dataclass(frozen=True)
@@ -121,11 +133,8 @@ def _smallest(config: Config, values: dict[str, Any], topology: Topology) -> str
 
 def hints(plan: Plan) -> tuple[str, ...]:
     """The lines for a plan: what its parameters can hold, and the method's learning rate."""
-    method = plan.config.adapter.method
-    lines = [f"capacity: {_capacity(plan)}"]
-    if method in _RATES:
-        lines.append(f"learning rate: {_RATES[method]}")
-    return tuple(lines)
+    rate = _RATES.get(plan.config.adapter.method, _UNKNOWN_RATE)
+    return f"capacity: {_capacity(plan)}", f"learning rate: {rate}"
 
 
 def _capacity(plan: Plan) -> str:
@@ -140,3 +149,83 @@ def _capacity(plan: Plan) -> str:
         rank = smallest_rank(bits_to_learn(tokens), plan.trainable / adapter_config(plan.config.adapter, steps).rank)
         words += f"; rank {rank} would hold all {tokens:,} tokens of the run, if each was new and trained"
     return f"{words}: an upper bound for what is needed, by {EVIDENCE}"
+
+
+#: What is tried first, and where nothing of it fits: the layers' inputs on the host, rows split along their length.
+_REMAT, _LAST_REMAT = ("none", "dots", "full"), ("full", "offload")
+_ROWS = (1, 2, 4, 8, 16)  # of a micro-batch, on the devices that share one row's place
+#: Room that a plan by formula leaves before it is recommended: as much as the formula is off at most (docs/plan.md).
+MARGIN = 0.8
+
+
+def formats(config: Config) -> list[str]:
+    """How the base may be held, in the order in which it is tried: each only where nothing fits with those before."""
+    first = QUANTIZE.index(config.model.quantize)
+    return [held for held in QUANTIZE[first:] if held == config.model.quantize or _can_hold(config, held)]
+
+
+def _can_hold(config: Config, held: str) -> bool:
+    try:
+        check_quantize(lay_over(config, [("model.quantize", held, "plan")]))
+    except InputError:
+        return False
+    return True
+
+
+def candidates(config: Config, topology: Topology, *, last: bool = False) -> Iterator[Config]:
+    """The ways to lay a run's batch over the chips: those whose rows come out even. The batch stays as it is, unless
+    it has fewer rows than devices that share rows: then it is that many.
+
+    Args:
+        config: of the run.
+        topology: the chips.
+        last: whether to try what costs more than it saves unless nothing else fits.
+    """
+    for data, fsdp, tensor, context in _meshes(topology.chips, long_rows=last):
+        sharing = data * fsdp
+        batch = max(config.train.batch_size, sharing)
+        for rows, remat in itertools.product(_ROWS, _LAST_REMAT if last else _REMAT):
+            micro = sharing * rows
+            if batch % micro:
+                continue
+            settings = dict(zip((f"mesh.{axis}" for axis in AXES), (data, fsdp, tensor, context), strict=True))
+            settings |= {"train.batch_size": batch, "train.micro_batch_size": micro}
+            named = [(name, value, "plan") for name, value in settings.items()]
+            yield lay_over(config, [*named, ("model.remat", remat, "plan")])
+
+
+def _meshes(chips: int, *, long_rows: bool) -> Iterator[tuple[int, int, int, int]]:
+    """Meshes of all the chips, every axis a power of two, `tensor` up to 8, and no `context` but for long rows."""
+    powers = [1 << i for i in range(chips.bit_length()) if chips % (1 << i) == 0]
+    for context in powers if long_rows else [1]:
+        for tensor in (size for size in powers if size <= 8 and chips % (size * context) == 0):
+            rest = chips // tensor // context
+            for fsdp in (size for size in powers if size <= rest):
+                yield rest // fsdp, fsdp, tensor, context
+
+
+def recommend(config: Config, values: dict[str, Any], topology: Topology) -> list[Plan]:
+    """Every way that fits by formula with some room, the fastest first.
+
+    A base in fewer bits than was asked for is looked at only where nothing else fits: `int8` first, then `nf4`.
+    Of ways that come out alike to two digits the simpler one leads: fewer sharded axes, less remat, fewer rows.
+    """
+    for held, last in itertools.product(formats(config), (False, True)):
+        fitting = []
+        for candidate in candidates(lay_over(config, [("model.quantize", held, "plan")]), topology, last=last):
+            try:
+                plan = by_formula(candidate, values, topology)
+            except InputError:
+                continue
+            if plan.needed <= MARGIN * topology.usable_bytes:
+                fitting.append(plan)
+        if fitting:
+            return sorted(fitting, key=_rank)
+    return []
+
+
+def _rank(plan: Plan) -> tuple[Any, ...]:
+    middle = (plan.estimate.fastest + plan.estimate.slowest) / 2 / plan.tokens
+    axes = sum(size > 1 for size in plan.mesh)
+    # Two significant digits: figures closer together than the formula can tell counts as equal.
+    return float(f"{middle:.1e}"), axes, REMAT.index(plan.config.model.remat), plan.config.train.micro_batch

@@ -82,7 +82,7 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
         devices: in the mesh.
         loops: of the step.
     """
-    found: dict[tuple[Any, ...], tuple[str, int, float]] = {}
+    operations: dict[tuple[Any, ...], tuple[str, int, float]] = {}
     inside, lines = "", hlo.splitlines()
     callers = {called[1]: _name(line) for line in lines if (called := _CALLS.search(line))}
     for number, line in enumerate(lines):
@@ -101,10 +101,10 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
         if inside.startswith("all-reduce-scatter"):
             kind, size = "reduce-scatter", size / 2
         same = (channel[1], kind, name) if channel and kind != "collective-permute" else (number,)
-        found.setdefault(same, (kind, trips, trips * size))
+        operations.setdefault(same, (kind, trips, trips * size))
     sums = []
     for kind in _KINDS:
-        entries = [entry for entry in found.values() if entry[0] == kind and entry[2] > 0]
+        entries = [entry for entry in operations.values() if entry[0] == kind and entry[2] > 0]
         if entries:
             sums.append(Collective(kind, sum(entry[1] for entry in entries), sum(entry[2] for entry in entries)))
     return sums
@@ -112,8 +112,8 @@ def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:
 
 def _name(line: str) -> str:
     """The name that an operation has from the program that was compiled; nothing where it has none."""
-    found = re.search(r'op_name="([^"]*)"', line)
-    return found[1] if found else ""
+    name = re.search(r'op_name="([^"]*)"', line)
+    return name[1] if name else ""
 
 
 def _sent(kind: str, shape: str, group: int) -> float:

@@ -44,10 +44,10 @@ def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=task["topology"], **alone).devices
     with compiling_for("tpu"):
         model = abstract_model(decoder, config)
-        made, arguments = assemble_abstract(model, config, tuple(task["mesh"]), devices)
-        lowered = made.runner.lower(*arguments)
+        assembly, arguments = assemble_abstract(model, config, tuple(task["mesh"]), devices)
+        lowered = assembly.runner.lower(*arguments)
         micro, *_ = arguments[2]["input_ids"].shape
-        shards = made.placement.row_shards if made.placement is not None else 1
+        shards = assembly.placement.row_shards if assembly.placement is not None else 1
         tokens = arguments[2]["input_ids"].size // (micro * shards)
         heads = 2 if reference_of(config, model) == "base" else 1
         chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens, heads))
@@ -66,7 +66,7 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
         return {"fits": False, "seconds": time.perf_counter() - start} | read_shortage(str(error))
     memory: Any = compiled.memory_analysis()
     text = _text(compiled)
-    found = (
+    sent = (
         None if text is None else [dataclasses.asdict(one) for one in collectives(text, math.prod(task["mesh"]), loops)]
     )
     return {
@@ -77,7 +77,7 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
         "temp": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
         "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        "collectives": found,
+        "collectives": sent,
     }
 
 

@@ -62,8 +62,8 @@ def read_traced(
         sides: of MoRA's matrices.
     """
 
-    def is_uncut(whole: Any) -> bool:
-        shape = _aval(whole).shape
+    def is_uncut(variable: Any) -> bool:
+        shape = _aval(variable).shape
         return shape[-1:] == (width,) or (len(shape) == 3 and shape[-1] in sides)
 
     flops, moved = _products(program.jaxpr, chunks)
@@ -83,7 +83,7 @@ def read_traced(
 def _stacked(step: _Step, length: int) -> list[Any]:
     """The results of a scan that it puts together from all its turns, told by their shapes; the others it carries."""
     results = zip(step.equation.outvars, step.inner[0].outvars, strict=True)
-    return [whole for whole, turn in results if _aval(whole).shape == (length, *_aval(turn).shape)]
+    return [result for result, turn in results if _aval(result).shape == (length, *_aval(turn).shape)]
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
     flops, moved = 0.0, 0.0
     for step in _flat(jaxpr):
         if step.name == "pallas_call":
-            found = _kernel(step)
-            flops, moved = flops + found[0], moved + found[1]
+            kernel = _kernel(step)
+            flops, moved = flops + kernel[0], moved + kernel[1]
         elif step.name == "dot_general":
             left, right = (_aval(variable) for variable in step.equation.invars)
             (contracted, _), _ = step.equation.params["dimension_numbers"]
@@ -186,23 +186,23 @@ def _peak(jaxpr: core.Jaxpr) -> float:
     steps = list(_flat(jaxpr))
     roots: dict[Any, frozenset[Any]] = {}  # what has to be held for a variable to be had
     last: dict[Any, int] = {}
-    made: list[list[Any]] = []
+    results_of: list[list[Any]] = []
     for i, step in enumerate(steps):
         needed = frozenset().union(*(roots.get(variable, frozenset()) for variable in step.operands))
         if step.name in _FUSED and not step.inner:
             roots.update(dict.fromkeys(step.results, needed))
-            made.append([])
+            results_of.append([])
             continue
         last.update(dict.fromkeys(needed, i))
         roots.update({variable: frozenset([variable]) for variable in step.results})
         last.update(dict.fromkeys(step.results, i))
-        made.append(list(step.results))
+        results_of.append(list(step.results))
     for variable in jaxpr.outvars:
         if not isinstance(variable, core.Literal):
             last.update(dict.fromkeys(roots.get(variable, frozenset()), len(steps)))
     most, held = 0.0, 0.0
     ends: dict[int, float] = {}
-    for i, results in enumerate(made):
+    for i, results in enumerate(results_of):
         for variable in results:
             size = _bytes(variable)
             held += size

@@ -89,7 +89,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Step:
     """One step on each chip, by formula.
 
     Attributes:
@@ -109,7 +109,7 @@ class Estimate:
     attention: str
 
 
-def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backend: str) -> Estimate:
+def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...], backend: str) -> Step:
     """The formula for a model and a mesh.
 
     Args:
@@ -163,7 +163,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
     trainable = sum(math.prod(array.shape) for array in trained.values())
     parameters = trainable + count(model, nnx.Not(AdapterParam))
-    return Estimate(
+    return Step(
         memory,
         micro * traced.flops / tensor / context,
         micro * traced.bytes / tensor / context,
@@ -181,8 +181,8 @@ def _size(shape: tuple[int, ...], dtype: Any) -> float:
 
 def _bytes_held(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> float:
     """Bytes of a tree on each chip."""
-    found = zip(jax.tree.leaves(tree), jax.tree.leaves(places(tree, shardings, whole)), strict=True)
-    return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in found)
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places(tree, shardings, whole)), strict=True)
+    return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in leaves)
 
 
 def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> float:
@@ -273,9 +273,9 @@ def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced
     with compiling_for(backend):
         # A copy: a step puts the kernels into the form that its mesh wants.
         model = nnx.merge(*nnx.split(_model(config.model, config.adapter, values, backend)))
-        made, arguments = assemble_abstract(model, config, (1,) * len(AXES))
-        assert isinstance(made.runner, JitRunner), "pmap is refused before"
-        program = made.runner.trace(*arguments).jaxpr
+        assembly, arguments = assemble_abstract(model, config, (1,) * len(AXES))
+        assert isinstance(assembly.runner, JitRunner), "pmap is refused before"
+        program = assembly.runner.trace(*arguments).jaxpr
         tokens = arguments[-1]["input_ids"].size
         heads = 2 if reference_of(config, model) == "base" else 1
         chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens, heads))
@@ -301,25 +301,25 @@ def _collectives(
     and backward, there with their gradients."""
     tensor, context, gathering = axes["tensor"], axes["context"], axes["fsdp"] * axes["context"]
     sharing = axes["data"] * gathering
-    count, found = decoder.num_layers, []
+    count, sent = decoder.num_layers, []
     # So that what is summed or sent around forward is not made again backward.
     keeps_results = config.model.remat in ("none", "dots")
     if gathering > 1:
         size = (micro * 2 * layers + head) * (gathering - 1) / gathering
-        found.append(Collective("all-gather", micro * 2 * count + 1, size))
+        sent.append(Collective("all-gather", micro * 2 * count + 1, size))
     if sharing > 1:
         gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
-        found.append(Collective("all-reduce", micro * count, 2 * micro * gradient * (sharing - 1) / sharing))
+        sent.append(Collective("all-reduce", micro * count, 2 * micro * gradient * (sharing - 1) / sharing))
     if tensor > 1:
         # Two forward and two backward. The last projection's isn't made again: the backward pass has no use for it.
         passes = 4 if keeps_results else 5
         size = micro * passes * count * tokens * decoder.hidden_size * 4 * 2 * (tensor - 1) / tensor
-        found.append(Collective("all-reduce", micro * passes * count, size))
+        sent.append(Collective("all-reduce", micro * passes * count, size))
     if context > 1:
         forward = 1 if keeps_results else 2
         turns = micro * count * context
         keys = 2 * tokens * decoder.num_kv_heads * decoder.head_dim / tensor
-        found.append(
+        sent.append(
             Collective("collective-permute", turns * (2 * forward + 4), turns * keys * (width * (forward + 1) + 4))
         )
-    return tuple(found)
+    return tuple(sent)

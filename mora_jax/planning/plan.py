@@ -1,19 +1,75 @@
-"""A plan: does this run fit these chips, and what does a step cost."""
+"""A plan: does this run fit these chips, and what does a step cost, by a roofline with its assumptions in words."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.planning.collectives import Collective
 from mora_jax.planning.memory_model import Memory, estimate_memory
-from mora_jax.planning.roofline import Estimate, estimate
 from mora_jax.planning.topology import Topology
 from mora_jax.planning.tpu_compile import Compiled, compile_elsewhere
 from mora_jax.training.config.schema import Config
 from mora_jax.training.sharding.mesh import AXES, mesh_shape
+
+#: What the two ends of the range assume. Published runs reach 41 to 67 % of peak in FLOPs that count (MaxText's table
+#: of TPU v5e, v5p and v6e runs; NeMo's of LoRA on H100); here repeated ones (remat) count too.
+FAST, SLOW = 0.70, 0.40
+ASSUMPTION = (
+    f"fast end: matrix products at {FAST:.0%} of peak or their operands at the full memory bandwidth, whichever takes "
+    f"longer, collectives over all links and behind the products; slow end: {SLOW:.0%} of peak or twice those bytes, "
+    "and collectives at half the links' bandwidth after them"
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a step costs.
+
+    Attributes:
+        flops, bytes: of matrix products on each chip; bytes are their operands and results, once each.
+        sent: bytes that each chip sends in collectives.
+        fastest, slowest: seconds a step.
+        bound: what takes longest at the fast end: `compute`, `memory` or `network`.
+    """
+
+    flops: float
+    bytes: float
+    sent: float
+    fastest: float
+    slowest: float
+    bound: str
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte of memory traffic."""
+        return self.flops / self.bytes
+
+    def tokens_per_second(self, tokens: float) -> tuple[float, float]:
+        """(slowest, fastest), for a step of so many tokens over all chips, padding included."""
+        return tokens / self.slowest, tokens / self.fastest
+
+
+def estimate(flops: float, moved: float, collectives: Iterable[Collective], topology: Topology) -> StepTime:
+    """The range of step times on `topology` (see `ASSUMPTION`).
+
+    Args:
+        flops, moved: FLOPs and bytes of matrix products on each chip.
+        collectives: of a step.
+    """
+    chip, sent = topology.chip, sum(entry.bytes for entry in collectives)
+    fast = {
+        "compute": flops / (FAST * chip.bf16_flops),
+        "memory": moved / chip.memory_bandwidth,
+        "network": sent / topology.link_bandwidth,
+    }
+    bound = max(fast, key=lambda name: fast[name])
+    slow = max(flops / (SLOW * chip.bf16_flops), 2 * moved / chip.memory_bandwidth)
+    slow += 2 * sent / topology.link_bandwidth
+    return StepTime(flops, moved, sent, fast[bound], slow, bound)
 
 
 @dataclass(frozen=True)
@@ -43,7 +99,7 @@ class Plan:
     fits: bool
     source: str
     collectives: tuple[Collective, ...]
-    estimate: Estimate
+    estimate: StepTime
     trainable: int
     parameters: int
     attention: str
@@ -65,12 +121,14 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """The keys of the configuration that make this plan what it is."""
-        train = self.config.train
-        found: dict[str, Any] = {f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)}
-        found["train.batch_size"], found["train.micro_batch_size"] = train.batch_size, train.micro_batch
-        found["model.remat"] = self.config.model.remat
-        found["model.quantize"] = self.config.model.quantize
-        return found
+        train, model = self.config.train, self.config.model
+        return {
+            **{f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)},
+            "train.batch_size": train.batch_size,
+            "train.micro_batch_size": train.micro_batch,
+            "model.remat": model.remat,
+            "model.quantize": model.quantize,
+        }
 
 
 def check_plannable(config: Config) -> None:
@@ -97,12 +155,21 @@ def by_formula(config: Config, values: dict[str, Any], topology: Topology) -> Pl
         InputError: the mesh doesn't fit the chips or the rows, or the adapter doesn't fit the model.
     """
     mesh = mesh_shape(config.mesh, config.train.micro_batch, topology.chips)
-    found = estimate_memory(config, values, mesh, "tpu" if topology.tpu else "gpu")
-    cost = estimate(found.flops, found.bytes, found.collectives, topology)
-    needed = found.memory.total
-    fits = needed <= topology.usable_bytes
-    counts = found.trainable, found.parameters, found.attention
-    return Plan(config, topology, mesh, found.memory, needed, fits, "formula", found.collectives, cost, *counts)
+    step = estimate_memory(config, values, mesh, "tpu" if topology.tpu else "gpu")
+    return Plan(
+        config=config,
+        topology=topology,
+        mesh=mesh,
+        memory=step.memory,
+        needed=step.memory.total,
+        fits=step.memory.total <= topology.usable_bytes,
+        source="formula",
+        collectives=step.collectives,
+        estimate=estimate(step.flops, step.bytes, step.collectives, topology),
+        trainable=step.trainable,
+        parameters=step.parameters,
+        attention=step.attention,
+    )
 
 
 def compiled(plan: Plan, values: dict[str, Any]) -> Plan:
@@ -111,8 +178,7 @@ def compiled(plan: Plan, values: dict[str, Any]) -> Plan:
     Raises:
         CompilerError: the compiler failed.
     """
-    answer = compile_elsewhere(plan.config, values, plan.topology, plan.mesh)
-    return with_figures(plan, answer)
+    return with_figures(plan, compile_elsewhere(plan.config, values, plan.topology, plan.mesh))
 
 
 def with_figures(plan: Plan, answer: Compiled) -> Plan:
@@ -121,13 +187,13 @@ def with_figures(plan: Plan, answer: Compiled) -> Plan:
     if not answer.fits:
         needed = plan.needed if answer.total is None else answer.total
         return dataclasses.replace(plan, needed=needed, **common)
-    own = plan.memory
+    formula = plan.memory
     memory = dataclasses.replace(
-        own,
-        padding=answer.arguments - own.arguments,
-        activations=min(own.activations, answer.temp),
-        temp=answer.outputs + answer.code + max(0.0, answer.temp - own.activations),
+        formula,
+        padding=answer.arguments - formula.arguments,
+        activations=min(formula.activations, answer.temp),
+        temp=answer.outputs + answer.code + max(0.0, answer.temp - formula.activations),
     )
-    found = plan.collectives if answer.collectives is None else answer.collectives
-    cost = estimate(plan.estimate.flops, plan.estimate.bytes, found, plan.topology)
-    return dataclasses.replace(plan, memory=memory, needed=memory.total, collectives=found, estimate=cost, **common)
+    sent = plan.collectives if answer.collectives is None else answer.collectives
+    cost = estimate(plan.estimate.flops, plan.estimate.bytes, sent, plan.topology)
+    return dataclasses.replace(plan, memory=memory, needed=memory.total, collectives=sent, estimate=cost, **common)

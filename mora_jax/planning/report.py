@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mora_jax.planning.advice import Advice
-from mora_jax.planning.plan import Plan
-from mora_jax.planning.roofline import ASSUMPTION
+from mora_jax.planning.plan import ASSUMPTION, Plan
 
 _GB = 1e9
 QUANTISATION = {
@@ -50,7 +51,7 @@ def view(advice: Advice, model: str, price: float | None) -> Group:
         f"{advice.asked.trainable:,} of {advice.asked.parameters:,} parameters are trained "
         f"({advice.asked.config.adapter.method}), {advice.asked.config.data.max_length} tokens a row"
     )
-    parts: list[RenderableType] = [Text(head), _settings(plans), _memory(plans), _work(plans), _cost(plans, price)]
+    parts: list[RenderableType] = [Text(head), *_tables(plans, price)]
     parts.append(Text(f"\nAssumed: {ASSUMPTION}."))
     parts += [Text(f"quantisation, {name}: {quantisation(plan)}") for name, plan in plans.items()]
     if any(plan.source == "compiled" and not plan.fits for plan in plans.values()):
@@ -64,19 +65,18 @@ def view(advice: Advice, model: str, price: float | None) -> Group:
 def verdict(advice: Advice) -> str:
     """What to do, in a sentence or two."""
     asked, advised = advice.asked, advice.advised
-    own = "The configuration fits" if asked.fits else "The configuration doesn't fit"
+    fits = "The configuration fits" if asked.fits else "The configuration doesn't fit"
     if advised is asked:
-        return f"{own}, and no other way looks faster."
-    if advised is None:
-        larger = (
-            "" if advice.smallest is None else f" The smallest {asked.topology.chip.name} that would: {advice.smallest}"
-        )
-        if advice.tried:
-            return f"{own}; the ways that should fit by formula don't by the compiler. Try more with --tries."
-        other = "" if not asked.fits else " with room to spare"
-        return f"{own}; no mesh, micro-batch and remat fit here{other}.{larger}"
-    changed = [f"--config.{name}={value}" for name, value in _changes(asked, advised).items()]
-    return f"{own}. Recommended: {' '.join(changed)}"
+        return f"{fits}, and no other way looks faster."
+    if advised is not None:
+        before, after = asked.settings(), advised.settings()
+        changes = [f"--config.{name}={after[name]}" for name in after if before[name] != after[name]]
+        return f"{fits}. Recommended: {' '.join(changes)}"
+    if advice.tried:
+        return f"{fits}; the ways that should fit by formula don't by the compiler. Try more with --tries."
+    larger = advice.smallest and f" The smallest {asked.topology.chip.name} that would: {advice.smallest}"
+    room = " with room to spare" if asked.fits else ""
+    return f"{fits}; no mesh, micro-batch and remat fit here{room}.{larger or ''}"
 
 
 def quantisation(plan: Plan) -> str:
@@ -84,76 +84,65 @@ def quantisation(plan: Plan) -> str:
     return QUANTISATION[plan.config.model.quantize]
 
 
-def _changes(asked: Plan, advised: Plan) -> dict[str, Any]:
-    before = asked.settings()
-    return {name: value for name, value in advised.settings().items() if before[name] != value}
+def _tables(plans: dict[str, Plan], price: float | None) -> Iterator[Table]:
+    """Settings, memory, work and cost: a row a figure, a column a plan."""
+
+    def table(title: str, rows: Mapping[str, Callable[[Plan], str]], bold: Sequence[str] = ()) -> Table:
+        view = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", title_justify="left")
+        view.add_column(f"\n{title}")
+        for name in plans:
+            view.add_column(f"\n{name}", justify="right")
+        for name, text in rows.items():
+            view.add_row(name, *map(text, plans.values()), style="bold" if name in bold else None)
+        return view
+
+    asked, *_ = plans.values()
+    settings = {name: lambda plan, name=name: str(plan.settings()[name]) for name in asked.settings()}
+    yield table("Settings", {**settings, "attention by": lambda plan: plan.attention})
+    memory = {words: lambda plan, part=part: _gb(getattr(plan.memory, part)) for part, words in _PARTS.items()}
+    totals: dict[str, Callable[[Plan], str]] = {
+        "total": lambda plan: _gb(plan.needed),
+        "usable": lambda plan: _gb(plan.topology.usable_bytes),
+        "fits": lambda plan: "yes" if plan.fits else "no",
+        "figures by": _source,
+    }
+    yield table("GB on each chip", memory | totals, bold=("total", "fits"))
+    work: dict[str, Callable[[Plan], str]] = {
+        "TFLOP": lambda plan: f"{plan.estimate.flops / 1e12:.1f}",
+        "GB to and from memory": lambda plan: f"{plan.estimate.bytes / _GB:.0f}",
+        "FLOP per byte": lambda plan: f"{plan.estimate.intensity:.0f}",
+    }
+    for kind in dict.fromkeys(entry.kind for plan in plans.values() for entry in plan.collectives):
+        work[f"{kind}: times, GB sent"] = functools.partial(_collective, kind=kind)
+    yield table("Each chip, each step", work)
+    cost: dict[str, Callable[[Plan], str]] = {
+        "seconds a step": lambda plan: _range(plan.estimate.fastest, plan.estimate.slowest),
+        "bound by": lambda plan: plan.estimate.bound,
+        "tokens/s, padding too": lambda plan: _range(*plan.estimate.tokens_per_second(plan.tokens)),
+        "tokens/s a chip": lambda plan: _range(*plan.estimate.tokens_per_second(plan.tokens / plan.topology.chips)),
+    }
+    if asked.hours is None:
+        cost["hours"] = lambda plan: "set train.steps"
+    else:
+        cost[f"hours for {asked.config.train.steps} steps"] = lambda plan: _range(*(plan.hours or (0, 0)))
+        if price is not None:
+            cost["cost"] = lambda plan: _range(*_costs(plan, price))
+    yield table("Estimated", cost)
 
 
-def _table(title: str, plans: dict[str, Plan]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", title_justify="left")
-    table.add_column(f"\n{title}")
-    for name in plans:
-        table.add_column(f"\n{name}", justify="right")
-    return table
-
-
-def _settings(plans: dict[str, Plan]) -> Table:
-    table = _table("Settings", plans)
-    for name in next(iter(plans.values())).settings():
-        table.add_row(name, *(str(plan.settings()[name]) for plan in plans.values()))
-    table.add_row("attention by", *(plan.attention for plan in plans.values()))
-    return table
-
-
-def _memory(plans: dict[str, Plan]) -> Table:
-    table = _table("GB on each chip", plans)
-    for name, words in _PARTS.items():
-        table.add_row(words, *(f"{getattr(plan.memory, name) / _GB:.2f}" for plan in plans.values()))
-    table.add_row("total", *(f"{plan.needed / _GB:.2f}" for plan in plans.values()), style="bold")
-    table.add_row("usable", *(f"{plan.topology.usable_bytes / _GB:.2f}" for plan in plans.values()))
-    table.add_row("fits", *("yes" if plan.fits else "no" for plan in plans.values()), style="bold")
-    table.add_row("figures by", *(_source(plan) for plan in plans.values()))
-    return table
+def _gb(size: float) -> str:
+    return f"{size / _GB:.2f}"
 
 
 def _source(plan: Plan) -> str:
     return plan.source if plan.compile_seconds is None else f"compiler ({plan.compile_seconds:.0f} s)"
 
 
-def _work(plans: dict[str, Plan]) -> Table:
-    table = _table("Each chip, each step", plans)
-    table.add_row("TFLOP", *(f"{plan.estimate.flops / 1e12:.1f}" for plan in plans.values()))
-    table.add_row("GB to and from memory", *(f"{plan.estimate.bytes / _GB:.0f}" for plan in plans.values()))
-    table.add_row("FLOP per byte", *(f"{plan.estimate.intensity:.0f}" for plan in plans.values()))
-    kinds = dict.fromkeys(entry.kind for plan in plans.values() for entry in plan.collectives)
-    for kind in kinds:
-        table.add_row(f"{kind}: times, GB sent", *(_collective(plan, kind) for plan in plans.values()))
-    return table
-
-
 def _collective(plan: Plan, kind: str) -> str:
-    found = [entry for entry in plan.collectives if entry.kind == kind]
-    return (
-        f"{sum(entry.count for entry in found)}, {sum(entry.bytes for entry in found) / _GB:.2f}" if found else "none"
-    )
-
-
-def _cost(plans: dict[str, Plan], price: float | None) -> Table:
-    table = _table("Estimated", plans)
-    every = list(plans.values())
-    table.add_row("seconds a step", *(_range(plan.estimate.fastest, plan.estimate.slowest) for plan in every))
-    table.add_row("bound by", *(plan.estimate.bound for plan in every))
-    table.add_row("tokens/s, padding too", *(_range(*plan.estimate.tokens_per_second(plan.tokens)) for plan in every))
-    chips = [plan.estimate.tokens_per_second(plan.tokens) for plan in every]
-    shares = [tuple(rate / plan.topology.chips for rate in rates) for rates, plan in zip(chips, every, strict=True)]
-    table.add_row("tokens/s a chip", *(_range(*share) for share in shares))
-    if every[0].hours is None:
-        table.add_row("hours", *("set train.steps" for _ in every))
-    else:
-        table.add_row(f"hours for {every[0].config.train.steps} steps", *(_range(*(p.hours or (0, 0))) for p in every))
-        if price is not None:
-            table.add_row("cost", *(_range(*_costs(plan, price)) for plan in every))
-    return table
+    entries = [entry for entry in plan.collectives if entry.kind == kind]
+    if not entries:
+        return "none"
+    return f"{sum(entry.count for entry in entries)}, {_gb(sum(entry.bytes for entry in entries))}"
 
 
 def _costs(plan: Plan, price: float) -> tuple[float, float]:
@@ -194,7 +183,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """One plan as plain values."""
     cost = plan.estimate
     slow, fast = cost.tokens_per_second(plan.tokens)
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "settings": plan.settings(),
         "attention": plan.attention,
         "quantisation": quantisation(plan),
@@ -213,5 +202,5 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
         "hours": None if plan.hours is None else list(plan.hours),
     }
     if price is not None:
-        found["cost"] = None if plan.hours is None else list(_costs(plan, price))
-    return found
+        values["cost"] = None if plan.hours is None else list(_costs(plan, price))
+    return values

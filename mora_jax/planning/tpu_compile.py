@@ -45,8 +45,8 @@ class Compiled:
             return cls(False, answer["seconds"], answer.get("total"))
         parts = {name: answer[name] for name in ("arguments", "outputs", "temp", "code")}
         listed = answer["collectives"]
-        found = None if listed is None else tuple(Collective(**entry) for entry in listed)
-        return cls(True, answer["seconds"], sum(parts.values()), **parts, host=answer["host"], collectives=found)
+        sent = None if listed is None else tuple(Collective(**entry) for entry in listed)
+        return cls(True, answer["seconds"], sum(parts.values()), **parts, host=answer["host"], collectives=sent)
 
 
 class CompilerError(Exception):
@@ -89,8 +89,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def read_shortage(message: str) -> dict[str, Any]:
     """`total`, the bytes that it needs, and `limit`, what a program can have; else the message's first line."""
-    found = next(filter(None, (words.search(message) for words in _WORDS)), None)
-    if found is None:
+    sizes = next(filter(None, (words.search(message) for words in _WORDS)), None)
+    if sizes is None:
         return {"message": message.splitlines()[0][:300]}
-    total, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+    total, limit = (float(sizes[i]) * _UNITS[sizes[i + 1]] for i in (1, 3))
     return {"total": total, "limit": limit}

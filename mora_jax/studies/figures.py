@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mora_jax.display import figures as display
+from mora_jax.display.figures import plain_log as plain_log
 from mora_jax.studies.intervals import Interval, interval
 from mora_jax.studies.results import Results
 
@@ -153,15 +154,3 @@ def rates_figure(results: Results) -> Any:
         panel.set_title(level, fontsize=8)
         panel.set(xlabel="learning rate", ylabel=study.chosen_by.replace("_", " "))
     return finish(figure, results, "Means over the seeds that choose; star: the chosen rate.")
-
-
-def plain_log(panel: Any, which: str, subs: Sequence[float] = (1.0, 2.0, 5.0), ticks: Sequence[float] = ()) -> None:
-    """Makes axis `x` or `y` logarithmic, in plain figures, at `ticks` where they are given."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    panel.set(**{f"{which}scale": "log"})
-    axis = getattr(panel, f"{which}axis")
-    axis.set_major_locator(FixedLocator(list(ticks)) if ticks else LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(NullLocator())

@@ -26,77 +26,53 @@ from mora_jax.errors import InputError
 from mora_jax.interop.load import load_pretrained
 from mora_jax.studies import figures as draw
 from mora_jax.studies import rows as row_files
-from mora_jax.studies import spectrum
+from mora_jax.studies import spectrum, study
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval, paired
 from mora_jax.studies.results import Curve, Results
 from mora_jax.studies.rows import HELD_OUT, TEST, TRAIN, Rows
 from mora_jax.studies.spectrum import COUNTS, EPSILON, EPSILONS, FACTORS, Change
-from mora_jax.studies.study import (
-    CHOOSING,
-    CHOOSING_SEEDS,
-    EXPLORATORY,
-    REPORTED,
-    Arm,
-    Cell,
-    Contrast,
-    Evaluation,
-    Level,
-    Metric,
-    Preset,
-    Sources,
-    Study,
-    grid,
-    rounded,
-)
 
 FULL = "full"
 #: Spectra are measured at so many of the evaluations, the last one included.
 _SPECTRA = 4
 _ANSWER_TOKENS = 16
-LEARNED = Metric("loss", "loss on the new domain, nats a token")
-KNOWN = Metric("base_text_loss", "loss on the old domain, nats a token")
-_MATCHED = Metric("forgetting at equal learning", "rise of the old domain's loss at equal learning, nats a token")
+LEARNED = study.Metric("loss", "loss on the new domain, nats a token")
+KNOWN = study.Metric("base_text_loss", "loss on the old domain, nats a token")
+_MATCHED = study.Metric("forgetting at equal learning", "rise of the old domain's loss at equal learning, nats a token")
 #: (loss on what is learned, loss on what was known), evaluation by evaluation.
 Course = Sequence[tuple[float, float]]
 
 
-def _arms(low: int, high: int, *, full: float, lora: float, mora: float) -> tuple[Arm, ...]:
+def _arms(low: int, high: int, *, full: float, lora: float, mora: float) -> tuple[study.Arm, ...]:
     """The arms at a low and a high rank, around rates of full fine-tuning, of LoRA and MoRA by rotation at the low."""
 
     def of_lora(rank: int, **others: Any) -> dict[str, Any]:
         return {"adapter.method": "lora", "adapter.rank": rank, "adapter.alpha": 2.0 * rank, **others}
 
-    def of_mora(kind: str, rate: float) -> Arm:
+    def of_mora(kind: str, rate: float) -> study.Arm:
         settings = {"adapter.method": "mora", "adapter.rank": low, "adapter.kind": kind}
-        return Arm(f"MoRA {kind} r{low}", settings, grid(rate))
+        return study.Arm(f"MoRA {kind} r{low}", settings, study.grid(rate))
 
-    name, of_full, of_high = f"LoRA r{high}", grid(full), grid(0.4 * lora)
+    name, of_full, of_high = f"LoRA r{high}", study.grid(full), study.grid(0.4 * lora)
     everything: dict[str, Any] = {"adapter.method": "full"}
     divergence = {"loss.kl_weight": 1.0, "loss.kl_tokens": "prompt"}
     return (
-        Arm(FULL, everything, of_full),
-        Arm(f"LoRA r{low}", of_lora(low), grid(lora)),
-        Arm(name, of_lora(high), of_high),
+        study.Arm(FULL, everything, of_full),
+        study.Arm(f"LoRA r{low}", of_lora(low), study.grid(lora)),
+        study.Arm(name, of_lora(high), of_high),
         of_mora("sharing", 0.5 * mora),
         of_mora("rotation", mora),
-        Arm(f"{FULL}, weight decay", everything | {"optimizer.weight_decay": 1.0}, of_full, control_of=FULL),
-        Arm(f"{name}, dropout", of_lora(high, **{"adapter.dropout": 0.1}), of_high, control_of=name),
-        Arm(f"{name}, KL", of_lora(high, **divergence), of_high, control_of=name),
+        study.Arm(f"{FULL}, weight decay", everything | {"optimizer.weight_decay": 1.0}, of_full, control_of=FULL),
+        study.Arm(f"{name}, dropout", of_lora(high, **{"adapter.dropout": 0.1}), of_high, control_of=name),
+        study.Arm(f"{name}, KL", of_lora(high, **divergence), of_high, control_of=name),
     )
 
 
 def _settings(*, steps: int, batch_size: int, max_length: int, evaluations: int, **others: Any) -> dict[str, Any]:
-    return {
-        "data.max_length": max_length,
-        "optimizer.schedule": "constant",
-        "optimizer.warmup_steps": min(20, steps // 2),
-        "train.steps": steps,
-        "train.batch_size": batch_size,
-        "train.eval_every": max(1, steps // evaluations),
-        "train.log_every": steps,
-        **others,
-    }
+    every = {"eval_every": steps // evaluations, "log_every": steps}
+    warmup = min(20, steps // 2)
+    return study.budget(steps, batch_size, warmup_steps=warmup, **every, **{"data.max_length": max_length, **others})
 
 
 def _data(source: str, **others: Any) -> dict[str, Any]:
@@ -113,7 +89,7 @@ _FLOAT32 = {"model.dtype": "float32"}
 _QUICK = _arms(2, 16, full=6e-4, lora=1e-2, mora=1e-2)
 
 
-class Forget(Study):
+class Forget(study.Study):
     """A new domain is learned while texts of the old one are watched."""
 
     name = "forget"
@@ -123,14 +99,14 @@ class Forget(Study):
     metrics = (
         LEARNED,
         KNOWN,
-        Metric("accuracy", "token accuracy on the new domain", 1),
-        Metric("exact_match", "exact match on the new domain", 1),
-        Metric("rank90", "rank of the change at 90 % of its energy", 0),
-        Metric("rank90_attention", "the same of attention", 0),
-        Metric("rank90_MLP", "the same of MLP", 0),
-        Metric("stable_rank", "stable rank of the change", 0),
-        Metric("delta_norm", "Frobenius norm of the change", 0),
-        Metric(f"intruders_{EPSILON}", f"intruders a matrix at ε = {EPSILON}", 0),
+        study.Metric("accuracy", "token accuracy on the new domain", 1),
+        study.Metric("exact_match", "exact match on the new domain", 1),
+        study.Metric("rank90", "rank of the change at 90 % of its energy", 0),
+        study.Metric("rank90_attention", "the same of attention", 0),
+        study.Metric("rank90_MLP", "the same of MLP", 0),
+        study.Metric("stable_rank", "stable rank of the change", 0),
+        study.Metric("delta_norm", "Frobenius norm of the change", 0),
+        study.Metric(f"intruders_{EPSILON}", f"intruders a matrix at ε = {EPSILON}", 0),
     )
     notes = (
         "*full* is this library's full fine-tuning, of all parameters, embeddings and norms included; adapters are on "
@@ -142,14 +118,14 @@ class Forget(Study):
         "A change of high rank does not show that a high rank was needed: independent noise has one too.",
     )
     presets = {
-        "tiny": Preset(
+        "tiny": study.Preset(
             "seconds; shows the form of the results, and no more",
-            tuple(Arm(arm.name, arm.settings, arm.rates[:2]) for arm in _QUICK[:2]),
+            tuple(study.Arm(arm.name, arm.settings, arm.rates[:2]) for arm in _QUICK[:2]),
             _settings(steps=4, batch_size=4, max_length=32, evaluations=2, **_FLOAT32),
             _data("instructions", rows=64, scored=16),
             seeds=2,
         ),
-        "quick": Preset(
+        "quick": study.Preset(
             "the embedded model, minutes on two cores",
             _QUICK,
             _settings(steps=96, batch_size=16, max_length=32, evaluations=8, **_FLOAT32),
@@ -157,14 +133,14 @@ class Forget(Study):
             reason="96 steps of 16 rows are less than an epoch, so that no row is learned by heart; all test rows are "
             "scored.",
         ),
-        "small": Preset(
+        "small": study.Preset(
             "a model of about 100 M parameters, a day on two cores",
             _arms(8, 64, full=1e-4, lora=1e-3, mora=1e-3),
             _settings(steps=200, batch_size=8, max_length=256, evaluations=8, **_FLOAT32),
             _data("code", rows=4000, scored=100, text_length=256, layers=5, characters=800),
             reason="200 steps of 8 pieces of code are what two cores do in minutes a run.",
         ),
-        "paper": Preset(
+        "paper": study.Preset(
             "a model of 7 B parameters on eight accelerators",
             _arms(16, 256, full=1e-5, lora=2e-4, mora=2e-4),
             _settings(
@@ -179,7 +155,7 @@ class Forget(Study):
         ),
     }
 
-    def check(self, preset: Preset, sources: Sources) -> None:
+    def check(self, preset: study.Preset, sources: study.Sources) -> None:
         """Needs texts, and as much data as the preset's steps are worth."""
         if sources.base_texts is None:
             raise InputError("study forget watches texts like those that the base was pretrained on: give --texts FILE")
@@ -192,11 +168,13 @@ class Forget(Study):
                 "--data FILE, or choose a smaller preset"
             )
 
-    def settings(self, cell: Cell, preset: Preset) -> dict[str, Any]:
+    def settings(self, cell: study.Cell, preset: study.Preset) -> dict[str, Any]:
         """Rates need half the evaluations."""
         return {"train.eval_every": 2 * preset.settings["train.eval_every"]} if cell.chooses else {}
 
-    def write_data(self, preset: Preset, level: Level, seed: int, folder: Path, sources: Sources) -> dict[str, Any]:
+    def write_data(
+        self, preset: study.Preset, level: study.Level, seed: int, folder: Path, sources: study.Sources
+    ) -> dict[str, Any]:
         """The rows of the new domain in three parts: to train on, to choose rates by, to report; texts of the old."""
         train, test = folder / f"train_{seed}.jsonl", folder / f"{TEST}.jsonl"
         if not train.exists() or not test.exists():
@@ -210,7 +188,7 @@ class Forget(Study):
             row_files.write_rows(test, row_files.sample(parts[TEST], limit))
         return {"data.train": (str(train),)}
 
-    def measure(self, at: Evaluation) -> dict[str, float]:
+    def measure(self, at: study.Evaluation) -> dict[str, float]:
         """Losses on both domains; at some steps the spectrum of the change; at the end of reported cells the rest."""
         values, cell = _losses(at), at.cell
         last, due = at.step == at.steps, at.step % max(1, at.steps // _SPECTRA) == 0
@@ -224,7 +202,7 @@ class Forget(Study):
             values |= _exact_match(at)
         return values
 
-    def explore(self, results: Results) -> Iterable[Cell]:
+    def explore(self, results: Results) -> Iterable[study.Cell]:
         """Lower rates on the seeds that choose, until at equal learning the least forgetting lies inside.
 
         A rate at which an arm no longer learns as much ends the search too.
@@ -237,9 +215,9 @@ class Forget(Study):
             rates = results.by_rate(LEARNED.name, arm.name)
             if not least or min(least, key=lambda rate: (least[rate], rate)) != min(rates) or len(rates) > 9:
                 continue
-            lower = rounded(min(rates) / (arm.rates[1] / arm.rates[0]))
-            for seed in CHOOSING_SEEDS:
-                yield Cell(level, arm, lower, seed, EXPLORATORY)
+            lower = study.rounded(min(rates) / (arm.rates[1] / arm.rates[0]))
+            for seed in study.CHOOSING_SEEDS:
+                yield study.Cell(level, arm, lower, seed, study.EXPLORATORY)
 
     def pairs(self, results: Results, level: str) -> list[tuple[str, str]]:
         """Every method against full fine-tuning, LoRA against LoRA by rank, and controls against what they control."""
@@ -248,13 +226,13 @@ class Forget(Study):
         moras, loras = ([arm for arm in mains if arm.startswith(kind)] for kind in ("MoRA", "LoRA"))
         return pairs + [(mora, loras[0]) for mora in moras if loras] + list(controls.items())
 
-    def contrasts(self, results: Results) -> Iterable[Contrast]:
+    def contrasts(self, results: Results) -> Iterable[study.Contrast]:
         """Forgetting at equal learning."""
         known = matched(results)
         for arm in results.arms:
             if arm != FULL and FULL in known:
                 cells = results.cells(arm) + results.cells(FULL)
-                yield Contrast(f"{arm} − {FULL}", _MATCHED, "", differences(known[arm], known[FULL]), cells)
+                yield study.Contrast(f"{arm} − {FULL}", _MATCHED, "", differences(known[arm], known[FULL]), cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """Both domains at the start, equal learning, rates, spectra and intruders."""
@@ -291,7 +269,7 @@ def _rows(files: Sequence[str], option: str) -> Rows:
     return rows
 
 
-def _parts(preset: Preset, sources: Sources) -> dict[str, Rows]:
+def _parts(preset: study.Preset, sources: study.Sources) -> dict[str, Rows]:
     """Rows by part: the user's own, the embedded instructions with their tasks, or code."""
     if sources.data is not None:
         return row_files.split_by_prompt(_rows(sources.data, "--data"), 0.1, f"--data {sources.data[0]}")
@@ -332,7 +310,7 @@ def pieces(text: str, characters: int) -> list[str]:
     return [*texts, "".join(lines)] if "".join(lines).strip() else texts
 
 
-def _losses(at: Evaluation) -> dict[str, float]:
+def _losses(at: study.Evaluation) -> dict[str, float]:
     """On both domains: rates are not chosen on what is reported."""
     new, old = (HELD_OUT, "some_texts") if at.cell.chooses else (TEST, "texts")
     learned = at.score(at.folder / f"{new}.jsonl", part=new)
@@ -341,7 +319,7 @@ def _losses(at: Evaluation) -> dict[str, float]:
     return {"loss": learned.nll, "accuracy": learned.accuracy, "base_text_loss": known.nll}
 
 
-def _changes(at: Evaluation) -> list[Change]:
+def _changes(at: study.Evaluation) -> list[Change]:
     """Of the layers whose spectra are measured."""
     every, base = at.preset.data["layers"], None
     if at.cell.arm.settings["adapter.method"] == "full":
@@ -354,7 +332,7 @@ def _changes(at: Evaluation) -> list[Change]:
     return list(spectrum.changes(at.model, base, every))
 
 
-def _intruders(at: Evaluation, changes: Sequence[Change]) -> dict[str, float]:
+def _intruders(at: study.Evaluation, changes: Sequence[Change]) -> dict[str, float]:
     """How many there are, and both losses with them scaled."""
     cache, top = at.cache, at.preset.data["top"]
     if "vectors" not in cache:
@@ -370,7 +348,7 @@ def _intruders(at: Evaluation, changes: Sequence[Change]) -> dict[str, float]:
     return values
 
 
-def _exact_match(at: Evaluation) -> dict[str, float]:
+def _exact_match(at: study.Evaluation) -> dict[str, float]:
     """The share of answers that are right, where each row of the new domain is a question and its answer."""
     if at.preset.data["source"] != "instructions" or at.sources.data is not None:
         return {}
@@ -399,7 +377,7 @@ def _start(results: Results, metric: str) -> float:
 
 
 def paths(
-    results: Results, arm: str, stages: Iterable[str] = (CHOOSING, EXPLORATORY)
+    results: Results, arm: str, stages: Iterable[str] = (study.CHOOSING, study.EXPLORATORY)
 ) -> dict[float, dict[int, Course]]:
     """Learning and forgetting in the course of each seed by learning rate; by default on the seeds that choose."""
     known = results.by_rate(KNOWN.name, arm, stages=stages)
@@ -440,7 +418,7 @@ def matched(results: Results) -> dict[str, dict[int, float]]:
     return {
         arm: {
             seed: known_at(path, max(ends[seed])) - path[0][1]
-            for by_seed in paths(results, arm, [REPORTED]).values()
+            for by_seed in paths(results, arm, [study.REPORTED]).values()
             for seed, path in by_seed.items()
             if seed in ends and path
         }
@@ -581,10 +559,12 @@ def _draw_layers(panel: Any, results: Results) -> None:
         return
     ranks = [results.mean(f"rank90_{module}_{layer}", arm).mean for module, layer in names.itertuples(index=False)]
     shades = names.assign(layer=names["layer"].astype(int), rank=ranks).pivot_table("rank", "module", "layer")
+    shades = shades.reindex(names["module"].unique())
     panel.imshow(shades, cmap="Blues", aspect="auto", vmin=0)
     for (row, column), rank in np.ndenumerate(shades.to_numpy()):
         colour = "white" if rank > shades.max(axis=None) / 2 else "black"
-        panel.text(column, row, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        text = "" if math.isnan(rank) else f"{rank:.0f}"
+        panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     panel.set_yticks(range(len(shades.index)), shades.index)
     panel.set_xticks(range(len(shades.columns)), shades.columns)
     panel.set_xlabel(f"layer; rank at 90 % of the energy, {arm}")

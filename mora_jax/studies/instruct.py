@@ -28,19 +28,19 @@ from mora_jax.demo.answers import mean_scores
 from mora_jax.errors import InputError
 from mora_jax.studies import figures as draw
 from mora_jax.studies import rows as row_files
+from mora_jax.studies import study
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval
 from mora_jax.studies.results import Results
 from mora_jax.studies.rows import Rows
-from mora_jax.studies.study import Arm, Cell, Contrast, Evaluation, Level, Metric, Preset, Sources, Study, grid, rounded
 
 #: Answers of so many words at most are generated and compared with the right ones.
 _CHECKED_WORDS = 8
 #: Parts of a user's prompts for validation and for the test.
 _HELD_OUT = 0.15
 _GUIDE = "validation_loss"
-_BEST = Metric("test_loss", "test loss at the best epoch, nats a token", best_by=_GUIDE)
-_GAIN = Metric("gain", "gain of unmasked loss in test loss at the best epoch, nats a token", 0)
+_BEST = study.Metric("test_loss", "test loss at the best epoch, nats a token", best_by=_GUIDE)
+_GAIN = study.Metric("gain", "gain of unmasked loss in test loss at the best epoch, nats a token", 0)
 #: Shi et al., tables 2 and 5: ratio of instruction to output length, AlpacaEval 1.0 of masked and of unmasked loss.
 _PUBLISHED = {
     "LIMA": (0.094, 33.06, 32.94),
@@ -74,18 +74,18 @@ _METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def arms(method: str, rate: float, *losses: str) -> list[Arm]:
+def arms(method: str, rate: float, *losses: str) -> list[study.Arm]:
     """A method under several losses, keys of `LOSSES`, whose learning rates are searched around `rate`."""
     compared = []
     for loss in losses:
-        search = {"rate_of": f"{method} masked"} if loss == "lr_share" else {"rates": grid(rate)}
-        compared.append(Arm(f"{method} {loss}", {**_METHODS[method], **LOSSES[loss]}, **search))
+        search = {"rate_of": f"{method} masked"} if loss == "lr_share" else {"rates": study.grid(rate)}
+        compared.append(study.Arm(f"{method} {loss}", {**_METHODS[method], **LOSSES[loss]}, **search))
     return compared
 
 
 def levels(
-    ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int, list[Arm]], which: tuple[int, ...] = ()
-) -> tuple[Level, ...]:
+    ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int, list[study.Arm]], which: tuple[int, ...] = ()
+) -> tuple[study.Level, ...]:
     """Ratios with every number of rows and its arms.
 
     Args:
@@ -95,27 +95,22 @@ def levels(
         arms_by_rows: what is compared at each number of rows.
         which: the numbers of the ratios, from 1; empty for all.
     """
-    compared: list[Level] = []
+    compared: list[study.Level] = []
     for rows, of_rows in arms_by_rows.items():
         steps = -(-rows // batch_size)
-        settings = {
-            "train.batch_size": batch_size,
-            "train.steps": steps * epochs,
-            "train.eval_every": steps,
-            "train.log_every": steps,
-            "optimizer.schedule": "constant",
-            "optimizer.warmup_steps": min(5, steps),
-        }
+        settings = study.budget(
+            steps * epochs, batch_size, eval_every=steps, log_every=steps, warmup_steps=min(5, steps)
+        )
         for ratio in which or range(1, ratios + 1):
             values = {"ratio_level": ratio, "rows": rows}
-            compared.append(Level(f"ratio {ratio} of {ratios}, {rows} rows", values, settings, tuple(of_rows)))
+            compared.append(study.Level(f"ratio {ratio} of {ratios}, {rows} rows", values, settings, tuple(of_rows)))
     return tuple(compared)
 
 
 _TWO = ("masked", "unmasked")
 
 
-class Instruct(Study):
+class Instruct(study.Study):
     """Masked, unmasked and weighted loss, by how long prompts are beside answers, and by the number of rows."""
 
     name = "instruct"
@@ -125,12 +120,12 @@ class Instruct(Study):
     chosen_at_best = True
     metrics = (
         _BEST,
-        Metric("test_loss", "test loss after the last epoch, nats a token"),
-        Metric("exact_match", "exact match", 1),
-        Metric("f1", "F1", 1),
-        Metric("trained_rows_loss", "loss on rows trained on, nats a token", 0),
-        Metric("instruction_loss", "loss on instructions, nats a token"),
-        Metric("base_text_loss", "loss on base texts, nats a token"),
+        study.Metric("test_loss", "test loss after the last epoch, nats a token"),
+        study.Metric("exact_match", "exact match", 1),
+        study.Metric("f1", "F1", 1),
+        study.Metric("trained_rows_loss", "loss on rows trained on, nats a token", 0),
+        study.Metric("instruction_loss", "loss on instructions, nats a token"),
+        study.Metric("base_text_loss", "loss on base texts, nats a token"),
     )
     notes = (
         "A difference says what happens at that ratio, that number of rows and that method; no two of them are pooled.",
@@ -139,15 +134,17 @@ class Instruct(Study):
         "text, which was not tested by itself. Groups of rows given by --data differ in more than their ratio.",
     )
     presets = {
-        "tiny": Preset(
+        "tiny": study.Preset(
             "seconds; shows the form of the results, and no more",
             (),
             {"data.max_length": 64},
             {"sentences": (0,), "lengths": (26,), "scored": 16, "new_tokens": 4},
-            levels(1, 2, 8, {16: [Arm(arm.name, arm.settings, arm.rates[:2]) for arm in arms("LoRA", 2e-3, *_TWO)]}),
+            levels(
+                1, 2, 8, {16: [study.Arm(arm.name, arm.settings, arm.rates[:2]) for arm in arms("LoRA", 2e-3, *_TWO)]}
+            ),
             seeds=2,
         ),
-        "quick": Preset(
+        "quick": study.Preset(
             "the embedded model, minutes on two cores",
             (),
             {"data.max_length": 64},
@@ -166,7 +163,7 @@ class Instruct(Study):
             reason="64 and 256 rows for eight epochs; all test rows are scored. An earlier preset had 32 and 128 rows: "
             "there unmasked loss was worse once, for full fine-tuning at ratio 3.8 (by 0.23 ± 0.08).",
         ),
-        "small": Preset(
+        "small": study.Preset(
             "a model of about 100 M parameters, a day on two cores",
             (),
             # ChatML, because the model's own template may put a system message before every question.
@@ -185,7 +182,7 @@ class Instruct(Study):
             ),
             reason="The lowest and the highest of four ratios; 32 rows are where the paper's effect should be largest.",
         ),
-        "paper": Preset(
+        "paper": study.Preset(
             "a model of 7 B parameters on eight accelerators",
             (),
             {"data.max_length": 2048, "train.micro_batch_size": 16, "mesh.data": 1, "mesh.fsdp": -1},
@@ -205,7 +202,9 @@ class Instruct(Study):
         ),
     }
 
-    def write_data(self, preset: Preset, level: Level, seed: int, folder: Path, sources: Sources) -> dict[str, Any]:
+    def write_data(
+        self, preset: study.Preset, level: study.Level, seed: int, folder: Path, sources: study.Sources
+    ) -> dict[str, Any]:
         """Files of rows: to train on by level and seed, for validation and the test by ratio."""
         group, count = level.values["ratio_level"], level.values["rows"]
         length = preset.settings["data.max_length"]
@@ -233,11 +232,11 @@ class Instruct(Study):
             row_files.write_rows(folder / "base_texts.jsonl", base_texts())
         return {"data.train": (str(train),), "data.max_length": length}
 
-    def learning_rate(self, cell: Cell, data: Mapping[str, Any]) -> float:
+    def learning_rate(self, cell: study.Cell, data: Mapping[str, Any]) -> float:
         """The cell's, or for `lr_share` that of masked loss times the share of answers."""
-        return rounded(cell.rate * _facts(data)["share"]) if cell.arm.rate_of else cell.rate
+        return study.rounded(cell.rate * _facts(data)["share"]) if cell.arm.rate_of else cell.rate
 
-    def measure(self, at: Evaluation) -> dict[str, float]:
+    def measure(self, at: study.Evaluation) -> dict[str, float]:
         """Losses after 1, 2, 4, 8, … epochs; at the end, and once at the start, also answers and the base's texts."""
         epoch, rest = divmod(at.step, at.cell.level.settings["train.eval_every"])
         if rest or (epoch & (epoch - 1) and at.step != at.steps):
@@ -250,7 +249,7 @@ class Instruct(Study):
             at.cache[key] = self._scores(at, everything=True)
         return {**at.cache[key], **_facts(at.data)}
 
-    def _scores(self, at: Evaluation, *, everything: bool) -> dict[str, float]:
+    def _scores(self, at: study.Evaluation, *, everything: bool) -> dict[str, float]:
         group = at.cell.level.values["ratio_level"]
         values = {_GUIDE: at.score(at.folder / f"validation_{group}.jsonl").nll}
         if at.cell.chooses:
@@ -289,7 +288,7 @@ class Instruct(Study):
                 pairs += [(arm, control) for control in (f"{method} share", f"{method} lr_share") if control in there]
         return pairs
 
-    def contrasts(self, results: Results) -> Iterable[Contrast]:
+    def contrasts(self, results: Results) -> Iterable[study.Contrast]:
         """How the gain of unmasked loss goes with the ratio, and with the number of rows."""
         by_place = {(level.values["ratio_level"], level.values["rows"]): level.name for level in results.preset.levels}
         ratios, counts = (sorted(set(numbers)) for numbers in zip(*by_place, strict=True))
@@ -306,7 +305,7 @@ class Instruct(Study):
                     compared = itertools.product((before, after), _TWO)
                     cells = [cell for name, loss in compared for cell in results.cells(f"{method} {loss}", name)]
                     claim = f"{method} unmasked, {after} − {before}"
-                    yield Contrast(claim, _GAIN, "", differences(gains[1], gains[0]), cells)
+                    yield study.Contrast(claim, _GAIN, "", differences(gains[1], gains[0]), cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """What the rows of each level are like."""

@@ -20,17 +20,19 @@ import numpy as np
 
 from mora_jax.errors import InputError
 from mora_jax.studies import figures as draw
+from mora_jax.studies import study
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval
 from mora_jax.studies.results import Results
 from mora_jax.studies.rows import read_rows, write_rows
-from mora_jax.studies.study import Arm, Cell, Contrast, Evaluation, Level, Metric, Preset, Sources, Study, grid
 
 SYMBOLS = "abcdefghijklmnop"
 BITS = 4
 #: Answers are generated at so many of the evaluations, the last one included.
 _GENERATIONS = 4
-_SOONER = Metric("teacher_forced_accuracy", "teacher-forced accuracy, mean over the run", 1)
+#: Of eight accelerators.
+_EIGHT: dict[str, Any] = {"train.micro_batch_size": 200, "model.remat": "full", "mesh.fsdp": -1}
+_SOONER = study.Metric("teacher_forced_accuracy", "teacher-forced accuracy, mean over the run", 1)
 
 
 def make_pairs(count: int, length: int, seed: int) -> list[dict[str, str]]:
@@ -77,12 +79,14 @@ def bits_stored(symbols: int, loss: float) -> float:
     return symbols * max(0.0, BITS - loss / math.log(2))
 
 
-def _arms(rank: int, high: int, full: float, scale: float = 1.0, **others: Any) -> tuple[Arm, ...]:
+def _arms(rank: int, high: int, full: float, scale: float = 1.0, **others: Any) -> tuple[study.Arm, ...]:
     """The arms at a rank; `scale` times the learning rates of a narrow model."""
 
-    def arm(name: str, rate: float, method: str, rank: int = rank, note: str = "", **settings: Any) -> Arm:
+    def arm(name: str, rate: float, method: str, rank: int = rank, note: str = "", **settings: Any) -> study.Arm:
         keys = {"method": method, "rank": rank, **settings, **others}
-        return Arm(f"{name} r{rank}{note}", {f"adapter.{key}": keys[key] for key in keys}, grid(rate * scale))
+        return study.Arm(
+            f"{name} r{rank}{note}", {f"adapter.{key}": keys[key] for key in keys}, study.grid(rate * scale)
+        )
 
     return (
         arm("LoRA", 5e-3, "lora", alpha=2.0 * rank),
@@ -91,28 +95,21 @@ def _arms(rank: int, high: int, full: float, scale: float = 1.0, **others: Any) 
         arm("MoRA rotation", 1e-2, "mora", kind="rotation"),
         arm("HiRA", 2e-2, "hira"),
         arm("LoRA", 3e-3, "lora", high, alpha=2.0 * high),
-        Arm("full", {"adapter.method": "full"}, grid(full)),
+        study.Arm("full", {"adapter.method": "full"}, study.grid(full)),
     )
 
 
-def _settings(steps: int, batch_size: int, max_length: int, evaluations: int = 16) -> dict[str, Any]:
-    return {
-        "data.max_length": max_length,
-        "loss.end_of_turn": "none",
-        "optimizer.schedule": "constant",
-        "optimizer.warmup_steps": min(20, steps),
-        "train.steps": steps,
-        "train.batch_size": batch_size,
-        "train.eval_every": max(1, steps // evaluations),
-        "train.log_every": max(1, steps // 40),
-    }
+def _settings(steps: int, batch_size: int, max_length: int, evaluations: int = 16, **others: Any) -> dict[str, Any]:
+    others |= {"data.max_length": max_length, "loss.end_of_turn": "none"}
+    every: dict[str, Any] = {"eval_every": steps // evaluations, "log_every": steps // 40}
+    return study.budget(steps, batch_size, warmup_steps=min(20, steps), **every, **others)
 
 
-def _pairs(count: int) -> Level:
-    return Level(f"{count} pairs", {"pairs": count})
+def _pairs(count: int) -> study.Level:
+    return study.Level(f"{count} pairs", {"pairs": count})
 
 
-class Memorize(Study):
+class Memorize(study.Study):
     """Random pairs of keys and values; the loss is on the values alone."""
 
     name = "memorize"
@@ -121,12 +118,12 @@ class Memorize(Study):
     chosen_by = "teacher_forced_accuracy"
     higher = True
     metrics = (
-        Metric("generated_accuracy", "generated accuracy", 1),
-        Metric("teacher_forced_accuracy", "teacher-forced accuracy", 1),
-        Metric("pairs_right", "pairs right", 1),
-        Metric("loss", "loss, nats a symbol"),
-        Metric("bits_stored", "bits stored", 1),
-        Metric("base_text_loss", "loss on base texts, nats a token"),
+        study.Metric("generated_accuracy", "generated accuracy", 1),
+        study.Metric("teacher_forced_accuracy", "teacher-forced accuracy", 1),
+        study.Metric("pairs_right", "pairs right", 1),
+        study.Metric("loss", "loss, nats a symbol"),
+        study.Metric("bits_stored", "bits stored", 1),
+        study.Metric("base_text_loss", "loss on base texts, nats a token"),
     )
     notes = (
         "Accuracy at a fixed number of steps says who learns sooner; bits stored are a measure of capacity only where "
@@ -135,72 +132,69 @@ class Memorize(Study):
         "rank. Neither has MoRA.",
     )
     presets = {
-        "tiny": Preset(
+        "tiny": study.Preset(
             "seconds; shows the form of the results, and no more",
-            tuple(Arm(arm.name, arm.settings, arm.rates[:2]) for arm in _arms(2, 8, 1e-3)[:3:2]),
-            _settings(steps=4, batch_size=4, max_length=16),
+            tuple(study.Arm(arm.name, arm.settings, arm.rates[:2]) for arm in _arms(2, 8, 1e-3)[:3:2]),
+            _settings(4, 4, 16),
             {"length": 2},
             (_pairs(8),),
             seeds=2,
         ),
-        "quick": Preset(
+        "quick": study.Preset(
             "the embedded model, minutes on two cores",
             _arms(2, 8, 1e-3),
-            _settings(steps=320, batch_size=32, max_length=20),
+            _settings(320, 32, 20),
             {"length": 8},
             (_pairs(128),),
             reason="320 steps of 32 pairs are 80 epochs, near the 100 of the paper; an earlier preset had 400 steps.",
         ),
-        "saturation": Preset(
+        "saturation": study.Preset(
             "the embedded model with adapters on q and v alone, hours on two cores: bits stored against pairs",
             _arms(1, 2, 1e-3, targets=("q_proj", "v_proj"))[:5],
-            _settings(steps=2400, batch_size=32, max_length=20, evaluations=24),
+            _settings(2400, 32, 20, evaluations=24),
             {"length": 8},
             tuple(map(_pairs, (16, 32, 64, 128, 256))),
             reason="Few parameters are full soon; at 256 pairs they have a quarter of a parameter for each bit.",
         ),
-        "small": Preset(
+        "small": study.Preset(
             "a model of about 100 M parameters, hours on two cores",
             _arms(2, 16, 1e-4, scale=0.7),
             # ChatML, because the model's own template may put a system message before every key.
-            {**_settings(steps=48, batch_size=12, max_length=28, evaluations=6), "data.template": "chatml"},
+            _settings(48, 12, 28, evaluations=6, **{"data.template": "chatml"}),
             {"length": 8},
             (_pairs(48),),
             reason="48 steps of 12 pairs are what two cores do in half a minute a run.",
         ),
-        "paper": Preset(
+        "paper": study.Preset(
             "a model of 7 B parameters on eight accelerators",
             _arms(8, 256, 3e-5, scale=0.03),
-            {
-                **_settings(steps=1000, batch_size=1000, max_length=128),
-                "train.micro_batch_size": 200,
-                "model.remat": "full",
-                "mesh.fsdp": -1,
-            },
+            _settings(1000, 1000, 128, **_EIGHT),
             {"length": 32},
             (_pairs(10_000),),
             reason="The paper's numbers.",
         ),
     }
 
-    def check(self, preset: Preset, sources: Sources) -> None:
+    def check(self, preset: study.Preset, sources: study.Sources) -> None:
         """Takes no rows."""
         if sources.data is not None:
             raise InputError("study memorize makes its own pairs; leave out --data")
 
-    def settings(self, cell: Cell, preset: Preset) -> dict[str, Any]:
+    def settings(self, cell: study.Cell, preset: study.Preset) -> dict[str, Any]:
         """Rates are chosen by the last evaluation."""
         if not cell.chooses:
             return {}
         return {"train.eval_every": preset.settings["train.steps"], "train.eval_on_start": False}
 
-    def write_data(self, preset: Preset, level: Level, seed: int, folder: Path, sources: Sources) -> dict[str, Any]:
+    def write_data(
+        self, preset: study.Preset, level: study.Level, seed: int, folder: Path, sources: study.Sources
+    ) -> dict[str, Any]:
         """A file of pairs."""
         count = level.values["pairs"]
         rows = make_pairs(count, preset.data["length"], seed)
         return {"data.train": (write_rows(folder / f"pairs_{count}_{seed}.jsonl", rows),)}
 
-    def measure(self, at: Evaluation) -> dict[str, float]:
+    def measure(self, at: study.Evaluation) -> dict[str, float]:
         """Loss and accuracy given the right symbols before; at some steps what is generated, and the base's texts."""
         (path,), length = at.data["data.train"], at.preset.data["length"]
         scores = at.score(path, end_of_turn="none", part="pairs")
@@ -228,7 +222,7 @@ class Memorize(Study):
         pairs = [(arm, lora) for arm in arms if arm != lora and lora]
         return pairs + [(arm, other) for arm in arms if arm.startswith("MoRA") for other in strong]
 
-    def contrasts(self, results: Results) -> Iterable[Contrast]:
+    def contrasts(self, results: Results) -> Iterable[study.Contrast]:
         """Who learns sooner: the mean accuracy of all evaluations behind the first step, since arms that end at 1
         differ."""
 
@@ -240,7 +234,7 @@ class Memorize(Study):
             for arm, other in self.pairs(results, level):
                 values = differences(over_the_run(arm, level), over_the_run(other, level))
                 cells = results.cells(arm, level) + results.cells(other, level)
-                yield Contrast(f"{arm} − {other}", _SOONER, level, values, cells)
+                yield study.Contrast(f"{arm} − {other}", _SOONER, level, values, cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """The setting, steps to half of the symbols, and parameters a bit."""

@@ -20,37 +20,27 @@ from mora_jax.data.inspect.advice import BITS_A_PARAMETER, bits_to_learn
 from mora_jax.errors import InputError
 from mora_jax.studies import figures as draw
 from mora_jax.studies import rows as row_files
+from mora_jax.studies import study
 from mora_jax.studies.claims import contrast
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval, paired
 from mora_jax.studies.results import Results
 from mora_jax.studies.rows import HELD_OUT, TEST, TRAIN
-from mora_jax.studies.study import (
-    NEIGHBOUR,
-    REPORTED,
-    Arm,
-    Contrast,
-    Evaluation,
-    Level,
-    Metric,
-    Preset,
-    Sources,
-    Study,
-    grid,
-)
 
 VARIANTS, BATCH, FULL = "variants", "batch", "full"
 #: Of all ranks, as in LoRA Without Regret: with alpha / rank the first steps then move the kernel alike at any rank.
 ALPHA = 32.0
 #: The loss on trained rows is of so many, and so many of a user's rows are held out at most.
 _TRAINED_ROWS, _HELD_OUT_ROWS = 128, 240
-LOSS = Metric("loss", "loss on new rows, nats a token")
-_GAP = Metric("gap", "how much further from full at the large batch, nats a token")
+LOSS = study.Metric("loss", "loss on new rows, nats a token")
+_GAP = study.Metric("gap", "how much further from full at the large batch, nats a token")
 
 
-def _arm(name: str, rank: int, rate: float, method: str = "lora", note: str = "", **others: Any) -> Arm:
+def _arm(name: str, rank: int, rate: float, method: str = "lora", note: str = "", **others: Any) -> study.Arm:
     settings = {"method": method, "rank": rank, **others}
-    return Arm(f"{name} r{rank}{note}", {f"adapter.{key}": value for key, value in settings.items()}, grid(rate))
+    return study.Arm(
+        f"{name} r{rank}{note}", {f"adapter.{key}": value for key, value in settings.items()}, study.grid(rate)
+    )
 
 
 def _preset(
@@ -65,7 +55,7 @@ def _preset(
     steps: int,
     settings: Mapping[str, Any],
     reason: str,
-) -> Preset:
+) -> study.Preset:
     """A size of the study.
 
     Args:
@@ -85,7 +75,7 @@ def _preset(
     loras = [_arm("LoRA", rank, rate, alpha=ALPHA) for rank in ranks]
     sharing = [_arm("MoRA sharing", rank, rate, "mora", kind="sharing") for rank in (middle, high)]
     rotation = [_arm("MoRA rotation", rank, 2 * rate, "mora", kind="rotation") for rank in (middle, high)]
-    everything = Arm(FULL, {"adapter.method": "full"}, grid(full))
+    everything = study.Arm(FULL, {"adapter.method": "full"}, study.grid(full))
     variants = (
         _arm("DoRA", middle, rate, "dora", alpha=ALPHA),
         _arm("LoRA+", middle, rate / 3, "lora_plus", alpha=ALPHA),
@@ -96,47 +86,42 @@ def _preset(
     def budget(size: int, evaluations: int, logged: int) -> dict[str, Any]:
         """As many rows in steps of this size."""
         count = steps * batch_size // size
-        return {
-            "optimizer.warmup_steps": max(1, count // 10),
-            "train.steps": count,
-            "train.batch_size": size,
-            "train.eval_every": max(1, count // evaluations),
-            "train.log_every": max(1, count // logged),
-        }
+        every = {"eval_every": count // evaluations, "log_every": count // logged}
+        return study.budget(count, size, warmup_steps=max(1, count // 10), **every)
 
     most, *fewer = rows
     batch = {"batch_size": batch_size}
-    common = {"loss.mode": "masked", "optimizer.schedule": "constant", "train.eval_on_start": False}
+    common = {"loss.mode": "masked", "train.eval_on_start": False}
     sweep = (attention, *loras, *sharing, *rotation, everything)
     levels = (
-        Level(f"{most} rows", {"examples": most, **batch}, arms=sweep, neighbours=True),
-        *(Level(f"{count} rows", {"examples": count, **batch}, arms=few) for count in fewer),
-        Level(VARIANTS, {"examples": most, **batch}, arms=variants),
-        Level(
+        study.Level(f"{most} rows", {"examples": most, **batch}, arms=sweep, neighbours=True),
+        *(study.Level(f"{count} rows", {"examples": count, **batch}, arms=few) for count in fewer),
+        study.Level(VARIANTS, {"examples": most, **batch}, arms=variants),
+        study.Level(
             f"{BATCH} {large}",
             {"examples": most, "batch_size": large},
             budget(large, 1, 4),
             (loras[0], loras[2], everything),
         ),
     )
-    return Preset(doc, (), {**common, **budget(batch_size, 2, 6), **settings}, levels=levels, reason=reason)
+    return study.Preset(doc, (), {**common, **budget(batch_size, 2, 6), **settings}, levels=levels, reason=reason)
 
 
-class Rates(Study):
+class Rates(study.Study):
     """One task, all methods, every learning rate."""
 
     name = "rates"
     question = "what rank and learning rate does a method need?"
     paper = "LoRA Without Regret (Thinking Machines, 2025) and arXiv 2602.04998"
     chosen_by = "held_out_loss"
-    metrics = (LOSS, Metric("trained_rows_loss", "loss on rows trained on, nats a token"))
+    metrics = (LOSS, study.Metric("trained_rows_loss", "loss on rows trained on, nats a token"))
     notes = (
         "Ranks are of the base's width: rank 16 of 128 is another thing than rank 16 of 4,096.",
         "Runs are short, and the learning rate is constant; longer ones and other schedules may want other rates.",
         "That variants tie once their rates are tuned is found elsewhere too (arXiv 2602.04998, 2601.22708).",
     )
     presets = {
-        "tiny": Preset(
+        "tiny": study.Preset(
             "seconds; shows the form of the results, and no more",
             (),
             {
@@ -148,7 +133,7 @@ class Rates(Study):
                 "train.eval_on_start": False,
             },
             levels=(
-                Level(
+                study.Level(
                     "16 rows",
                     {"examples": 16, "batch_size": 4},
                     arms=(_arm("LoRA", 4, 2e-3, alpha=ALPHA), _arm("MoRA sharing", 4, 2e-3, "mora", kind="sharing")),
@@ -195,12 +180,14 @@ class Rates(Study):
         ),
     }
 
-    def write_data(self, preset: Preset, level: Level, seed: int, folder: Path, sources: Sources) -> dict[str, Any]:
+    def write_data(
+        self, preset: study.Preset, level: study.Level, seed: int, folder: Path, sources: study.Sources
+    ) -> dict[str, Any]:
         """As many rows as the level says, drawn by the seed from the part that is trained on."""
         parts = write_parts(sources, folder)
         return {"data.train": (take(parts[TRAIN], level.values["examples"], seed, folder),)}
 
-    def measure(self, at: Evaluation) -> dict[str, float]:
+    def measure(self, at: study.Evaluation) -> dict[str, float]:
         """The losses on answers: of the reported part, where a rate is chosen of that part, else of trained rows."""
         parts, cell = write_parts(at.sources, at.folder), at.cell
         if cell.chooses:
@@ -223,7 +210,7 @@ class Rates(Study):
         loras = [arm for arm in there if arm.startswith("LoRA r") and "," not in arm]
         return pairs + [(a, b) for a in there if a.startswith("MoRA") for b in loras if a.split()[-1] == b.split()[-1]]
 
-    def contrasts(self, results: Results) -> Iterable[Contrast]:
+    def contrasts(self, results: Results) -> Iterable[study.Contrast]:
         """Variants against LoRA of their rank, and how the distance to full fine-tuning goes with the batch."""
         level = _sweep_level(results)
         large = next((level for level in results.levels if level.startswith(BATCH)), "")
@@ -238,7 +225,7 @@ class Rates(Study):
             if arm != FULL and arm in results.arms_at(level):
                 values = differences(behind_full(arm, large), behind_full(arm, level))
                 cells = results.cells(arm, large) + results.cells(arm, level)
-                yield Contrast(f"{arm} − {FULL}, {large} − {level}", _GAP, "", values, cells)
+                yield study.Contrast(f"{arm} − {FULL}, {large} − {level}", _GAP, "", values, cells)
 
     def sections(self, results: Results) -> dict[str, str]:
         """Best rates, their ratios, what another's rate costs, and capacity."""
@@ -263,7 +250,7 @@ class Rates(Study):
 # Rows.
 
 
-def write_parts(sources: Sources, folder: Path) -> dict[str, Path]:
+def write_parts(sources: study.Sources, folder: Path) -> dict[str, Path]:
     """The files of the three parts, by name; those of a user's rows are written unless they are there.
 
     Raises:
@@ -310,7 +297,7 @@ def _row_levels(results: Results) -> dict[str, int]:
 
 def _losses_by_rate(results: Results, arm: str, level: str) -> dict[float, dict[int, float]]:
     """The last loss of each reported seed by learning rate: the chosen one, and those beside it where trained."""
-    by_rate = results.by_rate(LOSS.name, arm, level, (REPORTED, NEIGHBOUR))
+    by_rate = results.by_rate(LOSS.name, arm, level, (study.REPORTED, study.NEIGHBOUR))
     return {rate: {seed: curve[-1][1] for seed, curve in curves.items()} for rate, curves in by_rate.items()}
 
 

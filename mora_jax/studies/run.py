@@ -1,4 +1,7 @@
-"""Runs a study: searches learning rates, trains the reported seeds, and writes what came of them."""
+"""Runs a study: searches learning rates, trains the reported seeds, and writes what came of them.
+
+A new study is a file, a template in `text/` and its name in `STUDIES`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained, save_pretrained
 from mora_jax.paths import found_path
 from mora_jax.studies import cells as planned
+from mora_jax.studies import forget, instruct, memorize, rates
 from mora_jax.studies.claims import claims, to_json
 from mora_jax.studies.conclusion import write_conclusion
 from mora_jax.studies.figures import rates_figure
@@ -33,6 +37,11 @@ from mora_jax.sweeps.results import RunResult
 from mora_jax.sweeps.train import train_runs
 from mora_jax.training.display import left_words
 from mora_jax.training.run.directory import RunDirectory
+
+#: By name.
+STUDIES: dict[str, Study] = {
+    study.name: study for study in (memorize.Memorize(), forget.Forget(), instruct.Instruct(), rates.Rates())
+}
 
 
 @dataclass(frozen=True)

@@ -340,3 +340,18 @@ def rounded(rate: float) -> float:
 def grid(rate: float) -> tuple[float, ...]:
     """The learning rates that a search begins with, a factor of 2 apart around `rate`."""
     return rounded(rate / 2), rounded(rate), rounded(2 * rate)
+
+
+def budget(
+    steps: int, batch_size: int, *, eval_every: int, log_every: int, warmup_steps: int, **others: Any
+) -> dict[str, Any]:
+    """The configuration keys of a training at a constant rate, and `others`."""
+    return {
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": warmup_steps,
+        "train.steps": steps,
+        "train.batch_size": batch_size,
+        "train.eval_every": max(1, eval_every),
+        "train.log_every": max(1, log_every),
+        **others,
+    }

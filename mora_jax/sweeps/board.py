@@ -48,19 +48,20 @@ class Board(Display):
         self.runs: dict[str, RunState] = {}
         #: What is shown of a whole that the sweep is a part of.
         self.whole: Callable[[], str] = str
-        self._together: Sequence[str] = ()
+        #: The runs that train now.
+        self.together: Sequence[str] = ()
         self._said: dict[str, list[str]] = {}
         self._shown: list[int] = []
 
     def begin(self, names: Sequence[str]) -> None:
         """The sweep's runs, in order."""
         self.runs = {name: RunState() for name in names}
-        self._together, self._shown = (), []
+        self.together, self._shown = (), []
 
     def group(self, names: Sequence[str]) -> None:
         """The runs that train now."""
         self.round()
-        self._together = names
+        self.together = names
         for name in names:
             self.runs[name].words = "training"
         self.note(f"{len(names)} runs train together" if len(names) > 1 else f"run {names[0]} trains by itself")
@@ -68,10 +69,6 @@ class Board(Display):
     def of(self, name: str) -> Display:
         """The display of a run."""
         return _RunDisplay(self, name)
-
-    def leads(self, name: str) -> bool:
-        """Whether it is the first of those that train now."""
-        return name == self._together[0]
 
     def ended(self, name: str, words: str) -> None:
         """A run is done, or failed."""
@@ -85,24 +82,23 @@ class Board(Display):
         """All runs that train together have made a step."""
         said, self._said = self._said, {}
         for text, names in said.items():
-            self.note(text if set(names) >= set(self._together) else f"{', '.join(dict.fromkeys(names))}: {text}")
-        steps = [self.runs[name].step for name in self._together]
+            self.note(text if set(names) >= set(self.together) else f"{', '.join(dict.fromkeys(names))}: {text}")
+        steps = [self.runs[name].step for name in self.together]
         if steps != self._shown:
             self._shown = steps
             self.show()
 
     def show(self) -> None:
         """Shows where the runs are."""
-        states = {name: self.runs[name] for name in self._together if self.runs[name].words in ("training", "done")}
-        finite = {name: state for name, state in states.items() if math.isfinite(state.loss)}
-        if not finite:
+        states = {name: self.runs[name] for name in self.together if self.runs[name].words in ("training", "done")}
+        losses = {name: state.loss for name, state in states.items() if math.isfinite(state.loss)}
+        if not losses:
             return
-        low = min(finite, key=lambda name: finite[name].loss)
-        high = max(state.loss for state in finite.values())
-        first = states[low]
+        lowest = min(losses, key=lambda name: losses[name])
+        first = states[lowest]
         speed = sum(state.tokens_per_second for state in states.values())
         left = left_words({"seconds_left": first.seconds_left})
-        several = f" ({low}) to {high:.4f}" if len(states) > 1 else ""
+        several = f" ({lowest}) to {max(losses.values()):.4f}" if len(states) > 1 else ""
         words = f"step {first.step}/{first.steps}  loss {first.loss:.4f}{several}  {speed:,.0f} tokens/s{left}"
         self.note(words + self.whole())
 
@@ -128,7 +124,7 @@ class _RunDisplay(Display):
         """What the run is about to train; said once for runs that train together."""
         self._state.steps, self._state.step = info.steps, info.first_step
         for head, words in info.facts.items():
-            if head != "out" and self._board.leads(self._name):
+            if head != "out" and self._name == self._board.together[0]:
                 self._board.note(f"{head:8}{printable(words)}")
         for words in info.notes:
             self.note(f"note: {words}")

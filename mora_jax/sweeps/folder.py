@@ -15,7 +15,7 @@ from mora_jax.training.config.load import config_from_dict
 from mora_jax.training.run.directory import CONTENTS, RunDirectory, with_absolute_paths
 
 FILE = "sweep.json"
-_OWN = (FILE, "sweep.csv", "sweep.png", "runs")
+_CONTENTS = (FILE, "sweep.csv", "sweep.png", "runs")
 
 
 class SweepFolder:
@@ -47,16 +47,18 @@ class SweepFolder:
         Raises:
             InputError: the folder can't be used, or holds a run or another sweep.
         """
-        own = self.files.present(_OWN)
+        present = self.files.present(_CONTENTS)
         others = [name for name in CONTENTS if name in self.files.present(CONTENTS)]
         if others:
             raise InputError(f"{self.path} holds a run ({', '.join(others)}), not a sweep; set another config.out")
-        if own and not overwrite:
+        if present and not overwrite:
             # By what is read back: the file may be older than a configuration key, which then has its default.
-            if FILE in own and self.runs() == [replace(run, config=with_absolute_paths(run.config)) for run in runs]:
+            if FILE in present and self.runs() == [
+                replace(run, config=with_absolute_paths(run.config)) for run in runs
+            ]:
                 return True
             raise InputError(
-                f"{self.path} holds another sweep ({', '.join(own)}); continue that one with --resume {self.path}, "
+                f"{self.path} holds another sweep ({', '.join(present)}); continue that one with --resume {self.path}, "
                 "replace it with --overwrite, or set another config.out"
             )
         self._directory.check_free(overwrite)
@@ -71,7 +73,7 @@ class SweepFolder:
     def create(self, runs: Sequence[SweepRun], overwrite: bool) -> None:
         """Removes an earlier sweep if that was asked for, and writes `sweep.json`."""
         if overwrite:
-            for name in _OWN:
+            for name in _CONTENTS:
                 self.files.remove(name)
         self._write({"runs": self._described(runs), "failed": {}})
 
@@ -85,9 +87,12 @@ class SweepFolder:
         Raises:
             InputError: there is none, or its file can't be read.
         """
-        found = self._read()["runs"]
-        origin = str(self.path / FILE)
-        return [SweepRun(run["name"], _values(run["values"]), config_from_dict(run["config"], origin)) for run in found]
+        runs = []
+        for run in self.read():
+            # JSON has lists for tuples.
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in run["values"].items()}
+            runs.append(SweepRun(run["name"], values, config_from_dict(run["config"], str(self.path / FILE))))
+        return runs
 
     def failed(self) -> dict[str, str]:
         """The runs that failed, with what was said."""
@@ -130,8 +135,3 @@ class SweepFolder:
             for run in runs
         ]
         return json.loads(json.dumps(described))
-
-
-def _values(values: dict[str, Any]) -> dict[str, Any]:
-    """Lists are tuples again."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -99,11 +99,10 @@ def expand(
         if name.split(".")[0] in NOT_SWEPT:
             raise InputError(f"--sweep {name}: this key can't be swept; it says where a run computes or writes")
     config_of(dict(settings[0]))  # what is wrong with all runs is not said of one
-    short = _short(keys)
     runs: list[SweepRun] = []
     taken: set[str] = set()
     for values in settings:
-        name = _free(_name({short[key]: value for key, value in values.items()}), taken)
+        name = _free(_name(values, keys), taken)
         try:
             config = config_of(dict(values))
         except InputError as error:
@@ -151,22 +150,18 @@ def _check_different(runs: Sequence[SweepRun]) -> None:
             )
 
 
-def _short(keys: Sequence[str]) -> dict[str, str]:
-    """What each key is called in names of runs: its last part, or all of it where another ends so too."""
+def _name(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """`learning_rate=0.001_seed=0`: characters that every file system and shell takes as they are.
+
+    A key is called by its last part, or by all of it where another of `keys` ends so too; a path by its end.
+    """
     lasts = [key.rpartition(".")[2] for key in keys]
-    return {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
-
-
-def _name(values: Mapping[str, Any]) -> str:
-    """`learning_rate=0.001_seed=0`: characters that every file system and shell takes as they are."""
-    words = "_".join(f"{key}={_PLAIN.sub('-', _last(value)).strip('-')}" for key, value in values.items())
-    return words[:_LONGEST] or "run"
-
-
-def _last(value: Any) -> str:
-    """The value in few words: of a path its end."""
-    text = shown(value)
-    return PurePath(text).name or text if "/" in text else text
+    parts = []
+    for key, value in values.items():
+        last, text = key.rpartition(".")[2], shown(value)
+        end = PurePath(text).name or text if "/" in text else text
+        parts.append(f"{last if lasts.count(last) == 1 else key}={_PLAIN.sub('-', end).strip('-')}")
+    return "_".join(parts)[:_LONGEST] or "run"
 
 
 def shown(value: Any) -> str:

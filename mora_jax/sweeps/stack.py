@@ -76,9 +76,9 @@ def groups_of(runs: Sequence[SweepRun], at_once: int | None = None) -> list[list
     by_base: dict[object, dict[object, list[SweepRun]]] = {}
     for run in runs:
         by_base.setdefault(base_of(run), {}).setdefault(shape_of(run.config), []).append(run)
-    found = [group for groups in by_base.values() for group in groups.values()]
+    groups = [group for groups in by_base.values() for group in groups.values()]
     size = at_once or len(runs)
-    return [group[start : start + size] for group in found for start in range(0, len(group), size)]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def stacked_step(assembly: Assembly, optimizer: OptimizerConfig, own: frozenset[str]) -> StepFunction:

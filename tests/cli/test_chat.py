@@ -14,7 +14,7 @@ import pytest
 import mora_jax as mj
 from mora_jax.cli.main import main
 from mora_jax.evaluation import generate_batch
-from mora_jax.evaluation.session import ChatSession
+from mora_jax.evaluation.chat import ChatSession
 from tests.cli.test_commands import write_adapter
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from mora_jax.cli.main import main
 from mora_jax.planning import advice
 from mora_jax.planning.collectives import Collective
 from mora_jax.planning.tpu_compile import Compiled, CompilerError
+from mora_jax.training.config.schema import Config, lay_over
 from tests.models.tiny import LLAMA
 
 KEYS = ["--config.data.max_length=64", "--config.train.batch_size=8", "--config.train.steps=3600"]
@@ -24,6 +26,11 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
     monkeypatch.setattr(advice, "has_libtpu", lambda: False)
+
+
+def plan_of(method: str):
+    config = lay_over(Config(), [("adapter.method", method, "test"), ("train.steps", 2, "test")])
+    return SimpleNamespace(config=config, trainable=1000, tokens=64)
 
 
 def planned(capsys, *argv: str) -> tuple[dict, str]:
@@ -49,6 +56,15 @@ def test_json_without_a_compiler(model, capsys):
     best = found["recommended"]
     assert best["fits"] and sum(best["step_seconds"]) <= sum(own["step_seconds"]) * 1.02
     assert own["quantisation"].startswith("none") and best["settings"]["model.quantize"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("method", "source"),
+    [("lora", "LoRA Without Regret"), ("mora", "docs/studies/rates/quick"), ("dora", "was not measured here")],
+)
+def test_hints_on_rates_name_their_source(method, source):
+    rates = [hint for hint in advice.hints(plan_of(method)) if hint.startswith("learning rate: ")]
+    assert len(rates) == 1 and source in rates[0]
 
 
 def test_table_for_gpus(model, capsys):

@@ -5,12 +5,18 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from mora_jax.demo import PARTS, data_path
-from mora_jax.demo.measure import Question
 from scripts.demo_model import instructions, world
+
+
+class Question(NamedTuple):
+    task: str
+    instruction: str
+    output: str
 
 
 def rows(part):
@@ -20,7 +26,10 @@ def rows(part):
 @pytest.fixture(scope="module")
 def parts():
     """The questions of the embedded files: to train on, held out, to report."""
-    return [[Question.of(row) for row in rows(part)] for part in PARTS]
+    return [
+        [Question(row["task"], *(message["content"] for message in row["messages"])) for row in rows(part)]
+        for part in PARTS
+    ]
 
 
 def test_the_embedded_files_are_what_the_code_builds():

@@ -11,8 +11,8 @@ from flax import nnx
 from mora_jax.adapters.attach import attach
 from mora_jax.cli.main import main
 from mora_jax.demo import cells, model_path, run
-from mora_jax.demo.measure import Scores
-from mora_jax.demo.table import COLUMNS, Row
+from mora_jax.demo.cells import Scores
+from mora_jax.demo.show import COLUMNS, Row
 from mora_jax.interop import load_pretrained
 
 
@@ -87,7 +87,7 @@ def test_stopped_early_it_leaves_no_empty_folder(monkeypatch, tmp_path, made):
 def test_without_matplotlib_it_says_so(monkeypatch, tmp_path, capsys):
     find = importlib.util.find_spec
     scores = Scores(0.0, 0.0, {}, 9.0, 2.0, ("x",))
-    results = run.Results([Row("base model", "-", 0, scores)], {}, {})
+    results = [Row("base model", "-", scores)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     monkeypatch.setattr(run, "run", lambda **settings: results)
     assert main(["demo", "--out", str(tmp_path)]) == 0

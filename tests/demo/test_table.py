@@ -4,15 +4,14 @@ import io
 
 import pytest
 
-from mora_jax.demo.cells import METHODS, MODES
-from mora_jax.demo.measure import Scores
-from mora_jax.demo.table import COLUMNS, LEGEND, Row, print_table
+from mora_jax.demo.cells import METHODS, MODES, Scores
+from mora_jax.demo.show import COLUMNS, LEGEND, Row, print_table
 
 BEFORE = Scores(0.0125, 0.1, {"sort": 0.0}, 1234.5, 2.5, ("x",))
 AFTER = Scores(1.0, 0.8, {"sort": 1.0}, 1.25, 3.125, ("y",))
 ROWS = [
-    Row("base model", "-", 0, BEFORE),
-    *(Row(method.name, mode, 784_640, AFTER, BEFORE, 9876.5) for method in METHODS for mode in MODES),
+    Row("base model", "-", BEFORE),
+    *(Row(method.name, mode, AFTER, 784_640, 9876.5) for method in METHODS for mode in MODES),
 ]
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from mora_jax.planning import search
+from mora_jax.planning import advice
+from mora_jax.planning.advice import formats, recommend
 from mora_jax.planning.model_shapes import PUBLISHED
 from mora_jax.planning.plan import by_formula
-from mora_jax.planning.search import formats, recommend
 from mora_jax.planning.topology import read_topology
 from mora_jax.training.config.schema import Config, lay_over
 
@@ -63,8 +63,8 @@ MODEL = PUBLISHED["smollm2-1.7b"]
 )
 def test_a_format_is_tried_only_where_nothing_else_fits(name, held, monkeypatch):
     # What takes least memory decides; the rest of the ways is traced for seconds each.
-    monkeypatch.setattr(search, "_REMAT", ("full",))
-    monkeypatch.setattr(search, "_LAST_REMAT", ("offload",))
+    monkeypatch.setattr(advice, "_REMAT", ("full",))
+    monkeypatch.setattr(advice, "_LAST_REMAT", ("offload",))
     assert {way.config.model.quantize for way in recommend(run_of(), PUBLISHED[name], ONE)} == held
 
 

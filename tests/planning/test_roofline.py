@@ -3,7 +3,7 @@
 import pytest
 
 from mora_jax.planning.collectives import Collective
-from mora_jax.planning.roofline import FAST, SLOW, estimate
+from mora_jax.planning.plan import FAST, SLOW, estimate
 from mora_jax.planning.topology import read_topology
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from mora_jax.planning.advice import MARGIN, candidates, recommend
 from mora_jax.planning.plan import by_formula
-from mora_jax.planning.search import MARGIN, candidates, recommend
 from mora_jax.planning.topology import read_topology
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.sharding.mesh import AXES

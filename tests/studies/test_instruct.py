@@ -32,10 +32,9 @@ from mora_jax.studies.instruct import (
     parts_of_files,
 )
 from mora_jax.studies.intervals import interval
-from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.results import Results
 from mora_jax.studies.rows import read_rows
-from mora_jax.studies.run import guide, run_study
+from mora_jax.studies.run import STUDIES, guide, run_study
 from mora_jax.studies.study import Arm, Preset, Sources
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import SweepRun

@@ -31,10 +31,9 @@ from mora_jax.studies.folder import StudyFolder
 from mora_jax.studies.instruct import Instruct
 from mora_jax.studies.intervals import interval, paired
 from mora_jax.studies.memorize import SYMBOLS, Memorize, bits_stored, make_pairs, right_symbols, share_of_right
-from mora_jax.studies.registry import STUDIES
 from mora_jax.studies.results import Results, observations
 from mora_jax.studies.rows import sample, split_by_prompt, write_rows
-from mora_jax.studies.run import guide, run_study
+from mora_jax.studies.run import STUDIES, guide, run_study
 from mora_jax.studies.study import CHOOSING_SEEDS, Arm, Cell, Evaluation, Level, Preset, Sources
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.results import RunResult

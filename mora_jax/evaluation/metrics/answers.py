@@ -1,12 +1,23 @@
-"""Checks of generated answers: exact match and F1 as in SQuAD, numbers as in GSM8K, pass@k."""
+"""Checks of generated answers: exact match and F1 as in SQuAD, numbers as in GSM8K, pass@k, BLEU and ROUGE.
+
+BLEU and ROUGE are those of sacrebleu and rouge-score: the extra `overlap`.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mora_jax.errors import InputError
+from mora_jax.evaluation.metrics.estimate import OfSums
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -56,8 +67,8 @@ def gsm8k_truth(text: str) -> str:
 
 def gsm8k_strict(text: str) -> str | None:
     """The number behind the first `#### ` of a generated answer; None without one."""
-    found = _STRICT.search(text)
-    return None if found is None else plain_number(found.group(1))
+    match = _STRICT.search(text)
+    return None if match is None else plain_number(match.group(1))
 
 
 def gsm8k_flexible(text: str) -> str | None:
@@ -68,8 +79,8 @@ def gsm8k_flexible(text: str) -> str | None:
     >>> gsm8k_flexible("So that is 1,234 dollars.")
     '1234'
     """
-    found = _FLEXIBLE.findall(text)
-    return plain_number(found[-1]) if found else None
+    numbers = _FLEXIBLE.findall(text)
+    return plain_number(numbers[-1]) if numbers else None
 
 
 def plain_number(text: str) -> str:
@@ -101,3 +112,57 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if samples - correct < k:
         return 1.0
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+_ORDERS = 4
+
+
+def bleu_statistics(answer: str, truths: Sequence[str]) -> list[float]:
+    """What an example adds to BLEU: matching n-grams and all n-grams of orders 1 to 4, the two lengths.
+
+    Raises:
+        InputError: sacrebleu is not installed.
+    """
+    score = _bleu().sentence_score(answer, list(truths))
+    return [*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len)]
+
+
+def bleu_of_sums(sums: np.ndarray) -> float:
+    """BLEU, from 0 to 100, of such numbers added over all examples; smoothed as sacrebleu does by default."""
+    *counts, answer_length, truth_length = (int(number) for number in sums)
+    lengths = {"sys_len": answer_length, "ref_len": truth_length}
+    score = _bleu().compute_bleu(counts[:_ORDERS], counts[_ORDERS:], **lengths, smooth_method="exp")
+    return float(score.score)
+
+
+#: Of records with `bleu_statistics`.
+BLEU = OfSums("bleu", lambda record: record["bleu_statistics"], bleu_of_sums)
+
+
+def rouge(answer: str, truths: Sequence[str]) -> dict[str, float]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, from 0 to 1, each the best over the right answers.
+
+    Raises:
+        InputError: rouge-score is not installed.
+    """
+    scores = [_rouge().score(truth, answer) for truth in truths]
+    return {name: max(float(one[name].fmeasure) for one in scores) for name in ROUGE}
+
+
+@functools.cache
+def _bleu() -> Any:
+    # How many orders count matters to single sentences, which are only counted here; without it there is a warning.
+    return _import("sacrebleu.metrics", "sacrebleu", "bleu").BLEU(effective_order=True)
+
+
+@functools.cache
+def _rouge() -> Any:
+    return _import("rouge_score.rouge_scorer", "rouge-score", "rouge").RougeScorer(list(ROUGE), use_stemmer=False)
+
+
+def _import(module: str, package: str, metric: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{metric} needs {package} ({error}); pip install 'mora-jax[overlap]'") from None

@@ -60,22 +60,22 @@ def read_rows(data: Any, *, whole_texts: bool = False, **how: Any) -> list[tuple
     Raises:
         InputError: there are none, or one can't be read.
     """
-    found: list[tuple[str, int, dict[str, Any]]] = []
+    rows: list[tuple[str, int, dict[str, Any]]] = []
     origins = locate(data, **how)
     for origin in origins:
         if whole_texts and isinstance(origin, DataFile) and origin.name.lower().removesuffix(".gz").endswith(".txt"):
             with open_bytes(origin.path) as file:
-                found.append((origin.name, 1, {"text": decode(file.read(), origin.path, 1)}))
+                rows.append((origin.name, 1, {"text": decode(file.read(), origin.path, 1)}))
             continue
         for number, row in origin.rows():
             if isinstance(row, Exception):
                 raise row
             if not isinstance(row, Mapping):
                 raise InputError(f"{origin.name}, row {number}: a row must have named columns, found {row!r:.80}")
-            found.append((f"{origin.name}, row {number}", number, dict(row)))
-    if not found:
+            rows.append((f"{origin.name}, row {number}", number, dict(row)))
+    if not rows:
         raise InputError(f"{', '.join(origin.name for origin in origins)}: there are no rows to evaluate on")
-    return found
+    return rows
 
 
 def make_examples(
@@ -99,21 +99,21 @@ def make_examples(
     labels = _labels(shapes, rows)
     wanted = sorted(np.random.default_rng(SEED).permutation(len(rows))[:limit].tolist())
     needed = range(len(rows)) if shots else wanted
-    made = {index: _example(task, shapes[index], *rows[index], labels) for index in needed}
+    solved = {index: _example(task, shapes[index], *rows[index], labels) for index in needed}
     if not shots:
-        return [_with_shots(task, made[index], (), rows[index]) for index in wanted]
+        return [_with_shots(task, solved[index], (), rows[index]) for index in wanted]
     members: dict[Any, list[int]] = {}
     for index, (_, _, row) in enumerate(rows):
         members.setdefault(_group(task, row), []).append(index)
-    found = []
+    examples = []
     for index in wanted:
         others = [other for other in members[_group(task, rows[index][2])] if other != index]
         if len(others) < shots:
             group = "" if task.group is None else f" of its {task.group}"
             raise InputError(f"{rows[index][0]}: {shots} shots need as many other rows{group}, there are {len(others)}")
         drawn = np.random.default_rng([SEED, index]).choice(len(others), shots, replace=False)
-        found.append(_with_shots(task, made[index], [made[others[number]] for number in drawn], rows[index]))
-    return found
+        examples.append(_with_shots(task, solved[index], [solved[others[number]] for number in drawn], rows[index]))
+    return examples
 
 
 def pairs_of(example: Example, task: Task) -> Iterator[tuple[str, str]]:

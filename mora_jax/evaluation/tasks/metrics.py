@@ -9,16 +9,9 @@ from typing import Any
 import numpy as np
 
 from mora_jax.errors import InputError
-from mora_jax.evaluation.metrics.answers import (
-    gsm8k_flexible,
-    gsm8k_strict,
-    gsm8k_truth,
-    squad_exact_match,
-    squad_f1,
-)
+from mora_jax.evaluation.metrics import answers
 from mora_jax.evaluation.metrics.classification import F1
 from mora_jax.evaluation.metrics.estimate import Mean, Metric, Ratio, Record
-from mora_jax.evaluation.metrics.overlap import BLEU, ROUGE, bleu_statistics, rouge
 from mora_jax.evaluation.tasks.examples import Example
 from mora_jax.evaluation.tasks.task import Task
 
@@ -64,19 +57,24 @@ def _likeliest_is_right(size: Callable[[str, int], int]) -> Callable[[Record], i
     return right
 
 
-def _checked(check: Callable[[str, Sequence[str]], float]) -> Callable[[Record], float]:
-    """A check of a generated answer against the right ones; a question without one has the right answer ""."""
-    return lambda record: check(record["prediction"], record["truths"] or [""])
+def _generated(name: str, check: Callable[[str, Sequence[str]], float], **more: Any) -> TaskMetric:
+    """The mean of a check of generated answers against the right ones; a question without any has the answer ""."""
+    return _mean(name, "generate", lambda record: check(record["prediction"], record["truths"] or [""]), **more)
 
 
-def _gsm8k(name: str, found: Callable[[str], str | None]) -> TaskMetric:
+def _gsm8k(name: str, number_in: Callable[[str], str | None]) -> TaskMetric:
     """Whether the number in an answer is that of a right one; the number stays in the record."""
 
     def values(record: Record) -> dict[str, Any]:
-        number = found(record["prediction"])
-        return {name: number, f"{name}_match": int(number in {gsm8k_truth(truth) for truth in record["truths"]})}
+        number, truths = number_in(record["prediction"]), {answers.gsm8k_truth(truth) for truth in record["truths"]}
+        return {name: number, f"{name}_match": int(number in truths)}
 
     return TaskMetric(Mean(f"{name}_match"), ("generate",), values, default=False)
+
+
+def _f1(record: Record) -> float:
+    truths = record["truths"]
+    return answers.squad_f1(record["prediction"], truths or [""], empty_is_correct=not truths)
 
 
 METRICS = (
@@ -93,26 +91,19 @@ METRICS = (
     TaskMetric(Ratio("byte_perplexity", "nll", "bytes", "exp"), ("text",)),
     TaskMetric(Ratio("bits_per_byte", "nll", "bytes", "bits"), ("text",)),
     TaskMetric(Ratio("token_accuracy", "correct", "tokens"), ("continuation", "text")),
-    _mean("exact_match", "generate", _checked(squad_exact_match)),
-    _mean(
-        "f1",
-        "generate",
-        lambda record: squad_f1(record["prediction"], record["truths"] or [""], empty_is_correct=not record["truths"]),
-    ),
+    _generated("exact_match", answers.squad_exact_match),
+    _mean("f1", "generate", _f1),
     TaskMetric(Mean("cut_off"), ("generate",)),
-    _gsm8k("strict", gsm8k_strict),
-    _gsm8k("flexible", gsm8k_flexible),
-    _mean("unparsed", "generate", lambda record: int(gsm8k_flexible(record["prediction"]) is None), default=False),
+    _gsm8k("strict", answers.gsm8k_strict),
+    _gsm8k("flexible", answers.gsm8k_flexible),
+    _generated("unparsed", lambda answer, _: int(answers.gsm8k_flexible(answer) is None), default=False),
     TaskMetric(
-        BLEU,
+        answers.BLEU,
         ("generate",),
-        lambda record: {"bleu_statistics": bleu_statistics(record["prediction"], record["truths"] or [""])},
+        lambda record: {"bleu_statistics": answers.bleu_statistics(record["prediction"], record["truths"] or [""])},
         default=False,
     ),
-    *(
-        _mean(name, "generate", _checked(lambda *given, name=name: rouge(*given)[name]), default=False)
-        for name in ROUGE
-    ),
+    *(_generated(name, lambda *given, name=name: answers.rouge(*given)[name], default=False) for name in answers.ROUGE),
 )
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from mora_jax.data.read.files import open_bytes, read_lines
 from mora_jax.display.tables import as_text, table
 from mora_jax.errors import InputError
-from mora_jax.evaluation.metrics.compare import Comparison, compare
-from mora_jax.evaluation.metrics.estimate import Record
+from mora_jax.evaluation.metrics.estimate import Comparison, Record, compare
 from mora_jax.evaluation.tasks.metrics import TaskMetric
 from mora_jax.evaluation.tasks.run import TaskResult
 from mora_jax.interop.atomic_folder import new_folder
@@ -47,7 +46,7 @@ def read_records(folder: str, task: str) -> list[Record]:
     """
     place = local_path(folder)
     try:
-        found = json.loads((place / RESULT).read_text(encoding="utf-8"))
+        result = json.loads((place / RESULT).read_text(encoding="utf-8"))
         with open_bytes(place / RECORDS) as file:
             records = [json.loads(line) for _, line in read_lines(file)]
     except (OSError, ValueError, InputError) as error:
@@ -55,8 +54,8 @@ def read_records(folder: str, task: str) -> list[Record]:
         raise InputError(
             f"{folder} holds no evaluation ({reason}); give a folder that mora-jax eval --task wrote with --out"
         ) from None
-    if found.get("task") != task:
-        raise InputError(f"{folder} is an evaluation of task {found.get('task')}, not of {task}")
+    if result.get("task") != task:
+        raise InputError(f"{folder} is an evaluation of task {result.get('task')}, not of {task}")
     return records
 
 

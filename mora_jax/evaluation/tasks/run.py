@@ -88,8 +88,8 @@ def run_task(
         facts = _score_choices(task, examples, scorer, notes, progress)
     records: list[Record] = []
     scored: list[tuple[Example, Record]] = []
-    for example, found in zip(examples, facts, strict=True):
-        record = {"row": example.row, "id": example.id, **found}
+    for example, fact in zip(examples, facts, strict=True):
+        record = {"row": example.row, "id": example.id, **fact}
         if "skipped" not in record:
             for metric in recorded:
                 record |= metric.values(record)
@@ -133,20 +133,20 @@ def _score_choices(
         if refusal is not None:
             yield {"skipped": refusal}
             continue
-        found = [next(scores) for _ in choices]
+        scores_of_choices = [next(scores) for _ in choices]
         if example.answer is None:
-            (score,) = found
+            (score,) = scores_of_choices
             facts = {"target": example.choices[0], "nll": -score.logprob, "tokens": score.tokens}
             yield {"prompt": example.prompt, **facts, "correct": score.correct}
             continue
-        logprobs = [score.logprob for score in found]
+        logprobs = [score.logprob for score in scores_of_choices]
         yield {
             "prompt": example.prompt,
             "choices": list(example.choices),
             "answer": example.answer,
             "prediction": int(np.argmax(logprobs)),  # the first, where two are equal
             "loglikelihoods": logprobs,
-            "choice_tokens": [score.tokens for score in found],
+            "choice_tokens": [score.tokens for score in scores_of_choices],
             **({"continuation": example.continuation} if task.type == "partial" else {}),
         }
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from mora_jax.evaluation.metrics.classification import F1
-from mora_jax.evaluation.metrics.compare import compare, mcnemar
-from mora_jax.evaluation.metrics.estimate import Mean, OfSums, Ratio
+from mora_jax.evaluation.metrics.estimate import Mean, OfSums, Ratio, compare, mcnemar
 
 X, Y = ([int(digit) for digit in text] for text in ("1101011011", "1001001010"))
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.evaluation.metrics import overlap
+from mora_jax.evaluation.metrics import answers as overlap
 
 ANSWERS = ["the cat sat on the mat", "hello there general", ""]
 TRUTHS = [["the cat is on the mat", "a cat was there"], ["hello there general kenobi", "x"], ["y z", "nothing"]]
