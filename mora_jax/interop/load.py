@@ -25,7 +25,7 @@ from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
-from mora_jax.models.families import read_config
+from mora_jax.models.families import family_of, read_config
 from mora_jax.models.init import read_json
 from mora_jax.models.partitioning import lay_kernels
 from mora_jax.paths import found_path
@@ -77,7 +77,7 @@ def load_pretrained(
     placed = shardings(model) if shardings else None
     if placed is None:
         lay_kernels(model)
-    _fill(tensor_plan(model), files, _head_for_embedding(config, files), placed)
+    _fill(tensor_plan(model), files, _head_for_embedding(config, files), placed, set(beside(files, config)))
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model, tokenizer
 
@@ -91,7 +91,7 @@ def load_shapes(path: str | os.PathLike[str]) -> Decoder:
     folder, config, files = _open(path)
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=None))
     pieces = [piece for entry in tensor_plan(model) for piece in entry.pieces]
-    _check(pieces, files, _head_for_embedding(config, files))
+    _check(pieces, files, _head_for_embedding(config, files), set(beside(files, config)))
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model
 
@@ -100,14 +100,27 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, DecoderConfig, TensorFile
     """A model's folder with its configuration and its tensors, compared."""
     folder = local_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = open_named(folder, config)
+    _check_sizes(config, files)
+    return folder, _with_real_tying(config, files), files
+
+
+def open_named(folder: Path, config: DecoderConfig) -> TensorFiles:
+    """The weights of a folder by the names that they have in models of today."""
     files = open_checkpoint(folder)
     if any(name.endswith(BLOCKS) for name in files.shapes):
         files = Mxfp4Files(files)
+    for old, new in family_of(config).older.items():
+        files.rename(lambda name, old=old, new=new: new + name.removeprefix(old) if name.startswith(old) else name)
     base = config.names.embedding.partition(".")[0] + "."
     if not any(name.startswith(base) for name in files.shapes):  # saved without the head's class around it
         files.rename(lambda name: name if name == config.names.head_tensor else base + name)
-    _check_sizes(config, files)
-    return folder, _with_real_tying(config, files), files
+    return files
+
+
+def beside(files: TensorFiles, config: DecoderConfig) -> list[str]:
+    """Names of tensors that are no part of the text model."""
+    return [name for name in files.shapes if name.startswith(family_of(config).beside)]
 
 
 def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
@@ -161,9 +174,17 @@ def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, 
     return {}
 
 
-def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shardings: Shardings | None) -> None:
+def _fill(
+    plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shardings: Shardings | None, others: set[str]
+) -> None:
     """Gives every parameter of the plan its values."""
-    _check([piece for entry in plan for piece in entry.pieces], files, stored_as)
+    _check([piece for entry in plan for piece in entry.pieces], files, stored_as, others)
+    if others:
+        warnings.warn(
+            f"{files.folder}: the text part is loaded; {len(others)} tensors beside it are not, such as"
+            f" {first(sorted(others))}; save_pretrained writes them back",
+            stacklevel=3,
+        )
     for entry in plan:
         if isinstance(entry.parameter, QuantizedKernel):
             read_quantized(entry, entry.parameter, files, stored_as, shardings)
@@ -172,14 +193,14 @@ def _fill(plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shar
             entry.parameter.set_value(read_sharded(entry, files, stored_as, sharding))
 
 
-def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str]) -> None:
+def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str], others: set[str]) -> None:
     """Compares names and shapes of all tensors before any is read."""
     names = [stored_as.get(piece.name, piece.name) for piece in pieces]
     missing = [name for name in names if name not in files]
     if missing:
         raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {first(missing)}")
     # A head that is not wanted here equals the embedding (checked before).
-    extra = sorted(set(files.shapes) - set(names) - {"lm_head.weight"})
+    extra = sorted(set(files.shapes) - set(names) - others - {"lm_head.weight"})
     if extra:
         raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {first(extra)}")
     for piece, name in zip(pieces, names, strict=True):

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mora_jax.adapters.projection import Projection
 from mora_jax.errors import InputError
 from mora_jax.interop.atomic_folder import new_folder
 from mora_jax.interop.hub import TOKENIZER_FILES
+from mora_jax.interop.load import beside, open_named
 from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.config import DecoderConfig
@@ -28,6 +29,8 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.experts import Experts
 from mora_jax.models.families import family_of
 
+#: Of models that read images.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 #: What a folder with a model holds, by names and patterns.
 MODEL_FILES = (
     "config.json",
@@ -35,6 +38,7 @@ MODEL_FILES = (
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
+    *PROCESSOR_FILES,
     *TOKENIZER_FILES,
     "additional_chat_templates",
 )
@@ -88,7 +92,7 @@ def save_pretrained(
     with new_folder(out, ours=MODEL_FILES, overwrite=overwrite) as folder:
         write_model(model, folder, dtype=target, max_shard_bytes=max_shard_bytes)
         origin = None if model.folder is None else Path(model.folder)
-        copied = ("generation_config.json", *(() if tokenizer is not None else TOKENIZER_FILES))
+        copied = ("generation_config.json", *PROCESSOR_FILES, *(() if tokenizer is not None else TOKENIZER_FILES))
         for name in copied:
             if origin is not None and (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
@@ -147,6 +151,7 @@ def _shapes(model: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
     for entry in tensor_plan(model):
         yield from ((piece.name, piece.shape) for piece in entry.pieces)
     yield from ((name, zeros.shape) for name, zeros in zero_biases(model))
+    yield from ((name, shape) for name, shape, _ in beside_of(model))
 
 
 def _size(shape: tuple[int, ...], itemsize: int) -> int:
@@ -184,6 +189,15 @@ def tensors_of(model: Decoder, dtype: np.dtype | type = np.float32) -> Iterator[
             yield piece.name, stored
     for name, zeros in zero_biases(model):
         yield name, zeros.astype(dtype)
+    yield from ((name, read(name).astype(dtype)) for name, _, read in beside_of(model))
+
+
+def beside_of(model: Decoder) -> list[tuple[str, tuple[int, ...], Callable[[str], np.ndarray]]]:
+    """What the files that a model came from hold beside the text model: names, shapes, and what reads a tensor."""
+    if model.folder is None or not family_of(model.config).beside:
+        return []
+    files = open_named(Path(model.folder), model.config)
+    return [(name, files.shapes[name], files.read) for name in beside(files, model.config)]
 
 
 def _gathered(entry: Entry) -> Iterator[tuple[TensorRegion, np.ndarray]]:

@@ -4,13 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import transformers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
 from mora_jax.models import read_config
+from mora_jax.models.families import FAMILIES
 from tests.models.odd import IDS, LLAMA3, LOCAL, ODD, YARN
-from tests.models.tiny import SIZES, random_ids
+from tests.models.tiny import SIZES, fill_randomly, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model, save_torch
+from tests.peers import peft, torch
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4}
@@ -141,6 +145,62 @@ def test_the_older_spelling_of_rope_settings(model_type, fields, old, tmp_path):
     model = ours(save_torch(tmp_path, reference, {"rope_parameters": None} | old))
     ids = random_ids(1, 20)
     np.testing.assert_allclose(np.asarray(model(ids)), hf_logits(reference, ids), atol=2e-4, rtol=1e-4)
+
+
+IMAGES = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "head_dim": 8,
+    }
+}
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "model_type, text", [("gemma3", "gemma3_text"), ("mistral3", "ministral3"), ("mistral3", "mistral")]
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_part_of_a_model_with_images(model_type, text, older, tmp_path):
+    family = next(family for family in FAMILIES if family.model_type == model_type)
+    config = transformers.AutoConfig.for_model(
+        model_type, text_config={"model_type": text, **SIZES, **ODD[text]}, mm_tokens_per_image=4, **IMAGES
+    )
+    config.architectures = [family.architecture]
+    whole = getattr(transformers, family.architecture)._from_config(config, attn_implementation="eager").eval()
+    whole.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "model.safetensors"
+    names = {new: old for old, new in family.older.items()} if older else family.older
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        start = next((start for start in names if name.startswith(start)), "")
+        renamed[names.get(start, "") + name.removeprefix(start)] = tensor
+    save_file(renamed, path, metadata={"format": "pt"})
+    ids = random_ids(1, 20)
+    with pytest.warns(UserWarning, match="the text part is loaded; [0-9]+ tensors beside it are not, such as model"):
+        model = ours(tmp_path / "whole")
+    np.testing.assert_allclose(np.asarray(model(ids)), hf_logits(whole, ids), atol=2e-4, rtol=1e-4)
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("q_proj", "up_proj")), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    expected = np.asarray(model(ids))
+    mj.save_adapter(model, tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    np.testing.assert_allclose(hf_logits(adapted, ids), expected, atol=2e-4, rtol=1e-4)
+    mj.merge(model)
+    mj.save_pretrained(model, tmp_path / "merged")
+    again, report = type(whole).from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values())
+    np.testing.assert_allclose(hf_logits(again.eval(), ids), expected, atol=2e-4, rtol=1e-4)
+    for name, tensor in adapted.unload().state_dict().items():
+        if "language_model" not in name and "lm_head" not in name:
+            assert torch.equal(again.state_dict()[name], tensor), name
 
 
 @pytest.mark.peers

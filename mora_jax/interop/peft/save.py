@@ -34,7 +34,7 @@ from mora_jax.interop.peft.fused_experts import each, fused, parameter_names
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
 from mora_jax.interop.peft.stored import SHARED_PREFIX, base_name, meaning
 from mora_jax.interop.safetensors_io import write_tensors
-from mora_jax.interop.save import tensors_of, write_model
+from mora_jax.interop.save import beside_of, tensors_of, write_model
 from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, trained_weights
 from mora_jax.models.decoder import Decoder
 
@@ -139,6 +139,8 @@ def _all_paths(model: nnx.Module) -> set[str]:
     }
     others = [named for named, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
     paths |= {path for named in others for path in named if "*" not in path}
+    if isinstance(model, Decoder):
+        paths |= {name.rpartition(".")[0] for name, _, _ in beside_of(model)}
     return _with_owners(paths)
 
 
@@ -156,10 +158,15 @@ def _head(model: nnx.Module) -> str | None:
     return model.config.names.head if _tied(model) else None
 
 
+def _is_table(model: Decoder, path: str) -> bool:
+    """Whether a path is that of the embedding, which a tied head shares; positions have a table of their own."""
+    return path == model.config.names.embedding
+
+
 def refuse_tied_magnitude(model: nnx.Module) -> None:
     """Raises `InputError` for DoRA on a table that is the output head, too: PEFT's is another function there."""
     for place in adapted_sites(model) if _tied(model) else ():
-        if place.is_embedding and hasattr(place.adapter, "magnitude"):
+        if _is_table(model, place.paths[0]) and hasattr(place.adapter, "magnitude"):
             raise InputError(
                 f"{place.title} has DoRA's magnitude, and the model ties its head to that table: PEFT gives the head a "
                 "magnitude of its own, so no folder can hold this adapter; leave the table out of targets, adapt it "
@@ -172,7 +179,8 @@ def _has_own_base(model: nnx.Module) -> TypeGuard[Decoder]:
 
 
 def _trains_table(model: Decoder, entries: list[AdapterEntry], whole: Iterable[str]) -> bool:
-    return any(entry.is_embedding for entry in entries) or f"{PREFIX}{model.config.names.embedding}.weight" in whole
+    table = f"{PREFIX}{model.config.names.embedding}.weight"
+    return any(_is_table(model, entry.path) for entry in entries) or table in whole
 
 
 def _all_tensors(
@@ -224,7 +232,7 @@ def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple
         found = form.write(entry) if main else {}
         names = form.names(entry)
         tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
-        if entry.is_embedding and _tied(model):
+        if _tied(model) and _is_table(model, entry.path):
             head = f"{PREFIX}{_head(model)}"
             a, b = form.tensor_names["a"], form.tensor_names["b"]
             tensors |= {f"{head}.{a}": found["b"].T, f"{head}.{b}": found["a"].T}

@@ -40,6 +40,8 @@ class Family(NamedTuple):
         defaults: what fields that are absent mean, where that isn't what they mean in Llama.
         aliases: its own names of Llama's fields.
         read_dense: quantised formats of its files that are read as the numbers that they stand for.
+        beside: beginnings of the names of tensors that are no part of the text model, such as those of a vision tower.
+        older: beginnings of names in older files, each with what it is now.
     """
 
     architecture: str
@@ -50,6 +52,8 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any] = MappingProxyType({})
     aliases: Mapping[str, str] = MappingProxyType({})
     read_dense: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    older: Mapping[str, str] = MappingProxyType({})
 
 
 ATTENTION_BIAS = MappingProxyType({"attention_bias": ("qkv", "out")})

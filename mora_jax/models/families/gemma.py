@@ -98,5 +98,21 @@ FAMILIES = (
         {"max_position_embeddings": 8192, "tie_word_embeddings": True},
     ),
     Family("Gemma2ForCausalLM", "gemma2", read_gemma2, "Gemma 2", ATTENTION_BIAS),
-    Family("Gemma3ForCausalLM", "gemma3_text", read_gemma3, "Gemma 3 (text)", ATTENTION_BIAS),
+    Family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        read_gemma3,
+        "Gemma 3 (text)",
+        ATTENTION_BIAS,
+        # Files of models with images leave out much of their text_config.
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+        },
+    ),
 )
