@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,16 @@ def open_named(folder: Path, config: DecoderConfig) -> TensorFiles:
     if any(name.endswith(BLOCKS) for name in files.shapes):
         files = Mxfp4Files(files)
     for old, new in family_of(config).older.items():
-        files.rename(lambda name, old=old, new=new: new + name.removeprefix(old) if name.startswith(old) else name)
+        files.rename(partial(_begun, old, new))
     base = config.names.embedding.partition(".")[0] + "."
     if not any(name.startswith(base) for name in files.shapes):  # saved without the head's class around it
         files.rename(lambda name: name if name == config.names.head_tensor else base + name)
     return files
+
+
+def _begun(old: str, new: str, name: str) -> str:
+    """The name with another beginning, where it has the old one."""
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def beside(files: TensorFiles, config: DecoderConfig) -> list[str]:

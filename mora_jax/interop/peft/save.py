@@ -158,9 +158,9 @@ def _head(model: nnx.Module) -> str | None:
     return model.config.names.head if _tied(model) else None
 
 
-def _is_table(model: Decoder, path: str) -> bool:
+def _is_table(model: nnx.Module, path: str) -> bool:
     """Whether a path is that of the embedding, which a tied head shares; positions have a table of their own."""
-    return path == model.config.names.embedding
+    return isinstance(model, Decoder) and path == model.config.names.embedding
 
 
 def refuse_tied_magnitude(model: nnx.Module) -> None:
