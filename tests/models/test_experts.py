@@ -195,6 +195,14 @@ def test_targets_name_one_matrix_or_two(family, targets, parts):
     assert {match.path.rpartition(".")[2] for match in report.matches} == parts
 
 
+def test_the_parameters_that_peft_targets_are_targets():
+    config = mj.LoRAConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    assert config.targets == ("q_proj", "mlp.experts.down_proj")
+    assert mj.LoRAConfig(target_parameters=["experts.gate_up_proj"]).targets == ("experts.gate_up_proj",)
+    with pytest.raises(TypeError, match="target_parameters is a list beside a list of targets"):
+        mj.LoRAConfig(targets="all-linear", target_parameters=["experts.down_proj"])
+
+
 def test_what_is_not_supported_is_said():
     config = ours("mixtral", nnx.Rngs(0)).config
     with pytest.raises(mj.InputError, match="quantize=int8 has no form for the experts"):

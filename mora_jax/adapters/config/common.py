@@ -70,6 +70,12 @@ class _Aliases(type):
                 if name in settings or name in positional:
                     raise TypeError(f"{cls.__name__} takes {name} or PEFT's name for it, {alias}, not both")
                 settings[name] = settings.pop(alias)
+        parameters = settings.pop("target_parameters", None) if "targets" in fields else None
+        if parameters:  # of experts, which are targets like others here
+            named = settings.get("targets", ())
+            if isinstance(named, str) or isinstance(parameters, str) or "targets" in positional:
+                raise TypeError("target_parameters is a list beside a list of targets; or name them in targets")
+            settings["targets"] = (*named, *parameters)
         return super().__call__(*args, **settings)
 
 
