@@ -25,12 +25,13 @@ _HOMES = {
     "save_pretrained": "mora_jax.interop",
     "load_adapter": "mora_jax.interop",
     "save_adapter": "mora_jax.interop",
+    "add_tokens": "mora_jax.interop.add_tokens",
     "finetune": "mora_jax.training.finetune",
     "sweep": "mora_jax.sweeps.train",
     "NamedAdapters": "mora_jax.interop.multi_adapter",
     "InputError": "mora_jax.errors",
 }
-_ROOMS = ("adapters", "linen", "functional", "models", "interop", "data", "training", "evaluation", "demo")
+_ROOMS = ("adapters", "linen", "functional", "losses", "models", "interop", "data", "training", "evaluation", "demo")
 
 if TYPE_CHECKING:
     from mora_jax.adapters.attach import attach as attach
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from mora_jax.interop import load_pretrained as load_pretrained
     from mora_jax.interop import save_adapter as save_adapter
     from mora_jax.interop import save_pretrained as save_pretrained
+    from mora_jax.interop.add_tokens import add_tokens as add_tokens
     from mora_jax.interop.multi_adapter import NamedAdapters as NamedAdapters
     from mora_jax.sweeps.train import sweep as sweep
     from mora_jax.training.finetune import finetune as finetune

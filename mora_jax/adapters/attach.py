@@ -26,6 +26,7 @@ from mora_jax.adapters.report import adapted_layers as adapted_layers
 from mora_jax.adapters.report import adapters_of as adapters_of
 from mora_jax.adapters.sites import LayerSite, Site, adapted_sites, by_path, sites
 from mora_jax.adapters.targets import Picker
+from mora_jax.adapters.token_rows import TokenRows, TokenRowsConfig, table_for_tokens
 from mora_jax.adapters.trainable_base import KEPT, TrainableBase, kept, restore, train_biases, train_modules
 
 
@@ -95,6 +96,8 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
                 adapter.train_bias()
         if config.bias == "all":
             _train_other_biases(model, config, rngs, found)
+        if config.trainable_tokens:
+            train_tokens(found, config.trainable_tokens, rngs)
     return found
 
 
@@ -249,6 +252,17 @@ def put_adapter(site: Site, configs: Sequence[Any | None], method: Any, rngs: nn
         adapter.init_from_kernel(site.kernel)
     site.put_adapter(adapter, rngs)
     return adapter
+
+
+def train_tokens(found: list[Site], tokens: tuple[int, ...], rngs: nnx.Rngs) -> TokenRows:
+    """Trains rows of the one embedding table among the sites of a model.
+
+    Raises:
+        ValueError: as `table_for_tokens`.
+    """
+    site = table_for_tokens(found, tokens)
+    config = TokenRowsConfig(tokens=tokens, targets=site.title or "embedding")
+    return put_adapter(site, (config,), TokenRows, rngs)  # type: ignore[return-value]
 
 
 def _start_abstract(adapter: Adapter, kernel: jax.ShapeDtypeStruct) -> None:

@@ -134,6 +134,8 @@ def check_config(config: Any) -> None:
     name = type(config).__name__.removesuffix("Config")
     if config.biases_alone or config.bias != "none":
         raise ValueError(f"{name} is to train biases, which are leaves of your tree: give those to your optimizer")
+    if config.trainable_tokens:
+        raise ValueError("trainable_tokens has no form in a tree: adapt the table, or give it to your optimizer")
     if config.modules_to_save:
         raise ValueError(
             f"modules_to_save names {config.modules_to_save[0]!r}, which is a part of your tree: give it to your "

@@ -39,6 +39,8 @@ def check_config(config: Any) -> type[Adapter]:
     method = adapter_class(config)
     if config.bias != "none":
         raise ValueError(f"Linen layers have no bias={config.bias!r}; BitFitConfig trains biases alone")
+    if config.trainable_tokens:
+        raise ValueError("trainable_tokens has no form in Linen: adapt the embedding, or train it with your optimizer")
     if config.modules_to_save:
         raise ValueError(
             f"modules_to_save names {config.modules_to_save[0]!r}, but in Linen adapters alone are added: train that "

@@ -38,6 +38,77 @@ def next_token_targets(input_ids: Array, weights: Array, segment_ids: Array | No
     return targets, shifted.astype(jnp.float32)
 
 
+def token_weights(
+    answers: Array, segment_ids: Array | None = None, *, mode: str = "masked", prompt_weight: float = 0.1
+) -> Array:
+    """The weight of predicting each token.
+
+    Args:
+        answers: bool `[..., T]`, whether a token is part of an answer.
+        segment_ids: int `[..., T]`, 0 for padding; None where there is none.
+        mode: "masked" trains answers alone, "unmasked" prompts as much, "weighted" prompts at `prompt_weight`.
+        prompt_weight: of `weighted`.
+
+    Returns:
+        float32 `[..., T]`.
+
+    Raises:
+        ValueError: another mode.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from mora_jax.losses import token_weights
+        >>> answers, segments = jnp.array([False, True, True, False]), jnp.array([1, 1, 1, 0])
+        >>> token_weights(answers, segments, mode="weighted", prompt_weight=0.5).tolist()
+        [0.5, 1.0, 1.0, 0.0]
+    """
+    prompts = {"masked": 0.0, "unmasked": 1.0, "weighted": prompt_weight}
+    if mode not in prompts:
+        raise ValueError(f"mode must be one of {', '.join(prompts)}, not {mode!r}")
+    weights = jnp.where(answers, 1.0, prompts[mode]).astype(jnp.float32)
+    return weights if segment_ids is None else jnp.where(segment_ids > 0, weights, 0.0)
+
+
+def normalized(weights: Array, *, counts: Array | None = None, axis_name: str | None = None) -> tuple[Array, Array]:
+    """Weights divided by what a step divides by: their sum over all micro-batches and all devices.
+
+    So losses and gradients of micro-batches are shares that add up, and any split of the same rows gives the same step.
+
+    Args:
+        weights: float32, of all micro-batches of the step that this device has.
+        counts: what to sum in place of the weights, such as 1 for each row.
+        axis_name: the mapped axis to sum over, under `jax.pmap` or `jax.shard_map`.
+
+    Returns:
+        The weights, zero where their sum is, and the sum, float32 scalar.
+    """
+    total = jnp.sum(weights if counts is None else counts, dtype=jnp.float32)
+    total = total if axis_name is None else lax.psum(total, axis_name)
+    return weights * inverse(total), total
+
+
+def inverse(normalizer: Array) -> Array:
+    """1 / normalizer, and 0 for 0: nothing to train on is no division by zero."""
+    return jnp.where(normalizer > 0, 1.0 / jnp.where(normalizer > 0, normalizer, 1.0), 0.0)
+
+
+def weighted_loss_of_logits(logits: Array, targets: Array, weights: Array) -> Array:
+    """`weighted_loss` of logits that are there already, as other people's models give them.
+
+    Args:
+        logits: `[..., V]`, of any floating dtype; sums are taken in float32.
+        targets: int `[...]`.
+        weights: float32 `[...]`.
+
+    Returns:
+        float32 scalar in nats; 0, with zero gradients, when every weight is 0.
+    """
+    # Of tokens that don't count neither loss nor gradient may be infinite.
+    z = jnp.where((weights > 0)[..., None], logits.astype(jnp.float32), 0.0)
+    picked = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(z, axis=-1) - picked))
+
+
 def weighted_loss(
     hidden: Array,
     kernel: Array,

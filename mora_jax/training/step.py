@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.losses.cross_entropy import next_token_targets, weighted_loss
+from mora_jax.losses.cross_entropy import inverse, next_token_targets, weighted_loss
 from mora_jax.losses.kl import weighted_kl
 from mora_jax.training.neftune import embedding_noise
 from mora_jax.training.state import Arrays, Structure, TrainState, chosen, known_after
@@ -346,8 +346,3 @@ def row_numbers(config: StepConfig, micro_batches: int, rows: int) -> Array | No
     devices = jax.lax.psum(1, config.axis_name)
     number = jnp.arange(micro_batches)[:, None] * devices + jax.lax.axis_index(config.axis_name)
     return number * rows + jnp.arange(rows)
-
-
-def inverse(normalizer: Array) -> Array:
-    """1 / normalizer, and 0 for 0: nothing to train on is no division by zero."""
-    return jnp.where(normalizer > 0, 1.0 / jnp.where(normalizer > 0, normalizer, 1.0), 0.0)

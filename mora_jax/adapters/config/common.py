@@ -15,7 +15,13 @@ Targets = str | tuple[str, ...]
 Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
 BIASES = ("none", "lora_only", "all")
 #: PEFT's names of settings, which configurations take in place of their own.
-ALIASES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
+ALIASES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "trainable_token_indices": "trainable_tokens",
+}
 
 
 def freeze_targets(targets) -> Targets:
@@ -199,10 +205,13 @@ class CommonConfig(MethodConfig):
             of a layer is the first number in its module path; layers without one are left out.
         modules_to_save: names of modules (`"lm_head"`, `"embed_tokens"`, `"norm"`) that are trained whole, as
             float32 masters, and never adapted.
+        trainable_tokens: ids of tokens whose rows of the embedding table are trained beside the adapters (PEFT's
+            `trainable_token_indices`), such as those that `mj.add_tokens` gave; None for none.
     """
 
     layers_to_transform: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"limits": COUNT})
     modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"limits": COUNT})
 
     # Of methods without such a field. Not annotated: an annotation would fix their place among a subclass's fields.
     dropout = 0.0
@@ -222,13 +231,14 @@ class CommonConfig(MethodConfig):
             self._check_field(field.name, field.type)
         object.__setattr__(self, "targets", freeze_targets(self.targets))  # type: ignore[attr-defined]
         object.__setattr__(self, "modules_to_save", module_names(self.modules_to_save, "modules_to_save"))
-        layers = self.layers_to_transform
-        if layers is not None:
-            given = _listed(layers) if isinstance(layers, Iterable) else (layers,)
-            if not given or isinstance(layers, str):
-                raise ValueError(f"layers_to_transform must be layer numbers, not {layers!r}")
-            checked = tuple(COUNT.check(number, "layers_to_transform") for number in given)
-            object.__setattr__(self, "layers_to_transform", checked)
+        for name, what in (("layers_to_transform", "layer numbers"), ("trainable_tokens", "ids of tokens")):
+            value = getattr(self, name)
+            if value is not None:
+                given = _listed(value) if isinstance(value, Iterable) else (value,)
+                if not given or isinstance(value, str):
+                    raise ValueError(f"{name} must be {what}, not {value!r}")
+                # Each once: a row has one change.
+                object.__setattr__(self, name, tuple(dict.fromkeys(COUNT.check(number, name) for number in given)))
 
     def _check_field(self, name: str, annotation: Any) -> None:
         """Checks a setting by its name and type, and makes a plain number of it."""

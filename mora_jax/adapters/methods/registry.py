@@ -14,6 +14,7 @@ from mora_jax.adapters import methods as package
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.methods.full import FullConfig
+from mora_jax.adapters.token_rows import TokenRows, TokenRowsConfig
 
 
 class Method(NamedTuple):
@@ -42,6 +43,8 @@ def _is_lora(method: Method) -> bool:
     return any(base.__name__ == "LoRA" for base in method.adapter.__mro__) if method.adapter is not None else False
 
 
+# What stands beside the adapters of any method.
+BESIDE = Method(TokenRowsConfig, TokenRows)
 METHODS: dict[str, Method] = _collected()
 CONFIGS: dict[str, type[MethodConfig]] = {name: method.config for name, method in METHODS.items()}
 # The arrays of all adapters that hold one number a feature.
@@ -54,7 +57,7 @@ def adapter_class(config: Any) -> type[Adapter]:
     Raises:
         TypeError: `config` is no adapter configuration.
     """
-    for method in METHODS.values():
+    for method in (*METHODS.values(), BESIDE):
         if method.config is type(config) and method.adapter is not None:
             return method.adapter
     known = ", ".join(kind.__name__ for kind in CONFIGS.values())

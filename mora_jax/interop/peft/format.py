@@ -158,7 +158,8 @@ class Format:
 
     def needs_base(self, values: dict[str, Any]) -> bool:
         """Whether such an adapter, or its change, is only known beside the values of its base."""
-        return bool(values.get("modules_to_save")) or values.get("bias", "none") != "none"
+        beside = values.get("modules_to_save") or values.get("trainable_token_indices")
+        return bool(beside) or values.get("bias", "none") != "none"
 
     def for_model(self, places: list[Site]) -> Format:
         """The type as the adapters on these places are written in it."""

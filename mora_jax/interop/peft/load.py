@@ -9,13 +9,15 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.attach import undone_on_error
+from mora_jax.adapters.attach import train_tokens, undone_on_error
 from mora_jax.adapters.base import host
 from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.sites import Site, by_path, sites
+from mora_jax.adapters.token_rows import table_for_tokens
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, first, install, trained_as
 from mora_jax.interop.hub import local_folder
@@ -75,12 +77,14 @@ def load_adapter(
         adapters = given.adapters(method)
         given.add_biases(adapters)
         given.check_frozen()
-        whole = given.trained_whole()
+        whole, rows = given.trained_whole(), given.token_rows()
         if base is not None:
             assert isinstance(model, Decoder), "checked with its tensors"
             base.put(model)
         train_weights(model, whole)
         install(model, adapters)
+        if rows is not None:
+            given.put_token_rows(rows)
     put_extra_fields(model, given.config.unknown)
 
 
@@ -289,6 +293,33 @@ class _Given:
                     raise InputError(
                         f"{self.files.folder}: tensor {name} is not the base model's: the base was trained too"
                     )
+
+    def token_rows(self) -> dict[str, np.ndarray] | None:
+        """By the table's path, the rows that are trained; None where there are none."""
+        tokens, where = self.config.values.get("trainable_token_indices"), self.config.where
+        if bool(tokens) != bool(self.stored.tokens):
+            raise InputError(f"{where}: trainable_token_indices is {tokens}, and the tensors say otherwise")
+        if not tokens:
+            return None
+        try:
+            table = table_for_tokens(list(dict.fromkeys(place for place, _ in self.places.values())), tuple(tokens))
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
+        if [*self.stored.tokens] != [table.paths[0]]:
+            raise InputError(f"{self.files.folder}: the rows of tokens are those of {first([*self.stored.tokens])}")
+        name = self.stored.tokens[table.paths[0]]
+        return {table.paths[0]: read_tensor(self.files, name, (len(tokens), table.out_features))}
+
+    def put_token_rows(self, rows: dict[str, np.ndarray]) -> None:
+        """Trains rows of a table, from the values of a file."""
+        tokens = tuple(self.config.values["trainable_token_indices"])
+        try:
+            adapter = train_tokens(list(sites(self.model)), tokens, nnx.Rngs(0))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        for path, values in rows.items():
+            table = host(self.places[path][0].kernel()[np.array(tokens)]).astype(np.float32)
+            adapter.token_delta.set_value(jnp.asarray(values - table))
 
     def trained_whole(self) -> dict[str, np.ndarray]:
         """The tensors of base parameters that are trained themselves, by name in base checkpoints."""

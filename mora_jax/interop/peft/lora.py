@@ -67,7 +67,6 @@ class LoraFormat(Format):
         "layer_replication",
         "lora_bias",
         "monteclora_config",
-        "trainable_token_indices",
         "use_bdlora",
         "use_qalora",
     )
@@ -86,6 +85,7 @@ class LoraFormat(Format):
             "qalora_group_size",
             "rank_pattern",
             "target_parameters",
+            "trainable_token_indices",
             "use_dora",
             "use_mora",
             "use_rslora",
@@ -105,6 +105,11 @@ class LoraFormat(Format):
             require_truth(values, where, name)
         kind = _kind(values, where)
         super().check(values, where)
+        tokens = values.get("trainable_token_indices")
+        good = tokens is None or (
+            isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
+        )
+        require(values, where, "trainable_token_indices", good, "a list of ids of tokens")
         for setting in ("rank", "alpha"):
             name, limits = f"{setting}_pattern", NUMBERS[setting]
             pattern = values.get(name) or {}

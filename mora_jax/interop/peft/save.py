@@ -13,12 +13,13 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import AdapterEntry
-from mora_jax.adapters.base import Adapter
+from mora_jax.adapters.base import Adapter, host
 from mora_jax.adapters.config.patterns import targets_for
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.report import entries_of
 from mora_jax.adapters.sites import Site, adapted_sites, by_path, sites
 from mora_jax.adapters.slots import refuse_banks
+from mora_jax.adapters.token_rows import TokenRows, trained_tokens
 from mora_jax.adapters.trainable_base import named_modules
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import plain
@@ -32,7 +33,7 @@ from mora_jax.interop.peft.format import (
 )
 from mora_jax.interop.peft.fused_experts import each, fused, parameter_names
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
-from mora_jax.interop.peft.stored import SHARED_PREFIX, base_name, meaning
+from mora_jax.interop.peft.stored import SHARED_PREFIX, TOKENS, base_name, meaning
 from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.interop.save import beside_of, tensors_of, write_model
 from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, trained_weights
@@ -114,6 +115,10 @@ def save_adapter(
     whole_modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in _of_whole_modules(model, whole, main)}
     whole_modules.discard(_head(model))  # with ensure_weight_tying PEFT adds it
     fields |= {"modules_to_save": _saved_modules(model, whole_modules)}
+    if (tokens := trained_tokens(adapted_sites(model))) is not None:
+        if "trainable_token_indices" not in form.known:
+            raise InputError(f"PEFT trains rows of single tokens beside LoRA alone, not beside {form.peft_type}; merge")
+        fields["trainable_token_indices"] = list(tokens)
     if _tied(model) and _trains_table(model, main, whole):
         fields["ensure_weight_tying"] = True
     if not write:
@@ -209,6 +214,7 @@ def _format(model: nnx.Module) -> tuple[Format, list[Site]]:
     adapted = adapted_sites(model)
     if not adapted:
         raise InputError("the model has no adapter to save: attach one, or save the model with save_pretrained")
+    adapted = [place for place in adapted if not isinstance(place.adapter, TokenRows)]
     main = [place for place in adapted if not place.adapter.config.biases_alone] or adapted
     methods = sorted({place.adapter.file_method or place.adapter.method for place in main})
     if len(methods) == 1 and len(main) < len(adapted) and main[0].adapter.config.bias != "all":
@@ -219,6 +225,8 @@ def _format(model: nnx.Module) -> tuple[Format, list[Site]]:
 
 
 def _is_main(entry: AdapterEntry, form: Format) -> bool:
+    if entry.method == TokenRows.method:
+        return False
     return not entry.config.biases_alone or form.biases_alone
 
 
@@ -229,6 +237,10 @@ def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple
     others = (entry for place in adapted_sites(model) if not place.of_experts for entry in entries_of(place))
     for entry in itertools.chain(map(plain, others), () if is_fused else each(model)):
         path, main = PREFIX + entry.path, _is_main(entry, form)
+        if entry.method == TokenRows.method:
+            table = host(where[entry.path][0].kernel()[np.array(entry.config.tokens)]).astype(np.float32)
+            yield entry, {f"{path}{TOKENS}trainable_tokens_delta": table + entry.params["token_delta"]}
+            continue
         found = form.write(entry) if main else {}
         names = form.names(entry)
         tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}

@@ -10,6 +10,7 @@ from mora_jax.interop.peft.config import FORMATS
 from mora_jax.interop.peft.format import PREFIX
 from mora_jax.interop.safetensors_io import TensorFiles
 
+TOKENS = ".token_adapter."  # where PEFT has the rows of single tokens
 SHARED_PREFIX = "base_model."  # of what all modules share, which stands beside the model
 
 # What all types' files call a value of an adapter, and what it is called here.
@@ -37,6 +38,7 @@ class Stored:
         biases: for each module path, the file's name of its bias.
         weights: for each module path, the file's name of its whole weight.
         frozen: as `weights`, for the copies of base weights that PEFT saves beside adapters on embeddings.
+        tokens: for each module path, the file's name of the rows of single tokens.
         others: by module path and name in one, the file's name of what may be another parameter of a module.
     """
 
@@ -46,6 +48,7 @@ class Stored:
     weights: dict[str, str] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
 
 
 def stored_tensors(files: TensorFiles) -> Stored:
@@ -78,6 +81,10 @@ def meaning(name: str) -> tuple[str, str, str]:
     empty for a name that is none of PEFT's.
     """
     name = name.replace("_orig_mod.", "")  # torch.compile's
+    path, inner, rest = name.partition(TOKENS)
+    if inner:
+        group = "tokens" if rest == "trainable_tokens_delta" else "frozen" if rest == "base_layer.weight" else ""
+        return group, path.removeprefix(PREFIX), ""
     factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
     if factor is not None:
         kind = _kind(factor["name"], factor["leaf"])

@@ -1,0 +1,102 @@
+"""Single rows of an embedding table that are trained beside the adapters, as PEFT's `trainable_token_indices`.
+
+What is trained is the change of each row, which starts at zero; files hold the rows themselves. A tied output head uses
+the changed table too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, constant
+from mora_jax.adapters.config.common import CommonConfig, Targets
+from mora_jax.adapters.products.matmul import dot
+from mora_jax.adapters.sites import Site
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class TokenRowsConfig(CommonConfig):
+    """Which rows of a table are trained.
+
+    Attributes:
+        tokens: their ids.
+        targets: the table's path.
+    """
+
+    tokens: tuple[int, ...] = ()
+    targets: Targets = "embed_tokens"
+
+
+class TokenRows(Adapter):
+    """`token_delta [n, D]`, the changes of n rows of a table `[V, D]`, and `token_slots [V]`, which of them a row has.
+
+    A row without one has the slot n.
+    """
+
+    method: ClassVar[str] = "trainable_tokens"
+    on_embeddings: ClassVar[bool] = True
+
+    def __init__(self, in_features: int, out_features: int, config: TokenRowsConfig, *, rngs: Any, **placing: Any):
+        """Takes what every adapter takes; nothing is drawn."""
+        super().__init__(in_features, out_features, config, **placing)
+        slots = np.full(in_features, len(config.tokens), np.int32)
+        slots[list(config.tokens)] = np.arange(len(config.tokens))
+        self.token_slots = AdapterState(constant(slots), axes=("rank",))
+        self.token_delta = AdapterParam(
+            jnp.zeros((len(config.tokens), out_features), jnp.float32), axes=("rank", "embed")
+        )
+
+    @classmethod
+    def for_embedding(cls, num_embeddings: int, features: int, config: TokenRowsConfig, **placing: Any) -> TokenRows:
+        """The only form that there is."""
+        return cls(num_embeddings, features, config, **placing)
+
+    @classmethod
+    def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
+        """What is added to looked-up rows, float32 `[..., D]`."""
+        slots = params["token_slots"].at[ids].get(mode="fill", fill_value=len(params["token_delta"]))
+        return params["token_delta"].at[slots].get(mode="fill", fill_value=0.0)
+
+    @classmethod
+    def scores(cls, query: Array, params: dict[str, Array]) -> Array:
+        """What is added to products of `query [..., D]` with every row of the table, `[..., V]`."""
+        found = dot(query.reshape(-1, query.shape[-1]), params["token_delta"].T)
+        wide = found.at[:, params["token_slots"]].get(mode="fill", fill_value=0.0)
+        return wide.reshape(*query.shape[:-1], len(params["token_slots"]))
+
+    @classmethod
+    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+        return params["token_delta"].at[params["token_slots"]].get(mode="fill", fill_value=0.0)
+
+
+def table_for_tokens(found: list[Site], tokens: tuple[int, ...]) -> Site:
+    """The one embedding table of a model, whose rows `trainable_tokens` names.
+
+    Raises:
+        ValueError: there is none, there are several, it has an adapter, or fewer rows.
+    """
+    tables = [site for site in found if site.is_embedding and not site.stacked]
+    if len(tables) != 1:
+        names = ", ".join(site.title for site in tables) or "none"
+        raise ValueError(f"trainable_tokens takes a model with one embedding table, and this one has {names}")
+    (site,) = tables
+    if site.adapter is not None:
+        raise ValueError(
+            f"{site.title} is among the targets, and trainable_tokens trains rows of it: choose one of both"
+        )
+    if outside := [token for token in tokens if token >= site.in_features]:
+        raise ValueError(f"trainable_tokens names {outside[0]}, and {site.title} has {site.in_features} rows")
+    return site
+
+
+def trained_tokens(found: list[Site]) -> tuple[int, ...] | None:
+    """The tokens whose rows the adapters on these sites train, or None."""
+    rows = [site.adapter for site in found if isinstance(site.adapter, TokenRows)]
+    return rows[0].config.tokens if rows else None
