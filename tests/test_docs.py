@@ -54,6 +54,7 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
         ("walkthrough", 8),
         ("preferences", 1),
         ("own_models", 17),
+        ("own_loss", 2),
         ("transforms", 6),
         ("convert", 3),
         ("peft", 5),

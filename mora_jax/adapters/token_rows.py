@@ -15,6 +15,7 @@ import numpy as np
 
 from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, constant
 from mora_jax.adapters.config.common import CommonConfig, Targets
+from mora_jax.adapters.matrices import weight_of
 from mora_jax.adapters.products.matmul import dot
 from mora_jax.adapters.sites import Site
 
@@ -91,6 +92,8 @@ def table_for_tokens(found: list[Site], tokens: tuple[int, ...]) -> Site:
         raise ValueError(
             f"{site.title} is among the targets, and trainable_tokens trains rows of it: choose one of both"
         )
+    if isinstance(weight_of(site.layer), AdapterParam):
+        raise ValueError(f"{site.title} is trained whole (modules_to_save), so trainable_tokens has nothing to add")
     if outside := [token for token in tokens if token >= site.in_features]:
         raise ValueError(f"trainable_tokens names {outside[0]}, and {site.title} has {site.in_features} rows")
     return site

@@ -116,6 +116,7 @@ def test_folders_of_both_ways_give_the_same_logits_in_peft(base, tmp_path):
     [
         ({"trainable_tokens": [97]}, r"trainable_tokens names 97, and model.embed_tokens has 97 rows"),
         ({"trainable_tokens": [1], "targets": ("embed_tokens",)}, "is among the targets, and trainable_tokens"),
+        ({"trainable_tokens": [1], "modules_to_save": ("embed_tokens",)}, "is trained whole"),
         ({"trainable_tokens": [-1]}, "trainable_tokens must be"),
         ({"trainable_tokens": "all"}, "trainable_tokens must be ids of tokens"),
     ],
