@@ -62,19 +62,24 @@ class TokenRows(Adapter):
     @classmethod
     def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
         """What is added to looked-up rows, float32 `[..., D]`."""
-        slots = params["token_slots"].at[ids].get(mode="fill", fill_value=len(params["token_delta"]))
-        return params["token_delta"].at[slots].get(mode="fill", fill_value=0.0)
+        slots = jnp.take(params["token_slots"], ids, mode="fill", fill_value=len(params["token_delta"]))
+        return _or_zero(params["token_delta"], slots, axis=0)
 
     @classmethod
     def scores(cls, query: Array, params: dict[str, Array]) -> Array:
         """What is added to products of `query [..., D]` with every row of the table, `[..., V]`."""
         found = dot(query.reshape(-1, query.shape[-1]), params["token_delta"].T)
-        wide = found.at[:, params["token_slots"]].get(mode="fill", fill_value=0.0)
+        wide = _or_zero(found, params["token_slots"], axis=1)
         return wide.reshape(*query.shape[:-1], len(params["token_slots"]))
 
     @classmethod
     def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
-        return params["token_delta"].at[params["token_slots"]].get(mode="fill", fill_value=0.0)
+        return _or_zero(params["token_delta"], params["token_slots"], axis=0)
+
+
+def _or_zero(array: Array, slots: Array, axis: int) -> Array:
+    """What lies at each slot, zero beyond the last."""
+    return jnp.take(array, slots, axis=axis, mode="fill", fill_value=0.0)
 
 
 def table_for_tokens(found: list[Site], tokens: tuple[int, ...]) -> Site:
