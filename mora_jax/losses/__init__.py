@@ -9,4 +9,3 @@ from mora_jax.losses.cross_entropy import normalized as normalized
 from mora_jax.losses.cross_entropy import token_weights as token_weights
 from mora_jax.losses.cross_entropy import weighted_loss as weighted_loss
 from mora_jax.losses.cross_entropy import weighted_loss_of_logits as weighted_loss_of_logits
-from mora_jax.losses.kl import weighted_kl as weighted_kl
