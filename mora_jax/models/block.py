@@ -108,7 +108,9 @@ class Attention(nnx.Module):
         names = config.names
         # One tensor that has all queries, all keys and all values is `[N + 2, G, H]` in its order, not `[G, N + 2, H]`.
         self.by_head = len(names.qkv) == 3 or names.by_head
-        heads = (config.num_kv_heads, "kv_heads"), (config.q_per_kv + 2, "q_per_kv")
+        # It stays whole along `tensor`: devices would take its columns in another order than its adapter has.
+        axis = "kv_heads" if self.by_head else "fused_heads"
+        heads = (config.num_kv_heads, axis), (config.q_per_kv + 2, "q_per_kv")
         sizes, axes = zip(*(heads if self.by_head else reversed(heads)), strict=True)
         self.qkv_proj = _projection(
             config,
@@ -239,7 +241,9 @@ class MLP(nnx.Module):
             (1, 1) if config.gated else (inner,),
             config.hidden_size,
             out_shape=(2, inner) if config.gated else (inner,),
-            axes=("embed", "gate_up", "mlp") if config.gated else ("embed", "mlp"),
+            axes=("embed", "gate_up", "mlp" if len(names.gate_up) == 2 else "fused_mlp")
+            if config.gated
+            else ("embed", "mlp"),
             use_bias=config.mlp_bias,
             **making,
         )
