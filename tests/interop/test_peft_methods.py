@@ -18,7 +18,6 @@ from tests.models.tiny_torch import hf_logits, hf_model
 from tests.peers import peft, torch
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Found missing adapter keys while loading.*:UserWarning"),
 ]

@@ -17,7 +17,6 @@ from tests.models.tiny_torch import hf_logits, hf_model
 from tests.peers import peft, torch
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*lora_bias=True.*"),
     pytest.mark.filterwarnings(

@@ -28,7 +28,6 @@ from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
 from tests.peers import peft, torch
 from tests.training import meshed
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LENGTH = 20
 WEIGHTS = np.random.default_rng(3).standard_normal((2, LENGTH, 97)).astype(np.float32)
 

@@ -161,7 +161,6 @@ IMAGES = {
 
 
 @pytest.mark.peers
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "model_type, text", [("gemma3", "gemma3_text"), ("mistral3", "ministral3"), ("mistral3", "mistral")]
 )

@@ -15,8 +15,6 @@ from tests.models.tiny_torch import hf_logits, hf_model
 from tests.peers import peft
 
 # PEFT 0.21 asks transformers for a property whose name transformers 5 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 IN, OUT = 7, 5
 WEIGHTS = {"a": 0.7, "b": -1.5}
 IDS = random_ids(2, 9)

@@ -19,8 +19,6 @@ from tests.models.tiny import fill_randomly, hf_folder, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model
 from tests.peers import peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 IDS = random_ids(2, 9)
 LOW_RANK = [kind for kind in KINDS if kind not in ("rotation", "decouple")]
 

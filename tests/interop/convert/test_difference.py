@@ -13,8 +13,6 @@ from tests.models.tiny import hf_folder, random_ids
 from tests.models.tiny_torch import hf_logits, load_torch
 from tests.peers import peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 IDS = random_ids(2, 9)
 
 

@@ -17,7 +17,6 @@ from tests.models.tiny_experts import FAMILIES, ours, tokens
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
 TARGETS = {
     "each": ("q_proj", "gate_proj", "up_proj", "down_proj"),

@@ -19,8 +19,6 @@ from tests.models.tiny_torch import hf_logits, hf_model
 from tests.peers import peft
 
 # PEFT 0.21 asks transformers for a property whose name transformers 5 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 IDS = random_ids(2, 9)
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

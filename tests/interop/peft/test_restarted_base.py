@@ -82,7 +82,6 @@ def test_an_adapter_goes_with_its_base(base, remora, tmp_path):
 
 
 @pytest.mark.peers
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_reads_relora_on_its_base(base, tmp_path):
     model = restarted(base, mj.ReLoRAConfig(rank=2, alpha=3.0), 1)
     mj.save_adapter(model, tmp_path / "run")
