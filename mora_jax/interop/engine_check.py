@@ -98,15 +98,16 @@ ENGINES = {
     ),
     "vllm": Engine(
         "vLLM",
-        "0.11",
+        "0.33",
         "vllm/lora/peft_helper.py, lora_model.py",
         modules=_LLAMA,
         refused=("use_dora", "modules_to_save", *_OTHERS),
+        patterns=True,
         highest_rank=512,
     ),
     "sglang": Engine(
         "SGLang",
-        "0.5",
+        "0.5.23",
         "sglang/srt/lora/lora_config.py, utils.py",
         modules=_LLAMA,
         refused=("use_dora", "modules_to_save", *_OTHERS),
@@ -282,9 +283,10 @@ def _fields(values: dict[str, Any], kind: str, engine: Engine) -> Iterator[Findi
         if absent:
             yield Finding("refused", f"adapter_config.json lacks {', '.join(absent)}, which {name} requires")
         rank = values.get("r")
-        if engine.highest_rank and isinstance(rank, int) and not 1 <= rank <= engine.highest_rank:
+        ranks = [one for one in (rank, *(values.get("rank_pattern") or {}).values()) if isinstance(one, int)]
+        if engine.highest_rank and ranks and not 1 <= min(ranks) <= max(ranks) <= engine.highest_rank:
             most = f"{name}'s max_lora_rank goes up to {engine.highest_rank}"
-            yield Finding("refused", f"r is {rank}; {most}: convert with a smaller rank")
+            yield Finding("refused", f"r is {max(ranks)}; {most}: convert with a smaller rank")
         if values.get("use_rslora") and not engine.rslora and rank != 1:
             yield Finding("misread", f"use_rslora is set, and {name} scales by lora_alpha / r all the same")
     targets = values.get("target_modules")
@@ -324,12 +326,12 @@ def _lora_tensors(values: dict[str, Any], shapes: dict[str, tuple[int, ...]], en
         stated = value_at((values.get("rank_pattern") or {}).items(), module, rank)
         if a[0] != stated:
             yield Finding("refused", f"{module} has rank {a[0]}, and adapter_config.json says {stated}", given)
-        elif a[0] > rank and engine.title != "llama.cpp":
+        elif a[0] > rank and not engine.patterns and engine.title != "llama.cpp":
             words = f"{module} has rank {a[0]} above r {rank}; {engine.title} reads r alone, so r must be the largest"
             yield Finding("refused", words, given)
         # llama.cpp divides the one alpha by the rank that the tensors have, the others by r.
-        reads = scaling if engine.title != "llama.cpp" else alpha / a[0]
         wanted = scaling_at(values, module)
+        reads = wanted if engine.patterns else scaling if engine.title != "llama.cpp" else alpha / a[0]
         told = values.get("use_rslora") and not engine.rslora  # by the field
         if abs(wanted - reads) > 1e-6 * max(abs(wanted), abs(reads)) and not told:
             words = f"{module} is scaled by {wanted:.6g}, but {engine.title} reads no patterns and would scale by"

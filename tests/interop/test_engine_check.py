@@ -73,8 +73,7 @@ def test_lifted_mora_passes_although_its_ranks_differ(base, tmp_path):
         ({"r": 513}, "max_lora_rank goes up to 512"),
         ({"target_modules": None}, "lacks target_modules"),
         ({"target_parameters": ["x"]}, "target_parameters is set"),
-        ({"alpha_pattern": {"q_proj": 4}}, "q_proj is scaled by 2, but vLLM reads no patterns and would scale by 8"),
-        ({"r": 1, "rank_pattern": {"q_proj|up_proj": 2}}, "rank 2 above r 1"),
+        ({"rank_pattern": {"q_proj": 513}}, "max_lora_rank goes up to 512"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
     ],
     ids=str,
@@ -82,6 +81,19 @@ def test_lifted_mora_passes_although_its_ranks_differ(base, tmp_path):
 def test_fields(adapter, fields, words):
     edit(adapter, **fields)
     assert any(words in finding for finding in check_folder(adapter))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"alpha_pattern": {"q_proj": 4}}, "q_proj is scaled by 2, but SGLang reads no patterns and would scale by 8"),
+        ({"r": 1, "rank_pattern": {".*": 2}}, "rank 2 above r 1"),
+    ],
+)
+def test_patterns_are_read_by_some(adapter, fields, words):
+    edit(adapter, **fields)
+    assert any(words in finding for finding in check_folder(adapter, "sglang"))
+    assert check_folder(adapter, "vllm") == []
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
