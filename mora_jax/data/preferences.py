@@ -46,10 +46,11 @@ class PreferenceDataset(Sequence[Example]):
         self.max_length = answers.max_length
         sides = answers.sides
         if not sides.all() or (not labelled and not np.isin(sides, (Side.CHOSEN, Side.REJECTED)).all()):
-            wanted = "`completion` and `label`, or pairs" if labelled else "pairs, `chosen` and `rejected`"
+            wanted = "`completion` and `label` (true or false), or pairs" if labelled else "`chosen` and `rejected`"
             raise InputError(
-                f"{', '.join(answers.report.files[:3]) or 'the data'}: preferences are trained on rows of {wanted}, "
-                f"and these are of format {answers.report.format or 'none'}; set loss.objective to train on them"
+                f"{', '.join(answers.report.files[:3]) or 'the data'}: this objective is trained on rows of {wanted}, "
+                f"and these were read as {answers.report.format or 'none'}; data.format="
+                f"{'labelled' if labelled else 'preference'} names the first row that doesn't fit"
             )
         self._starts = np.array([_start(answers[i]) for i in range(len(answers))]) if labelled else np.zeros(0, int)
         if labelled and len(answers) < 2:

@@ -143,6 +143,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         },
         "base": values.get("base_model_name_or_path"),
         "targets": values.get("target_modules"),
+        "target_parameters": values.get("target_parameters") or [],
         "bias": config.bias,
         "modules_to_save": values.get("modules_to_save") or [],
         "modules": len(modules),

@@ -365,11 +365,25 @@ def _peft_tensors(
             yield Finding("misread", f"tensor {name} takes the place of the base's own", (name,))
         elif group == "factors":
             factors.setdefault(path, {})[kind] = name
+    for module, names in _expert_matrices(factors).items():
+        if engine.title == "PEFT" and len(names) < 3:
+            words = f"{module} carries adapters on {', '.join(sorted(names))} alone; {engine.title} wants all three"
+            yield Finding("refused", f"{words} matrices of its experts, or target_parameters")
     needed = form.tensors(values)[0] - {"magnitude" for end in engine.dropped if "magnitude" in end}
     for path, names in factors.items():
         if missing := sorted(form.tensor_names[kind] for kind in needed - set(names)):
             words = f"{path} lacks {', '.join(missing)}, which {engine.title} leaves at a fresh adapter's values"
             yield Finding("misread", words, tuple(names.values()))
+
+
+def _expert_matrices(factors: dict[str, dict[str, str]]) -> dict[str, set[str]]:
+    """Of adapters that lie in a tensor an expert: the matrices that have one, by the path of their experts."""
+    matrices: dict[str, set[str]] = {}
+    for path in factors:
+        match = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", path)
+        if match is not None:
+            matrices.setdefault(match[1], set()).add(match[2])
+    return matrices
 
 
 def _of_parameters(values: dict[str, Any], path: str) -> bool:

@@ -177,9 +177,9 @@ def test_a_split_keeps_pairs_together(tokenizer):
 
 def test_rows_of_another_kind_are_refused(tokenizer):
     plain = encoded([{"prompt": "Hi", "completion": "Hello"}] * 2, tokenizer)
-    with pytest.raises(InputError, match=r"rows of pairs, `chosen` and `rejected`, and these are of format prompt_com"):
+    with pytest.raises(InputError, match=r"rows of `chosen` and `rejected`, and these were read as prompt_com"):
         PreferenceDataset(plain)
-    with pytest.raises(InputError, match="rows of pairs"):
+    with pytest.raises(InputError, match="rows of `chosen` and `rejected`"):
         PreferenceDataset(encoded(LABELS, tokenizer))
     with pytest.raises(InputError, match="set loss.objective=dpo"):
         refuse_preferences(encoded(PAIRS, tokenizer).store)

@@ -466,9 +466,9 @@ def test_keys_that_an_objective_does_not_use(settings, words):
 def test_rows_of_another_kind(model_path):
     with pytest.raises(InputError, match="set loss.objective=dpo"):
         tune(model_path, loss="masked")
-    with pytest.raises(InputError, match="preferences are trained on rows of pairs"):
+    with pytest.raises(InputError, match="is trained on rows of `chosen` and `rejected`"):
         tune(model_path, LABELS)
-    with pytest.raises(InputError, match="rows of pairs"):
+    with pytest.raises(InputError, match="rows of `chosen` and `rejected`"):
         tune(model_path, [{"prompt": "Hi", "completion": "Hello"}] * 3)
 
 

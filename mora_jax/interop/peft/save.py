@@ -81,7 +81,14 @@ def save_adapter(
     if experts not in EXPERTS:
         raise InputError(f"experts must be one of {', '.join(EXPERTS)}, not {experts!r}")
     form, adapted = _format(model)
-    is_fused = experts == "fused" and all(hasattr(place.adapter, "lora_a") for place in adapted)
+    is_lora = all(hasattr(place.adapter, "lora_a") for place in adapted)
+    layers = model.config.experts if isinstance(model, Decoder) else None
+    if experts == "each" and is_lora and layers is not None and layers.fused:
+        raise InputError(
+            "experts='each': files of this family hold all experts of a layer as one, and PEFT passes over a tensor "
+            "for each; save with experts='fused'"
+        )
+    is_fused = experts == "fused" and is_lora
     # Two passes over the model: names, sizes and scalings first, so that none of the arrays has to stay.
     shapes: dict[str, tuple[int, ...]] = {}
     main = []

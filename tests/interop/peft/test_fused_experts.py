@@ -147,6 +147,19 @@ def test_what_engines_do_with_them(tmp_path):
     assert "target_parameters is set" in str(check_folder(tmp_path / "fused", "vllm"))
 
 
+def test_a_tensor_an_expert_is_refused_where_peft_loses_it(tmp_path):
+    """PEFT wants all three matrices in that form, and for families with one tensor for all experts it finds none."""
+    model = ours("qwen3_moe", nnx.Rngs(0))
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("q_proj", "gate_proj", "down_proj")), rngs=nnx.Rngs(0))
+    mj.save_adapter(model, tmp_path / "each", experts="each")
+    assert "carries adapters on down_proj, gate_proj alone; PEFT wants" in str(check_folder(tmp_path / "each", "peft"))
+    model = ours("gpt_oss", nnx.Rngs(0))
+    mj.attach(model, mj.LoRAConfig(rank=2, targets="all-linear"), rngs=nnx.Rngs(0))
+    with pytest.raises(mj.InputError, match="hold all experts of a layer as one"):
+        mj.save_adapter(model, tmp_path / "none", experts="each")
+    assert not (tmp_path / "none").exists()
+
+
 def test_mora_on_experts_is_a_tensor_an_expert(tmp_path):
     model, ids = ours("mixtral", nnx.Rngs(0)), tokens()
     mj.attach(model, mj.MoRAConfig(rank=2, kind="rotation"), rngs=nnx.Rngs(0))
