@@ -365,9 +365,9 @@ def _peft_tensors(
             yield Finding("misread", f"tensor {name} takes the place of the base's own", (name,))
         elif group == "factors":
             factors.setdefault(path, {})[kind] = name
-    for module, names in _expert_matrices(factors).items():
-        if engine.title == "PEFT" and len(names) < 3:
-            words = f"{module} carries adapters on {', '.join(sorted(names))} alone; {engine.title} wants all three"
+    for module, matrices in _expert_matrices(factors).items():
+        if engine.title == "PEFT" and len(matrices) < 3:
+            words = f"{module} carries adapters on {', '.join(sorted(matrices))} alone; {engine.title} wants all three"
             yield Finding("refused", f"{words} matrices of its experts, or target_parameters")
     needed = form.tensors(values)[0] - {"magnitude" for end in engine.dropped if "magnitude" in end}
     for path, names in factors.items():
