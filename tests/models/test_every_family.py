@@ -135,7 +135,7 @@ def test_lora_of_peft_both_ways_and_merged(made, tmp_path):
     # Merged, read by transformers.
     mj.merge(model)
     mj.save_pretrained(model, tmp_path / "merged")
-    close(hf_logits(load_torch(tmp_path / "merged"), ids), expected)
+    close(hf_logits(load_torch(tmp_path / "merged"), ids), expected, 1e-4)  # kernel and update are rounded together
 
 
 @pytest.mark.peers
