@@ -217,8 +217,9 @@ def test_a_plan_counts_its_parameters(made):
     assert plan.memory.total > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ODD)
+# Phi-3, whose matrices are fused in files, stands for all where slow tests aren't run.
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["phi3", *(pytest.param(n, marks=pytest.mark.slow) for n in ODD if n != "phi3")])
 def test_a_mesh_computes_the_same(name, monkeypatch):
     monkeypatch.setitem(meshed.METHODS, "linear", mj.LoRAConfig(rank=2, targets="all-linear"))
     monkeypatch.setitem(meshed.SIZES, name, hf_config(name, **ODD[name]).to_dict())
