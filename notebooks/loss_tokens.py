@@ -28,7 +28,6 @@
 # which `pip wheel --no-deps .` makes in a clone.
 
 # %%
-import importlib.metadata
 import importlib.util
 import pathlib
 import subprocess
@@ -38,8 +37,7 @@ if importlib.util.find_spec("mora_jax") is None:
     wheel = next(pathlib.Path().absolute().glob("mora_jax-*.whl"), None)
     source = ".." if pathlib.Path("../pyproject.toml").exists() else wheel
     assert source, "put a wheel of mora_jax beside this notebook"
-    same_jax = [f"jax=={importlib.metadata.version('jax')}"] if importlib.util.find_spec("jax") else []
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{source}[plots]", *same_jax], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{source}[plots]"], check=True)
 
 # %%
 import html
