@@ -17,8 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss.objective = "dpo"
     config.loss.beta = 0.1
     config.data = ml_collections.ConfigDict()
-    config.data.max_length = 512
-    config.data.truncation = "prompt_first"
+    config.data.max_length = 1024
     config.data.eval_fraction = 0.1
     config.train = ml_collections.ConfigDict()
     config.train.steps = 60

@@ -50,7 +50,6 @@ def main() -> None:
                 "seed": seed,
                 "model.dtype": "float32",
                 "data.max_length": args.max_length,
-                "data.truncation": "prompt_first",
             }
             settings |= {"loss.reference": "cached", "optimizer.warmup_steps": args.steps // 10}
             settings |= {"train.eval_on_start": False, "data.cache": str(args.out / "tokens")}

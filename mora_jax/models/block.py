@@ -137,9 +137,11 @@ class Attention(nnx.Module):
         size = config.head_dim * (config.num_heads if one else 1), config.head_dim * (config.num_kv_heads if one else 1)
         self.q_norm = _norm(config, names.q_norm if config.qk_norm else None, size=size[0], axis="head_dim")
         self.k_norm = _norm(config, names.k_norm if config.qk_norm else None, size=size[1], axis="head_dim")
-        zeros = jnp.zeros((config.num_layers, config.num_kv_heads, config.q_per_kv), making["dtype"])
-        sinks = nnx.Param(zeros, axes=("layers", "kv_heads", "q_per_kv"))
-        self.sinks = nnx.data(sinks if config.attention_sinks else None)
+        sinks = None
+        if config.attention_sinks:
+            zeros = jnp.zeros((config.num_layers, config.num_kv_heads, config.q_per_kv), making["dtype"])
+            sinks = nnx.Param(zeros, axes=("layers", "kv_heads", "q_per_kv"))
+        self.sinks = nnx.data(sinks)
         self.scale = config.attention_scale
         self.softcap = config.attention_softcap
         self.neighbours = config.rotary_neighbours

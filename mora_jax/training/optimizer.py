@@ -46,9 +46,10 @@ def _above(schedule: optax.Schedule, lowest: float) -> optax.Schedule:
 
 
 def decays(name: str, array: jax.Array) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, biases and other vectors, stacked or not."""
+    """Whether weight decay applies: to matrices, not to norms, biases, attention sinks and other vectors, stacked or
+    not."""
     last = name.rpartition(".")[2]
-    return array.ndim >= 2 and "norm" not in name and last not in VECTORS
+    return array.ndim >= 2 and "norm" not in name and last not in (*VECTORS, "sinks")
 
 
 def weight_masks(adapters: Arrays) -> dict[str, bool]:

@@ -78,7 +78,8 @@ class Structure:
     def model(self, *arrays: Arrays) -> Any:
         """A model with the given arrays, in the order in which the states were given."""
         states = [
-            nnx.from_flat_state({path: variable.replace(values[dotted(path)]) for path, variable in template.items()})
+            # Copied, for flax 0.12.0 lets nothing change under a trace what is of another one.
+            nnx.from_flat_state({path: one.copy().replace(values[dotted(path)]) for path, one in template.items()})
             for template, values in zip(self._templates, arrays, strict=True)
         ]
         return nnx.merge(self._graphdef, *states)

@@ -36,6 +36,7 @@ def test_both_answers_of_a_pair(run, fails, model_dir, tmp_path):
     code, out, err = run(*base)
     assert (code, err) == (0, "")
     assert "2 chosen of" in out and "2 rejected of" in out
+    assert "rows judge answers" in out and "Instruction Modelling" not in out
     assert "row 1, chosen" in out and "row 1, rejected" in out and "row 2" not in out
     found = json.loads(run(*base, "--json", "--examples", "2")[1])
     assert found["judged"] == {"chosen": 2, "rejected": 2} and len(found["examples"]) == 4

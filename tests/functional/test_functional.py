@@ -147,7 +147,9 @@ LORA = mj.LoRAConfig(rank=2, alpha=3.0)
 def shapes_in(jaxpr):
     for equation in jaxpr.eqns:
         yield from (
-            tuple(variable.aval.shape) for variable in equation.outvars if equation.primitive.name != "transpose"
+            tuple(variable.aval.shape)
+            for variable in equation.outvars
+            if equation.primitive.name not in ("transpose", "device_put")  # of the base's own kernels
         )
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from shapes_in(inner)

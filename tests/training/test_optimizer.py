@@ -13,6 +13,7 @@ from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.optimizer import make_optimizer, make_schedule, scale_rates, weight_masks
 from mora_jax.training.relora import Restarts
 from mora_jax.training.state import flat_arrays
+from tests.models import tiny_experts
 from tests.models.tiny import LLAMA
 
 PARAMS = {"q.lora_a": jnp.ones((3, 2)), "q.lora_b": jnp.ones((2, 4)), "q.bias": jnp.ones(4)}
@@ -68,6 +69,15 @@ def test_weights_of_a_stack_decay_and_vectors_do_not(config):
     arrays = flat_arrays(mj.partition(model)[1])
     decaying = {name.rpartition(".")[2] for name, decays in weight_masks(arrays).items() if decays}
     assert decaying == ({"lora_a", "lora_b"} if isinstance(config, mj.DoRAConfig) else set())
+
+
+def test_sinks_of_attention_and_biases_of_experts_do_not_decay():
+    model = tiny_experts.ours("gpt_oss", nnx.Rngs(0))
+    mj.attach(model, mj.FullConfig(), rngs=nnx.Rngs(1))
+    arrays = flat_arrays(mj.partition(model)[1])
+    assert any(name.endswith("sinks") for name in arrays)
+    decaying = {name.rpartition(".")[2] for name, decays in weight_masks(arrays).items() if decays}
+    assert decaying == {"kernel", "embedding"}
 
 
 def test_a_ratio_is_positive():

@@ -187,6 +187,9 @@ def advise_on(report: Report) -> Advice:
     Returns:
       The mode with its confidence, evidence and limits.
     """
+    if report.judged_words:
+        reason = "rows judge answers, whose own tokens alone count under an objective of preferences (loss.objective)"
+        return Advice("masked", None, "high", reason, (), ())
     return advise(report.kept, report.ratio, report.median_ratio, report.duplicated_share, report.over_length_share)
 
 

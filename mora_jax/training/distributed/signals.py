@@ -54,11 +54,11 @@ class _Handled:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """The handler, in the main thread."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each handler of signals defines it
 
     def _told(self, number: int) -> None:
         """Called from the thread, with the first signal."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each handler of signals defines it
 
     def __enter__(self) -> Self:
         """Puts the handlers in place; in a thread other than the main one nothing happens, for nothing may."""
