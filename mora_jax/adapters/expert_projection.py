@@ -82,8 +82,8 @@ class ExpertProjection(Projection):
         def said(part: str) -> bool:
             return any(map(says, (self.module_path(part, 0, 0), *self.names(part))))
 
-        whole, each = said(self.whole), any(said(matrix.name) for matrix in self.matrices)
-        return None if whole == each else whole
+        together, each = said(self.whole), any(said(matrix.name) for matrix in self.matrices)
+        return None if together == each else together
 
     def matrix_slices(self) -> list[tuple[Part, tuple[slice, ...]]]:
         """The matrices of an expert, each with its index in `[..., *out_shape]`, however adapters see them."""

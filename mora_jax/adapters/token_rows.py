@@ -68,8 +68,8 @@ class TokenRows(Adapter):
     @classmethod
     def scores(cls, query: Array, params: dict[str, Array]) -> Array:
         """What is added to products of `query [..., D]` with every row of the table, `[..., V]`."""
-        found = dot(query.reshape(-1, query.shape[-1]), params["token_delta"].T)
-        wide = _or_zero(found, params["token_slots"], axis=1)
+        products = dot(query.reshape(-1, query.shape[-1]), params["token_delta"].T)
+        wide = _or_zero(products, params["token_slots"], axis=1)
         return wide.reshape(*query.shape[:-1], len(params["token_slots"]))
 
     @classmethod

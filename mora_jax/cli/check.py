@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.interop.engine_check import check_folder
     from mora_jax.paths import expanded
 
-    whole = (expanded(args.folder) / "config.json").is_file() and (
+    is_model = (expanded(args.folder) / "config.json").is_file() and (
         expanded(args.folder) / "model.safetensors"
     ).is_file()
-    found = check_folder(args.folder if whole else adapter_folder(args.folder), args.engine, model=args.model)
-    print(json.dumps(found.as_dict()) if args.json else found)
-    return 0 if found.good else 1
+    check = check_folder(args.folder if is_model else adapter_folder(args.folder), args.engine, model=args.model)
+    print(json.dumps(check.as_dict()) if args.json else check)
+    return 0 if check.good else 1

@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
 
     if (expanded(args.path) / "metrics.jsonl").is_file():
         (trained,) = read_runs([args.path], lambda text: None, "base")
-        found: dict[str, Any] = {"kind": "run", "path": trained.path, "state": trained.state, **trained.results()}
-        found |= {"model": trained.config.model.path, "method": trained.config.adapter.method}
+        description: dict[str, Any] = {"kind": "run", "path": trained.path, "state": trained.state, **trained.results()}
+        description |= {"model": trained.config.model.path, "method": trained.config.adapter.method}
         if (expanded(args.path) / "adapter").is_dir():
-            found["adapter"] = describe_adapter(adapter_folder(args.path))
+            description["adapter"] = describe_adapter(adapter_folder(args.path))
     else:
-        found = describe(args.path, args.rank)
-    print(json.dumps(found) if args.json else "\n".join(_lines(found)))
+        description = describe(args.path, args.rank)
+    print(json.dumps(description) if args.json else "\n".join(_lines(description)))
     return 0
 
 

@@ -65,18 +65,18 @@ def answer_scores(
         bare = nnx.merge(graphdef, state)
         detach(bare)
         of_base = nnx.split(bare)
-    found = np.zeros((4, len(dataset), 2), np.float32)
+    sums = np.zeros((4, len(dataset), 2), np.float32)
     done = 0
     for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
         batch = dataset.batch(rows, batch_size, length)
         arrays = {name: batch[name] for name in ("input_ids", "segment_ids", "positions", "answer_weights")}
         static = graphdef, None if of_base is None else of_base[0], partitioner
         scores = _score(*static, state, None if of_base is None else of_base[1], arrays)
-        found[: len(scores), rows] = np.asarray(jax.device_get(scores))[:, : len(rows)]
+        sums[: len(scores), rows] = np.asarray(jax.device_get(scores))[:, : len(rows)]
         done += len(rows)
         if progress is not None:
             progress(done, len(dataset))
-    return AnswerScores(*found) if base else AnswerScores(*found[:2])
+    return AnswerScores(*sums) if base else AnswerScores(*sums[:2])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -98,13 +98,13 @@ def _score(
         base_hidden, base_head = states_and_kernel(nnx.merge(base_graphdef, base_state))
         base = base_hidden, base_head.kernel
     shards = 1 if partitioner is None or len(targets) % partitioner.row_shards else partitioner.row_shards
-    found = token_nll(hidden, head.kernel, targets, weights, base=base, softcap=head.softcap, shards=shards)
-    values = [-weights * found.nll, weights]
-    if found.base_nll is not None and found.kl is not None:
-        values += [-weights * found.base_nll, weights * found.kl]
+    tokens = token_nll(hidden, head.kernel, targets, weights, base=base, softcap=head.softcap, shards=shards)
+    values = [-weights * tokens.nll, weights]
+    if tokens.base_nll is not None and tokens.kl is not None:
+        values += [-weights * tokens.base_nll, weights * tokens.kl]
     sums = jnp.stack([jnp.sum(value, axis=-1) for value in values]).reshape(len(values), -1, 2)
-    whole = None if partitioner is None else partitioner.used((None, None, None), sums.shape)
-    return sums if whole is None else jax.lax.with_sharding_constraint(sums, whole)
+    replicated = None if partitioner is None else partitioner.used((None, None, None), sums.shape)
+    return sums if replicated is None else jax.lax.with_sharding_constraint(sums, replicated)
 
 
 def preference_metrics(

@@ -196,9 +196,9 @@ class _Interpreter:
                 "mj.functional.merge"
             )
         if self.others:
-            found = (f"{path} ({', '.join(sorted(uses))})" for path, uses in self.others.items())
+            merged = (f"{path} ({', '.join(sorted(uses))})" for path, uses in self.others.items())
             warnings.warn(
-                f"kernels that were merged where the update could not be put beside a product: {', '.join(found)}",
+                f"kernels that were merged where the update could not be put beside a product: {', '.join(merged)}",
                 stacklevel=3,
             )
 
@@ -233,15 +233,15 @@ class _Interpreter:
             return [operands[0].moved(array, lambda axis: axis)]
         if name in _ONCE:
             return self.run(equation.params["call_jaxpr"], operands)
-        found = None if rule is None else rule(equation, operands)
-        return self._bind(equation, [self.plain(operand, name) for operand in operands]) if found is None else found
+        outputs = None if rule is None else rule(equation, operands)
+        return self._bind(equation, [self.plain(operand, name) for operand in operands]) if outputs is None else outputs
 
     def _bind(self, equation: Any, operands: Sequence[Any]) -> list[Any]:
         params = equation.primitive.get_bind_params(equation.params)
         functions, params = params if isinstance(params, tuple) else ((), params)  # jax < 0.10 gives the former apart
         with equation.ctx.manager:
-            found = equation.primitive.bind(*functions, *operands, **params)
-        return list(found) if equation.primitive.multiple_results else [found]
+            outputs = equation.primitive.bind(*functions, *operands, **params)
+        return list(outputs) if equation.primitive.multiple_results else [outputs]
 
     # Rules by the name of an equation: None where it needs its kernels merged.
 
@@ -320,7 +320,7 @@ class _Interpreter:
         if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
             ids = jnp.clip(ids, 0, kernel.array.shape[row] - 1)
         site = kernel.site
-        (found,) = self._bind(equation, [kernel.array, indices])
+        (plain_rows,) = self._bind(equation, [kernel.array, indices])
         self.served.add(site.path)
 
         def add(rows: Array, ids: Array, params: Arrays, table: Array) -> Array:
@@ -328,7 +328,7 @@ class _Interpreter:
             gain = site.method.output_gain(site.config, params, lambda: table)
             return (total if gain is None else total * gain).astype(rows.dtype)
 
-        return [placed_like(found, add, found, ids, kernel.params, kernel.matrix())]
+        return [placed_like(plain_rows, add, plain_rows, ids, kernel.params, kernel.matrix())]
 
     def _dot_general(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         left = not isinstance(operands[1], _Kernel)  # of two kernels the first is an input
@@ -456,15 +456,15 @@ def _reshaped(kernel: _Kernel, sizes: Sequence[int]) -> list[tuple[int, ...]] | 
         placed[first] = list(range(start, new))
     if old < len(shape) or new < len(sizes):  # axes of size 1 at the end
         return None
-    for group, found in zip(groups, result, strict=True):
+    for group, axes in zip(groups, result, strict=True):
         rest = group
         while rest:
             run = next((run for run in runs if run == rest[: len(run)]), None)
             if run is None or (group is groups[0] and len(placed[run[0]]) + len(run) > 2):
                 return None
-            found += placed[run[0]]
+            axes += placed[run[0]]
             rest = rest[len(run) :]
-    return [tuple(found) for found in result]
+    return [tuple(axes) for axes in result]
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,10 @@ class TreeKernel:
     def params(self, adapters: Adapters) -> Arrays:
         """The arrays as the adapter's class takes them; what isn't trained has no gradient."""
         given, (trained, fixed) = dict(adapters[self.path]), self.shapes
-        found = {name: tuple(np.shape(value)) for name, value in given.items()}
+        shapes = {name: tuple(np.shape(value)) for name, value in given.items()}
         expected = {name: tuple(value.shape) for name, value in (trained | fixed).items()}
-        if found != expected:
-            raise ValueError(f"the adapter of {self.path} has arrays {found}; {self.config} asks for {expected}")
+        if shapes != expected:
+            raise ValueError(f"the adapter of {self.path} has arrays {shapes}; {self.config} asks for {expected}")
         given |= {name: jax.lax.stop_gradient(given[name]) for name in fixed}
         dtype = jnp.result_type(jnp.float32, *given.values())
         return given | {"scaling": jnp.full(self.stack, self.method.scale(self.config), dtype)}
@@ -157,7 +157,7 @@ def kernels_of(tree: Any, einsums: Einsums | None = None) -> list[TreeKernel]:
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {_names(keys): i for i, (keys, leaf) in enumerate(leaves) if is_array(leaf)}
-    found = []
+    kernels = []
     for names, i in named.items():
         keys, leaf = leaves[i]
         above, own = names[:-1], "".join(names[-1:])
@@ -173,8 +173,8 @@ def kernels_of(tree: Any, einsums: Einsums | None = None) -> list[TreeKernel]:
         matrix, why = _matrix(names[-1:], leaf.shape, shape, _owner(tree, keys), equation, ".".join(layer))
         stack = tuple(leaf.shape[: leaf.ndim - len(matrix.shape)])
         lifts = next(end for end in range(len(layer) + 1) if _all_stacked(leaves, named, layer[:end], stack))
-        found.append(TreeKernel(".".join(layer), i, matrix, stack, leaf.dtype, bias, lifts, why))
-    return found
+        kernels.append(TreeKernel(".".join(layer), i, matrix, stack, leaf.dtype, bias, lifts, why))
+    return kernels
 
 
 def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
@@ -262,12 +262,12 @@ def selected(tree: Any, config: Any, einsums: Einsums | None = None) -> list[Tre
         TypeError, ValueError: as `init`.
     """
     check_config(config)
-    found, picks = kernels_of(tree, einsums), Picker(config, layer_number)
-    paths = [kernel.path for kernel in found]
+    kernels, picks = kernels_of(tree, einsums), Picker(config, layer_number)
+    paths = [kernel.path for kernel in kernels]
     if doubled := next((path for path in paths if paths.count(path) > 1), None):
         raise ValueError(f"several arrays of the tree are at {doubled!r}, so adapters can't be told apart there")
-    picked = [kernel for kernel in found if picks(kernel.path, is_embedding=kernel.matrix.is_embedding)]
-    if not found:
+    picked = [kernel for kernel in kernels if picks(kernel.path, is_embedding=kernel.matrix.is_embedding)]
+    if not kernels:
         raise ValueError("the tree has no kernel: no array of floats with two axes or more")
     picks.check(paths, [path or "(the array itself)" for path in paths], found=bool(picked))
     method = adapter_class(config)
@@ -290,13 +290,13 @@ def matched(tree: Any, adapters: Adapters, config: Any, einsums: Einsums | None)
     Raises:
         TypeError, ValueError: as `merge`.
     """
-    found = selected(tree, config, einsums)
-    missing = {kernel.path for kernel in found} ^ set(adapters)
+    kernels = selected(tree, config, einsums)
+    missing = {kernel.path for kernel in kernels} ^ set(adapters)
     if missing:
         path = sorted(missing)[0]
         how = "is no kernel that the configuration picks" if path in adapters else "is missing among the adapters"
         raise ValueError(f"{path} {how}: give the tree and the configuration that init was called with")
-    return [(kernel, kernel.params(adapters)) for kernel in found]
+    return [(kernel, kernel.params(adapters)) for kernel in kernels]
 
 
 def init(params: Any, config: Any, *, rngs: nnx.Rngs | int | Array, einsums: Einsums | None = None) -> Adapters:
@@ -327,9 +327,9 @@ def init(params: Any, config: Any, *, rngs: nnx.Rngs | int | Array, einsums: Ein
         UserWarning: the rank is higher than a kernel can use.
     """
     rngs, leaves = as_rngs(rngs), jax.tree.leaves(params)
-    found = selected(params, config, einsums)
-    _report(found, found, config, 0).warn(stacklevel=3)
-    fresh = {kernel.path: kernel.fresh(jnp.asarray(leaves[kernel.leaf]), rngs) for kernel in found}
+    kernels = selected(params, config, einsums)
+    _report(kernels, kernels, config, 0).warn(stacklevel=3)
+    fresh = {kernel.path: kernel.fresh(jnp.asarray(leaves[kernel.leaf]), rngs) for kernel in kernels}
     return {path: trained | fixed for path, (trained, fixed) in fresh.items()}
 
 
@@ -344,8 +344,8 @@ def trainable(params: Any, config: Any, *, einsums: Einsums | None = None) -> di
         config: as for `init`.
         einsums: as for `init`.
     """
-    found = {kernel.path: kernel.shapes for kernel in selected(params, config, einsums)}
-    return {path: dict.fromkeys(yes, True) | dict.fromkeys(no, False) for path, (yes, no) in found.items()}
+    shapes = {kernel.path: kernel.shapes for kernel in selected(params, config, einsums)}
+    return {path: dict.fromkeys(yes, True) | dict.fromkeys(no, False) for path, (yes, no) in shapes.items()}
 
 
 def report(params: Any, config: Any, *, einsums: Einsums | None = None) -> AttachReport:
@@ -360,7 +360,7 @@ def report(params: Any, config: Any, *, einsums: Einsums | None = None) -> Attac
     return _report(kernels_of(params, einsums), selected(params, config, einsums), config, total)
 
 
-def _report(found: list[TreeKernel], picked: list[TreeKernel], config: Any, total: int) -> AttachReport:
+def _report(kernels: list[TreeKernel], picked: list[TreeKernel], config: Any, total: int) -> AttachReport:
     matches, notes, beyond, picks = [], [], [], Picker(config, layer_number)
     for kernel in picked:
         trained = sum(math.prod(value.shape) for value in kernel.shapes[0].values())
@@ -375,7 +375,7 @@ def _report(found: list[TreeKernel], picked: list[TreeKernel], config: Any, tota
             math.prod((*one.stack, *one.sizes)),
             why_left(picks, one.path, is_embedding=one.matrix.is_embedding),
         )
-        for one in found
+        for one in kernels
         if one.path not in taken
     )
     trained = sum(match.trainable for match in matches)

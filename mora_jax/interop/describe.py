@@ -103,19 +103,19 @@ def _trained(model: Decoder, method: str, rank: int) -> int | str:
     """The numbers that a method trains on a copy of the model of shapes alone; in words why none."""
     kind = CONFIGS[method]
     settings = {"rank": rank} if "rank" in kind.settings() else {}
-    found: list[int] = []
+    counts: list[int] = []
 
     def run() -> None:
         graphdef, state = nnx.split(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a rank that is too high here is no matter
-            found.append(attach(nnx.merge(graphdef, state), kind.for_run(settings, None), rngs=0).trainable)
+            counts.append(attach(nnx.merge(graphdef, state), kind.for_run(settings, None), rngs=0).trainable)
 
     try:
         nnx.eval_shape(run)
     except ValueError as error:
         return str(error)
-    return found[0]
+    return counts[0]
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -302,8 +302,8 @@ def _lora_tensors(values: dict[str, Any], shapes: dict[str, tuple[int, ...]], en
         if match is not None:
             factors.setdefault(match["module"], {})["a" if "_A" in match["factor"] else "b"] = name
         elif not _BASE_EMBEDDING.fullmatch(name):
-            words = f"tensor {name} is no LoRA weight by its name, which {engine.title} refuses"
-            yield Finding("refused", words, (name,))
+            reason = f"tensor {name} is no LoRA weight by its name, which {engine.title} refuses"
+            yield Finding("refused", reason, (name,))
     if not factors:
         yield Finding("refused", "there is no LoRA weight")
         return
@@ -320,22 +320,22 @@ def _lora_tensors(values: dict[str, Any], shapes: dict[str, tuple[int, ...]], en
             continue
         a, b = shapes[names["a"]], shapes[names["b"]]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            words = f"{module} has factors {list(a)} and {list(b)}; {engine.title} takes [rank, in] and [out, rank]"
-            yield Finding("refused", words, given)
+            reason = f"{module} has factors {list(a)} and {list(b)}; {engine.title} takes [rank, in] and [out, rank]"
+            yield Finding("refused", reason, given)
             continue
         stated = value_at((values.get("rank_pattern") or {}).items(), module, rank)
         if a[0] != stated:
             yield Finding("refused", f"{module} has rank {a[0]}, and adapter_config.json says {stated}", given)
         elif a[0] > rank and not engine.patterns and engine.title != "llama.cpp":
-            words = f"{module} has rank {a[0]} above r {rank}; {engine.title} reads r alone, so r must be the largest"
-            yield Finding("refused", words, given)
+            reason = f"{module} has rank {a[0]} above r {rank}; {engine.title} reads r alone, so r must be the largest"
+            yield Finding("refused", reason, given)
         # llama.cpp divides the one alpha by the rank that the tensors have, the others by r.
         wanted = scaling_at(values, module)
         reads = wanted if engine.patterns else scaling if engine.title != "llama.cpp" else alpha / a[0]
         told = values.get("use_rslora") and not engine.rslora  # by the field
         if abs(wanted - reads) > 1e-6 * max(abs(wanted), abs(reads)) and not told:
-            words = f"{module} is scaled by {wanted:.6g}, but {engine.title} reads no patterns and would scale by"
-            yield Finding("misread", f"{words} {reads:.6g}", given)
+            reason = f"{module} is scaled by {wanted:.6g}, but {engine.title} reads no patterns and would scale by"
+            yield Finding("misread", f"{reason} {reads:.6g}", given)
 
 
 def _peft_tensors(
@@ -367,13 +367,13 @@ def _peft_tensors(
             factors.setdefault(path, {})[kind] = name
     for module, matrices in _expert_matrices(factors).items():
         if engine.title == "PEFT" and len(matrices) < 3:
-            words = f"{module} carries adapters on {', '.join(sorted(matrices))} alone; {engine.title} wants all three"
-            yield Finding("refused", f"{words} matrices of its experts, or target_parameters")
+            reason = f"{module} carries adapters on {', '.join(sorted(matrices))} alone; {engine.title} wants all three"
+            yield Finding("refused", f"{reason} matrices of its experts, or target_parameters")
     needed = form.tensors(values)[0] - {"magnitude" for end in engine.dropped if "magnitude" in end}
     for path, names in factors.items():
         if missing := sorted(form.tensor_names[kind] for kind in needed - set(names)):
-            words = f"{path} lacks {', '.join(missing)}, which {engine.title} leaves at a fresh adapter's values"
-            yield Finding("misread", words, tuple(names.values()))
+            reason = f"{path} lacks {', '.join(missing)}, which {engine.title} leaves at a fresh adapter's values"
+            yield Finding("misread", reason, tuple(names.values()))
 
 
 def _expert_matrices(factors: dict[str, dict[str, str]]) -> dict[str, set[str]]:
@@ -406,8 +406,8 @@ def _against(model: Decoder, shapes: dict[str, tuple[int, ...]]) -> Iterator[Fin
         place = places[path][0]
         axis, size = {"a": (-1, place.in_features), "b": (0, place.out_features)}.get(kind, (0, 0))
         if size and ".lora_" in name and len(shape) == 2 and shape[axis] != size:
-            words = f"tensor {name} is {list(shape)}, and the model's {path} has {size} there"
-            yield Finding("refused", words, (name,))
+            reason = f"tensor {name} is {list(shape)}, and the model's {path} has {size} there"
+            yield Finding("refused", reason, (name,))
 
 
 def _model(where: Path, engine: Engine) -> Iterator[str]:

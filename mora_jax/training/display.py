@@ -159,8 +159,8 @@ def summary_words(summary: Mapping[str, Any]) -> str:
 
 def speed_words(row: Mapping[str, Any]) -> str:
     """Returns a step's speed: tokens a second and, of devices whose peak is known, their utilisation."""
-    words = f"{row['tokens_per_second']:,.0f} tokens/s"
-    return words if row.get("mfu") is None else f"{words} (MFU {row['mfu']:.0%})"
+    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+    return speed if row.get("mfu") is None else f"{speed} (MFU {row['mfu']:.0%})"
 
 
 def left_words(row: Mapping[str, Any]) -> str:

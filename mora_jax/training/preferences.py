@@ -79,9 +79,9 @@ class PreferenceLoss:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the metrics."""
-        found: tuple[str, ...] = ("margin", "reward_accuracy", "chosen_logp", "rejected_logp")
-        found += ("reference_point",) if self.objective.labelled else ()
-        return found if self.base is None else (*found, "kl")
+        names: tuple[str, ...] = ("margin", "reward_accuracy", "chosen_logp", "rejected_logp")
+        names += ("reference_point",) if self.objective.labelled else ()
+        return names if self.base is None else (*names, "kl")
 
     def rows(
         self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any
@@ -150,13 +150,13 @@ class PreferenceLoss:
         loss = jnp.sum(jnp.where(rows.shares > 0, rows.shares * self.objective.loss(answers, self.settings), 0.0))
         if self.sft_weight:
             loss += self.sft_weight * jnp.sum(rows.sft_weights * tokens.nll)
-        found = example_metrics(jax.lax.stop_gradient(answers), self.settings)
-        other = found.get("other_logp", found["logp"]), found.get("other_reward", found["reward"])
+        values = example_metrics(jax.lax.stop_gradient(answers), self.settings)
+        other = values.get("other_logp", values["logp"]), values.get("other_reward", values["reward"])
         chosen, rejected = rows.chosen_shares, rows.rejected_shares
         metrics = {
-            "margin": jnp.sum(chosen * found["reward"]) - jnp.sum(rejected * other[1]),
-            "reward_accuracy": jnp.sum(rows.shares * found["right"]),
-            "chosen_logp": jnp.sum(chosen * found["logp"]),
+            "margin": jnp.sum(chosen * values["reward"]) - jnp.sum(rejected * other[1]),
+            "reward_accuracy": jnp.sum(rows.shares * values["right"]),
+            "chosen_logp": jnp.sum(chosen * values["logp"]),
             "rejected_logp": jnp.sum(rejected * other[0]),
         }
         if rows.reference_point is not None:

@@ -33,8 +33,8 @@ _A, _B = "lora_A.weight", "lora_B.weight"
 
 def expert_projections(model: nnx.Module) -> list[ExpertProjection]:
     """Those of a model, in the order in which transformers holds them: gate and up, then down."""
-    found = [node for _, node in nnx.iter_graph(model) if isinstance(node, ExpertProjection)]
-    return sorted(found, key=lambda projection: -len(projection.matrices))
+    projections = [node for _, node in nnx.iter_graph(model) if isinstance(node, ExpertProjection)]
+    return sorted(projections, key=lambda projection: -len(projection.matrices))
 
 
 def _parameter(model: nnx.Module, projection: ExpertProjection, layer: int) -> str:
@@ -192,14 +192,14 @@ def _joined(
                 where: Any = (expert, rows, *projection.part_slice(part))
                 lora_b[where] = (entry.params["lora_b"] * factor).reshape(lora_b[where].shape)
             start += ranks[part]
-    whole = dataclasses.replace(
+    joined = dataclasses.replace(
         first,
         path=path,
         config=dataclasses.replace(first.config, rank=rank, dropout=0.0),
         out_features=projection.layout.features,
         params={"scaling": first.params["scaling"]},
     )
-    return whole, lora_a, lora_b.reshape(len(by_expert), rank, -1)
+    return joined, lora_a, lora_b.reshape(len(by_expert), rank, -1)
 
 
 def parameter_names(model: nnx.Module, adapted: Iterable[str]) -> list[str]:
