@@ -49,17 +49,22 @@ _STAMP = re.compile(r"\n*^Made at commits? (.*)\.$\n*", re.MULTILINE)
 
 
 def commit() -> str | None:
-    """The repository's commit; `-changed` behind it where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*"]
+    """The repository's commit; `-changed` behind it where files besides results differ; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"]
     try:
-        return subprocess.run([*command, "--dirty=-changed"], capture_output=True, text=True, check=True).stdout.strip()
+        head, differing = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in ([*git, "rev-parse", "--short=12", "HEAD"], changed)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{head}-changed" if differing else head
 
 
 def commits_of(text: str) -> list[str]:
     """The commits that a results file was made at, the oldest first; none where it doesn't say."""
-    stamp = _STAMP.search(text)
+    stamp = re.search(r"Made at commits? ((?:`[^`]+`(?:, )?)+)", text)
     return re.findall(r"`([^`]+)`", stamp[1]) if stamp else []
 
 
@@ -68,15 +73,26 @@ def without_stamp(text: str) -> str:
     return _STAMP.sub("\n", text)
 
 
+def versions_in_words() -> str:
+    """The date, and the versions that decide what a compiler makes of a program."""
+    named = [f"{name} {version}" for name in ("jax", "libtpu") if (version := _version(name))]
+    return f"{time.strftime('%Y-%m-%d', time.gmtime())}, with {' and '.join(named)}"
+
+
 def stamped(text: str, before: str = "") -> str:
-    """A results file with the commit in its last line.
+    """A results file with the commit, the date and the versions of jax and libtpu in its last line.
 
     Args:
         text: the file, with or without that line.
         before: the file as it was, where parts of it stay; its commits are named too.
     """
+    return f"{without_stamp(text).rstrip()}\n\n{stamp(before)}\n"
+
+
+def stamp(before: str = "") -> str:
+    """The line that `stamped` puts at the end."""
     commits = [f"`{name}`" for name in dict.fromkeys((*commits_of(before), commit() or "unknown"))]
-    return f"{without_stamp(text).rstrip()}\n\nMade at commit{'s' * (len(commits) > 1)} {', '.join(commits)}.\n"
+    return f"Made at commit{'s' * (len(commits) > 1)} {', '.join(commits)}, {versions_in_words()}."
 
 
 def machine() -> dict[str, Any]:

@@ -185,8 +185,8 @@ def run(name: str, benchmark: Benchmark, options: argparse.Namespace) -> bool:
     return code == 0
 
 
-#: Scripts of results files that have another name.
-MADE_BY = {"plan": "plan_table"}
+#: Results files that come from a script of another name, or whose figures are of another program than their script.
+MADE_BY = {"plan.md": "benchmarks/tpu/plan_table.py", "plan_cells.json": "mora_jax/planning/compile_worker.py"}
 
 
 def sources(script: Path) -> set[Path]:
@@ -211,6 +211,12 @@ def sources(script: Path) -> set[Path]:
     return found
 
 
+def script_of(result: Path, known: dict[str, Benchmark]) -> Path:
+    """What a results file is made by."""
+    named = MADE_BY.get(result.name)
+    return known[result.stem].script if named is None else ROOT / named
+
+
 def stale() -> list[str]:
     """A line for each results file whose sources have changed since it was made, the most changed first.
 
@@ -219,13 +225,13 @@ def stale() -> list[str]:
     """
     known = benchmarks()
     lines: list[tuple[int, str]] = []
-    for result in sorted((FOLDER / "results").glob("*.md")):
+    for result in sorted([*(FOLDER / "results").glob("*.md"), *(FOLDER / "results").glob("*.json")]):
         commits = measuring.commits_of(result.read_text(encoding="utf-8"))
         if not commits:
             lines.append((10**6, f"{result.name}: names no commit"))
             continue
         oldest = commits[0].removesuffix("-changed")
-        files = sources(known[MADE_BY.get(result.stem, result.stem)].script)
+        files = sources(script_of(result, known))
         command = ["git", "-C", str(ROOT), "diff", "--numstat", oldest, "--", *sorted(map(str, files))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -87,7 +87,7 @@ def test_results_name_their_commit_and_sources(load, capsys, monkeypatch):
     known = run.benchmarks()
     for result in (FOLDER / "results").glob("*.md"):
         assert measuring.commits_of(result.read_text()), result.name
-        assert run.MADE_BY.get(result.stem, result.stem) in known, result.name
+        assert run.script_of(result, known).is_file(), result.name
     files = {path.relative_to(FOLDER.parent).as_posix() for path in run.sources(known["decoding"].script)}
     assert {"benchmarks/decoding.py", "mora_jax/evaluation/generate.py", "mora_jax/models/decoder.py"} <= files
     assert not any(name.startswith("mora_jax/training/") for name in files)
@@ -129,8 +129,10 @@ def test_stale_results_are_listed(load, monkeypatch, tmp_path):
 def test_the_stamp_names_what_stays_and_what_is_new(load, monkeypatch):
     measuring = load("measuring")
     monkeypatch.setattr(measuring, "commit", lambda: "new")
+    monkeypatch.setattr(measuring, "versions_in_words", lambda: "2026-12-01, with jax 0.12.0.1")
     once = measuring.stamped("# T\n\n| a |\n")
-    assert once == "# T\n\n| a |\n\nMade at commit `new`.\n" and measuring.stamped(once, once) == once
+    assert once == "# T\n\n| a |\n\nMade at commit `new`, 2026-12-01, with jax 0.12.0.1.\n"
+    assert measuring.stamped(once, once) == once
     assert measuring.without_stamp(once).strip() == "# T\n\n| a |"
     both = measuring.stamped(once, "Made at commit `old`.\n")
-    assert measuring.commits_of(both) == ["old", "new"] and both.endswith("Made at commits `old`, `new`.\n")
+    assert measuring.commits_of(both) == ["old", "new"] and "\nMade at commits `old`, `new`, 2026-12-01, with" in both

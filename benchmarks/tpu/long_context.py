@@ -30,6 +30,7 @@ from mora_jax.backend import compiling_for
 from mora_jax.models.families import read_config
 from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
 from mora_jax.planning.model_shapes import read_model
+from mora_jax.planning.tpu_compile import read_shortage
 from mora_jax.training.config.schema import Config, lay_over
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
@@ -106,12 +107,13 @@ def main() -> None:
         try:
             lines.append(row(*CASES[number], options.length))
         except jax.errors.JaxRuntimeError as error:
-            reason = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm", str(error))
-            if reason is None:
+            shortage = read_shortage(str(error))
+            if "total" not in shortage:
                 raise
+            needed = f"{shortage['total'] / 2**30:.1f} of {shortage['limit'] / 2**30:.1f}"
             topology, chips, rows, mesh = CASES[number]
             where = " × ".join(str(size) for size in mesh)
-            lines.append(f"| {topology} ({chips} chips) | {where} | {rows} | | | doesn't fit: {reason[0]} | |")
+            lines.append(f"| {topology} ({chips} chips) | {where} | {rows} | | | doesn't fit: {needed} | |")
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:

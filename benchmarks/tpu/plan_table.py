@@ -2,31 +2,28 @@
 
     nice -n 10 python benchmarks/tpu/plan_table.py --compile 3
 
-Every cell: rows of 2048 tokens, one a chip, bfloat16, `remat=full`, every array cut over all chips (`mesh.fsdp`).
-Memory is by formula, and the compiler's for the cells that `plan_cells.json` holds: `--compile N` adds the next N of
-those that are wanted (minutes each, on a machine without TPUs; needs libtpu). Run it again to go on. Wanted is, for
-each model, method and kind of chip, the smallest slice that holds the run, and a few others (`TELLING`).
+Every cell: rows of 2048 tokens, one a chip, bfloat16, `remat=full`, every array cut over all chips (`mesh.fsdp`),
+unless its name says otherwise. Memory is by formula, and the compiler's for the cells that `plan_cells.json` holds:
+`--compile N` adds the next N of `CELLS` (minutes each, on a machine without TPUs; needs libtpu). Run it again to go on.
+Cells of another commit or another libtpu are thrown away first: all that a file holds are of one state.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks.measuring import stamped
+from benchmarks.measuring import stamp, stamped, table
 from mora_jax.planning.model_shapes import PUBLISHED
 from mora_jax.planning.plan import Plan, by_formula, with_figures
 from mora_jax.planning.topology import read_topology
 from mora_jax.planning.tpu_compile import Compiled, CompilerError, ask
-from mora_jax.training.config.load import load_config
 from mora_jax.training.config.schema import Config, lay_over
 
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
@@ -41,96 +38,59 @@ SLICES = (
     *("v5p-8", "v5p-16", "v5p-32", "v5p-64", "v5p-128"),
     *("v6e-1", "v6e-4", "v6e-8", "v6e-16", "v6e-32", "v6e-64", "v6e-128"),
 )
-#: Compiled besides the smallest slice of each kind that holds each run. Of a file in configs/ the model and the slice
-#: are those that its head names.
-TELLING = (
-    "configs/tpu_v5e_8_llama3_8b_mora.py",
-    "llama3-8b lora v5e-8",
-    "llama3-8b mora v5e-8",
-    "llama3-8b lora v5e-1",
-    "llama3-8b mora v5e-1",
-    "llama3-70b lora v5e-64",
-    "llama3-70b lora v5p-32",
-    "qwen3-14b lora v6e-8",
+#: What is compiled, the most telling first.
+CELLS = (
+    *(f"llama3-8b {method} {name}" for name in ("v5e-8", "v6e-8") for method in ("lora", "mora")),
+    *(f"llama3-8b {method} v5e-8 model.remat={remat}" for remat in ("dots", "none") for method in ("lora", "mora")),
+    "llama3-8b lora v5e-8 mesh.fsdp=2 mesh.tensor=4",
+    "llama3-8b lora v5e-8 mesh.fsdp=1 mesh.context=8 data.max_length=32768 train.batch_size=1",
+    *(f"llama3-8b {method} v6e-8 model.remat={remat}" for remat in ("dots", "none") for method in ("lora", "mora")),
+    *("llama3-8b lora v5e-4", "llama3-8b full v5e-16", "llama3-70b lora v5e-32", "smollm2-1.7b lora v5e-1"),
+    *("qwen3-14b lora v5e-4", "gemma3-27b lora v5e-8", "smollm2-1.7b full v5e-4", "llama3-70b mora v5e-32"),
+    *("qwen3-14b mora v5e-4", "gemma3-27b mora v5e-8", "smollm2-1.7b mora v5e-1", "qwen3-14b full v5e-32"),
 )
 
 
-def configuration(method: str, chips: int) -> Config:
-    """The run of a cell."""
+@functools.cache
+def cell(name: str) -> Plan:
+    """The plan of a cell by formula."""
+    model, method, slice_, *others = name.split()
+    topology = read_topology(slice_)
     settings: dict[str, Any] = {
         "adapter.method": method,
         "data.max_length": 2048,
         "data.packing": True,
         "mesh.data": 1,
-        "mesh.fsdp": chips,
+        "mesh.fsdp": topology.chips,
         "model.dtype": "bfloat16",
         "model.remat": "full",
-        "train.batch_size": chips,
+        "train.batch_size": topology.chips,
     }
     if method == "mora":
         settings["adapter.kind"] = "rotation"
-    return lay_over(Config(), [(name, value, "table") for name, value in settings.items()])
-
-
-def model_and_slice(name: str) -> tuple[str, str]:
-    """Those of a cell `MODEL METHOD SLICE`, or of a configuration."""
-    if not name.startswith("configs/"):
-        model, _, slice_ = name.split()
-        return model, slice_
-    found = re.search(r"--model\s+(\S+)\s+--accelerator\s+([\w-]+)", (ROOT / name).read_text())
-    if found is None:
-        raise SystemExit(f"{name} names no plan in its head")
-    return found[1], found[2]
-
-
-@functools.cache
-def cell(name: str) -> Plan:
-    """The plan of a cell or a configuration by formula."""
-    model, slice_ = model_and_slice(name)
-    topology = read_topology(slice_)
-    if name.startswith("configs/"):
-        config, _ = load_config(str(ROOT / name), (), {"data.train": ("x",), "out": "x", "model.path": model})
-    else:
-        config = configuration(name.split()[1], topology.chips)
+    for key, value in (setting.split("=") for setting in others):
+        settings[key] = int(value) if value.isdigit() else value
+    config = lay_over(Config(), [(key, value, "table") for key, value in settings.items()])
     return by_formula(config, PUBLISHED[model], topology)
-
-
-def wanted(known: dict[str, Any]) -> list[str]:
-    """The cells to compile that aren't known. What the compiler has refused makes room for the next slice."""
-    kinds = itertools.product(("v5e", "v5p", "v6e"), METHODS, MODELS)
-    found = [(smallest(model, method, kind, known), f"{model} {method}") for kind, method, model in kinds]
-    names = [f"{run} {slice_}" for (plan, slice_), run in found if plan is not None]
-    return [name for name in dict.fromkeys((*names, *TELLING)) if name not in known]
 
 
 def compile_cells(cells: Path, count: int) -> None:
     """Compiles the next `count` cells, and keeps what the compiler says."""
-    failed: set[str] = set()
-    for _ in range(count):
-        known = read_cells(cells)
-        name = next((name for name in wanted(known) if name not in failed), None)
-        if name is None:
-            return
+    known = read_cells(cells) if cells.exists() and json.loads(cells.read_text())["made"] == stamp() else {}
+    for name in [name for name in CELLS if name not in known][:count]:
         plan = cell(name)
         print(f"compiling {name}", file=sys.stderr, flush=True)
         try:
-            known[name] = ask(plan.config, PUBLISHED[model_and_slice(name)[0]], plan.topology, plan.mesh)
+            known[name] = ask(plan.config, PUBLISHED[name.split()[0]], plan.topology, plan.mesh)
         except CompilerError as error:
             print(f"{name}: {error}", file=sys.stderr)
-            failed.add(name)
             continue
-        cells.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        cells.write_text(json.dumps({"made": stamp(), "cells": known}, indent=1, sort_keys=True) + "\n")
 
 
 def read_cells(cells: Path) -> dict[str, Any]:
     """What the compiler said of each cell that was compiled."""
-    return json.loads(cells.read_text()) if cells.exists() else {}
-
-
-def table(columns: list[str], words: int, rows: list[list[str]]) -> str:
-    """A markdown table whose first columns are words and whose others are numbers."""
-    rule = ["---"] * words + ["---:"] * (len(columns) - words)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
+    return json.loads(cells.read_text())["cells"] if cells.exists() else {}
 
 
 def gigabytes(value: float) -> str:
@@ -191,21 +151,26 @@ def smallest(model: str, method: str, kind: str, known: dict[str, Any]) -> tuple
     return None, ""
 
 
-def order(name: str) -> tuple[int, ...]:
-    """Where a cell stands in a list: as in the tables, configurations first."""
-    if name.startswith("configs/"):
-        return ()
-    model, method, slice_ = name.split()
-    return MODELS.index(model), METHODS.index(method), SLICES.index(slice_)
+def shown(name: str) -> str:
+    """A cell's name for a table, settings as code."""
+    model, method, slice_, *others = name.split()
+    return " ".join([model, method, slice_, *(f"`{setting}`" for setting in others)])
 
 
 def check_table(known: dict[str, Any]) -> str:
     """Formula against compiler, for every cell that was compiled."""
     rows = []
-    for name in sorted(known, key=order):
+    for name in (name for name in CELLS if name in known):
         plan, answer = cell(name), Compiled.read(known[name])
         own = plan.memory
-        words = [name, gigabytes(own.arguments), "", gigabytes(own.activations + own.temp), "", gigabytes(plan.needed)]
+        words = [
+            shown(name),
+            gigabytes(own.arguments),
+            "",
+            gigabytes(own.activations + own.temp),
+            "",
+            gigabytes(plan.needed),
+        ]
         if answer.fits and answer.total:
             words[2], words[4] = gigabytes(answer.arguments), gigabytes(answer.temp + answer.outputs + answer.code)
             listed = answer.collectives
@@ -223,6 +188,7 @@ def check_table(known: dict[str, Any]) -> str:
 def write(cells: Path, path: Path) -> None:
     """Writes the tables."""
     known = read_cells(cells)
+    made = json.loads(cells.read_text())["made"].replace("Made at", "Compiled at") if known else ""
     script = "`nice -n 10 python benchmarks/tpu/plan_table.py`"
     text = f"""# What fits which TPU slice
 
@@ -246,8 +212,7 @@ Each chip, each step, one row a chip. Times are estimates, nothing was run: see 
 
 ## The formula against the compiler
 
-GB on each chip; `sent` is what a chip sends in the collectives of a step. Files in `configs/` have settings of their
-own: that one has `remat=none`, a mesh of (2, 2, 2) and 16 micro-batches.
+GB on each chip; `sent` is what a chip sends in the collectives of a step. {made}
 
 {check_table(known)}
 """
