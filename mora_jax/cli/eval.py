@@ -3,6 +3,10 @@ metrics of a task with their standard errors:
 
   mora-jax eval --model M --data rows.jsonl
   mora-jax eval --model M --adapter A --task arc_easy --data arc_easy.jsonl --limit 200 --out runs/arc --json
+
+Rows that judge answers are scored by an objective of preferences, against the model without its adapter:
+
+  mora-jax eval --model M --adapter A --data pairs.jsonl --objective dpo
 """
 
 import argparse
@@ -20,7 +24,7 @@ HELP = "perplexity and accuracy on a data file, or a task's metrics"
 # Options that say how a row becomes a conversation with loss weights, which a task says itself.
 _WITHOUT_TASK = (
     "format", "columns", "roles", "on_error", "max_rows", "template", "fallback", "truncation", "cache", "loss_mode",
-    "prompt_weight", "loss_roles", "end_of_turn", "headers",
+    "prompt_weight", "loss_roles", "end_of_turn", "headers", "objective", "beta",
 )  # fmt: skip
 _WITH_TASK = ("limit", "shots", "metrics", "out", "overwrite", "compare", "fsdp", "tensor")
 
@@ -31,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add_key(parser, "--batch-size", "train.batch_size", help="Rows computed at once", default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_key(parser, "--objective", "loss.objective")
+    add_key(parser, "--beta", "loss.beta")
     group = parser.add_argument_group("tasks", "--max-length is then the longest input, by default the model's context")
     group.add_argument("--task", metavar="NAME", help="arc_easy, boolq, gsm8k, ..., or a task file NAME.toml")
     add_number(group, "--limit", int, None, "Takes so many rows, drawn with a fixed seed", at_least=1)
@@ -56,14 +62,27 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.cli.options import read_data
     from mora_jax.data.preferences import refuse_preferences
     from mora_jax.evaluation.perplexity import score
+    from mora_jax.training.config.schema import LossConfig
 
+    loss = LossConfig(objective=args.objective, beta=args.beta)
+    if loss.preference is None and args.beta is not None:
+        raise InputError("--beta is of an objective of preferences: give --objective too")
+    if loss.preference is not None and loss.preference.referenced and args.adapter is None:
+        raise InputError(
+            f"--objective {args.objective} compares with the model without its adapter: give --adapter, or an "
+            "objective without a reference (orpo, simpo, cpo)"
+        )
     args.max_length = args.max_length or args.defaults["max_length"]
     reading = {"strict": args.strict, "kind": args.adapter_kind}
     model, tokenizer = load(args.model, args.adapter, args.dtype, quantize=args.quantize, **reading)
     dataset = read_data(args, tokenizer, model.config.vocab_size)
-    refuse_preferences(dataset.store)
     for note in dataset.report.notes:
         print(f"note: {note}", file=sys.stderr)
+    about = {"dropped": dataset.report.dropped, "template": dataset.report.template}
+    about |= {"model": args.model, "adapter": args.adapter}
+    if loss.preference is not None:
+        return _score_preferences(args, model, dataset, loss, about)
+    refuse_preferences(dataset.store)
     with progress("scoring") as report:
         scores = score(model, dataset, batch_size=args.batch_size, progress=report)
     if not math.isfinite(scores.nll):
@@ -71,13 +90,35 @@ def run(args: argparse.Namespace) -> int:
     result = {
         **scores.to_dict(),
         "examples": len(dataset),
-        "dropped": dataset.report.dropped,
         "loss_mode": args.loss_mode,
-        "template": dataset.report.template,
-        "model": args.model,
-        "adapter": args.adapter,
+        **about,
     }
     print(json.dumps(result) if args.json else str(scores))
+    return 0
+
+
+def _score_preferences(args: argparse.Namespace, model: Any, answers: Any, loss: Any, about: dict[str, Any]) -> int:
+    """Scores judged answers; the reference is the model without its adapter."""
+    from mora_jax.data.preferences import PreferenceDataset
+    from mora_jax.evaluation.preferences import answer_scores, preference_metrics
+    from mora_jax.evaluation.tasks.results import estimate_lines
+
+    objective = loss.preference
+    dataset = PreferenceDataset(answers, labelled=objective.labelled)
+    base, size = objective.referenced, args.batch_size
+    with progress("scoring") as report:
+        scores = answer_scores(model, dataset, batch_size=size, base=base, progress=report)
+    metrics = preference_metrics(dataset, scores, objective, loss.settings)
+    if not math.isfinite(metrics["loss"].value):
+        raise InputError(f"{args.model} gives no finite loss on {', '.join(args.data)}; try --dtype float32")
+    if args.json:
+        about |= {name: one.value for name, one in metrics.items()}
+        about |= {f"{name}_stderr": one.stderr for name, one in metrics.items()}
+        about |= {"objective": args.objective, "beta": loss.settings.beta, "examples": len(dataset)}
+        print(json.dumps(about))
+    else:
+        print(f"{args.objective}, beta {loss.settings.beta:g}, {len(dataset)} examples")
+        print("\n".join(estimate_lines(metrics)))
     return 0
 
 

@@ -101,3 +101,34 @@ def test_tasks_in_the_course_of_a_run(run, fails, model_dir, data_file, tmp_path
     twice = "--config.train.eval_tasks=lambada=words.jsonl,lambada_openai=words.jsonl"
     assert "names task lambada twice" in fails("train", *call, twice)
     assert not (tmp_path / "other").exists()
+
+
+def test_judged_answers_are_scored_as_training_scores_them(run, fails, model_dir, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {word}", "chosen": word * 2, "rejected": word[:1]} for word in ("red", "blue", "green")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model.path": model_dir, "model.dtype": "float32", "data.train": pairs, "data.eval": pairs}
+    keys |= {"loss.objective": "dpo", "loss.beta": 0.5, "train.steps": 2, "train.batch_size": 3}
+    keys |= {"optimizer.learning_rate": 0.1, "out": tmp_path / "run"}
+    code, _, err = run("train", *(f"--config.{name}={value}" for name, value in keys.items()))
+    assert code == 0, err
+    trained = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+
+    call = ("eval", "--model", model_dir, "--dtype", "float32", "--data", pairs)
+    dpo = ("--objective", "dpo", "--beta", 0.5)
+    code, out, err = run(*call, "--adapter", tmp_path / "run", *dpo, "--json")
+    assert code == 0, err
+    scores = json.loads(out)
+    names = [name for name in trained if name.startswith("eval_")]
+    assert {"eval_loss", "eval_margin", "eval_margin_stderr", "eval_kl"} <= set(names)
+    for name in names:
+        assert scores[name.removeprefix("eval_")] == pytest.approx(trained[name], rel=1e-4, abs=1e-6), name
+    assert (scores["objective"], scores["beta"], scores["examples"]) == ("dpo", 0.5, 3)
+    assert scores["margin"] > 0.01
+
+    code, out, err = run(*call, "--objective", "simpo")
+    assert code == 0, err
+    assert out.startswith("simpo, beta 2, 3 examples\n  loss ")
+    assert "give --adapter, or an objective without a reference" in fails(*call, *dpo)
+    assert "give --objective too" in fails(*call, "--beta", 1)
+    assert "the rows judge answers" in fails(*call)

@@ -9,7 +9,7 @@ from typing import Any
 from mora_jax.data.read.files import open_bytes, read_lines
 from mora_jax.display.tables import as_text, table
 from mora_jax.errors import InputError
-from mora_jax.evaluation.metrics.estimate import Comparison, Record, compare
+from mora_jax.evaluation.metrics.estimate import Comparison, Estimate, Record, compare
 from mora_jax.evaluation.tasks.metrics import TaskMetric
 from mora_jax.evaluation.tasks.run import TaskResult
 from mora_jax.interop.atomic_folder import new_folder
@@ -69,7 +69,7 @@ def result_table(result: TaskResult, comparison: Mapping[str, Comparison] | None
     count = len(result.records) - result.skipped
     lines = [f"{result.task}, {count} example{'s' if count > 1 else ''}"]
     width = max(map(len, (*result.metrics, *result.baselines)))
-    lines += [f"  {name:{width}}  {_shown(one.value, one.stderr)}" for name, one in result.metrics.items()]
+    lines += estimate_lines(result.metrics, width)
     words = {"majority": "always the commonest answer", "chance": "guessing"}
     lines += [f"  {name:{width}}  {value:8.4f}  {words[name]}" for name, value in result.baselines.items()]
     if result.confusion is not None:
@@ -82,6 +82,12 @@ def result_table(result: TaskResult, comparison: Mapping[str, Comparison] | None
                 text += f"  [{one.low:+.4f}, {one.high:+.4f}]"
             lines.append(text + ("" if one.p_value is None else f"  McNemar p {one.p_value:.3g}"))
     return "\n".join(lines)
+
+
+def estimate_lines(metrics: Mapping[str, Estimate], width: int = 0) -> list[str]:
+    """A line a metric: its name, in `width` characters or the longest name's, its value and standard error."""
+    width = max((width, *map(len, metrics)))
+    return [f"  {name:{width}}  {_shown(one.value, one.stderr)}" for name, one in metrics.items()]
 
 
 def _shown(value: float, stderr: float | None) -> str:
