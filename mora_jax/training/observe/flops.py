@@ -87,7 +87,8 @@ class StepFlops:
         head: numbers in the output head; where embeddings are tied, the embedding.
         head_trained: those of them that are trained.
         attention: forward FLOPs of scores and values a token: 4·H·Q·(tokens in sight), summed over layers.
-        kl: whether the frozen base runs forward once more, for a divergence from it.
+        base_passes, tuned_passes: further forward passes of a step, of the frozen base and of the tuned model: for a
+            divergence, a reference, KTO's estimate.
     """
 
     body: int
@@ -95,7 +96,8 @@ class StepFlops:
     head: int
     head_trained: int
     attention: float
-    kl: bool = False
+    base_passes: int = 0
+    tuned_passes: int = 0
 
     @classmethod
     def of(
@@ -105,7 +107,8 @@ class StepFlops:
         frozen: Mapping[str, jax.Array],
         lengths: Sequence[int] | np.ndarray,
         *,
-        kl: bool = False,
+        base_passes: int = 0,
+        tuned_passes: int = 0,
         packed: Mapping[str, int] | None = None,
     ) -> StepFlops:
         """Counts a model's weights.
@@ -114,7 +117,7 @@ class StepFlops:
             config: of the decoder.
             trained, frozen: its arrays (or their shapes) by dotted path, as `partition` splits them.
             lengths: tokens of each training example; a token sees no other example than its own.
-            kl: see the attribute.
+            base_passes, tuned_passes: see the attributes.
             packed: how many numbers arrays of quantised kernels stand for (`packed_sizes`).
         """
         packed = packed or {}
@@ -134,7 +137,8 @@ class StepFlops:
                     body[is_trained] += size
         sights = sum(span(lengths, window) for window in config.windows)
         attention = 4 * config.num_heads * config.head_dim * sights
-        return cls(sum(body.values()), body[True], sum(head.values()), head[True], attention, kl)
+        passes = base_passes, tuned_passes
+        return cls(sum(body.values()), body[True], sum(head.values()), head[True], attention, *passes)
 
     def needed(self, tokens: int, trained_tokens: int) -> float:
         """FLOPs that a step needs.
@@ -145,9 +149,9 @@ class StepFlops:
         """
         body = 4 * self.body + 2 * self.body_trained + 3 * self.attention
         head = 4 * self.head + 2 * self.head_trained
-        if self.kl:
-            body += 2 * (self.body - self.body_trained) + self.attention
-            head += 2 * self.head
+        passes = self.base_passes + self.tuned_passes
+        body += passes * (2 * self.body + self.attention) - self.base_passes * 2 * self.body_trained
+        head += passes * 2 * self.head
         return tokens * body + trained_tokens * head
 
     def palm(self, tokens: int) -> float:

@@ -235,12 +235,15 @@ class Observer(Hook):
 
     def __init__(self, run: Run):
         self._run, config, assembly = run, run.config, run.assembly
+        loss = config.loss
+        crossed = int(loss.preference is not None and loss.preference.labelled)  # answers of other rows
         self._flops = StepFlops.of(
             run.setup.model.config,
             assembly.adapters,
             assembly.frozen,
             run.setup.train.lengths,
-            kl=config.loss.kl_weight > 0 or config.loss.reference == "base",
+            base_passes=int(loss.kl_weight > 0) + (1 + crossed) * (loss.reference == "base"),
+            tuned_passes=crossed,
             packed=packed_sizes(run.setup.model),
         )
         devices, process = run.runner.devices, jax.process_index()

@@ -66,8 +66,10 @@ def test_the_formula_by_hand():
     flops = StepFlops(body=1000, body_trained=10, head=100, head_trained=0, attention=40.0)
     assert flops.needed(5, 2) == 5 * (4 * 1000 + 2 * 10 + 3 * 40) + 2 * 4 * 100
     assert flops.palm(5) == 5 * (6 * 1100 + 3 * 40)
-    with_kl = StepFlops(1000, 10, 100, 0, 40.0, kl=True)
+    with_kl = StepFlops(1000, 10, 100, 0, 40.0, base_passes=1)
     assert with_kl.needed(5, 2) - flops.needed(5, 2) == 5 * (2 * 990 + 40) + 2 * 2 * 100
+    crossed = StepFlops(1000, 10, 100, 0, 40.0, base_passes=1, tuned_passes=1)
+    assert crossed.needed(5, 2) - with_kl.needed(5, 2) == 5 * (2 * 1000 + 40) + 2 * 2 * 100
 
 
 def test_tokens_in_sight():
