@@ -1,7 +1,7 @@
 # make demo       fine-tune the embedded model with every method and print one table
-# make test       the tests
+# make test       the tests; TESTS=tests/data names some
 # make test-peers the tests against torch and PEFT, which it installs
-# make test-slice 15 minutes of what `make test` leaves out, of each commit others; MINUTES=
+# make test-slice 15 minutes of the slow tests, of each commit others; MINUTES=
 # make test-colab the tests of what notebooks use, with the oldest versions: those that Colab has (Python 3.13)
 # make test-all   all of them: peers, slow ones, notebooks, the TPU compiler
 # make bench      the tables of benchmarks/, into runs/benchmarks; ARGS="decoding --quick" names one in small sizes
@@ -45,14 +45,14 @@ demo: $(VENV)/.installed-plots
 	$(BIN)/mora-jax demo --out runs/demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow and not peers" $(ARGS)
+	$(PYTEST) -m "not slow and not peers" $(TESTS) $(ARGS)
 
 test-peers: $(VENV)/.installed-peers
 	$(PYTEST) -m "not slow and peers" $(ARGS)
 
 MINUTES := 15
 test-slice: $(VENV)/.installed-all
-	$(PYTEST) -m "slow or peers" --slice "$$(git rev-parse HEAD)" --minutes $(MINUTES) --no-loadscope-reorder -rNfE $(ARGS)
+	$(PYTEST) -m slow --slice "$$(git rev-parse HEAD)" --minutes $(MINUTES) --no-loadscope-reorder -rNfE $(ARGS)
 
 # Colab's versions of August 2026, where replacing jax breaks the accelerator's plugin: nothing of these may change.
 COLAB := jax==0.7.2 jaxlib==0.7.2 flax==0.12.0 optax==0.2.8 orbax-checkpoint==0.12.4 transformers==5.15.0 \
