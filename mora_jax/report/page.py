@@ -17,6 +17,8 @@ from mora_jax.training.display import bytes_words, duration
 
 #: Marks the lowest evaluation loss.
 STAR = " *"
+# What the name of a value's standard error ends with.
+_ERROR = "_stderr"
 
 # By key: the head of its column, and its values as text.
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -57,6 +59,7 @@ def result_table(runs: Sequence[Run]) -> ResultTable:
     names = list(dict.fromkeys(name for result in results for name in result))
     names.sort(key=lambda name: list(_COLUMNS).index(name) if name in _COLUMNS else len(_COLUMNS))
     names = [name for name in names if any(result.get(name) is not None for result in results)]
+    names = [name for name in names if name.removesuffix(_ERROR) not in names or not name.endswith(_ERROR)]
     scored = [run for run, result in zip(runs, results, strict=True) if result.get("eval_loss") is not None]
     best, notes = None, []
     if len(scored) > 1 and evaluated_alike(scored):
@@ -68,7 +71,7 @@ def result_table(runs: Sequence[Run]) -> ResultTable:
         notes.append("of a resumed run tokens/s and time are those of its last process, after that step")
     rows = []
     for run, result in zip(runs, results, strict=True):
-        cells = [_cell(name, result.get(name)) for name in names]
+        cells = [_cell(name, result.get(name), result.get(name + _ERROR)) for name in names]
         if best is not None and result.get("eval_loss") == best:
             cells[names.index("eval_loss")] += STAR
         rows.append([run.name, *cells, run.state])
@@ -82,10 +85,11 @@ def _head(name: str) -> str:
     return _COLUMNS[name][0] if name in _COLUMNS else name.removeprefix("eval_").replace("_", " ")
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, value: Any, error: float | None) -> str:
     if value is None:
         return "-"
-    return _COLUMNS[name][1](value) if name in _COLUMNS else f"{value:.4g}"
+    text = _COLUMNS[name][1](value) if name in _COLUMNS else f"{value:.4g}"
+    return text if error is None else f"{text} ± {error:.2g}"
 
 
 def difference_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -170,7 +174,8 @@ def draw_curves(runs: Sequence[Run]) -> Any:
             rows = evaluations[number]
             panels[1].plot([row["step"] for row in rows], [row["eval_loss"] for row in rows], **style(number))
     mean = ", running mean" if any(len(run.steps) * _SMOOTHED > 1 for run in runs) else ""
-    labels = (f"training loss, nats a token{mean}", "held-out loss, nats a token")
+    unit = "" if any(run.config.loss.preference for run in runs) else ", nats a token"
+    labels = (f"training loss{unit}{mean}", f"held-out loss{unit}")
     for axes, label in zip(panels, labels, strict=False):
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -126,10 +126,13 @@ def test_a_run_that_evaluates_tasks_alone(run, tmp_path, model_dir):
     write_run(tmp_path / "one", model_dir, [2.0, 1.0], ended=False)
     metrics = tmp_path / "one" / "metrics.jsonl"
     steps = [line for line in metrics.read_text().splitlines() if "eval_loss" not in line]
-    metrics.write_text("\n".join([*steps, json.dumps({"step": 2, "eval_arc_easy_acc": 0.5})]) + "\n")
+    scores = {"step": 2, "eval_arc_easy_acc": 0.5, "eval_arc_easy_acc_stderr": 0.125}
+    metrics.write_text("\n".join([*steps, json.dumps(scores)]) + "\n")
     assert run("report", tmp_path / "one", "--html", tmp_path / "page.html")[0] == 0
     [found] = json.loads(run("report", tmp_path / "one", "--json")[1])["runs"]
     assert (found["eval_arc_easy_acc"], found["eval_loss"], found["final_loss"]) == (0.5, None, 1.0)
+    text = run("report", tmp_path / "one")[1]
+    assert "0.5 ± 0.12" in text and "stderr" not in text
 
 
 def test_refusals(fails, folders, tmp_path, data_file):
