@@ -31,6 +31,7 @@ from mora_jax.errors import InputError
 from mora_jax.evaluation.perplexity import batches
 from mora_jax.losses.token_scores import TokenScores, token_scores
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.own import language_model
 from mora_jax.models.partitioning import Partitioner
 from mora_jax.models.segments import check_token_ids
 
@@ -85,14 +86,15 @@ class LoglikelihoodScorer:
         Raises:
             ValueError: `batch_size` or `max_length` is below 1, or `max_length` is beyond the model's context.
         """
-        context = model.config.max_positions
+        config = language_model(model).config
+        context = config.max_positions
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if max_length is not None and not 1 <= max_length <= context:
             raise ValueError(f"max_length must be from 1 to the model's context of {context} tokens, got {max_length}")
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_length = batch_size, max_length or context
-        self._partitioner = partitioner
+        self._partitioner, self._vocab_size = partitioner, config.vocab_size
         self._graphdef, self._state = nnx.split(model)
         self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         first, other = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -209,8 +211,8 @@ class LoglikelihoodScorer:
                 rows.append(row)
             row.add(number, ids[-len(continuation) :])
         if rows:
-            check_token_ids(np.array([max(max(row.ids) for row in rows)]), self.model.config.vocab_size)
-            check_token_ids(np.array([max(max(row.targets) for row in rows)]), self.model.config.vocab_size)
+            check_token_ids(np.array([max(max(row.ids) for row in rows)]), self._vocab_size)
+            check_token_ids(np.array([max(max(row.targets) for row in rows)]), self._vocab_size)
         return rows
 
 
@@ -295,7 +297,7 @@ def _total(parts: Sequence[Loglikelihood]) -> Loglikelihood:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: dict[str, Any]) -> TokenScores:
     """The scores of the wanted tokens of each row, by column; on every device."""
-    model = nnx.merge(graphdef, state)
+    model = language_model(nnx.merge(graphdef, state))
     hidden = model.forward(batch["input_ids"], batch["segment_ids"], partitioner=partitioner, packed=False)
     hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     head = model.head(partitioner)

@@ -23,6 +23,7 @@ from mora_jax.evaluation.metrics.estimate import Ratio
 from mora_jax.losses.cross_entropy import next_token_targets
 from mora_jax.losses.token_scores import TokenSums, token_sums
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.own import language_model
 from mora_jax.models.partitioning import Partitioner
 
 SHORTEST = 64
@@ -161,10 +162,10 @@ def batches(lengths: Sequence[int] | np.ndarray, batch_size: int, longest: int) 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(graphdef: Any, partitioner: Partitioner | None, state: Any, batch: Batch) -> jax.Array:
     """Sums over each row: of the tokens that carry loss, and of instructions; `[2, 4, B]`, on every device."""
-    model = nnx.merge(graphdef, state)
+    model = language_model(nnx.merge(graphdef, state))
     head = model.head(partitioner)
     ids, segments = batch["input_ids"], batch["segment_ids"]
-    hidden = model.hidden(ids, segments, batch["positions"], partitioner=partitioner)
+    hidden = model.forward(ids, segments, batch["positions"], partitioner=partitioner)
 
     def sums(weights: jax.Array) -> TokenSums:
         targets = next_token_targets(ids, weights, segments)

@@ -21,6 +21,7 @@ from mora_jax.losses.cross_entropy import next_token_targets
 from mora_jax.losses.preference import Answers, Objective, Settings, example_metrics
 from mora_jax.losses.token_nll import token_nll
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.own import language_model
 from mora_jax.models.partitioning import Partitioner
 
 
@@ -88,7 +89,8 @@ def _score(
     inputs = rows["input_ids"], rows["segment_ids"], rows["positions"]
     targets, weights = next_token_targets(rows["input_ids"], rows["answer_weights"], rows["segment_ids"])
 
-    def states_and_kernel(model: Decoder) -> Any:
+    def states_and_kernel(model: Any) -> Any:
+        model = language_model(model)
         hidden = model.forward(*inputs, partitioner=partitioner, packed=False)
         return hidden if partitioner is None else partitioner.rows(hidden), model.head(partitioner)
 

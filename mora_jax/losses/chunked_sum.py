@@ -143,9 +143,22 @@ def put(options: Options, index: Array, array: Array, values: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), index * options.chunk, axis=1)
 
 
-def logits(options: Options, hidden: Array, kernel: Array) -> Array:
-    """`[shards, chunk, D]`, `[V, D]` → float32 `[shards, chunk, V]`, capped."""
-    raw = lax.dot_general(hidden, kernel, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def vocabulary(hidden: Array, kernel: Array | None) -> int:
+    """The number of ids that a head gives logits for; without one the states are the logits."""
+    return (hidden if kernel is None else kernel.T).shape[-1]
+
+
+def cast_like(kernel: Array | None, hidden: Array) -> Array | None:
+    """A head in the dtype of the states that it is used with."""
+    return None if kernel is None else kernel.astype(hidden.dtype)
+
+
+def logits(options: Options, hidden: Array, kernel: Array | None) -> Array:
+    """`[shards, chunk, D]`, `[V, D]` → float32 `[shards, chunk, V]`, capped; states without a head are logits."""
+    if kernel is None:
+        raw = hidden.astype(jnp.float32)
+    else:
+        raw = lax.dot_general(hidden, kernel, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return raw if options.softcap is None else options.softcap * jnp.tanh(raw / options.softcap)
 
 
@@ -154,8 +167,11 @@ def uncapped(options: Options, capped: Array, slope: Array) -> Array:
     return slope if options.softcap is None else slope * (1.0 - jnp.square(capped / options.softcap))
 
 
-def hidden_vjp(slope: Array, kernel: Array) -> Array:
-    """The derivative by `hidden`, float32, from that by the uncapped logits, in the compute dtype."""
+def hidden_vjp(slope: Array, hidden: Array, kernel: Array | None) -> Array:
+    """The derivative by `hidden`, float32, from that by the uncapped logits, which is used in the compute dtype."""
+    slope = slope.astype(hidden.dtype)
+    if kernel is None:
+        return slope
     return lax.dot_general(slope, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -165,9 +181,16 @@ def kernel_vjp(slope: Array, hidden: Array) -> Array:
     return product_over_tokens(flat, rows)
 
 
-#: `(options, hidden [shards, chunk, D], kernel [V, D], the chunk of arrays by token, arrays that all chunks read)` →
+#: `(options, hidden [shards, chunk, D], kernel [V, D] or None, the chunk of arrays by token, arrays that all chunks read)` →
 #: what is summed, float32 `[shards, chunk]`, and its derivative by the uncapped logits, float32 `[shards, chunk, V]`.
-TokenValue = Callable[[Options, Array, Array, tuple[Array, ...], tuple[Array, ...]], tuple[Array, Array]]
+TokenValue = Callable[
+    [Options, Array, Array | None, tuple[Array, ...], tuple[Array | None, ...]], tuple[Array, Array]
+]
+
+
+def primals(tree: Any) -> Any:
+    """The values of what a forward pass with symbolic zeros gets."""
+    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -176,9 +199,9 @@ def weighted_sum(
     value_of: TokenValue,
     fast: TokenValue | None,
     hidden: Array,
-    kernel: Array,
+    kernel: Array | None,
     by_token: tuple[Array, ...],
-    shared: tuple[Array, ...],
+    shared: tuple[Array | None, ...],
     weights: Array,
 ) -> Array:
     """Σ weight · value over tokens, differentiated by `hidden` and, where it is trained, by `kernel` alone.
@@ -189,7 +212,7 @@ def weighted_sum(
         fast: the same in another way, taken for the gradient where the head is frozen. Where its sum is not finite,
             all is computed once more by `value_of`. None: there is none.
         hidden: `[shards, tokens, D]` in the compute dtype.
-        kernel: `[V, D]`, used in the dtype of `hidden`.
+        kernel: `[V, D]`, used in the dtype of `hidden`; None where that is the logits.
         by_token: arrays `[shards, tokens, …]` that `value_of` reads.
         shared: other arrays that it reads.
         weights: float32 `[shards, tokens]`; values of tokens of weight 0 don't matter.
@@ -197,11 +220,11 @@ def weighted_sum(
     Returns:
         float32 scalar.
     """
-    return jnp.sum(_laid_out(_sums, options, value_of)(hidden, kernel.astype(hidden.dtype), by_token, shared, weights))
+    return jnp.sum(_laid_out(_sums, options, value_of)(hidden, cast_like(kernel, hidden), by_token, shared, weights))
 
 
 def _sums(
-    options: Options, value_of: TokenValue, hidden: Array, used: Array, by_token: Any, shared: Any, weights: Array
+    options: Options, value_of: TokenValue, hidden: Array, used: Array | None, by_token: Any, shared: Any, weights: Array
 ) -> Array:
     """The sum over the tokens of each shard, float32 `[shards]`."""
 
@@ -214,7 +237,7 @@ def _sums(
 
 
 def _sums_and_slopes(
-    options: Options, value_of: TokenValue, hidden: Array, used: Array, by_token: Any, shared: Any, weights: Array
+    options: Options, value_of: TokenValue, hidden: Array, used: Array | None, by_token: Any, shared: Any, weights: Array
 ) -> tuple[Array, Array]:
     """`_sums`, and their derivative by `hidden`."""
 
@@ -222,7 +245,10 @@ def _sums_and_slopes(
         totals, dhidden = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
         value, slope = value_of(options, h, used, tuple(others), shared)
-        dh = hidden_vjp((slope * w[..., None]).astype(used.dtype), used)
+        scaled = slope * w[..., None]
+        if used is None:  # of padding a user's logits may be infinite
+            scaled = jnp.where(w[..., None] > 0, scaled, 0.0)
+        dh = hidden_vjp(scaled, h, used)
         return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1), put(options, index, dhidden, dh)
 
     start = (jnp.zeros(weights.shape[0], jnp.float32), jnp.zeros_like(hidden))
@@ -248,7 +274,7 @@ def _laid_out(function: Any, options: Options, value_of: TokenValue) -> Callable
             return found, jax.tree.map(lambda _: True, found)
         hidden, kernel, by_token, shared, weights = arrays
         shards, tokens = options.shards, weights.shape[-1]
-        rows = min(chunk_size(kernel.shape[0], size * shards * tokens), _ROWS)
+        rows = min(chunk_size(vocabulary(hidden, kernel), size * shards * tokens), _ROWS)
         chunk = min(max(8, rows // (size * shards)), tokens)
 
         def side_by_side(array: Array, on: bool) -> Array:
@@ -274,9 +300,9 @@ def _forward(
     options: Options, value_of: TokenValue, fast: TokenValue | None, hidden: Any, kernel: Any, *others: Any
 ) -> tuple[Array, tuple[Array, Array | None]]:
     """Sum and gradient together: the sum is a scalar, so its gradient needs no second pass over the logits."""
-    head_trained, hidden, kernel = kernel.perturbed, hidden.value, kernel.value
-    by_token, shared, weights = jax.tree.map(lambda primal: primal.value, others)
-    used = kernel.astype(hidden.dtype)
+    head_trained = kernel is not None and kernel.perturbed
+    hidden, kernel, (by_token, shared, weights) = primals((hidden, kernel, others))
+    used = cast_like(kernel, hidden)
 
     if not head_trained:
 
@@ -296,8 +322,8 @@ def _forward(
         h, w, *others = take(options, index, hidden, weights, *by_token)
         value, slope = value_of(options, h, used, tuple(others), shared)
         total = total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
-        slope = (slope * w[..., None]).astype(used.dtype)
-        return total, put(options, index, dhidden, hidden_vjp(slope, used)), dkernel + kernel_vjp(slope, h)
+        slope = (slope * w[..., None]).astype(h.dtype)
+        return total, put(options, index, dhidden, hidden_vjp(slope, h, used)), dkernel + kernel_vjp(slope, h)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32))
     total, dhidden, dkernel = over_chunks(options, weights, add, start)

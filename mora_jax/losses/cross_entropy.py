@@ -6,12 +6,14 @@ Every token has a weight, 0 for prompt and padding under the masked loss. It is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mora_jax.backend import backend
-from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
+from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, vocabulary, weighted_sum
 
 Array = jax.Array
 
@@ -111,7 +113,7 @@ def weighted_loss_of_logits(logits: Array, targets: Array, weights: Array) -> Ar
 
 def weighted_loss(
     hidden: Array,
-    kernel: Array,
+    kernel: Array | None,
     targets: Array,
     weights: Array,
     *,
@@ -125,7 +127,7 @@ def weighted_loss(
     Args:
         hidden: `[B, T, D]` in the compute dtype, after the final norm.
         kernel: `[V, D]`, the output head; used in the dtype of `hidden`. It gets a gradient only if it is
-            differentiated.
+            differentiated. None: `hidden` is logits `[B, T, V]` already.
         targets: int `[B, T]`, the token that each position predicts.
         weights: float32 `[B, T]`, non-negative; NaN-free where 0.
         softcap: see `Options`.
@@ -140,13 +142,13 @@ def weighted_loss(
         weights,
         hidden,
         targets,
-        vocab_size=kernel.shape[0],
+        vocab_size=vocabulary(hidden, kernel),
         softcap=softcap,
         shards=shards,
         chunk=chunk,
         mapped=mapped,
     )
-    fast = _by_powers if softcap is None and backend() != "cpu" else None
+    fast = _by_powers if kernel is not None and softcap is None and backend() != "cpu" else None
     return weighted_sum(options, _loss_of_tokens, fast, flat, kernel, (goals,), (), scales)
 
 
@@ -160,7 +162,7 @@ def negative_log_likelihood(z: Array, t: Array) -> tuple[Array, Array]:
 
 
 def _loss_of_tokens(
-    options: Options, hidden: Array, kernel: Array, targets: tuple[Array, ...], shared: tuple[Array, ...]
+    options: Options, hidden: Array, kernel: Array | None, targets: tuple[Array, ...], shared: Any
 ) -> tuple[Array, Array]:
     """The `TokenValue` of this loss."""
     z = logits(options, hidden, kernel)
@@ -169,7 +171,7 @@ def _loss_of_tokens(
 
 
 def _by_powers(
-    options: Options, hidden: Array, kernel: Array, targets: tuple[Array, ...], shared: tuple[Array, ...]
+    options: Options, hidden: Array, kernel: Array | None, targets: tuple[Array, ...], shared: Any
 ) -> tuple[Array, Array]:
     """`_loss_of_tokens` for accelerators, which make logits, powers and their sum in one pass over the vocabulary.
 
@@ -177,6 +179,7 @@ def _by_powers(
     there: the target's own, whose power is then 1. Where a target is less likely than e⁻⁸⁸ its loss is infinite here.
     """
     # As a matrix: of three axes the TPU's compiler doesn't make powers and sums with the product.
+    assert kernel is not None, "it makes the logits itself"
     t, h = targets[0].reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     rows = jnp.take(kernel, t, axis=0, mode="clip").astype(jnp.float32)
     shift = jnp.sum(h.astype(jnp.float32) * rows, axis=-1, keepdims=True)

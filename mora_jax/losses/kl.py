@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
+from mora_jax.losses.chunked_sum import Options, cast_like, logits, pack_weighted_tokens, uncapped, vocabulary, weighted_sum
 
 Array = jax.Array
 
@@ -17,7 +17,7 @@ Array = jax.Array
 def weighted_kl(
     hidden: Array,
     base_hidden: Array,
-    kernel: Array,
+    kernel: Array | None,
     weights: Array,
     *,
     base_kernel: Array | None = None,
@@ -32,7 +32,7 @@ def weighted_kl(
 
     Args:
         hidden, base_hidden: `[B, T, D]` in the compute dtype, after the final norm.
-        kernel: `[V, D]`, the output head; used in the dtype of `hidden`.
+        kernel: `[V, D]`, the output head; used in the dtype of `hidden`. None: the states are logits.
         weights: float32 `[B, T]`, non-negative.
         base_kernel: `[V, D]`, the base's output head where it is another; `kernel` then gets a gradient, if it is
             differentiated. None: both share `kernel`, which is frozen.
@@ -45,7 +45,7 @@ def weighted_kl(
         weights,
         hidden,
         base_hidden,
-        vocab_size=kernel.shape[0],
+        vocab_size=vocabulary(hidden, kernel),
         softcap=softcap,
         shards=shards,
         chunk=chunk,
@@ -54,12 +54,16 @@ def weighted_kl(
     )
     if base_kernel is None:
         base_kernel = kernel = lax.stop_gradient(kernel)
-    shared = (lax.stop_gradient(base_kernel).astype(tuned.dtype),)
+    shared = (cast_like(lax.stop_gradient(base_kernel), tuned),)
     return weighted_sum(options, _divergence, None, tuned, kernel, (lax.stop_gradient(base),), shared, scales)
 
 
 def _divergence(
-    options: Options, hidden: Array, kernel: Array, base: tuple[Array, ...], base_kernel: tuple[Array, ...]
+    options: Options,
+    hidden: Array,
+    kernel: Array | None,
+    base: tuple[Array, ...],
+    base_kernel: tuple[Array | None, ...],
 ) -> tuple[Array, Array]:
     z = logits(options, hidden, kernel)
     y = logits(options, *base, *base_kernel)

@@ -12,14 +12,17 @@ from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.losses.chunked_sum import (
     Options,
+    cast_like,
     hidden_vjp,
     kernel_vjp,
     logits,
     over_chunks,
     pack_weighted_tokens,
+    primals,
     put,
     take,
     uncapped,
+    vocabulary,
 )
 from mora_jax.losses.cross_entropy import negative_log_likelihood
 
@@ -42,11 +45,11 @@ class TokenNLL(NamedTuple):
 
 def token_nll(
     hidden: Array,
-    kernel: Array,
+    kernel: Array | None,
     targets: Array,
     counted: Array,
     *,
-    base: tuple[Array, Array] | None = None,
+    base: tuple[Array, Array | None] | None = None,
     softcap: float | None = None,
     shards: int = 1,
     chunk: int | None = None,
@@ -58,7 +61,7 @@ def token_nll(
 
     Args:
         hidden: `[B, T, D]` in the compute dtype, after the final norm.
-        kernel: `[V, D]`, the output head; it gets a gradient only if it is differentiated.
+        kernel: `[V, D]`, the output head; it gets a gradient only if it is differentiated. None: `hidden` is logits.
         targets: int `[B, T]`.
         counted: float32 `[B, T]`, 0 for tokens that nobody asks about.
         base: hidden states `[B, T, D]` and head `[V, D]` of another model; they get no gradient.
@@ -69,14 +72,14 @@ def token_nll(
     options, (marks, flat, goals, places, *others) = pack_weighted_tokens(
         counted,
         *arrays,
-        vocab_size=kernel.shape[0],
+        vocab_size=vocabulary(hidden, kernel),
         softcap=softcap,
         shards=shards,
         chunk=chunk,
         heads=1 if base is None else 2,
     )
     by_token = (goals, *map(lax.stop_gradient, others))
-    shared = () if base is None else (lax.stop_gradient(base[1]).astype(flat.dtype),)
+    shared = () if base is None else (cast_like(lax.stop_gradient(base[1]), flat),)
 
     def back(values: Array) -> Array:
         zeros = jnp.zeros(targets.size // shards, jnp.float32)
@@ -89,17 +92,17 @@ def token_nll(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _packed(
-    options: Options, hidden: Array, kernel: Array, by_token: tuple[Array, ...], shared: tuple[Array, ...], marks: Array
+    options: Options, hidden: Array, kernel: Array | None, by_token: Any, shared: Any, marks: Array
 ) -> tuple[Array, ...]:
     """The values of packed tokens, float32 `[shards, tokens]` each."""
     return _values(options, hidden, kernel, by_token, shared, marks, with_slopes=False)[0]
 
 
 def _values(
-    options: Options, hidden: Array, kernel: Array, by_token: Any, shared: Any, marks: Array, *, with_slopes: bool
+    options: Options, hidden: Array, kernel: Array | None, by_token: Any, shared: Any, marks: Array, *, with_slopes: bool
 ) -> tuple[tuple[Array, ...], Array | None]:
     """The values, and the derivative of each token's by its own hidden state."""
-    used = kernel.astype(hidden.dtype)
+    used = cast_like(kernel, hidden)
 
     def add(options: Options, index: Array, carry: Any) -> Any:
         sums, slopes = carry
@@ -116,22 +119,18 @@ def _values(
         )
         if slopes is None:
             return written, None
-        slope = jnp.where(w[..., None] > 0, uncapped(options, z, slope), 0.0).astype(used.dtype)
-        return written, put(options, index, slopes, hidden_vjp(slope, used))
+        slope = jnp.where(w[..., None] > 0, uncapped(options, z, slope), 0.0)
+        return written, put(options, index, slopes, hidden_vjp(slope, h, used))
 
     zeros = tuple(jnp.zeros(marks.shape, jnp.float32) for _ in range(3 if shared else 1))
     return over_chunks(options, marks, add, (zeros, jnp.zeros_like(hidden) if with_slopes else None))
 
 
 def _forward(options: Options, hidden: Any, kernel: Any, by_token: Any, shared: Any, marks: Any) -> Any:
-    by_token, shared, marks = jax.tree.map(
-        lambda primal: primal.value,
-        (by_token, shared, marks),
-        is_leaf=lambda node: hasattr(node, "perturbed"),
-    )
-    head_trained = kernel.perturbed
-    values, slopes = _values(options, hidden.value, kernel.value, by_token, shared, marks, with_slopes=True)
-    again = (hidden.value, kernel.value, by_token[0]) if head_trained else None
+    head_trained = kernel is not None and kernel.perturbed
+    hidden, kernel, by_token, shared, marks = primals((hidden, kernel, by_token, shared, marks))
+    values, slopes = _values(options, hidden, kernel, by_token, shared, marks, with_slopes=True)
+    again = (hidden, kernel, by_token[0]) if head_trained else None
     return values, (slopes, again, marks)
 
 

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mora_jax.losses.chunked_sum import Options, logits, over_chunks, pack_weighted_tokens, put, take
+from mora_jax.losses.chunked_sum import (
+    Options,
+    cast_like,
+    logits,
+    over_chunks,
+    pack_weighted_tokens,
+    put,
+    take,
+    vocabulary,
+)
 from mora_jax.losses.cross_entropy import negative_log_likelihood
 
 Array = jax.Array
@@ -43,7 +52,7 @@ class TokenScores(NamedTuple):
 
 def token_scores(
     hidden: Array,
-    kernel: Array,
+    kernel: Array | None,
     targets: Array,
     weights: Array,
     *,
@@ -57,12 +66,12 @@ def token_scores(
         hidden,
         targets,
         jnp.arange(targets.size).reshape(targets.shape),
-        vocab_size=kernel.shape[0],
+        vocab_size=vocabulary(hidden, kernel),
         softcap=softcap,
         shards=shards,
         chunk=chunk,
     )
-    kernel = kernel.astype(flat.dtype)
+    kernel = cast_like(kernel, flat)
 
     def add(options: Options, index: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         h, t, w = take(options, index, flat, goals, scales)
@@ -81,7 +90,7 @@ def token_scores(
 
 def token_sums(
     hidden: Array,
-    kernel: Array,
+    kernel: Array | None,
     targets: Array,
     weights: Array,
     *,

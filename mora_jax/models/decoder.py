@@ -80,15 +80,17 @@ class Head(NamedTuple):
     """What turns hidden states into logits: `softcap(hidden @ kernel.T)`, in float32.
 
     Attributes:
-        kernel: `[V, D]`; the embedding itself when the head is tied.
+        kernel: `[V, D]`; the embedding itself when the head is tied. None where the states are logits already.
         softcap: logits become `softcap * tanh(logits / softcap)`; None for no cap.
     """
 
-    kernel: jax.Array
+    kernel: jax.Array | None
     softcap: float | None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 `[..., V]` of `hidden [..., D]`."""
+        if self.kernel is None:
+            return hidden.astype(jnp.float32)
         kernel = self.kernel.astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
@@ -292,6 +294,7 @@ class Decoder(nnx.Module):
         rows, length, width = hidden.shape
         dropout = TokenDropout.of(key, rows, length, row_numbers).fold(self.config.num_layers)
         dropped = dropout.drop(hidden.reshape(-1, width), adapter.config.dropout).reshape(hidden.shape)
+        assert head.kernel is not None, "a decoder has one"
         kernel = jnp.concatenate([base, head.kernel - base], axis=1)
         return Head(kernel, head.softcap), jnp.concatenate([hidden, dropped], axis=-1)
 

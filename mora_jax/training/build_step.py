@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from mora_jax.adapters.attach import detach, partition
 from mora_jax.adapters.sites import adapted_sites
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.own import OwnModel
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.optimizer import make_optimizer, make_schedule
 from mora_jax.training.preferences import PreferenceLoss, reference_of
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.mesh import put
-from mora_jax.training.sharding.rules import Placement, placed
+from mora_jax.training.sharding.rules import Placement, axes_of, placed
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
 from mora_jax.training.step import StepConfig, make_step
@@ -66,7 +67,7 @@ class Assembly(NamedTuple):
         return put(start, places)
 
 
-def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly:
+def assemble(model: nnx.Module, config: Config, steps: int, mesh: Mesh) -> Assembly:
     """The step that `config` asks for.
 
     Args:
@@ -93,7 +94,8 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         optimizer = budget.around(optimizer)
     settings = StepConfig(
         partitioner=None if placement is None else placement.partitioner,
-        dropout=any(place.adapter.config.dropout > 0 for place in adapted_sites(model)),
+        dropout=any(place.adapter.config.dropout > 0 for place in adapted_sites(model))
+        or any(isinstance(node, nnx.RngStream) for _, node in nnx.iter_graph(model)),
         axis_name="data" if pmap else None,
         divisor=config.loss.constant if config.loss.divided_by == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,
@@ -102,6 +104,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
         penalty=None if budget is None else budget.penalty,
         packed=config.data.packing,
         loss=_preference_loss(config, model),
+        view=None if isinstance(model, Decoder) else OwnModel,
     )
     step = make_step(structure, optimizer, make_schedule(config.optimizer, steps, restarts), settings)
     runner: JitRunner | PmapRunner
@@ -112,7 +115,7 @@ def assemble(model: Decoder, config: Config, steps: int, mesh: Mesh) -> Assembly
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget, settings, rates)
 
 
-def _preference_loss(config: Config, model: Decoder) -> PreferenceLoss | None:
+def _preference_loss(config: Config, model: nnx.Module) -> PreferenceLoss | None:
     """The objective of preferences; None for the loss of tokens."""
     objective = config.loss.preference
     if objective is None:
@@ -121,13 +124,12 @@ def _preference_loss(config: Config, model: Decoder) -> PreferenceLoss | None:
     return PreferenceLoss(objective, config.loss.settings, config.loss.sft_term, base)
 
 
-def put_model(placement: Placement, model: Decoder) -> None:
+def put_model(placement: Placement, model: nnx.Module) -> None:
     """Puts every array of a model where it is stored, one after the other; base weights are there already."""
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable):
             array = node.get_value()
-            axes = node.get_metadata().get("axes") or (None,) * array.ndim
-            node.set_value(put(array, placement.stored(axes, array.shape)))
+            node.set_value(put(array, placement.stored(axes_of(node), array.shape)))
 
 
 def base_structure(model: nnx.Module) -> Structure:

@@ -46,7 +46,7 @@ class FinetuneResult:
         config: the whole configuration.
     """
 
-    model: Decoder
+    model: Any
     tokenizer: Any
     metrics: list[dict[str, Any]] = field(repr=False)
     summary: dict[str, Any]
@@ -99,7 +99,7 @@ class FinetuneResult:
 
 
 def finetune(
-    model: Decoder | str | os.PathLike[str],
+    model: nnx.Module | str | os.PathLike[str],
     rows: Any,
     adapter_config: Any = None,
     *,
@@ -113,13 +113,15 @@ def finetune(
     callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     display: Display | None = None,
 ) -> FinetuneResult:
     """Fine-tunes a model on instruction data, by the loop of `mora-jax train`: same settings, same losses.
 
     Args:
-        model: a folder, a hub id, or a model of `load_pretrained`, which is trained in place. If it carries
-            adapters already, those are trained, and after full fine-tuning all parameters again.
+        model: a folder, a hub id, or a model of `load_pretrained` or of your own, which is trained in place. If it
+            carries adapters already, those are trained, and after full fine-tuning all parameters again. One of your
+            own is any NNX module with `(input_ids, segment_ids, positions) → logits`, see `OwnModel`.
         rows: dictionaries in any of the formats that files may have, a `datasets.Dataset`, a table of pandas; or
             paths, as `data.train`.
         adapter_config: a method's configuration, such as `MoRAConfig(rank=8)`; None for a model with adapters.
@@ -137,6 +139,8 @@ def finetune(
             True ends the training after the current step.
         config: any other keys of the configuration by dotted name: `{"data.max_length": 128}`.
         overwrite: replace a run that is in `out`.
+        resume: go on with a run that is in `out`, of the same model, rows and settings, from its newest checkpoint;
+            without one begin it.
         display: what is shown; None: a live bar on a terminal or in a notebook, plain lines elsewhere.
 
     Returns:
@@ -166,7 +170,8 @@ def finetune(
     shown = make_display() if display is None else display
     directory = MemoryDirectory(shown.note) if out is None else RunDirectory(os.fspath(out), note=shown.note)
     given = objects.model
-    with new_run(run_config, directory, shown, objects=objects, callbacks=callbacks, overwrite=overwrite) as trainer:
+    how: dict[str, Any] = {"objects": objects, "callbacks": callbacks, "overwrite": overwrite, "resume": resume}
+    with new_run(run_config, directory, shown, **how) as trainer:
         try:
             code = trainer.train()
         finally:
@@ -184,7 +189,7 @@ def finetune(
 
 
 def configured(
-    model: Decoder | str | os.PathLike[str],
+    model: nnx.Module | str | os.PathLike[str],
     rows: Any,
     adapter_config: Any,
     tokenizer: Any,
@@ -206,7 +211,7 @@ def configured(
         InputError: whatever has to be fixed.
     """
     if not isinstance(model, nnx.Module | str | os.PathLike):
-        raise InputError(f"model should be a path, a hub id or a model of load_pretrained, not {type(model).__name__}")
+        raise InputError(f"model should be a path, a hub id or a module of Flax NNX, not {type(model).__name__}")
     objects = Objects(
         model=model if isinstance(model, nnx.Module) else None,
         tokenizer=tokenizer,
@@ -241,15 +246,10 @@ def _configuration(
 ) -> Config:
     """All settings as one checked configuration."""
     model = objects.model
-    if model is not None and not isinstance(model, Decoder):
-        raise InputError(
-            f"model should be a path or a model of load_pretrained, not {type(model).__name__}; a model of your own "
-            "needs a training loop of your own"
-        )
     if model is not None:
         if loading := next((name for name in keys if name.startswith("model.")), None):
             raise InputError(f"{origin}: {loading} says how a model is loaded, and the model given is loaded already")
-        arguments["model.path"] = model.name_or_path or MODEL
+        arguments["model.path"] = getattr(model, "name_or_path", None) or MODEL
     adapters = list(adapters_of(model)) if model is not None else []
     if adapters and adapter_config is not None:
         raise InputError("the model carries adapters already: leave out adapter_config to train them")
@@ -282,6 +282,12 @@ def _configuration(
         settings += [(name, OFF, "out") for name in caches]
     config = lay_over(Config(), settings)
     check_together(config)
+    if isinstance(model, nnx.Module) and not isinstance(model, Decoder):
+        if arguments["out"] is not None and config.adapter.config_class.changes_base:
+            raise InputError(
+                f"adapter.method={config.adapter.method} changes the model itself, which a run directory holds as a "
+                "HuggingFace folder, and a model of your own has none: leave out out=, and save result.model yourself"
+            )
     return config
 
 
@@ -289,7 +295,7 @@ def _configuration(
 _NEED_FOLDER = ("train.save_every", "train.keep_best", "log.tensorboard", "log.wandb", "log.profile_steps")
 
 
-def _trained(trainer: Trainer, given: Decoder | None) -> Decoder:
+def _trained(trainer: Trainer, given: nnx.Module | None) -> Any:
     """The trained model: the one that was given, if one was."""
     trained = trainer.model()
     if given is not None:

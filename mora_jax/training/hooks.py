@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 if TYPE_CHECKING:
-    from mora_jax.models.decoder import Decoder
     from mora_jax.training.build_step import Assembly
     from mora_jax.training.config.schema import Config
     from mora_jax.training.display import Display
@@ -84,7 +83,7 @@ class Run:
         """Its configuration."""
         return self.setup.config
 
-    def model(self, point: Point) -> Decoder:
+    def model(self, point: Point) -> Any:
         """The model as trained at a point."""
         adapters = self.runner.whole(point.state).adapters
         return self.assembly.structure.model(adapters, self.runner.whole(point.frozen))

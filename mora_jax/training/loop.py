@@ -14,10 +14,11 @@ import jax
 from mora_jax.backend import backend, compiling_for
 from mora_jax.batch import Batch
 from mora_jax.data.pipeline import BatchIterator
+from mora_jax.errors import InputError
 from mora_jax.models.attention.causal import Rows
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble
-from mora_jax.training.config.load import changed, check_found
+from mora_jax.training.config.load import changed, check_found, check_same_run
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display import Display
 from mora_jax.training.distributed.processes import Agreement, check_same, check_shared, is_main, several
@@ -29,7 +30,7 @@ from mora_jax.training.observe.profile import Profiler, check_profile
 from mora_jax.training.observe.writers import MetricsHook, check_writers
 from mora_jax.training.relora import Restarter
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
-from mora_jax.training.run.directory import RunDirectory
+from mora_jax.training.run.directory import RunDirectory, with_absolute_paths
 from mora_jax.training.run.reference import ReferenceHook
 from mora_jax.training.run.saving import CheckpointHook, result_name, save_result
 from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
@@ -65,8 +66,9 @@ def new_run(
     objects: Objects = NOTHING,
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Iterator[Trainer]:
-    """A new run, ready for its first step: everything is loaded and checked, and its directory made.
+    """A run, ready for its first step: everything is loaded and checked, and its directory made.
 
     Other runs are kept out of the directory while the context lasts.
 
@@ -77,16 +79,24 @@ def new_run(
         objects: what is in memory already, in place of what `config` names.
         callbacks: see `Trainer`.
         overwrite: replace a run that is in `directory`.
+        resume: go on with a run that is there, from its newest checkpoint.
 
     Raises:
         InputError: anything the user has to mend; nothing was written then.
     """
-    directory.check_free(overwrite)
+    resume = resume and directory.files.present(("config.json",)) != []
+    if resume:
+        check_same_run(directory.path, directory.read_config(), with_absolute_paths(config))
+        if directory.files.present(("summary.json",)):
+            raise InputError(f"{directory.path} is finished; give overwrite=True to begin anew, or another out=")
+    else:
+        directory.check_free(overwrite)
     with _prepared(config, objects) as setup:
         if directory.kept:
             check_shared(directory.path)
         with directory.claimed():
-            directory.create(config, overwrite)
+            if not resume:
+                directory.create(config, overwrite)
             yield Trainer(setup, directory, display, callbacks)
 
 
@@ -325,7 +335,7 @@ class Trainer:
                 context.enter_context(hook.compiling(length))
             yield
 
-    def model(self) -> Decoder:
+    def model(self) -> Any:
         """The model as trained so far."""
         return self.run.model(self.point)
 
@@ -333,6 +343,8 @@ class Trainer:
         """What computes attention, in words; of rows as long as they get."""
         setup, placement = self.run.setup, self.run.assembly.placement
         model, partitioner = setup.model, None if placement is None else placement.partitioner
+        if not isinstance(model, Decoder):
+            return "the model"
         sizes = setup.micro_batch, setup.batches.length
         rows = Rows(model.config, model.dtype, *sizes, partitioner, setup.config.data.packing)
         # Under pmap each device computes its rows alone.

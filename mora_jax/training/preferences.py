@@ -20,7 +20,6 @@ from mora_jax.errors import InputError
 from mora_jax.losses.cross_entropy import next_token_targets
 from mora_jax.losses.preference import Answers, Objective, Settings, example_metrics
 from mora_jax.losses.token_nll import TokenNLL, token_nll
-from mora_jax.models.decoder import Decoder
 from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.state import Arrays, Structure
 from mora_jax.training.step import Keys, StepConfig, head_inputs, inverse, row_numbers, token_shards
@@ -174,7 +173,7 @@ class PreferenceLoss:
         base = None
         if self.base is not None:
             base_states, base_head = head_inputs(config, self.base.model(frozen), rows, Keys(None, None))
-            base = fold(base_states), (base_head if model.has_adapted_head else head).kernel
+            base = fold(base_states), (base_head if getattr(model, "has_adapted_head", False) else head).kernel
         counted = (rows.answer_weights > 0) | (rows.sft_weights > 0)
         marks = fold(counted.astype(jnp.float32))
         shards = token_shards(config, len(states))
@@ -198,7 +197,7 @@ class PreferenceLoss:
         return Answers(logp, reference, length, rows.desired, rows.reference_point), tokens
 
 
-def reference_of(config: Config, model: Decoder, *, given: bool = False) -> str | None:
+def reference_of(config: Config, model: nnx.Module, *, given: bool = False) -> str | None:
     """Where the reference of a run comes from: `base` or `cached`; None for an objective without one.
 
     Args:
@@ -221,7 +220,7 @@ def reference_of(config: Config, model: Decoder, *, given: bool = False) -> str 
     return asked or ("base" if reason is None else "cached")
 
 
-def _why_not_base(config: Config, model: Decoder, given: bool) -> str | None:
+def _why_not_base(config: Config, model: nnx.Module, given: bool) -> str | None:
     """Why the model without adapters is not what training began from, or doesn't stay so; None where it is."""
     section = config.adapter
     if section.config_class.changes_base:

@@ -32,6 +32,7 @@ from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.hub import load_tokenizer
 from mora_jax.interop.peft.save import refuse_tied_magnitude
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.own import language_model
 from mora_jax.training.adalora import reschedule
 from mora_jax.training.config.load import check_warmup
 from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, LossConfig, adapter_config
@@ -61,7 +62,7 @@ class Setup:
     """
 
     config: Config
-    model: Decoder
+    model: Any
     tokenizer: Any
     attached: AttachReport
     train: EncodedDataset | PreferenceDataset
@@ -106,7 +107,7 @@ class Setup:
             "its training data": f"{self.train.fingerprint()} in {self.plan}",
             "its evaluation data": "" if self.evaluation is None else self.evaluation.fingerprint(),
             "its evaluation tasks": f"{self.task_rows}",
-            "its base model": f"{self.model.config}",
+            "its base model": f"{language_model(self.model).config}",
         }
 
     def padding_advice(self) -> str | None:
@@ -138,7 +139,8 @@ class Setup:
             out: the run directory.
             attention: what computes attention, in words.
         """
-        config, report, attached, model = self.config, self.train.report, self.attached, self.model
+        config, report, attached = self.config, self.train.report, self.attached
+        model = language_model(self.model)
         matched = sum(match.layers for match in attached.matches)
         layers = f" on {matched:,} layers" if matched else ""
         stored = "" if model.quantize == "none" else f", layers held in {model.quantize}"
@@ -204,12 +206,12 @@ class Objects:
     """What a program has in memory, in place of what the configuration names.
 
     Attributes:
-        model: a decoder, for `model.path`; one with adapters is trained as it is.
+        model: for `model.path`; one with adapters is trained as it is.
         tokenizer: for that of the model's folder.
         rows, eval_rows: dictionaries, for `data.train` and `data.eval`.
     """
 
-    model: Decoder | None = None
+    model: nnx.Module | None = None
     tokenizer: Any = None
     rows: Any = None
     eval_rows: Any = None
@@ -223,7 +225,7 @@ DataSet = EncodedDataset | PreferenceDataset
 Encode = Callable[[Config, Any, int, Any, Any], tuple[DataSet, DataSet | None]]
 
 
-def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Decoder, Any, Mesh]:
+def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Any, Any, Mesh]:
     """The model and its tokenizer, loaded or those given, and the mesh.
 
     Raises:
@@ -234,8 +236,10 @@ def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Decoder, Any,
     sharded = mesh.size > 1 and not config.mesh.pmap
     if objects.model is not None:
         model, tokenizer = objects.model, objects.tokenizer
-        if tokenizer is None and model.folder is not None:
-            tokenizer = load_tokenizer(Path(model.folder))
+        check_own(model, config)
+        folder = getattr(model, "folder", None)
+        if tokenizer is None and folder is not None:
+            tokenizer = load_tokenizer(Path(folder))
     else:
         model, tokenizer = load_pretrained(
             config.model.path,
@@ -248,9 +252,28 @@ def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Decoder, Any,
         tokenizer = tokenizer if objects.tokenizer is None else objects.tokenizer
     if tokenizer is None:
         raise InputError(
-            f"{config.model.path} has no tokenizer files; training on text needs them in the model's folder"
+            f"{config.model.path} has no tokenizer files; training on text needs them in the model's folder, or tokenizer="
         )
     return model, tokenizer, mesh
+
+
+def check_own(model: nnx.Module, config: Config) -> None:
+    """Refuses what is asked of a user's own model and needs the decoder's parts.
+
+    Raises:
+        InputError: names the key.
+    """
+    if isinstance(model, Decoder):
+        return
+    mesh = config.mesh
+    impossible = {
+        f"mesh.tensor={mesh.tensor} shares matrices by the names of their axes": mesh.tensor != 1,
+        f"mesh.context={mesh.context} shares rows along their length": mesh.context != 1,
+        "train.neftune_alpha adds noise to embeddings": config.train.neftune_alpha,
+    }
+    for why, is_so in impossible.items():
+        if is_so:
+            raise InputError(f"config: {why}, which only a model of load_pretrained has; leave it out")
 
 
 def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = None) -> Setup:
@@ -267,7 +290,7 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     tasks = read_tasks(config.train.eval_tasks or (), "train.eval_tasks", config.train.eval_tasks_limit)
     model, tokenizer, mesh = load_base(config, objects)
     encode = encode_data if encode is None else encode
-    train, evaluation = encode(config, tokenizer, model.config.vocab_size, objects.rows, objects.eval_rows)
+    train, evaluation = encode(config, tokenizer, language_model(model).config.vocab_size, objects.rows, objects.eval_rows)
     plan = BatchPlan(
         train.lengths,
         config.train.batch_size,
@@ -304,7 +327,7 @@ def refused(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {error}") from None
 
 
-def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
+def put_adapter(model: nnx.Module, config: Config, steps: int) -> AttachReport:
     """Attaches what the configuration asks for, or loads the adapter that it starts from.
 
     Args:
@@ -331,7 +354,7 @@ def put_adapter(model: Decoder, config: Config, steps: int) -> AttachReport:
     return report_of(model)
 
 
-def check_divergence(model: Decoder) -> None:
+def check_divergence(model: nnx.Module) -> None:
     """Refuses what leaves no frozen base to take a divergence from."""
     if jax.tree.leaves(nnx.state(model, FullParam)):
         raise InputError("config: loss.kl_weight needs a frozen base: train no biases and no adapter.modules_to_save")

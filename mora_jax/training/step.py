@@ -75,6 +75,7 @@ class StepConfig:
         mapped: whether the step is under `jax.vmap` over runs that share the base (see mora_jax/sweeps).
         packed: whether a row may hold several examples.
         loss: what is minimised; None for the weighted loss of tokens.
+        view: gives a user's own model the decoder's methods (see models/own.py); None for a decoder.
 
     Raises:
         ValueError: a divisor that is not positive; `kl_weight` without a `base`.
@@ -92,6 +93,7 @@ class StepConfig:
     mapped: bool = False
     packed: bool = True
     loss: StepLoss | None = None
+    view: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.divisor is not None and not self.divisor > 0:
@@ -275,7 +277,7 @@ class TokenLoss:
             return loss, {"kl": jnp.zeros((), jnp.float32)}
         assert config.base is not None, "the configuration demands it"
         base_states, base_head = head_inputs(config, config.base.model(frozen), rows, Keys(None, None))
-        shared["base_kernel"] = base_head.kernel if model.has_adapted_head else None
+        shared["base_kernel"] = base_head.kernel if getattr(model, "has_adapted_head", False) else None
         assert rows.kl_weights is not None, "there are some where the divergence counts"
         kl = weighted_kl(fold(states), fold(base_states), head.kernel, fold(rows.kl_weights), **shared)
         return loss + config.kl_weight * kl, {"kl": kl}
@@ -303,6 +305,7 @@ def head_inputs(config: StepConfig, model: Any, rows: Any, keys: Keys) -> tuple[
         noise = embedding_noise(keys.noise, rows.numbers, rows.segment_ids, width, config.neftune_alpha)
     random = {"dropout_key": keys.dropout, "row_numbers": rows.numbers, "embedding_noise": noise}
     inputs = rows.input_ids, rows.segment_ids, rows.positions
+    model = model if config.view is None else config.view(model)
     hidden = _hidden(model, *inputs, partitioner=config.partitioner, packed=config.packed, **random)
     if keys.dropout is None:
         return hidden, model.head(config.partitioner)

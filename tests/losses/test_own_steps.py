@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from mora_jax import losses
+from mora_jax.losses.kl import weighted_kl
+from mora_jax.losses.token_nll import token_nll
+from mora_jax.losses.token_scores import token_scores
 
 RANDOM = np.random.default_rng(0)
 IDS = RANDOM.integers(0, 11, (3, 7))
@@ -54,6 +57,32 @@ def test_of_logits_and_of_hidden_states(mode):
         )
     )
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_every_loss_of_logits_is_that_of_hidden_states_and_the_unit_matrix():
+    targets, weights, _ = batch("masked")
+    hidden, base = (jnp.asarray(RANDOM.normal(size=LOGITS.shape), jnp.float32) for _ in range(2))
+    unit = jnp.eye(11)
+
+    def by_token(hidden, kernel):
+        return token_nll(hidden, kernel, targets, weights, base=(base, kernel), softcap=2.0)
+
+    sums = {
+        "loss": lambda hidden, kernel: losses.weighted_loss(hidden, kernel, targets, weights),
+        "kl": lambda hidden, kernel: weighted_kl(hidden, base, kernel, weights, chunk=4),
+        "nll": lambda hidden, kernel: jnp.sum(weights * by_token(hidden, kernel).nll),
+    }
+    for name, function in sums.items():
+        value, slope = jax.value_and_grad(function)(hidden, None)
+        expected, other = jax.value_and_grad(function)(hidden, unit)
+        assert float(value) == pytest.approx(float(expected), rel=1e-5), name
+        np.testing.assert_allclose(slope, other, atol=1e-6, err_msg=name)
+    scores, others = (token_scores(hidden, kernel, targets, weights) for kernel in (None, unit))
+    np.testing.assert_allclose(scores.nll, others.nll, atol=1e-6)
+    assert jnp.array_equal(scores.correct, others.correct) and scores.correct.any()
+    # Of padding a user's logits may be anything, and the chunk with it gets no gradient from there.
+    wild = jnp.where((weights > 0)[..., None], hidden, jnp.nan)
+    assert np.isfinite(jax.grad(sums["loss"])(wild, None)).all()
 
 
 def test_nothing_to_train_on_and_infinite_logits_beside_it():

@@ -109,12 +109,31 @@ def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     """
     settings = _parsed(overrides)
     for name, _, origin in settings:
-        if name not in CHANGEABLE and name.split(".")[0] not in CHANGEABLE:
+        if not _changeable(name):
             known = ", ".join(f"{key}.*" if "." not in key else key for key in CHANGEABLE)
             raise InputError(f"{origin} would make another run of it: with --resume only {known} can be changed")
     config = lay_over(config, settings)
     check_together(config)
     return config
+
+
+def _changeable(name: str) -> bool:
+    return name in CHANGEABLE or name.split(".")[0] in CHANGEABLE
+
+
+def check_same_run(run: str | os.PathLike[str], earlier: Config, now: Config) -> None:
+    """Refuses to go on with a run by settings that would make another one of it.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    before = dict(flatten(earlier.to_dict()))
+    for name, value in flatten(now.to_dict()):
+        if value != before.get(name) and not _changeable(name):
+            raise InputError(
+                f"{name}={value} would make another run of the one in {run}, which has {before.get(name)}: give that, "
+                "or overwrite=True, or another out="
+            )
 
 
 def check_found(config: Config, run: str | os.PathLike[str]) -> None:

@@ -13,6 +13,7 @@ import jax
 
 from mora_jax.adapters.products.quantization import packed_sizes
 from mora_jax.errors import InputError
+from mora_jax.models.decoder import Decoder
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config
 from mora_jax.training.display import bytes_words
@@ -237,15 +238,17 @@ class Observer(Hook):
         self._run, config, assembly = run, run.config, run.assembly
         loss = config.loss
         crossed = int(loss.preference is not None and loss.preference.labelled)  # answers of other rows
-        self._flops = StepFlops.of(
-            run.setup.model.config,
-            assembly.adapters,
-            assembly.frozen,
-            run.setup.train.lengths,
-            base_passes=int(loss.kl_weight > 0) + (1 + crossed) * (loss.reference == "base"),
-            tuned_passes=crossed,
-            packed=packed_sizes(run.setup.model),
-        )
+        self._flops: StepFlops | None = None  # nothing says what a user's own model computes
+        if isinstance(run.setup.model, Decoder):
+            self._flops = StepFlops.of(
+                run.setup.model.config,
+                assembly.adapters,
+                assembly.frozen,
+                run.setup.train.lengths,
+                base_passes=int(loss.kl_weight > 0) + (1 + crossed) * (loss.reference == "base"),
+                tuned_passes=crossed,
+                packed=packed_sizes(run.setup.model),
+            )
         devices, process = run.runner.devices, jax.process_index()
         self._peak = peak_flops(devices)
         self._devices = [device for device in devices if device.process_index == process]
@@ -296,10 +299,12 @@ class Observer(Hook):
         for metric in self._metrics:
             row |= metric(step, metrics)
         loss, tokens, trained_tokens = row["loss"], row["tokens"], row["trained_tokens"]
-        needed = self._flops.needed(tokens, trained_tokens)
+        needed = 0.0
         self._tokens += tokens
-        self._needed += needed
-        self._palm += self._flops.palm(tokens)
+        if self._flops is not None:
+            needed = self._flops.needed(tokens, trained_tokens)
+            self._needed += needed
+            self._palm += self._flops.palm(tokens)
         times = self.clock.lap(there)
         skip = self._nonfinite.note(step, loss, row["grad_norm"], row["skipped"], int(metrics.skipped_in_row))
         for note in (skip, self._spikes.note(step, loss) if trained_tokens else None):
@@ -320,8 +325,8 @@ class Observer(Hook):
             "mfu": self._utilisation(self._needed, total.step),
             "mfu_convention": CONVENTION,
             "mfu_palm": self._utilisation(self._palm, total.step),
-            "flops_per_token": self._needed / self._tokens if self._tokens else None,
-            "flops_per_token_palm": self._flops.palm(1),
+            "flops_per_token": self._needed / self._tokens if self._needed else None,
+            "flops_per_token_palm": None if self._flops is None else self._flops.palm(1),
             "peak_flops": self._peak,
             **total.row(),
             "other_compile_seconds": self._compile_log.other_seconds,
@@ -330,4 +335,4 @@ class Observer(Hook):
         }
 
     def _utilisation(self, flops: float, seconds: float) -> float | None:
-        return flops / seconds / self._peak if self._peak and seconds else None
+        return flops / seconds / self._peak if self._peak and seconds and flops else None

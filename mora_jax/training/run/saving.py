@@ -11,7 +11,7 @@ from mora_jax.adapters.attach import partition
 from mora_jax.adapters.merge import merge
 from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained, save_adapter, save_pretrained
-from mora_jax.interop.fingerprint import base_hash
+from mora_jax.interop.fingerprint import arrays_hash, base_hash
 from mora_jax.models.decoder import Decoder
 from mora_jax.paths import found_path
 from mora_jax.training.config.schema import Config, adapter_config
@@ -134,10 +134,9 @@ def run_identity(setup: Setup, adapters: Arrays, restarts: Any = None) -> dict[s
         adapters: its trained arrays.
         restarts: of ReLoRA and ReMoRA.
     """
-    section = setup.config.adapter
-    assert setup.model.folder is not None, "a model that was loaded has a folder"
+    section, folder = setup.config.adapter, getattr(setup.model, "folder", None)
     identity = {
-        "base": base_hash(setup.model.folder),
+        "base": arrays_hash(setup.model) if folder is None else base_hash(folder),
         "base_path": setup.config.model.path,
         "quantize": setup.config.model.quantize,
         "method": section.method,

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mora_jax.adapters.base import AdapterParam, FullParam
 from mora_jax.models.attention.ring import HeadShards, Ring
 from mora_jax.models.partitioning import Partitioner, lay_kernels
 from mora_jax.training.state import dotted
@@ -280,11 +281,24 @@ class Placement:
 
 
 def _described(states: tuple[nnx.State, ...]) -> Iterator[tuple[str, Axes, tuple[int, ...]]]:
-    """Dotted path, logical axes and shape of every array; an array without names has no axis that is ever sharded."""
+    """Dotted path, logical axes and shape of every array."""
     for state in states:
         for path, variable in nnx.to_flat_state(state):
             shape = tuple(variable.get_value().shape)
-            yield dotted(path), variable.get_metadata().get("axes") or (None,) * len(shape), shape
+            yield dotted(path), axes_of(variable), shape
+
+
+def axes_of(variable: nnx.Variable) -> Axes:
+    """The logical axes of an array. One without names is never sharded, but for the matrices of a user's own model: the
+    largest axis of each counts as its width."""
+    shape, names = tuple(variable.get_value().shape), variable.get_metadata().get("axes")
+    if names:
+        return tuple(names)
+    adapter = isinstance(variable, AdapterParam) and not isinstance(variable, FullParam)
+    if adapter or not isinstance(variable, nnx.Param) or len(shape) < 2:
+        return (None,) * len(shape)
+    width = shape.index(max(shape))
+    return tuple("embed" if axis == width else None for axis in range(len(shape)))
 
 
 def _gathered(used: NamedSharding, stored: NamedSharding, array: Array) -> Array:
