@@ -181,11 +181,10 @@ def kernel_vjp(slope: Array, hidden: Array) -> Array:
     return product_over_tokens(flat, rows)
 
 
-#: `(options, hidden [shards, chunk, D], kernel [V, D] or None, the chunk of arrays by token, arrays that all chunks read)` →
-#: what is summed, float32 `[shards, chunk]`, and its derivative by the uncapped logits, float32 `[shards, chunk, V]`.
-TokenValue = Callable[
-    [Options, Array, Array | None, tuple[Array, ...], tuple[Array | None, ...]], tuple[Array, Array]
-]
+#: `(options, hidden [shards, chunk, D], kernel [V, D] or None, the chunk of arrays by token, arrays that all chunks
+#: read)` → what is summed, float32 `[shards, chunk]`, and its derivative by the uncapped logits, float32
+#: `[shards, chunk, V]`.
+TokenValue = Callable[[Options, Array, Array | None, tuple[Array, ...], tuple[Array | None, ...]], tuple[Array, Array]]
 
 
 def primals(tree: Any) -> Any:
@@ -224,7 +223,7 @@ def weighted_sum(
 
 
 def _sums(
-    options: Options, value_of: TokenValue, hidden: Array, used: Array | None, by_token: Any, shared: Any, weights: Array
+    options: Options, value_of: TokenValue, hidden: Array, used: Any, by_token: Any, shared: Any, weights: Array
 ) -> Array:
     """The sum over the tokens of each shard, float32 `[shards]`."""
 
@@ -237,7 +236,7 @@ def _sums(
 
 
 def _sums_and_slopes(
-    options: Options, value_of: TokenValue, hidden: Array, used: Array | None, by_token: Any, shared: Any, weights: Array
+    options: Options, value_of: TokenValue, hidden: Array, used: Any, by_token: Any, shared: Any, weights: Array
 ) -> tuple[Array, Array]:
     """`_sums`, and their derivative by `hidden`."""
 

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax.losses.chunked_sum import Options, cast_like, logits, pack_weighted_tokens, uncapped, vocabulary, weighted_sum
+from mora_jax.losses.chunked_sum import (
+    Options,
+    cast_like,
+    logits,
+    pack_weighted_tokens,
+    uncapped,
+    vocabulary,
+    weighted_sum,
+)
 
 Array = jax.Array
 

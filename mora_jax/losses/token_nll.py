@@ -99,7 +99,7 @@ def _packed(
 
 
 def _values(
-    options: Options, hidden: Array, kernel: Array | None, by_token: Any, shared: Any, marks: Array, *, with_slopes: bool
+    options: Options, hidden: Array, kernel: Any, by_token: Any, shared: Any, marks: Array, *, with_slopes: bool
 ) -> tuple[tuple[Array, ...], Array | None]:
     """The values, and the derivative of each token's by its own hidden state."""
     used = cast_like(kernel, hidden)

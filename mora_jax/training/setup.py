@@ -252,7 +252,7 @@ def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Any, Any, Mes
         tokenizer = tokenizer if objects.tokenizer is None else objects.tokenizer
     if tokenizer is None:
         raise InputError(
-            f"{config.model.path} has no tokenizer files; training on text needs them in the model's folder, or tokenizer="
+            f"{config.model.path} has no tokenizer files; training on text needs them there, or tokenizer="
         )
     return model, tokenizer, mesh
 
@@ -290,7 +290,8 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     tasks = read_tasks(config.train.eval_tasks or (), "train.eval_tasks", config.train.eval_tasks_limit)
     model, tokenizer, mesh = load_base(config, objects)
     encode = encode_data if encode is None else encode
-    train, evaluation = encode(config, tokenizer, language_model(model).config.vocab_size, objects.rows, objects.eval_rows)
+    vocab_size = language_model(model).config.vocab_size
+    train, evaluation = encode(config, tokenizer, vocab_size, objects.rows, objects.eval_rows)
     plan = BatchPlan(
         train.lengths,
         config.train.batch_size,
