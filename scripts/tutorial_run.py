@@ -3,8 +3,8 @@
     python scripts/tutorial_run.py --model SmolLM2-135M-Instruct --data instruction-data.json
 
 Blocks of Python and blocks of `mora-jax` commands run from the top in one folder, with the folder of the model in place
-of its hub id; other commands (installing, downloading, serving) are left out. The block of text behind a block of commands
-is written anew from their standard output. `--check` runs the page and writes nothing.
+of its hub id; other commands (installing, downloading, serving) are left out. The block of text behind a block of
+commands is written anew from their standard output. `--check` runs the page and writes nothing.
 """
 
 from __future__ import annotations

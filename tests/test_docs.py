@@ -59,6 +59,8 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
         ("transforms", 6),
         ("convert", 3),
         ("peft", 5),
+        ("mora", 1),
+        ("equivalents", 1),
     ],
 )
 def test_blocks_print_what_they_show(page, blocks, tmp_path, monkeypatch):
@@ -67,6 +69,19 @@ def test_blocks_print_what_they_show(page, blocks, tmp_path, monkeypatch):
     assert len(results) == blocks
     for expected, printed in results:
         assert printed == expected
+
+
+def test_memory_is_that_of_the_study():
+    """What a page says of it stands in the study's table, which README's picture is drawn from."""
+    from mora_jax.studies.memorize import Memorize
+    from mora_jax.studies.results import Results
+
+    results = Results.read(DOCS / "studies" / "memorize" / "quick" / "cells.csv", Memorize())
+    rows = re.findall(r"^\| (LoRA r\d|MoRA \w+ r\d|full) \| ([\d,]+) \| (.*) \|$", read("mora.md"), re.MULTILINE)
+    assert len(rows) == 5
+    for arm, parameters, accuracy in rows:
+        assert parameters == f"{results.parameters(arm):,}"
+        assert accuracy == results.mean("generated_accuracy", arm).text(2)
 
 
 def test_every_method_is_documented():

@@ -73,7 +73,7 @@ def test_a_request_for_tpus(tools, settings, words):
     done = run(tools, "tpu_vm.sh", "create", NAME="r", ZONE="z", BUCKET="gs://b/runs/", TRAIN=TRAIN, **settings)
     assert done.returncode == 0, done.stderr
     (call,) = calls(tools)
-    for word in [*words, "queued-resources create r --zone=z", f"@mora-bucket=b/runs@mora-files=@mora-train={TRAIN}@"]:
+    for word in [*words, "queued-resources create r --zone=z", f"|mora-bucket=b/runs|mora-files=|mora-train={TRAIN}|"]:
         assert word in call
     assert ("--spot" in call) == (settings.get("SPOT") != "0")
     assert (LAUNCH / "tpu_startup.sh").samefile(call.split("startup-script=")[1])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from scripts.run_notebooks import digest
+from scripts.run_notebooks import INSTALL, REPOSITORY, badge, digest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -19,14 +23,53 @@ MACHINE_PATH = re.compile(r"(?<![\w<:/.])/\w[\w.-]*/\w")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def test_there_are_three():
-    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "methods_side_by_side", "loss_tokens"}
-    assert {path.stem for path in (ROOT / "notebooks").glob("*.py")} == {path.stem for path in NOTEBOOKS}
+def test_each_has_its_text_and_a_row_in_the_docs():
+    names = {path.stem for path in NOTEBOOKS}
+    assert len(names) >= 7
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.py")} == names
+    page = (ROOT / "docs" / "colab.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(names) if f"| `{name}.ipynb` |" not in page] == []
+
+
+@every_notebook
+def test_the_cell_that_installs_and_the_badge_are_the_same_in_all(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"]) == INSTALL, REMEDY
+    assert badge(path.stem) in "".join(cells[0]["source"]), REMEDY
+    code = "".join("".join(cell["source"]) for cell in cells[1:] if cell["cell_type"] == "code")
+    assert not re.search(r"mora_jax\.[a-z_.]*\b_", code)  # names that are public
+
+
+@pytest.mark.parametrize(
+    ("found", "package", "flax"),
+    [("wheel", "{folder}/mora_jax-9-py3-none-any.whl[plots]", False), ("", "mora-jax[plots] @ git+{url}", True)],
+)
+def test_the_cell_that_installs_keeps_jax(found, package, flax, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if found:
+        (tmp_path / "mora_jax-9-py3-none-any.whl").touch()
+    present = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mora_jax" else present(name))
+    modules = {name: module for name, module in sys.modules.items() if flax or name != "flax"}
+    monkeypatch.setattr(sys, "modules", modules)
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    exec(INSTALL, {})
+    (command,) = commands
+    version = importlib.metadata.version
+    assert command[-3] == package.format(folder=tmp_path, url=REPOSITORY)
+    assert command[-2:] == [f"jax=={version('jax')}", f"jaxlib=={version('jaxlib')}"]
+    assert ("restart the session" in capsys.readouterr().out) == flax
+
+
+def test_launch_scripts_and_docs_take_the_same_address():
+    for name in ("scripts/launch/tpu_vm.sh", "docs/colab.md"):
+        assert REPOSITORY in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 @every_notebook
 def test_stored_outputs_are_whole(path):
-    assert path.stat().st_size < 400_000
+    assert path.stat().st_size < 500_000
     notebook = json.loads(path.read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert notebook["metadata"].pop("outputs_of") == digest(code), REMEDY

@@ -17,7 +17,7 @@
 #   SLICES   how many slices work together                  (1)
 #   SPOT     1 for spot machines                            (1)
 #   FILES    gs://… with configuration and data, which each host copies to where it runs   (none)
-#   PACKAGE  what pip installs                              (mora-jax[tpu,gcs])
+#   PACKAGE  what pip installs: a name, an address, a wheel (mora-jax[tpu,gcs] from the repository)
 #
 # TRAIN is split into words at blanks, and at nothing else.
 # shellcheck disable=SC2153 # settings come from the environment
@@ -40,7 +40,7 @@ runtime() {
 create() {
     need NAME ZONE BUCKET TRAIN
     local nodes=(--node-id="$NAME") spot=() software metadata
-    metadata="mora-run=$NAME@mora-bucket=${BUCKET#gs://}@mora-files=$FILES@mora-train=$TRAIN@mora-package=$PACKAGE"
+    metadata="mora-run=$NAME|mora-bucket=${BUCKET#gs://}|mora-files=$FILES|mora-train=$TRAIN|mora-package=$PACKAGE"
     software="${RUNTIME:-$(runtime)}"
     if [ "$SLICES" -gt 1 ]; then
         nodes=(--node-count="$SLICES" --node-prefix="$NAME")
@@ -48,11 +48,11 @@ create() {
     if [ "$SPOT" = 1 ]; then
         spot=(--spot)
     fi
-    # Values of --metadata may hold commas: ^@^ makes @ the separator.
+    # Values of --metadata may hold commas: ^|^ makes | the separator.
     gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" \
         --accelerator-type="$TYPE" --runtime-version="$software" "${nodes[@]}" "${spot[@]}" \
         --scopes=https://www.googleapis.com/auth/cloud-platform \
-        --metadata="^@^$metadata" \
+        --metadata="^|^$metadata" \
         --metadata-from-file=startup-script="$(dirname "$0")/tpu_startup.sh"
 }
 
@@ -100,7 +100,8 @@ status() {
     run 'hostname; sudo journalctl --unit=google-startup-scripts --lines=20 --no-pager'
 }
 
-TYPE="${TYPE:-v6e-8}" SLICES="${SLICES:-1}" SPOT="${SPOT:-1}" PACKAGE="${PACKAGE:-mora-jax[tpu,gcs]}"
+TYPE="${TYPE:-v6e-8}" SLICES="${SLICES:-1}" SPOT="${SPOT:-1}"
+PACKAGE="${PACKAGE:-mora-jax[tpu,gcs] @ git+https://github.com/OWNER/mora-jax}"
 BUCKET="${BUCKET:-}" BUCKET="${BUCKET%/}" FILES="${FILES:-}"
 action="${1:-}"
 case "$action" in

@@ -14,7 +14,9 @@
 # ---
 
 # %% [markdown]
-# # LoRA, MoRA and full fine-tuning side by side
+# # LoRA, MoRA and full: learning and forgetting
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mora-jax/blob/main/notebooks/learning_and_forgetting.ipynb)
 #
 # Fine-tuning teaches a model something new, and it forgets some of what it knew. "LoRA Learns Less and Forgets
 # Less" is the title of a well-known paper. Does it hold here, and where does MoRA lie? The answer depends on the
@@ -25,20 +27,28 @@
 # ones.
 
 # %% [markdown]
-# The package, if it is missing (on Colab, say): from the clone that this notebook is in, or from a wheel beside it,
-# which `pip wheel --no-deps .` makes in a clone.
+# The first cell installs the package where it is missing, as on Colab, and leaves jax as it is.
 
 # %%
+# Installs mora-jax where it is missing, from a wheel or a clone beside this notebook or else from PACKAGE, and keeps
+# the jax of the runtime: another one would not fit the plugin of its accelerator.
+import importlib.metadata
 import importlib.util
 import pathlib
 import subprocess
 import sys
 
 if importlib.util.find_spec("mora_jax") is None:
+    PACKAGE = "git+https://github.com/OWNER/mora-jax"  # or a name on an index
     wheel = next(pathlib.Path().absolute().glob("mora_jax-*.whl"), None)
-    source = ".." if pathlib.Path("../pyproject.toml").exists() else wheel
-    assert source, "put a wheel of mora_jax beside this notebook"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{source}[plots]"], check=True)
+    clone = pathlib.Path("..").absolute() if pathlib.Path("../pyproject.toml").exists() else None
+    package = f"mora-jax[plots] @ {PACKAGE}" if "://" in PACKAGE else f"{PACKAGE}[plots]"
+    package = f"{wheel or clone}[plots]" if wheel or clone else package
+    there = [name for name in ("jax", "jaxlib") if importlib.util.find_spec(name)]
+    keep = [f"{name}=={importlib.metadata.version(name)}" for name in there]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package, *keep], check=True)
+    if "flax" in sys.modules:
+        print("flax was imported before: restart the session (Runtime, Restart session) and run all cells again")
 
 # %%
 import json
