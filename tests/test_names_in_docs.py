@@ -25,6 +25,7 @@ FOLDERS = "configs|scripts|benchmarks|notebooks|docs|mora_jax|tests"
 # Options of other programs that pages name alone.
 OTHERS = {"--gpus-per-node", "--accelerator-type", "--runtime-version", "--worker"}
 OTHERS |= {"--model", "--apply_chat_template", "--output_path", "--use_cache"}  # of the lm-evaluation-harness
+OTHERS |= {"--lora-modules", "--max-lora-rank", "--base"}  # of vLLM and llama.cpp
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 each_text = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)

@@ -22,7 +22,7 @@ from flax import nnx
 
 from mora_jax.demo import PARTS, STEPS, data_path, model_path
 from mora_jax.demo.cells import METHODS, MODES, Judge, Method, train_cell
-from mora_jax.demo.show import Row, draw, print_table
+from mora_jax.demo.show import Question, Row, draw, print_answers, print_table, print_verdict
 from mora_jax.display.progress import Report, progress
 from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained
@@ -30,6 +30,17 @@ from mora_jax.paths import local_path, new_file
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 
 Say = Callable[[str], None]
+
+TASK = """\
+The task: a Llama of 785 thousand parameters, which has read lists, facts and the like but never a question, learns to
+answer questions of twelve kinds, such as "{question}" ("{right}"). LoRA, two kinds of MoRA with as many trained
+parameters, and full fine-tuning learn it, each twice: with loss on the answers (masked) and on the questions too
+(unmasked). {cells} runs of {steps} steps; two or three minutes on two cores."""
+NEXT = """\
+What next:
+  your own data   mora-jax train --config.model.path=MODEL --config.data.train=rows.jsonl --config.out=runs/1
+  a real model    docs/tutorial.md, from the base's score to a served model
+  step by step    notebooks/start.ipynb; three seeds and intervals in notebooks/learning_and_forgetting.ipynb"""
 
 
 def run(
@@ -40,7 +51,7 @@ def run(
     questions: int | None = None,
     say: Say = lambda line: None,
     report: Report = lambda done, total, words=None: None,
-) -> list[Row]:
+) -> tuple[list[Row], list[Question]]:
     """Fine-tunes with every method in both loss modes and measures each.
 
     Args:
@@ -52,12 +63,15 @@ def run(
       report: told how far all cells are, in steps.
 
     Returns:
-      The table's lines, the base model first.
+      The table's lines, the base model first, and the test questions in the order of their answers.
     """
     begun = time.perf_counter()
     cells = list(itertools.product(methods, MODES))
     report(0, len(cells) * steps, "the base model answers")
     rows, held_out, test = (_rows(part, None if part == "train" else questions) for part in PARTS)
+    asked = [Question(*(message["content"] for message in row["messages"])) for row in test]
+    first = asked[0]
+    say(TASK.format(question=first.text, right=first.right, cells=len(cells), steps=steps))
     base, tokenizer = load_pretrained(model_path(), dtype="float32")
     judge = Judge(base, tokenizer, test)
     before, loss_before = judge(base), math.log(judge.perplexity(base, held_out))
@@ -82,7 +96,7 @@ def run(
         lines.append(Row(method.name, mode, scores, summary["trainable_parameters"], *speeds, curve))
         say(f"{name}: exact match {scores.exact_match:.1%} after {seconds:.1f} s")
     say(f"all cells: {time.perf_counter() - begun:.0f} s")
-    return lines
+    return lines, asked
 
 
 def _rows(part: str, each: int | None) -> list[dict[str, Any]]:
@@ -105,14 +119,17 @@ def execute(args: argparse.Namespace) -> int:
     with out_folder(args.out) as out:
         # Both loss modes of a method compile the same programs.
         with progress("loading") as report, persistent_compilation_cache(None):
-            rows = run(steps=args.steps, seed=args.seed, say=say, report=report)
-        print_table(rows, f"Test questions: {len(rows[0].scores.answers)}; {args.steps} steps a cell")
+            rows, asked = run(steps=args.steps, seed=args.seed, say=say, report=report)
+        print_answers(rows, asked)
+        print_table(rows, f"Test questions: {len(asked)}; {args.steps} steps a cell")
+        print_verdict(rows, asked)
         write_figures(rows, out / "results.json")
         if importlib.util.find_spec("matplotlib") is None:
             say("no plot: matplotlib is not installed; pip install 'mora-jax[plots]' brings it")
         else:
             draw(rows, out / "curves.png")
             say(f"plot: {out / 'curves.png'}; all figures: {out / 'results.json'}")
+        print(NEXT, file=sys.stderr)
     return 0
 
 

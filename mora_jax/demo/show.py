@@ -1,20 +1,38 @@
-"""The demo's one table, whole at 80 columns and continued below itself at 60, and its picture."""
+"""What the demo shows: one question with its answers, the table, what of it is a difference, and the picture.
+
+The table is whole at 80 columns and continued below itself at 60.
+"""
 
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from mora_jax.demo.answers import exact_match
 from mora_jax.demo.cells import MODES, Scores
 from mora_jax.display.figures import new_figure, plain_log, style, write_figure
 from mora_jax.display.tables import as_text, fitted
 
 COLUMNS = ("method", "loss", "trained params", "exact match", "F1", "response ppl", "base-text ppl", "tokens/s")
-LEGEND = "ppl: perplexity; on base text it rises as that is forgotten"
+LEGEND = """\
+exact match, F1: of the answers with the right ones, as texts and word by word
+response ppl: perplexity of the right answers; 1 would be certain of each token
+base-text ppl: of text like that read before; it rises as that is forgotten"""
+#: By how much a figure of one seed has moved by rounding alone (docs/measurements.md), in points of exact match.
+ROUNDING = 5.0
+
+
+class Question(NamedTuple):
+    """A test question and its right answer."""
+
+    text: str
+    right: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,62 @@ def print_table(rows: Sequence[Row], title: str, stream: TextIO | None = None) -
     heads = ["\n".join(column.split()) for column in COLUMNS]
     tables = fitted(heads, [row.cells() for row in rows], width, names=2, words=(0, 1))
     print(title, LEGEND, "", *(as_text(part, width) for part in tables), sep="\n", file=stream)
+
+
+def print_answers(rows: Sequence[Row], asked: Sequence[Question], stream: TextIO | None = None) -> None:
+    """Prints one question with every model's answer: the first that the base gets wrong and the first tuned one right.
+
+    Args:
+      rows: the table's lines, the base model first.
+      asked: the questions.
+      stream: where to; by default stdout.
+    """
+    answers = [row.scores.answers for row in rows]
+
+    def learned(number: int) -> bool:
+        base, tuned = (exact_match(given[number], asked[number].right) for given in answers[:2])
+        return tuned > base
+
+    number = next(filter(learned, range(len(asked))), 0)
+    lines = [("right answer", asked[number].right)]
+    for row, given in zip(rows, answers, strict=True):
+        lines.append((row.method if row.mode == "-" else f"{row.method}, {row.mode}", given[number]))
+    print(f"One question, and what each model answers: {asked[number].text}", file=stream)
+    for name, answer in lines:
+        print(f"  {name:24} {textwrap.shorten(answer, 52, placeholder=' …')}".rstrip(), file=stream)
+    print(file=stream)
+
+
+def print_verdict(rows: Sequence[Row], asked: Sequence[Question], stream: TextIO | None = None) -> None:
+    """Prints for each loss mode whether the best and the worst method differ by more than chance.
+
+    The bound is two standard errors of the paired difference over questions, and what rounding alone can do.
+
+    Args:
+      rows: the table's lines.
+      asked: the questions.
+      stream: where to; by default stdout.
+    """
+    print(file=stream)
+    for mode in MODES:
+        tuned = sorted((row for row in rows if row.mode == mode), key=lambda row: row.scores.exact_match)
+        if len(tuned) < 2 or len(asked) < 2:
+            continue
+        worst, best = tuned[0], tuned[-1]
+        hits = [
+            [exact_match(given, question.right) for given, question in zip(row.scores.answers, asked, strict=True)]
+            for row in (worst, best)
+        ]
+        differences = [100 * (right - other) for other, right in zip(*hits, strict=True)]
+        lead = statistics.fmean(differences)
+        bound = max(ROUNDING, 2 * statistics.stdev(differences) / len(differences) ** 0.5)
+        text = f"{mode}: {best.method} is {lead:.1f} points above {worst.method} in exact match"
+        if lead <= bound:
+            text += f"; below {bound:.1f} points that is chance, so these methods do not differ here."
+        else:
+            text += f", more than the {bound:.1f} of chance on these questions; another seed may still change it."
+        print(textwrap.fill(text, 78), file=stream)
+    print("One seed, one rate a method: three seeds and intervals are in the notebooks and studies.", file=stream)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -12,7 +12,7 @@ from mora_jax.adapters.attach import attach
 from mora_jax.cli.main import main
 from mora_jax.demo import cells, model_path, run
 from mora_jax.demo.cells import Scores
-from mora_jax.demo.show import COLUMNS, Row
+from mora_jax.demo.show import COLUMNS, Question, Row
 from mora_jax.interop import load_pretrained
 
 
@@ -35,8 +35,18 @@ def test_from_end_to_end(one_method, tmp_path, capsys):
     printed = capsys.readouterr()
     assert code == 0, printed.err
     lines = printed.out.splitlines()
-    assert len(lines) == 3 + 3 + 1 + 2, printed.out
-    assert {word for column in COLUMNS for word in column.split()} == {*lines[3].split(), *lines[4].split()}
+    assert "The task: " in printed.err and "What next:" in printed.err
+    assert lines[0].startswith("One question, and what each model answers: ")
+    assert [line[:26].strip() for line in lines[1:5]] == [
+        "right answer",
+        "base model",
+        "LoRA, masked",
+        "LoRA, unmasked",
+    ]
+    lines = lines[6:]
+    assert len(lines) == 5 + 3 + 1 + 2 + 2, printed.out
+    assert {word for column in COLUMNS for word in column.split()} == {*lines[5].split(), *lines[6].split()}
+    assert lines[-1].startswith("One seed")
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in sorted(out.iterdir())] == ["curves.png", "results.json"]
 
@@ -67,7 +77,7 @@ def test_it_tells_all_the_time_how_far_it_is(one_method):
             stages.index(f"LoRA, {mode}: {what}") for what in ("compiling", "training", "answering the test questions")
         ]
         assert order == sorted(order)
-    assert len(lines) == 4
+    assert len(lines) == 5 and lines[0].startswith("The task: ")
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -87,9 +97,9 @@ def test_stopped_early_it_leaves_no_empty_folder(monkeypatch, tmp_path, made):
 def test_without_matplotlib_it_says_so(monkeypatch, tmp_path, capsys):
     find = importlib.util.find_spec
     scores = Scores(0.0, 0.0, {}, 9.0, 2.0, ("x",))
-    results = [Row("base model", "-", scores)]
+    results = [Row("base model", "-", scores), Row("LoRA", "masked", scores)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    monkeypatch.setattr(run, "run", lambda **settings: results)
+    monkeypatch.setattr(run, "run", lambda **settings: (results, [Question("x?", "x.")]))
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert "matplotlib is not installed" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from mora_jax.demo.cells import METHODS, MODES, Scores
-from mora_jax.demo.show import COLUMNS, LEGEND, Row, print_table
+from mora_jax.demo.show import COLUMNS, LEGEND, Question, Row, print_answers, print_table, print_verdict
 
 BEFORE = Scores(0.0125, 0.1, {"sort": 0.0}, 1234.5, 2.5, ("x",))
 AFTER = Scores(1.0, 0.8, {"sort": 1.0}, 1.25, 3.125, ("y",))
@@ -22,8 +22,9 @@ class Terminal(io.StringIO):
 
 def shown(stream) -> list[str]:
     print_table(ROWS, "Title", stream)
-    title, legend, empty, *table = stream.getvalue().splitlines()
-    assert (title, legend, empty) == ("Title", LEGEND, "")
+    title, *rest = stream.getvalue().splitlines()
+    legend, (empty, *table) = rest[: len(LEGEND.splitlines())], rest[len(LEGEND.splitlines()) :]
+    assert (title, "\n".join(legend), empty) == ("Title", LEGEND, "")
     assert "\x1b" not in stream.getvalue()
     assert all(line == line.rstrip() for line in table)
     return table
@@ -55,3 +56,39 @@ def test_narrow_terminals_get_the_table_in_parts(monkeypatch, width):
 @pytest.mark.parametrize("row", ROWS)
 def test_as_many_cells_as_columns(row):
     assert len(row.cells()) == len(COLUMNS)
+
+
+ASKED = [Question(f"Question {number}?", "yes.") for number in range(200)]
+
+
+def rows_with(**right: int) -> list[Row]:
+    """A base that is always wrong, and methods that answer their first questions."""
+    answers = {name: ("yes",) * count + ("no",) * (len(ASKED) - count) for name, count in {"base": 0, **right}.items()}
+    scores = {
+        name: Scores(right.get(name, 0) / len(ASKED), 0.0, {}, 1.0, 1.0, given) for name, given in answers.items()
+    }
+    return [Row("base", "-", scores["base"]), *(Row(name, "masked", scores[name]) for name in right)]
+
+
+@pytest.mark.parametrize(
+    "worst, best, words",
+    [
+        (100, 108, "below 5.0 points that is chance, so these methods do not differ here"),
+        (20, 150, "more than the 6.8"),
+    ],
+)
+def test_the_verdict_says_whether_methods_differ(worst, best, words):
+    stream = io.StringIO()
+    print_verdict(rows_with(LoRA=worst, MoRA=best), ASKED, stream)
+    text = " ".join(stream.getvalue().split())
+    assert f"masked: MoRA is {(best - worst) / 2:.1f} points above LoRA" in text and words in text
+    assert "unmasked:" not in text
+
+
+def test_the_question_is_one_that_was_learned():
+    stream = io.StringIO()
+    rows = rows_with(LoRA=3, MoRA=200)
+    print_answers([rows[0], rows[1]], [Question("An odd one?", "maybe."), *ASKED[1:]], stream)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].endswith(": Question 1?")
+    assert [line.split()[-1] for line in lines[1:4]] == ["yes.", "no", "yes"]
