@@ -114,7 +114,8 @@ def run(path: Path, timeout: int = 900) -> Any:
 
 
 def synced(notebook: Any) -> Any:
-    """The notebook without jupytext's notes on blank lines; the first cell, which installs, counts as run."""
+    """The notebook without notes of jupytext's and states of widgets; the first cell, which installs, counts as run."""
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.clear()
     next(cell for cell in notebook.cells if cell.cell_type == "code").execution_count = 1
