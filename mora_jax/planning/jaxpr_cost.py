@@ -1,8 +1,9 @@
 """What one device computes and keeps in a step, read from the traced program: nothing is compiled, nothing runs.
 
 Matrix products are counted as they stand in the program, those that remat repeats and the halves of attention that are
-never computed included. Memory is followed through the program in its own order: results of matrix products, gathers,
-concatenations and loops are held until their last use, and what is between them is fused into its neighbours.
+never computed included; what nothing uses, compilers drop, such as the product that ends a layer where remat repeats
+it. Memory is followed through the program in its own order: results of matrix products, gathers, concatenations and
+loops are held until their last use, and what is between them is fused into its neighbours.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def read_traced(
 
     flops, moved = _products(program.jaxpr, chunks)
     saved, uncut, layer, head = 0.0, 0.0, 0.0, 0.0
-    for step in _flat(program.jaxpr):
+    for step in _used(program.jaxpr)[0]:
         if step.name == "scan" and step.equation.params["length"] == layers:
             layer = max(layer, _peak(step.inner[0]))
             if not step.equation.params["reverse"]:
@@ -97,9 +98,9 @@ class _Step:
     inner: tuple[core.Jaxpr, ...]
 
 
-def _flat(jaxpr: core.Jaxpr, names: dict[Any, Any] | None = None) -> Iterator[_Step]:
-    """The equations of a program, with those of the functions that it calls in their place; loops stay loops."""
-    names = {} if names is None else names
+def _flat(jaxpr: core.Jaxpr, names: dict[Any, Any]) -> Iterator[_Step]:
+    """The equations of a program, with those of the functions that it calls in their place; loops stay loops. Fills
+    `names`: the variable of the whole program for each of `jaxpr` that has another."""
 
     def named(variable: Any) -> Any:
         return None if isinstance(variable, core.Literal) else names.get(variable, variable)
@@ -115,10 +116,20 @@ def _flat(jaxpr: core.Jaxpr, names: dict[Any, Any] | None = None) -> Iterator[_S
                 names[outside] = None if isinstance(inside, core.Literal) else called.get(inside, inside)
         else:
             yield _Step(name, operands, tuple(equation.outvars), equation, inner)
-    if names is not None:
-        names.update(
-            {variable: named(variable) for variable in jaxpr.outvars if not isinstance(variable, core.Literal)}
-        )
+    names.update({variable: named(variable) for variable in jaxpr.outvars if not isinstance(variable, core.Literal)})
+
+
+def _used(jaxpr: core.Jaxpr) -> tuple[list[_Step], frozenset[Any]]:
+    """The steps of a program whose results something uses, and the variables that are its results."""
+    names: dict[Any, Any] = {}
+    steps = list(_flat(jaxpr, names))
+    results = frozenset(names.get(variable) for variable in jaxpr.outvars if not isinstance(variable, core.Literal))
+    needed, used = set(results), []
+    for step in reversed(steps):
+        if step.equation.effects or not needed.isdisjoint(step.results):  # kernels write their results as an effect
+            needed.update(step.operands)
+            used.append(step)
+    return used[::-1], results
 
 
 def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
@@ -142,7 +153,7 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
     another doesn't run: it mends what hardly ever happens.
     """
     flops, moved = 0.0, 0.0
-    for step in _flat(jaxpr):
+    for step in _used(jaxpr)[0]:
         if step.name == "pallas_call":
             kernel = _kernel(step)
             flops, moved = flops + kernel[0], moved + kernel[1]
@@ -183,7 +194,7 @@ def _kernel(step: _Step) -> tuple[float, float]:
 
 def _peak(jaxpr: core.Jaxpr) -> float:
     """Most bytes alive at once of the arrays that a program makes; those that it is given don't count."""
-    steps = list(_flat(jaxpr))
+    steps, outputs = _used(jaxpr)
     roots: dict[Any, frozenset[Any]] = {}  # what has to be held for a variable to be had
     last: dict[Any, int] = {}
     results_of: list[list[Any]] = []
@@ -197,9 +208,8 @@ def _peak(jaxpr: core.Jaxpr) -> float:
         roots.update({variable: frozenset([variable]) for variable in step.results})
         last.update(dict.fromkeys(step.results, i))
         results_of.append(list(step.results))
-    for variable in jaxpr.outvars:
-        if not isinstance(variable, core.Literal):
-            last.update(dict.fromkeys(roots.get(variable, frozenset()), len(steps)))
+    for variable in outputs:
+        last.update(dict.fromkeys(roots.get(variable, frozenset()), len(steps)))
     most, held = 0.0, 0.0
     ends: dict[int, float] = {}
     for i, results in enumerate(results_of):

@@ -154,7 +154,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         optimizer=0.0 if config.optimizer.offload else held(optimizer_shapes(config, trained)),
         batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / sharing,
         activations=0.0 if config.model.remat == "offload" else saved,
-        temp=gradients + max(backward, traced.head / tensor) + (head if cut else 0) + _turned(placement, model, kept),
+        temp=gradients + max(backward, traced.head / tensor + (head if cut else 0)) + _turned(placement, model, kept),
     )
     tokens = local * sequences * length // context
     moved = _collectives(decoder, axes, micro, tokens, layers, head, trained, width, config)
@@ -317,9 +317,10 @@ def _collectives(
         sent.append(Collective("all-reduce", micro * passes * count, size))
     if context > 1:
         forward = 1 if keeps_results else 2
-        turns = micro * count * context
         keys = 2 * tokens * decoder.num_kv_heads * decoder.head_dim / tensor
-        sent.append(
-            Collective("collective-permute", turns * (2 * forward + 4), turns * keys * (width * (forward + 1) + 4))
-        )
+        queries = tokens * decoder.num_heads * decoder.head_dim / tensor
+        turned = context * keys * (width * (forward + 1) + 4)
+        dealt = (forward + 1) * width * (2 * queries + keys) + 4 * (queries + keys)
+        times = context * (4 * forward + 8) + 8 * forward + 14
+        sent.append(Collective("collective-permute", micro * count * times, micro * count * (turned + dealt)))
     return tuple(sent)

@@ -43,7 +43,11 @@ _LINKS = {
     "l4": 32e9,
     "l40s": 32e9,
 }
+# Bytes/s that a GPU sends to other hosts by its own network card, one direction: 200 Gbit/s in a DGX A100, 400 in a
+# DGX H100 and H200 and in what clouds build of them.
+_CARDS = {"a100": 25e9, "h100": 50e9, "h200": 50e9}
 _GPUS = (1, 2, 4, 8)  # of one host
+_SEVERAL_HOSTS = (16, 32, 64, 128, 256)  # of hosts of eight
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class Topology:
         chip: what one can do.
         chips: how many; JAX counts each as a device.
         tpu: libtpu's name of the slice, such as `v5e:2x4`; None for GPUs.
-        link_bandwidth: bytes/s that a chip sends to the others at best, one direction.
+        link_bandwidth: bytes/s that a chip sends to the others at best, one direction. Of GPUs on several hosts: around
+            rings that all eight cards of a host are in, as those of collectives over all GPUs. Those between GPUs that
+            share no host have one card.
     """
 
     name: str
@@ -85,9 +91,10 @@ def read_topology(text: str) -> Topology:
     if match := re.fullmatch(r"([a-z][\w-]*?)(?:x(\d+))?", name):
         kind, number = match[1], int(match[2] or 1)
         if kind in ACCELERATORS and kind not in _SLICES:
-            if number not in _GPUS:
-                raise InputError(f"--accelerator {text}: a host has {_listed(_GPUS)} GPUs; give {kind}x8 or fewer")
-            return Topology(f"{kind}x{number}", ACCELERATORS[kind], number, None, _LINKS[kind])
+            if number not in _counts(kind):
+                raise InputError(f"--accelerator {text}: there are {_listed(_counts(kind))} of {kind}, eight a host")
+            link = min(_LINKS[kind], 8 * _CARDS[kind]) if number > 8 else _LINKS[kind]
+            return Topology(f"{kind}x{number}", ACCELERATORS[kind], number, None, link)
     hint = nearest(name, names())
     raise InputError(
         f"--accelerator {text}: unknown; did you mean {hint}?"
@@ -114,7 +121,12 @@ def names() -> list[str]:
     """Every name there is."""
     tpus = [f"{version}-{size * _CORES.get(version, 1)}" for version, shapes in _SLICES.items() for size in shapes]
     gpus = [name for name in ACCELERATORS if name not in _SLICES]
-    return [*tpus, *(f"{name}x{count}" for name in gpus for count in _GPUS)]
+    return [*tpus, *(f"{name}x{count}" for name in gpus for count in _counts(name))]
+
+
+def _counts(kind: str) -> tuple[int, ...]:
+    """How many GPUs of a kind are rented together."""
+    return _GPUS + (_SEVERAL_HOSTS if kind in _CARDS else ())
 
 
 def _listed(numbers) -> str:

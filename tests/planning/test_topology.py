@@ -18,6 +18,7 @@ from mora_jax.planning.topology import _LINKS, larger, names, read_topology
         ("h100", 1, None),
         ("h100-pciex2", 2, None),
         ("a100-40gbx4", 4, None),
+        ("h100x32", 32, None),
     ],
 )
 def test_names(name, chips, tpu):
@@ -31,7 +32,8 @@ def test_names(name, chips, tpu):
     [
         ("v5p-7", "did you mean v5p-8"),
         ("v5e-9", "did you mean v5e-8"),
-        ("h100x16", "a host has 1, 2, 4, 8 GPUs"),
+        ("h100x24", "there are 1, 2, 4, 8, 16, 32, 64, 128, 256 of h100, eight a host"),
+        ("l4x16", "there are 1, 2, 4, 8 of l4"),
         ("h10x8", "did you mean h100x8"),
         ("abacus", "unknown; give a TPU slice"),
         ("", "unknown"),
@@ -57,4 +59,10 @@ def test_every_name_can_be_read_and_has_as_many_chips_as_its_shape():
 
 def test_larger_slices():
     assert [other.name for other in larger(read_topology("v5e-64"))] == ["v5e-128", "v5e-256"]
-    assert [other.name for other in larger(read_topology("h100x4"))] == ["h100x8"]
+    assert [other.name for other in larger(read_topology("l4x2"))] == ["l4x4", "l4x8"]
+    assert [other.name for other in larger(read_topology("h100x4"))][:3] == ["h100x8", "h100x16", "h100x32"]
+
+
+def test_several_hosts_are_linked_by_their_network_cards():
+    one, several = read_topology("a100x8"), read_topology("a100x16")
+    assert several.link_bandwidth == 8 * 25e9 < one.link_bandwidth
