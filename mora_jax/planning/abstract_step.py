@@ -17,7 +17,6 @@ from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble, shapes_in_place
 from mora_jax.training.config.schema import Config, adapter_config
-from mora_jax.training.optimizer import make_optimizer
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import initial_state
@@ -92,8 +91,3 @@ def assemble_abstract(
         for name, value in abstract_batch(config).items()
     }
     return assembly, (shapes_in_place(runner, state), shapes_in_place(runner, assembly.frozen), batch)
-
-
-def optimizer_shapes(config: Config, trained: dict[str, Any]) -> Any:
-    """The shapes of the optimizer's state for the trained arrays."""
-    return jax.eval_shape(make_optimizer(config.optimizer, config.train.steps or STEPS).init, trained)

@@ -20,7 +20,6 @@ is not in it: `benchmarks/results/plan.md` has a table of how far off that leave
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +43,11 @@ from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.planning.abstract_step import abstract_batch, abstract_model, assemble_abstract, optimizer_shapes
+from mora_jax.planning.abstract_step import STEPS, abstract_batch, abstract_model, assemble_abstract
 from mora_jax.planning.collectives import Collective
 from mora_jax.planning.jaxpr_cost import Traced, read_traced
 from mora_jax.training.config.schema import AdapterConfig, Config, ModelConfig, lay_over
+from mora_jax.training.optimizer import make_optimizer
 from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import AXES
 from mora_jax.training.sharding.rules import Placement
@@ -123,7 +123,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     tensor, context = axes["tensor"], axes["context"]
     sharing = axes["data"] * axes["fsdp"]
     with compiling_for(backend):
-        model = _model(config.model, config.adapter, _text(values), backend)
+        model = _model(config.model, config.adapter, decoder, backend)
         _, adapters, frozen = partition(model)
         # It has the axes of a mesh and no devices, which is all that shapes of shards need.
         abstract: Any = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -139,8 +139,9 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     def held(tree: Any) -> float:
         return _bytes_held(tree, shardings, placement.sharding())
 
+    moments = jax.eval_shape(make_optimizer(config.optimizer, config.train.steps or STEPS).init, trained)
     local = rows // sharing
-    traced = _traced(config, values, local, backend)
+    traced = _traced(config, decoder, local, backend)
     width = jnp.dtype(model.dtype).itemsize
     layers = _gathered(placement, (adapters, frozen), width)
     head = decoder.vocab_size * decoder.hidden_size * width / tensor
@@ -151,7 +152,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     memory = Memory(
         weights=held(kept),
         adapters=held(trained),
-        optimizer=0.0 if config.optimizer.offload else held(optimizer_shapes(config, trained)),
+        optimizer=0.0 if config.optimizer.offload else held(moments),
         batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / sharing,
         activations=0.0 if config.model.remat == "offload" else saved,
         temp=gradients + max(backward, traced.head / tensor + (head if cut else 0)) + _turned(placement, model, kept),
@@ -235,9 +236,9 @@ def _mixed(placement: Placement, model: Decoder, width: int, remat: str) -> floa
     return numbers / tensor * (tensor - 1) / tensor
 
 
-def _traced(config: Config, values: dict[str, Any], rows: int, backend: str) -> Traced:
+def _traced(config: Config, decoder: DecoderConfig, rows: int, backend: str) -> Traced:
     """A micro-batch of `rows` on one device: everything in it grows evenly with the rows."""
-    one, two = (_traced_rows(_for_trace(config, backend), _text(values), count, backend) for count in (1, 2))
+    one, two = (_traced_rows(_for_trace(config, backend), decoder, count, backend) for count in (1, 2))
 
     def grown(name: str) -> float:
         first, second = getattr(one, name), getattr(two, name)
@@ -255,24 +256,19 @@ def _for_trace(config: Config, backend: str) -> Config:
     return lay_over(config, settings)
 
 
-def _text(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True)
-
-
 @functools.lru_cache(maxsize=64)
-def _model(model: ModelConfig, adapter: AdapterConfig, values: str, backend: str) -> Decoder:
+def _model(model: ModelConfig, adapter: AdapterConfig, decoder: DecoderConfig, backend: str) -> Decoder:
     """The shapes, once for all meshes and batches."""
     with compiling_for(backend):
-        return abstract_model(read_config(json.loads(values), "the model"), Config(model=model, adapter=adapter))
+        return abstract_model(decoder, Config(model=model, adapter=adapter))
 
 
 @functools.lru_cache(maxsize=256)
-def _traced_rows(config: Config, values: str, rows: int, backend: str) -> Traced:
-    decoder = read_config(json.loads(values), "the model")
+def _traced_rows(config: Config, decoder: DecoderConfig, rows: int, backend: str) -> Traced:
     config = lay_over(config, [("train.batch_size", rows, "")])
     with compiling_for(backend):
         # A copy: a step puts the kernels into the form that its mesh wants.
-        model = nnx.merge(*nnx.split(_model(config.model, config.adapter, values, backend)))
+        model = nnx.merge(*nnx.split(_model(config.model, config.adapter, decoder, backend)))
         assembly, arguments = assemble_abstract(model, config, (1,) * len(AXES))
         assert isinstance(assembly.runner, JitRunner), "pmap is refused before"
         program = assembly.runner.trace(*arguments).jaxpr
