@@ -61,11 +61,13 @@ class Collective:
         kind: as HLO calls it.
         count: how often one runs.
         bytes: that a device sends, over all of them, by the ring algorithm.
+        beside: groups that send through the same host's network cards at the same time.
     """
 
     kind: str
     count: int
     bytes: float
+    beside: int = 1
 
 
 def collectives(hlo: str, devices: int, loops: Loops) -> list[Collective]:

@@ -158,7 +158,9 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         temp=gradients + max(backward, traced.head / tensor + (head if cut else 0)) + _turned(placement, model, kept),
     )
     tokens = local * sequences * length // context
-    moved = _collectives(decoder, axes, micro, tokens, layers, head, trained, width, config)
+    # Ranks along `tensor` are neighbours: where the others span hosts of eight GPUs, their groups share the cards.
+    beside = tensor if backend == "gpu" and axes["fsdp"] * tensor * context > 8 else 1
+    moved = _collectives(decoder, axes, micro, tokens, layers, head, trained, width, config, beside)
     mixed = micro * decoder.num_layers * tokens * _mixed(placement, model, width, config.model.remat)
     if mixed:
         moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
@@ -291,6 +293,7 @@ def _collectives(
     trained: dict[str, Any],
     width: int,
     config: Config,
+    beside: int,
 ) -> tuple[Collective, ...]:
     """Gathers of weights along `fsdp` and `context`, forward and backward; sums of gradients; sums of activations along
     `tensor`, float32, one for each product over a sharded axis; keys and values around the ring of `context`, forward
@@ -302,10 +305,11 @@ def _collectives(
     keeps_results = config.model.remat in ("none", "dots")
     if gathering > 1:
         size = (micro * 2 * layers + head) * (gathering - 1) / gathering
-        sent.append(Collective("all-gather", micro * 2 * count + 1, size))
+        sent.append(Collective("all-gather", micro * 2 * count + 1, size, beside))
     if sharing > 1:
         gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
-        sent.append(Collective("all-reduce", micro * count, 2 * micro * gradient * (sharing - 1) / sharing))
+        size = 2 * micro * gradient * (sharing - 1) / sharing
+        sent.append(Collective("all-reduce", micro * count, size, beside))
     if tensor > 1:
         # Two forward and two backward. The last projection's isn't made again: the backward pass has no use for it.
         passes = 4 if keeps_results else 5

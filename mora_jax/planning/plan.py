@@ -60,15 +60,17 @@ def estimate(flops: float, moved: float, collectives: Iterable[Collective], topo
         flops, moved: FLOPs and bytes of matrix products on each chip.
         collectives: of a step.
     """
-    chip, sent = topology.chip, sum(entry.bytes for entry in collectives)
+    chip, sent, linked = topology.chip, 0.0, 0.0
+    for entry in collectives:
+        sent, linked = sent + entry.bytes, linked + entry.bytes * entry.beside
     fast = {
         "compute": flops / (FAST * chip.bf16_flops),
         "memory": moved / chip.memory_bandwidth,
-        "network": sent / topology.link_bandwidth,
+        "network": linked / topology.link_bandwidth,
     }
     bound = max(fast, key=lambda name: fast[name])
     slow = max(flops / (SLOW * chip.bf16_flops), 2 * moved / chip.memory_bandwidth)
-    slow += 2 * sent / topology.link_bandwidth
+    slow += 2 * linked / topology.link_bandwidth
     return StepTime(flops, moved, sent, fast[bound], slow, bound)
 
 

@@ -21,3 +21,10 @@ def test_range(flops, moved, sent, bound, fast, slow):
     assert (found.fastest, found.slowest) == (pytest.approx(fast, rel=1e-6), pytest.approx(slow, rel=1e-6))
     assert found.tokens_per_second(1000) == (1000 / found.slowest, 1000 / found.fastest)
     assert found.intensity == flops / moved
+
+
+def test_groups_that_share_cards_take_turns():
+    alone, beside = (
+        estimate(1e12, 1e9, [Collective("all-gather", 2, 400e9, groups)], read_topology("h100x32")) for groups in (1, 4)
+    )
+    assert (alone.fastest, beside.fastest) == (1.0, 4.0) and alone.sent == beside.sent == 400e9
