@@ -104,7 +104,7 @@ def test_the_compilers_figures_take_the_place_of_the_formulas(model, capsys, mon
     own, best = found["configured"], found["recommended"]
     assert own["figures_by"] == "compiled" and not own["fits"] and own["total_bytes"] == 40e9
     assert best["figures_by"] == "compiled" and best["total_bytes"] == pytest.approx(6e9)
-    assert best["collectives"] == [{"kind": "all-gather", "count": 7, "bytes": 1e9}]
+    assert best["collectives"] == [{"kind": "all-gather", "count": 7, "bytes": 1e9, "beside": 1}]
     assert "compiling for v5e:2x2" in err
 
 
