@@ -53,7 +53,7 @@ def products(generator: Generator) -> Answer:
         used = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         return [projection.kernel.get_value() for projection in used]
 
-    kernels = [kernel for index in range(len(layers.states)) for kernel in matrices(layers.layer(index))]
+    kernels = [kernel for leaves in layers.leaves for kernel in matrices(layers.structure.merge(leaves))]
 
     @jax.jit
     def token(x: jax.Array, kernels: list[Turned], head: Head) -> jax.Array:

@@ -21,9 +21,9 @@ from flax import nnx
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
 from mora_jax.backend import backend
 from mora_jax.errors import InputError
-from mora_jax.models.decoder import Decoder
+from mora_jax.models.decoder import Decoder, Head
 from mora_jax.models.kv_cache import Cache
-from mora_jax.models.unstacked import UnstackedLayers
+from mora_jax.models.unstacked import Structure, UnstackedLayers, looked_up
 
 BUCKET, SHORT = 64, 16
 LOOKED_AT = 16  # tokens that are made between two looks at the answers
@@ -72,7 +72,14 @@ class Generator:
         self.stop_ids = frozenset(int(token) for token in stop_ids)
         self.sampling = sampling
         self._graphdef, self._state = nnx.split(model)
-        self._layers = UnstackedLayers.of(model.layers, model.embed_tokens) if _faster_apart(model) else None
+        self._layers = UnstackedLayers.of(model) if _faster_apart(model) else None
+        if self._layers is not None:
+            leaves, tree = jax.tree.flatten(self._state)
+            # A tuple, which JAX takes apart faster than a state.
+            self._leaves = tuple(leaves)
+            self._enter, self._leave = _token_programs(Structure(self._graphdef, tree))
+            # An adapted head is made once, and not for each token.
+            self._head = _head(self._graphdef, self._state) if model.has_adapted_head else None
 
     def stream(self, prompt_ids: Sequence[int] | np.ndarray, max_new_tokens: int, number: int = 0) -> Iterator[int]:
         """Yields the answer's tokens one by one, up to a stop token or the end of the model's context.
@@ -163,7 +170,24 @@ class Generator:
         options = (self._graphdef, self._state, stops, draw, adapter_ids)
         room = _round_up(int(limits.max()))
         answers = _begin(*options, ids, segments, limits, room, self._layers is not None)
-        return functools.partial(_proceed, *options, self._layers), answers
+        if self._layers is None:
+            return functools.partial(_proceed, *options), answers
+        return functools.partial(self._proceed_apart, stops, draw, adapter_ids), answers
+
+    def _proceed_apart(
+        self, stops: jax.Array, draw: Draw, adapter_ids: jax.Array | None, answers: Answers, until: int
+    ) -> Answers:
+        """`_proceed` with a compiled call for each layer."""
+        assert self._layers is not None
+        keys, values = list(answers.cache.keys), list(answers.cache.values)
+        answers = _with_cache(answers, keys=(), values=())
+        for _ in range(int(answers.made), until):
+            if np.asarray(answers.done).all():
+                break
+            x, layout, answers = self._enter(self._leaves, self._layers.table, answers, adapter_ids)
+            x = self._layers.extend(x, layout, keys, values, answers.cache.length, adapter_ids)
+            answers = self._leave(self._leaves, self._head, x, answers, stops, draw)
+        return _with_cache(answers, keys=tuple(keys), values=tuple(values))
 
     def _pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         lengths = [len(prompt) for prompt in prompts]
@@ -277,6 +301,18 @@ class Answers:
     tokens: jax.Array
     limits: jax.Array
 
+    def advanced(self, cache: Cache, logits: jax.Array, stop_ids: jax.Array, draw: Draw) -> Answers:
+        """With `token` made and in the cache, and the next one drawn from its `logits [B, V]`."""
+        tokens = self.tokens.at[:, self.made].set(jnp.where(self.done, -1, self.token))
+        made = self.made + 1
+        token = draw(logits, made)
+        done = self.done | jnp.isin(token, stop_ids) | (made >= self.limits)
+        return Answers(made, cache, token, done, tokens, self.limits)
+
+
+def _with_cache(answers: Answers, **changes: Any) -> Answers:
+    return dataclasses.replace(answers, cache=dataclasses.replace(answers.cache, **changes))
+
 
 @functools.partial(jax.jit, static_argnums=(0, 8, 9))
 def _begin(
@@ -307,14 +343,13 @@ def _begin(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
 def _proceed(
     graphdef: Any,
     state: Any,
     stop_ids: jax.Array,
     draw: Draw,
     adapter_ids: jax.Array | None,
-    layers: UnstackedLayers | None,
     answers: Answers,
     until: jax.Array | int,
 ) -> Answers:
@@ -322,18 +357,42 @@ def _proceed(
     model = nnx.merge(graphdef, state)
     choose_rows(model, adapter_ids, len(answers.token))
     head = model.head()
-    if layers is not None:
-        layers = dataclasses.replace(layers, adapter_ids=adapter_ids)
 
     def running(answers: Answers) -> jax.Array:
         return (answers.made < until) & ~jnp.all(answers.done)
 
     def advance(answers: Answers) -> Answers:
-        tokens = answers.tokens.at[:, answers.made].set(jnp.where(answers.done, -1, answers.token))
-        logits, cache = model.read(answers.cache, answers.token[:, None], layers=layers, head=head)
-        made = answers.made + 1
-        token = draw(logits, made)
-        done = answers.done | jnp.isin(token, stop_ids) | (made >= answers.limits)
-        return Answers(made, cache, token, done, tokens, answers.limits)
+        logits, cache = model.read(answers.cache, answers.token[:, None], head=head)
+        return answers.advanced(cache, logits, stop_ids, draw)
 
     return jax.lax.while_loop(running, advance, answers)
+
+
+@functools.lru_cache(maxsize=64)
+def _token_programs(structure: Structure) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled calls before and behind the layers of a token, on the arrays of a model."""
+
+    @jax.jit
+    def enter(
+        leaves: Any, table: jax.Array | None, answers: Answers, adapter_ids: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any], Answers]:
+        model = structure.merge(leaves)
+        choose_rows(model, adapter_ids, len(answers.token))
+        look_up = None if table is None else functools.partial(looked_up, table)
+        x, layout, cache = model.enter(answers.cache, answers.token[:, None], look_up=look_up)
+        return x, model.runner.shared(layout).arrays(), dataclasses.replace(answers, cache=cache)
+
+    @jax.jit
+    def leave(
+        leaves: Any, head: Head | None, x: jax.Array, answers: Answers, stop_ids: jax.Array, draw: Draw
+    ) -> Answers:
+        logits = structure.merge(leaves).leave(x, jnp.ones(x.shape[:2], jnp.int32), head)
+        cache = dataclasses.replace(answers.cache, length=answers.cache.length + 1)
+        return answers.advanced(cache, logits, stop_ids, draw)
+
+    return enter, leave
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _head(graphdef: Any, state: Any) -> Head:
+    return nnx.merge(graphdef, state).head()

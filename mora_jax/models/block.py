@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mora_jax.models.attention.causal import Kernel
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
-    from mora_jax.models.unstacked import UnstackedLayers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +336,7 @@ class LayerRunner:
             token_dropout: turns the adapters' dropout on.
         """
         graphdef, per_layer = self._split(layers, layout.partitioner)
-        layout = self._shared(layout)
+        layout = self.shared(layout)
         partitioner, folded = layout.partitioner, layout.folded
 
         def by_rows(x: jax.Array) -> jax.Array:
@@ -346,23 +345,16 @@ class LayerRunner:
         def body(x: jax.Array, layer: Any, shared: Any) -> jax.Array:
             index, leaves, window, rope = layer
             arrays, token_dropout = shared
-            here = self._of_layer(layout.with_arrays(arrays), window, rope)
+            here = self.of_layer(layout.with_arrays(arrays), window, rope)
             token_dropout = None if token_dropout is None else token_dropout.fold(index)
             return by_rows(nnx.merge(graphdef, leaves)(by_rows(x), here, None, token_dropout)[0])
 
         places = None if partitioner is None else _places(partitioner, per_layer)
         return run_stack(body, self.remat, x, per_layer, (layout.arrays(), token_dropout), places)
 
-    def extend(
-        self, layers: Block | UnstackedLayers, x: jax.Array, layout: RowLayout, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """`x` through all layers behind the tokens of the cache, and the cache with its keys and values.
-
-        The cache of unstacked layers is unstacked too.
-        """
-        layout = self._shared(layout)
-        if not isinstance(layers, Block):
-            return self._extend_apart(layers, x, layout, cache)
+    def extend(self, layers: Block, x: jax.Array, layout: RowLayout, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`x` through all layers behind the tokens of the cache, and the cache with its keys and values."""
+        layout = self.shared(layout)
         graphdef, per_layer = self._split(layers)
         # Where a loop carries the cache, XLA copies all of it for each write on CPUs, and none of it elsewhere.
         carried = backend() != "cpu"
@@ -371,7 +363,7 @@ class LayerRunner:
             (index, leaves, window, rope), own = layer
             x, (keys, values) = carry if carried else (carry, own)
             slot = CacheSlot(keys, values, index if carried else None, cache.length)
-            x, written = nnx.merge(graphdef, leaves)(x, self._of_layer(layout, window, rope), slot, None)
+            x, written = nnx.merge(graphdef, leaves)(x, self.of_layer(layout, window, rope), slot, None)
             assert written is not None
             arrays = (written.keys, written.values)
             return ((x, arrays), None) if carried else (x, arrays)
@@ -381,17 +373,6 @@ class LayerRunner:
             (x, (keys, values)), _ = jax.lax.scan(body, (x, arrays), (per_layer, None))
         else:
             x, (keys, values) = jax.lax.scan(body, x, (per_layer, arrays))
-        return x, dataclasses.replace(cache, keys=keys, values=values)
-
-    def _extend_apart(
-        self, layers: UnstackedLayers, x: jax.Array, layout: RowLayout, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        slots = []
-        for i, (window, rope) in enumerate(zip(self.config.windows, self.config.layer_ropes, strict=True)):
-            slot = CacheSlot(cache.keys[i], cache.values[i], None, cache.length)
-            x, written = layers.layer(i)(x, self._of_layer(layout, window, rope), slot, None)
-            slots.append(written)
-        keys, values = tuple(slot.keys for slot in slots), tuple(slot.values for slot in slots)
         return x, dataclasses.replace(cache, keys=keys, values=values)
 
     def _split(self, layers: Block, partitioner: Partitioner | None = None) -> tuple[Any, Any]:
@@ -412,11 +393,12 @@ class LayerRunner:
     def _one_window(self) -> bool:
         return len(set(self.config.windows)) == 1
 
-    def _shared(self, layout: RowLayout) -> RowLayout:
+    def shared(self, layout: RowLayout) -> RowLayout:
         """The layout with the angles of all layers where they are the same."""
         return dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0]) if self._one_rope else layout
 
-    def _of_layer(self, layout: RowLayout, window: Any, rope: Any) -> RowLayout:
+    def of_layer(self, layout: RowLayout, window: Any, rope: Any) -> RowLayout:
+        """The layout of a layer with that window and the angles of that number."""
         layout = dataclasses.replace(layout, window=self.config.windows[0] if self._one_window else window)
         if self._one_rope:
             return layout

@@ -25,7 +25,6 @@ from mora_jax.models.segments import check_token_ids, default_positions, segment
 if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
-    from mora_jax.models.unstacked import UnstackedLayers
 
 REMAT = ("none", "dots", "full", "offload")
 
@@ -258,7 +257,7 @@ class Decoder(nnx.Module):
             "mesh": partitioner,
         }
         layout = RowLayout(segments, segments, None, None, cos, sin, None, query_scale, **static)
-        x = self.norm(self._runner(self.layers, x, layout, token_dropout))
+        x = self.norm(self.runner(self.layers, x, layout, token_dropout))
         return x if ring is None or partitioner is None else partitioner.unfold(x, *input_ids.shape)
 
     def head(self, partitioner: Partitioner | None = None) -> Head:
@@ -385,7 +384,8 @@ class Decoder(nnx.Module):
         return x if scale is None else x * jnp.asarray(scale, dtype=x.dtype)
 
     @property
-    def _runner(self) -> LayerRunner:
+    def runner(self) -> LayerRunner:
+        """What runs its layers."""
         return LayerRunner(self.config, self.remat)
 
     def read(
@@ -395,15 +395,35 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         *,
-        layers: UnstackedLayers | None = None,
         head: Head | None = None,
     ) -> tuple[jax.Array, Cache]:
         """`extend` inside a compiled function: nothing is checked, and nothing is compiled by itself.
 
         Args:
             cache, input_ids, positions, segment_ids: as in `extend`.
-            layers: copies of the model's arrays, for a cache that is unstacked; None for its own.
             head: the model's, where it is at hand.
+        """
+        x, layout, cache = self.enter(cache, input_ids, positions, segment_ids)
+        x, cache = self.runner.extend(self.layers, x, layout, cache)
+        return self.leave(x, layout.segments, head), dataclasses.replace(cache, length=cache.length + x.shape[1])
+
+    def enter(
+        self,
+        cache: Cache,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        look_up: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> tuple[jax.Array, RowLayout, Cache]:
+        """What comes before the layers in `read`.
+
+        Args:
+            cache, input_ids, positions, segment_ids: as in `extend`.
+            look_up: from ids to rows of the embedding; None for the model's own.
+
+        Returns:
+            The layers' input `[B, T, D]`, who sees whom, and the cache with the tokens' segments and positions.
         """
         shape = input_ids.shape
         segments = jnp.ones(shape, jnp.int32) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
@@ -419,16 +439,14 @@ class Decoder(nnx.Module):
         )
         cos, sin, query_scale = self._by_position(positions, lambda: cache.max_length)
         layout = RowLayout(segments, cache.segments, positions, cache.positions, cos, sin, None, query_scale)
-        stack = self.layers if layers is None else layers
-        rows = self.embed_tokens if layers is None or layers.table is None else layers.rows
-        x = self._scaled(rows(input_ids).astype(self.dtype))
-        x = x if self.embed_positions is None else x + self.embed_positions(positions)
-        x, written = self._runner.extend(stack, x, layout, cache)
-        columns = jnp.arange(shape[1])
-        last = jnp.max(jnp.where(segments > 0, columns, 0), axis=1)
+        x = self._scaled((look_up or self.embed_tokens)(input_ids).astype(self.dtype))
+        return x if self.embed_positions is None else x + self.embed_positions(positions), layout, cache
+
+    def leave(self, x: jax.Array, segments: jax.Array, head: Head | None = None) -> jax.Array:
+        """What comes behind the layers in `read`: float32 logits `[B, V]` of each row's last token of a segment."""
+        last = jnp.max(jnp.where(segments > 0, jnp.arange(x.shape[1]), 0), axis=1)
         hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
-        head = self.head() if head is None else head
-        return head.logits(hidden), dataclasses.replace(written, length=cache.length + shape[1])
+        return (head or self.head()).logits(hidden)
 
 
 # Compiled once per structure and shape, so that eager calls don't compile the scan again each time.

@@ -1,18 +1,17 @@
-"""AdamW with clipping, warm-up and a schedule, for whatever tree is trained."""
+"""An optimizer with clipping, warm-up and a schedule, for whatever tree is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.adapters.methods.registry import VECTORS
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.relora import Restarts
-from mora_jax.training.state import Arrays, streamed
+from mora_jax.training.state import streamed
+from mora_jax.training.update_rules import RULES, weight_masks
 
 
 def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None = None) -> optax.Schedule:
@@ -45,18 +44,6 @@ def _above(schedule: optax.Schedule, lowest: float) -> optax.Schedule:
     return lambda step: jnp.maximum(schedule(step), lowest)
 
 
-def decays(name: str, array: jax.Array) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, biases, attention sinks and other vectors, stacked or
-    not."""
-    last = name.rpartition(".")[2]
-    return array.ndim >= 2 and "norm" not in name and last not in (*VECTORS, "sinks")
-
-
-def weight_masks(adapters: Arrays) -> dict[str, bool]:
-    """Which arrays weight decay applies to."""
-    return {name: decays(name, array) for name, array in adapters.items()}
-
-
 def make_optimizer(
     config: OptimizerConfig,
     steps: int,
@@ -64,7 +51,7 @@ def make_optimizer(
     *,
     restarts: Restarts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW; weight decay leaves norms and biases alone.
+    """Clipping by global norm, then the optimizer; decoupled weight decay leaves norms and biases alone.
 
     Args:
         config: the section `optimizer`.
@@ -83,18 +70,23 @@ def scheduled(
     config: OptimizerConfig, schedule: optax.Schedule, rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """`make_optimizer` with a given schedule; its rate, the weight decay and the norm to clip to may be traced."""
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype="float32")
+    rule = RULES[config.name].scale(**config.settings)
     # As `optax.adamw`, whose state is made up in the same way.
-    adamw = optax.chain(
-        streamed(adam) if config.offload else adam,
+    optimizer = optax.chain(
+        streamed(rule) if config.offload else rule,
         optax.add_decayed_weights(config.weight_decay, weight_masks),
         optax.scale_by_learning_rate(schedule),
     )
     stages = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    stages.append(adamw)
-    if rates:
-        stages.append(scale_rates(rates))
-    return optax.with_extra_args_support(stages[0] if len(stages) == 1 else optax.chain(*stages))
+    return with_rates(optimizer if not stages else optax.chain(*stages, optimizer), rates)
+
+
+def with_rates(
+    optimizer: optax.GradientTransformation, rates: Mapping[str, float] | None
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with other learning rates for arrays of some names (see `make_optimizer`)."""
+    stages = [optimizer, scale_rates(rates)] if rates else [optimizer]
+    return optax.with_extra_args_support(optimizer if len(stages) == 1 else optax.chain(*stages))
 
 
 def scale_rates(rates: Mapping[str, float]) -> optax.GradientTransformation:

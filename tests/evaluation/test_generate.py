@@ -1,5 +1,6 @@
 """Generation: the cache must give what whole forwards give."""
 
+import dataclasses
 import re
 
 import jax
@@ -19,6 +20,7 @@ from mora_jax.models.families import read_config
 from tests.evaluation import tiny
 
 PROMPT = [10, 200, 31, 7, 7, 99]
+GREEDY = generate.Draw(jax.random.split(jax.random.key(0)), jnp.float32(0), jnp.float32(1), True)
 
 
 def by_whole_forwards(model, prompt, count, stop_ids=()):
@@ -61,10 +63,23 @@ def test_stop_tokens_end_an_answer_and_are_not_part_of_it(model):
 def test_one_compilation_for_all_prompts_of_a_bucket(model):
     generator = Generator(model)
     list(generator.stream(PROMPT, 3))
-    before = generate._proceed._cache_size()
+    programs = [generator._enter, generator._leave, *generator._layers.programs]
+    before = [program._cache_size() for program in programs]
+    assert all(before)
     for length in (1, 20, generate.BUCKET):
         list(generator.stream(list(range(length)), 5))
-    assert generate._proceed._cache_size() == before
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_layers_of_a_kind_are_one_program_that_models_share():
+    """So that compiling doesn't grow with depth, nor with models of one form."""
+    config = read_config(tiny.llama_config() | {"num_hidden_layers": 3}, "config.json")
+    deep = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    programs = Generator(deep)._layers.programs
+    assert len(programs) == 3 and len(set(programs)) == 1
+    assert Generator(nnx.merge(*nnx.split(deep)))._layers.programs == programs
+    assert list(Generator(deep).stream(PROMPT, 5)) == by_whole_forwards(deep, PROMPT, 5)
+    assert programs[0]._cache_size() == 1
 
 
 def test_the_context_ends_an_answer(model):
@@ -168,9 +183,17 @@ def test_bfloat16_in_place_and_alone_as_in_a_batch():
     generator = Generator(model)
     answers = generator.batch([PROMPT, PROMPT[:3]], 9)
     assert generator.batch([PROMPT], 9)[0].tolist() == answers[0].tolist()
-    proceed, begun = generator._begin([PROMPT, PROMPT[:3]], 9, None, None)
-    program = generate._proceed.lower(*proceed.args, begun, 9).compile().as_text()
-    cache = ",".join(str(size) for size in begun.cache.keys[0].shape)
+    _, begun = generator._begin([PROMPT, PROMPT[:3]], 9, None, None)
+    layers = generator._layers
+    keys, values = begun.cache.keys[0], begun.cache.values[0]
+    begun = dataclasses.replace(begun, cache=dataclasses.replace(begun.cache, keys=(), values=()))
+    x, layout, begun = generator._enter(generator._leaves, layers.table, begun, None)
+    layer = layers.programs[0].lower(layers.leaves[0], x, keys, values, layout, begun.cache.length, None)
+    program = layer.compile().as_text()
+    ends = [generator._enter.lower(generator._leaves, layers.table, begun, None)]
+    ends += [generator._leave.lower(generator._leaves, None, x, begun, jnp.asarray([-1]), GREEDY)]
+    program += "".join(end.compile().as_text() for end in ends)
+    cache = ",".join(str(size) for size in keys.shape)
     assert f"f32[{cache}]" in program
     assert not re.findall(rf"= f32\[{cache}\]\S* copy\(", program), "the cache is written in place"
     widened = [size for size in ("64,32", "32,32", "96,32", "32,48", "261,32") if f"f32[{size}]" in program]

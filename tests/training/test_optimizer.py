@@ -8,11 +8,14 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
+from mora_jax.errors import InputError
 from mora_jax.models import init_decoder
-from mora_jax.training.config.schema import OptimizerConfig
-from mora_jax.training.optimizer import make_optimizer, make_schedule, scale_rates, weight_masks
-from mora_jax.training.relora import Restarts
+from mora_jax.training.config.load import check_together
+from mora_jax.training.config.schema import Config, OptimizerConfig, lay_over
+from mora_jax.training.optimizer import make_optimizer, make_schedule, scale_rates
+from mora_jax.training.relora import Restarts, prune_moments
 from mora_jax.training.state import flat_arrays
+from mora_jax.training.update_rules import RULES, weight_masks
 from tests.models import tiny_experts
 from tests.models.tiny import LLAMA
 
@@ -83,3 +86,110 @@ def test_sinks_of_attention_and_biases_of_experts_do_not_decay():
 def test_a_ratio_is_positive():
     with pytest.raises(ValueError, match="lr_ratio must be a positive number, not 0"):
         mj.LoRAPlusConfig(lr_ratio=0)
+
+
+STACKS = {
+    "layers.q.lora_a": jax.random.normal(jax.random.key(0), (2, 130, 140)),
+    "layers.q.lora_b": jax.random.normal(jax.random.key(1), (2, 8, 140)),
+    "layers.q.bias": jax.random.normal(jax.random.key(2), (2, 140)),
+    "norm.scale": jnp.ones(6),
+}
+
+
+def updates_of(optimizer, params, steps=3):
+    """What an optimizer makes of random gradients, step by step."""
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    results = []
+    for step in range(steps):
+        gradients = {
+            name: jax.random.normal(jax.random.fold_in(jax.random.key(step), number), array.shape)
+            for number, (name, array) in enumerate(sorted(params.items()))
+        }
+        updates, state = update(gradients, state, params)
+        results.append(updates)
+    return results, state
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_optimizers_are_those_of_optax_on_each_matrix_alone(name):
+    """Each layer of a stack gets what optax gives its matrix alone; vectors and weight decay included."""
+    rate, decay = 0.01, 0.1
+    config = OptimizerConfig(name=name, learning_rate=rate, schedule="constant", weight_decay=decay, clip_norm=None)
+    params = {
+        "layers.q.lora_a": STACKS["layers.q.lora_a"],
+        "layers.q.lora_b": STACKS["layers.q.lora_b"],
+        "layers.q.bias": STACKS["layers.q.bias"],
+        "norm.scale": STACKS["norm.scale"],
+    }
+    ours, state = updates_of(make_optimizer(config, 10), params)
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert all(leaf.dtype == jnp.float32 for leaf in floats)
+
+    def theirs(decay):
+        adafactor = {"multiply_by_parameter_scale": False, "weight_decay_rate": None}
+        return {
+            "adamw": lambda: optax.adamw(rate, weight_decay=decay),
+            "lion": lambda: optax.lion(rate, weight_decay=decay),
+            "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate)),
+            "adafactor": lambda: optax.chain(
+                optax.adafactor(1.0, **adafactor), optax.scale(-1), optax.add_decayed_weights(decay), optax.scale(-rate)
+            ),
+            # Its own Adam for vectors has Nesterov's momentum; ours is that of `adamw`.
+            "muon": lambda: optax.contrib.muon(rate, weight_decay=decay, consistent_rms=0.2)
+            if decay
+            else optax.adam(rate),
+        }[name]()
+
+    for path, array in params.items():
+        is_matrix = path.endswith(("lora_a", "lora_b"))
+        optimizer = theirs(decay if is_matrix else 0.0)
+        for layer in range(len(array)) if path.startswith("layers.") else [...]:
+            state = optimizer.init(array[layer])
+            for step in range(3):
+                gradient = jax.random.normal(
+                    jax.random.fold_in(jax.random.key(step), sorted(params).index(path)), array.shape
+                )
+                expected, state = optimizer.update(gradient[layer], state, array[layer])
+                np.testing.assert_allclose(ours[step][path][layer], expected, rtol=2e-4, atol=1e-6)
+
+
+def test_settings_of_an_optimizer_are_taken():
+    params = {"q.lora_a": STACKS["layers.q.lora_b"][0]}
+    options = {"learning_rate": 0.1, "schedule": "constant", "clip_norm": None}
+    for name, changed, theirs in (
+        ("sgd", {"momentum": 0.8}, optax.sgd(0.1, momentum=0.8)),
+        ("lion", {"b1": 0.5, "b2": 0.7}, optax.lion(0.1, 0.5, 0.7, weight_decay=0.0)),
+        ("muon", {"momentum": 0.5}, optax.contrib.muon(0.1, beta=0.5, consistent_rms=0.2)),
+    ):
+        ours, _ = updates_of(make_optimizer(OptimizerConfig(name=name, **options, **changed), 10), params)
+        expected, _ = updates_of(theirs, params)
+        usual, _ = updates_of(make_optimizer(OptimizerConfig(name=name, **options), 10), params)
+        np.testing.assert_allclose(ours[2]["q.lora_a"], expected[2]["q.lora_a"], rtol=1e-4, atol=1e-6)
+        assert not np.allclose(ours[2]["q.lora_a"], usual[2]["q.lora_a"], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"optimizer.name": "sgd", "optimizer.b1": 0.9}, "does not use optimizer.b1, which is of adamw, lion, muon"),
+        ({"optimizer.momentum": 0.9}, "does not use optimizer.momentum, which is of sgd, muon"),
+        ({"optimizer.name": "lion", "optimizer.offload": True}, "optimizer.offload is of adamw alone"),
+        ({"optimizer.name": "muon", "adapter.method": "full"}, "take it with an adapter"),
+        ({"optimizer.name": "adafactor", "adapter.method": "relora"}, "take adamw, lion or sgd"),
+        ({"optimizer.name": "adam"}, "did you mean 'adamw'"),
+    ],
+)
+def test_what_an_optimizer_has_no_use_for_is_refused(settings, words):
+    values = {"model.path": "m", "data.train": ("d",), "out": "o"} | settings
+    with pytest.raises(InputError, match=words):
+        check_together(lay_over(Config(), [(name, value, "config") for name, value in values.items()]))
+
+
+@pytest.mark.parametrize("name", ["lion", "sgd"])
+def test_restarts_prune_the_moments_of_other_optimizers_too(name):
+    config = OptimizerConfig(name=name, momentum=0.9 if name == "sgd" else None)
+    _, state = updates_of(make_optimizer(config, 10), STACKS)
+    pruned = prune_moments(state, STACKS, ["layers.q.lora_a"], 0.9)
+    before, after = (optax.tree.get(state, "trace" if name == "sgd" else "mu") for state in (state, pruned))
+    assert 0.08 < float((after["layers.q.lora_a"] != 0).mean()) < 0.12
+    np.testing.assert_array_equal(after["layers.q.lora_b"], before["layers.q.lora_b"])

@@ -26,6 +26,7 @@ from mora_jax.losses.preference import OBJECTIVES, Settings
 from mora_jax.paths import expanded
 from mora_jax.training.config.schema import Config, adapter_config, find_key, flatten, keys, lay_over, unused
 from mora_jax.training.distributed.signals import Stopped
+from mora_jax.training.update_rules import RULES, SETTINGS
 
 MODULE_NAME = "mora_jax_config_file"
 #: Endings of config files that are read, not run.
@@ -319,6 +320,7 @@ def check_together(config: Config) -> None:
         if is_so:
             raise InputError(f"config: {why}")
     _check_objective(config)
+    _check_optimizer(config)
     if train.steps is not None:
         check_warmup(config, train.steps)
     adapter_config(config.adapter)
@@ -364,6 +366,30 @@ def _check_objective(config: Config) -> None:
         raise InputError(
             f"config: data.truncation=split makes pieces of an answer, which loss.objective={loss.objective} compares "
             "whole; set data.truncation=prompt_first"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    """Refuses keys that the optimizer doesn't use, and methods that it can't train."""
+    optimizer, method = config.optimizer, config.adapter.config_class
+    rule = RULES[optimizer.name]
+    for name in SETTINGS:
+        if getattr(optimizer, name) is not None and name not in rule.settings:
+            users = ", ".join(other for other, entry in RULES.items() if name in entry.settings)
+            raise InputError(
+                f"config: optimizer.name={optimizer.name} does not use optimizer.{name}, which is of {users}"
+            )
+    if optimizer.offload and optimizer.name != "adamw":
+        raise InputError(f"config: optimizer.offload is of adamw alone, and optimizer.name={optimizer.name}")
+    if rule.by_matrix and method.restarts:
+        raise InputError(
+            f"config: restarts prune a moment of each weight, which optimizer.name={optimizer.name} does not have; "
+            f"take adamw, lion or sgd with adapter.method={config.adapter.method}"
+        )
+    if optimizer.name == "muon" and config.adapter.method == "full":
+        raise InputError(
+            "config: optimizer.name=muon makes each matrix orthogonal, and the model's kernels hold several (query, "
+            "key and value; gate and up); take it with an adapter, or another with adapter.method=full"
         )
 
 

@@ -24,6 +24,7 @@ from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.errors import InputError
 from mora_jax.losses.preference import OBJECTIVES, Objective, Settings
 from mora_jax.training.config.key import TEXTS, Key, key, key_of, meant
+from mora_jax.training.update_rules import RULES
 
 # What says which adapter a run starts from; methods know nothing of it.
 START = frozenset({"path", "strict"})
@@ -433,7 +434,7 @@ class LogConfig:
 class OptimizerConfig:
     """Section `optimizer`."""
 
-    name: str = key("adamw", "The optimizer.", choices=("adamw",))
+    name: str = key("adamw", "The optimizer, with optax's rule.", choices=tuple(RULES))
     learning_rate: float = key(2e-4, "Peak learning rate.", above=0, at_most=10)
     schedule: str = key(
         "linear", "Course of the learning rate after warm-up.", choices=("constant", "linear", "cosine")
@@ -441,11 +442,22 @@ class OptimizerConfig:
     min_ratio: float = key(0.0, "Share of the peak at which linear and cosine end.", at_least=0, at_most=1)
     warmup_steps: int = key(0, "Steps over which the learning rate rises; at most the run's steps.", at_least=0)
     weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
-    b1: float = key(0.9, "Decay of Adam's first moment.", at_least=0, below=1)
-    b2: float = key(0.999, "Decay of Adam's second moment.", at_least=0, below=1)
-    eps: float = key(1e-8, "Added to the root of Adam's second moment.", above=0)
+    b1: float | None = key(None, "Decay of Adam's and Lion's first moment; none: 0.9.", at_least=0, below=1)
+    b2: float | None = key(
+        None, "Decay of Adam's second moment and of Lion's momentum; none: 0.999, of lion 0.99.", at_least=0, below=1
+    )
+    eps: float | None = key(
+        None, "Added to the root of Adam's second moment; none: 1e-8. Of adafactor to squares; none: 1e-30.", above=0
+    )
+    momentum: float | None = key(None, "Decay of the momentum of sgd (none: 0) and muon (0.95).", at_least=0, below=1)
     clip_norm: float | None = key(1.0, "Largest global gradient norm; none: no clipping.", above=0)
-    offload: bool = key(False, "Keep the optimizer's state in the host's memory; it comes to the device in each step.")
+    offload: bool = key(False, "Keep AdamW's state in the host's memory; it comes to the device in each step.")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The keys that not all optimizers use, of those that this one uses."""
+        given = {name: getattr(self, name) for name in RULES[self.name].settings}
+        return dict(RULES[self.name].settings) | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)

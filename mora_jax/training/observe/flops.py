@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from mora_jax.models.config import DecoderConfig
-from mora_jax.training.optimizer import decays
+from mora_jax.training.update_rules import decays
 
 _GIB = 2**30
 
