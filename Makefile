@@ -7,6 +7,7 @@
 # make bench      the tables of benchmarks/, into runs/benchmarks; ARGS="decoding --quick" names one in small sizes
 # make lint       ruff, mypy and shellcheck
 # make docs       the site of docs/, into build/site
+# make release    wheel and sdist, into dist: the same bytes twice, and the wheel works outside the repository
 #
 # Each makes and fills the environment VENV (.venv) where it is missing or stale. PYTHON= names the interpreter; without
 # it the first of the candidates below that runs, is 3.11 or newer and can make environments is taken.
@@ -14,7 +15,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-peers test-slice test-colab colab-tests test-all bench lint docs clean FORCE
+.PHONY: help demo test test-peers test-slice test-colab colab-tests test-all bench lint docs release clean FORCE
 
 CANDIDATES := python3.13 python3.12 python3.11 python3 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -84,6 +85,10 @@ lint: $(VENV)/.installed-lint
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 	@echo "the site is in $(CURDIR)/build/site: open $(CURDIR)/build/site/index.html"
+
+release: $(VENV)/.interpreter
+	$(BIN)/python -m pip install --quiet 'hatchling>=1.26'
+	$(BIN)/python scripts/check_release.py --python $(BASE) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist
