@@ -27,6 +27,7 @@ _HOMES = {
     "save_adapter": "mora_jax.interop",
     "add_tokens": "mora_jax.interop.add_tokens",
     "finetune": "mora_jax.training.finetune",
+    "push_to_hub": "mora_jax.training.run.publish",
     "sweep": "mora_jax.sweeps.train",
     "NamedAdapters": "mora_jax.interop.multi_adapter",
     "InputError": "mora_jax.errors",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from mora_jax.interop.multi_adapter import NamedAdapters as NamedAdapters
     from mora_jax.sweeps.train import sweep as sweep
     from mora_jax.training.finetune import finetune as finetune
+    from mora_jax.training.run.publish import push_to_hub as push_to_hub
 
 
 def __getattr__(name: str):

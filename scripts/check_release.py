@@ -2,10 +2,10 @@
 
     python scripts/check_release.py [--out dist] [--python PYTHON …] [--site FOLDER]
 
-Both are built twice, the second time of what the sdist holds: the bytes have to be the same. Then the wheel is installed
-into a fresh environment of each interpreter, in an empty folder, and used: the version, an import in time, a fine-tuned
-embedded model, its adapter loaded, merged and asked, and each command's help. `--site` takes the dependencies from an
-environment that has them instead of installing them. Needs hatchling.
+Both are built twice, the second time of what the sdist holds: the bytes have to be the same. Then the wheel is
+installed into a fresh environment of each interpreter, in an empty folder, and used: the version, an import in time, a
+fine-tuned embedded model, its adapter loaded, merged and asked, and each command's help. `--site` takes the
+dependencies from an environment that has them instead of installing them. Needs hatchling.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build(source: Path, out: Path) -> dict[str, str]:
     """Wheel and sdist of a folder; SHA-256 by file name."""
     environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH}
     command = [sys.executable, "-m", "hatchling", "build", "--directory", str(out)]
-    subprocess.run(command, cwd=source, check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=source, check=True, env=environment, capture_output=True)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
 
 

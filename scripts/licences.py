@@ -2,8 +2,8 @@
 
     python scripts/licences.py > docs/licences.md
 
-Of the packages that are installed in this environment: those of `dependencies`, and what they need themselves. A licence
-is what a package says of itself: its expression, its classifiers, or the field that came before both.
+Of the packages that are installed in this environment: those of `dependencies`, and what they need themselves. A
+licence is what a package says of itself: its expression, its classifiers, or the field that came before both.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+import tomllib
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 HEAD = """# Licences of dependencies
 
-mora-jax is under Apache-2.0. What `pip install mora-jax` brings along, direct dependencies first, each with the licence
-that it states. The accelerators' wheels are not in it: libtpu and NVIDIA's libraries have terms of their own. Written by
-`scripts/licences.py`.
+mora-jax is under Apache-2.0. What `pip install mora-jax` brings along, direct dependencies first, each with the
+licence that it states. The accelerators' wheels are not in it: libtpu and NVIDIA's libraries have terms of their own.
+Written by `scripts/licences.py`.
 
 | package | licence | needed |
 | --- | --- | --- |
@@ -43,7 +45,8 @@ def licence(name: str) -> str:
 
 def main() -> None:
     """Prints the page."""
-    direct = sorted({normal(name) for name in needed("mora-jax")})
+    project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
+    direct = sorted({normal(Requirement(line).name) for line in project["dependencies"]})
     names, waiting = dict.fromkeys(direct, "directly"), list(direct)
     while waiting:
         user = waiting.pop(0)

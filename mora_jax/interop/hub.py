@@ -29,9 +29,14 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     if folder.exists():
         raise InputError(f"{folder} is a file; give the folder that holds config.json")
     text = os.fspath(path)
-    if not _HUB_ID.fullmatch(text) or "/" not in text:
+    if not is_hub_id(text):
         raise InputError(f"{path} is not a folder (a hub id looks like owner/name)")
     return _download(text)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form OWNER/NAME."""
+    return bool(_HUB_ID.fullmatch(text)) and "/" in text
 
 
 def adapter_folder(path: str) -> str:

@@ -91,6 +91,8 @@ class Evaluator(Hook):
             elif setup.evaluation is not None:
                 scores = score(model, setup.evaluation, progress=progress, **options)
                 row |= {"eval_loss": scores.nll, "eval_perplexity": scores.perplexity}
+                if scores.nll_stderr is not None:
+                    row["eval_loss_stderr"] = scores.nll_stderr
                 row |= {"eval_accuracy": scores.accuracy, "eval_tokens": scores.tokens}
                 row |= {"eval_prompt_loss": scores.prompt_nll}
             if setup.tasks:
@@ -133,6 +135,7 @@ class Evaluator(Hook):
         others = ("eval_",) if preferences else tuple(f"eval_{task.task.name}_" for task in self._setup.tasks)
         return {
             "eval_loss": self._row.get("eval_loss"),
+            "eval_loss_stderr": self._row.get("eval_loss_stderr"),
             "eval_perplexity": self._row.get("eval_perplexity"),
             "eval_data": None if evaluation is None else evaluation.fingerprint(),
             **{name: value for name, value in self._row.items() if name.startswith(others)},

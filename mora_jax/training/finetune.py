@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from mora_jax.training.config.schema import Config, adapter_settings, lay_over
 from mora_jax.training.display import Display, make_display
 from mora_jax.training.loop import Trainer, new_run
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
+from mora_jax.training.run.publish import model_card, upload
 from mora_jax.training.setup import Objects
 
 #: Stands for a model in memory where a path would.
@@ -96,6 +99,32 @@ class FinetuneResult:
             save_pretrained(self.model, path, self.tokenizer, overwrite=overwrite)
         else:
             save_adapter(self.model, path, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        licence: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload from mora-jax",
+    ) -> str:
+        """Uploads what `save` writes, with a card that is written from the run, as `mora_jax.push_to_hub` does.
+
+        Args:
+            repo_id, licence, private, token, commit_message: as there.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            InputError: `repo_id` is none, or the hub can't be reached or refuses.
+        """
+        card = model_card(self.config, self.summary, repo_id, licence=licence)
+        with tempfile.TemporaryDirectory(prefix="mora-jax-") as folder:
+            self.save(folder)
+            options = {"private": private, "token": token, "commit_message": commit_message}
+            return upload(Path(folder), repo_id, card, **options)  # type: ignore[arg-type]
 
 
 def finetune(
