@@ -16,7 +16,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.own import OwnModel
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config, adapter_config
-from mora_jax.training.optimizer import make_optimizer, make_schedule
+from mora_jax.training.optimizer import make_optimizer, make_schedule, with_rates
 from mora_jax.training.preferences import PreferenceLoss, reference_of
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.mesh import put
@@ -67,7 +67,9 @@ class Assembly(NamedTuple):
         return put(start, places)
 
 
-def assemble(model: nnx.Module, config: Config, steps: int, mesh: Mesh) -> Assembly:
+def assemble(
+    model: nnx.Module, config: Config, steps: int, mesh: Mesh, given: optax.GradientTransformation | None = None
+) -> Assembly:
     """The step that `config` asks for.
 
     Args:
@@ -76,6 +78,7 @@ def assemble(model: nnx.Module, config: Config, steps: int, mesh: Mesh) -> Assem
         config: the whole run.
         steps: of the run.
         mesh: as `make_mesh` makes it; its devices may be such as are only described.
+        given: the optimizer, in place of what the configuration names.
     """
     pmap = config.mesh.pmap
     method = adapter_config(config.adapter, steps)
@@ -87,7 +90,12 @@ def assemble(model: nnx.Module, config: Config, steps: int, mesh: Mesh) -> Assem
     graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
     rates = getattr(method, "rates", None)
-    optimizer = make_optimizer(config.optimizer, steps, rates, restarts=restarts)
+    schedule = None
+    if given is None:
+        schedule = make_schedule(config.optimizer, steps, restarts)
+        optimizer = make_optimizer(config.optimizer, steps, rates, restarts=restarts)
+    else:
+        optimizer = with_rates(given, rates)
     arrays = flat_arrays(adapters), flat_arrays(frozen)
     budget = RankBudget.of(model, *arrays)
     if budget is not None:
@@ -106,7 +114,7 @@ def assemble(model: nnx.Module, config: Config, steps: int, mesh: Mesh) -> Assem
         loss=_preference_loss(config, model),
         view=None if isinstance(model, Decoder) else OwnModel,
     )
-    step = make_step(structure, optimizer, make_schedule(config.optimizer, steps, restarts), settings)
+    step = make_step(structure, optimizer, schedule, settings)
     runner: JitRunner | PmapRunner
     if placement is None:
         runner = PmapRunner(step, mesh.size)

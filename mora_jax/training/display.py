@@ -94,7 +94,8 @@ class Display:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Shows a logged step: a row of metrics.jsonl, with `seconds_left` of the whole run."""
-        text = f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  {speed_words(row)}  lr {row['learning_rate']:.2e}"
+        text = f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  {speed_words(row)}"
+        text += f"  lr {row['learning_rate']:.2e}" if "learning_rate" in row else ""
         self.note(f"step {row['step']}/{self.steps}  {text}{left_words(row)}")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:

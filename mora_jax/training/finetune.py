@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from mora_jax.adapters.attach import adapters_of
@@ -30,6 +32,7 @@ from mora_jax.training.loop import Trainer, new_run
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
 from mora_jax.training.run.publish import model_card, upload
 from mora_jax.training.setup import Objects
+from mora_jax.training.update_rules import OBJECT
 
 #: Stands for a model in memory where a path would.
 MODEL = "a model in memory"
@@ -138,6 +141,7 @@ def finetune(
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     out: str | os.PathLike[str] | None = None,
     callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
     config: Mapping[str, Any] | None = None,
@@ -161,6 +165,9 @@ def finetune(
         steps: optimiser steps; None: `train.epochs` passes over the data.
         batch_size: rows an optimiser step; None: the default of `train.batch_size`.
         learning_rate: its peak; None: the default of `optimizer.learning_rate`.
+        optimizer: of optax, such as `optax.adamw(schedule)`, in place of the keys `optimizer.*` and of clipping. It
+            gets dictionaries of float32 arrays by dotted path, stacked by layer. LoRA+ multiplies its updates; methods with
+            restarts refuse it. Its learning rate is reported where its state has one (`optax.inject_hyperparams`).
         out: the run directory; None writes nothing, neither tokens nor compiled programs into the caches. With one,
             jax keeps what is compiled meanwhile in the user's cache folder (see `log.compilation_cache`); afterwards
             its settings are as before.
@@ -195,6 +202,13 @@ def finetune(
         "optimizer.learning_rate": learning_rate,
     }
     objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, arguments)
+    if optimizer is not None:
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise InputError(f"optimizer should be one of optax, not {type(optimizer).__name__}")
+        if learning_rate is not None or any(name.startswith("optimizer.") for name in config or {}):
+            raise InputError("an optimizer that is given has its own settings: leave out learning_rate and optimizer.*")
+        objects = dataclasses.replace(objects, optimizer=optimizer)
+        config = dict(config or {}) | {"optimizer.name": OBJECT}
     run_config = config_of(dict(config or {}), "config")
     shown = make_display() if display is None else display
     directory = MemoryDirectory(shown.note) if out is None else RunDirectory(os.fspath(out), note=shown.note)

@@ -192,7 +192,7 @@ class Trainer:
         measure: Measure | None = None,
     ):
         config, steps = setup.config, setup.plan.steps
-        assembly = assemble(setup.model, config, steps, setup.mesh)
+        assembly = assemble(setup.model, config, steps, setup.mesh, setup.optimizer)
         runner = assembly.runner if runner_for is None else runner_for(assembly)
         if signals is None:
             signals = StopSignals(Agreement() if several() else None, display.note)

@@ -8,10 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from mora_jax.errors import InputError
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.relora import Restarts
 from mora_jax.training.state import streamed
-from mora_jax.training.update_rules import RULES, weight_masks
+from mora_jax.training.update_rules import OBJECT, RULES, weight_masks
 
 
 def make_schedule(config: OptimizerConfig, steps: int, restarts: Restarts | None = None) -> optax.Schedule:
@@ -70,6 +71,7 @@ def scheduled(
     config: OptimizerConfig, schedule: optax.Schedule, rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """`make_optimizer` with a given schedule; its rate, the weight decay and the norm to clip to may be traced."""
+    check_named(config)
     rule = RULES[config.name].scale(**config.settings)
     # As `optax.adamw`, whose state is made up in the same way.
     optimizer = optax.chain(
@@ -79,6 +81,19 @@ def scheduled(
     )
     stages = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     return with_rates(optimizer if not stages else optax.chain(*stages, optimizer), rates)
+
+
+def check_named(config: OptimizerConfig) -> None:
+    """Refuses the optimizer of a program where that program isn't.
+
+    Raises:
+        InputError: says how the run goes on.
+    """
+    if config.name == OBJECT:
+        raise InputError(
+            "optimizer.name=object is an optax object, which the program has that called mora_jax.finetune: go on with "
+            "the run there, by finetune(..., optimizer=..., resume=True)"
+        )
 
 
 def with_rates(

@@ -37,6 +37,7 @@ from mora_jax.training.adalora import reschedule
 from mora_jax.training.config.load import check_warmup
 from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, LossConfig, adapter_config
 from mora_jax.training.display import RunInfo
+from mora_jax.training.optimizer import check_named
 from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 from mora_jax.training.sharding.rules import base_shardings
@@ -59,6 +60,7 @@ class Setup:
         mesh: the devices along `data`, `fsdp`, `tensor` and `context`.
         tasks: those that are evaluated with the evaluation data.
         loaded: whether the model was loaded for this run, and is as its files are.
+        optimizer: of optax, in place of what the configuration names.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class Setup:
     mesh: Mesh
     tasks: tuple[NamedTask, ...] = ()
     loaded: bool = True
+    optimizer: Any = None
 
     @property
     def evaluates(self) -> bool:
@@ -209,12 +212,14 @@ class Objects:
         model: for `model.path`; one with adapters is trained as it is.
         tokenizer: for that of the model's folder.
         rows, eval_rows: dictionaries, for `data.train` and `data.eval`.
+        optimizer: of optax, for the section `optimizer`.
     """
 
     model: nnx.Module | None = None
     tokenizer: Any = None
     rows: Any = None
     eval_rows: Any = None
+    optimizer: Any = None
 
 
 #: What a command has.
@@ -287,6 +292,8 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
     Raises:
         InputError: whatever the user has to fix, in one line.
     """
+    if objects.optimizer is None:
+        check_named(config.optimizer)
     tasks = read_tasks(config.train.eval_tasks or (), "train.eval_tasks", config.train.eval_tasks_limit)
     model, tokenizer, mesh = load_base(config, objects)
     encode = encode_data if encode is None else encode
@@ -314,7 +321,9 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
         check_divergence(model)
     reference = reference_of(config, model, given=given)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reference=reference))
-    return Setup(config, model, tokenizer, attached, train, evaluation, plan, mesh, tasks, objects.model is None)
+    loaded = objects.model is None
+    parts = model, tokenizer, attached, train, evaluation, plan, mesh, tasks, loaded, objects.optimizer
+    return Setup(config, *parts)
 
 
 @contextlib.contextmanager

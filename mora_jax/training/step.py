@@ -172,7 +172,7 @@ StepFunction = Callable[[TrainState, Arrays, "Batch"], tuple[TrainState, StepMet
 def make_step(
     structure: Structure,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     config: StepConfig = StepConfig(),
 ) -> StepFunction:
     """The pure step: gradients of the trainable tree alone, summed over micro-batches and devices.
@@ -183,7 +183,8 @@ def make_step(
 
     Args:
         structure: of the model, split into trainable and frozen arrays.
-        optimizer, schedule: from optimizer.py; the schedule is only reported.
+        optimizer, schedule: from optimizer.py; the schedule is only reported. None: what the optimizer's state says
+            (`optax.inject_hyperparams`), NaN where it says nothing.
         config: what else is fixed.
 
     Returns:
@@ -232,7 +233,7 @@ def make_step(
         metrics = StepMetrics(
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            learning_rate=jnp.asarray(jnp.nan if schedule is None else schedule(state.step), jnp.float32),
             tokens=config.total(jnp.sum(rows.segment_ids > 0)),
             trained_tokens=trained_tokens,
             normalizer=normalizer,
@@ -243,6 +244,8 @@ def make_step(
             of_loss=of_loss,
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters, taken=taken)
+        if schedule is None:
+            metrics = metrics._replace(learning_rate=_learning_rate(optimizer_state))
         adapters: Any = optax.apply_updates(state.adapters, updates)
         adapters = chosen(taken, adapters, state.adapters)
         if config.partitioner is None:
@@ -251,6 +254,12 @@ def make_step(
         return TrainState(state.step + 1, adapters, optimizer_state, state.key, skips), metrics
 
     return step
+
+
+def _learning_rate(state: Any) -> Array:
+    """The one that an optimizer's state tells; NaN where it tells none, or several."""
+    rates = [rate for _, rate in optax.tree.get_all_with_path(state, "learning_rate")]
+    return jnp.asarray(rates[0] if len(rates) == 1 else jnp.nan, jnp.float32)
 
 
 class TokenLoss:

@@ -132,5 +132,7 @@ RULES = {
     "sgd": Rule({"momentum": 0.0}, _sgd),
     "muon": Rule({"momentum": 0.95, "b1": 0.9, "b2": 0.999, "eps": 1e-8}, _muon, by_matrix=True),
 }
+#: In their place: an optax object that `mora_jax.finetune` was given.
+OBJECT = "object"
 #: All keys that some use and others don't.
 SETTINGS = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.settings))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -239,3 +240,65 @@ def test_tables_and_iterators_of_rows(model_path, result):
     found = tune(model_path, rows=Table(), steps=1)
     assert found.metrics[0]["loss"] == pytest.approx(losses(result.metrics)[0])
     assert tune(model_path, rows=iter(ROWS), steps=1).metrics[0]["loss"] == found.metrics[0]["loss"]
+
+
+def chain():
+    """What `optimizer.name=adamw` is with a constant rate, its rate in its state."""
+    rate = optax.inject_hyperparams(optax.adamw)(2e-4, weight_decay=0.0)
+    return optax.chain(optax.clip_by_global_norm(1.0), rate)
+
+
+def test_an_optax_object_trains_as_the_optimizer_that_it_is(model_path, result):
+    keys = {name: value for name, value in KEYS.items() if not name.startswith("optimizer.")}
+    ours = mj.finetune(model_path, ROWS, CONFIG, optimizer=chain(), steps=4, config=keys, display=quiet())
+    np.testing.assert_allclose(losses(ours.metrics), losses(result.metrics), rtol=1e-5)
+    assert ours.metrics[0]["learning_rate"] == pytest.approx(2e-4)
+    assert ours.config.optimizer.name == "object"
+
+
+def test_a_run_with_an_optax_object_goes_on_bit_for_bit(model_path, tmp_path):
+    keys = {name: value for name, value in KEYS.items() if not name.startswith("optimizer.")}
+    rate = optax.linear_schedule(1e-2, 0.0, 4)
+    settings = {"steps": 4, "config": keys | {"train.save_every": 2}, "display": quiet()}
+    adapter = mj.LoRAPlusConfig(rank=2, lr_ratio=4.0, dropout=0.1, targets=("q_proj",))
+
+    def tune_into(name, **options):
+        options |= {"optimizer": optax.chain(optax.scale_by_lion(), optax.scale_by_learning_rate(rate))} | options
+        return mj.finetune(model_path, ROWS, adapter, out=tmp_path / name, **settings | options)
+
+    whole = tune_into("whole", resume=True)
+
+    def die(row):
+        if row["step"] == 3:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        tune_into("cut", callbacks=[die])
+    with pytest.raises(InputError, match="finetune"):
+        loop.resume(str(tmp_path / "cut"), quiet())
+    with pytest.raises(InputError, match="optimizer's state"):
+        tune_into("cut", resume=True, optimizer=optax.adam(rate))
+    with pytest.raises(InputError, match="seed=1 would make another run"):
+        tune_into("cut", resume=True, config=settings["config"] | {"seed": 1})
+    rest = tune_into("cut", resume=True)
+    assert [row["step"] for row in rest.metrics if "loss" in row] == [1, 2, 3, 4]
+    for one, other in zip(
+        jax.tree.leaves(mj.partition(whole.model)[1]), jax.tree.leaves(mj.partition(rest.model)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(InputError, match="finished"):
+        tune_into("cut", resume=True)
+
+
+@pytest.mark.parametrize(
+    "adapter, options, words",
+    [
+        (CONFIG, {"learning_rate": 1e-3}, "own settings"),
+        (CONFIG, {"config": {"optimizer.clip_norm": 2.0}}, "own settings"),
+        (mj.ReLoRAConfig(rank=2, restart_every=2), {}, "rise again"),
+        (CONFIG, {"optimizer": "adamw"}, "one of optax"),
+    ],
+)
+def test_what_an_optax_object_cannot_be_beside_is_refused(model_path, adapter, options, words):
+    with pytest.raises(InputError, match=words):
+        mj.finetune(model_path, ROWS, adapter, **{"optimizer": chain(), "steps": 4, "display": quiet()} | options)

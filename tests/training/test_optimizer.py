@@ -135,9 +135,9 @@ def test_optimizers_are_those_of_optax_on_each_matrix_alone(name):
                 optax.adafactor(1.0, **adafactor), optax.scale(-1), optax.add_decayed_weights(decay), optax.scale(-rate)
             ),
             # Its own Adam for vectors has Nesterov's momentum; ours is that of `adamw`.
-            "muon": lambda: optax.contrib.muon(rate, weight_decay=decay, consistent_rms=0.2)
-            if decay
-            else optax.adam(rate),
+            "muon": lambda: (
+                optax.contrib.muon(rate, weight_decay=decay, consistent_rms=0.2) if decay else optax.adam(rate)
+            ),
         }[name]()
 
     for path, array in params.items():

@@ -24,9 +24,18 @@ from mora_jax.data.segments import ROLE_SEGMENT
 from mora_jax.errors import InputError
 from mora_jax.losses.preference import OBJECTIVES, Settings
 from mora_jax.paths import expanded
-from mora_jax.training.config.schema import Config, adapter_config, find_key, flatten, keys, lay_over, unused
+from mora_jax.training.config.schema import (
+    Config,
+    OptimizerConfig,
+    adapter_config,
+    find_key,
+    flatten,
+    keys,
+    lay_over,
+    unused,
+)
 from mora_jax.training.distributed.signals import Stopped
-from mora_jax.training.update_rules import RULES, SETTINGS
+from mora_jax.training.update_rules import OBJECT, RULES, SETTINGS
 
 MODULE_NAME = "mora_jax_config_file"
 #: Endings of config files that are read, not run.
@@ -372,6 +381,15 @@ def _check_objective(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     """Refuses keys that the optimizer doesn't use, and methods that it can't train."""
     optimizer, method = config.optimizer, config.adapter.config_class
+    if optimizer.name == OBJECT:
+        if optimizer != OptimizerConfig(name=OBJECT):
+            raise InputError("config: an optimizer that is an object has its own settings; leave out optimizer.*")
+        if method.restarts:
+            raise InputError(
+                f"config: adapter.method={config.adapter.method} lets the learning rate rise again after each restart, "
+                "which an optimizer that is an object can't be told; name one by optimizer.name"
+            )
+        return
     rule = RULES[optimizer.name]
     for name in SETTINGS:
         if getattr(optimizer, name) is not None and name not in rule.settings:

@@ -24,7 +24,7 @@ from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.errors import InputError
 from mora_jax.losses.preference import OBJECTIVES, Objective, Settings
 from mora_jax.training.config.key import TEXTS, Key, key, key_of, meant
-from mora_jax.training.update_rules import RULES
+from mora_jax.training.update_rules import OBJECT, RULES
 
 # What says which adapter a run starts from; methods know nothing of it.
 START = frozenset({"path", "strict"})
@@ -434,7 +434,9 @@ class LogConfig:
 class OptimizerConfig:
     """Section `optimizer`."""
 
-    name: str = key("adamw", "The optimizer, with optax's rule.", choices=tuple(RULES))
+    name: str = key(
+        "adamw", "The optimizer, with optax's rule; object: the one that finetune was given.", choices=(*RULES, OBJECT)
+    )
     learning_rate: float = key(2e-4, "Peak learning rate.", above=0, at_most=10)
     schedule: str = key(
         "linear", "Course of the learning rate after warm-up.", choices=("constant", "linear", "cosine")

@@ -27,10 +27,11 @@ RowMetric = Callable[[int, StepMetrics], dict[str, float]]
 
 
 def of_every_step(step: int, metrics: StepMetrics) -> dict[str, float]:
-    """What all runs have."""
+    """What all runs have; the learning rate where the optimizer tells it."""
+    rate = float(metrics.learning_rate)
     return {
         "loss": float(metrics.loss),
-        "learning_rate": float(metrics.learning_rate),
+        **({} if math.isnan(rate) else {"learning_rate": rate}),
         "grad_norm": float(metrics.grad_norm),
         "tokens": int(metrics.tokens),
         "trained_tokens": int(metrics.trained_tokens),

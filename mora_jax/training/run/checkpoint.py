@@ -355,6 +355,7 @@ COMPARED = {
     "rank": "adapter.rank",
     "targets": "adapted layers",
     "arrays": "trained arrays",
+    "optimizer": "the optimizer's state",
     "data": "data",
     "evaluation": "evaluation data",
     "tasks": "evaluation tasks",

@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.errors import InputError
 from mora_jax.interop.hub import is_hub_id
 from mora_jax.paths import local_path
-from mora_jax.training.config.schema import Config, adapter_config
+from mora_jax.training.config.schema import Config
 from mora_jax.training.run.directory import RunDirectory
 from mora_jax.training.setup import describe_loss, describe_method
+from mora_jax.training.update_rules import OBJECT
 
 #: What of a summary is a score, in words, in the card's order; tasks' and preferences' come behind these.
 _SCORES = {
@@ -113,14 +113,14 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
         repo_id: where the result will be.
         licence: as for `push_to_hub`.
     """
-    method, base = adapter_config(config.adapter), config.model.path or ""
+    base = config.model.path or ""
     whole = config.adapter.config_class.changes_base
     on_hub = is_hub_id(base) and not local_path(base).exists()
     licence = licence or _licence_of(base)
     data = config.data.train or ()
     fields: dict[str, Any] = {
         "base_model": base if on_hub else None,
-        "library_name": "transformers" if whole else "peft" if _is_pefts(method) else "mora-jax",
+        "library_name": "transformers" if whole else "peft" if _is_pefts(config.adapter.method) else "mora-jax",
         "license": licence,
         "pipeline_tag": "text-generation",
         "tags": ["mora-jax", config.adapter.method, *([] if whole else ["adapter"])],
@@ -137,7 +137,9 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
         "data": ", ".join(name if is_hub_id(name) else PurePath(name).name for name in data),
         "loss": describe_loss(config.loss) + (f"; {share:.1%} of the tokens carry loss" if share else ""),
         "steps": f"{summary.get('steps')} of {train.batch_size} rows, at most {config.data.max_length} tokens a row",
-        "optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
+        "optimizer": "an optax object"
+        if optimizer.name == OBJECT
+        else f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
         f"{optimizer.warmup_steps} steps of warm-up, weight decay {optimizer.weight_decay:g}",
         "seed": str(config.seed),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES),
@@ -150,14 +152,14 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
         f"{kind}, trained with mora-jax from {facts['base']}.\n",
         "## Training\n\n| | |\n| --- | --- |\n" + "\n".join(lines) + "\n",
         _scores(summary),
-        f"## Use\n\n{_usage(whole, _is_pefts(method), base if on_hub else 'BASE', repo_id)}",
+        f"## Use\n\n{_usage(whole, _is_pefts(config.adapter.method), base if on_hub else 'BASE', repo_id)}",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _is_pefts(method: MethodConfig) -> bool:
+def _is_pefts(method: str) -> bool:
     """Whether PEFT loads the adapter: its MoRA is an older one, and of no release."""
-    return method.method not in ("mora", "remora")
+    return method not in ("mora", "remora")
 
 
 def _scores(summary: Mapping[str, Any]) -> str:

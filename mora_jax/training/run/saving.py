@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+
 from mora_jax.adapters.attach import partition
 from mora_jax.adapters.merge import merge
 from mora_jax.errors import InputError
@@ -147,6 +149,9 @@ def run_identity(setup: Setup, adapters: Arrays, restarts: Any = None) -> dict[s
         "evaluation": None if setup.evaluation is None else setup.evaluation.fingerprint(),
         "tasks": setup.task_rows,
     }
+    if setup.optimizer is not None:
+        state = jax.eval_shape(setup.optimizer.init, adapters)
+        identity["optimizer"] = {jax.tree_util.keystr(path): str(one) for path, one in jax.tree.leaves_with_path(state)}
     return identity if restarts is None else identity | {"restarts": f"{restarts}"}
 
 

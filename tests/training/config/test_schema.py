@@ -140,7 +140,7 @@ def test_override_values(name, text, value):
         ("optimizer.learning_rate", "-1", ["above 0"]),
         ("optimizer.learning_rate", "1e30", ["at most 10"]),
         ("optimizer.schedule", "cosin", ["did you mean 'cosine'"]),
-        ("optimizer.name", "sgd", ["adamw"]),
+        ("optimizer.name", "adam", ["adamw, adafactor, lion, sgd, muon", "did you mean 'adamw'"]),
         ("mesh.fsdp", "0", ["at least 1, or -1"]),
         ("mesh.tensor", "-2", ["at least 1, or -1"]),
         ("mesh.data", "0", ["at least 1, or -1"]),
