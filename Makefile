@@ -80,6 +80,7 @@ bench: $(VENV)/.installed-peers
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/consumer.py
 	$(BIN)/shellcheck scripts/launch/*.sh scripts/launch/*.sbatch .ci/run
 
 docs: $(VENV)/.installed-docs

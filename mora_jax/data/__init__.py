@@ -13,8 +13,6 @@ Step by step, each value printable:
     batch = dataset.batch(plan.rows(0))                         # see describe_batch
 """
 
-# ruff: noqa: F401  # these imports are what the package offers
-
 from mora_jax.data.batch_plan import BatchPlan
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
 from mora_jax.data.dataset import EncodedDataset, Example, split_rows
@@ -38,3 +36,46 @@ from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.data.templates.render import Prompt, Renderer, render_prompt
 from mora_jax.data.tokens.encode import RowEncoder
 from mora_jax.data.tokens.tokenize import Tokens, load_tokenizer, tokenize
+
+__all__ = [
+    "Advice",
+    "BatchPlan",
+    "Conversation",
+    "EncodedDataset",
+    "Example",
+    "FORMATS",
+    "LossWeights",
+    "MODES",
+    "Mapping",
+    "Message",
+    "Passage",
+    "Piece",
+    "Prompt",
+    "Rendered",
+    "Renderer",
+    "Report",
+    "Row",
+    "RowEncoder",
+    "RowStream",
+    "Rows",
+    "Segment",
+    "Source",
+    "TEMPLATES",
+    "TokenRow",
+    "Tokens",
+    "advise",
+    "advise_on",
+    "describe_batch",
+    "describe_example",
+    "inspect_data",
+    "inspect_dataset",
+    "load_rows",
+    "load_tokenizer",
+    "make_page",
+    "open_rows",
+    "render_prompt",
+    "split_rows",
+    "token_texts",
+    "token_weights",
+    "tokenize",
+]

@@ -5,7 +5,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,21 +67,25 @@ def load_pretrained(
     compute = read_dtype(dtype)
     if quantize not in ("none", *FORMATS):
         raise InputError(f"quantize {quantize!r} is not supported; give one of none, {', '.join(FORMATS)}")
-    # Before the weights: a broken one is told at once.
-    tokenizer = load_tokenizer(folder)
     # Shapes alone first: the weights then exist only once, built parameter by parameter.
     how: dict[str, Any] = {
         "remat": remat,
         "quantize": quantize,
         "attention": AttentionChoice(attention),
     }
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, **how))
-    placed = shardings(model) if shardings else None
-    if placed is None:
-        lay_kernels(model)
-    _fill(tensor_plan(model), files, _head_for_embedding(config, files), placed, set(beside(files, config)))
-    model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
-    return model, tokenizer
+    # Beside the weights: transformers takes as long to import as those of a small model to read.
+    with ThreadPoolExecutor(1) as threads:
+        tokenizer = threads.submit(load_tokenizer, folder)
+        model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, **how))
+        placed = shardings(model) if shardings else None
+        if placed is None:
+            lay_kernels(model)
+        others = set(beside(files, config))
+        for _ in _filled(tensor_plan(model), files, _head_for_embedding(config, files), placed, others):
+            if tokenizer.done():
+                tokenizer.result()  # a broken one is told at once
+        model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
+        return model, tokenizer.result()
 
 
 def load_shapes(path: str | os.PathLike[str]) -> Decoder:
@@ -180,10 +185,10 @@ def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, 
     return {}
 
 
-def _fill(
+def _filled(
     plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shardings: Shardings | None, others: set[str]
-) -> None:
-    """Gives every parameter of the plan its values."""
+) -> Iterator[Entry]:
+    """Gives every parameter of the plan its values, and yields it."""
     _check([piece for entry in plan for piece in entry.pieces], files, stored_as, others)
     if others:
         warnings.warn(
@@ -197,6 +202,7 @@ def _fill(
         else:
             sharding = shardings(entry.parameter) if shardings else None
             entry.parameter.set_value(read_sharded(entry, files, stored_as, sharding))
+        yield entry
 
 
 def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str], others: set[str]) -> None:

@@ -166,8 +166,8 @@ def finetune(
         batch_size: rows an optimiser step; None: the default of `train.batch_size`.
         learning_rate: its peak; None: the default of `optimizer.learning_rate`.
         optimizer: of optax, such as `optax.adamw(schedule)`, in place of the keys `optimizer.*` and of clipping. It
-            gets dictionaries of float32 arrays by dotted path, stacked by layer. LoRA+ multiplies its updates; methods with
-            restarts refuse it. Its learning rate is reported where its state has one (`optax.inject_hyperparams`).
+            gets dictionaries of float32 arrays by dotted path, stacked by layer. LoRA+ multiplies its updates; methods
+            with restarts refuse it. Its rate is reported where its state has it (`optax.inject_hyperparams`).
         out: the run directory; None writes nothing, neither tokens nor compiled programs into the caches. With one,
             jax keeps what is compiled meanwhile in the user's cache folder (see `log.compilation_cache`); afterwards
             its settings are as before.

@@ -120,7 +120,7 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
     data = config.data.train or ()
     fields: dict[str, Any] = {
         "base_model": base if on_hub else None,
-        "library_name": "transformers" if whole else "peft" if _is_pefts(config.adapter.method) else "mora-jax",
+        "library_name": "transformers" if whole else "peft" if config.adapter.config_class.in_peft else "mora-jax",
         "license": licence,
         "pipeline_tag": "text-generation",
         "tags": ["mora-jax", config.adapter.method, *([] if whole else ["adapter"])],
@@ -152,14 +152,9 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
         f"{kind}, trained with mora-jax from {facts['base']}.\n",
         "## Training\n\n| | |\n| --- | --- |\n" + "\n".join(lines) + "\n",
         _scores(summary),
-        f"## Use\n\n{_usage(whole, _is_pefts(config.adapter.method), base if on_hub else 'BASE', repo_id)}",
+        f"## Use\n\n{_usage(whole, config.adapter.config_class.in_peft, base if on_hub else 'BASE', repo_id)}",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _is_pefts(method: str) -> bool:
-    """Whether PEFT loads the adapter: its MoRA is an older one, and of no release."""
-    return method not in ("mora", "remora")
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
