@@ -244,7 +244,7 @@ def test_tables_and_iterators_of_rows(model_path, result):
 
 def chain():
     """What `optimizer.name=adamw` is with a constant rate, its rate in its state."""
-    rate = optax.inject_hyperparams(optax.adamw)(2e-4, weight_decay=0.0)
+    rate = optax.inject_hyperparams(optax.adamw)(optax.constant_schedule(2e-4), weight_decay=0.0)
     return optax.chain(optax.clip_by_global_norm(1.0), rate)
 
 
