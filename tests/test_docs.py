@@ -50,7 +50,7 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
     ("page", "blocks"),
     [
         ("index", 1),
-        ("finetune", 2),
+        ("finetune", 3),
         ("evaluation", 1),
         ("walkthrough", 8),
         ("preferences", 1),
