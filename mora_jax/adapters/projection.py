@@ -245,6 +245,7 @@ class Projection(nnx.Module):
         part_axis: the axis of `out_shape` that the parts share.
         axes: logical names of `[in, *out_shape]`.
         num_layers: length of the stack, or None for a single projection.
+        numbers: of its layers in the model; () where these are all, in order.
         experts: how many matrices each layer has, of which `ExpertProjection` takes one a row; None for one.
         use_bias: whether there is a bias `[*out_shape]`.
         path: HuggingFace's path of a part, with `{layer}` and `{name}` to fill in.
@@ -263,6 +264,7 @@ class Projection(nnx.Module):
         part_axis: int = 0,
         axes: tuple[str, ...],
         num_layers: int | None = None,
+        numbers: tuple[int, ...] = (),
         experts: int | None = None,
         use_bias: bool = False,
         path: str,
@@ -279,6 +281,7 @@ class Projection(nnx.Module):
         self.layout = FusedLayout(tuple(out_shape), part_axis, tuple(part.size for part in parts))
         self.axes = tuple(axes)
         self.num_layers = num_layers
+        self.numbers = numbers
         self.path = path
         lengths = {"layers": num_layers, "experts": experts}
         self.stack_axes = names = tuple(name for name, length in lengths.items() if length is not None)
@@ -286,10 +289,10 @@ class Projection(nnx.Module):
         shape = (*stack, in_features, *out_shape)
         kernel: Any
         if quantize is None:
-            numbers = jnp.zeros(shape, dtype)
+            values = jnp.zeros(shape, dtype)
             if rngs is not None:
-                numbers = (jax.random.normal(rngs.params(), shape, jnp.float32) * init_std).astype(dtype)
-            kernel = nnx.Param(numbers, axes=(*names, *axes), out_axes=len(out_shape))
+                values = (jax.random.normal(rngs.params(), shape, jnp.float32) * init_std).astype(dtype)
+            kernel = nnx.Param(values, axes=(*names, *axes), out_axes=len(out_shape))
         elif rngs is None:
             out_axes = len(self.layout.out_shape)
             kernel = QuantizedKernel(quantize, shape, axes=(*names, *axes), out_axes=out_axes, dtype=dtype)
@@ -389,10 +392,15 @@ class Projection(nnx.Module):
     def part_axes(self, name: str) -> tuple[str, str]:
         """Logical names of a part seen as a matrix `[in, out]`; `out` goes by its major axis that parts don't share."""
         rest = [i for i in range(len(self.layout.out_shape)) if i != self.layout.part_axis or len(self.parts) == 1]
-        return self.axes[0], self.axes[1 + rest[0]]
+        return self.axes[0], self.axes[1 + rest[0]] if rest else self.axes[1]
+
+    def number(self, layer: int) -> int:
+        """The number in the model of a layer of the stack."""
+        return self.numbers[layer] if self.numbers else layer
 
     def module_path(self, name: str, layer: int | str | None, expert: int | str | None = None) -> str:
-        """HuggingFace's path of one part in one layer, such as `model.layers.3.self_attn.q_proj`."""
+        """HuggingFace's path of one part in one layer of the stack, such as `model.layers.3.self_attn.q_proj`."""
+        layer = self.number(layer) if isinstance(layer, int) else layer
         return self.path.format(layer=layer, expert=expert, name=name)
 
     def module_paths(self, name: str) -> tuple[str, ...]:

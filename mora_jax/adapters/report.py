@@ -184,11 +184,23 @@ def report_of(model: nnx.Module, config: Any = None, found: Sequence[Site] | Non
     total = count(model, nnx.Not(AdapterParam)) + trainable
     passed_over = () if config is None else skipped(model, config, found)
     method = "+".join(dict.fromkeys(methods))
+    notes, beyond = list(dict.fromkeys(notes)), list(dict.fromkeys(beyond))
     held = sum(math.prod((*place.stack, place.in_features, place.out_features)) for place in found if place.of_experts)
     experts = (adapted, held) if held else None
     return AttachReport(
-        method, tuple(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond)), experts
+        method, _by_path(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond)), experts
     )
+
+
+def _by_path(matches: list[Match]) -> tuple[Match, ...]:
+    """Those of one path and size as one: layers of several kinds are in stacks of their own."""
+    sums: dict[tuple[str, int, int], Match] = {}
+    for match in matches:
+        key = match.path, match.in_features, match.out_features
+        before = sums.get(key, dataclasses.replace(match, layers=0, trainable=0))
+        total = before.layers + match.layers, before.trainable + match.trainable
+        sums[key] = dataclasses.replace(match, layers=total[0], trainable=total[1])
+    return tuple(sums.values())
 
 
 def _trainable(adapter: Adapter) -> int:

@@ -222,7 +222,9 @@ def _rows(answers: Any) -> list[np.ndarray]:
 
 
 def _faster_apart(model: Decoder) -> bool:
-    """Whether to copy the layers: on a CPU, for kernels that are neither quantised nor sharded nor too large."""
+    """Whether to copy the layers: on a CPU, if they are of one kind and neither quantised nor sharded nor too large."""
+    if model.config.differing or model.config.layer_input is not None:
+        return False
     leaves = jax.tree.leaves(nnx.state(model.layers))
     if backend() != "cpu" or model.quantize != "none" or sum(leaf.nbytes for leaf in leaves) > COPIED:
         return False

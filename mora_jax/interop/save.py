@@ -26,7 +26,6 @@ from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
-from mora_jax.models.experts import Experts
 from mora_jax.models.families import family_of
 
 #: Of models that read images.
@@ -224,14 +223,13 @@ def bias_fields(model: Decoder) -> dict[str, bool]:
     Raises:
         InputError: the family has no field for one of them.
     """
-    added = [
-        part for part, (projection, announced) in _parts(model).items() if projection.bias is not None and not announced
-    ]
+    parts = _parts(model)
+    added = {part: projection for part, projection, announced in parts if projection.bias is not None and not announced}
     announcing = family_of(model.config).bias_fields
-    fields = {name: True for name, parts in announcing.items() if set(parts) & set(added)}
-    stray = [part for part in added if not any(part in announcing[name] for name in fields)]
+    fields = {name: True for name, places in announcing.items() if set(places) & set(added)}
+    stray = [projection for part, projection in added.items() if not any(part in announcing[name] for name in fields)]
     if stray:
-        names = ", ".join(part.name for part in _parts(model)[stray[0]][0].parts)
+        names = ", ".join(part.name for part in stray[0].parts)
         raise InputError(
             f"the adapter gave biases to {names}, for which {model.config.family} models have no place: use the "
             "adapter beside its base, without merging"
@@ -241,26 +239,31 @@ def bias_fields(model: Decoder) -> dict[str, bool]:
 
 def zero_biases(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     """The biases that `bias_fields` announces beside those that the model has."""
-    parts, announcing = _parts(model), family_of(model.config).bias_fields
+    announcing = family_of(model.config).bias_fields
     for name in bias_fields(model):
-        for projection in (parts[part][0] for part in announcing[name]):
-            if projection.bias is None:
+        for place, projection, _ in _parts(model):
+            if place in announcing[name] and projection.bias is None:
                 for layer in range(projection.num_layers or 0):
                     for part in projection.parts:
                         path = projection.module_path(part.name, layer)
                         yield f"{path}.bias", np.zeros(projection.part_features(part.name), np.float32)
 
 
-def _parts(model: Decoder) -> dict[str, tuple[Projection, bool]]:
-    """The projections of a block, and whether the config announces their biases."""
-    block, config = model.layers, model.config
-    attention = {
-        "qkv": (block.self_attn.qkv_proj, config.qkv_bias),
-        "out": (block.self_attn.o_proj, config.out_bias),
-    }
-    if isinstance(block.mlp, Experts):  # adapters give them no biases
-        return attention
-    return attention | {
-        "gate_up": (block.mlp.gate_up_proj, config.mlp_bias),
-        "down": (block.mlp.down_proj, config.mlp_bias),
-    }
+def _parts(model: Decoder) -> Iterator[tuple[str, Projection, bool]]:
+    """The projections of each stack of layers: name, module, and whether the config announces its bias."""
+    if model.layer_inputs is not None:
+        yield "layer_inputs", model.layer_inputs.projection, False
+    for stack, block in zip(itertools.chain(*model.config.runs), model.blocks, strict=True):
+        mixer, mlp = block.self_attn, block.mlp
+        if stack.delta is None:
+            yield "qkv", mixer.qkv_proj, stack.qkv_bias
+            yield "out", mixer.o_proj, stack.out_bias
+        else:
+            yield "delta_in", mixer.in_proj, False
+            yield "delta_out", mixer.out_proj, False
+        if stack.layer_input is not None:
+            yield "input_gate", block.layer_input.gate_proj, False
+            yield "input_out", block.layer_input.out_proj, False
+        if stack.experts is None:  # adapters give those of experts no biases
+            yield "gate_up", mlp.gate_up_proj, stack.mlp_bias
+            yield "down", mlp.down_proj, stack.mlp_bias

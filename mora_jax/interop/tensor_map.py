@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.sites import Site, sites
 from mora_jax.adapters.trainable_base import TrainableBase
 from mora_jax.errors import InputError
+from mora_jax.models.block import Attention, Block
+from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.experts import Experts
 from mora_jax.models.norms import Norm
@@ -107,36 +110,15 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
     config = model.config
     table = (config.vocab_size, config.hidden_size)
     entries = []
-    for embed in (model.embed_tokens, model.embed_positions):
+    inputs = model.layer_inputs
+    for embed in (model.embed_tokens, model.embed_positions, None if inputs is None else inputs.table):
         if embed is not None:
             shape = tuple(embed.embedding.shape)
             entries.append(Entry(embed, "embedding", (TensorRegion(f"{embed.path}.weight", (), shape, shape),)))
-    block = model.layers
-    attention = block.self_attn
-    for norm in (
-        block.attention_norm,
-        attention.q_norm,
-        attention.k_norm,
-        block.post_attention_norm,
-        block.mlp_norm,
-        block.post_mlp_norm,
-    ):
-        if norm is not None:
-            entries.extend(_norm(norm))
-    if attention.sinks is not None:
-        shape = attention.sinks.shape[1:]
-        layers = [config.names.layer.format(layer=layer) for layer in range(config.num_layers)]
-        regions = [
-            TensorRegion(f"{path}.self_attn.sinks", (i,), shape, (math.prod(shape),)) for i, path in enumerate(layers)
-        ]
-        entries.append(Entry(attention, "sinks", tuple(regions)))
-    projections = [attention.qkv_proj, attention.o_proj]
-    if isinstance(block.mlp, Experts):
-        entries.extend(_experts(block.mlp))
-    else:
-        projections += [block.mlp.gate_up_proj, block.mlp.down_proj]
-    for projection in projections:
-        entries.extend(_projection(projection, turned=config.names.turned))
+    if inputs is not None:
+        entries.extend((*_projection(inputs.projection, turned=False), *_norm(inputs.norm)))
+    for stack, block in zip(itertools.chain(*config.runs), model.blocks, strict=True):
+        entries.extend(_block(stack, block))
     entries.extend(_norm(model.norm))
     if model.lm_head is not None:
         head = TensorRegion(config.names.head_tensor, (), table, table)
@@ -144,11 +126,51 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
     return entries
 
 
+def _block(config: DecoderConfig, block: Block) -> Iterator[Entry]:
+    """A stack of layers."""
+    mixer, mlp = block.self_attn, block.mlp
+    attends = isinstance(mixer, Attention)
+    inner = (mixer.q_norm, mixer.k_norm) if attends else (mixer.norm,)
+    for norm in (block.attention_norm, *inner, block.post_attention_norm, block.mlp_norm, block.post_mlp_norm):
+        if norm is not None:
+            yield from _norm(norm)
+    if not attends:
+        path, (channels, window) = mixer.config.path, mixer.conv.shape[1:]
+        yield _single(config, mixer, "conv", f"{path}.conv1d.weight", (channels, 1, window))
+        yield _single(config, mixer, "decay", f"{path}.A_log")
+        yield _single(config, mixer, "step_bias", f"{path}.dt_bias")
+    elif mixer.sinks is not None:
+        yield _single(config, mixer, "sinks", "self_attn.sinks", (config.num_heads,))
+    if block.layer_scale is not None:
+        yield _single(config, block, "layer_scale", "layer_scalar", (1,))
+    projections = [mixer.qkv_proj, mixer.o_proj] if attends else [mixer.in_proj, mixer.out_proj]
+    if isinstance(mlp, Experts):
+        yield from _experts(mlp)
+    else:
+        projections += [mlp.gate_up_proj, mlp.down_proj]
+    if block.layer_input is not None:
+        yield from _norm(block.layer_input.norm)
+        projections += [block.layer_input.gate_proj, block.layer_input.out_proj]
+    for projection in projections:
+        yield from _projection(projection, turned=config.names.turned)
+
+
+def _single(
+    config: DecoderConfig, module: nnx.Module, attribute: str, name: str, shape: tuple[int, ...] | None = None
+) -> Entry:
+    """A parameter that is one tensor a layer; `shape` is the tensor's where that isn't the parameter's."""
+    region = tuple(getattr(module, attribute).shape[1:])
+    paths = (config.names.layer.format(layer=number) for number in config.numbers or range(config.num_layers))
+    tensors = (TensorRegion(f"{path}.{name}", (i,), region, shape or region) for i, path in enumerate(paths))
+    return Entry(module, attribute, tuple(tensors))
+
+
 def _norm(norm: Norm) -> Iterator[Entry]:
     *stack, size = norm.weight.shape
     indices: list[tuple[int, ...]] = [(layer,) for layer in range(stack[0])] if stack else [()]
     for name in ("weight", "bias") if norm.bias is not None else ("weight",):
-        paths = [norm.path.format(layer=index[0]) if index else norm.path for index in indices]
+        numbers = [(norm.numbers[layer],) for (layer,) in indices] if norm.numbers else indices
+        paths = [norm.path.format(layer=number[0]) if number else norm.path for number in numbers]
         pieces = [
             TensorRegion(f"{path}.{name}", index, (size,), (size,)) for path, index in zip(paths, indices, strict=True)
         ]
@@ -157,19 +179,18 @@ def _norm(norm: Norm) -> Iterator[Entry]:
 
 def _projection(projection: Projection, *, turned: bool) -> Iterator[Entry]:
     kernels, biases = [], []
-    layers = range(projection.num_layers or 0)
-    for layer in layers:
+    for stacked in [()] if projection.num_layers is None else [(layer,) for layer in range(projection.num_layers)]:
         for part in projection.parts:
             shape = list(projection.layout.out_shape)
             shape[projection.layout.part_axis] = part.size
             where = projection.part_slice(part.name)
-            path = projection.module_path(part.name, layer)
+            path = projection.module_path(part.name, *(stacked or (None,)))
             size, region = projection.part_features(part.name), (projection.in_features, *shape)
             file_shape = (projection.in_features, size) if turned else (size, projection.in_features)
             kernels.append(
-                TensorRegion(f"{path}.weight", (layer, slice(None), *where), region, file_shape, matrix=not turned)
+                TensorRegion(f"{path}.weight", (*stacked, slice(None), *where), region, file_shape, matrix=not turned)
             )
-            biases.append(TensorRegion(f"{path}.bias", (layer, *where), tuple(shape), (size,)))
+            biases.append(TensorRegion(f"{path}.bias", (*stacked, *where), tuple(shape), (size,)))
     stack = () if projection.num_layers is None else (projection.num_layers,)
     axes = (*stack, projection.in_features, *projection.layout.out_shape)
     yield Entry(projection, "kernel", tuple(kernels), axes)
@@ -180,7 +201,8 @@ def _projection(projection: Projection, *, turned: bool) -> Iterator[Entry]:
 def _experts(experts: Experts) -> Iterator[Entry]:
     router = experts.router
     layers, inputs, count = router.kernel.shape
-    paths = [router.path.format(layer=layer) for layer in range(layers)]
+    numbers = experts.gate_up_proj.numbers or range(layers)
+    paths = [router.path.format(layer=number) for number in numbers]
     kernels = [
         TensorRegion(f"{path}.weight", (layer,), (inputs, count), (count, inputs), matrix=True)
         for layer, path in enumerate(paths)
@@ -202,7 +224,7 @@ def _fused_experts(projection: ExpertProjection) -> list[tuple[TensorRegion, Ten
     (layers, count), inputs, out = projection.stack, projection.in_features, projection.layout.out_shape
     pieces = []
     for layer in range(layers):
-        name = projection.path.format(layer=layer, expert="*", name=projection.whole).replace(".*.", ".")
+        name = projection.module_path(projection.whole, layer, "*").replace(".*.", ".")
         kernel = TensorRegion(name, (layer,), (count, inputs, *out), (count, inputs, math.prod(out)))
         pieces.append((kernel, TensorRegion(f"{name}_bias", (layer,), (count, *out), (count, math.prod(out)))))
     return pieces

@@ -1,8 +1,9 @@
 """What a decoder looks like, independent of where the description came from."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mora_jax.models.rope import Rope
@@ -23,6 +24,8 @@ class TensorNames:
             queries come first, then all keys, then all values.
         gate_up: of gate and up, or the one that holds both; of up alone where there is no gate.
         turned: whether matrices of layers are `[in, out]` in files (transformers' Conv1D), not `[out, in]`.
+        layer_embedding, layer_inputs, layer_inputs_norm: of what makes the layers' own inputs.
+        input_gate, input_out, input_norm: of what a layer does with its own.
     """
 
     embedding: str = "model.embed_tokens"
@@ -43,6 +46,12 @@ class TensorNames:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     turned: bool = False
+    layer_embedding: str = "model.embed_tokens_per_layer"
+    layer_inputs: str = "model.per_layer_model_projection"
+    layer_inputs_norm: str = "model.per_layer_projection_norm"
+    input_gate: str = "per_layer_input_gate"
+    input_out: str = "per_layer_projection"
+    input_norm: str = "post_per_layer_input_norm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,7 @@ class ExpertsConfig:
 
     Attributes:
         layer: makes the module of all layers, `mora_jax.models.experts.Experts`; other models do without that file.
+        balance: how evenly experts are used, by the sums of a pass, `mora_jax.models.experts.balance`.
         count: experts a layer.
         per_token: how many of them compute a token.
         width: what an expert has in place of `intermediate_size`.
@@ -66,6 +76,7 @@ class ExpertsConfig:
     """
 
     layer: Callable[..., Any]
+    balance: Callable[..., Any]
     count: int
     per_token: int
     width: int
@@ -78,6 +89,42 @@ class ExpertsConfig:
     path: str = "mlp.experts"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     fused: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaConfig:
+    """Linear attention by the gated delta rule, in place of attention.
+
+    Attributes:
+        layer: makes the module of all layers, `mora_jax.models.delta.GatedDelta`; other models do without that file.
+        key_heads, value_heads: how many there are; a key head serves `value_heads / key_heads` value heads.
+        key_dim, value_dim: numbers of a head.
+        window: tokens that the convolution sees, the last one included.
+        path: the end of the path of its parameters.
+    """
+
+    layer: Callable[..., Any]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    window: int
+    path: str = "linear_attn"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInputConfig:
+    """Numbers of each token that every layer has as an input of its own, beside the residual stream.
+
+    Attributes:
+        model: makes the module that makes them, `mora_jax.models.layer_inputs.LayerInputs`; other models do without.
+        layer: makes what all layers do with them, `LayerInput` there.
+        width: numbers of a token for each layer.
+    """
+
+    model: Callable[..., Any]
+    layer: Callable[..., Any]
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +149,21 @@ class DecoderConfig:
         embedding_scale: what embeddings are multiplied by, rounded to the compute dtype first, or None.
         attention_scale: what the attention scores are multiplied by.
         attention_sinks: whether each head has a trained score that takes part in the softmax and gives nothing.
+        attention_gate: whether what attention gives is multiplied by the sigmoid of a gate, which files hold behind the
+            query of each head.
+        delta: linear attention in place of attention; None for attention.
+        value_norm: whether each head of v has a norm, without weights.
+        values_are_keys: whether v is k before its norm and rotation, so that there is no matrix for it.
+        keys_of: the number of the layer whose keys and values these layers use; None for their own.
+        keys_used: the number of this layer where others use its keys and values, which makes it a stack of its own.
+        layer_input: the inputs that every layer has for itself; None for none.
+        layer_scale: whether what a layer gives is multiplied by a stored number.
         experts: of layers that have them in place of an MLP; None where none has.
         logit_scale: what logits are multiplied by, before the cap. The final norm does it.
         source: the HuggingFace `config.json` it was read from, as JSON text; `save_pretrained` writes it.
+        differing: for each layer the names and values of the fields in which it differs from the model's, where layers
+            are of several kinds; () where all are alike.
+        numbers: of the layers that are described, where these are a part of a model's; () for all.
     """
 
     family: str
@@ -142,16 +201,79 @@ class DecoderConfig:
     final_softcap: float | None = None
     initializer_range: float = 0.02
     attention_sinks: bool = False
+    attention_gate: bool = False
+    delta: DeltaConfig | None = None
+    value_norm: bool = False
+    values_are_keys: bool = False
+    keys_of: int | None = None
+    keys_used: int | None = None
+    layer_input: LayerInputConfig | None = None
+    layer_scale: bool = False
     experts: ExpertsConfig | None = None
     names: TensorNames = TensorNames()
     source: str = dataclasses.field(default="{}", repr=False)
+    differing: tuple[tuple[tuple[str, Any], ...], ...] = ()
+    numbers: tuple[int, ...] = ()
 
     @property
     def q_per_kv(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    @functools.cached_property
+    def runs(self) -> tuple[tuple["DecoderConfig", ...], ...]:
+        """The stacks of like layers that the parameters of the layers are kept in.
+
+        A run is executed by one loop, whose turn goes through a layer of each of its stacks: where three layers of one
+        kind and one of another take turns, there is one run of four stacks. Of like layers there is one of one.
+        """
+        if not self.differing:
+            return ((self,),)
+        return tuple(
+            tuple(self._stack(range(start + i, start + count * period, period)) for i in range(period))
+            for start, period, count in _periods(self.differing)
+        )
+
+    @functools.cached_property
+    def by_layer(self) -> tuple["DecoderConfig", ...]:
+        """For each layer the stack that it is in."""
+        stacks = [stack for run in self.runs for stack in run]
+        numbers = {n: stack for stack in stacks for n in stack.numbers or range(self.num_layers)}
+        return tuple(numbers[n] for n in range(self.num_layers))
+
+    @property
+    def has_states(self) -> bool:
+        """Whether any layer has linear attention, whose state goes from token to token."""
+        return any(stack.delta is not None for run in self.runs for stack in run)
+
+    def _stack(self, numbers: Sequence[int]) -> "DecoderConfig":
+        """Some of the layers, which are all of one kind."""
+        return dataclasses.replace(
+            self,
+            **dict(self.differing[numbers[0]]),
+            num_layers=len(numbers),
+            windows=tuple(self.windows[i] for i in numbers),
+            layer_ropes=tuple(self.layer_ropes[i] for i in numbers),
+            differing=(),
+            numbers=tuple(numbers),
+        )
+
     @property
     def hf_config(self) -> dict[str, Any]:
         """A fresh copy of the HuggingFace `config.json` this was read from."""
         return json.loads(self.source)
+
+
+def _periods(kinds: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+    """Splits a sequence into stretches that repeat: where each starts, its period, and how often that comes."""
+    start = 0
+    while start < len(kinds):
+        period, count = 1, 1
+        for length in range(1, 17):
+            pattern, times = kinds[start : start + length], 1
+            while kinds[start + times * length : start + (times + 1) * length] == pattern:
+                times += 1
+            if times > 1 and times * length > period * count:
+                period, count = length, times
+        yield start, period, count
+        start += period * count

@@ -20,7 +20,13 @@ from mora_jax.models.attention.causal import Choice, Rows
 from mora_jax.models.block import Block, LayerRunner, RowLayout, norm_of
 from mora_jax.models.kv_cache import Cache, empty_cache
 from mora_jax.models.rope import by_length, tables
-from mora_jax.models.segments import check_token_ids, default_positions, segment_lengths
+from mora_jax.models.segments import (
+    check_token_ids,
+    default_positions,
+    in_order,
+    segment_lengths,
+    sorted_by_segment,
+)
 
 if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig
@@ -106,7 +112,8 @@ class Decoder(nnx.Module):
         quantize: how the layers' kernels are held: "none", "int8" or "nf4" (see
             `mora_jax.adapters.products.quantization`).
         attention: chooses what computes attention (`mora_jax.models.attention.kernels`); None for XLA's blocks.
-        layers: one `Block` whose leaves have a leading `[L]`.
+        layers: one `Block` whose leaves have a leading `[L]`; where layers are of several kinds a list of such stacks,
+            in the order of `config.runs`.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
     """
@@ -145,7 +152,12 @@ class Decoder(nnx.Module):
         if names.positions is not None:
             positions = TokenEmbedding(config.max_positions, width, path=names.positions, axis="positions", **making)
         self.embed_positions = nnx.data(positions)
-        self.layers = Block(config, dtype=dtype, rngs=rngs, quantize=None if quantize == "none" else quantize)
+        self.layer_inputs: Any = nnx.data(
+            config.layer_input and config.layer_input.model(config, dtype=dtype, rngs=rngs)
+        )
+        form = {"dtype": dtype, "rngs": rngs, "quantize": None if quantize == "none" else quantize}
+        blocks = [Block(stack, **form) for run in config.runs for stack in run]
+        self.layers = nnx.List(blocks) if config.differing else blocks[0]
         self.norm = norm_of(config, names.final_norm, size=width, scale=config.logit_scale)
         if config.tie_embeddings:
             self.lm_head = None
@@ -217,7 +229,8 @@ class Decoder(nnx.Module):
         embedding_noise: jax.Array | None = None,
         partitioner: Partitioner | None = None,
         packed: bool = True,
-    ) -> jax.Array:
+        balanced: bool = False,
+    ) -> Any:
         """`hidden` inside a compiled function: nothing is checked, and nothing is compiled by itself.
 
         Args:
@@ -226,6 +239,8 @@ class Decoder(nnx.Module):
                 masks; None: these are all of them.
             embedding_noise: float32 `[B, T, D]`, added to the looked-up embeddings before the family scales them.
             packed: whether a row of `segment_ids` may hold anything but one example and padding behind it.
+            balanced: whether to give, beside the states, how evenly experts are used: the scalar of
+                `mora_jax.models.experts.balance`, over all layers and tokens that are not padding.
         """
         count, length = input_ids.shape
         rows = Rows(self.config, self.dtype, count, length, partitioner, packed and segment_ids is not None)
@@ -237,11 +252,21 @@ class Decoder(nnx.Module):
             segments = segment_ids.astype(jnp.int32)
             implied = default_positions(segments) if positions is None else segments
         places = implied if positions is None else positions.astype(jnp.int32)
+        order = None
+        if self.config.has_states and rows.packed:
+            order, input_ids, segments, places = sorted_by_segment(segments, input_ids, segments, places)
+            embedding_noise = None if embedding_noise is None else in_order(embedding_noise, order)
         cos, sin, query_scale = self._by_position(places, lambda: segment_lengths(segments))
         token_dropout = None
         if dropout_key is not None:
             token_dropout = TokenDropout.of(dropout_key, len(input_ids), input_ids.shape[1], row_numbers)
+            if order is not None:
+                token_dropout = token_dropout._replace(tokens=in_order(token_dropout.tokens, order))
         x = self._embed(input_ids, places, embedding_noise, partitioner)
+        layer_input = None
+        if self.layer_inputs is not None:
+            dropout = None if token_dropout is None else token_dropout.fold(self.config.num_layers + 1)
+            layer_input = self.layer_inputs(input_ids, x, dropout, partitioner)
         ring = None if partitioner is None else partitioner.ring(x.shape[0])
         if partitioner is not None and ring is not None:
             x, segments = partitioner.fold(x), partitioner.fold(segments)
@@ -256,9 +281,23 @@ class Decoder(nnx.Module):
             "partitioner": sharded,
             "mesh": partitioner,
         }
-        layout = RowLayout(segments, segments, None, None, cos, sin, None, query_scale, **static)
-        x = self.norm(self.runner(self.layers, x, layout, token_dropout))
-        return x if ring is None or partitioner is None else partitioner.unfold(x, *input_ids.shape)
+        layout = RowLayout(segments, segments, None, None, cos, sin, None, query_scale, layer_input, **static)
+        experts = self.config.experts if balanced else None
+        use = None if experts is None else (jnp.zeros(experts.count), jnp.zeros(experts.count))
+        x, use = self.runner(self.layers, x, layout, token_dropout, use)
+        x = self.norm(x)
+        if order is not None:
+            x = in_order(x, jnp.argsort(order, axis=1))
+        x = x if ring is None or partitioner is None else partitioner.unfold(x, *input_ids.shape)
+        if experts is None or use is None:
+            return x
+        layers = sum(layer.experts is not None for layer in self.config.by_layer)
+        return x, experts.balance(*use, layers * jnp.sum(segments > 0, dtype=jnp.float32))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The stacks of layers, in the order of `config.runs`."""
+        return [self.layers] if isinstance(self.layers, Block) else list(self.layers)
 
     def head(self, partitioner: Partitioner | None = None) -> Head:
         """The output projection, for a loss that never makes the logits of a whole batch."""
@@ -359,11 +398,11 @@ class Decoder(nnx.Module):
     def _embed(
         self, input_ids: jax.Array, places: jax.Array, noise: jax.Array | None, partitioner: Partitioner | None
     ) -> jax.Array:
-        x = _looked_up(self.embed_tokens, input_ids, partitioner)
+        x = looked_up(self.embed_tokens, input_ids, partitioner)
         if noise is not None:
             x = (x.astype(jnp.float32) + noise).astype(x.dtype)
         x = self._scaled(x)
-        return x if self.embed_positions is None else x + _looked_up(self.embed_positions, places, partitioner)
+        return x if self.embed_positions is None else x + looked_up(self.embed_positions, places, partitioner)
 
     def _by_position(self, places: jax.Array, lengths: Callable[[], Any]) -> tuple[Any, Any, jax.Array | None]:
         """Cosines and sines of the angles, `[R, B, T, rotary_dim / 2]`, and what queries are multiplied by.
@@ -431,6 +470,8 @@ class Decoder(nnx.Module):
             before = jnp.sum(cache.segments, axis=1, keepdims=True)
             positions = before + jnp.cumsum(segments, axis=1) - segments
         positions = positions.astype(jnp.int32)
+        if self.config.has_states and shape[1] > 1:
+            _, input_ids, segments, positions = sorted_by_segment(segments, input_ids, segments, positions)
         start = (jnp.int32(0), cache.length)  # of one type, with float64 on too
         cache = dataclasses.replace(
             cache,
@@ -438,9 +479,11 @@ class Decoder(nnx.Module):
             positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
         )
         cos, sin, query_scale = self._by_position(positions, lambda: cache.max_length)
-        layout = RowLayout(segments, cache.segments, positions, cache.positions, cos, sin, None, query_scale)
         x = self._scaled((look_up or self.embed_tokens)(input_ids).astype(self.dtype))
-        return x if self.embed_positions is None else x + self.embed_positions(positions), layout, cache
+        x = x if self.embed_positions is None else x + self.embed_positions(positions)
+        layer_input = None if self.layer_inputs is None else self.layer_inputs(input_ids, x)
+        places = (segments, cache.segments, positions, cache.positions)
+        return x, RowLayout(*places, cos, sin, None, query_scale, layer_input), cache
 
     def leave(self, x: jax.Array, segments: jax.Array, head: Head | None = None) -> jax.Array:
         """What comes behind the layers in `read`: float32 logits `[B, V]` of each row's last token of a segment."""
@@ -470,8 +513,8 @@ def _extend(graphdef: Any, state: Any, adapter_ids: Any, *args: Any) -> tuple[ja
     return _merged(graphdef, state, adapter_ids, args[1]).read(*args)
 
 
-def _looked_up(table: TokenEmbedding, ids: jax.Array, partitioner: Partitioner | None) -> jax.Array:
-    """Rows of a table, which a mesh may share."""
+def looked_up(table: TokenEmbedding, ids: jax.Array, partitioner: Partitioner | None) -> jax.Array:
+    """Rows of a table `[..., D]`, which a mesh may share."""
     if partitioner is None:
         return table(ids)
     count, width = table.embedding.shape

@@ -71,6 +71,18 @@ def routed(scores: Array, per_token: int, normalize: bool) -> tuple[Array, Array
     return jnp.exp(top - jax.nn.logsumexp(total, axis=-1, keepdims=True)), experts
 
 
+def balance(counts: Array, probabilities: Array, tokens: Array) -> Array:
+    """`E Σ_e f_e P_e`, f the share of tokens that have an expert and P the mean of its probability (Fedus et al., 2021,
+    arXiv 2101.03961); with k experts a token f sums to k, as in Mixtral, and the value is k where all are used alike.
+
+    Args:
+        counts, probabilities: `[E]`, sums over tokens and layers, as `Experts.use` gives them for one.
+        tokens: how many they are over, each once for every layer.
+    """
+    total = jnp.maximum(tokens, 1.0)
+    return len(counts) * jnp.sum(jax.lax.stop_gradient(counts) / total * probabilities / total)
+
+
 class Experts(nnx.Module):
     """The experts of all layers, in the place of the MLP. Gate and up are one product."""
 
@@ -93,6 +105,7 @@ class Experts(nnx.Module):
         making: dict[str, Any] = {
             "experts": experts.count,
             "num_layers": config.num_layers,
+            "numbers": config.numbers,
             "path": f"{config.names.layer}.{experts.path}.{{expert}}.{{name}}",
             "layer_path": "mlp.experts",
             "use_bias": experts.bias,
@@ -145,6 +158,18 @@ class Experts(nnx.Module):
         if token_dropout is not None:
             weights.append((token_dropout.key, (None,) * token_dropout.key.ndim))
         return layout.mesh.by_experts(share, rows, weights, folded=layout.folded).astype(x.dtype)
+
+    def use(self, x: Array, segments: Array) -> tuple[Array, Array]:
+        """How tokens `x [B, T, D]` that are not padding are spread over the experts, float32 `[E]` each.
+
+        Returns:
+            How many tokens have each expert, and the sum of its probabilities among all.
+        """
+        scores = self.router(x.reshape(-1, x.shape[-1]))
+        real = (segments.reshape(-1, 1) > 0).astype(jnp.float32)
+        _, chosen = jax.lax.top_k(scores, self.config.per_token)
+        counts = jnp.sum(jax.nn.one_hot(chosen, scores.shape[-1]).sum(1) * real, axis=0)
+        return counts, jnp.sum(jax.nn.softmax(scores, axis=-1) * real, axis=0)
 
     def _sums(self, x: Array, token_dropout: TokenDropout | None, first: Array | int) -> Array:
         """What experts from number `first` on, those that are here, give `x [B, T, D]`: float32 `[B, T, D]`."""

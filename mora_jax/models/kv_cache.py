@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
 class Cache:
     """Keys and values of the tokens so far. A pytree: pass it through `jax.jit`, donate it, shard it.
 
+    Layers with linear attention have in their place the inputs of the convolution, `[L, B, window - 1, C]`, and the
+    state, float32 `[L, B, value_heads, key_dim, value_dim]`. Layers that use those of others have `[L, B, 0]`.
+
     Attributes:
-        keys: `[L, B, kv_heads, S, head_dim]`, rotated; or for each layer `[B, kv_heads, S, head_dim]` (`unstacked`).
+        keys: `[L, B, kv_heads, S, head_dim]`, rotated; where layers are of several kinds one for each of their stacks;
+            or for each layer `[B, kv_heads, S, head_dim]` (`unstacked`).
         values: the same shape.
         segments: int32 `[B, S]`, 0 where the slot is empty or padding.
         positions: int32 `[B, S]`.
@@ -36,8 +41,21 @@ class Cache:
         """The number of slots, S."""
         return self.segments.shape[1]
 
+    @property
+    def stacks(self) -> list[tuple[jax.Array, jax.Array]]:
+        """Keys and values of each stack of layers."""
+        if isinstance(self.keys, tuple):
+            return list(zip(self.keys, self.values, strict=True))
+        return [(self.keys, self.values)]  # type: ignore[list-item]
+
+    def with_stacks(self, stacks: list[tuple[jax.Array, jax.Array]]) -> Cache:
+        """With other keys and values of each stack."""
+        keys, values = zip(*stacks, strict=True)
+        alone = not isinstance(self.keys, tuple)
+        return dataclasses.replace(self, keys=keys[0] if alone else keys, values=values[0] if alone else values)
+
     def unstacked(self) -> Cache:
-        """The cache with an array for each layer, as `UnstackedLayers` write it in place."""
+        """The cache of layers of one kind with an array for each, as `UnstackedLayers` write it in place."""
         return dataclasses.replace(self, keys=tuple(self.keys), values=tuple(self.values))
 
 
@@ -66,23 +84,62 @@ class CacheSlot:
 
         return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
+    def put(self, keys: jax.Array, values: jax.Array) -> CacheSlot:
+        """The slot with all that it holds of this layer replaced."""
+
+        def written(stored: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.astype(stored.dtype)
+            return new if self.layer is None else jax.lax.dynamic_update_index_in_dim(stored, new, self.layer, 0)
+
+        return dataclasses.replace(self, keys=written(self.keys, keys), values=written(self.values, values))
+
+    def held(self) -> tuple[jax.Array, jax.Array]:
+        """All that it holds of this layer."""
+        return (self.keys, self.values) if self.layer is None else (self.keys[self.layer], self.values[self.layer])
+
     def read(self) -> tuple[jax.Array, jax.Array]:
         """This layer's keys and values, `[B, S, G, H]` each."""
-        keys, values = self.keys, self.values
-        if self.layer is not None:
-            keys, values = keys[self.layer], values[self.layer]
+        keys, values = self.held()
         return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeySlot:
+    """Keys and values that a layer leaves to others, or that these find, `[B, T, G, H]` each: without a cache."""
+
+    keys: jax.Array | None = None
+    values: jax.Array | None = None
+
+    def write(self, keys: jax.Array, values: jax.Array) -> KeySlot:
+        """The slot with a layer's keys and values."""
+        return KeySlot(keys, values)
+
+    def read(self) -> tuple[Any, Any]:
+        """Keys and values."""
+        return self.keys, self.values
 
 
 def empty_cache(config: DecoderConfig, batch_size: int, max_length: int, dtype: jnp.dtype) -> Cache:
     """A cache with `max_length` free slots for each of `batch_size` rows."""
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"a cache needs at least one row and one slot, got {batch_size} rows of {max_length}")
-    shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
+    stacks = []
+    for stack in itertools.chain(*config.runs):
+        delta, size = stack.delta, (stack.num_layers, batch_size)
+        if stack.keys_of is not None:
+            pair = [jnp.zeros((*size, 0), dtype) for _ in range(2)]
+        elif delta is None:
+            pair = [jnp.zeros((*size, stack.num_kv_heads, max_length, stack.head_dim), dtype) for _ in range(2)]
+        else:
+            inputs = 2 * delta.key_heads * delta.key_dim + delta.value_heads * delta.value_dim
+            state = jnp.zeros((*size, delta.value_heads, delta.key_dim, delta.value_dim), jnp.float32)
+            pair = [jnp.zeros((*size, delta.window - 1, inputs), dtype), state]
+        stacks.append(pair)
+    keys, values = zip(*stacks, strict=True)
     slots = jnp.zeros((batch_size, max_length), dtype=jnp.int32)
     return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=keys if config.differing else keys[0],
+        values=values if config.differing else values[0],
         segments=slots,
         positions=jnp.zeros_like(slots),  # its own buffer, so that the whole cache can be donated
         length=jnp.zeros((), dtype=jnp.int32),

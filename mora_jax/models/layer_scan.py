@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 Array = jax.Array
-Body = Callable[[Array, Any, Any], Array]
+Body = Callable[[Array, Any, Any, Any], Array]
 
 SAVED = "saved"  # the name of what `checkpointed` marks
 _SAVE_MARKED = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -99,8 +99,10 @@ class _Plan:
         return jax.tree.unflatten(self.tree, [parts[name][i] for name, i in self.sources])
 
 
-def run_stack(body: Body, remat: str, x: Array, layers: Any, shared: Any, places: Places | None = None) -> Array:
-    """`x` through `body(x, layer, shared)` for each layer in turn.
+def run_stack(
+    body: Body, remat: str, x: Array, layers: Any, shared: Any, given: Any = (), places: Places | None = None
+) -> Array:
+    """`x`, an array or a pytree of some, through `body(x, layer, shared, given)` for each layer in turn.
 
     Args:
         body: one layer, a pure function of its arguments.
@@ -109,29 +111,49 @@ def run_stack(body: Body, remat: str, x: Array, layers: Any, shared: Any, places
         x: the input of the first layer; every layer keeps its shape and dtype.
         layers: any pytree of arrays `[L, …]`; arrays that nothing differentiates get no gradient.
         shared: any pytree of arrays that every layer reads; they get no gradient.
+        given: the same of arrays that get one, which layers before these have computed.
         places: where the leaves of `layers` lie on a mesh, in their order; None without one.
 
     Returns:
         The output of the last layer.
     """
-    return _run(body, remat, places, x, layers, shared)
+    return _run(body, remat, places, x, layers, shared, given)
+
+
+def run_alone(
+    body: Callable[..., Any], remat: str, x: Array, layers: Any, shared: Any, places: Places | None = None
+) -> Any:
+    """`body(x, layer, shared)` for a stack of one layer; it may give other arrays beside the next `x`.
+
+    Args:
+        body, remat, x, layers, shared, places: as for `run_stack`.
+    """
+    leaves, tree = jax.tree.flatten(layers)
+    layer = _gathered(places, [leaf[0] for leaf in leaves])
+    if remat == "dots":
+        body = jax.checkpoint(body, policy=_SAVE_MARKED)
+    elif remat != "none":
+        body = jax.checkpoint(body)
+    return body(x, jax.tree.unflatten(tree, layer), shared)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(body: Body, remat: str, places: Places | None, x: Array, layers: Any, shared: Any) -> Array:
+def _run(body: Body, remat: str, places: Places | None, x: Array, layers: Any, shared: Any, given: Any) -> Array:
     leaves, tree = jax.tree.flatten(layers)
 
     def step(x: Array, layer: list[Any]) -> tuple[Array, None]:
-        return body(x, jax.tree.unflatten(tree, _gathered(places, layer)), shared), None
+        return body(x, jax.tree.unflatten(tree, _gathered(places, layer)), shared, given), None
 
     return jax.lax.scan(step, x, leaves)[0]
 
 
-def _forward(body: Body, remat: str, places: Places | None, x: Any, layers: Any, shared: Any) -> tuple[Array, Any]:
+def _forward(
+    body: Body, remat: str, places: Places | None, x: Any, layers: Any, shared: Any, given: Any
+) -> tuple[Array, Any]:
     # With symbolic zeros each argument says whether anything differentiates it.
     primals, tree = jax.tree.flatten(layers)
     active = tuple(primal.perturbed for primal in primals)
-    x, leaves, shared = jax.tree.map(lambda primal: primal.value, (x, primals, shared))
+    x, leaves, shared, given = jax.tree.map(lambda primal: primal.value, (x, primals, shared, given))
     layer_fn = _pullback_of(body, remat, tree, active)
     plan = _Plan()
 
@@ -139,35 +161,37 @@ def _forward(body: Body, remat: str, places: Places | None, x: Any, layers: Any,
         layer = _gathered(places, layer)
         if remat in ("full", "offload"):
             saved = x if remat == "full" else jax.device_put(x, jax.memory.Space.Host)
-            return body(x, jax.tree.unflatten(tree, layer), shared), [saved]
-        y, pullback = layer_fn(x, layer, shared)
-        return y, plan.take_apart(pullback, layer, jax.tree.leaves(shared))
+            return body(x, jax.tree.unflatten(tree, layer), shared, given), [saved]
+        y, pullback = layer_fn(x, layer, shared, given)
+        return y, plan.take_apart(pullback, layer, jax.tree.leaves((shared, given)))
 
     x, saved = jax.lax.scan(step, x, leaves)
-    return x, (_Static((plan, tree, active)), saved, leaves, shared)
+    return x, (_Static((plan, tree, active)), saved, leaves, shared, given)
 
 
-def _backward(body: Body, remat: str, places: Places | None, residuals: Any, dy: Any) -> tuple[Any, Any, None]:
-    static, saved, leaves, shared = residuals
+def _backward(body: Body, remat: str, places: Places | None, residuals: Any, dy: Any) -> tuple[Any, Any, None, Any]:
+    static, saved, leaves, shared, given = residuals
     plan, tree, active = static.value
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
+    dy = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype) if isinstance(part, SymbolicZero) else part, dy)
     layer_fn = _pullback_of(body, remat, tree, active)
 
-    def step(dy: Array, of_layer: tuple[list[Array], list[Array]]) -> tuple[Array, list[Array]]:
-        saved, layer = of_layer
+    def step(carry: tuple[Array, Any], of_layer: tuple[list[Array], list[Array]]) -> tuple[Any, list[Array]]:
+        (dy, sums), (saved, layer) = carry, of_layer
         layer = _gathered(places, layer)
         if remat in ("full", "offload"):
             x = saved[0] if remat == "full" else jax.device_put(saved[0], jax.memory.Space.Device)
-            pullback = layer_fn(x, layer, shared)[1]
+            pullback = layer_fn(x, layer, shared, given)[1]
         else:
-            pullback = plan.put_together(saved, layer, jax.tree.leaves(shared))
-        dx, gradients = pullback(dy)
-        return dx, gradients if places is None else places.scatter(gradients, active)
+            pullback = plan.put_together(saved, layer, jax.tree.leaves((shared, given)))
+        dx, gradients, slopes = pullback(dy)
+        sums = jax.tree.map(jnp.add, sums, slopes)
+        return (dx, sums), gradients if places is None else places.scatter(gradients, active)
 
-    dy, gradients = jax.lax.scan(step, dy, (saved, leaves), reverse=True)
+    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32)), given)
+    (dy, sums), gradients = jax.lax.scan(step, (dy, zeros), (saved, leaves), reverse=True)
+    sums = jax.tree.map(lambda total, array: total.astype(array.dtype), sums, given)
     trained = iter(gradients)
-    return dy, jax.tree.unflatten(tree, [next(trained) if on else None for on in active]), None
+    return dy, jax.tree.unflatten(tree, [next(trained) if on else None for on in active]), None, sums
 
 
 def _gathered(places: Places | None, layer: list[Any]) -> list[Any]:
@@ -175,19 +199,19 @@ def _gathered(places: Places | None, layer: list[Any]) -> list[Any]:
 
 
 def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...]) -> Callable[..., Any]:
-    """A layer as `(x, leaves, shared) → (y, pullback)`, differentiated by `x` and the active leaves."""
+    """A layer as `(x, leaves, shared, given) → (y, pullback)`, differentiated by `x`, the active leaves and `given`."""
 
-    def layer_fn(x: Array, layer: list[Array], shared: Any) -> Any:
-        def on_active(x: Array, trained: list[Array]) -> Array:
+    def layer_fn(x: Array, layer: list[Array], shared: Any, given: Any) -> Any:
+        def on_active(x: Array, trained: list[Array], given: Any) -> Array:
             values = iter(trained)
             merged = [next(values) if on else leaf for on, leaf in zip(active, layer, strict=True)]
-            return body(x, jax.tree.unflatten(tree, merged), shared)
+            return body(x, jax.tree.unflatten(tree, merged), shared, given)
 
         if remat == "dots":
             # A loop's backward can't share anything with its forward, so nothing has to keep the compiler from it.
             on_active = jax.checkpoint(on_active, policy=_SAVE_MARKED, prevent_cse=False)
         trained = [leaf for on, leaf in zip(active, layer, strict=True) if on]
-        return jax.vjp(on_active, x, trained)
+        return jax.vjp(on_active, x, trained, given)
 
     return layer_fn
 

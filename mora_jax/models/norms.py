@@ -16,6 +16,7 @@ class Norm(nnx.Module):
         weight: float32 `[num_layers, size]`, or `[size]` when `num_layers` is None.
         bias: the same shape, or None.
         path: HuggingFace module path, with `{layer}` in it for a stacked norm.
+        numbers: of the layers of a stack in the model; () where these are all.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Norm(nnx.Module):
         path: str,
         axis: str = "embed",
         num_layers: int | None = None,
+        numbers: tuple[int, ...] = (),
         kind: str = "rms",
         use_bias: bool = False,
         scale: float = 1.0,
@@ -40,6 +42,7 @@ class Norm(nnx.Module):
             path: see the attribute.
             axis: logical name of the last axis.
             num_layers: length of the stack, or None for a single norm.
+            numbers: see the attribute.
             kind: "rms", or "layer", which takes the mean away first.
             use_bias: whether a bias is added.
             scale: what the result is multiplied by.
@@ -51,6 +54,7 @@ class Norm(nnx.Module):
         self.eps = eps
         self.offset = offset
         self.path = path
+        self.numbers = numbers
         self.kind = kind
         self.scale = scale
 

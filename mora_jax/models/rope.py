@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Rope:
     Attributes:
         theta: the base wavelength.
         kind: one of `KINDS`, or "none" for layers that don't rotate.
-        factor: how much longer the context is than in pretraining (linear, llama3, yarn).
+        factor: how much longer the context is than in pretraining (linear, llama3, yarn, proportional).
         original_positions: the context length of pretraining (llama3, yarn, longrope).
         low_freq_factor, high_freq_factor: the band that llama3 interpolates.
         beta_fast, beta_slow: numbers of rotations between which yarn ramps.
@@ -26,6 +26,8 @@ class Rope:
         attention_factor: what cos and sin are multiplied by (yarn, longrope), already resolved.
         short_factors, long_factors: what the wavelength of each pair is multiplied by in texts of up to
             `original_positions` tokens, and in longer ones (longrope).
+        turning: the part of the pairs that rotate, the first ones; the others stand still (proportional).
+        width: how many numbers of a head the pairs are of, where that isn't what the model has; else 0.
     """
 
     theta: float
@@ -40,6 +42,8 @@ class Rope:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    turning: float = 1.0
+    width: int = 0
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, *, long: bool = False) -> np.ndarray:
@@ -69,6 +73,9 @@ def inverse_frequencies(rope: Rope, head_dim: int, *, long: bool = False) -> np.
         frequencies = _yarn(rope, plain, head_dim)
     elif rope.kind == "longrope":
         frequencies = plain / np.asarray(rope.long_factors if long else rope.short_factors)
+    elif rope.kind == "proportional":
+        still = np.arange(len(plain)) >= int(rope.turning * head_dim // 2)
+        frequencies = np.where(still, 0.0, plain / rope.factor)
     elif rope.kind == "none":
         frequencies = np.zeros_like(plain)
     else:
@@ -124,11 +131,15 @@ def tables(
         lengths: int32 `[B, T]`, the length of the text of each token, or one for all (longrope).
 
     Returns:
-        Two float32 arrays `[R, B, T, head_dim / 2]`.
+        Two float32 arrays `[R, B, T, head_dim / 2]`; as wide as the widest of the tables, with zeros for angles behind
+        the others.
     """
+    widths = [rope.width or head_dim for rope in ropes]
 
     def frequencies(long: bool) -> jax.Array:
-        return jnp.asarray(np.stack([inverse_frequencies(rope, head_dim, long=long) for rope in ropes]))[:, None, None]
+        rows = [inverse_frequencies(rope, width, long=long) for rope, width in zip(ropes, widths, strict=True)]
+        rows = [np.pad(row, (0, (max(widths) - width) // 2)) for row, width in zip(rows, widths, strict=True)]
+        return jnp.asarray(np.stack(rows))[:, None, None]
 
     turns = frequencies(False)
     if by_length(ropes):

@@ -60,6 +60,22 @@ def _unsorted(order: jax.Array, values: jax.Array) -> jax.Array:
     return lax.sort((order, values), dimension=1, num_keys=1)[1]
 
 
+def sorted_by_segment(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Rows whose segments are side by side, each in order, with padding last: `arrays [B, T]` and where tokens stood.
+
+    Returns:
+        int32 `[B, T]`, the old place of each token, and the arrays.
+    """
+    places = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+    last = jnp.where(segment_ids > 0, segment_ids, jnp.iinfo(jnp.int32).max)
+    return lax.sort((last, places, *arrays), dimension=1, num_keys=1, is_stable=True)[1:]
+
+
+def in_order(x: jax.Array, order: jax.Array) -> jax.Array:
+    """`x [B, T, …]` with token `order [B, T]` of the same row at each place."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def check_token_ids(input_ids: np.ndarray | jax.Array, vocab_size: int) -> None:
     """Raises InputError when an id has no row in an embedding of `vocab_size` rows.
 

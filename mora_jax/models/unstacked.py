@@ -111,7 +111,7 @@ def _program(runner: LayerRunner, structure: Structure, window: int | None, rope
         if adapter_ids is not None:
             use(layer, adapter_ids)
         rows = runner.of_layer(RowLayout(**layout, window=None), window, rope)
-        x, slot = layer(x, rows, CacheSlot(keys, values, None, length), None)
+        x, slot, _ = layer(x, rows, CacheSlot(keys, values, None, length), None)
         return x, slot.keys, slot.values
 
     return run_layer

@@ -20,7 +20,7 @@ class Loops:
     """How often the loops of a step run: HLO doesn't always say.
 
     Attributes:
-        layers: of the model.
+        layers: turns of the loop over the model's layers.
         micro_batches: of a step; 1 for no such loop.
         chunks: of the vocabulary loss, where every token carries loss.
         turns: of the ring in which devices pass on keys and values, inside a layer; 1 where rows are whole.

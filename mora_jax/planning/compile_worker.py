@@ -51,7 +51,8 @@ def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
         tokens = arguments[2]["input_ids"].size // (micro * shards)
         heads = 2 if reference_of(config, model) == "base" else 1
         chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens, heads))
-    return lowered, Loops(decoder.num_layers, micro, chunks, turns=task["mesh"][-1])
+    turns = max(run[0].num_layers for run in decoder.runs)
+    return lowered, Loops(turns, micro, chunks, turns=task["mesh"][-1])
 
 
 def compile_step(task: dict[str, Any]) -> dict[str, Any]:

@@ -51,13 +51,17 @@ class Traced:
 
 
 def read_traced(
-    program: core.ClosedJaxpr, layers: int, chunks: int, width: int, sides: frozenset[int] = frozenset()
+    program: core.ClosedJaxpr,
+    layers: tuple[int, ...],
+    chunks: int,
+    width: int,
+    sides: frozenset[int] = frozenset(),
 ) -> Traced:
     """What a traced step of one micro-batch on one device does.
 
     Args:
         program: the step.
-        layers: of the model: a scan as long as this is the stack's.
+        layers: turns of each loop over the model's layers, by which their scans are known.
         chunks: how often the loop of the vocabulary loss runs.
         width: of the residual stream.
         sides: of MoRA's matrices.
@@ -68,17 +72,24 @@ def read_traced(
         return shape[-1:] == (width,) or (len(shape) == 3 and shape[-1] in sides)
 
     flops, moved = _products(program.jaxpr, chunks)
-    saved, uncut, layer, head = 0.0, 0.0, 0.0, 0.0
+    layer, head = 0.0, 0.0
+    saved: list[float] = []
+    uncut: list[float] = []
     for step in _used(program.jaxpr)[0]:
-        if step.name == "scan" and step.equation.params["length"] == layers:
+        if step.name == "scan" and (turns := step.equation.params["length"]) in layers:
             layer = max(layer, _peak(step.inner[0]))
             if not step.equation.params["reverse"]:
-                kept = _stacked(step, layers)
-                saved = max(saved, sum(map(_bytes, kept)))
-                uncut = max(uncut, sum(_bytes(whole) for whole in kept if is_uncut(whole)))
+                kept = _stacked(step, turns)
+                saved.append(sum(map(_bytes, kept)))
+                uncut.append(sum(_bytes(whole) for whole in kept if is_uncut(whole)))
         elif step.name == "while":
             head = max(head, sum(map(_bytes, step.equation.outvars)) + max(map(_peak, step.inner)))
-    return Traced(flops, moved, saved, uncut, layer, head)
+    return Traced(flops, moved, _fullest(saved, len(layers)), _fullest(uncut, len(layers)), layer, head)
+
+
+def _fullest(loops: list[float], count: int) -> float:
+    """The most that the loops of one pass through the model keep together, `count` in each pass."""
+    return max((sum(loops[i : i + count]) for i in range(0, len(loops), count)), default=0.0)
 
 
 def _stacked(step: _Step, length: int) -> list[Any]:

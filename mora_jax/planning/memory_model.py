@@ -280,7 +280,8 @@ def _traced_rows(config: Config, decoder: DecoderConfig, rows: int, backend: str
     flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
     squares = (variable for _, variable in flat if "square_in" in (variable.get_metadata().get("axes") or ()))
     sides = frozenset(variable.get_value().shape[-1] for variable in squares)
-    return read_traced(program, decoder.num_layers, chunks, decoder.hidden_size, sides)
+    turns = tuple(run[0].num_layers for run in decoder.runs if run[0].keys_used is None)
+    return read_traced(program, turns, chunks, decoder.hidden_size, sides)
 
 
 def _collectives(

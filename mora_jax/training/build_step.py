@@ -107,6 +107,7 @@ def assemble(
         axis_name="data" if pmap else None,
         divisor=config.loss.constant if config.loss.divided_by == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,
+        balance_weight=config.loss.balance_weight,
         kl_weight=config.loss.kl_weight,
         base=base_structure(model) if config.loss.kl_weight else None,
         penalty=None if budget is None else budget.penalty,

@@ -168,11 +168,11 @@ class PreferenceLoss:
         self, config: StepConfig, model: Any, frozen: Arrays, rows: PreferenceRows, keys: Keys
     ) -> tuple[Answers, TokenNLL]:
         """The log-probabilities of the answers of one micro-batch, and what their tokens cost."""
-        states, head = head_inputs(config, model, rows, keys)
+        states, head, _ = head_inputs(config, model, rows, keys)
         fold = config.partitioner.fold if config.partitioner is not None else lambda x: x
         base = None
         if self.base is not None:
-            base_states, base_head = head_inputs(config, self.base.model(frozen), rows, Keys(None, None))
+            base_states, base_head, _ = head_inputs(config, self.base.model(frozen), rows, Keys(None, None))
             base = fold(base_states), (base_head if getattr(model, "has_adapted_head", False) else head).kernel
         counted = (rows.answer_weights > 0) | (rows.sft_weights > 0)
         marks = fold(counted.astype(jnp.float32))

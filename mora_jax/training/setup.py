@@ -319,6 +319,8 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
         attached = put_adapter(model, config, plan.steps)
     if config.loss.kl_weight:
         check_divergence(model)
+    if config.loss.balance_weight and (not isinstance(model, Decoder) or model.config.experts is None):
+        raise InputError("config: loss.balance_weight is of models with experts, and this one has none; set it to 0")
     reference = reference_of(config, model, given=given)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reference=reference))
     loaded = objects.model is None

@@ -68,6 +68,8 @@ class StepConfig:
         axis_name: the mapped axis to sum over, under `jax.pmap`.
         divisor: a fixed normaliser; None: the sum of `counts`, or without them of the weights.
         neftune_alpha: strength of the noise on the embeddings (see neftune.py); 0 for none.
+        balance_weight: factor on how unevenly experts are used (see `mora_jax.models.experts.balance`), the mean over
+            micro-batches, and under `jax.pmap` over devices; 0 for no such term.
         kl_weight: factor on the mean divergence from the base (see kl.py); 0 for no such term.
         base: the same model without its adapters, which the divergence is from: its arrays are among the frozen ones.
             It is run once more forward, without dropout and noise.
@@ -87,6 +89,7 @@ class StepConfig:
     axis_name: str | None = None
     divisor: float | None = None
     neftune_alpha: float = 0.0
+    balance_weight: float = 0.0
     kl_weight: float = 0.0
     base: Structure | None = None
     penalty: Callable[[Arrays], Array] | None = None
@@ -123,6 +126,7 @@ class MicroBatch(NamedTuple):
         targets: int `[rows, T]`, the next token of each.
         weights, kl_weights: float32 `[rows, T]`, by target, divided by what the whole step sums to.
         numbers: int `[rows]`, of each row in the step, where something random is drawn for it.
+        share: of the step's micro-batches and devices, for what is a mean over them.
     """
 
     input_ids: Array
@@ -132,6 +136,7 @@ class MicroBatch(NamedTuple):
     weights: Array
     kl_weights: Array | None
     numbers: Array | None
+    share: Array | None = None
 
 
 class Keys(NamedTuple):
@@ -198,7 +203,7 @@ def make_step(
     if config.kl_weight and structure.trains_base:
         raise ValueError("full fine-tuning keeps no frozen base, so there is no divergence from it: use kl_weight=0")
 
-    loss_of = TokenLoss() if config.loss is None else config.loss
+    loss_of = TokenLoss(balanced=config.balance_weight > 0) if config.loss is None else config.loss
 
     def objective(adapters: Arrays, frozen: Arrays, rows: Any, keys: Keys) -> tuple[Array, dict[str, Array]]:
         """Loss and metrics of one micro-batch, all shares of the step's."""
@@ -265,33 +270,45 @@ def _learning_rate(state: Any) -> Array:
 
 
 class TokenLoss:
-    """The weighted loss of tokens, with the divergence from the base where that counts."""
+    """The weighted loss of tokens, with the divergence from the base and the balance of experts where those count."""
 
-    names = ("kl",)
+    def __init__(self, *, balanced: bool = False):
+        """With `balanced` the balance of experts is a term, and a metric."""
+        self.names = ("kl", "balance") if balanced else ("kl",)
 
     def rows(
         self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any
     ) -> tuple[MicroBatch, Array, Array]:
         """See `StepLoss`."""
-        return _divided(config, batch)
+        rows, normalizer, trained_tokens = _divided(config, batch)
+        if config.balance_weight:
+            share = 1 / (len(rows.input_ids) * config.total(jnp.ones((), jnp.float32)))
+            rows = rows._replace(share=jnp.broadcast_to(share, len(rows.input_ids)))
+        return rows, normalizer, trained_tokens
 
     def __call__(
         self, config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch, keys: Keys
     ) -> tuple[Array, dict[str, Array]]:
         partitioner = config.partitioner
-        states, head = head_inputs(config, model, rows, keys)
+        states, head, balance = head_inputs(config, model, rows, keys)
         fold = partitioner.fold if partitioner is not None else lambda x: x
         shards = token_shards(config, len(states))
         shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards, "mapped": config.mapped}
         loss = weighted_loss(fold(states), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
+        metrics = {"kl": jnp.zeros((), jnp.float32)}
+        if config.balance_weight:
+            assert rows.share is not None, "there is one where the balance counts"
+            assert balance is not None
+            metrics["balance"] = balance * rows.share
+            loss = loss + config.balance_weight * metrics["balance"]
         if not config.kl_weight:
-            return loss, {"kl": jnp.zeros((), jnp.float32)}
+            return loss, metrics
         assert config.base is not None, "the configuration demands it"
-        base_states, base_head = head_inputs(config, config.base.model(frozen), rows, Keys(None, None))
+        base_states, base_head, _ = head_inputs(config, config.base.model(frozen), rows, Keys(None, None))
         shared["base_kernel"] = base_head.kernel if getattr(model, "has_adapted_head", False) else None
         assert rows.kl_weights is not None, "there are some where the divergence counts"
         kl = weighted_kl(fold(states), fold(base_states), head.kernel, fold(rows.kl_weights), **shared)
-        return loss + config.kl_weight * kl, {"kl": kl}
+        return loss + config.kl_weight * kl, metrics | {"kl": kl}
 
 
 def token_shards(config: StepConfig, rows: int) -> int:
@@ -300,8 +317,8 @@ def token_shards(config: StepConfig, rows: int) -> int:
     return config.row_shards * (1 if ring is None else ring.size)
 
 
-def head_inputs(config: StepConfig, model: Any, rows: Any, keys: Keys) -> tuple[Array, Any]:
-    """The states `[rows, T, …]` that go into the output head, and that head.
+def head_inputs(config: StepConfig, model: Any, rows: Any, keys: Keys) -> tuple[Array, Any, Array | None]:
+    """The states `[rows, T, …]` that go into the output head, that head, and the balance of experts where it counts.
 
     Args:
         config: of the step.
@@ -317,17 +334,22 @@ def head_inputs(config: StepConfig, model: Any, rows: Any, keys: Keys) -> tuple[
     random = {"dropout_key": keys.dropout, "row_numbers": rows.numbers, "embedding_noise": noise}
     inputs = rows.input_ids, rows.segment_ids, rows.positions
     model = model if config.view is None else config.view(model)
-    hidden = _hidden(model, *inputs, partitioner=config.partitioner, packed=config.packed, **random)
+    options = random | {"partitioner": config.partitioner, "packed": config.packed}
+    balance = None
+    if config.balance_weight:
+        hidden, balance = _hidden(model, *inputs, balanced=True, **options)
+    else:
+        hidden = _hidden(model, *inputs, **options)
     if keys.dropout is None:
-        return hidden, model.head(config.partitioner)
+        return hidden, model.head(config.partitioner), balance
     head, states = model.head_with_dropout(hidden, keys.dropout, rows.numbers, config.partitioner)
-    return states, head
+    return states, head, balance
 
 
-def _hidden(model: Any, *inputs: Array | None, **options: Any) -> Array:
+def _hidden(model: Any, *inputs: Array | None, **options: Any) -> Any:
     """`model.forward` as a function of its own: JAX then leaves out of its derivative what nothing reads."""
 
-    def hidden_states() -> Array:  # planning/collectives.py knows the loop over layers by this name
+    def hidden_states() -> Any:  # planning/collectives.py knows the loop over layers by this name
         return model.forward(*inputs, **options)
 
     return jax.jit(hidden_states)()

@@ -97,6 +97,26 @@ ODD: dict[str, dict[str, Any]] = {
             "sliding_attention": LOCAL,
         },
     },
+    "gemma4_text": HEADS
+    | {
+        "num_hidden_layers": 7,
+        "layer_types": [*SLIDING, *SLIDING[:1] * 2, *SLIDING[1:2] * 2],
+        "global_head_dim": 20,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 4,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 97,
+        "sliding_window": 4,
+        "final_logit_softcapping": 3.0,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.4, "rope_theta": 9000.0},
+            "sliding_attention": LOCAL,
+        },
+    },
     "phi3": {
         "rms_norm_eps": 3e-3,
         "sliding_window": 7,
@@ -122,6 +142,19 @@ ODD: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
     },
     "exaone4": HEADS | {"sliding_window": 5, "sliding_window_pattern": 2, "rope_parameters": LLAMA3},
+    "qwen3_5_text": HEADS
+    | {
+        "attention_bias": True,
+        "num_hidden_layers": 5,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 5,
+        "linear_value_head_dim": 7,
+        "linear_conv_kernel_dim": 3,
+        "tie_word_embeddings": True,
+        "rope_parameters": THETA | {"partial_rotary_factor": 0.7, "mrope_section": [1, 2, 1]},
+    },
     "gpt2": {
         "layer_norm_epsilon": 3e-3,
         "n_inner": 52,

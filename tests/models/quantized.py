@@ -23,6 +23,8 @@ def quantized_copy(dense: Decoder, held: str) -> Decoder:
             variable.set_value(theirs[path].get_value())
             nnx.update(model, nnx.from_flat_state({path: variable}))
     for ours, other in zip(projections(model), projections(dense), strict=True):
+        if ours.quantized is None:  # of no layer
+            continue
         made = [quantize(np.asarray(layer, np.float32), held) for layer in other.kernel[...]]
         values, scales = zip(*made, strict=True)
         ours.kernel.values[...], ours.kernel.scales[...] = np.stack(values), np.stack(scales)

@@ -13,8 +13,10 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.base import FullParam
 from mora_jax.evaluation.generate import Generator
 from mora_jax.interop.tensor_map import tensor_plan
+from mora_jax.models.block import Constant
 from mora_jax.models.families import FAMILIES
 from mora_jax.planning.memory_model import estimate_memory
 from mora_jax.training.config.schema import Config
@@ -32,6 +34,10 @@ LENGTH = 20
 WEIGHTS = np.random.default_rng(3).standard_normal((2, LENGTH, 97)).astype(np.float32)
 
 
+#: Where scores aren't scaled, softmax makes more of rounding.
+SHARP = {"gemma4_text": 10}
+
+
 class Made(NamedTuple):
     """A random model of a family."""
 
@@ -42,18 +48,17 @@ class Made(NamedTuple):
     def ours(self, **options: Any) -> Any:
         return mj.load_pretrained(self.folder, dtype="float32", **options)[0]
 
+    def close(self, found: Any, expected: Any, tolerance: float = 2e-5, least: float = 0.0) -> None:
+        """To a part of the largest number, or of `least`: a gradient that should be zero is what rounding leaves."""
+        expected = np.asarray(expected)
+        atol = tolerance * SHARP.get(self.name, 1) * max(np.abs(expected).max(), least)
+        np.testing.assert_allclose(np.asarray(found), expected, atol=atol, rtol=0)
+
 
 @pytest.fixture(scope="module", params=ODD)
 def made(request, tmp_path_factory):
     reference = hf_model(request.param, **ODD[request.param])
     return Made(request.param, reference, save_torch(tmp_path_factory.mktemp(request.param), reference))
-
-
-def close(found: Any, expected: Any, tolerance: float = 2e-5, least: float = 0.0) -> None:
-    """To a part of the largest number, or of `least`: a gradient that should be zero is what rounding leaves."""
-    expected = np.asarray(expected)
-    atol = tolerance * max(np.abs(expected).max(), least)
-    np.testing.assert_allclose(np.asarray(found), expected, atol=atol, rtol=0)
 
 
 def test_the_table_has_every_family():
@@ -67,8 +72,8 @@ def test_packed_rows_are_those_of_texts_alone(made):
     model, ids = made.ours(), random_ids(1, LENGTH)
     segments = np.repeat([[1, 2, 0]], (7, 11, 2), axis=1)
     found = np.asarray(model(ids, segments))[0]
-    close(found[:7], hf_logits(made.torch, ids[:, :7])[0])
-    close(found[7:18], hf_logits(made.torch, ids[:, 7:18])[0])
+    made.close(found[:7], hf_logits(made.torch, ids[:, :7])[0])
+    made.close(found[7:18], hf_logits(made.torch, ids[:, 7:18])[0])
 
 
 def some_ids() -> np.ndarray:
@@ -112,7 +117,7 @@ def test_lora_of_peft_both_ways_and_merged(made, tmp_path):
     assert np.abs(expected - hf_logits(made.torch, ids)).max() > 0.01
     model = made.ours()
     mj.load_adapter(model, tmp_path / "theirs")
-    close(model(ids), expected)
+    made.close(model(ids), expected)
     adapted = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert {entry.path for entry in adapters_of(model)} == adapted
     fresh = made.ours()
@@ -126,16 +131,18 @@ def test_lora_of_peft_both_ways_and_merged(made, tmp_path):
         if parameter.grad is not None
     }
     for entry in adapters_of(gradient(model, ids)):
-        close(entry.params["lora_a"].T, slopes[f"{entry.path}.lora_A.weight"], 1e-4)
-        close(entry.params["lora_b"].T, slopes[f"{entry.path}.lora_B.weight"], 1e-4)
+        made.close(entry.params["lora_a"].T, slopes[f"{entry.path}.lora_A.weight"], 1e-4)
+        made.close(entry.params["lora_b"].T, slopes[f"{entry.path}.lora_B.weight"], 1e-4)
     # Written by us, read by peft.
     mj.save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(made.torch), tmp_path / "ours").eval()
-    close(hf_logits(again, ids), expected, 1e-6)
+    made.close(hf_logits(again, ids), expected, 1e-6)
     # Merged, read by transformers.
     mj.merge(model)
     mj.save_pretrained(model, tmp_path / "merged")
-    close(hf_logits(load_torch(tmp_path / "merged"), ids), expected, 1e-4)  # kernel and update are rounded together
+    made.close(
+        hf_logits(load_torch(tmp_path / "merged"), ids), expected, 1e-4
+    )  # kernel and update are rounded together
 
 
 @pytest.mark.peers
@@ -149,10 +156,10 @@ def test_lora_on_learned_positions(tmp_path):
     expected = hf_logits(theirs, ids)
     model = mj.load_pretrained(folder, dtype="float32")[0]
     mj.load_adapter(model, tmp_path / "theirs")
-    close(model(ids), expected)
+    np.testing.assert_allclose(model(ids), expected, atol=2e-5 * np.abs(expected).max())
     mj.save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
-    close(hf_logits(again, ids), expected, 1e-6)
+    np.testing.assert_allclose(hf_logits(again, ids), expected, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.peers
@@ -165,11 +172,14 @@ def test_gradients_of_every_tensor(made):
         expected[model.config.names.head_tensor] = expected.pop("lm_head.weight")
     found = {}
     for entry in tensor_plan(gradient(model, ids)):
+        if not isinstance(entry.parameter, FullParam):
+            assert isinstance(entry.parameter, Constant)
+            continue
         values = np.asarray(entry.parameter[...]).reshape(entry.shape)
         found |= {piece.name: piece.take(values) for piece in entry.pieces}
     assert set(found) == set(expected)
     for name, slope in found.items():
-        close(slope, expected[name], 5e-5, least=0.5)
+        made.close(slope, expected[name], 5e-5, least=0.5)
 
 
 @pytest.mark.peers
@@ -196,7 +206,7 @@ def test_generated_tokens_are_those_of_transformers(made):
 @pytest.mark.parametrize("held", ["int8", "nf4"])
 def test_quantised_bases_are_their_rounded_values(made, held):
     ids = random_ids(1, LENGTH)
-    close(made.ours(quantize=held)(ids), rounded_copy(made.ours(), held)(ids))
+    made.close(made.ours(quantize=held)(ids), rounded_copy(made.ours(), held)(ids))
 
 
 @pytest.mark.peers

@@ -209,8 +209,8 @@ def test_what_is_not_supported_is_said():
         Decoder(config, rngs=None, quantize="int8")
     with pytest.raises(mj.InputError, match="num_experts_per_tok .9. is more than num_local_experts .5."):
         ours("mixtral", None, num_experts_per_tok=9)
-    with pytest.raises(mj.InputError, match="leave layer 1 without experts"):
-        ours("qwen3_moe", None, mlp_only_layers=[1])
+    with pytest.raises(mj.InputError, match="mlp_only_layers must be a list of layer numbers"):
+        ours("qwen3_moe", None, mlp_only_layers=["1"])
 
 
 @pytest.mark.peers
@@ -234,8 +234,56 @@ def test_logits_and_generation_are_those_of_transformers(family, tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_balance_is_that_of_transformers(family, tmp_path):
+    from tests.models.tiny_experts import torch, torch_model
+
+    reference = torch_model(family, **({"mlp_only_layers": [1]} if family == "qwen3_moe" else {}))
+    reference.save_pretrained(tmp_path)
+    model, _ = mj.load_pretrained(tmp_path, dtype="float32")
+    ids, mask = tokens(), np.ones((2, 23), np.int32)
+    mask[0, 15:] = 0
+    with torch.no_grad():
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        wanted = reference(**inputs, output_router_logits=True).aux_loss
+    hidden, found = model.forward(ids, mask, balanced=True)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(hidden, model.forward(ids, mask))
+    # Packed: both texts in one row count as they do in two.
+    packed = np.concatenate([ids[:1, :15], ids[1:]], axis=1)
+    _, again = model.forward(packed, np.repeat([[1, 2]], (15, 23), axis=1), balanced=True)
+    np.testing.assert_allclose(again, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_balance_has_the_gradient_of_differences(remat):
+    model = ours("qwen3_moe", nnx.Rngs(0), mlp_only_layers=[1])
+    model.remat = remat
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("q_proj",)), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    graphdef, adapters, frozen = mj.partition(model)
+
+    @jax.jit
+    def balance(adapters):
+        return nnx.merge(graphdef, adapters, frozen).forward(tokens(), balanced=True)[1]
+
+    slope = jax.grad(balance)(adapters)
+    step = jax.tree.map(lambda leaf: 1e-2 * leaf / jnp.linalg.norm(leaf), slope)
+    found = balance(jax.tree.map(jnp.add, adapters, step)) - balance(jax.tree.map(jnp.subtract, adapters, step))
+    wanted = 2 * sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(step), strict=True))
+    assert wanted > 0
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize(
-    "family, changes", [("qwen3_moe", {"norm_topk_prob": True}), ("mixtral", {"sliding_window": None})]
+    "family, changes",
+    [
+        ("qwen3_moe", {"norm_topk_prob": True}),
+        ("qwen3_moe", {"mlp_only_layers": [1]}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+        ("mixtral", {"sliding_window": None}),
+    ],
 )
 def test_other_settings(family, changes, tmp_path):
     from tests.models.tiny_experts import torch_model
@@ -245,7 +293,7 @@ def test_other_settings(family, changes, tmp_path):
     reference.save_pretrained(tmp_path)
     model, _ = mj.load_pretrained(tmp_path, dtype="float32")
     np.testing.assert_allclose(model(tokens()), hf_logits(reference, tokens()), rtol=1e-4, atol=1e-4)
-    assert SIZES["num_hidden_layers"] == model.config.num_layers
+    assert (SIZES | changes)["num_hidden_layers"] == model.config.num_layers
 
 
 @pytest.mark.peers

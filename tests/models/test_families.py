@@ -80,6 +80,11 @@ CASES |= {
     "exaone4-no-window": ("exaone4", ODD["exaone4"] | {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
     "smollm3-intervals": ("smollm3", ODD["smollm3"] | {"no_rope_layers": None, "no_rope_layer_interval": 2}),
     "starcoder2-no-bias": ("starcoder2", ODD["starcoder2"] | {"use_bias": False}),
+    "qwen3_5-chunks": ("qwen3_5_text", ODD["qwen3_5_text"] | {"layer_types": None, "full_attention_interval": 2}),
+    "gemma4-large": (
+        "gemma4_text",
+        ODD["gemma4_text"] | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": False},
+    ),
     "glm-no-bias": ("glm", ODD["glm"] | {"attention_bias": False}),
 }
 
@@ -147,28 +152,42 @@ def test_the_older_spelling_of_rope_settings(model_type, fields, old, tmp_path):
     np.testing.assert_allclose(np.asarray(model(ids)), hf_logits(reference, ids), atol=2e-4, rtol=1e-4)
 
 
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
 IMAGES = {
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 4,
-        "head_dim": 8,
-    }
+    "gemma3": {"vision_config": SMALL | {"image_size": 8}, "mm_tokens_per_image": 4},
+    "mistral3": {"vision_config": SMALL | {"image_size": 8, "head_dim": 8}},
+    "gemma4": {
+        "vision_config": SMALL | {"head_dim": 8, "num_key_value_heads": 2, "position_embedding_size": 8},
+        "audio_config": None,
+    },
+    "qwen3_5": {
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "patch_size": 4,
+        },
+    },
 }
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    "model_type, text", [("gemma3", "gemma3_text"), ("mistral3", "ministral3"), ("mistral3", "mistral")]
+    "model_type, text, older",
+    [
+        (model_type, text, older)
+        for model_type, text in [("gemma3", "gemma3_text"), ("mistral3", "ministral3"), ("mistral3", "mistral")]
+        for older in (False, True)
+    ]
+    + [("gemma4", "gemma4_text", False), ("qwen3_5", "qwen3_5_text", False)],
 )
-@pytest.mark.parametrize("older", [False, True])
 def test_the_text_part_of_a_model_with_images(model_type, text, older, tmp_path):
     family = next(family for family in FAMILIES if family.model_type == model_type)
     config = transformers.AutoConfig.for_model(
-        model_type, text_config={"model_type": text, **SIZES, **ODD[text]}, mm_tokens_per_image=4, **IMAGES
+        model_type, text_config={"model_type": text, **SIZES, **ODD[text]}, **IMAGES[model_type]
     )
     config.architectures = [family.architecture]
     whole = getattr(transformers, family.architecture)._from_config(config, attn_implementation="eager").eval()

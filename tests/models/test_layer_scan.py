@@ -11,8 +11,9 @@ from mora_jax.models.layer_scan import run_stack
 L, D = 4, 6
 
 
-def body(x, layer, shared):
-    return x + shared["scale"] * jnp.tanh(adapted_dot(None, x, layer["frozen"], None, None) @ layer["trained"])
+def body(x, layer, shared, given=()):
+    y = x + shared["scale"] * jnp.tanh(adapted_dot(None, x, layer["frozen"], None, None) @ layer["trained"])
+    return y if not given else y + jnp.sin(y * given["seen"]) * given["other"]
 
 
 def inputs(width: int = D):
@@ -22,9 +23,9 @@ def inputs(width: int = D):
     return draw(5, width), layers, {"scale": jnp.float32(0.7)}
 
 
-def plain(x, layers, shared):
+def plain(x, layers, shared, given=()):
     for i in range(L):
-        x = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers), shared)
+        x = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers), shared, given)
     return x
 
 
@@ -45,6 +46,20 @@ def test_same_value_and_gradients(remat):
     np.testing.assert_allclose(ours(x, layers["trained"]), expected[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_earlier_layers_give_gets_the_sum_of_gradients(remat):
+    x, layers, shared = inputs()
+    given = {"seen": jnp.linspace(0.5, 2.0, 5 * D).reshape(5, D), "other": jnp.float32(0.4)}
+
+    def ours(x, given):
+        return jnp.sum(run_stack(body, remat, x, layers, shared, given) ** 2)
+
+    found = jax.jit(jax.grad(ours, (0, 1)))(x, given)
+    expected = jax.grad(lambda x, given: jnp.sum(plain(x, layers, shared, given) ** 2), (0, 1))(x, given)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_several_kinds_can_be_trained_at_once():
     x, layers, shared = inputs()
     weights = {name: layers[name] for name in ("frozen", "trained")}
@@ -60,7 +75,7 @@ def test_frozen_weights_are_not_copied(remat):
     x, layers, shared = inputs(width)
 
     def loss(adapters, layers):
-        def thin(x, layer, shared):
+        def thin(x, layer, shared, given):
             product = adapted_dot(None, x, layer["frozen"], None, None)
             return x + shared["scale"] * jnp.tanh(product) * layer["gain"]
 

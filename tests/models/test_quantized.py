@@ -110,7 +110,7 @@ def kept(held, method, remat):
     """What the forward loop stacks up for the backward one, in bytes."""
     model = dense(dtype="bfloat16", remat=remat)
     gradient, adapters = gradient_of(model if held is None else quantized_copy(model, held), method)
-    return read_traced(jax.make_jaxpr(gradient)(adapters), 3, 1, SIZES["hidden_size"]).saved
+    return read_traced(jax.make_jaxpr(gradient)(adapters), (3,), 1, SIZES["hidden_size"]).saved
 
 
 @pytest.mark.parametrize("held", FORMATS)

@@ -38,7 +38,7 @@ def gradient_of(method: str, remat: str, dtype: str):
 
 def kept_bytes(method: str, remat: str) -> float:
     gradient, adapters = gradient_of(method, remat, "bfloat16")
-    return read_traced(jax.make_jaxpr(gradient)(adapters), LAYERS, 1, WIDTH).saved
+    return read_traced(jax.make_jaxpr(gradient)(adapters), (LAYERS,), 1, WIDTH).saved
 
 
 @pytest.mark.parametrize("method", ["lora", "mora"])

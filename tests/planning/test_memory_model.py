@@ -128,7 +128,7 @@ def test_what_a_program_keeps():
         return jax.numpy.tanh(y) @ w, (y, x)
 
     program = jax.make_jaxpr(lambda x, w: jax.lax.scan(layer, x, w))(jax.ShapeDtypeStruct((4, 8), np.float32), weights)
-    found = read_traced(program, layers=5, chunks=1, width=8)
+    found = read_traced(program, layers=(5,), chunks=1, width=8)
     assert found.flops == 5 * 2 * 2 * 4 * 8 * 8
     assert found.bytes == 5 * 2 * 4 * (4 * 8 + 8 * 8 + 4 * 8)
     assert found.saved == found.uncut == 5 * 2 * 4 * 8 * 4

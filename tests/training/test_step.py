@@ -20,6 +20,7 @@ from mora_jax.training.sharding.runner import JitRunner, PmapRunner
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from mora_jax.training.step import StepConfig, make_step
 from tests.models.tiny import LLAMA, fill_randomly
+from tests.training.meshed import SIZES
 
 CONFIGS = {
     "lora": mj.LoRAConfig(rank=2, targets=("q_proj", "up_proj", "down_proj")),
@@ -235,3 +236,28 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     updates, _ = optimizer.update(zero, optimizer.init(arrays), arrays)
     moved = {name for name, value in updates.items() if np.any(value)}
     assert moved == {"layers.mlp.down_proj.kernel"}
+
+
+def test_the_balance_of_experts_is_part_of_the_loss():
+    values = SIZES["experts"] | {"num_hidden_layers": 1}
+    model = Decoder(read_config(values, "config.json"), rngs=nnx.Rngs(0))
+    mj.attach(model, CONFIGS["lora"], rngs=nnx.Rngs(1))
+    fill_randomly(model)
+    graphdef, adapters, frozen = mj.partition(model)
+    optimizer, schedule = make_optimizer(OPTIMIZER, STEPS), make_schedule(OPTIMIZER, STEPS)
+
+    def metrics(micro_batches: int, **settings) -> dict[str, float]:
+        step = make_step(Structure(graphdef, adapters, frozen), optimizer, schedule, StepConfig(**settings))
+        runner = JitRunner(step, make_mesh(settings.get("shards", 1)))
+        state = runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
+        batch = {name: value.reshape(micro_batches, -1, LENGTH) for name, value in batches()[0].items()}
+        _, found = runner(state, runner.place(flat_arrays(frozen)), runner.place_batch(batch))
+        return {"loss": float(found.loss), **{name: float(value) for name, value in found.of_loss.items()}}
+
+    plain, balanced = metrics(2), metrics(2, balance_weight=0.3)
+    rows = batches()[0]["input_ids"], batches()[0]["segment_ids"]
+    halves = [model.forward(*(array[part] for array in rows), balanced=True)[1] for part in (slice(4), slice(4, 8))]
+    np.testing.assert_allclose(balanced["balance"], np.mean(halves), rtol=1e-5)
+    np.testing.assert_allclose(balanced["loss"] - plain["loss"], 0.3 * balanced["balance"], rtol=1e-4)
+    on_devices = metrics(1, balance_weight=0.3, shards=4)
+    np.testing.assert_allclose(on_devices["balance"], model.forward(*rows, balanced=True)[1], rtol=1e-5)

@@ -40,7 +40,7 @@ def expert_projections(model: nnx.Module) -> list[ExpertProjection]:
 def _parameter(model: nnx.Module, projection: ExpertProjection, layer: int) -> str:
     """The path of a projection's parameter in transformers."""
     assert isinstance(model, Decoder)
-    return f"{model.config.names.layer.format(layer=layer)}.{projection.parameter}"
+    return f"{model.config.names.layer.format(layer=projection.number(layer))}.{projection.parameter}"
 
 
 def unfused(
@@ -144,7 +144,8 @@ def fused(model: nnx.Module) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarra
         for place in places:
             if place.layer is projection and place.adapter is not None:
                 entries[place.part] = {entry.path: entry for entry in map(plain, entries_of(place))}
-        later = _layers(adapted[1]) if len(adapted) > 1 and projection is adapted[0] else set()
+        down = [other for other in adapted if other.numbers == projection.numbers and len(other.matrices) == 1]
+        later = _layers(down[0]) if down and projection is not down[0] else set()
         count = projection.stack[1]
         for layer in sorted(_layers(projection)):
             by_expert = [

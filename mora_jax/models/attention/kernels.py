@@ -194,9 +194,15 @@ class _Implementation(NamedTuple):
     make: Callable[[Rows], Kernel]
 
 
+def _largest_head(rows: Rows) -> int:
+    return max(layer.head_dim for layer in rows.config.by_layer)
+
+
 def _splash_unavailable(rows: Rows) -> str | None:
     if rows.config.attention_sinks:
         return "has no attention sinks here, and this model has them"
+    if (largest := _largest_head(rows)) > 256:
+        return f"takes heads of up to 256 numbers here, and this model has {largest}"
     return None if backend() == "tpu" or interpreted() else f"needs a TPU, and this is for {backend()}"
 
 
@@ -213,8 +219,9 @@ def _cudnn_unavailable(rows: Rows) -> str | None:
         return f"needs an NVIDIA GPU, and this is for {backend()}"
     if jnp.dtype(rows.dtype).name != "bfloat16":
         return f"computes in bfloat16, and model.dtype is {rows.dtype}"
-    if config.head_dim % 8 or config.head_dim > 128:
-        return f"takes heads of up to 128 numbers, a multiple of 8, and this model has {config.head_dim}"
+    largest = _largest_head(rows)
+    if largest % 8 or largest > 128:
+        return f"takes heads of up to 128 numbers, a multiple of 8, and this model has {largest}"
     if config.attention_softcap is not None:
         return "has no cap on scores, and this model has one"
     if len(rows.windows) > 1:
@@ -267,10 +274,15 @@ class AttentionChoice:
             InputError: the one asked for can't be used; one line that says why.
         """
         if rows.ring() is not None:
-            if rows.config.attention_sinks:
-                raise InputError(
-                    f"mesh.context has no form for the attention sinks of {rows.config.family}: leave it at 1"
-                )
+            config = rows.config
+            reasons = {
+                "attention sinks": config.attention_sinks,
+                "linear attention": config.has_states,
+                "layers' own inputs": config.layer_input is not None,
+                "shared keys and values": any(layer.keys_of is not None for layer in config.by_layer),
+            }
+            if reason := next((name for name, holds in reasons.items() if holds), None):
+                raise InputError(f"mesh.context has no form for the {reason} of {config.family}: leave it at 1")
             if self.name in IMPLEMENTATIONS:
                 raise InputError(
                     f"model.attention={self.name} takes whole rows, and mesh.context shares each; leave one out"

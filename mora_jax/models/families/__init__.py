@@ -5,7 +5,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.families import experts, gemma, gpt, images, llama, olmo, phi
+from mora_jax.models.families import experts, gemma, gpt, images, llama, olmo, phi, qwen3_5
 from mora_jax.models.families.fields import Family, Fields
 
 FAMILIES: tuple[Family, ...] = (
@@ -15,6 +15,7 @@ FAMILIES: tuple[Family, ...] = (
     *olmo.FAMILIES,
     *gpt.FAMILIES,
     *experts.FAMILIES,
+    *qwen3_5.FAMILIES,
     *images.FAMILIES,
 )
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig, ExpertsConfig
-from mora_jax.models.experts import Experts
+from mora_jax.models.experts import Experts, balance
 from mora_jax.models.families.fields import (
     ATTENTION_BIAS,
     Family,
@@ -24,7 +24,7 @@ def _experts(fields: Fields, count: str, width: str, **options: Any) -> ExpertsC
     experts, per_token = fields.integer(count), fields.integer("num_experts_per_tok")
     if per_token > experts:
         raise InputError(f"{fields.where}: num_experts_per_tok ({per_token}) is more than {count} ({experts})")
-    return ExpertsConfig(Experts, experts, per_token, fields.integer(width), **options)
+    return ExpertsConfig(Experts, balance, experts, per_token, fields.integer(width), **options)
 
 
 def read_mixtral(fields: Fields) -> DecoderConfig:
@@ -43,17 +43,18 @@ def read_qwen3_moe(fields: Fields) -> DecoderConfig:
     step, dense = fields.integer("decoder_sparse_step", 1), fields.value("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise fields.bad("mlp_only_layers", "a list of layer numbers")
-    mixed = [layer for layer in range(fields.layers()) if layer in dense or (layer + 1) % step]
-    if mixed:
-        raise InputError(
-            f"{fields.where}: decoder_sparse_step and mlp_only_layers leave layer {mixed[0]} without experts, and only"
-            " models whose layers all have experts are supported"
-        )
+    differing = tuple((("experts", None),) if i in dense or (i + 1) % step else () for i in range(fields.layers()))
     count = "num_experts" if "num_experts" in fields.values else "num_local_experts"  # transformers renames it
     normalize = fields.flag("norm_topk_prob", False)
     experts = _experts(fields, count, "moe_intermediate_size", normalize=normalize)
-    biases = read_biases(fields) | {"mlp_bias": False}
-    return read_decoder(fields, qk_norm="head", windows=(window,) * fields.layers(), experts=experts, **biases)
+    return read_decoder(
+        fields,
+        qk_norm="head",
+        windows=(window,) * fields.layers(),
+        experts=experts,
+        differing=differing if any(differing) else (),
+        **read_biases(fields) | {"mlp_bias": False},
+    )
 
 
 def read_gpt_oss(fields: Fields) -> DecoderConfig:

@@ -1,5 +1,6 @@
 """Values of a HuggingFace `config.json`, with one clear line for each bad one."""
 
+import dataclasses
 import json
 import math
 import reprlib
@@ -230,18 +231,19 @@ def sliding_but_every(number: int, layers: int) -> list[str]:
     return ["sliding_attention" if (i + 1) % number else "full_attention" for i in range(layers)]
 
 
-def layer_types(fields: Fields, default: list[str]) -> list[str]:
-    """For each layer "full_attention" or "sliding_attention", from `layer_types` or a family's rule."""
+def layer_types(
+    fields: Fields, default: list[str], kinds: tuple[str, str] = ("full_attention", "sliding_attention")
+) -> list[str]:
+    """For each layer one of `kinds`, from `layer_types` or a family's rule."""
     types = fields.values.get("layer_types")
     if types is None:
         return default
     if not isinstance(types, list) or len(types) != len(default):
         raise fields.bad("layer_types", f"a list with one entry for each of the {len(default)} layers")
-    unknown = sorted({reprlib.repr(kind) for kind in types if kind not in ("full_attention", "sliding_attention")})
+    unknown = sorted({reprlib.repr(kind) for kind in types if kind not in kinds})
     if unknown:
         raise InputError(
-            f"{fields.where}: layer_types has {', '.join(unknown[:3])}; supported are full_attention and"
-            " sliding_attention"
+            f"{fields.where}: layer_types has {', '.join(unknown[:3])}; supported are {' and '.join(kinds)}"
         )
     return types
 
@@ -276,12 +278,13 @@ def one_rope(fields: Fields, rotary_dim: int = 0) -> Rope:
     return read_rope(table, fields, fields.number("rope_theta", 10_000.0), rotary_dim)
 
 
-def local_ropes(fields: Fields, theta: float, local_theta: float) -> tuple[Rope, Rope]:
+def local_ropes(fields: Fields, theta: float, local_theta: float, width: int = 0) -> tuple[Rope, Rope]:
     """The table of layers that see everything, which may be scaled, and that of those that slide.
 
     Args:
         fields: the config.
         theta, local_theta: their base wavelengths where `rope_parameters` states none.
+        width: how many numbers of a head the first is of, where that isn't what the model has; else 0.
     """
     nothing = Fields({}, fields.where)
     both = fields.table("rope_parameters") or nothing
@@ -292,7 +295,8 @@ def local_ropes(fields: Fields, theta: float, local_theta: float) -> tuple[Rope,
     if scaling is not None:
         full = Fields(full.values | scaling.values, scaling.where)
     local = both.table("sliding_attention") or nothing
-    return read_rope(full, fields, theta), read_rope(local, fields, local_theta)
+    rope = dataclasses.replace(read_rope(full, fields, theta), width=width)
+    return rope, read_rope(local, fields, local_theta)
 
 
 def read_rope(table: Fields, fields: Fields, theta: float, rotary_dim: int = 0) -> Rope:
@@ -315,6 +319,9 @@ def read_rope(table: Fields, fields: Fields, theta: float, rotary_dim: int = 0) 
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, factor=table.number("factor"))
+    if kind == "proportional":
+        turning = table.number("partial_rotary_factor", 1.0)
+        return Rope(theta, kind, factor=table.number("factor", 1.0), turning=turning)
     original = table.integer("original_max_position_embeddings", fields.integer("max_position_embeddings"))
     original = fields.integer("original_max_position_embeddings", original)
     shared: dict[str, Any] = {"theta": theta, "kind": kind, "original_positions": original}

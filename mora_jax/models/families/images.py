@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from mora_jax.models.config import DecoderConfig
-from mora_jax.models.families import gemma, llama
+from mora_jax.models.families import gemma, llama, qwen3_5
 from mora_jax.models.families.fields import Family, Fields
 
-_TEXTS = {family.model_type: family for family in (*llama.FAMILIES, *gemma.FAMILIES)}
+_TEXTS = {family.model_type: family for family in (*llama.FAMILIES, *gemma.FAMILIES, *qwen3_5.FAMILIES)}
 
 
 def read_gemma3(fields: Fields) -> DecoderConfig:
@@ -15,28 +16,43 @@ def read_gemma3(fields: Fields) -> DecoderConfig:
     return _read_text(fields, ("gemma3_text",))
 
 
+def read_gemma4(fields: Fields) -> DecoderConfig:
+    """Gemma 4 with images and sound: its text part."""
+    return _read_text(fields, ("gemma4_text",))
+
+
 def read_mistral3(fields: Fields) -> DecoderConfig:
     """Mistral 3 with images: its text part, a Mistral or a Ministral 3."""
     return _read_text(fields, ("mistral", "ministral3"))
 
 
-def _read_text(fields: Fields, kinds: tuple[str, ...]) -> DecoderConfig:
+def read_qwen3_5(fields: Fields) -> DecoderConfig:
+    """Qwen3.5 with images: its text part."""
+    return _read_text(fields, ("qwen3_5_text",), tied=False)
+
+
+def _read_text(fields: Fields, kinds: tuple[str, ...], *, tied: bool = True) -> DecoderConfig:
     table = fields.table("text_config")
     if table is None:
         raise fields.bad("text_config", "an object")
     kind = table.text("model_type", kinds[0])
     if kind not in kinds:
         raise table.bad("model_type", f"one of {', '.join(kinds)}")
-    tied = {"tie_word_embeddings": fields.flag("tie_word_embeddings", True)}  # that of the text part counts for nothing
-    config = _TEXTS[kind].read(Fields(table.values | tied, table.where, _TEXTS[kind]))
-    names = dataclasses.replace(
-        config.names,
-        embedding="model.language_model.embed_tokens",
-        final_norm="model.language_model.norm",
-        layer="model.language_model.layers.{layer}",
-    )
+    # That of the text part counts for nothing.
+    tying = {"tie_word_embeddings": fields.flag("tie_word_embeddings", tied)}
+    config = _TEXTS[kind].read(Fields(table.values | tying, table.where, _TEXTS[kind]))
+    names: dict[str, Any] = {
+        name: value.replace("model.", "model.language_model.", 1)
+        for name, value in vars(config.names).items()
+        if isinstance(value, str) and value.startswith("model.")
+    }
     assert fields.family is not None
-    return dataclasses.replace(config, family=fields.family.model_type, names=names, source=json.dumps(fields.values))
+    return dataclasses.replace(
+        config,
+        family=fields.family.model_type,
+        names=dataclasses.replace(config.names, **names),
+        source=json.dumps(fields.values),
+    )
 
 
 _BESIDE = ("model.vision_tower.", "model.multi_modal_projector.")
@@ -56,11 +72,25 @@ FAMILIES = (
         older=_OLDER,
     ),
     Family(
+        "Gemma4ForConditionalGeneration",
+        "gemma4",
+        read_gemma4,
+        "Gemma 4 (dense)",
+        beside=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+    ),
+    Family(
         "Mistral3ForConditionalGeneration",
         "mistral3",
         read_mistral3,
         "Mistral Small 3.1, Ministral 3 with images",
         beside=_BESIDE,
         older=_OLDER,
+    ),
+    Family(
+        "Qwen3_5ForConditionalGeneration",
+        "qwen3_5",
+        read_qwen3_5,
+        "Qwen3.5 (dense)",
+        beside=("model.visual.", "mtp."),
     ),
 )

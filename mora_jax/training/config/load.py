@@ -369,8 +369,9 @@ def _check_objective(config: Config) -> None:
             )
     if objective is None:
         return
-    if loss.kl_weight:
-        raise InputError(f"config: loss.kl_weight is of loss.objective=sft, and it is {loss.objective}")
+    for name in ("kl_weight", "balance_weight"):
+        if getattr(loss, name):
+            raise InputError(f"config: loss.{name} is of loss.objective=sft, and it is {loss.objective}")
     if config.data.truncation == "split":
         raise InputError(
             f"config: data.truncation=split makes pieces of an answer, which loss.objective={loss.objective} compares "

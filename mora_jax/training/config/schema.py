@@ -293,6 +293,11 @@ class LossConfig:
         choices=tuple(DIVISORS),
     )
     constant: float | None = key(None, "The divisor of normalize=constant.", above=0)
+    balance_weight: float = key(
+        0.0,
+        "Weight of the load-balancing loss of models with experts (transformers' router_aux_loss_coef).",
+        at_least=0,
+    )
     kl_weight: float = key(0.0, "Weight of the KL divergence from the frozen base.", at_least=0)
     kl_tokens: str = key("response", "The tokens on which it is taken.", choices=("response", "prompt"))
     objective: str = key(

@@ -15,6 +15,7 @@ is not in the table has no figures here, and whatever needs them says so instead
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,14 +130,19 @@ class StepFlops:
                     continue  # vectors: no matrix product
                 first = name.partition(".")[0]
                 size = packed.get(name, array.size)
-                if config.experts is not None and name.startswith(("layers.mlp.gate_up", "layers.mlp.down")):
-                    size = size * config.experts.per_token // config.experts.count  # those that a token has
+                experts = _stack_of(config, name).experts
+                if experts is not None and re.match(r"layers(\.\d+)?\.mlp\.(gate_up|down)", name):
+                    size = size * experts.per_token // experts.count  # those that a token has
                 if first == "lm_head" or (first == "embed_tokens" and config.tie_embeddings):
                     head[is_trained] += size
-                elif first not in ("embed_tokens", "embed_positions"):  # rows are looked up
+                elif not name.startswith(("embed_", "layer_inputs.table.")):  # rows are looked up
                     body[is_trained] += size
-        sights = sum(span(lengths, window) for window in config.windows)
-        attention = 4 * config.num_heads * config.head_dim * sights
+        attention = 0.0
+        for layer, window in zip(config.by_layer, config.windows, strict=True):
+            if (delta := layer.delta) is not None:  # the state is read twice and written once
+                attention += 6 * delta.value_heads * delta.key_dim * delta.value_dim
+            else:
+                attention += 4 * layer.num_heads * layer.head_dim * span(lengths, window)
         passes = base_passes, tuned_passes
         return cls(sum(body.values()), body[True], sum(head.values()), head[True], attention, *passes)
 
@@ -157,6 +163,13 @@ class StepFlops:
     def palm(self, tokens: int) -> float:
         """FLOPs of a step that would train every weight on every token, by PaLM's convention."""
         return tokens * (6 * (self.body + self.head) + 3 * self.attention)
+
+
+def _stack_of(config: DecoderConfig, name: str) -> DecoderConfig:
+    """The description of the stack of layers that an array is in; that of the model for others."""
+    first, second, *_ = (*name.split("."), "")
+    stacks = [stack for run in config.runs for stack in run]
+    return stacks[int(second)] if first == "layers" and second.isdigit() else config
 
 
 def span(lengths: Sequence[int] | np.ndarray, window: int | None = None) -> float:

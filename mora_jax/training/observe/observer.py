@@ -44,8 +44,8 @@ def divergence(step: int, metrics: StepMetrics) -> dict[str, float]:
     return {"kl": float(metrics.kl)}
 
 
-def of_preferences(step: int, metrics: StepMetrics) -> dict[str, float]:
-    """Those of an objective of preferences; what no example of the step says is left out."""
+def of_loss(step: int, metrics: StepMetrics) -> dict[str, float]:
+    """Those of an objective of preferences, or the balance of experts; what no example of the step says is left out."""
     return {name: float(value) for name, value in metrics.of_loss.items() if math.isfinite(value)}
 
 
@@ -58,7 +58,7 @@ def row_metrics(config: Config, budget: RankBudget | None) -> list[RowMetric]:
     """
     metrics: list[RowMetric] = [of_every_step]
     metrics += [divergence] if config.loss.kl_weight or config.loss.reference == "base" else []
-    metrics += [of_preferences] if config.loss.preference else []
+    metrics += [of_loss] if config.loss.preference or config.loss.balance_weight else []
     return metrics + ([] if budget is None else [budget.row])
 
 
