@@ -17,7 +17,8 @@ from mora_jax.models.decoder import Decoder
 def add_tokens(model: Decoder, tokenizer: Any, tokens: Sequence[str], *, multiple: int = 8) -> tuple[int, ...]:
     """Adds tokens to a tokenizer and, where the table has no rows for them, to the model, in place.
 
-    New rows of the embedding and of an untied head are the mean of those that were there, as far as they are tokens.
+    New rows of the embedding, of that for the layers' own inputs, and of an untied head are the mean of those that
+    were there, as far as they are tokens.
     Train them with `trainable_tokens=` of a configuration; the same call on the base comes before `load_adapter` of
     what was trained so. `save_pretrained` writes the grown model and tokenizer.
 
@@ -46,12 +47,18 @@ def add_tokens(model: Decoder, tokenizer: Any, tokens: Sequence[str], *, multipl
     tokenizer.add_tokens(list(tokens))
     ids = tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
     rows = model.config.vocab_size
+    embeddings = [model.embed_tokens] + ([] if model.layer_inputs is None else [model.layer_inputs.table])
     if max(ids) >= rows:
         total = -(-(max(ids) + 1) // multiple) * multiple
         source = model.config.hf_config | {"vocab_size": total}
+        if model.layer_inputs is not None:
+            source["vocab_size_per_layer_input"] = total
         model.config = dataclasses.replace(model.config, vocab_size=total, source=json.dumps(source))
-        model.embed_tokens.num_embeddings = total
-    tables = [model.embed_tokens.embedding] + ([] if model.lm_head is None else [model.lm_head.kernel])
+        for embedding in embeddings:
+            embedding.num_embeddings = total
+    tables = [embedding.embedding for embedding in embeddings] + (
+        [] if model.lm_head is None else [model.lm_head.kernel]
+    )
     for variable in tables:
         table = variable.get_value()
         mean = jnp.mean(table[: min(used, rows)].astype(jnp.float32), axis=0)

@@ -333,7 +333,9 @@ class Block(nnx.Module):
         self.post_mlp_norm = _norm(config, names.post_mlp_norm)
         own = config.layer_input
         self.layer_input: Any = nnx.data(own and own.layer(config, dtype=dtype, rngs=rngs, quantize=quantize))
-        self.layer_scale = nnx.data(Constant(jnp.ones(config.num_layers)) if config.layer_scale else None)
+        self.layer_scale = nnx.data(
+            Constant(jnp.ones(config.num_layers), axes=("layers",)) if config.layer_scale else None
+        )
         self.parallel = config.parallel
         self.has_experts = config.experts is not None
         self.residual_scale = config.residual_scale

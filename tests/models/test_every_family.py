@@ -35,7 +35,7 @@ WEIGHTS = np.random.default_rng(3).standard_normal((2, LENGTH, 97)).astype(np.fl
 
 
 #: Where scores aren't scaled, softmax makes more of rounding.
-SHARP = {"gemma4_text": 10}
+SHARP = {"gemma4_text": 4}
 
 
 class Made(NamedTuple):
@@ -81,7 +81,7 @@ def some_ids() -> np.ndarray:
     return np.maximum(random_ids(2, LENGTH), 1)
 
 
-def randomised(reference: Any, targets: Any) -> Any:
+def randomised(reference: Any, targets: Any, spread: float = 0.3) -> Any:
     """A copy with LoRA of peft whose factors are random."""
     turned = any(type(module).__name__ == "Conv1D" for module in reference.modules())
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=turned)
@@ -90,7 +90,7 @@ def randomised(reference: Any, targets: Any) -> Any:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draws))
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=draws))
     return adapted
 
 
@@ -111,7 +111,7 @@ def backward(reference: Any, ids: np.ndarray) -> None:
 
 @pytest.mark.peers
 def test_lora_of_peft_both_ways_and_merged(made, tmp_path):
-    theirs, ids = randomised(made.torch, "all-linear"), some_ids()
+    theirs, ids = randomised(made.torch, "all-linear", 0.1 if made.name in SHARP else 0.3), some_ids()
     theirs.save_pretrained(tmp_path / "theirs")
     expected = hf_logits(theirs, ids)
     assert np.abs(expected - hf_logits(made.torch, ids)).max() > 0.01
