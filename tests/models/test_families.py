@@ -74,7 +74,10 @@ CASES |= {
     **{name: (name, IDS) for name in ODD if name not in CASES},
     **{f"{name}-odd": (name, fields) for name, fields in ODD.items()},
     "ministral": ("ministral", IDS | {"head_dim": 8}),  # transformers wants it said
-    "gemma4_text": ("gemma4_text", IDS | {"vocab_size_per_layer_input": SIZES["vocab_size"]}),
+    "gemma4_text": (
+        "gemma4_text",
+        IDS | {"vocab_size_per_layer_input": SIZES["vocab_size"], "head_dim": 8, "global_head_dim": 16},
+    ),
     "qwen3_5_text": ("qwen3_5_text", IDS | {"num_hidden_layers": 4}),  # transformers wants a layer with attention
     "helium": ("helium", IDS | {"head_dim": 8}),  # the only one that transformers can do
     "phi3-short": ("phi3", ODD["phi3"] | LONG | {"original_max_position_embeddings": 32, "sliding_window": None}),
