@@ -101,7 +101,6 @@ tokenizer = load_tokenizer(MODEL)
 COMMON = {
     "model.dtype": "float32",
     "data.max_length": 2 * LENGTH + 8,
-    "loss.end_of_turn": "none",
     "optimizer.warmup_steps": 20,
     "log.compilation_cache": tempfile.mkdtemp(),  # a second sweep runs what the first one compiles
 }
@@ -134,7 +133,7 @@ for arm, (_, rates) in ARMS.items():
     best[arm], trained[arm] = min(losses, key=losses.get), runs[0].summary["trainable_parameters"]
     edge = ", at the edge of what was tried" if best[arm] in (min(rates), max(rates)) else ""
     words = ", ".join(f"{rate:g}: {loss:.2f}" for rate, loss in losses.items())
-    print(f"{arm}: {trained[arm]:,} parameters, best rate {best[arm]:g}{edge} (nats a letter: {words})")
+    print(f"{arm}: {trained[arm]:,} parameters, best rate {best[arm]:g}{edge} (nats a token: {words})")
 
 # %% [markdown]
 # ## Learn by heart, with three seeds
@@ -172,8 +171,7 @@ for arm in ARMS:
     left.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=LOOKS[arm]["color"], alpha=0.15)
     marks = LOOKS[arm] | {"linestyle": "none", "markersize": 9}
     middle.plot([trained[arm]] * len(SEEDS), right[arm], **marks)
-left.axhline(np.log(16), color="grey", linewidth=1, linestyle=":")
-left.set(xlabel="step", ylabel="loss, nats a letter", title="while learning", ylim=(0, 4))
+left.set(xlabel="step", ylabel="loss, nats a token", title="while learning", ylim=(0, None))
 middle.axhline(1 / 16, color="grey", linewidth=1, linestyle=":")
 middle.set(xlabel="trained parameters", ylabel="letters right", title="written from memory", ylim=(0, 1.05))
 middle.set_xscale("log")
@@ -187,7 +185,7 @@ plt.show()
 
 # %% [markdown]
 # On the left the lines are means, and the bands reach from the lowest to the highest seed. On the right every mark
-# is a seed. Dotted: guessing.
+# is a seed; the dotted line is guessing.
 #
 # ## What the numbers say
 

@@ -5,6 +5,7 @@ The table is whole at 80 columns and continued below itself at 60.
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import sys
@@ -26,6 +27,8 @@ response ppl: perplexity of the right answers; 1 would be certain of each token
 base-text ppl: of text like that read before; it rises as that is forgotten"""
 #: By how much a figure of one seed has moved by rounding alone (docs/measurements.md), in points of exact match.
 ROUNDING = 5.0
+#: Standard errors of the largest of six differences among four methods that chance exceeds once in twenty times.
+LARGEST = 2.64
 
 
 class Question(NamedTuple):
@@ -107,7 +110,7 @@ def print_answers(rows: Sequence[Row], asked: Sequence[Question], stream: TextIO
 def print_verdict(rows: Sequence[Row], asked: Sequence[Question], stream: TextIO | None = None) -> None:
     """Prints for each loss mode whether the best and the worst method differ by more than chance.
 
-    The bound is two standard errors of the paired difference over questions, and what rounding alone can do.
+    The bound is of the largest difference among four methods: over questions in pairs, and by rounding in both.
 
     Args:
       rows: the table's lines.
@@ -126,7 +129,8 @@ def print_verdict(rows: Sequence[Row], asked: Sequence[Question], stream: TextIO
         ]
         differences = [100 * (right - other) for other, right in zip(*hits, strict=True)]
         lead = statistics.fmean(differences)
-        bound = max(ROUNDING, 2 * statistics.stdev(differences) / len(differences) ** 0.5)
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        bound = math.hypot(LARGEST * error, 2**0.5 * ROUNDING)
         text = f"{mode}: {best.method} is {lead:.1f} points above {worst.method} in exact match"
         if lead <= bound:
             text += f"; below {bound:.1f} points that is chance, so these methods do not differ here."

@@ -73,8 +73,8 @@ def rows_with(**right: int) -> list[Row]:
 @pytest.mark.parametrize(
     "worst, best, words",
     [
-        (100, 108, "below 5.0 points that is chance, so these methods do not differ here"),
-        (20, 150, "more than the 6.8"),
+        (100, 108, "below 8.0 points that is chance, so these methods do not differ here"),
+        (20, 150, "more than the 11.4"),
     ],
 )
 def test_the_verdict_says_whether_methods_differ(worst, best, words):
