@@ -85,7 +85,7 @@ def test_the_gpu_program_lowers_in_full_shapes(load, monkeypatch):
 def test_results_name_their_commit_and_sources(load, capsys, monkeypatch):
     run, measuring = load("run"), load("measuring")
     known = run.benchmarks()
-    for result in (FOLDER / "results").glob("*.md"):
+    for result in (*(FOLDER / "results").glob("*.md"), FOLDER / "results" / "plan_cells.json"):
         assert measuring.commits_of(result.read_text()), result.name
         assert run.script_of(result, known).is_file(), result.name
     files = {path.relative_to(FOLDER.parent).as_posix() for path in run.sources(known["decoding"].script)}
