@@ -1,5 +1,7 @@
 """Experts: routing and grouped products against loops, whole families against transformers."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,8 +93,16 @@ def test_a_token_is_the_same_whatever_else_is_in_the_batch(family):
         np.testing.assert_allclose(packed[:, here], model(ids[:, here]), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["lora", "mora"])
+QUICK = {("lora", "mixtral"), ("mora", "qwen3_moe"), ("lora", "gpt_oss")}
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(("lora", "mora"), FAMILIES)
+    ],
+)
 def test_adapters_on_experts(family, method, monkeypatch):
     """A fresh one changes nothing, gradients are those that jax finds of plain products, and merging is the same."""
     model, ids = ours(family, nnx.Rngs(0)), tokens()

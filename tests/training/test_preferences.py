@@ -194,7 +194,7 @@ def test_heads_and_methods(method):
     assert_gradient(found, gradient)
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", pytest.param("orpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dpo", *(pytest.param(one, marks=pytest.mark.slow) for one in ("kto", "orpo"))])
 def test_any_layout_gives_the_same_update(name):
     """One pair a row or several, in micro-batches or not, on one device or several."""
     model, made = model_for("lora"), pairs()

@@ -95,7 +95,7 @@ CASES = [
     ("lora", (1, 1, 4), {"sizes": "blocks", "quantize": "nf4"}),
     ("lora", (1, 2, 2), {"sizes": "experts", "dropout": 0.2}),
     pytest.param("mora", (1, 1, 4), {"sizes": "experts"}, marks=pytest.mark.slow),
-    ("lora", (4, 1, 1), {"sizes": "experts"}),
+    pytest.param("lora", (4, 1, 1), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 2, 2), {"sizes": "three_experts"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
