@@ -159,7 +159,9 @@ def adapter_settings(config: Any) -> dict[str, Any]:
             elif value == ():
                 value = None
             values[field.name] = value
-        elif field.init and value != field.default and "by_run" not in field.metadata:
+        elif field.name in config.implied or "by_run" in field.metadata:
+            continue  # the model or the run says it
+        elif field.init and value != field.default:
             raise InputError(f"adapter: {type(config).__name__}({field.name}={value!r}) can't be set for a run")
     return values
 
