@@ -119,9 +119,9 @@ def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site
     selected = []
     for site in found:
         if site.stacked:
-            mask = tuple(picks(path, site.aliases, is_embedding=site.is_embedding) for path in site.paths)
+            mask = tuple(picks(path, site.aliases, is_linear=site.is_linear) for path in site.paths)
         else:
-            mask = (any(picks(path, is_embedding=site.is_embedding) for path in (*site.paths, *site.aliases)),)
+            mask = (any(picks(path, is_linear=site.is_linear) for path in (*site.paths, *site.aliases)),)
         if any(mask):
             selected.append((site, mask))
     by_path(found)

@@ -49,6 +49,7 @@ class Adapter(nnx.Module):
         out_features: outputs of it.
         config: the method's frozen configuration.
         additive: whether the method adds to the kernel, so that it has `delta` and `dense`.
+        by_products: whether `delta` looks at its input by `product` alone.
         transforms_kernel: whether it has `transform_kernel`.
         file_method: the method that it is in a file; empty for its own.
         vectors: its arrays that hold one number a feature; a stack's leading axis doesn't make matrices of them.
@@ -67,6 +68,7 @@ class Adapter(nnx.Module):
     vectors: ClassVar[frozenset[str]] = frozenset({"bias", "magnitude"})
     scales_bias: ClassVar[bool] = False
     additive: ClassVar[bool] = True
+    by_products: ClassVar[bool] = False
     transforms_kernel: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = False
     on_experts: ClassVar[bool] = False

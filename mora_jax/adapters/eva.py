@@ -89,7 +89,7 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
 
 
 def _has_lora(place: Site) -> bool:
-    special = place.is_embedding or place.is_head
+    special = not place.is_linear or place.is_head
     return isinstance(place.adapter, LoRA) and not special
 
 

@@ -135,6 +135,13 @@ class AdaptedEinsum(nnx.Einsum, Adapted):
         return self._around(super().__call__, inputs, None, *args, **options)
 
 
+class AdaptedConv(nnx.Conv, Adapted):
+    """`nnx.Conv` with an adapter on the matrix `[window · channels / groups, out]` of its kernel."""
+
+    def __call__(self, inputs: Array, *args: Any, **options: Any) -> Array:
+        return self._around(super().__call__, inputs, *args, **options)
+
+
 class AdaptedEmbed(nnx.Embed, Adapted):
     """`nnx.Embed` with an adapter: row v of the table becomes `gain ⊙ (E[v] + update[v])`.
 
@@ -174,6 +181,7 @@ ADAPTED: dict[type, type] = {
     nnx.Linear: AdaptedLinear,
     nnx.LinearGeneral: AdaptedLinearGeneral,
     nnx.Einsum: AdaptedEinsum,
+    nnx.Conv: AdaptedConv,
     nnx.Embed: AdaptedEmbed,
 }
 

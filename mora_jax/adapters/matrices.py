@@ -7,13 +7,16 @@ Layers made by `nnx.vmap`, `nn.scan` or `nn.vmap` hold their arrays stacked alon
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from mora_jax.adapters.products.explicit_mesh import whole
 
@@ -29,6 +32,8 @@ class Matrix:
         shape: of that array, without axes of stacked layers in front.
         contracted, free: the array's axes that are summed over, and the others, in the order of the matrix.
         bias_axes: of the free axes, by number in `free`, which comes when in the bias.
+        groups: of a convolution, whose matrix takes a window of the input to a place of the output: into how many parts
+            channels are split, each with columns of its own. 0 for all other layers.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -45,6 +50,7 @@ class Matrix:
     contracted: tuple[int, ...]
     free: tuple[int, ...]
     bias_axes: tuple[int, ...]
+    groups: int = 0
 
     @classmethod
     def plain(cls, array: str, shape: Sequence[int], inputs: int = 1) -> Matrix:
@@ -80,6 +86,16 @@ class Matrix:
     def is_embedding(self) -> bool:
         """Whether the matrix is an embedding table."""
         return self.array == "embedding"
+
+    @property
+    def kind(self) -> str:
+        """What it is that `"all-linear"` doesn't mean, as in PEFT; empty for a linear layer."""
+        return "an embedding" if self.is_embedding else "a convolution" if self.groups else ""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether `"all-linear"` means it."""
+        return not self.kind
 
     def take(self, array: Array) -> Array:
         """The layer's array `[*stack, *shape]` as matrices `[*stack, in, out]`."""
@@ -130,12 +146,22 @@ class Product:
         flat: the call's input as `[..., in]`.
         unflat: the inverse of `flat`.
         shaped: `[..., out]`, in the order of the matrix, as the call's output.
+        convolve: of a convolution: a call's output for an input and a kernel, without bias. An input is then no rows.
     """
 
     matrix: Matrix
     flat: Callable[[Array], Array] = _same
     unflat: Callable[[Array], Array] = _same
     shaped: Callable[[Array], Array] = _same
+    convolve: Callable[[Array, Array], Array] | None = None
+
+    @classmethod
+    def of_convolution(cls, layer: Any, in_features: int, features: int) -> Product:
+        """That of Flax's `Conv`, of NNX or Linen, with so many channels."""
+        sizes = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
+        shape, groups = (*sizes, in_features // layer.feature_group_count, features), layer.feature_group_count
+        axes = tuple(range(len(shape)))
+        return cls(Matrix("kernel", shape, axes[:-1], axes[-1:], (0,), groups), convolve=partial(_convolved, layer))
 
     @classmethod
     def of_axes(cls, matrix: Matrix, inputs: Any, axes: Sequence[int], features: Sequence[int]) -> Product:
@@ -185,6 +211,31 @@ class Product:
             return y if permutation is None else y.transpose(*permutation)
 
         return cls(matrix, flat, lambda x: x.reshape(moved).transpose(*np.argsort(order)), shaped)
+
+
+#: Why a masked convolution carries no adapter.
+MASKED = "a mask on its kernel, which an update wouldn't have"
+#: What of a layer says how it convolves; the rest of its call is dtypes and the bias.
+_CONVOLUTION = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "precision")
+
+
+def _convolved(layer: Any, x: Array, kernel: Array) -> Array:
+    """`nnx.Conv`'s own call for another kernel, in the dtype of `x [..., channels]`."""
+    call: Any = types.SimpleNamespace(
+        **{name: getattr(layer, name) for name in _CONVOLUTION},
+        in_features=x.shape[-1],
+        kernel_size=kernel.shape[:-2],
+        kernel_shape=kernel.shape,
+        kernel=kernel,
+        bias=None,
+        use_bias=False,
+        mask=None,
+        dtype=x.dtype,
+        promote_dtype=promote_dtype,
+        conv_general_dilated=jax.lax.conv_general_dilated,
+        preferred_element_type=None,
+    )
+    return nnx.Conv.__call__(call, x)
 
 
 @dataclass(frozen=True)
@@ -246,6 +297,12 @@ def matrix_of(layer: Any) -> Matrix | None:
         if layer.batch_axis:
             return None
         return Matrix.plain("kernel", (*layer.in_features, *layer.out_features), len(layer.in_features))
+    if isinstance(layer, nnx.Conv):
+        return (
+            None
+            if layer.mask is not None
+            else Product.of_convolution(layer, layer.in_features, layer.out_features).matrix
+        )
     form = form_of(layer)
     if form is None:
         return None
@@ -263,6 +320,8 @@ def product_of(layer: Any, inputs: Any) -> Product:
     assert matrix is not None, "only products with a matrix get adapters"
     if isinstance(layer, nnx.LinearGeneral):
         return Product.of_axes(matrix, inputs, layer.axis, layer.out_features)
+    if isinstance(layer, nnx.Conv):
+        return Product.of_convolution(layer, layer.in_features, layer.out_features)
     form = form_of(layer)
     if form is None:
         return Product(matrix)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import ADAPTED, Adapted
-from mora_jax.adapters.matrices import registered
+from mora_jax.adapters.matrices import MASKED, registered
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
@@ -341,9 +341,9 @@ def _matrices(model: nnx.Module, config: Any, found: Sequence[Site]) -> Iterator
             yield place.title, "", 0, f"their matrix is that of {title}, too"
         elif left and not _trained_whole(place.layer) and (place.part or not keys & seen):
             head = place.is_head
-            embedding = place.is_embedding
-            named = [name for name in (left[0], *place.aliases) if picks.in_any_layer(name, is_embedding=embedding)]
-            why = why_left(picks, named[0] if named else left[0], is_embedding=embedding, is_head=head)
+            names, linear = (left[0], *place.aliases), place.is_linear
+            named = [name for name in names if picks.in_any_layer(name, is_linear=linear)]
+            why = why_left(picks, (named or names)[0], kind="the output head" if head else place.kind)
             yield place.title, "", len(left) * place.in_features * place.out_features, why
         seen |= keys
     for path, module, size in unknown_matrices(model, {id(place.layer) for place in found}, seen):
@@ -365,7 +365,7 @@ def _left_out(place: Site, config: Any) -> list[str]:
     scaling = adapter.scaling.get_value()
     if not known(scaling):
         picks = Picker(config)
-        return [path for path in place.paths if not picks(path, is_embedding=place.is_embedding)]
+        return [path for path in place.paths if not picks(path, is_linear=place.is_linear)]
     layers = np.asarray(scaling).reshape(len(place.paths), -1)
     return [path for path, values in zip(place.paths, layers, strict=True) if not values.any()]
 
@@ -374,16 +374,16 @@ def _trained_whole(layer: nnx.Module) -> bool:
     return any(isinstance(value, AdapterParam) for value in vars(layer).values())
 
 
-def why_left(picks: Picker, path: str, *, is_embedding: bool, is_head: bool = False) -> str:
-    """Why a rule leaves out a layer that could be adapted."""
+def why_left(picks: Picker, path: str, *, kind: str = "") -> str:
+    """Why a rule leaves out a layer that could be adapted; `kind` is what it is, where no linear layer."""
     targets = picks.config.targets
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    if everything and is_embedding:
-        return "an embedding, which all-linear leaves out"
-    if everything and (is_head or path.rpartition(".")[2] == "lm_head"):
-        return "the output head, which all-linear leaves out"
+    if everything and not kind and path.rpartition(".")[2] == "lm_head":
+        kind = "the output head"
+    if everything and kind:
+        return f"{kind}, which all-linear leaves out"
     layers = picks.config.layers_to_transform
-    if layers is not None and picks.in_any_layer(path, is_embedding=is_embedding):
+    if layers is not None and picks.in_any_layer(path, is_linear=kind in ("", "the output head")):
         return "outside layers_to_transform"
     return UNNAMED
 
@@ -425,6 +425,10 @@ def why_unknown(layer: nnx.Module) -> str:
         return reason
     if isinstance(layer, nnx.bridge.ToNNX):
         return LINEN
+    if isinstance(layer, nnx.ConvTranspose):
+        return "a transposed convolution, whose kernel is no matrix from inputs to outputs"
+    if isinstance(layer, nnx.Conv) and layer.mask is not None:
+        return MASKED
     base = next((one for one in kind.__mro__ if one in ADAPTED or registered(one) is not None), None)
     if base is None:
         return "a class without adapters, see mj.register_layer"

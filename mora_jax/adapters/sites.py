@@ -57,6 +57,16 @@ class Site(Protocol):
         ...
 
     @property
+    def kind(self) -> str:
+        """What it is that `"all-linear"` doesn't mean; empty for a linear layer."""
+        return "an embedding" if self.is_embedding else ""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether `"all-linear"` means it."""
+        return not self.kind
+
+    @property
     def of_experts(self) -> bool:
         """Whether the matrices are those of experts, of which each row of the input has one."""
         return False
@@ -224,6 +234,10 @@ class LayerSite(Site):
     @property
     def is_embedding(self) -> bool:
         return isinstance(self.layer, nnx.Embed)
+
+    @property
+    def kind(self) -> str:
+        return self.matrix.kind
 
     @property
     def title(self) -> str:

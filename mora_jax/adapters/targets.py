@@ -76,7 +76,7 @@ def layer_number(path: str) -> int | None:
 
 
 def matcher(targets: Targets) -> Callable[[str, bool], bool]:
-    """A predicate on (module path, whether it is an embedding) for a rule.
+    """A predicate on (module path, whether it is linear: no embedding and no convolution) for a rule.
 
     A sequence of names matches a path whose last components are the name. A string is a regular expression for the
     whole path, but a plain name in a string works as a name. `"all-linear"` is every linear layer but the output head.
@@ -85,15 +85,15 @@ def matcher(targets: Targets) -> Callable[[str, bool], bool]:
         ValueError: an invalid regular expression.
     """
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return lambda path, is_embedding: not is_embedding and path.rpartition(".")[2] != "lm_head"
+        return lambda path, is_linear: is_linear and path.rpartition(".")[2] != "lm_head"
     if isinstance(targets, str) and not re.fullmatch(r"\w+", targets):
         try:
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(f"targets {targets!r} is no regular expression: {error}") from None
-        return lambda path, is_embedding: pattern.fullmatch(path) is not None
+        return lambda path, is_linear: pattern.fullmatch(path) is not None
     names: Sequence[str] = (targets,) if isinstance(targets, str) else targets
-    return lambda path, is_embedding: any(named(path, name) for name in names)
+    return lambda path, is_linear: any(named(path, name) for name in names)
 
 
 def named(path: str, name: str) -> bool:
@@ -117,20 +117,20 @@ class Picker:
         self._number = number
         self._matches = matcher(config.targets)
 
-    def __call__(self, path: str, aliases: Sequence[str] = (), *, is_embedding: bool = False) -> bool:
+    def __call__(self, path: str, aliases: Sequence[str] = (), *, is_linear: bool = True) -> bool:
         """Whether a path is picked; `aliases` are other names of the same layer that `targets` may give."""
         layers = self.config.layers_to_transform
         in_layer = layers is None or self._number(path) in layers
-        return in_layer and any(self.in_any_layer(name, is_embedding=is_embedding) for name in (path, *aliases))
+        return in_layer and any(self.in_any_layer(name, is_linear=is_linear) for name in (path, *aliases))
 
-    def in_any_layer(self, path: str, *, is_embedding: bool = False) -> bool:
+    def in_any_layer(self, path: str, *, is_linear: bool = True) -> bool:
         """Whether the rule would pick a path if it named no layers."""
-        return self._matches(path, is_embedding) and not set(path.split(".")) & set(self.config.modules_to_save)
+        return self._matches(path, is_linear) and not set(path.split(".")) & set(self.config.modules_to_save)
 
     def names_in_any_layer(self, path: str) -> bool:
         """Whether the rule says this path, not all linear layers, leaving out what it says about layers."""
         targets = self.config.targets
-        return not (isinstance(targets, str) and targets.lower() == "all-linear") and self._matches(path, False)
+        return not (isinstance(targets, str) and targets.lower() == "all-linear") and self._matches(path, True)
 
     def names(self, path: str) -> bool:
         """Whether the rule picks a path by what it says, not as one of all linear layers."""

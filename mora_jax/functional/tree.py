@@ -266,7 +266,7 @@ def selected(tree: Any, config: Any, einsums: Einsums | None = None) -> list[Tre
     paths = [kernel.path for kernel in kernels]
     if doubled := next((path for path in paths if paths.count(path) > 1), None):
         raise ValueError(f"several arrays of the tree are at {doubled!r}, so adapters can't be told apart there")
-    picked = [kernel for kernel in kernels if picks(kernel.path, is_embedding=kernel.matrix.is_embedding)]
+    picked = [kernel for kernel in kernels if picks(kernel.path, is_linear=kernel.matrix.is_linear)]
     if not kernels:
         raise ValueError("the tree has no kernel: no array of floats with two axes or more")
     picks.check(paths, [path or "(the array itself)" for path in paths], found=bool(picked))
@@ -373,7 +373,7 @@ def _report(kernels: list[TreeKernel], picked: list[TreeKernel], config: Any, to
             one.path,
             "",
             math.prod((*one.stack, *one.sizes)),
-            why_left(picks, one.path, is_embedding=one.matrix.is_embedding),
+            why_left(picks, one.path, kind=one.matrix.kind),
         )
         for one in kernels
         if one.path not in taken

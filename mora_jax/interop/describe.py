@@ -52,7 +52,7 @@ def describe_model(path: str | os.PathLike[str], rank: int = 8) -> dict[str, Any
     everything = Picker(CONFIGS["lora"](targets="all-linear"))  # type: ignore[call-arg]
     for place in sites(model):
         end = place.paths[0].rpartition(".")[2]
-        linear = any(everything(name, is_embedding=place.is_embedding) for name in place.paths)
+        linear = any(everything(name, is_linear=place.is_linear) for name in place.paths)
         layers = len(place.paths) + targets.get(end, {"layers": 0})["layers"]
         targets[end] = {"layers": layers, "in": place.in_features, "out": place.out_features, "all_linear": linear}
     return {

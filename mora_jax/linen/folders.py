@@ -264,8 +264,8 @@ def _described(file: Path_) -> dict[str, Any]:
 
 
 def _matrix(said: Mapping[str, Any]) -> Matrix:
-    axes = (tuple(said[name]) for name in ("shape", "contracted", "free", "bias_axes"))
-    return Matrix(said["array"], *axes)
+    shape, contracted, free, bias_axes = (tuple(said[name]) for name in ("shape", "contracted", "free", "bias_axes"))
+    return Matrix(said["array"], shape, contracted, free, bias_axes, said.get("groups", 0))
 
 
 def _placed(place: Place, given: Mapping[str, Any], report: LinenReport | None, described: Mapping[str, Any]) -> Place:
@@ -349,9 +349,15 @@ def _layer(matrix: Matrix, kernel: jax.Array | None, bias: jax.Array | None) -> 
         if kernel is not None:
             layer.embedding.set_value(kernel)
         return layer
-    layer = nnx.eval_shape(lambda: nnx.Linear(*sizes, use_bias=bias is not None, rngs=nnx.Rngs(0)))
+    how: dict[str, Any] = {"use_bias": bias is not None, "rngs": nnx.Rngs(0)}
+    if matrix.groups:
+        *window, channels, out = matrix.shape
+        how["feature_group_count"] = matrix.groups
+        layer = nnx.eval_shape(lambda: nnx.Conv(channels * matrix.groups, out, tuple(window), **how))
+    else:
+        layer = nnx.eval_shape(lambda: nnx.Linear(*sizes, **how))
     if kernel is not None:
-        layer.kernel.set_value(kernel)
+        layer.kernel.set_value(matrix.put(kernel) if matrix.groups else kernel)
     if bias is not None:
         layer.bias.set_value(bias)
     return layer

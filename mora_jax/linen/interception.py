@@ -88,7 +88,7 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
         if isinstance(product, str):
             report.pass_over(module, product)
             return call(inputs, *others, **kwargs)
-        if not picks(path, is_embedding=product.matrix.is_embedding):
+        if not picks(path, is_linear=product.matrix.is_linear):
             report.leave(module, product.matrix)
             return call(inputs, *others, **kwargs)
         own = config_at(config, path)

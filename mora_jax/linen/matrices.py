@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mora_jax.adapters.matrices import Matrix, Product
+from mora_jax.adapters.matrices import MASKED, Matrix, Product
 
 Array = jax.Array
 
 # Where an adapter goes: on the product that these classes' own methods compute, a subclass's by way of `super()`.
-KINDS: tuple[type[nn.Module], ...] = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
-_AUTO_NAME = re.compile(r"(LoRADense|MoRADense|Dense|DenseGeneral|Einsum|Embed)_\d+")
+KINDS: tuple[type[nn.Module], ...] = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed)
+_AUTO_NAME = re.compile(r"(LoRADense|MoRADense|Dense|DenseGeneral|Einsum|Conv|Embed)_\d+")
 
 
 def product_of(module: nn.Module, inputs: Array, einsum_str: str | None) -> Product | str:
@@ -32,6 +32,10 @@ def product_of(module: nn.Module, inputs: Array, einsum_str: str | None) -> Prod
         spec, shape = (einsum_str or module.einsum_str or "").replace(" ", ""), tuple(module.shape)
         product = Product.of_einsum(Matrix.of_einsum("kernel", spec, shape), spec, inputs)
         return f"{spec!r} is no product with one matrix" if product is None else product
+    if isinstance(module, nn.Conv):
+        if module.mask is not None:
+            return MASKED
+        return Product.of_convolution(module, inputs.shape[-1], module.features)
     assert isinstance(module, nn.Embed), "one of KINDS"
     return Product(Matrix.plain("embedding", (module.num_embeddings, module.features)))
 

@@ -133,7 +133,7 @@ def layers_of(
         picked = [
             config_at(config, ".".join(path))
             for config, picks in pickers
-            if picks(".".join(path), is_embedding=name == "embedding")
+            if picks(".".join(path), is_linear=name != "embedding")
         ]
         known = None if report is None else report.matrix_at(path)
         config, matrix = _form(where, name, shape, arrays, picked, known)

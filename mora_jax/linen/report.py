@@ -149,7 +149,7 @@ class LinenReport:
         for path, seen in self._seen.items():
             if seen.matrix is not None and seen.config is None:
                 size = seen.matrix.in_features * seen.matrix.out_features * math.prod(self._stack(path))
-                why = why_left(picks, ".".join(path), is_embedding=seen.matrix.is_embedding)
+                why = why_left(picks, ".".join(path), kind=seen.matrix.kind)
                 yield _title(path), "", size, why
         for (*above, name), shape in self._params.items():
             path = tuple(above)

@@ -101,7 +101,7 @@ def _matrices(model: Any, every: int) -> Iterator[tuple[Site, str, tuple[int, ..
     picks = matcher("all-linear")
     for place in sites(model):
         for number, path in enumerate(place.paths):
-            if picks(path, place.is_embedding) and (layer_number(path) or 0) % every == 0:
+            if picks(path, place.is_linear) and (layer_number(path) or 0) % every == 0:
                 yield place, path, place.index(number)
 
 

@@ -113,6 +113,7 @@ class AdaLoRA(Adapter):
     """`lora_a [*layers, in, rank]` (P), `lora_e [*layers, rank]` (λ) and `lora_b [*layers, rank, out]` (Q)."""
 
     method: ClassVar[str] = "adalora"
+    by_products: ClassVar[bool] = True
     vectors: ClassVar[frozenset[str]] = Adapter.vectors | {"lora_e"}
 
     def __init__(self, in_features: int, out_features: int, config: AdaLoRAConfig, *, rngs: nnx.Rngs, **placing: Any):

@@ -192,6 +192,7 @@ class LoRA(Adapter):
     """LoRA's factors for one matrix, or for one matrix a layer when they carry a leading layer axis."""
 
     method: ClassVar[str] = "lora"
+    by_products: ClassVar[bool] = True
     file_method: ClassVar[str] = "lora"
     file_config: ClassVar[type[LoRAConfig]] = LoRAConfig
     on_embeddings: ClassVar[bool] = True

@@ -63,6 +63,7 @@ class VeRA(SharedBases):
     """Two trained vectors, `vera_d [*layers, rank]` and `vera_b_scale [*layers, out]`, around frozen factors."""
 
     method: ClassVar[str] = "vera"
+    by_products: ClassVar[bool] = True
     vectors: ClassVar[frozenset[str]] = Adapter.vectors | {"vera_d", "vera_b_scale"}
 
     def __init__(self, in_features: int, out_features: int, config: VeRAConfig, **placing: Any):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def around(
     Returns:
         As `call`.
     """
-    if method.transforms_input(config, params, product.matrix.in_features):
+    if product.convolve is None and method.transforms_input(config, params, product.matrix.in_features):
 
         def transformed(inputs: Array, params: Params) -> Array:
             flat = product.flat(inputs)
@@ -75,17 +75,22 @@ def beside(
     """The layer's own output `y` for `inputs` with what the adapter does to it."""
     take, total = partial(product.matrix.take, kernel), widened(y)
     bias = None if bias is None else product.matrix.take_bias(bias)
-    x = product.flat(inputs.astype(y.dtype))  # [..., in]
+    x = product.flat(inputs.astype(y.dtype))  # [..., in]; of a convolution as it is
+    apart = product.convolve is not None and not (method.by_products and product.matrix.groups == 1)
 
     def spread(vector: Array) -> Array:
         return product.shaped(vector.reshape(*[1] * (x.ndim - 1), -1))
 
-    gain = method.output_gain(config, params, take)
+    gain = None if apart else method.output_gain(config, params, take)
     if gain is not None:
         gain = spread(gain)
         # As a change, so that a gain of 1 changes no bit.
         total = total + (gain - 1.0) * (total if bias is None else total - spread(widened(bias)))
-    if method.additive or method.transforms_kernel:
+    if product.convolve is not None and (apart or method.additive):
+        x = x if key is None else dropped(x, config.dropout, key)
+        update = _convolution(method, config, params, product, x, None if not apart else take())
+        total = total + (update if gain is None else update * gain)
+    elif method.additive or method.transforms_kernel:
         x = x if key is None else dropped(x, config.dropout, key)
         out_features = product.matrix.out_features
         update = update_of(method, config, params, x.reshape(-1, x.shape[-1]), out_features, take)
@@ -93,6 +98,47 @@ def beside(
         total = total + (update if gain is None else update * gain)
     more = method.added_bias(config, params, bias)
     return (total if more is None else total + spread(more)).astype(y.dtype)
+
+
+class Windows(NamedTuple):
+    """The input of a convolution, of which a method takes products only, as it does of rows.
+
+    Attributes:
+        x: `[batch, …, channels]`.
+        product: the layer's.
+    """
+
+    x: Array
+    product: Product
+
+    @property
+    def dtype(self) -> Any:
+        """Of the input."""
+        return self.x.dtype
+
+    @classmethod
+    def dot(cls, x: Any, kernel: Array) -> Array:
+        """`dot`, of windows with a matrix `[window · channels, n]`: a convolution, `[batch, …, n]`."""
+        if not isinstance(x, Windows):
+            return dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+        assert x.product.convolve is not None, "there are windows in a convolution alone"
+        shape = *x.product.matrix.shape[:-1], kernel.shape[-1]
+        return widened(x.product.convolve(x.x, kernel.astype(x.dtype).reshape(shape)))
+
+
+def _convolution(method: Any, config: Any, params: Params, product: Product, x: Array, kernel: Array | None) -> Array:
+    """What an adapter adds to a convolution of `x`: by two of them, as PEFT does, where the method takes products.
+
+    Others, and groups of channels, take one with the change of the kernel `[in, out]`, which is of its size.
+    """
+    windows: Any = Windows(x, product)
+    if kernel is None:
+        return method.delta(config, product.matrix.out_features, windows, params, Windows.dot)
+
+    def change(params: Params, kernel: Array) -> Array:
+        return (method.merged_kernel(config, params, kernel) - widened(kernel)).astype(x.dtype)
+
+    return Windows.dot(windows, jax.checkpoint(change)(params, kernel))
 
 
 def dropped(x: Array, rate: float, key: Array) -> Array:

@@ -57,7 +57,7 @@ def adapter_from_difference(
         raise InputError(str(error)) from None
     updates = []
     for place in sites(model):
-        for path in (path for path in place.paths if matches(path, place.is_embedding)):
+        for path in (path for path in place.paths if matches(path, place.is_linear)):
             kernel = functools.partial(_kernel, before, after, f"{path}.weight", place.is_embedding)
             sizes = place.in_features, place.out_features
             updates.append(Update(path, *sizes, place.is_embedding, "a difference of weights", kernel, None, None))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from flax import nnx
 
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config.common import BIASES, CommonConfig
@@ -66,7 +67,17 @@ class Target:
 
     def read(self, kind: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor in float32; an `InputError` where the file has another shape."""
-        return read_tensor(self.files, self.names[kind], shape)
+        name, window = self.names[kind], torch_window(self.place)
+        if len(self.files.shapes[name]) == len(shape):
+            return read_tensor(self.files, name, shape)
+        if window is None and isinstance(self.place.layer, nnx.Conv):
+            raise InputError(
+                f"{self.files.folder}: {name} is PEFT's, whose adapter is another function than that of {self.path}: it "
+                "reads all groups of channels, dilates no kernel and wraps no input"
+            )
+        window = window or ()
+        tensor = read_tensor(self.files, name, _in_window(kind, np.empty(shape, np.bool_), window).shape)
+        return (np.moveaxis(tensor, 1, -1) if kind == "a" else tensor).reshape(shape)
 
 
 class Format:
@@ -86,6 +97,7 @@ class Format:
         embedding_names: those of a target that is an embedding table, where they differ.
         shared_names: what files call the arrays that all targets share, which stand beside the model.
         fan_in_fan_out: whether its config has the field of that name.
+        convolutions: whether PEFT has it on torch's convolutions, as two of them.
         biases_alone: whether the type's adapters train biases and nothing else.
     """
 
@@ -97,6 +109,7 @@ class Format:
     embedding_names: ClassVar[Mapping[str, str]] = {}
     shared_names: ClassVar[tuple[str, ...]] = ()
     fan_in_fan_out: ClassVar[bool] = True
+    convolutions: ClassVar[bool] = False
     biases_alone: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[tuple[str, ...]] = ()
@@ -194,6 +207,34 @@ def _setting(entries: list[AdapterEntry], name: str) -> Any:
     if name == "dropout":
         return max(entry.config.dropout for entry in entries)
     return plain(same(entries, name)) if name == "alpha" else same(entries, name)
+
+
+def torch_window(site: Site) -> tuple[int, ...] | None:
+    """The sizes of a convolution's windows where PEFT's adapter is the same function as the one here, else None.
+
+    PEFT's second convolution reads all groups of channels, which no merged kernel could, and its first one neither
+    dilates its kernel nor wraps its input.
+    """
+    layer = site.layer
+    if not isinstance(layer, nnx.Conv) or layer.feature_group_count != 1 or layer.padding in ("CIRCULAR", "REFLECT"):
+        return None
+    dilations = layer.kernel_dilation, layer.input_dilation
+    return layer.kernel_size if all(np.all(np.equal(one or 1, 1)) for one in dilations) else None
+
+
+def in_windows(site: Site, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """LoRA's tensors `a [r, in]`, `b [out, r]` and `magnitude [out]` as those of torch's convolutions."""
+    window = torch_window(site)
+    if window is None:
+        return tensors
+    return {kind: _in_window(kind, tensor, window) for kind, tensor in tensors.items()}
+
+
+def _in_window(kind: str, tensor: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
+    ones = (1,) * len(window)
+    if kind == "a":
+        return np.moveaxis(tensor.reshape(len(tensor), *window, -1), -1, 1)
+    return tensor.reshape(1, -1, *ones) if kind == "magnitude" else tensor.reshape(*tensor.shape, *ones)
 
 
 def read_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -156,7 +156,7 @@ class _Given:
         self.targets = {
             path: (place, layer)
             for path, (place, layer) in self.places.items()
-            if self.config.matches(path) and not (place.is_embedding and everything)
+            if self.config.matches(path) and not (everything and not place.is_linear)
         }
         self.loose = loose_biases(model) if self.config.bias == "all" else set()
 

@@ -46,6 +46,7 @@ _FROM_BASE = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 
 class LoraFormat(Format):
     peft_type = "LORA"
+    convolutions = True
     config: ClassVar[type[CommonConfig]] = LoRAConfig
     settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "r": ("rank", 8),

@@ -30,6 +30,7 @@ from mora_jax.interop.peft.format import (
     PREFIX,
     WEIGHTS,
     Format,
+    in_windows,
 )
 from mora_jax.interop.peft.fused_experts import each, fused, parameter_names
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
@@ -249,6 +250,8 @@ def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple
             yield entry, {f"{path}{TOKENS}trainable_tokens_delta": table + entry.params["token_delta"]}
             continue
         found = form.write(entry) if main else {}
+        if form.convolutions and "lora_a" in entry.params:
+            found = in_windows(where[entry.path][0], found)
         names = form.names(entry)
         tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
         if _tied(model) and _is_table(model, entry.path):
