@@ -213,8 +213,9 @@ class Product:
         return cls(matrix, flat, lambda x: x.reshape(moved).transpose(*np.argsort(order)), shaped)
 
 
-#: Why a masked convolution carries no adapter.
+#: Why these convolutions carry no adapter.
 MASKED = "a mask on its kernel, which an update wouldn't have"
+TRANSPOSED = "a transposed convolution, whose kernel is no matrix from inputs to outputs"
 #: What of a layer says how it convolves; the rest of its call is dtypes and the bias.
 _CONVOLUTION = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "precision")
 
@@ -298,11 +299,8 @@ def matrix_of(layer: Any) -> Matrix | None:
             return None
         return Matrix.plain("kernel", (*layer.in_features, *layer.out_features), len(layer.in_features))
     if isinstance(layer, nnx.Conv):
-        return (
-            None
-            if layer.mask is not None
-            else Product.of_convolution(layer, layer.in_features, layer.out_features).matrix
-        )
+        product = Product.of_convolution(layer, layer.in_features, layer.out_features)
+        return None if layer.mask is not None else product.matrix
     form = form_of(layer)
     if form is None:
         return None

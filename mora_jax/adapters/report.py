@@ -15,7 +15,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import ADAPTED, Adapted
-from mora_jax.adapters.matrices import MASKED, registered
+from mora_jax.adapters.matrices import MASKED, TRANSPOSED, registered
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
@@ -426,7 +426,7 @@ def why_unknown(layer: nnx.Module) -> str:
     if isinstance(layer, nnx.bridge.ToNNX):
         return LINEN
     if isinstance(layer, nnx.ConvTranspose):
-        return "a transposed convolution, whose kernel is no matrix from inputs to outputs"
+        return TRANSPOSED
     if isinstance(layer, nnx.Conv) and layer.mask is not None:
         return MASKED
     base = next((one for one in kind.__mro__ if one in ADAPTED or registered(one) is not None), None)

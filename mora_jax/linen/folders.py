@@ -349,13 +349,15 @@ def _layer(matrix: Matrix, kernel: jax.Array | None, bias: jax.Array | None) -> 
         if kernel is not None:
             layer.embedding.set_value(kernel)
         return layer
-    how: dict[str, Any] = {"use_bias": bias is not None, "rngs": nnx.Rngs(0)}
-    if matrix.groups:
+
+    def make() -> Any:
+        how: dict[str, Any] = {"use_bias": bias is not None, "rngs": nnx.Rngs(0)}
+        if not matrix.groups:
+            return nnx.Linear(*sizes, **how)
         *window, channels, out = matrix.shape
-        how["feature_group_count"] = matrix.groups
-        layer = nnx.eval_shape(lambda: nnx.Conv(channels * matrix.groups, out, tuple(window), **how))
-    else:
-        layer = nnx.eval_shape(lambda: nnx.Linear(*sizes, **how))
+        return nnx.Conv(channels * matrix.groups, out, tuple(window), feature_group_count=matrix.groups, **how)
+
+    layer = nnx.eval_shape(make)
     if kernel is not None:
         layer.kernel.set_value(matrix.put(kernel) if matrix.groups else kernel)
     if bias is not None:

@@ -9,12 +9,18 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mora_jax.adapters.matrices import MASKED, Matrix, Product
+from mora_jax.adapters.matrices import MASKED, TRANSPOSED, Matrix, Product
 
 Array = jax.Array
 
 # Where an adapter goes: on the product that these classes' own methods compute, a subclass's by way of `super()`.
 KINDS: tuple[type[nn.Module], ...] = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed)
+#: Why layers of other classes carry none.
+REASONS: dict[type[nn.Module], str] = {
+    nn.ConvTranspose: TRANSPOSED,
+    nn.ConvLocal: "a kernel for each place",
+    nn.recurrent.DenseParams: "nn.OptimizedLSTMCell joins its products; nn.LSTMCell takes the same params and adapters",
+}
 _AUTO_NAME = re.compile(r"(LoRADense|MoRADense|Dense|DenseGeneral|Einsum|Conv|Embed)_\d+")
 
 

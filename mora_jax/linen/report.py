@@ -15,7 +15,7 @@ from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, why_left
 from mora_jax.adapters.targets import Picker, named
-from mora_jax.linen.matrices import KINDS, layer_number
+from mora_jax.linen.matrices import KINDS, REASONS, layer_number
 from mora_jax.linen.update import COLLECTION
 
 Path = tuple[str, ...]
@@ -178,7 +178,7 @@ def _reason(seen: _Seen | None) -> str:
         return seen.why
     if issubclass(seen.kind, KINDS):
         return "its class computes its product in a way of its own"
-    return "a class without adapters"
+    return REASONS.get(seen.kind, "a class without adapters")
 
 
 def _lifts(module: nn.Module) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ class Target:
             return read_tensor(self.files, name, shape)
         if window is None and isinstance(self.place.layer, nnx.Conv):
             raise InputError(
-                f"{self.files.folder}: {name} is PEFT's, whose adapter is another function than that of {self.path}: it "
+                f"{self.files.folder}: {name} is PEFT's, whose adapter is another one than on {self.path}: it "
                 "reads all groups of channels, dilates no kernel and wraps no input"
             )
         window = window or ()
