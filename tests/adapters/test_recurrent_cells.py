@@ -63,7 +63,7 @@ def test_a_cell_that_joins_its_products_names_the_one_that_does_not():
     ):
         model.init(jax.random.key(0), X)
     with (
-        pytest.raises(ValueError, match=r"up .*can't be adapted: a transposed convolution"),
-        ml.adapted(mj.LoRAConfig(rank=2, targets=["up"])),
+        pytest.raises(ValueError, match=r"layers_0 .*can't be adapted: a transposed convolution"),
+        ml.adapted(mj.LoRAConfig(rank=2, targets=["layers_0"])),
     ):
-        nn.ConvTranspose(2, (3,), name="up").init(jax.random.key(0), X)
+        nn.Sequential([nn.ConvTranspose(2, (3,))]).init(jax.random.key(0), X)

@@ -337,7 +337,8 @@ class Mixed(nnx.Module):
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(11, 6, rngs=rngs)
-        self.conv = nnx.Conv(6, 6, (3,), rngs=rngs)
+        self.conv = nnx.ConvTranspose(6, 6, (3,), rngs=rngs)
+        self.window = nnx.Conv(6, 6, (3,), rngs=rngs)
         self.layers = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(3)])
         self.norm = nnx.LayerNorm(6, rngs=rngs)
         self.experts = nnx.Param(jnp.zeros((2, 6, 6)))
@@ -351,12 +352,13 @@ def test_the_report_says_what_was_passed_over():
         (("embed",), "", 66, "an embedding, which all-linear leaves out"),
         (("layers.*",), "", 36, "outside layers_to_transform"),
         (("lm_head",), "", 66, "the output head, which all-linear leaves out"),
-        (("conv",), "Conv", 108, "a class without adapters, see mj.register_layer"),
+        (("window",), "", 108, "a convolution, which all-linear leaves out"),
+        (("conv",), "ConvTranspose", 108, "a transposed convolution, whose kernel is no matrix from inputs to outputs"),
         (("(the model itself)",), "Mixed", 72, "a class without adapters, see mj.register_layer"),
     ]
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 80
-    assert "not adapted: conv (Conv), 108 parameters: a class without adapters, see" in lines
+    assert "not adapted: conv (ConvTranspose), 108 parameters: a transposed convolution," in lines
     model = Mixed(nnx.Rngs(0))
     report = mj.attach(model, mj.LoRAConfig(rank=2, targets=("0", "embed"), modules_to_save=("lm_head",)), rngs=0)
     assert [one.paths for one in report.skipped][:1] == [("layers.*",)]
