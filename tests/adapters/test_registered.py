@@ -361,8 +361,8 @@ def test_the_report_says_what_was_passed_over():
     assert "not adapted: conv (ConvTranspose), 108 parameters: a transposed convolution," in lines
     model = Mixed(nnx.Rngs(0))
     report = mj.attach(model, mj.LoRAConfig(rank=2, targets=("0", "embed"), modules_to_save=("lm_head",)), rngs=0)
-    assert [one.paths for one in report.skipped][:1] == [("layers.*",)]
-    assert report.skipped[0].parameters == 72 and report.skipped[0].reason == "not among the targets"
+    assert [one.paths for one in report.skipped][:1] == [("layers.*", "window")]
+    assert report.skipped[0].parameters == 180 and report.skipped[0].reason == "not among the targets"
     assert not {"embed", "lm_head"} & {path for one in report.skipped for path in one.paths}
 
 
