@@ -3,7 +3,8 @@
 Prompts are padded to a multiple of `BUCKET` tokens (of `SHORT`, where they have fewer), caches to one of `BUCKET`, so
 that functions are compiled once for all prompts and answers of about the same length: `_begin`, which reads the
 prompts, and `_proceed`, which makes tokens in a loop and writes the cache in place. `Generator.batch` has all tokens
-made by one call, `Generator.stream` one a call.
+made by one call, `Generator.stream` one a call. With layers apart (`UnstackedLayers`) that are large the loop is
+Python's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from mora_jax.models.unstacked import Structure, UnstackedLayers, looked_up
 BUCKET, SHORT = 64, 16
 LOOKED_AT = 16  # tokens that are made between two looks at the answers
 COPIED = 4 * 2**30  # bytes of layers that a generator copies at most, to decode faster on a CPU
+LARGE = (
+    8 * 2**20
+)  # bytes of a layer from which a call of its own costs nothing; one of 0.3 MB takes three times as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Generator:
             self._enter, self._leave = _token_programs(Structure(self._graphdef, tree))
             # An adapted head is made once, and not for each token.
             self._head = _head(self._graphdef, self._state) if model.has_adapted_head else None
+            self._programs = self._enter, self._leave, self._layers.programs
+            self._arrays = self._leaves, self._head, self._layers.table, self._layers.leaves
+            self._large = sum(leaf.nbytes for leaf in jax.tree.leaves(self._layers.leaves[0])) >= LARGE
 
     def stream(self, prompt_ids: Sequence[int] | np.ndarray, max_new_tokens: int, number: int = 0) -> Iterator[int]:
         """Yields the answer's tokens one by one, up to a stop token or the end of the model's context.
@@ -177,17 +184,15 @@ class Generator:
     def _proceed_apart(
         self, stops: jax.Array, draw: Draw, adapter_ids: jax.Array | None, answers: Answers, until: int
     ) -> Answers:
-        """`_proceed` with a compiled call for each layer."""
-        assert self._layers is not None
-        keys, values = list(answers.cache.keys), list(answers.cache.values)
-        answers = _with_cache(answers, keys=(), values=())
+        """`_proceed` with layers apart: large ones by a compiled call each, small ones all in one."""
+        options = self._arrays, stops, draw, adapter_ids
+        if not self._large:
+            return _proceed_apart(self._programs, *options, answers, until)
         for _ in range(int(answers.made), until):
             if np.asarray(answers.done).all():
                 break
-            x, layout, answers = self._enter(self._leaves, self._layers.table, answers, adapter_ids)
-            x = self._layers.extend(x, layout, keys, values, answers.cache.length, adapter_ids)
-            answers = self._leave(self._leaves, self._head, x, answers, stops, draw)
-        return _with_cache(answers, keys=tuple(keys), values=tuple(values))
+            answers = _one_more(self._programs, *options, answers)
+        return answers
 
     def _pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         lengths = [len(prompt) for prompt in prompts]
@@ -312,6 +317,39 @@ class Answers:
         return Answers(made, cache, token, done, tokens, self.limits)
 
 
+def _one_more(
+    programs: Any, arrays: Any, stop_ids: jax.Array, draw: Draw, adapter_ids: jax.Array | None, answers: Answers
+) -> Answers:
+    """The answers with one token more, by the programs of `_token_programs` and of layers apart; traced or called."""
+    (enter, leave, layers), (leaves, head, table, states) = programs, arrays
+    keys, values = list(answers.cache.keys), list(answers.cache.values)
+    answers = _with_cache(answers, keys=(), values=())
+    x, layout, answers = enter(leaves, table, answers, adapter_ids)
+    for i, (layer, state) in enumerate(zip(layers, states, strict=True)):
+        x, keys[i], values[i] = layer(state, x, keys[i], values[i], layout, answers.cache.length, adapter_ids)
+    answers = leave(leaves, head, x, answers, stop_ids, draw)
+    return _with_cache(answers, keys=tuple(keys), values=tuple(values))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _proceed_apart(
+    programs: Any,
+    arrays: Any,
+    stop_ids: jax.Array,
+    draw: Draw,
+    adapter_ids: jax.Array | None,
+    answers: Answers,
+    until: jax.Array | int,
+) -> Answers:
+    """`_proceed` with layers apart, as one program."""
+    one_more = functools.partial(_one_more, programs, arrays, stop_ids, draw, adapter_ids)
+    return jax.lax.while_loop(functools.partial(_running, until), one_more, answers)
+
+
+def _running(until: jax.Array | int, answers: Answers) -> jax.Array:
+    return (answers.made < until) & ~jnp.all(answers.done)
+
+
 def _with_cache(answers: Answers, **changes: Any) -> Answers:
     return dataclasses.replace(answers, cache=dataclasses.replace(answers.cache, **changes))
 
@@ -360,14 +398,11 @@ def _proceed(
     choose_rows(model, adapter_ids, len(answers.token))
     head = model.head()
 
-    def running(answers: Answers) -> jax.Array:
-        return (answers.made < until) & ~jnp.all(answers.done)
-
     def advance(answers: Answers) -> Answers:
         logits, cache = model.read(answers.cache, answers.token[:, None], head=head)
         return answers.advanced(cache, logits, stop_ids, draw)
 
-    return jax.lax.while_loop(running, advance, answers)
+    return jax.lax.while_loop(functools.partial(_running, until), advance, answers)
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,9 +2,8 @@
 
 XLA's CPU backend copies a layer out of a stack before it multiplies with it, which costs more than the product with one
 token does. Here every layer has arrays of its own, and matrices lie as `[out, in]`, the form in which its products with
-few rows read them fastest. Layers of a kind share one compiled function, which is called for each in turn: a program
-of all layers is no faster (SmolLM2's 30: 142 ms a token against 178, in turn on a busy machine), and takes 38 s to
-compile where one layer takes 1.
+few rows read them fastest. Layers of a kind share one function, which is traced once, and where they are large compiled
+once and called for each in turn: as one program SmolLM2's 30 layers take 38 s of CPU time to compile, and are no faster.
 """
 
 from __future__ import annotations
@@ -61,25 +60,6 @@ class UnstackedLayers:
         leaves = tuple(tuple(jax.tree.leaves(state)) for _, state in split)
         return cls(leaves, structure, programs, _bits(table) if plain else None)
 
-    def extend(
-        self, x: jax.Array, layout: Any, keys: list[Any], values: list[Any], length: jax.Array, adapter_ids: Any
-    ) -> jax.Array:
-        """`x [B, T, D]` through all layers, behind the tokens of a cache, whose arrays are used up.
-
-        Args:
-            x: the embeddings.
-            layout: the arrays of a `RowLayout`, as `LayerRunner.shared` gives it.
-            keys, values: of each layer `[B, kv_heads, S, head_dim]`; replaced by those with the tokens written.
-            length: int32 scalar, the slots that were used.
-            adapter_ids: int `[B]`, which of several named adapters each row uses; None: the active one.
-
-        Returns:
-            `[B, T, D]`.
-        """
-        for i, (program, leaves) in enumerate(zip(self.programs, self.leaves, strict=True)):
-            x, keys[i], values[i] = program(leaves, x, keys[i], values[i], layout, length, adapter_ids)
-        return x
-
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -101,7 +81,12 @@ class Structure:
 # One for each kind of layer, whichever model it is of, so that nothing is compiled twice.
 @functools.lru_cache(maxsize=64)
 def _program(runner: LayerRunner, structure: Structure, window: int | None, rope: int) -> Callable[..., Any]:
-    """A compiled layer, with the arguments of `UnstackedLayers.extend`; it gives `x` and its cache."""
+    """A compiled layer behind the tokens of its cache, whose arrays are used up.
+
+    It takes the leaves, `x [B, T, D]`, the layer's keys and values `[B, kv_heads, S, head_dim]`, the arrays of a
+    `RowLayout` as `LayerRunner.shared` gives it, int32 `[]`, the slots that were used, and int `[B]`, which of several
+    named adapters each row uses, or None for the active one. It gives `[B, T, D]`, keys and values.
+    """
 
     @functools.partial(jax.jit, donate_argnums=(2, 3))
     def run_layer(

@@ -60,7 +60,8 @@ def test_stop_tokens_end_an_answer_and_are_not_part_of_it(model):
     assert both[1].tolist() == by_whole_forwards(model, PROMPT[:3], 12, [stop])
 
 
-def test_one_compilation_for_all_prompts_of_a_bucket(model):
+def test_one_compilation_for_all_prompts_of_a_bucket(model, monkeypatch):
+    monkeypatch.setattr(generate, "LARGE", 0)
     generator = Generator(model)
     list(generator.stream(PROMPT, 3))
     programs = [generator._enter, generator._leave, *generator._layers.programs]
@@ -71,8 +72,19 @@ def test_one_compilation_for_all_prompts_of_a_bucket(model):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_layers_of_a_kind_are_one_program_that_models_share():
+def test_small_layers_are_one_program_for_all_prompts_of_a_bucket(model):
+    generator = Generator(model)
+    list(generator.stream(PROMPT, 3))
+    before = generate._proceed_apart._cache_size()
+    assert before
+    for length in (1, 20, generate.BUCKET):
+        list(generator.stream(list(range(length)), 5))
+    assert generate._proceed_apart._cache_size() == before
+
+
+def test_layers_of_a_kind_are_one_program_that_models_share(monkeypatch):
     """So that compiling doesn't grow with depth, nor with models of one form."""
+    monkeypatch.setattr(generate, "LARGE", 0)
     config = read_config(tiny.llama_config() | {"num_hidden_layers": 3}, "config.json")
     deep = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     programs = Generator(deep)._layers.programs
@@ -80,6 +92,8 @@ def test_layers_of_a_kind_are_one_program_that_models_share():
     assert Generator(nnx.merge(*nnx.split(deep)))._layers.programs == programs
     assert list(Generator(deep).stream(PROMPT, 5)) == by_whole_forwards(deep, PROMPT, 5)
     assert programs[0]._cache_size() == 1
+    monkeypatch.undo()
+    assert list(Generator(deep).stream(PROMPT, 5)) == by_whole_forwards(deep, PROMPT, 5)
 
 
 def test_the_context_ends_an_answer(model):
