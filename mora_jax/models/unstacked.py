@@ -3,7 +3,7 @@
 XLA's CPU backend copies a layer out of a stack before it multiplies with it, which costs more than the product with one
 token does. Here every layer has arrays of its own, and matrices lie as `[out, in]`, the form in which its products with
 few rows read them fastest. Layers of a kind share one function, which is traced once, and where they are large compiled
-once and called for each in turn: as one program SmolLM2's 30 layers take 38 s of CPU time to compile, and are no faster.
+once and called for each in turn: as one program SmolLM2's 30 take 38 s of CPU time to compile, and are no faster.
 """
 
 from __future__ import annotations
