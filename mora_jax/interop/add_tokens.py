@@ -50,10 +50,12 @@ def add_tokens(model: Decoder, tokenizer: Any, tokens: Sequence[str], *, multipl
     embeddings = [model.embed_tokens] + ([] if model.layer_inputs is None else [model.layer_inputs.table])
     if max(ids) >= rows:
         total = -(-(max(ids) + 1) // multiple) * multiple
-        source = model.config.hf_config | {"vocab_size": total}
+        source, sizes = model.config.hf_config, {"vocab_size": total}
         if model.layer_inputs is not None:
-            source["vocab_size_per_layer_input"] = total
-        model.config = dataclasses.replace(model.config, vocab_size=total, source=json.dumps(source))
+            sizes["vocab_size_per_layer_input"] = total
+        # A model with images says it of its text part.
+        grown = {"text_config": source["text_config"] | sizes} if "text_config" in source else sizes
+        model.config = dataclasses.replace(model.config, vocab_size=total, source=json.dumps(source | grown))
         for embedding in embeddings:
             embedding.num_embeddings = total
     tables = [embedding.embedding for embedding in embeddings] + (

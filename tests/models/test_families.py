@@ -179,6 +179,45 @@ IMAGES = {
 }
 
 
+def with_images(model_type, text):
+    family = next(family for family in FAMILIES if family.model_type == model_type)
+    config = transformers.AutoConfig.for_model(
+        model_type, text_config={"model_type": text, **SIZES, **ODD[text]}, **IMAGES[model_type]
+    )
+    config.architectures = [family.architecture]
+    whole = getattr(transformers, family.architecture)._from_config(config, attn_implementation="eager").eval()
+    return family, whole
+
+
+class Tokens:
+    """A tokenizer's list of tokens."""
+
+    def __init__(self, count):
+        self.ids = {str(number): number for number in range(count)}
+
+    def get_vocab(self):
+        return dict(self.ids)
+
+    def add_tokens(self, tokens):
+        self.ids |= {token: len(self.ids) + i for i, token in enumerate(tokens)}
+
+    def convert_tokens_to_ids(self, tokens):
+        return [self.ids[token] for token in tokens]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("model_type, text", [("mistral3", "mistral"), ("gemma4", "gemma4_text")])
+def test_a_grown_vocabulary_of_a_model_with_images(model_type, text, tmp_path):
+    _, whole = with_images(model_type, text)
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.warns(UserWarning, match="the text part is loaded"):
+        model = ours(tmp_path / "whole")
+    ids = np.array([[1, 2, *mj.add_tokens(model, Tokens(SIZES["vocab_size"]), ["<new>"]), 3]])
+    mj.save_pretrained(model, tmp_path / "grown")
+    again = type(whole).from_pretrained(tmp_path / "grown", dtype=torch.float32, attn_implementation="eager")
+    np.testing.assert_allclose(hf_logits(again.eval(), ids), np.asarray(model(ids)), atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize(
     "model_type, text, older",
@@ -190,12 +229,7 @@ IMAGES = {
     + [("gemma4", "gemma4_text", False), ("qwen3_5", "qwen3_5_text", False)],
 )
 def test_the_text_part_of_a_model_with_images(model_type, text, older, tmp_path):
-    family = next(family for family in FAMILIES if family.model_type == model_type)
-    config = transformers.AutoConfig.for_model(
-        model_type, text_config={"model_type": text, **SIZES, **ODD[text]}, **IMAGES[model_type]
-    )
-    config.architectures = [family.architecture]
-    whole = getattr(transformers, family.architecture)._from_config(config, attn_implementation="eager").eval()
+    family, whole = with_images(model_type, text)
     whole.save_pretrained(tmp_path / "whole")
     path = tmp_path / "whole" / "model.safetensors"
     names = {new: old for old, new in family.older.items()} if older else family.older
