@@ -115,7 +115,11 @@ class FinetuneResult:
         """Uploads what `save` writes, with a card that is written from the run, as `mora_jax.push_to_hub` does.
 
         Args:
-            repo_id, licence, private, token, commit_message: as there.
+            repo_id: as there.
+            licence: as there.
+            private: as there.
+            token: as there.
+            commit_message: as there.
 
         Returns:
             The address of the upload.

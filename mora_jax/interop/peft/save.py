@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard
 
@@ -104,6 +105,13 @@ def save_adapter(
             raise InputError(f"{entry.path} has a name that PEFT's files can't hold ({odd[0]}): rename that layer")
         if _is_main(entry, form):
             main.append(dataclasses.replace(entry, params=form.kept(entry)))
+    dense = [entry.path for entry in main if entry.path.endswith((".gate_proj", ".up_proj", ".down_proj"))]
+    if parameters and dense:
+        warnings.warn(
+            f"PEFT takes the name of {dense[0]} for that of experts, and can't read adapters on both: this folder is "
+            "for mora_jax alone",
+            stacklevel=2,
+        )
     shared = {SHARED_PREFIX + name: tensor for name, tensor in form.shared_of(adapted).items()}
     whole = {name: tensor.shape for name, tensor in _trained_whole(model)}
     for name in whole:

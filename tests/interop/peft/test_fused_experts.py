@@ -164,6 +164,17 @@ def test_what_engines_do_with_them(tmp_path):
     assert "target_parameters is set" in str(check_folder(tmp_path / "fused", "vllm"))
 
 
+def test_adapters_on_experts_and_on_dense_layers_are_said_to_be_lost_in_peft(tmp_path):
+    model = ours("qwen3_moe", nnx.Rngs(0), mlp_only_layers=[1])
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=TARGETS["each"]), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    with pytest.warns(UserWarning, match="PEFT takes the name of model.layers.1.mlp.down_proj for that of experts"):
+        mj.save_adapter(model, tmp_path / "both")
+    again = ours("qwen3_moe", nnx.Rngs(0), mlp_only_layers=[1])
+    mj.load_adapter(again, tmp_path / "both")
+    np.testing.assert_allclose(again(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+
+
 def test_a_tensor_an_expert_is_refused_where_peft_loses_it(tmp_path):
     """PEFT wants all three matrices in that form, and for families with one tensor for all experts it finds none."""
     model = ours("qwen3_moe", nnx.Rngs(0))
