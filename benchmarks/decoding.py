@@ -26,7 +26,7 @@ from measuring import Turn, save, table, take_turns, vocabulary
 from transformers import AutoModelForCausalLM
 
 import mora_jax as mj
-from mora_jax.adapters.products.matmul import Turned, base_product
+from mora_jax.adapters.products.matmul import TransposedKernel, base_product
 from mora_jax.evaluation.generate import Generator
 from mora_jax.models.decoder import Head
 
@@ -48,7 +48,7 @@ def products(generator: Generator) -> Answer:
     layers, model = generator._layers, generator.model
     assert layers is not None
 
-    def matrices(layer: Any) -> list[Turned]:
+    def matrices(layer: Any) -> list[TransposedKernel]:
         attention, mlp = layer.self_attn, layer.mlp
         used = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         return [projection.kernel.get_value() for projection in used]
@@ -56,7 +56,7 @@ def products(generator: Generator) -> Answer:
     kernels = [kernel for leaves in layers.leaves for kernel in matrices(layers.structure.merge(leaves))]
 
     @jax.jit
-    def token(x: jax.Array, kernels: list[Turned], head: Head) -> jax.Array:
+    def token(x: jax.Array, kernels: list[TransposedKernel], head: Head) -> jax.Array:
         for kernel in kernels:
             y = base_product(x[:, : kernel.array.shape[1]], kernel)
             x = (y / jnp.max(jnp.abs(y))).astype(x.dtype)

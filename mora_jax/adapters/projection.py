@@ -24,7 +24,7 @@ from mora_jax.adapters.products.around import update_of
 from mora_jax.adapters.products.matmul import (
     FusedLayout,
     Kernel,
-    Turned,
+    TransposedKernel,
     adapted_dot,
     decoder_dot,
     fused_update,
@@ -82,7 +82,7 @@ def adapted_product(
 
 def _kernel_of(layout: FusedLayout, kernel: Kernel, index: int) -> Array | Quantized:
     """The kernel of one matrix; quantised as that of all is."""
-    if isinstance(kernel, Turned):
+    if isinstance(kernel, TransposedKernel):
         kernel = kernel.dense()
     return jax.tree.map(lambda array: layout.take(array.reshape(len(array), *layout.out_shape), index), kernel)
 

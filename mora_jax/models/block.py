@@ -82,7 +82,7 @@ class RowLayout:
         if self.partitioner is not None:
             shape = (projection.in_features, *projection.layout.out_shape)
             lead = self.partitioner.lead(projection.axes, shape) - 1
-            sharded = self.partitioner.cuts_features(projection.axes, shape)
+            sharded = self.partitioner.shards_features(projection.axes, shape)
         return projection(x, token_dropout=token_dropout, lead=lead, flat=flat and not lead, sharded=sharded)
 
 

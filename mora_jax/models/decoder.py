@@ -274,7 +274,7 @@ class Decoder(nnx.Module):
             query_scale = None if query_scale is None else partitioner.fold(query_scale)
             if token_dropout is not None:
                 token_dropout = token_dropout._replace(tokens=partitioner.fold(token_dropout.tokens))
-        sharded = partitioner if partitioner is not None and partitioner.cuts_weights else None
+        sharded = partitioner if partitioner is not None and partitioner.shards_weights else None
         static: dict[str, Any] = {
             "kernel": kernel,
             "folded": ring is not None,

@@ -31,7 +31,7 @@ class Partitioner(Protocol):
         ...
 
     @property
-    def cuts_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether weights are sharded at all, and not only rows."""
         ...
 
@@ -73,7 +73,7 @@ class Partitioner(Protocol):
         """Which axis of a kernel `[in, …]` of several output axes has to come first: the one that is sharded."""
         ...
 
-    def cuts_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+    def shards_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """Whether devices share the inputs or the outputs of a kernel `[in, …]`."""
         ...
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.expert_projection import ExpertProjection
-from mora_jax.adapters.products.matmul import Turned
+from mora_jax.adapters.products.matmul import TransposedKernel
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.slots import use
 from mora_jax.models.block import LayerRunner, RowLayout
@@ -33,7 +33,7 @@ class UnstackedLayers:
     """A copy of the layers of a decoder.
 
     Attributes:
-        leaves: for each layer its arrays, kernels `Turned`.
+        leaves: for each layer its arrays, kernels `TransposedKernel`.
         structure: from the arrays of a layer to a `Block`.
         programs: what runs each layer.
         table: the bits of a bfloat16 embedding, uint16 `[V, D]`; None for others. XLA's CPU backend widens a whole
@@ -120,5 +120,5 @@ def _layer(graphdef: Any, state: Any, index: jax.Array) -> Any:
     layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
     for _, projection in list(nnx.iter_graph(layer)):
         if isinstance(projection, Projection) and not isinstance(projection, ExpertProjection):
-            projection.kernel = nnx.Param(Turned.of(projection.kernel.get_value()))
+            projection.kernel = nnx.Param(TransposedKernel.of(projection.kernel.get_value()))
     return nnx.split(layer)

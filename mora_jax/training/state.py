@@ -101,7 +101,7 @@ def initial_state(adapters: Arrays, optimizer: Any, seed: int) -> TrainState:
     return TrainState(step, adapters, optimizer.init(adapters), jax.random.key(seed), Skips.none())
 
 
-def known_after(taken: Array, adapters: Arrays) -> Array:
+def ordered_after(taken: Array, adapters: Arrays) -> Array:
     """`taken`, on a CPU as a value that is there after the new `adapters`.
 
     These are computed from the optimizer's old state, which the new one is written over. Without an order between the
@@ -112,7 +112,7 @@ def known_after(taken: Array, adapters: Arrays) -> Array:
     return functools.reduce(lambda taken, array: taken & ~false_after(array), adapters.values(), taken)
 
 
-def chosen(taken: Array, new: Any, old: Any) -> Any:
+def if_taken(taken: Array, new: Any, old: Any) -> Any:
     """`new` where the update is taken, else `old`: trained arrays, or an optax state.
 
     One infinite or undefined number in a gradient would make every trained weight and every moment of the optimizer

@@ -13,7 +13,7 @@ import optax
 from mora_jax.losses.cross_entropy import inverse, next_token_targets, weighted_loss
 from mora_jax.losses.kl import weighted_kl
 from mora_jax.training.neftune import embedding_noise
-from mora_jax.training.state import Arrays, Structure, TrainState, chosen, known_after
+from mora_jax.training.state import Arrays, Structure, TrainState, if_taken, ordered_after
 
 if TYPE_CHECKING:
     from mora_jax.batch import Batch
@@ -184,7 +184,7 @@ def make_step(
 
     Weights are divided by their normaliser, which runs over the whole step, all micro-batches and devices, before
     anything is summed: any split of the same rows gives the same update. A step whose normaliser or whose weights
-    are 0 has loss 0 and gradient 0. One whose loss or gradient is not finite changes nothing (see `state.chosen`).
+    are 0 has loss 0 and gradient 0. One whose loss or gradient is not finite changes nothing (see `state.if_taken`).
 
     Args:
         structure: of the model, split into trainable and frozen arrays.
@@ -252,10 +252,10 @@ def make_step(
         if schedule is None:
             metrics = metrics._replace(learning_rate=_learning_rate(optimizer_state))
         adapters: Any = optax.apply_updates(state.adapters, updates)
-        adapters = chosen(taken, adapters, state.adapters)
+        adapters = if_taken(taken, adapters, state.adapters)
         if config.partitioner is None:
-            taken = known_after(taken, adapters)
-        optimizer_state = chosen(taken, optimizer_state, state.optimizer)
+            taken = ordered_after(taken, adapters)
+        optimizer_state = if_taken(taken, optimizer_state, state.optimizer)
         return TrainState(state.step + 1, adapters, optimizer_state, state.key, skips), metrics
 
     return step

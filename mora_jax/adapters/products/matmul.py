@@ -76,7 +76,7 @@ def added(*terms: Array | None) -> Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Turned:
+class TransposedKernel:
     """A kernel `[in, *out]` held as `[out, in]`: so a CPU reads it fastest for products with few rows.
 
     Attributes:
@@ -88,7 +88,7 @@ class Turned:
     out_shape: tuple[int, ...] = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, kernel: Array) -> Turned:
+    def of(cls, kernel: Array) -> TransposedKernel:
         """The kernel `[in, *out]`, copied."""
         return cls(kernel.reshape(kernel.shape[0], -1).T, kernel.shape[1:])
 
@@ -97,7 +97,7 @@ class Turned:
         return self.array.T.reshape(-1, *self.out_shape)
 
 
-Kernel = Array | Quantized | Turned
+Kernel = Array | Quantized | TransposedKernel
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,14 @@ class Delta(Protocol):
 
 def base_product(x: Array, kernel: Kernel) -> Array:
     """`x @ kernel` in the dtype of `x`, float32 `[N, out]`."""
-    if isinstance(kernel, Turned):
+    if isinstance(kernel, TransposedKernel):
         return dot32_nt(x, kernel.array.astype(x.dtype))
     return dot32(x, matrix_for(kernel, x))
 
 
 def matrix_for(kernel: Kernel, x: Array) -> Array:
     """The kernel as a matrix `[in, out]` for a product with `x`, in its dtype."""
-    if isinstance(kernel, Turned):
+    if isinstance(kernel, TransposedKernel):
         kernel = kernel.dense()
     if isinstance(kernel, Quantized):
         kernel = kernel.after(x)

@@ -99,7 +99,7 @@ class Placement:
         return math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
 
     @property
-    def cuts_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether weights are sharded at all, and not only rows."""
         return math.prod(self.mesh.shape[axis] for axis in (*_GATHERED, "tensor")) > 1
 
@@ -140,8 +140,8 @@ class Placement:
         cut = self._cut(axes, shape, "tensor")
         return next((i for i, entry in enumerate(cut) if i > 1 and entry), 1)
 
-    def cuts_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
-        """See `Partitioner.cuts_features`."""
+    def shards_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
+        """See `Partitioner.shards_features`."""
         return self.mesh.shape["tensor"] > 1 and any(self._cut(axes, shape, "tensor"))
 
     def flattens(self, axes: Axes, shape: tuple[int, ...]) -> bool:
