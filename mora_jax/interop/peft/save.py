@@ -258,7 +258,7 @@ def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple
             yield entry, {f"{path}{TOKENS}trainable_tokens_delta": table + entry.params["token_delta"]}
             continue
         found = form.write(entry) if main else {}
-        if form.convolutions and "lora_a" in entry.params:
+        if form.convolutions and "lora_a" in entry.params and entry.path in where:  # of single experts nothing is
             found = in_windows(where[entry.path][0], found)
         names = form.names(entry)
         tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
