@@ -29,9 +29,8 @@ from mora_jax.models.unstacked import Structure, UnstackedLayers, looked_up
 BUCKET, SHORT = 64, 16
 LOOKED_AT = 16  # tokens that are made between two looks at the answers
 COPIED = 4 * 2**30  # bytes of layers that a generator copies at most, to decode faster on a CPU
-LARGE = (
-    8 * 2**20
-)  # bytes of a layer from which a call of its own costs nothing; one of 0.3 MB takes three times as long
+# Bytes of a layer from which a call of its own costs nothing; one of 0.3 MB takes three times as long.
+LARGE = 8 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -331,8 +331,8 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, names.mlp_norm)
         self.post_attention_norm = _norm(config, names.post_attention_norm)
         self.post_mlp_norm = _norm(config, names.post_mlp_norm)
-        own = config.layer_input
-        self.layer_input: Any = nnx.data(own and own.layer(config, dtype=dtype, rngs=rngs, quantize=quantize))
+        inputs = config.layer_input
+        self.layer_input: Any = nnx.data(inputs and inputs.layer(config, dtype=dtype, rngs=rngs, quantize=quantize))
         self.layer_scale = nnx.data(
             Constant(jnp.ones(config.num_layers), axes=("layers",)) if config.layer_scale else None
         )
@@ -465,10 +465,10 @@ class LayerRunner:
         """`x` through all layers behind the tokens of the cache, and the cache with its keys and values."""
         layout = self.shared(layout)
         stored: list[Any] = []
-        kept = iter(cache.stacks)
+        stacks = iter(cache.stacks)
         keys: dict[int, tuple[jax.Array, jax.Array]] = {}
         for run in _runs_of(self.config, layers):
-            x, arrays = self._extend_run(run, x, layout, [next(kept) for _ in run], cache.length, keys)
+            x, arrays = self._extend_run(run, x, layout, [next(stacks) for _ in run], cache.length, keys)
             stored += arrays
             if run[0].config.keys_used is not None:
                 keys[run[0].config.keys_used] = arrays[0][0][0], arrays[0][1][0]
@@ -479,7 +479,7 @@ class LayerRunner:
         run: list[_Stack],
         x: jax.Array,
         layout: RowLayout,
-        kept: list[Any],
+        stacks: list[Any],
         length: jax.Array,
         keys_of: dict[int, tuple[jax.Array, jax.Array]],
     ) -> tuple[jax.Array, list[Any]]:
@@ -488,8 +488,8 @@ class LayerRunner:
         carried = backend() != "cpu"
 
         def body(carry: Any, turn: Any) -> tuple[Any, Any]:
-            place, per_layer, own = turn
-            x, arrays = carry if carried else (carry, own)
+            place, per_layer, slots = turn
+            x, arrays = carry if carried else (carry, slots)
             written = []
             for stack, (graphdef, _), layer, (keys, values) in zip(run, splits, per_layer, arrays, strict=True):
                 _, leaves, *others = layer
@@ -503,10 +503,10 @@ class LayerRunner:
         places = jnp.arange(run[0].config.num_layers)
         per_layer = [leaves for _, leaves in splits]
         if carried:
-            (x, kept), _ = jax.lax.scan(body, (x, kept), (places, per_layer, None))
+            (x, stacks), _ = jax.lax.scan(body, (x, stacks), (places, per_layer, None))
         else:
-            x, kept = jax.lax.scan(body, x, (places, per_layer, kept))
-        return x, kept
+            x, stacks = jax.lax.scan(body, x, (places, per_layer, stacks))
+        return x, stacks
 
     def shared(self, layout: RowLayout) -> RowLayout:
         """The layout with the angles of all layers where they are the same."""

@@ -103,24 +103,24 @@ class GatedDelta(nnx.Module):
             # The backward pass computes it again from the product, in place of saving a dozen float32 arrays.
             mixed = jax.checkpoint(mix, prevent_cse=False)(projected, arrays, layout.segments)
         else:
-            mixed, kept = mix(projected, arrays, layout.segments, slot.held())
-            slot = slot.put(*kept)
+            mixed, held = mix(projected, arrays, layout.segments, slot.held())
+            slot = slot.put(*held)
         mixed = checkpointed(mixed)
         return checkpointed(layout.project(self.out_proj, mixed, dropout_at(token_dropout, 1))), slot
 
 
 def _mixed(
-    config: Any, eps: float, projected: Array, arrays: tuple[Array, ...], segments: Array, kept: Any = None
+    config: Any, eps: float, projected: Array, arrays: tuple[Array, ...], segments: Array, held: Any = None
 ) -> Any:
-    """`[B, T, in]` of the four matrices to `[B, T, value_heads · value_dim]`; with `kept` also what to keep after it.
+    """`[B, T, in]` of the four matrices to `[B, T, value_heads · value_dim]`; with `held` also what to keep after it.
 
-    With it the row goes on with the one text of `kept`, and padding changes nothing.
+    With it the row goes on with the one text of `held`, and padding changes nothing.
     """
     conv, decay, step_bias, weight = arrays
     heads = config.value_heads
     inner = config.value_dim * heads
     inputs, z, b, a = jnp.split(projected, np.cumsum([len(conv), inner, heads]), axis=-1)
-    before, state = (None, None) if kept is None else kept
+    before, state = (None, None) if held is None else held
     convolved, inputs = _convolved(conv, inputs, segments, before)
     sizes = config.key_heads * config.key_dim
     query, key, value = jnp.split(convolved, [sizes, 2 * sizes], axis=-1)
@@ -128,7 +128,7 @@ def _mixed(
     query, key = (_unit(x.reshape(*lead, config.key_heads, -1)) for x in (query, key))
     log_decay = -jnp.exp(decay) * jax.nn.softplus(widened(a) + step_bias)  # [B, T, Hv]
     beta = jax.nn.sigmoid(widened(b))
-    if kept is not None:
+    if held is not None:
         real = segments[..., None] > 0
         log_decay, beta = log_decay * real, beta * real
         segments = jnp.ones_like(segments)
@@ -136,7 +136,7 @@ def _mixed(
     out = out * jax.lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + eps) * weight
     out = out.reshape(*lead, -1) * jax.nn.silu(widened(z))
     out = out.astype(projected.dtype)
-    return out if kept is None else (out, (inputs, state))
+    return out if held is None else (out, (inputs, state))
 
 
 def _convolved(weights: Array, inputs: Array, segments: Array, before: Array | None) -> tuple[Array, Array]:

@@ -119,6 +119,6 @@ def _reseed(model: nnx.Module, key: Array) -> None:
     """Gives each stream of random numbers a key of its own, one for each layer of a stack."""
     for number, (_, stream) in enumerate(nnx.iter_graph(model)):
         if isinstance(stream, nnx.RngStream):
-            stack, own = stream.count.get_value().shape, jax.random.fold_in(key, number)
-            stream.key.set_value(jax.random.split(own, stack) if stack else own)
+            stack, fresh = stream.count.get_value().shape, jax.random.fold_in(key, number)
+            stream.key.set_value(jax.random.split(fresh, stack) if stack else fresh)
             stream.count.set_value(jnp.zeros(stack, stream.count.get_value().dtype))

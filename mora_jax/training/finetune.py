@@ -329,12 +329,12 @@ def _configuration(
         settings += [(name, OFF, "out") for name in caches]
     config = lay_over(Config(), settings)
     check_together(config)
-    if isinstance(model, nnx.Module) and not isinstance(model, Decoder):
-        if arguments["out"] is not None and config.adapter.config_class.changes_base:
-            raise InputError(
-                f"adapter.method={config.adapter.method} changes the model itself, which a run directory holds as a "
-                "HuggingFace folder, and a model of your own has none: leave out out=, and save result.model yourself"
-            )
+    of_users = model is not None and not isinstance(model, Decoder)
+    if of_users and arguments["out"] is not None and config.adapter.config_class.changes_base:
+        raise InputError(
+            f"adapter.method={config.adapter.method} changes the model itself, which a run directory holds as a "
+            "HuggingFace folder, and a model of your own has none: leave out out=, and save result.model yourself"
+        )
     return config
 
 

@@ -60,11 +60,11 @@ def read_gemma4(fields: Fields) -> DecoderConfig:
         fields.only("use_bidirectional_attention", None)
     layers = fields.layers()
     types = [*layer_types(fields, sliding_but_every(6, layers))[:-1], "full_attention"]
-    own = layers - fields.integer("num_kv_shared_layers", 0, least=0)
-    last = {kind: i for i, kind in enumerate(types[: max(own, 0)])}
-    if own < layers and set(last) != set(types):
+    unshared = layers - fields.integer("num_kv_shared_layers", 0, least=0)
+    last = {kind: i for i, kind in enumerate(types[: max(unshared, 0)])}
+    if unshared < layers and set(last) != set(types):
         raise InputError(
-            f"{fields.where}: num_kv_shared_layers ({layers - own}) leaves no layer of each kind with keys and values"
+            f"{fields.where}: num_kv_shared_layers ({layers - unshared}) leaves no layer of each kind with keys and values"
         )
     heads = _head_sizes(fields, types)
     head_dim, kv_heads = fields.integer("head_dim", 256), fields.integer("num_key_value_heads")
@@ -77,11 +77,11 @@ def read_gemma4(fields: Fields) -> DecoderConfig:
             values |= {"head_dim": size, "rotary_dim": size, "num_kv_heads": count}
         if kind == "full_attention":
             wide = size
-        if i >= own:
+        if i >= unshared:
             values |= {"keys_of": last[kind]} | ({"intermediate_size": 2 * inner} if doubled else {})
         elif alike and kind == "full_attention":
             values["values_are_keys"] = True
-        if own < layers and i == last[kind]:
+        if unshared < layers and i == last[kind]:
             values["keys_used"] = i
         differing.append(tuple(values.items()))
     width = fields.integer("hidden_size_per_layer_input", 256, least=0)

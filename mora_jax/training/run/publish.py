@@ -17,12 +17,13 @@ from mora_jax.interop.hub import is_hub_id
 from mora_jax.paths import local_path
 from mora_jax.training.config.schema import Config
 from mora_jax.training.run.directory import RunDirectory
+from mora_jax.training.run.saving import result_name
 from mora_jax.training.setup import describe_loss, describe_method
 from mora_jax.training.update_rules import OBJECT
 
 #: What of a summary is a score, in words, in the card's order; tasks' and preferences' come behind these.
 _SCORES = {
-    "eval_loss": "held-out loss of answers, nats a token",
+    "eval_loss": "held-out loss",
     "eval_perplexity": "held-out perplexity of answers",
     "eval_accuracy": "held-out tokens of answers that are likeliest",
 }
@@ -59,7 +60,7 @@ def push_to_hub(
     config, summary = directory.read_config(), directory.read_json("summary.json")
     if not summary:
         raise InputError(f"{directory.path} has not ended: continue it with mora-jax train --resume {directory.path}")
-    folder = local_path(directory.path) / ("model" if config.adapter.config_class.changes_base else "adapter")
+    folder = local_path(directory.path) / result_name(config)
     if not folder.is_dir():
         raise InputError(f"{directory.path} holds no result: there is no folder {folder.name} in it")
     return upload(
@@ -114,16 +115,16 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
         licence: as for `push_to_hub`.
     """
     base = config.model.path or ""
-    whole = config.adapter.config_class.changes_base
+    is_model = config.adapter.config_class.changes_base
     on_hub = is_hub_id(base) and not local_path(base).exists()
     licence = licence or _licence_of(base)
     data = config.data.train or ()
     fields: dict[str, Any] = {
         "base_model": base if on_hub else None,
-        "library_name": "transformers" if whole else "peft" if config.adapter.config_class.in_peft else "mora-jax",
+        "library_name": "transformers" if is_model else "peft" if config.adapter.config_class.in_peft else "mora-jax",
         "license": licence,
         "pipeline_tag": "text-generation",
-        "tags": ["mora-jax", config.adapter.method, *([] if whole else ["adapter"])],
+        "tags": ["mora-jax", config.adapter.method, *([] if is_model else ["adapter"])],
         "datasets": [name for name in data if is_hub_id(name) and not local_path(name).exists()] or None,
     }
     head = yaml.safe_dump({name: value for name, value in fields.items() if value is not None}, sort_keys=False)
@@ -146,19 +147,19 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
         "licence": licence or "not stated: that of the base holds, and that of the data",
     }
     lines = [f"| {name} | {value} |" for name, value in facts.items() if value]
-    kind = "A language model" if whole else f"A {config.adapter.method} adapter"
+    kind = "A language model" if is_model else f"A {config.adapter.method} adapter"
     parts = [
         f"---\n{head}---\n\n# {repo_id.rpartition('/')[2]}\n",
         f"{kind}, trained with mora-jax from {facts['base']}.\n",
         "## Training\n\n| | |\n| --- | --- |\n" + "\n".join(lines) + "\n",
-        _scores(summary),
-        f"## Use\n\n{_usage(whole, config.adapter.config_class.in_peft, base if on_hub else 'BASE', repo_id)}",
+        _scores(summary, "" if config.loss.preference else " of answers, nats a token"),
+        f"## Use\n\n{_usage(is_model, config.adapter.config_class.in_peft, base if on_hub else 'BASE', repo_id)}",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _scores(summary: Mapping[str, Any]) -> str:
-    """A table of what was measured on held-out data, with standard errors."""
+def _scores(summary: Mapping[str, Any], unit: str) -> str:
+    """A table of what was measured on held-out data, with standard errors; `unit` is that of the loss."""
     names = [name for name in _SCORES if summary.get(name) is not None]
     names += [
         name
@@ -171,9 +172,8 @@ def _scores(summary: Mapping[str, Any]) -> str:
     for name in names:
         error = summary.get(f"{name}_stderr")
         spread = "" if error is None else f" ± {error:.3g}"
-        lines.append(
-            f"| {_SCORES.get(name, name.removeprefix('eval_').replace('_', ' '))} | {summary[name]:.4g}{spread} |"
-        )
+        title = _SCORES.get(name, name.removeprefix("eval_").replace("_", " ")) + (unit if name == "eval_loss" else "")
+        lines.append(f"| {title} | {summary[name]:.4g}{spread} |")
     table = "\n".join(lines)
     return f"## Scores\n\n| | value ± standard error |\n| --- | ---: |\n{table}\n"
 
@@ -182,12 +182,12 @@ def _is_score(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _usage(whole: bool, pefts: bool, base: str, repo_id: str) -> str:
+def _usage(is_model: bool, pefts: bool, base: str, repo_id: str) -> str:
     """How the result is loaded, as code."""
-    ours = f'model, tokenizer = mj.load_pretrained("{repo_id if whole else base}")'
-    lines = ["import mora_jax as mj", "", ours, *([] if whole else [f'mj.load_adapter(model, "{repo_id}")'])]
+    ours = f'model, tokenizer = mj.load_pretrained("{repo_id if is_model else base}")'
+    lines = ["import mora_jax as mj", "", ours, *([] if is_model else [f'mj.load_adapter(model, "{repo_id}")'])]
     blocks = ["\n".join(lines)]
-    if whole:
+    if is_model:
         other = f'AutoModelForCausalLM.from_pretrained("{repo_id}")'
         blocks.append(f"from transformers import AutoModelForCausalLM\n\nmodel = {other}")
     elif pefts:
