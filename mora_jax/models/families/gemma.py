@@ -64,7 +64,8 @@ def read_gemma4(fields: Fields) -> DecoderConfig:
     last = {kind: i for i, kind in enumerate(types[: max(unshared, 0)])}
     if unshared < layers and set(last) != set(types):
         raise InputError(
-            f"{fields.where}: num_kv_shared_layers ({layers - unshared}) leaves no layer of each kind with keys and values"
+            f"{fields.where}: num_kv_shared_layers ({layers - unshared}) leaves no layer of each kind with keys and"
+            " values"
         )
     heads = _head_sizes(fields, types)
     head_dim, kv_heads = fields.integer("head_dim", 256), fields.integer("num_key_value_heads")
