@@ -35,7 +35,7 @@ TASK = """\
 The task: a Llama of 785 thousand parameters, which has read lists, facts and the like but never a question, learns to
 answer questions of twelve kinds, such as "{question}" ("{right}"). LoRA, two kinds of MoRA with as many trained
 parameters, and full fine-tuning learn it, each twice: with loss on the answers (masked) and on the questions too
-(unmasked). {cells} runs of {steps} steps; two or three minutes on two cores."""
+(unmasked). {cells} runs of {steps} steps; some minutes on two cores."""
 NEXT = """\
 What next:
   your own data   mora-jax train --config.model.path=MODEL --config.data.train=rows.jsonl --config.out=runs/1
