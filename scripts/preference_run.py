@@ -3,9 +3,10 @@
     python scripts/preference_run.py SmolLM2-135M-Instruct pairs.json runs/preferences --rates 1e-4 5e-4 --seeds 3
 
 The pairs are split once: held-out ones, which are scored at the end alone, tuning ones, by whose loss each method's rate
-is chosen, and the rest, of which each run sees `--steps` times 4. It prints reward accuracy and margin with their
-standard errors over pairs, and what was forgotten beside it: the loss of plain texts (`--texts`) after training less
-before. A seed draws the adapter and the order of the pairs. A stopped comparison goes on where it was.
+is chosen, and the rest, for training. Pairs of which nothing to train is left within `--max-length` fall away. It prints
+reward accuracy and margin with their standard errors over pairs, and what was forgotten beside it: the loss of plain
+texts (`--texts`) after training less before. A seed draws the adapter and the order of the pairs. A stopped comparison
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(rows))
     parts = np.split(order, [args.held_out, args.held_out + args.tuning])
     held_out, tuning, train = ([rows[number] for number in part] for part in parts)
-    train = train[: args.steps * BATCH_SIZE]  # each pair once
     texts = None
     if args.texts is not None:
         model, tokenizer = mj.load_pretrained(args.model, dtype="float32")
@@ -53,7 +53,7 @@ def main() -> None:
     def run(method: str, rate: float, seed: int, scored: list) -> dict:
         """One run's last metrics, which a file beside it keeps."""
         folder = args.out / f"{method}-{rate:g}-{seed}"
-        summary = folder.with_suffix(".json")
+        summary = args.out / f"{folder.name}.json"
         if summary.exists():
             return json.loads(summary.read_text())
         result = mj.finetune(
