@@ -9,4 +9,12 @@ class InputError(ValueError):
     The message is one line that says what is wrong, where, and how to fix it. The command line prints it
     as `error: <message>` and exits with status 2. Code that is called with arguments it cannot work with,
     such as a pure function, raises a plain `ValueError` instead.
+
+    Examples:
+        >>> import mora_jax as mj
+        >>> try:
+        ...     mj.load_pretrained("./no-model")
+        ... except mj.InputError as error:
+        ...     print(error)
+        ./no-model is not a folder (a hub id looks like owner/name)
     """

@@ -2,11 +2,11 @@
 
     python scripts/preference_run.py SmolLM2-135M-Instruct pairs.json runs/preferences --rates 1e-4 5e-4 --seeds 3
 
-The pairs are split once: held-out ones, which are scored at the end alone, tuning ones, by whose loss each method's rate
-is chosen, and the rest, for training. Pairs of which nothing to train is left within `--max-length` fall away. It prints
-reward accuracy and margin with their standard errors over pairs, and what was forgotten beside it: the loss of plain
-texts (`--texts`) after training less before. A seed draws the adapter and the order of the pairs. A stopped comparison
-goes on where it was.
+The pairs are split once: held-out ones, which are scored at the end alone, tuning ones, by whose loss each method's
+rate is chosen, and the rest, for training. Pairs of which nothing to train is left within `--max-length` fall away.
+It prints reward accuracy and margin with their standard errors over pairs, and what was forgotten beside it: the loss
+of plain texts (`--texts`) after training less before. A seed draws the adapter and the order of the pairs. A stopped
+comparison goes on where it was.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import mora_jax as mj
+import mora_jax.functional
+import mora_jax.linen
+import mora_jax.losses
 from mora_jax.training.config.schema import keys
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +36,18 @@ def test_examples(name, tmp_path, monkeypatch):
     failures, attempted = doctest.testmod(module)
     assert attempted > 0
     assert failures == 0, "the report is in the captured output"
+
+
+@pytest.mark.parametrize("module", [mj, mj.linen, mj.functional, mj.losses], ids=lambda module: module.__name__)
+def test_every_public_name_has_an_example(module):
+    public = {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
+    described = {
+        name: value
+        for name, value in public.items()
+        if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("mora_jax.")
+    }
+    assert len(described) > 3
+    assert [name for name, value in described.items() if ">>> " not in inspect.getdoc(value)] == []
 
 
 def test_every_public_definition_has_a_docstring():

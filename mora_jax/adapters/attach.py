@@ -56,6 +56,18 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
 
     Warns:
         UserWarning: targets name what can't be adapted, or the rank is higher than a layer can use.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 4, rngs=nnx.Rngs(1)))
+        >>> print(mj.attach(model, mj.LoRAConfig(rank=2), rngs=2))
+        layer     layers  in  out  trainable
+        ────────────────────────────────────
+        layers.0       1   6   32         76
+        layers.2       1  32    4         72
+        ────────────────────────────────────
+        lora: 148 of 504 parameters are trained (29.4 %)
     """
     found = add_adapters(model, config, rngs=rngs)
     if isinstance(config, FullConfig):
@@ -322,6 +334,15 @@ def detach(model: nnx.Module) -> None:
 
     Raises:
         ValueError: the model has no adapter.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+        >>> mj.detach(model)
+        >>> type(model.layers[0]).__name__
+        'Linear'
     """
     found = adapted_sites(model)
     if not found and not list(kept(model)):

@@ -325,6 +325,16 @@ class AdapterParam(nnx.LoRAParam):
 
     A subclass of `nnx.LoRAParam`, so code that filters on `nnx.LoRAParam` finds it too. `partition` puts exactly
     the variables of this type into the trainable tree.
+
+    Examples:
+        >>> import optax
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+        >>> optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=mj.AdapterParam)
+        >>> sorted(str(path[-1]) for path, _ in nnx.to_flat_state(nnx.state(model, mj.AdapterParam)))
+        ['lora_a', 'lora_b']
     """
 
 

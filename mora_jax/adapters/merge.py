@@ -61,6 +61,19 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
     Raises:
         ValueError: the model has no adapter, or several named ones, or no values, or a quantised base, or an adapter
             whose dropout is on or whose values are no numbers. Nothing is changed then.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+        >>> model.layers[0].adapter.lora_b[...] = jnp.ones((2, 4))
+        >>> x = jnp.ones((1, 6))
+        >>> adapted = model(x)
+        >>> _ = mj.merge(model)
+        >>> bool(jnp.allclose(model(x), adapted, atol=1e-5)), type(model.layers[0]).__name__
+        (True, 'Linear')
     """
     refuse_banks(model, "merge")
     held = quantized_format(model)
@@ -170,6 +183,15 @@ def unmerge(model: nnx.Module, merged: tuple[Merged, ...]) -> None:
 
     Raises:
         ValueError: a place that the model lacks or that carries an adapter, or a gain of 0, which can't be undone.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+        >>> mj.unmerge(model, mj.merge(model))
+        >>> sorted(nnx.to_pure_dict(nnx.state(model, mj.AdapterParam))['layers'][0]['adapter'])
+        ['lora_a', 'lora_b']
     """
     by_path = {(site.paths, site.part): site for site in sites(model)}
     for entry in merged:

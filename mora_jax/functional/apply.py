@@ -122,6 +122,17 @@ def apply(
 
     Warns:
         UserWarning: a kernel that could not be served in all of its uses.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> params = {"mlp": {"kernel": jnp.ones((6, 4))}}
+        >>> config = mj.LoRAConfig(rank=2)
+        >>> adapters = mj.functional.init(params, config, rngs=0)
+        >>> f = lambda params, x: x @ params["mlp"]["kernel"]
+        >>> mj.functional.apply(f, params, adapters, config)(jnp.ones((1, 6))).shape
+        (1, 4)
     """
     pairs = matched(params, adapters, config, einsums)
     leaves, treedef = jax.tree.flatten(params)

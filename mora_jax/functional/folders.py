@@ -41,6 +41,15 @@ def save(
     Raises:
         TypeError, ValueError: as `merge`.
         InputError: `out` can't be used.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> params = {"mlp": {"kernel": jnp.ones((6, 4))}}
+        >>> config = mj.LoRAConfig(rank=2)
+        >>> adapters = mj.functional.init(params, config, rngs=0)
+        >>> mj.functional.save(params, adapters, "saved-tree", config)
     """
     leaves = jax.tree.leaves(params)
     places, by_path = [], {}
@@ -68,6 +77,18 @@ def load(params: Any, path: str | os.PathLike[str], *, einsums: Einsums | None =
 
     Raises:
         InputError: as `mora_jax.load_adapter`, or a tree has no form of what the folder holds.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> params = {"mlp": {"kernel": jnp.ones((6, 4))}}
+        >>> config = mj.LoRAConfig(rank=2)
+        >>> adapters = mj.functional.init(params, config, rngs=0)
+        >>> mj.functional.save(params, adapters, "tree-adapter", config, overwrite=True)
+        >>> config, adapters = mj.functional.load(params, "tree-adapter")
+        >>> sorted(adapters)
+        ['mlp']
     """
     leaves = jax.tree.leaves(params)
     config, arrays = read_places([_place(kernel, leaves) for kernel in kernels_of(params, einsums)], path)

@@ -325,6 +325,16 @@ def init(params: Any, config: Any, *, rngs: nnx.Rngs | int | Array, einsums: Ein
 
     Warns:
         UserWarning: the rank is higher than a kernel can use.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> params = {"mlp": {"kernel": jnp.ones((6, 4))}}
+        >>> config = mj.LoRAConfig(rank=2)
+        >>> adapters = mj.functional.init(params, config, rngs=0)
+        >>> jax.tree.map(jnp.shape, adapters)
+        {'mlp': {'lora_a': (6, 2), 'lora_b': (2, 4)}}
     """
     rngs, leaves = as_rngs(rngs), jax.tree.leaves(params)
     kernels = selected(params, config, einsums)
@@ -343,6 +353,14 @@ def trainable(params: Any, config: Any, *, einsums: Einsums | None = None) -> di
         params: as for `init`; shapes are enough.
         config: as for `init`.
         einsums: as for `init`.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> params = {"mlp": {"kernel": jnp.ones((6, 4))}}
+        >>> mj.functional.trainable(params, mj.LoRAFAConfig(rank=2))
+        {'mlp': {'lora_b': True, 'lora_a': False}}
     """
     shapes = {kernel.path: kernel.shapes for kernel in selected(params, config, einsums)}
     return {path: dict.fromkeys(yes, True) | dict.fromkeys(no, False) for path, (yes, no) in shapes.items()}
@@ -355,6 +373,15 @@ def report(params: Any, config: Any, *, einsums: Einsums | None = None) -> Attac
         params: as for `init`; shapes are enough.
         config: as for `init`.
         einsums: as for `init`.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> params = {"mlp": {"kernel": jnp.ones((6, 4))}}
+        >>> config = mj.LoRAConfig(rank=2)
+        >>> mj.functional.report(params, config).trainable
+        20
     """
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if is_array(leaf))
     return _report(kernels_of(params, einsums), selected(params, config, einsums), config, total)
@@ -398,6 +425,16 @@ def merge(params: Any, adapters: Adapters, config: Any, *, einsums: Einsums | No
 
     Raises:
         TypeError, ValueError: as `init`; or adapters of other paths or shapes.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> params = {"mlp": {"kernel": jnp.ones((6, 4))}}
+        >>> config = mj.LoRAConfig(rank=2)
+        >>> adapters = mj.functional.init(params, config, rngs=0)
+        >>> jax.tree.map(jnp.shape, mj.functional.merge(params, adapters, config))
+        {'mlp': {'kernel': (6, 4)}}
     """
     leaves, treedef = jax.tree.flatten(params)
     for kernel, arrays in matched(params, adapters, config, einsums):

@@ -33,6 +33,15 @@ def add_tokens(model: Decoder, tokenizer: Any, tokens: Sequence[str], *, multipl
 
     Raises:
         InputError: a token is there already or twice, or the model has adapters.
+
+    Examples:
+        >>> import mora_jax as mj
+        >>> from mora_jax import demo
+        >>> model, tokenizer = mj.load_pretrained(demo.model_path(), dtype="float32")
+        >>> new = mj.add_tokens(model, tokenizer, ["<tool>", "</tool>"])
+        >>> tokenizer.convert_ids_to_tokens(new)
+        ['<tool>', '</tool>']
+        >>> config = mj.LoRAConfig(rank=2, trainable_tokens=new)
     """
     known = tokenizer.get_vocab()
     if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) and token for token in tokens):

@@ -62,6 +62,13 @@ def load_pretrained(
 
     Raises:
         InputError: when the folder cannot be used; the message says why.
+
+    Examples:
+        >>> import mora_jax as mj
+        >>> from mora_jax import demo
+        >>> model, tokenizer = mj.load_pretrained(demo.model_path(), dtype="float32")
+        >>> model.config.num_layers, tokenizer.decode(tokenizer("The cat")["input_ids"], skip_special_tokens=True)
+        (4, ' The cat')
     """
     folder, config, files = _open(path)
     compute = read_dtype(dtype)

@@ -69,6 +69,14 @@ def save_pretrained(
     Raises:
         InputError: when the model is none of this library's, or has adapters, or is quantised, or has biases that its
             family has no place for, when the dtype is another one or too narrow, or `out` is in use.
+
+    Examples:
+        >>> import mora_jax as mj
+        >>> from mora_jax import demo
+        >>> model, tokenizer = mj.load_pretrained(demo.model_path(), dtype="float32")
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=0)
+        >>> _ = mj.merge(model)
+        >>> mj.save_pretrained(model, "merged", tokenizer)  # AutoModelForCausalLM.from_pretrained("merged")
     """
     if not isinstance(model, Decoder):
         raise InputError(

@@ -93,6 +93,16 @@ def save_adapter(
 
     Raises:
         InputError: as `mora_jax.save_adapter`, or the variables don't fit the configuration.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import mora_jax as mj
+        >>> from flax import linen as nn
+        >>> from mora_jax.linen import LoRADense, save_adapter
+        >>> model = nn.Sequential([LoRADense(4, rank=2, alpha=16.0)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
+        >>> save_adapter(variables, "linen-adapter", mj.LoRAConfig(rank=2, alpha=16.0))
     """
     try:
         layers = list(layers_of(variables, (config,), report))

@@ -80,6 +80,14 @@ class LoRADense(_AdaptedDense):
 
     The other attributes are those of `nn.Dense`, by name. The factors are used in the dtype of the computation and
     accumulated in float32.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from mora_jax.linen import LoRADense
+        >>> variables = LoRADense(4, rank=2, alpha=16.0).init(jax.random.key(0), jnp.ones((1, 6)))
+        >>> jax.tree.map(jnp.shape, variables["adapters"])
+        {'lora_a': (6, 2), 'lora_b': (2, 4)}
     """
 
     features: int
@@ -107,6 +115,14 @@ class MoRADense(_AdaptedDense):
         use_dora: as in `LoRADense`.
 
     The other attributes are those of `nn.Dense`, by name.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from mora_jax.linen import MoRADense
+        >>> variables = MoRADense(4, rank=2).init(jax.random.key(0), jnp.ones((1, 6)))
+        >>> jax.tree.map(jnp.shape, variables["adapters"])
+        {'m': (4, 4)}
     """
 
     features: int

@@ -26,6 +26,11 @@ def rename_layers(
 
     Raises:
         ValueError: a new name is taken, or no layer matches.
+
+    Examples:
+        >>> from mora_jax.linen import rename_layers
+        >>> rename_layers({"Dense_0": {"kernel": 1}, "Dense_1": {"kernel": 2}}, "LoRADense")
+        {'LoRADense_0': {'kernel': 1}, 'LoRADense_1': {'kernel': 2}}
     """
     pattern = re.compile(rf"{re.escape(source)}_(\d+)")
     renamed = 0

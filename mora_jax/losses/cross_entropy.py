@@ -30,6 +30,13 @@ def next_token_targets(input_ids: Array, weights: Array, segment_ids: Array | No
 
     Returns:
         `(targets, weights)` `[..., T]`; the last position predicts nothing and has weight 0.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> ids, weights = jnp.array([[5, 6, 7]]), jnp.array([[0.0, 1.0, 1.0]])
+        >>> targets, weights = next_token_targets(ids, weights)
+        >>> targets[:, :-1].tolist(), weights.tolist()
+        ([[6, 7]], [[1.0, 1.0, 0.0]])
     """
     targets = jnp.roll(input_ids, -1, axis=-1)
     shifted = jnp.roll(weights, -1, axis=-1).at[..., -1].set(0)
@@ -83,6 +90,12 @@ def normalized(weights: Array, *, counts: Array | None = None, axis_name: str | 
 
     Returns:
         The weights, zero where their sum is, and the sum, float32 scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> weights, total = normalized(jnp.array([[0.0, 1.0, 1.0, 2.0]]))
+        >>> weights.tolist(), float(total)
+        ([[0.0, 0.25, 0.25, 0.5]], 4.0)
     """
     total = jnp.sum(weights if counts is None else counts, dtype=jnp.float32)
     total = total if axis_name is None else lax.psum(total, axis_name)
@@ -104,6 +117,12 @@ def weighted_loss_of_logits(logits: Array, targets: Array, weights: Array) -> Ar
 
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> logits, targets, weights = jnp.zeros((2, 5)), jnp.array([1, 2]), jnp.array([0.0, 1.0])
+        >>> round(float(weighted_loss_of_logits(logits, targets, weights)), 4)  # log 5
+        1.6094
     """
     # Of tokens that don't count neither loss nor gradient may be infinite.
     z = jnp.where((weights > 0)[..., None], logits.astype(jnp.float32), 0.0)
@@ -137,6 +156,13 @@ def weighted_loss(
 
     Returns:
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> hidden, kernel = jnp.zeros((1, 2, 3)), jnp.ones((5, 3))
+        >>> targets, weights = jnp.array([[1, 2]]), jnp.array([[0.0, 1.0]])
+        >>> round(float(weighted_loss(hidden, kernel, targets, weights)), 4)  # log 5
+        1.6094
     """
     options, (scales, flat, goals) = pack_weighted_tokens(
         weights,

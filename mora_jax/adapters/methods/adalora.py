@@ -44,6 +44,8 @@ _SHARE = Number(above=0, below=1)
 class AdaLoRAConfig(CommonConfig):
     """AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): a budget of singular values goes to where they matter.
 
+    `ΔW = s · (P ⊙ λ) Q`; the λ of the least important columns become zero (equations 3 to 12).
+
     Attributes:
         rank: inner size of every update at the start.
         alpha: numerator of the scaling alpha / rank.
@@ -59,6 +61,13 @@ class AdaLoRAConfig(CommonConfig):
         beta2: smoothing of their uncertainty.
         orth_weight: factor on the orthogonality penalty in the loss.
         bias: which existing biases are trained too, as in `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.AdaLoRAConfig(rank=3, target_rank=2), rngs=1).trainable  # P [6, 3], λ [3], Q [3, 4]
+        33
     """
 
     rank: int = 12

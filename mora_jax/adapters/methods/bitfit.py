@@ -17,8 +17,17 @@ from mora_jax.adapters.config.common import CommonConfig, Targets
 class BitFitConfig(CommonConfig):
     """BitFit (Ben Zaken et al., 2021, arXiv 2106.10199): the biases alone are trained.
 
+    `y = x W + b + Δb` (section 3).
+
     Attributes:
         targets: whose biases, see `mora_jax.adapters.config`; a layer without a bias gets one that starts at zero.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.BitFitConfig(), rngs=1).trainable  # Δb [4]
+        4
     """
 
     targets: Targets = "all-linear"

@@ -10,7 +10,15 @@ from mora_jax.adapters.config.common import MethodConfig
 
 @dataclass(frozen=True)
 class FullConfig(MethodConfig):
-    """Full fine-tuning: every parameter of the model is trained as a float32 master."""
+    """Full fine-tuning: every parameter of the model is trained as a float32 master.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.FullConfig(), rngs=1).trainable  # W [6, 4] and b [4]
+        28
+    """
 
     changes_base: ClassVar[bool] = True
 

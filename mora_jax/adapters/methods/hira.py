@@ -25,10 +25,19 @@ Array = jax.Array
 class HiRAConfig(CommonConfig):
     """HiRA (Huang et al., ICLR 2025): the kernel times one plus a product of two thin factors, entry by entry.
 
+    `ΔW = W ⊙ (A B)` (equation 3).
+
     Attributes:
         rank: inner size of the factors.
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.HiRAConfig(rank=2), rngs=1).trainable  # A [6, 2] and B [2, 4]
+        20
     """
 
     rank: int = 32

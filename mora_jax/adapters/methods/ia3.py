@@ -24,9 +24,18 @@ Array = jax.Array
 class IA3Config(CommonConfig):
     """(IA)³ (Liu et al., 2022, arXiv 2205.05638): learned vectors rescale keys, values and feed-forward inputs.
 
+    `y = l ⊙ (x W + b)`, or `y = (l ⊙ x) W + b` in feed-forward layers (section 3.3).
+
     Attributes:
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         feedforward: names of those layers whose inputs are scaled; outputs are scaled of the others.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.IA3Config(targets="all-linear"), rngs=1).trainable  # l [4]
+        4
     """
 
     targets: Targets = ("k_proj", "v_proj", "down_proj")

@@ -42,6 +42,8 @@ INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")  # the la
 class LoRAConfig(CommonConfig):
     """LoRA (Hu et al., 2021, arXiv 2106.09685): a product of two thin factors, scaled by alpha / rank.
 
+    `ΔW = (alpha / rank) · A B` with A `[in, rank]` and B `[rank, out]` (equation 3).
+
     Attributes:
         rank: inner size of the update.
         alpha: numerator of the scaling alpha / rank, above 0.
@@ -53,6 +55,13 @@ class LoRAConfig(CommonConfig):
         bias: which existing biases are trained too: `"none"`, `"lora_only"` (of adapted layers) or `"all"`.
         use_dora: whether the columns of the adapted kernel get DoRA's trained magnitude.
         init: where the factors start, see `mora_jax.adapters.methods.lora_init`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.LoRAConfig(rank=2), rngs=1).trainable  # A [6, 2] and B [2, 4]
+        20
     """
 
     rank: int = 8

@@ -18,8 +18,17 @@ from mora_jax.adapters.products.matmul import Delta, FusedLayout
 class RsLoRAConfig(LoRAConfig):
     """Rank-stabilised LoRA (Kalajdzievski, 2023, arXiv 2312.03732): LoRA scaled by alpha / √rank.
 
+    `ΔW = (alpha / √rank) · A B` (theorem 3.2).
+
     With alpha / rank the update of a high rank learns ever more slowly; with alpha / √rank its size does not depend
     on the rank. The attributes are those of `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.RsLoRAConfig(rank=2), rngs=1).trainable  # as LoRA's
+        20
     """
 
     scale_power = 0.5
@@ -44,8 +53,17 @@ class RsLoRA(LoRA):
 class DoRAConfig(LoRAConfig):
     """DoRA (Liu et al., 2024, arXiv 2402.09353): LoRA changes directions, a trained vector holds the magnitudes.
 
+    `W' = m ⊙ V / ‖V‖` by columns, with `V = W + (alpha / rank) · A B` (equation 5).
+
     The attributes are those of `LoRAConfig`. `use_dora=True` puts the same magnitude on `RsLoRAConfig` and
     `MoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.DoRAConfig(rank=2), rngs=1).trainable  # LoRA's 20 and a magnitude for each output
+        24
     """
 
     use_dora: bool = field(default=True, kw_only=True)
@@ -75,7 +93,16 @@ class DoRA(LoRA):
 class PiSSAConfig(LoRAConfig):
     """PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the kernel's principal singular vectors.
 
+    `A = U √S` and `B = √S Vᵀ` of the first `rank` singular values of W, which W then lacks (equations 2 to 4).
+
     The attributes are those of `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.PiSSAConfig(rank=2), rngs=1).trainable  # as LoRA's
+        20
     """
 
     init: str = field(default="pissa", kw_only=True, metadata={"choices": INITS})
@@ -99,7 +126,16 @@ class PiSSA(LoRA):
 class OLoRAConfig(LoRAConfig):
     """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): LoRA that starts from the kernel's QR decomposition.
 
+    `A = Q` and `B = R` of the first `rank` columns and rows of `W = Q R`, which W then lacks (algorithm 1).
+
     The attributes are those of `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.OLoRAConfig(rank=2), rngs=1).trainable  # as LoRA's
+        20
     """
 
     init: str = field(default="olora", kw_only=True, metadata={"choices": INITS})
@@ -125,6 +161,13 @@ class LoRAPlusConfig(LoRAConfig):
 
     Attributes:
         lr_ratio: learning rate of B, of magnitudes and of biases over that of A.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.LoRAPlusConfig(rank=2, lr_ratio=16.0), rngs=1).trainable  # as LoRA's
+        20
     """
 
     lr_ratio: float = field(default=16.0, kw_only=True, metadata={"training": True, "limits": Number(above=0)})
@@ -156,7 +199,15 @@ class LoRAPlus(LoRA):
 
 @dataclass(frozen=True)
 class LoRAFAConfig(LoRAConfig):
-    """LoRA-FA (Zhang et al., 2023, arXiv 2308.03303): LoRA with A frozen; the attributes are those of `LoRAConfig`."""
+    """LoRA-FA (Zhang et al., 2023, arXiv 2308.03303): LoRA with A frozen; the attributes are those of `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.LoRAFAConfig(rank=2), rngs=1).trainable  # B [2, 4] alone
+        8
+    """
 
 
 class LoRAFA(LoRA):
@@ -192,6 +243,13 @@ class ReLoRAConfig(RestartConfig, LoRAConfig):
 
     The sum of low-rank updates has a higher rank than each. The attributes are those of `LoRAConfig` and
     `RestartConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.ReLoRAConfig(rank=2, restart_every=1000), rngs=1).trainable  # as LoRA's, at any time
+        20
     """
 
     implied = ("init",)

@@ -29,6 +29,8 @@ FORMS = ("standard", "mini")
 class MiSSConfig(CommonConfig):
     """MiSS (Kang and Yin, 2024, arXiv 2409.15371): shards of the inputs share one small matrix.
 
+    `ΔW[i, o] = D[i mod rank, o]` with D `[rank, out]`.
+
     Attributes:
         rank: size of a shard, at most the inputs of the smallest layer.
         dropout: probability of dropping a feature at the input of the adapter path.
@@ -36,6 +38,13 @@ class MiSSConfig(CommonConfig):
         form: what shares the matrix: `"standard"`, shards of the inputs, or `"mini"`, those of the outputs too.
         mini_rank: size of a shard of the outputs in form `mini`; it divides the outputs of every layer.
         bias: which existing biases are trained too, as in `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.MiSSConfig(rank=2), rngs=1).trainable  # D [2, 4]
+        8
     """
 
     rank: int = 64

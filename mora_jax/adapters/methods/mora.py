@@ -61,6 +61,8 @@ def check_kind(kind: str) -> None:
 class MoRAConfig(CommonConfig):
     """MoRA (Jiang et al., 2024, arXiv 2405.12130): a square matrix between fixed compression and decompression.
 
+    `y = x W + decompress(compress(x) Mᵀ)` with M `[q, q]`, q of `square_rank` (equations 4 to 9).
+
     MoRA has no alpha and no factor that depends on the rank, so there is no rank-stabilised form of it.
 
     Attributes:
@@ -70,6 +72,13 @@ class MoRAConfig(CommonConfig):
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         rank_pattern: as in `LoRAConfig`, but layers of one stack have one rank: it fixes the square's side.
         use_dora: as in `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.MoRAConfig(rank=2), rngs=1).trainable  # as many as LoRA of rank 2, one square: M [5, 5]
+        16
     """
 
     rank: int = 8

@@ -29,6 +29,8 @@ Array = jax.Array
 class OFTConfig(CommonConfig):
     """OFT (Qiu et al., 2023, arXiv 2306.07280): blocks of a layer's inputs are rotated.
 
+    `y = (x R) W + b` with R orthogonal, a block for every `block_size` inputs (section 3).
+
     Attributes:
         block_size: inputs of a block. Where it doesn't divide a layer's inputs, the nearest divisor is taken.
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
@@ -38,6 +40,13 @@ class OFTConfig(CommonConfig):
             orthogonal for small ones.
         num_cayley_neumann_terms: how many terms.
         bias: which existing biases are trained too, as in `LoRAConfig`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.OFTConfig(block_size=2), rngs=1).trainable  # three blocks of one angle
+        3
     """
 
     block_size: int = field(default=32, metadata={"limits": POSITIVE})

@@ -39,6 +39,8 @@ BASES = ("dense", "sparse", "very_sparse")
 class RandLoRAConfig(SharedBasesConfig):
     """RandLoRA (Albert et al., 2025, arXiv 2502.00987): trained diagonals around random bases that layers share.
 
+    `ΔW = s · Σ_j B_j Λ_j A Γ_j` with random A and B_j (equation 4).
+
     The other attributes are those of `SharedBasesConfig`.
 
     Attributes:
@@ -48,6 +50,13 @@ class RandLoRAConfig(SharedBasesConfig):
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         bases: how the bases are drawn: `"dense"`, or of -1, 0 and 1, as `"sparse"` (a sixth each of -1 and 1) or
             `"very_sparse"` (1 / 2√d each, d the smaller of `widths`).
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.RandLoRAConfig(rank=2), rngs=1).trainable  # Λ [2, 2] and Γ [2, 4]
+        12
     """
 
     rank: int = 32

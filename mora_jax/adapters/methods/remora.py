@@ -34,6 +34,13 @@ class ReMoRAConfig(RestartConfig, MoRAConfig):
         kinds: the kinds in turn, the first again after the last: some of `sharing`, `grouped`, `grouped_tile` and
             `strided_interleave`, which share one M among groups and have the same side q.
         prune: as in `RestartConfig`; the authors reset all of the moments.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.ReMoRAConfig(rank=2, restart_every=1000), rngs=1).trainable  # as MoRA's, at any time
+        16
     """
 
     kind: ClassVar[str] = "sharing"  # type: ignore[misc]  # for sizes and reports alone: all kinds agree in them

@@ -27,6 +27,8 @@ Array = jax.Array
 class VeRAConfig(SharedBasesConfig):
     """VeRA (Kopiczko et al., 2023, arXiv 2310.11454): two trained vectors around random factors that layers share.
 
+    `y = x W + ((x A) ⊙ d) B ⊙ b` with A and B drawn once for all layers (equation 2).
+
     The other attributes are those of `SharedBasesConfig`.
 
     Attributes:
@@ -34,6 +36,13 @@ class VeRAConfig(SharedBasesConfig):
         dropout: probability of dropping a feature at the input of the adapter path.
         targets: which layers: names, a regular expression or `"all-linear"`, see `mora_jax.adapters.config`.
         d_initial: what the inner vector starts from.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> mj.attach(model, mj.VeRAConfig(rank=16), rngs=1).trainable  # d [16] and b [4]
+        20
     """
 
     rank: int = 256

@@ -65,6 +65,17 @@ def load_adapter(
 
     Raises:
         InputError: when the folder is incomplete, does not fit, or means something that is not supported.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+        >>> mj.save_adapter(model, "adapter", overwrite=True)
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))  # the base again
+        >>> mj.load_adapter(model, "adapter")
+        >>> model.layers[0].adapter.lora_a.shape
+        (6, 2)
     """
     folder = local_folder(path)
     values = with_kind(read_json(folder / CONFIG_NAME), kind, str(folder / CONFIG_NAME))

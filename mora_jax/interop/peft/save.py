@@ -78,6 +78,16 @@ def save_adapter(
 
     Raises:
         InputError: when the model has no adapter, adapters of several methods, or `out` cannot be used.
+
+    Examples:
+        >>> import os
+        >>> from flax import nnx
+        >>> import mora_jax as mj
+        >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        >>> _ = mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+        >>> mj.save_adapter(model, "adapter")
+        >>> sorted(os.listdir("adapter"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     refuse_tied_magnitude(model)
     if experts not in EXPERTS:

@@ -55,6 +55,10 @@ def push_to_hub(
 
     Raises:
         InputError: the run has no result yet, `repo_id` is none, or the hub can't be reached or refuses.
+
+    Examples:
+        >>> import mora_jax as mj
+        >>> mj.push_to_hub("runs/dolly", "someone/dolly-lora", licence="apache-2.0")  # doctest: +SKIP
     """
     directory = RunDirectory(os.fspath(run), writes=False)
     config, summary = directory.read_config(), directory.read_json("summary.json")
