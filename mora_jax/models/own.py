@@ -96,6 +96,7 @@ class OwnModel:
         if dropout_key is None:
             model.eval()
         else:
+            model.train()  # whatever mode its last call was made in
             key = dropout_key if row_numbers is None else jax.random.fold_in(dropout_key, row_numbers[0])
             _reseed(model, key)
         logits = model(input_ids, segments, places)

@@ -86,7 +86,7 @@ def test_the_losses_of_a_loop_by_hand(make, keys):
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
-    """With dropout of the model's own and of the adapters."""
+    """With dropout of the model's own and of the adapters, also where its last call was an evaluation."""
     config = mj.LoRAConfig(rank=2, dropout=0.2, targets=("qkv", "out"))
     expected = losses(tune(Plain(dropout=0.2), config, steps=4))
     assert expected != losses(tune(Plain(), config, steps=4))
@@ -95,7 +95,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
         if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    first = tune(Plain(dropout=0.2), config, steps=4, out=tmp_path / "run", callbacks=[stop], resume=True)
+    evaluated = Plain(dropout=0.2)
+    evaluated.eval()
+    first = tune(evaluated, config, steps=4, out=tmp_path / "run", callbacks=[stop], resume=True)
+    assert evaluated.layers[0].drop.deterministic  # as it was given
     assert first.interrupted
     with pytest.raises(InputError, match=r"optimizer.learning_rate=0.01 would make another run of the one in .*0.0002"):
         tune(Plain(dropout=0.2), config, steps=4, out=tmp_path / "run", resume=True, learning_rate=0.01)
