@@ -234,11 +234,12 @@ class EncodedDataset(Sequence[Example]):
         return padded_length(int(self.lengths.max()), self.max_length)
 
     def fingerprint(self) -> str:
-        """A hash of the tokens, their segments and turns, the rows and cuts that are examples, and the loss mode."""
+        """A hash of the tokens, their segments, turns and judged answers, of rows, cuts and the loss mode."""
         digest = hashlib.sha256(repr(self.loss).encode())
         parts = [self._rows, self._cuts]
         for flat in self.store.flat():
             parts += [flat.input_ids, flat.segments, flat.turns, flat.turn_weights, flat.weight, *flat.own.values()]
+            parts += [flat.sides, flat.answers] if flat.sides.any() else []
         for part in parts:
             digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()[:32]

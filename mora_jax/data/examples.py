@@ -209,13 +209,20 @@ def find_examples(
     first = np.flatnonzero(flat.sides == Side.CHOSEN)
     for marks in (usable, whole):  # both halves of a pair, or neither
         marks[first] = marks[first + 1] = marks[first] & marks[first + 1]
+
+    def part(row: int) -> slice:
+        return slice(*flat.offsets[row : row + 2].tolist())
+
+    for row in first[whole[first] & (lengths[first] == lengths[first + 1])].tolist():
+        if np.array_equal(flat.input_ids[part(row)], flat.input_ids[part(row + 1)]):
+            whole[row] = whole[row + 1] = False
     examples = [(row, 0, 0, int(lengths[row])) for row in np.flatnonzero(whole).tolist()]
     outcomes.tokens += int(lengths[whole].sum())
     outcomes.trained_tokens += int(trained[whole].sum())
     outcomes.trained_before += int(trained[chosen & usable].sum())
     for row in np.flatnonzero(chosen & ~whole & (flat.sides != Side.REJECTED)).tolist():
         paired = flat.sides[row] == Side.CHOSEN
-        parts = [slice(*flat.offsets[one : one + 2].tolist()) for one in range(row, row + 1 + paired)]
+        parts = [part(one) for one in range(row, row + 1 + paired)]
         if not usable[row]:
             outcomes.drop("no_weight" if answers[row] else "no_answer", len(parts))
             continue
@@ -227,7 +234,11 @@ def find_examples(
             cuts = cut(flat.segments[parts[0]], weights[parts[0]], max_length, truncation)
         if not cuts:
             outcomes.drop("too_long" if truncation == "drop" else "answer_cut_off", len(parts))
-        elif truncation == "split":
+            continue
+        if paired and np.array_equal(*(cuts[half].take(flat.input_ids[parts[half]]) for half in range(2))):
+            outcomes.drop("tie", len(parts))
+            continue
+        if truncation == "split":
             outcomes.split += 1
         else:
             outcomes.truncated += sum(

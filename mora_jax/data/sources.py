@@ -28,7 +28,7 @@ from mora_jax.errors import InputError
 from mora_jax.paths import OFF, cache_folder, local_path, writable
 
 #: Raise it when the same rows become other tokens or another layout.
-VERSION = 4
+VERSION = 5
 _REASONS = 5
 
 

@@ -98,6 +98,36 @@ def test_left_keeps_answers_whole_where_the_prompt_suffices(tokenizer):
     assert (whole.lengths - cut.lengths).tolist() == [5, 5]
 
 
+def test_answers_that_a_template_or_a_cut_makes_equal_are_left_out(tokenizer):
+    """The template trims what stands around an answer; the other pair differs in its last word alone."""
+    long, trimmed = "as I said, " * 9, PAIRS[0] | {"chosen": "It is red.", "rejected": " It is red. "}
+    late = PAIRS[0] | {"chosen": f"{long} red.", "rejected": f"{long} blue."}
+    rows = [PAIRS[1], trimmed, late]
+    whole = encoded(rows, tokenizer, template="llama3", max_length=400)
+    assert (len(whole), whole.report.dropped) == (4, {"tie": 2})
+    start = int(np.flatnonzero(whole[2].answer_weights)[0])
+    cut = encoded(rows, tokenizer, template="llama3", max_length=start + 8)
+    assert (len(cut), cut.report.dropped) == (2, {"tie": 4})
+    assert cut.report.trained_tokens == sum(np.count_nonzero(one.answer_weights) for one in cut)
+    with pytest.raises(InputError, match="give the rows answers that differ"):
+        encoded([trimmed], tokenizer, template="llama3")
+
+
+def test_the_fingerprint_knows_where_answers_begin(tokenizer):
+    turns = [{"role": "assistant", "content": "Four."}, {"role": "user", "content": "Why?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Two twos.", "Because.")]
+
+    def pair(n):
+        chosen, rejected = (turns[n:] + answer for answer in answers)
+        return encoded([{"prompt": TURNS + turns[:n], "chosen": chosen, "rejected": rejected}], tokenizer)
+
+    later, sooner = pair(2), pair(0)
+    assert all((one.input_ids == other.input_ids).all() for one, other in zip(later, sooner, strict=True))
+    assert later.fingerprint() != sooner.fingerprint()
+    good, bad = (encoded([LABELS[0] | {"label": label}], tokenizer) for label in (True, False))
+    assert good.fingerprint() != bad.fingerprint()
+
+
 def test_pairs_go_together(tokenizer):
     whole = encoded(PAIRS, tokenizer)
     limit = int(whole.lengths[1::2].max()) - 1

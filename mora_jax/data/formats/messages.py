@@ -111,6 +111,18 @@ def read_turns(value: Any, key: str, source: str, mapping: Mapping) -> list[Mess
     return messages
 
 
+def read_history(row: dict[str, Any], source: str) -> list[Message]:
+    """The turns before an instruction, of a column `history` with pairs of an instruction and its answer."""
+    turns = []
+    for number, pair in enumerate(optional_list(row.get("history"), "history", source)):
+        key = f"history[{number}]"
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"{source}: `{key}` should be a pair of texts, [instruction, answer]")
+        turns.append(Message("user", check_text(pair[0], f"{key}[0]", source)))
+        turns.append(Message("assistant", check_text(pair[1], f"{key}[1]", source)))
+    return turns
+
+
 def _says_something(value: Any) -> bool:
     """Whether a call is there; tables written out as JSON have an object of nulls where there is none."""
     if isinstance(value, dict):

@@ -13,7 +13,7 @@ from typing import Any
 
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, Side
 from mora_jax.data.formats.column_mapping import Mapping
-from mora_jax.data.formats.messages import read_tools, read_turns
+from mora_jax.data.formats.messages import read_history, read_tools, read_turns
 from mora_jax.data.read.validate import absent, check_text, number_as_text, optional_list, shown
 from mora_jax.errors import InputError
 
@@ -41,10 +41,14 @@ def read_pair(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[Ro
     answers = [_answer(row[key], key, source, mapping) for key in ("chosen", "rejected")]
     if answers[0] == answers[1]:
         raise InputError(f"{source}: `chosen` and `rejected` are equal: such a pair says nothing; drop the row")
+    lists = [answer for answer in answers if isinstance(answer, list)]
+    system = _system(row, source, [prompt, *lists])
     sides = (Side.CHOSEN, Side.REJECTED)
     names = [f"{source}, {side.name.lower()}" for side in sides]
     texts = [answer for answer in answers if isinstance(answer, str)]
-    if not prompt and len(texts) == 2:
+    if not prompt and not lists:
+        if system:
+            raise InputError(f"{source}: there is a system message and no `prompt` that it is said before")
         shared = os.path.commonprefix(texts).rstrip()
         if not shared:
             raise InputError(f"{source}: there is no `prompt`, and `chosen` and `rejected` begin differently")
@@ -66,7 +70,7 @@ def read_pair(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[Ro
                 f"assistant's, and `{key}` {f'with one of the {turns[0].role}' if turns else 'ends there'}"
             )
     for turns, side, name in zip((chosen, rejected), sides, names, strict=True):
-        yield _conversation(row, name, prompt, turns, side)
+        yield _conversation(row, name, system, prompt, turns, side)
 
 
 def read_labelled(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[Row]:
@@ -82,32 +86,50 @@ def read_labelled(row: dict[str, Any], source: str, mapping: Mapping) -> Iterato
     turns = [Message("assistant", answer)] if isinstance(answer, str) else _after(prompt, answer, "completion", source)
     if not turns or turns[0].role != "assistant":
         raise InputError(f"{source}: `completion` does not begin with an assistant's turn")
-    yield _conversation(row, source, prompt, turns, Side.DESIRED if label else Side.UNDESIRED)
+    system = _system(row, source, [prompt, answer] if isinstance(answer, list) else [prompt])
+    yield _conversation(row, source, system, prompt, turns, Side.DESIRED if label else Side.UNDESIRED)
 
 
 def _conversation(
-    row: dict[str, Any], source: str, prompt: list[Message], answer: list[Message], side: Side
+    row: dict[str, Any],
+    source: str,
+    system: list[Message],
+    prompt: list[Message],
+    answer: list[Message],
+    side: Side,
 ) -> Conversation:
+    prompt = prompt if prompt[0].role == "system" else [*system, *prompt]
     key = next((key for key in ("tools", "functions") if optional_list(row.get(key), key, source)), "tools")
     tools = read_tools(row.get(key), key, source)
     return Conversation((*prompt, *answer), source=source, tools=tools, side=side, answer=len(prompt))
 
 
 def _prompt(row: dict[str, Any], source: str, mapping: Mapping) -> list[Message]:
-    """The turns before the answers, with the system message beside them; none where no key holds any."""
+    """The turns before the answers; none where no key holds any."""
     key = next((key for key in _PROMPTS if not absent(row.get(key)) and row[key] not in ("", [])), None)
     if key is None:
         return []
-    value = row[key]
+    value = number_as_text(row[key])
     if isinstance(value, str) and not key.startswith("conversation"):
         context = row.get("input") if key == "instruction" and isinstance(row.get("input"), str) else ""
         turns = _transcript(check_text(value, key, source)) or [Message("user", value, context or "")]
-    else:
-        turns = read_turns(value, key, source, mapping)
-    system = next((row[name] for name in ("system", "system_prompt") if row.get(name)), None)
-    if system is not None and turns[0].role != "system":
-        turns = [Message("system", check_text(system, "system", source)), *turns]
-    return turns
+        return [*read_history(row, source), *turns] if key == "instruction" else turns
+    return read_turns(value, key, source, mapping)
+
+
+def _system(row: dict[str, Any], source: str, parts: list[list[Message]]) -> list[Message]:
+    """The system message with which the prompt or the answers begin, or else that of a column; none without.
+
+    Raises:
+        InputError: they begin with different ones.
+    """
+    said = [turns[0] for turns in parts if turns and turns[0].role == "system"]
+    if any(message != said[0] for message in said):
+        raise InputError(f"{source}: prompt and answers begin with different system messages")
+    if said:
+        return said[:1]
+    key = next((name for name in ("system", "system_prompt") if row.get(name) and not absent(row[name])), None)
+    return [] if key is None else [Message("system", check_text(row[key], key, source))]
 
 
 def _answer(value: Any, key: str, source: str, mapping: Mapping) -> str | list[Message]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
 from mora_jax.data.formats.column_mapping import Mapping
-from mora_jax.data.formats.messages import read_message, read_spoken_calls, read_tools, read_turns
+from mora_jax.data.formats.messages import read_history, read_message, read_spoken_calls, read_tools, read_turns
 from mora_jax.data.formats.nearest import no_format, refusal
 from mora_jax.data.formats.preferences import read_labelled, read_pair
 from mora_jax.data.read.validate import (
@@ -197,13 +197,7 @@ def _conversation(row: RawRow, source: str, turns: list[Message]) -> Conversatio
 
 def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
     del mapping
-    messages = []
-    for turn, pair in enumerate(optional_list(row.get("history"), "history", source)):
-        key = f"history[{turn}]"
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise InputError(f"{source}: `{key}` should be a pair of texts, [instruction, answer]")
-        messages.append(Message("user", check_text(pair[0], f"{key}[0]", source)))
-        messages.append(Message("assistant", check_text(pair[1], f"{key}[1]", source)))
+    messages = read_history(row, source)
     instruction = _text(row, "instruction", source=source)
     context = _text(row, "input", "context", source=source, default="")
     messages.append(Message("user", instruction, context))

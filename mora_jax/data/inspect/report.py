@@ -19,6 +19,7 @@ CAUSES = {
     "answer_cut_off": "nothing trained within max_length",
     "no_answer": "no answer to train on",
     "no_weight": "no token with a weight",
+    "tie": "of pairs whose answers are equal, as they are rendered and cut",
     "bad_row": "not of the format",
 }
 #: An answer of so few tokens hardly says anything.
@@ -194,6 +195,7 @@ class Report(RowOutcomes):
             "answer_cut_off": f"{needed} or set data.truncation=prompt_first",
             "no_answer": "give the rows an assistant's turn, or set loss.mode=unmasked",
             "no_weight": "give the rows an answer and a weight above 0, or set loss.mode=full",
+            "tie": "give the rows answers that differ, or raise data.max_length",
             "bad_row": "fix the rows, or name their format and columns",
         }
         main = max(self.dropped, key=lambda cause: self.dropped[cause])

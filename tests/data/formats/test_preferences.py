@@ -22,6 +22,7 @@ def assistant(text):
 
 ASK = {"role": "user", "content": "Two plus two?"}
 FOUR, FIVE = ({"role": "assistant", "content": text} for text in ("Four.", "Five."))
+BRIEF = {"role": "system", "content": "Be brief."}
 PLAIN = ([user("Two plus two?")], [assistant("Four.")], [assistant("Five.")])
 HUMAN = "\n\nHuman: Two plus two?\n\nAssistant:"
 
@@ -64,6 +65,19 @@ PAIRS = {
         {"prompt": HUMAN, "chosen": " Four.", "rejected": "Five."},
         ([user("Two plus two?")], [assistant(" Four.")], [assistant("Five.")]),
     ),
+    "a system message in the answers alone": (
+        {"prompt": "Two plus two?", "chosen": [BRIEF, ASK, FOUR], "rejected": [BRIEF, ASK, FIVE]},
+        ([Message("system", "Be brief."), *PLAIN[0]], *PLAIN[1:]),
+    ),
+    "a system message beside answers with their prompt": (
+        {"system": "Be brief.", "chosen": [ASK, FOUR], "rejected": [ASK, FIVE]},
+        ([Message("system", "Be brief."), *PLAIN[0]], *PLAIN[1:]),
+    ),
+    "alpaca with a history": (
+        {"instruction": "Two plus two?", "history": [["Hi", "Hello"]], "chosen": "Four.", "rejected": "Five."},
+        ([user("Hi"), assistant("Hello"), user("Two plus two?")], *PLAIN[1:]),
+    ),
+    "numbers": ({"prompt": 4, "chosen": 5, "rejected": 6}, ([user("4")], [assistant("5")], [assistant("6")])),
     "answers of several turns": (
         {"chosen": [ASK, FOUR, ASK, FOUR], "rejected": [ASK, FOUR, ASK, FIVE]},
         ([user("Two plus two?"), assistant("Four."), user("Two plus two?")], *PLAIN[1:]),
@@ -99,10 +113,12 @@ def test_labels():
             {"prompt": "Two plus two?", "completion": "Four.", "label": True},
             {"prompt": [ASK], "completion": [FIVE], "label": False},
             {"prompt": "Two plus two?", "completion": "Six.", "label": "False"},
+            {"prompt": "Two plus two?", "completion": [BRIEF, ASK, FOUR], "label": True},
         ]
     )
     assert rows.format == "labelled"
-    assert [row.side for row in rows] == [Side.DESIRED, Side.UNDESIRED, Side.UNDESIRED]
+    assert [row.side for row in rows] == [Side.DESIRED, Side.UNDESIRED, Side.UNDESIRED, Side.DESIRED]
+    assert list(rows[3].messages) == [Message("system", "Be brief."), user("Two plus two?"), assistant("Four.")]
     assert list(rows[1].messages) == [user("Two plus two?"), assistant("Five.")] and rows[1].answer == 1
 
 
@@ -123,6 +139,14 @@ REFUSED = {
     "other prompts": (
         {"chosen": [ASK, FOUR], "rejected": [ASK | {"content": "Three plus two?"}, FIVE]},
         "`chosen` and `rejected` answer different prompts",
+    ),
+    "other system messages": (
+        GOOD | {"chosen": [BRIEF, ASK, FOUR], "rejected": [BRIEF | {"content": "Be long."}, ASK, FIVE]},
+        "prompt and answers begin with different system messages",
+    ),
+    "a system message before no prompt": (
+        {"system": "Be brief.", "chosen": "The sky is blue.", "rejected": "The sky is red."},
+        "there is a system message and no `prompt`",
     ),
     "another prompt than the row's": (
         GOOD | {"chosen": [ASK | {"content": "No?"}, FOUR]},
