@@ -21,6 +21,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop.safetensors_io import checkpoint_files
 
 _BLOCK, _BLOCKS = 4096, 16
+_BASE = nnx.Any(FullParam, nnx.All(nnx.Param, nnx.Not(AdapterParam)))
 
 
 def base_hash(folder: str | Path) -> str:
@@ -48,10 +49,10 @@ def base_hash(folder: str | Path) -> str:
     return f"xxh3:{total.hexdigest()}"
 
 
-def arrays_hash(model: nnx.Module) -> str:
-    """The hash of the parameters of a model in memory, its adapters left out; of a large one 16,384 numbers."""
-    total, base = xxhash.xxh3_128(), nnx.Any(FullParam, nnx.All(nnx.Param, nnx.Not(AdapterParam)))
-    for path, variable in nnx.to_flat_state(nnx.state(model, base)):
+def arrays_hash(model: nnx.Module, kind: Any = _BASE) -> str:
+    """The hash of the parameters of a model in memory, its adapters left out or of a `kind`; of large ones a sample."""
+    total = xxhash.xxh3_128()
+    for path, variable in nnx.to_flat_state(nnx.state(model, kind)):
         array = variable.get_value().reshape(-1)
         total.update(json.dumps([[str(part) for part in path], array.dtype.name, variable.shape]).encode())
         total.update(np.asarray(array[:: max(1, array.size // 16384)]).tobytes())

@@ -67,8 +67,8 @@ def sweep(
             1]}` means all combinations. Or a list of dictionaries, one a run: `[{"adapter.method": "lora",
             "optimizer.learning_rate": 1e-3}, …]`.
         tokenizer: for that of the model's folder.
-        loss: the loss mode.
-        eval_rows: scored by the masked loss at the end and every `train.eval_every` steps.
+        loss: the loss mode, or an objective of preferences, as for `finetune`.
+        eval_rows: scored by the masked loss, or the objective of preferences, at the end and every `train.eval_every` steps.
         steps: optimiser steps.
         batch_size: rows an optimiser step.
         out: the sweep's folder, with a run directory a run below `runs`; None writes nothing. A sweep that was stopped
@@ -103,8 +103,8 @@ def sweep(
     both = next((name for values in settings for name in values if name in common), None)
     if both:
         raise InputError(f"{both} is in config and in grid; leave it out of one of them")
-    arguments = {"loss.mode": loss, "train.steps": steps, "train.batch_size": batch_size}
-    objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, arguments)
+    arguments = {"train.steps": steps, "train.batch_size": batch_size}
+    objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, loss, arguments)
     path = None if out is None else os.fspath(out)
     folder = None if path is None else SweepFolder(path)
     runs = expand(settings, lambda values: config_of(common | values, "grid"), path)

@@ -81,7 +81,7 @@ class FinetuneResult:
             xs, ys = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
             axes.plot(xs, ys, color="#D55E00", marker="o", label="held-out answers")
         axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats a token")
+        axes.set_ylabel("loss, nats a token" if self.config.loss.preference is None else "loss")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         if path is not None:
@@ -200,12 +200,11 @@ def finetune(
         [1, 2]
     """
     arguments = {
-        "loss.objective" if loss in OBJECTIVES else "loss.mode": loss,
         "train.steps": steps,
         "train.batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,
     }
-    objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, arguments)
+    objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, loss, arguments)
     if optimizer is not None:
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise InputError(f"optimizer should be one of optax, not {type(optimizer).__name__}")
@@ -242,12 +241,13 @@ def configured(
     tokenizer: Any,
     eval_rows: Any,
     out: str | os.PathLike[str] | None,
+    loss: str,
     arguments: Mapping[str, Any],
 ) -> tuple[Objects, Callable[[dict[str, Any], str], Config]]:
     """The arguments of `finetune` as what is in memory, and as a checked configuration of each run with them.
 
     Args:
-        model, rows, adapter_config, tokenizer, eval_rows, out: as for `finetune`.
+        model, rows, adapter_config, tokenizer, eval_rows, out, loss: as for `finetune`.
         arguments: its other ones, by the keys that they stand for; None for one that isn't given.
 
     Returns:
@@ -270,6 +270,7 @@ def configured(
         "data.train": _paths(rows, objects.rows, "rows"),
         "data.eval": None if eval_rows is None else _paths(eval_rows, objects.eval_rows, "eval_rows"),
         "out": None if out is None else os.fspath(out),
+        "loss.objective" if loss in OBJECTIVES else "loss.mode": loss,
         **arguments,
     }
     return objects, lambda keys, origin: _configuration(objects, adapter_config, dict(given), keys, origin)

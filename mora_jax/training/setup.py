@@ -29,6 +29,7 @@ from mora_jax.data.tokens.store import TokenStore
 from mora_jax.errors import InputError
 from mora_jax.evaluation.tasks.run import NamedTask, read_tasks
 from mora_jax.interop import load_adapter, load_pretrained
+from mora_jax.interop.fingerprint import arrays_hash
 from mora_jax.interop.hub import load_tokenizer
 from mora_jax.interop.peft.save import refuse_tied_magnitude
 from mora_jax.models.decoder import Decoder
@@ -61,6 +62,7 @@ class Setup:
         tasks: those that are evaluated with the evaluation data.
         loaded: whether the model was loaded for this run, and is as its files are.
         optimizer: of optax, in place of what the configuration names.
+        start: the hash of the adapters that training goes on with, where they are part of a cached reference.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Setup:
     tasks: tuple[NamedTask, ...] = ()
     loaded: bool = True
     optimizer: Any = None
+    start: str | None = None
 
     @property
     def evaluates(self) -> bool:
@@ -323,8 +326,9 @@ def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = 
         raise InputError("config: loss.balance_weight is of models with experts, and this one has none; set it to 0")
     reference = reference_of(config, model, given=given)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reference=reference))
-    loaded = objects.model is None
-    parts = model, tokenizer, attached, train, evaluation, plan, mesh, tasks, loaded, objects.optimizer
+    loaded, goes_on = objects.model is None, given or config.adapter.path is not None
+    start = arrays_hash(model, AdapterParam) if reference == "cached" and goes_on else None
+    parts = model, tokenizer, attached, train, evaluation, plan, mesh, tasks, loaded, objects.optimizer, start
     return Setup(config, *parts)
 
 

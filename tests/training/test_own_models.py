@@ -38,8 +38,8 @@ def losses(result):
 @functools.cache
 def by_hand(make, **keys):
     """The losses of three steps of AdamW, each token's loss written out; batches and adapters as for a run."""
-    arguments = {"train.steps": 3, "loss.mode": "masked"}
-    objects, config_of = configured(make(), ROWS, CONFIG, tiny.make_tokenizer(), None, None, arguments)
+    arguments = {"train.steps": 3}
+    objects, config_of = configured(make(), ROWS, CONFIG, tiny.make_tokenizer(), None, None, "masked", arguments)
     setup = prepare(config_of(KEYS | keys, "test"), objects)
     graphdef, adapters, frozen = mj.partition(setup.model)
     settings = setup.config.optimizer

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -407,10 +409,33 @@ def test_adapters_that_training_goes_on_with_are_the_reference(model_path, tmp_p
     fill_randomly(model)
     mj.save_adapter(model, tmp_path / "adapter")
     begun = tune(model_path, keys={"adapter.path": str(tmp_path / "adapter")})
-    given = tune(model, adapter=None, tokenizer=tokenizer)
+    run = {"tokenizer": tokenizer, "out": tmp_path / "run", "keys": {"train.save_every": 2}}
+    given = tune(model, adapter=None, **run)
     for found in (begun, given):
         np.testing.assert_allclose(losses(found)[0], math.log(2), rtol=1e-5)
     np.testing.assert_allclose(losses(begun), losses(given), rtol=1e-4)
+    (tmp_path / "run" / "summary.json").unlink()  # as of a run that was stopped
+    with pytest.raises(
+        InputError, match=r"the reference 'cached, .* adapters \(xxh3:.*this run has 'cached, .* adapters"
+    ):
+        tune(model, adapter=None, resume=True, **run)  # trained by now, it is another reference
+
+
+def test_a_model_that_was_trained_in_part_is_no_reference(model_path, result, tmp_path):
+    """Stopped, and gone on with in the same program."""
+
+    def stop(row):
+        if row["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def loaded():
+        return mj.load_pretrained(model_path, dtype="float32")[0]
+
+    model, run = loaded(), {"out": tmp_path / "run", "resume": True}
+    assert tune(model, callbacks=[stop], **run).interrupted
+    with pytest.raises(InputError, match="the reference 'base, the model without adapters', this run has 'cached, the"):
+        tune(model, adapter=None, **run)
+    assert losses(tune(loaded(), **run)) == losses(result)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(model_path, tmp_path, monkeypatch):

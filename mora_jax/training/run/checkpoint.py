@@ -355,6 +355,7 @@ COMPARED = {
     "rank": "adapter.rank",
     "targets": "adapted layers",
     "arrays": "trained arrays",
+    "reference": "the reference",
     "optimizer": "the optimizer's state",
     "data": "data",
     "evaluation": "evaluation data",

@@ -149,6 +149,9 @@ def run_identity(setup: Setup, adapters: Arrays, restarts: Any = None) -> dict[s
         "evaluation": None if setup.evaluation is None else setup.evaluation.fingerprint(),
         "tasks": setup.task_rows,
     }
+    if setup.config.loss.reference is not None:
+        start = "the model without adapters" if setup.start is None else f"the model with its adapters ({setup.start})"
+        identity["reference"] = f"{setup.config.loss.reference}, {start}"
     if setup.optimizer is not None:
         state = jax.eval_shape(setup.optimizer.init, adapters)
         identity["optimizer"] = {jax.tree_util.keystr(path): str(one) for path, one in jax.tree.leaves_with_path(state)}
