@@ -88,6 +88,6 @@ def _train(args: argparse.Namespace, out: str | None, runs: Any, note: str | Non
     elif result.comparable:
         raise InputError(f"every run failed: {result.runs[0].failed or 'no step had a finite loss'}")
     else:
-        words = "no run is called the best, since their losses are of different data"
+        words = "no run is called the best, since their losses are of different data or objectives"
     board.note(f"{words}; all of them: {folder.path / 'sweep.csv'}")
     return 0

@@ -235,9 +235,11 @@ def find_examples(
         if not cuts:
             outcomes.drop("too_long" if truncation == "drop" else "answer_cut_off", len(parts))
             continue
-        if paired and np.array_equal(*(cuts[half].take(flat.input_ids[parts[half]]) for half in range(2))):
-            outcomes.drop("tie", len(parts))
-            continue
+        if paired:
+            chosen_ids, rejected_ids = (cuts[half].take(flat.input_ids[parts[half]]) for half in range(2))
+            if np.array_equal(chosen_ids, rejected_ids):
+                outcomes.drop("tie", len(parts))
+                continue
         if truncation == "split":
             outcomes.split += 1
         else:

@@ -66,7 +66,7 @@ def result_table(runs: Sequence[Run]) -> ResultTable:
         best = min(result["eval_loss"] for result in results if result.get("eval_loss") is not None)
         notes.append(f"{STAR.strip()} the lowest evaluation loss")
     elif len(scored) > 1:
-        notes.append("the evaluation losses are of different data: they don't compare")
+        notes.append("the evaluation losses are of different data or objectives: they don't compare")
     if any(result.get("resumed_after") for result in results):
         notes.append("of a resumed run tokens/s and time are those of its last process, after that step")
     rows = []

@@ -141,7 +141,7 @@ _HELD_OUT = ("train", "split", "eval_fraction")
 
 
 def evaluated_alike(runs: Sequence[Run]) -> bool:
-    """Whether the evaluation losses of runs are of the same tokens, and compare.
+    """Whether the evaluation losses of runs are of the same tokens and one objective, and compare.
 
     Those of runs that ended are known by their hash. Others are judged by their configurations.
     """
@@ -153,7 +153,8 @@ def evaluated_alike(runs: Sequence[Run]) -> bool:
         data = run.config.to_dict()["data"]
         left_out = _OF_TRAINING if data["eval"] is None else (*_OF_TRAINING, *_HELD_OUT)
         seed = run.config.seed if data["eval"] is None else None
-        settings.append(({key: data[key] for key in data if key not in left_out}, seed, run.config.model.path))
+        of_data = {key: data[key] for key in data if key not in left_out}
+        settings.append((of_data, seed, run.config.model.path, run.config.loss.scored))
     return all(other == settings[0] for other in settings)
 
 

@@ -17,7 +17,7 @@ from mora_jax.sweeps.grid import shown
 from mora_jax.training.config.schema import Config
 
 #: Said where no run is the best.
-INCOMPARABLE = "the losses are of different data: they don't compare"
+INCOMPARABLE = "the losses are of different data or objectives: they don't compare"
 _SCORES = ("final_loss", "eval_loss", "eval_perplexity")
 
 
@@ -77,13 +77,13 @@ class SweepResult:
 
     @property
     def best(self) -> RunResult | None:
-        """The run with the lowest `score`; None if none came to its end, or the scores are of different data."""
+        """The run with the lowest `score`; None if none came to its end, or the scores don't compare."""
         ended = [run for run in self.runs if math.isfinite(run.score)]
         return min(ended, key=lambda run: run.score, default=None) if self.comparable else None
 
     @property
     def comparable(self) -> bool:
-        """Whether the scores of all runs that came to their end are of the same data (and, of training, same loss)."""
+        """Whether the scores of all runs that came to their end are of the same data and loss."""
         return len({run.scored_on for run in self.runs if math.isfinite(run.score)}) <= 1
 
     @property
@@ -195,7 +195,8 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
     axes.margins(y=0.2)
     axes.set_xlabel(along or "run")
     scored = any(run.summary.get("eval_loss") is not None for run in runs)
-    axes.set_ylabel("loss on held-out answers, nats a token" if scored else "loss of the last step, nats a token")
+    unit = "" if any(run.config.loss.preference for run in runs) else ", nats a token"
+    axes.set_ylabel(f"loss on held-out answers{unit}" if scored else f"loss of the last step{unit}")
     if failed := ", ".join(run.name for run in every if run.failed):
         axes.set_title(f"left out, since they failed: {failed}", fontsize=8, wrap=True, parse_math=False)
     if len(lines) > 1:

@@ -68,7 +68,7 @@ def sweep(
             "optimizer.learning_rate": 1e-3}, …]`.
         tokenizer: for that of the model's folder.
         loss: the loss mode, or an objective of preferences, as for `finetune`.
-        eval_rows: scored by the masked loss, or the objective of preferences, at the end and every `train.eval_every` steps.
+        eval_rows: as for `finetune`.
         steps: optimiser steps.
         batch_size: rows an optimiser step.
         out: the sweep's folder, with a run directory a run below `runs`; None writes nothing. A sweep that was stopped

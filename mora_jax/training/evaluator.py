@@ -137,6 +137,6 @@ class Evaluator(Hook):
             "eval_loss": self._row.get("eval_loss"),
             "eval_loss_stderr": self._row.get("eval_loss_stderr"),
             "eval_perplexity": self._row.get("eval_perplexity"),
-            "eval_data": None if evaluation is None else evaluation.fingerprint(),
+            "eval_data": None if evaluation is None else f"{evaluation.fingerprint()}{self._run.config.loss.scored}",
             **{name: value for name, value in self._row.items() if name.startswith(others)},
         }

@@ -163,11 +163,14 @@ def test_a_star_needs_the_same_evaluation_data(run, tmp_path, model_dir):
     write_run(tmp_path / "c", model_dir, [1.5], data__eval=("other.json",), data__train="more.json", seed=3)
     write_run(tmp_path / "d", model_dir, [1.5], seed=3, data__eval=None, data__eval_fraction=0.5)
     write_run(tmp_path / "e", model_dir, [1.0], seed=4, data__eval=None, data__eval_fraction=0.5)
-    for names, starred in (("ab", ""), ("bc", "b"), ("abc", ""), ("de", ""), ("c", ""), ("dd", "")):
+    for name, beta in (("f", 0.1), ("g", 0.2)):
+        pairs = {"loss__objective": "dpo", "loss__beta": beta, "data__eval": ("pairs.json",)}
+        write_run(tmp_path / name, model_dir, [1.0], **pairs)
+    for names, starred in (("ab", ""), ("bc", "b"), ("abc", ""), ("de", ""), ("c", ""), ("dd", ""), ("fg", "")):
         out = run("report", *(tmp_path / name for name in names))[1]
         stars = [line.split()[0] for line in out.splitlines() if " * " in line]
         assert stars == list(starred), names
-        assert ("of different data" in out) == (names in ("ab", "abc", "de"))
+        assert ("of different data" in out) == (names in ("ab", "abc", "de", "fg"))
     # Where the tokens themselves are known, they decide.
     for name, tokens in (("a", "x"), ("b", "x"), ("c", "y")):
         summary = json.loads((tmp_path / name / "summary.json").read_text())

@@ -262,7 +262,7 @@ def test_no_run_is_the_best_where_losses_are_of_different_data(inputs, tmp_path)
     ):
         result = SweepResult(runs, None)
         assert result.best is None and not any(row["best"] for row in result.rows)
-        assert result.table().endswith("the losses are of different data: they don't compare")
+        assert result.table().endswith("the losses are of different data or objectives: they don't compare")
         assert result.plot().axes
     # What failed has no loss that could be of anything.
     failed = RunResult("failed", {}, {}, [], "it failed", None, other)

@@ -319,6 +319,8 @@ def test_a_run_of_pairs(result):
         assert f"eval_{name}" in scored and scored[f"eval_{name}_stderr"] >= 0
     assert result.summary["eval_reward_accuracy"] == scored["eval_reward_accuracy"]
     assert scored["eval_margin"] > 0
+    other = dataclasses.replace(result.config.loss, beta=0.2)  # whose losses don't compare
+    assert result.summary["eval_data"].endswith(result.config.loss.scored) and other.scored != result.config.loss.scored
 
 
 def test_scores_of_held_out_pairs_against_whole_logits(result):

@@ -356,6 +356,11 @@ class LossConfig:
         return Settings(**usual | given)
 
     @property
+    def scored(self) -> str:
+        """Of which objective of preferences, with its numbers, evaluation losses are; empty for the masked loss."""
+        return "" if self.preference is None else f" {self.objective} {tuple(self.settings)}"
+
+    @property
     def weights(self) -> LossWeights:
         """Which tokens carry loss, and how much."""
         weight = self.prompt_weight if MODES[self.mode].uses_prompt_weight else 0.0
