@@ -4,6 +4,7 @@
   mora-jax convert --model M --adapter A --to mora --out DIR [--kind K] [--rank R]
   mora-jax convert --model M --adapter A --to peft --out DIR [--rank R]
   mora-jax convert --from-diff BASE TUNED --rank R --out DIR [--to mora --kind K]
+  mora-jax convert --from tunix|gemma --model M --adapter CHECKPOINT --out DIR [--alpha A]
   mora-jax convert --model M --adapter A --adapter B --combine cat|svd|linear|sum --weights W W --out DIR [--rank R]
 
 lora: exact where the method's update has low rank (LoRA; MoRA of every kind but rotation and decouple); with --rank the
@@ -12,6 +13,7 @@ mora: the least-squares MoRA, its error printed; a MoRA of the same kind comes o
 combine: one adapter out of several, its error against the weighted sum of their updates printed. Of LoRA: cat (exact,
 the ranks add up), svd (the nearest of a rank) or linear (as in PEFT); of MoRA of one kind: sum (exact).
 peft: a folder that PEFT loads; methods that PEFT has keep their form, the others become LoRA.
+from: LoRA that Tunix with Qwix, or gemma, has trained, out of its orbax checkpoint, as a PEFT folder; exact.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from mora_jax.errors import InputError
 HELP = "turn an adapter into another method or layout, or extract one from a fine-tune"
 TARGETS = ("lora", "mora", "peft")
 COMBINATIONS = ("linear", "cat", "svd", "sum")
+PROGRAMS = ("tunix", "gemma")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-diff", nargs=2, metavar=("BASE", "TUNED"), help="two models whose difference to extract"
     )
+    parser.add_argument(
+        "--from", dest="program", choices=PROGRAMS, help="the program whose orbax checkpoint --adapter is"
+    )
+    add_number(parser, "--alpha", float, None, "Alpha of Qwix's rule, with --from tunix", above=0)
     parser.add_argument("--to", choices=TARGETS, help="what to write (default with --from-diff: lora)")
     parser.add_argument("--combine", choices=COMBINATIONS, help="how to make one adapter of several")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="the adapters' weights for --combine")
@@ -54,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         model, conversion = _difference(args)
     elif args.combine:
         model, conversion = _combine(args)
+    elif args.program:
+        model, conversion = _checkpoint(args), None
     else:
         model, conversion = _convert(args)
     from mora_jax.interop import save_adapter
@@ -102,11 +111,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--from-diff names both models; leave --model and --adapter away")
     if args.from_diff and args.to == "peft":
         raise InputError("--from-diff writes lora (a PEFT folder) or mora; leave --to peft away")
+    unused = [f"--{name}" for name in ("to", "combine", "rank") if getattr(args, name)]
+    if args.program and (unused or args.from_diff):
+        raise InputError(f"--from writes a PEFT folder; leave {', '.join(unused) or '--from-diff'} away")
+    if args.alpha is not None and not args.program:
+        raise InputError("--alpha is for --from tunix")
     if args.combine and (args.to or args.from_diff):
         raise InputError("--combine keeps the adapters' method; leave --to and --from-diff away")
     if len(args.adapter) > 1 and not args.combine:
         raise InputError("several adapters are for --combine; give one --adapter")
-    wanted = ("out",) if args.from_diff else ("model", "adapter", "weights" if args.combine else "to", "out")
+    wanted = ["out"]
+    if not args.from_diff:
+        wanted += ["model", "adapter", *(["weights"] if args.combine else [] if args.program else ["to"])]
     absent = [f"--{name}" for name in wanted if not getattr(args, name)]
     if absent:
         raise InputError(f"{', '.join(absent)} missing (see mora-jax convert --help)")
@@ -157,3 +173,19 @@ def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
     by_path, conversion = combine(model, adapters, weights, args.combine, args.rank)
     install(model, by_path)
     return model, conversion
+
+
+def _checkpoint(args: argparse.Namespace) -> Any:
+    from mora_jax.adapters.attach import adapters_of
+    from mora_jax.interop.adapter_values import first
+    from mora_jax.interop.convert.checkpoints import adapter_from_checkpoint
+
+    model, others = adapter_from_checkpoint(args.adapter[0], args.program, args.model, alpha=args.alpha)
+    ranks = [entry.config.rank for entry in adapters_of(model)]
+    print(f"{len(ranks)} matrices carry LoRA of rank {', '.join(map(str, sorted(set(ranks))))}", file=sys.stderr)
+    if others:
+        print(
+            f"note: {len(others)} arrays are no LoRA and were left out, as those of the base: {first(others)}",
+            file=sys.stderr,
+        )
+    return model
