@@ -190,9 +190,8 @@ def run_gemma(folder: Path) -> None:
     np.save(folder / "before.npy", model.apply({"params": params}, tokens).logits)
     model = gm.nn.LoRA(rank=RANK, model=model, dtype=jnp.float32)
     draws = np.random.default_rng(1)
-    fresh = peft.split_params(model.init(jax.random.key(0), tokens)["params"])
-    lora = jax.tree.map(lambda factor: jnp.asarray(draws.normal(0, 0.2, factor.shape), jnp.float32), fresh.lora)
-    jax.tree.map(lambda one, other: None, fresh.original, params)  # the same tree
+    shapes = peft.split_params(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]).lora
+    lora = jax.tree.map(lambda factor: jnp.asarray(draws.normal(0, 0.2, factor.shape), jnp.float32), shapes)
     params = peft.merge_params(params, lora)
     np.save(folder / "after.npy", model.apply({"params": params}, tokens).logits)
     gm.ckpts.save_params(params, folder / "checkpoint" / "1", wait_until_finished=True)

@@ -120,9 +120,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--combine keeps the adapters' method; leave --to and --from-diff away")
     if len(args.adapter) > 1 and not args.combine:
         raise InputError("several adapters are for --combine; give one --adapter")
-    wanted = ["out"]
-    if not args.from_diff:
-        wanted += ["model", "adapter", *(["weights"] if args.combine else [] if args.program else ["to"])]
+    settings = ["weights"] if args.combine else [] if args.program else ["to"]
+    wanted = ["out"] if args.from_diff else ["model", "adapter", *settings, "out"]
     absent = [f"--{name}" for name in wanted if not getattr(args, name)]
     if absent:
         raise InputError(f"{', '.join(absent)} missing (see mora-jax convert --help)")

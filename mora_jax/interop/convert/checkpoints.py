@@ -123,8 +123,9 @@ def adapter_from_checkpoint(
         config = LoRAConfig(rank=rank, alpha=float(rank if alpha is None else alpha))
         parts = [b] if len(targets) == 1 else np.moveaxis(b, 1, 0)
         for name, part in zip(targets, parts, strict=True):
-            values = {"lora_a": a.reshape(-1, rank), "lora_b": part.reshape(rank, -1)}
-            by_target[name] = AdapterValues(config, values | {"scaling": np.float32(config.alpha / rank)})
+            scaling = np.asarray(config.alpha / rank, np.float32)
+            values = {"lora_a": a.reshape(-1, rank), "lora_b": part.reshape(rank, -1), "scaling": scaling}
+            by_target[name] = AdapterValues(config, values)
     install(model, by_target)
     return model, [path for path in shapes if path not in arrays]
 
