@@ -75,8 +75,8 @@ def adapter_from_checkpoint(
     """Reads the LoRA in a checkpoint of another program; arrays of its base stay unread.
 
     Args:
-        checkpoint: of `tunix`: the folder of its `CheckpointManager`, whose newest step is taken, or that of a step;
-            of `gemma`: what `gm.ckpts.save_params` wrote, all parameters or those of LoRA.
+        checkpoint: of Tunix: the folder of its checkpoint manager, whose newest step is taken, or that of a step; of
+            gemma: where its parameters were saved, all of them or those of LoRA.
         program: one of `PROGRAMS`.
         base: HuggingFace folder or hub id of the model that it was trained on.
         alpha: of Qwix's rule, one for all matrices; only where the program has it.
