@@ -134,7 +134,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         sends.append(time.perf_counter() - started)
         jax.block_until_ready(state)
     digest = hashlib.sha256()
-    for name, array in sorted(runner.whole(state).adapters.items()):
+    for name, array in sorted(runner.unreplicate(state).adapters.items()):
         digest.update(name.encode() + np.asarray(array).tobytes())
     text = compiled.as_text()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()

@@ -238,7 +238,8 @@ class EncodedDataset(Sequence[Example]):
         digest = hashlib.sha256(repr(self.loss).encode())
         parts = [self._rows, self._cuts]
         for flat in self.store.flat():
-            parts += [flat.input_ids, flat.segments, flat.turns, flat.turn_weights, flat.weight, *flat.own.values()]
+            parts += [flat.input_ids, flat.segments, flat.turns, flat.turn_weights, flat.weight]
+            parts += flat.token_weights.values()
             parts += [flat.sides, flat.answers] if flat.sides.any() else []
         for part in parts:
             digest.update(np.ascontiguousarray(part).tobytes())

@@ -173,8 +173,8 @@ def flat_weights(flat: FlatRows, loss: LossWeights) -> np.ndarray:
     numbered = np.where(flat.turns < 0, -1, flat.turns + np.repeat(starts[:-1], lengths))
     row_of = np.append(np.repeat(np.arange(rows), turns), 0)
     weights = segment_weights(flat.segments, numbered, said, row_of, loss)
-    for row, own in flat.own.items():
-        weights[flat.offsets[row] : flat.offsets[row + 1]] = own
+    for row, row_weights in flat.token_weights.items():
+        weights[flat.offsets[row] : flat.offsets[row + 1]] = row_weights
     weights[flat.offsets[:-1][lengths > 0]] = 0.0
     return weights
 

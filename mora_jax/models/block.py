@@ -81,7 +81,7 @@ class RowLayout:
         lead, sharded = 0, False
         if self.partitioner is not None:
             shape = (projection.in_features, *projection.layout.out_shape)
-            lead = self.partitioner.lead(projection.axes, shape) - 1
+            lead = self.partitioner.sharded_output_axis(projection.axes, shape) - 1
             sharded = self.partitioner.shards_features(projection.axes, shape)
         return projection(x, token_dropout=token_dropout, lead=lead, flat=flat and not lead, sharded=sharded)
 
@@ -586,7 +586,7 @@ def _places(partitioner: Partitioner, per_layer: Any) -> Places:
         axes = (leaf.get_metadata().get("axes") or ())[1:] if isinstance(leaf, nnx.Variable) else ()
         stored.append(partitioner.stored(axes, leaf.shape[1:]) if axes else None)
         used.append(partitioner.used(axes, leaf.shape[1:]) if axes else None)
-        leads.append(partitioner.lead(axes, leaf.shape[1:]) if axes else 1)
+        leads.append(partitioner.sharded_output_axis(axes, leaf.shape[1:]) if axes else 1)
     return Places(tuple(stored), tuple(used), tuple(leads))
 
 

@@ -69,7 +69,7 @@ class Partitioner(Protocol):
         """The sharding of a parameter where it is computed with."""
         ...
 
-    def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
+    def sharded_output_axis(self, axes: Axes, shape: tuple[int, ...]) -> int:
         """Which axis of a kernel `[in, …]` of several output axes has to come first: the one that is sharded."""
         ...
 

@@ -241,7 +241,7 @@ class Member(Runner):
         """The tree: the stack places it."""
         return tree
 
-    def whole(self, tree: Any) -> Any:
+    def unreplicate(self, tree: Any) -> Any:
         """The tree; in place of the member its state."""
         return self._stack.state_of(self._index) if tree is self else tree
 

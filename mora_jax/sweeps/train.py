@@ -29,7 +29,7 @@ from mora_jax.training.loop import Trainer
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
-from mora_jax.training.setup import NOTHING, Objects, Setup, encode_data, load_base, prepare
+from mora_jax.training.setup import NOTHING_IN_MEMORY, InMemory, Setup, encode_data, load_base, prepare
 from mora_jax.training.sharding.mesh import make_mesh
 
 #: Scores a run, given its name, its tokenizer, its model, and the steps done: values by name.
@@ -117,7 +117,7 @@ def train_runs(
     folder: SweepFolder | None,
     board: Board,
     *,
-    objects: Objects = NOTHING,
+    objects: InMemory = NOTHING_IN_MEMORY,
     callbacks: Sequence[Callback] = (),
     at_once: int | None = None,
     overwrite: bool = False,
@@ -174,7 +174,7 @@ class _Sweep:
     runs: Sequence[SweepRun]
     folder: SweepFolder | None
     board: Board
-    objects: Objects
+    objects: InMemory
     callbacks: Sequence[Callback]
     measure: RunMeasure | None
     go_on: bool

@@ -31,7 +31,7 @@ from mora_jax.training.display import Display, make_display
 from mora_jax.training.loop import Trainer, new_run
 from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
 from mora_jax.training.run.publish import model_card, upload
-from mora_jax.training.setup import Objects
+from mora_jax.training.setup import InMemory
 from mora_jax.training.update_rules import OBJECT
 
 #: Stands for a model in memory where a path would.
@@ -243,7 +243,7 @@ def configured(
     out: str | os.PathLike[str] | None,
     loss: str,
     arguments: Mapping[str, Any],
-) -> tuple[Objects, Callable[[dict[str, Any], str], Config]]:
+) -> tuple[InMemory, Callable[[dict[str, Any], str], Config]]:
     """The arguments of `finetune` as what is in memory, and as a checked configuration of each run with them.
 
     Args:
@@ -259,7 +259,7 @@ def configured(
     """
     if not isinstance(model, nnx.Module | str | os.PathLike):
         raise InputError(f"model should be a path, a hub id or a module of Flax NNX, not {type(model).__name__}")
-    objects = Objects(
+    objects = InMemory(
         model=model if isinstance(model, nnx.Module) else None,
         tokenizer=tokenizer,
         rows=memory_rows(rows),
@@ -290,7 +290,7 @@ def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:
 
 
 def _configuration(
-    objects: Objects, adapter_config: Any, arguments: dict[str, Any], keys: dict[str, Any], origin: str
+    objects: InMemory, adapter_config: Any, arguments: dict[str, Any], keys: dict[str, Any], origin: str
 ) -> Config:
     """All settings as one checked configuration."""
     model = objects.model

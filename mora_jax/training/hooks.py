@@ -48,7 +48,7 @@ class Runner(Protocol):
     def place(self, tree: Any) -> Any:
         """State or frozen arrays, as the step takes them."""
 
-    def whole(self, tree: Any) -> Any:
+    def unreplicate(self, tree: Any) -> Any:
         """The other way: the tree without what `place` and the steps added."""
 
     def share(self, rows: int) -> RowShare:
@@ -85,8 +85,8 @@ class Run:
 
     def model(self, point: Point) -> Any:
         """The model as trained at a point."""
-        adapters = self.runner.whole(point.state).adapters
-        return self.assembly.structure.model(adapters, self.runner.whole(point.frozen))
+        adapters = self.runner.unreplicate(point.state).adapters
+        return self.assembly.structure.model(adapters, self.runner.unreplicate(point.frozen))
 
 
 class Point(NamedTuple):
@@ -228,7 +228,7 @@ class RestartHook(Hook):
         if not self.due(point.step, point.last):
             return point
         run, restarts = self._run, self._restarter.restarts
-        state, frozen = self._restarter(*run.runner.whole((point.state, point.frozen)))
+        state, frozen = self._restarter(*run.runner.unreplicate((point.state, point.frozen)))
         number = restarts.count(point.step)
         run.display.note(f"restart {number} after step {point.step}: adapters merged into the base and reinitialised")
         return point._replace(state=run.runner.place(state), frozen=run.runner.place(frozen))

@@ -33,7 +33,7 @@ from mora_jax.training.run.compilation_cache import persistent_compilation_cache
 from mora_jax.training.run.directory import RunDirectory, with_absolute_paths
 from mora_jax.training.run.reference import ReferenceHook
 from mora_jax.training.run.saving import CheckpointHook, result_name, save_result
-from mora_jax.training.setup import NOTHING, Objects, Setup, prepare
+from mora_jax.training.setup import NOTHING_IN_MEMORY, InMemory, Setup, prepare
 from mora_jax.training.step import StepMetrics
 
 
@@ -63,7 +63,7 @@ def new_run(
     directory: RunDirectory,
     display: Display,
     *,
-    objects: Objects = NOTHING,
+    objects: InMemory = NOTHING_IN_MEMORY,
     callbacks: Sequence[Callback] = (),
     overwrite: bool = False,
     resume: bool = False,
@@ -101,7 +101,7 @@ def new_run(
 
 
 @contextlib.contextmanager
-def _prepared(config: Config, objects: Objects = NOTHING) -> Iterator[Setup]:
+def _prepared(config: Config, objects: InMemory = NOTHING_IN_MEMORY) -> Iterator[Setup]:
     """What a run needs, loaded and checked; what it compiles is kept on disk while the context lasts."""
     check_writers(config)
     with persistent_compilation_cache(config.log.compilation_cache):
@@ -203,7 +203,7 @@ class Trainer:
         self._checkpoints: CheckpointHook | None = None
         restarter = None
         if assembly.restarts is not None:
-            whole = runner.whole((self.point.state, self.point.frozen))
+            whole = runner.unreplicate((self.point.state, self.point.frozen))
             restarter = Restarter(assembly.structure, assembly.restarts, *whole)
         watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
         hooks = [*hooks, ReferenceHook(run, self.point)] if config.loss.reference == "cached" else hooks

@@ -208,7 +208,7 @@ def describe_loss(loss: LossConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Objects:
+class InMemory:
     """What a program has in memory, in place of what the configuration names.
 
     Attributes:
@@ -226,14 +226,14 @@ class Objects:
 
 
 #: What a command has.
-NOTHING = Objects()
+NOTHING_IN_MEMORY = InMemory()
 
 
 DataSet = EncodedDataset | PreferenceDataset
 Encode = Callable[[Config, Any, int, Any, Any], tuple[DataSet, DataSet | None]]
 
 
-def load_base(config: Config, objects: Objects = NOTHING) -> tuple[Any, Any, Mesh]:
+def load_base(config: Config, objects: InMemory = NOTHING_IN_MEMORY) -> tuple[Any, Any, Mesh]:
     """The model and its tokenizer, loaded or those given, and the mesh.
 
     Raises:
@@ -284,7 +284,7 @@ def check_own(model: nnx.Module, config: Config) -> None:
             raise InputError(f"config: {why}, which only a model of load_pretrained has; leave it out")
 
 
-def prepare(config: Config, objects: Objects = NOTHING, encode: Encode | None = None) -> Setup:
+def prepare(config: Config, objects: InMemory = NOTHING_IN_MEMORY, encode: Encode | None = None) -> Setup:
     """Loads, encodes, attaches and checks; writes nothing.
 
     Args:

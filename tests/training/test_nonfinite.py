@@ -53,9 +53,9 @@ def test_a_bad_row_changes_nothing_but_the_counts(pmap):
         return runner.place(initial_state(flat_arrays(adapters), optimizer, 0))
 
     before, _ = steps(start(), good[:2])
-    kept = host(runner.whole(before))
+    kept = host(runner.unreplicate(before))
     state, (infinite, overflow) = steps(before, [bad, large])
-    after = host(runner.whole(state))
+    after = host(runner.unreplicate(state))
     assert not np.isfinite(infinite.loss) and np.isfinite(overflow.loss) and not np.isfinite(overflow.grad_norm)
     same(after.adapters, kept.adapters)
     moments = [leaf for leaf in jax.tree.leaves(after.optimizer) if leaf.ndim]
@@ -67,7 +67,7 @@ def test_a_bad_row_changes_nothing_but_the_counts(pmap):
     assert [(int(m.skipped), int(m.skipped_in_row)) for m in (infinite, overflow)] == [(1, 1), (2, 2)]
     state, (last,) = steps(state, good[4:])
     assert (int(last.skipped), int(last.skipped_in_row)) == (2, 0)
-    ended = host(runner.whole(state)).adapters
+    ended = host(runner.unreplicate(state)).adapters
     assert all(np.isfinite(value).all() and (value != kept.adapters[name]).any() for name, value in ended.items())
     assert runner.compilations == 1
 

@@ -109,7 +109,7 @@ def run(model, batch, *, micro_batches=1, devices=1, pmap=False, **options):
     split = {name: value.reshape(micro_batches, -1, *value.shape[1:]) for name, value in batch.items()}
     state, metrics = runner(state, runner.place(flat_arrays(frozen)), runner.place_batch(split))
     assert runner.compilations == 1
-    after = runner.whole(state).adapters
+    after = runner.unreplicate(state).adapters
     gradient = {name: np.asarray(value) - np.asarray(after[name]) for name, value in arrays.items()}
     return jax.device_get(metrics), gradient
 

@@ -117,7 +117,7 @@ def run(
     split = {key: value.reshape(micro_batches, -1, *value.shape[1:]) for key, value in batch.items()}
     state, metrics = runner(state, runner.place(flat_arrays(frozen)), runner.place_batch(split))
     assert runner.compilations == 1
-    after = runner.whole(state).adapters
+    after = runner.unreplicate(state).adapters
     gradient = {key: np.asarray(value) - np.asarray(after[key]) for key, value in arrays.items()}
     return jax.device_get(metrics), gradient
 

@@ -76,7 +76,7 @@ def run(method: str, *, devices: int = 1, micro_batches: int = 1, pmap: bool = F
         split = {name: value.reshape(micro_batches, -1, LENGTH) for name, value in batch.items()}
         state, found = runner(state, held, runner.place_batch(split))
         metrics.append([float(value) for value in jax.tree.leaves(jax.device_get(found))])
-    trained = {name: np.asarray(value) for name, value in runner.whole(state).adapters.items()}
+    trained = {name: np.asarray(value) for name, value in runner.unreplicate(state).adapters.items()}
     return runner, np.array(metrics), trained, held
 
 
@@ -141,7 +141,7 @@ def test_whole_arrays_under_pmap_need_no_program_of_all_devices():
     runner = PmapRunner(lambda *arguments: arguments, 4)
     placed = runner.place(state)
     assert placed["a"].shape == (4, 2, 3)
-    whole = runner.whole(placed)
+    whole = runner.unreplicate(placed)
     assert {tuple(array.devices()) for array in whole.values()} == {(jax.devices()[0],)}
     jax.tree.map(np.testing.assert_array_equal, whole, state)
 

@@ -81,7 +81,7 @@ class FlatRows:
       input_ids, segments, turns: `[T]`.
       turn_offsets: `[R + 1]` into `turn_weights`.
       turn_weights: float32, what the data says that single messages count.
-      own: for rows whose tokens have weights of their own, these weights by row.
+      token_weights: for rows whose tokens have weights of their own, these weights by row.
       weight: `[R]` float32, what each row counts.
       seams: `[R]`.
       prompts: `[R]` uint64, see `prompt_hash`.
@@ -95,7 +95,7 @@ class FlatRows:
     turns: np.ndarray
     turn_offsets: np.ndarray
     turn_weights: np.ndarray
-    own: dict[int, np.ndarray]
+    token_weights: dict[int, np.ndarray]
     weight: np.ndarray
     seams: np.ndarray
     prompts: np.ndarray
@@ -173,8 +173,8 @@ class TokenStore:
     def flat(self) -> Iterable[FlatRows]:
         """All rows, some hundred at a time."""
         for batch in self._batches:
-            ids, weights, own = batch.column("input_ids"), batch.column("turn_weights"), batch.column("weights")
-            given = np.flatnonzero(own.is_valid().to_numpy(zero_copy_only=False))
+            ids, weights, weighted = batch.column("input_ids"), batch.column("turn_weights"), batch.column("weights")
+            given = np.flatnonzero(weighted.is_valid().to_numpy(zero_copy_only=False))
             yield FlatRows(
                 ids.offsets.to_numpy(),
                 ids.values.to_numpy(),
@@ -182,7 +182,7 @@ class TokenStore:
                 batch.column("turns").values.to_numpy(),
                 weights.offsets.to_numpy(),
                 weights.values.to_numpy(),
-                {int(row): own[int(row)].values.to_numpy() for row in given},
+                {int(row): weighted[int(row)].values.to_numpy() for row in given},
                 batch.column("weight").to_numpy(),
                 batch.column("seams").to_numpy(),
                 batch.column("prompt").to_numpy(),

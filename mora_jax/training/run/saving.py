@@ -187,7 +187,9 @@ class CheckpointHook(Hook):
     def restored(self, start: Point) -> Point:
         """Where the run goes on: at its newest checkpoint, or at `start` where there is none."""
         runner = self._run.runner
-        checkpoint = self._checkpoints.newest(runner.whole(start.state), lambda step: self._base(step, start.frozen))
+        checkpoint = self._checkpoints.newest(
+            runner.unreplicate(start.state), lambda step: self._base(step, start.frozen)
+        )
         if checkpoint is None:
             return start
         state, base = runner.place(checkpoint.state), runner.place(checkpoint.base)
@@ -207,7 +209,7 @@ class CheckpointHook(Hook):
         stops = self._run.signals.received is not None
         due = self.due(point.step, point.last) or (stops and not point.over)
         if due or self._checkpoints.is_best(eval_loss):
-            state, base = self._run.runner.whole(point.state), self._base(point.step, point.frozen)
+            state, base = self._run.runner.unreplicate(point.state), self._base(point.step, point.frozen)
             self._run.directory.files.flush()  # a checkpoint has all rows of its steps
             self._checkpoints.save(state, base, eval_loss=eval_loss, wait=point.last or stops)
         return point
@@ -220,7 +222,7 @@ class CheckpointHook(Hook):
         restarter = self._restarter
         if restarter is None or not (self._run.config.train.keep_best or restarter.restarts.count(step)):
             return {}
-        return restarter.base(self._run.runner.whole(frozen))
+        return restarter.base(self._run.runner.unreplicate(frozen))
 
     def summary(self, point: Point) -> dict[str, Any]:
         """Writes what the best checkpoint gives, where it isn't the last."""
@@ -229,8 +231,8 @@ class CheckpointHook(Hook):
             return {}
         run, (step, loss), name = self._run, best, result_name(self._run.config)
         if step != point.step:
-            name, frozen = run.directory.best.name, run.runner.whole(point.frozen)
-            like, base = run.runner.whole(point.state), self._base(step, point.frozen)
+            name, frozen = run.directory.best.name, run.runner.unreplicate(point.frozen)
+            like, base = run.runner.unreplicate(point.state), self._base(step, point.frozen)
             checkpoint = self._checkpoints.restore(step, like, base)
             model = run.assembly.structure.model
             save_result(run, name, lambda: model(checkpoint.state.adapters, frozen | checkpoint.base))

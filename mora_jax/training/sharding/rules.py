@@ -130,7 +130,7 @@ class Placement:
         """
         return self.sharding(*self._stored(axes, shape))
 
-    def lead(self, axes: Axes, shape: tuple[int, ...]) -> int:
+    def sharded_output_axis(self, axes: Axes, shape: tuple[int, ...]) -> int:
         """Which axis of a kernel `[in, …]` has to stand at place 1 for its flattened columns to be sharded in blocks.
 
         Factors of adapters are taken as they are, in slots too.

@@ -159,7 +159,7 @@ class JitRunner(Runner):
         mine = rows_here(self._rows, rows)
         return RowShare(mine, lambda batch: put_rows(batch, self._rows, mine, rows))
 
-    def whole(self, tree: Any) -> Any:
+    def unreplicate(self, tree: Any) -> Any:
         """The tree without what `place` added: nothing, arrays of `jit` have their own shapes."""
         return tree
 
@@ -231,7 +231,7 @@ class PmapRunner(Runner):
 
         return RowShare(None, place)
 
-    def whole(self, tree: Any) -> Any:
+    def unreplicate(self, tree: Any) -> Any:
         """The tree without the device axis, on the first device: every device holds the same."""
         # Not `x[0]`, which would be a program of all devices for each array.
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
