@@ -116,6 +116,11 @@ def language_model(model: Any) -> Any:
     return model if isinstance(model, Decoder) else OwnModel(model)
 
 
+def draws(model: Any) -> bool:
+    """Whether a call of a module draws random numbers, such as masks of dropout."""
+    return model is not None and any(isinstance(node, nnx.RngStream) for _, node in nnx.iter_graph(model))
+
+
 def _reseed(model: nnx.Module, key: Array) -> None:
     """Gives each stream of random numbers a key of its own, one for each layer of a stack."""
     for number, (_, stream) in enumerate(nnx.iter_graph(model)):

@@ -47,35 +47,42 @@ def base_of(run: SweepRun) -> object:
     return run.config.model if stackable(run.config) else run.name
 
 
-def shape_of(config: Config) -> Config:
-    """What runs of one group have in common: the configuration without what is data in the step."""
+def shape_of(config: Config, *, masked: bool) -> Config:
+    """What runs of one group have in common: the configuration without what is data in the step.
+
+    Args:
+        config: of a run.
+        masked: whether anything draws masks of dropout.
+    """
     usual = OptimizerConfig()
     optimizer = {name: getattr(usual, name) for name in _OPTIMIZER}
     if config.optimizer.clip_norm is not None:
         optimizer["clip_norm"] = 1.0
     changes: dict[str, object] = {"out": None, "optimizer": dataclasses.replace(config.optimizer, **optimizer)}
-    if not config.adapter.dropout:
+    if not masked:
         # Masks of dropout go by a token's place in the step: with it a batch has to be of the run's own length.
         loss = {name: getattr(type(config.loss)(), name) for name in _LOSS}
         if config.loss.normalize != "constant":
             loss["normalize"] = None
         changes["loss"] = dataclasses.replace(config.loss, **loss)
         changes["data"] = dataclasses.replace(config.data, train=None, eval=None)
-    if not config.adapter.dropout or not (config.data.bucketing or config.data.eval_fraction):
+    if not masked or not (config.data.bucketing or config.data.eval_fraction):
         changes["seed"] = 0
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-def groups_of(runs: Sequence[SweepRun], at_once: int | None = None) -> list[list[SweepRun]]:
+def groups_of(runs: Sequence[SweepRun], at_once: int | None = None, *, masked: bool = False) -> list[list[SweepRun]]:
     """The runs in groups that train together, in the order of their first ones; those of one base follow each other.
 
     Args:
         runs: of the sweep.
         at_once: the most runs of a group; None for no limit.
+        masked: whether the model itself draws masks of dropout.
     """
     by_base: dict[object, dict[object, list[SweepRun]]] = {}
     for run in runs:
-        by_base.setdefault(base_of(run), {}).setdefault(shape_of(run.config), []).append(run)
+        shape = shape_of(run.config, masked=masked or run.config.adapter.dropout > 0)
+        by_base.setdefault(base_of(run), {}).setdefault(shape, []).append(run)
     groups = [group for groups in by_base.values() for group in groups.values()]
     size = at_once or len(runs)
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]

@@ -16,6 +16,7 @@ from flax import nnx
 from mora_jax.adapters.base import AdapterParam, FullParam
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
+from mora_jax.models.own import draws
 from mora_jax.sweeps.board import Board, make_board
 from mora_jax.sweeps.folder import SweepFolder
 from mora_jax.sweeps.grid import SweepRun, combinations, expand
@@ -209,7 +210,8 @@ class _Sweep:
             overwrite: as of the sweep, whose folder is made before the first run begins; None where that was done.
         """
         create = self.folder is not None and overwrite is not None
-        groups = groups_of([run for run in self.runs if run.name not in self.results], at_once)
+        left = [run for run in self.runs if run.name not in self.results]
+        groups = groups_of(left, at_once, masked=draws(self.objects.model))
         for _, on_base in itertools.groupby(groups, key=lambda group: base_of(group[0])):
             for setups in self._prepared(list(on_base)):
                 if self.folder is not None and create:  # everything was found good
@@ -253,7 +255,7 @@ class _Sweep:
             shapes: dict[Any, list[tuple[SweepRun, Setup]]] = {}
             for run in group:
                 if setup := setups.pop(run.name, None):
-                    length = setup.batches.length if run.config.adapter.dropout else 0
+                    length = setup.batches.length if run.config.adapter.dropout or draws(setup.model) else 0
                     shapes.setdefault((setup.plan.steps, length), []).append((run, setup))
             yield from shapes.values()
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mora_jax.adapters.attach import detach, partition
 from mora_jax.adapters.sites import adapted_sites
 from mora_jax.models.decoder import Decoder
-from mora_jax.models.own import OwnModel
+from mora_jax.models.own import OwnModel, draws
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.optimizer import make_optimizer, make_schedule, with_rates
@@ -102,8 +102,7 @@ def assemble(
         optimizer = budget.around(optimizer)
     settings = StepConfig(
         partitioner=None if placement is None else placement.partitioner,
-        dropout=any(place.adapter.config.dropout > 0 for place in adapted_sites(model))
-        or any(isinstance(node, nnx.RngStream) for _, node in nnx.iter_graph(model)),
+        dropout=any(place.adapter.config.dropout > 0 for place in adapted_sites(model)) or draws(model),
         axis_name="data" if pmap else None,
         divisor=config.loss.constant if config.loss.divided_by == "constant" else None,
         neftune_alpha=config.train.neftune_alpha,

@@ -137,11 +137,14 @@ def test_preferences_and_the_divergence_from_the_base():
     assert losses(dpo)[0] == pytest.approx(np.log(2), rel=1e-5) and losses(dpo)[-1] < losses(dpo)[0]
 
 
-def test_a_sweep():
-    grid = {"optimizer.learning_rate": [1e-3, 1e-2]}
+def test_runs_of_a_sweep_have_the_masks_that_they_have_alone():
+    """Their rows are of other lengths in the same step."""
+    long = [row | {"output": " ".join([row["output"]] * 16)} for row in ROWS]
+    keys = KEYS | {"data.bucketing": True, "data.max_length": 128}
+    grid = [{"seed": 0}, {"seed": 1, "optimizer.learning_rate": 1e-2}]
     settings = {"steps": 3, "tokenizer": tiny.make_tokenizer()}
-    result = mj.sweep(Plain(dropout=0.1), ROWS, CONFIG, grid=grid, config=KEYS, **settings)
-    alone = tune(Plain(dropout=0.1), learning_rate=1e-2)
+    result = mj.sweep(Plain(dropout=0.1), ROWS + long, CONFIG, grid=grid, config=keys, **settings)
+    alone = tune(Plain(dropout=0.1), rows=ROWS + long, learning_rate=1e-2, keys=keys | {"seed": 1})
     np.testing.assert_allclose([row["loss"] for row in result.runs[1].metrics], losses(alone), rtol=1e-5)
 
 
