@@ -76,4 +76,5 @@ def add_tokens(model: Decoder, tokenizer: Any, tokens: Sequence[str], *, multipl
         more = jnp.broadcast_to(mean, (model.config.vocab_size - rows, table.shape[1])).astype(table.dtype)
         table = jnp.concatenate([table, more])
         variable.set_value(table.at[jnp.array(ids)].set(mean.astype(table.dtype)))
+    model.added_tokens += tuple(tokens)
     return ids

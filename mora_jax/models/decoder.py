@@ -116,6 +116,7 @@ class Decoder(nnx.Module):
             in the order of `config.runs`.
         name_or_path: what the model was loaded from (a folder's absolute path, or a hub id); None for a fresh one.
         folder: the local folder with its files; None for a fresh one.
+        added_tokens: texts of those that `add_tokens` added since; the tokenizer in `folder` doesn't know them.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Decoder(nnx.Module):
         self.attention = attention
         self.name_or_path: str | None = None
         self.folder: str | None = None
+        self.added_tokens: tuple[str, ...] = ()
         scale = 0.0 if rngs is None else config.initializer_range
         draws = nnx.Rngs(0) if rngs is None else rngs
         making: dict[str, Any] = {"scale": scale, "dtype": dtype, "rngs": draws}

@@ -248,6 +248,11 @@ def load_base(config: Config, objects: InMemory = NOTHING_IN_MEMORY) -> tuple[An
         folder = getattr(model, "folder", None)
         if tokenizer is None and folder is not None:
             tokenizer = load_tokenizer(Path(folder))
+            if missing := [token for token in getattr(model, "added_tokens", ()) if token not in tokenizer.get_vocab()]:
+                raise InputError(
+                    f"the model has the added token {missing[0]!r}, which the tokenizer in {folder} would split: give "
+                    "the one that was grown by tokenizer="
+                )
     else:
         model, tokenizer = load_pretrained(
             config.model.path,

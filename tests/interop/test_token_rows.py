@@ -151,7 +151,10 @@ def test_added_tokens_grow_table_head_and_tokenizer(base, tmp_path):
     others = [row for row in range(97) if row not in ids]
     np.testing.assert_array_equal(after[others], before[others])
     np.testing.assert_allclose(np.asarray(model(known))[..., others], logits[..., others], rtol=1e-5, atol=1e-5)
-    mj.attach(model, mj.LoRAConfig(rank=2, targets=("q_proj",), trainable_tokens=ids), rngs=nnx.Rngs(0))
+    config = mj.LoRAConfig(rank=2, targets=("q_proj",), trainable_tokens=ids)
+    with pytest.raises(mj.InputError, match="the added token '<think>', which the tokenizer in .* would split: give"):
+        mj.finetune(model, [{"prompt": "a", "completion": "<think>"}], config, steps=1)
+    mj.attach(model, config, rngs=nnx.Rngs(0))
     fill_randomly(model)
     mj.save_adapter(model, tmp_path / "a")
     again, words = mj.load_pretrained(base, dtype="float32")
