@@ -271,7 +271,9 @@ def register_layer(
         5
     """
     if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
-        raise TypeError(f"register_layer takes a class of nnx.Module, not {cls!r}")
+        linen = any(base.__module__ == "flax.linen.module" for base in getattr(cls, "__mro__", ()))
+        other = "; classes of Linen go to mora_jax.linen.register_layer" if linen else ""
+        raise TypeError(f"register_layer takes a class of nnx.Module, not {cls!r}{other}")
     if issubclass(cls, Adapted) or any(base in ADAPTED for base in cls.__mro__):
         raise TypeError(f"{cls.__name__} carries adapters already")
     if type(example) is not cls:
@@ -296,9 +298,9 @@ def _difference(layer: nnx.Module, form: LayerForm) -> str:
     keys = iter(jax.random.split(jax.random.key(0), 16))
     graphdef, state = nnx.split(layer)
     # Numbers of its own: the example's may be zeros, or abstract.
-    state = jax.tree.map(lambda leaf: _random(next(keys), leaf.shape, leaf.dtype), state)
+    state = jax.tree.map(lambda leaf: random_values(next(keys), leaf.shape, leaf.dtype), state)
     copy: Any = nnx.merge(graphdef, state)
-    x = _random(next(keys), tuple(shape), jnp.float32)
+    x = random_values(next(keys), tuple(shape), jnp.float32)
     expected = jnp.einsum(equation, x, getattr(copy, form.kernel)[...].astype(jnp.float32))
     bias = None if form.bias is None else getattr(copy, form.bias, None)
     try:
@@ -306,13 +308,19 @@ def _difference(layer: nnx.Module, form: LayerForm) -> str:
         y = copy(x)
     except Exception as error:  # noqa: BLE001 - it is somebody else's code
         return f"its call refused an input {list(shape)} ({type(error).__name__})"
+    return computes_other(y, expected, shape)
+
+
+def computes_other(y: Any, expected: Array, shape: list[int]) -> str:
+    """In words what is wrong with an output `y` for an input of a shape; empty where it is what was expected."""
     if getattr(y, "shape", None) != expected.shape:
-        return f"its call gives no {list(expected.shape)} for an input {list(shape)}, as its einsum does"
+        return f"its call gives no {list(expected.shape)} for an input {shape}, as its einsum does"
     off, size = np.linalg.norm(np.asarray(y, np.float64) - expected), np.linalg.norm(expected)
     return "" if off <= _TOLERANCE * size else "its call computes something other than its einsum"
 
 
-def _random(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def random_values(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Normal numbers; zeros where the dtype has none."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.zeros(shape, dtype)
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)

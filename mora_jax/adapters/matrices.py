@@ -213,8 +213,12 @@ class Product:
         return cls(matrix, flat, lambda x: x.reshape(moved).transpose(*np.argsort(order)), shaped)
 
 
-#: Why these convolutions carry no adapter.
+#: What libraries call a layer's own array, and its bias; the layer's path is then that of what holds them.
+KERNELS = ("kernel", "w", "weight", "embedding", "embeddings")
+BIASES = ("bias", "b")
+#: Why these layers carry no adapter.
 MASKED = "a mask on its kernel, which an update wouldn't have"
+SCALED = "its kernel is multiplied with a factor before the product"
 TRANSPOSED = "a transposed convolution, whose kernel is no matrix from inputs to outputs"
 #: What of a layer says how it convolves; the rest of its call is dtypes and the bias.
 _CONVOLUTION = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "precision")
@@ -244,16 +248,24 @@ class LayerForm:
     """The names that a class of layers has for what `nnx.Einsum` calls `kernel`, `einsum_str` and `bias`.
 
     Attributes:
-        kernel: the attribute that holds the matrix, an `nnx.Param`.
-        einsum: the equation of input and kernel (`"...i,io->...o"`), or the attribute that holds it.
+        kernel: the attribute that holds the matrix, an `nnx.Param`; of a Linen class the name of its parameter, or the
+            attribute that holds this name.
+        einsum: the equation of input and kernel (`"...i,io->...o"`), or the attribute that holds it; of a Linen class
+            it can be an argument of the call, too.
         bias: the attribute that holds the bias, an `nnx.Param` laid out as the output is, or None.
+        scale: the attribute that holds a factor of the kernel, with which a layer carries no adapter, or None.
     """
 
     kernel: str
     einsum: str
     bias: str | None = None
+    scale: str | None = None
 
-    def equation(self, layer: nnx.Module) -> str:
+    def scaled(self, layer: Any) -> bool:
+        """Whether one layer multiplies its kernel with something before the product."""
+        return self.scale is not None and getattr(layer, self.scale, None) is not None
+
+    def equation(self, layer: Any) -> str:
         """The equation of one layer; empty where it has none."""
         equation = self.einsum if "->" in self.einsum else getattr(layer, self.einsum, None)
         return equation.replace(" ", "") if isinstance(equation, str) else ""
@@ -264,15 +276,19 @@ EINSUM = LayerForm("kernel", "einsum_str", "bias")
 FORMS: dict[type, LayerForm] = {}
 #: Classes of libraries whose layers are einsums, by module and name: nothing of them is imported here.
 SHIPPED: dict[str, LayerForm] = {
-    f"tunix.models.{module}.Einsum": LayerForm("w", "einsum_str")
+    f"tunix.models.{module}.Einsum": LayerForm("w", "einsum_str", scale="w_scale")
     for module in (
         "gemma.model",
         "gemma.gemma",
         "gemma3.model",
+        "gemma4.model",
         "llama3.model",
         "qwen2.model",
         "qwen3.model",
     )
+} | {
+    f"gemma.gm.nn.{module}_layers.Einsum": LayerForm("weight_name", "eqn", scale="w_scale")
+    for module in ("", "gemma3n.", "gemma4.")
 }
 
 
@@ -302,7 +318,7 @@ def matrix_of(layer: Any) -> Matrix | None:
         product = Product.of_convolution(layer, layer.in_features, layer.out_features)
         return None if layer.mask is not None else product.matrix
     form = form_of(layer)
-    if form is None:
+    if form is None or form.scaled(layer):
         return None
     spec, shape = form.equation(layer), tuple(getattr(layer, form.kernel).shape)
     return Matrix.of_einsum(form.kernel, spec, shape[-len(spec.partition("->")[0].partition(",")[2]) :])

@@ -16,7 +16,7 @@ from flax import nnx
 from mora_jax.adapters.base import AdapterParam, as_rngs, over_layers
 from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.config.patterns import config_at, value_at
-from mora_jax.adapters.matrices import Matrix
+from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, why_left
@@ -27,10 +27,6 @@ Array = jax.Array
 Arrays = dict[str, Array]
 Adapters = dict[str, Arrays]
 Einsums = Mapping[str, str]
-
-#: What libraries call a layer's own array; the layer's path is that of what holds it.
-_KERNELS = ("kernel", "w", "weight", "embedding", "embeddings")
-_BIASES = ("bias", "b")
 
 
 @dataclass(frozen=True)
@@ -163,11 +159,11 @@ def kernels_of(tree: Any, einsums: Einsums | None = None) -> list[TreeKernel]:
         above, own = names[:-1], "".join(names[-1:])
         if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact) or own in (*VECTORS, "offset"):
             continue
-        named_kernel = own in _KERNELS
-        if own == "b" and any((*above, name) in named for name in _KERNELS):
+        named_kernel = own in KERNELS
+        if own == "b" and any((*above, name) in named for name in KERNELS):
             continue
         layer = above if named_kernel and above else names
-        bias = next((named[*above, name] for name in _BIASES if named_kernel and (*above, name) in named), None)
+        bias = next((named[*above, name] for name in BIASES if named_kernel and (*above, name) in named), None)
         shape = None if bias is None else leaves[bias][1].shape
         equation = value_at((einsums or {}).items(), ".".join(layer), None)
         matrix, why = _matrix(names[-1:], leaf.shape, shape, _owner(tree, keys), equation, ".".join(layer))

@@ -21,4 +21,5 @@ from mora_jax.linen.layers import LoRADense as LoRADense
 from mora_jax.linen.layers import MoRADense as MoRADense
 from mora_jax.linen.merging import merge as merge
 from mora_jax.linen.names import rename_layers as rename_layers
+from mora_jax.linen.registered import register_layer as register_layer
 from mora_jax.linen.update import COLLECTION as COLLECTION

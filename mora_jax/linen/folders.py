@@ -21,9 +21,9 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
-from mora_jax.adapters.matrices import Matrix
+from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix
 from mora_jax.adapters.products.matmul import wide
-from mora_jax.adapters.report import AdapterEntry, adapters_of
+from mora_jax.adapters.report import VECTORS, AdapterEntry, adapters_of
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.peft import load, save
@@ -250,16 +250,18 @@ def read_places(
 
 
 def _arrays_of(variables: Mapping[str, Any]) -> list[Place]:
-    """Every kernel and table among the parameters, taken as a matrix in the first way that its shape allows."""
-    params = traverse_util.flatten_dict(plain_tree(variables["params"]))
-    found = []
-    for path, value in params.items():
-        array = nn.meta.unbox(value)
-        if path[-1] in ("kernel", "embedding") and array.ndim >= 2:
-            bias = params.get((*path[:-1], "bias"))
-            matrix = Matrix.plain(path[-1], array.shape)
-            found.append(Place(path[:-1], matrix, array, None if bias is None else nn.meta.unbox(bias), ()))
-    return found
+    """Every array among the parameters that may be a matrix, taken as one in the first way that its shape allows."""
+    params = {
+        path: nn.meta.unbox(value)
+        for path, value in traverse_util.flatten_dict(plain_tree(variables["params"])).items()
+    }
+    places = []
+    for path, array in params.items():
+        if array.ndim >= 2 and path[-1] not in VECTORS:
+            layer = path[:-1] if path[-1] in KERNELS else path
+            bias = next((params[*layer, name] for name in BIASES if (*layer, name) in params), None)
+            places.append(Place(layer, Matrix.plain(path[-1], array.shape), array, bias, ()))
+    return places
 
 
 def _described(file: Path_) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import jax
 from flax import linen as nn
 
 from mora_jax.adapters.config.patterns import config_at
+from mora_jax.adapters.matrices import LayerForm
 from mora_jax.adapters.targets import Picker
 from mora_jax.linen.layers import LoRADense, MoRADense
-from mora_jax.linen.matrices import KINDS, layer_number, product_of
+from mora_jax.linen.matrices import KINDS, adapter_path, layer_number, product_of
+from mora_jax.linen.registered import EinsumCall, form_of
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import adapted_output, attended, check_config, embedded
 
@@ -30,8 +32,10 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
     `jax.jit` is compiled once for inside and once for outside.
 
     Adapters go on `nn.Dense`, `nn.DenseGeneral` (so on the projections of `nn.MultiHeadDotProductAttention` and its
-    relatives), `nn.Einsum` where it is a product with one matrix, and `nn.Embed`. A layer under `nn.scan` or `nn.vmap`
-    needs `"adapters"` in the transformation's `variable_axes`; its adapters then have the same axis as its kernel.
+    relatives), `nn.Einsum` where it is a product with one matrix, `nn.Conv`, `nn.Embed`, and layers of classes that
+    `register_layer` was called for; the `Einsum` of the package `gemma` is known without. A layer under `nn.scan` or
+    `nn.vmap` needs `"adapters"` in the transformation's `variable_axes`; its adapters then have the same axis as its
+    kernel.
 
     Args:
         config: of a method that has a form in Linen (see `check_config`). `targets` are matched with module paths such
@@ -74,40 +78,59 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
         return y
 
     def around(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module, kind = context.module, _kind(context)
+        module, kind, form = context.module, _kind(context), _form(context)
         report.meet(module)
-        if kind is None:
+        if kind is None and form is None:
             return call(*args, **kwargs)
         if isinstance(module.parent, LoRADense | MoRADense):
-            report.pass_over(module, f"{type(module.parent).__name__} has an adapter of its own")
+            report.pass_over(module.path, module, f"{type(module.parent).__name__} has an adapter of its own")
             return call(*args, **kwargs)
-        inputs, *others = args if args else [kwargs.pop("query" if context.method_name == "attend" else "inputs")]
-        einsum_str = (others[0] if others else kwargs.get("einsum_str")) if kind is nn.Einsum else None
-        product = product_of(module, inputs, einsum_str)
-        path = ".".join(module.path)
+        if form is not None:
+            layer = EinsumCall.of(form, module, call, args, kwargs)
+            where, inputs, plain, bias = adapter_path(module.path, layer.array), layer.inputs, layer.again, form.bias
+            if not module.has_variable("params", layer.array):
+                first = plain(inputs)  # makes the parameter
+                plain = lambda _: first  # noqa: E731 - a fresh adapter leaves the input as it is
+            product = layer.product(module)
+        else:
+            inputs, *others = args if args else [kwargs.pop("query" if context.method_name == "attend" else "inputs")]
+            einsum_str = (others[0] if others else kwargs.get("einsum_str")) if kind is nn.Einsum else None
+            product, where = product_of(module, inputs, einsum_str), module.path
+            bias = "bias" if getattr(module, "use_bias", False) else None
+
+            def plain(x):
+                return call(x, *others, **kwargs)
+
+        path = ".".join(where)
         if isinstance(product, str):
-            report.pass_over(module, product)
-            return call(inputs, *others, **kwargs)
+            report.pass_over(where, module, product)
+            return plain(inputs)
         if not picks(path, is_linear=product.matrix.is_linear):
-            report.leave(module, product.matrix)
-            return call(inputs, *others, **kwargs)
+            report.leave(where, module, product.matrix)
+            return plain(inputs)
         own = config_at(config, path)
-
-        def plain(x):
-            return call(x, *others, **kwargs)
-
+        if form is not None and bias is None and own.biases_alone:
+            raise ValueError(f"{path} has no bias, nor a place for one; leave it out of targets")
         if kind is not nn.Embed:
-            y = adapted_output(module, own, product, plain, inputs, deterministic)
+            y = adapted_output(module, own, product, plain, inputs, deterministic, bias)
         elif context.method_name == "attend":
             y = attended(module, own, product.matrix, plain, inputs)
         else:
             y = embedded(module, own, product.matrix, plain, inputs)
-        report.take(module, product.matrix, own)
+        report.take(where, module, product.matrix, own)
         return y
 
     with _CONTEXT((config, deterministic)), nn.intercept_methods(intercept):
         yield report
     report.check(picks)
+
+
+def _form(context: nn.module.InterceptorContext) -> LayerForm | None:
+    """The form of the registered class whose own call this is, or None."""
+    base, form = form_of(type(context.module)) or (None, None)
+    called: Any = context.orig_method
+    own = base is not None and context.method_name == "__call__" and called.func is base.__call__.__wrapped__
+    return form if own else None
 
 
 def _kind(context: nn.module.InterceptorContext) -> type[nn.Module] | None:

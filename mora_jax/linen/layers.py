@@ -59,7 +59,8 @@ class _AdaptedDense(nn.Module, kw_only=True):
         assert not isinstance(product, str), "nn.Dense is a product with its kernel"
         if deterministic is None:
             deterministic = self.deterministic
-        return adapted_output(self, self._config(), product, base, inputs, deterministic)
+        bias = "bias" if self.use_bias else None
+        return adapted_output(self, self._config(), product, base, inputs, deterministic, bias)
 
 
 class LoRADense(_AdaptedDense):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mora_jax.adapters.matrices import MASKED, TRANSPOSED, Matrix, Product
+from mora_jax.adapters.matrices import KERNELS, MASKED, TRANSPOSED, Matrix, Product
 
 Array = jax.Array
 
@@ -24,6 +24,19 @@ REASONS: dict[type[nn.Module], str] = {
 _AUTO_NAME = re.compile(r"(LoRADense|MoRADense|Dense|DenseGeneral|Einsum|Conv|Embed)_\d+")
 
 
+def adapter_path(path: tuple[str, ...], array: str) -> tuple[str, ...]:
+    """Where the adapter of an array lies: at its module's path, behind which comes the name of an array of its own.
+
+    Modules that share a scope are told apart by that: `mlp.gating_einsum` and `mlp.linear` of one `mlp`.
+    """
+    return path if array in KERNELS else (*path, array)
+
+
+def array_path(path: tuple[str, ...], array: str) -> tuple[str, ...]:
+    """The path in `params` of the array whose adapter lies at `path`."""
+    return (*path, array) if array in KERNELS else path
+
+
 def product_of(module: nn.Module, inputs: Array, einsum_str: str | None) -> Product | str:
     """How a layer of one of `KINDS` computes its output from `inputs`, or in words why that is no single product."""
     if isinstance(module, nn.Dense):
@@ -36,14 +49,19 @@ def product_of(module: nn.Module, inputs: Array, einsum_str: str | None) -> Prod
         return Product.of_axes(matrix, inputs, axes, features)
     if isinstance(module, nn.Einsum):
         spec, shape = (einsum_str or module.einsum_str or "").replace(" ", ""), tuple(module.shape)
-        product = Product.of_einsum(Matrix.of_einsum("kernel", spec, shape), spec, inputs)
-        return f"{spec!r} is no product with one matrix" if product is None else product
+        return einsum_product("kernel", spec, shape, inputs)
     if isinstance(module, nn.Conv):
         if module.mask is not None:
             return MASKED
         return Product.of_convolution(module, inputs.shape[-1], module.features)
     assert isinstance(module, nn.Embed), "one of KINDS"
     return Product(Matrix.plain("embedding", (module.num_embeddings, module.features)))
+
+
+def einsum_product(array: str, spec: str, shape: tuple[int, ...], inputs: Array) -> Product | str:
+    """How an einsum of `inputs` with an array is a product, or in words why it is none."""
+    product = Product.of_einsum(Matrix.of_einsum(array, spec, shape), spec, inputs)
+    return f"{spec!r} is no product with one matrix" if product is None else product
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

@@ -14,11 +14,11 @@ from flax import nnx, traverse_util
 
 from mora_jax.adapters.base import Adapter, AdapterState
 from mora_jax.adapters.config.patterns import config_at
-from mora_jax.adapters.matrices import Matrix
+from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix
 from mora_jax.adapters.merge import folded
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.targets import Picker
-from mora_jax.linen.matrices import layer_number
+from mora_jax.linen.matrices import array_path, layer_number
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, in_words, scaled
 
@@ -49,12 +49,17 @@ class LinenSite:
     @property
     def array(self) -> Array:
         """The layer's own array, out of any box."""
-        return nn.meta.unbox(self.params[*self.path, self.matrix.array])
+        return nn.meta.unbox(self.params[array_path(self.path, self.matrix.array)])
+
+    @property
+    def bias_name(self) -> str:
+        """The name of the layer's bias, which may have none."""
+        return next((name for name in BIASES if (*self.path, name) in self.params), "bias")
 
     @property
     def bias_array(self) -> Array | None:
         """The layer's own bias, out of any box, or None."""
-        bias = self.params.get((*self.path, "bias"))
+        bias = self.params.get((*self.path, self.bias_name))
         return None if bias is None else nn.meta.unbox(bias)
 
     @property
@@ -81,7 +86,7 @@ class LinenSite:
 
     def put_kernel(self, kernel: Array) -> None:
         """Writes the base's matrix."""
-        self._put(self.matrix.array, self.matrix.put(kernel))
+        self._put(array_path(self.path, self.matrix.array), self.matrix.put(kernel))
 
     def bias(self) -> Array | None:
         """The base's bias, `[*stack, out]`, or None."""
@@ -91,12 +96,11 @@ class LinenSite:
     def add_to_bias(self, change: Array) -> None:
         """Adds `change [*stack, out]` to the bias; makes one where there is none."""
         bias, change = self.bias_array, self.matrix.put_bias(change)
-        self._put(
-            "bias", change.astype(self.array.dtype) if bias is None else (widened(bias) + change).astype(bias.dtype)
-        )
+        total = change.astype(self.array.dtype) if bias is None else (widened(bias) + change).astype(bias.dtype)
+        self._put((*self.path, self.bias_name), total)
 
-    def _put(self, name: str, value: Array) -> None:
-        self.params[*self.path, name] = nn.meta.replace_boxed(self.params.get((*self.path, name), value), value)
+    def _put(self, path: Path, value: Array) -> None:
+        self.params[path] = nn.meta.replace_boxed(self.params.get(path, value), value)
 
 
 def layers_of(
@@ -126,10 +130,10 @@ def layers_of(
         pickers.append((config, Picker(config, layer_number)))
     for path, arrays in found.items():
         where = ".".join(path) or "the layer"
-        name = next((name for name in ("kernel", "embedding") if (*path, name) in params), None)
+        name = path[-1] if path in params else next((name for name in KERNELS if (*path, name) in params), None)
         if name is None:
             raise ValueError(f"{where} has an adapter, but params hold no kernel for it")
-        shape = nn.meta.unbox(params[*path, name]).shape
+        shape = nn.meta.unbox(params[array_path(path, name)]).shape
         picked = [
             config_at(config, ".".join(path))
             for config, picks in pickers

@@ -15,7 +15,8 @@ from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, why_left
 from mora_jax.adapters.targets import Picker, named
-from mora_jax.linen.matrices import KINDS, REASONS, layer_number
+from mora_jax.linen.matrices import KINDS, REASONS, array_path, layer_number
+from mora_jax.linen.registered import form_of
 from mora_jax.linen.update import COLLECTION
 
 Path = tuple[str, ...]
@@ -59,17 +60,17 @@ class LinenReport:
         if module.path not in self._seen or not self._seen[module.path].matrix:
             self._seen[module.path] = _Seen(type(module), _lifts(module))
 
-    def take(self, module: nn.Module, matrix: Matrix, config: Any) -> None:
+    def take(self, path: Path, module: nn.Module, matrix: Matrix, config: Any) -> None:
         """Notes an adapter on a layer."""
-        self._seen[module.path] = _Seen(type(module), _lifts(module), matrix, config)
+        self._seen[path] = _Seen(type(module), _lifts(module), matrix, config)
 
-    def leave(self, module: nn.Module, matrix: Matrix) -> None:
+    def leave(self, path: Path, module: nn.Module, matrix: Matrix) -> None:
         """Notes a layer that could have had one."""
-        self._seen[module.path] = _Seen(type(module), _lifts(module), matrix)
+        self._seen[path] = _Seen(type(module), _lifts(module), matrix)
 
-    def pass_over(self, module: nn.Module, why: str) -> None:
+    def pass_over(self, path: Path, module: nn.Module, why: str) -> None:
         """Notes a layer that can't have one."""
-        self._seen[module.path] = _Seen(type(module), _lifts(module), why=why)
+        self._seen[path] = _Seen(type(module), _lifts(module), why=why)
 
     def finish(self, module: nn.Module) -> None:
         """Takes the sizes of all parameters, when a model's outermost call has ended."""
@@ -94,7 +95,7 @@ class LinenReport:
         """The axes in front of an adapted layer's array."""
         seen = self._seen[path]
         assert seen.matrix is not None, "an adapted layer"
-        shape = self._params.get((*path, seen.matrix.array), seen.matrix.shape)
+        shape = self._params.get(array_path(path, seen.matrix.array), seen.matrix.shape)
         return shape[: len(shape) - len(seen.matrix.shape)]
 
     def check(self, picks: Picker) -> None:
@@ -152,7 +153,7 @@ class LinenReport:
                 why = why_left(picks, ".".join(path), kind=seen.matrix.kind)
                 yield _title(path), "", size, why
         for (*above, name), shape in self._params.items():
-            path = tuple(above)
+            path = (*above, name) if (*above, name) in self._seen else tuple(above)
             found = self._seen.get(path)
             lifts = 0 if found is None else len(found.lifts)
             if name not in VECTORS and len(shape) - lifts > 1 and (found is None or found.matrix is None):
@@ -176,9 +177,9 @@ def _reason(seen: _Seen | None) -> str:
         return "no module that ran holds it"
     if seen.why:
         return seen.why
-    if issubclass(seen.kind, KINDS):
+    if issubclass(seen.kind, KINDS) or form_of(seen.kind) is not None:
         return "its class computes its product in a way of its own"
-    return REASONS.get(seen.kind, "a class without adapters")
+    return REASONS.get(seen.kind, "a class without adapters, see mora_jax.linen.register_layer")
 
 
 def _lifts(module: nn.Module) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import MethodConfig
-from mora_jax.adapters.matrices import Matrix, Product
+from mora_jax.adapters.matrices import KERNELS, Matrix, Product
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.products.around import around
@@ -92,21 +92,44 @@ def _arrays(module: nn.Module, config: Any, matrix: Matrix) -> Arrays:
     def first(name: str) -> Array:
         if not made:
             kernel = matrix.take(param(module, matrix.array))
-            for arrays in fresh(config, matrix, module.make_rng("params"), kernel):
+            for arrays in fresh(config, matrix, _key(module, matrix), kernel):
                 made.update(arrays)
         return made[name]
 
     found = {}
     for collection, names in ((COLLECTION, trained), (FIXED, fixed)):
         for name, shape in names.items():
-            if not module.has_variable(collection, name):
+            value = _held(module, matrix, collection, name)
+            if value is None:
                 _check_writable(module, collection, config)
-                module.put_variable(collection, name, first(name))
-            found[name] = nn.meta.unbox(module.get_variable(collection, name))
+                value = first(name)
+                _hold(module, matrix, collection, name, value)
+            found[name] = nn.meta.unbox(value)
             if found[name].shape != shape:
                 given = f"{title(module)}: {collection}/{name} is {found[name].shape}"
                 raise ValueError(f"{given}, but {in_words(config)} asks for {shape}")
     return scaled(config, found)
+
+
+def _held(module: nn.Module, matrix: Matrix, collection: str, name: str) -> Any:
+    """An array of a layer's adapter, beside its own or under the name that this has (`adapter_path`); else None."""
+    if matrix.array in KERNELS:
+        return module.get_variable(collection, name)
+    return module.get_variable(collection, matrix.array, {}).get(name)
+
+
+def _hold(module: nn.Module, matrix: Matrix, collection: str, name: str, value: Array) -> None:
+    if matrix.array not in KERNELS:
+        name, value = matrix.array, {**module.get_variable(collection, matrix.array, {}), name: value}
+    module.put_variable(collection, name, value)
+
+
+def _key(module: nn.Module, matrix: Matrix) -> Array:
+    """A key for a fresh adapter that leaves those of the parameters as they are."""
+    assert module.scope is not None, "a module that runs"
+    # Other layers of a shared scope are still to make their parameters; that of this one has reserved the name.
+    stream = module if matrix.array in KERNELS else module.scope.push(matrix.array, reuse=True)
+    return stream.make_rng("params")
 
 
 def _check_writable(module: nn.Module, collection: str, config: Any) -> None:
@@ -142,6 +165,7 @@ def adapted_output(
     call: Callable[[Array], Array],
     inputs: Array,
     deterministic: bool | None,
+    bias: str | None,
 ) -> Array:
     """What a layer with an adapter gives.
 
@@ -152,10 +176,11 @@ def adapted_output(
         call: the plain layer.
         inputs: as the layer takes them.
         deterministic: whether dropout is off; None where the configuration has none.
+        bias: the name of the layer's bias, or None.
     """
     method, matrix = check_config(config), product.matrix
     first = None
-    if not all(module.has_variable(COLLECTION, name) for name in expected(config, matrix)[0]):
+    if any(_held(module, matrix, COLLECTION, name) is None for name in expected(config, matrix)[0]):
         first = call(inputs)  # makes the kernel that a fresh adapter starts from, which leaves the inputs as they are
     params = _arrays(module, config, matrix)
 
@@ -168,8 +193,9 @@ def adapted_output(
         return y
 
     key, kernel = _dropout_key(module, config, deterministic), param(module, matrix.array)
-    bias = param(module, "bias") if getattr(module, "use_bias", False) else None
-    return around(method, config, params, product, real, inputs, kernel, bias, key)
+    return around(
+        method, config, params, product, real, inputs, kernel, None if bias is None else param(module, bias), key
+    )
 
 
 def _dropout_key(module: nn.Module, config: Any, deterministic: bool | None) -> Array | None:
