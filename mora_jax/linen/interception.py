@@ -129,8 +129,8 @@ def _form(context: nn.module.InterceptorContext) -> LayerForm | None:
     """The form of the registered class whose own call this is, or None."""
     base, form = form_of(type(context.module)) or (None, None)
     called: Any = context.orig_method
-    own = base is not None and context.method_name == "__call__" and called.func is base.__call__.__wrapped__
-    return form if own else None
+    own: Any = None if base is None else base.__call__
+    return form if context.method_name == "__call__" and called.func is getattr(own, "__wrapped__", None) else None
 
 
 def _kind(context: nn.module.InterceptorContext) -> type[nn.Module] | None:

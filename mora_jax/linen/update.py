@@ -115,13 +115,16 @@ def _held(module: nn.Module, matrix: Matrix, collection: str, name: str) -> Any:
     """An array of a layer's adapter, beside its own or under the name that this has (`adapter_path`); else None."""
     if matrix.array in KERNELS:
         return module.get_variable(collection, name)
-    return module.get_variable(collection, matrix.array, {}).get(name)
+    held: dict[str, Any] = module.get_variable(collection, matrix.array, {})
+    return held.get(name)
 
 
 def _hold(module: nn.Module, matrix: Matrix, collection: str, name: str, value: Array) -> None:
-    if matrix.array not in KERNELS:
-        name, value = matrix.array, {**module.get_variable(collection, matrix.array, {}), name: value}
-    module.put_variable(collection, name, value)
+    if matrix.array in KERNELS:
+        module.put_variable(collection, name, value)
+    else:
+        held: dict[str, Any] = module.get_variable(collection, matrix.array, {})
+        module.put_variable(collection, matrix.array, {**held, name: value})
 
 
 def _key(module: nn.Module, matrix: Matrix) -> Array:
