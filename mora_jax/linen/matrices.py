@@ -27,7 +27,7 @@ _AUTO_NAME = re.compile(r"(LoRADense|MoRADense|Dense|DenseGeneral|Einsum|Conv|Em
 def adapter_path(path: tuple[str, ...], array: str) -> tuple[str, ...]:
     """Where the adapter of an array lies: at its module's path, behind which comes the name of an array of its own.
 
-    Modules that share a scope are told apart by that: `mlp.gating_einsum` and `mlp.linear` of one `mlp`.
+    That tells modules of one scope apart, such as the two products of a feed-forward layer under `nn.share_scope`.
     """
     return path if array in KERNELS else (*path, array)
 
