@@ -15,7 +15,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import ADAPTED, Adapted
-from mora_jax.adapters.matrices import MASKED, TRANSPOSED, registered
+from mora_jax.adapters.matrices import MASKED, SCALED, TRANSPOSED, registered
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.projection import OutputHead, Projection
@@ -436,4 +436,5 @@ def why_unknown(layer: nnx.Module) -> str:
         return f"its class overrides the call of {base.__name__}" + (
             " and does not go on to super().__call__" if base.__module__.startswith("flax.") else ""
         )
-    return "no product with one matrix"
+    form = registered(base)
+    return SCALED if form is not None and form.scaled(layer) else "no product with one matrix"

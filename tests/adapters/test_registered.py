@@ -1,5 +1,7 @@
 """Layers of classes that Flax does not have, and what a report says of matrices that were passed over."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -379,3 +381,13 @@ def test_messages_are_short():
         with pytest.raises(ValueError, match="could have matched") as error:
             mj.attach(model, mj.LoRAConfig(rank=2, targets=targets), rngs=0)
         assert words in str(error.value) and len(str(error.value)) < 240
+
+
+def test_a_kernel_with_a_factor_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setitem(FORMS, Contraction, dataclasses.replace(FORMS[Contraction], scale="w_scale"))
+    model = Model()
+    model.layers[0].attn.q_einsum.w_scale = 0.5
+    report = mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+    left = {one.paths: one.reason for one in report.skipped}
+    assert left["layers.*.attn.q_einsum",] == "its kernel is multiplied with a factor before the product"
+    assert "layers.1.attn.q_einsum" in {match.path for match in report.matches}
