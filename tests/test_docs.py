@@ -54,7 +54,7 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
         ("evaluation", 1),
         ("walkthrough", 8),
         ("preferences", 1),
-        ("own_models", 17),
+        ("own_models", 18),
         ("own_loss", 2),
         ("transforms", 6),
         ("convert", 3),
