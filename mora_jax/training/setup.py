@@ -248,7 +248,9 @@ def load_base(config: Config, objects: InMemory = NOTHING_IN_MEMORY) -> tuple[An
         folder = getattr(model, "folder", None)
         if tokenizer is None and folder is not None:
             tokenizer = load_tokenizer(Path(folder))
-            if missing := [token for token in getattr(model, "added_tokens", ()) if token not in tokenizer.get_vocab()]:
+            added = getattr(model, "added_tokens", ())
+            known = added if tokenizer is None else tokenizer.get_vocab()
+            if missing := [token for token in added if token not in known]:
                 raise InputError(
                     f"the model has the added token {missing[0]!r}, which the tokenizer in {folder} would split: give "
                     "the one that was grown by tokenizer="
