@@ -68,7 +68,8 @@ def save_pretrained(
 
     Raises:
         InputError: when the model is none of this library's, or has adapters, or is quantised, or has biases that its
-            family has no place for, when the dtype is another one or too narrow, or `out` is in use.
+            family has no place for, when its tokenizer has grown and isn't given, when the dtype is another one or too
+            narrow, or `out` is in use.
 
     Examples:
         >>> import mora_jax as mj
@@ -90,6 +91,11 @@ def save_pretrained(
         raise InputError(
             f"the model holds rounded weights (quantize={model.quantize}): save its adapter with save_adapter, and the "
             "model from the files that it was loaded from"
+        )
+    if tokenizer is None and model.added_tokens:
+        raise InputError(
+            f"the model has the added token {model.added_tokens[0]!r}, which the tokenizer that it was loaded with "
+            "would split: give the one that was grown, tokenizer="
         )
     target = _dtype(dtype)
     if not write:

@@ -163,6 +163,9 @@ def test_added_tokens_grow_table_head_and_tokenizer(base, tmp_path):
     text = jnp.array([[5, ids[0], 7, ids[1]]])
     np.testing.assert_allclose(again(text), model(text), rtol=1e-5, atol=1e-5)
     mj.merge(model)
+    with pytest.raises(mj.InputError, match="the added token '<think>'.* give the one that was grown"):
+        mj.save_pretrained(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
     mj.save_pretrained(model, tmp_path / "merged", tokenizer)
     whole, words = mj.load_pretrained(tmp_path / "merged", dtype="float32")
     np.testing.assert_allclose(whole(text), again(text), rtol=1e-4, atol=1e-4)
