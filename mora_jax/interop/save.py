@@ -92,23 +92,23 @@ def save_pretrained(
             f"the model holds rounded weights (quantize={model.quantize}): save its adapter with save_adapter, and the "
             "model from the files that it was loaded from"
         )
-    if tokenizer is None and model.added_tokens:
-        raise InputError(
-            f"the model has the added token {model.added_tokens[0]!r}, which the tokenizer that it was loaded with "
-            "would split: give the one that was grown, tokenizer="
-        )
     target = _dtype(dtype)
+    copied = ("generation_config.json", *PROCESSOR_FILES, *(() if tokenizer is not None else TOKENIZER_FILES))
+    origin = None if model.folder is None else Path(model.folder)
+    files = [] if origin is None else [origin / name for name in copied if (origin / name).is_file()]
+    if model.added_tokens and any(file.name in TOKENIZER_FILES for file in files):
+        raise InputError(
+            f"the model has the added token {model.added_tokens[0]!r}, which the tokenizer in {origin} would split: "
+            "give the one that was grown, tokenizer="
+        )
     if not write:
         for _ in tensors_of(model, target):
             pass  # gathered for the process that writes
         return
     with new_folder(out, ours=MODEL_FILES, overwrite=overwrite) as folder:
         write_model(model, folder, dtype=target, max_shard_bytes=max_shard_bytes)
-        origin = None if model.folder is None else Path(model.folder)
-        copied = ("generation_config.json", *PROCESSOR_FILES, *(() if tokenizer is not None else TOKENIZER_FILES))
-        for name in copied:
-            if origin is not None and (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
 
