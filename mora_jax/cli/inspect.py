@@ -26,13 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mora_jax.cli.options import read_data
     from mora_jax.data import load_tokenizer
-    from mora_jax.data.inspect.views import (
-        describe_example,
-        first_examples,
-        inspect_dataset,
-        make_page,
-        report_view,
-    )
+    from mora_jax.data.inspect.views import describe_example, first_examples, inspect_dataset, make_page, report_view
     from mora_jax.display.pages import write_page
     from mora_jax.display.tables import WIDTH, show
     from mora_jax.interop.hub import local_folder

@@ -5,6 +5,7 @@ SIGTERM; 1, with a traceback, only for a bug. Nothing here imports jax: commands
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -15,24 +16,6 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from mora_jax.cli import (
-    chat,
-    check,
-    convert,
-    demo,
-    doctor,
-    generate,
-    info,
-    inspect,
-    lm_eval,
-    merge,
-    plan,
-    study,
-    sweep,
-    train,
-)
-from mora_jax.cli import eval as eval_command
-from mora_jax.cli import report as report_command
 from mora_jax.cli.errors import report, stopped
 from mora_jax.cli.options import OVERRIDE, take_overrides
 from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words, with_options
@@ -40,24 +23,12 @@ from mora_jax.environment import check_versions, prepare
 from mora_jax.errors import InputError
 from mora_jax.training.distributed.signals import ASKING, Stoppable, Stopped
 
-COMMANDS = {
-    "train": train,
-    "eval": eval_command,
-    "generate": generate,
-    "chat": chat,
-    "merge": merge,
-    "convert": convert,
-    "check": check,
-    "info": info,
-    "inspect": inspect,
-    "plan": plan,
-    "sweep": sweep,
-    "study": study,
-    "report": report_command,
-    "lm-eval": lm_eval,
-    "demo": demo,
-    "doctor": doctor,
-}
+_NAMES = (
+    *("train", "eval", "generate", "chat", "merge", "convert", "check", "info", "inspect", "plan"),
+    *("sweep", "study", "report", "lm-eval", "demo", "doctor"),
+)
+#: Commands in the order in which they are listed; each is the file of its name.
+COMMANDS = {name: importlib.import_module(f"mora_jax.cli.{name.replace('-', '_')}") for name in _NAMES}
 # Those that take --config.KEY=VALUE.
 TAKE_KEYS = ("train", "plan", "sweep")
 # Those that compile for seconds; runs say for themselves where what they compile is kept.

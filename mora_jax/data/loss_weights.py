@@ -13,10 +13,6 @@ from mora_jax.data.tokens.tokenize import Tokens
 from mora_jax.errors import InputError
 
 
-def _each(segments: tuple[Segment, ...], weight: float) -> dict[Segment, float]:
-    return dict.fromkeys(segments, weight)
-
-
 @dataclass(frozen=True)
 class Mode:
     """A loss mode.
@@ -41,21 +37,21 @@ class Mode:
         return self.table(0.0) != self.table(1.0)
 
 
-_RESPONSE = _each(RESPONSE, 1.0)
-_ALL = _RESPONSE | _each(INSTRUCTION, 1.0) | _each(TEMPLATE_TEXT, 1.0)
+_RESPONSE = dict.fromkeys(RESPONSE, 1.0)
+_ALL = _RESPONSE | dict.fromkeys(INSTRUCTION, 1.0) | dict.fromkeys(TEMPLATE_TEXT, 1.0)
 
 MODES = {
     "masked": Mode("responses", lambda w: _RESPONSE, roles=True),
-    "unmasked": Mode("responses and instructions", lambda w: _RESPONSE | _each(INSTRUCTION, 1.0)),
+    "unmasked": Mode("responses and instructions", lambda w: _RESPONSE | dict.fromkeys(INSTRUCTION, 1.0)),
     "full": Mode("every token but BOS", lambda w: _ALL),
-    "weighted": Mode("instructions at the prompt weight", lambda w: _RESPONSE | _each(INSTRUCTION, w)),
+    "weighted": Mode("instructions at the prompt weight", lambda w: _RESPONSE | dict.fromkeys(INSTRUCTION, w)),
     "last_turn": Mode("the last response", lambda w: _RESPONSE, roles=True, last=True),
     # What the released code of Instruction Modelling did (its exclusion of template tokens fails but for the first).
     "im_paper": Mode("as the released code of Instruction Modelling", lambda w: _ALL, normalize="example"),
     # Chatterjee et al., TACL 2025: everything before the response has the prompt weight.
     "wit": Mode(
         "as Weighted Instruction Tuning",
-        lambda w: _RESPONSE | _each(INSTRUCTION, w) | _each(TEMPLATE_TEXT, w),
+        lambda w: _RESPONSE | dict.fromkeys(INSTRUCTION, w) | dict.fromkeys(TEMPLATE_TEXT, w),
         normalize="nonzero",
     ),
 }
@@ -94,10 +90,9 @@ class LossWeights:
             raise InputError(f"prompt_weight is {self.prompt_weight}: it must be between 0 and 1")
         if unknown := [role for role in self.roles if role not in ROLE_SEGMENT]:
             raise InputError(f"unknown role {unknown[0]!r}: choose from {', '.join(ROLE_SEGMENT)}")
-        if self.end_of_turn not in (None, *ENDS):
-            raise InputError(f"unknown end_of_turn {self.end_of_turn!r}: choose one of {', '.join(ENDS)}")
-        if self.headers not in (None, *HEADERS):
-            raise InputError(f"unknown headers {self.headers!r}: choose one of {', '.join(HEADERS)}")
+        for name, choices in (("end_of_turn", ENDS), ("headers", HEADERS)):
+            if (value := getattr(self, name)) not in (None, *choices):
+                raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
 
     @property
     def table(self) -> dict[Segment, float]:
@@ -106,7 +101,7 @@ class LossWeights:
         weights = mode.table(self.prompt_weight)
         if mode.roles:
             trained = {ROLE_SEGMENT[role] for role in self.roles}
-            others = _each(tuple(trained - {Segment.ASSISTANT}), 1.0)
+            others = dict.fromkeys(trained - {Segment.ASSISTANT}, 1.0)
             weights = weights | others if Segment.ASSISTANT in trained else others
         return {segment: weights.get(segment, 0.0) for segment in Segment}
 

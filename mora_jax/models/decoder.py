@@ -20,13 +20,7 @@ from mora_jax.models.attention.causal import Choice, Rows
 from mora_jax.models.block import Block, LayerRunner, RowLayout, norm_of
 from mora_jax.models.kv_cache import Cache, empty_cache
 from mora_jax.models.rope import by_length, tables
-from mora_jax.models.segments import (
-    check_token_ids,
-    default_positions,
-    in_order,
-    segment_lengths,
-    sorted_by_segment,
-)
+from mora_jax.models.segments import check_token_ids, default_positions, in_order, segment_lengths, sorted_by_segment
 
 if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig

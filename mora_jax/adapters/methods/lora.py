@@ -17,14 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.base import (
-    Adapter,
-    AdapterParam,
-    AdapterState,
-    as_rngs,
-    constant,
-    over_layers,
-)
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, as_rngs, constant, over_layers
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Pattern, Targets
 from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear

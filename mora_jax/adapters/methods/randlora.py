@@ -21,13 +21,7 @@ import numpy as np
 
 from mora_jax.adapters.base import AdapterParam, AdapterState
 from mora_jax.adapters.config.common import Targets
-from mora_jax.adapters.methods.shared_bases import (
-    SharedBases,
-    SharedBasesConfig,
-    torch_generator,
-    uniform,
-    unit_draws,
-)
+from mora_jax.adapters.methods.shared_bases import SharedBases, SharedBasesConfig, torch_generator, uniform, unit_draws
 from mora_jax.adapters.products.matmul import Dot, dot
 
 Array = jax.Array

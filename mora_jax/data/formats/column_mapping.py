@@ -8,28 +8,16 @@ from typing import Any
 
 from mora_jax.errors import InputError
 
-#: Spellings of roles in the wild, in any case, and the four that the rest of the package knows. What a
-#: `function_call` or `tool_call` turn says is a call in JSON.
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+# The four roles that the rest of the package knows, and how they are spelled in the wild, in any case. What a
+# `function_call` or `tool_call` turn says is a call in JSON.
+_SPELLINGS = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "chatgpt", "bing", "bard", "function_call", "tool_call"),
+    "tool": ("tool", "function", "observation", "tool_response", "ipython"),
 }
+#: Spelling of a role -> the role.
+ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings}
 
 #: Keys whose items are objects with keys of their own, and all keys that mean something.
 NESTED = (
@@ -97,15 +85,10 @@ class Mapping:
         Raises:
           InputError: for a text of another form.
         """
-        pairs: dict[str, str] = {}
-        for text in columns:
-            ours, theirs = _split(text, "data.columns", '"ours=theirs", such as "instruction=question"')
-            _add(pairs, theirs, ours, "data.columns")
-        names: dict[str, str] = {}
-        for text in roles:
-            theirs, ours = _split(text, "data.roles", '"theirs=ours", such as "bot=assistant"')
-            _add(names, theirs, ours, "data.roles")
-        return cls(pairs, names)
+        return cls(
+            _parsed("data.columns", columns, '"ours=theirs", such as "instruction=question"', ours_first=True),
+            _parsed("data.roles", roles, '"theirs=ours", such as "bot=assistant"', ours_first=False),
+        )
 
     def __bool__(self) -> bool:
         return bool(self.columns or self.roles)
@@ -161,16 +144,20 @@ class Mapping:
         return InputError(f"{text} ({', '.join(names)})") if names else error
 
 
-def _split(text: Any, setting: str, form: str) -> tuple[str, str]:
-    if isinstance(text, str):
-        # A column of the data may have "=" in its name, none of ours does; likewise the role on the left.
-        left, sign, right = text.partition("=") if setting == "data.columns" else text.rpartition("=")
-        if sign and left.strip() and right.strip():
-            return left.strip(), right.strip()
-    raise InputError(f"{setting}: {text!r} should read {form}")
+#: A mapping that leaves all names as they are.
+NO_MAPPING = Mapping()
 
 
-def _add(pairs: dict[str, str], theirs: str, ours: str, setting: str) -> None:
-    if theirs in pairs:
-        raise InputError(f"{setting}: {theirs!r} is given twice, as {pairs[theirs]!r} and as {ours!r}; keep one")
-    pairs[theirs] = ours
+def _parsed(setting: str, texts: Iterable[Any], form: str, *, ours_first: bool) -> dict[str, str]:
+    """`{theirs: ours}` from texts with "=" between the two; only a name of theirs may hold another "="."""
+    names: dict[str, str] = {}
+    for text in texts:
+        parts = str(text).partition("=") if ours_first else str(text).rpartition("=")
+        left, _, right = map(str.strip, parts)
+        if not (left and right):
+            raise InputError(f"{setting}: {text!r} should read {form}")
+        theirs, ours = (right, left) if ours_first else (left, right)
+        if theirs in names:
+            raise InputError(f"{setting}: {theirs!r} is given twice, as {names[theirs]!r} and as {ours!r}; keep one")
+        names[theirs] = ours
+    return names

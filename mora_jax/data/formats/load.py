@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from mora_jax.data.conversation import Row
-from mora_jax.data.formats.column_mapping import Mapping
+from mora_jax.data.formats.column_mapping import NO_MAPPING, Mapping
 from mora_jax.data.formats.messages import CHATS, has_plain_turns
 from mora_jax.data.formats.registry import FORMATS, Format, detect_format, find_format, recognise
 from mora_jax.data.read.locate import Origin, locate
@@ -72,7 +72,6 @@ class Rows(list[Row]):
         return f"{len(self)} rows of format `{self.format or 'none'}` from {origin}{skipped}"
 
 
-_NO_MAPPING = Mapping()
 #: Rows in which a format is looked for.
 _LOOK_AT = 20
 ON_ERROR = ("raise", "skip")
@@ -91,7 +90,7 @@ class Converter:
 
     format: str
     guessed: bool = False
-    mapping: Mapping = _NO_MAPPING
+    mapping: Mapping = NO_MAPPING
     plain_turns: bool | None = None
 
     def __call__(self, source: str, raw: Any) -> list[Row]:
@@ -297,7 +296,7 @@ def open_rows(
     chosen = find_format(format) if format else None
     notes: list[str] = []
     origins = locate(paths, split, subset, streaming, notes)
-    return RowStream(origins, chosen, mapping or _NO_MAPPING, on_error, max_rows, tuple(notes))
+    return RowStream(origins, chosen, mapping or NO_MAPPING, on_error, max_rows, tuple(notes))
 
 
 def load_rows(paths: Any, format: str | None = None, **settings: Any) -> Rows:

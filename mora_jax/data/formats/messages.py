@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from mora_jax.data.conversation import Message
-from mora_jax.data.formats.column_mapping import ROLES, Mapping
+from mora_jax.data.formats.column_mapping import NO_MAPPING, ROLES, Mapping
 from mora_jax.data.read.validate import (
     check_list,
     check_object,
@@ -20,7 +20,6 @@ from mora_jax.data.read.validate import (
 )
 from mora_jax.errors import InputError
 
-_NO_MAPPING = Mapping()
 #: Keys of whole conversations.
 CHATS = ("messages", "conversations", "conversation")
 #: Keys under which data has what the assistant thought; the first that is filled is read.
@@ -35,7 +34,7 @@ def read_message(
     source: str,
     role_key: str = "role",
     content_key: str = "content",
-    mapping: Mapping = _NO_MAPPING,
+    mapping: Mapping = NO_MAPPING,
 ) -> Message:
     """One message from an object.
 
@@ -171,6 +170,12 @@ def _weight(item: dict[str, Any], key: str, source: str) -> float | None:
     if train is not None:
         raise InputError(f"{source}: `{key}` has both `weight` and `train`; keep one")
     return check_weight(weight, f"{key}.weight", source)
+
+
+def tools_of(row: dict[str, Any], source: str) -> tuple[dict[str, Any], ...]:
+    """The descriptions of tools that stand beside a conversation."""
+    key = next((key for key in ("tools", "functions") if optional_list(row.get(key), key, source)), "tools")
+    return read_tools(row.get(key), key, source)
 
 
 _CALL = "`name` and `arguments`"

@@ -21,17 +21,8 @@ _ASKED = (
 )
 _ANSWERED = (
     *("completion", "answer", "response", "output", "outputs", "targets", "target", "reply", "solution", "summary"),
-    *(
-        "highlights",
-        "assistant",
-        "gpt",
-        "generated_solution",
-        "final_answer",
-        "long_answer",
-        "demonstration",
-        "label",
-        "continuation",
-    ),
+    *("highlights", "assistant", "gpt", "generated_solution", "final_answer", "long_answer", "demonstration", "label"),
+    "continuation",
 )
 _PLAIN = ("content", "body", "passage", "document", "article", "code")
 #: What a text that a question is about is called, and the formats that have a place for it.

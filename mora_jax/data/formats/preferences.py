@@ -13,8 +13,8 @@ from typing import Any
 
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, Side
 from mora_jax.data.formats.column_mapping import Mapping
-from mora_jax.data.formats.messages import read_history, read_tools, read_turns
-from mora_jax.data.read.validate import absent, check_text, number_as_text, optional_list, shown
+from mora_jax.data.formats.messages import read_history, read_turns, tools_of
+from mora_jax.data.read.validate import absent, check_text, number_as_text, shown
 from mora_jax.errors import InputError
 
 #: Keys of what the answers are to; the first that is filled is read.
@@ -91,16 +91,10 @@ def read_labelled(row: dict[str, Any], source: str, mapping: Mapping) -> Iterato
 
 
 def _conversation(
-    row: dict[str, Any],
-    source: str,
-    system: list[Message],
-    prompt: list[Message],
-    answer: list[Message],
-    side: Side,
+    row: dict[str, Any], source: str, system: list[Message], prompt: list[Message], answer: list[Message], side: Side
 ) -> Conversation:
     prompt = prompt if prompt[0].role == "system" else [*system, *prompt]
-    key = next((key for key in ("tools", "functions") if optional_list(row.get(key), key, source)), "tools")
-    tools = read_tools(row.get(key), key, source)
+    tools = tools_of(row, source)
     return Conversation((*prompt, *answer), source=source, tools=tools, side=side, answer=len(prompt))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, TokenRow
 from mora_jax.data.formats.column_mapping import Mapping
-from mora_jax.data.formats.messages import read_history, read_message, read_spoken_calls, read_tools, read_turns
+from mora_jax.data.formats.messages import read_history, read_spoken_calls, read_turns, tools_of
 from mora_jax.data.formats.nearest import no_format, refusal
 from mora_jax.data.formats.preferences import read_labelled, read_pair
 from mora_jax.data.read.validate import (
@@ -25,7 +25,6 @@ from mora_jax.data.read.validate import (
     check_weight,
     found,
     number_as_text,
-    optional_list,
     shown,
 )
 from mora_jax.errors import InputError
@@ -104,8 +103,6 @@ def _unpadded(value: Any, length: int, source: str) -> slice:
         )
     return slice(start, stop)
 
-
-__all__ = ["FORMATS", "Format", "RawRow", "detect_format", "find_format", "read_message", "recognise"]
 
 #: A row as a file holds it, under our names.
 RawRow = dict[str, Any]
@@ -191,8 +188,7 @@ def _conversation(row: RawRow, source: str, turns: list[Message]) -> Conversatio
     # Some data has the text at both places.
     if system and turns[:1] != [opening := Message("system", system)]:
         turns = [opening, *turns]
-    key = next((key for key in ("tools", "functions") if optional_list(row.get(key), key, source)), "tools")
-    return Conversation(tuple(turns), source=source, tools=read_tools(row.get(key), key, source))
+    return Conversation(tuple(turns), source=source, tools=tools_of(row, source))
 
 
 def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:

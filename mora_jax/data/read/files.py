@@ -291,19 +291,15 @@ def known_endings() -> str:
     return ", ".join((*READERS, *COMPRESSIONS))
 
 
-def _text(line: bytes, path: Path, number: int) -> dict[str, str]:
-    return {"text": decode(line, path, number).removesuffix("\n").removesuffix("\r")}
+def _text(line: str, path: Path, number: int) -> dict[str, str]:
+    return {"text": line.removesuffix("\n").removesuffix("\r")}
 
 
-def _json(line: bytes, path: Path, number: int) -> Any:
-    return parse(decode(line, path, number), path, number)
-
-
-def _lines(file: IO[bytes], path: Path, row_of: Callable[[bytes, Path, int], Any]) -> Iterator[NumberedRow]:
+def _lines(file: IO[bytes], path: Path, row_of: Callable[[str, Path, int], Any]) -> Iterator[NumberedRow]:
     """One row a line, as `datasets` reads text files too; blank lines are none."""
     for number, line in read_lines(file):
         try:
-            row = row_of(line, path, number)
+            row = row_of(decode(line, path, number), path, number)
         except InputError as error:
             row = error
         yield number, row
@@ -316,7 +312,7 @@ def _read_json(path: Path, lines: bool = True) -> Iterator[NumberedRow]:
         if first == b"[":
             rows: Iterator[NumberedRow] = iter(ListReader(TextReader(file, path).read, path))
         else:
-            rows = _lines(file, path, _json)
+            rows = _lines(file, path, parse)
         row = next(rows, None)
         if row is None:
             raise InputError(f"{path} holds an empty list" if first else f"{path} is empty")

@@ -299,14 +299,10 @@ class ChatTemplate:
 
     def __init__(self, template: JinjaTemplate, unshown: Counter[str]):
         self._template = template
+        self.name = template.name
         self._tracker = Tracker()
         self._shows_tools: dict[tuple[str, ...], bool] = {}
         self._unshown = unshown
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages to the user."""
-        return self._template.name
 
     @property
     def program(self) -> str:

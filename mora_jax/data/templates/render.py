@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mora_jax.data.conversation import Conversation, Message, Passage
-from mora_jax.data.formats.registry import read_message
+from mora_jax.data.formats.messages import read_message
 from mora_jax.data.segments import Piece, Rendered, Segment
 from mora_jax.data.templates.builtin import TEMPLATES
 from mora_jax.data.templates.chat import ChatTemplate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import re
@@ -53,12 +54,6 @@ class Encoded:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def no_conversion(source: str, row: Row) -> list[Row]:
-    """For rows that are converted already."""
-    del source
-    return [row]
-
-
 class RowEncoder:
     """Raw rows to tokens. Can be sent to another process.
 
@@ -81,12 +76,12 @@ class RowEncoder:
     ):
         self._arguments = (tokenizer, template, fallback, convert, skip)
         self.renderer = Renderer(tokenizer, template, fallback)
-        self._convert = convert or no_conversion
+        self._convert = convert or (lambda source, row: [row])  # converted already
         self._skip = skip
 
     def __reduce__(self) -> Any:
         *positional, skip = self._arguments
-        return _make_encoder, (tuple(positional), skip)
+        return functools.partial(RowEncoder, *positional, skip=skip), ()
 
     def __call__(self, chunk: list[RawRow]) -> Encoded:
         """Encodes a chunk.
@@ -137,10 +132,6 @@ def _rendered(renderer: Renderer) -> Counter[str]:
     return renderer.unshown + Counter({"fell_back": renderer.fell_back})
 
 
-def _make_encoder(arguments: tuple[Any, ...], skip: bool) -> RowEncoder:
-    return RowEncoder(*arguments, skip=skip)
-
-
 def encode_chunks(encoder: RowEncoder, rows: Iterable[RawRow], workers: int = 1) -> Iterator[Encoded]:
     """Encodes rows in their order.
 
@@ -149,7 +140,8 @@ def encode_chunks(encoder: RowEncoder, rows: Iterable[RawRow], workers: int = 1)
       rows: as they are read; only a few chunks of them are held.
       workers: processes. More than one are started only when many rows come.
     """
-    chunks = iter(_chunked(rows))
+    remaining = iter(rows)
+    chunks = iter(lambda: list(islice(remaining, CHUNK)), [])
     for chunk in islice(chunks, ALONE if workers > 1 else None):
         yield encoder(chunk)
     first = next(chunks, None)
@@ -183,12 +175,6 @@ def _submit(pool: ProcessPoolExecutor, chunk: list[RawRow]) -> Future[Encoded]:
         return pool.submit(_work, chunk)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _chunked(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    remaining = iter(rows)
-    while chunk := list(islice(remaining, CHUNK)):
-        yield chunk
 
 
 _worker: RowEncoder | None = None

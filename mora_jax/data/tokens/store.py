@@ -32,28 +32,13 @@ SCHEMA = pa.schema(
 
 def make_batch(rows: Sequence[tuple[Tokens, str]]) -> pa.RecordBatch:
     """Rows and their sources as one record batch of `SCHEMA`."""
-    tokens = [row for row, _ in rows]
-    columns = [
-        _lists([row.input_ids for row in tokens], pa.int32()),
-        _lists([row.segments for row in tokens], pa.int8()),
-        _lists([row.turns for row in tokens], pa.int16()),
-        pa.array([row.turn_weights for row in tokens], SCHEMA.field("turn_weights").type),
-        pa.array([row.weights for row in tokens], SCHEMA.field("weights").type),
-        pa.array([row.weight for row in tokens], pa.float32()),
-        pa.array([row.seams for row in tokens], pa.int32()),
-        pa.array([prompt_hash(row) for row in tokens], pa.uint64()),
-        pa.array([row.side for row in tokens], pa.int8()),
-        pa.array([row.answer for row in tokens], pa.int16()),
-        pa.array([source for _, source in rows], pa.string()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
-
-
-def _lists(arrays: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
-    offsets = np.zeros(len(arrays) + 1, np.int32)
-    np.cumsum([len(array) for array in arrays], out=offsets[1:])
-    flat = np.concatenate(arrays) if arrays else np.zeros(0, value_type.to_pandas_dtype())
-    return pa.ListArray.from_arrays(offsets, pa.array(flat, value_type))
+    columns: dict[str, list[Any]] = {
+        "prompt": [prompt_hash(tokens) for tokens, _ in rows],
+        "source": [source for _, source in rows],
+    }
+    for name in set(SCHEMA.names) - columns.keys():
+        columns[name] = [getattr(tokens, name) for tokens, _ in rows]
+    return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
 _IS_INSTRUCTION = np.isin(np.arange(128), INSTRUCTION)

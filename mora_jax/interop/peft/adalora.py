@@ -15,13 +15,7 @@ from mora_jax.adapters.config import AdaLoRAConfig
 from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
-from mora_jax.interop.peft.format import (
-    PREFIX,
-    Format,
-    Target,
-    require,
-    same,
-)
+from mora_jax.interop.peft.format import PREFIX, Format, Target, require, same
 from mora_jax.interop.peft.lora import LoraFormat
 
 # The fields of the schedule, by their names here.

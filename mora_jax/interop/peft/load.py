@@ -22,22 +22,12 @@ from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues, first, install, trained_as
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.peft.config import AdapterFile, format_of, put_extra_fields, read_adapter_config
-from mora_jax.interop.peft.format import (
-    CONFIG_NAME,
-    WEIGHTS,
-    Target,
-    read_tensor,
-)
+from mora_jax.interop.peft.format import CONFIG_NAME, WEIGHTS, Target, read_tensor
 from mora_jax.interop.peft.fused_experts import unfused
 from mora_jax.interop.peft.restarted_base import has_own_base, own_base, with_kind
 from mora_jax.interop.peft.stored import stored_tensors, unknown
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
-from mora_jax.interop.tensor_map import (
-    base_bias,
-    loose_biases,
-    tensor_plan,
-    train_weights,
-)
+from mora_jax.interop.tensor_map import base_bias, loose_biases, tensor_plan, train_weights
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
 from mora_jax.paths import found_path

@@ -26,15 +26,7 @@ from mora_jax.adapters.config.patterns import pattern_for, value_at
 from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
-from mora_jax.interop.peft.format import (
-    Format,
-    Target,
-    check_regex,
-    plain,
-    require,
-    require_truth,
-    same,
-)
+from mora_jax.interop.peft.format import Format, Target, check_regex, plain, require, require_truth, same
 
 MORA_TYPES = {1: "sharing", 2: "grouped", 3: "grouped_tile", 4: "strided_interleave", 6: "rotation"}
 KIND_FIELD = "mora_jax_kind"  # for the kinds that the authors' format has no number for

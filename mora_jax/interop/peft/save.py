@@ -26,13 +26,7 @@ from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import plain
 from mora_jax.interop.atomic_folder import new_folder
 from mora_jax.interop.peft.config import common_fields, extra_fields, format_for
-from mora_jax.interop.peft.format import (
-    CONFIG_NAME,
-    PREFIX,
-    WEIGHTS,
-    Format,
-    in_windows,
-)
+from mora_jax.interop.peft.format import CONFIG_NAME, PREFIX, WEIGHTS, Format, in_windows
 from mora_jax.interop.peft.fused_experts import each, fused, parameter_names
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
 from mora_jax.interop.peft.stored import SHARED_PREFIX, TOKENS, base_name, meaning
