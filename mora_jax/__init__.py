@@ -3,8 +3,6 @@
 Names are imported when they are first used, so `import mora_jax` is quick and starts no backend.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,5 @@
 """The machine that code is traced for, the dtype to compute in there, and what XLA needs to be told on CPUs."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

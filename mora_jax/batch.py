@@ -1,7 +1,5 @@
 """What a batch holds: the keys, shapes and dtypes that data makes, the step trains on and evaluation scores."""
 
-from __future__ import annotations
-
 from typing import Any, NotRequired, TypedDict
 
 Array = Any  # of numpy on the host, of jax on the devices

@@ -3,8 +3,6 @@
 Nothing here imports jax.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 import importlib.metadata

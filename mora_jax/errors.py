@@ -1,7 +1,5 @@
 """The one exception that stands for bad input from a user."""
 
-from __future__ import annotations
-
 
 class InputError(ValueError):
     """Input that the user has to fix: a path, a file's content, a setting.

@@ -1,7 +1,5 @@
 """Paths as people give them: relative to where the program was started, or below a home folder, as `~/models`."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

@@ -1,7 +1,5 @@
 """Put adapters on the layers of a model, in place."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -8,8 +8,6 @@ LoRA of a lower rank is padded with zeros to the bank's, which is exact, and eac
 square can't be padded: its side and kind fix what it multiplies.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import jax

@@ -1,7 +1,5 @@
 """What every adapter method has in common: sizes, arrays, and the two ways to use them (as a path, as a weight)."""
 
-from __future__ import annotations
-
 import functools
 import numbers
 from collections.abc import Callable, Iterable

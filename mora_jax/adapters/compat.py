@@ -3,8 +3,6 @@
 The oldest versions are those that Colab has. Nothing is replaced: a version that has a name keeps its own.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -4,8 +4,6 @@ The directions are the right singular vectors of the layer's inputs X, which are
 zero, so the base is untouched. (The paper also moves ranks between layers; `rank_pattern` can be given here.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

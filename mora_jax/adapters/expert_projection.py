@@ -4,8 +4,6 @@ Kernels are `[L, E, in, *out]`, adapters have the same axes in front. Gate and u
 as targets name them: one LoRA on both shares its A, which is what PEFT makes of transformers' `gate_up_proj`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple

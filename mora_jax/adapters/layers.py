@@ -5,8 +5,6 @@ Each is a subclass of the layer that it adapts and keeps that layer's variables,
 `y = x W + b`; what the adapter adds is plain JAX around it (`products/around.py`).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import types

@@ -1,7 +1,5 @@
 """Fold adapters into the weights that they adapt, and take them out again."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass, field
 from typing import Any

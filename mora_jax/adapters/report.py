@@ -1,7 +1,5 @@
 """What a model carries: a report for people, with what was passed over and why, and one entry a layer for files."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import warnings

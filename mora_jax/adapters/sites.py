@@ -5,8 +5,6 @@ A `Site` is the same to `attach`, `merge`, reports and files, whatever holds the
 (`mora_jax.linen.merging`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """Which layers an adapter goes on, by `targets` and `layers_to_transform`, and how messages name paths."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import textwrap

@@ -4,8 +4,6 @@ Full fine-tuning trains all of them and keeps nothing else. For `modules_to_save
 frozen values stay with the module under `trained_from`, so that adapters can be removed again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which examples make up which batch: a pure function of seed and step, so that resuming is exact."""
 
-from __future__ import annotations
-
 import math
 import threading
 from bisect import bisect_left, insort

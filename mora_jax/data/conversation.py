@@ -4,8 +4,6 @@ Most rows are conversations. A row may also bring its own parts (`Passage`) or i
 these say themselves what is trained, and no template touches them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum

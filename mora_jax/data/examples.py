@@ -1,7 +1,5 @@
 """From many rows of tokens at once to the examples that they become: weights, and cuts where a row is too long."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Loss modes: how much the prediction of each token counts, by the segment and the turn it belongs to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Batches, made ahead of the training step by threads. Built on grain."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast

@@ -4,8 +4,6 @@ Of a pair they are the prompt with the chosen answer and with the rejected one; 
 and with the answer of another example, by which KTO estimates how far the model has moved.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Tokens are kept on disk between runs, under a name that says all they depend on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -4,8 +4,6 @@
 paths of what is embedded.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Unlike SQuAD's, the normalisation keeps case and articles, because some question
 for them (`Write egg in capitals.`).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

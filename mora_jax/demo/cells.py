@@ -1,7 +1,5 @@
 """The cells of the demo's table: one method and one loss mode each, trained from the same start, and measured alike."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs the demo: every cell from the same start, one table, one plot."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

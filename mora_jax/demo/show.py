@@ -3,8 +3,6 @@
 The table is whole at 80 columns and continued below itself at 60.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import statistics

@@ -1,7 +1,5 @@
 """Figures of matplotlib: an empty one, the styles that lines take in turn, legends, and a figure as a file or SVG."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

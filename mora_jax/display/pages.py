@@ -1,7 +1,5 @@
 """Web pages without scripts, which need nothing beside them."""
 
-from __future__ import annotations
-
 import os
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tables for people, laid out by rich: as wide as the terminal, or as plain text where there is none."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Preferences scored: log-probabilities of answers, and the metrics of their objective with standard errors."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Adapters of a tree as PEFT folders, as those of NNX and Linen models at the same paths are written and read."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """Kernels in a tree of arrays, the adapters for them, and the tree with the adapters merged in."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping

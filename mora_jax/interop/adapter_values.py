@@ -5,8 +5,6 @@ ReMoRA is, at any moment, the MoRA of the kind whose turn it is. The methods say
 OLoRA, whose start is subtracted again, become a product of twice the rank, which needs no other base.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

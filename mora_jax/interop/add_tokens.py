@@ -1,7 +1,5 @@
 """A vocabulary grown by added tokens: rows of the embedding and of the output head, and the tokenizer's own list."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

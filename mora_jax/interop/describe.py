@@ -1,7 +1,5 @@
 """What a folder holds, in numbers and words: a base model, or an adapter."""
 
-from __future__ import annotations
-
 import math
 import os
 import warnings

@@ -5,8 +5,6 @@ types it takes, the names of tensors and modules that it knows, the fields that 
 transformers are those that their loaders follow on random adapters (see the tests of this file, which run them).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

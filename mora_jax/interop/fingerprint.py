@@ -6,8 +6,6 @@ weight, so the sample tells them apart; it is no protection against somebody who
 shared out over files, in which order, and where the folder is makes no difference.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, BinaryIO

@@ -1,7 +1,5 @@
 """From a path or a hub id to a local folder."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

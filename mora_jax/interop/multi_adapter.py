@@ -1,7 +1,5 @@
 """Named adapters on one base: load, switch, mix in one batch, combine, save, merge."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ bytes `_blocks`, uint8 `[E, out, in / 32, 16]`, of two numbers each, the lower h
 uint8 `[E, out, in / 32]`, counted from −127. Each number is exact in bfloat16.
 """
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 

@@ -1,7 +1,5 @@
 """Adapters as plain values: read from a model or a folder beside the model that they are for, which stays as it is."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import TypeVar

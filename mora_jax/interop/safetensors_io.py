@@ -1,7 +1,5 @@
 """Reading the tensors of a folder of safetensors files, single or sharded."""
 
-from __future__ import annotations
-
 import json
 import re
 import reprlib

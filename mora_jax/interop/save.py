@@ -1,7 +1,5 @@
 """Models as HuggingFace folders."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Parameters of a decoder read from files region by region: what a device doesn't hold is never read for it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Which tensor of a file is where in a model's parameters, stacked and fused as they may be, for both ways."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -5,8 +5,6 @@ to save and to load. Layers under `nn.scan` or `nn.vmap` are one entry each ther
 that is stacked: `layers.0.attn.query`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

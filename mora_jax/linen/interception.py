@@ -1,7 +1,5 @@
 """Adapters on the layers of a Linen model whose code stays as it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """`nn.Dense` with an adapter, for models that are written with it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Which Linen layers hold a matrix that can carry an adapter, and how their calls are products with it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

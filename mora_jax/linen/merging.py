@@ -1,7 +1,5 @@
 """Linen adapters folded into the kernels that they adapt."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The automatic names of Linen's layers, from one class to another."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What a Linen model was given, and what it was not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The arrays of an adapter on a Linen layer, and what the layer computes with them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

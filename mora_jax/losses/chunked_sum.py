@@ -4,8 +4,6 @@ Tokens of weight 0 (prompt and padding under the masked loss) are moved behind t
 skipped, so that the vocabulary product costs what the weighted tokens cost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

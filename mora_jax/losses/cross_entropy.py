@@ -4,8 +4,6 @@ Every token has a weight, 0 for prompt and padding under the masked loss. It is 
 (`losses/chunked_sum.py`); the logits of a whole batch never exist.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

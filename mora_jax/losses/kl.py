@@ -3,8 +3,6 @@
 `KL(tuned ‖ base) = Σ_v p(v) · (log p(v) − log q(v))`, p the tuned model's next-token distribution and q the base's.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax

@@ -4,8 +4,6 @@
 began from. A pair's log-ratio is `logp − reference` of the chosen answer, less that of the rejected one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

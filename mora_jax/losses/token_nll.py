@@ -1,7 +1,5 @@
 """The negative log-likelihood of each token, differentiable, in the chunks of the loss; beside it that of a base."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, NamedTuple
 

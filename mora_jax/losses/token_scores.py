@@ -1,7 +1,5 @@
 """What evaluation reads of each token, in the chunks of the loss: the logits of a whole batch never exist."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -3,8 +3,6 @@
 Names are imported when they are first used, so that the decoder's file doesn't bring every family along.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

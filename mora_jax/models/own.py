@@ -1,7 +1,5 @@
 """A user's own language model as the step and the evaluations take one: its call gives logits, not hidden states."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What runs answer to the same prompts."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

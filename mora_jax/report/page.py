@@ -3,8 +3,6 @@
 The page has no scripts and needs nothing beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

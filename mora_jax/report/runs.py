@@ -1,7 +1,5 @@
 """Runs as a report reads them, from their directories."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence

@@ -4,8 +4,6 @@ All rates of a grid are trained on a first seed, and the grid grows by its own f
 lies at an edge. Only the best two go on to the other seeds (successive halving), and the best mean is chosen.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a study claims: paired differences of every metric, corrected for how many there are, and run once more."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence

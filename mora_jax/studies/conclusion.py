@@ -1,7 +1,5 @@
 """The written conclusion of a study: its template filled with tables, and what is missing."""
 
-from __future__ import annotations
-
 import importlib.resources
 from collections.abc import Iterable, Sequence
 from pathlib import Path

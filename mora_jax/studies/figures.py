@@ -1,7 +1,5 @@
 """How studies draw: a method has one colour and mark in all figures, seeds a band, and a caption says what is shown."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """The folder of a study: what was asked for, the data, a run directory a cell, and what came of them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ were not trained on, *forgetting* the rise of the loss on the old one. Both are 
 at equal learning too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

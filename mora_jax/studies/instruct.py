@@ -8,8 +8,6 @@ The embedded questions come alone or with a passage in front of them, so that pr
 rows are sorted into groups by the ratio that they have.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

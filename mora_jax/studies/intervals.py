@@ -4,8 +4,6 @@ The unit is the seed: what varies is the data, their order and the start of the 
 say nothing of that, and are not mixed in.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -8,8 +8,6 @@ At a budget of steps that ends before all is stored the accuracy says who learns
 question: the preset `saturation` trains until nothing more is learned, on more and more pairs.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable, Sequence

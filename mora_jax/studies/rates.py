@@ -4,8 +4,6 @@ One task, all methods, and around each chosen rate the rates beside it on every 
 of the grid: which of these has the lowest mean, and which others have it when seeds are drawn anew.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Rows that studies write down, split and draw from."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -3,8 +3,6 @@
 A new study is a file, a template in `text/` and its name in `STUDIES`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

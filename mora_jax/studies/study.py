@@ -4,8 +4,6 @@ Learning rates are searched on seeds of their own (see `search`); what is report
 data, order and start are others.
 """
 
-from __future__ import annotations
-
 import abc
 import json
 import re

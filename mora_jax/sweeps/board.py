@@ -1,7 +1,5 @@
 """What a sweep says while it goes: one line a step, or on a terminal a table of its runs that is redrawn in place."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence

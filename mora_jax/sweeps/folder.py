@@ -1,7 +1,5 @@
 """The folder of a sweep: what was asked for, the folders of its runs, and what came of them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The runs of a sweep: every combination of the values that some configuration keys take."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

@@ -1,7 +1,5 @@
 """What came of a sweep: a row a run, the best of them, as a table, a CSV file and a plot."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """Sweeps, from Python and for the command: group after group of runs, those of a group step by step together."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """One training step put together from a model and a configuration: what `train` runs and `plan` compiles."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Scores held-out data in the course of a run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Fine-tuning from Python: the loop of `mora-jax train` on a model and rows that a program has."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import tempfile

@@ -4,8 +4,6 @@ For those who hand optax a whole model. Cheaper, where it can be had, is to diff
 the tree of `mora_jax.partition`, or `variables["adapters"]` of a Linen model; then no wrapper is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

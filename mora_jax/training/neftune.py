@@ -1,7 +1,5 @@
 """NEFTune: uniform noise on the embeddings of the training step (Jain et al., 2023, arXiv 2310.05914)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

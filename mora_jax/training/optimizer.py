@@ -1,7 +1,5 @@
 """An optimizer with clipping, warm-up and a schedule, for whatever tree is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

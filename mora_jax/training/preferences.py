@@ -6,8 +6,6 @@ the divergence from it in nats a token, over the tokens of the answers. With lab
 ones, and `reference_point` is KTO's estimate over the step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """From a configuration to everything that a training loop needs, checked before anything is written."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

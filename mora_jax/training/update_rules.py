@@ -4,8 +4,6 @@ What optax has is made for one matrix an array. Trained arrays are stacks `[laye
 looks at a matrix as a whole, here it looks at each matrix of the stack by itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from functools import partial

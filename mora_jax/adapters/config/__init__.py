@@ -5,8 +5,6 @@ components of a module path), one regular expression that must match the whole p
 (every linear layer but the output head). `layers_to_transform` keeps some numbered layers of those.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from mora_jax.adapters.config.common import BIASES as BIASES

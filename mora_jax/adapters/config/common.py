@@ -228,7 +228,8 @@ class CommonConfig(MethodConfig):
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            self._check_field(field.name, field.type)
+            # An annotation is a class, or its name where the file has `from __future__ import annotations`.
+            self._check_field(field.name, getattr(field.type, "__name__", field.type))
         object.__setattr__(self, "targets", freeze_targets(self.targets))  # type: ignore[attr-defined]
         object.__setattr__(self, "modules_to_save", module_names(self.modules_to_save, "modules_to_save"))
         for name, what in (("layers_to_transform", "layer numbers"), ("trainable_tokens", "ids of tokens")):

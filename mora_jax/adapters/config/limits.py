@@ -1,7 +1,5 @@
 """Which numbers a setting takes: one rule for configurations made in Python and for keys of the command line."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Ranks and alphas that differ by layer: `rank_pattern` and `alpha_pattern`, matched as PEFT matches them."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ The change of a bias is a parameter of its own that starts at zero; adaptive opt
 bias itself. A layer without a bias gets one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Full fine-tuning."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -4,8 +4,6 @@ The product of two thin factors multiplies the kernel entry by entry, so the cha
 no scaling. A starts as LoRA's, B at zero, so a fresh adapter changes nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

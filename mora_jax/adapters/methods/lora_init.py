@@ -15,8 +15,6 @@ step 0 is the base bit for bit, in bfloat16 too, where W − s A₀ B₀ would b
 adapter is removed. As one plain LoRA of twice the rank it is `[A, A₀]` and `[B; −B₀]`.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

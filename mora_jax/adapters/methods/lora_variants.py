@@ -1,7 +1,5 @@
 """LoRA's relatives: the same two factors with another scale, start, learning rate or schedule, one class each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 

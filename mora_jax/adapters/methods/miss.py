@@ -6,8 +6,6 @@ summed and go through one D `[r, out]`, so the update's kernel is D again and ag
 changes nothing. Names and layout are PEFT's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 

@@ -16,8 +16,6 @@ M starts at zero, so a fresh adapter changes nothing. Neither alpha nor 1/rank s
 code differ (rounding of q, pairing in the rotation, cyclic padding), files made by the authors' code decide.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

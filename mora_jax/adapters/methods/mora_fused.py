@@ -1,7 +1,5 @@
 """MoRA on several matrices with one input, computed together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ Each block of inputs is rotated by the Cayley transform of a trained skew-symmet
 turn in opposite directions. Q starts at zero, so a fresh adapter changes nothing.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Iterable

@@ -8,8 +8,6 @@ PEFT pairs the columns of `[B_1 … B_n]` with the rows of A, scaled and stacked
 the rows rank by rank. That is its function and that of its files, so it is the one here.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A method is a subclass of `Adapter` with a `method` of its own, and beside it it
 `Config` behind it: `LoRA` and `LoRAConfig`.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ sum inputs into groups (strided or contiguous) and how they spread outputs (tile
 beside the product with M, so where the cycle has both forms of a side, both are computed and one is selected.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar

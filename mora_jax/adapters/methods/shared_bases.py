@@ -4,8 +4,6 @@ Every matrix takes the first features of arrays that are as large as the largest
 numbers are those of torch's generator on the CPU: Mersenne Twister, of each draw the low 24 bits.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ A and B are random, frozen and the same for all layers; only the vectors d (0.1 
 a fresh adapter changes nothing. A is uniform in ±√(6/in), B in ±√(6/rank), see `shared_bases.py`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@
 transformation works: both modes of differentiation, `jax.vmap`, `jax.lax.scan`, `jax.checkpoint`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

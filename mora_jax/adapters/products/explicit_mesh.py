@@ -5,8 +5,6 @@ refused: reshapes of a cut axis, contractions over a cut axis in a gradient. So 
 Auto, and its result placed as the plain layer's output is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -8,8 +8,6 @@ On TPUs and GPUs it is `jax.lax.ragged_dot`. On CPUs that multiplies every row b
 doesn't want; here blocks of rows of one group are multiplied one after the other instead.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files to rows of one kind: reads, finds out the format, and says which row breaks it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Messages: the objects that chat formats have in their lists, with the tools that they call."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a user is told of rows that no format reads: what they are, or which format is nearest and what to map."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 A pair becomes two rows, the chosen answer and then the rejected one, after one prompt; a labelled completion one row.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

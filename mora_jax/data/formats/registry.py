@@ -3,8 +3,6 @@
 Some say themselves what is trained: texts with labels, and token ids with labels or weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

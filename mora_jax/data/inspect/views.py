@@ -3,8 +3,6 @@
 Both read the same without colours.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

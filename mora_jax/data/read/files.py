@@ -6,8 +6,6 @@ Parquet goes through Arrow. JSON and CSV do not: its readers guess types from th
 A JSON list is read element by element: only the current element and one piece of the file are in memory.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import csv

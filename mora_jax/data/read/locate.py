@@ -1,7 +1,5 @@
 """Where rows are: files, globs, folders, folders that `datasets` saved, data sets on the hub, and memory."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib

@@ -3,8 +3,6 @@
 `value` is what stands under `key` in the row, `source` the row's file and number.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import math

@@ -4,8 +4,6 @@ A template is one entry in `TEMPLATES`: most are headers and footers around each
 tokenizer adds its own beginning-of-sequence token; `eos` stands for its end-of-sequence text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ where the end of turn follows. Both are looked for in the template's own text al
 where they end is seen by what changes with their arguments.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -7,8 +7,6 @@ explain the rendering (`trace`), for templates that look into what the messages 
 template cannot be tracked.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Rows to tokens: chunk by chunk, in this process or in several, so that memory holds a few chunks only."""
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 import os

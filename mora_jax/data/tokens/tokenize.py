@@ -3,8 +3,6 @@
 A tokenizer is loaded without the notices that `transformers` prints on import.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

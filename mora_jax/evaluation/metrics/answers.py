@@ -3,8 +3,6 @@
 BLEU and ROUGE are those of sacrebleu and rouge-score: the extra `overlap`.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math

@@ -1,7 +1,5 @@
 """Accuracy, F1 and confusion matrix over a fixed list of labels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Sequence
 

@@ -4,8 +4,6 @@ A metric reads records alone, so it can be computed again, and for two models on
 Standard errors are those of drawing other examples of the same kind; they say nothing of other seeds of a training.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

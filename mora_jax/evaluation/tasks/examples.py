@@ -1,7 +1,5 @@
 """Rows to examples: prompts with their shots, what is scored behind them, and the right answers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

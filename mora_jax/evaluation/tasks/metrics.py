@@ -1,7 +1,5 @@
 """The metrics of tasks: each is one object, with the types of task that have it and what it needs of an example."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

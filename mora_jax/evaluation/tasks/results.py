@@ -1,7 +1,5 @@
 """What an evaluation leaves: a folder with its records and metrics, and a table for people."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

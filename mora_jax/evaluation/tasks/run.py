@@ -1,7 +1,5 @@
 """Runs a task with a model: a record of each example, and the metrics of them all."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ answers of the file, sorted, unless rows have a column of that name. A null is f
 that would write it, or an expression that would compare it, refuses the row.
 """
 
-from __future__ import annotations
-
 import functools
 import tomllib
 from collections.abc import Callable, Collection, Mapping

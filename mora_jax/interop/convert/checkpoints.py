@@ -5,8 +5,6 @@ There a factor lies beside its kernel, and takes on the axes that the kernel has
 number first, `[r, 2, heads, head_dim]` for keys and values. Here each matrix has its own pair, so those share one A.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -11,8 +11,6 @@
 comes out has scaling 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

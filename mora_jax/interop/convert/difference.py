@@ -1,7 +1,5 @@
 """The difference of two checkpoints as updates of the matrices of one model, read tensor by tensor."""
 
-from __future__ import annotations
-
 import functools
 import os
 from typing import Any

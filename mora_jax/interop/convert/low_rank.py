@@ -4,8 +4,6 @@ An update is a Flax kernel `[in, out]`; its factors are `a [in, r]` and `b [r, o
 are taken in float64: a squared singular value must not drown in the rounding of the largest.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

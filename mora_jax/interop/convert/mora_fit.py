@@ -13,8 +13,6 @@ A kind that leaves entries of M without effect gets zeros there. The equations a
 2024, arXiv 2405.12130) with the authors' padding; the solutions are this project's.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mora_jax.adapters.methods.mora import BLOCK_KINDS, STRIDED, TILED, contiguous_groups, square_rank

@@ -1,7 +1,5 @@
 """Updates of weight matrices, whatever holds them: an adapter, or the difference of two checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """`adapter_config.json`: the `peft_type`s that are known, which modules it names, and fields of newer versions."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -7,8 +7,6 @@ Where gate and up have adapters of their own they become one of both ranks toget
 the same function, and what PEFT makes of folders with a tensor for each expert (`gate_proj`, `up_proj`, `down_proj`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """PEFT's HIRA: two factors a target, whose product multiplies the base's kernel entry by entry."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

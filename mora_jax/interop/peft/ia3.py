@@ -1,7 +1,5 @@
 """PEFT's IA3: one vector a target, on inputs for feed-forward modules and on outputs for the others."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar

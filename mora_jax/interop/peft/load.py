@@ -1,7 +1,5 @@
 """Adapters out of PEFT folders, and MoRA out of its authors' layout of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

@@ -1,7 +1,5 @@
 """PEFT's LORA: LoRA and its relatives, MoRA with the two fields that its authors add, and BitFit."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """PEFT's MISS: one block a target, whose shape depends on `init_weights`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """PEFT's OFT: the upper triangles of a target's skew-symmetric blocks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar

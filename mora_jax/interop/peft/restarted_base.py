@@ -7,8 +7,6 @@ while every restart goes on to the next type. Files written here have the type o
 model with plain names that `transformers` loads.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Adapters into PEFT folders, and MoRA into its authors' layout of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The tensors of a PEFT folder, sorted by what their names say."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Every way to compute attention that this machine has, against a plain one in float64: outputs and gradients."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from functools import partial

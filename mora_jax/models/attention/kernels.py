@@ -1,7 +1,5 @@
 """Attention by kernels of TPUs and GPUs, and the one rule that chooses: for the decoder, a run's start and `plan`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

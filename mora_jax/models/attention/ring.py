@@ -9,8 +9,6 @@ in 2·c pieces before the ring starts, device i getting the pieces i and 2·c �
 2311.09431): at every turn each device then computes two pairs of pieces.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ key can be set whether or not the file names it. It is a Python file whose `get_
 `ml_collections.ConfigDict`, or the same as YAML or JSON, such as the `config.json` of a run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import json

@@ -3,8 +3,6 @@
 `Config` is what the code reads; `configs/*.py` and `--config.section.key=value` (load.py) fill it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

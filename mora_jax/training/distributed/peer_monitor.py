@@ -6,8 +6,6 @@ and the system closes it when the process is killed. Process 0 tells the others.
 JAX's heartbeat.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -9,8 +9,6 @@ to find, and gives every process of SLURM one GPU even if it is alone on its hos
 environment is found here, and told which devices to take.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Stop when the system or the user asks for it: a command at once and cleanly, a run at a step boundary."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """A trace of some steps for XProf: what the host and every device did, operation by operation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Where metrics go besides `metrics.jsonl`: TensorBoard and Weights & Biases, in a thread of their own."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections import deque

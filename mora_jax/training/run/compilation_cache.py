@@ -1,7 +1,5 @@
 """What XLA compiles, kept on disk, so that the next start of a run, or its resumption, need not compile it again."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import platform

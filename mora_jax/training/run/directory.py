@@ -1,7 +1,5 @@
 """The folder of one run: configuration, metrics, summary, checkpoints and the result."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """A run's result on the HuggingFace hub, with a model card that says what it is."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import math
 import os

@@ -1,7 +1,5 @@
 """The reference of preference losses where it is cached: log-probabilities by the model that training begins from."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What a run leaves behind: checkpoints on its way, its result, and that of its best checkpoint."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Ranks by layer, chosen layers, trained biases: what differs within one model."""
 
+from dataclasses import dataclass, field
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.config.limits import POSITIVE
 from mora_jax.adapters.config.patterns import value_at
 from mora_jax.models import init_decoder
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
@@ -150,3 +153,14 @@ def test_detach_gives_the_old_biases_back():
 def test_bad_settings(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_settings_are_checked_whether_annotations_are_classes_or_names():
+    @dataclass(frozen=True)
+    class Sized(mj.LoRAConfig):
+        size: int = field(default=1, kw_only=True, metadata={"limits": POSITIVE})
+
+    assert Sized.__dataclass_fields__["size"].type is int
+    for wrong in ({"size": 0}, {"rank": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a positive integer, not 0"):
+            Sized(**wrong)
