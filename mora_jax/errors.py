@@ -1,5 +1,8 @@
 """The one exception that stands for bad input from a user."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Input that the user has to fix: a path, a file's content, a setting.
@@ -16,3 +19,14 @@ class InputError(ValueError):
         ...     print(error)
         ./no-model is not a folder (a hub id looks like owner/name)
     """
+
+
+@contextlib.contextmanager
+def refused(what: str = "") -> Iterator[None]:
+    """Makes bad input of a plain `ValueError`, said of `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{what}: {error}" if what else str(error)) from None

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
+from mora_jax.adapters.base import Params
 from mora_jax.adapters.methods.lora import LoRAConfig
 from mora_jax.adapters.methods.mora import MoRAConfig, square_rank, update
 from mora_jax.adapters.products.matmul import Dot, dot
 from mora_jax.adapters.slots import Bank as Bank
 from mora_jax.adapters.slots import use as use
-
-Array = jax.Array
 
 
 def _multiplied(product: Dot, x: Array, w: Array) -> Array:
@@ -53,9 +53,7 @@ class LoRABank(Bank):
         self.lora_b = self._factor(config.rank, out_features, axes=("rank", self.axes[1]))
 
     @classmethod
-    def delta(
-        cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         hidden = _scaled(_multiplied(product, x, Bank.pick(params, "lora_a")), Bank.pick_scaling(params))
         return _multiplied(product, hidden.astype(x.dtype), Bank.pick(params, "lora_b"))
 
@@ -73,9 +71,7 @@ class MoRABank(Bank):
         self.m = self._factor(q, q, axes=("square_out", "square_in"))
 
     @classmethod
-    def delta(
-        cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         scaling = Bank.pick_scaling(params)
         picked = Bank.pick(params, "m") * scaling.reshape(*scaling.shape, 1, 1)
         turned = jnp.swapaxes(picked, -1, -2)

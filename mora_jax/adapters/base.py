@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.experimental import multihost_utils
 
 from mora_jax.adapters.products.matmul import Delta, Dot, FusedLayout, dot, widened
 
-Array = jax.Array
+#: Arrays of one adapter by name, without layer axis where a product is made.
+Params = dict[str, Array]
 
 
 def as_rngs(rngs: Any) -> nnx.Rngs:
@@ -148,7 +150,7 @@ class Adapter(nnx.Module):
         )
 
     @classmethod
-    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot) -> Array:
+    def delta(cls, config: Any, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         """`x [N, in]` → the update, `[N, out]`.
 
         `product` multiplies features of tokens by a matrix, in the dtype of `x`: plainly in layers of users' models, in
@@ -157,7 +159,7 @@ class Adapter(nnx.Module):
         raise NotImplementedError  # abstract: each additive method's file defines it
 
     @classmethod
-    def grouped(cls, config: Any, out_features: int, x: Array, params: dict[str, Array], product: Dot) -> Array:
+    def grouped(cls, config: Any, out_features: int, x: Array, params: Params, product: Dot) -> Array:
         """The update of rows `x [R, in]` sorted by expert, float32 `[R, out]`; `params` are those of all E experts.
 
         `product(x, w)` multiplies rows by their expert's matrix of `w [E, in, out]`. Several rows may stand for each of
@@ -166,12 +168,12 @@ class Adapter(nnx.Module):
         raise NotImplementedError  # abstract: each method that has on_experts defines it
 
     @classmethod
-    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: Any, in_features: int, out_features: int, params: Params) -> Array:
         """The update as a float32 kernel `[in, out]`."""
         raise NotImplementedError  # abstract: each additive method's file defines it
 
     @classmethod
-    def output_gain(cls, config: Any, params: dict[str, Array], kernel: Callable[[], Array]) -> Array | None:
+    def output_gain(cls, config: Any, params: Params, kernel: Callable[[], Array]) -> Array | None:
         """The factor on every output, float32 `[out]`, or None; `kernel()` is the base's `[in, out]`."""
         if "magnitude" not in params:
             return None
@@ -180,7 +182,7 @@ class Adapter(nnx.Module):
         return jnp.where(params["scaling"] != 0, gain, 1.0)
 
     @classmethod
-    def transform_input(cls, config: Any, params: dict[str, Array], x: Array) -> Array | None:
+    def transform_input(cls, config: Any, params: Params, x: Array) -> Array | None:
         """What takes the place of `x [N, in]`, in its shape and dtype and linear in it; None where x stays."""
         return None
 
@@ -192,12 +194,12 @@ class Adapter(nnx.Module):
         return jax.eval_shape(lambda p, x: cls.transform_input(config, p, x), shapes, x) is not None
 
     @classmethod
-    def transform_kernel(cls, config: Any, params: dict[str, Array], kernel: Array) -> Array:
+    def transform_kernel(cls, config: Any, params: Params, kernel: Array) -> Array:
         """What takes the place of the base's `kernel [in, out]`, float32; it is used in the dtype of the inputs."""
         raise NotImplementedError  # abstract: each method that has transforms_kernel defines it
 
     @classmethod
-    def added_bias(cls, config: Any, params: dict[str, Array], bias: Array | None) -> Array | None:
+    def added_bias(cls, config: Any, params: Params, bias: Array | None) -> Array | None:
         """What is added to the layer's `bias [out]` (None: it has none), float32 `[out]`, or None."""
         added = params.get("bias")
         if added is None or config.bias == "all":  # then those of layers that are left out are trained, too
@@ -230,7 +232,7 @@ class Adapter(nnx.Module):
         return None
 
     @classmethod
-    def merged_kernel(cls, config: Any, params: dict[str, Array], kernel: Array) -> Array:
+    def merged_kernel(cls, config: Any, params: Params, kernel: Array) -> Array:
         """The kernel that does what the base's `kernel [in, out]` and the adapter do, float32."""
         with jax.default_matmul_precision("highest"):
             total = widened(kernel)
@@ -259,7 +261,7 @@ class Adapter(nnx.Module):
         single = {n: jax.ShapeDtypeStruct(value.shape[depth:], value.dtype) for n, value in self.params().items()}
         return self.transforms_kernel or self.transforms_input(self.config, single, self.in_features)
 
-    def params(self) -> dict[str, Array]:
+    def params(self) -> Params:
         """The arrays by name, `scaling` among them."""
         return params_of(self)
 
@@ -313,7 +315,7 @@ def over_layers(depth: int, one: Callable[..., Any], operands: tuple[Any, ...]) 
     return jax.lax.map(lambda layer: over_layers(depth - 1, one, layer), operands)
 
 
-def params_of(adapter: Adapter) -> dict[str, Array]:
+def params_of(adapter: Adapter) -> Params:
     """`adapter.params()` for the layers' own calls: a function, since `nnx.tabulate` gives every method call a row."""
     return {name: value.get_value() for name, value in vars(adapter).items() if isinstance(value, nnx.Variable)}
 

@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters.attach import detach, partition, put_adapter
-from mora_jax.adapters.base import Adapter, AdapterParam
+from mora_jax.adapters.base import Adapter, AdapterParam, Params
 from mora_jax.adapters.config.common import CommonConfig, Targets
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.products.matmul import Dot, dot
 from mora_jax.adapters.sites import Site, sites
-
-Array = jax.Array
 
 
 def start_from_inputs(model: nnx.Module, run: Callable[[Any], Array]) -> None:
@@ -108,9 +107,7 @@ class Probe(Adapter):
         self.gram = AdapterParam(jnp.zeros((*self.layers, in_features, in_features), jnp.float32))
 
     @classmethod
-    def delta(
-        cls, config: ProbeConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: ProbeConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         return _probe(out_features, x, params["gram"])
 
 

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mora_jax.adapters.base import params_of
 from mora_jax.adapters.products.grouped import grouped_dot
 from mora_jax.adapters.products.matmul import wide, widened
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
-
-Array = jax.Array
 
 
 class Groups(NamedTuple):

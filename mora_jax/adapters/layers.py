@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters import compat
 from mora_jax.adapters.base import Adapter, params_of
@@ -25,7 +26,6 @@ from mora_jax.environment import check_versions
 check_versions()  # every method's module comes this way
 compat.complete()
 
-Array = jax.Array
 
 _TOLERANCE = 0.05  # relative, in norm: a layer may round to bfloat16
 

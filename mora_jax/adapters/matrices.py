@@ -17,10 +17,9 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax import Array
 
 from mora_jax.adapters.products.explicit_mesh import whole
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
+from jax import Array, lax
 
-from mora_jax.adapters.base import Adapter, params_of
+from mora_jax.adapters.base import Adapter, Params, params_of
 from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.products.around import update_of
 from mora_jax.adapters.products.matmul import (
@@ -34,10 +34,7 @@ from mora_jax.adapters.products.matmul import (
 )
 from mora_jax.adapters.products.quantization import Quantized, QuantizedKernel
 
-Array = jax.Array
-
 Dropout = Callable[[int, Array], Array]
-Params = dict[str, Array]
 
 
 def adapted_product(

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Params
 
-Array = jax.Array
 NO_SLOT = -1
 
 
@@ -96,13 +96,13 @@ class Bank(Adapter):
         return None if self.chosen.ndim == len(self.layers) else self.chosen.shape[-1]
 
     @classmethod
-    def pick(cls, params: dict[str, Array], name: str) -> Array:
+    def pick(cls, params: Params, name: str) -> Array:
         """The factor `name` of the chosen slot, `[…]`, or of each row's, `[B, …]`; zeros for the base alone."""
         stored = params[name]
         return stored.at[params["chosen"]].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
     @classmethod
-    def pick_scaling(cls, params: dict[str, Array]) -> Array:
+    def pick_scaling(cls, params: Params) -> Array:
         """`[]` or `[B]`. A slot that there isn't gives NaN: never the base by mistake."""
         chosen, stored = params["chosen"], params["scaling"]
         return jnp.where(chosen < stored.shape[0], Bank.pick(params, "scaling"), jnp.nan)

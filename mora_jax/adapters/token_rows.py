@@ -9,17 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, constant
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Params, constant
 from mora_jax.adapters.config.common import CommonConfig, Targets
 from mora_jax.adapters.matrices import weight_of
 from mora_jax.adapters.products.matmul import dot
 from mora_jax.adapters.sites import Site
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,20 @@ class TokenRows(Adapter):
         return cls(num_embeddings, features, config, **placing)
 
     @classmethod
-    def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
+    def rows(cls, ids: Array, dtype: Any, params: Params) -> Array:
         """What is added to looked-up rows, float32 `[..., D]`."""
         slots = jnp.take(params["token_slots"], ids, mode="fill", fill_value=len(params["token_delta"]))
         return _or_zero(params["token_delta"], slots, axis=0)
 
     @classmethod
-    def scores(cls, query: Array, params: dict[str, Array]) -> Array:
+    def scores(cls, query: Array, params: Params) -> Array:
         """What is added to products of `query [..., D]` with every row of the table, `[..., V]`."""
         products = dot(query.reshape(-1, query.shape[-1]), params["token_delta"].T)
         wide = _or_zero(products, params["token_slots"], axis=1)
         return wide.reshape(*query.shape[:-1], len(params["token_slots"]))
 
     @classmethod
-    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: Any, in_features: int, out_features: int, params: Params) -> Array:
         return _or_zero(params["token_delta"], params["token_slots"], axis=0)
 
 

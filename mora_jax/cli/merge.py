@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_out
-from mora_jax.errors import InputError
+from mora_jax.errors import refused
 
 HELP = "fold an adapter into its base model"
 
@@ -32,10 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
     # Merging is done in float32 whatever is written, so that nothing is rounded twice.
     model, tokenizer = load(args.model, args.adapter, "float32", strict=args.strict, kind=args.adapter_kind)
-    try:
+    with refused(args.adapter):
         merge(model)
-    except ValueError as error:
-        raise InputError(f"{args.adapter}: {error}") from None
     save_pretrained(model, args.out, tokenizer, dtype=args.dtype, overwrite=args.overwrite)
     print(f"wrote {args.out}", file=sys.stderr)
     base, merged = weight_bytes(local_folder(args.model)), weight_bytes(local_folder(args.out))

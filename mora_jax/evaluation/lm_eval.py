@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from mora_jax.data.conversation import Conversation, Message
 from mora_jax.data.templates.render import Renderer
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.evaluation.chat import complete_batch, stated_stop_ids
 from mora_jax.evaluation.generate import Generator, Sampling
 from mora_jax.evaluation.loglikelihood import LoglikelihoodScorer, windows
@@ -237,18 +237,16 @@ class MoraJaxLM(TemplateLM):
         if not drawn:
             rest = {name: value for name, value in rest.items() if name not in DRAWING}
         top_p = rest.pop("top_p", 1.0)
-        refused = [f"{name}={value}" for name, value in rest.items() if value not in NEUTRAL.get(name, ())]
-        if refused:
+        unsupported = [f"{name}={value}" for name, value in rest.items() if value not in NEUTRAL.get(name, ())]
+        if unsupported:
             raise InputError(
-                f"generation arguments {', '.join(refused)} are not supported; there are until, max_gen_toks, "
+                f"generation arguments {', '.join(unsupported)} are not supported; there are until, max_gen_toks, "
                 "do_sample, temperature and top_p"
             )
         if drawn and temperature == 0:
             raise InputError("do_sample=True needs a temperature above 0 beside it")
-        try:
+        with refused("generation arguments"):
             sampling = Sampling(temperature if drawn else 0.0, float(top_p), self.seed)
-        except ValueError as error:
-            raise InputError(f"generation arguments: {error}") from None
         if not 0 < count < self.max_length:
             raise InputError(
                 f"max_gen_toks={count} must be at least 1 and leave room for the prompt in max_length={self.max_length}"

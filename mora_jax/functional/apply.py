@@ -18,14 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.extend import core
 
 from mora_jax.adapters.matrices import Matrix, Product
 from mora_jax.adapters.products.around import beside
 from mora_jax.adapters.products.explicit_mesh import placed_like
 from mora_jax.functional.tree import Adapters, Arrays, Einsums, TreeKernel, is_array, matched
-
-Array = jax.Array
 
 # Equations that leave a kernel what it is.
 _SAME = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")

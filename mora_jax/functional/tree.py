@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters.base import AdapterParam, as_rngs, over_layers
 from mora_jax.adapters.config.common import MethodConfig
@@ -21,7 +22,6 @@ from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, why_
 from mora_jax.adapters.targets import Picker
 from mora_jax.linen.matrices import layer_number
 
-Array = jax.Array
 Arrays = dict[str, Array]
 Adapters = dict[str, Arrays]
 Einsums = Mapping[str, str]

@@ -19,7 +19,7 @@ from mora_jax.adapters.config.patterns import targets_for
 from mora_jax.adapters.methods.lora_init import is_start
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.sites import Site, sites
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 
 
 class AdapterValues(NamedTuple):
@@ -90,12 +90,10 @@ def _put(
     method = adapter_class(next(filter(None, configs)))
     if len({_without_sizes(config) for config in configs if config is not None}) > 1:
         raise InputError(f"{place.title} is one stack, whose layers have to agree in everything but their ranks")
-    try:
+    with refused():
         check_site(place, configs, method)
         configs = [None if config is None else method.configure_for_shapes(config, sizes) for config in configs]
         adapter = put_adapter(place, configs, method, rngs)
-    except ValueError as error:
-        raise InputError(str(error)) from None
     names = dict.fromkeys(name for adapter_values in values.values() for name in adapter_values.values)
     if "bias" in names and not hasattr(adapter, "bias"):
         adapter.train_bias()

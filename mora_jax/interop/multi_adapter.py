@@ -14,7 +14,7 @@ from mora_jax.adapters.merge import Merged, merge
 from mora_jax.adapters.projection import OutputHead
 from mora_jax.adapters.sites import Site, adapted_sites, sites
 from mora_jax.adapters.slots import NO_SLOT, use
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import AdapterValues, ValuesByPath, first, install
 from mora_jax.interop.convert.combine import combine
 from mora_jax.interop.convert.convert import Conversion
@@ -246,12 +246,9 @@ class NamedAdapters:
         Raises:
             InputError: there is no adapter of that name, or the base can't take it; all are there then as before.
         """
-        try:
-            with undone_on_error(self.model):
-                self._leave(name)
-                merged = merge(self.model)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        with refused(), undone_on_error(self.model):
+            self._leave(name)
+            merged = merge(self.model)
         self._named, self._active = {}, None
         return merged
 

@@ -33,9 +33,6 @@ class Mxfp4Files(TensorFiles):
                 raise InputError(f"{self.folder}: tensors {name}{BLOCKS} and {SCALES} are no kernel in MXFP4")
             self.shapes[name] = (experts, blocks * 32, outputs)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
-
     def read(self, name: str) -> np.ndarray:
         if name not in self._packed:
             return self._files.read(name)

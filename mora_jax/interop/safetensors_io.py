@@ -50,7 +50,7 @@ class TensorFiles:
                 self.shapes[name] = tuple(piece.get_shape())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._handles
+        return name in self.shapes
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype of the file."""

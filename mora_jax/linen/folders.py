@@ -22,7 +22,7 @@ from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
 from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix
 from mora_jax.adapters.products.matmul import wide
 from mora_jax.adapters.report import VECTORS, AdapterEntry, adapters_of
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.peft import load, save
 from mora_jax.interop.peft.lora import alpha_for
@@ -102,10 +102,8 @@ def save_adapter(
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 6)))
         >>> save_adapter(variables, "linen-adapter", mj.LoRAConfig(rank=2, alpha=16.0))
     """
-    try:
+    with refused():
         layers = list(layers_of(variables, (config,), report))
-    except ValueError as error:
-        raise InputError(str(error)) from None
     places, by_path = [], {}
     for layer in layers:
         lifts = () if report is None else report.lifts_at(layer.path)
@@ -405,8 +403,6 @@ def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
     if feedforward:
         changes["feedforward"] = tuple(feedforward)
     config = dataclasses.replace(plain.pop(), **changes)
-    try:
+    with refused():
         check_config(config)
-    except ValueError as error:
-        raise InputError(str(error)) from None
     return config

@@ -4,16 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
+from jax import Array
 
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig, RsLoRAConfig
 from mora_jax.linen.matrices import product_of
 from mora_jax.linen.update import adapted_output
-
-Array = jax.Array
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(nn.Dense) if field.name not in ("parent", "name"))
 

@@ -4,12 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax import linen as nn
+from jax import Array
 
 from mora_jax.adapters.matrices import KERNELS, MASKED, TRANSPOSED, Matrix, Product
-
-Array = jax.Array
 
 # Where an adapter goes: on the product that these classes' own methods compute, a subclass's by way of `super()`.
 KINDS: tuple[type[nn.Module], ...] = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed)

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx, traverse_util
+from jax import Array
 
 from mora_jax.adapters.base import Adapter, AdapterState
 from mora_jax.adapters.config.patterns import config_at
@@ -20,7 +20,6 @@ from mora_jax.linen.matrices import array_path, layer_number
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, in_words, scaled
 
-Array = jax.Array
 Path = tuple[str, ...]
 
 _REPORT = "give the report of the context in which the adapters were made, report="

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from mora_jax.adapters.layers import computes_other, random_values
 from mora_jax.adapters.matrices import BIASES, FORMS, SCALED, LayerForm, Product, registered
 from mora_jax.linen.matrices import KINDS, einsum_product
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters.base import Adapter, AdapterParam
 from mora_jax.adapters.config.common import MethodConfig
@@ -18,7 +19,6 @@ from mora_jax.adapters.products.around import around
 from mora_jax.adapters.products.around import attended as attended_by
 from mora_jax.adapters.products.around import embedded as embedded_by
 
-Array = jax.Array
 Arrays = dict[str, Array]
 
 COLLECTION = "adapters"  # what is trained

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.backend import backend, product_over_tokens
-
-Array = jax.Array
 
 
 class Options(NamedTuple):

@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from mora_jax.backend import backend
 from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, vocabulary, weighted_sum
-
-Array = jax.Array
 
 
 def next_token_targets(input_ids: Array, weights: Array, segment_ids: Array | None = None) -> tuple[Array, Array]:

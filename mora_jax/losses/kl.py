@@ -5,7 +5,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from mora_jax.losses.chunked_sum import (
     Options,
@@ -16,8 +16,6 @@ from mora_jax.losses.chunked_sum import (
     vocabulary,
     weighted_sum,
 )
-
-Array = jax.Array
 
 
 def weighted_kl(

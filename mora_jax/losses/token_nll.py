@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.losses.chunked_sum import (
@@ -23,8 +23,6 @@ from mora_jax.losses.chunked_sum import (
     vocabulary,
 )
 from mora_jax.losses.cross_entropy import negative_log_likelihood
-
-Array = jax.Array
 
 
 class TokenNLL(NamedTuple):

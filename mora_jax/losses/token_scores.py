@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mora_jax.losses.chunked_sum import (
     Options,
@@ -16,8 +16,6 @@ from mora_jax.losses.chunked_sum import (
     vocabulary,
 )
 from mora_jax.losses.cross_entropy import negative_log_likelihood
-
-Array = jax.Array
 
 
 class TokenSums(NamedTuple):

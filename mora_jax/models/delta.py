@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.models.block import dropout_at, stacked_projection
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.kv_cache import CacheSlot
 
-Array = jax.Array
 
 CHUNK = 64  # tokens
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

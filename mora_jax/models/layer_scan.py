@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-Array = jax.Array
 Body = Callable[[Array, Any, Any, Any], Array]
 
 SAVED = "saved"  # the name of what `checkpointed` marks

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder, Head
 from mora_jax.models.partitioning import Partitioner
 from mora_jax.models.segments import default_positions
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)

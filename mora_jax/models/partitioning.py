@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters.base import AdapterParam
 from mora_jax.adapters.projection import Projection
@@ -15,7 +15,6 @@ from mora_jax.backend import backend
 if TYPE_CHECKING:
     from mora_jax.models.attention.ring import HeadShards, Ring
 
-Array = jax.Array
 Axes = tuple[str | None, ...]
 
 

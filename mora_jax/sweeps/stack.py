@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from mora_jax.sweeps.grid import SweepRun
@@ -27,8 +28,6 @@ from mora_jax.training.optimizer import make_schedule, scheduled
 from mora_jax.training.sharding.runner import JitRunner, RowShare
 from mora_jax.training.state import Arrays, TrainState
 from mora_jax.training.step import StepFunction, StepMetrics, make_step
-
-Array = jax.Array
 
 # What goes into the step as data, by section.
 _OPTIMIZER = ("learning_rate", "schedule", "min_ratio", "warmup_steps", "weight_decay")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters.config import AdaLoRAConfig
 from mora_jax.adapters.methods.adalora import (
@@ -28,8 +28,6 @@ from mora_jax.adapters.sites import sites
 from mora_jax.training.config.schema import AdapterConfig
 from mora_jax.training.state import Arrays
 from mora_jax.training.step import StepMetrics
-
-Array = jax.Array
 
 
 class BudgetState(NamedTuple):

@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mora_jax.models.segments import default_positions, segment_lengths
-
-Array = jax.Array
 
 
 def embedding_noise(key: Array, rows: Array, segment_ids: Array, width: int, alpha: float) -> Array:

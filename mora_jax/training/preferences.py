@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from mora_jax.adapters.base import FullParam
 from mora_jax.errors import InputError
@@ -21,8 +22,6 @@ from mora_jax.losses.token_nll import TokenNLL, token_nll
 from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.state import Arrays, Structure
 from mora_jax.training.step import Keys, StepConfig, head_inputs, inverse, row_numbers, token_shards
-
-Array = jax.Array
 
 
 class PreferenceRows(NamedTuple):

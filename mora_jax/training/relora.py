@@ -19,12 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from mora_jax.adapters.attach import partition
 from mora_jax.adapters.sites import Site, adapted_sites
 from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, moments_on_device
-
-Array = jax.Array
 
 _RESTART = 2**32 - 1  # folded into the key for fresh factors; steps fold in their own, smaller numbers
 

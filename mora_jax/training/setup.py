@@ -1,11 +1,10 @@
 """From a configuration to everything that a training loop needs, checked before anything is written."""
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from mora_jax.data.loss_weights import DIVISORS, LossWeights
 from mora_jax.data.pipeline import BatchSource
 from mora_jax.data.preferences import PreferenceDataset, refuse_preferences, split_preferences
 from mora_jax.data.tokens.store import TokenStore
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.evaluation.tasks.run import NamedTask, read_tasks
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.interop.fingerprint import arrays_hash
@@ -335,17 +334,6 @@ def prepare(config: Config, objects: InMemory = NOTHING_IN_MEMORY, encode: Encod
     start = arrays_hash(model, AdapterParam) if reference == "cached" and goes_on else None
     parts = model, tokenizer, attached, train, evaluation, plan, mesh, tasks, loaded, objects.optimizer, start
     return Setup(config, *parts)
-
-
-@contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Makes bad input of a value that a method refuses."""
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{what}: {error}") from None
 
 
 def put_adapter(model: nnx.Module, config: Config, steps: int) -> AttachReport:

@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import lax
+from jax import Array, lax
 
 from mora_jax.adapters.base import FullParam
 from mora_jax.backend import backend, false_after
 
-Array = jax.Array
 Arrays = dict[str, Array]
 
 

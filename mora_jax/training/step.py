@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from mora_jax.losses.cross_entropy import inverse, next_token_targets, weighted_loss
 from mora_jax.losses.kl import weighted_kl
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mora_jax.batch import Batch
     from mora_jax.models.partitioning import Partitioner
 
-Array = jax.Array
 
 _NOISE = 2**31  # folded into the key for NEFTune; dropout folds the numbers of layers in
 

@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, host
+from mora_jax.adapters.base import Adapter, AdapterParam, Params, host
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
 from mora_jax.adapters.products.matmul import Dot, dot
 
-Array = jax.Array
 Arrays = dict[str, Array]
 Masks = Mapping[str, np.ndarray]
 
@@ -139,14 +139,12 @@ class AdaLoRA(Adapter):
         return config.alpha / (config.rank + 1e-5)  # as in PEFT
 
     @classmethod
-    def delta(
-        cls, config: AdaLoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: AdaLoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         hidden = product(x, params["lora_a"]) * (params["lora_e"] * params["scaling"])
         return product(hidden.astype(x.dtype), params["lora_b"])
 
     @classmethod
-    def dense(cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: Params) -> Array:
         left = params["lora_a"] * (params["lora_e"] * params["scaling"])
         return jnp.matmul(left, params["lora_b"], precision=jax.lax.Precision.HIGHEST)
 

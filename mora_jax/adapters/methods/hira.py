@@ -7,16 +7,14 @@ no scaling. A starts as LoRA's, B at zero, so a fresh adapter changes nothing.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam
+from mora_jax.adapters.base import Adapter, AdapterParam, Params
 from mora_jax.adapters.config.common import CommonConfig, Targets
 from mora_jax.adapters.methods import lora
 from mora_jax.adapters.products.matmul import widened
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,6 @@ class HiRA(Adapter):
         self.hira_b = AdapterParam(hira_b, axes=self.stacked("rank", self.axes[1]))
 
     @classmethod
-    def transform_kernel(cls, config: HiRAConfig, params: dict[str, Array], kernel: Array) -> Array:
+    def transform_kernel(cls, config: HiRAConfig, params: Params, kernel: Array) -> Array:
         product = jnp.matmul(params["hira_a"], params["hira_b"])
         return widened(kernel) * (1.0 + product * params["scaling"])

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam
+from mora_jax.adapters.base import Adapter, AdapterParam, Params
 from mora_jax.adapters.config.common import CommonConfig, Targets
 from mora_jax.adapters.products.matmul import widened
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -76,19 +74,19 @@ class IA3(Adapter):
         self.ia3_l = AdapterParam(jnp.ones((*self.layers, size), jnp.float32), axes=self.stacked(axis))
 
     @classmethod
-    def output_gain(cls, config: IA3Config, params: dict[str, Array], kernel: Callable[[], Array]) -> Array | None:
+    def output_gain(cls, config: IA3Config, params: Params, kernel: Callable[[], Array]) -> Array | None:
         return None if config.feedforward else _vector(params)
 
     @classmethod
-    def transform_input(cls, config: IA3Config, params: dict[str, Array], x: Array) -> Array | None:
+    def transform_input(cls, config: IA3Config, params: Params, x: Array) -> Array | None:
         return (widened(x) * _vector(params)).astype(x.dtype) if config.feedforward else None
 
     @classmethod
-    def added_bias(cls, config: IA3Config, params: dict[str, Array], bias: Array | None) -> Array | None:
+    def added_bias(cls, config: IA3Config, params: Params, bias: Array | None) -> Array | None:
         if config.feedforward or bias is None:
             return None
         return (_vector(params) - 1.0) * widened(bias)
 
 
-def _vector(params: dict[str, Array]) -> Array:
+def _vector(params: Params) -> Array:
     return jnp.where(params["scaling"] != 0, params["ia3_l"], 1.0)

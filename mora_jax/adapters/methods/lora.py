@@ -16,17 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, as_rngs, constant, over_layers
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Params, as_rngs, constant, over_layers
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Pattern, Targets
 from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods import lora_init
 from mora_jax.adapters.products.explicit_mesh import whole
 from mora_jax.adapters.products.matmul import Delta, Dot, FusedLayout, dot, dot32, dot32_nt, dot32_tn, widened
-
-Array = jax.Array
-
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")  # the last needs data, see adapters/eva.py
 
@@ -163,27 +161,27 @@ def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> 
     return product * scaling
 
 
-def _grouped(x: Array, params: dict[str, Array], product: Dot) -> Array:
+def _grouped(x: Array, params: Params, product: Dot) -> Array:
     """`_delta` with each expert's factors, `[E, in, rank]` and `[E, rank, out]`."""
     scaling = params["scaling"][:, None] * params.get("rank_mask", 1.0)  # [E, rank] or [E, 1]
     hidden = product(x, params["lora_a"] * scaling[:, None])
     return product(hidden.astype(x.dtype), params["lora_b"])
 
 
-def _dense(params: dict[str, Array]) -> Array:
+def _dense(params: Params) -> Array:
     scaling = scaling_of(params)
     if scaling.ndim:
         return delta_weight(params["lora_a"] * scaling, params["lora_b"])
     return delta_weight(params["lora_a"], params["lora_b"], scaling)
 
 
-def scaling_of(params: dict[str, Array]) -> Array:
+def scaling_of(params: Params) -> Array:
     """The factor on the hidden features: `[]`, or `[rank]` where layers of a stack have their own ranks."""
     mask = params.get("rank_mask")
     return params["scaling"] if mask is None else params["scaling"] * mask
 
 
-def initial_of(params: dict[str, Array] | None) -> dict[str, Array] | None:
+def initial_of(params: Params | None) -> Params | None:
     """The factors that the update is counted from, in place of the trained ones; None where it starts at zero."""
     if params is None or "initial_a" not in params:
         return None
@@ -249,14 +247,14 @@ class LoRA(Adapter):
         super().init_from_kernel(kernel)
 
     @classmethod
-    def rows(cls, ids: Array, dtype: Any, params: dict[str, Array]) -> Array:
+    def rows(cls, ids: Array, dtype: Any, params: Params) -> Array:
         """What is added to looked-up rows of an embedding table, float32 `[..., D]`."""
         picked = (jnp.take(params["lora_a"], ids, axis=0) * scaling_of(params)).astype(dtype)
         flat = dot(picked.reshape(-1, picked.shape[-1]), params["lora_b"])
         return flat.reshape(*ids.shape, flat.shape[-1])
 
     @classmethod
-    def scores(cls, query: Array, params: dict[str, Array]) -> Array:
+    def scores(cls, query: Array, params: Params) -> Array:
         """What is added to products of `query [..., D]` with every row of an embedding table, float32 `[..., V]`."""
         flat = query.reshape(-1, query.shape[-1])
         hidden = (dot(flat, params["lora_b"].T) * scaling_of(params)).astype(query.dtype)
@@ -267,21 +265,19 @@ class LoRA(Adapter):
         return config.alpha / config.rank**config.scale_power
 
     @classmethod
-    def delta(
-        cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         y = _delta(x, params["lora_a"], params["lora_b"], scaling_of(params), product)
         first = initial_of(params)
         return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], scaling_of(params), product)
 
     @classmethod
-    def grouped(cls, config: LoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot) -> Array:
+    def grouped(cls, config: LoRAConfig, out_features: int, x: Array, params: Params, product: Dot) -> Array:
         y = _grouped(x, params, product)
         first = initial_of(params)
         return y if first is None else y - _grouped(x, first, product)
 
     @classmethod
-    def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: Params) -> Array:
         first = initial_of(params)
         return _dense(params) if first is None else _dense(params) - _dense(first)
 

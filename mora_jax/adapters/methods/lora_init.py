@@ -18,10 +18,9 @@ adapter is removed. As one plain LoRA of twice the rank it is `[A, A₀]` and `[
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax.adapters.products.matmul import widened
-
-Array = jax.Array
 
 FROM_BASE = ("pissa", "olora")
 

@@ -9,16 +9,14 @@ changes nothing. Names and layout are PEFT's.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam
+from mora_jax.adapters.base import Adapter, AdapterParam, Params
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import POSITIVE
 from mora_jax.adapters.products.matmul import Dot, dot, widened
-
-Array = jax.Array
 
 FORMS = ("standard", "mini")
 
@@ -73,9 +71,7 @@ class MiSS(Adapter):
         self.miss_block = AdapterParam(jnp.zeros(shape, jnp.float32), axes=axes)
 
     @classmethod
-    def delta(
-        cls, config: MiSSConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: MiSSConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         shards = -(-x.shape[-1] // config.rank)
         padded = jnp.pad(widened(x), ((0, 0), (0, shards * config.rank - x.shape[-1])))
         summed = jnp.sum(padded.reshape(len(x), shards, config.rank), axis=1)
@@ -83,7 +79,7 @@ class MiSS(Adapter):
         return jnp.tile(y, (1, out_features // y.shape[-1]))
 
     @classmethod
-    def dense(cls, config: MiSSConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: MiSSConfig, in_features: int, out_features: int, params: Params) -> Array:
         block = params["miss_block"] * params["scaling"]
         rows = block[np.arange(in_features) % config.rank]
         return jnp.tile(rows, (1, out_features // rows.shape[-1]))

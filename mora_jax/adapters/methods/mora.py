@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, as_rngs
+from mora_jax.adapters.base import Adapter, AdapterParam, Params, as_rngs
 from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets
 from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear
@@ -45,8 +46,6 @@ from mora_jax.adapters.methods.mora_maps import (
     used_blocks,
 )
 from mora_jax.adapters.products.matmul import Delta, Dot, FusedLayout, dot, row_dot, widened
-
-Array = jax.Array
 
 
 def check_kind(kind: str) -> None:
@@ -310,13 +309,11 @@ class MoRA(Adapter):
         self.m = AdapterParam(zeros, axes=self.stacked("square_out", "square_in"))
 
     @classmethod
-    def delta(
-        cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         return _delta(x, params["m"] * params["scaling"], out_features, config.kind, product)
 
     @classmethod
-    def grouped(cls, config: MoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot) -> Array:
+    def grouped(cls, config: MoRAConfig, out_features: int, x: Array, params: Params, product: Dot) -> Array:
         squares = jnp.swapaxes(params["m"] * params["scaling"][:, None, None], 1, 2)  # [E, q, q]
 
         def products(sums: Array) -> Array:
@@ -325,7 +322,7 @@ class MoRA(Adapter):
         return update(x, squares.shape[-1], out_features, config.kind, products)
 
     @classmethod
-    def dense(cls, config: MoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: MoRAConfig, in_features: int, out_features: int, params: Params) -> Array:
         return delta_weight(params["m"] * params["scaling"], in_features, out_features, config.kind)
 
     @classmethod

@@ -5,13 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from mora_jax.adapters.methods.mora_maps import SHARED, Form, Map, Sides, Walk, rotated_squares
 from mora_jax.adapters.products.matmul import FusedLayout, added, dot32, dot32_nt, dot32_tn, wide
 from mora_jax.backend import untransposed
-
-Array = jax.Array
 
 
 class _Group(NamedTuple):

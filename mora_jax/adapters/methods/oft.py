@@ -14,13 +14,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam
+from mora_jax.adapters.base import Adapter, AdapterParam, Params
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
 from mora_jax.adapters.products.matmul import dot, row_dot, widened
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class OFT(Adapter):
         return config
 
     @classmethod
-    def transform_input(cls, config: OFTConfig, params: dict[str, Array], x: Array) -> Array:
+    def transform_input(cls, config: OFTConfig, params: Params, x: Array) -> Array:
         count, size = block_shape(config, x.shape[-1])
         change = rotation_change(config, params["oft_r"] * params["scaling"], size)
         if len(change) == 1:

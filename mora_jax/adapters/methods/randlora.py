@@ -16,13 +16,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from mora_jax.adapters.base import AdapterParam, AdapterState
+from mora_jax.adapters.base import AdapterParam, AdapterState, Params
 from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.methods.shared_bases import SharedBases, SharedBasesConfig, torch_generator, uniform, unit_draws
 from mora_jax.adapters.products.matmul import Dot, dot
-
-Array = jax.Array
 
 BASES = ("dense", "sparse", "very_sparse")
 
@@ -125,7 +124,7 @@ class RandLoRA(SharedBases):
         return config.alpha / config.rank
 
     @classmethod
-    def factors(cls, in_features: int, params: dict[str, Array]) -> tuple[Array, Array]:
+    def factors(cls, in_features: int, params: Params) -> tuple[Array, Array]:
         """`[in, q]` and `[q, out]`, whose product times the scaling is the update; q is n times the rank."""
         a, b = params["randlora_a"], params["randlora_b"]
         scaled = params["randlora_lambda"][:, :, None] * a[:, None, :] * params["randlora_gamma"]
@@ -133,13 +132,11 @@ class RandLoRA(SharedBases):
         return (rows.T, columns.T) if a.shape[-1] == in_features else (columns, rows)
 
     @classmethod
-    def delta(
-        cls, config: RandLoRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: RandLoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         left, right = cls.factors(x.shape[-1], params)
         return product(product(x, left).astype(x.dtype), right) * params["scaling"]
 
     @classmethod
-    def dense(cls, config: RandLoRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: RandLoRAConfig, in_features: int, out_features: int, params: Params) -> Array:
         left, right = cls.factors(in_features, params)
         return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST) * params["scaling"]

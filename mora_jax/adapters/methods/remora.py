@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from mora_jax.adapters.base import AdapterState
+from mora_jax.adapters.base import AdapterState, Params
 from mora_jax.adapters.config.common import RestartConfig
 from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.methods.mora import SHARED, STRIDED, TILED, MoRA, MoRAConfig, compress, decompress, delta_weight
 from mora_jax.adapters.products.matmul import Dot, FusedLayout, dot, widened
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class ReMoRA(MoRA):
         self.turn = AdapterState(jnp.zeros(self.layers, jnp.float32), axes=self.stacked())
 
     @classmethod
-    def delta(cls, config: Any, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot) -> Array:
+    def delta(cls, config: Any, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         m, kinds = params["m"] * params["scaling"], config.kinds
         choose = partial(_choose, kinds, params["turn"])
         sums = choose(STRIDED, lambda kind: compress(widened(x), m.shape[0], kind))
@@ -78,7 +77,7 @@ class ReMoRA(MoRA):
         return choose(TILED, lambda kind: decompress(y, out_features, kind))
 
     @classmethod
-    def dense(cls, config: Any, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: Any, in_features: int, out_features: int, params: Params) -> Array:
         forms = [
             partial(delta_weight, in_features=in_features, out_features=out_features, kind=k) for k in config.kinds
         ]

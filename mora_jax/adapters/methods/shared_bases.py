@@ -9,15 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.common import BIASES, CommonConfig
 from mora_jax.adapters.config.limits import COUNT, POSITIVE
-
-Array = jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState
+from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Params
 from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.config.limits import Number
 from mora_jax.adapters.methods.shared_bases import SharedBases, SharedBasesConfig, torch_generator, uniform
 from mora_jax.adapters.products.matmul import Dot, dot
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,12 @@ class VeRA(SharedBases):
         self.vera_b_scale = AdapterParam(zeros, axes=self.stacked(self.axes[1]))
 
     @classmethod
-    def delta(
-        cls, config: VeRAConfig, out_features: int, x: Array, params: dict[str, Array], product: Dot = dot
-    ) -> Array:
+    def delta(cls, config: VeRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
         hidden = (product(x, params["vera_a"]) * params["vera_d"]).astype(x.dtype)
         return product(hidden, params["vera_b"]) * (params["vera_b_scale"] * params["scaling"])
 
     @classmethod
-    def dense(cls, config: VeRAConfig, in_features: int, out_features: int, params: dict[str, Array]) -> Array:
+    def dense(cls, config: VeRAConfig, in_features: int, out_features: int, params: Params) -> Array:
         left = params["vera_a"] * params["vera_d"]
         product = jnp.matmul(left, params["vera_b"], precision=jax.lax.Precision.HIGHEST)
         return product * (params["vera_b_scale"] * params["scaling"])

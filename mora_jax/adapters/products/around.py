@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
+from mora_jax.adapters.base import Params
 from mora_jax.adapters.matrices import Product
 from mora_jax.adapters.products.explicit_mesh import placed_like
 from mora_jax.adapters.products.matmul import Dot, dot, widened
-
-Array = jax.Array
-Params = dict[str, Array]
 
 
 def around(

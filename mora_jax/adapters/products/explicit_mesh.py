@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
-
-Array = jax.Array
 
 
 def explicit_axes(*arrays: Any) -> tuple[str, ...]:

@@ -13,13 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.adapters.products.matmul import wide
 from mora_jax.backend import backend
-
-Array = jax.Array
 
 BLOCKS = (8, 64)  # the fewest and the most rows a block on CPUs; a group fills up its last one with zeros
 

@@ -19,13 +19,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.adapters.products.quantization import Quantized
 from mora_jax.backend import backend, product_over_tokens
 
-Array = jax.Array
 Dot = Callable[[Array, Array], Array]  # `(x [N, in], w [in, out]) → [N, out]`, products in the dtype of `x`
 
 FEW = 64  # columns of a product over tokens that are few: measured with 8 to 64 beside 256 to 1,536

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
-Array = jax.Array
+from jax import Array
 
 FORMATS = ("int8", "nf4")
 BLOCK = 64

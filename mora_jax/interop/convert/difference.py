@@ -10,7 +10,7 @@ import numpy as np
 from mora_jax.adapters.config import Targets
 from mora_jax.adapters.sites import sites
 from mora_jax.adapters.targets import matcher
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import first, install
 from mora_jax.interop.convert.convert import Conversion, lora_values, mora_values
 from mora_jax.interop.convert.updates import Update
@@ -49,10 +49,8 @@ def adapter_from_difference(
     model = load_shapes(base)
     before, after = open_checkpoint(local_folder(base)), open_checkpoint(local_folder(tuned))
     _check_same(before, after)
-    try:
+    with refused():
         matches = matcher(targets)
-    except ValueError as error:
-        raise InputError(str(error)) from None
     updates = []
     for place in sites(model):
         for path in (path for path in place.paths if matches(path, place.is_linear)):

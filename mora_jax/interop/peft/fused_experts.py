@@ -116,9 +116,6 @@ class _Unfused(TensorFiles):
             self.shapes[name] = (view.rank, columns) if name.endswith(_A) else (rows, view.rank)
         self._last: dict[str, np.ndarray] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
-
     def read(self, name: str) -> np.ndarray:
         view = self._views.get(name)
         if view is None:

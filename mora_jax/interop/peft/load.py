@@ -16,7 +16,7 @@ from mora_jax.adapters.base import host
 from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.sites import Site, by_path, sites
 from mora_jax.adapters.token_rows import table_for_tokens
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import AdapterValues, first, install, trained_as
 from mora_jax.interop.hub import local_folder
 from mora_jax.interop.peft.config import AdapterFile, format_of, put_extra_fields, read_adapter_config
@@ -147,10 +147,8 @@ class _Given:
         known = {piece.name for entry in tensor_plan(model) for piece in entry.pieces} if own else set()
         if stray := [stored for name, stored in self.stored.others.items() if name not in known]:
             raise unknown(files, stray[0])
-        try:
+        with refused():
             self.places = by_path(found)
-        except ValueError as error:
-            raise InputError(str(error)) from None
         everything = str(config.values.get("target_modules")).lower() == "all-linear"
         self.targets = {
             path: (place, layer)
@@ -300,10 +298,8 @@ class _Given:
             raise InputError(f"{where}: trainable_token_indices is {tokens}, and the tensors say otherwise")
         if not tokens:
             return None
-        try:
+        with refused(where):
             table = table_for_tokens(list(dict.fromkeys(place for place, _ in self.places.values())), tuple(tokens))
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
         if [*self.stored.tokens] != [table.paths[0]]:
             raise InputError(f"{self.files.folder}: the rows of tokens are those of {first([*self.stored.tokens])}")
         name = self.stored.tokens[table.paths[0]]
@@ -312,10 +308,8 @@ class _Given:
     def put_token_rows(self, rows: dict[str, np.ndarray]) -> None:
         """Trains rows of a table, from the values of a file."""
         tokens = tuple(self.config.values["trainable_token_indices"])
-        try:
+        with refused():
             adapter = train_tokens(list(sites(self.model)), tokens, nnx.Rngs(0))
-        except ValueError as error:
-            raise InputError(str(error)) from None
         for path, values in rows.items():
             table = host(self.places[path][0].kernel()[np.array(tokens)]).astype(np.float32)
             adapter.token_delta.set_value(jnp.asarray(values - table))

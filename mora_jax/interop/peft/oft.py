@@ -9,7 +9,7 @@ import numpy as np
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config.limits import COUNT, NUMBERS
 from mora_jax.adapters.methods.oft import OFTConfig, block_shape
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import AdapterValues
 from mora_jax.interop.peft.format import Format, Target, require_number, same
 
@@ -51,11 +51,9 @@ class OftFormat(Format):
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         size = OFTConfig.block_size if values.get("r") else values.get("oft_block_size", 32)
         share, series = bool(values.get("block_share")), values.get("use_cayley_neumann", True) is not False
-        try:
+        with refused(target.path):
             config = self.configured(values, target.path, block_size=size, block_share=share, use_cayley_neumann=series)
             count, size = block_shape(config, target.place.in_features)
-        except ValueError as error:
-            raise InputError(f"{target.path}: {error}") from None
         shape = (1 if config.block_share else count, size * (size - 1) // 2)
         return AdapterValues(config, {"oft_r": target.read("triangles", shape)})
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mora_jax.adapters.products.matmul import dot32_tn
 from mora_jax.backend import backend, untransposed
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
 
-Array = jax.Array
 
 NO_WINDOW = 2**30  # stands for "sees everything" where layers differ and the window has to be an array
 LONG = 4096  # tokens of a row from which keys are taken in tiles

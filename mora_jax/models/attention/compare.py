@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh
 
 from mora_jax.backend import backend, default_dtype
@@ -16,7 +17,6 @@ from mora_jax.models.attention.flash import TILE, Tiling, tiled_attention
 from mora_jax.models.attention.kernels import Cudnn, Splash
 from mora_jax.models.attention.ring import Ring
 
-Array = jax.Array
 Attention = Callable[..., Array]
 
 ROWS, LENGTH, GROUPS, QUERIES, SIZE = 2, 640, 2, 2, 64  # more than one block of queries and one tile everywhere

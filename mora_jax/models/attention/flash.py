@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from mora_jax.adapters.products.matmul import dot32_tn
 from mora_jax.models.layer_scan import checkpointed
-
-Array = jax.Array
 
 TILE = 512  # queries, and keys, of a tile
 MASKED = -1e30  # finite, so that rows without a visible key stay finite

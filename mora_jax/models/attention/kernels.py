@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mora_jax.backend import alone, backend, interpreted
 from mora_jax.errors import InputError
 from mora_jax.models.attention.causal import NO_WINDOW, Kernel, Rows
 from mora_jax.models.attention.ring import HeadShards
 from mora_jax.models.layer_scan import SAVED
-
-Array = jax.Array
 
 #: Tiles of keys and queries: those that MaxText takes by default, and smaller ones for rows that would be filled up to
 #: them by more than an eighth. The kernel's tiles are multiples of 128.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from mora_jax.models.attention.flash import (
@@ -29,8 +29,6 @@ from mora_jax.models.attention.flash import (
     attend_vjp,
 )
 from mora_jax.models.layer_scan import checkpointed
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mora_jax.data.formats.registry import FORMATS
 from mora_jax.data.loss_weights import DIVISORS, ENDS, HEADERS, MODES, LossWeights
 from mora_jax.data.sources import Source
 from mora_jax.data.templates.builtin import TEMPLATES
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, refused
 from mora_jax.losses.preference import OBJECTIVES, Objective, Settings
 from mora_jax.training.config.key import TEXTS, Key, key, key_of, meant
 from mora_jax.training.update_rules import OBJECT, RULES
@@ -129,10 +129,8 @@ def adapter_config(section: AdapterConfig, steps: int | None = None) -> Any:
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         if values.get(name):
             values[name] = tuple(_pair(text, name, kind) for text in values[name])
-    try:
+    with refused("config: adapter"):
         return config.for_run(values, steps)
-    except ValueError as error:
-        raise InputError(f"config: adapter: {error}") from None
 
 
 def adapter_settings(config: Any) -> dict[str, Any]:

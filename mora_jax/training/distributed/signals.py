@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 #: The signals that ask a process to stop. Of these, SIGHUP comes when a terminal or a connection is closed.
@@ -72,9 +72,7 @@ class _Handled:
         threading.Thread(target=self._read, args=(ours,), name="signals", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         """From here on signals are again the business of whose they were."""
         if self._theirs is None:
             return
