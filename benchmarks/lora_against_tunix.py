@@ -39,8 +39,7 @@ def work(settings: dict[str, Any]) -> None:
     import optax
     import qwix
     from flax import nnx
-    from tunix.models.llama3 import model as llama
-    from tunix.models.llama3 import params
+    from tunix.models.llama3 import model as llama, params
     from tunix.sft import peft_trainer, utils
 
     values = json.loads((Path(settings["model"]) / "config.json").read_text(encoding="utf-8"))

@@ -33,40 +33,38 @@ _HOMES = {
 _ROOMS = ("adapters", "linen", "functional", "losses", "models", "interop", "data", "training", "evaluation", "demo")
 
 if TYPE_CHECKING:
-    from mora_jax.adapters.attach import attach as attach
-    from mora_jax.adapters.attach import detach as detach
-    from mora_jax.adapters.attach import partition as partition
-    from mora_jax.adapters.base import AdapterParam as AdapterParam
-    from mora_jax.adapters.base import mutable_state as mutable_state
+    from mora_jax.adapters.attach import attach as attach, detach as detach, partition as partition
+    from mora_jax.adapters.base import AdapterParam as AdapterParam, mutable_state as mutable_state
     from mora_jax.adapters.layers import register_layer as register_layer
-    from mora_jax.adapters.merge import merge as merge
-    from mora_jax.adapters.merge import unmerge as unmerge
+    from mora_jax.adapters.merge import merge as merge, unmerge as unmerge
     from mora_jax.adapters.methods.adalora import AdaLoRAConfig as AdaLoRAConfig
     from mora_jax.adapters.methods.bitfit import BitFitConfig as BitFitConfig
     from mora_jax.adapters.methods.full import FullConfig as FullConfig
     from mora_jax.adapters.methods.hira import HiRAConfig as HiRAConfig
     from mora_jax.adapters.methods.ia3 import IA3Config as IA3Config
-    from mora_jax.adapters.methods.lora import LoRAConfig as LoRAConfig
-    from mora_jax.adapters.methods.lora import LoRALinear as LoRALinear
-    from mora_jax.adapters.methods.lora_variants import DoRAConfig as DoRAConfig
-    from mora_jax.adapters.methods.lora_variants import LoRAFAConfig as LoRAFAConfig
-    from mora_jax.adapters.methods.lora_variants import LoRAPlusConfig as LoRAPlusConfig
-    from mora_jax.adapters.methods.lora_variants import OLoRAConfig as OLoRAConfig
-    from mora_jax.adapters.methods.lora_variants import PiSSAConfig as PiSSAConfig
-    from mora_jax.adapters.methods.lora_variants import ReLoRAConfig as ReLoRAConfig
-    from mora_jax.adapters.methods.lora_variants import RsLoRAConfig as RsLoRAConfig
+    from mora_jax.adapters.methods.lora import LoRAConfig as LoRAConfig, LoRALinear as LoRALinear
+    from mora_jax.adapters.methods.lora_variants import (
+        DoRAConfig as DoRAConfig,
+        LoRAFAConfig as LoRAFAConfig,
+        LoRAPlusConfig as LoRAPlusConfig,
+        OLoRAConfig as OLoRAConfig,
+        PiSSAConfig as PiSSAConfig,
+        ReLoRAConfig as ReLoRAConfig,
+        RsLoRAConfig as RsLoRAConfig,
+    )
     from mora_jax.adapters.methods.miss import MiSSConfig as MiSSConfig
-    from mora_jax.adapters.methods.mora import MoRAConfig as MoRAConfig
-    from mora_jax.adapters.methods.mora import MoRALinear as MoRALinear
+    from mora_jax.adapters.methods.mora import MoRAConfig as MoRAConfig, MoRALinear as MoRALinear
     from mora_jax.adapters.methods.oft import OFTConfig as OFTConfig
     from mora_jax.adapters.methods.randlora import RandLoRAConfig as RandLoRAConfig
     from mora_jax.adapters.methods.remora import ReMoRAConfig as ReMoRAConfig
     from mora_jax.adapters.methods.vera import VeRAConfig as VeRAConfig
     from mora_jax.errors import InputError as InputError
-    from mora_jax.interop import load_adapter as load_adapter
-    from mora_jax.interop import load_pretrained as load_pretrained
-    from mora_jax.interop import save_adapter as save_adapter
-    from mora_jax.interop import save_pretrained as save_pretrained
+    from mora_jax.interop import (
+        load_adapter as load_adapter,
+        load_pretrained as load_pretrained,
+        save_adapter as save_adapter,
+        save_pretrained as save_pretrained,
+    )
     from mora_jax.interop.add_tokens import add_tokens as add_tokens
     from mora_jax.interop.multi_adapter import NamedAdapters as NamedAdapters
     from mora_jax.sweeps.train import sweep as sweep

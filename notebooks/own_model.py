@@ -54,8 +54,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mora_jax as mj
 from mora_jax.linen import adapted, merge

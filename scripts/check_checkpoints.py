@@ -119,8 +119,7 @@ def tunix_model(base: Path) -> Any:
     turned = {"vocab_size": values["vocab_size"], "rope_theta": theta, "norm_eps": values["rms_norm_eps"]}
     match values["model_type"]:
         case "gemma2":
-            from tunix.models.gemma import model as classes
-            from tunix.models.gemma import params_safetensors as loader
+            from tunix.models.gemma import model as classes, params_safetensors as loader
 
             kinds = {"sliding_attention": "LOCAL_SLIDING", "full_attention": "GLOBAL"}
             config = classes.ModelConfig(
@@ -134,8 +133,7 @@ def tunix_model(base: Path) -> Any:
                 sliding_window_size=values["sliding_window"],
             )
         case "gemma3_text":
-            from tunix.models.gemma3 import model as classes
-            from tunix.models.gemma3 import params_safetensors as loader
+            from tunix.models.gemma3 import model as classes, params_safetensors as loader
 
             config = classes.ModelConfig(
                 **sizes,
@@ -145,17 +143,14 @@ def tunix_model(base: Path) -> Any:
                 param_dtype=jnp.float32,
             )
         case "llama":
-            from tunix.models.llama3 import model as classes
-            from tunix.models.llama3 import params as loader
+            from tunix.models.llama3 import model as classes, params as loader
 
             config = classes.ModelConfig(**sizes, **turned, weight_tying=values["tie_word_embeddings"])
         case "qwen2" | "qwen3" as kind:
             if kind == "qwen2":
-                from tunix.models.qwen2 import model as classes
-                from tunix.models.qwen2 import params as loader
+                from tunix.models.qwen2 import model as classes, params as loader
             else:
-                from tunix.models.qwen3 import model as classes
-                from tunix.models.qwen3 import params as loader
+                from tunix.models.qwen3 import model as classes, params as loader
             config = classes.ModelConfig(**sizes, **turned, use_tied_embedding=values["tie_word_embeddings"])
     return loader.create_model_from_safe_tensors(str(base), config, dtype=jnp.float32)
 

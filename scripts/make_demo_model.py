@@ -19,8 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo_model import corpus, instructions
-from demo_model import tokenizer as demo_tokenizer
+from demo_model import corpus, instructions, tokenizer as demo_tokenizer
 
 from mora_jax.demo import ASSETS, PARTS
 

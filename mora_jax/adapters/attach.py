@@ -17,11 +17,18 @@ from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.methods.full import FullConfig
 from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.products.quantization import quantized_format
-from mora_jax.adapters.report import LINEN, AttachReport, count, report_of, unknown_matrices, why_unknown
-from mora_jax.adapters.report import AdapterEntry as AdapterEntry
-from mora_jax.adapters.report import Match as Match
-from mora_jax.adapters.report import adapted_layers as adapted_layers
-from mora_jax.adapters.report import adapters_of as adapters_of
+from mora_jax.adapters.report import (
+    LINEN,
+    AdapterEntry as AdapterEntry,
+    AttachReport,
+    Match as Match,
+    adapted_layers as adapted_layers,
+    adapters_of as adapters_of,
+    count,
+    report_of,
+    unknown_matrices,
+    why_unknown,
+)
 from mora_jax.adapters.sites import LayerSite, Site, adapted_sites, by_path, sites
 from mora_jax.adapters.targets import Picker
 from mora_jax.adapters.token_rows import TokenRows, TokenRowsConfig, table_for_tokens

@@ -18,8 +18,7 @@ from mora_jax.adapters.base import Params
 from mora_jax.adapters.methods.lora import LoRAConfig
 from mora_jax.adapters.methods.mora import MoRAConfig, square_rank, update
 from mora_jax.adapters.products.matmul import Dot, dot
-from mora_jax.adapters.slots import Bank as Bank
-from mora_jax.adapters.slots import use as use
+from mora_jax.adapters.slots import Bank as Bank, use as use
 
 
 def _multiplied(product: Dot, x: Array, w: Array) -> Array:

@@ -15,8 +15,8 @@ def complete() -> None:
     from jax.extend import core
 
     for owner, name, value in (
-        (nnx.Variable, "get_value", _get_value),  # flax 0.12.1
-        (nnx.Variable, "set_value", _set_value),  # flax 0.12.1
+        (nnx.Variable, "get_value", lambda variable: variable.value),  # flax 0.12.1
+        (nnx.Variable, "set_value", lambda variable, value: setattr(variable, "value", value)),  # flax 0.12.1
         (nnx, "InstanceNorm", normalization.InstanceNorm),  # flax 0.12.1
         (core, "jaxprs_in_params", _jaxprs_in_params),  # jax 0.10
         (jax.monitoring, "unregister_event_duration_listener", _unregister),  # jax 0.9
@@ -26,14 +26,6 @@ def complete() -> None:
     dictionary: Any = nnx.Dict
     if dictionary.get is not _get and not _has_keys(dictionary):
         dictionary.get = _get  # flax 0.12.6
-
-
-def _get_value(variable: Any) -> Any:
-    return variable.value
-
-
-def _set_value(variable: Any, value: Any) -> None:
-    variable.value = value
 
 
 def _has_keys(mapping: Any) -> bool:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from mora_jax.cli.generate import add_speaking, load_speaker, models_of
+from mora_jax.cli.load import named_adapters
 from mora_jax.errors import InputError
 
 HELP = "talk to a model"
@@ -32,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     if sys.stdin is None:
         raise InputError("chat reads standard input, which is closed")
-    from mora_jax.cli.load import named_adapters
     from mora_jax.evaluation.chat import ChatSession
 
     adapters = named_adapters(args.adapter)

@@ -10,6 +10,8 @@ something would be lost.
 import argparse
 import json
 
+from mora_jax.cli.load import adapter_folder
+
 HELP = "what vLLM, SGLang, llama.cpp, PEFT or transformers would drop of an adapter"
 ENGINE_NAMES = ("peft", "transformers", "vllm", "sglang", "llama.cpp")
 
@@ -26,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.cli.load import adapter_folder
     from mora_jax.interop.engine_check import check_folder
     from mora_jax.paths import expanded
 

@@ -21,6 +21,7 @@ import json
 import sys
 from typing import Any
 
+from mora_jax.cli.load import adapter_folder, named_adapters
 from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number, add_out
 from mora_jax.errors import InputError
 
@@ -141,7 +142,6 @@ def _difference(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
-    from mora_jax.cli.load import adapter_folder
     from mora_jax.interop.convert.convert import convert_to_lora, convert_to_mora, peft_knows
     from mora_jax.interop.load import load_pretrained, load_shapes
     from mora_jax.interop.peft.load import load_adapter, needs_base
@@ -157,7 +157,6 @@ def _convert(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _combine(args: argparse.Namespace) -> tuple[Any, Any]:
-    from mora_jax.cli.load import named_adapters
     from mora_jax.interop.adapter_values import install
     from mora_jax.interop.convert.combine import combine
     from mora_jax.interop.load import load_pretrained, load_shapes

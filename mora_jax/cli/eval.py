@@ -15,6 +15,7 @@ import math
 import sys
 from typing import Any
 
+from mora_jax.cli.load import load
 from mora_jax.cli.options import add_data, add_key, add_model, add_number, add_out
 from mora_jax.display.progress import progress
 from mora_jax.errors import InputError
@@ -58,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} {words}")
     if args.task is not None:
         return _run_task(args)
-    from mora_jax.cli.load import load
     from mora_jax.cli.options import read_data
     from mora_jax.data.preferences import refuse_preferences
     from mora_jax.evaluation.perplexity import score
@@ -73,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
             "objective without a reference (orpo, simpo, cpo)"
         )
     args.max_length = args.max_length or args.defaults["max_length"]
-    reading = {"strict": args.strict, "kind": args.adapter_kind}
-    model, tokenizer = load(args.model, args.adapter, args.dtype, quantize=args.quantize, **reading)
+    model, tokenizer = load(args, args.adapter, args.dtype, args.quantize)
     dataset = read_data(args, tokenizer, model.config.vocab_size)
     for note in dataset.report.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -87,12 +86,7 @@ def run(args: argparse.Namespace) -> int:
         scores = score(model, dataset, batch_size=args.batch_size, progress=report)
     if not math.isfinite(scores.nll):
         raise InputError(f"{args.model} gives a loss of {scores.nll} on {', '.join(args.data)}; try --dtype float32")
-    result = {
-        **scores.to_dict(),
-        "examples": len(dataset),
-        "loss_mode": args.loss_mode,
-        **about,
-    }
+    result = {**scores.to_dict(), "examples": len(dataset), "loss_mode": args.loss_mode, **about}
     print(json.dumps(result) if args.json else str(scores))
     return 0
 
@@ -160,7 +154,6 @@ def _scorer(args: argparse.Namespace) -> Any:
     """The model, over all devices that share the rows evenly."""
     from flax import nnx
 
-    from mora_jax.cli.load import load
     from mora_jax.evaluation import LoglikelihoodScorer
     from mora_jax.training.build_step import put_model
     from mora_jax.training.config.schema import MeshConfig
@@ -168,9 +161,7 @@ def _scorer(args: argparse.Namespace) -> Any:
     from mora_jax.training.sharding.rules import Placement
 
     mesh = make_mesh(*mesh_shape(MeshConfig(fsdp=args.fsdp, tensor=args.tensor), args.batch_size))
-    reading = {"strict": args.strict, "kind": args.adapter_kind}
-    options: dict[str, Any] = {"quantize": args.quantize, "mesh": mesh}
-    model, tokenizer = load(args.model, args.adapter, args.dtype, **options, **reading)
+    model, tokenizer = load(args, args.adapter, args.dtype, args.quantize, mesh)
     placement = Placement.of(mesh, nnx.state(model))
     if placement.partitioner is not None:
         put_model(placement, model)

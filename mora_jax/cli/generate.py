@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from mora_jax.cli.load import load, named_adapters, reading
 from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
 from mora_jax.errors import InputError
 
@@ -67,7 +68,6 @@ def add_speaking(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.cli.load import named_adapters
     from mora_jax.evaluation.chat import Prompt, stream_text
 
     if args.prompts is not None:
@@ -99,21 +99,15 @@ def load_speaker(args: argparse.Namespace, adapters: dict[str, str]) -> tuple[An
     """
     import jax
 
-    from mora_jax.cli.load import load
     from mora_jax.evaluation import Sampling
 
     # Measured with 135 M parameters, one row at a time on CPU: float32 takes as long a token as bfloat16
     # (benchmarks/decoding.py), reads the prompt faster, and is exact.
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     only = next(iter(adapters.values()), None)
-    model, tokenizer = load(args.model, only, dtype, quantize=args.quantize, **reading(args))
+    model, tokenizer = load(args, only, dtype, args.quantize)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     return model, tokenizer, {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "template": args.template}
-
-
-def reading(args: argparse.Namespace) -> dict[str, Any]:
-    """How adapters are read."""
-    return {"strict": args.strict, "kind": args.adapter_kind}
 
 
 def models_of(model: Any, adapters: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import argparse
 import json
 from typing import Any
 
+from mora_jax.cli.load import adapter_folder
 from mora_jax.cli.options import add_number
 
 HELP = "family, sizes and parameters of a model, an adapter or a run"
@@ -19,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.cli.load import adapter_folder
     from mora_jax.interop.describe import describe, describe_adapter
     from mora_jax.paths import expanded
     from mora_jax.report.runs import read_runs

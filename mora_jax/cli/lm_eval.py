@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mora_jax.cli.distributed import add_processes, together
+from mora_jax.cli.load import named_adapters
 from mora_jax.cli.options import ADAPTER
 from mora_jax.errors import InputError
 
@@ -36,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    from mora_jax.cli.load import named_adapters
 
     try:
         import lm_eval.__main__ as harness

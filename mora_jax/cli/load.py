@@ -1,5 +1,6 @@
 """Loading what `--model` and `--adapter` name."""
 
+import argparse
 import atexit
 import shutil
 import tempfile
@@ -13,22 +14,16 @@ from mora_jax.paths import expanded, local_path
 
 
 def load(
-    path: str,
-    adapter: str | None,
-    dtype: str | None,
-    quantize: str = "none",
-    mesh: Any = None,
-    **reading: Any,
+    args: argparse.Namespace, adapter: str | None, dtype: str | None, quantize: str = "none", mesh: Any = None
 ) -> tuple[Any, Any]:
-    """Loads a model with its tokenizer and, if one is given, an adapter.
+    """Loads the model of `--model` with its tokenizer and, if one is given, an adapter.
 
     Args:
-        path: a HuggingFace folder or hub id.
+        args: with the options of `add_adapter` beside `--model`.
         adapter: as for `adapter_folder`.
         dtype: compute dtype, or None for the machine's default.
         quantize: how the layers' kernels are held, as `model.quantize` says.
         mesh: the devices that the model is laid over; None for one.
-        **reading: how the adapter is read: `strict` and `kind` of `mora_jax.load_adapter`.
 
     Raises:
         InputError: when either can't be loaded, or there is no tokenizer.
@@ -41,12 +36,17 @@ def load(
         from mora_jax.training.sharding.rules import base_shardings
 
         shardings = partial(base_shardings, mesh)
-    model, tokenizer = load_pretrained(path, dtype=dtype, quantize=quantize, shardings=shardings)
+    model, tokenizer = load_pretrained(args.model, dtype=dtype, quantize=quantize, shardings=shardings)
     if tokenizer is None:
-        raise InputError(f"{path} has no tokenizer files; give a folder with tokenizer.json beside the weights")
+        raise InputError(f"{args.model} has no tokenizer files; give a folder with tokenizer.json beside the weights")
     if folder is not None:
-        load_adapter(model, folder, **reading)
+        load_adapter(model, folder, **reading(args))
     return model, tokenizer
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How adapters are read, as keywords of `mora_jax.load_adapter`."""
+    return {"strict": args.strict, "kind": args.adapter_kind}
 
 
 def adapter_folder(text: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from mora_jax.cli.load import load
 from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_out
 from mora_jax.errors import refused
 
@@ -21,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from mora_jax.adapters.merge import merge
-    from mora_jax.cli.load import load
     from mora_jax.interop import save_pretrained
     from mora_jax.interop.atomic_folder import check_out
     from mora_jax.interop.hub import local_folder
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out, overwrite=args.overwrite)
 
     # Merging is done in float32 whatever is written, so that nothing is rounded twice.
-    model, tokenizer = load(args.model, args.adapter, "float32", strict=args.strict, kind=args.adapter_kind)
+    model, tokenizer = load(args, args.adapter, "float32")
     with refused(args.adapter):
         merge(model)
     save_pretrained(model, args.out, tokenizer, dtype=args.dtype, overwrite=args.overwrite)

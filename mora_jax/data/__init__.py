@@ -14,42 +14,36 @@ Step by step, each value printable:
 """
 
 from mora_jax.data.batch_plan import BatchPlan as BatchPlan
-from mora_jax.data.conversation import Conversation as Conversation
-from mora_jax.data.conversation import Message as Message
-from mora_jax.data.conversation import Passage as Passage
-from mora_jax.data.conversation import Row as Row
-from mora_jax.data.conversation import TokenRow as TokenRow
-from mora_jax.data.dataset import EncodedDataset as EncodedDataset
-from mora_jax.data.dataset import Example as Example
-from mora_jax.data.dataset import split_rows as split_rows
+from mora_jax.data.conversation import (
+    Conversation as Conversation,
+    Message as Message,
+    Passage as Passage,
+    Row as Row,
+    TokenRow as TokenRow,
+)
+from mora_jax.data.dataset import EncodedDataset as EncodedDataset, Example as Example, split_rows as split_rows
 from mora_jax.data.formats.column_mapping import Mapping as Mapping
-from mora_jax.data.formats.load import Rows as Rows
-from mora_jax.data.formats.load import RowStream as RowStream
-from mora_jax.data.formats.load import load_rows as load_rows
-from mora_jax.data.formats.load import open_rows as open_rows
+from mora_jax.data.formats.load import (
+    Rows as Rows,
+    RowStream as RowStream,
+    load_rows as load_rows,
+    open_rows as open_rows,
+)
 from mora_jax.data.formats.registry import FORMATS as FORMATS
-from mora_jax.data.inspect.advice import Advice as Advice
-from mora_jax.data.inspect.advice import advise as advise
-from mora_jax.data.inspect.advice import advise_on as advise_on
+from mora_jax.data.inspect.advice import Advice as Advice, advise as advise, advise_on as advise_on
 from mora_jax.data.inspect.report import Report as Report
-from mora_jax.data.inspect.views import describe_batch as describe_batch
-from mora_jax.data.inspect.views import describe_example as describe_example
-from mora_jax.data.inspect.views import inspect_data as inspect_data
-from mora_jax.data.inspect.views import inspect_dataset as inspect_dataset
-from mora_jax.data.inspect.views import make_page as make_page
-from mora_jax.data.inspect.views import token_texts as token_texts
-from mora_jax.data.loss_weights import MODES as MODES
-from mora_jax.data.loss_weights import LossWeights as LossWeights
-from mora_jax.data.loss_weights import token_weights as token_weights
-from mora_jax.data.segments import Piece as Piece
-from mora_jax.data.segments import Rendered as Rendered
-from mora_jax.data.segments import Segment as Segment
+from mora_jax.data.inspect.views import (
+    describe_batch as describe_batch,
+    describe_example as describe_example,
+    inspect_data as inspect_data,
+    inspect_dataset as inspect_dataset,
+    make_page as make_page,
+    token_texts as token_texts,
+)
+from mora_jax.data.loss_weights import MODES as MODES, LossWeights as LossWeights, token_weights as token_weights
+from mora_jax.data.segments import Piece as Piece, Rendered as Rendered, Segment as Segment
 from mora_jax.data.sources import Source as Source
 from mora_jax.data.templates.builtin import TEMPLATES as TEMPLATES
-from mora_jax.data.templates.render import Prompt as Prompt
-from mora_jax.data.templates.render import Renderer as Renderer
-from mora_jax.data.templates.render import render_prompt as render_prompt
+from mora_jax.data.templates.render import Prompt as Prompt, Renderer as Renderer, render_prompt as render_prompt
 from mora_jax.data.tokens.encode import RowEncoder as RowEncoder
-from mora_jax.data.tokens.tokenize import Tokens as Tokens
-from mora_jax.data.tokens.tokenize import load_tokenizer as load_tokenizer
-from mora_jax.data.tokens.tokenize import tokenize as tokenize
+from mora_jax.data.tokens.tokenize import Tokens as Tokens, load_tokenizer as load_tokenizer, tokenize as tokenize

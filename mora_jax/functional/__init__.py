@@ -19,9 +19,5 @@ Examples:
 """
 
 from mora_jax.functional.apply import apply as apply
-from mora_jax.functional.folders import load as load
-from mora_jax.functional.folders import save as save
-from mora_jax.functional.tree import init as init
-from mora_jax.functional.tree import merge as merge
-from mora_jax.functional.tree import report as report
-from mora_jax.functional.tree import trainable as trainable
+from mora_jax.functional.folders import load as load, save as save
+from mora_jax.functional.tree import init as init, merge as merge, report as report, trainable as trainable

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ class Check:
     base: str | None = None
     same_base: bool | None = None
     not_finite: tuple[str, ...] = ()
-    zeros: tuple[str, ...] = field(default=())
+    zeros: tuple[str, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -182,21 +182,10 @@ class Check:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "engine": self.engine.title,
-            "version": self.engine.version,
-            "source": self.engine.source,
-            "type": self.kind,
-            "tensors": len(self.tensors),
-            "used": list(self.used),
-            "findings": [dataclasses.asdict(finding) for finding in self.findings],
-            "trained": self.trained,
-            "share": self.share,
-            "base": self.base,
-            "same_base": self.same_base,
-            "not_finite": list(self.not_finite),
-            "zeros": list(self.zeros),
-        }
+        values = dataclasses.asdict(self)
+        engine, kind, names = values.pop("engine"), values.pop("kind"), values.pop("tensors")
+        rules = {"engine": engine["title"], "version": engine["version"], "source": engine["source"]}
+        return {**rules, "type": kind, "tensors": len(names), "used": list(self.used), **values}
 
     def __str__(self) -> str:
         share = "" if self.share is None else f", {100 * self.share:.3g} % of the model"

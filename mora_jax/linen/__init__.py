@@ -14,11 +14,9 @@ Examples:
     {'adapters': {'lora_a': (8, 2), 'lora_b': (2, 4)}, 'params': {'bias': (4,), 'kernel': (8, 4)}}
 """
 
-from mora_jax.linen.folders import load_adapter as load_adapter
-from mora_jax.linen.folders import save_adapter as save_adapter
+from mora_jax.linen.folders import load_adapter as load_adapter, save_adapter as save_adapter
 from mora_jax.linen.interception import adapted as adapted
-from mora_jax.linen.layers import LoRADense as LoRADense
-from mora_jax.linen.layers import MoRADense as MoRADense
+from mora_jax.linen.layers import LoRADense as LoRADense, MoRADense as MoRADense
 from mora_jax.linen.merging import merge as merge
 from mora_jax.linen.names import rename_layers as rename_layers
 from mora_jax.linen.registered import register_layer as register_layer

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax import nnx, traverse_util
+from flax import linen as nn, nnx, traverse_util
 
 from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
 from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix

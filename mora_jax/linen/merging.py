@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import nnx, traverse_util
+from flax import linen as nn, nnx, traverse_util
 from jax import Array
 
 from mora_jax.adapters.base import Adapter, AdapterState

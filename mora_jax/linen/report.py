@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import linen as nn
-from flax import traverse_util
+from flax import linen as nn, traverse_util
 
 from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.methods.registry import adapter_class

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from jax import Array
 
 from mora_jax.adapters.base import Adapter, AdapterParam
@@ -15,9 +14,7 @@ from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.matrices import KERNELS, Matrix, Product
 from mora_jax.adapters.methods.lora import LoRA
 from mora_jax.adapters.methods.registry import adapter_class
-from mora_jax.adapters.products.around import around
-from mora_jax.adapters.products.around import attended as attended_by
-from mora_jax.adapters.products.around import embedded as embedded_by
+from mora_jax.adapters.products.around import around, attended as attended_by, embedded as embedded_by
 
 Arrays = dict[str, Array]
 

@@ -67,7 +67,7 @@ def part_size(vocab_size: int, chunk: int) -> int | None:
 def pack_weighted_tokens(
     weights: Array,
     *arrays: Array,
-    vocab_size: int,
+    kernel: Array | None,
     softcap: float | None,
     shards: int,
     chunk: int | None,
@@ -78,8 +78,9 @@ def pack_weighted_tokens(
 
     Args:
         weights: float32 `[B, T]`.
-        *arrays: `[B, T, …]`.
-        vocab_size, heads: of the output head, and how many there are; they choose the size of a chunk.
+        *arrays: `[B, T, …]`, hidden states first.
+        kernel, heads: the output head `[V, D]`, None where the states are logits, and how many there are; they choose
+            the size of a chunk.
         softcap, shards, mapped: see `Options`; `shards` divides B.
         chunk: tokens a chunk; None chooses.
 
@@ -89,7 +90,7 @@ def pack_weighted_tokens(
     batch, length = weights.shape
     if batch % shards:
         raise ValueError(f"{shards} shards can't share {batch} rows evenly")
-    per_shard = batch // shards * length
+    per_shard, vocab_size = batch // shards * length, vocabulary(arrays[0], kernel)
     size = chunk or chunk_size(vocab_size, per_shard, heads)
     # Under vmap the elements' chunks are laid side by side, which makes them small enough.
     part = None if chunk or mapped else part_size(vocab_size, size)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mora_jax.backend import backend
-from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, vocabulary, weighted_sum
+from mora_jax.losses.chunked_sum import Options, logits, pack_weighted_tokens, uncapped, weighted_sum
 
 
 def next_token_targets(input_ids: Array, weights: Array, segment_ids: Array | None = None) -> tuple[Array, Array]:
@@ -161,14 +161,7 @@ def weighted_loss(
         1.6094
     """
     options, (scales, flat, goals) = pack_weighted_tokens(
-        weights,
-        hidden,
-        targets,
-        vocab_size=vocabulary(hidden, kernel),
-        softcap=softcap,
-        shards=shards,
-        chunk=chunk,
-        mapped=mapped,
+        weights, hidden, targets, kernel=kernel, softcap=softcap, shards=shards, chunk=chunk, mapped=mapped
     )
     fast = _by_powers if kernel is not None and softcap is None and backend() != "cpu" else None
     return weighted_sum(options, _loss_of_tokens, fast, flat, kernel, (goals,), (), scales)

@@ -7,15 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mora_jax.losses.chunked_sum import (
-    Options,
-    cast_like,
-    logits,
-    pack_weighted_tokens,
-    uncapped,
-    vocabulary,
-    weighted_sum,
-)
+from mora_jax.losses.chunked_sum import Options, cast_like, logits, pack_weighted_tokens, uncapped, weighted_sum
 
 
 def weighted_kl(
@@ -46,16 +38,8 @@ def weighted_kl(
         float32 scalar in nats; 0, with zero gradients, when every weight is 0.
     """
     options, (scales, tuned, base) = pack_weighted_tokens(
-        weights,
-        hidden,
-        base_hidden,
-        vocab_size=vocabulary(hidden, kernel),
-        softcap=softcap,
-        shards=shards,
-        chunk=chunk,
-        mapped=mapped,
-        heads=2,  # both models' logits are there at once
-    )
+        weights, hidden, base_hidden, kernel=kernel, softcap=softcap, shards=shards, chunk=chunk, mapped=mapped, heads=2
+    )  # two heads: both models' logits are there at once
     if base_kernel is None:
         base_kernel = kernel = lax.stop_gradient(kernel)
     shared = (cast_like(lax.stop_gradient(base_kernel), tuned),)

@@ -20,7 +20,6 @@ from mora_jax.losses.chunked_sum import (
     put,
     take,
     uncapped,
-    vocabulary,
 )
 from mora_jax.losses.cross_entropy import negative_log_likelihood
 
@@ -65,14 +64,9 @@ def token_nll(
     """
     places = jnp.arange(targets.size).reshape(targets.shape) % (targets.size // shards)
     arrays = (hidden, targets, places) if base is None else (hidden, targets, places, base[0])
+    heads = 1 if base is None else 2
     options, (marks, flat, goals, places, *others) = pack_weighted_tokens(
-        counted,
-        *arrays,
-        vocab_size=vocabulary(hidden, kernel),
-        softcap=softcap,
-        shards=shards,
-        chunk=chunk,
-        heads=1 if base is None else 2,
+        counted, *arrays, kernel=kernel, softcap=softcap, shards=shards, chunk=chunk, heads=heads
     )
     by_token = (goals, *map(lax.stop_gradient, others))
     shared = () if base is None else (cast_like(lax.stop_gradient(base[1]), flat),)

@@ -5,16 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from mora_jax.losses.chunked_sum import (
-    Options,
-    cast_like,
-    logits,
-    over_chunks,
-    pack_weighted_tokens,
-    put,
-    take,
-    vocabulary,
-)
+from mora_jax.losses.chunked_sum import Options, cast_like, logits, over_chunks, pack_weighted_tokens, put, take
 from mora_jax.losses.cross_entropy import negative_log_likelihood
 
 
@@ -57,15 +48,9 @@ def token_scores(
     chunk: int | None = None,
 ) -> TokenScores:
     """The score of each token of non-zero weight, in the same chunks as the loss; arguments as in `weighted_loss`."""
+    places = jnp.arange(targets.size).reshape(targets.shape)
     options, (scales, flat, goals, places) = pack_weighted_tokens(
-        weights,
-        hidden,
-        targets,
-        jnp.arange(targets.size).reshape(targets.shape),
-        vocab_size=vocabulary(hidden, kernel),
-        softcap=softcap,
-        shards=shards,
-        chunk=chunk,
+        weights, hidden, targets, places, kernel=kernel, softcap=softcap, shards=shards, chunk=chunk
     )
     kernel = cast_like(kernel, flat)
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mora_jax.models.config import DecoderConfig as DecoderConfig
-    from mora_jax.models.decoder import Decoder as Decoder
-    from mora_jax.models.decoder import Head as Head
+    from mora_jax.models.decoder import Decoder as Decoder, Head as Head
     from mora_jax.models.families import read_config as read_config
     from mora_jax.models.init import init_decoder as init_decoder
-    from mora_jax.models.segments import check_token_ids as check_token_ids
-    from mora_jax.models.segments import default_positions as default_positions
+    from mora_jax.models.segments import check_token_ids as check_token_ids, default_positions as default_positions
 
 _HOMES = {
     "Decoder": "decoder",

@@ -22,9 +22,7 @@ from mora_jax.data import Conversation, load_rows
 from mora_jax.demo.answers import mean_scores
 from mora_jax.errors import InputError
 from mora_jax.interop.load import load_pretrained
-from mora_jax.studies import figures as draw
-from mora_jax.studies import rows as row_files
-from mora_jax.studies import spectrum, study
+from mora_jax.studies import figures as draw, rows as row_files, spectrum, study
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval, paired
 from mora_jax.studies.results import Curve, Results

@@ -24,9 +24,7 @@ from mora_jax.data import EncodedDataset, load_rows, load_tokenizer
 from mora_jax.data.loss_weights import normalize
 from mora_jax.demo.answers import mean_scores
 from mora_jax.errors import InputError
-from mora_jax.studies import figures as draw
-from mora_jax.studies import rows as row_files
-from mora_jax.studies import study
+from mora_jax.studies import figures as draw, rows as row_files, study
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval
 from mora_jax.studies.results import Results

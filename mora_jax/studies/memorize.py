@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from mora_jax.errors import InputError
-from mora_jax.studies import figures as draw
-from mora_jax.studies import study
+from mora_jax.studies import figures as draw, study
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval
 from mora_jax.studies.results import Results

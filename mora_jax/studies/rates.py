@@ -16,9 +16,7 @@ from mora_jax import demo
 from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.data.inspect.advice import BITS_A_PARAMETER, bits_to_learn
 from mora_jax.errors import InputError
-from mora_jax.studies import figures as draw
-from mora_jax.studies import rows as row_files
-from mora_jax.studies import study
+from mora_jax.studies import figures as draw, rows as row_files, study
 from mora_jax.studies.claims import contrast
 from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval, paired

@@ -20,8 +20,7 @@ from flax import nnx
 from mora_jax.errors import InputError
 from mora_jax.interop import load_pretrained, save_pretrained
 from mora_jax.paths import found_path
-from mora_jax.studies import cells as planned
-from mora_jax.studies import forget, instruct, memorize, rates
+from mora_jax.studies import cells as planned, forget, instruct, memorize, rates
 from mora_jax.studies.claims import claims, to_json
 from mora_jax.studies.conclusion import write_conclusion
 from mora_jax.studies.figures import rates_figure

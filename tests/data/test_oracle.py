@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 from tokenizers import pre_tokenizers
 
 from mora_jax.data import TEMPLATES, Conversation, Message, Renderer, Segment, tokenize

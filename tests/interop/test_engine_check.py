@@ -11,8 +11,7 @@ from safetensors.numpy import load_file, save_file
 import mora_jax as mj
 from mora_jax.cli.check import ENGINE_NAMES
 from mora_jax.interop.convert.convert import convert_to_lora
-from mora_jax.interop.engine_check import ENGINES
-from mora_jax.interop.engine_check import check_folder as check
+from mora_jax.interop.engine_check import ENGINES, check_folder as check
 from mora_jax.interop.load import load_shapes
 from tests.interop.test_load import write_tokenizer
 from tests.models.tiny import fill_randomly, hf_folder

@@ -100,7 +100,7 @@ def test_a_last_chunk_of_parts_gives_the_same_and_runs_over_few_tokens_in_vain(u
     np.testing.assert_allclose(frozen_head, right[1][0], rtol=1e-4, atol=1e-5)
 
     options, (scales, numbers) = pack_weighted_tokens(
-        weights, np.arange(256).reshape(2, 128), vocab_size=11, softcap=None, shards=1, chunk=None
+        weights, np.arange(256).reshape(2, 128), kernel=kernel, softcap=None, shards=1, chunk=None
     )
     assert (options.chunk, options.part) == (128, 32)
 

@@ -18,8 +18,7 @@ from mora_jax.errors import InputError
 from mora_jax.training import loop
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import AdapterConfig, adapter_config
-from tests.training.test_loop import ROWS, Interrupting, config, metrics, quiet
-from tests.training.test_loop import inputs as inputs
+from tests.training.test_loop import ROWS, Interrupting, config, inputs as inputs, metrics, quiet
 
 RUN = {
     "adapter__method": "adalora",

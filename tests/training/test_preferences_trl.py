@@ -78,17 +78,13 @@ def trainer_of(name, arguments, path, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(path / "base", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, path / "fresh", is_trainable=True)
     if name == "kto":
-        from trl import KTOConfig as TrlConfig
-        from trl import KTOTrainer as Trainer
+        from trl import KTOConfig as TrlConfig, KTOTrainer as Trainer
     elif name in ("dpo", "ipo"):
-        from trl import DPOConfig as TrlConfig
-        from trl import DPOTrainer as Trainer
+        from trl import DPOConfig as TrlConfig, DPOTrainer as Trainer
     elif name == "orpo":
-        from trl.experimental.orpo import ORPOConfig as TrlConfig
-        from trl.experimental.orpo import ORPOTrainer as Trainer
+        from trl.experimental.orpo import ORPOConfig as TrlConfig, ORPOTrainer as Trainer
     else:
-        from trl.experimental.cpo import CPOConfig as TrlConfig
-        from trl.experimental.cpo import CPOTrainer as Trainer
+        from trl.experimental.cpo import CPOConfig as TrlConfig, CPOTrainer as Trainer
     common = {
         "output_dir": str(path / "out"),
         "report_to": [],

@@ -25,8 +25,7 @@ from mora_jax.training.relora import Restarter, Restarts, prune, prune_moments, 
 from mora_jax.training.state import Structure, flat_arrays, initial_state
 from tests.adapters import oracle
 from tests.models.tiny import LLAMA, fill_randomly, random_ids
-from tests.training.test_loop import Interrupting, config, metrics, quiet
-from tests.training.test_loop import inputs as inputs
+from tests.training.test_loop import Interrupting, config, inputs as inputs, metrics, quiet
 
 LAYERS = (0, 2)  # of three: the restart must leave the other one alone
 # Two matrices that share a kernel with others, and one alone; the restart must leave the rest alone.

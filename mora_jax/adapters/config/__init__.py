@@ -7,9 +7,7 @@ components of a module path), one regular expression that must match the whole p
 
 from typing import Any
 
-from mora_jax.adapters.config.common import BIASES as BIASES
-from mora_jax.adapters.config.common import CommonConfig as CommonConfig
-from mora_jax.adapters.config.common import Targets as Targets
+from mora_jax.adapters.config.common import BIASES as BIASES, CommonConfig as CommonConfig, Targets as Targets
 
 
 def __getattr__(name: str) -> Any:

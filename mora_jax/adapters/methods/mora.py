@@ -32,12 +32,12 @@ from mora_jax.adapters.config.common import CommonConfig, Pattern, Targets
 from mora_jax.adapters.config.limits import positive
 from mora_jax.adapters.layers import AdaptedLinear
 from mora_jax.adapters.methods.mora_fused import FusedMoRA
-from mora_jax.adapters.methods.mora_maps import BLOCK_KINDS as BLOCK_KINDS
-from mora_jax.adapters.methods.mora_maps import KINDS as KINDS
-from mora_jax.adapters.methods.mora_maps import SHARED as SHARED
-from mora_jax.adapters.methods.mora_maps import STRIDED as STRIDED
-from mora_jax.adapters.methods.mora_maps import TILED as TILED
 from mora_jax.adapters.methods.mora_maps import (
+    BLOCK_KINDS as BLOCK_KINDS,
+    KINDS as KINDS,
+    SHARED as SHARED,
+    STRIDED as STRIDED,
+    TILED as TILED,
     Sides,
     compression,
     decompression,

@@ -94,8 +94,10 @@ def _rows(
     value: Array,
     segments: Array,
 ) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+        splash_attention_mask as masks,
+    )
 
     _, heads, t, _ = query.shape
     square = (t, t)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from mora_jax.data import Passage, TokenRow
 from mora_jax.data.formats.column_mapping import Mapping

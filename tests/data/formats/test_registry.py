@@ -6,8 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from mora_jax.data import Conversation, Message, Passage, TokenRow
 from mora_jax.data.formats.column_mapping import COLUMNS, ROLES, Mapping

@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from mora_jax.data.read.files import READERS, DataFile
 from mora_jax.errors import InputError

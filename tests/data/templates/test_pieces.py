@@ -6,8 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mora_jax.data import Conversation, Message, Renderer, Segment
 from mora_jax.errors import InputError
