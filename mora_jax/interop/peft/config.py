@@ -12,11 +12,8 @@ from flax import nnx
 from mora_jax.errors import InputError
 from mora_jax.interop.peft.adalora import AdaloraFormat
 from mora_jax.interop.peft.format import Format, is_names, require, require_names
-from mora_jax.interop.peft.hira import HiraFormat
-from mora_jax.interop.peft.ia3 import Ia3Format
 from mora_jax.interop.peft.lora import BitfitFormat, LoraFormat
-from mora_jax.interop.peft.miss import MissFormat
-from mora_jax.interop.peft.oft import OftFormat
+from mora_jax.interop.peft.other_types import HiraFormat, Ia3Format, MissFormat, OftFormat
 from mora_jax.interop.peft.shared_bases import RandLoraFormat, VeraFormat
 
 FORMATS: tuple[Format, ...] = (
