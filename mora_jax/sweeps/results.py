@@ -128,7 +128,7 @@ class SweepResult:
             A `matplotlib.figure.Figure`, which a notebook shows.
 
         Raises:
-            InputError: matplotlib isn't installed.
+            InputError: matplotlib isn't installed, or `path` can't be written.
         """
         return draw(self.runs, self.best, path)
 

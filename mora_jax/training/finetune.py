@@ -17,7 +17,7 @@ from mora_jax.adapters.base import FullParam
 from mora_jax.adapters.config import FullConfig
 from mora_jax.adapters.merge import merge
 from mora_jax.data.read.locate import NAME, memory_rows
-from mora_jax.display.figures import new_figure
+from mora_jax.display.figures import new_figure, write_figure
 from mora_jax.errors import InputError
 from mora_jax.interop import save_adapter, save_pretrained
 from mora_jax.losses.preference import OBJECTIVES
@@ -68,7 +68,7 @@ class FinetuneResult:
             A `matplotlib.figure.Figure`, which a notebook shows.
 
         Raises:
-            InputError: matplotlib isn't installed.
+            InputError: matplotlib isn't installed, or `path` can't be written.
         """
         figure = new_figure(7, 4)
         axes = figure.subplots()
@@ -83,7 +83,7 @@ class FinetuneResult:
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         if path is not None:
-            figure.savefig(path, dpi=130)
+            write_figure(figure, path, dpi=130)
         return figure
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

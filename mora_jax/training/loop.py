@@ -249,7 +249,8 @@ class Trainer:
             for step in range(first + 1, steps + 1):
                 if step == steps and not self._evaluator.due(steps, last=True):
                     run.signals.announce(FINISHING)
-                self._begin(step)
+                for hook in self.hooks:
+                    hook.on_begin(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     batch = self._next(batches)
                     if self._pending is not None and _is_done(self._pending[1]):
@@ -297,10 +298,6 @@ class Trainer:
         if self.point.evaluation is not None:
             run.display.loading("compiling")
         return batches
-
-    def _begin(self, step: int) -> None:
-        for hook in self.hooks:
-            hook.on_begin(step)
 
     def _each(self, event: Callable[[Hook, Point], Point]) -> None:
         """What comes between two steps, hook by hook; all of them hear of an evaluation."""

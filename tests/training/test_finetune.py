@@ -138,6 +138,8 @@ def test_plots(result, tmp_path):
     training, held_out = figure.axes[0].lines
     assert list(training.get_ydata()) == losses(result.metrics)
     assert list(held_out.get_xdata()) == [0, 2, 4]
+    with pytest.raises(InputError, match="cannot be written"):
+        result.plot(tmp_path / "missing" / "loss.png")
 
 
 def test_callbacks_see_every_row_and_can_end_the_training(model_path):

@@ -2,9 +2,7 @@
 
 import functools
 import os
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from mora_jax.adapters.config import Targets
@@ -64,7 +62,7 @@ def adapter_from_difference(
     else:
         by_path, conversion = mora_values(updates, kind, rank)
     taken = {f"{update.path}.weight" for update in updates}
-    rest = {name: _norm(before, after, name) for name in sorted(set(before.shapes) - taken)}
+    rest = {name: float(np.linalg.norm(_change(before, after, name))) for name in sorted(set(before.shapes) - taken)}
     install(model, by_path)
     changed = {name: norm for name, norm in rest.items() if norm > 0}
     return model, Conversion(conversion.method, conversion.rows, changed)
@@ -89,13 +87,5 @@ def _kernel(before: TensorFiles, after: TensorFiles, name: str, is_embedding: bo
     return change if is_embedding else change.T
 
 
-def _norm(before: TensorFiles, after: TensorFiles, name: str) -> float:
-    return float(np.linalg.norm(_change(before, after, name)))
-
-
 def _change(before: TensorFiles, after: TensorFiles, name: str) -> np.ndarray:
-    return _float32(after.read(name)) - _float32(before.read(name))
-
-
-def _float32(array: Any) -> np.ndarray:
-    return np.asarray(array, jnp.float32)
+    return after.read(name).astype(np.float32) - before.read(name).astype(np.float32)

@@ -166,8 +166,8 @@ class OftFormat(Format):
         version = [int(number) for number in re.findall(r"\d+", str(values.get("peft_version", "")))[:2]]
         if values.get("use_cayley_neumann", True) and version < [0, 18]:
             raise InputError(
-                f"{where}: use_cayley_neumann is set and peft_version is not {_OFT_SINCE} or newer, and older ones took "
-                "another series: merge the adapter with the PEFT that made it"
+                f"{where}: use_cayley_neumann is set and peft_version is not {_OFT_SINCE} or newer, and older ones "
+                "took another series: merge the adapter with the PEFT that made it"
             )
 
     def needs_base(self, values: dict[str, Any]) -> bool:

@@ -163,10 +163,9 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
 def _scores(summary: Mapping[str, Any], unit: str) -> str:
     """A table of what was measured on held-out data, with standard errors; `unit` is that of the loss."""
     names = [name for name in _SCORES if summary.get(name) is not None]
+    numbers = [name for name, value in summary.items() if isinstance(value, float) and math.isfinite(value)]
     names += [
-        name
-        for name, value in summary.items()
-        if name.startswith("eval_") and name not in _SCORES and not name.endswith("_stderr") and _is_score(value)
+        name for name in numbers if name.startswith("eval_") and not name.endswith("_stderr") and name not in _SCORES
     ]
     if not names:
         return "## Scores\n\nNone: the run had no data to evaluate on.\n"
@@ -178,10 +177,6 @@ def _scores(summary: Mapping[str, Any], unit: str) -> str:
         lines.append(f"| {title} | {summary[name]:.4g}{spread} |")
     table = "\n".join(lines)
     return f"## Scores\n\n| | value ± standard error |\n| --- | ---: |\n{table}\n"
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def _usage(is_model: bool, pefts: bool, base: str, repo_id: str) -> str:
