@@ -27,7 +27,7 @@ _WITHOUT_TASK = (
     "format", "columns", "roles", "on_error", "max_rows", "template", "fallback", "truncation", "cache", "loss_mode",
     "prompt_weight", "loss_roles", "end_of_turn", "headers", "objective", "beta",
 )  # fmt: skip
-_WITH_TASK = ("limit", "shots", "metrics", "out", "overwrite", "compare", "fsdp", "tensor")
+_WITH_TASK = ("limit", "shots", "metrics", "out", "overwrite", "compare", "fsdp", "tensor", "expert")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compare", metavar="DIR", help="folder of another model's evaluation, compared in pairs")
     add_key(group, "--fsdp", "mesh.fsdp")
     add_key(group, "--tensor", "mesh.tensor")
+    add_key(group, "--expert", "mesh.expert")
     add_out(group)
     given = {name: parser.get_default(name) for name in (*_WITHOUT_TASK, *_WITH_TASK, "max_length")}
     parser.set_defaults(defaults=given, max_length=None)
@@ -160,7 +161,8 @@ def _scorer(args: argparse.Namespace) -> Any:
     from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
     from mora_jax.training.sharding.rules import Placement
 
-    mesh = make_mesh(*mesh_shape(MeshConfig(fsdp=args.fsdp, tensor=args.tensor), args.batch_size))
+    sizes = MeshConfig(fsdp=args.fsdp, tensor=args.tensor, expert=args.expert)
+    mesh = make_mesh(*mesh_shape(sizes, args.batch_size))
     model, tokenizer = load(args, args.adapter, args.dtype, args.quantize, mesh)
     placement = Placement.of(mesh, nnx.state(model))
     if placement.partitioner is not None:

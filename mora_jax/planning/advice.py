@@ -16,6 +16,7 @@ from mora_jax.data.inspect.advice import BITS_A_PARAMETER, BITS_A_TOKEN, EVIDENC
 from mora_jax.environment import has_libtpu
 from mora_jax.errors import InputError
 from mora_jax.models.decoder import REMAT
+from mora_jax.models.families import read_config
 from mora_jax.planning.plan import Plan, by_formula, compiled
 from mora_jax.planning.topology import Topology, larger
 from mora_jax.planning.tpu_compile import CompilerError
@@ -123,7 +124,7 @@ def _why_formula(tries: int, topology: Topology) -> str:
 def _smallest(config: Config, values: dict[str, Any], topology: Topology) -> str | None:
     """The smallest larger slice that holds the run with every array sharded over all chips, one row a chip."""
     for other in larger(topology):
-        settings: dict[str, Any] = {"mesh.data": 1, "mesh.fsdp": other.chips, "mesh.tensor": 1, "mesh.context": 1}
+        settings: dict[str, Any] = {f"mesh.{axis}": 1 for axis in AXES} | {"mesh.fsdp": other.chips}
         settings |= {"model.remat": "full", "train.batch_size": other.chips, "train.micro_batch_size": other.chips}
         plan = by_formula(lay_over(config, [(name, value, "plan") for name, value in settings.items()]), values, other)
         if plan.fits:
@@ -172,7 +173,7 @@ def _can_hold(config: Config, held: str) -> bool:
     return True
 
 
-def candidates(config: Config, topology: Topology, *, last: bool = False) -> Iterator[Config]:
+def candidates(config: Config, topology: Topology, *, last: bool = False, experts: int = 1) -> Iterator[Config]:
     """The ways to lay a run's batch over the chips: those whose rows come out even. The batch stays as it is, unless
     it has fewer rows than devices that share rows: then it is that many.
 
@@ -180,28 +181,31 @@ def candidates(config: Config, topology: Topology, *, last: bool = False) -> Ite
         config: of the run.
         topology: the chips.
         last: whether to try what costs more than it saves unless nothing else fits.
+        experts: of a layer of the model.
     """
-    for data, fsdp, tensor, context in _meshes(topology.chips, long_rows=last):
-        sharing = data * fsdp
+    for mesh in _meshes(topology.chips, experts, long_rows=last):
+        sharing = mesh["data"] * mesh["fsdp"] * mesh["expert"]
         batch = max(config.train.batch_size, sharing)
         for rows, remat in itertools.product(_ROWS, _LAST_REMAT if last else _REMAT):
             micro = sharing * rows
             if batch % micro:
                 continue
-            settings = dict(zip((f"mesh.{axis}" for axis in AXES), (data, fsdp, tensor, context), strict=True))
+            settings: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
             settings |= {"train.batch_size": batch, "train.micro_batch_size": micro}
             named = [(name, value, "plan") for name, value in settings.items()]
             yield lay_over(config, [*named, ("model.remat", remat, "plan")])
 
 
-def _meshes(chips: int, *, long_rows: bool) -> Iterator[tuple[int, int, int, int]]:
-    """Meshes of all the chips, every axis a power of two, `tensor` up to 8, and no `context` but for long rows."""
+def _meshes(chips: int, experts: int, *, long_rows: bool) -> Iterator[dict[str, int]]:
+    """Meshes of all the chips, every axis a power of two: `tensor` up to 8, `expert` a divisor of the experts, and no
+    `context` but for long rows."""
     powers = [1 << i for i in range(chips.bit_length()) if chips % (1 << i) == 0]
-    for context in powers if long_rows else [1]:
-        for tensor in (size for size in powers if size <= 8 and chips % (size * context) == 0):
-            rest = chips // tensor // context
-            for fsdp in (size for size in powers if size <= rest):
-                yield rest // fsdp, fsdp, tensor, context
+    tensors = [size for size in powers if size <= 8]
+    shares = [size for size in powers if experts % size == 0]
+    for context, tensor, expert, fsdp in itertools.product(powers if long_rows else [1], tensors, shares, powers):
+        data, rest = divmod(chips, context * tensor * expert * fsdp)
+        if not rest:
+            yield {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
 
 
 def recommend(config: Config, values: dict[str, Any], topology: Topology) -> list[Plan]:
@@ -210,9 +214,12 @@ def recommend(config: Config, values: dict[str, Any], topology: Topology) -> lis
     A base in fewer bits than was asked for is looked at only where nothing else fits: `int8` first, then `nf4`.
     Of ways that come out alike to two digits the simpler one leads: fewer sharded axes, less remat, fewer rows.
     """
+    stacks = read_config(values, "the model").by_layer
+    experts = math.gcd(*(stack.experts.count for stack in stacks if stack.experts)) or 1
     for held, last in itertools.product(formats(config), (False, True)):
         fitting = []
-        for candidate in candidates(lay_over(config, [("model.quantize", held, "plan")]), topology, last=last):
+        quantized = lay_over(config, [("model.quantize", held, "plan")])
+        for candidate in candidates(quantized, topology, last=last, experts=experts):
             try:
                 plan = by_formula(candidate, values, topology)
             except InputError:

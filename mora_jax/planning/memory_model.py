@@ -12,7 +12,9 @@ Per chip:
 
 Along `tensor` everything is sharded but arrays as wide as the residual stream and what MoRA makes of its inputs, along
 `context` everything. MoRA mixes all features, so what is sharded along `tensor` is sent to all who share it: inputs and
-the outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. What is offloaded to the host
+the outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. Along `expert` a device has
+room for the rows of all devices that share experts with it, as any of them may go to its own; it is taken to compute as
+many as if all experts were used alike. What is offloaded to the host
 counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations,
 is not in it: `benchmarks/results/plan.md` has a table of how far off that leaves it.
 """
@@ -50,7 +52,7 @@ from mora_jax.training.config.schema import AdapterConfig, Config, ModelConfig, 
 from mora_jax.training.optimizer import make_optimizer
 from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import AXES
-from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.sharding.rules import Placement, axes_of
 from mora_jax.training.sharding.runner import JitRunner, places
 from mora_jax.training.state import dotted, flat_arrays
 
@@ -121,7 +123,8 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     decoder = read_config(values, "the model")
     axes = dict(zip(AXES, mesh, strict=True))
     tensor, context = axes["tensor"], axes["context"]
-    sharing = axes["data"] * axes["fsdp"]
+    expert = axes["expert"]
+    sharing = axes["data"] * axes["fsdp"] * expert
     with compiling_for(backend):
         model = _model(config.model, config.adapter, decoder, backend)
         _, adapters, frozen = partition(model)
@@ -143,12 +146,16 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     local = rows // sharing
     traced = _traced(config, decoder, local, backend)
     width = jnp.dtype(model.dtype).itemsize
-    layers = _gathered(placement, (adapters, frozen), width)
+    layers, received = _gathered(placement, (adapters, frozen), width)
     head = decoder.vocab_size * decoder.hidden_size * width / tensor
     gradients = held(trained) * (2 if micro > 1 else 1)
-    saved = (traced.uncut + (traced.saved - traced.uncut) / tensor) / context
-    cut = axes["fsdp"] * context > 1
+    tokens = local * sequences * length // context
+    alive, saved_rows = _expert_rows(decoder, config.model.remat)
+    others = (expert - 1) * tokens * width
+    saved = (traced.uncut + (traced.saved - traced.uncut) / tensor) / context + others * saved_rows
+    cut = axes["fsdp"] * expert * context > 1
     backward = traced.layer / tensor / context + (2 * layers / decoder.num_layers if cut else 0)
+    backward += others * alive
     memory = Memory(
         weights=held(kept),
         adapters=held(trained),
@@ -157,10 +164,10 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         activations=0.0 if config.model.remat == "offload" else saved,
         temp=gradients + max(backward, traced.head / tensor + (head if cut else 0)) + _turned(placement, model, kept),
     )
-    tokens = local * sequences * length // context
     # Ranks along `tensor` are neighbours: where the others span hosts of eight GPUs, their groups share the cards.
-    beside = tensor if backend == "gpu" and axes["fsdp"] * tensor * context > 8 else 1
-    moved = _collectives(decoder, axes, micro, tokens, layers, head, trained, width, config, beside)
+    beside = tensor if backend == "gpu" and axes["fsdp"] * expert * tensor * context > 8 else 1
+    summed = _summed(placement, adapters)
+    moved = _collectives(decoder, axes, micro, tokens, received, head, summed, width, config, beside)
     mixed = micro * decoder.num_layers * tokens * _mixed(placement, model, width, config.model.remat)
     if mixed:
         moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
@@ -188,18 +195,42 @@ def _bytes_held(tree: Any, shardings: dict[str, NamedSharding], whole: NamedShar
     return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in leaves)
 
 
-def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> float:
-    """Bytes of all layers' matrices as layers use them: whole along `fsdp`, sharded along `tensor`. Quantised ones are
-    gathered as they are."""
-    total = 0.0
+def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> tuple[float, float]:
+    """Bytes of all layers' matrices as layers use them, and those of them that a device gets from others. Quantised
+    ones are gathered as they are."""
+    used, received = 0.0, 0.0
     for state in states:
         for path, variable in nnx.to_flat_state(state):
             axes, shape = variable.get_metadata().get("axes") or (), tuple(variable.get_value().shape)
             if dotted(path).startswith("layers.") and len(axes) > 2:
-                used = placement.used(axes[1:], shape[1:]).shard_shape(shape[1:])
                 packed = isinstance(variable, QuantizedParam)
-                total += shape[0] * math.prod(used) * (variable.get_value().dtype.itemsize if packed else width)
+                places = placement.used(axes, shape), placement.stored(axes, shape)
+                size = variable.get_value().dtype.itemsize if packed else width
+                there, here = (math.prod(place.shard_shape(shape)) * size for place in places)
+                used, received = used + there, received + there - here
+    return used, received
+
+
+def _summed(placement: Placement, adapters: nnx.State) -> float:
+    """Bytes that a device sends to sum the gradients of one micro-batch over those that have other rows."""
+    sizes, total = placement.mesh.shape, 0.0
+    for _, variable in nnx.to_flat_state(adapters):
+        axes, shape = axes_of(variable), tuple(variable.get_value().shape)
+        sharing = placement.mesh.size // sizes["tensor"] // (sizes["expert"] if "experts" in axes else 1)
+        total += 8 * math.prod(placement.used(axes, shape).shard_shape(shape)) * (sharing - 1) / sharing
     return total
+
+
+def _expert_rows(decoder: DecoderConfig, remat: str) -> tuple[int, int]:
+    """Numbers a token in the rows of experts: alive at once in a layer, and kept by all layers for the backward pass."""
+    alive, saved = 0, 0
+    for experts in (stack.experts for stack in decoder.by_layer):
+        if experts is not None:
+            results = experts.per_token * (decoder.hidden_size + 2 * experts.width)  # of products
+            inputs = experts.per_token * (decoder.hidden_size + experts.width)
+            alive = max(alive, results + inputs)
+            saved += {"none": results + inputs, "dots": results}.get(remat, 0)
+    return alive, saved
 
 
 def _projections(model: Decoder) -> list[tuple[str, Projection]]:
@@ -289,33 +320,39 @@ def _collectives(
     axes: dict[str, int],
     micro: int,
     tokens: int,
-    layers: float,
+    received: float,
     head: float,
-    trained: dict[str, Any],
+    summed: float,
     width: int,
     config: Config,
     beside: int,
 ) -> tuple[Collective, ...]:
-    """Gathers of weights along `fsdp` and `context`, forward and backward; sums of gradients; sums of activations along
-    `tensor`, float32, one for each product over a sharded axis; keys and values around the ring of `context`, forward
-    and backward, there with their gradients."""
-    tensor, context, gathering = axes["tensor"], axes["context"], axes["fsdp"] * axes["context"]
+    """Gathers of weights along `fsdp`, `expert` and `context`, forward and backward; sums of gradients; sums of
+    activations along `tensor`, float32, one for each product over a sharded axis; rows of other devices to experts
+    along `expert`, whose results come back as float32; keys and values around the ring of `context`, forward and
+    backward, there with their gradients."""
+    tensor, context, expert = axes["tensor"], axes["context"], axes["expert"]
+    gathering = axes["fsdp"] * context * expert
     sharing = axes["data"] * gathering
     count, sent = decoder.num_layers, []
     # So that what is summed or sent around forward is not made again backward.
     keeps_results = config.model.remat in ("none", "dots")
     if gathering > 1:
-        size = (micro * 2 * layers + head) * (gathering - 1) / gathering
+        size = micro * 2 * received + head * (gathering - 1) / gathering
         sent.append(Collective("all-gather", micro * 2 * count + 1, size, beside))
     if sharing > 1:
-        gradient = sum(math.prod(array.shape) * 4 for array in trained.values()) / tensor
-        size = 2 * micro * gradient * (sharing - 1) / sharing
-        sent.append(Collective("all-reduce", micro * count, size, beside))
+        sent.append(Collective("all-reduce", micro * count, micro * summed, beside))
     if tensor > 1:
         # Two forward and two backward. The last projection's isn't made again: the backward pass has no use for it.
         passes = 4 if keeps_results else 5
         size = micro * passes * count * tokens * decoder.hidden_size * 4 * 2 * (tensor - 1) / tensor
         sent.append(Collective("all-reduce", micro * passes * count, size))
+    if expert > 1:
+        others = micro * sum(stack.experts is not None for stack in decoder.by_layer) * (expert - 1)
+        # The rows once more where the backward pass makes them again; there also the results' gradients.
+        gathers = (width if config.model.remat == "none" else 2 * width) + 4
+        for kind, numbers in (("all-gather", gathers), ("reduce-scatter", width + 4)):
+            sent.append(Collective(kind, 2 * others // (expert - 1), others * tokens * decoder.hidden_size * numbers))
     if context > 1:
         forward = 1 if keeps_results else 2
         keys = 2 * tokens * decoder.num_kv_heads * decoder.head_dim / tensor

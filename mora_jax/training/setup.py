@@ -175,14 +175,16 @@ class Setup:
             notes.append(f"{report.split} rows were split into examples of {self.train.max_length} tokens or fewer")
         if first_step == 0 and (advice := self.padding_advice()) is not None:
             notes.append(advice)
-        data, fsdp, tensor, context = self.mesh.axis_sizes
-        if data * fsdp > 1:
-            notes.append(f"{data * fsdp} devices share each micro-batch of {self.micro_batch} rows")
-        if context > 1:
-            notes.append(f"{context} devices share each row along its length")
-        if fsdp * tensor * context > 1:
-            sizes = f"fsdp {fsdp} × tensor {tensor}" + (f" × context {context}" if context > 1 else "")
-            notes.append(f"{fsdp * tensor * context} devices hold one copy of the weights ({sizes})")
+        sizes = dict(self.mesh.shape)
+        rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        if rows > 1:
+            notes.append(f"{rows} devices share each micro-batch of {self.micro_batch} rows")
+        if sizes["context"] > 1:
+            notes.append(f"{sizes['context']} devices share each row along its length")
+        copy = self.mesh.size // sizes.pop("data")
+        if copy > 1:
+            words = " × ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1 or axis in ("fsdp", "tensor"))
+            notes.append(f"{copy} devices hold one copy of the weights ({words})")
         return notes
 
 
@@ -281,6 +283,7 @@ def check_own(model: nnx.Module, config: Config) -> None:
     impossible = {
         f"mesh.tensor={mesh.tensor} shares matrices by the names of their axes": mesh.tensor != 1,
         f"mesh.context={mesh.context} shares rows along their length": mesh.context != 1,
+        f"mesh.expert={mesh.expert} shares experts out": mesh.expert != 1,
         "train.neftune_alpha adds noise to embeddings": config.train.neftune_alpha,
     }
     for why, is_so in impossible.items():

@@ -16,6 +16,7 @@ from mora_jax.planning.collectives import Loops, collectives
 from mora_jax.planning.jaxpr_cost import read_traced
 from mora_jax.planning.memory_model import estimate_memory
 from mora_jax.training.config.schema import Config, lay_over
+from mora_jax.training.sharding.mesh import AXES
 
 # Wide and long enough for activations to outweigh what is constant.
 MODEL = {
@@ -39,25 +40,47 @@ def run_of(method: str, mesh: tuple[int, ...], remat: str = "none", micro_batche
         "data.max_length": LENGTH,
         "train.batch_size": rows * micro_batches,
         "train.micro_batch_size": rows,
-        **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"), mesh, strict=True)),
+        **dict(zip((f"mesh.{axis}" for axis in AXES), mesh, strict=True)),
     }
     return lay_over(Config(), [(name, value, "test") for name, value in settings.items()])
 
 
-def compiled_and_reckoned(config: Config, mesh: tuple[int, ...]):
+def compiled_and_reckoned(config: Config, mesh: tuple[int, ...], model=MODEL):
     # Both with the blocks of an accelerator.
     with compiling_for("tpu"):
-        made, arguments = assemble_abstract(abstract_model(read_config(MODEL), config), config, mesh)
+        made, arguments = assemble_abstract(abstract_model(read_config(model), config), config, mesh)
         compiled = made.runner.lower(*arguments).compile()
-    return compiled, estimate_memory(config, MODEL, mesh, "tpu")
+    return compiled, estimate_memory(config, model, mesh, "tpu")
+
+
+EXPERTS = MODEL | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+}
+
+
+def test_what_an_expert_axis_holds_and_sends():
+    mesh = (1, 1, 1, 1, 4)
+    compiled, found = compiled_and_reckoned(run_of("lora", mesh, "full"), mesh, EXPERTS)
+    assert found.memory.arguments == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, rel=0.01)
+    parsed = {entry.kind: entry.bytes for entry in collectives(compiled.as_text(), 4, Loops(6, 1, 1))}
+    for kind in ("all-gather", "reduce-scatter"):  # of weights and rows; of results and rows' gradients
+        sent = sum(entry.bytes for entry in found.collectives if entry.kind == kind)
+        assert sent == pytest.approx(parsed[kind], rel=0.01)
+    # Adapters of experts, which fsdp alone leaves whole on every device, are a quarter.
+    before = estimate_memory(run_of("lora", (1, 4, 1, 1, 1), "full"), EXPERTS, (1, 4, 1, 1, 1), "tpu")
+    assert found.memory.adapters < 0.55 * before.memory.adapters
+    assert found.flops == before.flops
 
 
 @pytest.mark.parametrize(
     "method, mesh, remat",
     [
-        ("lora", (1, 4, 1, 1), "full"),
-        pytest.param("full", (1, 4, 1, 1), "none", marks=pytest.mark.slow),
-        ("mora", (2, 1, 2, 1), "none"),
+        ("lora", (1, 4, 1, 1, 1), "full"),
+        pytest.param("full", (1, 4, 1, 1, 1), "none", marks=pytest.mark.slow),
+        ("mora", (2, 1, 2, 1, 1), "none"),
     ],
 )
 def test_memory_and_gathers(method, mesh, remat):
@@ -74,8 +97,8 @@ def test_memory_and_gathers(method, mesh, remat):
 
 def test_flops_are_those_of_the_layers():
     """Against a count by hand, of LoRA on every matrix without remat."""
-    config = run_of("lora", (1, 1, 1, 1))
-    found = estimate_memory(config, MODEL, (1, 1, 1, 1), "tpu")
+    config = run_of("lora", (1, 1, 1, 1, 1))
+    found = estimate_memory(config, MODEL, (1, 1, 1, 1, 1), "tpu")
     width, wide, layers, rank, heads, kv, head = 128, 384, 6, 8, 8, 4, 16
     sizes = [(width, heads * head), (width, kv * head), (width, kv * head), (heads * head, width)]
     sizes += [(width, wide), (width, wide), (wide, width)]
@@ -88,7 +111,7 @@ def test_flops_are_those_of_the_layers():
     tokens = 8 * LENGTH
     least = 2 * tokens * (layers * (2 * base + 3 * adapters + attention) + 2 * vocabulary)
     assert found.flops == pytest.approx(least, rel=0.06)
-    more = estimate_memory(run_of("lora", (1, 1, 1, 1), "full", 2), MODEL, (1, 1, 1, 1), "tpu")
+    more = estimate_memory(run_of("lora", (1, 1, 1, 1, 1), "full", 2), MODEL, (1, 1, 1, 1, 1), "tpu")
     # Remat repeats all but what nothing backward reads: the last product, and that with its B.
     repeated = base - wide * width + adapters - rank * width + 2 * LENGTH * heads * head
     assert more.flops == pytest.approx(2 * (found.flops + 2 * tokens * layers * repeated), rel=0.015)
@@ -97,8 +120,8 @@ def test_flops_are_those_of_the_layers():
 def test_a_pair_costs_two_sequences_and_the_reference_a_forward_pass():
     def planned(rows: int, **loss):
         keys = {"train.batch_size": rows, "train.micro_batch_size": rows} | {f"loss.{k}": v for k, v in loss.items()}
-        config = lay_over(run_of("lora", (1, 1, 1, 1)), [(name, value, "test") for name, value in keys.items()])
-        return estimate_memory(config, MODEL, (1, 1, 1, 1), "tpu")
+        config = lay_over(run_of("lora", (1, 1, 1, 1, 1)), [(name, value, "test") for name, value in keys.items()])
+        return estimate_memory(config, MODEL, (1, 1, 1, 1, 1), "tpu")
 
     sft, cached = planned(16), planned(8, objective="dpo", reference="cached")
     assert cached.flops == pytest.approx(sft.flops, rel=0.02)
@@ -112,9 +135,9 @@ def test_a_pair_costs_two_sequences_and_the_reference_a_forward_pass():
 @pytest.mark.parametrize("target", ["tpu", "gpu"])
 def test_flops_of_a_large_head(target):
     """The loss's chunks are those of the machine that is planned for, not of this one."""
-    config, model = run_of("lora", (1, 1, 1, 1)), MODEL | {"vocab_size": 131072}
+    config, model = run_of("lora", (1, 1, 1, 1, 1)), MODEL | {"vocab_size": 131072}
     config = lay_over(config, [("data.max_length", 4096, "test")])
-    small, large = (estimate_memory(config, shapes, (1, 1, 1, 1), target).flops for shapes in (MODEL, model))
+    small, large = (estimate_memory(config, shapes, (1, 1, 1, 1, 1), target).flops for shapes in (MODEL, model))
     grown = 4 * 8 * 4096 * MODEL["hidden_size"] * (131072 - MODEL["vocab_size"])
     assert large - small == pytest.approx(grown, rel=0.1)  # the last chunk is filled up
 
@@ -137,7 +160,7 @@ def test_what_a_program_keeps():
 
 def test_what_tensor_makes_devices_send():
     """Against a count by hand: sums of the residual stream, and of MoRA's inputs and updates what is cut."""
-    mesh = (1, 1, 4, 1)
+    mesh = (1, 1, 4, 1, 1)
     tokens, layers, width, wide, qkv = 8 * LENGTH, 6, 128, 384, 256
     sums = 4 * layers * tokens * width * 4 * 2 * 3 / 4  # forward after the output and down projections; two backward
     lora = estimate_memory(run_of("lora", mesh), MODEL, mesh, "tpu")
@@ -152,7 +175,7 @@ def test_what_tensor_makes_devices_send():
 
 def test_what_a_ring_sends():
     """Against a count by hand, in float32: keys and values go around, all else is dealt once each way."""
-    mesh = (1, 1, 1, 4)
+    mesh = (1, 1, 1, 4, 1)
     found = estimate_memory(run_of("lora", mesh), MODEL, mesh, "tpu")
     (sent,) = [entry for entry in found.collectives if entry.kind == "collective-permute"]
     queries, keys = 8 * 16, 2 * 4 * 16  # numbers a token; keys with their values
@@ -162,7 +185,7 @@ def test_what_a_ring_sends():
 
 
 def test_fused_kernels_are_held_twice_where_tensor_cuts_them():
-    meshes = (1, 2, 1, 1), (1, 2, 2, 1)
+    meshes = (1, 2, 1, 1, 1), (1, 2, 2, 1, 1)
     before, after = (estimate_memory(run_of("lora", mesh), MODEL, mesh, "tpu").memory.temp for mesh in meshes)
     kernels = 6 * 128 * (256 + 2 * 384) * 4 / 4
     # Everything else that is temporary halves.

@@ -32,6 +32,13 @@ def test_every_way_uses_all_chips_and_shares_rows_evenly(last):
     assert any(way.model.remat == "offload" for way in ways) == last
 
 
+def test_experts_are_shared_where_they_divide():
+    ways = list(candidates(run_of(train__batch_size=8), read_topology("v5e-8"), experts=12))
+    assert {way.mesh.expert for way in ways} == {1, 2, 4}
+    assert all(8 == math.prod(getattr(way.mesh, axis) for axis in AXES) for way in ways)
+    assert all(way.train.micro_batch_size % (way.mesh.data * way.mesh.fsdp * way.mesh.expert) == 0 for way in ways)
+
+
 def test_a_batch_of_fewer_rows_than_devices_grows():
     ways = candidates(run_of(train__batch_size=1), read_topology("v5e-4"))
     assert {way.train.batch_size for way in ways} == {1, 2, 4}

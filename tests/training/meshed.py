@@ -64,6 +64,7 @@ BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 16, "num_hid
 SIZES = {"odd": LLAMA, "even": LLAMA | EVEN, "gemma": LLAMA | GEMMA, "blocks": LLAMA | EVEN | BLOCKS} | {
     "experts": LLAMA | EVEN | EXPERTS,
     "three_experts": LLAMA | EVEN | EXPERTS | {"num_experts": 3},
+    "six_experts": LLAMA | EVEN | EXPERTS | {"num_experts": 6},
 }
 #: With the usual eps, Adam's first step is the sign of a gradient however small it is: one of 2,048 that rounding turns
 #: moved the losses by 1e-5.

@@ -302,6 +302,8 @@ def check_together(config: Config) -> None:
         raise InputError(f"config: {', '.join(missing)} must be set, in the file or by {flags}")
     train, mesh, loss, data = config.train, config.mesh, config.loss, config.data
     attention, method = config.model.attention, config.adapter.method
+    axes = {"fsdp": mesh.fsdp, "tensor": mesh.tensor, "context": mesh.context, "expert": mesh.expert}
+    sharded = [f"mesh.{axis} (now {size})" for axis, size in axes.items() if size != 1]
     unknown_roles = [role for role in loss.roles if role not in ROLE_SEGMENT]
     impossible = {
         f"train.micro_batch_size={train.micro_batch_size} must divide train.batch_size={train.batch_size}": (
@@ -309,8 +311,7 @@ def check_together(config: Config) -> None:
         ),
         f"model.attention={attention} takes whole rows, and mesh.context={mesh.context} shares each; set "
         "model.attention=auto with it": mesh.context != 1 and attention not in ("auto", "xla"),
-        f"mesh.pmap shares rows only; set mesh.fsdp, mesh.tensor and mesh.context (now {mesh.fsdp}, {mesh.tensor}, "
-        f"{mesh.context}) to 1": mesh.pmap and (mesh.fsdp, mesh.tensor, mesh.context) != (1, 1, 1),
+        f"mesh.pmap shares rows only; set {', '.join(sharded)} to 1": mesh.pmap and sharded,
         "optimizer.offload needs jit over a mesh; set mesh.pmap=false with it": mesh.pmap and config.optimizer.offload,
         "loss.normalize=constant needs loss.constant, the number to divide by": (
             loss.normalize == "constant" and loss.constant is None

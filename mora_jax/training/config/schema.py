@@ -472,7 +472,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Section `mesh`: how the devices are used. Rows of a batch are shared by data × fsdp devices."""
+    """Section `mesh`: how the devices are used. Rows of a batch are shared by data × fsdp × expert devices."""
 
     data: int = key(-1, "Devices that share rows, each with its own weights; -1: the rest.", at_least=1, extra=-1)
     fsdp: int = key(1, "Devices that share rows and shard the weights; -1: the rest.", at_least=1, extra=-1)
@@ -480,6 +480,7 @@ class MeshConfig:
     context: int = key(
         1, "Devices that share each row along its length, for long inputs; -1: the rest.", at_least=1, extra=-1
     )
+    expert: int = key(1, "Devices that share rows and the experts of each layer; -1: the rest.", at_least=1, extra=-1)
     pmap: bool = key(False, "Use jax.pmap instead of jax.jit over a mesh.")
 
 

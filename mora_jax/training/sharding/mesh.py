@@ -16,20 +16,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from mora_jax.errors import InputError
 from mora_jax.training.config.schema import MeshConfig
 
-AXES = ("data", "fsdp", "tensor", "context")
+AXES = ("data", "fsdp", "tensor", "context", "expert")
 
 
 def mesh_shape(
     config: MeshConfig, batch_rows: int, available: int | None = None, processes: int | None = None
-) -> tuple[int, int, int, int]:
-    """Devices along `data`, `fsdp`, `tensor` and `context`; the axis that is -1 takes the rest.
+) -> tuple[int, ...]:
+    """Devices along each of `AXES`; the axis that is -1 takes the rest.
 
     Where `mesh.data` is -1 nobody asked for a number: it is then the largest that shares the rows evenly, though that
     may leave devices idle.
 
     Args:
         config: the section `mesh`.
-        batch_rows: rows of a micro-batch, which `data` × `fsdp` devices share.
+        batch_rows: rows of a micro-batch, which `data` × `fsdp` × `expert` devices share.
         available: devices there are; None: those of this run.
         processes: that have them; None: those of this run. Several have to use all their devices.
 
@@ -39,7 +39,7 @@ def mesh_shape(
     available = jax.device_count() if available is None else available
     processes = jax.process_count() if processes is None else processes
     sizes = {name: getattr(config, name) for name in AXES}
-    named = [name for name in AXES if name != "context" or config.context != 1]
+    named = [name for name in AXES if name not in ("context", "expert") or sizes[name] != 1]
     asked = ", ".join(f"mesh.{name}={sizes[name]}" for name in named)
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
@@ -56,18 +56,19 @@ def mesh_shape(
             raise InputError(f"{asked}: {_plural(available)} can't be laid out in rows of {fixed}")
         sizes[open_axes[0]] = available // fixed
     if open_axes == ["data"]:
-        shared = [n for n in range(1, sizes["data"] + 1) if batch_rows % (n * sizes["fsdp"]) == 0]
+        rows = sizes["fsdp"] * sizes["expert"]
+        shared = [n for n in range(1, sizes["data"] + 1) if batch_rows % (n * rows) == 0]
         sizes["data"] = max(shared, default=sizes["data"])
     if processes > 1 and (config.pmap or math.prod(sizes.values()) < available):
         what = "mesh.pmap knows one process only" if config.pmap else f"{asked} leaves devices idle"
         raise InputError(f"{what}, but {processes} processes with {available} devices take part")
-    sharing = sizes["data"] * sizes["fsdp"]
+    sharing = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     if batch_rows % sharing:
         raise InputError(
-            f"{asked}: {sharing} devices can't share {batch_rows} rows of a micro-batch evenly (data × fsdp share "
-            f"them); change train.batch_size, train.micro_batch_size or the mesh"
+            f"{asked}: {sharing} devices can't share {batch_rows} rows of a micro-batch evenly (data × fsdp × expert "
+            f"share them); change train.batch_size, train.micro_batch_size or the mesh"
         )
-    return sizes["data"], sizes["fsdp"], sizes["tensor"], sizes["context"]
+    return tuple(sizes.values())
 
 
 def _plural(count: int) -> str:
@@ -75,18 +76,34 @@ def _plural(count: int) -> str:
 
 
 def make_mesh(
-    data: int, fsdp: int = 1, tensor: int = 1, context: int = 1, *, devices: Sequence[Any] | None = None
+    data: int,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of the first `data` × `fsdp` × `tensor` × `context` devices.
+    """A mesh of the first `data` × `fsdp` × `tensor` × `context` × `expert` devices.
 
-    Neighbours along `tensor` lie closest to each other, then those along `context`: they talk in every layer.
+    Neighbours along `tensor` lie closest to each other, then those along `context` and `expert`: they talk in every
+    layer.
 
     `devices` may be such as are only described, for compiling without them; None: those of this run.
     """
-    count = data * fsdp * tensor * context
+    count = data * fsdp * tensor * context * expert
     available = jax.devices() if devices is None else devices
-    grid = np.array(available[:count]).reshape(data, fsdp, context, tensor)
-    return Mesh(grid.swapaxes(2, 3), AXES, axis_types=(AxisType.Auto,) * 4)
+    grid = np.array(available[:count]).reshape(data, fsdp, expert, context, tensor)
+    return Mesh(grid.transpose(0, 1, 4, 3, 2), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def with_all_axes(mesh: Mesh) -> Mesh:
+    """A user's mesh, with those of `AXES` that it lacks at size 1."""
+    missing = tuple(name for name in AXES if name not in mesh.shape)
+    if not missing:
+        return mesh
+    devices, types = mesh.devices, (*mesh.axis_types, *(AxisType.Auto,) * len(missing))
+    return Mesh(devices.reshape(*devices.shape, *(1,) * len(missing)), (*mesh.axis_names, *missing), axis_types=types)
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -2,11 +2,12 @@
 
 Every parameter names its logical axes (`axes` in its metadata). Three things follow for it:
 
-- *stored*: matrices are sharded along `fsdp`, `context` and `tensor`, so no device holds the whole base. Gradients and
-  optimizer states are sharded like the parameters they belong to.
-- *used*: inside the layer that needs it a matrix is gathered along `fsdp` and `context` and stays sharded along
-  `tensor`.
-- rows of a batch are sharded along `data` and `fsdp`, and so is the residual stream. With `context` each row is sharded
+- *stored*: matrices are sharded along `fsdp`, `expert`, `context` and `tensor`, so no device holds the whole base.
+  Gradients and optimizer states are sharded like the parameters they belong to.
+- *used*: inside the layer that needs it a matrix is gathered along `fsdp`, `expert` and `context` and stays sharded
+  along `tensor`; those of experts stay with the devices of `expert` too.
+- rows of a batch are sharded along `data`, `fsdp` and `expert`, and so is the residual stream: devices that held the
+  same rows would compute attention and everything else beside the experts as often. With `context` each row is sharded
   along its length as well: it is folded into that many shorter rows, which only attention puts together again
   (models/attention/ring.py).
 """
@@ -25,8 +26,10 @@ from jax.lax import with_sharding_constraint as constrain
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.adapters.base import AdapterParam, FullParam
+from mora_jax.errors import InputError
 from mora_jax.models.attention.ring import HeadShards, Ring
 from mora_jax.models.partitioning import Partitioner, lay_kernels
+from mora_jax.training.sharding.mesh import with_all_axes
 from mora_jax.training.state import dotted
 
 Array = jax.Array
@@ -35,9 +38,9 @@ Axes = tuple[str | None, ...]
 # Logical axis of an array → mesh axes. A LoRA rank is never sharded; the square matrix of MoRA is sharded along `fsdp`
 # in storage alone, where it pays: its optimizer state is as large as LoRA's.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "layers": (),
-    "embed": ("fsdp", "context"),
+    "embed": ("expert", "fsdp", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -48,16 +51,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "layer_inputs": (),
     "window": (),
     "gate_up": (),
-    "experts": ("tensor",),
+    "experts": ("expert", "tensor"),
     "expert_mlp": (),
     "router": (),
     "rank": (),
     "square_in": (),
-    "square_out": ("fsdp", "context"),
+    "square_out": ("expert", "fsdp", "context"),
     "slots": (),
     "rows": (),
 }
-_GATHERED = ("fsdp", "context")  # the mesh axes along which a layer gathers its weights
+_GATHERED = ("expert", "fsdp", "context")  # the mesh axes along which a layer gathers its weights
 _CONTEXT = "context"
 _ADAPTER_AXES = frozenset({"rank", "square_in", "square_out"})
 
@@ -67,8 +70,8 @@ class Placement:
     """A mesh, and which logical axes of a model stay whole on it. Hashable, so that a compiled function can hold it.
 
     Attributes:
-        mesh: with the axes `data`, `fsdp`, `tensor` and `context`.
-        undivided: logical axes that don't divide over their mesh axis, with the size that doesn't.
+        mesh: with the axes `data`, `fsdp`, `tensor`, `context` and `expert`.
+        undivided: logical axes that don't divide over `tensor`, with the size that doesn't.
     """
 
     mesh: Mesh
@@ -76,17 +79,26 @@ class Placement:
 
     @classmethod
     def of(cls, mesh: Mesh, *states: nnx.State) -> Placement:
-        """For the states of a split model (their arrays may be shapes alone).
+        """For the states of a split model (their arrays may be shapes alone), and a mesh, which may lack axes.
 
         An axis is sharded along `tensor` in every array that has it or in none: query heads of a kernel and of the
         adapter beside it would else lie on different devices.
+
+        Raises:
+            InputError: there are no experts for the axis `expert`, or it doesn't divide them.
         """
-        sizes: dict[str, int] = {}
+        mesh, sizes = with_all_axes(mesh), dict[str, int]()
         for _, axes, shape in _described(states):
             for axis, size in zip(axes, shape, strict=True):
                 if axis is not None and "tensor" in RULES.get(axis, ()):
                     sizes[axis] = math.gcd(sizes.get(axis, 0), size)
-        return cls(mesh, tuple(sorted((axis, n) for axis, n in sizes.items() if n % mesh.shape["tensor"])))
+        shares = {axis: math.prod(mesh.shape[name] for name in RULES[axis]) for axis in sizes}
+        groups, experts = mesh.shape["expert"], sizes.get("experts", 0)
+        if groups > 1 and not experts:
+            raise InputError(f"mesh.expert={groups} shards experts, and this model has none; use mesh.fsdp")
+        if experts % groups:
+            raise InputError(f"mesh.expert={groups} doesn't divide this model's {experts} experts; choose a divisor")
+        return cls(mesh, tuple(sorted((axis, n) for axis, n in sizes.items() if n % shares[axis])))
 
     @property
     def partitioner(self) -> Partitioner | None:
@@ -120,8 +132,8 @@ class Placement:
         return self.sharding(*(None,) * dimension, RULES["batch"])
 
     def used(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
-        """Of a parameter where it is computed with: gathered along `fsdp`."""
-        return self.sharding(*self._cut(axes, shape, "tensor"))
+        """Of a parameter where it is computed with: gathered along `fsdp`, `expert` and `context`."""
+        return self.sharding(*self._cut(axes, shape))
 
     def stored(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """Of a parameter where it is kept, of its gradient and its optimizer state.
@@ -137,23 +149,24 @@ class Placement:
         """
         if len(axes) < 3 or _ADAPTER_AXES.intersection(axes) or self.mesh.shape["tensor"] == 1:
             return 1
-        cut = self._cut(axes, shape, "tensor")
+        cut = self._cut(axes, shape)
         return next((i for i, entry in enumerate(cut) if i > 1 and entry), 1)
 
     def shards_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """See `Partitioner.shards_features`."""
-        return self.mesh.shape["tensor"] > 1 and any(self._cut(axes, shape, "tensor"))
+        return self.mesh.shape["tensor"] > 1 and any(self._cut(axes, shape))
 
     def flattens(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """See `Partitioner.flattens`."""
-        cuts = *self._stored(axes, shape)[2:], *self._cut(axes, shape, "tensor")[2:]
+        cuts = *self._stored(axes, shape)[2:], *self._cut(axes, shape)[2:]
         return all(self.mesh.shape[name] == 1 for entry in cuts for name in entry)
 
     def _stored(self, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-        entries = self._cut(axes, shape, "tensor")
+        entries = self._cut(axes, shape)
         if sum(axis != "layers" for axis in axes) < 2:
             return entries  # vectors are small, and needed whole
-        gathered = [name for name in _GATHERED if name != _CONTEXT or self.mesh.shape[name] > 1]
+        held = {name for entry in entries for name in entry}
+        gathered = [n for n in _GATHERED if n not in held and (n == "fsdp" or self.mesh.shape[n] > 1)]
         for name in gathered:
             where = [i for i, axis in enumerate(axes) if name in RULES.get(axis or "", ())]
             self._add(entries, shape, name, where)
@@ -172,15 +185,14 @@ class Placement:
                 entries[i] = (*entries[i], name)
                 return
 
-    def _cut(self, axes: Axes, shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:
-        """For each axis of an array `(name,)` where the table shards it along that mesh axis, else `()`."""
+    def _cut(self, axes: Axes, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+        """For each axis of an array the mesh axes along which the table shards it where it is used."""
         entries: list[tuple[str, ...]] = [()] * len(axes)
         undivided = {axis for axis, _ in self.undivided}
-        count = self.mesh.shape[name]
-        for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-            if axis is not None and name in RULES.get(axis, ()) and axis not in undivided and size % count == 0:
-                entries[i] = (name,)
-                break
+        if self.mesh.shape["expert"] > 1 and "experts" in axes:
+            entries[axes.index("experts")] = ("expert",)
+        where = [i for i, axis in enumerate(axes) if "tensor" in RULES.get(axis or "", ()) and axis not in undivided]
+        self._add(entries, shape, "tensor", where)
         return entries
 
     def rows(self, x: Array, *, folded: bool = False) -> Array:
@@ -238,15 +250,29 @@ class Placement:
         *,
         folded: bool = False,
     ) -> Array:
-        """See `Partitioner.by_experts`. Sorting all rows of a batch would gather them: each device sorts its own."""
+        """See `Partitioner.by_experts`.
+
+        Sorting all rows of a batch would gather them: each device sorts its own, and along `expert` those of its group.
+        Rows are gathered there, and results summed to where they came from. Sending each row to the devices of its
+        experts alone would need as large a buffer on each, since no token is dropped.
+        """
         even = rows[0].shape[0] % self.row_shards == 0
         along = (_CONTEXT, *RULES["batch"]) if folded else RULES["batch"] if even else ()
-        shared = self.mesh.shape["tensor"] > 1 and "experts" not in dict(self.undivided)
+        whole = {"tensor"} if "experts" in dict(self.undivided) else set()
+        groups = tuple(name for name in RULES["experts"] if self.mesh.shape[name] > 1 and name not in whole)
+        exchanged = "expert" in groups and bool(along)
 
         def share(*arrays: Array) -> Array:
-            if not shared:
+            if not groups:
                 return function(jnp.int32(0), *arrays)
-            return jax.lax.psum(function(jax.lax.axis_index("tensor"), *arrays), "tensor")
+            if exchanged:
+                each = (jax.lax.all_gather(array, "expert", tiled=True) for array in arrays[: len(rows)])
+                arrays = (*each, *arrays[len(rows) :])
+            result = function(jax.lax.axis_index(groups), *arrays)
+            if not exchanged:
+                return jax.lax.psum(result, groups)
+            result = jax.lax.psum_scatter(result, "expert", tiled=True)
+            return jax.lax.psum(result, "tensor") if "tensor" in groups else result
 
         specs = (*(PartitionSpec(along),) * len(rows), *(self.used(axes, array.shape).spec for array, axes in weights))
         mapped = jax.shard_map(share, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(along), check_vma=False)
@@ -270,13 +296,17 @@ class Placement:
         rows = constrain(rows, self.sharding(groups, None, columns))
         # One exchange after the other, the innermost axis first: the partitioner can't do several in one. Columns that
         # are sharded along `tensor` are gathered, those along `context` become shards of the length, those of `fsdp`
-        # shards of rows.
+        # and `expert` shards of rows.
         columns = tuple(axis for axis in columns if axis != "tensor")
         rows = constrain(rows, self.sharding(groups, None, columns))
         columns = tuple(axis for axis in columns if axis != _CONTEXT)
         along = (_CONTEXT,) if self.ring(ids.shape[0]) and rows.shape[1] % self.mesh.shape[_CONTEXT] == 0 else ()
         rows = constrain(rows, self.sharding(groups, along, columns))
-        return constrain(rows, self.sharding(RULES["batch"], along))
+        for name in reversed(columns):
+            columns = columns[: columns.index(name)]
+            groups = tuple(axis for axis in RULES["batch"] if axis not in columns)
+            rows = constrain(rows, self.sharding(groups, along, columns))
+        return rows
 
     def table(self, *states: nnx.State) -> dict[str, NamedSharding]:
         """The stored sharding of every array of a split model, by dotted path."""

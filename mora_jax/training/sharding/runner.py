@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.batch import Batch
 from mora_jax.training.observe.compile_log import Compilation, differences, shape_words
-from mora_jax.training.sharding.mesh import put, put_rows, rows_here
+from mora_jax.training.sharding.mesh import put, put_rows, rows_here, with_all_axes
 from mora_jax.training.sharding.rules import RULES
 from mora_jax.training.state import Arrays, TrainState, moments_on_host
 from mora_jax.training.step import StepFunction, StepMetrics
@@ -124,7 +124,7 @@ class JitRunner(Runner):
 
     Args:
         step: the pure step, made for `placement` where `shardings` are given.
-        mesh: the mesh; rows of a batch are sharded along `data` and `fsdp`.
+        mesh: the mesh; rows of a batch are sharded along `data`, `fsdp` and `expert`.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
             None everything, is on every device.
     """
@@ -133,6 +133,7 @@ class JitRunner(Runner):
         super().__init__()
         self._step = step
         self._shardings = shardings or {}
+        mesh = with_all_axes(mesh)
         self.devices = list(mesh.devices.flat)
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))

@@ -11,19 +11,21 @@ from mora_jax.training.sharding.mesh import make_mesh, mesh_shape
 @pytest.mark.parametrize(
     ("sizes", "rows", "expected"),
     [
-        ({}, 16, (8, 1, 1, 1)),
-        ({}, 6, (6, 1, 1, 1)),  # nobody asked for a number: the most that share the rows evenly
-        ({"data": 2}, 6, (2, 1, 1, 1)),
-        ({"fsdp": 4}, 8, (2, 4, 1, 1)),
-        ({"fsdp": 4}, 4, (1, 4, 1, 1)),
-        ({"fsdp": -1}, 8, (1, 8, 1, 1)),
-        ({"data": 2, "fsdp": -1}, 8, (2, 4, 1, 1)),
-        ({"tensor": -1}, 3, (1, 1, 8, 1)),
-        ({"fsdp": 2, "tensor": 2}, 8, (2, 2, 2, 1)),
-        ({"fsdp": 2, "tensor": -1}, 4, (1, 2, 4, 1)),
-        ({"data": 1, "fsdp": 3}, 3, (1, 3, 1, 1)),
-        ({"context": 4}, 2, (2, 1, 1, 4)),
-        ({"fsdp": 2, "context": -1}, 2, (1, 2, 1, 4)),
+        ({}, 16, (8, 1, 1, 1, 1)),
+        ({}, 6, (6, 1, 1, 1, 1)),  # nobody asked for a number: the most that share the rows evenly
+        ({"data": 2}, 6, (2, 1, 1, 1, 1)),
+        ({"fsdp": 4}, 8, (2, 4, 1, 1, 1)),
+        ({"fsdp": 4}, 4, (1, 4, 1, 1, 1)),
+        ({"fsdp": -1}, 8, (1, 8, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1}, 8, (2, 4, 1, 1, 1)),
+        ({"tensor": -1}, 3, (1, 1, 8, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, 8, (2, 2, 2, 1, 1)),
+        ({"fsdp": 2, "tensor": -1}, 4, (1, 2, 4, 1, 1)),
+        ({"data": 1, "fsdp": 3}, 3, (1, 3, 1, 1, 1)),
+        ({"context": 4}, 2, (2, 1, 1, 4, 1)),
+        ({"fsdp": 2, "context": -1}, 2, (1, 2, 1, 4, 1)),
+        ({"expert": 4}, 8, (2, 1, 1, 1, 4)),
+        ({"tensor": 2, "expert": -1}, 8, (1, 1, 2, 1, 4)),
     ],
 )
 def test_sizes(sizes, rows, expected):
@@ -41,6 +43,11 @@ def test_sizes(sizes, rows, expected):
         ({"data": 4}, 6, "4 devices can't share 6 rows of a micro-batch evenly"),
         ({"fsdp": 4}, 6, "devices can't share 6 rows"),
         ({"fsdp": -1}, 4, "8 devices can't share 4 rows"),
+        (
+            {"expert": 8},
+            4,
+            r"mesh.expert=8: 8 devices can't share 4 rows of a micro-batch evenly \(data × fsdp × expert",
+        ),
     ],
 )
 def test_refused_with_the_sizes(sizes, rows, words):
@@ -51,11 +58,11 @@ def test_refused_with_the_sizes(sizes, rows, words):
 def test_pmap_shares_rows_only():
     given = {"model.path": "m", "data.train": ("d",), "out": "o", "mesh.pmap": True, "mesh.fsdp": 2}
     config = lay_over(Config(), [(name, value, "test") for name, value in given.items()])
-    with pytest.raises(InputError, match=r"mesh.pmap shares rows only; .* \(now 2, 1, 1\) to 1"):
+    with pytest.raises(InputError, match=r"mesh.pmap shares rows only; set mesh.fsdp \(now 2\) to 1"):
         check_together(config)
 
 
 def test_devices_of_this_run():
     mesh = make_mesh(*mesh_shape(MeshConfig(fsdp=2, tensor=2), 2))
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2, "context": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2, "context": 1, "expert": 1}
     assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3]

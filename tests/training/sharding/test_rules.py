@@ -11,20 +11,23 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mora_jax as mj
 from mora_jax.adapters.products.quantization import FORMATS
+from mora_jax.errors import InputError
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.rules import Placement
+from mora_jax.training.sharding.runner import JitRunner
 from tests.training.meshed import METHODS, SIZES, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def placed(method: str, mesh: tuple[int, int, int], sizes: str) -> tuple[Placement, dict[str, P]]:
+def placed(method: str, mesh: tuple[int, ...], sizes: str) -> tuple[Placement, dict[str, P]]:
     """The placement of a model, and where each array is stored."""
     model = Decoder(read_config(SIZES[sizes], "config.json"), rngs=nnx.Rngs(0))
     mj.attach(model, METHODS[method], rngs=nnx.Rngs(1))
@@ -99,6 +102,11 @@ CASES = [
     pytest.param("lora", (1, 2, 2), {"sizes": "three_experts"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
+    ("lora", (1, 1, 1, 1, 4), {"sizes": "experts", "micro_batches": 2, "dropout": 0.2}),
+    pytest.param("lora", (1, 1, 2, 1, 2), {"sizes": "six_experts"}, marks=pytest.mark.slow),
+    pytest.param("mora", (1, 2, 1, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
+    pytest.param("full", (1, 1, 2, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
+    pytest.param("lora", (1, 1, 1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
 ]
 
 
@@ -112,6 +120,50 @@ def assert_same_curve(losses, method: str, options: dict) -> None:
 @pytest.mark.parametrize(("method", "mesh", "options"), CASES)
 def test_the_losses_are_those_of_one_device(method, mesh, options):
     assert_same_curve(run(method, mesh, **options).losses, method, options)
+
+
+def test_experts_and_what_trains_them_lie_along_expert():
+    """Weights, adapters and moments of one expert a device; ten steps leave what they leave on one device."""
+    options = {"sizes": "experts", "dropout": 0.2}
+    alone, spread = run("lora", **options), run("lora", (1, 1, 1, 1, 4), micro_batches=2, **options)
+    shares = [name for name in (*spread.frozen, *spread.state.adapters) if ".mlp." in name and "router" not in name]
+    assert len(shares) > 6
+    leaves = jax.tree_util.tree_flatten_with_path((spread.frozen, spread.state.adapters, spread.state.optimizer))[0]
+    held = [leaf for path, leaf in leaves if getattr(path[-1], "key", None) in shares]
+    assert len(held) > len(shares)  # moments too
+    assert {(leaf.shape[1], leaf.addressable_shards[0].data.shape[1]) for leaf in held} == {(4, 1)}
+    for name, array in spread.state.adapters.items():
+        np.testing.assert_allclose(array, alone.state.adapters[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("expert", "sizes", "words"),
+    [(2, "even", "mesh.expert=2 shards experts, and this model has none"), (4, "six_experts", "divide this model's 6")],
+)
+def test_an_expert_axis_that_does_not_fit_the_model(expert, sizes, words):
+    with pytest.raises(InputError, match=words):
+        placed("lora", (1, 1, 1, 1, expert), sizes)
+
+
+def test_experts_are_shared_along_expert_and_tensor_as_far_as_they_divide():
+    placement, specs = placed("lora", (1, 1, 2, 1, 2), "experts")
+    assert placement.notes() == []
+    assert tuple(specs["layers.mlp.gate_up_proj.kernel"])[:3] == (None, ("expert", "tensor"), "fsdp")
+    assert tuple(specs["embed_tokens.embedding"]) == ("tensor", ("expert", "fsdp"))
+    placement, specs = placed("lora", (1, 1, 2, 1, 2), "six_experts")
+    assert [note.split(" doesn't")[0] for note in placement.notes()] == ["experts (6)"]
+    assert tuple(specs["layers.mlp.gate_up_proj.kernel"])[:2] == (None, "expert")
+
+
+def test_a_mesh_of_one_s_own_may_lack_axes():
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    state = nnx.state(Decoder(read_config(SIZES["even"], "config.json"), rngs=nnx.Rngs(0)))
+    ours, theirs = (Placement.of(each, state) for each in (make_mesh(1, 2, 2), mesh))
+    assert {name: place.spec for name, place in ours.table(state).items()} == {
+        name: place.spec for name, place in theirs.table(state).items()
+    }
+    rows = JitRunner(lambda *arguments: arguments, mesh).place_batch({"input_ids": np.zeros((1, 4, 8), np.int32)})
+    assert rows["input_ids"].addressable_shards[0].data.shape == (1, 2, 8)
 
 
 def eight_devices(cases) -> None:
