@@ -222,7 +222,7 @@ def _summed(placement: Placement, adapters: nnx.State) -> float:
 
 
 def _expert_rows(decoder: DecoderConfig, remat: str) -> tuple[int, int]:
-    """Numbers a token in the rows of experts: alive at once in a layer, and kept by all layers for the backward pass."""
+    """Numbers a token in the rows of experts: alive at once in a layer, and kept by all layers for the backward."""
     alive, saved = 0, 0
     for experts in (stack.experts for stack in decoder.by_layer):
         if experts is not None:

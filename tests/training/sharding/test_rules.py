@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 import mora_jax as mj
 from mora_jax.adapters.products.quantization import FORMATS
