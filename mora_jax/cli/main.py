@@ -106,11 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # transformers imports torch where it is installed, for seconds, and no command has a use for it.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     format_warning, warnings.formatwarning = warnings.formatwarning, _one_line
-    unraisable = sys.unraisablehook
     try:
         with Stoppable(lambda words: print(words, file=sys.stderr, flush=True)) as signals:
-            # Where a stop hits a finalizer, that is no news.
-            sys.unraisablehook = lambda error: unraisable(error) if signals.received is None else None
             try:
                 code = _run(sys.argv[1:] if argv is None else argv)
                 print(end="", flush=True)
@@ -123,7 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return known
             return code if code or signals.received is None else 128 + signals.received
     finally:
-        sys.unraisablehook = unraisable
         warnings.formatwarning = format_warning
         if argv is None and threading.current_thread() is threading.main_thread():
             # All is done but the interpreter's shutdown, which a Ctrl-C would end with a traceback.

@@ -134,10 +134,10 @@ def resume(
     directory = RunDirectory(out, writes=is_main(), note=shown.note)
     check_shared(directory.path)
     config = directory.read_config()
+    saved = config = changed(config, changes) if changes else config
     if directory.files.present(("summary.json",)):
         shown.note(f"{directory.path} is finished; nothing to resume")
         return 0
-    saved = config = changed(config, changes) if changes else config
     check_found(config, directory.path)
     if profile:
         config = lay_over(config, [(name, value, "--profile") for name, value in profile.items()])

@@ -53,6 +53,7 @@ def test_a_run_writes_its_directory_and_nothing_to_stdout(run, fails, options, t
 
     assert "--resume" in fails(*command)
     assert "finished" in run("train", "--resume", directory)[2]
+    assert "would make another run of it" in fails("train", "--resume", directory, "--config.train.steps=3")
     (directory / "summary.json").unlink()
     before = (directory / "config.json").read_text()
     assert "would make another run of it: with --resume only mesh.*" in fails(

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -69,6 +70,7 @@ class _Handled:
         ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
         threading.Thread(target=self._read, args=(ours,), name="signals", daemon=True).start()
         return self
 
@@ -77,6 +79,7 @@ class _Handled:
         if self._theirs is None:
             return
         self._ended.set()
+        sys.unraisablehook = self._unraisable
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -106,12 +109,23 @@ class _Handled:
         """
         while frame is not None:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-                again = threading.Timer(0.05, self._repeat, (number,))
-                again.daemon = True
-                again.start()
+                self._soon(number)
                 return True
             frame = frame.f_back
         return False
+
+    def _lost(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Raises again what was raised into a finalizer or the garbage collector, where Python drops it."""
+        if self._raised and isinstance(unraisable.exc_value, (KeyboardInterrupt, Stopped)):
+            self._raised = False
+            self._soon(getattr(unraisable.exc_value, "number", signal.SIGINT))
+        elif not self._raised:
+            self._unraisable(unraisable)
+
+    def _soon(self, number: int) -> None:
+        again = threading.Timer(0.05, self._repeat, (number,))
+        again.daemon = True
+        again.start()
 
     def _repeat(self, number: int) -> None:
         if not self._ended.is_set():

@@ -1,5 +1,6 @@
 """Signals: the first asks, a second SIGINT stops at once, also where the main thread can't hear it."""
 
+import gc
 import importlib
 import os
 import signal
@@ -105,6 +106,18 @@ def test_nothing_is_raised_into_an_import(tmp_path, monkeypatch):
     with Stoppable(lambda words: None), pytest.raises(KeyboardInterrupt):
         work()
     assert sys.modules["imported_while_interrupted"].whole
+
+
+def test_a_stop_that_hits_the_garbage_collector_is_not_lost():
+    def hook(phase, info):
+        gc.callbacks.remove(hook)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    gc.callbacks.append(hook)
+    with Stoppable(lambda words: None), pytest.raises(KeyboardInterrupt):
+        gc.collect()
+        time.sleep(10)
 
 
 def test_signals_that_are_to_be_ignored_stay_so():
