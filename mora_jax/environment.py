@@ -32,6 +32,10 @@ _INSTALL = {
 _GOOGLE, _OTHERS = "0x1ae0", ("0x01", "0x02")
 
 
+#: Whether transformers may import torch where it is installed, which takes seconds; commands have no use for it.
+torch_allowed = True
+
+
 @functools.cache
 def check_versions() -> None:
     """Refuses a jax and a flax that this package doesn't run with.

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
+from mora_jax import environment
 from mora_jax.cli.errors import report, stopped
 from mora_jax.cli.options import OVERRIDE, take_overrides
 from mora_jax.cli.suggestions import check_options, flag_of, refuse_command, refuse_words, with_options
@@ -103,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if argv is None and not set(sys.argv[1:2]) & set(HAND_ON):
-        # transformers imports torch where it is installed, for seconds, and no command has a use for it.
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+        environment.torch_allowed = False
     format_warning, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         with Stoppable(lambda words: print(words, file=sys.stderr, flush=True)) as signals:

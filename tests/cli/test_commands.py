@@ -1,6 +1,7 @@
 """eval, generate and merge on a tiny model: results on stdout, refusals, no folder left behind."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -187,12 +188,26 @@ def test_refusals(fails, model_dir, data_file, adapters, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "broken.json", "text.txt"]
 
 
-@pytest.mark.parametrize(("command", "hidden"), [("--version", True), ("lm-eval", False)])
-def test_commands_leave_torch_unimported(command, hidden):
-    """transformers would import it for seconds, where it is installed; the harness of lm-eval needs it."""
+def test_commands_leave_torch_unimported(model_dir, data_file, tmp_path):
+    """transformers would import it for seconds, where it is installed; scipy looks for it among the loaded modules."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("print('imported')\n")
     program = (
-        f"import sys; sys.argv = ['mora-jax', {command!r}, '--help']; from mora_jax.cli.main import main; main();"
-        "print(sys.modules.get('torch', 'as it was') is None)"
+        f"import sys; sys.argv = ['mora-jax', 'inspect', '--model', {str(model_dir)!r}, '--data', {str(data_file)!r}]; "
+        "from mora_jax.cli.main import main; print('code', main()); from scipy import stats; print(stats.norm.cdf(0.0))"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout.splitlines()[-2:] == ["code 0", "0.5"]
+    assert "imported" not in done.stdout
+
+
+def test_the_harness_of_lm_eval_may_import_torch():
+    program = (
+        "import sys; sys.argv = ['mora-jax', 'lm-eval', '--help']; from mora_jax.cli.main import main; main();"
+        "from mora_jax import environment; print(environment.torch_allowed)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == str(hidden)
+    assert done.stdout.splitlines()[-1] == "True"

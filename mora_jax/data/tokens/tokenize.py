@@ -5,6 +5,7 @@ A tokenizer is loaded without the notices that `transformers` prints on import.
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mora_jax import environment
 from mora_jax.data.segments import ANSWER, RESPONSE, Rendered, Segment, runs
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded
@@ -238,6 +240,9 @@ def _check_folder(folder: Path) -> None:
 def _auto_tokenizer() -> Any:
     before = os.environ.get(_QUIET)
     os.environ[_QUIET] = "1"  # It would say that torch is missing, which nothing here needs.
+    hides = not environment.torch_allowed and "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from transformers import AutoTokenizer
     finally:
@@ -245,4 +250,6 @@ def _auto_tokenizer() -> Any:
             del os.environ[_QUIET]
         else:
             os.environ[_QUIET] = before
+        if hides:  # transformers remembers that there is none; scipy takes whatever is in `modules` for torch
+            del sys.modules["torch"]
     return AutoTokenizer
