@@ -114,7 +114,7 @@ class _Handled:
             frame = frame.f_back
         return False
 
-    def _lost(self, unraisable: sys.UnraisableHookArgs) -> None:
+    def _lost(self, unraisable: "sys.UnraisableHookArgs") -> None:
         """Raises again what was raised into a finalizer or the garbage collector, where Python drops it."""
         if self._raised and isinstance(unraisable.exc_value, (KeyboardInterrupt, Stopped)):
             self._raised = False
