@@ -114,10 +114,13 @@ def test_a_stop_that_hits_the_garbage_collector_is_not_lost():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
 
-    gc.callbacks.append(hook)
-    with Stoppable(lambda words: None), pytest.raises(KeyboardInterrupt):
+    def work():
         gc.collect()
         time.sleep(10)
+
+    gc.callbacks.append(hook)
+    with Stoppable(lambda words: None), pytest.raises(KeyboardInterrupt):
+        work()
 
 
 def test_signals_that_are_to_be_ignored_stay_so():
