@@ -197,9 +197,8 @@ def test_commands_leave_torch_unimported(model_dir, data_file, tmp_path):
         "from mora_jax.cli.main import main; print('code', main()); from scipy import stats; print(stats.norm.cdf(0.0))"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
-    )
+    environ = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environ)
     assert done.stdout.splitlines()[-2:] == ["code 0", "0.5"]
     assert "imported" not in done.stdout
 
