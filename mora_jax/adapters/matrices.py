@@ -126,6 +126,17 @@ class Matrix:
         return _transposed(shaped, self.bias_axes)
 
 
+def possible_matrices(name: str, shape: tuple[int, ...]) -> list[Matrix]:
+    """How an array may be a matrix: some axes in front, then those that are contracted, then the others."""
+    if name == "embedding":
+        return [Matrix.plain(name, shape[-2:])]
+    return [
+        Matrix.plain(name, shape[lead:], inputs)
+        for lead in range(len(shape) - 1)
+        for inputs in range(1, len(shape) - lead)
+    ]
+
+
 def _transposed(array: Array, order: Any) -> Array:
     """The last axes in another order."""
     lead = array.ndim - len(order)

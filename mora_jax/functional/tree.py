@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mora_jax.adapters.base import AdapterParam, as_rngs, over_layers
+from mora_jax.adapters.base import as_rngs, over_layers
 from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.config.patterns import config_at, value_at
-from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix
-from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix, possible_matrices
+from mora_jax.adapters.methods.registry import adapter_class, fresh_arrays
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, why_left
 from mora_jax.adapters.targets import Picker
@@ -65,17 +65,7 @@ class TreeKernel:
 
     def fresh(self, kernel: Array, rngs: nnx.Rngs) -> tuple[Arrays, Arrays]:
         """New arrays, those that are trained and those that stay as they are; `kernel` is the leaf."""
-        make = self.method.for_embedding if self.matrix.is_embedding else self.method
-        adapter = make(*self.sizes, self.config, rngs=rngs, num_layers=self.stack or None)
-        adapter.fit(self.dtype)
-        adapter.init_from_kernel(lambda: self.matrix.take(kernel))
-        arrays = {name: value for name, value in vars(adapter).items() if isinstance(value, nnx.Variable)}
-        del arrays["scaling"]
-        trained = {name: isinstance(value, AdapterParam) for name, value in arrays.items()}
-        return tuple(  # type: ignore[return-value]
-            {name: value.get_value() for name, value in arrays.items() if trained[name] is part}
-            for part in (True, False)
-        )
+        return fresh_arrays(self.config, self.matrix, rngs, lambda: self.matrix.take(kernel), self.dtype, self.stack)
 
     @functools.cached_property
     def shapes(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -230,11 +220,10 @@ def _matrix(
     plain = Matrix.plain("kernel", shape[-2:])
     if len(shape) == 2:
         return plain, ""
-    possible = [(lead, inputs) for lead in range(len(shape) - 1) for inputs in range(1, len(shape) - lead)]
-    fitting = [(lead, n) for lead, n in possible if bias == (*shape[:lead], *shape[lead + n :])]
+    ends = ((one, one.shape[len(one.contracted) :]) for one in possible_matrices("kernel", shape))
+    fitting = [one for one, outputs in ends if bias == (*shape[: len(shape) - len(one.shape)], *outputs)]
     if len(fitting) == 1:
-        lead, inputs = fitting[0]
-        return Matrix.plain("kernel", shape[lead:], inputs), ""
+        return fitting[0], ""
     return plain, (
         f"{path} has the shape {list(shape)}, which can be a matrix in several ways: say which, as in "
         f"einsums={{{path!r}: '...i,io->...o'}} for kernels [in, out] stacked along the axes in front"

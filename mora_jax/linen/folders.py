@@ -18,14 +18,14 @@ import numpy as np
 from flax import linen as nn, nnx, traverse_util
 
 from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
-from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix
+from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix, possible_matrices
 from mora_jax.adapters.products.matmul import wide
 from mora_jax.adapters.report import VECTORS, AdapterEntry, adapters_of
 from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.peft import load, save
 from mora_jax.interop.peft.lora import alpha_for
-from mora_jax.linen.merging import Path, layers_of, plain_tree, possible_matrices
+from mora_jax.linen.merging import Path, layers_of, plain_tree
 from mora_jax.linen.report import LinenReport
 from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, fresh
 

@@ -81,7 +81,7 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
         if kind is None and form is None:
             return call(*args, **kwargs)
         if isinstance(module.parent, LoRADense | MoRADense):
-            report.pass_over(module.path, module, f"{type(module.parent).__name__} has an adapter of its own")
+            report.note(module.path, module, why=f"{type(module.parent).__name__} has an adapter of its own")
             return call(*args, **kwargs)
         if form is not None:
             layer = EinsumCall.of(form, module, call, args, kwargs)
@@ -101,10 +101,10 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
 
         path = ".".join(where)
         if isinstance(product, str):
-            report.pass_over(where, module, product)
+            report.note(where, module, why=product)
             return plain(inputs)
         if not picks(path, is_linear=product.matrix.is_linear):
-            report.leave(where, module, product.matrix)
+            report.note(where, module, product.matrix)
             return plain(inputs)
         own = config_at(config, path)
         if form is not None and bias is None and own.biases_alone:
@@ -115,7 +115,7 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
             y = attended(module, own, product.matrix, plain, inputs)
         else:
             y = embedded(module, own, product.matrix, plain, inputs)
-        report.take(where, module, product.matrix, own)
+        report.note(where, module, product.matrix, own)
         return y
 
     with _CONTEXT((config, deterministic)), nn.intercept_methods(intercept):

@@ -11,8 +11,9 @@ from jax import Array
 
 from mora_jax.adapters.base import Adapter, AdapterState
 from mora_jax.adapters.config.patterns import config_at
-from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix
+from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix, possible_matrices
 from mora_jax.adapters.merge import folded
+from mora_jax.adapters.methods.registry import new_adapter
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.targets import Picker
 from mora_jax.linen.matrices import array_path, layer_number
@@ -66,10 +67,8 @@ class LinenSite:
     @property
     def adapter(self) -> Adapter:
         """The adapter as its own class has it."""
-        method: Any = check_config(self.config)
-        make = method.for_embedding if self.matrix.is_embedding else method
-        sizes = self.matrix.in_features, self.matrix.out_features
-        adapter = nnx.eval_shape(lambda: make(*sizes, self.config, rngs=nnx.Rngs(0), num_layers=self.stack))
+        check_config(self.config)
+        adapter = nnx.eval_shape(lambda: new_adapter(self.config, self.matrix, nnx.Rngs(0), self.stack))
         arrays = scaled(self.config, self.arrays)
         for name, value in arrays.items():
             full = jnp.broadcast_to(value, self.stack) if name == "scaling" else value
@@ -171,17 +170,6 @@ def _form(
             + ("" if len(shape) == 2 or known is not None else f"; else {_REPORT}")
         )
     raise ValueError(f"{where} holds {given}, but none of the configurations that were given makes them there")
-
-
-def possible_matrices(name: str, shape: tuple[int, ...]) -> list[Matrix]:
-    """How an array may be a matrix: some axes in front, then those that are contracted, then the others."""
-    if name == "embedding":
-        return [Matrix.plain(name, shape[-2:])]
-    return [
-        Matrix.plain(name, shape[lead:], inputs)
-        for lead in range(len(shape) - 1)
-        for inputs in range(1, len(shape) - lead)
-    ]
 
 
 def _expected(config: Any, matrix: Matrix) -> dict[str, tuple[int, ...]] | None:

@@ -55,19 +55,13 @@ class LinenReport:
     def meet(self, module: nn.Module) -> None:
         """Notes a module that runs."""
         if module.path not in self._seen or not self._seen[module.path].matrix:
-            self._seen[module.path] = _Seen(type(module), _lifts(module))
+            self.note(module.path, module)
 
-    def take(self, path: Path, module: nn.Module, matrix: Matrix, config: Any) -> None:
-        """Notes an adapter on a layer."""
-        self._seen[path] = _Seen(type(module), _lifts(module), matrix, config)
-
-    def leave(self, path: Path, module: nn.Module, matrix: Matrix) -> None:
-        """Notes a layer that could have had one."""
-        self._seen[path] = _Seen(type(module), _lifts(module), matrix)
-
-    def pass_over(self, path: Path, module: nn.Module, why: str) -> None:
-        """Notes a layer that can't have one."""
-        self._seen[path] = _Seen(type(module), _lifts(module), why=why)
+    def note(
+        self, path: Path, module: nn.Module, matrix: Matrix | None = None, config: Any = None, why: str = ""
+    ) -> None:
+        """Notes a layer: with an adapter of this configuration, without one, or `why` it can't have one."""
+        self._seen[path] = _Seen(type(module), _lifts(module), matrix, config, why)
 
     def finish(self, module: nn.Module) -> None:
         """Takes the sizes of all parameters, when a model's outermost call has ended."""

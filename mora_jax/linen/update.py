@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn, nnx
 from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam
+from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.matrices import KERNELS, Matrix, Product
 from mora_jax.adapters.methods.lora import LoRA
-from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.methods.registry import adapter_class, fresh_arrays
 from mora_jax.adapters.products.around import around, attended as attended_by, embedded as embedded_by
 
 Arrays = dict[str, Array]
@@ -46,17 +46,8 @@ def check_config(config: Any) -> type[Adapter]:
 
 def fresh(config: Any, matrix: Matrix, key: Array, kernel: Array) -> tuple[Arrays, Arrays]:
     """New arrays for one matrix, the trained and the fixed ones by name; `kernel` is the base's `[in, out]`."""
-    method: Any = check_config(config)
-    make = method.for_embedding if matrix.is_embedding else method
-    adapter = make(matrix.in_features, matrix.out_features, config, rngs=nnx.Rngs(params=key))
-    adapter.fit(kernel.dtype)
-    adapter.init_from_kernel(lambda: kernel)
-    trained: Arrays = {}
-    fixed: Arrays = {}
-    for name, variable in vars(adapter).items():
-        if isinstance(variable, nnx.Variable) and name != "scaling":
-            (trained if isinstance(variable, AdapterParam) else fixed)[name] = variable.get_value()
-    return trained, fixed
+    check_config(config)
+    return fresh_arrays(config, matrix, nnx.Rngs(params=key), lambda: kernel, kernel.dtype)
 
 
 @functools.cache

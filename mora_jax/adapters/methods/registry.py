@@ -6,11 +6,16 @@ A method is a subclass of `Adapter` with a `method` of its own, and beside it it
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from flax import nnx
+from jax import Array
+
 from mora_jax.adapters import methods as package
-from mora_jax.adapters.base import Adapter
+from mora_jax.adapters.base import Adapter, AdapterParam, Params
 from mora_jax.adapters.config.common import MethodConfig
+from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.methods.full import FullConfig
 from mora_jax.adapters.token_rows import TokenRows, TokenRowsConfig
 
@@ -60,3 +65,33 @@ def adapter_class(config: Any) -> type[Adapter]:
             return method.adapter
     known = ", ".join(kind.__name__ for kind in CONFIGS.values())
     raise TypeError(f"config must be one of {known}, not {type(config).__name__}")
+
+
+def new_adapter(config: Any, matrix: Matrix, rngs: nnx.Rngs, stack: tuple[int, ...] = ()) -> Any:
+    """A fresh adapter of one matrix, or of a stack of them."""
+    method: Any = adapter_class(config)
+    make = method.for_embedding if matrix.is_embedding else method
+    return make(matrix.in_features, matrix.out_features, config, rngs=rngs, num_layers=stack or None)
+
+
+def fresh_arrays(
+    config: Any, matrix: Matrix, rngs: nnx.Rngs, kernel: Callable[[], Array], dtype: Any, stack: tuple[int, ...] = ()
+) -> tuple[Params, Params]:
+    """The arrays of a fresh adapter but for its scaling: those that are trained, and those that stay as they are.
+
+    Args:
+        config: the method's.
+        matrix: that gets the adapter.
+        rngs: keys of its start.
+        kernel: gives the base's matrix `[*stack, in, out]`, for methods that start from it.
+        dtype: the base's.
+        stack: sizes of the axes in front of the matrix.
+    """
+    adapter = new_adapter(config, matrix, rngs, stack)
+    adapter.fit(dtype)
+    adapter.init_from_kernel(kernel)
+    arrays: tuple[Params, Params] = {}, {}
+    for name, variable in vars(adapter).items():
+        if isinstance(variable, nnx.Variable) and name != "scaling":
+            arrays[not isinstance(variable, AdapterParam)][name] = variable.get_value()
+    return arrays
