@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -62,6 +63,11 @@ class ExpertProjection(Projection):
         return len(self.parts) < len(self.matrices)
 
     @property
+    def here(self) -> int:
+        """How many experts a device has, on leaves without layer axis."""
+        return len(jax.tree.leaves(self.kernel.get_value())[0])
+
+    @property
     def parameter(self) -> str:
         """The end of the path that the parameter for all experts of a layer has in transformers."""
         return f"{self.layer_path}.{'gate_up_proj' if len(self.matrices) > 1 else 'down_proj'}"
@@ -99,14 +105,14 @@ class ExpertProjection(Projection):
             groups: whose they are.
             token_dropout: turns the adapters' dropout on, for tokens of these rows.
         """
-        kernel = self.kernel.get_value()
-        y = grouped_dot(x, kernel.reshape(len(kernel), self.in_features, -1), groups.sizes)
+        kernel = jax.tree.map(lambda array: array.reshape(*array.shape[:2], -1), self.kernel.get_value())
+        y = grouped_dot(x, kernel, groups.sizes)
         updates = [self._update(i, x, groups, token_dropout) for i in range(len(self.parts))]
         if any(update is not None for update in updates):
             zeros = [jnp.zeros((len(x), self.layout.part_features(i)), wide(x.dtype)) for i in range(len(updates))]
             y = y + self.layout.join([zero if u is None else u for u, zero in zip(updates, zeros, strict=True)])
         if self.bias is not None:
-            bias = self.bias.get_value().reshape(len(kernel), -1).at[groups.owner]
+            bias = self.bias.get_value().reshape(len(groups.sizes), -1).at[groups.owner]
             y = y + widened(bias.get(mode="fill", fill_value=0))
         return y.astype(x.dtype).reshape(len(x), *self.layout.out_shape)
 

@@ -1,5 +1,6 @@
 """Parameters of a decoder read from files region by region: what a device doesn't hold is never read for it."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -131,7 +132,7 @@ def read_quantized(
     stored_as: Mapping[str, str],
     shardings: Shardings | None,
 ) -> None:
-    """Fills the codes and scales of a stacked kernel `[L, in, *out]`, both from one reading.
+    """Fills the codes and scales of a stacked kernel `[L, in, *out]` or `[L, E, in, *out]`, both from one reading.
 
     Args:
         entry: the kernel and the tensors that make it up.
@@ -147,40 +148,50 @@ def read_quantized(
 
 
 class _Blocks:
-    """The blocks of a kernel, read and quantised layer by layer; scales that came with codes are kept."""
+    """The blocks of a kernel, read and quantised tensor by tensor of files; scales that came with codes are kept."""
 
     def __init__(self, entry: Entry, kernel: QuantizedKernel, files: TensorFiles, stored_as: Mapping[str, str]):
         self._read = partial(read_region, entry, files, stored_as)
         self._kernel = kernel
         self._scales = empty(tuple(kernel.scales.shape), np.float32)
         self._known = np.zeros(self._scales.shape, bool)
+        self._stack = kernel.ndim - 1 - kernel.out_axes
+        # The axes of the stack along which each tensor has one place; some files have all experts of a layer in one.
+        self._apart = sum(isinstance(part, int) for part in entry.pieces[0].index)
 
     def codes(self, index: tuple[slice, ...]) -> np.ndarray:
         """`values[index]`: the blocks that it touches are quantised whole."""
-        values = self._kernel.values
+        values, rows = self._kernel.values, self._stack
         box = [range(size)[part] for part, size in zip(index, values.shape, strict=True)]
         height = rows_per_block(self._kernel.format)
-        first, last = box[1].start // height, -(-box[1].stop // height)
+        first, last = box[rows].start // height, -(-box[rows].stop // height)
+        start = box[rows].start - first * height
         found = empty(tuple(map(len, box)), values.dtype)
-        for number, layer in enumerate(box[0]):
-            whole = self._quantized(layer, slice(first, last), index[2:])
-            found[number] = whole[box[1].start - first * height :][: len(box[1])]
+        for places in itertools.product(*map(enumerate, box[: self._apart])):
+            whole = self._quantized(tuple(n for _, n in places), slice(first, last), index)
+            here = (*(slice(None) for _ in box[self._apart : rows]), slice(start, start + len(box[rows])))
+            found[tuple(i for i, _ in places)] = whole[here]
         return found
 
     def scales(self, index: tuple[slice, ...]) -> np.ndarray:
         """`scales[index]`; only what no codes brought is read."""
-        for layer in range(self._scales.shape[0])[index[0]]:
-            where: Any = (layer, *index[1:])
-            if not self._known[where].all():
-                self._quantized(layer, index[1], index[2:])
+        apart = self._apart
+        box = [range(size)[part] for part, size in zip(index, self._scales.shape, strict=True)]
+        for places in itertools.product(*box[:apart]):
+            if not self._known[(*places, *index[apart:])].all():
+                self._quantized(places, index[self._stack], index)
         return self._scales[index]
 
-    def _quantized(self, layer: int, blocks: slice, out: tuple[slice, ...]) -> np.ndarray:
-        """The codes of some blocks of a layer; their scales are kept."""
-        first, last, _ = blocks.indices(self._scales.shape[1])
+    def _quantized(self, places: tuple[int, ...], blocks: slice, index: tuple[slice, ...]) -> np.ndarray:
+        """The codes of some blocks of what stands at `places`, cut by the rest of `index`; their scales are kept."""
+        first, last, _ = blocks.indices(self._scales.shape[self._stack])
         inputs = slice(first * BLOCK, min(last * BLOCK, self._kernel.in_features))
-        part = self._read((slice(layer, layer + 1), inputs, *out), np.float32)[0]
-        where: Any = (layer, slice(first, last), *out)
-        codes, self._scales[where] = quantize(part, self._kernel.format)
+        beside, out = index[self._apart : self._stack], index[self._stack + 1 :]
+        here = (*(slice(n, n + 1) for n in places), *beside, inputs, *out)
+        part = self._read(here, np.float32)[(0,) * len(places)]
+        where: Any = (*places, *beside, slice(first, last), *out)
+        matrices = part.reshape(-1, *part.shape[len(beside) :])
+        codes, scales = zip(*(quantize(matrix, self._kernel.format) for matrix in matrices), strict=True)
+        self._scales[where] = np.stack(scales).reshape(self._scales[where].shape)
         self._known[where] = True
-        return codes
+        return np.stack(codes).reshape(*part.shape[: len(beside)], *codes[0].shape)

@@ -18,7 +18,6 @@ from flax import nnx
 from mora_jax.adapters.expert_projection import ExpertProjection, Groups
 from mora_jax.adapters.products.matmul import decoder_dot, widened
 from mora_jax.adapters.projection import Part, TokenDropout
-from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig, ExpertsConfig
 from mora_jax.models.layer_scan import checkpointed
 
@@ -98,8 +97,6 @@ class Experts(nnx.Module):
         """Makes router and stacked projections; `activation` is that of the gate."""
         experts = config.experts
         assert experts is not None
-        if quantize is not None:
-            raise InputError(f"quantize={quantize} has no form for the experts of {config.family}; load it as it is")
         self.router = Router(config, experts, dtype=dtype, rngs=rngs)
         gate, up, down = experts.names
         making: dict[str, Any] = {
@@ -112,6 +109,7 @@ class Experts(nnx.Module):
             "dtype": dtype,
             "rngs": rngs,
             "init_std": config.initializer_range,
+            "quantize": quantize,
         }
         pair = (experts.width, 2) if experts.fused else (2, experts.width)
         axes = ("expert_mlp", "gate_up") if experts.fused else ("gate_up", "expert_mlp")
@@ -153,7 +151,7 @@ class Experts(nnx.Module):
             held = [leaf.replace(array) for leaf, array in zip(leaves, arrays[len(rows) :], strict=False)]
             dropout = TokenDropout(arrays[-1], tokens[0]) if tokens else None
             experts = nnx.merge(graphdef, jax.tree.unflatten(tree, held))
-            return experts._sums(x, dropout, number * experts.gate_up_proj.kernel.shape[0])
+            return experts._sums(x, dropout, number * experts.gate_up_proj.here)
 
         if token_dropout is not None:
             weights.append((token_dropout.key, (None,) * token_dropout.key.ndim))
@@ -175,7 +173,7 @@ class Experts(nnx.Module):
         """What experts from number `first` on, those that are here, give `x [B, T, D]`: float32 `[B, T, D]`."""
         rows, k = x.reshape(-1, x.shape[-1]), self.config.per_token  # [N, D]
         weights, chosen = routed(self.router(rows), k, self.config.normalize)
-        count = self.gate_up_proj.kernel.shape[0]
+        count = self.gate_up_proj.here
         here = (chosen >= first) & (chosen < first + count)
         owner = jnp.where(here, chosen - first, count).reshape(-1)  # behind all groups where it is elsewhere
         order = jnp.argsort(owner, stable=True)  # of the N · k pairs of a token and an expert

@@ -25,9 +25,11 @@ def quantized_copy(dense: Decoder, held: str) -> Decoder:
     for ours, other in zip(projections(model), projections(dense), strict=True):
         if ours.quantized is None:  # of no layer
             continue
-        made = [quantize(np.asarray(layer, np.float32), held) for layer in other.kernel[...]]
-        values, scales = zip(*made, strict=True)
-        ours.kernel.values[...], ours.kernel.scales[...] = np.stack(values), np.stack(scales)
+        kernel = np.asarray(other.kernel[...], np.float32)
+        matrices = kernel.reshape(-1, *kernel.shape[len(other.stack) :])  # of layers, or of their experts
+        values, scales = (np.stack(each) for each in zip(*(quantize(m, held) for m in matrices), strict=True))
+        ours.kernel.values[...] = values.reshape(ours.kernel.values.shape)
+        ours.kernel.scales[...] = scales.reshape(ours.kernel.scales.shape)
     return model
 
 

@@ -11,11 +11,14 @@ from flax import nnx
 import mora_jax as mj
 from mora_jax.adapters import expert_projection
 from mora_jax.adapters.products import grouped
+from mora_jax.adapters.products.quantization import FORMATS, Quantized, quantize
 from mora_jax.evaluation import Generator
-from mora_jax.models.decoder import Decoder
 from mora_jax.models.experts import routed
 from mora_jax.planning.memory_model import estimate_memory
 from mora_jax.training.config.schema import Config
+from mora_jax.training.sharding.mesh import make_mesh
+from mora_jax.training.sharding.rules import base_shardings
+from tests.models.quantized import quantized_copy, rounded_copy
 from tests.models.tiny import fill_randomly
 from tests.models.tiny_experts import FAMILIES, SIZES, ours, tokens
 
@@ -58,6 +61,53 @@ def test_grouped_products_are_those_of_a_loop(sizes, backend, monkeypatch):
         rows = slice(start, start + size)
         np.testing.assert_allclose(dw[group], x[rows].T @ slope[rows], rtol=1e-5, atol=1e-5)
         start += size
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("held", FORMATS)
+def test_quantised_products_are_those_of_a_loop_over_rounded_matrices(held, backend, monkeypatch):
+    monkeypatch.setattr(grouped, "backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    x, w, slope = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 70), (3, 70, 4), (7, 4)))
+    values, scales = (np.stack(arrays) for arrays in zip(*(quantize(matrix, held) for matrix in w), strict=True))
+    rounded = Quantized(jnp.asarray(values), jnp.asarray(scales), held, 70)
+    dense, sizes = np.asarray(rounded.dense(np.float32, 1)), [3, 0, 2]
+    assert 0.001 < np.abs(dense - w).max() < 0.5
+    y, slopes = jax.vjp(lambda x: grouped.grouped_dot(x, rounded, jnp.asarray(sizes, jnp.int32)), jnp.asarray(x))
+    np.testing.assert_allclose(y, _by_loop(x, dense, sizes), rtol=1e-5, atol=1e-5)
+    (dx,) = slopes(jnp.asarray(slope))
+    np.testing.assert_allclose(dx, _by_loop(slope, dense.transpose(0, 2, 1), sizes), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "held"), [("mixtral", "int8"), ("gpt_oss", "nf4")])
+def test_a_quantised_base_with_adapters(family, held, tmp_path):
+    """Read from files it is its rounded values: logits, and gradients of adapters."""
+    mj.save_pretrained(ours(family, nnx.Rngs(0), num_hidden_layers=1), tmp_path / "model")
+    plain, model = (mj.load_pretrained(tmp_path / "model", dtype="float32", quantize=how)[0] for how in ("none", held))
+    spread, _ = mj.load_pretrained(
+        tmp_path / "model",
+        dtype="float32",
+        quantize=held,
+        shardings=lambda shapes: base_shardings(make_mesh(1, 2, 2), shapes),
+    )
+    copy = quantized_copy(plain, held)
+    for other in (copy, spread):
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(other))
+    ids, gradients, logits = tokens(), [], []
+    for each in (model, rounded_copy(plain, held)):
+        mj.attach(each, mj.LoRAConfig(rank=3), rngs=nnx.Rngs(1))
+        fill_randomly(each)
+        graphdef, adapters, frozen = mj.partition(each)
+
+        def loss(adapters, graphdef=graphdef, frozen=frozen):
+            y = nnx.merge(graphdef, adapters, frozen)(ids)
+            return jnp.mean(jnp.square(y)), y
+
+        (_, y), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
+        gradients.append(slopes)
+        logits.append(y)
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *gradients)
 
 
 def test_frozen_bfloat16_kernels_are_never_promoted():
@@ -214,9 +264,6 @@ def test_the_parameters_that_peft_targets_are_targets():
 
 
 def test_what_is_not_supported_is_said():
-    config = ours("mixtral", nnx.Rngs(0)).config
-    with pytest.raises(mj.InputError, match="quantize=int8 has no form for the experts"):
-        Decoder(config, rngs=None, quantize="int8")
     with pytest.raises(mj.InputError, match="num_experts_per_tok .9. is more than num_local_experts .5."):
         ours("mixtral", None, num_experts_per_tok=9)
     with pytest.raises(mj.InputError, match="mlp_only_layers must be a list of layer numbers"):

@@ -5,7 +5,8 @@ last group give 0. The rule of differentiation is that of `matmul.py`: operands 
 and no gradient of a kernel that nothing differentiates.
 
 On TPUs and GPUs it is `jax.lax.ragged_dot`. On CPUs that multiplies every row by every matrix and leaves out what it
-doesn't want; here blocks of rows of one group are multiplied one after the other instead.
+doesn't want; here blocks of rows of one group are multiplied one after the other instead. Quantised matrices become
+dense block by block there, and all those of one product before it elsewhere, forward and again backward.
 """
 
 from functools import partial
@@ -17,6 +18,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from mora_jax.adapters.products.matmul import wide
+from mora_jax.adapters.products.quantization import Quantized
 from mora_jax.backend import backend
 
 BLOCKS = (8, 64)  # the fewest and the most rows a block on CPUs; a group fills up its last one with zeros
@@ -26,18 +28,18 @@ _OUTPUTS = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))  
 _ROWS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())  # x.T @ y of each group
 
 
-def grouped_dot(x: Array, w: Array, sizes: Array) -> Array:
+def grouped_dot(x: Array, w: Array | Quantized, sizes: Array) -> Array:
     """`x [R, in]` by the matrix of each row's group.
 
     Args:
         x: in the compute dtype, sorted by group.
-        w: `[E, in, out]`, in the compute dtype or a float32 master, which is used in the dtype of `x`.
+        w: `[E, in, out]`, in the compute dtype, or a float32 master or quantised, which is used in the dtype of `x`.
         sizes: int32 `[E]`, the rows of each group, R together or less.
 
     Returns:
         `[R, out]`, float32, or float64 where `x` is.
     """
-    return _grouped(x.dtype, x, w, sizes)
+    return (_of_quantized if isinstance(w, Quantized) else _grouped)(x.dtype, x, w, sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -63,8 +65,23 @@ def _grouped_bwd(dtype, saved, dy):
 _grouped.defvjp(_grouped_fwd, _grouped_bwd, symbolic_zeros=True)
 
 
-def _by_group(x: Array, w: Array, sizes: Array, how: lax.RaggedDotDimensionNumbers) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_quantized(dtype: Any, x: Array, w: Quantized, sizes: Array) -> Array:
+    return _by_group(x, w, sizes, _INPUTS)
+
+
+def _of_quantized_bwd(dtype, saved, dy):
+    w, sizes = saved
+    return _by_group(dy.astype(dtype), w, sizes, _OUTPUTS).astype(dtype), None, None
+
+
+_of_quantized.defvjp(lambda dtype, x, w, sizes: (_of_quantized(dtype, x, w, sizes), (w, sizes)), _of_quantized_bwd)
+
+
+def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDimensionNumbers) -> Array:
     if backend() != "cpu":
+        if isinstance(w, Quantized):  # not before x is there: see `Quantized.after`
+            w = lax.optimization_barrier((w, x))[0].dense(x.dtype, 1)
         return lax.ragged_dot_general(x, w, sizes, how, preferred_element_type=wide(x.dtype))
     blocks = _Blocks(sizes, len(x))
     contracted = how.dot_dimension_numbers[0][1][0] - 1
@@ -72,7 +89,9 @@ def _by_group(x: Array, w: Array, sizes: Array, how: lax.RaggedDotDimensionNumbe
     def product(block: tuple[Array, Array]) -> Array:
         rows, group = block
         dimensions = (((1,), (contracted,)), ((), ()))
-        return lax.dot_general(rows, w[group], dimensions, preferred_element_type=wide(x.dtype))
+        matrix: Any = jax.tree.map(lambda array: array[group], w)
+        matrix = matrix.after(rows).astype(x.dtype) if isinstance(matrix, Quantized) else matrix
+        return lax.dot_general(rows, matrix, dimensions, preferred_element_type=wide(x.dtype))
 
     return blocks.rows(lax.map(product, (blocks.of(x), blocks.group)))
 

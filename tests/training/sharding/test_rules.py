@@ -106,6 +106,7 @@ CASES = [
     pytest.param("mora", (1, 2, 1, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 1, 2, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 1, 1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
+    pytest.param("lora", (1, 2, 1, 1, 2), {"sizes": "experts", "quantize": "nf4"}, marks=pytest.mark.slow),
 ]
 
 
