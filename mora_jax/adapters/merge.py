@@ -102,7 +102,8 @@ def _check_whole(site: Site) -> None:
             "before merging"
         )
     for name, array in site.adapter.params().items():
-        if not isinstance(array, jax.core.Tracer) and not bool(_finite(array)):
+        finite = _finite(array)  # traced while a function is, also where the array is none of its arguments
+        if not isinstance(finite, jax.core.Tracer) and not finite:
             raise ValueError(f"the adapter on {site.title} has values in {name} that are no finite numbers")
 
 

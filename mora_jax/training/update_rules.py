@@ -5,6 +5,7 @@ looks at a matrix as a whole, here it looks at each matrix of the stack by itsel
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from mora_jax.adapters.methods.registry import VECTORS
 
 #: Parameters of the base that are trained whole and rows of tables: several matrices in one, or none.
 _NO_FACTORS = ("kernel", "embedding", "token_delta")
+#: A step of a path that ends as names of norms do: `RMSNorm_0`, `input_layernorm`, `q_norm`; not `normal_proj`.
+_NORM = re.compile(r"norm(alization)?s?(_?\d+|_[a-z])?(?=\.|$)", re.IGNORECASE)
 
 
 class Rule(NamedTuple):
@@ -36,7 +39,7 @@ def decays(name: str, array: jax.Array) -> bool:
     """Whether weight decay applies: to matrices, not to norms, biases, attention sinks and other vectors, stacked or
     not."""
     last = name.rpartition(".")[2]
-    return array.ndim >= 2 and "norm" not in name and last not in (*VECTORS, "sinks")
+    return array.ndim >= 2 and not _NORM.search(name) and last not in (*VECTORS, "sinks")
 
 
 def weight_masks(adapters: dict[str, jax.Array]) -> dict[str, bool]:

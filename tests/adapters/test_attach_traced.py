@@ -7,6 +7,7 @@ from flax import nnx
 
 import mora_jax as mj
 from tests.adapters.test_conformance import CASES
+from tests.models.tiny import fill_randomly
 
 TWO_RANKS = mj.LoRAConfig(rank=2, rank_pattern={"blocks.1.up": 3}, layers_to_transform=(1, 2), use_dora=True)
 NAMES = ["lora", "mora rotation", "dora", "pissa", "vera", "ia3", "bitfit"]
@@ -132,3 +133,21 @@ def test_registered_layers_while_a_function_is_traced():
     bare = nnx.eval_shape(lambda: Turned(nnx.Rngs(0)))
     mj.attach(bare, CASES["dora"], rngs=1)
     assert bare.adapter.magnitude.shape == (4,)
+
+
+def test_merged_while_a_function_is_traced():
+    """Weights may be arguments of the function or not."""
+    model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
+    fill_randomly(model)
+    graphdef, state = nnx.split(model)
+    x = jax.random.normal(jax.random.key(0), (3, 6))
+
+    def merged(state):
+        copy = nnx.merge(graphdef, state)
+        mj.merge(copy)
+        assert type(copy.layers[0]) is nnx.Linear
+        return copy(x)
+
+    for y in (jax.jit(merged)(state), jax.jit(lambda: merged(state))()):
+        np.testing.assert_allclose(y, model(x), rtol=1e-5, atol=1e-5)

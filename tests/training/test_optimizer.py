@@ -110,6 +110,18 @@ def updates_of(optimizer, params, steps=3):
     return results, state
 
 
+@pytest.mark.parametrize(
+    ("decayed", "names"),
+    [
+        (False, "norm.scale layers.attention_norm.weight blocks.0.RMSNorm_0.scale input_layernorm.weight norm1.scale"),
+        (True, "layers.normal_proj.kernel normalizer.kernel norm_proj.lora_a enormous.lora_b layers.q.kernel"),
+    ],
+)
+def test_norms_are_told_by_the_end_of_a_step_of_a_path(decayed, names):
+    arrays = {name: jnp.ones((2, 3)) for name in names.split()}
+    assert weight_masks(arrays) == dict.fromkeys(arrays, decayed)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_optimizers_are_those_of_optax_on_each_matrix_alone(name):
     """Each layer of a stack gets what optax gives its matrix alone; vectors and weight decay included."""
