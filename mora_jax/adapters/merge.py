@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 
 from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.products.quantization import quantized_format
@@ -58,7 +59,8 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
 
     Raises:
         ValueError: the model has no adapter, or several named ones, or no values, or a quantised base, or an adapter
-            whose dropout is on or whose values are no numbers. Nothing is changed then.
+            whose dropout is on or whose values are no numbers, or jax traces a function and the model is from outside.
+            Nothing is changed then.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -101,6 +103,13 @@ def _check_whole(site: Site) -> None:
             f"the dropout of the adapter on {site.title} is on, and a merged weight drops nothing: call model.eval() "
             "before merging"
         )
+    try:
+        nnx.update(site.adapter, nnx.state(site.adapter))
+    except TraceContextError:
+        raise ValueError(
+            "the model was made outside the function that jax traces, and can't be changed inside: give the function "
+            "its state as an argument, or a copy, nnx.merge(graphdef, state, copy=True)"
+        ) from None
     for name, array in site.adapter.params().items():
         finite = _finite(array)  # traced while a function is, also where the array is none of its arguments
         if not isinstance(finite, jax.core.Tracer) and not finite:

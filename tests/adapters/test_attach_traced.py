@@ -136,18 +136,23 @@ def test_registered_layers_while_a_function_is_traced():
 
 
 def test_merged_while_a_function_is_traced():
-    """Weights may be arguments of the function or not."""
+    """Weights may be arguments of the function or not; a model from outside is refused, and stays as it is."""
     model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     mj.attach(model, mj.LoRAConfig(rank=2), rngs=1)
     fill_randomly(model)
     graphdef, state = nnx.split(model)
     x = jax.random.normal(jax.random.key(0), (3, 6))
 
-    def merged(state):
-        copy = nnx.merge(graphdef, state)
+    def merged(state, copied=True):
+        copy = nnx.merge(graphdef, state, copy=copied)
         mj.merge(copy)
         assert type(copy.layers[0]) is nnx.Linear
         return copy(x)
 
     for y in (jax.jit(merged)(state), jax.jit(lambda: merged(state))()):
         np.testing.assert_allclose(y, model(x), rtol=1e-5, atol=1e-5)
+    for outside in (lambda: merged(state, copied=False), lambda: mj.merge(model)):
+        with pytest.raises(ValueError, match="made outside the function that jax traces"):
+            jax.jit(outside)()
+    np.testing.assert_array_equal(model(x), nnx.merge(graphdef, state)(x))
+    assert mj.merge(model)
