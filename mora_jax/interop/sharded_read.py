@@ -178,7 +178,8 @@ class _Blocks:
         apart = self._apart
         box = [range(size)[part] for part, size in zip(index, self._scales.shape, strict=True)]
         for places in itertools.product(*box[:apart]):
-            if not self._known[(*places, *index[apart:])].all():
+            where: Any = (*places, *index[apart:])
+            if not self._known[where].all():
                 self._quantized(places, index[self._stack], index)
         return self._scales[index]
 

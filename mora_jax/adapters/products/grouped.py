@@ -80,9 +80,9 @@ _of_quantized.defvjp(lambda dtype, x, w, sizes: (_of_quantized(dtype, x, w, size
 
 def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDimensionNumbers) -> Array:
     if backend() != "cpu":
-        if isinstance(w, Quantized):  # not before x is there: see `Quantized.after`
-            w = lax.optimization_barrier((w, x))[0].dense(x.dtype, 1)
-        return lax.ragged_dot_general(x, w, sizes, how, preferred_element_type=wide(x.dtype))
+        # Not before x is there: see `Quantized.after`.
+        dense = lax.optimization_barrier((w, x))[0].dense(x.dtype, 1) if isinstance(w, Quantized) else w
+        return lax.ragged_dot_general(x, dense, sizes, how, preferred_element_type=wide(x.dtype))
     blocks = _Blocks(sizes, len(x))
     contracted = how.dot_dimension_numbers[0][1][0] - 1
 
