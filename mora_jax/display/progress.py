@@ -29,13 +29,17 @@ def progress(words: str) -> Iterator[Report]:
         return
     from rich import progress as parts
     from rich.console import Console
+    from rich.table import Column
 
-    words_column = parts.TextColumn("{task.description}", markup=False)
+    console = Console(stderr=True)
+    # In a narrow terminal the words are cut, not the numbers.
+    narrow = Column(no_wrap=True, overflow="ellipsis", max_width=max(10, console.width - 34))
+    words_column = parts.TextColumn("{task.description}", markup=False, table_column=narrow)
     columns = (words_column, parts.BarColumn(bar_width=None), parts.MofNCompleteColumn())
     times = (parts.TimeElapsedColumn(), parts.TimeRemainingColumn())
     # What is printed meanwhile goes through the bar's console, except results that are written to a file or a pipe.
     here = sys.stdout is not None and sys.stdout.isatty()
-    live: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "redirect_stdout": here}
+    live: dict[str, Any] = {"console": console, "transient": True, "redirect_stdout": here}
     with parts.Progress(*columns, *times, expand=True, **live) as bar:
         task = bar.add_task(words, total=None)
 
