@@ -51,7 +51,7 @@ def test_eval_prints_one_json_object(run, model_dir, data_file, adapters):
     for extra in ([], ["--adapter", adapters["lora"]], ["--adapter", adapters["run"]]):
         code, out, err = run("eval", "--model", model_dir, "--data", data_file, "--json", *extra)
         assert code == 0
-        assert err == ""
+        assert all(line.startswith("scoring: ") for line in err.splitlines())  # of a slow machine
         assert out.count("\n") == 1
         results.append(json.loads(out))
     assert {"perplexity", "nll", "tokens", "accuracy"} <= set(results[0])
