@@ -1,5 +1,6 @@
 """Methods by name."""
 
+import ast
 import dataclasses
 import math
 from pathlib import Path
@@ -26,10 +27,15 @@ def test_a_method_is_named_configured_and_exported(name):
 
 def test_every_method_has_a_line_for_editors():
     """`mora_jax` finds configurations by itself, and type checkers read them."""
-    lines = Path(mj.__file__).read_text(encoding="utf-8").splitlines()
+    imports = [
+        (node.module, name.name, name.asname)
+        for node in ast.walk(ast.parse(Path(mj.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    ]
     for config in CONFIGS.values():
-        words = f"    from {config.__module__} import {config.__name__} as {config.__name__}"
-        assert words in lines and config.__name__ in dir(mj)
+        name = config.__name__
+        assert (config.__module__, name, name) in imports and name in dir(mj)
 
 
 NUMBERS_OF = [
