@@ -39,10 +39,10 @@ def test_every_method_has_a_line_for_editors():
 
 
 NUMBERS_OF = [
-    (name, field.name, field.type)
+    (name, field.name, kind)
     for name, method in METHODS.items()
     for field in dataclasses.fields(method.config)
-    if field.type in ("int", "float")
+    if (kind := getattr(field.type, "__name__", field.type)) in ("int", "float")
 ]
 
 
