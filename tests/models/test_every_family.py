@@ -221,7 +221,7 @@ def test_a_base_is_read_into_shards(made):
 @pytest.mark.peers
 def test_a_plan_counts_its_parameters(made):
     values = hf_config(made.name, **ODD[made.name]).to_dict()
-    plan = estimate_memory(Config(), values, (1, 1, 1, 1), "tpu")
+    plan = estimate_memory(Config(), values, (1,) * 5, "tpu")
     assert plan.parameters - plan.trainable == sum(p.numel() for p in made.torch.parameters())
     assert plan.flops > 0
     assert plan.memory.total > 0

@@ -285,7 +285,7 @@ def test_logits_and_generation_are_those_of_transformers(family, tmp_path):
     np.testing.assert_allclose(model(ids), hf_logits(reference, ids), rtol=1e-4, atol=1e-4)
     prompts = [list(map(int, row)) for row in tokens(2, 5)]
     found = Generator(model).batch(prompts, 20)  # well beyond the windows
-    plan = estimate_memory(Config(), reference.config.to_dict(), (1, 1, 1, 1), "tpu")
+    plan = estimate_memory(Config(), reference.config.to_dict(), (1,) * 5, "tpu")
     assert plan.parameters - plan.trainable == sum(parameter.numel() for parameter in reference.parameters())
     with torch.no_grad():
         wanted = reference.generate(torch.tensor(prompts), max_new_tokens=20, do_sample=False, eos_token_id=None)
@@ -397,7 +397,7 @@ def test_plans_count_the_experts_that_a_token_has():
     values |= {"num_experts": 8, "moe_intermediate_size": 128, "norm_topk_prob": True}
 
     def flops(per_token: int) -> float:
-        return estimate_memory(Config(), values | {"num_experts_per_tok": per_token}, (1, 1, 1, 1), "tpu").flops
+        return estimate_memory(Config(), values | {"num_experts_per_tok": per_token}, (1,) * 5, "tpu").flops
 
     rows = 6 * Config().train.batch_size * Config().data.max_length  # six experts more for each token
     rank, sizes = mj.LoRAConfig().rank, 32 + 128
