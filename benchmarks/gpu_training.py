@@ -87,7 +87,7 @@ def configuration(options: argparse.Namespace, method: str, rows: int, remat: st
 
 def traced(decoder: DecoderConfig, config: Config) -> Any:
     """The step of a run, traced for shapes alone: nothing is allocated."""
-    made, arguments = assemble_abstract(abstract_model(decoder, config), config, (1, 1, 1, 1))
+    made, arguments = assemble_abstract(abstract_model(decoder, config), config, (1,) * 5)
     runner: Any = made.runner
     return runner.trace(*arguments)
 

@@ -55,7 +55,7 @@ def test_its_whole_step_by_shapes(name, monkeypatch):
     _, config, model, topology = planned(name)
     with compiling_for("tpu" if topology.tpu else "gpu"):
         decoder = abstract_model(read_config(read_model(model), model), config)
-        made, arguments = assemble_abstract(decoder, config, (1, 1, 1, 1))
+        made, arguments = assemble_abstract(decoder, config, (1,) * 5)
         traced = made.runner.trace(*arguments)
     state, metrics = traced.out_info
     assert metrics.loss.shape == () and jax.tree.structure(state) == jax.tree.structure(arguments[0])

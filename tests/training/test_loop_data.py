@@ -220,7 +220,7 @@ def setup_of(settings, lengths):
     train = SimpleNamespace(lengths=lengths, max_length=data.max_length, batch_length=data.max_length)
     kinds = {"packing": data.packing, "bucketing": data.bucketing, "max_length": data.max_length}
     plan = BatchPlan(lengths, settings.train.batch_size, settings.seed, **kinds)
-    return Setup(settings, None, None, None, train, None, plan, (1, 1, 1, 1))
+    return Setup(settings, None, None, None, train, None, plan, (1,) * 5)
 
 
 def test_what_is_shown_names_mode_and_normaliser(inputs, tmp_path):
