@@ -117,29 +117,21 @@ class Mappings:
     a third of the limit. A test that comes near the limit is an error: it would end every test of its process.
     """
 
-    # Mappings are counted, which takes milliseconds, after so many programs: by far less than a third of the limit.
-    PROGRAMS = 25
+    #: Mappings are counted, which takes milliseconds, at the end of a test where so many seconds have gone.
+    SECONDS = 5.0
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.programs, self.listens = limit, 0, False
-
-    def _compiled(self, event: str, *_: object, **__: object) -> None:
-        self.programs += event == "/jax/core/compile/backend_compile_duration"
+        self.limit, self.counted = limit, 0.0
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self) -> Iterator[None]:
         """Counts, and lets programs go, after the test and what it used."""
         yield
-        if "jax" not in sys.modules:
+        if "jax" not in sys.modules or time.monotonic() < self.counted + self.SECONDS:
             return
         import jax
 
-        if not self.listens:
-            jax.monitoring.register_event_duration_secs_listener(self._compiled)
-            self.programs, self.listens = self.PROGRAMS, True
-        if self.programs < self.PROGRAMS:
-            return
-        self.programs = 0
+        self.counted = time.monotonic()
         found = MAPPINGS.read_bytes().count(b"\n")
         if found > self.limit / 3:
             jax.clear_caches()
