@@ -63,7 +63,7 @@ class ExpertProjection(Projection):
         return len(self.parts) < len(self.matrices)
 
     @property
-    def here(self) -> int:
+    def local_experts(self) -> int:
         """How many experts a device has, on leaves without layer axis."""
         return len(jax.tree.leaves(self.kernel.get_value())[0])
 

@@ -151,7 +151,7 @@ class Experts(nnx.Module):
             held = [leaf.replace(array) for leaf, array in zip(leaves, arrays[len(rows) :], strict=False)]
             dropout = TokenDropout(arrays[-1], tokens[0]) if tokens else None
             experts = nnx.merge(graphdef, jax.tree.unflatten(tree, held))
-            return experts._sums(x, dropout, number * experts.gate_up_proj.here)
+            return experts._sums(x, dropout, number * experts.gate_up_proj.local_experts)
 
         if token_dropout is not None:
             weights.append((token_dropout.key, (None,) * token_dropout.key.ndim))
@@ -173,7 +173,7 @@ class Experts(nnx.Module):
         """What experts from number `first` on, those that are here, give `x [B, T, D]`: float32 `[B, T, D]`."""
         rows, k = x.reshape(-1, x.shape[-1]), self.config.per_token  # [N, D]
         weights, chosen = routed(self.router(rows), k, self.config.normalize)
-        count = self.gate_up_proj.here
+        count = self.gate_up_proj.local_experts
         here = (chosen >= first) & (chosen < first + count)
         owner = jnp.where(here, chosen - first, count).reshape(-1)  # behind all groups where it is elsewhere
         order = jnp.argsort(owner, stable=True)  # of the N · k pairs of a token and an expert
