@@ -1,5 +1,6 @@
 """The command line `mora-jax`: one file a command, without logic of its own."""
 
+import gc
 import signal
 
 
@@ -10,4 +11,6 @@ def start() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mora_jax.cli.main import main
 
-    return main()
+    code = main()
+    gc.freeze()  # or the interpreter's end looks through a million objects for a second
+    return code

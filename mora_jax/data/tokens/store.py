@@ -32,13 +32,30 @@ SCHEMA = pa.schema(
 
 def make_batch(rows: Sequence[tuple[Tokens, str]]) -> pa.RecordBatch:
     """Rows and their sources as one record batch of `SCHEMA`."""
+    # Arrays are made from buffers and read as such: `pa.array` and `to_numpy` would import pandas for a second.
     columns: dict[str, list[Any]] = {
         "prompt": [prompt_hash(tokens) for tokens, _ in rows],
-        "source": [source for _, source in rows],
+        "source": [source.encode() for _, source in rows],
     }
     for name in set(SCHEMA.names) - columns.keys():
         columns[name] = [getattr(tokens, name) for tokens, _ in rows]
-    return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+    arrays = [_array(columns[field.name], field.type) for field in SCHEMA]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    """Numbers, lists of numbers (None: no list) or encoded text."""
+    if not pa.types.is_list(kind) and kind != pa.string():
+        flat = np.asarray(values, kind.to_pandas_dtype())
+        return pa.Array.from_buffers(kind, len(flat), [None, pa.py_buffer(flat)])
+    offsets = np.cumsum([0, *(0 if value is None else len(value) for value in values)], dtype=np.int32)
+    if kind == pa.string():
+        return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(b"".join(values)))
+    dtype = kind.value_type.to_pandas_dtype()
+    flat = np.concatenate([np.zeros(0, dtype), *(np.asarray(value, dtype) for value in values if value is not None)])
+    valid = np.packbits([value is not None for value in values], bitorder="little")
+    buffers = [pa.py_buffer(valid), pa.py_buffer(offsets)]
+    return pa.Array.from_buffers(kind, len(values), buffers, children=[_array(flat, kind.value_type)])
 
 
 _IS_INSTRUCTION = np.isin(np.arange(128), INSTRUCTION)
@@ -133,7 +150,7 @@ class TokenStore:
             _row(batch, "turns", row),
             batch.column("seams")[row].as_py(),
             tuple(_row(batch, "turn_weights", row).tolist()),
-            None if weights is None else weights.to_numpy(),
+            None if weights is None else _numpy(weights),
             batch.column("weight")[row].as_py(),
             batch.column("side")[row].as_py(),
             batch.column("answer")[row].as_py(),
@@ -142,7 +159,7 @@ class TokenStore:
     @property
     def sides(self) -> np.ndarray:
         """How each row's answer is judged: `[N]` int8, values of `Side`."""
-        return np.concatenate([np.zeros(0, np.int8), *(batch.column("side").to_numpy() for batch in self._batches)])
+        return np.concatenate([np.zeros(0, np.int8), *(_numpy(batch.column("side")) for batch in self._batches)])
 
     def source(self, index: int) -> str:
         """File and row number of one row."""
@@ -159,25 +176,30 @@ class TokenStore:
         """All rows, some hundred at a time."""
         for batch in self._batches:
             ids, weights, weighted = batch.column("input_ids"), batch.column("turn_weights"), batch.column("weights")
-            given = np.flatnonzero(weighted.is_valid().to_numpy(zero_copy_only=False))
+            given = np.flatnonzero(_numpy(weighted.is_valid().cast(pa.uint8())))
             yield FlatRows(
-                ids.offsets.to_numpy(),
-                ids.values.to_numpy(),
-                batch.column("segments").values.to_numpy(),
-                batch.column("turns").values.to_numpy(),
-                weights.offsets.to_numpy(),
-                weights.values.to_numpy(),
-                {int(row): weighted[int(row)].values.to_numpy() for row in given},
-                batch.column("weight").to_numpy(),
-                batch.column("seams").to_numpy(),
-                batch.column("prompt").to_numpy(),
-                batch.column("side").to_numpy(),
-                batch.column("answer").to_numpy(),
+                _numpy(ids.offsets),
+                _numpy(ids.values),
+                _numpy(batch.column("segments").values),
+                _numpy(batch.column("turns").values),
+                _numpy(weights.offsets),
+                _numpy(weights.values),
+                {int(row): _numpy(weighted[int(row)].values) for row in given},
+                _numpy(batch.column("weight")),
+                _numpy(batch.column("seams")),
+                _numpy(batch.column("prompt")),
+                _numpy(batch.column("side")),
+                _numpy(batch.column("answer")),
             )
 
 
 def _row(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
-    return batch.column(name)[row].values.to_numpy()
+    return _numpy(batch.column(name)[row].values)
+
+
+def _numpy(array: pa.Array) -> np.ndarray:
+    """The numbers of an array without nulls, where they are."""
+    return np.from_dlpack(array)
 
 
 def write(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
