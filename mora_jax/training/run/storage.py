@@ -160,7 +160,7 @@ class Files:
     """
 
     remote = False
-    hint = "make room there or fix its permissions, then continue with --resume"
+    hint = "make room there or fix its permissions"
     attempts = 4
 
     def __init__(self, path: Any):
@@ -169,9 +169,9 @@ class Files:
 
     def _retry(self, action: Callable[[], T], name: str, what: str) -> T:
         with silenced_loggers() if self.remote else contextlib.nullcontext():
-            return with_retries(
-                action, f"{self.path / name} can't be {what}", self.hint, self.note, attempts=self.attempts
-            )
+            # A folder that can't be made has no run yet.
+            hint = self.hint if self.remote or what == "made" else f"{self.hint}, then continue with --resume"
+            return with_retries(action, f"{self.path / name} can't be {what}", hint, self.note, attempts=self.attempts)
 
     def make(self) -> None:
         """Makes the folder."""
