@@ -1,13 +1,13 @@
-"""AdaLoRA: `y = x W + s · ((x P) ⊙ λ) Q + b`, ranks by budget (Zhang et al., 2023, arXiv 2303.10512, equation 3).
+"""AdaLoRA: `y = x W + s · ((x P) ⊙ λ) Q + b`, ranks by budget (Zhang et al., 2023, arXiv 2303.10512).
 
 P and Q stand for singular vectors, λ for singular values; λ starts at zero, so a fresh adapter changes nothing. Two
 things belong to training, as pure functions of flat dictionaries (dotted name → array) such as a training step has
 (`mora_jax.training.adalora` puts them there):
 
-- `orthogonality` (equation 4), to be added to the loss times `config.orth_weight`;
-- `allocate` (equations 6 to 12), to be called after each update with its gradients: it keeps smoothed importances, and
-  zeroes the λ of the least important triplets (column of P, λ, row of Q) over all matrices, as many as the budget of
-  the step leaves out. Shapes stay as they are, so a step that contains it is compiled once.
+- `orthogonality` (the paper's "SVD-based adaptation"), to be added to the loss times `config.orth_weight`;
+- `allocate` (its "Importance-aware rank allocation"), to be called after each update with its gradients: it keeps
+  smoothed importances, and zeroes the λ of the least important triplets (column of P, λ, row of Q) over all matrices,
+  as many as the budget of the step leaves out. Shapes stay as they are, so a step that contains it is compiled once.
 
 Between two allocations λ that were zeroed are trained on, and may win their place back; when the budget has reached its
 end they stay zero. Steps, masks and the end are those of PEFT's `RankAllocator`.
@@ -44,7 +44,7 @@ _SHARE = Number(above=0, below=1)
 class AdaLoRAConfig(CommonConfig):
     """AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): a budget of singular values goes to where they matter.
 
-    `ΔW = s · (P ⊙ λ) Q`; the λ of the least important columns become zero (equations 3 to 12).
+    `ΔW = s · (P ⊙ λ) Q`; the λ of the least important columns become zero.
 
     Attributes:
         rank: inner size of every update at the start.
@@ -227,7 +227,7 @@ def orthogonality(adapters: Arrays, exists: Masks | None = None) -> Array:
 
 
 def budget(config: AdaLoRAConfig, exists: Masks, step: int) -> int:
-    """How many triplets are in use after `step` steps: a cubic fall between two plateaus (equation 12).
+    """How many triplets are in use after `step` steps: a cubic fall between two plateaus.
 
     All that exist until step `tinit`, `config.target_rank` for each matrix that has any from `total_steps − tfinal` on.
     """
@@ -279,7 +279,7 @@ def allocate(
 def _smoothed(
     config: AdaLoRAConfig, importance: Importance, adapters: Arrays, gradients: Arrays, counts: Array
 ) -> tuple[Arrays, Arrays]:
-    """Sensitivity and uncertainty with this step's (equations 7 to 9), if it `counts`."""
+    """Sensitivity and uncertainty with this step's, if it `counts`."""
     sensitivity, uncertainty = {}, {}
     for name, before in importance.sensitivity.items():
         now = jnp.abs(adapters[name] * gradients[name])

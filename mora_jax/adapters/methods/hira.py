@@ -1,4 +1,4 @@
-"""HiRA: `y = x (W + W ⊙ (A B)) + b` (Huang et al., ICLR 2025, openreview.net/forum?id=TwJrTz9cRS, equation 3).
+"""HiRA: `y = x (W + W ⊙ (A B)) + b` (Huang et al., ICLR 2025, openreview.net/forum?id=TwJrTz9cRS).
 
 The product of two thin factors multiplies the kernel entry by entry, so the change has a high rank. As in PEFT there is
 no scaling. A starts as LoRA's, B at zero, so a fresh adapter changes nothing.
@@ -21,7 +21,7 @@ from mora_jax.adapters.products.matmul import widened
 class HiRAConfig(CommonConfig):
     """HiRA (Huang et al., ICLR 2025): the kernel times one plus a product of two thin factors, entry by entry.
 
-    `ΔW = W ⊙ (A B)` (equation 3).
+    `ΔW = W ⊙ (A B)`.
 
     Attributes:
         rank: inner size of the factors.

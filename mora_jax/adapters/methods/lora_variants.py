@@ -124,7 +124,7 @@ class PiSSA(LoRA):
 class OLoRAConfig(LoRAConfig):
     """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): LoRA that starts from the kernel's QR decomposition.
 
-    `A = Q` and `B = R` of the first `rank` columns and rows of `W = Q R`, which W then lacks (algorithm 1).
+    `A = Q` and `B = R` of the first `rank` columns and rows of `W = Q R`, which W then lacks.
 
     The attributes are those of `LoRAConfig`.
 
@@ -141,7 +141,7 @@ class OLoRAConfig(LoRAConfig):
 
 
 class OLoRA(LoRA):
-    """OLoRA: LoRA that starts from the QR decomposition of W (Büyükakyüz, 2024, arXiv 2406.01775, section 3).
+    """OLoRA: LoRA that starts from the QR decomposition of W (Büyükakyüz, 2024, arXiv 2406.01775).
 
     `y = x W + s · x (A B − A₀ B₀)` with `A₀ B₀ = (Q_r R_r)ᵀ`, `Wᵀ = Q R`; see `lora_init.py`.
     """
@@ -182,7 +182,7 @@ class LoRAPlusConfig(LoRAConfig):
 
 
 class LoRAPlus(LoRA):
-    """LoRA+: LoRA whose B learns faster than A (Hayou et al., 2024, arXiv 2402.12354, section 4).
+    """LoRA+: LoRA whose B learns faster than A (Hayou et al., 2024, arXiv 2402.12354).
 
     The function is LoRA's; `config.rates` says how many times the learning rate which array gets, and
     `mora_jax.training.optimizer` applies it.
@@ -209,7 +209,7 @@ class LoRAFAConfig(LoRAConfig):
 
 
 class LoRAFA(LoRA):
-    """LoRA-FA: LoRA with A frozen (Zhang et al., 2023, arXiv 2308.03303, section 3).
+    """LoRA-FA: LoRA with A frozen (Zhang et al., 2023, arXiv 2308.03303).
 
     `y = x W + s · (x A₀) B`. Only B is trained, so the backward pass keeps the thin `x A₀` and never `x`.
 

@@ -1,4 +1,4 @@
-"""RandLoRA: updates of full rank from random bases (Albert et al., 2025, arXiv 2502.00987, equation 4).
+"""RandLoRA: updates of full rank from random bases (Albert et al., 2025, arXiv 2502.00987).
 
 `ΔW = s · Σ_j B_j Λ_j A Γ_j`: one A and n products of rank r, enough for the rank of W. A and all B_j are random, frozen
 and the same for all layers; only the diagonals Λ and Γ are trained. Λ starts at zero, so a fresh adapter changes
@@ -30,7 +30,7 @@ BASES = ("dense", "sparse", "very_sparse")
 class RandLoRAConfig(SharedBasesConfig):
     """RandLoRA (Albert et al., 2025, arXiv 2502.00987): trained diagonals around random bases that layers share.
 
-    `ΔW = s · Σ_j B_j Λ_j A Γ_j` with random A and B_j (equation 4).
+    `ΔW = s · Σ_j B_j Λ_j A Γ_j` with random A and B_j.
 
     The other attributes are those of `SharedBasesConfig`.
 

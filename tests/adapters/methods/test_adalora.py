@@ -62,7 +62,7 @@ def test_triplets_that_do_not_exist_are_not_counted():
 
 
 def test_allocation_by_its_equations():
-    """Equations 6 to 11 in numpy, for steps that keep 12, then 6, then 3 of 12 triplets."""
+    """The paper's equations in numpy, for steps that keep 12, then 6, then 3 of 12 triplets."""
     adapters = {name: jnp.asarray(value) for name, value in arrays(0).items()}
     state = start_importance(adapters)
     step = jax.jit(lambda *given: allocate(CONFIG, *given))
