@@ -7,7 +7,7 @@
 # make bench      the tables of benchmarks/, into runs/benchmarks; ARGS="decoding --quick" names one in small sizes
 # make lint       ruff, mypy and shellcheck
 # make docs       the site of docs/, into build/site
-# make release    wheel and sdist, into dist: the same bytes twice, and the wheel works outside the repository
+# make release    wheel and sdist, into dist: the same bytes twice, and the wheel works outside the repository; ARGS=--lowest tries the floors
 #
 # Each makes and fills the environment VENV (.venv) where it is missing or stale. PYTHON= names the interpreter; without
 # it the first of the candidates below that runs, is 3.11 or newer and can make environments is taken.

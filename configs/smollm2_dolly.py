@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on AlpaGasus-Dolly 3k: LoRA rank 8 on every linear layer, loss on the responses.
 
-    mora-jax train --config configs/smollm2_dolly.py --config.model.path=SmolLM2-135M-Instruct \
+    mora-jax train --config configs/smollm2_dolly.py --config.model.path=HuggingFaceTB/SmolLM2-135M-Instruct \
         --config.data.train=alpagasus_dolly_3k.json --config.out=runs/smollm2_dolly
 
 Compare methods and losses by adding, for example, --config.adapter.method=mora --config.adapter.kind=rotation, or

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on pairs of answers: DPO with LoRA rank 8 on every linear layer, a tenth of the pairs held out.
 
-    mora-jax train --config configs/smollm2_dpo.py --config.model.path=SmolLM2-135M-Instruct \
+    mora-jax train --config configs/smollm2_dpo.py --config.model.path=HuggingFaceTB/SmolLM2-135M-Instruct \
         --config.data.train=pairs.json --config.out=runs/smollm2_dpo
 
 Compare objectives and methods by adding, for example, --config.loss.objective=orpo, or --config.adapter.method=mora

@@ -1,11 +1,12 @@
 """Builds wheel and sdist, and tries the wheel where the repository is not.
 
-    python scripts/check_release.py [--out dist] [--python PYTHON …] [--site FOLDER]
+    python scripts/check_release.py [--out dist] [--python PYTHON …] [--site FOLDER] [--lowest]
 
 Both are built twice, the second time of what the sdist holds: the bytes have to be the same. Then the wheel is
 installed into a fresh environment of each interpreter, in an empty folder, and used: the version, an import in time, a
 fine-tuned embedded model, its adapter loaded, merged and asked, and each command's help. `--site` takes the
-dependencies from an environment that has them instead of installing them. Needs hatchling.
+dependencies from an environment that has them instead of installing them; `--lowest` installs the lowest versions that
+pyproject.toml allows and that have wheels for the interpreter. Needs hatchling.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def built_twice(out: Path) -> Path:
     return wheel
 
 
-def smoke_test(wheel: Path, python: str, site: Path | None) -> None:
+def smoke_test(wheel: Path, python: str, site: Path | None, lowest: bool) -> None:
     """Uses the wheel in an environment of its own."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     with tempfile.TemporaryDirectory() as temporary:
@@ -78,6 +79,10 @@ def smoke_test(wheel: Path, python: str, site: Path | None) -> None:
         subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
         interpreter = folder / "venv" / "bin" / "python"
         pip = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if lowest:
+            subprocess.run([*pip, "uv"], check=True)  # pip only takes the newest
+            pip = [interpreter, "-m", "uv", "pip", "install", "--quiet", "--python", interpreter]
+            pip += ["--resolution", "lowest-direct", "--no-build"]
         subprocess.run([*pip, *([] if site is None else ["--no-deps"]), wheel], check=True)
         if site is not None:
             (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
@@ -107,13 +112,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--python", nargs="*", default=[sys.executable], help="interpreters to try the wheel with")
     parser.add_argument("--site", type=Path, help="site-packages that have the dependencies, of the same Python")
+    parser.add_argument("--lowest", action="store_true", help="try it with the lowest versions that it allows")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for old in args.out.glob("mora_jax-*"):
         old.unlink()
     wheel = built_twice(args.out.resolve())
     for python in args.python:
-        smoke_test(wheel, python, args.site)
+        smoke_test(wheel, python, args.site, args.lowest)
 
 
 if __name__ == "__main__":
