@@ -136,7 +136,8 @@ def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site
     selected = []
     for site in found:
         if site.stacked:
-            mask = tuple(picks(path, site.aliases, is_linear=site.is_linear) for path in site.paths)
+            names = site.names_in(config.targets)
+            mask = tuple(picks(path, names, is_linear=site.is_linear) for path in site.paths)
         else:
             mask = (any(picks(path, is_linear=site.is_linear) for path in (*site.paths, *site.aliases)),)
         if any(mask):

@@ -114,8 +114,8 @@ class AttachReport:
             return ""
         share = 100 * self.experts[1] / max(self.total - self.trainable, 1)
         return (
-            f"no expert carries an adapter, and experts hold {share:.0f} % of the model's parameters: add gate_proj, "
-            "up_proj and down_proj to targets, or say 'all-linear', if they should"
+            f"no expert carries an adapter, and experts hold {share:.0f} % of the model's parameters: add "
+            "experts.gate_up_proj and experts.down_proj to targets, or say 'all-linear', if they should"
         )
 
     @property
@@ -339,7 +339,7 @@ def _matrices(model: nnx.Module, config: Any, found: Sequence[Site]) -> Iterator
             yield place.title, "", 0, f"their matrix is that of {title}, too"
         elif left and not _trained_whole(place.layer) and (place.part or not keys & seen):
             head = place.is_head
-            names, linear = (left[0], *place.aliases), place.is_linear
+            names, linear = (left[0], *place.names_in(config.targets)), place.is_linear
             named = [name for name in names if picks.in_any_layer(name, is_linear=linear)]
             why = why_left(picks, (named or names)[0], kind="the output head" if head else place.kind)
             yield place.title, "", len(left) * place.in_features * place.out_features, why

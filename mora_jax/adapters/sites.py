@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.base import Adapter
+from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.layers import Adapted, adapted_class, to_adapted_class
 from mora_jax.adapters.matrices import Matrix, bias_param, form_of, matrix_of, stack_of, weight_of
@@ -68,6 +69,10 @@ class Site(Protocol):
     def of_experts(self) -> bool:
         """Whether the matrices are those of experts, of which each row of the input has one."""
         return False
+
+    def names_in(self, targets: Targets) -> tuple[str, ...]:
+        """The `aliases` that targets may mean."""
+        return self.aliases
 
     @property
     def title(self) -> str:
@@ -156,6 +161,11 @@ class PartSite(Site):
     def aliases(self) -> tuple[str, ...]:  # type: ignore[override]
         """Of experts the names without a number, as PEFT and transformers have them."""
         return self.layer.names(self.part) if isinstance(self.layer, ExpertProjection) else ()
+
+    def names_in(self, targets: Targets) -> tuple[str, ...]:
+        """As in PEFT, `down_proj` means the dense MLP's alone where there is one beside the experts."""
+        beside = self.of_experts and self.layer.path.endswith("{expert}")
+        return tuple(name for name in self.aliases if not beside or name in targets)
 
     @property
     def title(self) -> str:

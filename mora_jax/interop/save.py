@@ -21,7 +21,7 @@ from mora_jax.interop.atomic_folder import new_folder
 from mora_jax.interop.hub import TOKENIZER_FILES
 from mora_jax.interop.load import beside, open_named
 from mora_jax.interop.safetensors_io import write_tensors
-from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
+from mora_jax.interop.tensor_map import Entry, TensorRegion, dense_and_experts, tensor_plan
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import family_of
@@ -266,7 +266,7 @@ def _parts(model: Decoder) -> Iterator[tuple[str, Projection, bool]]:
     if model.layer_inputs is not None:
         yield "layer_inputs", model.layer_inputs.projection, False
     for stack, block in zip(itertools.chain(*model.config.runs), model.blocks, strict=True):
-        mixer, mlp = block.self_attn, block.mlp
+        mixer, (dense, _) = block.self_attn, dense_and_experts(block.mlp)
         if stack.delta is None:
             yield "qkv", mixer.qkv_proj, stack.qkv_bias
             yield "out", mixer.o_proj, stack.out_bias
@@ -276,6 +276,6 @@ def _parts(model: Decoder) -> Iterator[tuple[str, Projection, bool]]:
         if stack.layer_input is not None:
             yield "input_gate", block.layer_input.gate_proj, False
             yield "input_out", block.layer_input.out_proj, False
-        if stack.experts is None:  # adapters give those of experts no biases
-            yield "gate_up", mlp.gate_up_proj, stack.mlp_bias
-            yield "down", mlp.down_proj, stack.mlp_bias
+        if dense is not None:  # adapters give experts no biases
+            yield "gate_up", dense.gate_up_proj, stack.mlp_bias
+            yield "down", dense.down_proj, stack.mlp_bias

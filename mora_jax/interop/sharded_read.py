@@ -117,12 +117,13 @@ def _read(piece: TensorRegion, files: TensorFiles, name: str, inner: list[range]
         if piece.shape == piece.region:
             return files.read_part(name, part)
         return files.read(name).reshape(piece.region)[part]
-    columns, outs = inner[0], inner[1:]
+    lead = len(piece.shape) - 2  # one axis of a tensor [experts, out, in]
+    *beside, columns = (slice(part.start, part.stop) for part in inner[: lead + 1])
     # The rows of a tensor [out, in] are the region's output axes, flattened: the smallest run that holds all wanted.
-    flat = np.arange(piece.shape[0]).reshape(piece.region[1:])[np.ix_(*outs)].ravel()
+    flat = np.arange(piece.shape[-2]).reshape(piece.region[lead + 1 :])[np.ix_(*inner[lead + 1 :])].ravel()
     first, last = int(flat[0]), int(flat[-1]) + 1
-    rows = files.read_part(name, (slice(first, last), slice(columns.start, columns.stop)))
-    return transposed(rows if len(flat) == last - first else rows[flat - first]).reshape(sizes)
+    rows = files.read_part(name, (*beside, slice(first, last), columns))
+    return transposed(rows if len(flat) == last - first else rows[..., flat - first, :]).reshape(sizes)
 
 
 def read_quantized(

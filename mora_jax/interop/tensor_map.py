@@ -17,10 +17,11 @@ from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.sites import Site, sites
 from mora_jax.adapters.trainable_base import TrainableBase
 from mora_jax.errors import InputError
-from mora_jax.models.block import Attention, Block
+from mora_jax.models.block import MLP, Attention, Block
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.experts import Experts
+from mora_jax.models.experts_beside import ExpertsBeside
 from mora_jax.models.norms import Norm
 
 # Flax calls `scale` what torch calls `weight`.
@@ -36,7 +37,8 @@ class TensorRegion:
         index: the region, as an index into the parameter.
         region: the region's shape.
         shape: the tensor's shape in files.
-        matrix: whether it is a matrix, `[out, in]` in files and `[in, ...out]` in the parameter.
+        matrix: whether it is a matrix, `[out, in]` in files and `[in, ...out]` in the parameter, or those of all
+            experts, whose axis is the first of both.
     """
 
     name: str
@@ -52,14 +54,17 @@ class TensorRegion:
     def take(self, parameter: np.ndarray) -> np.ndarray:
         """The tensor as files have it."""
         part = parameter[self.index]
-        return transposed(part.reshape(self.region[0], -1)) if self.matrix else part.reshape(self.shape)
+        turned = (*self.shape[:-2], *self.shape[:-3:-1])
+        return transposed(part.reshape(turned)) if self.matrix else part.reshape(self.shape)
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
-    """`matrix.T` in memory of its own, in strips: from numpy's own order a large one takes four times as long."""
-    found = np.empty(matrix.shape[::-1], matrix.dtype)
-    for start in range(0, len(matrix), 128):
-        found[:, start : start + 128] = matrix[start : start + 128].T
+    """`matrix.T`, or that of each of several, in memory of its own, in strips: from numpy's own order a large one takes
+    four times as long."""
+    found = np.empty((*matrix.shape[:-2], *matrix.shape[:-3:-1]), matrix.dtype)
+    for where in np.ndindex(matrix.shape[:-2]):
+        for start in range(0, matrix.shape[-2], 128):
+            found[where][:, start : start + 128] = matrix[where][start : start + 128].T
     return found
 
 
@@ -142,15 +147,26 @@ def _block(config: DecoderConfig, block: Block) -> Iterator[Entry]:
     if block.layer_scale is not None:
         yield _single(config, block, "layer_scale", "layer_scalar", (1,))
     projections = [mixer.qkv_proj, mixer.o_proj] if attends else [mixer.in_proj, mixer.out_proj]
-    if isinstance(mlp, Experts):
-        yield from _experts(mlp)
-    else:
-        projections += [mlp.gate_up_proj, mlp.down_proj]
+    if isinstance(mlp, ExpertsBeside):
+        for norm in (mlp.dense_norm, mlp.post_dense_norm, mlp.post_experts_norm):
+            yield from _norm(norm)
+    dense, experts = dense_and_experts(mlp)
+    if experts is not None:
+        yield from _experts(config, experts)
+    if dense is not None:
+        projections += [dense.gate_up_proj, dense.down_proj]
     if block.layer_input is not None:
         yield from _norm(block.layer_input.norm)
         projections += [block.layer_input.gate_proj, block.layer_input.out_proj]
     for projection in projections:
         yield from _projection(projection, turned=config.names.turned)
+
+
+def dense_and_experts(mlp: Any) -> tuple[MLP | None, Experts | None]:
+    """The dense MLP of a stack of layers and its experts; None for what it doesn't have."""
+    if isinstance(mlp, ExpertsBeside):
+        return mlp.dense, mlp.experts
+    return (None, mlp) if isinstance(mlp, Experts) else (mlp, None)
 
 
 def _single(
@@ -196,7 +212,7 @@ def _projection(projection: Projection, *, turned: bool) -> Iterator[Entry]:
         yield Entry(projection, "bias", tuple(biases))
 
 
-def _experts(experts: Experts) -> Iterator[Entry]:
+def _experts(config: DecoderConfig, experts: Experts) -> Iterator[Entry]:
     router = experts.router
     layers, inputs, count = router.kernel.shape
     numbers = experts.gate_up_proj.numbers or range(layers)
@@ -209,21 +225,29 @@ def _experts(experts: Experts) -> Iterator[Entry]:
     if router.bias is not None:
         biases = [TensorRegion(f"{path}.bias", (layer,), (count,), (count,)) for layer, path in enumerate(paths)]
         yield Entry(router, "bias", tuple(biases))
+    if router.norm is not None:
+        yield _single(config, router.norm, "weight", "router.scale")
+        yield _single(config, router, "scale", "router.per_expert_scale")
+    if experts.norm is not None:
+        yield from _norm(experts.norm)
     for projection in (experts.gate_up_proj, experts.down_proj):
-        pieces = _fused_experts(projection) if experts.config.fused else _single_experts(projection)
+        held = experts.config.fused
+        pieces = _fused_experts(projection, held == "stacked") if held else _single_experts(projection)
         axes = (*projection.stack, projection.in_features, *projection.layout.out_shape)
         yield Entry(projection, "kernel", tuple(kernel for kernel, _ in pieces), axes)
         if projection.bias is not None:
             yield Entry(projection, "bias", tuple(bias for _, bias in pieces))
 
 
-def _fused_experts(projection: ExpertProjection) -> list[tuple[TensorRegion, TensorRegion]]:
-    """Kernels and biases as files have them that hold all experts of a layer as one tensor `[E, in, out]`."""
+def _fused_experts(projection: ExpertProjection, matrix: bool) -> list[tuple[TensorRegion, TensorRegion]]:
+    """Kernels and biases as files have them that hold all experts of a layer as one tensor `[E, in, out]`, or where
+    `matrix` says so `[E, out, in]`."""
     (layers, count), inputs, out = projection.stack, projection.in_features, projection.layout.out_shape
     pieces = []
     for layer in range(layers):
-        name = projection.module_path(projection.whole, layer, "*").replace(".*.", ".")
-        kernel = TensorRegion(name, (layer,), (count, inputs, *out), (count, inputs, math.prod(out)))
+        name = projection.module_path(projection.whole, layer, "*").replace(".*", "")
+        shape = (math.prod(out), inputs) if matrix else (inputs, math.prod(out))
+        kernel = TensorRegion(name, (layer,), (count, inputs, *out), (count, *shape), matrix)
         pieces.append((kernel, TensorRegion(f"{name}_bias", (layer,), (count, *out), (count, math.prod(out)))))
     return pieces
 

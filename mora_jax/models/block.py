@@ -354,16 +354,16 @@ class Block(nnx.Module):
             x, layout, slot, token_dropout: of the layer.
             use: the sums of the layers before, to which those of this one are added; None for none.
         """
-        inputs = _normed(self.attention_norm, x)
+        inputs = normed(self.attention_norm, x)
         mixed, slot = self.self_attn(inputs, layout, slot, token_dropout)
-        y = self._added(x, _normed(self.post_attention_norm, mixed))
+        y = self._added(x, normed(self.post_attention_norm, mixed))
         if self.mlp_norm is not None or not self.parallel:  # else one norm is for both
-            inputs = _normed(self.mlp_norm, x if self.parallel else y)
+            inputs = normed(self.mlp_norm, x if self.parallel else y)
         if use is not None and self.has_experts:
             counts, probabilities = self.mlp.use(inputs, layout.segments)
             use = use[0] + counts, use[1] + probabilities
         out = self.mlp(inputs, layout, token_dropout)
-        y = self._added(y, _normed(self.post_mlp_norm, out))
+        y = self._added(y, normed(self.post_mlp_norm, out))
         if self.layer_input is not None:
             y = y + self.layer_input(y, layout, token_dropout)
         y = y if self.layer_scale is None else y * self.layer_scale[...].astype(y.dtype)
@@ -590,13 +590,15 @@ def _places(partitioner: Partitioner, per_layer: Any) -> Places:
     return Places(tuple(stored), tuple(used), tuple(leads))
 
 
-def _norm(config: DecoderConfig, name: str | None, *, size: int | None = None, axis: str = "embed") -> Norm | None:
-    """All layers' norms of that name; None where the family has none."""
-    if name is None:
-        return None
-    path = f"{config.names.layer}.{name}"
-    stack: dict[str, Any] = {"num_layers": config.num_layers, "numbers": config.numbers}
-    return norm_of(config, path, size=size or config.hidden_size, axis=axis, **stack)
+def stacked_norm(config: DecoderConfig, name: str, *, size: int | None = None, **making: Any) -> Norm:
+    """All layers' norms of that name."""
+    making |= {"num_layers": config.num_layers, "numbers": config.numbers}
+    return norm_of(config, f"{config.names.layer}.{name}", size=size or config.hidden_size, **making)
+
+
+def _norm(config: DecoderConfig, name: str | None, **making: Any) -> Norm | None:
+    """The same; None where the family has none."""
+    return None if name is None else stacked_norm(config, name, **making)
 
 
 def norm_of(config: DecoderConfig, path: str, **making: Any) -> Norm:
@@ -605,5 +607,6 @@ def norm_of(config: DecoderConfig, path: str, **making: Any) -> Norm:
     return Norm(path=path, **making)
 
 
-def _normed(norm: Norm | None, x: jax.Array) -> jax.Array:
+def normed(norm: Norm | None, x: jax.Array) -> jax.Array:
+    """`norm(x)`, or `x` where there is no norm."""
     return x if norm is None else norm(x)

@@ -59,7 +59,8 @@ class ExpertsConfig:
     """The MLP of layers with experts, of which a router gives each token some.
 
     Attributes:
-        layer: makes the module of all layers, `mora_jax.models.experts.Experts`; other models do without that file.
+        layer: makes the module of all layers, `mora_jax.models.experts.Experts`, or `ExpertsBeside` of the file beside
+            it; other models do without these files.
         balance: how evenly experts are used, by the sums of a pass, `mora_jax.models.experts.balance`.
         count: experts a layer.
         per_token: how many of them compute a token.
@@ -69,10 +70,16 @@ class ExpertsConfig:
         limit: of gate (from above) and up (both ways); with it the gate is `gate · sigmoid(sigmoid_scale · gate)`, and
             up is counted from -1. None: gated by `activation`.
         router: the end of the router's path.
-        path: that of the experts in files; an expert's number and name follow.
+        router_scales: whether the router has a norm of its own, whose weight is divided by `√D`, and multiplies the
+            weights of experts by stored numbers.
+        path: that of an expert's matrix behind its layer's, which adapters have too.
+        parameters: that of the experts in transformers.
         names: of gate, up and down.
-        fused: whether files hold all experts of a layer as one tensor `[E, in, out]`, gate and up of a feature
-            side by side.
+        fused: how files hold all experts of a layer as one tensor: "interleaved", `[E, in, out]` with gate and up of a
+            feature side by side, or "stacked", `[E, out, in]` with all of gate before all of up; None: they hold a
+            tensor for each matrix of each expert.
+        norms: where a dense MLP is beside the experts, the names of the norms before and behind it, then before and
+            behind them; () where there is none.
     """
 
     layer: Callable[..., Any]
@@ -86,9 +93,12 @@ class ExpertsConfig:
     limit: float | None = None
     sigmoid_scale: float = 1.702
     router: str = "mlp.gate"
-    path: str = "mlp.experts"
+    router_scales: bool = False
+    path: str = "mlp.experts.{expert}.{name}"
+    parameters: str = "mlp.experts"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    fused: bool = False
+    fused: str | None = None
+    norms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

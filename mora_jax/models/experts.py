@@ -18,6 +18,7 @@ from flax import nnx
 from mora_jax.adapters.expert_projection import ExpertProjection, Groups
 from mora_jax.adapters.products.matmul import decoder_dot, widened
 from mora_jax.adapters.projection import Part, TokenDropout
+from mora_jax.models.block import normed, stacked_norm
 from mora_jax.models.config import DecoderConfig, ExpertsConfig
 from mora_jax.models.layer_scan import checkpointed
 
@@ -31,6 +32,8 @@ class Router(nnx.Module):
         left_out: why it carries no adapter.
         kernel: `[L, D, E]`.
         bias: `[L, E]`, or None.
+        norm: of what it reads, or None.
+        scale: `[L, E]`, what the weights of experts are multiplied by; None for nothing.
         path: HuggingFace's, with `{layer}` in it.
     """
 
@@ -45,12 +48,21 @@ class Router(nnx.Module):
         self.kernel = nnx.Param(kernel, axes=("layers", "embed", "router"))
         bias = nnx.Param(jnp.zeros((shape[0], shape[2]), dtype), axes=("layers", "router"))
         self.bias = nnx.data(bias if experts.router_bias else None)
+        scaled = experts.router_scales
+        self.norm = stacked_norm(config, "router.norm", scale=config.hidden_size**-0.5) if scaled else None
+        ones = nnx.Param(jnp.ones((shape[0], shape[2]), dtype), axes=("layers", "router"))
+        self.scale = nnx.data(ones if scaled else None)
         self.path = f"{config.names.layer}.{experts.router}"
 
     def __call__(self, x: Array) -> Array:
         """`x [N, D]` to float32 `[N, E]`."""
-        scores = decoder_dot(x, self.kernel.get_value())
+        scores = decoder_dot(normed(self.norm, x), self.kernel.get_value())
         return scores if self.bias is None else scores + widened(self.bias.get_value())
+
+    def choose(self, x: Array, per_token: int, normalize: bool) -> tuple[Array, Array]:
+        """Weights and experts of tokens `x [N, D]`, as `routed` gives them, times the experts' numbers."""
+        weights, experts = routed(self(x), per_token, normalize)
+        return weights if self.scale is None else weights * widened(self.scale.get_value())[experts], experts
 
 
 def routed(scores: Array, per_token: int, normalize: bool) -> tuple[Array, Array]:
@@ -83,7 +95,10 @@ def balance(counts: Array, probabilities: Array, tokens: Array) -> Array:
 
 
 class Experts(nnx.Module):
-    """The experts of all layers, in the place of the MLP. Gate and up are one product."""
+    """The experts of all layers, in the place of the MLP. Gate and up are one product.
+
+    Where they have a norm of their own the router reads what is before it.
+    """
 
     def __init__(
         self,
@@ -98,29 +113,32 @@ class Experts(nnx.Module):
         experts = config.experts
         assert experts is not None
         self.router = Router(config, experts, dtype=dtype, rngs=rngs)
+        self.norm = stacked_norm(config, experts.norms[2]) if experts.norms else None
         gate, up, down = experts.names
         making: dict[str, Any] = {
             "experts": experts.count,
             "num_layers": config.num_layers,
             "numbers": config.numbers,
-            "path": f"{config.names.layer}.{experts.path}.{{expert}}.{{name}}",
-            "layer_path": "mlp.experts",
+            "path": f"{config.names.layer}.{experts.path}",
+            "layer_path": experts.parameters,
             "use_bias": experts.bias,
             "dtype": dtype,
             "rngs": rngs,
             "init_std": config.initializer_range,
             "quantize": quantize,
         }
-        pair = (experts.width, 2) if experts.fused else (2, experts.width)
-        axes = ("expert_mlp", "gate_up") if experts.fused else ("gate_up", "expert_mlp")
+        self.gate_axis = int(experts.fused == "interleaved")  # of `[2, M]` or `[M, 2]`
+        pair, axes = [2, experts.width], ["gate_up", "expert_mlp"]
+        if self.gate_axis:
+            pair, axes = pair[::-1], axes[::-1]
         self.gate_up_proj = ExpertProjection(
             (Part(gate, 1), Part(up, 1)),
             config.hidden_size,
-            out_shape=pair,
-            part_axis=int(experts.fused),
+            out_shape=tuple(pair),
+            part_axis=self.gate_axis,
             axes=("embed", *axes),
             whole="gate_up_proj",
-            seen_whole=experts.fused,
+            seen_whole=experts.fused is not None,
             **making,
         )
         self.down_proj = ExpertProjection(
@@ -172,7 +190,7 @@ class Experts(nnx.Module):
     def _sums(self, x: Array, token_dropout: TokenDropout | None, first: Array | int) -> Array:
         """What experts from number `first` on, those that are here, give `x [B, T, D]`: float32 `[B, T, D]`."""
         rows, k = x.reshape(-1, x.shape[-1]), self.config.per_token  # [N, D]
-        weights, chosen = routed(self.router(rows), k, self.config.normalize)
+        weights, chosen = self.router.choose(rows, k, self.config.normalize)
         count = self.gate_up_proj.local_experts
         here = (chosen >= first) & (chosen < first + count)
         owner = jnp.where(here, chosen - first, count).reshape(-1)  # behind all groups where it is elsewhere
@@ -183,7 +201,7 @@ class Experts(nnx.Module):
             pairs = token_dropout.tokens.reshape(-1)[order // k] * jnp.uint32(k) + (order % k).astype(jnp.uint32)
             token_dropout = token_dropout._replace(tokens=pairs)
         drop = (None, None) if token_dropout is None else (token_dropout.fold(2), token_dropout.fold(3))
-        inputs = _taken(k, rows, order, places)  # [N · k, D]
+        inputs = _taken(k, normed(self.norm, rows), order, places)  # [N · k, D]
         fused = checkpointed(self.gate_up_proj(inputs, groups, token_dropout=drop[0]))
         outputs = checkpointed(self.down_proj(self._gated(fused), groups, token_dropout=drop[1]))
         by_token = _taken(1, outputs, places, order).reshape(len(rows), k, -1)
@@ -193,7 +211,7 @@ class Experts(nnx.Module):
         """Gate and up `[R, …]`, with an axis of two, to `[R, M]`; computed in float32, and again in the backward."""
 
         def product(fused: Array) -> Array:
-            gate, up = (widened(jnp.take(fused, i, axis=2 if self.config.fused else 1)) for i in range(2))
+            gate, up = (widened(jnp.take(fused, i, axis=1 + self.gate_axis)) for i in range(2))
             limit = self.config.limit
             if limit is None:
                 return (self.activation(gate) * up).astype(fused.dtype)

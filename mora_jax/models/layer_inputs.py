@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.projection import Part, Projection
-from mora_jax.models.block import ACTIVATIONS, dropout_at, norm_of, stacked_projection
+from mora_jax.models.block import ACTIVATIONS, dropout_at, norm_of, stacked_norm, stacked_projection
 from mora_jax.models.decoder import TokenEmbedding, looked_up
 from mora_jax.models.layer_scan import checkpointed
 
@@ -94,13 +94,7 @@ class LayerInput(nnx.Module):
             axes=("layer_inputs", "embed"),
             **making,
         )
-        self.norm = norm_of(
-            config,
-            f"{config.names.layer}.{names.input_norm}",
-            size=hidden,
-            num_layers=config.num_layers,
-            numbers=config.numbers,
-        )
+        self.norm = stacked_norm(config, names.input_norm)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, layout: RowLayout, token_dropout: TokenDropout | None) -> jax.Array:

@@ -39,7 +39,7 @@ def decays(name: str, array: jax.Array) -> bool:
     """Whether weight decay applies: to matrices, not to norms, biases, attention sinks and other vectors, stacked or
     not."""
     last = name.rpartition(".")[2]
-    return array.ndim >= 2 and not _NORM.search(name) and last not in (*VECTORS, "sinks")
+    return array.ndim >= 2 and not _NORM.search(name) and last not in (*VECTORS, "scale", "sinks")
 
 
 def weight_masks(adapters: dict[str, jax.Array]) -> dict[str, bool]:

@@ -183,3 +183,9 @@ ODD: dict[str, dict[str, Any]] = {
     },
 }
 ODD = {name: IDS | fields for name, fields in ODD.items()}
+ODD["gemma4_text-experts"] = ODD["gemma4_text"] | {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 10,
+}

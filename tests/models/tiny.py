@@ -29,6 +29,7 @@ ARCHITECTURES = {family.model_type: family.architecture for family in FAMILIES}
 
 def hf_config(model_type: str, **fields) -> transformers.PretrainedConfig:
     """The configuration of a tiny float32 model, as transformers makes it."""
+    model_type = model_type.partition("-")[0]  # behind that one of several kinds
     config = transformers.AutoConfig.for_model(model_type, **(SIZES | fields))
     config.architectures, config.dtype = [ARCHITECTURES[model_type]], "float32"
     return config

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import transformers
 
+from mora_jax.models import families
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import init_decoder
 from tests.models.tiny import random_tensor
@@ -55,8 +56,22 @@ FAMILIES = {
         "swiglu_alpha": 1.3,
         "rope_parameters": YARN,
     },
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 20,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 6,
+        "head_dim": 8,
+        "global_head_dim": 12,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 3.0,
+    },
 }
-ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+ARCHITECTURES = {family.model_type: family.architecture for family in families.FAMILIES}
 
 
 def torch_model(family: str, **fields) -> Module:
@@ -66,7 +81,10 @@ def torch_model(family: str, **fields) -> Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = torch.tensor(random_tensor(name, parameter.shape)) * 1.5
-            parameter.copy_(parameter + value if "norm" in name else value)
+            parameter.copy_(parameter + value if "norm" in name or "scale" in name else value)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.7)
     return model
 
 

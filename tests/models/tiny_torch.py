@@ -22,7 +22,7 @@ def hf_model(model_type: str, seed: int = 0, **fields) -> Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = torch.tensor(random_tensor(name, parameter.shape, seed))
-            parameter.copy_(parameter + value if "norm" in name else value)
+            parameter.copy_(parameter + value if "norm" in name or "scale" in name else value)
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.copy_(1 + torch.tensor(random_tensor(name, buffer.shape, seed)))

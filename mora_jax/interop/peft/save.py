@@ -108,7 +108,7 @@ def save_adapter(
         if _is_main(entry, form):
             main.append(dataclasses.replace(entry, params=form.kept(entry)))
     dense = [entry.path for entry in main if entry.path.endswith((".gate_proj", ".up_proj", ".down_proj"))]
-    if parameters and dense:
+    if parameters and dense and layers is not None and layers.fused is None:
         warnings.warn(
             f"PEFT takes the name of {dense[0]} for that of experts, and can't read adapters on both: this folder is "
             "for mora_jax alone",

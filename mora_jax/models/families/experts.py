@@ -19,19 +19,34 @@ from mora_jax.models.families.fields import (
 _YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
-def _experts(fields: Fields, count: str, width: str, **options: Any) -> ExpertsConfig:
-    """The experts of a config; `count` and `width` are its names of how many there are and of their inner size."""
-    experts, per_token = fields.integer(count), fields.integer("num_experts_per_tok")
-    if per_token > experts:
-        raise InputError(f"{fields.where}: num_experts_per_tok ({per_token}) is more than {count} ({experts})")
-    return ExpertsConfig(Experts, balance, experts, per_token, fields.integer(width), **options)
+def read_experts(
+    fields: Fields,
+    count: str,
+    width: str,
+    *,
+    per_token: str = "num_experts_per_tok",
+    layer: Any = Experts,
+    **options: Any,
+) -> ExpertsConfig:
+    """The experts of a config; `count`, `width` and `per_token` are its names of how many there are, of their inner
+    size, and of how many a token has."""
+    experts, chosen = fields.integer(count), fields.integer(per_token)
+    if chosen > experts:
+        raise InputError(f"{fields.where}: {per_token} ({chosen}) is more than {count} ({experts})")
+    return ExpertsConfig(layer, balance, experts, chosen, fields.integer(width), **options)
 
 
 def read_mixtral(fields: Fields) -> DecoderConfig:
     """Mixtral: experts, whose weights for a token add up to 1; a sliding window in every layer, or none."""
     window = fields.nullable(fields.integer, "sliding_window", None)
-    paths = {"router": "block_sparse_moe.gate", "path": "block_sparse_moe.experts", "names": ("w1", "w3", "w2")}
-    experts = _experts(fields, "num_local_experts", "intermediate_size", **paths)
+    experts = read_experts(
+        fields,
+        "num_local_experts",
+        "intermediate_size",
+        router="block_sparse_moe.gate",
+        path="block_sparse_moe.experts.{expert}.{name}",
+        names=("w1", "w3", "w2"),
+    )
     return read_decoder(fields, windows=(window,) * fields.layers(), experts=experts)
 
 
@@ -46,7 +61,7 @@ def read_qwen3_moe(fields: Fields) -> DecoderConfig:
     differing = tuple((("experts", None),) if i in dense or (i + 1) % step else () for i in range(fields.layers()))
     count = "num_experts" if "num_experts" in fields.values else "num_local_experts"  # transformers renames it
     normalize = fields.flag("norm_topk_prob", False)
-    experts = _experts(fields, count, "moe_intermediate_size", normalize=normalize)
+    experts = read_experts(fields, count, "moe_intermediate_size", normalize=normalize)
     return read_decoder(
         fields,
         qk_norm="head",
@@ -62,7 +77,7 @@ def read_gpt_oss(fields: Fields) -> DecoderConfig:
     if not any(fields.table(name) for name in ("rope_scaling", "rope_parameters")):
         fields = fields.replaced("rope_scaling", _YARN)
     window = fields.nullable(fields.integer, "sliding_window", 128)
-    experts = _experts(
+    experts = read_experts(
         fields,
         "num_local_experts",
         "intermediate_size",
@@ -71,7 +86,7 @@ def read_gpt_oss(fields: Fields) -> DecoderConfig:
         limit=fields.number("swiglu_limit", 7.0),
         sigmoid_scale=fields.number("swiglu_alpha", 1.702),
         router="mlp.router",
-        fused=True,
+        fused="interleaved",
     )
     return read_decoder(
         fields,

@@ -1,9 +1,12 @@
 """Gemma 1 to 4 (text): scaled embeddings; from 2 on norms before and after, local layers between global ones."""
 
+import dataclasses
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.models.config import DecoderConfig, LayerInputConfig, TensorNames
+from mora_jax.models.config import DecoderConfig, ExpertsConfig, LayerInputConfig, TensorNames
+from mora_jax.models.experts_beside import ExpertsBeside
+from mora_jax.models.families.experts import read_experts
 from mora_jax.models.families.fields import (
     ATTENTION_BIAS,
     Family,
@@ -55,7 +58,6 @@ def read_gemma3(fields: Fields) -> DecoderConfig:
 
 def read_gemma4(fields: Fields) -> DecoderConfig:
     """Gemma 4: global layers have other heads; layers have inputs of their own, upper ones share keys and values."""
-    fields.only("enable_moe_block", False)
     if fields.value("use_bidirectional_attention") != "vision":  # that of images' tokens alone
         fields.only("use_bidirectional_attention", None)
     layers = fields.layers()
@@ -90,11 +92,13 @@ def read_gemma4(fields: Fields) -> DecoderConfig:
         raise InputError(f"{fields.where}: vocab_size_per_layer_input other than vocab_size is not supported")
     if fields.table("rope_parameters") is None:
         fields = fields.replaced("rope_parameters", _GEMMA4_ROPES)
+    experts = _read_experts(fields) if fields.flag("enable_moe_block", False) else None
     biases = read_biases(fields) | {"mlp_bias": False}
     return read_decoder(
         fields,
         head_dim=256,
-        names=NAMES,
+        names=NAMES if experts is None else dataclasses.replace(NAMES, mlp_norm=None),
+        experts=experts,
         activation=read_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
         tie_embeddings=fields.flag("tie_word_embeddings", True),
         embedding_scale=fields.integer("hidden_size") ** 0.5,
@@ -109,6 +113,27 @@ def read_gemma4(fields: Fields) -> DecoderConfig:
         layer_ropes=tuple(int(kind == "sliding_attention") for kind in types),
         differing=tuple(differing) if any(differing) else (),
         **biases,
+    )
+
+
+def _read_experts(fields: Fields) -> ExpertsConfig:
+    return read_experts(
+        fields,
+        "num_experts",
+        "moe_intermediate_size",
+        per_token="top_k_experts",
+        layer=ExpertsBeside,
+        router="router.proj",
+        router_scales=True,
+        path="experts.{name}.{expert}",  # no end of it is that of a path in the dense MLP
+        parameters="experts",
+        fused="stacked",
+        norms=(
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm_1",
+            "pre_feedforward_layernorm_2",
+            "post_feedforward_layernorm_2",
+        ),
     )
 
 

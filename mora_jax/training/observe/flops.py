@@ -131,7 +131,7 @@ class StepFlops:
                 first = name.partition(".")[0]
                 size = packed.get(name, array.size)
                 experts = _stack_of(config, name).experts
-                if experts is not None and re.match(r"layers(\.\d+)?\.mlp\.(gate_up|down)", name):
+                if experts is not None and re.match(r"layers(\.\d+)?\.mlp\.(experts\.)?(gate_up|down)", name):
                     size = size * experts.per_token // experts.count  # those that a token has
                 if first == "lm_head" or (first == "embed_tokens" and config.tie_embeddings):
                     head[is_trained] += size
