@@ -187,5 +187,5 @@ ODD["gemma4_text-experts"] = ODD["gemma4_text"] | {
     "enable_moe_block": True,
     "num_experts": 6,
     "top_k_experts": 3,
-    "moe_intermediate_size": 10,
+    "moe_intermediate_size": 12,
 }

@@ -16,11 +16,13 @@ from mora_jax.evaluation import Generator
 from mora_jax.models.experts import routed
 from mora_jax.planning.memory_model import estimate_memory
 from mora_jax.training.config.schema import Config
+from mora_jax.training.observe.flops import StepFlops
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.rules import base_shardings
+from mora_jax.training.state import flat_arrays
 from tests.models.quantized import quantized_copy, rounded_copy
 from tests.models.tiny import fill_randomly
-from tests.models.tiny_experts import FAMILIES, SIZES, ours, tokens
+from tests.models.tiny_experts import ARCHITECTURES, FAMILIES, SIZES, ours, tokens
 
 SIZES_BY_GROUP = ([3, 0, 4], [0, 0, 7], [2, 1, 2], [1, 0, 0])
 
@@ -257,6 +259,26 @@ def test_targets_name_one_matrix_or_two(family, targets, parts):
     assert {match.path.rpartition(".")[2] for match in report.matches} == parts
 
 
+@pytest.mark.parametrize(
+    "targets, dense, experts",
+    [
+        (("gate_proj", "down_proj"), {"gate_proj", "down_proj"}, set()),
+        (r".*\.(up|down)_proj", {"up_proj", "down_proj"}, set()),
+        (("experts.gate_up_proj", "experts.down_proj"), set(), {"gate_up_proj", "down_proj"}),
+        (("up_proj", "experts.up_proj"), {"up_proj"}, {"up_proj"}),
+        (r".*layers\.1\.experts\.down_proj\.[0-3]", set(), {"down_proj"}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:no expert carries an adapter")
+def test_plain_names_are_those_of_a_dense_mlp_beside_experts(targets, dense, experts):
+    model = ours("gemma4_text", nnx.Rngs(0))
+    report = mj.attach(model, mj.LoRAConfig(rank=2, targets=targets), rngs=nnx.Rngs(0))
+    paths = [match.path.split(".") for match in report.matches]
+    assert {path[-1] for path in paths if "mlp" in path} == dense
+    assert {path[path.index("experts") + 1] for path in paths if "experts" in path} == experts
+
+
 def test_the_parameters_that_peft_targets_are_targets():
     config = mj.LoRAConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     assert config.targets == ("q_proj", "mlp.experts.down_proj")
@@ -268,6 +290,8 @@ def test_the_parameters_that_peft_targets_are_targets():
 def test_what_is_not_supported_is_said():
     with pytest.raises(mj.InputError, match="num_experts_per_tok .9. is more than num_local_experts .5."):
         ours("mixtral", None, num_experts_per_tok=9)
+    with pytest.raises(mj.InputError, match="top_k_experts .9. is more than num_experts .6."):
+        ours("gemma4_text", None, top_k_experts=9)
     with pytest.raises(mj.InputError, match="mlp_only_layers must be a list of layer numbers"):
         ours("qwen3_moe", None, mlp_only_layers=["1"])
 
@@ -295,6 +319,8 @@ def test_logits_and_generation_are_those_of_transformers(family, tmp_path):
 @pytest.mark.peers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_balance_is_that_of_transformers(family, tmp_path):
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
     from tests.models.tiny_experts import torch, torch_model
 
     reference = torch_model(family, **({"mlp_only_layers": [1]} if family == "qwen3_moe" else {}))
@@ -304,7 +330,14 @@ def test_the_balance_is_that_of_transformers(family, tmp_path):
     mask[0, 15:] = 0
     with torch.no_grad():
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        wanted = reference(**inputs, output_router_logits=True).aux_loss
+        found = reference(**inputs, output_router_logits=True)
+        wanted = getattr(found, "aux_loss", None)
+        if wanted is None:  # Gemma 4 has no such loss; its router gives probabilities
+            scores = tuple(map(torch.log, found.router_logits))
+            values = FAMILIES[family]
+            wanted = load_balancing_loss_func(
+                scores, values["num_experts"], values["top_k_experts"], inputs["attention_mask"]
+            )
     hidden, found = model.forward(ids, mask, balanced=True)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     np.testing.assert_array_equal(hidden, model.forward(ids, mask))
@@ -392,15 +425,29 @@ def test_mxfp4_files_are_read_as_transformers_reads_them(tmp_path):
     np.testing.assert_array_equal(again(tokens()), model(tokens()))
 
 
-def test_plans_count_the_experts_that_a_token_has():
-    values = SIZES | FAMILIES["qwen3_moe"] | {"architectures": ["Qwen3MoeForCausalLM"], "pad_token_id": None}
+@pytest.mark.parametrize(
+    "family, per_token, sizes",
+    [
+        ("qwen3_moe", "num_experts_per_tok", 3 * (32 + 128)),
+        ("gemma4_text", "top_k_experts", (32 + 2 * 128) + (128 + 32)),  # one A for gate and up
+    ],
+)
+def test_plans_count_the_experts_that_a_token_has(family, per_token, sizes):
+    values = SIZES | FAMILIES[family] | {"architectures": [ARCHITECTURES[family]], "pad_token_id": None}
     values |= {"num_experts": 8, "moe_intermediate_size": 128, "norm_topk_prob": True}
 
-    def flops(per_token: int) -> float:
-        return estimate_memory(Config(), values | {"num_experts_per_tok": per_token}, (1,) * 5, "tpu").flops
+    def flops(count: int) -> float:
+        return estimate_memory(Config(), values | {per_token: count}, (1,) * 5, "tpu").flops
 
     rows = 6 * Config().train.batch_size * Config().data.max_length  # six experts more for each token
-    rank, sizes = mj.LoRAConfig().rank, 32 + 128
     # Three matrices of the base forward and backward, their factors for the gradients of these as well; three layers.
-    wanted = 3 * 2 * rows * (2 * 3 * 32 * 128 + 3 * 3 * sizes * rank)
+    wanted = 3 * 2 * rows * (2 * 3 * 32 * 128 + 3 * sizes * mj.LoRAConfig().rank)
     np.testing.assert_allclose(flops(8) - flops(2), wanted, rtol=0.01)
+
+
+def test_flops_of_a_run_count_them_beside_a_dense_mlp():
+    def body(count: int) -> int:
+        model = ours("gemma4_text", None, top_k_experts=count)
+        return StepFlops.of(model.config, {}, flat_arrays(nnx.state(model, nnx.Param)), [23]).body
+
+    assert body(6) - body(2) == 4 * 3 * (3 * 32 * 20)  # of four experts in three layers three matrices

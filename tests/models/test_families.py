@@ -182,7 +182,7 @@ IMAGES = {
 def with_images(model_type, text):
     family = next(family for family in FAMILIES if family.model_type == model_type)
     config = transformers.AutoConfig.for_model(
-        model_type, text_config={"model_type": text, **SIZES, **ODD[text]}, **IMAGES[model_type]
+        model_type, text_config={"model_type": text.partition("-")[0], **SIZES, **ODD[text]}, **IMAGES[model_type]
     )
     config.architectures = [family.architecture]
     whole = getattr(transformers, family.architecture)._from_config(config, attn_implementation="eager").eval()
@@ -226,7 +226,7 @@ def test_a_grown_vocabulary_of_a_model_with_images(model_type, text, tmp_path):
         for model_type, text in [("gemma3", "gemma3_text"), ("mistral3", "ministral3"), ("mistral3", "mistral")]
         for older in (False, True)
     ]
-    + [("gemma4", "gemma4_text", False), ("qwen3_5", "qwen3_5_text", False)],
+    + [("gemma4", "gemma4_text", False), ("gemma4", "gemma4_text-experts", False), ("qwen3_5", "qwen3_5_text", False)],
 )
 def test_the_text_part_of_a_model_with_images(model_type, text, older, tmp_path):
     family, whole = with_images(model_type, text)

@@ -75,7 +75,7 @@ FAMILIES = (
         "Gemma4ForConditionalGeneration",
         "gemma4",
         read_gemma4,
-        "Gemma 4 (dense)",
+        "Gemma 4",
         beside=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
     ),
     Family(

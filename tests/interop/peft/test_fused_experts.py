@@ -19,9 +19,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning"),
 ]
 TARGETS = {
-    "each": ("q_proj", "gate_proj", "up_proj", "down_proj"),
-    "whole": ("v_proj", "mlp.experts.gate_up_proj"),
-    "down": ("mlp.experts.down_proj",),
+    # Of Gemma 4 `down_proj` is that of the dense MLP beside the experts.
+    "each": ("q_proj", "down_proj", "experts.gate_proj", "experts.up_proj", "experts.down_proj"),
+    "whole": ("v_proj", "experts.gate_up_proj"),
+    "down": ("experts.down_proj",),
 }
 
 
@@ -111,7 +112,7 @@ def test_gradients_are_those_of_peft(family, tmp_path):
     from tests.models.tiny_torch import load_torch
 
     base, ids = saved(tmp_path / "base", family), tokens()
-    model = adapted(base, ("q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+    model = adapted(base, ("q_proj", "experts.gate_up_proj", "experts.down_proj"))
     mj.save_adapter(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(load_torch(base), tmp_path / "adapter", is_trainable=True)
     theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
