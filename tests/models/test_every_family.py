@@ -37,7 +37,7 @@ WEIGHTS = np.random.default_rng(3).standard_normal((2, LENGTH, 97)).astype(np.fl
 #: Where scores aren't scaled, softmax makes more of rounding.
 SHARP = {"gemma4_text": 4, "gemma4_text-experts": 4}
 #: Where `all-linear` is not the same: PEFT has the router in it, and no experts.
-LINEAR = {"gemma4_text-experts": r".*\.(self_attn|mlp|per_layer_\w+)\.?\w*"}
+LINEAR = {"gemma4_text-experts": r".*\.((self_attn|mlp)\.\w+_proj|per_layer_(\w+_)?(gate|projection))"}
 
 
 class Made(NamedTuple):
