@@ -186,7 +186,10 @@ def run(name: str, benchmark: Benchmark, options: argparse.Namespace) -> bool:
 
 
 #: Results files that come from a script of another name, or whose figures are of another program than their script.
-MADE_BY = {"plan.md": "benchmarks/tpu/plan_table.py", "plan_cells.json": "mora_jax/planning/compile_worker.py"}
+MADE_BY = {
+    **dict.fromkeys(("plan.md", "experts.md"), "benchmarks/tpu/plan_table.py"),
+    **dict.fromkeys(("plan_cells.json", "expert_cells.json"), "mora_jax/planning/compile_worker.py"),
+}
 
 
 def sources(script: Path) -> set[Path]:

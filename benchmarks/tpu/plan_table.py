@@ -1,11 +1,13 @@
 """Whether published models fit TPU slices, and what a step costs: the table of `benchmarks/results/plan.md`.
 
     nice -n 10 python benchmarks/tpu/plan_table.py --compile 3
+    nice -n 10 python benchmarks/tpu/plan_table.py --experts --compile 1
 
 Every cell: rows of 2048 tokens, one a chip, bfloat16, `remat=full`, every array cut over all chips (`mesh.fsdp`),
 unless its name says otherwise. Memory is by formula, and the compiler's for the cells that `plan_cells.json` holds:
 `--compile N` adds the next N of `CELLS` (minutes each, on a machine without TPUs; needs libtpu). Run it again to go on.
-Cells of another commit or another libtpu are thrown away first: all that a file holds are of one state.
+Cells of another commit or another libtpu are thrown away first: all that a file holds are of one state. With
+`--experts` the tables are those of `benchmarks/results/experts.md`, the cells those of `expert_cells.json`.
 """
 
 from __future__ import annotations
@@ -49,6 +51,31 @@ CELLS = (
     *("qwen3-14b lora v5e-4", "gemma3-27b lora v5e-8", "smollm2-1.7b full v5e-4", "llama3-70b mora v5e-32"),
     *("qwen3-14b mora v5e-4", "gemma3-27b mora v5e-8", "smollm2-1.7b mora v5e-1", "qwen3-14b full v5e-32"),
 )
+#: Models with experts, of which the first are compiled.
+EXPERTS = tuple(
+    f"qwen3-30b-a3b lora {mesh}"
+    for mesh in (
+        *("v5e-8 mesh.fsdp=1 mesh.expert=8", "v5e-8", "v5e-16 mesh.fsdp=2 mesh.expert=8"),
+        "v5e-8 mesh.fsdp=2 mesh.expert=2 mesh.tensor=2 train.batch_size=4",
+    )
+)
+#: Large models on many chips, LoRA of rank 16, 128 rows a step.
+LARGE = tuple(
+    f"{model} lora {chips} adapter.rank=16 train.batch_size=128 train.micro_batch_size={others}"
+    for model, chips, others in (
+        ("llama3-70b", "v5p-256", "128"),
+        ("llama3-70b", "v5p-256", "128 mesh.data=16 mesh.fsdp=8 model.remat=none"),
+        ("llama3-70b", "h100x32", "32"),
+        ("llama3-70b", "h100x32", "128"),
+        ("llama3-70b", "h100x32", "16 mesh.data=4 mesh.fsdp=2 mesh.tensor=4 model.remat=dots"),
+        ("qwen3-235b-a22b", "v5p-256", "128"),
+        ("qwen3-235b-a22b", "v5p-256", "128 mesh.data=4 mesh.fsdp=32 model.remat=dots"),
+        ("qwen3-235b-a22b", "v5p-256", "128 mesh.data=16 mesh.fsdp=1 mesh.expert=8"),
+        ("qwen3-235b-a22b", "h100x32", "32"),
+        ("qwen3-235b-a22b", "h100x32", "128"),
+        ("qwen3-235b-a22b", "h100x32", "128 mesh.data=2 mesh.fsdp=4 mesh.expert=4"),
+    )
+)
 
 
 @functools.cache
@@ -74,10 +101,10 @@ def cell(name: str) -> Plan:
     return by_formula(config, PUBLISHED[model], topology)
 
 
-def compile_cells(cells: Path, count: int) -> None:
-    """Compiles the next `count` cells, and keeps what the compiler says."""
+def compile_cells(names: tuple[str, ...], cells: Path, count: int) -> None:
+    """Compiles the next `count` of some cells, and keeps what the compiler says."""
     known = read_cells(cells) if cells.exists() and json.loads(cells.read_text())["made"] == stamp() else {}
-    for name in [name for name in CELLS if name not in known][:count]:
+    for name in [name for name in names if name not in known][:count]:
         plan = cell(name)
         print(f"compiling {name}", file=sys.stderr, flush=True)
         try:
@@ -157,10 +184,10 @@ def shown(name: str) -> str:
     return " ".join([model, method, slice_, *(f"`{setting}`" for setting in others)])
 
 
-def check_table(known: dict[str, Any]) -> str:
-    """Formula against compiler, for every cell that was compiled."""
+def check_table(names: tuple[str, ...], known: dict[str, Any]) -> str:
+    """Formula against compiler, for every cell of these that was compiled."""
     rows = []
-    for name in (name for name in CELLS if name in known):
+    for name in (name for name in names if name in known):
         plan, answer = cell(name), Compiled.read(known[name])
         own = plan.memory
         words = [
@@ -181,14 +208,69 @@ def check_table(known: dict[str, Any]) -> str:
             total = "does not fit" if answer.total is None else f"{gigabytes(answer.total)}, does not fit"
             words += [total, "" if answer.total is None else f"{plan.needed / answer.total - 1:+.0%}", "", ""]
         rows.append(words)
-    names = ["cell", "arguments", "compiled", "rest", "compiled", "total", "compiled", "off by", "sent", "compiled"]
-    return table(names, 1, rows)
+    heads = ["cell", "arguments", "compiled", "rest", "compiled", "total", "compiled", "off by", "sent", "compiled"]
+    return table(heads, 1, rows)
+
+
+def large_table() -> str:
+    """Large models by formula, a row each."""
+    rows = []
+    for name in LARGE:
+        plan, (model, _, chips, *_) = cell(name), name.split()
+        settings, memory, cost = plan.settings(), plan.memory, plan.estimate
+        slow, fast = cost.tokens_per_second(plan.tokens)
+        rows.append(
+            [
+                *(
+                    model,
+                    chips,
+                    " × ".join(str(settings[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor", "expert")),
+                ),
+                *(str(settings["train.micro_batch_size"]), settings["model.remat"], gigabytes(memory.weights)),
+                *(gigabytes(memory.adapters + memory.optimizer), gigabytes(plan.needed), f"{cost.sent / 1e9:,.0f}"),
+                *(f"{cost.fastest:.1f} to {cost.slowest:.1f}", f"{slow:,.0f} to {fast:,.0f}"),
+            ]
+        )
+    heads = ["model", "chips", "data × fsdp × tensor × expert", "rows at once", "remat", "base", "adapters, moments"]
+    return table([*heads, "GB a chip", "GB sent", "s a step", "tokens/s"], 3, rows)
+
+
+def made_of(cells: Path) -> str:
+    """Of which state the cells of a file are, in words."""
+    return json.loads(cells.read_text())["made"].replace("Made at", "Compiled at") if cells.exists() else ""
+
+
+def write_experts(cells: Path, path: Path) -> None:
+    """Writes the tables of models with experts."""
+    held = {held: cell(f"qwen3-30b-a3b lora h200 model.quantize={held}") for held in ("none", "int8", "nf4")}
+    sizes = ", ".join(f"{gigabytes(plan.memory.weights)} with `{name}`" for name, plan in held.items())
+    script = "`nice -n 10 python benchmarks/tpu/plan_table.py --experts`"
+    text = f"""# Models with experts, and large ones
+
+Written by {script}; nothing was run. Rows of 2048 tokens, bfloat16, LoRA on every
+linear layer and every expert.
+
+Frozen arrays of Qwen3-30B-A3B by `model.quantize`, GB: {sizes}.
+
+## The formula against the compiler
+
+One row a chip unless the settings say otherwise, `model.remat=full`, rank 8. GB on each chip; `sent` is what a chip
+sends in the collectives of a step. {made_of(cells)}
+
+{check_table(EXPERTS, read_cells(cells))}
+
+## Many chips, by formula
+
+Rank 16, steps of 128 rows. GB on each chip: the base, the adapters with their moments, and all.
+
+{large_table()}
+"""
+    path.write_text(stamped(text))
 
 
 def write(cells: Path, path: Path) -> None:
     """Writes the tables."""
-    known = read_cells(cells)
-    made = json.loads(cells.read_text())["made"].replace("Made at", "Compiled at") if known else ""
+    known, made = read_cells(cells), made_of(cells)
     script = "`nice -n 10 python benchmarks/tpu/plan_table.py`"
     text = f"""# What fits which TPU slice
 
@@ -214,7 +296,7 @@ Each chip, each step, one row a chip. Times are estimates, nothing was run: see 
 
 GB on each chip; `sent` is what a chip sends in the collectives of a step. {made}
 
-{check_table(known)}
+{check_table(CELLS, known)}
 """
     path.write_text(stamped(text))
 
@@ -222,8 +304,11 @@ GB on each chip; `sent` is what a chip sends in the collectives of a step. {made
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", type=int, default=0, metavar="N", help="cells to compile before the tables")
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan.md", help="Markdown file to write.")
+    parser.add_argument("--experts", action="store_true", help="the tables of models with experts")
+    parser.add_argument("--out", type=Path, help="Markdown file to write.")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu is for the compiling process
-    compile_cells(RESULTS / "plan_cells.json", options.compile)
-    write(RESULTS / "plan_cells.json", options.out)
+    cells = RESULTS / ("expert_cells.json" if options.experts else "plan_cells.json")
+    compile_cells(EXPERTS if options.experts else CELLS, cells, options.compile)
+    target = options.out or RESULTS / ("experts.md" if options.experts else "plan.md")
+    (write_experts if options.experts else write)(cells, target)

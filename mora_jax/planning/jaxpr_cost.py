@@ -38,7 +38,10 @@ class Traced:
         saved: bytes that the forward pass keeps for the backward pass, over all layers.
         uncut: those of them that no axis but those of rows shards: in arrays as wide as the residual stream, and in
             inputs that MoRA has put together in rows of its matrix's side.
-        layer: most bytes alive at once inside a layer.
+        routed: those of them in the rows of experts, one for each expert of a token.
+        layer: most bytes alive at once inside a layer, without the rows of experts.
+        fullest: most bytes alive at once in the rows of experts, inside a layer.
+        beside: bytes alive then in other arrays.
         head: most bytes alive at once in the vocabulary loss.
     """
 
@@ -46,7 +49,10 @@ class Traced:
     bytes: float
     saved: float
     uncut: float
+    routed: float
     layer: float
+    fullest: float
+    beside: float
     head: float
 
 
@@ -56,6 +62,7 @@ def read_traced(
     chunks: int,
     width: int,
     sides: frozenset[int] = frozenset(),
+    routed: frozenset[tuple[int, int]] = frozenset(),
 ) -> Traced:
     """What a traced step of one micro-batch on one device does.
 
@@ -65,6 +72,7 @@ def read_traced(
         chunks: how often the loop of the vocabulary loss runs.
         width: of the residual stream.
         sides: of MoRA's matrices.
+        routed: how many tokens go to experts, and to how many each.
     """
 
     def is_uncut(variable: Any) -> bool:
@@ -72,19 +80,29 @@ def read_traced(
         return shape[-1:] == (width,) or (len(shape) == 3 and shape[-1] in sides)
 
     flops, moved = _products(program.jaxpr, chunks)
-    layer, head = 0.0, 0.0
+    layer, fullest, head = 0.0, (0.0, 0.0), 0.0
     saved: list[float] = []
     uncut: list[float] = []
+    of_experts: list[float] = []
     for step in _used(program.jaxpr)[0]:
         if step.name == "scan" and (turns := step.equation.params["length"]) in layers:
-            layer = max(layer, _peak(step.inner[0]))
+            others, rows = _peak(step.inner[0], routed)
+            layer, fullest = max(layer, others), max(fullest, rows)
             if not step.equation.params["reverse"]:
                 kept = _stacked(step, turns)
                 saved.append(sum(map(_bytes, kept)))
-                uncut.append(sum(_bytes(whole) for whole in kept if is_uncut(whole)))
+                rows_of = [whole for whole in kept if _are_routed(_aval(whole).shape[1:], routed)]
+                of_experts.append(sum(map(_bytes, rows_of)))
+                uncut.append(sum(_bytes(whole) for whole in kept if is_uncut(whole) and whole not in rows_of))
         elif step.name == "while":
-            head = max(head, sum(map(_bytes, step.equation.outvars)) + max(map(_peak, step.inner)))
-    return Traced(flops, moved, _fullest(saved, len(layers)), _fullest(uncut, len(layers)), layer, head)
+            head = max(head, sum(map(_bytes, step.equation.outvars)) + max(_peak(inner)[0] for inner in step.inner))
+    all_saved, all_uncut, routed_too = (_fullest(sizes, len(layers)) for sizes in (saved, uncut, of_experts))
+    return Traced(flops, moved, all_saved, all_uncut, routed_too, layer, *fullest, head)
+
+
+def _are_routed(shape: tuple[int, ...], routed: frozenset[tuple[int, int]]) -> bool:
+    """Whether an array is rows of experts, one for each expert of a token."""
+    return any(shape[:1] == (tokens * each,) or shape[:2] == (tokens, each) for tokens, each in routed)
 
 
 def _fullest(loops: list[float], count: int) -> float:
@@ -203,8 +221,12 @@ def _kernel(step: _Step) -> tuple[float, float]:
     return turns * _products(step.inner[0], 1)[0], moved
 
 
-def _peak(jaxpr: core.Jaxpr) -> float:
-    """Most bytes alive at once of the arrays that a program makes; those that it is given don't count."""
+def _peak(jaxpr: core.Jaxpr, routed: frozenset[tuple[int, int]] = frozenset()) -> tuple[float, tuple[float, float]]:
+    """Most bytes alive at once of the arrays that a program makes; those that it is given don't count.
+
+    Returns:
+        Of all but the rows of experts; and of these, with what else is alive then.
+    """
     steps, outputs = _used(jaxpr)
     roots: dict[Any, frozenset[Any]] = {}  # what has to be held for a variable to be had
     last: dict[Any, int] = {}
@@ -221,17 +243,20 @@ def _peak(jaxpr: core.Jaxpr) -> float:
         results_of.append(list(step.results))
     for variable in outputs:
         last.update(dict.fromkeys(roots.get(variable, frozenset()), len(steps)))
-    most, held = 0.0, 0.0
-    ends: dict[int, float] = {}
+    most, fullest = 0.0, (0.0, 0.0)
+    rows = others = 0.0
+    ends: dict[int, list[tuple[bool, float]]] = {}
     for i, results in enumerate(results_of):
         for variable in results:
-            size = _bytes(variable)
-            held += size
-            ends[last[variable]] = ends.get(last[variable], 0.0) + size
-        inside = max(map(_peak, steps[i].inner), default=0.0)
-        most = max(most, held + inside)
-        held -= ends.pop(i, 0.0)
-    return most
+            entry = _are_routed(_aval(variable).shape, routed), _bytes(variable)
+            rows, others = rows + entry[0] * entry[1], others + (not entry[0]) * entry[1]
+            ends.setdefault(last[variable], []).append(entry)
+        inside = [_peak(inner, routed) for inner in steps[i].inner] or [(0.0, (0.0, 0.0))]
+        most = max(most, others + max(inner for inner, _ in inside))
+        fullest = max(fullest, *((rows + first, others + second) for _, (first, second) in inside))
+        for routes, size in ends.pop(i, ()):
+            rows, others = rows - routes * size, others - (not routes) * size
+    return most, fullest
 
 
 def _aval(variable: Any) -> Any:

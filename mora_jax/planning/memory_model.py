@@ -10,20 +10,21 @@ Per chip:
   of the frozen kernels that hold several matrices: TPUs turn them once a step, so that the axis that is sharded leads.
   (Under `fsdp` alone they may too: docs/plan.md says what that leaves out, and what makes up for it.)
 
-Along `tensor` everything is sharded but arrays as wide as the residual stream and what MoRA makes of its inputs, along
-`context` everything. MoRA mixes all features, so what is sharded along `tensor` is sent to all who share it: inputs and
-the outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. Along `expert` a device has
-room for the rows of all devices that share experts with it, as any of them may go to its own; it is taken to compute as
-many as if all experts were used alike. What is offloaded to the host
-counts nothing. What compilers pad arrays to (8 × 128 on TPUs), and how they order operations,
-is not in it: `benchmarks/results/plan.md` has a table of how far off that leaves it.
+Along `tensor` everything is sharded but arrays as wide as the residual stream, the rows of experts (each device sorts
+and keeps those of all experts, though it computes its own alone) and what MoRA makes of its inputs, along `context`
+everything. MoRA mixes all features, so what is sharded along `tensor` is sent to all who share it: inputs and the
+outputs' gradients in the compute dtype, updates and the inputs' gradients as float32. Along `expert` a device has room
+for the rows of all devices that share experts with it, as any of them may go to its own; it is taken to compute as many
+as if all experts were used alike. What is offloaded to the host counts nothing. What compilers pad arrays to (8 × 128
+on TPUs), and how they order operations, is not in it: `benchmarks/results/plan.md` has a table of how far off that
+leaves it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -150,18 +151,16 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     head = decoder.vocab_size * decoder.hidden_size * width / tensor
     gradients = held(trained) * (2 if micro > 1 else 1)
     tokens = local * sequences * length // context
-    alive, saved_rows = _expert_rows(decoder, config.model.remat)
-    others = (expert - 1) * tokens * width
-    saved = (traced.uncut + (traced.saved - traced.uncut) / tensor) / context + others * saved_rows
+    saved = (traced.saved - traced.uncut - traced.routed) / tensor + traced.uncut + expert * traced.routed
     cut = axes["fsdp"] * expert * context > 1
-    backward = traced.layer / tensor / context + (2 * layers / decoder.num_layers if cut else 0)
-    backward += others * alive
+    layer = max(traced.layer / tensor, traced.beside / tensor + expert * traced.fullest)
+    backward = layer / context + (2 * layers / decoder.num_layers if cut else 0)
     memory = Memory(
         weights=held(kept),
         adapters=held(trained),
         optimizer=0.0 if config.optimizer.offload else held(moments),
         batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / sharing,
-        activations=0.0 if config.model.remat == "offload" else saved,
+        activations=0.0 if config.model.remat == "offload" else saved / context,
         temp=gradients + max(backward, traced.head / tensor + (head if cut else 0)) + _turned(placement, model, kept),
     )
     # Ranks along `tensor` are neighbours: where the others span hosts of eight GPUs, their groups share the cards.
@@ -221,18 +220,6 @@ def _summed(placement: Placement, adapters: nnx.State) -> float:
     return total
 
 
-def _expert_rows(decoder: DecoderConfig, remat: str) -> tuple[int, int]:
-    """Numbers a token in the rows of experts: alive at once in a layer, and kept by all layers for the backward."""
-    alive, saved = 0, 0
-    for experts in (stack.experts for stack in decoder.by_layer):
-        if experts is not None:
-            results = experts.per_token * (decoder.hidden_size + 2 * experts.width)  # of products
-            inputs = experts.per_token * (decoder.hidden_size + experts.width)
-            alive = max(alive, results + inputs)
-            saved += {"none": results + inputs, "dots": results}.get(remat, 0)
-    return alive, saved
-
-
 def _projections(model: Decoder) -> list[tuple[str, Projection]]:
     """The layers' projections with their dotted paths; without those of experts, which `tensor` shares whole."""
     nodes = [(dotted(path), node) for path, node in nnx.iter_graph(model) if isinstance(node, Projection)]
@@ -277,7 +264,7 @@ def _traced(config: Config, decoder: DecoderConfig, rows: int, backend: str) -> 
         first, second = getattr(one, name), getattr(two, name)
         return first + (rows - 1) * (second - first)
 
-    return Traced(*(grown(name) for name in ("flops", "bytes", "saved", "uncut", "layer", "head")))
+    return Traced(**{field.name: grown(field.name) for field in fields(Traced)})
 
 
 def _for_trace(config: Config, backend: str) -> Config:
@@ -312,7 +299,9 @@ def _traced_rows(config: Config, decoder: DecoderConfig, rows: int, backend: str
     squares = (variable for _, variable in flat if "square_in" in (variable.get_metadata().get("axes") or ()))
     sides = frozenset(variable.get_value().shape[-1] for variable in squares)
     turns = tuple(run[0].num_layers for run in decoder.runs if run[0].keys_used is None)
-    return read_traced(program, turns, chunks, decoder.hidden_size, sides)
+    experts = (stack.experts for stack in decoder.by_layer)
+    routed = frozenset((tokens, stack.per_token) for stack in experts if stack is not None)
+    return read_traced(program, turns, chunks, decoder.hidden_size, sides, routed)
 
 
 def _collectives(

@@ -75,6 +75,21 @@ def test_what_an_expert_axis_holds_and_sends():
     assert found.flops == before.flops
 
 
+def test_rows_of_experts_are_whole_along_tensor_and_those_of_all_along_expert():
+    """Against a count by hand, without remat, in float32; no device knows beforehand which rows are its own."""
+    kept = {}
+    for mesh in ((1, 1, 1, 1, 1), (1, 1, 4, 1, 1), (1, 4, 1, 1, 1), (1, 1, 1, 1, 4)):
+        kept[mesh] = estimate_memory(run_of("lora", mesh), EXPERTS, mesh, "tpu").memory.activations
+    width, wide, rank, layers, rows = 128, 96, 8, 6, 2 * 8 * LENGTH  # two experts a token
+    # Inputs, gate and up, their product, outputs, what three A give; owner and order.
+    routed = layers * rows * 4 * (width + 2 * wide + wide + width + 3 * rank + 2)
+    alone, tensor, fsdp, expert = kept.values()
+    assert fsdp == pytest.approx(alone / 4, rel=0.02)
+    assert expert - fsdp == pytest.approx(3 / 4 * routed, rel=0.01)
+    stream = layers * rows // 2 * 4 * (4 * width)  # four arrays as wide as the residual stream, of each token
+    assert tensor == pytest.approx(routed + stream + (alone - routed - stream) / 4, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "method, mesh, remat",
     [

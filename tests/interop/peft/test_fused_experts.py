@@ -1,5 +1,6 @@
 """LoRA on experts in PEFT's folders, both ways against real PEFT, and merged folders in transformers."""
 
+import itertools
 import json
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
+from mora_jax.adapters.products.quantization import FORMATS
 from mora_jax.interop.engine_check import check_folder
+from tests.models.quantized import rounded_files
 from tests.models.tiny import fill_randomly
 from tests.models.tiny_experts import FAMILIES, ours, tokens
 
@@ -26,8 +29,8 @@ TARGETS = {
 }
 
 
-def adapted(folder, targets, **settings):
-    model, _ = mj.load_pretrained(folder, dtype="float32")
+def adapted(folder, targets, quantize="none", **settings):
+    model, _ = mj.load_pretrained(folder, dtype="float32", quantize=quantize)
     mj.attach(model, mj.LoRAConfig(rank=3, alpha=5.0, targets=targets, **settings), rngs=nnx.Rngs(0))
     fill_randomly(model, scale=0.2)
     return model
@@ -103,18 +106,30 @@ def test_a_pair_of_tensors_for_each_expert(family, tmp_path):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_peft(family, tmp_path):
-    """Of the loss by the factors of attention and of experts, through the router's weights."""
+@pytest.mark.parametrize(
+    "family, held",
+    [*((family, "none") for family in FAMILIES), *itertools.product(("mixtral", "qwen3_moe", "gpt_oss"), FORMATS)],
+)
+def test_gradients_are_those_of_peft(family, held, tmp_path):
+    """Of the loss by the factors of attention and of experts, through the router's weights.
+
+    Beside a quantised base they are PEFT's on the numbers that codes and scales stand for, and so are logits.
+    """
     import peft
 
     from tests.models.tiny_experts import saved, torch
-    from tests.models.tiny_torch import load_torch
+    from tests.models.tiny_torch import hf_logits, load_torch
 
-    base, ids = saved(tmp_path / "base", family), tokens()
-    model = adapted(base, ("q_proj", "experts.gate_up_proj", "experts.down_proj"))
+    # Inputs of one block and a half, and of a little more than one.
+    sizes = {"hidden_size": 96, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size": 72}
+    base, ids = saved(tmp_path / "base", family, **({} if held == "none" else sizes)), tokens()
+    model = adapted(base, ("q_proj", "experts.gate_up_proj", "experts.down_proj"), held)
+    if held != "none":
+        base = rounded_files(base, model, tmp_path / "rounded")
     mj.save_adapter(model, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(load_torch(base), tmp_path / "adapter", is_trainable=True)
+    logits = hf_logits(theirs, ids)
+    np.testing.assert_allclose(model(ids), logits, rtol=1e-4, atol=5e-5 * np.abs(logits).max())
     theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
     graphdef, adapters, frozen = mj.partition(model)
 
