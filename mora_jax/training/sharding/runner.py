@@ -127,11 +127,18 @@ class JitRunner(Runner):
         mesh: the mesh; rows of a batch are sharded along `data`, `fsdp` and `expert`.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
             None everything, is on every device.
+        options: of the compiler.
     """
 
-    def __init__(self, step: StepFunction, mesh: Mesh, shardings: dict[str, NamedSharding] | None = None):
+    def __init__(
+        self,
+        step: StepFunction,
+        mesh: Mesh,
+        shardings: dict[str, NamedSharding] | None = None,
+        options: dict[str, Any] | None = None,
+    ):
         super().__init__()
-        self._step = step
+        self._step, self._options = step, options
         self._shardings = shardings or {}
         mesh = with_all_axes(mesh)
         self.devices = list(mesh.devices.flat)
@@ -144,7 +151,8 @@ class JitRunner(Runner):
     def trace(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         """The step, traced and not lowered yet: it tells its operations."""
         places = jax.tree.map(lambda array: array.sharding, state)
-        jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=(places, self._whole))
+        shardings: Any = (places, self._whole)
+        jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=shardings, compiler_options=self._options)
         return jitted.trace(state, frozen, batch)
 
     def places(self, tree: Any) -> Any:
