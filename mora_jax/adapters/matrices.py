@@ -114,9 +114,9 @@ class Matrix:
 
     def take_bias(self, bias: Array, lead: int = 0) -> Array:
         """The layer's bias with `lead` axes in front, as `[*stack, out]` in the order of the matrix."""
-        if len(self.free) == 1:
-            return bias
         stack = bias.shape[:lead]
+        if len(self.free) == 1:
+            return bias.reshape(*stack, self.out_features)  # Equinox's convolutions have [out, 1, 1]
         shaped = whole(bias).reshape(*stack, *(self.shape[self.free[axis]] for axis in self.bias_axes))
         return _transposed(shaped, np.argsort(self.bias_axes)).reshape(*stack, self.out_features)
 

@@ -154,7 +154,7 @@ def kernels_of(tree: Any, einsums: Einsums | None = None) -> list[TreeKernel]:
         bias = next((named[*above, name] for name in BIASES if named_kernel and (*above, name) in named), None)
         shape = None if bias is None else leaves[bias][1].shape
         equation = value_at((einsums or {}).items(), ".".join(layer), None)
-        matrix, why = _matrix(names[-1:], leaf.shape, shape, _owner(tree, keys), equation, ".".join(layer))
+        matrix, why = _matrix(names[-1:], leaf.shape, shape, *_owner(tree, keys), equation, ".".join(layer))
         stack = tuple(leaf.shape[: leaf.ndim - len(matrix.shape)])
         lifts = next(end for end in range(len(layer) + 1) if _all_stacked(leaves, named, layer[:end], stack))
         kernels.append(TreeKernel(".".join(layer), i, matrix, stack, leaf.dtype, bias, lifts, why))
@@ -172,8 +172,8 @@ def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(names[1:] if names[:1] == ["params"] else names)
 
 
-def _owner(tree: Any, keys: tuple[Any, ...]) -> str:
-    """The class of Equinox whose array a leaf is, or the nearest that it extends; else empty."""
+def _owner(tree: Any, keys: tuple[Any, ...]) -> tuple[str, int]:
+    """The class of Equinox whose array a leaf is, or the nearest that it extends, else empty; and its groups, or 0."""
     node = tree
     for key in keys[:-1]:
         try:
@@ -183,8 +183,9 @@ def _owner(tree: Any, keys: tuple[Any, ...]) -> str:
                 else node[getattr(key, "key", getattr(key, "idx", None))]
             )
         except (AttributeError, KeyError, IndexError, TypeError):
-            return ""
-    return next((base.__name__ for base in type(node).__mro__ if base.__module__.startswith("equinox.nn.")), "")
+            return "", 0
+    owner = next((base.__name__ for base in type(node).__mro__ if base.__module__.startswith("equinox.nn.")), "")
+    return owner, node.groups if "Conv" in owner else 0
 
 
 def _matrix(
@@ -192,6 +193,7 @@ def _matrix(
     shape: tuple[int, ...],
     bias: tuple[int, ...] | None,
     owner: str,
+    groups: int,
     equation: str | None,
     path: str,
 ) -> tuple[Matrix, str]:
@@ -200,7 +202,7 @@ def _matrix(
     Args:
         name: of the array.
         shape, bias: of the array, and of the layer's bias.
-        owner: a class of Equinox.
+        owner, groups: a class of Equinox, and a convolution's groups.
         equation: an einsum that says it.
         path: of the layer, for messages.
     """
@@ -213,8 +215,8 @@ def _matrix(
     last = name[-1] if name else ""
     if owner == "Embedding" or last.startswith("embedding"):
         return Matrix.plain("embedding", shape[-2:]), ""
-    if "Conv" in owner:
-        return Matrix("kernel", tuple(shape), tuple(range(1, len(shape))), (0,), (0,)), ""
+    if groups:  # [out, in / groups, *window]; inputs in the order of Flax
+        return Matrix("kernel", tuple(shape), (*range(2, len(shape)), 1), (0,), (0,), groups), ""
     if owner or last.startswith("weight"):  # [out, in], as in PyTorch
         return Matrix("kernel", tuple(shape[-2:]), (1,), (0,), (0,)), ""
     plain = Matrix.plain("kernel", shape[-2:])

@@ -361,12 +361,12 @@ def _layer(matrix: Matrix, kernel: jax.Array | None, bias: jax.Array | None) -> 
         how: dict[str, Any] = {"use_bias": bias is not None, "rngs": nnx.Rngs(0)}
         if not matrix.groups:
             return nnx.Linear(*sizes, **how)
-        *window, channels, out = matrix.shape
+        *window, channels, out = (matrix.shape[axis] for axis in (*matrix.contracted, *matrix.free))
         return nnx.Conv(channels * matrix.groups, out, tuple(window), feature_group_count=matrix.groups, **how)
 
     layer = nnx.eval_shape(make)
     if kernel is not None:
-        layer.kernel.set_value(matrix.put(kernel) if matrix.groups else kernel)
+        layer.kernel.set_value(kernel.reshape(layer.kernel.shape))
     if bias is not None:
         layer.bias.set_value(bias)
     return layer

@@ -489,6 +489,50 @@ def test_modules_of_other_classes_keep_them():
     )
 
 
+class Conv:
+    """A convolution as Equinox has it: `weight [out, in / groups, height, width]`, `bias [out, 1, 1]`."""
+
+    def __init__(self, weight, bias, groups):
+        self.weight, self.bias, self.groups = weight, bias, groups
+
+    def __call__(self, x):  # [in, height, width]
+        return jax.lax.conv(x[None], self.weight, (1, 1), "SAME")[0] + self.bias
+
+
+Conv.__module__ = "equinox.nn._conv"
+jax.tree_util.register_pytree_with_keys(
+    Conv,
+    lambda conv: (tuple((jax.tree_util.GetAttrKey(name), getattr(conv, name)) for name in ("weight", "bias")), 1),
+    lambda groups, arrays: Conv(*arrays, groups),
+)
+
+
+def test_convolutions_of_equinox(tmp_path):
+    tree = {"conv": Conv(draw(1, 8, 3, 2, 5), draw(2, 8, 1, 1), 1), "head": Linear(draw(3, 4, 8), draw(4, 4), 4)}
+    image = draw(5, 3, 6, 7)
+    run = lambda tree, x: tree["head"](tree["conv"](x).mean((1, 2)))  # noqa: E731
+    assert set(mj.functional.init(tree, LORA, rngs=0)) == {"head"}
+    layer = nnx.Conv(3, 8, (2, 5), rngs=nnx.Rngs(0))
+    on = {"targets": "conv"}
+    for config in (mj.LoRAConfig(rank=2, **on), mj.MoRAConfig(rank=1, **on), mj.IA3Config(**on)):
+        folder = tmp_path / type(config).__name__
+        adapters = filled(mj.functional.init(tree, config, rngs=0))
+        merged = mj.functional.merge(tree, adapters, config)
+        with pytest.warns(UserWarning, match="conv"):
+            ours = mj.functional.apply(run, tree, adapters, config)(image)
+        np.testing.assert_allclose(ours, run(merged, image), rtol=1e-4, atol=1e-4)
+        mj.functional.save(tree, adapters, folder, config)
+        read, again = mj.functional.load(tree, folder)
+        jax.tree.map(np.testing.assert_array_equal, again, adapters)
+        # The same layer of NNX, whose kernel has inputs and outputs last, gives the same with the same folder.
+        holder = nnx.Dict(conv=nnx.clone(layer))
+        holder.conv.kernel.set_value(tree["conv"].weight.transpose(2, 3, 1, 0))
+        holder.conv.bias.set_value(tree["conv"].bias.reshape(8))
+        mj.load_adapter(holder, folder)
+        other = holder.conv(image.transpose(1, 2, 0)).transpose(2, 0, 1)
+        np.testing.assert_allclose(other, merged["conv"](image), rtol=1e-4, atol=1e-4)
+
+
 def test_equinox_models():
     eqx = pytest.importorskip("equinox")
     keys = jax.random.split(jax.random.key(0), 4)
