@@ -2,7 +2,9 @@
 
     python -m venv TUNIX && TUNIX/bin/pip install google-tunix qwix
     python -m venv GEMMA && GEMMA/bin/pip install gemma
+    python -m venv KERAS && KERAS/bin/pip install keras-hub jax safetensors
     python scripts/check_checkpoints.py --peft PEFT/bin/python [--tunix TUNIX/bin/python] [--gemma GEMMA/bin/python]
+        [--keras KERAS/bin/python]
 
 Each program runs in an environment of its own, PEFT's has torch, transformers and peft, and this one mora_jax. A tiny
 model with random weights is written by transformers; the program reads these weights, puts its LoRA on every matrix
@@ -56,6 +58,13 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "Gemma 3, as many key/value heads as queries": GEMMA3 | EQUAL_HEADS,
     },
 }
+CASES["keras"] = {
+    "Gemma 1": {"model_type": "gemma"},
+    **CASES["gemma"],
+    **{name: CASES["tunix"][name] for name in ("Qwen 2.5", "Qwen 3")},
+    # Heads here are hidden_size / num_attention_heads wide, whatever the configuration says.
+    "Llama 3": CASES["tunix"]["Llama 3"] | {"head_dim": 8},
+}
 RANK, ALPHA, BOUND = 4, 6.0, 1e-4
 TOKENS = np.random.default_rng(0).integers(3, SIZES["vocab_size"], (2, 12))
 
@@ -80,6 +89,7 @@ def run_tunix(folder: Path) -> None:
     import jax.numpy as jnp
     import qwix
     from flax import nnx
+    from orbax import checkpoint as ocp
     from tunix.sft.checkpoint_manager import CheckpointManager
 
     model = tunix_model(folder / "base")
@@ -100,6 +110,8 @@ def run_tunix(folder: Path) -> None:
     manager.save(1, model, force=True)
     manager.save(2, model, save_only_lora_params=True, force=True)
     manager.close()
+    # As it is saved without Tunix, by who has only Qwix.
+    ocp.PyTreeCheckpointer().save(folder / "qwix", nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)))
 
 
 def tunix_model(base: Path) -> Any:
@@ -234,6 +246,33 @@ def gemma_params(tensors: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
     return tree
 
 
+def run_keras(folder: Path) -> None:
+    """Trains nothing: puts random LoRA on keras-hub's model, in its environment."""
+    import os
+
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras_hub
+
+    backbone = keras_hub.models.Backbone.from_preset(str(folder / "base"), dtype="float32")
+    inputs = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+
+    def logits() -> np.ndarray:
+        return np.asarray(backbone.token_embedding(backbone(inputs), reverse=True))
+
+    np.save(folder / "before.npy", logits())
+    (folder / "checkpoint").mkdir()
+    names = ["key", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"]
+    names += [f"feedforward_{part}_dense" for part in ("gate", "intermediate", "output")]
+    backbone.enable_lora(RANK, target_layer_names=[*backbone.default_lora_layer_names(), *names])
+    draws = np.random.default_rng(1)
+    for layer in backbone._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            for factor in (layer.lora_kernel_a, layer.lora_kernel_b):
+                factor.assign(draws.normal(0, 0.2, factor.shape))
+    np.save(folder / "after.npy", logits())
+    backbone.save_lora_weights(str(folder / "checkpoint" / "all.lora.h5"))
+
+
 def run_peft(folder: Path) -> None:
     """Writes PEFT's logits, in its environment."""
     import torch
@@ -255,11 +294,12 @@ def run_mora_jax(folder: Path, program: str) -> None:
     from mora_jax.cli.main import main
 
     alpha = ["--alpha", str(ALPHA)] if program == "tunix" else []
-    for checkpoint, out in (("checkpoint", "adapter"), ("checkpoint/1", "adapter_of_all")):
-        options = ["--model", str(folder / "base"), "--adapter", str(folder / checkpoint), "--out", str(folder / out)]
-        assert main(["convert", "--from", program, *options, *alpha]) == 0
-    files = [(folder / out / "adapter_model.safetensors").read_bytes() for out in ("adapter", "adapter_of_all")]
-    assert files[0] == files[1], "the two checkpoints of the same factors differ"
+    forms = {"tunix": ("checkpoint", "checkpoint/1", "qwix"), "keras": ("checkpoint/all.lora.h5",)}
+    files, shared = set(), ["--model", str(folder / "base"), "--out", str(folder / "adapter"), "--overwrite", *alpha]
+    for checkpoint in forms.get(program, ("checkpoint", "checkpoint/1")):
+        assert main(["convert", "--from", program, "--adapter", str(folder / checkpoint), *shared]) == 0
+        files.add((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert len(files) == 1, "checkpoints of the same factors differ"
     model, _ = mj.load_pretrained(folder / "base", dtype="float32")
     mj.load_adapter(model, folder / "adapter")
     np.save(folder / "mora_jax_after.npy", nnx.jit(lambda model, ids: model(ids))(model, TOKENS))
@@ -287,11 +327,11 @@ def main() -> int:
         parser.add_argument(f"--{program}", help=f"python with {program}")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    works = {"base": make_base, "tunix": run_tunix, "gemma": run_gemma, "peft": run_peft}
+    works = {"base": make_base, "tunix": run_tunix, "gemma": run_gemma, "keras": run_keras, "peft": run_peft}
     if args.work:
         works[args.work[0]](Path(args.work[1]))
         return 0
-    packages = {"tunix": ("google-tunix", "qwix"), "gemma": ("gemma",)}
+    packages = {"tunix": ("google-tunix", "qwix"), "gemma": ("gemma",), "keras": ("keras-hub", "keras")}
     rows, good = [], True
     for program, cases in CASES.items():
         python = getattr(args, program)

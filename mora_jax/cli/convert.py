@@ -4,7 +4,7 @@
   mora-jax convert --model M --adapter A --to mora --out DIR [--kind K] [--rank R]
   mora-jax convert --model M --adapter A --to peft --out DIR [--rank R]
   mora-jax convert --from-diff BASE TUNED --rank R --out DIR [--to mora --kind K]
-  mora-jax convert --from tunix|gemma --model M --adapter CHECKPOINT --out DIR [--alpha A]
+  mora-jax convert --from tunix|gemma|keras --model M --adapter CHECKPOINT --out DIR [--alpha A]
   mora-jax convert --model M --adapter A --adapter B --combine cat|svd|linear|sum --weights W W --out DIR [--rank R]
 
 lora: exact where the method's update has low rank (LoRA; MoRA of every kind but rotation and decouple); with --rank the
@@ -13,7 +13,7 @@ mora: the least-squares MoRA, its error printed; a MoRA of the same kind comes o
 combine: one adapter out of several, its error against the weighted sum of their updates printed. Of LoRA: cat (exact,
 the ranks add up), svd (the nearest of a rank) or linear (as in PEFT); of MoRA of one kind: sum (exact).
 peft: a folder that PEFT loads; methods that PEFT has keep their form, the others become LoRA.
-from: LoRA that Tunix with Qwix, or gemma, has trained, out of its orbax checkpoint, as a PEFT folder; exact.
+from: LoRA that Tunix with Qwix, gemma or keras-hub has trained, out of its checkpoint, as a PEFT folder; exact.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mora_jax.errors import InputError
 HELP = "turn an adapter into another method or layout, or extract one from a fine-tune"
 TARGETS = ("lora", "mora", "peft")
 COMBINATIONS = ("linear", "cat", "svd", "sum")
-PROGRAMS = ("tunix", "gemma")
+PROGRAMS = ("tunix", "gemma", "keras")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-diff", nargs=2, metavar=("BASE", "TUNED"), help="two models whose difference to extract"
     )
-    parser.add_argument(
-        "--from", dest="program", choices=PROGRAMS, help="the program whose orbax checkpoint --adapter is"
-    )
+    parser.add_argument("--from", dest="program", choices=PROGRAMS, help="the program whose checkpoint --adapter is")
     add_number(parser, "--alpha", float, None, "Alpha of Qwix's rule, with --from tunix", above=0)
     parser.add_argument("--to", choices=TARGETS, help="what to write (default with --from-diff: lora)")
     parser.add_argument("--combine", choices=COMBINATIONS, help="how to make one adapter of several")
@@ -115,7 +113,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     unused = [f"--{name}" for name in ("to", "combine", "rank") if getattr(args, name)]
     if args.program and (unused or args.from_diff):
         raise InputError(f"--from writes a PEFT folder; leave {', '.join(unused) or '--from-diff'} away")
-    if args.alpha is not None and not args.program:
+    if args.alpha is not None and args.program in (None, "keras"):
         raise InputError("--alpha is for --from tunix")
     if args.combine and (args.to or args.from_diff):
         raise InputError("--combine keeps the adapters' method; leave --to and --from-diff away")
@@ -177,8 +175,12 @@ def _checkpoint(args: argparse.Namespace) -> Any:
     from mora_jax.adapters.attach import adapters_of
     from mora_jax.interop.adapter_values import first
     from mora_jax.interop.convert.checkpoints import adapter_from_checkpoint
+    from mora_jax.interop.convert.keras import adapter_from_keras
 
-    model, others = adapter_from_checkpoint(args.adapter[0], args.program, args.model, alpha=args.alpha)
+    if args.program == "keras":
+        model, others = adapter_from_keras(args.adapter[0], args.model), []
+    else:
+        model, others = adapter_from_checkpoint(args.adapter[0], args.program, args.model, alpha=args.alpha)
     ranks = [entry.config.rank for entry in adapters_of(model)]
     print(f"{len(ranks)} matrices carry LoRA of rank {', '.join(map(str, sorted(set(ranks))))}", file=sys.stderr)
     if others:

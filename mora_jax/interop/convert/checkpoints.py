@@ -128,16 +128,16 @@ def adapter_from_checkpoint(
     return model, [path for path in shapes if path not in arrays]
 
 
+def matrix_paths(config: DecoderConfig, layer: int) -> dict[str, str]:
+    """The module paths of a layer's matrices by their last names."""
+    names = config.names
+    paths = (*names.qkv, names.out, *names.gate_up, names.down)
+    return {path.rpartition(".")[2]: f"{names.layer.format(layer=layer)}.{path}" for path in paths}
+
+
 def _targets(config: DecoderConfig, table: Program, module: str, layer: str | None) -> tuple[str, ...]:
     """The module paths of the matrices in a kernel; empty where the table or the family doesn't have them."""
-    names = config.names
-    known = {
-        name.rpartition(".")[2]: f"{names.layer.format(layer=int(layer))}.{name}"
-        for name in (*names.qkv, names.out, *names.gate_up, names.down)
-        if layer is not None
-    }
-    if layer is None:
-        known = {"lm_head": names.head}
+    known = {"lm_head": config.names.head} if layer is None else matrix_paths(config, int(layer))
     matrices = table.matrices.get(module, ())
     return tuple(known[name] for name in matrices) if known.keys() >= set(matrices) else ()
 

@@ -85,10 +85,10 @@ def _update(entry: AdapterEntry, place: Site, layer: int) -> Update:
         what = f"MoRA of kind {config.kind}"
         if config.kind not in BLOCK_KINDS:
             exact = exact_rank(*sizes, config.rank, config.kind)
-            product = lambda: _thin(exact_factors(params["m"] * params["scaling"], *sizes, config.kind))  # noqa: E731
+            product = lambda: thin(exact_factors(params["m"] * params["scaling"], *sizes, config.kind))  # noqa: E731
     elif (factors := adapter_class(config).low_rank(config, *sizes, params)) is not None:
-        thin = _thin(factors)
-        exact, scaling, product = thin[0].shape[1], float(params["scaling"]), lambda: thin
+        reduced = thin(factors)
+        exact, scaling, product = reduced[0].shape[1], float(params["scaling"]), lambda: reduced
     rank = getattr(config, "rank", 0)
     return Update(entry.path, *sizes, entry.is_embedding, what, kernel, product, exact, rank, scaling, config.dropout)
 
@@ -103,7 +103,7 @@ def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Site, la
     return np.asarray(method.merged_kernel(config, params, base) - base)
 
 
-def _thin(factors: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+def thin(factors: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
     """The same product with an inner size of at most the smaller outer one."""
     assert factors is not None, "asked only of kinds that are products"
     a, b = factors
