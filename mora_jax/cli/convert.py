@@ -177,8 +177,9 @@ def _checkpoint(args: argparse.Namespace) -> Any:
     from mora_jax.interop.convert.checkpoints import adapter_from_checkpoint
     from mora_jax.interop.convert.keras import adapter_from_keras
 
+    others: list[str] = []
     if args.program == "keras":
-        model, others = adapter_from_keras(args.adapter[0], args.model), []
+        model = adapter_from_keras(args.adapter[0], args.model)
     else:
         model, others = adapter_from_checkpoint(args.adapter[0], args.program, args.model, alpha=args.alpha)
     ranks = [entry.config.rank for entry in adapters_of(model)]

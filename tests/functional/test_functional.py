@@ -496,23 +496,26 @@ class Conv:
         self.weight, self.bias, self.groups = weight, bias, groups
 
     def __call__(self, x):  # [in, height, width]
-        return jax.lax.conv(x[None], self.weight, (1, 1), "SAME")[0] + self.bias
+        how = {"feature_group_count": self.groups}
+        return jax.lax.conv_general_dilated(x[None], self.weight, (1, 1), "SAME", **how)[0] + self.bias
 
 
 Conv.__module__ = "equinox.nn._conv"
 jax.tree_util.register_pytree_with_keys(
     Conv,
-    lambda conv: (tuple((jax.tree_util.GetAttrKey(name), getattr(conv, name)) for name in ("weight", "bias")), 1),
+    lambda conv: ([(jax.tree_util.GetAttrKey(name), getattr(conv, name)) for name in ("weight", "bias")], conv.groups),
     lambda groups, arrays: Conv(*arrays, groups),
 )
 
 
-def test_convolutions_of_equinox(tmp_path):
-    tree = {"conv": Conv(draw(1, 8, 3, 2, 5), draw(2, 8, 1, 1), 1), "head": Linear(draw(3, 4, 8), draw(4, 4), 4)}
-    image = draw(5, 3, 6, 7)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_of_equinox(groups, tmp_path):
+    conv = Conv(draw(1, 8, 3, 2, 5), draw(2, 8, 1, 1), groups)
+    tree = {"conv": conv, "head": Linear(draw(3, 4, 8), draw(4, 4), 4)}
+    image = draw(5, 3 * groups, 6, 7)
     run = lambda tree, x: tree["head"](tree["conv"](x).mean((1, 2)))  # noqa: E731
     assert set(mj.functional.init(tree, LORA, rngs=0)) == {"head"}
-    layer = nnx.Conv(3, 8, (2, 5), rngs=nnx.Rngs(0))
+    layer = nnx.Conv(3 * groups, 8, (2, 5), feature_group_count=groups, rngs=nnx.Rngs(0))
     on = {"targets": "conv"}
     for config in (mj.LoRAConfig(rank=2, **on), mj.MoRAConfig(rank=1, **on), mj.IA3Config(**on)):
         folder = tmp_path / type(config).__name__

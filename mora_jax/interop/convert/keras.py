@@ -1,4 +1,4 @@
-"""LoRA out of the `.lora.h5` files of keras-hub (`Backbone.save_lora_weights`), read without keras.
+"""LoRA out of the `.lora.h5` files that a backbone of keras-hub saves, read without keras.
 
 keras cuts a kernel before its last axis: A is `[…, r]` and B `[r, last]`. Where the last axis is that of one head,
 `[width, heads, r]` and `[r, head_dim]`, all heads share B. The update of the whole matrix is then a LoRA of rank
@@ -50,10 +50,10 @@ BLOCKS = {
 
 
 def adapter_from_keras(file: str | os.PathLike[str], base: str | os.PathLike[str]) -> Decoder:
-    """Reads a file of `save_lora_weights`; keras multiplies A B by 1.
+    """Reads a file of LoRA weights; keras multiplies A B by 1.
 
     Args:
-        file: ends in `.lora.h5`.
+        file: of keras' save_lora_weights, ends in .lora.h5.
         base: HuggingFace folder or hub id of the model that it was trained on.
 
     Returns:
@@ -95,7 +95,10 @@ def _read(path: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         with h5py.File(path) as data:
             layers = {name: layer["vars"] for name, layer in data["lora"].items() if name != "vars"}  # that is the rank
             factors = {
-                int(name): (np.float32(layer["lora_kernel_a"]), np.float32(layer["lora_kernel_b"]))
+                int(name): (
+                    np.asarray(layer["lora_kernel_a"], np.float32),
+                    np.asarray(layer["lora_kernel_b"], np.float32),
+                )
                 for name, layer in layers.items()
             }
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
