@@ -196,7 +196,10 @@ class Check:
         if self.zeros:
             lines.append(f"{len(self.zeros)} tensors are zero, such as {self.zeros[0]}")
         lines += [f"{name} has values that are no finite numbers" for name in self.not_finite]
-        lines += map(str, self.findings)
+        alike: dict[str, list[Finding]] = {}  # the same in many layers is one line
+        for finding in self.findings:
+            alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", str(finding)), []).append(finding)
+        lines += [f"{first}{f' (and {len(more)} like it)' if more else ''}" for first, *more in alike.values()]
         named = f"{self.engine.title} {self.engine.version} ({self.engine.source})"
         uses = f"uses {len(self.used)} of {len(self.tensors)} tensors" if self.tensors else "takes the model"
         lines.append(f"{named} {uses}" if self.good or self.tensors else f"{named} does not take the model as it is")
@@ -232,11 +235,13 @@ def _check_adapter(where: Path, engine: Engine, model: Decoder | None) -> Check:
     kind = str(values.get("peft_type", "LORA"))
     files = open_checkpoint(where, WEIGHTS)
     findings = [*_fields(values, kind, engine)]
-    if engine.lora_only:
+    # A MoRA is refused as a whole, and its matrices are no factors.
+    is_mora = bool(values.get("use_mora") or values.get("mora_jax_kind"))
+    if engine.lora_only and not is_mora:
         findings += _lora_tensors(values, files.shapes, engine)
-    elif kind not in engine.types and kind in {form.peft_type for form in FORMATS}:
+    elif not engine.lora_only and kind not in engine.types and kind in {form.peft_type for form in FORMATS}:
         findings += _peft_tensors(values, files.shapes, engine, str(where))
-    if model is not None:
+    if model is not None and not is_mora:
         findings += _against(model, unfused(model, files, values.get("target_parameters") or (), str(where))[0].shapes)
     odd, zeros = [], []
     for name in files.shapes:
@@ -322,7 +327,8 @@ def _lora_tensors(values: dict[str, Any], shapes: dict[str, tuple[int, ...]], en
         told = values.get("use_rslora") and not engine.rslora  # by the field
         if abs(wanted - reads) > 1e-6 * max(abs(wanted), abs(reads)) and not told:
             reason = f"{module} is scaled by {wanted:.6g}, but {engine.title} reads no patterns and would scale by"
-            yield Finding("misread", f"{reason} {reads:.6g}", given)
+            mend = "mora-jax convert --rank R gives all matrices one rank"
+            yield Finding("misread", f"{reason} {reads:.6g}: {mend}", given)
 
 
 def _peft_tensors(

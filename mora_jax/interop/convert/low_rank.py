@@ -54,8 +54,10 @@ def best_factors(delta: Array, rank: int) -> Factors:
 def best_factors_of_product(a: Array, b: Array, rank: int) -> Factors:
     """As `best_factors(a @ b, rank)`, without ever forming the product. `a [in, k]`, `b [k, out]`."""
     if rank >= a.shape[1]:
-        norm = float(np.linalg.norm(_core(a, b)[1]))
-        return Factors(*_padded(a, b, rank), norm, 0.0)
+        wide_a, wide_b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        # ‖A B‖² = Σ (AᵀA) ⊙ (B Bᵀ): two small products, where a decomposition took nine tenths of a conversion.
+        squared = float(np.sum((wide_a.T @ wide_a) * (wide_b @ wide_b.T)))
+        return Factors(*_padded(a, b, rank), max(squared, 0.0) ** 0.5, 0.0)
     left, core, right = _core(a, b)
     u, singular, vt = np.linalg.svd(core)
     root = np.sqrt(singular[:rank])
