@@ -112,6 +112,7 @@ def backward(reference: Any, ids: np.ndarray) -> None:
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:no expert carries an adapter:UserWarning")
 def test_lora_of_peft_both_ways_and_merged(made, tmp_path):
     linear = LINEAR.get(made.name, "all-linear")
     theirs, ids = randomised(made.torch, linear, 0.1 if made.name in SHARP else 0.3), some_ids()

@@ -219,6 +219,7 @@ def test_a_grown_vocabulary_of_a_model_with_images(model_type, text, tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:no expert carries an adapter:UserWarning")
 @pytest.mark.parametrize(
     "model_type, text, older",
     [

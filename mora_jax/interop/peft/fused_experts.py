@@ -23,6 +23,7 @@ from mora_jax.adapters.sites import PartSite, sites
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import plain
 from mora_jax.interop.peft.format import PREFIX
+from mora_jax.interop.peft.stored import meaning
 from mora_jax.interop.safetensors_io import TensorFiles
 from mora_jax.models.decoder import Decoder
 
@@ -52,6 +53,7 @@ def unfused(
         InputError: a parameter that is none of experts, or whose factors are missing or don't fit.
     """
     projections = expert_projections(model)
+    held = {meaning(name)[1] for name in files.shapes}
     paths = {}
     named = set()
     for projection in projections:
@@ -61,7 +63,8 @@ def unfused(
                 paths[path] = projection, layer
                 named.add(name)
         if len(projection.matrices) > 1:
-            projection.see(whole=any(path in paths for path in layers.values()))
+            together = any(path in paths for path in layers.values())
+            projection.see(whole=together or not held.isdisjoint(projection.module_paths(projection.whole)))
     if unknown := sorted(set(parameters) - named):
         raise InputError(f"{where}: target_parameters names {unknown[0]}, which is no parameter of the model's experts")
     views, experts = {}, {}
@@ -217,7 +220,7 @@ def each(model: nnx.Module) -> Iterator[AdapterEntry]:
             continue
         projection = place.layer
         assert isinstance(projection, ExpertProjection)
-        if not projection.seen_whole:
+        if not projection.seen_whole or not hasattr(place.adapter, "lora_b"):
             yield from map(plain, entries_of(place))
             continue
         for entry in map(plain, entries_of(place)):

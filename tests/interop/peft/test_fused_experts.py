@@ -204,12 +204,13 @@ def test_a_tensor_an_expert_is_refused_where_peft_loses_it(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_mora_on_experts_is_a_tensor_an_expert(tmp_path):
-    model, ids = ours("mixtral", nnx.Rngs(0)), tokens()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mora_on_experts_is_a_tensor_an_expert(family, tmp_path):
+    model, ids = ours(family, nnx.Rngs(0)), tokens()
     mj.attach(model, mj.MoRAConfig(rank=2, kind="rotation"), rngs=nnx.Rngs(0))
     fill_randomly(model)
     mj.save_adapter(model, tmp_path)
-    again = ours("mixtral", nnx.Rngs(0))
+    again = ours(family, nnx.Rngs(0))
     mj.load_adapter(again, tmp_path)
     np.testing.assert_array_equal(again(ids), model(ids))
 
