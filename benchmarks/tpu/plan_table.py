@@ -244,22 +244,24 @@ def write_experts(cells: Path, path: Path) -> None:
     """Writes the tables of models with experts."""
     held = {held: cell(f"qwen3-30b-a3b lora h200 model.quantize={held}") for held in ("none", "int8", "nf4")}
     sizes = ", ".join(f"{gigabytes(plan.memory.weights)} with `{name}`" for name, plan in held.items())
-    script = "`nice -n 10 python benchmarks/tpu/plan_table.py --experts`"
-    text = f"""# Models with experts, and large ones
-
-Written by {script}; nothing was run. Rows of 2048 tokens, bfloat16, LoRA on every
-linear layer and every expert.
-
-Frozen arrays of Qwen3-30B-A3B by `model.quantize`, GB: {sizes}.
-
-## The formula against the compiler
+    known, compared = read_cells(cells), ""
+    if known:
+        compared = f"""## The formula against the compiler
 
 One row a chip unless the settings say otherwise, `model.remat=full`, rank 8. GB on each chip; `sent` is what a chip
 sends in the collectives of a step. {made_of(cells)}
 
-{check_table(EXPERTS, read_cells(cells))}
+{check_table(EXPERTS, known)}
 
-## Many chips, by formula
+"""
+    text = f"""# Models with experts, and large ones
+
+Written by `nice -n 10 python benchmarks/tpu/plan_table.py --experts`; nothing was run. Rows of 2048 tokens,
+bfloat16, LoRA on every linear layer and every expert.
+
+Frozen arrays of Qwen3-30B-A3B by `model.quantize`, GB: {sizes}.
+
+{compared}## Many chips, by formula
 
 Rank 16, steps of 128 rows. GB on each chip: the base, the adapters with their moments, and all.
 

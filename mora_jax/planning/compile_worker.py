@@ -62,7 +62,9 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "space vmem" in str(error):  # that is no shortage of HBM
+        if "space vmem" in str(error):  # which is no question of how much a step needs
+            sys.exit("an operation of the step gets too little of the chip's fast memory (E1001)")
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"fits": False, "seconds": time.perf_counter() - start} | read_shortage(str(error))
     memory: Any = compiled.memory_analysis()

@@ -1,7 +1,5 @@
 """One training step put together from a model and a configuration: what `train` runs and `plan` compiles."""
 
-import os
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +11,6 @@ from jax.sharding import Mesh
 from mora_jax.adapters.attach import detach, partition
 from mora_jax.adapters.sites import adapted_sites
 from mora_jax.models.decoder import Decoder
-from mora_jax.models.experts import Experts
 from mora_jax.models.own import OwnModel, draws
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config, adapter_config
@@ -120,24 +117,8 @@ def assemble(
     if placement is None:
         runner = PmapRunner(step, mesh.size)
     else:
-        runner = JitRunner(step, mesh, placement.table(adapters, frozen), compiler_options(model, mesh))
+        runner = JitRunner(step, mesh, placement.table(adapters, frozen))
     return Assembly(structure, *arrays, optimizer, placement, runner, restarts, budget, settings, rates)
-
-
-def compiler_options(model: nnx.Module, mesh: Mesh) -> dict[str, str] | None:
-    """Options for the step of a model with experts on TPUs: room in a chip's fast memory for one operation.
-
-    With the default of 16 MiB the compiler refuses grouped products of many rows (E1001). What `LIBTPU_INIT_ARGS` says
-    stays. TPUs v4 and older have no more than that.
-    """
-    chip, name = mesh.devices.flat[0], "xla_tpu_scoped_vmem_limit_kib"
-    if (
-        chip.platform != "tpu"
-        or re.search("v[234]", chip.device_kind)
-        or name in os.environ.get("LIBTPU_INIT_ARGS", "")
-    ):
-        return None
-    return {name: "32768"} if any(isinstance(node, Experts) for _, node in nnx.iter_graph(model)) else None
 
 
 def _preference_loss(config: Config, model: nnx.Module) -> PreferenceLoss | None:

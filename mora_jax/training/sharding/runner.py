@@ -127,18 +127,11 @@ class JitRunner(Runner):
         mesh: the mesh; rows of a batch are sharded along `data`, `fsdp` and `expert`.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`); what it doesn't name, and with
             None everything, is on every device.
-        options: of the compiler.
     """
 
-    def __init__(
-        self,
-        step: StepFunction,
-        mesh: Mesh,
-        shardings: dict[str, NamedSharding] | None = None,
-        options: dict[str, Any] | None = None,
-    ):
+    def __init__(self, step: StepFunction, mesh: Mesh, shardings: dict[str, NamedSharding] | None = None):
         super().__init__()
-        self._step, self._options = step, options
+        self._step = step
         self._shardings = shardings or {}
         mesh = with_all_axes(mesh)
         self.devices = list(mesh.devices.flat)
@@ -151,8 +144,7 @@ class JitRunner(Runner):
     def trace(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
         """The step, traced and not lowered yet: it tells its operations."""
         places = jax.tree.map(lambda array: array.sharding, state)
-        shardings: Any = (places, self._whole)
-        jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=shardings, compiler_options=self._options)
+        jitted = jax.jit(self._step, donate_argnums=(0,), out_shardings=(places, self._whole))
         return jitted.trace(state, frozen, batch)
 
     def places(self, tree: Any) -> Any:
