@@ -268,7 +268,6 @@ def test_targets_name_one_matrix_or_two(family, targets, parts):
         (("up_proj", "experts.up_proj"), {"up_proj"}, {"up_proj"}),
         (r".*layers\.1\.experts\.down_proj\.[0-3]", set(), {"down_proj"}),
     ],
-    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:no expert carries an adapter")
 def test_plain_names_are_those_of_a_dense_mlp_beside_experts(targets, dense, experts):
