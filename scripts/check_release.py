@@ -73,7 +73,8 @@ def built_twice(out: Path) -> Path:
 
 def smoke_test(wheel: Path, python: str, site: Path | None, lowest: bool) -> None:
     """Uses the wheel in an environment of its own."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    direct: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
@@ -83,7 +84,8 @@ def smoke_test(wheel: Path, python: str, site: Path | None, lowest: bool) -> Non
             subprocess.run([*pip, "uv"], check=True)  # pip only takes the newest
             pip = [interpreter, "-m", "uv", "pip", "install", "--quiet", "--python", interpreter]
             pip += ["--resolution", "lowest-direct", "--no-build"]
-        subprocess.run([*pip, *([] if site is None else ["--no-deps"]), wheel], check=True)
+            direct = project["dependencies"]  # to uv those of a wheel that it installs are not
+        subprocess.run([*pip, *([] if site is None else ["--no-deps"]), wheel, *direct], check=True)
         if site is not None:
             (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
             (packages / "dependencies.pth").write_text(f"{site}\n", encoding="utf-8")
@@ -97,7 +99,7 @@ def smoke_test(wheel: Path, python: str, site: Path | None, lowest: bool) -> Non
             subprocess.run(command, cwd=place, env=environment, check=True, stdout=output)
 
         run(interpreter, "--version")
-        run(interpreter, "-c", f"VERSION = {version!r}\n{SMOKE}")
+        run(interpreter, "-c", f"VERSION = {project['version']!r}\n{SMOKE}")
         command = folder / "venv" / "bin" / "mora-jax"
         run(command, "--version")
         run(command, "generate", "--model", "merged", "--prompt", "What is the capital of France?")
