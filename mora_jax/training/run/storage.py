@@ -160,7 +160,7 @@ class Files:
     """
 
     remote = False
-    hint = "make room there or fix its permissions"
+    hint = "make room there or fix its permissions, then continue with --resume"
     attempts = 4
 
     def __init__(self, path: Any):
@@ -170,7 +170,7 @@ class Files:
     def _retry(self, action: Callable[[], T], name: str, what: str) -> T:
         with silenced_loggers() if self.remote else contextlib.nullcontext():
             # A folder that can't be made has no run yet.
-            hint = self.hint if self.remote or what == "made" else f"{self.hint}, then continue with --resume"
+            hint = self.hint.partition(", then ")[0] if what == "made" else self.hint
             return with_retries(action, f"{self.path / name} can't be {what}", hint, self.note, attempts=self.attempts)
 
     def make(self) -> None:
