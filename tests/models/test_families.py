@@ -69,14 +69,16 @@ CASES = {
 }
 
 LONG = {"rope_parameters": ODD["phi3"]["rope_parameters"] | {"original_max_position_embeddings": 32}}
+GEMMA4 = IDS | {"vocab_size_per_layer_input": SIZES["vocab_size"], "head_dim": 8, "global_head_dim": 16}
 CASES |= {
     # Its defaults, as far as a tiny model can have them.
     **{name: (name, IDS) for name in ODD if name not in CASES},
     **{f"{name}-odd": (name, fields) for name, fields in ODD.items()},
     "ministral": ("ministral", IDS | {"head_dim": 8}),  # transformers wants it said
-    "gemma4_text": (
+    "gemma4_text": ("gemma4_text", GEMMA4),
+    "gemma4_text-experts": (
         "gemma4_text",
-        IDS | {"vocab_size_per_layer_input": SIZES["vocab_size"], "head_dim": 8, "global_head_dim": 16},
+        GEMMA4 | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 12},
     ),
     "qwen3_5_text": ("qwen3_5_text", IDS | {"num_hidden_layers": 4}),  # transformers wants a layer with attention
     "helium": ("helium", IDS | {"head_dim": 8}),  # the only one that transformers can do
