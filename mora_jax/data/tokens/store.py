@@ -53,7 +53,7 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
         return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(b"".join(values)))
     dtype = kind.value_type.to_pandas_dtype()
     flat = np.concatenate([np.zeros(0, dtype), *(np.asarray(value, dtype) for value in values if value is not None)])
-    valid = np.packbits([value is not None for value in values], bitorder="little")
+    valid = np.packbits(np.array([value is not None for value in values], bool), bitorder="little")
     buffers = [pa.py_buffer(valid), pa.py_buffer(offsets)]
     return pa.Array.from_buffers(kind, len(values), buffers, children=[_array(flat, kind.value_type)])
 
