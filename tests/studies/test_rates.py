@@ -137,9 +137,10 @@ def test_the_study_end_to_end(tmp_path, capsys):
     # A cell's loss on new rows is what eval says of its adapter, and what its file of rows adds up to.
     [file] = (out / "items").glob("*LoRA*seed1.jsonl")
     run = out / "runs" / file.stem
+    # Studies of the embedded model are in float32; eval takes the dtype of the machine.
     scored = ["eval", "--model", demo.model_path(), "--adapter", str(run / "adapter"), "--data", demo.data_path("test")]
     capsys.readouterr()
-    assert main([*scored, "--max-length", "25", "--json"]) == 0
+    assert main([*scored, "--max-length", "25", "--dtype", "float32", "--json"]) == 0
     [value] = frame[(frame["cell"] == run.name) & (frame["metric"] == "loss")]["value"]
     assert json.loads(capsys.readouterr().out)["nll"] == pytest.approx(value, rel=1e-4)
     items = [json.loads(line) for line in file.read_text().splitlines()]
