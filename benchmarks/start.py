@@ -3,8 +3,8 @@
     python benchmarks/start.py --model SmolLM2-135M-Instruct --json FILE.json
 
 Each start is a process of its own that trains one step (LoRA, `--rows` × `--length` tokens) as `mora-jax train` does.
-Seconds are of CPU time, so that other work on the machine counts little; a part doesn't count what another part named
-here does inside it.
+Seconds are by the clock and, of all cores, of CPU time, in which other work on the machine counts less; a part doesn't
+count what another part named here does inside it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 #: What `run.py` calls this with, and what goes behind it with `--quick`.
 CALL = "--model {model} --json {json}"
 QUICK = "--rows 1 --length 32"
+BEGUN, STEP = time.perf_counter(), "from the start to the end of the first step"
 PARTS = (
     "interpreter and imports",
     "reading the model",
@@ -36,12 +37,20 @@ PARTS = (
 
 
 class Parts:
-    """Adds up the CPU time of parts, each without those inside it."""
+    """Adds up the seconds of parts, each without those inside it, by the clock and of CPU time.
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+    Args:
+        since: both at the process's start.
+
+    Attributes:
+        left: by part, what had passed since the process's start when it was left last.
+    """
+
+    def __init__(self, since: tuple[float, float]) -> None:
+        self.seconds = {part: [0.0, 0.0] for part in PARTS}
+        self.left = dict[str, list[float]]()
         self._stack = [PARTS[-1]]
-        self._since = 0.0  # the process's start
+        self._since = self._start = since
 
     def enter(self, part: str) -> None:
         """A part begins inside the present one; compiling the step is not told from what does it."""
@@ -52,11 +61,12 @@ class Parts:
     def leave(self) -> None:
         """The present part ends."""
         self._book()
-        self._stack.pop()
+        self.left[self._stack.pop()] = [now - start for now, start in zip(self._since, self._start, strict=True)]
 
     def _book(self) -> None:
-        now = time.process_time()
-        self.seconds[self._stack[-1]] += now - self._since
+        now = time.perf_counter(), time.process_time()
+        for i, before in enumerate(self._since):
+            self.seconds[self._stack[-1]][i] += now[i] - before
         self._since = now
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
@@ -75,7 +85,7 @@ class Parts:
 
 def work(options: list[str]) -> None:
     """A start in this process: prints the parts."""
-    parts = Parts()
+    parts = Parts((BEGUN, 0.0))
     parts.enter(PARTS[0])
     import jax
     from jax._src import compiler
@@ -93,18 +103,19 @@ def work(options: list[str]) -> None:
     parts.wrap(compiler, "compile_or_get_cached", PARTS[6])
     parts.wrap(jax.stages.Lowered, "compile", PARTS[5])  # which the step alone is compiled by
     parts.wrap(Runner, "__call__", PARTS[7])
+    parts.wrap(Runner, "read", PARTS[7])  # waits for the step
     sys.argv = ["mora-jax", "train", *options]
     code = main()
     parts.enter(PARTS[-1])
-    print(json.dumps({"code": code, "parts": parts.seconds}), flush=True)
+    print(json.dumps({"code": code, "parts": parts.seconds, STEP: parts.left[PARTS[7]]}), flush=True)
 
 
-def start(args: argparse.Namespace, folder: Path, number: int) -> dict[str, float]:
-    """One start in a new process; seconds of CPU time by part."""
+def start(args: argparse.Namespace, folder: Path, number: int) -> dict[str, list[float]]:
+    """One start in a new process; seconds by part, by the clock and of CPU time."""
     settings = {
         "model.path": args.model,
         "model.dtype": args.dtype,
-        "data.train": folder / "rows.json",
+        "data.train": args.data or folder / "rows.json",
         "data.max_length": args.length,
         "train.batch_size": args.rows,
         "train.steps": 1,
@@ -114,10 +125,13 @@ def start(args: argparse.Namespace, folder: Path, number: int) -> dict[str, floa
     options = [f"--config.{name}={value}" for name, value in settings.items()]
     command = [sys.executable, __file__, "--work", *options]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["MORA_JAX_CACHE"] = str(folder / "cache")
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"error: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])["parts"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    whole = [sum(part[i] for part in found["parts"].values()) for i in range(2)]
+    return found["parts"] | {STEP: found[STEP], "all": whole}
 
 
 def main() -> None:
@@ -127,9 +141,10 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a HuggingFace folder")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="none: as train chooses")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--data", type=Path, help="a file to train on, in place of eight long rows")
     parser.add_argument("--json", type=Path, help="where to write the seconds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -138,12 +153,11 @@ def main() -> None:
         rows = [{"instruction": f"Say {number}.", "output": words} for number in range(8)]
         (folder / "rows.json").write_text(json.dumps(rows))
         starts = [start(args, folder, number) for number in (1, 2)]
-    print(f"{args.rows} × {args.length} tokens, LoRA, {args.dtype}; CPU seconds\n")
+    print(f"{args.rows} × {args.length} tokens, LoRA, {args.dtype}; seconds by the clock, in brackets of CPU time\n")
     print("| part | first start | second start |\n| --- | ---: | ---: |")
-    for part in PARTS:
-        print(f"| {part} | {starts[0][part]:.2f} | {starts[1][part]:.2f} |")
-    totals = [sum(one.values()) for one in starts]
-    print(f"| all | {totals[0]:.2f} | {totals[1]:.2f} ({totals[1] / totals[0]:.0%}) |")
+    for part in starts[0]:
+        first, second = (one[part] for one in starts)
+        print(f"| {part} | {first[0]:.2f} ({first[1]:.2f}) | {second[0]:.2f} ({second[1]:.2f}) |")
     if args.json is not None:
         args.json.write_text(json.dumps({"first": starts[0], "second": starts[1]}, indent=1), encoding="utf-8")
 

@@ -75,14 +75,14 @@ class Contest:
         self.alone: list[Any] = []
         mesh = make_mesh(1)
         self.stack = Stack(mesh)
-        self.states: dict[int, Any] = {}
+        self.states: list[Any] = []
         for index in range(len(batches)):
             optimizer = OptimizerConfig(learning_rate=1e-4 * (index + 1), schedule="constant")
             config = Config(seed=index, adapter=adapter, optimizer=optimizer)
             model = nnx.merge(*base)
             put_adapter(model, config, STEPS)
             made = assemble(model, config, STEPS, mesh)
-            self.states[index] = made.placed_state(index)
+            self.states.append(made.placed_state(index))
             self.stack.join(made, optimizer, STEPS)
             # Steps donate their state.
             own = jax.tree.map(lambda array: array.copy(), self.states[index])
@@ -109,12 +109,11 @@ class Contest:
     def step_together(self) -> list[Any]:
         """All runs make a step together."""
         replies = self.stack.step(self.states, dict(enumerate(self.batches)))
-        return [np.asarray(reading()[0].loss) for _, reading in replies.values()]
+        return [member.read(fetched)[0].loss for member, fetched in replies.values()]
 
     def compile_seconds(self) -> tuple[float, float]:
         """What compiling took, of a step alone and of the step together."""
-        assert self.stack.runner is not None
-        return self.runner.compile_seconds, self.stack.runner.compile_seconds
+        return self.runner.compile_seconds, sum(one.seconds for one in self.stack.compilation_log)
 
 
 def timed(step: Any) -> tuple[float, float]:

@@ -136,3 +136,17 @@ def test_the_stamp_names_what_stays_and_what_is_new(load, monkeypatch):
     assert measuring.without_stamp(once).strip() == "# T\n\n| a |"
     both = measuring.stamped(once, "Made at commit `old`.\n")
     assert measuring.commits_of(both) == ["old", "new"] and "\nMade at commits `old`, `new`, 2026-12-01, with" in both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.rglob("*.py") if "QUICK = " in path.read_text()))
+def test_each_runs_in_small_sizes(load, tmp_path, name):
+    run = load("run")
+    asked = argparse.Namespace(model=None, data=None, other_python=None, out=tmp_path)
+    obstacle = run.benchmarks()[name].obstacle(run.placeholders(asked, name), quick=True)
+    if obstacle is not None:
+        pytest.skip(f"{name} {obstacle}")
+    command = [sys.executable, str(FOLDER / "run.py"), name, "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / f"{name}.md").stat().st_size
