@@ -43,7 +43,7 @@ def _by_all(x, w, sizes):
     return jnp.einsum("ri,eio,re->ro", x, w, jax.nn.one_hot(owner, len(sizes)))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # blocks, and jax's ragged products, which run here too
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])  # blocks, and the ragged products of jax, which run here too
 @pytest.mark.parametrize("sizes", SIZES_BY_GROUP, ids=str)
 def test_grouped_products_are_those_of_a_loop(sizes, backend, monkeypatch):
     monkeypatch.setattr(grouped, "backend", lambda: backend)
@@ -65,7 +65,7 @@ def test_grouped_products_are_those_of_a_loop(sizes, backend, monkeypatch):
         start += size
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("held", FORMATS)
 def test_quantised_products_are_those_of_a_loop_over_rounded_matrices(held, backend, monkeypatch):
     monkeypatch.setattr(grouped, "backend", lambda: backend)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from mora_jax.environment import has_libtpu
+from mora_jax.planning.model_shapes import PUBLISHED
 from mora_jax.planning.plan import Plan, by_formula
 from mora_jax.planning.topology import read_topology
 from mora_jax.planning.tpu_compile import Compiled, compile_elsewhere
@@ -128,3 +129,11 @@ def test_a_row_that_is_shared_needs_less_memory():
     alone = compiled_for("v5e-1", **settings)
     shared = compiled_for("v5e-8", **settings | {"mesh__context": 8})
     assert shared.temp < alone.temp / 4
+
+
+@pytest.mark.parametrize("rank", [8, 128])
+def test_adapters_of_many_experts(rank):
+    """In the shapes of Qwen3-30B-A3B: libtpu refuses a product with B as it stands for a lack of fast memory."""
+    model = PUBLISHED["qwen3-30b-a3b"] | {"num_hidden_layers": 2, "vocab_size": 4096}
+    found = compiled_for("v5e-8", model, data__max_length=2048, mesh__fsdp=1, mesh__expert=8, adapter__rank=rank)
+    assert found.fits and found.total is not None

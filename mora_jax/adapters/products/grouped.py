@@ -21,6 +21,7 @@ from mora_jax.adapters.products.matmul import wide
 from mora_jax.adapters.products.quantization import Quantized
 from mora_jax.backend import backend
 
+SHORT = 256  # sums of fewer numbers, as a rank's, take another form on TPUs
 BLOCKS = (8, 64)  # the fewest and the most rows a block on CPUs; a group fills up its last one with zeros
 
 _INPUTS = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))  # x @ w
@@ -82,6 +83,8 @@ def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDi
     if backend() != "cpu":
         # Not before x is there: see `Quantized.after`.
         dense = lax.optimization_barrier((w, x))[0].dense(x.dtype, 1) if isinstance(w, Quantized) else w
+        if backend() == "tpu" and x.shape[1] < SHORT:
+            x, dense, how = _of_short_sums(x, dense, how)
         return lax.ragged_dot_general(x, dense, sizes, how, preferred_element_type=wide(x.dtype))
     blocks = _Blocks(sizes, len(x))
     contracted = how.dot_dimension_numbers[0][1][0] - 1
@@ -94,6 +97,19 @@ def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDi
         return lax.dot_general(rows, matrix, dimensions, preferred_element_type=wide(x.dtype))
 
     return blocks.rows(lax.map(product, (blocks.of(x), blocks.group)))
+
+
+def _of_short_sums(
+    x: Array, w: Array, how: lax.RaggedDotDimensionNumbers
+) -> tuple[Array, Array, lax.RaggedDotDimensionNumbers]:
+    """The same product in a form that the TPU's compiler takes: the axis of the sums last, and no longer than 64 or 256.
+
+    With libtpu 0.0.52 others run out of fast memory (E1001), such as `[131072, 8]` by `[16, 8, 1536]`.
+    """
+    if how is _INPUTS:
+        w = jnp.swapaxes(w, 1, 2)
+    filling = ((0, 0), (0, SHORT - x.shape[1]))
+    return (x, w, _OUTPUTS) if x.shape[1] <= 64 else (jnp.pad(x, filling), jnp.pad(w, ((0, 0), *filling)), _OUTPUTS)
 
 
 def _of_groups(x: Array, y: Array, sizes: Array) -> Array:
