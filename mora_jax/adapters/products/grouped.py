@@ -102,7 +102,7 @@ def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDi
 def _of_short_sums(
     x: Array, w: Array, how: lax.RaggedDotDimensionNumbers
 ) -> tuple[Array, Array, lax.RaggedDotDimensionNumbers]:
-    """The same product in a form that the TPU's compiler takes: the axis of the sums last, and no longer than 64 or 256.
+    """The same product in a form that the TPU's compiler takes: sums along the last axis, of at most 64 numbers or 256.
 
     With libtpu 0.0.52 others run out of fast memory (E1001), such as `[131072, 8]` by `[16, 8, 1536]`.
     """
