@@ -427,20 +427,20 @@ def test_mxfp4_files_are_read_as_transformers_reads_them(tmp_path):
 @pytest.mark.parametrize(
     "family, per_token, sizes",
     [
-        ("qwen3_moe", "num_experts_per_tok", 3 * (32 + 128)),
-        ("gemma4_text", "top_k_experts", (32 + 2 * 128) + (128 + 32)),  # one A for gate and up
+        ("qwen3_moe", "num_experts_per_tok", 3 * (32 + 256)),
+        ("gemma4_text", "top_k_experts", (32 + 2 * 256) + (256 + 32)),  # one A for gate and up
     ],
 )
 def test_plans_count_the_experts_that_a_token_has(family, per_token, sizes):
     values = SIZES | FAMILIES[family] | {"architectures": [ARCHITECTURES[family]], "pad_token_id": None}
-    values |= {"num_experts": 8, "moe_intermediate_size": 128, "norm_topk_prob": True}
+    values |= {"num_experts": 8, "moe_intermediate_size": 256, "norm_topk_prob": True}
 
     def flops(count: int) -> float:
         return estimate_memory(Config(), values | {per_token: count}, (1,) * 5, "tpu").flops
 
     rows = 6 * Config().train.batch_size * Config().data.max_length  # six experts more for each token
     # Three matrices of the base forward and backward, their factors for the gradients of these as well; three layers.
-    wanted = 3 * 2 * rows * (2 * 3 * 32 * 128 + 3 * sizes * mj.LoRAConfig().rank)
+    wanted = 3 * 2 * rows * (2 * 3 * 32 * 256 + 3 * sizes * mj.LoRAConfig().rank)
     np.testing.assert_allclose(flops(8) - flops(2), wanted, rtol=0.01)
 
 

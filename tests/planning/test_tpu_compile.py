@@ -131,9 +131,10 @@ def test_a_row_that_is_shared_needs_less_memory():
     assert shared.temp < alone.temp / 4
 
 
-@pytest.mark.parametrize("rank", [8, 128])
-def test_adapters_of_many_experts(rank):
+@pytest.mark.parametrize(("method", "rank"), [("lora", 8), ("lora", 128), ("mora", 8)])
+def test_adapters_of_many_experts(method, rank):
     """In the shapes of Qwen3-30B-A3B: libtpu refuses a product with B as it stands for a lack of fast memory."""
     model = PUBLISHED["qwen3-30b-a3b"] | {"num_hidden_layers": 2, "vocab_size": 4096}
-    found = compiled_for("v5e-8", model, data__max_length=2048, mesh__fsdp=1, mesh__expert=8, adapter__rank=rank)
+    settings = {"mesh.fsdp": 1, "mesh.expert": 8, "data.max_length": 2048, "adapter.method": method}
+    found = compiled_for("v5e-8", model, **settings, adapter__rank=rank)
     assert found.fits and found.total is not None
