@@ -38,8 +38,6 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist 
   --timeout $(TIMEOUT) --timeout-method thread
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Where it is set, every command that a test starts compiles the library's sources anew, which takes a second.
-unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@sed -n 's/^# \(make .*\)/  \1/p' Makefile

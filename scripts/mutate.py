@@ -362,8 +362,8 @@ def choose_tests(
             for path, others in tests.items():
                 source = (repository / path).read_text().splitlines()
                 for number, those in others.items():
-                    if re.search(rf"\b{name[1]}\b", source[number - 1]):
-                        found |= those
+                    if any(re.search(rf"\b{name[1]}\b", line) for line in source[number - 1 : number]):
+                        found |= those  # an empty module runs a first line that it doesn't have
     mirror = f"test_{Path(mutant.path).stem}.py"
     return sorted(found, key=lambda test: (f"/{mirror}::" not in test, seconds[test]))
 

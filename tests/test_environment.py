@@ -28,7 +28,7 @@ def found(monkeypatch, versions: dict[str, str | None]) -> None:
         return versions.get(name) or real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    for name in ("jax", "flax"):
+    for name in ("jax", "flax", *(name for name, version in versions.items() if version is None)):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
