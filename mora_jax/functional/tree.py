@@ -172,8 +172,9 @@ def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(names[1:] if names[:1] == ["params"] else names)
 
 
-def _owner(tree: Any, keys: tuple[Any, ...]) -> tuple[str, int]:
-    """The class of Equinox whose array a leaf is, or the nearest that it extends, else empty; and its groups, or 0."""
+def _owner(tree: Any, keys: tuple[Any, ...]) -> tuple[str, int, int]:
+    """The class of Equinox whose array a leaf is, or the nearest that it extends, else empty; of a convolution its
+    groups and the axes of one kernel, else 0."""
     node = tree
     for key in keys[:-1]:
         try:
@@ -183,9 +184,9 @@ def _owner(tree: Any, keys: tuple[Any, ...]) -> tuple[str, int]:
                 else node[getattr(key, "key", getattr(key, "idx", None))]
             )
         except (AttributeError, KeyError, IndexError, TypeError):
-            return "", 0
+            return "", 0, 0
     owner = next((base.__name__ for base in type(node).__mro__ if base.__module__.startswith("equinox.nn.")), "")
-    return owner, node.groups if "Conv" in owner else 0
+    return (owner, node.groups, node.num_spatial_dims + 2) if "Conv" in owner else (owner, 0, 0)
 
 
 def _matrix(
@@ -194,6 +195,7 @@ def _matrix(
     bias: tuple[int, ...] | None,
     owner: str,
     groups: int,
+    axes: int,
     equation: str | None,
     path: str,
 ) -> tuple[Matrix, str]:
@@ -202,7 +204,7 @@ def _matrix(
     Args:
         name: of the array.
         shape, bias: of the array, and of the layer's bias.
-        owner, groups: a class of Equinox, and a convolution's groups.
+        owner, groups, axes: as from `_owner`.
         equation: an einsum that says it.
         path: of the layer, for messages.
     """
@@ -216,7 +218,7 @@ def _matrix(
     if owner == "Embedding" or last.startswith("embedding"):
         return Matrix.plain("embedding", shape[-2:]), ""
     if groups:  # [out, in / groups, *window]; inputs in the order of Flax
-        return Matrix("kernel", tuple(shape), (*range(2, len(shape)), 1), (0,), (0,), groups), ""
+        return Matrix("kernel", tuple(shape[-axes:]), (*range(2, axes), 1), (0,), (0,), groups), ""
     if owner or last.startswith("weight"):  # [out, in], as in PyTorch
         return Matrix("kernel", tuple(shape[-2:]), (1,), (0,), (0,)), ""
     plain = Matrix.plain("kernel", shape[-2:])

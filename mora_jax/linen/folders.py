@@ -63,7 +63,8 @@ class Place(NamedTuple):
         """The path in files of each layer, with its place in the axes in front."""
         for index in np.ndindex(self.stack):
             parts = list(self.path)
-            for at, number in sorted(zip(self.lifts, index, strict=True), reverse=True):
+            # From behind, the inner axes first: of two at one place the outer comes before the inner.
+            for at, number in sorted(zip(self.lifts[::-1], index[::-1], strict=True), key=lambda pair: -pair[0]):
                 parts.insert(at, str(number))
             yield index, ".".join(parts)
 

@@ -451,6 +451,13 @@ def test_stacks_are_numbered_in_folders(tmp_path):
     np.testing.assert_array_equal(found["layers.1"], adapters["layers"]["lora_a"][1])
 
 
+def test_stacks_in_stacks_keep_every_layer(tmp_path):
+    params = {"layers": {"kernel": draw(1, 2, 3, 4, 5), "bias": draw(2, 2, 3, 5)}}
+    adapters = filled(mj.functional.init(params, LORA, rngs=0))
+    mj.functional.save(params, adapters, tmp_path / "a", LORA)
+    jax.tree.map(np.testing.assert_array_equal, mj.functional.load(params, tmp_path / "a")[1], adapters)
+
+
 def test_report_says_what_matches_and_what_not():
     text = str(mj.functional.report(tree(), mj.LoRAConfig(rank=2, targets=("q", "head"))))
     assert re.search(r"blocks\.0\.q +1 +7 +6 +26", text) and "not adapted: linear_0, up" in text
@@ -493,7 +500,7 @@ class Conv:
     """A convolution as Equinox has it: `weight [out, in / groups, height, width]`, `bias [out, 1, 1]`."""
 
     def __init__(self, weight, bias, groups):
-        self.weight, self.bias, self.groups = weight, bias, groups
+        self.weight, self.bias, self.groups, self.num_spatial_dims = weight, bias, groups, 2
 
     def __call__(self, x):  # [in, height, width]
         how = {"feature_group_count": self.groups}
@@ -534,6 +541,23 @@ def test_convolutions_of_equinox(groups, tmp_path):
         mj.load_adapter(holder, folder)
         other = holder.conv(image.transpose(1, 2, 0)).transpose(2, 0, 1)
         np.testing.assert_allclose(other, merged["conv"](image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_stacked_convolutions_of_equinox_are_those_of_each_layer(groups, tmp_path):
+    layers = [Conv(draw(i, 4, 4 // groups, 2, 3), draw(i + 3, 4, 1, 1), groups) for i in range(3)]
+    stack = {"conv": jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)}
+    for config in (mj.LoRAConfig(rank=2, targets="conv"), mj.IA3Config(targets="conv")):
+        adapters = filled(mj.functional.init(stack, config, rngs=0))
+        merged = mj.functional.merge(stack, adapters, config)["conv"]
+        for i, layer in enumerate(layers):
+            own = {"conv": jax.tree.map(lambda array, i=i: array[i], adapters["conv"])}
+            expected = mj.functional.merge({"conv": layer}, own, config)["conv"]
+            np.testing.assert_allclose(merged.weight[i], expected.weight, rtol=1e-6)
+            np.testing.assert_allclose(merged.bias[i], expected.bias, rtol=1e-6)
+        folder = tmp_path / type(config).__name__
+        mj.functional.save(stack, adapters, folder, config)
+        jax.tree.map(np.testing.assert_array_equal, mj.functional.load(stack, folder)[1], adapters)
 
 
 def test_equinox_models():

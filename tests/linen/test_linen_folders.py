@@ -155,6 +155,22 @@ def test_round_trip_of_stacks_tables_and_einsums(config, tmp_path):
         load_adapter({"params": variables["params"]}, tmp_path / "adapter")
 
 
+def test_every_layer_of_stacks_in_stacks_is_kept(tmp_path):
+    axes, config = {"params": 0, "adapters": 0}, mj.LoRAConfig(rank=2)
+    split = {"variable_axes": axes, "split_rngs": {"params": True}}
+    model = nn.scan(nn.scan(Block, length=3, **split), length=2, **split)()
+    with adapted(config) as report:
+        variables = model.init(KEY, X, None)
+        variables = {**variables, "adapters": filled(variables["adapters"])}
+        y, _ = model.apply(variables, X, None)
+    save_adapter(variables, tmp_path / "adapter", config, report=report)
+    names = {f"{i}.{j}.out" for i, j in np.ndindex(2, 3)}
+    assert set(mj.interop.peft.load.tensor_shapes(tmp_path / "adapter")) == names
+    found, loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+    with adapted(found):
+        np.testing.assert_array_equal(model.apply(loaded, X, None)[0], y)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -164,7 +164,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {
         "layer_norm_eps": 3e-3,
-        "hidden_act": "gelu_new",
+        "hidden_act": "gelu_fast",
         "use_parallel_residual": False,
         "rope_parameters": THETA | {"partial_rotary_factor": 0.5},
     },
