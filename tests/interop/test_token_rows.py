@@ -85,7 +85,8 @@ def test_folders_hold_the_rows_themselves(base, tmp_path):
 
 
 @pytest.mark.peers
-def test_folders_of_both_ways_give_the_same_logits_in_peft(base, tmp_path):
+@pytest.mark.parametrize("tokens", [[90, 3], {"embed_tokens": [90, 3]}], ids=["list", "of a table"])
+def test_folders_of_both_ways_give_the_same_logits_in_peft(base, tmp_path, tokens):
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -93,7 +94,7 @@ def test_folders_of_both_ways_give_the_same_logits_in_peft(base, tmp_path):
     def load():
         return AutoModelForCausalLM.from_pretrained(base)
 
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[90, 3], init_lora_weights=False)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens, init_lora_weights=False)
     theirs = peft.get_peft_model(load(), settings)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

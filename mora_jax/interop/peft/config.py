@@ -124,6 +124,9 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
         InputError: for another kind of adapter, or a field that changes the function in an unsupported way.
     """
     form = format_of(values, where)
+    tokens = values.get("trainable_token_indices")
+    if isinstance(tokens, dict) and len(tokens) == 1:  # by the name of the table, which its tensors say, too
+        values = values | {"trainable_token_indices": next(iter(tokens.values()))}
     for name in form.refused:
         if values.get(name):
             raise InputError(f"{where}: {name} is set, which is not supported")
