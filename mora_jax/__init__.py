@@ -30,6 +30,8 @@ _HOMES = {
     "NamedAdapters": "mora_jax.interop.multi_adapter",
     "InputError": "mora_jax.errors",
 }
+#: What users of PEFT look for first.
+_OF_PEFT = {"get_peft_model": "attach", "PeftModel": "load_adapter", "PeftConfig": "LoRAConfig"}
 _ROOMS = ("adapters", "linen", "functional", "losses", "models", "interop", "data", "training", "evaluation", "demo")
 
 if TYPE_CHECKING:
@@ -84,7 +86,9 @@ def __getattr__(name: str):
     elif name in _HOMES or (name.endswith("Config") and name in _configs()):
         value = getattr(importlib.import_module(_HOMES.get(name, "mora_jax.adapters.config")), name)
     else:
-        raise AttributeError(f"module 'mora_jax' has no attribute {name!r}")
+        configs = {config.lower(): config for config in _configs()} if name.endswith("Config") else {}
+        hint = _OF_PEFT.get(name) or configs.get(name.lower())
+        raise AttributeError(f"module 'mora_jax' has no attribute {name!r}" + (f"; here it is {hint}" if hint else ""))
     globals()[name] = value
     return value
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import mora_jax
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,6 +41,22 @@ def test_import_is_lazy(tmp_path):
         "print(sorted(heavy & set(sys.modules)), 'attach' in dir(mora_jax))"
     )
     assert python(code, cwd=tmp_path) == "[] True\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("LoraConfig", "LoRAConfig"),
+        ("VeraConfig", "VeRAConfig"),
+        ("get_peft_model", "attach"),
+        ("PeftModel", "load_adapter"),
+    ],
+)
+def test_names_of_peft_lead_to_those_here(name, hint):
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'; here it is {hint}$"):
+        getattr(mora_jax, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'$"):
+        getattr(mora_jax, "nothing")  # noqa: B009
 
 
 def test_importing_every_public_name_starts_no_backend(tmp_path):

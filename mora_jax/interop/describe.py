@@ -18,6 +18,7 @@ from mora_jax.interop.hub import TOKENIZER_FILES, local_folder
 from mora_jax.interop.load import load_shapes
 from mora_jax.interop.peft.config import AdapterFile, format_of
 from mora_jax.interop.peft.format import CONFIG_NAME, WEIGHTS
+from mora_jax.interop.peft.lora import mora_kind
 from mora_jax.interop.peft.stored import meaning
 from mora_jax.interop.safetensors_io import open_checkpoint, weight_bytes
 from mora_jax.interop.tensor_map import tensor_plan
@@ -128,17 +129,17 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     folder = local_folder(path)
     where = str(folder / CONFIG_NAME)
     values, files = read_json(folder / CONFIG_NAME), open_checkpoint(folder, WEIGHTS)
-    form = format_of(values, where)
+    form, mora = format_of(values, where), mora_kind(values, where)
     config = AdapterFile(form, values, where)
+    names = ("r", "kind", "lora_dropout") if mora else (*form.settings, "r", "lora_alpha")
+    given = {**values, "kind": mora}
     modules = {meaning(name)[1] for name in files.shapes if meaning(name)[0] == "factors"}
     return {
         "kind": "adapter",
         "path": str(folder),
         "type": form.peft_type,
-        "method": "mora" if values.get("use_mora") or values.get("mora_jax_kind") else form.methods[0],
-        "settings": {
-            name: values[name] for name in (*form.settings, "r", "lora_alpha") if values.get(name) is not None
-        },
+        "method": form.methods[0] if mora is None else "mora",
+        "settings": {name: given[name] for name in names if given.get(name) is not None},
         "base": values.get("base_model_name_or_path"),
         "targets": values.get("target_modules"),
         "target_parameters": values.get("target_parameters") or [],

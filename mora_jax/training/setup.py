@@ -121,7 +121,7 @@ class Setup:
         lengths = self.train.lengths
         if len(lengths) > PADDING_SAMPLE:
             lengths = np.random.default_rng(0).choice(lengths, PADDING_SAMPLE, replace=False)
-        ways = {"bucketing": "", "packing": ", train.batch_size then counting rows of several examples"}
+        ways = {"bucketing": "", "packing": ", and train.batch_size would count packed rows"}
         advice = []
         for name, remark in ways.items():
             if data.packing or getattr(data, name):
@@ -167,7 +167,7 @@ class Setup:
         report = self.train.report
         notes = [*report.notes, *self.attached.warnings]
         if report.dropped:
-            causes = ", ".join(f"{count} {CAUSES[cause]}" for cause, count in report.dropped.items())
+            causes = ", ".join(f"{CAUSES[cause]} ({count})" for cause, count in report.dropped.items())
             notes.append(f"{sum(report.dropped.values())} of {report.rows} rows dropped: {causes}")
         if report.truncated:
             notes.append(f"{report.truncated} rows were truncated to {self.train.max_length} tokens")

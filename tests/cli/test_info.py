@@ -40,6 +40,7 @@ def test_an_adapter_and_what_is_neither(run, fails, tmp_path):
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert (found["kind"], found["method"], found["targets"]) == ("adapter", "mora", ["q_proj", "v_proj"])
     assert found["parameters"] == sum(math.prod(value.shape) for value in tensors.values())
+    assert found["settings"] == {"r": 2, "kind": "sharing", "lora_dropout": 0.0}  # MoRA has no alpha
     (tmp_path / "empty").mkdir()
     assert "is no model, adapter or run" in fails("info", tmp_path / "empty")
 

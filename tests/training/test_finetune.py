@@ -207,6 +207,7 @@ def test_restarts_end_in_a_plain_model(model_path):
         ({"rows": {"instruction": "a"}}, "put it into a list"),
         ({"rows": [{"colour": "red"}]}, "rows in memory, row 1"),
         ({"rows": "absent.json"}, "no such data file: .*absent.json"),
+        ({"learning_rate": "1e-3"}, "^optimizer.learning_rate must be a number"),
         ({"model": 3}, "model should be a path"),
         ({"adapter": mj.LoRAConfig(rank=2, init="eva")}, "init"),
     ],
@@ -298,7 +299,7 @@ def test_a_run_with_an_optax_object_goes_on_bit_for_bit(model_path, tmp_path):
         (CONFIG, {"learning_rate": 1e-3}, "own settings"),
         (CONFIG, {"config": {"optimizer.clip_norm": 2.0}}, "own settings"),
         (mj.ReLoRAConfig(rank=2, restart_every=2, restart_warmup=0), {}, "rise again"),
-        (CONFIG, {"optimizer": "adamw"}, "one of optax"),
+        (CONFIG, {"optimizer": "adamw"}, "an object of optax, not 'adamw'; .*optimizer.name"),
     ],
 )
 def test_what_an_optax_object_cannot_be_beside_is_refused(model_path, adapter, options, words):

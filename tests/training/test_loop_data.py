@@ -298,7 +298,7 @@ def test_rows_that_are_skipped_are_reported(inputs, tmp_path):
     display = Starting()
     with pytest.raises(MemoryError):
         loop.train(config(inputs, tmp_path / "run", data__train=str(path), data__on_error="skip"), display)
-    assert "1 of 9 rows dropped: 1 not of the format" in display.stream.getvalue()
+    assert "1 of 9 rows dropped: not of the format (1)" in display.stream.getvalue()
 
 
 LEAVE_ADAPTERS = {name for name, method in CONFIGS.items() if not method.changes_base}

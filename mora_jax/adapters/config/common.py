@@ -21,6 +21,20 @@ ALIASES = {
     "lora_dropout": "dropout",
     "target_modules": "targets",
     "trainable_token_indices": "trainable_tokens",
+    "init_lora_weights": "init",
+    "init_r": "rank",
+    "target_r": "target_rank",
+    "total_step": "total_steps",
+    "deltaT": "delta_t",
+    "orth_reg_weight": "orth_weight",
+    "feedforward_modules": "feedforward",
+}
+#: Settings of PEFT, and of the fork that MoRA's authors made of it, that are none here.
+INSTEAD = {
+    "use_rslora": "RsLoRAConfig is rsLoRA",
+    "exclude_modules": "a regular expression in targets can leave modules out",
+    "task_type": "leave it out, as nothing depends on it",
+    "mora_type": "kind names it: type 1 is 'sharing', type 6 'rotation'",
 }
 
 
@@ -76,6 +90,8 @@ class _Aliases(type):
                 if name in settings or name in positional:
                     raise TypeError(f"{cls.__name__} takes {name} or PEFT's name for it, {alias}, not both")
                 settings[name] = settings.pop(alias)
+        for name in settings.keys() & INSTEAD.keys():
+            raise TypeError(f"{cls.__name__} has no {name}: {INSTEAD[name]}")
         parameters = settings.pop("target_parameters", None) if "targets" in fields else None
         if parameters:  # of experts, which are targets like others here
             named = settings.get("targets", ())

@@ -1,4 +1,4 @@
-"""LoRA: `y = x W + (alpha / rank) · (x A) B` (Hu et al., 2021, arXiv 2106.09685, equation 3).
+"""LoRA: `y = x W + (alpha / rank) · (x A) B` (Hu et al., 2021, arXiv 2106.09685, section 4.1).
 
 A maps in → rank and B maps rank → out. A starts uniform in ±1/√in (Kaiming with a = √5), B at zero, so a fresh
 adapter changes nothing.
@@ -33,7 +33,7 @@ INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")  # the la
 class LoRAConfig(CommonConfig):
     """LoRA (Hu et al., 2021, arXiv 2106.09685): a product of two thin factors, scaled by alpha / rank.
 
-    `ΔW = (alpha / rank) · A B` with A `[in, rank]` and B `[rank, out]` (equation 3).
+    `ΔW = (alpha / rank) · A B` with A `[in, rank]` and B `[rank, out]`.
 
     Attributes:
         rank: inner size of the update.

@@ -74,7 +74,7 @@ class DoRAConfig(LoRAConfig):
 
 
 class DoRA(LoRA):
-    """DoRA: `y = m ⊙ (x (W + s A B)) / ‖W + s A B‖ + b` (Liu et al., 2024, arXiv 2402.09353, equations 5 and 11).
+    """DoRA: `y = m ⊙ (x (W + s A B)) / ‖W + s A B‖ + b` (Liu et al., 2024, arXiv 2402.09353).
 
     LoRA with a trained length for every column of the kernel; `base.py` has the formula. Dropout acts on the input of
     the update alone, as everywhere here.
@@ -91,7 +91,7 @@ class DoRA(LoRA):
 class PiSSAConfig(LoRAConfig):
     """PiSSA (Meng et al., 2024, arXiv 2404.02948): LoRA that starts from the kernel's principal singular vectors.
 
-    `A = U √S` and `B = √S Vᵀ` of the first `rank` singular values of W, which W then lacks (equations 2 to 4).
+    `A = U √S` and `B = √S Vᵀ` of the first `rank` singular values of W, which W then lacks.
 
     The attributes are those of `LoRAConfig`.
 
@@ -110,7 +110,7 @@ class PiSSAConfig(LoRAConfig):
 class PiSSA(LoRA):
     """PiSSA: LoRA that starts from W's principal singular vectors.
 
-    Meng et al., 2024, arXiv 2404.02948, equations 2 to 4.
+    Meng et al., 2024, arXiv 2404.02948, section 3.
 
     `y = x W + s · x (A B − A₀ B₀)` with `s A₀ B₀ = U_r Σ_r V_rᵀ`; see `lora_init.py`.
     """

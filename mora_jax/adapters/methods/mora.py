@@ -9,8 +9,8 @@
 | `grouped_tile`       | contiguous groups                | tile                | ReMoRA, reference type 3       |
 | `strided_interleave` | strided groups, cyclic padding   | repeat each entry   | ReMoRA, reference type 4       |
 | `rotation`           | blocks, block k rotated by kθ    | concatenate, tile   | equation 9, reference type 6   |
-| `decouple`           | blocks                           | concatenate, tile   | equation 8                     |
-| `truncation`         | the first q features             | zeros after         | equations 4 and 5              |
+| `decouple`           | blocks                           | concatenate, tile   | section 4                      |
+| `truncation`         | the first q features             | zeros after         | section 4                      |
 
 M starts at zero, so a fresh adapter changes nothing. Neither alpha nor 1/rank scales MoRA. Where paper and the authors'
 code differ (rounding of q, pairing in the rotation, cyclic padding), files made by the authors' code decide.
@@ -58,7 +58,7 @@ def check_kind(kind: str) -> None:
 class MoRAConfig(CommonConfig):
     """MoRA (Jiang et al., 2024, arXiv 2405.12130): a square matrix between fixed compression and decompression.
 
-    `y = x W + decompress(compress(x) Mᵀ)` with M `[q, q]`, q of `square_rank` (equations 4 to 9).
+    `y = x W + decompress(compress(x) Mᵀ)` with M `[q, q]`, q of `square_rank`.
 
     MoRA has no alpha and no factor that depends on the rank, so there is no rank-stabilised form of it.
 

@@ -1,4 +1,4 @@
-"""VeRA: `y = x W + ((x A) ⊙ d) B ⊙ b` (Kopiczko et al., 2023, arXiv 2310.11454, equation 2).
+"""VeRA: `y = x W + ((x A) ⊙ d) B ⊙ b` (Kopiczko et al., 2023, arXiv 2310.11454, section 3.1).
 
 A and B are random, frozen and the same for all layers; only the vectors d (0.1 at the start) and b (0) are trained, so
 a fresh adapter changes nothing. A is uniform in ±√(6/in), B in ±√(6/rank), see `shared_bases.py`.
@@ -24,7 +24,7 @@ from mora_jax.adapters.products.matmul import Dot, dot
 class VeRAConfig(SharedBasesConfig):
     """VeRA (Kopiczko et al., 2023, arXiv 2310.11454): two trained vectors around random factors that layers share.
 
-    `y = x W + ((x A) ⊙ d) B ⊙ b` with A and B drawn once for all layers (equation 2).
+    `y = x W + ((x A) ⊙ d) B ⊙ b` with A and B drawn once for all layers.
 
     The other attributes are those of `SharedBasesConfig`.
 

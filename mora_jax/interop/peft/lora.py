@@ -94,7 +94,7 @@ class LoraFormat(Format):
             )
         for name in ("use_rslora", "use_dora", "use_mora"):
             require_truth(values, where, name)
-        kind = _kind(values, where)
+        kind = mora_kind(values, where)
         super().check(values, where)
         tokens = values.get("trainable_token_indices")
         good = tokens is None or (
@@ -113,7 +113,7 @@ class LoraFormat(Format):
 
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
         needed, allowed = {"a", "b"}, {"a", "b"}
-        if _kind(values, "") is not None:
+        if mora_kind(values, "") is not None:
             needed = {"a"}
         return (needed | {"magnitude"}, allowed | {"magnitude"}) if values.get("use_dora") else (needed, allowed)
 
@@ -207,7 +207,7 @@ def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
     rank = _at(values, "rank_pattern", path, values.get("r", 8))
     dropout = values.get("lora_dropout", 0.0)
     use_dora = bool(values.get("use_dora"))
-    kind = _kind(values, "")
+    kind = mora_kind(values, "")
     if kind is not None:
         return MoRAConfig(rank=rank, kind=kind, dropout=dropout, targets=(path,), use_dora=use_dora)
     alpha = float(_at(values, "alpha_pattern", path, values.get("lora_alpha", 8)))
@@ -230,7 +230,7 @@ def _at(values: dict[str, Any], pattern: str, path: str, default: Any) -> Any:
     return value_at((values.get(pattern) or {}).items(), path, default)
 
 
-def _kind(values: dict[str, Any], where: str) -> str | None:
+def mora_kind(values: dict[str, Any], where: str) -> str | None:
     """The MoRA kind; None for LoRA."""
     if KIND_FIELD in values:
         if values[KIND_FIELD] not in KINDS:

@@ -141,7 +141,7 @@ class Key(Limits):
         why = " (not finite)" if is_float and typed is None else ""
         hint = nearest(value, self.choices or ()) if isinstance(value, str) else None
         tail = f"; did you mean {hint!r}?" if hint else ""
-        where = origin if origin.startswith("--") else f"{origin}: {self.name}"
+        where = origin if origin.startswith("--") or origin == self.name else f"{origin}: {self.name}"
         raise InputError(f"{where} must be {self.describe()}; got {shown}{why}{tail}")
 
     def parse(self, text: str, origin: str) -> Any:

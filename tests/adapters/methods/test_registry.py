@@ -89,6 +89,10 @@ def test_alpha_is_above_zero(method, alpha):
         (lambda: mj.IA3Config(feedforward=3), "feedforward must be layer names, not 3"),
         (lambda: mj.VeRAConfig(widths=(3,)), "widths must be a number of inputs and one of outputs"),
         (lambda: mj.ReLoRAConfig(kind="x"), "unexpected keyword"),
+        (lambda: mj.LoRAConfig(use_rslora=True), "LoRAConfig has no use_rslora: RsLoRAConfig is rsLoRA"),
+        (lambda: mj.LoRAConfig(task_type="CAUSAL_LM"), "LoRAConfig has no task_type: leave it out"),
+        (lambda: mj.LoRAConfig(exclude_modules=["x"]), "a regular expression in targets can leave modules out"),
+        (lambda: mj.MoRAConfig(mora_type=6), "kind names it: type 1 is 'sharing', type 6 'rotation'"),
     ],
 )
 def test_what_is_no_setting_is_refused_in_one_line(make, words):
@@ -102,6 +106,10 @@ def test_pefts_names_of_settings():
     assert peft == mj.LoRAConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj"), dropout=0.1)
     assert mj.MoRAConfig(r=4, target_modules="all-linear") == mj.MoRAConfig(rank=4)
     assert dataclasses.replace(peft, rank=2).rank == 2 and peft == type(peft)(**vars(peft))
+    assert mj.LoRAConfig(init_lora_weights="gaussian") == mj.LoRAConfig(init="gaussian")
+    budget = mj.AdaLoRAConfig(init_r=6, target_r=3, total_step=9, deltaT=2, orth_reg_weight=0.2)
+    assert budget == mj.AdaLoRAConfig(rank=6, target_rank=3, total_steps=9, delta_t=2, orth_weight=0.2)
+    assert mj.IA3Config(feedforward_modules=["up"]) == mj.IA3Config(feedforward=["up"])
     for twice in (lambda: mj.LoRAConfig(rank=4, r=4), lambda: mj.LoRAConfig(4, r=4)):
         with pytest.raises(TypeError, match="LoRAConfig takes rank or PEFT's name for it, r, not both"):
             twice()
