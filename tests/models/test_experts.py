@@ -45,8 +45,10 @@ def _by_all(x, w, sizes):
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])  # blocks, and the ragged products of jax, which run here too
 @pytest.mark.parametrize("sizes", SIZES_BY_GROUP, ids=str)
-def test_grouped_products_are_those_of_a_loop(sizes, backend, monkeypatch):
+@pytest.mark.parametrize("short", [5, 256])  # gradients with the last two axes swapped, and as they are
+def test_grouped_products_are_those_of_a_loop(short, sizes, backend, monkeypatch):
     monkeypatch.setattr(grouped, "backend", lambda: backend)
+    monkeypatch.setattr(grouped, "SHORT", short)
     monkeypatch.setattr(grouped, "BLOCKS", (2, 3))
     rng = np.random.default_rng(0)
     x, w, slope = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 5), (3, 5, 4), (7, 4)))

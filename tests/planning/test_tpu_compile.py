@@ -138,3 +138,11 @@ def test_adapters_of_many_experts(method, rank):
     settings = {"mesh.fsdp": 1, "mesh.expert": 8, "data.max_length": 2048, "adapter.method": method}
     found = compiled_for("v5e-8", model, **settings, adapter__rank=rank)
     assert found.fits and found.total is not None
+
+
+def test_gathered_experts():
+    """Gradients of A with the rank as their last axis would take as much again as all of it: tiles are 128 wide."""
+    model = PUBLISHED["qwen3-30b-a3b"] | {"vocab_size": 4096}
+    plan = planned("v5e-8", model, data__max_length=2048)
+    found = compile_elsewhere(plan.config, model, plan.topology, plan.mesh)
+    assert found.fits and found.temp < 1.6 * (plan.memory.activations + plan.memory.temp)
