@@ -115,7 +115,7 @@ def _of_short_sums(
 def _of_groups(x: Array, y: Array, sizes: Array) -> Array:
     """`x [R, in].T @ y [R, out]` over the rows of each group, float32 `[E, in, out]`."""
     if backend() != "cpu":
-        if y.shape[1] < SHORT <= x.shape[1]:  # with a rank as its last axis an array takes up to 16 times as much on TPUs
+        if y.shape[1] < SHORT <= x.shape[1]:  # arrays whose last axis is a rank take up to 16 times as much on TPUs
             return jnp.swapaxes(_of_groups(y, x, sizes), 1, 2)
         return lax.ragged_dot_general(x, y, sizes, _ROWS, preferred_element_type=wide(x.dtype))
     blocks = _Blocks(sizes, len(x))
