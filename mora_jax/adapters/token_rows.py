@@ -81,12 +81,13 @@ def _or_zero(array: Array, slots: Array, axis: int) -> Array:
 
 
 def table_for_tokens(found: list[Site], tokens: tuple[int, ...]) -> Site:
-    """The one embedding table of a model, whose rows `trainable_tokens` names.
+    """The one embedding table of a model, or that of them which is marked so, whose rows `trainable_tokens` names.
 
     Raises:
         ValueError: there is none, there are several, it has an adapter, or fewer rows.
     """
     tables = [site for site in found if site.is_embedding and not site.stacked]
+    tables = [site for site in tables if getattr(site.layer, "of_model", False)] or tables
     if len(tables) != 1:
         names = ", ".join(site.title for site in tables) or "none"
         raise ValueError(f"trainable_tokens takes a model with one embedding table, and this one has {names}")

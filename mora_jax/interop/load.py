@@ -127,7 +127,7 @@ def open_named(folder: Path, config: DecoderConfig) -> TensorFiles:
         files.rename(partial(_begun, old, new))
     base = config.names.embedding.partition(".")[0] + "."
     if not any(name.startswith(base) for name in files.shapes):  # saved without the head's class around it
-        files.rename(lambda name: name if name == config.names.head_tensor else base + name)
+        files.rename(lambda name: name if name == f"{config.names.head}.weight" else base + name)
     return files
 
 
@@ -144,7 +144,7 @@ def beside(files: TensorFiles, config: DecoderConfig) -> list[str]:
 def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
     """Compares the sizes of a config with the tensors, before anything is made in these sizes."""
     names = config.names
-    table = files.shapes.get(f"{names.embedding}.weight") or files.shapes.get(names.head_tensor)
+    table = files.shapes.get(f"{names.embedding}.weight") or files.shapes.get(f"{names.head}.weight")
     before, after = names.layer.split("{layer}")
     layer = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}\.")
     numbers = [int(found.group(1)) for found in map(layer.match, files.shapes) if found]
@@ -170,7 +170,7 @@ def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
 
 def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:
     """Unties a head that the config calls tied but whose stored weights differ, as transformers does."""
-    head, embedding = config.names.head_tensor, f"{config.names.embedding}.weight"
+    head, embedding = (f"{path}.weight" for path in (config.names.head, config.names.embedding))
     if not config.tie_embeddings or head not in files or embedding not in files:
         return config
     if files.shapes[head] == files.shapes[embedding] and np.array_equal(files.read(head), files.read(embedding)):
@@ -186,7 +186,7 @@ def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig
 
 def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, str]:
     """Names to read under another name: a tied checkpoint may store the head alone."""
-    head, embedding = config.names.head_tensor, f"{config.names.embedding}.weight"
+    head, embedding = (f"{path}.weight" for path in (config.names.head, config.names.embedding))
     if config.tie_embeddings and embedding not in files and head in files:
         return {embedding: head}
     return {}

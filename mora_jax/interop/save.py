@@ -160,9 +160,15 @@ def _shards(model: Decoder, itemsize: int, max_shard_bytes: int) -> list[dict[st
 def _shapes(model: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of what `tensors_of` gives, in its order."""
     for entry in tensor_plan(model):
-        yield from ((piece.name, piece.shape) for piece in entry.pieces)
+        yield from ((_stored(model, piece.name), piece.shape) for piece in entry.pieces)
     yield from ((name, zeros.shape) for name, zeros in zero_biases(model))
     yield from ((name, shape) for name, shape, _ in beside_of(model))
+
+
+def _stored(model: Decoder, name: str) -> str:
+    """A tensor's name in files, where a head may have another than its module."""
+    names = model.config.names
+    return names.head_tensor if name == f"{names.head}.weight" else name
 
 
 def _size(shape: tuple[int, ...], itemsize: int) -> int:
@@ -197,7 +203,7 @@ def tensors_of(model: Decoder, dtype: np.dtype | type = np.float32) -> Iterator[
                 stored = tensor.astype(dtype)
             if dtype == np.float16 and not np.isfinite(stored).all():
                 raise InputError(f"tensor {piece.name} has values that float16 cannot hold; save in another dtype")
-            yield piece.name, stored
+            yield _stored(model, piece.name), stored
     for name, zeros in zero_biases(model):
         yield name, zeros.astype(dtype)
     yield from ((name, read(name).astype(dtype)) for name, _, read in beside_of(model))

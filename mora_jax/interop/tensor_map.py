@@ -124,7 +124,7 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
         entries.extend(_block(stack, block))
     entries.extend(_norm(model.norm))
     if model.lm_head is not None:
-        head = TensorRegion(config.names.head_tensor, (), table, table)
+        head = TensorRegion(f"{config.names.head}.weight", (), table, table)
         entries.append(Entry(model.lm_head, "kernel", (head,)))
     return entries
 

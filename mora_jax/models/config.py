@@ -18,7 +18,7 @@ class TensorNames:
 
     Attributes:
         positions: the table of learned positions; None in families that rotate.
-        head_tensor: the head's in files.
+        head_tensor: the head's in files that are written.
         qkv: of queries, keys and values, or the one that holds all three.
         by_head: whether that one holds a key/value head with its queries after the other, as parameters do; else all
             queries come first, then all keys, then all values.

@@ -40,7 +40,10 @@ class TokenEmbedding(nnx.Embed):
     Attributes:
         embedding: `[V, D]`.
         path: HuggingFace module path.
+        of_model: whether it is the one that the model looks tokens up in first, of which `trainable_tokens` speaks.
     """
+
+    of_model = False
 
     def __init__(
         self,
@@ -144,6 +147,7 @@ class Decoder(nnx.Module):
         making: dict[str, Any] = {"scale": scale, "dtype": dtype, "rngs": draws}
         names, width = config.names, config.hidden_size
         self.embed_tokens = TokenEmbedding(config.vocab_size, width, path=names.embedding, **making)
+        self.embed_tokens.of_model = True
         positions = None
         if names.positions is not None:
             positions = TokenEmbedding(config.max_positions, width, path=names.positions, axis="positions", **making)

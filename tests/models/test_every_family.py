@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
@@ -25,7 +26,7 @@ from mora_jax.training.sharding.rules import base_shardings
 from tests.models import tiny_experts
 from tests.models.odd import ODD
 from tests.models.quantized import rounded_copy
-from tests.models.tiny import hf_config, random_ids
+from tests.models.tiny import fill_randomly, hf_config, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model, load_torch, save_torch
 from tests.peers import peft, torch
 from tests.training import meshed
@@ -167,13 +168,76 @@ def test_lora_on_learned_positions(tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_lora_on_a_tied_table_that_peft_does_not_know_by_name(tmp_path):
+    reference, ids = hf_model("gpt2", **ODD["gpt2"] | {"tie_word_embeddings": True}), some_ids()
+    folder = save_torch(tmp_path / "base", reference)
+    model = mj.load_pretrained(folder, dtype="float32")[0]
+    mj.attach(model, mj.LoRAConfig(rank=2, targets=("wte", "c_attn")), rngs=nnx.Rngs(0))
+    fill_randomly(model)
+    mj.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
+    expected = hf_logits(theirs, ids)
+    np.testing.assert_allclose(model(ids), expected, atol=2e-5 * np.abs(expected).max())
+    again = mj.load_pretrained(folder, dtype="float32")[0]
+    mj.load_adapter(again, tmp_path / "ours")
+    np.testing.assert_array_equal(again(ids), model(ids))
+    # Without the head's name PEFT parts the two.
+    for trained in ({"target_modules": ["wte"]}, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}):
+        config = peft.LoraConfig(r=2, ensure_weight_tying=True, fan_in_fan_out=True, **trained)
+        peft.get_peft_model(copy.deepcopy(reference), config).save_pretrained(tmp_path / "theirs")
+        with pytest.raises(mj.InputError, match="without lm_head PEFT leaves the head as it was"):
+            mj.load_adapter(mj.load_pretrained(folder, dtype="float32")[0], tmp_path / "theirs")
+
+
+@pytest.mark.peers
+def test_a_head_trained_whole_whose_files_call_it_otherwise(tmp_path):
+    reference, ids = hf_model("gpt_neox", **ODD["gpt_neox"]), some_ids()
+    folder = save_torch(tmp_path / "base", reference)
+    assert "embed_out.weight" in load_file(folder / "model.safetensors")
+    config = peft.LoraConfig(r=2, target_modules=["dense"], modules_to_save=["lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(reference), config).eval()
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.modules_to_save.default.weight += 0.3
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = hf_logits(theirs, ids)
+    model = mj.load_pretrained(folder, dtype="float32")[0]
+    mj.load_adapter(model, tmp_path / "theirs")
+    np.testing.assert_allclose(model(ids), expected, atol=2e-5 * np.abs(expected).max())
+    mj.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
+    np.testing.assert_allclose(hf_logits(again, ids), expected, atol=1e-6 * np.abs(expected).max())
+    mj.merge(model)
+    mj.save_pretrained(model, tmp_path / "merged")
+    assert "embed_out.weight" in load_file(tmp_path / "merged" / "model.safetensors")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name, target", [("gpt2", "c_attn"), ("gemma4_text", "q_proj")])
+def test_rows_of_tokens_beside_other_tables(name, target, tmp_path):
+    reference, ids = hf_model(name, **ODD[name]), np.array([[5, 90, 3, 11, 90]])
+    folder = save_torch(tmp_path / "base", reference)
+    settings = {"fan_in_fan_out": name == "gpt2", "init_lora_weights": False}
+    config = peft.LoraConfig(r=2, target_modules=[target], trainable_token_indices=[90, 3], **settings)
+    theirs = peft.get_peft_model(reference, config).eval()
+    with torch.no_grad():
+        for parameter in (p for n, p in theirs.named_parameters() if "trainable_tokens_delta" in n):
+            parameter.copy_(torch.tensor(WEIGHTS[0, : parameter.shape[0], : parameter.shape[1]]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = hf_logits(theirs, ids)
+    model = mj.load_pretrained(folder, dtype="float32")[0]
+    mj.load_adapter(model, tmp_path / "theirs")
+    np.testing.assert_allclose(model(ids), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.peers
 def test_gradients_of_every_tensor(made):
     model, ids = made.ours(), some_ids()
     mj.attach(model, mj.FullConfig(), rngs=nnx.Rngs(0))
     backward(made.torch, ids)
     expected = {name: parameter.grad.numpy() for name, parameter in made.torch.named_parameters()}
-    if model.config.names.head_tensor != "lm_head.weight" and "lm_head.weight" in expected:
-        expected[model.config.names.head_tensor] = expected.pop("lm_head.weight")
     found = {}
     for entry in tensor_plan(gradient(model, ids)):
         if not isinstance(entry.parameter, FullParam):

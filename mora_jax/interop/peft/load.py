@@ -23,7 +23,7 @@ from mora_jax.interop.peft.config import AdapterFile, format_of, put_extra_field
 from mora_jax.interop.peft.format import CONFIG_NAME, WEIGHTS, Target, read_tensor
 from mora_jax.interop.peft.fused_experts import unfused
 from mora_jax.interop.peft.restarted_base import has_own_base, own_base, with_kind
-from mora_jax.interop.peft.stored import stored_tensors, unknown
+from mora_jax.interop.peft.stored import TIED_BY_NAME, stored_tensors, unknown
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
 from mora_jax.interop.tensor_map import base_bias, loose_biases, tensor_plan, train_weights
 from mora_jax.models.decoder import Decoder
@@ -181,10 +181,12 @@ class _Given:
             )
         if table not in trained:
             return
-        if not self.config.values.get("ensure_weight_tying"):
+        known = table.endswith(TIED_BY_NAME) or head in trained
+        if not self.config.values.get("ensure_weight_tying") or not known:
+            why = f"without {'ensure_weight_tying' if known else head}"
             raise InputError(
-                f"{where}: it trains {table}, to which the model ties its head; without ensure_weight_tying PEFT "
-                "leaves the head as it was, which is not supported"
+                f"{where}: it trains {table}, to which the model ties its head; {why} PEFT leaves the head as it was, "
+                "which is not supported"
             )
         factors, given = stored.factors.pop(head, {}), stored.factors.get(table, {})
         if "magnitude" in given:

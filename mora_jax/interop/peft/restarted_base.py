@@ -98,6 +98,7 @@ def own_base(model: nnx.Module, folder: Path, adapter: TensorFiles, *, kind_is_k
             wrapped = True
         elif not (_COPY.search(stored) or stored.endswith("rotary_emb.inv_freq")):
             name = stored.replace(".base_layer.", ".").replace(".original_module.", ".")
+            name = f"{config.names.head}.weight" if name == config.names.head_tensor else name
             name = name if name in shapes else start + name
             if name in shapes:
                 names[name] = stored

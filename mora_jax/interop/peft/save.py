@@ -27,7 +27,7 @@ from mora_jax.interop.peft.config import common_fields, extra_fields, format_for
 from mora_jax.interop.peft.format import CONFIG_NAME, PREFIX, WEIGHTS, Format, in_windows
 from mora_jax.interop.peft.fused_experts import each, fused, parameter_names
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
-from mora_jax.interop.peft.stored import SHARED_PREFIX, TOKENS, base_name, meaning
+from mora_jax.interop.peft.stored import SHARED_PREFIX, TIED_BY_NAME, TOKENS, base_name, meaning
 from mora_jax.interop.safetensors_io import write_tensors
 from mora_jax.interop.save import beside_of, tensors_of, write_model
 from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, trained_weights
@@ -120,7 +120,11 @@ def save_adapter(
         if PREFIX + base_name(name) != name:
             raise InputError(f"{name} is trained, and PEFT's files can't hold that name: rename the module")
     base = base_model_name_or_path or getattr(model, "name_or_path", None)
-    targets = targets_for((entry.path for entry in main), _all_paths(model))
+    paths, everything = {entry.path for entry in main}, _all_paths(model)
+    if _tied(model) and (table := model.config.names.embedding) in paths and not table.endswith(TIED_BY_NAME):
+        head = {model.config.names.head}  # named too, or PEFT leaves it as it was
+        paths, everything = paths | head, everything | head
+    targets = targets_for(paths, everything)
     fields = common_fields(form, base) | form.written([*main, *parameters], targets)
     if parameters:  # for which PEFT has no dropout
         fields |= {

@@ -8,6 +8,7 @@ from mora_jax.interop.peft.config import FORMATS
 from mora_jax.interop.peft.format import PREFIX
 from mora_jax.interop.safetensors_io import TensorFiles
 
+TIED_BY_NAME = "embed_tokens"  # a table called so is tied by ensure_weight_tying, without its head being named
 TOKENS = ".token_adapter."  # where PEFT has the rows of single tokens
 SHARED_PREFIX = "base_model."  # of what all modules share, which stands beside the model
 

@@ -144,6 +144,7 @@ FAMILIES = (
         ATTENTION_BIAS,
         {"rms_norm_eps": 1e-5, "hidden_act": "gelu"},
         {"rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base"},
+        older={"embed_out.": "lm_head."},
     ),
     Family(
         "Starcoder2ForCausalLM",
