@@ -160,7 +160,7 @@ def load_adapter(
         variables: `{"params": …}` of the plain model.
         path: the folder or hub id, as for `mora_jax.load_adapter`; written from Linen or from NNX.
         report: what `adapted` gave for the model, with any configuration; needed for folders that were written of NNX
-            models, where shapes alone don't say how a kernel is a matrix.
+            models, where neither shapes nor a bias say how a kernel is a matrix.
 
     Returns:
         The configuration for `adapted`, and the variables with the adapters among them. Its dropout is the one that the
@@ -301,7 +301,9 @@ def _placed(place: Place, given: Mapping[str, Any], report: LinenReport | None, 
     fitting = [
         matrix
         for matrix in possible_matrices(place.matrix.array, place.array.shape)
-        if place.array.ndim - len(matrix.shape) == lead and _fits(matrix, shapes)
+        if place.array.ndim - len(matrix.shape) == lead
+        and _fits(matrix, shapes)
+        and (place.bias is None or place.bias.shape[lead:] == matrix.shape[len(matrix.contracted) :])
     ]
     if len(fitting) != 1 and place.array.ndim > 2 + lead:
         how = "several ways" if fitting else "no way that fits the folder"

@@ -105,6 +105,21 @@ def test_folders_of_nnx_and_linen_are_the_same(config, tmp_path, monkeypatch):
     np.testing.assert_allclose(again(X), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [mj.MoRAConfig(rank=2), mj.IA3Config(targets="all-linear", feedforward=())])
+def test_biases_say_how_kernels_of_a_folder_of_nnx_are_matrices(config, tmp_path):
+    twin = Twin(nnx.Rngs(0))
+    params = params_of(twin)
+    mj.attach(twin, config, rngs=nnx.Rngs(1))
+    graphdef, adapters, frozen = mj.partition(twin)
+    twin = nnx.merge(graphdef, filled(adapters), frozen)
+    mj.save_adapter(twin, tmp_path / "adapter")
+    found, variables = load_adapter({"params": params}, tmp_path / "adapter")
+    np.testing.assert_allclose(output(Attending(), found, variables, X), twin(X), rtol=1e-4, atol=1e-5)
+    del params["attn"]["query"]["bias"]
+    with pytest.raises(mj.InputError, match=r"attn.query: the shape \(6, 2, 3\) .* in several ways"):
+        load_adapter({"params": params}, tmp_path / "adapter")
+
+
 class Mixed(nn.Module):
     """Names that end alike, a table, an einsum that shapes don't explain, and a scanned stack."""
 
