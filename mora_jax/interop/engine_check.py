@@ -23,7 +23,7 @@ from mora_jax.adapters.sites import by_path, sites
 from mora_jax.errors import InputError
 from mora_jax.interop.hub import load_tokenizer
 from mora_jax.interop.load import load_shapes
-from mora_jax.interop.peft.config import FORMATS, AdapterFile, format_of
+from mora_jax.interop.peft.config import FORMATS, AdapterFile, check_common, format_of
 from mora_jax.interop.peft.format import CONFIG_NAME, PREFIX, WEIGHTS
 from mora_jax.interop.peft.fused_experts import unfused
 from mora_jax.interop.peft.load import model_names
@@ -201,8 +201,9 @@ class Check:
             alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", str(finding)), []).append(finding)
         lines += [f"{first}{f' (and {len(more)} like it)' if more else ''}" for first, *more in alike.values()]
         named = f"{self.engine.title} {self.engine.version} ({self.engine.source})"
-        uses = f"uses {len(self.used)} of {len(self.tensors)} tensors" if self.tensors else "takes the model"
-        lines.append(f"{named} {uses}" if self.good or self.tensors else f"{named} does not take the model as it is")
+        uses = f"uses {len(self.used)} of {len(self.tensors)} tensors" if self.kind != "model" else "takes the model"
+        taken = self.good or self.kind != "model"
+        lines.append(f"{named} {uses}" if taken else f"{named} does not take the model as it is")
         return "\n".join(lines)
 
 
@@ -234,13 +235,16 @@ def _check_adapter(where: Path, engine: Engine, model: Decoder | None) -> Check:
     values = read_json(where / CONFIG_NAME)
     kind = str(values.get("peft_type", "LORA"))
     files = open_checkpoint(where, WEIGHTS)
+    check_common(values, str(where / CONFIG_NAME))
+    for form in (form for form in FORMATS if form.peft_type == kind):  # a null is said below, by engine
+        form.check_values({k: v for k, v in values.items() if v is not None}, str(where / CONFIG_NAME))
     findings = [*_fields(values, kind, engine)]
     # A MoRA is refused as a whole, and its matrices are no factors.
     is_mora = bool(values.get("use_mora") or values.get("mora_jax_kind"))
     if engine.lora_only and not is_mora:
         findings += _lora_tensors(values, files.shapes, engine)
-    elif not engine.lora_only and kind not in engine.types and kind in {form.peft_type for form in FORMATS}:
-        findings += _peft_tensors(values, files.shapes, engine, str(where))
+    elif not engine.lora_only and kind not in engine.types:
+        findings += _peft_tensors(values, files.shapes, engine, str(where / CONFIG_NAME))
     if model is not None and not is_mora:
         findings += _against(model, unfused(model, files, values.get("target_parameters") or (), str(where))[0].shapes)
     odd, zeros = [], []
@@ -362,11 +366,18 @@ def _peft_tensors(
         if engine.title == "PEFT" and len(matrices) < 3:
             reason = f"{module} carries adapters on {', '.join(sorted(matrices))} alone; {engine.title} wants all three"
             yield Finding("refused", f"{reason} matrices of its experts, or target_parameters")
+    if not factors and values.get("target_modules") != []:
+        yield Finding("misread", f"there are no factors, and {engine.title} leaves all at a fresh adapter's values")
     needed = form.tensors(values)[0] - {"magnitude" for end in engine.dropped if "magnitude" in end}
     for path, names in factors.items():
         if missing := sorted(form.tensor_names[kind] for kind in needed - set(names)):
             reason = f"{path} lacks {', '.join(missing)}, which {engine.title} leaves at a fresh adapter's values"
             yield Finding("misread", reason, tuple(names.values()))
+        stated = value_at((values.get("rank_pattern") or {}).items(), path, values.get("r") or 8)
+        plain = form.peft_type == "LORA" and "a" in names and ".experts" not in path and "use_mora" not in values
+        if plain and shapes[names["a"]][0] != stated:
+            reason = f"{path} has rank {shapes[names['a']][0]}, and adapter_config.json says {stated}"
+            yield Finding("refused", reason, tuple(names.values()))
 
 
 def _expert_matrices(factors: dict[str, dict[str, str]]) -> dict[str, set[str]]:

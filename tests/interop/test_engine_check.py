@@ -99,6 +99,26 @@ def test_patterns_are_read_by_some(adapter, fields, words):
     assert check_folder(adapter, "vllm") == []
 
 
+@pytest.mark.parametrize("engine", ["peft", "vllm"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": "2"},
+        {"r": 0},
+        {"lora_alpha": float("nan")},
+        {"target_modules": 3},
+        {"target_modules": "(q_proj"},
+        {"rank_pattern": [1]},
+        {"layers_to_transform": "1"},
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_bad_input(adapter, engine, fields):
+    edit(adapter, **fields)
+    with pytest.raises(mj.InputError, match=f"adapter_config.json: {next(iter(fields))} .*(must be|is not)"):
+        check(adapter, engine)
+
+
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -115,6 +135,22 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 def test_tensors(adapter, change, words):
     edit_tensors(adapter, change)
     assert any(words in finding for finding in check_folder(adapter))
+
+
+def test_types_that_are_not_known_are_not_called_good(adapter):
+    edit(adapter, peft_type="LOKR")
+    with pytest.raises(mj.InputError, match="peft_type must be one of LORA, .*, found 'LOKR'"):
+        check(adapter, "peft")
+    assert check(adapter, "vllm").used == ()
+
+
+def test_what_peft_leaves_fresh_or_refuses(adapter):
+    edit(adapter, r=3)
+    found = check(adapter, "peft")
+    assert found.used == () and "has rank 2, and adapter_config.json says 3" in str(found)
+    save_file({}, adapter / "adapter_model.safetensors")
+    found = check(adapter, "peft")
+    assert not found.good and "there are no factors" in str(found) and "uses 0 of 0 tensors" in str(found)
 
 
 def test_missing_and_broken_weights(adapter, tmp_path):
@@ -206,6 +242,16 @@ def _mutations():
         "the name of an adapter": renamed(".weight", ".default.weight"),
         "one factor is missing": lambda t: {n: v for n, v in t.items() if n != f"{KEY}.lora_B.weight"},
     }
+
+
+@pytest.mark.peers
+def test_the_real_loader_refuses_another_rank(adapter, base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    edit(adapter, r=3)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
 
 
 @pytest.mark.peers

@@ -61,6 +61,8 @@ def updates_of(model: nnx.Module) -> Iterator[Update]:
         raise InputError("modules that are trained whole can't be converted with an adapter; merge the adapter instead")
     where = by_path(sites(model))
     for entry in adapters_of(model):
+        if not all(np.isfinite(value).all() for value in entry.params.values()):
+            raise InputError(f"{entry.path} has values that are no finite numbers, which nothing can be made of")
         if "bias" in entry.params:
             raise InputError(f"{entry.path} trains its bias, which can't be converted; merge the adapter instead")
         place, layer = where[entry.path]

@@ -131,7 +131,7 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
         if values.get(name):
             raise InputError(f"{where}: {name} is set, which is not supported")
     form.check(values, where)
-    _check_common(values, where)
+    check_common(values, where)
     file = AdapterFile(form, values, where)
     if file.unknown:
         names = ", ".join(sorted(file.unknown))
@@ -139,7 +139,8 @@ def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:
     return file
 
 
-def _check_common(values: dict[str, Any], where: str) -> None:
+def check_common(values: dict[str, Any], where: str) -> None:
+    """Raises `InputError` for a field of all types whose value is of no kind that it can have."""
     base = values.get("base_model_name_or_path")
     require(values, where, "base_model_name_or_path", base is None or isinstance(base, str), "a path or a hub id")
     saved = values.get("modules_to_save")

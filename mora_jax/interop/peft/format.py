@@ -126,14 +126,18 @@ class Format:
         """All fields of its config."""
         return {*COMMON, self.init_name, *self.settings, *self.fields}
 
-    def check(self, values: dict[str, Any], where: str) -> None:
-        """Raises `InputError` for fields of this type that have no meaning here."""
+    def check_values(self, values: dict[str, Any], where: str) -> None:
+        """Raises `InputError` for fields of this type whose values are of no kind that they can have."""
         for name, (setting, default) in self.settings.items():
             limits = self.config.limits(setting)
             if limits is None:
                 require_truth(values, where, name)
             else:
                 require_number(values, where, name, limits, default)
+
+    def check(self, values: dict[str, Any], where: str) -> None:
+        """As `check_values`, and for fields that have no meaning here."""
+        self.check_values(values, where)
         bias = values.get("bias", "none")
         if self.bias_name:
             names = [self.bias_name if name == "lora_only" else name for name in BIASES]

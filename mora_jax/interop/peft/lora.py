@@ -84,6 +84,18 @@ class LoraFormat(Format):
         }
     )
 
+    def check_values(self, values: dict[str, Any], where: str) -> None:
+        super().check_values(values, where)
+        for name in ("use_rslora", "use_dora", "use_mora"):
+            require_truth(values, where, name)
+        for setting in ("rank", "alpha"):
+            name, limits = f"{setting}_pattern", NUMBERS[setting]
+            pattern = values.get(name) or {}
+            good = isinstance(pattern, dict) and all(map(limits.takes, pattern.values()))
+            require(values, where, name, good, f"names, each with {limits.describe()}")
+            for key in pattern:
+                check_regex(where, name, key)
+
     def check(self, values: dict[str, Any], where: str) -> None:
         init = values.get("init_lora_weights", True)
         known = init is None or isinstance(init, bool | str | int)
@@ -92,8 +104,6 @@ class LoraFormat(Format):
                 f"{where}: init_lora_weights {init!r} changes the base weights in a way that can't be repeated; "
                 "convert it to plain LoRA (in PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
             )
-        for name in ("use_rslora", "use_dora", "use_mora"):
-            require_truth(values, where, name)
         kind = mora_kind(values, where)
         super().check(values, where)
         tokens = values.get("trainable_token_indices")
@@ -101,13 +111,6 @@ class LoraFormat(Format):
             isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
         )
         require(values, where, "trainable_token_indices", good, "a list of ids of tokens")
-        for setting in ("rank", "alpha"):
-            name, limits = f"{setting}_pattern", NUMBERS[setting]
-            pattern = values.get(name) or {}
-            good = isinstance(pattern, dict) and all(map(limits.takes, pattern.values()))
-            require(values, where, name, good, f"names, each with {limits.describe()}")
-            for key in pattern:
-                check_regex(where, name, key)
         if kind is not None and values.get("bias", "none") != "none":
             raise InputError(f"{where}: bias {values['bias']!r} beside MoRA is not supported")
 

@@ -124,6 +124,17 @@ def test_a_magnitude_changes_the_base_too(base, config):
     np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("convert", [convert_to_lora, functools.partial(convert_to_mora, kind="rotation")])
+def test_nothing_is_made_of_values_that_are_not_finite(base, convert):
+    model = shapes_with(base, mj.LoRAConfig(rank=2, targets=("q_proj",)))
+    adapter = next(place.adapter for place in sites(model) if place.adapter is not None)
+    values = np.array(adapter.lora_b[...])
+    values[1, 0, 0] = np.nan
+    adapter.lora_b[...] = values
+    with pytest.raises(mj.InputError, match=r"layers.1.self_attn.q_proj has values that are no finite numbers"):
+        convert(model)
+
+
 def test_what_no_update_of_a_matrix_can_hold(base):
     model = mj.load_pretrained(base, dtype="float32")[0]
     mj.attach(model, mj.LoRAConfig(rank=2, modules_to_save=("norm",)), rngs=nnx.Rngs(0))
