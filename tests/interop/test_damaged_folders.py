@@ -44,7 +44,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"num_attention_heads": 2**20}, "num_attention_heads × head_dim is 33554432, the tensors have 128"),
     "head size": ({"head_dim": 2**30}, "num_key_value_heads × head_dim is 4294967296, the tensors have 128"),
     "positions": ({"max_position_embeddings": 10**30}, "max_position_embeddings must be at most 2147483647, found 1"),
-    "activation": ({"hidden_act": None}, "config.json: hidden_act must be one of gelu, gelu_new, .*, found None"),
+    "activation": ({"hidden_act": None}, "config.json: hidden_act must be one of gelu, .*, found None"),
     "model type": ({"model_type": "bert"}, "model_type is 'bert', but architectures names LlamaForCausalLM"),
     "model type null": ({"model_type": None}, "model_type is None, but architectures names LlamaForCausalLM"),
     "architectures": ({"architectures": {"a": 1}}, "architectures must be a list with the name of a class"),
