@@ -156,7 +156,10 @@ def kernels_of(tree: Any, einsums: Einsums | None = None) -> list[TreeKernel]:
         equation = value_at((einsums or {}).items(), ".".join(layer), None)
         matrix, why = _matrix(names[-1:], leaf.shape, shape, *_owner(tree, keys), equation, ".".join(layer))
         stack = tuple(leaf.shape[: leaf.ndim - len(matrix.shape)])
-        lifts = next(end for end in range(len(layer) + 1) if _all_stacked(leaves, named, layer[:end], stack))
+        if shape is not None and shape[: len(stack)] != stack:  # no stack after all, such as PyTorch's convolutions
+            why = why or _several(".".join(layer), leaf.shape)
+        ends = range(len(layer))
+        lifts = next((end for end in ends if _all_stacked(leaves, named, layer[:end], stack)), len(layer))
         kernels.append(TreeKernel(".".join(layer), i, matrix, stack, leaf.dtype, bias, lifts, why))
     return kernels
 
@@ -228,7 +231,11 @@ def _matrix(
     fitting = [one for one, outputs in ends if bias == (*shape[: len(shape) - len(one.shape)], *outputs)]
     if len(fitting) == 1:
         return fitting[0], ""
-    return plain, (
+    return plain, _several(path, shape)
+
+
+def _several(path: str, shape: tuple[int, ...]) -> str:
+    return (
         f"{path} has the shape {list(shape)}, which can be a matrix in several ways: say which, as in "
         f"einsums={{{path!r}: '...i,io->...o'}} for kernels [in, out] stacked along the axes in front"
     )

@@ -368,6 +368,11 @@ def test_dropout_draws_for_each_layer_and_keeps_the_mean():
             {},
             r"a has the shape \[2, 3, 3\], which can be a matrix in several ways.*einsums=",
         ),
+        (
+            {"conv": {"weight": np.ones((4, 3, 2, 2)), "bias": np.ones(4)}},
+            {},
+            r"conv has the shape \[4, 3, 2, 2\], which can be a matrix in several ways",
+        ),
         ({"a": {"w": np.ones((3, 3)), "kernel": np.ones((3, 3))}}, {}, "several arrays of the tree are at 'a'"),
         ({"a": np.ones((3, 3))}, {"modules_to_save": ("b",)}, "part of your tree"),
     ],
@@ -375,6 +380,16 @@ def test_dropout_draws_for_each_layer_and_keeps_the_mean():
 def test_refusals(params, options, error):
     with pytest.raises(ValueError, match=error):
         mj.functional.init(params, mj.LoRAConfig(rank=2, **options), rngs=0)
+
+
+def test_other_arrays_beside_kernels_stop_nothing(tmp_path):
+    conv = {"w": draw(1, 2, 2, 3, 4), "b": draw(2, 3)}  # of a transposed convolution of Haiku
+    params = {"conv": conv, "layers": {"kernel": draw(3, 3, 4, 5), "bias": draw(4, 3, 5), "gain": np.float32(2)}}
+    config = mj.LoRAConfig(rank=2, targets="layers")
+    adapters = filled(mj.functional.init(params, config, rngs=0))
+    assert adapters["layers"]["lora_a"].shape == (3, 4, 2)
+    mj.functional.save(params, adapters, tmp_path / "a", config)
+    jax.tree.map(np.testing.assert_array_equal, mj.functional.load(params, tmp_path / "a")[1], adapters)
 
 
 def test_adapters_of_another_tree_are_refused():
