@@ -121,14 +121,12 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, DecoderConfig, TensorFile
 def open_named(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The weights of a folder by the names that they have in models of today."""
     files = open_checkpoint(folder)
-    if any(name.endswith(BLOCKS) for name in files.shapes):
-        files = Mxfp4Files(files)
     for old, new in family_of(config).older.items():
         files.rename(partial(_begun, old, new))
     base = config.names.embedding.partition(".")[0] + "."
     if not any(name.startswith(base) for name in files.shapes):  # saved without the head's class around it
         files.rename(lambda name: name if name == f"{config.names.head}.weight" else base + name)
-    return files
+    return Mxfp4Files(files) if any(name.endswith(BLOCKS) for name in files.shapes) else files
 
 
 def _begun(old: str, new: str, name: str) -> str:

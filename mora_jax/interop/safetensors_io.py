@@ -63,7 +63,12 @@ class TensorFiles:
         return handle.get_slice(stored)[index]
 
     def rename(self, new: Callable[[str], str]) -> None:
-        """Calls every tensor by a new name, in place."""
+        """Calls every tensor by a new name, in place; an `InputError` where two would have the same."""
+        if len({new(name) for name in self.shapes}) < len(self.shapes):
+            both = next(name for name in self.shapes if new(name) != name and new(name) in self.shapes)
+            raise InputError(
+                f"{self.folder}: tensors {both} and {new(both)} are the same one by an older and a new name"
+            )
         self._handles = {new(name): handle for name, handle in self._handles.items()}
         self.shapes = {new(name): shape for name, shape in self.shapes.items()}
 

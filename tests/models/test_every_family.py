@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
@@ -211,7 +211,11 @@ def test_a_head_trained_whole_whose_files_call_it_otherwise(tmp_path):
     np.testing.assert_allclose(hf_logits(again, ids), expected, atol=1e-6 * np.abs(expected).max())
     mj.merge(model)
     mj.save_pretrained(model, tmp_path / "merged")
-    assert "embed_out.weight" in load_file(tmp_path / "merged" / "model.safetensors")
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["embed_out.weight"]}, path)
+    with pytest.raises(mj.InputError, match="tensors embed_out.weight and lm_head.weight are the same one by an older"):
+        mj.load_pretrained(tmp_path / "merged")
 
 
 @pytest.mark.peers

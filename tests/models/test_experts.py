@@ -415,6 +415,10 @@ def test_mxfp4_files_are_read_as_transformers_reads_them(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
     for dtype in ("bfloat16", "float32"):
         model, _ = mj.load_pretrained(folder, dtype=dtype)
+        # Then as saved without the head's class around them.
+        save_file(
+            {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors"
+        )
         for part in ("gate_up_proj", "down_proj"):
             kernel = np.asarray(getattr(model.layers.mlp, part).kernel[...], np.float32)
             for layer in range(3):
