@@ -106,7 +106,7 @@ def save_adapter(
         layers = list(layers_of(variables, (config,), report))
     places, by_path = [], {}
     for layer in layers:
-        lifts = () if report is None else report.lifts_at(layer.path)
+        lifts = () if report is None else report.lifts_at(layer.path)[: len(layer.stack)]
         if len(lifts) != len(layer.stack):
             raise InputError(
                 f"{'.'.join(layer.path)} is a stack of layers {layer.stack}, and where their numbers belong is not "
@@ -285,7 +285,8 @@ def _placed(place: Place, given: Mapping[str, Any], report: LinenReport | None, 
             return given_place
     known = None if report is None else report.matrix_at(place.path)
     if known is not None and report is not None:
-        return place._replace(matrix=known, lifts=report.lifts_at(place.path))
+        axes = place.array.ndim - len(known.shape)
+        return place._replace(matrix=known, lifts=report.lifts_at(place.path)[:axes])
     own = ".".join(place.path)
     lifts: tuple[int, ...] = ()
     if own in given:

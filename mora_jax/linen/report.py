@@ -79,7 +79,10 @@ class LinenReport:
         return None if seen is None else seen.matrix
 
     def lifts_at(self, path: Path) -> tuple[int, ...]:
-        """Behind how many components of a path the axes of `nn.scan` and `nn.vmap` belong."""
+        """Behind how many components of a path the axes of `nn.scan` and `nn.vmap` belong.
+
+        One that shares its variables, as nn.RNN does, has an entry and no axis: then the first entries are taken.
+        """
         return self._seen[path].lifts if path in self._seen else ()
 
     def _stack(self, path: Path) -> tuple[int, ...]:

@@ -186,6 +186,28 @@ def test_every_layer_of_stacks_in_stacks_is_kept(tmp_path):
         np.testing.assert_array_equal(model.apply(loaded, X, None)[0], y)
 
 
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        cell = nn.RNN(nn.LSTMCell(8), variable_broadcast=["params", "adapters"], name="cell")
+        return x + cell(x), None
+
+
+def test_loops_that_share_their_variables_stack_nothing(tmp_path):
+    axes, config = {"params": 0, "adapters": 0}, mj.LoRAConfig(rank=2, targets=("hi", "ig"))
+    model = nn.scan(Recurrent, variable_axes=axes, split_rngs={"params": True}, length=2)()
+    with adapted(config) as report:
+        variables = model.init(KEY, X, None)
+        variables = {**variables, "adapters": filled(variables["adapters"])}
+        y, _ = model.apply(variables, X, None)
+    save_adapter(variables, tmp_path / "adapter", config, report=report)
+    names = set(mj.interop.peft.load.tensor_shapes(tmp_path / "adapter"))
+    assert len(names) == 4 and {name[0] for name in names} == {"0", "1"}
+    found, loaded = load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+    with adapted(found):
+        np.testing.assert_array_equal(model.apply(loaded, X, None)[0], y)
+
+
 @pytest.mark.parametrize(
     "config",
     [
