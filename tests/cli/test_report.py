@@ -221,7 +221,7 @@ def test_damaged_files(run, fails, tmp_path, model_dir):
     metrics.write_bytes(b"\n".join([*lines[:1], *odd, *lines[1:]]) + b'{"step": 4, "lo')
     code, out, err = run("report", folder, "--json", "--html", tmp_path / "page.html")
     assert code == 0 and err.count("note: ") == 1
-    assert "metrics.jsonl: lines 3, 4, 5, 6, 7 can't be read and are left out" in err
+    assert "metrics.jsonl: left out lines 3, 4, 5, 6, 7, which can't be read" in err
     [found] = json.loads(out)["runs"]
     assert (found["final_loss"], found["steps"]) == (1.0, 3)
     for text in ("[]", "3", "{", "\ud800"):

@@ -11,8 +11,8 @@ from typing import Any
 
 from mora_jax.errors import InputError
 
-#: The largest weight: that of float32, in which weights are kept.
-MAX_WEIGHT = 3.4e38
+#: The largest weight: a row's times a token's then adds up in float32 over any batch.
+MAX_WEIGHT = 1e15
 #: The largest token id: that of int32.
 MAX_ID = 2**31 - 1
 
@@ -95,7 +95,7 @@ def check_plain(value: Any, key: str, source: str) -> None:
 
 
 def check_weight(value: Any, key: str, source: str) -> float:
-    """Returns a weight as a float: a finite number that is not negative, or text of one, as CSV cells hold it."""
+    """Returns a weight as a float: a number from 0 to `MAX_WEIGHT`, or text of one, as CSV cells hold it."""
     number = value
     if isinstance(value, str):
         try:
@@ -104,7 +104,7 @@ def check_weight(value: Any, key: str, source: str) -> float:
             number = None
     # A comparison with NaN is false.
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= MAX_WEIGHT:
-        raise InputError(f"{source}: `{key}` is {shown(value)}; expected a weight, a finite number >= 0")
+        raise InputError(f"{source}: `{key}` is {shown(value)}; expected a weight, a number from 0 to {MAX_WEIGHT:g}")
     return float(number)
 
 

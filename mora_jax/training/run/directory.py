@@ -170,7 +170,7 @@ class RunDirectory:
         """
         rows, damaged = self._metrics()
         if damaged:
-            self.files.note(f"{self.path / 'metrics.jsonl'}: {_lines(damaged)} can't be read and are left out")
+            self.files.note(f"{self.path / 'metrics.jsonl'}: left out {_lines(damaged)}, which can't be read")
         return rows
 
     def _metrics(self) -> tuple[list[dict[str, Any]], dict[int, bytes]]:

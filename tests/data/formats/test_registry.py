@@ -173,9 +173,11 @@ def test_the_weight_of_a_row(row, value, weight):
     assert convert(row | {"weight": value})[1].weight == weight
 
 
-@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "nan", "-1", "70 kg", True, [], {}, 10**400])
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "nan", "-1", "70 kg", True, [], {}, 1e38, 10**400])
 def test_weights_that_are_none(value):
-    with pytest.raises(InputError, match=r"a\.jsonl, row 1: `weight` is .*; expected a weight, a finite number >= 0"):
+    with pytest.raises(
+        InputError, match=r"a\.jsonl, row 1: `weight` is .*; expected a weight, a number from 0 to 1e\+15"
+    ):
         convert({"text": "t", "weight": value})
 
 

@@ -17,7 +17,7 @@ def test_damaged_lines_lose_no_others(tmp_path):
     lines = file.read_bytes().split(b"\n")
     file.write_bytes(b"\n".join([*lines[:2], b'{"step": 2.5, "l\xff', b"\0\0\0", *lines[2:]]) + b'{"step": 6, "lo')
     assert directory.read_metrics() == rows_until(5)
-    assert notes == [f"{file}: lines 3, 4 can't be read and are left out"]
+    assert notes == [f"{file}: left out lines 3, 4, which can't be read"]
     assert directory.rewind_metrics(4) == rows_until(4)
     assert list(map(json.loads, file.read_text().splitlines())) == rows_until(4)
     assert "kept in" in notes[1] and (tmp_path / "metrics.damaged.txt").read_text() == '{"step": 2.5, "l\\xff\n\0\0\0\n'
