@@ -18,7 +18,7 @@ from mora_jax.adapters.sites import Site, by_path, sites
 from mora_jax.adapters.token_rows import table_for_tokens
 from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import AdapterValues, first, install, trained_as
-from mora_jax.interop.hub import local_folder
+from mora_jax.interop.hub import adapter_folder, local_folder
 from mora_jax.interop.peft.config import AdapterFile, format_of, put_extra_fields, read_adapter_config
 from mora_jax.interop.peft.format import CONFIG_NAME, WEIGHTS, Target, read_tensor
 from mora_jax.interop.peft.fused_experts import unfused
@@ -45,7 +45,7 @@ def load_adapter(
 
     Args:
         model: a model without adapters; changed in place.
-        path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
+        path: a folder with `adapter_config.json` and `adapter_model.safetensors`, a run directory, or a hub id.
         strict: refuse an adapter that names another base model, instead of warning.
         kind: the kind of a MoRA adapter, where its file has an older one (see `mora_jax.interop.peft.restarted_base`).
         method: how a LoRA is to be trained on, which files don't say: `LoRAPlusConfig()`, `LoRAFAConfig()`, or
@@ -65,7 +65,7 @@ def load_adapter(
         >>> model.layers[0].adapter.lora_a.shape
         (6, 2)
     """
-    folder = local_folder(path)
+    folder = Path(adapter_folder(os.fspath(path)))
     values = with_kind(read_json(folder / CONFIG_NAME), kind, str(folder / CONFIG_NAME))
     config = read_adapter_config(values, str(folder / CONFIG_NAME))
     with undone_on_error(model):

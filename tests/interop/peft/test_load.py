@@ -360,9 +360,10 @@ def test_incomplete_folders(base, tmp_path):
     model = load(base)
     with pytest.raises(mj.InputError, match=re.escape(f"{tmp_path / 'none'} is not a folder")):
         mj.load_adapter(model, tmp_path / "none")
-    with pytest.raises(mj.InputError, match="adapter_config.json does not exist"):
+    with pytest.raises(mj.InputError, match="is no adapter: there is no adapter_config.json in it"):
         mj.load_adapter(model, tmp_path)
     mj.save_adapter(adapted(base, mj.LoRAConfig(rank=2)), tmp_path / "adapter")
+    mj.load_adapter(load(base), tmp_path)  # as a run directory has its own
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-7])
