@@ -83,8 +83,8 @@ def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDi
     if backend() != "cpu":
         # Not before x is there: see `Quantized.after`.
         dense = lax.optimization_barrier((w, x))[0].dense(x.dtype, 1) if isinstance(w, Quantized) else w
-        if backend() == "tpu" and x.shape[1] < SHORT:
-            x, dense, how = _of_short_sums(x, dense, how)
+        if backend() == "tpu":
+            x, dense, how = _for_tpu(x, dense, how)
         return lax.ragged_dot_general(x, dense, sizes, how, preferred_element_type=wide(x.dtype))
     blocks = _Blocks(sizes, len(x))
     contracted = how.dot_dimension_numbers[0][1][0] - 1
@@ -99,17 +99,21 @@ def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDi
     return blocks.rows(lax.map(product, (blocks.of(x), blocks.group)))
 
 
-def _of_short_sums(
+def _for_tpu(
     x: Array, w: Array, how: lax.RaggedDotDimensionNumbers
 ) -> tuple[Array, Array, lax.RaggedDotDimensionNumbers]:
-    """The same product in a form that the TPU's compiler takes: sums along the last axis, of at most 64 numbers or 256.
+    """The same product, by sums along the last axis of `w` where these or the results are as short as a rank.
 
-    With libtpu 0.0.52 others run out of fast memory (E1001), such as `[131072, 8]` by `[16, 8, 1536]`.
+    Other short sums run out of the chip's fast memory (libtpu 0.0.52, E1001), such as `[131072, 8]` by `[16, 8, 1536]`,
+    and so do sums of 65 to 255 numbers. For short results all of A would be copied into tiles of 128 ranks.
     """
-    if how is _INPUTS:
-        w = jnp.swapaxes(w, 1, 2)
-    filling = ((0, 0), (0, SHORT - x.shape[1]))
-    return (x, w, _OUTPUTS) if x.shape[1] <= 64 else (jnp.pad(x, filling), jnp.pad(w, ((0, 0), *filling)), _OUTPUTS)
+    summed = x.shape[1]
+    if how is _INPUTS and min(summed, w.shape[2]) < SHORT:
+        w, how = jnp.swapaxes(w, 1, 2), _OUTPUTS
+    if 64 < summed < SHORT:
+        filling = ((0, 0), (0, SHORT - summed))
+        x, w = jnp.pad(x, filling), jnp.pad(w, ((0, 0), *filling))
+    return x, w, how
 
 
 def _of_groups(x: Array, y: Array, sizes: Array) -> Array:
