@@ -55,6 +55,7 @@ def moved(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*block_size")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_method_is_nothing_at_first_and_merges_to_what_it_computes(shape):

@@ -51,6 +51,7 @@ PAIRS = [("linear", *pair) for pair in itertools.product(DTYPES, DTYPES)]
 PAIRS += [(layer, *pair) for layer in ("general", "einsum", "embed") for pair in SOME]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "dtype", "param_dtype"), PAIRS)
 def test_a_fresh_adapter_is_the_base(layer, dtype, param_dtype):
     options = {"dtype": DTYPES[dtype], "param_dtype": DTYPES[param_dtype]}
@@ -80,6 +81,7 @@ def filled(make, config):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float64_stays_float64(name):
     model, x = filled(LAYERS["linear"], CONFIGS[name]), draw(5, IN)

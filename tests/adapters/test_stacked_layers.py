@@ -177,6 +177,7 @@ def at_once(layers, x):
     return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LoRALinear", "MoRALinear"])
 def test_layers_with_adapters_of_their_own(kind, tmp_path):
     model = fill(Stack(MAKERS[kind], nnx.Rngs(0)))

@@ -36,6 +36,7 @@ def test_tabulate_leaves_every_method_as_it_was():
         assert not static, f"{kind.__name__}.{static} would not survive nnx.tabulate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_all_methods_work_after_tabulate(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.float32)
@@ -70,6 +71,7 @@ def dot(left, right):
     return sum(float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_forward_mode(name):
     """Along a direction it agrees with reverse mode, and differentiates the gradient as finite differences do."""

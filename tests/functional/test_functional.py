@@ -103,6 +103,7 @@ def test_every_method_merges_and_applies_as_by_loops(case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FORMS)
 def test_gradients_of_both_agree_with_finite_differences(case):
     config, params, x = FORMS[case], tree(), draw(30, 3, 7)
@@ -248,6 +249,7 @@ def loops_merged(params, adapters):
     return merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda one: one.__name__)
 @pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.vmap], ids=["plain", "jit", "vmap"])
 def test_apply_goes_into_programs(program, around):

@@ -29,6 +29,7 @@ def loaded(base, config=CONFIG):
     return model, report
 
 
+@pytest.mark.slow
 def test_rows_are_trained_merged_and_counted_as_in_a_table_with_other_rows(base):
     plain = mj.load_pretrained(base, dtype="float32")[0]
     model, report = loaded(base)

@@ -86,6 +86,7 @@ OWN = {name: {"rank": 4} for name in METHODS if "path" in METHOD_KEYS[name]} | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_every_method_goes_on_from_what_it_wrote(name, tmp_path):
     values = {"method": name} | OWN[name]

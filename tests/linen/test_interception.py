@@ -137,6 +137,7 @@ def test_every_class_of_layer(config):
         assert left == convolution | {("embed",): ("", 56, "an embedding, which all-linear leaves out")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(name):
     report = check_against_merged(Few(), METHODS[name], X)

@@ -208,6 +208,7 @@ def test_loops_that_share_their_variables_stack_nothing(tmp_path):
         np.testing.assert_array_equal(model.apply(loaded, X, None)[0], y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

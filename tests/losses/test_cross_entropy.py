@@ -83,6 +83,7 @@ def test_no_weight_gives_zero_and_finite_gradients():
     assert all(not np.any(gradient) for gradient in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [0, 1, 31, 32, 33, 64, 65, 128, 129, 191, 192, 193, 256])
 def test_a_last_chunk_of_parts_gives_the_same_and_runs_over_few_tokens_in_vain(used, monkeypatch):
     monkeypatch.setattr(chunked_sum, "chunk_size", lambda vocab_size, tokens, heads: 128)

@@ -59,6 +59,7 @@ def test_of_logits_and_of_hidden_states(mode):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_loss_of_logits_is_that_of_hidden_states_and_the_unit_matrix():
     targets, weights, _ = batch("masked")
     hidden, base = (jnp.asarray(RANDOM.normal(size=LOGITS.shape), jnp.float32) for _ in range(2))

@@ -122,6 +122,7 @@ def gradients(**options) -> tuple:
     return value, jax.tree.leaves(gradient)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     expected = gradients()
     assert all(np.abs(leaf).max() > 0 for leaf in expected[1])

@@ -52,6 +52,7 @@ def test_chunks_are_a_loop_over_tokens(length, chunk, goes_on, monkeypatch):
     np.testing.assert_allclose(end, last, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_everything_is_forgotten():
     query, key, value, log_decay, beta = draws(7)
     segments = np.array([[1, 1, 2, 2, 2, 0, 0]] * ROWS)

@@ -139,6 +139,7 @@ def test_routing_is_that_of_a_loop(normalize):
         np.testing.assert_allclose(weight, shares[best], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_is_the_same_whatever_else_is_in_the_batch(family):
     """None is dropped, and examples packed into a row don't see each other."""
@@ -185,6 +186,7 @@ def test_adapters_on_experts(family, method, monkeypatch):
     np.testing.assert_allclose(model(ids), after, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -348,6 +350,7 @@ def test_the_balance_is_that_of_transformers(family, tmp_path):
     np.testing.assert_allclose(again, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no expert carries an adapter")
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_balance_has_the_gradient_of_differences(remat):
@@ -430,6 +433,7 @@ def test_mxfp4_files_are_read_as_transformers_reads_them(tmp_path):
     np.testing.assert_array_equal(again(tokens()), model(tokens()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, per_token, sizes",
     [

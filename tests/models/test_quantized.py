@@ -64,6 +64,7 @@ def gradient_of(model, method):
     return jax.value_and_grad(loss, has_aux=True), adapters
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_rounded_base():
     check_gradients("nf4", "lora, oft")
 

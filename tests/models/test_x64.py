@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 import mora_jax as mj
@@ -21,6 +22,7 @@ def answers(layers: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.asarray(logits), Generator(model).batch([list(ids[0]), list(ids[1][:4])], 4)
 
 
+@pytest.mark.slow
 def test_extend_and_generate_give_what_they_give_without():
     expected = answers(2)
     with jax.enable_x64(True):

@@ -105,6 +105,7 @@ def test_bits_are_what_a_guess_lacks():
     assert bits_stored(10, 5.0) == 0
 
 
+@pytest.mark.slow
 def test_a_rate_is_chosen_on_seeds_that_are_not_reported(done):
     result, out = done
     frame = pd.read_csv(out / "cells.csv")
@@ -376,6 +377,7 @@ def test_what_ends_a_study_before_its_first_cell_replaces_nothing(stop, tmp_path
     assert folder._read()["asked"] == {"study": "new"} and not (folder.path / "cells.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", range(0, 20, 3))
 def test_a_process_that_is_killed_loses_no_study(lines, tmp_path):
     """Killed after any number of changes to the folder; the next process finds the old study."""

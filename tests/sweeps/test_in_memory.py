@@ -85,6 +85,7 @@ def test_every_dictionary_is_looked_through(folder, settings, message):
         sweep(model, [{"seed": 1}, {"seed": 2, **settings}], tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 def test_a_key_that_one_of_the_runs_reads_is_not_called_ignored(folder, tmp_path, capsys):
     common = [
         f"--config.model.path={folder / 'model'}",
@@ -132,6 +133,7 @@ def _seed(settings, seed):
     return settings | {"config": settings["config"] | {"seed": seed}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [False, True])
 def test_an_interrupt_gives_back_what_the_runs_have(folder, tmp_path, written):
     def interrupt(row):

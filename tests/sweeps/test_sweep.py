@@ -269,6 +269,7 @@ def test_no_run_is_the_best_where_losses_are_of_different_data(inputs, tmp_path)
     assert SweepResult([low, failed], None).best is low
 
 
+@pytest.mark.slow
 def test_a_sweep_over_evaluation_data_names_no_best_run(inputs, tmp_path, capsys):
     (tmp_path / "few.json").write_text(json.dumps(ROWS[:2]))
     settings = {

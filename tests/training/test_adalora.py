@@ -42,6 +42,7 @@ def unbroken(inputs, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_ranks_fall_to_their_end_and_are_written(unbroken):
     rows = [row for row in metrics(unbroken) if "mean_rank" in row]
     ranks = [row["mean_rank"] for row in rows]

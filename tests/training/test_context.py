@@ -24,6 +24,7 @@ def moments(state) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "mesh", "options"), CASES)
 def test_losses_and_gradients_are_those_of_one_device(method, mesh, options):
     spread = run(method, mesh, **options)

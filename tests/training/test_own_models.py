@@ -85,6 +85,7 @@ def test_the_losses_of_a_loop_by_hand(make, keys):
     assert found.summary["mfu"] is None and found.summary["trainable_parameters"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     """With dropout of the model's own and of the adapters, also where its last call was an evaluation."""
     config = mj.LoRAConfig(rank=2, dropout=0.2, targets=("qkv", "out"))
@@ -137,6 +138,7 @@ def test_preferences_and_the_divergence_from_the_base():
     assert losses(dpo)[0] == pytest.approx(np.log(2), rel=1e-5) and losses(dpo)[-1] < losses(dpo)[0]
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_have_the_masks_that_they_have_alone():
     """Their rows are of other lengths in the same step."""
     long = [row | {"output": " ".join([row["output"]] * 16)} for row in ROWS]

@@ -185,6 +185,7 @@ def test_value_and_gradient_against_whole_logits(name):
     assert metrics.tokens == sum(len(ids) for pair in pairs() for ids in pair.ids[: 1 if name == "kto" else 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mora", "head", "tied table"])
 def test_heads_and_methods(method):
     """A head or a tied table that is adapted has another kernel than the base."""
@@ -221,6 +222,7 @@ def test_any_layout_gives_the_same_update(name):
         assert_gradient(found[1], expected[1], 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
 def test_a_cached_reference_gives_the_same(name):
     model, batch = model_for("lora"), lay([[pair] for pair in pairs()])
@@ -379,6 +381,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_where_adapters_off_is_another_model(name, model_path):
     """The reference is what training began from, cached; the other one is refused with the reason."""

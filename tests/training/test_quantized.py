@@ -57,6 +57,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_only_as_it_was(inputs, unbroken, t
     assert (out / weights).read_bytes() == (unbroken / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_and_counted_on_its_own_base(inputs, unbroken, tmp_path):
     plain = tmp_path / "plain"
     assert loop.train(config(inputs, plain, **HELD | {"model__quantize": "none"}), quiet()) == 0
@@ -121,6 +122,7 @@ def test_methods_that_would_change_the_base_are_refused_in_one_line():
         check_quantize(lay_over(Config(), [("model.quantize", "int8", ""), ("adapter.init", "pissa", "")]))
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_scores_and_answers(inputs, tmp_path, capsys):
     out, model = tmp_path / "run", str(inputs / "model")
     held = [f"--config.{name}" for name in ("model.quantize=int8", "train.steps=2", "mesh.data=1")]

@@ -154,6 +154,7 @@ def outcome(work) -> tuple[list[dict] | None, str]:
         return None, re.sub(r"^config: ", "", str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", seeds(5, 200))
 def test_finetune_is_the_command(inputs, tmp_path, seed):
     values, out = drawn(seed), tmp_path / "run"
@@ -190,6 +191,7 @@ PLAIN = {"data.packing": False, "data.bucketing": False, "data.eval_fraction": 0
 PLAIN |= {"loss.normalize": "token", "train.micro_batch_size": 2, "train.log_every": 1, "loss.kl_weight": 0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_what_is_saved_and_loaded_trains_on(inputs, tmp_path, method):
     """As the model in memory does: all that training reads is in the folder."""
@@ -240,6 +242,7 @@ def test_pmap_is_jit(inputs, tmp_path, method):
 SWEPT = [name if name in ("lora_plus", "relora") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SWEPT)
 def test_a_run_of_a_sweep_is_a_run_alone(inputs, method):
     values = plain(METHODS.index(method) + 100, method, train__steps=4, data__eval_fraction=0.3)

@@ -238,6 +238,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     assert moved == {"layers.mlp.down_proj.kernel"}
 
 
+@pytest.mark.slow
 def test_the_balance_of_experts_is_part_of_the_loss():
     values = SIZES["experts"] | {"num_hidden_layers": 1}
     model = Decoder(read_config(values, "config.json"), rngs=nnx.Rngs(0))

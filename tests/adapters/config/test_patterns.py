@@ -39,6 +39,7 @@ def decoder():
     return init_decoder(LLAMA, nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_layers_of_a_stack_with_ranks_and_alphas_of_their_own():
     config = mj.LoRAConfig(
         rank=2,

@@ -49,6 +49,7 @@ def value_and_gradients(delta, x, params, dy):
     return y, delta.backward(residuals, dy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-6)])
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)

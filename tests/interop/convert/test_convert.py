@@ -49,6 +49,7 @@ def kernels(model) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOW_RANK)
 @pytest.mark.parametrize("rank", [1, 8])
 def test_mora_of_low_rank_becomes_an_exact_lora(base, kind, rank):

@@ -60,6 +60,7 @@ def norm(by_path: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum((array**2).sum() for array in by_path.values())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_pair(name):
     with jax.default_matmul_precision("highest"):

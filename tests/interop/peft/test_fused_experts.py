@@ -204,6 +204,7 @@ def test_a_tensor_an_expert_is_refused_where_peft_loses_it(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mora_on_experts_is_a_tensor_an_expert(family, tmp_path):
     model, ids = ours(family, nnx.Rngs(0)), tokens()

@@ -80,6 +80,7 @@ def unbroken(inputs, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_and_one_goes_on(inputs, unbroken, tmp_path):
     out = tmp_path / "run"
     given = arguments(inputs, out, mesh__data=2, mesh__fsdp=2, train__micro_batch_size=4, train__save_every=0)

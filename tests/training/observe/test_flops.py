@@ -39,6 +39,7 @@ def parts(method, tie: bool, layers: int):
     return config, flat_arrays(trained), flat_arrays(frozen), step, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "tie", "layers"),
     [(mj.LoRAConfig(rank=4), True, 2), (mj.FullConfig(), False, 1)],

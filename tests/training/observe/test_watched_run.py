@@ -51,6 +51,7 @@ def rows(out: Path, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (out / file).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once(watched):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -102,6 +102,7 @@ def test_cards_of_mora_and_of_whole_models_say_what_loads_them(tmp_path):
     assert 'AutoModelForCausalLM.from_pretrained("me/m")' in whole and "not stated" in whole
 
 
+@pytest.mark.slow
 def test_a_run_and_its_result_are_pushed_alike(hub, tmp_path):
     rows = [{"prompt": "What is the capital of France?", "completion": "Paris"}] * 8
     options = {"eval_rows": rows[:4], "steps": 1, "batch_size": 2, "config": {"data.max_length": 32}}

@@ -43,6 +43,7 @@ def kernels(model):
     return {path: np.asarray(place.kernel()) for place in sites(model) for path in place.paths[:1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "fsdp"), [("none", 4), ("int8", 1), ("int8", 4)])
 def test_the_same_weights_are_read(folder, quantize, fsdp):
     """The int8 scales of one block of inputs are shared along outputs."""

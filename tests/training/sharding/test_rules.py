@@ -87,21 +87,21 @@ def test_square_matrices_are_cut_where_they_divide():
 CASES = [
     pytest.param("lora", (4, 1, 1), {}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 4, 1), {"sizes": "even"}, marks=pytest.mark.slow),
-    ("lora", (1, 1, 4), {"sizes": "even"}),
+    pytest.param("lora", (1, 1, 4), {"sizes": "even"}, marks=pytest.mark.slow),
     pytest.param("mora", (1, 4, 1), {"micro_batches": 2}, marks=pytest.mark.slow),
-    ("mora", (1, 1, 4), {}),
+    pytest.param("mora", (1, 1, 4), {}, marks=pytest.mark.slow),
     ("sharing", (1, 1, 4), {"sizes": "even"}),
     pytest.param("full", (2, 2, 1), {"micro_batches": 2}, marks=pytest.mark.slow),
-    ("full", (1, 2, 2), {"packed": False, "sizes": "even"}),
+    pytest.param("full", (1, 2, 2), {"packed": False, "sizes": "even"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 4, 1), {"sizes": "blocks", "quantize": "nf4"}, marks=pytest.mark.slow),
-    ("lora", (1, 1, 4), {"sizes": "blocks", "quantize": "nf4"}),
+    pytest.param("lora", (1, 1, 4), {"sizes": "blocks", "quantize": "nf4"}, marks=pytest.mark.slow),
     ("lora", (1, 2, 2), {"sizes": "experts", "dropout": 0.2}),
     pytest.param("mora", (1, 1, 4), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (4, 1, 1), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 2, 2), {"sizes": "three_experts"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
-    ("lora", (1, 1, 1, 1, 4), {"sizes": "experts", "micro_batches": 2, "dropout": 0.2}),
+    pytest.param("lora", (1, 1, 1, 1, 4), {"sizes": "experts", "micro_batches": 2, "dropout": 0.2}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 1, 2, 1, 2), {"sizes": "six_experts"}, marks=pytest.mark.slow),
     pytest.param("mora", (1, 2, 1, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 1, 2, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
@@ -211,6 +211,7 @@ def base_bytes(frozen, device) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 1, 4)])
 def test_no_device_holds_the_base(mesh):
     alone, spread = run("lora", sizes="even"), run("lora", mesh, sizes="even")
@@ -250,6 +251,7 @@ def test_every_mesh_of_eight_devices_with_a_quantised_base(held):
     eight_devices([("lora", mesh, options) for mesh in meshes] + [("mora", (1, 4, 2), options)])
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_gathered_as_it_is():
     spread = run("lora", (1, 4, 1), sizes="blocks", quantize="nf4")
     arrays = [array.size // array.shape[0] for name, array in spread.frozen.items() if name.endswith("kernel.scales")]
