@@ -101,7 +101,9 @@ CASES = [
     pytest.param("lora", (1, 2, 2), {"sizes": "three_experts"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("lora", (1, 1, 2, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
-    pytest.param("lora", (1, 1, 1, 1, 4), {"sizes": "experts", "micro_batches": 2, "dropout": 0.2}, marks=pytest.mark.slow),
+    pytest.param(
+        "lora", (1, 1, 1, 1, 4), {"sizes": "experts", "micro_batches": 2, "dropout": 0.2}, marks=pytest.mark.slow
+    ),
     pytest.param("lora", (1, 1, 2, 1, 2), {"sizes": "six_experts"}, marks=pytest.mark.slow),
     pytest.param("mora", (1, 2, 1, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
     pytest.param("full", (1, 1, 2, 1, 2), {"sizes": "experts"}, marks=pytest.mark.slow),
