@@ -24,7 +24,7 @@ from mora_jax.studies.results import Results
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MEMORY = DOCS / "studies" / "memorize" / "quick" / "cells.csv"
-ARMS = ("LoRA r2", "LoRA r8", "MoRA sharing r2", "MoRA rotation r2")
+LEVEL, ARMS = "128 pairs", ("LoRA r2", "LoRA r8", "MoRA sharing r2", "MoRA rotation r2")
 #: Of the layer whose update is drawn: an MLP's of SmolLM2-135M.
 INPUTS, OUTPUTS, RANK = 576, 1536, 8
 
@@ -34,11 +34,11 @@ def memory() -> Any:
     results = Results.read(MEMORY, Memorize())
     figure = new_figure(10, 3.9)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_curves(left, results, "generated_accuracy", arms=ARMS, markersize=6, linewidth=2)
+    draw_curves(left, results, "generated_accuracy", LEVEL, arms=ARMS, markersize=6, linewidth=2)
     left.set(title="128 random pairs, learned by heart", ylabel="symbols right, written from memory")
     places = {"LoRA r2": (8, 0), "LoRA r8": (8, 0), "MoRA sharing r2": (8, -16), "MoRA rotation r2": (8, 4)}
     for arm in ARMS:
-        parameters, mean = results.parameters(arm), results.mean("generated_accuracy", arm)
+        parameters, mean = results.parameters(arm), results.mean("generated_accuracy", arm, LEVEL)
         look = style(arm, ARMS) | {"markersize": 9, "capsize": 4, "linestyle": "none"}
         right.errorbar(parameters, mean.mean, mean.half, **look)
         name = f"{arm}: {mean.mean:.2f}"

@@ -26,7 +26,8 @@ PAGE, TEMPLATE = ROOT / "docs/studies/index.md", Path(__file__).with_suffix(".md
 CLAIMS = [
     (
         "MoRA learns pairs by heart sooner than LoRA at equal parameters (2405.12130)",
-        [("memorize/quick", "MoRA sharing r2 − LoRA r2", "generated accuracy", "", 1),
+        [("memorize/quick", "MoRA sharing r2 − LoRA r2", "generated accuracy", "128 pairs", 1),
+         ("memorize/quick", "MoRA sharing r2 − LoRA r2, α = 8r", "generated accuracy", "128 pairs", 1),
          ("memorize/small", "MoRA sharing r2 − LoRA r2", "generated accuracy", "", 1)],
         "`memorize` small with 8 seeds and LoRA at its best form",
     ),
@@ -39,7 +40,7 @@ CLAIMS = [
         "LoRA learns less than full fine-tuning (2405.09673)",
         [("forget/quick", "LoRA r2 − full", "loss on the new domain, nats a token", "", 1),
          ("forget/quick", "LoRA r16 − full", "loss on the new domain, nats a token", "", 1)],
-        "`forget` quick with 10 seeds, all tasks scored; `forget` small",
+        "`forget` quick with 10 seeds; `forget` small",
     ),
     (
         "LoRA forgets less than full fine-tuning (2405.09673)",
@@ -90,15 +91,20 @@ def numbers(tables: dict[str, Results], stated: dict[str, list[Claim]]) -> dict[
     accuracy, known = "generated accuracy", "loss on the old domain, nats a token"
     quick, small, forget = tables["memorize/quick"], tables["memorize/small"], stated["forget/quick"]
     values = {}
-    for name, results in (("quick", quick), ("small", small)):
-        for arm, short in (("LoRA r2", "lora"), ("MoRA sharing r2", "sharing"), ("MoRA rotation r2", "rotation")):
-            values[f"{short}_{name}"] = results.mean("generated_accuracy", arm).text(2)
-    for name, short in (("memorize/quick", "quick"), ("memorize/small", "small")):
+    for name, results, level in (("quick", quick, "128 pairs"), ("small", small, "")):
+        for arm, short in (("LoRA r2", "lora"), ("LoRA r2, α = 8r", "alpha"), ("MoRA sharing r2", "sharing"),
+                           ("MoRA rotation r2", "rotation")):  # fmt: skip
+            if arm in results.arms_at(level):
+                values[f"{short}_{name}"] = results.mean("generated_accuracy", arm, level).text(2)
         for kind in ("sharing", "rotation"):
-            one = find(stated[name], f"MoRA {kind} r2 − LoRA r2", accuracy, "")
-            values[f"{kind}_lead_{short}"] = one.effect_text()
-    for arm, short in (("LoRA r2", "r2"), ("LoRA r16", "r16"), ("MoRA rotation r2", "rotation")):
+            one = find(stated[f"memorize/{name}"], f"MoRA {kind} r2 − LoRA r2", accuracy, level)
+            values[f"{kind}_lead_{name}"] = one.effect_text()
+    for arm, short in (("LoRA r2", "r2"), ("LoRA r16", "r16"), ("MoRA sharing r2", "sharing"),
+                       ("MoRA rotation r2", "rotation")):  # fmt: skip
         values[f"forget_{short}"] = find(forget, f"{arm} − full", known, "").effect_text()
+    learned = find(forget, "MoRA sharing r2 − LoRA r2", "loss on the new domain, nats a token", "")
+    values["learned_sharing"] = learned.effect_text()
+    values["forget_kl"] = find(forget, "LoRA r16, KL − LoRA r16", known, "").effect_text()
     rates = tables["rates/quick"]
     loras = {rates.rate(f"LoRA r{rank}", "1024 rows") for rank in (1, 4, 16)}
     values |= {
