@@ -77,11 +77,11 @@ def test_memory_is_that_of_the_study():
     from mora_jax.studies.results import Results
 
     results = Results.read(DOCS / "studies" / "memorize" / "quick" / "cells.csv", Memorize())
-    rows = re.findall(r"^\| (LoRA r\d|MoRA \w+ r\d|full) \| ([\d,]+) \| (.*) \|$", read("mora.md"), re.MULTILINE)
-    assert len(rows) == 5
+    rows = re.findall(r"^\| (LoRA r\d(?:, α = 8r)?|MoRA \w+ r\d|full) \| ([\d,]+) \| (.*) \|$", read("mora.md"), re.MULTILINE)
+    assert len(rows) == 6
     for arm, parameters, accuracy in rows:
         assert parameters == f"{results.parameters(arm):,}"
-        assert accuracy == results.mean("generated_accuracy", arm).text(2)
+        assert accuracy == results.mean("generated_accuracy", arm, "128 pairs").text(2)
 
 
 def test_every_method_is_documented():
