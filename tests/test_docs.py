@@ -77,7 +77,8 @@ def test_memory_is_that_of_the_study():
     from mora_jax.studies.results import Results
 
     results = Results.read(DOCS / "studies" / "memorize" / "quick" / "cells.csv", Memorize())
-    rows = re.findall(r"^\| (LoRA r\d(?:, α = 8r)?|MoRA \w+ r\d|full) \| ([\d,]+) \| (.*) \|$", read("mora.md"), re.MULTILINE)
+    arm = r"LoRA r\d(?:, α = 8r)?|MoRA \w+ r\d|full"
+    rows = re.findall(rf"^\| ({arm}) \| ([\d,]+) \| (.*) \|$", read("mora.md"), re.MULTILINE)
     assert len(rows) == 6
     for arm, parameters, accuracy in rows:
         assert parameters == f"{results.parameters(arm):,}"
