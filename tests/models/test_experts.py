@@ -83,9 +83,8 @@ def test_quantised_products_are_those_of_a_loop_over_rounded_matrices(held, back
     np.testing.assert_allclose(dx, _by_loop(slope, dense.transpose(0, 2, 1), sizes), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "held"), [("mixtral", "int8"), pytest.param("gpt_oss", "nf4", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "held"), [("mixtral", "int8"), ("gpt_oss", "nf4")])
 def test_a_quantised_base_with_adapters(family, held, tmp_path):
     """Read from files it is its rounded values: logits, and gradients of adapters."""
     mj.save_pretrained(ours(family, nnx.Rngs(0), num_hidden_layers=1), tmp_path / "model")

@@ -61,6 +61,7 @@ EXPERTS = MODEL | {
 }
 
 
+@pytest.mark.slow
 def test_what_an_expert_axis_holds_and_sends():
     mesh = (1, 1, 1, 1, 4)
     compiled, found = compiled_and_reckoned(run_of("lora", mesh, "full"), mesh, EXPERTS)

@@ -165,6 +165,7 @@ def test_diverged_runs_lower_the_rates():
     assert state.rate is None and len(losses) < 10
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_the_adapter_does(done):
     _, out = done
     run = next((out / "runs").glob("6-pairs_LoRA_*seed1"))

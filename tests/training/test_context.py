@@ -37,6 +37,7 @@ def test_losses_and_gradients_are_those_of_one_device(method, mesh, options):
         assert np.linalg.norm(found[name] - sums) <= 2e-5 * np.linalg.norm(sums), name
 
 
+@pytest.mark.slow
 def test_scores_of_whole_rows_never_exist():
     """Rows of 16 tokens over 4 devices: each holds pairs of 2 tokens, and nobody gathers keys."""
     compiled = run("lora", (1, 1, 1, 4), dropout=0.3).compiled

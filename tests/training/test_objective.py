@@ -327,6 +327,7 @@ def test_neftune_is_the_gradient_with_that_noise(method):
         np.testing.assert_allclose(gradient[name], wanted, rtol=1e-3, atol=2e-5 * np.abs(wanted).max(), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "split",
     [

@@ -25,6 +25,7 @@ def moments(state) -> list[jax.Array]:
     return [leaf for path, leaf in leaves if any(isinstance(key, jax.tree_util.DictKey) for key in path)]
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_without_offload(spread):
     np.testing.assert_allclose(spread.losses, run("lora").losses, rtol=1e-5)
 

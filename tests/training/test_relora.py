@@ -383,6 +383,7 @@ def test_settings_of_a_run_are_checked_together(inputs, tmp_path):
             config_from_dict(wrong)
 
 
+@pytest.mark.slow
 def test_moments_in_the_hosts_memory_are_pruned_too(inputs, tmp_path):
     settings = {"adapter__method": "relora", "adapter__restart_every": 2, "adapter__restart_warmup": 1}
     settings |= {"adapter__prune": 0.75, "adapter__dropout": 0.0, "train__save_every": 0}

@@ -211,6 +211,7 @@ def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_keeps_the_checkpoints_that_are_there(tmp_path, monkeypatch, capfd):
     folder, notes = tmp_path / "checkpoints", []
     with Checkpoints(folder, 3, IDENTITY, note=notes.append) as checkpoints:

@@ -265,6 +265,7 @@ def test_a_quantised_base_is_gathered_as_it_is():
     assert all(size <= max(*arrays, *adapters) for kind, size in sizes if kind != "u8")
 
 
+@pytest.mark.slow
 def test_along_tensor_nothing_of_a_quantised_base_is_gathered():
     assert gathers(run("lora", (1, 1, 4), sizes="blocks", quantize="nf4").compiled) == []
 
