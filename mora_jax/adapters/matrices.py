@@ -241,7 +241,7 @@ def _convolved(layer: Any, x: Array, kernel: Array) -> Array:
         in_features=x.shape[-1],
         kernel_size=kernel.shape[:-2],
         kernel_shape=kernel.shape,
-        kernel=kernel,
+        kernel=nnx.Param(kernel),
         bias=None,
         use_bias=False,
         mask=None,
