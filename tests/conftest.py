@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Slice:
-    """Begins no test after some minutes; which come first is another matter for each commit.
+    """Begins no test after some minutes, nor near the limit of mappings; which come first differs for each commit.
 
     Files are shuffled by the hash of their name and the commit's, so that over a number of commits each comes first.
 
@@ -94,6 +94,8 @@ class Slice:
     def __init__(self, commit: str, minutes: float) -> None:
         self.commit = commit
         self.end = float(os.environ.setdefault("MORA_JAX_SLICE_ENDS", str(time.monotonic() + 60 * minutes)))
+        # Where so many are left after programs were let go, the process ends its part of the slice: see `Mappings`.
+        self.mappings = 40_000
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -103,7 +105,7 @@ class Slice:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
         """Leaves a test to other commits."""
-        if time.monotonic() > self.end:
+        if time.monotonic() > self.end or (MAPPINGS.exists() and Mappings.count() > self.mappings):
             pytest.skip("beyond the slice of this commit")
 
 
@@ -123,6 +125,11 @@ class Mappings:
     def __init__(self, limit: int) -> None:
         self.limit, self.counted = limit, 0.0
 
+    @staticmethod
+    def count() -> int:
+        """Mappings of this process."""
+        return MAPPINGS.read_bytes().count(b"\n")
+
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self) -> Iterator[None]:
         """Counts, and lets programs go, after the test and what it used."""
@@ -132,7 +139,7 @@ class Mappings:
         import jax
 
         self.counted = time.monotonic()
-        found = MAPPINGS.read_bytes().count(b"\n")
+        found = self.count()
         if found > self.limit / 3:
             jax.clear_caches()
             gc.collect()
