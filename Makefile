@@ -59,7 +59,8 @@ test-slice: $(VENV)/.installed-all
 COLAB := jax==0.7.2 jaxlib==0.7.2 flax==0.12.0 optax==0.2.8 orbax-checkpoint==0.12.4 transformers==5.15.0 \
   absl-py==1.4.0 pyarrow==18.1.0 datasets==4.0.0 grain==0.2.18 numpy==2.1.3
 COLAB_TESTS := tests/adapters/test_attach.py tests/adapters/methods tests/adapters/test_convolutions.py tests/linen \
-  tests/functional tests/interop/peft tests/training/test_finetune.py tests/training/test_step.py tests/training/test_loop.py tests/test_environment.py
+  tests/functional tests/interop/peft tests/training/test_finetune.py tests/training/test_step.py \
+  tests/training/test_loop.py tests/test_environment.py
 # Four tests are about newer jax: its switch for 64 bits, how it writes shardings, optimizer.offload on CPUs, and there
 # products of bfloat16 into float32.
 NEWER := --deselect tests/linen/test_interception.py::test_float64_layers_stay_float64 \

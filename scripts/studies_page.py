@@ -104,6 +104,9 @@ def numbers(tables: dict[str, Results], stated: dict[str, list[Claim]]) -> dict[
         values[f"forget_{short}"] = find(forget, f"{arm} − full", known, "").effect_text()
     learned = find(forget, "MoRA sharing r2 − LoRA r2", "loss on the new domain, nats a token", "")
     values["learned_sharing"] = learned.effect_text()
+    rise = "rise of the old domain's loss at equal learning, nats a token"
+    equal = find(forget, "LoRA r16, dropout − full", rise, "")
+    values["forget_dropout"] = equal.effect_text()
     values["forget_kl"] = find(forget, "LoRA r16, KL − LoRA r16", known, "").effect_text()
     rates = tables["rates/quick"]
     loras = {rates.rate(f"LoRA r{rank}", "1024 rows") for rank in (1, 4, 16)}

@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and not sliced:
         config.pluginmanager.register(SharedTests())
     if MAPPINGS.exists():
-        config.pluginmanager.register(Mappings(int(Path("/proc/sys/vm/max_map_count").read_text())))
+        config.pluginmanager.register(Mappings())
 
 
 @pytest.hookimpl(trylast=True)
@@ -94,8 +94,6 @@ class Slice:
     def __init__(self, commit: str, minutes: float) -> None:
         self.commit = commit
         self.end = float(os.environ.setdefault("MORA_JAX_SLICE_ENDS", str(time.monotonic() + 60 * minutes)))
-        # Where so many are left after programs were let go, the process ends its part of the slice: see `Mappings`.
-        self.mappings = 40_000
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -105,7 +103,7 @@ class Slice:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
         """Leaves a test to other commits."""
-        if time.monotonic() > self.end or (MAPPINGS.exists() and Mappings.count() > self.mappings):
+        if time.monotonic() > self.end or (MAPPINGS.exists() and Mappings.count() > 0.6 * Mappings.limit()):
             pytest.skip("beyond the slice of this commit")
 
 
@@ -122,13 +120,18 @@ class Mappings:
     #: Mappings are counted, which takes milliseconds, at the end of a test where so many seconds have gone.
     SECONDS = 5.0
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.counted = limit, 0.0
+    def __init__(self) -> None:
+        self.counted = 0.0
 
     @staticmethod
     def count() -> int:
         """Mappings of this process."""
         return MAPPINGS.read_bytes().count(b"\n")
+
+    @staticmethod
+    def limit() -> int:
+        """How many a process may have."""
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self) -> Iterator[None]:
@@ -139,11 +142,11 @@ class Mappings:
         import jax
 
         self.counted = time.monotonic()
-        found = self.count()
-        if found > self.limit / 3:
+        found, limit = self.count(), self.limit()
+        if found > limit / 3:
             jax.clear_caches()
             gc.collect()
-        assert found < 0.9 * self.limit, f"{found} memory mappings after this test: it compiles too many programs"
+        assert found < 0.9 * limit, f"{found} memory mappings after this test: it compiles too many programs"
 
 
 class SharedTests:

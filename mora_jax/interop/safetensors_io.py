@@ -64,11 +64,11 @@ class TensorFiles:
 
     def rename(self, new: Callable[[str], str]) -> None:
         """Calls every tensor by a new name, in place; an `InputError` where two would have the same."""
-        if len({new(name) for name in self.shapes}) < len(self.shapes):
-            both = next(name for name in self.shapes if new(name) != name and new(name) in self.shapes)
-            raise InputError(
-                f"{self.folder}: tensors {both} and {new(both)} are the same one by an older and a new name"
-            )
+        seen: dict[str, str] = {}
+        for name in sorted(self.shapes):
+            if (other := seen.setdefault(new(name), name)) != name:
+                what = "are the same one by an older and a new name"
+                raise InputError(f"{self.folder}: tensors {other} and {name} {what}")
         self._handles = {new(name): handle for name, handle in self._handles.items()}
         self.shapes = {new(name): shape for name, shape in self.shapes.items()}
 

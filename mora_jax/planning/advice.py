@@ -27,8 +27,8 @@ from mora_jax.training.sharding.mesh import AXES
 Note = Callable[[str], None]
 
 _MEASURED = (
-    "by three seeds of study rates (the embedded model, 64 steps; docs/studies/rates/quick, in brackets the range of "
-    "both over draws of the seeds)"
+    "by three seeds of study rates (the embedded model, 64 steps; docs/studies/rates/quick, in brackets how far it "
+    "lies elsewhere when seeds are drawn again)"
 )
 #: By method: how its best rates lay to those of others, and who says so.
 _RATES = {

@@ -150,6 +150,19 @@ def test_lora_of_peft_both_ways_and_merged(made, tmp_path):
     )  # kernel and update are rounded together
 
 
+def both_ways(theirs, reference, folder, ids):
+    """The model with an adapter of PEFT's: its folder gives the same logits here, and the one that is written there."""
+    theirs.save_pretrained(folder.parent / "theirs")
+    expected = hf_logits(theirs, ids)
+    model = mj.load_pretrained(folder, dtype="float32")[0]
+    mj.load_adapter(model, folder.parent / "theirs")
+    np.testing.assert_allclose(model(ids), expected, atol=2e-5 * np.abs(expected).max())
+    mj.save_adapter(model, folder.parent / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(reference), folder.parent / "ours").eval()
+    np.testing.assert_allclose(hf_logits(again, ids), expected, atol=1e-6 * np.abs(expected).max())
+    return model
+
+
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
@@ -157,14 +170,7 @@ def test_lora_on_learned_positions(tmp_path):
     reference, ids = hf_model("gpt2", **ODD["gpt2"] | {"tie_word_embeddings": True}), some_ids()
     folder = save_torch(tmp_path / "base", reference)
     theirs = randomised(reference, ["wpe", "c_attn"])
-    theirs.save_pretrained(tmp_path / "theirs")
-    expected = hf_logits(theirs, ids)
-    model = mj.load_pretrained(folder, dtype="float32")[0]
-    mj.load_adapter(model, tmp_path / "theirs")
-    np.testing.assert_allclose(model(ids), expected, atol=2e-5 * np.abs(expected).max())
-    mj.save_adapter(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
-    np.testing.assert_allclose(hf_logits(again, ids), expected, atol=1e-6 * np.abs(expected).max())
+    both_ways(theirs, reference, folder, ids)
 
 
 @pytest.mark.peers
@@ -201,14 +207,7 @@ def test_a_head_trained_whole_whose_files_call_it_otherwise(tmp_path):
     theirs = peft.get_peft_model(copy.deepcopy(reference), config).eval()
     with torch.no_grad():
         theirs.base_model.model.lm_head.modules_to_save.default.weight += 0.3
-    theirs.save_pretrained(tmp_path / "theirs")
-    expected = hf_logits(theirs, ids)
-    model = mj.load_pretrained(folder, dtype="float32")[0]
-    mj.load_adapter(model, tmp_path / "theirs")
-    np.testing.assert_allclose(model(ids), expected, atol=2e-5 * np.abs(expected).max())
-    mj.save_adapter(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
-    np.testing.assert_allclose(hf_logits(again, ids), expected, atol=1e-6 * np.abs(expected).max())
+    model = both_ways(theirs, reference, folder, ids)
     mj.merge(model)
     mj.save_pretrained(model, tmp_path / "merged")
     path = tmp_path / "merged" / "model.safetensors"

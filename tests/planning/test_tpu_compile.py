@@ -145,4 +145,4 @@ def test_gathered_experts():
     model = PUBLISHED["qwen3-30b-a3b"] | {"vocab_size": 4096}
     plan = planned("v5e-8", model, data__max_length=2048)
     found = compile_elsewhere(plan.config, model, plan.topology, plan.mesh)
-    assert found.fits and found.temp < 1.6 * (plan.memory.activations + plan.memory.temp)
+    assert found.fits and found.temp < 1.4 * (plan.memory.activations + plan.memory.temp)

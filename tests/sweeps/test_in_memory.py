@@ -12,6 +12,7 @@ from flax import nnx
 
 import mora_jax as mj
 from mora_jax.cli.main import main
+from mora_jax.data.read import validate
 from mora_jax.errors import InputError
 from mora_jax.sweeps.board import Board
 from mora_jax.sweeps.grid import combinations, expand
@@ -159,7 +160,16 @@ def test_an_interrupt_gives_back_what_the_runs_have(folder, tmp_path, written):
         assert [row["step"] for row in again.runs[0].metrics][0] == 1
 
 
-def test_weights_beyond_float32_are_no_loss_of_zero(folder):
+def test_weights_beyond_float32_are_no_loss_of_zero(folder, monkeypatch):
     heavy = [row | {"weight": 5e37} for row in ROWS]
+    board = Board(io.StringIO())
+    keys = KEYS | {"train.max_skipped": 9}
     with pytest.raises(InputError, match=r"row 1: `weight` is 5e\+37; expected a weight, a number from 0 to 1e\+15"):
-        sweep(str(folder / "model"), {"seed": [1, 2]}, rows=heavy, board=Board(io.StringIO()), config=KEYS)
+        sweep(str(folder / "model"), {"seed": [1, 2]}, rows=heavy, board=board, config=keys)
+    monkeypatch.setattr(validate, "MAX_WEIGHT", 3.4e38)
+    result = sweep(str(folder / "model"), {"seed": [1, 2]}, rows=heavy, board=board, config=keys)
+    for run in result.runs:
+        assert all(loss is None or np.isnan(loss) for loss in losses(run.metrics))
+        assert run.summary["final_loss"] is None
+    assert result.best is None
+    assert "the update is skipped" in board.stream.getvalue()
