@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -135,13 +136,14 @@ def test_a_terminal(model_dir):
 
     def until(text):
         seen, ends = b"", time.monotonic() + 120
-        while text not in seen and time.monotonic() < ends:
+        while text not in seen and select.select([master], [], [], max(ends - time.monotonic(), 0))[0]:
             seen += os.read(master, 1024)
         assert text in seen, seen
 
     until(b"> ")
     os.write(master, b"Hello\n")
     until(b"\r\n> ")
+    time.sleep(1)  # readline misses a signal between writing its prompt and waiting for keys
     process.send_signal(signal.SIGINT)
     until(b"\r\n> ")
     os.write(master, b"\x04")
