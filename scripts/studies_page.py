@@ -13,22 +13,31 @@ import sys
 from pathlib import Path
 from string import Template
 
+import numpy as np
+import pandas as pd
+
 from mora_jax.studies.claims import Claim, claims, to_json
 from mora_jax.studies.conclusion import table
-from mora_jax.studies.intervals import interval
+from mora_jax.studies.intervals import paired
 from mora_jax.studies.results import Results
 from mora_jax.studies.run import STUDIES
 
 ROOT = Path(__file__).parents[1]
+CURVATURE = ROOT / "docs/studies/rates/quick/curvature.csv"
 PAGE, TEMPLATE = ROOT / "docs/studies/index.md", Path(__file__).with_suffix(".md")
 
+WRITTEN = "generated accuracy"
+NEW, OLD = "loss on the new domain, nats a token", "loss on the old domain, nats a token"
+RISE = "rise of the old domain's loss at equal learning, nats a token"
+TEST, BASE = "test loss at the best epoch, nats a token", "loss on base texts, nats a token"
+UNMASKED = "LoRA unmasked − LoRA masked"
 #: claim of a paper; (table, difference, metric, level, sign of the effect where it holds); what would decide it.
 CLAIMS = [
     (
         "MoRA learns pairs by heart sooner than LoRA at equal parameters (2405.12130)",
-        [("memorize/quick", "MoRA sharing r2 − LoRA r2", "generated accuracy", "128 pairs", 1),
-         ("memorize/quick", "MoRA sharing r2 − LoRA r2, α = 8r", "generated accuracy", "128 pairs", 1),
-         ("memorize/small", "MoRA sharing r2 − LoRA r2", "generated accuracy", "", 1)],
+        [("memorize/quick", "MoRA sharing r2 − LoRA r2", WRITTEN, "128 pairs", 1),
+         ("memorize/quick", "MoRA sharing r2 − LoRA r2, α = 8r", WRITTEN, "128 pairs", 1),
+         ("memorize/small", "MoRA sharing r2 − LoRA r2", WRITTEN, "", 1)],
         "`memorize` small with 8 seeds and LoRA at its best form",
     ),
     (
@@ -38,25 +47,54 @@ CLAIMS = [
     ),
     (
         "LoRA learns less than full fine-tuning (2405.09673)",
-        [("forget/quick", "LoRA r2 − full", "loss on the new domain, nats a token", "", 1),
-         ("forget/quick", "LoRA r16 − full", "loss on the new domain, nats a token", "", 1)],
-        "`forget` quick with 10 seeds; `forget` small",
+        [("forget/quick", "LoRA r2 − full", NEW, "", 1),
+         ("forget/quick", "LoRA r16 − full", NEW, "", 1)],
+        "`forget` small",
     ),
     (
         "LoRA forgets less than full fine-tuning (2405.09673)",
-        [("forget/quick", "LoRA r2 − full", "loss on the old domain, nats a token", "", -1),
-         ("forget/quick", "LoRA r16 − full", "loss on the old domain, nats a token", "", -1)],
-        "the same, at equal learning and with rates lowered until the least forgetting lies inside",
+        [("forget/quick", "LoRA r2 − full", OLD, "", -1),
+         ("forget/quick", "LoRA r16 − full", OLD, "", -1),
+         ("forget/quick", "LoRA r2 − full", RISE, "", -1),
+         ("forget/quick", "LoRA r16 − full", RISE, "", -1)],
+        "`forget` small, with rates lowered until the least forgetting lies inside",
     ),
     (
         "Loss on instructions helps where they are long and rows are few (2405.14394)",
-        [("instruct/quick", "LoRA unmasked − LoRA masked", "test loss at the best epoch, nats a token",
-          "ratio 2 of 2, 64 rows", -1),
-         ("instruct/small", "LoRA unmasked − LoRA masked", "test loss at the best epoch, nats a token",
-          "ratio 4 of 4, 32 rows", -1)],
+        [("instruct/quick", UNMASKED, TEST, "ratio 2 of 2, 64 rows", -1),
+         ("instruct/quick", UNMASKED, TEST, "ratio 2 of 2, 256 rows", -1),
+         ("instruct/small", UNMASKED, TEST, "ratio 4 of 4, 32 rows", -1)],
         "`instruct` small with rates inside their grids, more rows and the normaliser `response`",
     ),
 ]  # fmt: skip
+
+#: Differences in the text, by name: table, difference, metric, level.
+EFFECTS = {
+    **{f"{kind}_lead_{preset}": (f"memorize/{preset}", f"MoRA {kind} r2 − LoRA r2", WRITTEN, level)
+       for kind in ("sharing", "rotation") for preset, level in (("quick", "128 pairs"), ("small", ""))},
+    **{f"{name}_{short}": ("forget/quick", f"{arm} − full", metric, "")
+       for name, metric in (("new", NEW), ("old", OLD), ("rise", RISE))
+       for arm, short in (("LoRA r2", "r2"), ("LoRA r16", "r16"), ("MoRA sharing r2", "sharing"),
+                          ("MoRA rotation r2", "rotation"))},
+    **{f"{name}_{kind}_lora": ("forget/quick", f"MoRA {kind} r2 − LoRA r2", metric, "")
+       for name, metric in (("new", NEW), ("old", OLD)) for kind in ("sharing", "rotation")},
+    **{f"ranks_{short}": ("forget/ranks", claim, metric, "")
+       for short, claim, metric in (
+           ("intruders_sharing_r2", "MoRA sharing r2 − LoRA r2", "intruders a matrix at ε = 0.5"),
+           ("old_r8", "LoRA r8 − full", OLD),
+           ("old_sharing_r8", "MoRA sharing r8 − LoRA r8", OLD),
+           ("old_rotation_r8", "MoRA rotation r8 − LoRA r8", OLD),
+           ("old_sharing_r32", "MoRA sharing r32 − full", OLD))},
+    "old_kl": ("forget/quick", "LoRA r16, KL − LoRA r16", OLD, ""),
+    "new_kl": ("forget/quick", "LoRA r16, KL − LoRA r16", NEW, ""),
+    "rise_kl": ("forget/quick", "LoRA r16, KL − full", RISE, ""),
+    **{f"{name}_{ratio}_{rows}": ("instruct/quick", UNMASKED, metric, f"ratio {ratio} of 2, {rows} rows")
+       for name, metric in (("test", TEST), ("exact", "exact match"), ("base", BASE))
+       for ratio in (1, 2) for rows in (64, 256)},
+    **{f"{name}_{rows}": ("rates/quick", "LoRA r16 − full", f"loss on {which}, nats a token", f"{rows} rows")
+       for name, which in (("new_rows", "new rows"), ("trained", "rows trained on"))
+       for rows in (128, 1024)},
+}  # fmt: skip
 
 
 def read_tables() -> dict[str, Results]:
@@ -88,47 +126,64 @@ def claims_table(stated: dict[str, list[Claim]]) -> str:
 
 def numbers(tables: dict[str, Results], stated: dict[str, list[Claim]]) -> dict[str, str]:
     """What stands in the text, by name."""
-    accuracy, known = "generated accuracy", "loss on the old domain, nats a token"
-    quick, small, forget = tables["memorize/quick"], tables["memorize/small"], stated["forget/quick"]
-    values = {}
-    for name, results, level in (("quick", quick, "128 pairs"), ("small", small, "")):
+    values = {name: find(stated[study], *where).effect_text() for name, (study, *where) in EFFECTS.items()}
+    for name, level in (("quick", "128 pairs"), ("small", "")):
+        results = tables[f"memorize/{name}"]
         for arm, short in (("LoRA r2", "lora"), ("LoRA r2, α = 8r", "alpha"), ("MoRA sharing r2", "sharing"),
                            ("MoRA rotation r2", "rotation")):  # fmt: skip
             if arm in results.arms_at(level):
                 values[f"{short}_{name}"] = results.mean("generated_accuracy", arm, level).text(2)
-        for kind in ("sharing", "rotation"):
-            one = find(stated[f"memorize/{name}"], f"MoRA {kind} r2 − LoRA r2", accuracy, level)
-            values[f"{kind}_lead_{name}"] = one.effect_text()
-    for arm, short in (("LoRA r2", "r2"), ("LoRA r16", "r16"), ("MoRA sharing r2", "sharing"),
-                       ("MoRA rotation r2", "rotation")):  # fmt: skip
-        values[f"forget_{short}"] = find(forget, f"{arm} − full", known, "").effect_text()
-    learned = find(forget, "MoRA sharing r2 − LoRA r2", "loss on the new domain, nats a token", "")
-    values["learned_sharing"] = learned.effect_text()
-    rise = "rise of the old domain's loss at equal learning, nats a token"
-    equal = find(forget, "LoRA r16, dropout − full", rise, "")
-    values["forget_dropout"] = equal.effect_text()
-    values["forget_kl"] = find(forget, "LoRA r16, KL − LoRA r16", known, "").effect_text()
     rates = tables["rates/quick"]
     loras = {rates.rate(f"LoRA r{rank}", "1024 rows") for rank in (1, 4, 16)}
     values |= {
         "lora_rate": ", ".join(f"{rate:g}" for rate in loras),
         "full_rate": f"{rates.rate('full', '1024 rows'):g}",
     }
-    for rows in ("1024", "128"):
-        means = [rates.values("trained_rows_loss", arm, f"{rows} rows") for arm in ("LoRA r16", "full")]
-        gap = interval(means[0][seed] - means[1][seed] for seed in means[0])
-        values[f"r16_trained_{rows}"] = gap.text(sign=True)
-    for name, claims_of in stated.items():
-        values[f"decided_{name.replace('/', '_')}"] = f"{sum(one.decided for one in claims_of)} of {len(claims_of)}"
+    values |= curvature(rates) | intruders(tables["forget/ranks"])
     for name, results in tables.items():
+        short, decided = name.replace("/", "_"), [one for one in stated[name] if one.decided]
+        values[f"decided_{short}"] = f"{len(decided)} of {len(stated[name])}"
+        again = [one.robust for one in decided if one.robust is not None]
+        values[f"robust_{short}"] = f"{sum(again)} of {len(again)}"
         edges = [
             f"{arm} ({level})" if level else arm
             for level in results.levels
             for arm in results.arms_at(level)
             if results.at_edge(arm, level)
         ]
-        values[f"edges_{name.replace('/', '_')}"] = ", ".join(edges) or "none"
+        values[f"edges_{short}"] = ", ".join(edges) or "none"
     return values
+
+
+def intruders(ranks: Results) -> dict[str, str]:
+    """How many each arm has, and what both losses change by where they are halved."""
+    values = {}
+    for arm in ranks.arms:
+        short = arm.replace("MoRA ", "").replace(" ", "_")
+        values[f"intruders_{short}"] = ranks.mean("intruders_0.5", arm).text(2)
+        for domain, metric in (("old", "base_text_loss"), ("new", "loss")):
+            halved = paired(ranks.values(f"{metric}_scaled_0.5", arm), ranks.values(metric, arm))
+            values[f"halved_{domain}_{short}"] = halved.text(sign=True)
+    loras = [f"{ranks.rate(f'LoRA r{rank}'):g}" for rank in (2, 8, 32)]
+    return values | {"ranks_lora_rates": ", ".join(loras)}
+
+
+def curvature(rates: Results) -> dict[str, str]:
+    """How the rates that were chosen lie to the largest eigenvalues of scripts/rate_from_curvature.py."""
+    by_arm = pd.read_csv(CURVATURE).groupby("arm", sort=False)["largest_eigenvalue"]
+    eigenvalues = np.exp(by_arm.apply(lambda values: np.log(values).mean()))
+    chosen = [rates.rate(arm, "1024 rows") or rates.rate(arm, "variants") for arm in eigenvalues.index]
+
+    def alike(values: np.ndarray) -> str:
+        """How many lie within a factor of 2 of a number that is chosen so that they are many."""
+        return f"{max(sum((low <= values) & (values <= 4 * low)) for low in values)} of {len(values)}"
+
+    return {
+        "by_curvature": alike(chosen * eigenvalues.to_numpy()),
+        "by_one_rate": alike(np.array(chosen)),
+        "curvature_seeds": f"{(by_arm.max() / by_arm.min()).max():.1f}",
+        "curvature_correlation": f"{np.corrcoef(np.log(chosen), np.log(eigenvalues))[0, 1]:.2f}",
+    }
 
 
 def main() -> int:

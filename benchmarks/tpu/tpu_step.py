@@ -12,10 +12,11 @@ a program that an earlier state of the code gave instead of compiling one, and `
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.measuring import stamped
 from mora_jax.backend import compiling_for
@@ -104,10 +105,13 @@ def compiled(
     return text, Figures(memory.argument_size_in_bytes, memory.temp_size_in_bytes, moved)
 
 
-def parse(setting: str) -> tuple[str, str | int]:
-    """`KEY=VALUE`, numbers as such."""
+def parse(setting: str) -> tuple[str, Any]:
+    """`KEY=VALUE`; numbers, `true` and `false` as such."""
     name, value = setting.split("=", 1)
-    return name, int(value) if value.isdigit() else value
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def products(text: str, devices: int, micro_batches: int) -> float:

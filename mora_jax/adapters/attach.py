@@ -22,7 +22,6 @@ from mora_jax.adapters.report import (
     AdapterEntry as AdapterEntry,
     AttachReport,
     Match as Match,
-    adapted_layers as adapted_layers,
     adapters_of as adapters_of,
     count,
     report_of,
@@ -135,7 +134,7 @@ def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site
     picks = Picker(config)
     selected = []
     for site in found:
-        if site.stacked:
+        if site.stack:
             names = site.names_in(config.targets)
             mask = tuple(picks(path, names, is_linear=site.is_linear) for path in site.paths)
         else:
@@ -211,10 +210,8 @@ def check_site(site: Site, configs: Sequence[Any | None], method: type[Adapter])
     for dtype in (site.dtype, getattr(site.layer, "dtype", None)):
         if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
             raise ValueError(f"{site.title} is {jnp.dtype(dtype)}, and adapters have no complex form; leave it out")
-    if site.is_embedding and not method.on_embeddings:
-        raise ValueError(
-            f"{site.title} is an embedding, for which {method.method} has no form; leave it out of targets"
-        )
+    if site.is_embedding:
+        method.check_embedding(site.title)
     if site.is_head and biases_alone:
         raise ValueError(f"{site.title} has no bias, and logits get none; leave it out of targets")
     if registered(type(site.layer)) is not None and not site.has_bias and biases_alone:
@@ -254,14 +251,11 @@ def put_adapter(site: Site, configs: Sequence[Any | None], method: Any, rngs: nn
     """
     resolved = resolve(configs, method, site.paths)
     sizes = site.in_features, site.out_features
-    mask = [config is not None for config in configs]
-    options = {"layer_mask": np.array(mask)} if site.stack and not all(mask) else {}
     make = method.for_embedding if site.is_embedding else method
-    adapter = make(*sizes, resolved.config, rngs=rngs, **site.layout, **options)
+    adapter = make(*sizes, resolved.config, rngs=rngs, **site.layout)
     adapter.fit(site.dtype)
-    if resolved.scalings is not None:
-        scaling = np.asarray(resolved.scalings, adapter.scaling.dtype)
-        adapter.scaling.set_value(constant(scaling.reshape(adapter.layers)))
+    scalings = resolved.scalings.astype(adapter.scaling.dtype)
+    adapter.scaling.set_value(constant(scalings.reshape(adapter.layers)))
     if resolved.ranks is not None:
         adapter.limit_ranks(resolved.ranks)
     if isinstance(weight_of(site.layer).get_value(), jax.ShapeDtypeStruct):
@@ -314,11 +308,8 @@ def _train_everything(model: nnx.Module) -> None:
         if isinstance(node, nnx.Param) and jnp.issubdtype(node.dtype, jnp.complexfloating):
             name = ".".join(map(str, path))
             raise ValueError(f"{name} is {node.dtype}, and full fine-tuning trains real numbers alone")
-    base, trained = TrainableBase(keep=False), 0
-    for _, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module):
-            trained += base.train_all(node)
-    if not trained:
+    base = TrainableBase(keep=False)
+    if not sum(base.train_all(node) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)):
         raise ValueError("the model has no parameters to train")
 
 

@@ -80,8 +80,7 @@ class Adapter(nnx.Module):
         config: Any,
         *,
         rngs: nnx.Rngs | None = None,
-        num_layers: int | tuple[int, ...] | None = None,
-        layer_mask: Any = None,
+        stack: tuple[int, ...] = (),
         axes: tuple[str, str] = ("embed", "mlp"),
         stack_axes: tuple[str, ...] | None = None,
     ):
@@ -92,8 +91,7 @@ class Adapter(nnx.Module):
             out_features: outputs of it.
             config: the method's configuration.
             rngs: keys, for methods that draw something.
-            num_layers: length of the stack, or its lengths where it has several axes; None for a single matrix.
-            layer_mask: bool, one a layer of the stack: which are adapted. None for all.
+            stack: lengths of the stack's axes; () for a single matrix.
             axes: logical names of the matrix's axes.
             stack_axes: those of the stack's; None where all of them are layers.
         """
@@ -101,12 +99,8 @@ class Adapter(nnx.Module):
         self.out_features = out_features
         self.config = config
         self.axes = tuple(axes)
-        layers = () if num_layers is None else (num_layers,) if isinstance(num_layers, int) else tuple(num_layers)
-        self.stack_axes = ("layers",) * len(layers) if stack_axes is None else tuple(stack_axes)
-        scaling = np.full(layers, self.scale(config), np.float32)
-        if layer_mask is not None:
-            scaling = np.where(np.asarray(layer_mask).reshape(layers), scaling, np.float32(0.0))
-        self.scaling = AdapterState(constant(scaling), axes=self.stack_axes)
+        self.stack_axes = ("layers",) * len(stack) if stack_axes is None else tuple(stack_axes)
+        self.scaling = AdapterState(constant(np.full(stack, self.scale(config), np.float32)), axes=self.stack_axes)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -117,10 +111,20 @@ class Adapter(nnx.Module):
         """Logical axes of an array of this adapter: those given, behind that of the stack."""
         return (*self.stack_axes[len(self.stack_axes) - len(self.layers) :], *axes)
 
+    def filled(self, value: float, shape: tuple[int, ...], *axes: str, dtype: Any = jnp.float32) -> "AdapterParam":
+        """A trained array `[*layers, *shape]` that starts from one value; `axes` are the logical ones of `shape`."""
+        return AdapterParam(jnp.full((*self.layers, *shape), value, dtype), axes=self.stacked(*axes))
+
     @classmethod
     def scale(cls, config: Any) -> float:
         """The factor on the update."""
         return 1.0
+
+    @classmethod
+    def check_embedding(cls, title: str) -> None:
+        """Refuses an embedding table, which `title` names, where the method has no form for one."""
+        if not cls.on_embeddings:
+            raise ValueError(f"{title} is an embedding, for which {cls.method} has no form; leave it out of targets")
 
     @classmethod
     def configure_for_shapes(cls, config: Any, sizes: Iterable[tuple[int, int]]) -> Any:
@@ -136,18 +140,14 @@ class Adapter(nnx.Module):
         """Holds the arrays of a fresh adapter in float64 where the base has that, before it takes its start from it."""
         if dtype != jnp.float64:
             return
-        scaling = self.scaling.get_value()
         for value in vars(self).values():
             if isinstance(value, nnx.Variable) and jnp.issubdtype(value.dtype, jnp.floating):
                 value.set_value(value.get_value().astype(dtype))
-        scaling = np.where(np.asarray(scaling) != 0, self.scale(self.config), 0.0)
-        self.scaling.set_value(constant(scaling.astype(dtype)))
+        self.scaling.set_value(constant(np.full(self.layers, self.scale(self.config), dtype)))
 
     def train_bias(self) -> None:
         """Adds a trained bias that starts at zero."""
-        self.bias = AdapterParam(
-            jnp.zeros((*self.layers, self.out_features), self.scaling.dtype), axes=self.stacked(self.axes[1])
-        )
+        self.bias = self.filled(0.0, (self.out_features,), self.axes[1], dtype=self.scaling.dtype)
 
     @classmethod
     def delta(cls, config: Any, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
@@ -187,10 +187,10 @@ class Adapter(nnx.Module):
         return None
 
     @classmethod
-    def transforms_input(cls, config: Any, params: dict[str, Any], in_features: int) -> bool:
-        """Whether `transform_input` is anything; of `params` shapes are enough."""
+    def transforms_input(cls, config: Any, params: dict[str, Any], in_features: int, depth: int = 0) -> bool:
+        """Whether `transform_input` is anything; of `params`, with `depth` axes of a stack, shapes are enough."""
         x = jax.ShapeDtypeStruct((1, in_features), jnp.float32)
-        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+        shapes = {name: jax.ShapeDtypeStruct(value.shape[depth:], value.dtype) for name, value in params.items()}
         return jax.eval_shape(lambda p, x: cls.transform_input(config, p, x), shapes, x) is not None
 
     @classmethod
@@ -257,9 +257,8 @@ class Adapter(nnx.Module):
     @property
     def transforms(self) -> bool:
         """Whether it transforms inputs or the kernel, so that a merged kernel does not tell the base's."""
-        depth = len(self.layers)
-        single = {n: jax.ShapeDtypeStruct(value.shape[depth:], value.dtype) for n, value in self.params().items()}
-        return self.transforms_kernel or self.transforms_input(self.config, single, self.in_features)
+        shared = self.config, self.params(), self.in_features, len(self.layers)
+        return self.transforms_kernel or self.transforms_input(*shared)
 
     def params(self) -> Params:
         """The arrays by name, `scaling` among them."""

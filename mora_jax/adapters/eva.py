@@ -34,8 +34,7 @@ def start_from_inputs(model: nnx.Module, run: Callable[[Any], Array]) -> None:
     Raises:
         ValueError: the model carries no LoRA, or a rank is larger than its layer's input.
     """
-    chosen = [place for place in sites(model) if _has_lora(place)]
-    if not chosen:
+    if not any(map(_has_lora, sites(model))):
         raise ValueError("the model carries no LoRA that could start from its inputs")
     set_directions(model, input_grams(model, run))
 
@@ -86,8 +85,7 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
 
 
 def _has_lora(place: Site) -> bool:
-    special = not place.is_linear or place.is_head
-    return isinstance(place.adapter, LoRA) and not special
+    return isinstance(place.adapter, LoRA) and place.is_linear and not place.is_head
 
 
 @dataclass(frozen=True)

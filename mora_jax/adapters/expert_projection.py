@@ -4,18 +4,18 @@ Kernels are `[L, E, in, *out]`, adapters have the same axes in front. Gate and u
 as targets name them: one LoRA on both shares its A, which is what PEFT makes of transformers' `gate_up_proj`.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from mora_jax.adapters.base import params_of
 from mora_jax.adapters.products.grouped import grouped_dot
 from mora_jax.adapters.products.matmul import wide, widened
-from mora_jax.adapters.projection import Part, Projection, TokenDropout
+from mora_jax.adapters.projection import Part, Projection, TokenDropout, joined
 
 
 class Groups(NamedTuple):
@@ -89,13 +89,8 @@ class ExpertProjection(Projection):
 
     def matrix_slices(self) -> list[tuple[Part, tuple[slice, ...]]]:
         """The matrices of an expert, each with its index in `[..., *out_shape]`, however adapters see them."""
-        slices, start = [], 0
-        for matrix in self.matrices:
-            where = [slice(None)] * len(self.layout.out_shape)
-            where[self.layout.part_axis] = slice(start, start + matrix.size)
-            slices.append((matrix, tuple(where)))
-            start += matrix.size
-        return slices
+        starts = itertools.accumulate((matrix.size for matrix in self.matrices), initial=0)
+        return [(m, self.slice_of(start, m.size)) for m, start in zip(self.matrices, starts, strict=False)]
 
     def __call__(self, x: Array, groups: Groups, *, token_dropout: TokenDropout | None = None) -> Array:  # type: ignore[override]
         """`x [R, in]` → `[R, *out_shape]` in the dtype of `x`, on leaves without layer axis.
@@ -108,9 +103,8 @@ class ExpertProjection(Projection):
         kernel = jax.tree.map(lambda array: array.reshape(*array.shape[:2], -1), self.kernel.get_value())
         y = grouped_dot(x, kernel, groups.sizes)
         updates = [self._update(i, x, groups, token_dropout) for i in range(len(self.parts))]
-        if any(update is not None for update in updates):
-            zeros = [jnp.zeros((len(x), self.layout.part_features(i)), wide(x.dtype)) for i in range(len(updates))]
-            y = y + self.layout.join([zero if u is None else u for u, zero in zip(updates, zeros, strict=True)])
+        if (update := joined(self.layout, updates, wide(x.dtype), len(x))) is not None:
+            y = y + update
         if self.bias is not None:
             bias = self.bias.get_value().reshape(len(groups.sizes), -1).at[groups.owner]
             y = y + widened(bias.get(mode="fill", fill_value=0))

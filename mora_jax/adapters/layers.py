@@ -42,19 +42,20 @@ class Adapted:
     if not TYPE_CHECKING:
         __slots__ = ()
     adapter: Any  # an Adapter, with arrays named by its method
-    adapter_dropout: nnx.Dropout | None
+    adapter_dropout: Any  # an nnx.Dropout, or None
 
     def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
-        """Adds `adapter` to a layer that has none."""
+        """Adds `adapter` to a layer that has none; dropout doesn't act on token ids."""
         self.adapter = adapter
-        rate = adapter.config.dropout
+        rate = 0.0 if isinstance(self, nnx.Embed) else adapter.config.dropout
         self.adapter_dropout = stacked_dropout(rate, rngs, stack_of(self)) if rate > 0 else None
 
     def take_adapter(self) -> Adapter:
         """Removes and returns the adapter; the layer is of its plain class again."""
         adapter = self.adapter
         del self.adapter, self.adapter_dropout
-        self.__class__ = plain_class(type(self))
+        plain: Any = next(base for base in type(self).__mro__ if not issubclass(base, Adapted))
+        self.__class__ = plain
         return adapter
 
     @property
@@ -68,21 +69,10 @@ class Adapted:
         if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
             raise TypeError(f"adapters have no complex form, and the input of an adapted layer is {inputs.dtype}")
         adapter, bias = self.adapter, bias_param(self)
-        key = None
-        if self.adapter_dropout is not None and self.dropping:
-            stream: Any = self.adapter_dropout.rngs
-            key = stream()
-        return around(
-            type(adapter),
-            adapter.config,
-            params_of(adapter),
-            product_of(self, inputs),
-            lambda x: call(x, *args, **options),
-            inputs,
-            weight_of(self)[...],
-            None if bias is None else bias[...],
-            key,
-        )
+        key = self.adapter_dropout.rngs() if self.dropping else None
+        method = type(adapter), adapter.config, params_of(adapter)
+        arrays = weight_of(self)[...], None if bias is None else bias[...]
+        return around(*method, product_of(self, inputs), lambda x: call(x, *args, **options), inputs, *arrays, key)
 
 
 def stacked_dropout(rate: float, rngs: nnx.Rngs | None, stack: tuple[int, ...]) -> nnx.Dropout:
@@ -99,11 +89,6 @@ def _refuse_stack(layer: Any) -> None:
     """Raises `ValueError` where a layer's arrays are those of several."""
     if stack := stack_of(layer):
         raise ValueError(f"this layer is a stack of {list(stack)} layers: call it inside nnx.scan or nnx.vmap")
-
-
-def plain_class(adapted: type) -> type:
-    """The class of the plain layer under an adapted one."""
-    return next(base for base in adapted.__mro__ if not issubclass(base, Adapted))
 
 
 class AdaptedLinear(nnx.Linear, Adapted):
@@ -147,32 +132,23 @@ class AdaptedEmbed(nnx.Embed, Adapted):
     output head) uses the adapted table too, so that lookup, head and a merged table agree.
     """
 
-    def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None) -> None:
-        """Adds `adapter` to a table that has none; dropout doesn't act on token ids."""
-        self.adapter = adapter
-        self.adapter_dropout = None
-
     def __call__(self, inputs: Array, *args: Any, **options: Any) -> Array:
-        _refuse_stack(self)
-        call = functools.partial(_with, super().__call__, args, options)
-        return embedded(type(self.adapter), self.adapter.config, params_of(self.adapter), call, inputs, self._table())
+        plain = super().__call__
+        return self._run(embedded, lambda ids: plain(ids, *args, **options), inputs)
 
     def attend(self, query: Array, *args: Any, **options: Any) -> Array:
         """The table as an output head: `[..., features]` → `[..., num_embeddings]`."""
-        _refuse_stack(self)
-        call = functools.partial(_with, super().attend, args, options)
-        return attended(type(self.adapter), self.adapter.config, params_of(self.adapter), call, query, self._table())
+        plain = super().attend
+        return self._run(attended, lambda query: plain(query, *args, **options), query)
 
-    def _table(self) -> Array:
-        return self.embedding[...]
+    def _run(self, run: Callable[..., Array], call: Callable[[Array], Array], x: Array) -> Array:
+        _refuse_stack(self)
+        adapter = self.adapter
+        return run(type(adapter), adapter.config, params_of(adapter), call, x, self.embedding[...])
 
     def table(self) -> Array:
         """The adapted table, float32 `[V, D]`."""
         return self.adapter.merged_kernel(self.adapter.config, params_of(self.adapter), self.embedding[...])
-
-
-def _with(call: Callable[..., Array], args: Any, options: Any, x: Array) -> Array:
-    return call(x, *args, **options)
 
 
 ADAPTED: dict[type, type] = {
@@ -299,20 +275,21 @@ def _difference(layer: nnx.Module, form: LayerForm) -> str:
     state = jax.tree.map(lambda leaf: random_values(next(keys), leaf.shape, leaf.dtype), state)
     copy: Any = nnx.merge(graphdef, state)
     x = random_values(next(keys), tuple(shape), jnp.float32)
-    expected = jnp.einsum(equation, x, getattr(copy, form.kernel)[...].astype(jnp.float32))
     bias = None if form.bias is None else getattr(copy, form.bias, None)
     try:
-        expected = expected if bias is None else expected + bias[...].astype(jnp.float32)
-        y = copy(x)
+        return computes_other(
+            copy(x), equation, x, getattr(copy, form.kernel)[...], None if bias is None else bias[...]
+        )
     except Exception as error:  # noqa: BLE001 - it is somebody else's code
         return f"its call refused an input {list(shape)} ({type(error).__name__})"
-    return computes_other(y, expected, shape)
 
 
-def computes_other(y: Any, expected: Array, shape: list[int]) -> str:
-    """In words what is wrong with an output `y` for an input of a shape; empty where it is what was expected."""
+def computes_other(y: Any, equation: str, x: Array, kernel: Array, bias: Array | None) -> str:
+    """In words what is wrong with an output `y` for an input; empty where it is the einsum with a kernel and a bias."""
+    expected = jnp.einsum(equation, x, kernel.astype(jnp.float32))
+    expected = expected if bias is None else expected + bias.astype(jnp.float32)
     if getattr(y, "shape", None) != expected.shape:
-        return f"its call gives no {list(expected.shape)} for an input {shape}, as its einsum does"
+        return f"its call gives no {list(expected.shape)} for an input {list(x.shape)}, as its einsum does"
     off, size = np.linalg.norm(np.asarray(y, np.float64) - expected), np.linalg.norm(expected)
     return "" if off <= _TOLERANCE * size else "its call computes something other than its einsum"
 

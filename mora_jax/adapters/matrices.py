@@ -82,6 +82,11 @@ class Matrix:
         return math.prod(self.shape[axis] for axis in self.free)
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        return self.in_features, self.out_features
+
+    @property
     def is_embedding(self) -> bool:
         """Whether the matrix is an embedding table."""
         return self.array == "embedding"
@@ -99,7 +104,7 @@ class Matrix:
     def take(self, array: Array) -> Array:
         """The layer's array `[*stack, *shape]` as matrices `[*stack, in, out]`."""
         order, lead = (*self.contracted, *self.free), array.ndim - len(self.shape)
-        if len(order) == 2 and order == (0, 1):
+        if order == (0, 1):
             return array
         shape = (*array.shape[:lead], self.in_features, self.out_features)
         return _transposed(whole(array), order).reshape(shape)
@@ -107,7 +112,7 @@ class Matrix:
     def put(self, matrix: Array) -> Array:
         """The inverse of `take`."""
         order = (*self.contracted, *self.free)
-        if len(order) == 2 and order == (0, 1):
+        if order == (0, 1):
             return matrix
         shaped = matrix.reshape(*matrix.shape[:-2], *(self.shape[axis] for axis in order))
         return _transposed(shaped, np.argsort(order))
@@ -178,7 +183,7 @@ class Product:
         """That of a layer which contracts some axes of its input and puts its `features` behind the others."""
         contracted = [axis % inputs.ndim for axis in axes]
         kept = [axis for axis in range(inputs.ndim) if axis not in contracted]
-        return cls._of(matrix, inputs.shape, [*kept, *contracted], len(kept), features, None)
+        return cls._of(matrix, inputs.shape, kept, contracted, lambda y: y.reshape(*y.shape[:-1], *features))
 
     @classmethod
     def of_einsum(cls, matrix: Matrix | None, spec: str, inputs: Any) -> Product | None:
@@ -195,30 +200,22 @@ class Product:
         kept = [label for label in left if label not in contracted]
         if any(label not in output for label in kept):
             return None
-        order = [left.index(label) for label in kept + contracted]
         sizes = [matrix.shape[axis] for axis in matrix.free]
         permutation = [(kept + free).index(label) for label in output]
-        return cls._of(matrix, inputs.shape, order, len(kept), sizes, permutation)
+
+        def shaped(y: Array) -> Array:
+            return y.reshape(*y.shape[:-1], *sizes).transpose(*permutation)
+
+        return cls._of(matrix, inputs.shape, [*map(left.index, kept)], [*map(left.index, contracted)], shaped)
 
     @classmethod
-    def _of(
-        cls,
-        matrix: Matrix,
-        shape: Sequence[int],
-        order: Sequence[int],
-        kept: int,
-        sizes: Sequence[int],
-        permutation: Sequence[int] | None,
-    ) -> Product:
-        """`order` of the input's axes, those that stay first; `permutation` of these and the new ones in the output."""
+    def _of(cls, matrix: Matrix, shape: Any, kept: list[int], contracted: list[int], shaped: Any) -> Product:
+        """That of an input of a shape, by the axes that stay and those that are contracted."""
+        order, inputs = [*kept, *contracted], math.prod(shape[axis] for axis in contracted)
         moved = [shape[axis] for axis in order]
 
         def flat(x: Array) -> Array:
-            return x.transpose(*order).reshape(*moved[:kept], math.prod(moved[kept:]))
-
-        def shaped(y: Array) -> Array:
-            y = y.reshape(*y.shape[:-1], *sizes)
-            return y if permutation is None else y.transpose(*permutation)
+            return x.transpose(*order).reshape(*moved[: len(kept)], inputs)
 
         return cls(matrix, flat, lambda x: x.reshape(moved).transpose(*np.argsort(order)), shaped)
 
@@ -358,9 +355,8 @@ def product_of(layer: Any, inputs: Any) -> Product:
 def weight_of(layer: Any) -> nnx.Variable:
     """The variable that holds the matrix of a layer which has one."""
     form = form_of(layer)
-    return getattr(
-        layer, form.kernel if form is not None else "embedding" if isinstance(layer, nnx.Embed) else "kernel"
-    )
+    plain = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
+    return getattr(layer, plain if form is None else form.kernel)
 
 
 def bias_param(layer: Any) -> nnx.Variable | None:

@@ -126,24 +126,14 @@ def _merge(site: Site, had_bias: bool, holders: Holders) -> Merged:
     dropout = getattr(layer, "adapter_dropout", None)
     kernel = site.kernel()
     # A bias that the merge of another part has just made is none that the adapter knew.
-    gain, weight, change = folded(adapter, kernel, site.bias() if had_bias else None)
+    change = adapter.bias_change(site.bias() if had_bias else None)
+    gain = adapter.gain(kernel)
+    weight = adapter.merged(kernel) if _changes_kernel(adapter, gain) else None
     site.take_adapter()
     shared = _own_params(site, holders, kernel=weight is not None, bias=change is not None)
     _write(site, weight, change)
     before = kernel if adapter.transforms else None
     return Merged(site.paths, site.part, adapter, dropout, gain, before, change, had_bias, shared)
-
-
-def folded(adapter: Adapter, kernel: jax.Array, bias: jax.Array | None) -> tuple[Any, Any, Any]:
-    """An adapter and the base's `kernel [*stack, in, out]` and `bias [*stack, out]`, in one.
-
-    Returns:
-        The gain `[*stack, out]` that is in the merged kernel, that kernel, and what is added to the bias; None for what
-        there is none of.
-    """
-    gain = adapter.gain(kernel)
-    weight = adapter.merged(kernel) if _changes_kernel(adapter, gain) else None
-    return gain, weight, adapter.bias_change(bias)
 
 
 def _changes_kernel(adapter: Adapter, gain: Any) -> bool:

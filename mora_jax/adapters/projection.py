@@ -84,6 +84,15 @@ def _kernel_of(layout: FusedLayout, kernel: Kernel, index: int) -> Array | Quant
     return jax.tree.map(lambda array: layout.take(array.reshape(len(array), *layout.out_shape), index), kernel)
 
 
+def joined(layout: FusedLayout, parts: list[Array | None], dtype: Any, *shape: int, fill: float = 0.0) -> Array | None:
+    """What each matrix has, `[*shape, features]`, side by side, `fill` for one without; None where none has."""
+    if all(part is None for part in parts):
+        return None
+    sizes = map(layout.part_features, range(len(parts)))
+    full = (jnp.full((*shape, n), fill, dtype) if p is None else p for p, n in zip(parts, sizes, strict=True))
+    return layout.join([part.astype(dtype) for part in full])
+
+
 class _Matrices(NamedTuple):
     """Matrices with one input that no adapter transforms.
 
@@ -110,7 +119,9 @@ class _Matrices(NamedTuple):
         if dropout is not None:
             return adapted_dot(None, x, self.kernel, bias, None, gain, self._updates(x, dropout))
         update = self._updates(x, None) if delta is None else None
-        params = None if delta is None else self._additive_params()
+        pairs = zip(self.adapters, self.params, strict=True)
+        additive = tuple(p if adapter is not None and adapter.additive else None for adapter, p in pairs)
+        params = None if delta is None else additive
         if not any(adapter is not None and adapter.transforms_kernel for adapter in self.adapters):
             return adapted_dot(delta, x, self.kernel, bias, params, gain, update)
 
@@ -120,10 +131,6 @@ class _Matrices(NamedTuple):
 
         # The backward pass makes the kernel again rather than keep one a layer.
         return jax.checkpoint(product)(x, self.params)
-
-    def _additive_params(self) -> tuple[Params | None, ...]:
-        pairs = zip(self.adapters, self.params, strict=True)
-        return tuple(p if adapter is not None and adapter.additive else None for adapter, p in pairs)
 
     def _dense(self, index: int) -> Array:
         """The kernel of one matrix, dense: what a quantised one is in a product."""
@@ -135,15 +142,7 @@ class _Matrices(NamedTuple):
         return [None if a is None or p is None else one(i, a, p) for i, (a, p) in pairs]
 
     def _joined(self, parts: list[Array | None], *shape: int, fill: float = 0.0) -> Array | None:
-        """What each matrix has, `[*shape, features]`, side by side, `fill` for one without; None where none has."""
-        if all(part is None for part in parts):
-            return None
-        dtype = wide(self.inputs.dtype)
-        empty = [
-            jnp.full((*shape, self.layout.part_features(i)), fill, dtype) for i, p in enumerate(parts) if p is None
-        ]
-        left = iter(empty)
-        return self.layout.join([next(left) if part is None else part.astype(dtype) for part in parts])
+        return joined(self.layout, parts, wide(self.inputs.dtype), *shape, fill=fill)
 
     def _transformed_kernel(self) -> Array:
         """The kernel, its parts transformed whose adapters do that: float32 `[in, features]`."""
@@ -232,6 +231,16 @@ class Part:
     size: int
 
 
+def normal(scale: float, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Normal numbers drawn in float32, so that one key gives one model in every dtype."""
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def drawn(rngs: nnx.Rngs | None, scale: float, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Normal numbers of deviation `scale`; zeros without `rngs`, for a loader to fill."""
+    return jnp.zeros(shape, dtype) if rngs is None else normal(scale, rngs.params(), shape, dtype)
+
+
 class Projection(nnx.Module):
     """`y = x W + b + updates`, W frozen, perhaps quantised, unless full fine-tuning makes it a trained master.
 
@@ -286,13 +295,9 @@ class Projection(nnx.Module):
         shape = (*stack, in_features, *out_shape)
         kernel: Any
         if quantize is None:
-            values = jnp.zeros(shape, dtype)
-            if rngs is not None:
-                values = (jax.random.normal(rngs.params(), shape, jnp.float32) * init_std).astype(dtype)
-            kernel = nnx.Param(values, axes=(*names, *axes), out_axes=len(out_shape))
+            kernel = nnx.Param(drawn(rngs, init_std, shape, dtype), axes=(*names, *axes), out_axes=len(out_shape))
         elif rngs is None:
-            out_axes = len(self.layout.out_shape)
-            kernel = QuantizedKernel(quantize, shape, axes=(*names, *axes), out_axes=out_axes, dtype=dtype)
+            kernel = QuantizedKernel(quantize, shape, axes=(*names, *axes), out_axes=len(out_shape), dtype=dtype)
         else:
             raise ValueError(f"a kernel in {quantize} can't be drawn at random: its numbers are those of a file")
         self.kernel = kernel
@@ -367,29 +372,9 @@ class Projection(nnx.Module):
         if quantized:
             self.kernel.out_axes = len(out)
 
-    def _with_axes(self, array: Array) -> Array:
-        """A kernel, or what a quantised one has in its place, `[..., *out_shape]`."""
-        out = self.layout.out_shape
-        return array if array.shape[-len(out) :] == out else array.reshape(*array.shape[:-1], *out)
-
-    def _index(self, name: str) -> int:
-        names = [part.name for part in self.parts]
-        if name not in names:
-            raise KeyError(f"projection {self.path!r} has the parts {', '.join(names)}, not {name!r}")
-        return names.index(name)
-
-    def part(self, y: Array, name: str) -> Array:
-        """One part of an output: `y [..., *out_shape]` → `[..., features of the part]`, in HuggingFace's order."""
-        return self.layout.take(y, self._index(name))
-
-    def part_features(self, name: str) -> int:
-        """Output features of one part."""
-        return self.layout.part_features(self._index(name))
-
-    def part_axes(self, name: str) -> tuple[str, str]:
-        """Logical names of a part seen as a matrix `[in, out]`; `out` goes by its major axis that parts don't share."""
-        rest = [i for i in range(len(self.layout.out_shape)) if i != self.layout.part_axis or len(self.parts) == 1]
-        return self.axes[0], self.axes[1 + rest[0]] if rest else self.axes[1]
+    def with_axes(self, array: Array) -> Array:
+        """A kernel, or what a quantised one has in its place, `[*layers, in, *out_shape]`."""
+        return array.reshape(*array.shape[: len(self.stack) + 1], *self.layout.out_shape)
 
     def number(self, layer: int) -> int:
         """The number in the model of a layer of the stack."""
@@ -404,50 +389,15 @@ class Projection(nnx.Module):
         """HuggingFace's paths of one part, one for each matrix of the stack; of a single projection one."""
         return tuple(self.module_path(name, *numbers) for numbers in np.ndindex(*self.stack or (1,)))
 
-    def part_slice(self, name: str) -> tuple[slice, ...]:
+    def part_slice(self, number: int) -> tuple[slice, ...]:
         """Index of a part in `[..., *out_shape]`, to be used behind an Ellipsis."""
-        i = self._index(name)
-        start = sum(self.layout.sizes[:i])
+        return self.slice_of(sum(self.layout.sizes[:number]), self.layout.sizes[number])
+
+    def slice_of(self, start: int, size: int) -> tuple[slice, ...]:
+        """The same of so many entries along the part axis."""
         index = [slice(None)] * len(self.layout.out_shape)
-        index[self.layout.part_axis] = slice(start, start + self.layout.sizes[i])
+        index[self.layout.part_axis] = slice(start, start + size)
         return tuple(index)
-
-    def part_weight(self, name: str) -> Array:
-        """The kernel of one part, `[*layers, in, features of the part]`, in HuggingFace's order of features."""
-        if self.quantized is not None:
-            index = self._index(name)
-            taken = jax.tree.map(lambda array: self.layout.take(self._with_axes(array), index), self.kernel.get_value())
-            return taken.dense(self.kernel.dtype, 1)
-        return self.layout.take(self._with_axes(self.kernel[...]), self._index(name))
-
-    def part_bias(self, name: str) -> Array | None:
-        """The bias of one part, `[*layers, features of the part]`."""
-        return None if self.bias is None else self.layout.take(self.bias[...], self._index(name))
-
-    def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Puts an adapter (stacked like the kernel) on one part."""
-        self._index(name)
-        self.adapters[name] = adapter
-
-    def put_part_weight(self, name: str, weight: Array) -> None:
-        """Writes the kernel of one part, laid out as `part_weight` gives it."""
-        shape = self.layout.part_shape(self._index(name))
-        kernel = self._with_axes(self.kernel[...])
-        shaped = weight.reshape(*kernel.shape[: kernel.ndim - len(shape)], *shape)
-        changed = kernel.at[(..., *self.part_slice(name))].set(shaped.astype(kernel.dtype))
-        self.kernel[...] = changed.reshape(self.kernel.shape)
-
-    def add_to_part_bias(self, name: str, change: Array) -> None:
-        """Adds `change [*layers, features of the part]` to the bias; makes one where there is none."""
-        if self.bias is None:
-            zeros = jnp.zeros((*self.stack, *self.layout.out_shape), self.kernel.dtype)
-            self.bias = nnx.Param(zeros, axes=(*self.stack_axes, *self.axes[1:]))
-        bias = self.bias[...]
-        index = (..., *self.part_slice(name))
-        total = bias[index].astype(jnp.float32) + change.reshape(
-            *self.stack, *self.layout.part_shape(self._index(name))
-        )
-        self.bias[...] = bias.at[index].set(total.astype(bias.dtype))
 
 
 def _led_by(layout: FusedLayout, lead: int) -> FusedLayout:

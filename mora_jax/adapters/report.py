@@ -16,7 +16,6 @@ from mora_jax.adapters.layers import ADAPTED, Adapted
 from mora_jax.adapters.matrices import MASKED, SCALED, TRANSPOSED, registered
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
-from mora_jax.adapters.projection import OutputHead, Projection
 from mora_jax.adapters.sites import Site, adapted_sites, sites
 from mora_jax.adapters.slots import refuse_banks
 from mora_jax.adapters.targets import Picker, aligned, star, summary, wrapped
@@ -155,39 +154,58 @@ def report_of(model: nnx.Module, config: Any = None, found: Sequence[Site] | Non
     Raises:
         ValueError: it carries none.
     """
-    matches, notes, beyond, methods, adapted = [], [], [], [], 0
     found = list(sites(model)) if found is None else found
-    for place in found:
-        adapter = place.adapter
-        if adapter is None:
-            continue
-        # A bank has a scaling for each of its slots, too.
-        active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
-        if place.of_experts:
-            adapted += active * place.in_features * place.out_features
-        matches.append(Match(place.title, active, place.in_features, place.out_features, _trainable(adapter)))
-        about = place.title, place.in_features, place.out_features
-        notes += adapter.config.warnings(*about)
-        beyond.append(adapter.config.beyond(*about))
-        methods.append(adapter.method)
-    if not matches:
+    carriers = [place for place in found if place.adapter is not None]
+    if not carriers:
         raise ValueError("the model carries no adapter")
+    adapted = [(_line_of(place), place.adapter.config) for place in carriers]
     seen: set[int] = set()
+    whole = []
     for paths, module, values in kept(model):
         masters = [getattr(module, name) for name in values]
         size = sum(master.get_value().size for master in masters if id(master) not in seen)
         seen.update(id(master) for master in masters)
-        matches.append(Match(", ".join(paths) or "(the model itself)", 0, 0, 0, size))
-    trainable = sum(match.trainable for match in matches)
-    total = count(model, nnx.Not(AdapterParam)) + trainable
-    passed_over = () if config is None else skipped(model, config, found)
-    method = "+".join(dict.fromkeys(methods))
-    notes, beyond = list(dict.fromkeys(notes)), list(dict.fromkeys(beyond))
+        whole.append(Match(", ".join(paths) or "(the model itself)", 0, 0, 0, size))
+    passed_over = () if config is None else grouped(_matrices(model, config, found), Picker(config))
     held = sum(math.prod((*place.stack, place.in_features, place.out_features)) for place in found if place.of_experts)
-    experts = (adapted, held) if held else None
-    return AttachReport(
-        method, _by_path(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond)), experts
-    )
+    lines = [line for (line, _), place in zip(adapted, carriers, strict=True) if place.of_experts]
+    experts = (sum(line.layers * line.in_features * line.out_features for line in lines), held) if held else None
+    method = "+".join(dict.fromkeys(place.adapter.method for place in carriers))
+    return report_on(method, adapted, passed_over, count(model, nnx.Not(AdapterParam)), whole, experts)
+
+
+def _line_of(place: Site) -> Match:
+    """The line of an adapted place."""
+    adapter = place.adapter
+    # A bank has a scaling for each of its slots, too.
+    active = int(np.count_nonzero(_used(adapter.scaling).reshape(*adapter.layers, -1).any(-1)))
+    return Match(place.title, active, place.in_features, place.out_features, _trainable(adapter))
+
+
+def report_on(
+    method: str,
+    adapted: Sequence[tuple[Match, Any]],
+    skipped: tuple[Skipped, ...],
+    base: int,
+    whole: Sequence[Match] = (),
+    experts: tuple[int, int] | None = None,
+) -> AttachReport:
+    """A report from its lines.
+
+    Args:
+        method: its name.
+        adapted: the line of each matrix, or stack of them, with its own configuration.
+        skipped, experts: as in the report.
+        base: how many numbers there are beside the trained ones.
+        whole: the lines of modules that are trained whole.
+    """
+    about = [(config, (line.path, line.in_features, line.out_features)) for line, config in adapted]
+    notes = dict.fromkeys(note for config, layer in about for note in config.warnings(*layer))
+    beyond = dict.fromkeys(config.beyond(*layer) for config, layer in about)
+    matches = _by_path([*(line for line, _ in adapted), *whole])
+    trained = sum(match.trainable for match in matches)
+    sentences = tuple(notes), skipped, tuple(filter(None, beyond))
+    return AttachReport(method, matches, trained, base + trained, *sentences, experts)
 
 
 def _by_path(matches: list[Match]) -> tuple[Match, ...]:
@@ -203,12 +221,9 @@ def _by_path(matches: list[Match]) -> tuple[Match, ...]:
 
 def _trainable(adapter: Adapter) -> int:
     """Trained numbers that have an effect: none in layers that are left out, or beyond a layer's rank."""
-    state = nnx.state(adapter, AdapterParam)
     active = _used(adapter.scaling).reshape(-1)
-    total = 0
-    for path, variable in nnx.to_flat_state(state):
-        total += _used_of(str(path[-1]), variable.get_value().size // len(active), adapter, active)
-    return total
+    arrays = {name: value for name, value in vars(adapter).items() if isinstance(value, AdapterParam)}
+    return sum(_used_of(name, value.get_value().size // len(active), adapter, active) for name, value in arrays.items())
 
 
 def _used_of(name: str, size: int, adapter: Adapter, active: np.ndarray) -> int:
@@ -292,14 +307,6 @@ def entries_of(place: Site) -> Iterator[AdapterEntry]:
         yield AdapterEntry(path, adapter.method, config, *sizes, place.is_embedding, params)
 
 
-def adapted_layers(model: nnx.Module) -> Iterator[Any]:
-    """The modules that hold adapters: `Projection`s with any, adapted layers, an adapted head."""
-    for _, node in nnx.iter_graph(model):
-        adapted_head = isinstance(node, OutputHead) and node.adapter is not None
-        if isinstance(node, Adapted) or adapted_head or (isinstance(node, Projection) and len(node.adapters)):
-            yield node
-
-
 def grouped(matrices: Iterable[tuple[str, str, int, str]], picks: Picker) -> tuple[Skipped, ...]:
     """Puts matrices of one reason together: each is a path, a class, a size and a reason.
 
@@ -316,24 +323,13 @@ def grouped(matrices: Iterable[tuple[str, str, int, str]], picks: Picker) -> tup
     )
 
 
-def skipped(model: nnx.Module, config: Any, found: Sequence[Site]) -> tuple[Skipped, ...]:
-    """The matrices of an adapted model that have no adapter, those of one class and reason together.
-
-    Args:
-        model: adapted with `config`; it may be abstract.
-        config: of the method.
-        found: the sites of the model.
-    """
-    return grouped(_matrices(model, config, found), Picker(config))
-
-
 def _matrices(model: nnx.Module, config: Any, found: Sequence[Site]) -> Iterator[tuple[str, str, int, str]]:
-    """Path, class, size and reason of every matrix that is frozen and has no adapter."""
+    """Path, class, size and reason of every matrix that is frozen and has no adapter; the model may be abstract."""
     picks = Picker(config)
     adapted = {key: place.title for place in found if place.adapter is not None for key in _params(place.layer)}
     seen: set[int] = set()
     for place in found:
-        keys, left = _params(place.layer), _left_out(place, config)
+        keys, left = _params(place.layer), _left_out(place, picks)
         if left and place.adapter is None and not place.part and keys & adapted.keys():
             title = adapted[next(iter(keys & adapted.keys()))]
             yield place.title, "", 0, f"their matrix is that of {title}, too"
@@ -353,16 +349,15 @@ def _params(module: nnx.Module) -> set[int]:
     return {id(value) for value in vars(module).values() if isinstance(value, nnx.Param)}
 
 
-def _left_out(place: Site, config: Any) -> list[str]:
+def _left_out(place: Site, picks: Picker) -> list[str]:
     """The paths of a place that carry no adapter."""
     adapter = place.adapter
     if adapter is None:
         return list(place.paths)
-    if not place.stacked:
+    if not place.stack:
         return []
     scaling = adapter.scaling.get_value()
     if not known(scaling):
-        picks = Picker(config)
         return [path for path in place.paths if not picks(path, is_linear=place.is_linear)]
     layers = np.asarray(scaling).reshape(len(place.paths), -1)
     return [path for path, values in zip(place.paths, layers, strict=True) if not values.any()]
@@ -374,11 +369,9 @@ def _trained_whole(layer: nnx.Module) -> bool:
 
 def why_left(picks: Picker, path: str, *, kind: str = "") -> str:
     """Why a rule leaves out a layer that could be adapted; `kind` is what it is, where no linear layer."""
-    targets = picks.config.targets
-    everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    if everything and not kind and path.rpartition(".")[2] == "lm_head":
+    if picks.everything and not kind and path.rpartition(".")[2] == "lm_head":
         kind = "the output head"
-    if everything and kind:
+    if picks.everything and kind:
         return f"{kind}, which all-linear leaves out"
     layers = picks.config.layers_to_transform
     if layers is not None and picks.in_any_layer(path, is_linear=kind in ("", "the output head")):

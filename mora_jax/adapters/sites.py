@@ -1,16 +1,15 @@
 """The places of a model where an adapter can stand: matrices, with the way to their values, biases and adapters.
 
 A `Site` is the same to `attach`, `merge`, reports and files, whatever holds the matrix: a part of the decoder's
-`Projection`, a layer of Flax NNX or of a registered class, the output head, or a Linen layer's arrays
-(`mora_jax.linen.merging`).
+`Projection`, a layer of Flax NNX or of a registered class, or the output head.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,281 +23,68 @@ from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.projection import OutputHead, Projection
 
 
-class Site(Protocol):
-    """A matrix that could carry an adapter, or a stack of them.
+@dataclass(frozen=True)
+class _Place:
+    """What all sites have in common.
 
     Attributes:
         paths: its module path; for a stack one a layer: of a stacked projection in HuggingFace's names, of a layer
             made by `nnx.vmap` those that it would have in a list of layers (see `stacked_paths`).
-        aliases: the other paths of a module that the model uses in several places; of a stack its own, too.
         layer: the module that holds it.
-        part: its name inside a `Projection`, else "".
+        stack: the axes in front of the matrix that stand for layers, `()` for a single one.
         in_features, out_features: its sizes.
-        is_head: whether it is the decoder's output head, whose logits get no bias.
+        aliases: the other paths of a module that the model uses in several places; of a stack its own, too. Of experts
+            the names without a number, as PEFT and transformers have them.
     """
 
     paths: tuple[str, ...]
     layer: Any
+    stack: tuple[int, ...]
     in_features: int
     out_features: int
     aliases: tuple[str, ...]
-    part: str
-    is_head: bool
 
     @property
-    def stack(self) -> tuple[int, ...]:
-        """The axes in front of the matrix that stand for layers, `()` for a single one."""
-        ...
+    def is_head(self) -> bool:
+        """Whether it is the decoder's output head, whose logits get no bias."""
+        return isinstance(self.layer, OutputHead)
 
     @property
     def is_embedding(self) -> bool:
         """Whether the matrix is an embedding table."""
-        ...
+        return isinstance(self.layer, nnx.Embed)
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether the matrices are those of experts, of which each row of the input has one."""
+        return isinstance(self.layer, ExpertProjection)
 
     @property
     def kind(self) -> str:
         """What it is that `"all-linear"` doesn't mean; empty for a linear layer."""
-        return "an embedding" if self.is_embedding else ""
+        return ""
 
     @property
     def is_linear(self) -> bool:
         """Whether `"all-linear"` means it."""
         return not self.kind
 
-    @property
-    def of_experts(self) -> bool:
-        """Whether the matrices are those of experts, of which each row of the input has one."""
-        return False
-
     def names_in(self, targets: Targets) -> tuple[str, ...]:
         """The `aliases` that targets may mean."""
         return self.aliases
 
     @property
-    def title(self) -> str:
-        """One path for the whole stack, `*` in place of the layer."""
-        ...
-
-    @property
-    def adapter(self) -> Any:
-        """The `Adapter` on it, or None."""
-        ...
-
-    @property
     def dtype(self) -> Any:
         """In which the matrix is stored."""
-        ...
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the layer has a bias."""
-        ...
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """For the class of an adapter, beside the sizes: the stack, and the names of sharded axes."""
-        ...
-
-    def kernel(self) -> jax.Array:
-        """The base's matrix, `[*stack, in, out]`."""
-        ...
-
-    def put_kernel(self, kernel: jax.Array) -> None:
-        """Writes the base's matrix."""
-        ...
-
-    def bias(self) -> jax.Array | None:
-        """The base's bias, `[*stack, out]`, or None."""
-        ...
-
-    def add_to_bias(self, change: jax.Array) -> None:
-        """Adds `change [*stack, out]` to the bias; makes one where there is none."""
-        ...
-
-    def drop_bias(self) -> None:
-        """Takes away a bias that `add_to_bias` made."""
-        ...
-
-    def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None, dropout: nnx.Dropout | None = None) -> None:
-        """Puts an adapter on a site that has none; `rngs` has keys for its dropout, `dropout` is one that it had."""
-        ...
-
-    def take_adapter(self) -> None:
-        """Takes the adapter off."""
-        ...
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the matrix stands for several layers."""
-        return bool(self.stack)
-
-    def index(self, layer: int) -> tuple[int, ...]:
-        """Where the arrays of one of `paths` lie in arrays of the whole site."""
-        return tuple(int(i) for i in np.unravel_index(layer, self.stack)) if self.stack else ()
-
-
-@dataclass(frozen=True)
-class PartSite(Site):
-    """A part of the decoder's `Projection`."""
-
-    paths: tuple[str, ...]
-    layer: Projection
-    part: str
-    in_features: int
-    out_features: int
-    is_embedding = False
-    is_head = False
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        return self.layer.stack
-
-    @property
-    def of_experts(self) -> bool:
-        return isinstance(self.layer, ExpertProjection)
-
-    @property
-    def aliases(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Of experts the names without a number, as PEFT and transformers have them."""
-        return self.layer.names(self.part) if isinstance(self.layer, ExpertProjection) else ()
-
-    def names_in(self, targets: Targets) -> tuple[str, ...]:
-        """As in PEFT, `down_proj` means the dense MLP's alone where there is one beside the experts."""
-        beside = self.of_experts and self.layer.path.endswith("{expert}")
-        return tuple(name for name in self.aliases if not beside or name in targets)
-
-    @property
-    def title(self) -> str:
-        return self.layer.module_path(self.part, "*", "*")
-
-    @property
-    def adapter(self) -> Any:
-        return self.layer.adapters.get(self.part)
-
-    @property
-    def dtype(self) -> Any:
-        return self.layer.kernel.dtype
-
-    @property
-    def has_bias(self) -> bool:
-        return self.layer.bias is not None and not self.of_experts
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        layout = {"num_layers": self.stack or None, "axes": self.layer.part_axes(self.part)}
-        return layout | ({"stack_axes": self.layer.stack_axes} if self.of_experts else {})
-
-    def kernel(self) -> jax.Array:
-        return self.layer.part_weight(self.part)
-
-    def put_kernel(self, kernel: jax.Array) -> None:
-        self.layer.put_part_weight(self.part, kernel)
-
-    def bias(self) -> jax.Array | None:
-        return self.layer.part_bias(self.part)
-
-    def add_to_bias(self, change: jax.Array) -> None:
-        self.layer.add_to_part_bias(self.part, change)
-
-    def drop_bias(self) -> None:
-        self.layer.bias = nnx.data(None)
-
-    def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None, dropout: nnx.Dropout | None = None) -> None:
-        self.layer.add_adapter(self.part, adapter)
-
-    def take_adapter(self) -> None:
-        del self.layer.adapters[self.part]
-
-
-@dataclass(frozen=True)
-class LayerSite(Site):
-    """A layer of Flax NNX, of a registered class, or the output head, with one matrix."""
-
-    paths: tuple[str, ...]
-    layer: Any
-    matrix: Matrix
-    aliases: tuple[str, ...] = ()
-    part = ""
-
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        """Inputs of the matrix."""
-        return self.matrix.in_features
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        """Outputs of the matrix."""
-        return self.matrix.out_features
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        return () if self.is_head else stack_of(self.layer)
-
-    @property
-    def is_head(self) -> bool:  # type: ignore[override]
-        """Whether it is the decoder's output head."""
-        return isinstance(self.layer, OutputHead)
-
-    @property
-    def is_embedding(self) -> bool:
-        return isinstance(self.layer, nnx.Embed)
-
-    @property
-    def kind(self) -> str:
-        return self.matrix.kind
-
-    @property
-    def title(self) -> str:
-        if not self.stack:
-            return self.paths[0] or "(the model itself)"
-        first, last = (path.split(".") for path in (self.paths[0], self.paths[-1]))
-        return ".".join(a if a == b else "*" for a, b in zip(first, last, strict=True))
-
-    @property
-    def adapter(self) -> Any:
-        return self.layer.adapter if isinstance(self.layer, Adapted | OutputHead) else None
-
-    @property
-    def dtype(self) -> Any:
         return weight_of(self.layer).dtype
 
     @property
     def has_bias(self) -> bool:
-        return bias_param(self.layer) is not None
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        return {"num_layers": self.stack or None}
-
-    @property
-    def holds_layers(self) -> bool:
-        """Whether what follows the axes in front is the layer that its attributes speak of."""
-        shape = tuple(weight_of(self.layer).shape)
-        own = self.layer.kernel_shape if isinstance(self.layer, nnx.Einsum) else self.matrix.shape
-        return shape[len(shape) - len(self.matrix.shape) :] == tuple(own)
-
-    def kernel(self) -> jax.Array:
-        return self.matrix.take(weight_of(self.layer)[...])
-
-    def put_kernel(self, kernel: jax.Array) -> None:
-        weight = weight_of(self.layer)
-        weight[...] = cut_like(self.matrix.put(kernel), weight[...])
-
-    def bias(self) -> jax.Array | None:
-        variable = bias_param(self.layer)
-        return None if variable is None else self.matrix.take_bias(variable[...], len(self.stack))
-
-    def add_to_bias(self, change: jax.Array) -> None:
-        variable, change = bias_param(self.layer), self.matrix.put_bias(change)
-        if variable is None:
-            self.layer.bias = nnx.Param(change.astype(self.dtype))
-            self._say_bias(change.shape[len(self.stack) :])
-            return
-        bias = variable[...]
-        total = widened(whole(bias)) + whole(change).reshape(bias.shape)
-        variable[...] = cut_like(total.astype(bias.dtype), bias)
+        """Whether the layer has a bias."""
+        return bias_param(self.layer) is not None and not self.of_experts
 
     def drop_bias(self) -> None:
+        """Takes away a bias that `add_to_bias` made."""
         self.layer.bias = nnx.data(None)
         self._say_bias(None)
 
@@ -309,7 +95,161 @@ class LayerSite(Site):
         elif hasattr(self.layer, "use_bias"):
             self.layer.use_bias = shape is not None
 
+    def index(self, layer: int) -> tuple[int, ...]:
+        """Where the arrays of one of `paths` lie in arrays of the whole site."""
+        return tuple(int(i) for i in np.unravel_index(layer, self.stack)) if self.stack else ()
+
+
+@dataclass(frozen=True)
+class PartSite(_Place):
+    """A part of the decoder's `Projection`.
+
+    Attributes:
+        part: its name there.
+        number: which of the parts it is.
+    """
+
+    layer: Projection
+    part: str
+    number: int
+
+    def names_in(self, targets: Targets) -> tuple[str, ...]:
+        """As in PEFT, `down_proj` means the dense MLP's alone where there is one beside the experts."""
+        beside = self.of_experts and self.layer.path.endswith("{expert}")
+        return tuple(name for name in self.aliases if not beside or name in targets)
+
+    @property
+    def title(self) -> str:
+        """One path for the whole stack, `*` in place of the layer."""
+        return self.layer.module_path(self.part, "*", "*")
+
+    @property
+    def adapter(self) -> Any:
+        """The `Adapter` on it, or None."""
+        return self.layer.adapters.get(self.part)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """For the class of an adapter, beside the sizes: the stack, and the names of sharded axes."""
+        projection, alone = self.layer, len(self.layer.parts) == 1
+        # Outputs go by their major axis that parts don't share.
+        own = [name for i, name in enumerate(projection.axes[1:]) if i != projection.layout.part_axis or alone]
+        layout = {"stack": self.stack, "axes": (projection.axes[0], (own or projection.axes[1:])[0])}
+        return layout | ({"stack_axes": projection.stack_axes} if self.of_experts else {})
+
+    @property
+    def _region(self) -> tuple[Any, ...]:
+        """Where it lies in arrays `[..., *out_shape]`."""
+        return (..., *self.layer.part_slice(self.number))
+
+    def kernel(self) -> jax.Array:
+        """The base's matrix, `[*stack, in, out]`, in HuggingFace's order of features."""
+        projection = self.layer
+
+        def take(array: jax.Array) -> jax.Array:
+            return projection.layout.take(projection.with_axes(array), self.number)
+
+        if projection.quantized is None:
+            return take(projection.kernel[...])
+        return jax.tree.map(take, projection.kernel.get_value()).dense(projection.kernel.dtype, 1)
+
+    def put_kernel(self, kernel: jax.Array) -> None:
+        """Writes the base's matrix."""
+        projection, shape = self.layer, self.layer.layout.part_shape(self.number)
+        whole_kernel = projection.with_axes(projection.kernel[...])
+        part = kernel.reshape(*kernel.shape[:-1], *shape).astype(whole_kernel.dtype)
+        projection.kernel[...] = whole_kernel.at[self._region].set(part).reshape(projection.kernel.shape)
+
+    def bias(self) -> jax.Array | None:
+        """The base's bias, `[*stack, out]`, or None."""
+        return None if self.layer.bias is None else self.layer.layout.take(self.layer.bias[...], self.number)
+
+    def add_to_bias(self, change: jax.Array) -> None:
+        """Adds `change [*stack, out]` to the bias; makes one where there is none."""
+        projection, layout = self.layer, self.layer.layout
+        if projection.bias is None:
+            zeros = jnp.zeros((*self.stack, *layout.out_shape), projection.kernel.dtype)
+            projection.bias = nnx.Param(zeros, axes=(*projection.stack_axes, *projection.axes[1:]))
+        bias = projection.bias[...]
+        total = bias[self._region].astype(jnp.float32) + change.reshape(*self.stack, *layout.part_shape(self.number))
+        projection.bias[...] = bias.at[self._region].set(total.astype(bias.dtype))
+
     def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None, dropout: nnx.Dropout | None = None) -> None:
+        """Puts an adapter on a site that has none; `rngs` has keys for its dropout, `dropout` is one that it had."""
+        self.layer.adapters[self.part] = adapter
+
+    def take_adapter(self) -> None:
+        """Takes the adapter off."""
+        del self.layer.adapters[self.part]
+
+
+@dataclass(frozen=True)
+class LayerSite(_Place):
+    """A layer of Flax NNX, of a registered class, or the output head, with one matrix.
+
+    Attributes:
+        matrix: how the layer's array is the matrix.
+    """
+
+    matrix: Matrix
+    part = ""
+
+    @property
+    def kind(self) -> str:
+        return self.matrix.kind
+
+    @property
+    def title(self) -> str:
+        """One path for the whole stack, `*` in place of the layer."""
+        if not self.stack:
+            return self.paths[0] or "(the model itself)"
+        first, last = (path.split(".") for path in (self.paths[0], self.paths[-1]))
+        return ".".join(a if a == b else "*" for a, b in zip(first, last, strict=True))
+
+    @property
+    def adapter(self) -> Any:
+        """The `Adapter` on it, or None."""
+        return self.layer.adapter if isinstance(self.layer, Adapted | OutputHead) else None
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """For the class of an adapter, beside the sizes: the stack, and the names of sharded axes."""
+        return {"stack": self.stack}
+
+    @property
+    def holds_layers(self) -> bool:
+        """Whether what follows the axes in front is the layer that its attributes speak of."""
+        shape = tuple(weight_of(self.layer).shape)
+        own = self.layer.kernel_shape if isinstance(self.layer, nnx.Einsum) else self.matrix.shape
+        return shape[len(shape) - len(self.matrix.shape) :] == tuple(own)
+
+    def kernel(self) -> jax.Array:
+        """The base's matrix, `[*stack, in, out]`."""
+        return self.matrix.take(weight_of(self.layer)[...])
+
+    def put_kernel(self, kernel: jax.Array) -> None:
+        """Writes the base's matrix."""
+        weight = weight_of(self.layer)
+        weight[...] = cut_like(self.matrix.put(kernel), weight[...])
+
+    def bias(self) -> jax.Array | None:
+        """The base's bias, `[*stack, out]`, or None."""
+        variable = bias_param(self.layer)
+        return None if variable is None else self.matrix.take_bias(variable[...], len(self.stack))
+
+    def add_to_bias(self, change: jax.Array) -> None:
+        """Adds `change [*stack, out]` to the bias; makes one where there is none."""
+        variable, change = bias_param(self.layer), self.matrix.put_bias(change)
+        if variable is None:
+            self.layer.bias = nnx.Param(change.astype(self.dtype))
+            self._say_bias(change.shape[len(self.stack) :])
+            return
+        bias = variable[...]
+        total = widened(whole(bias)) + whole(change).reshape(bias.shape)
+        variable[...] = cut_like(total.astype(bias.dtype), bias)
+
+    def put_adapter(self, adapter: Adapter, rngs: nnx.Rngs | None, dropout: nnx.Dropout | None = None) -> None:
+        """Puts an adapter on a site that has none; `rngs` has keys for its dropout, `dropout` is one that it had."""
         if self.is_head:
             self.layer.adapter = adapter
             return
@@ -321,10 +261,15 @@ class LayerSite(Site):
             self.layer.adapter, self.layer.adapter_dropout = adapter, dropout
 
     def take_adapter(self) -> None:
+        """Takes the adapter off."""
         if self.is_head:
             self.layer.adapter = nnx.data(None)
         else:
             self.layer.take_adapter()
+
+
+#: A matrix that could carry an adapter, or a stack of them.
+Site = PartSite | LayerSite
 
 
 def sites(model: nnx.Module) -> Iterator[Site]:
@@ -333,11 +278,12 @@ def sites(model: nnx.Module) -> Iterator[Site]:
     _collect_paths(model, (), (), names)
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Projection):
-            for part in node.parts:
-                paths = node.module_paths(part.name)
-                yield PartSite(paths, node, part.name, node.in_features, node.part_features(part.name))
+            for number, part in enumerate(node.parts):
+                paths, sizes = node.module_paths(part.name), (node.in_features, node.layout.part_features(number))
+                aliases = node.names(part.name) if isinstance(node, ExpertProjection) else ()
+                yield PartSite(paths, node, node.stack, *sizes, aliases, part.name, number)
         elif isinstance(node, OutputHead):
-            yield LayerSite((node.path,), node, node.matrix)
+            yield LayerSite((node.path,), node, (), node.matrix.in_features, node.matrix.out_features, (), node.matrix)
         elif isinstance(node, Adapted) or (isinstance(node, nnx.Module) and adapted_class(type(node)) is not None):
             matrix = matrix_of(node)
             if matrix is None:
@@ -346,10 +292,10 @@ def sites(model: nnx.Module) -> Iterator[Site]:
             own = getattr(node, "path", None)  # the decoder's embedding knows its name in files
             if isinstance(own, str):
                 first, others = own, [first, *others]
+            paths, aliases = (first,), tuple(others)
             if stack := stack_of(node):
-                yield LayerSite(stacked_paths(model, first, stack), node, matrix, (first, *others))
-            else:
-                yield LayerSite((first,), node, matrix, tuple(others))
+                paths, aliases = stacked_paths(model, first, stack), (first, *others)
+            yield LayerSite(paths, node, stack, matrix.in_features, matrix.out_features, aliases, matrix)
 
 
 def adapted_sites(model: nnx.Module) -> list[Site]:
@@ -379,17 +325,17 @@ def _collect_paths(node: Any, path: tuple[str, ...], above: tuple[int, ...], nam
             return
         names.setdefault(id(node), []).append(".".join(path))
         above = (*above, id(node))
-    if isinstance(node, nnx.List | list | tuple):
-        children: Any = enumerate(node)
-    elif isinstance(node, nnx.Module):
-        children = vars(node).items()
-    elif isinstance(node, dict):
-        children = node.items()
-    else:
-        return
-    for name, child in children:
+    for name, child in _children(node):
         if isinstance(child, nnx.Module | list | tuple | dict):
-            _collect_paths(child, (*path, str(name)), above, names)
+            _collect_paths(child, (*path, name), above, names)
+
+
+def _children(node: Any) -> list[tuple[str, Any]]:
+    """What a module or a container holds, by name."""
+    if isinstance(node, nnx.List | list | tuple):
+        return [(str(i), child) for i, child in enumerate(node)]
+    held = vars(node) if isinstance(node, nnx.Module) else node if isinstance(node, dict) else {}
+    return [(str(name), child) for name, child in held.items()]
 
 
 Holders = dict[int, dict[int, str]]
@@ -399,12 +345,7 @@ def holders_of(model: nnx.Module) -> Holders:
     """By identity of a variable: its path in each module (or container) that holds it, by that one's identity."""
     found: Holders = {}
     for path, node in nnx.iter_graph(model):
-        children: dict[Any, Any] = {}
-        if isinstance(node, nnx.Module | dict):
-            children = node if isinstance(node, dict) else vars(node)
-        elif isinstance(node, list | tuple):
-            children = dict(enumerate(node))
-        for name, value in children.items():
+        for name, value in _children(node):
             if isinstance(value, nnx.Variable):
                 found.setdefault(id(value), {})[id(node)] = ".".join(map(str, (*path, name)))
     return found
@@ -424,16 +365,26 @@ def stacked_paths(model: nnx.Module, path: str, stack: tuple[int, ...]) -> tuple
     """
     names = path.split(".") if path else []
     depths = _depths_on_the_way(model, names, stack)
-    numbered = []
-    for numbers in product(*(range(size) for size in stack)):
-        parts: list[str] = []
-        done = 0
-        for i, depth in enumerate(depths):
-            parts += names[i - 1 : i] if i else []
-            parts += [str(number) for number in numbers[done:depth]]
-            done = max(done, depth)
-        numbered.append(".".join(parts))
-    return tuple(numbered)
+    lifts = [next(i for i, depth in enumerate(depths) if depth > axis) for axis in range(len(stack))]
+    return tuple(name for _, name in numbered(names, lifts, stack))
+
+
+def numbered(
+    path: Sequence[str], lifts: Sequence[int], stack: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """One path for each layer of a stack, with its place in the axes in front.
+
+    Args:
+        path: of all of them, in its components.
+        lifts: behind how many components the number of each axis is written.
+        stack: the sizes of the axes.
+    """
+    for index in np.ndindex(stack):
+        parts = list(path)
+        # From behind, the inner axes first: of two at one place the outer comes before the inner.
+        for at, number in sorted(zip(lifts[::-1], index[::-1], strict=True), key=lambda pair: -pair[0]):
+            parts.insert(at, str(number))
+        yield index, ".".join(parts)
 
 
 def _depths_on_the_way(model: nnx.Module, names: list[str], stack: tuple[int, ...]) -> list[int]:
@@ -441,15 +392,9 @@ def _depths_on_the_way(model: nnx.Module, names: list[str], stack: tuple[int, ..
     node: Any = model
     depths = [_depth(node, stack)]
     for name in names:
-        node = node[int(name)] if isinstance(node, list | tuple | nnx.List) else _child(node, name)
+        node = dict(_children(node))[name]
         depths.append(_depth(node, stack) if isinstance(node, nnx.Module) else depths[-1])
     return [*depths[:-1], len(stack)]
-
-
-def _child(node: Any, name: str) -> Any:
-    if isinstance(node, dict):
-        return next(value for key, value in node.items() if str(key) == name)
-    return vars(node)[name]
 
 
 def _depth(node: nnx.Module, stack: tuple[int, ...]) -> int:

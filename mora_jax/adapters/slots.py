@@ -34,17 +34,9 @@ class Bank(Adapter):
 
     factors: ClassVar[tuple[str, ...]]
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: Any,
-        *,
-        slots: int,
-        num_layers: int | tuple[int, ...] | None = None,
-        axes: tuple[str, str] = ("embed", "mlp"),
-    ):
-        super().__init__(in_features, out_features, config, num_layers=num_layers, axes=axes)
+    def __init__(self, in_features: int, out_features: int, config: Any, *, slots: int, **placing: Any):
+        """Takes what every adapter takes (see `Adapter`)."""
+        super().__init__(in_features, out_features, config, **placing)
         self.slots = slots
         layers, names = self.scaling.shape, ("layers",) * self.scaling.ndim
         self.scaling = AdapterState(jnp.zeros((*layers, slots), jnp.float32), axes=(*names, "slots"))
@@ -56,8 +48,7 @@ class Bank(Adapter):
         return tuple(self.scaling.shape[:-1])
 
     def _factor(self, *shape: int, axes: tuple[str, str]) -> AdapterParam:
-        zeros = jnp.zeros((*self.layers, self.slots, *shape), jnp.float32)
-        return AdapterParam(zeros, axes=self.stacked("slots", *axes))
+        return self.filled(0.0, (self.slots, *shape), "slots", *axes)
 
     def arrays(self) -> dict[str, nnx.Variable]:
         """What a slot holds, by name: `[*layers, N, …]`."""
@@ -65,17 +56,14 @@ class Bank(Adapter):
 
     def read(self, slot: int) -> dict[str, np.ndarray]:
         """The arrays of one slot, `[*layers, …]`."""
-        axis = len(self.layers)
-        return {name: np.asarray(value[...].take(slot, axis)) for name, value in self.arrays().items()}
+        return {name: np.asarray(value[...].take(slot, len(self.layers))) for name, value in self.arrays().items()}
 
     def write(self, slot: int, values: Mapping[str, np.ndarray]) -> None:
         """Fills one slot with arrays `[*layers, …]`; names that are absent become zero."""
+        axis = len(self.layers)
         for name, variable in self.arrays().items():
             array = variable[...]
-            axis = len(self.layers)
-            value = values.get(name)
-            if value is None:
-                value = np.zeros(array.shape[:axis] + array.shape[axis + 1 :], np.float32)
+            value = values.get(name, np.zeros(np.delete(array.shape, axis), np.float32))
             variable.set_value(_put(array, jnp.asarray(value, jnp.float32), slot, axis))
 
     def copy_from(self, other: Bank) -> None:

@@ -12,7 +12,7 @@ WIDTH = 80
 SHOWN = 8
 
 
-def summary(paths: Iterable[str], shown: int = SHOWN) -> str:
+def summary(paths: Iterable[str]) -> str:
     """Module paths in few words: stacks of layers once, with `*` for their numbers, by the ends that tell them apart.
 
     Examples:
@@ -24,9 +24,9 @@ def summary(paths: Iterable[str], shown: int = SHOWN) -> str:
     starred = list(dict.fromkeys(star(path) for path in paths))
     ends = [_end(path) for path in starred]
     found = [end if ends.count(end) == 1 else path for path, end in zip(starred, ends, strict=True)]
-    if len(found) <= shown + 1:
+    if len(found) <= SHOWN + 1:
         return ", ".join(found)
-    return f"{', '.join(found[:shown])} and {len(found) - shown} more"
+    return f"{', '.join(found[:SHOWN])} and {len(found) - SHOWN} more"
 
 
 def star(path: str) -> str:
@@ -114,6 +114,7 @@ class Picker:
         self.config = config
         self._number = number
         self._matches = matcher(config.targets)
+        self.everything = isinstance(config.targets, str) and config.targets.lower() == "all-linear"
 
     def __call__(self, path: str, aliases: Sequence[str] = (), *, is_linear: bool = True) -> bool:
         """Whether a path is picked; `aliases` are other names of the same layer that `targets` may give."""
@@ -127,13 +128,11 @@ class Picker:
 
     def names_in_any_layer(self, path: str) -> bool:
         """Whether the rule says this path, not all linear layers, leaving out what it says about layers."""
-        targets = self.config.targets
-        return not (isinstance(targets, str) and targets.lower() == "all-linear") and self._matches(path, True)
+        return not self.everything and self._matches(path, True)
 
     def names(self, path: str) -> bool:
         """Whether the rule picks a path by what it says, not as one of all linear layers."""
-        targets = self.config.targets
-        return self(path) and not (isinstance(targets, str) and targets.lower() == "all-linear")
+        return self(path) and not self.everything
 
     def check(self, paths: Sequence[str], titles: Sequence[str], *, found: bool) -> None:
         """Refuses a rule that matches nothing, in whole or in part.

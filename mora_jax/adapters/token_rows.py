@@ -86,7 +86,7 @@ def table_for_tokens(found: list[Site], tokens: tuple[int, ...]) -> Site:
     Raises:
         ValueError: there is none, there are several, it has an adapter, or fewer rows.
     """
-    tables = [site for site in found if site.is_embedding and not site.stacked]
+    tables = [site for site in found if site.is_embedding and not site.stack]
     tables = [site for site in tables if getattr(site.layer, "of_model", False)] or tables
     if len(tables) != 1:
         names = ", ".join(site.title for site in tables) or "none"

@@ -30,8 +30,8 @@ class TrainableBase:
 
     def train(self, module: nnx.Module, name: str) -> int:
         """Trains the parameter `module.name`; returns how many numbers that adds, 0 where it is trained already."""
-        value = getattr(module, name)
-        if not isinstance(value, nnx.Param) or isinstance(value, AdapterParam):
+        value = vars(module)[name]
+        if not _is_param(value):
             return 0
         if isinstance(module, Projection) and value is module.kernel:
             module.lay_kernel(flat=False)  # optimizers and checkpoints see one form on all backends
@@ -48,7 +48,10 @@ class TrainableBase:
             self._made[id(value)] = value, FullParam(wide, **metadata), AdapterState(array, **metadata)
             added = array.size
         _, master, frozen = self._made[id(value)]
-        setattr(module, name, master)
+        if isinstance(module, nnx.List):
+            module[int(name)] = master  # flax 0.12.0 names the entries by whole numbers
+        else:
+            setattr(module, name, master)
         if self._keep:
             if not hasattr(module, KEPT):
                 setattr(module, KEPT, nnx.Dict())
@@ -57,7 +60,7 @@ class TrainableBase:
 
     def train_all(self, module: nnx.Module) -> int:
         """Trains every parameter that `module` holds itself; returns how many numbers that adds."""
-        return sum(self.train(module, name) for name, value in list(vars(module).items()) if _is_param(value))
+        return sum(self.train(module, name) for name in list(vars(module)))
 
 
 def _is_param(value: Any) -> bool:
@@ -68,13 +71,16 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
     """Trains the modules whose path has one of `names` as a component, keeping their frozen values.
 
     Raises:
-        ValueError: a name that no module has; a matrix that is stored together with others which are not named.
+        ValueError: a name that no module has; a matrix that is stored together with others which are not named; a list
+            of parameters.
     """
     trainable, found = TrainableBase(keep=True), set()
     for path, module in named_modules(model):
         hits = [name for name in names if any(name in one.split(".") for one in path)]
         if not hits:
             continue
+        if isinstance(module, nnx.List):  # it can hold nothing but its entries
+            raise ValueError(f"modules_to_save: {hits[0]} is a list of parameters; hold each in a module of its own")
         if isinstance(module, Projection):
             others = [one for one in path if not any(name in one.split(".") for name in names)]
             if module.quantized is not None:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from mora_jax.cli.generate import add_speaking, load_speaker, models_of
-from mora_jax.cli.load import named_adapters
+from mora_jax.cli.options import named_adapters
 from mora_jax.errors import InputError
 
 HELP = "talk to a model"

@@ -10,7 +10,7 @@ something would be lost.
 import argparse
 import json
 
-from mora_jax.cli.load import adapter_folder
+from mora_jax.cli.options import adapter_folder
 
 HELP = "what vLLM, SGLang, llama.cpp, PEFT or transformers would drop of an adapter"
 ENGINE_NAMES = ("peft", "transformers", "vllm", "sglang", "llama.cpp")

@@ -21,8 +21,7 @@ import json
 import sys
 from typing import Any
 
-from mora_jax.cli.load import adapter_folder, named_adapters
-from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number, add_out
+from mora_jax.cli.options import ADAPTER, adapter_folder, add_adapter, add_key, add_number, add_out, named_adapters
 from mora_jax.errors import InputError
 
 HELP = "turn an adapter into another method or layout, or extract one from a fine-tune"

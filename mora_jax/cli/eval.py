@@ -15,8 +15,7 @@ import math
 import sys
 from typing import Any
 
-from mora_jax.cli.load import load
-from mora_jax.cli.options import add_data, add_key, add_model, add_number, add_out
+from mora_jax.cli.options import ADAPTER, add_data, add_key, add_keys, add_model, add_number, add_out, load
 from mora_jax.display.progress import progress
 from mora_jax.errors import InputError
 
@@ -33,20 +32,18 @@ _WITH_TASK = ("limit", "shots", "metrics", "out", "overwrite", "compare", "fsdp"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
+    parser.add_argument("--adapter", metavar="A", help=ADAPTER)
     add_data(parser)
     add_key(parser, "--batch-size", "train.batch_size", help="Rows computed at once", default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_key(parser, "--objective", "loss.objective")
-    add_key(parser, "--beta", "loss.beta")
+    add_keys(parser, "loss", "objective", "beta")
     group = parser.add_argument_group("tasks", "--max-length is then the longest input, by default the model's context")
     group.add_argument("--task", metavar="NAME", help="arc_easy, boolq, gsm8k, ..., or a task file NAME.toml")
     add_number(group, "--limit", int, None, "Takes so many rows, drawn with a fixed seed", at_least=1)
     add_number(group, "--shots", int, 0, "Solved examples before each, drawn from the other rows", at_least=0)
     group.add_argument("--metrics", metavar="NAMES", help="metrics in place of the task's own, separated by commas")
     group.add_argument("--compare", metavar="DIR", help="folder of another model's evaluation, compared in pairs")
-    add_key(group, "--fsdp", "mesh.fsdp")
-    add_key(group, "--tensor", "mesh.tensor")
-    add_key(group, "--expert", "mesh.expert")
+    add_keys(group, "mesh", "fsdp", "tensor", "expert")
     add_out(group)
     given = {name: parser.get_default(name) for name in (*_WITHOUT_TASK, *_WITH_TASK, "max_length")}
     parser.set_defaults(defaults=given, max_length=None)
@@ -142,7 +139,7 @@ def _run_task(args: argparse.Namespace) -> int:
     comparison, compared = None, {}
     if args.compare is not None:
         comparison = results.compare_with(args.compare, result, metrics)
-        compared = {"comparison": {name: one.to_dict() for name, one in comparison.items()}}
+        compared = {"comparison": {name: one._asdict() for name, one in comparison.items()}}
     if args.out is not None:
         names = ("model", "adapter", "data", "limit", "shots", "batch_size", "max_length", "dtype", "compare")
         settings = {name: getattr(args, name) for name in names}

@@ -17,8 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mora_jax.cli.load import load, named_adapters, reading
-from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_number
+from mora_jax.cli.options import add_adapters, add_key, add_keys, add_model, add_number, load, named_adapters, reading
 from mora_jax.errors import InputError
 
 HELP = "answer a prompt, or many"
@@ -52,18 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_speaking(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say who answers, and how."""
-    parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
-    words = f"{ADAPTER}; several may be given"
-    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]A", help=words)
-    add_adapter(parser)
-    add_key(parser, "--dtype", "model.dtype")
-    add_key(parser, "--quantize", "model.quantize")
+    add_model(parser)
+    add_adapters(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message before the user's")
     add_number(parser, "--max-new-tokens", int, 256, "Most tokens of the answer.", at_least=1)
     add_number(parser, "--temperature", float, 0.0, "0 takes the likeliest token; larger is freer.", at_least=0)
     add_number(parser, "--top-p", float, 1.0, "Draws among the likeliest tokens of this share.", above=0, at_most=1)
     add_key(parser, "--seed", "seed", help="Equal seeds give equal draws")
-    add_key(parser, "--template", "data.template")
+    add_keys(parser, "data", "template")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -177,15 +172,13 @@ def _check_room(model: Any, tokenizer: Any, prompts: Sequence[Any], template: st
         InputError: naming its line.
     """
     from mora_jax.data.templates.render import render_prompt
+    from mora_jax.evaluation.generate import check_room
 
     for prompt in prompts:
         try:
-            count = len(render_prompt(tokenizer, prompt.messages, template).input_ids)
+            check_room(len(render_prompt(tokenizer, prompt.messages, template).input_ids), model)
         except InputError as error:
             raise InputError(f"{prompt.where}: {error}") from None
-        if count >= model.config.max_positions:
-            text = f"the prompt has {count} tokens, the model's context {model.config.max_positions}"
-            raise InputError(f"{prompt.where}: {text}; shorten the prompt")
 
 
 def _answers(

@@ -5,8 +5,7 @@ import argparse
 import json
 from typing import Any
 
-from mora_jax.cli.load import adapter_folder
-from mora_jax.cli.options import add_number
+from mora_jax.cli.options import adapter_folder, add_number
 
 HELP = "family, sizes and parameters of a model, an adapter or a run"
 

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mora_jax.cli.distributed import add_processes, together
-from mora_jax.cli.load import named_adapters
-from mora_jax.cli.options import ADAPTER
+from mora_jax.cli.options import add_adapters, named_adapters
 from mora_jax.errors import InputError
 
 HELP = "the tasks of EleutherAI's lm-evaluation-harness"
@@ -29,8 +28,7 @@ HELP = "the tasks of EleutherAI's lm-evaluation-harness"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    help_text = f"{ADAPTER}; several may be given"
-    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]A", help=help_text)
+    add_adapters(parser)
     parser.add_argument("--base", action="store_true", help="the base alone, before the adapters")
     add_processes(parser)
 

@@ -183,17 +183,14 @@ def _before_jax(name: str, helps: bool) -> None:
 
 
 def _refuse_key(command: str, parser: Parser, key: str) -> NoReturn:
-    known = {option: action for action in parser._actions for option in action.option_strings}
-    flag = flag_of(key, known)
+    flag = flag_of(key, parser._option_string_actions)
     hint = f"; did you mean {flag}?" if flag else ""
     raise InputError(
         f"{OVERRIDE}{key}: only {', '.join(TAKE_KEYS[:-1])} and {TAKE_KEYS[-1]} take configuration keys{hint}"
     )
 
 
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     # The place in the code means nothing to whoever runs a command.
     return f"warning: {' '.join(str(message).split())}\n"
 

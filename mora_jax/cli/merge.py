@@ -3,8 +3,7 @@
 import argparse
 import sys
 
-from mora_jax.cli.load import load
-from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_out
+from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_out, load
 from mora_jax.errors import refused
 
 HELP = "fold an adapter into its base model"

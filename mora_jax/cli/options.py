@@ -1,11 +1,18 @@
-"""Options that several commands share, and the `--config.section.key=value` overrides of `train`."""
+"""Options that several commands share, loading what they name, and the `--config.section.key=value` overrides."""
 
 import argparse
+import atexit
 import dataclasses
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mora_jax.errors import InputError
+from mora_jax.paths import expanded, local_path
 from mora_jax.training.config.key import Key
 
 if TYPE_CHECKING:
@@ -45,6 +52,12 @@ def add_key(parser: Parser, flag: str, name: str, *, help: str = "", **changes: 
     add_value(parser, flag, keys()[name], help=help, **changes)
 
 
+def add_keys(parser: Parser, section: str, *names: str) -> None:
+    """Adds options of the same names as keys of a section: `--max-length` for `data.max_length`."""
+    for name in names:
+        add_key(parser, f"--{name.replace('_', '-')}", f"{section}.{name}")
+
+
 def add_number(parser: Parser, flag: str, type_: type, default: Any, doc: str, **limits: Any) -> None:
     """Adds a number option with a range (see `Key`)."""
     options = (type_, type(None)) if default is None else (type_,)
@@ -55,19 +68,22 @@ def add_value(parser: Parser, flag: str, key: Key, *, help: str = "", **changes:
     """Adds an option whose value a `Key` checks."""
     default = changes.pop("default", key.default)
     words = f"{(help or key.doc).rstrip('.')} ({key.describe()}; default: {key.show(default)})"
-    metavar = flag.rpartition("-")[2].upper()
-    changes.setdefault("metavar", metavar)
+    changes.setdefault("metavar", flag.rpartition("-")[2].upper())
     # A '%' in help would be argparse's formatting.
     parser.add_argument(flag, action=KeyAction, key=key, default=default, help=words.replace("%", "%%"), **changes)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, `--adapter`, `--dtype` and `--quantize`."""
+    """Adds `--model`, `--dtype`, `--quantize` and what says how an adapter is read."""
     parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
-    parser.add_argument("--adapter", metavar="A", help=ADAPTER)
     add_adapter(parser)
-    add_key(parser, "--dtype", "model.dtype")
-    add_key(parser, "--quantize", "model.quantize")
+    add_keys(parser, "model", "dtype", "quantize")
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Adds an `--adapter` that can be given several times, for `named_adapters`."""
+    help_text = f"{ADAPTER}; several may be given"
+    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]A", help=help_text)
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -94,17 +110,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
     data = dataclasses.replace(keys()["data.train"], name="--data", default=None)
     parser.add_argument("--data", action=KeyAction, key=data, required=True, metavar="FILE", help="data file or files")
-    for name in ("format", "columns", "roles", "on_error", "split", "subset", "max_rows", "template", "fallback"):
-        add_key(parser, "--" + name.replace("_", "-"), f"data.{name}")
+    add_keys(parser, "data", "format", "columns", "roles", "on_error", "split", "subset", "max_rows")
     parser.add_argument("--streaming", action="store_true", help="read a hub data set without downloading it first")
-    add_key(parser, "--max-length", "data.max_length")
-    add_key(parser, "--truncation", "data.truncation")
-    add_key(parser, "--cache", "data.cache")
+    add_keys(parser, "data", "template", "fallback", "max_length", "truncation", "cache")
     add_key(parser, "--loss-mode", "loss.mode")
-    add_key(parser, "--prompt-weight", "loss.prompt_weight")
     add_key(parser, "--loss-roles", "loss.roles")
-    add_key(parser, "--end-of-turn", "loss.end_of_turn")
-    add_key(parser, "--headers", "loss.headers")
+    add_keys(parser, "loss", "prompt_weight", "end_of_turn", "headers")
 
 
 def read_data(args: argparse.Namespace, tokenizer: Any, vocab_size: int | None = None) -> "EncodedDataset":
@@ -129,6 +140,88 @@ def read_data(args: argparse.Namespace, tokenizer: Any, vocab_size: int | None =
     )
 
 
+def load(
+    args: argparse.Namespace, adapter: str | None, dtype: str | None, quantize: str = "none", mesh: Any = None
+) -> tuple[Any, Any]:
+    """Loads the model of `--model` with its tokenizer and, if one is given, an adapter.
+
+    Args:
+        args: with the options of `add_adapter` beside `--model`.
+        adapter: as for `adapter_folder`.
+        dtype: compute dtype, or None for the machine's default.
+        quantize: how the layers' kernels are held, as `model.quantize` says.
+        mesh: the devices that the model is laid over; None for one.
+
+    Raises:
+        InputError: when either can't be loaded, or there is no tokenizer.
+    """
+    from mora_jax.interop import load_adapter, load_pretrained
+
+    folder = None if adapter is None else adapter_folder(adapter)
+    shardings = None
+    if mesh is not None and mesh.size > 1:
+        from mora_jax.training.sharding.rules import base_shardings
+
+        shardings = partial(base_shardings, mesh)
+    model, tokenizer = load_pretrained(args.model, dtype=dtype, quantize=quantize, shardings=shardings)
+    if tokenizer is None:
+        raise InputError(f"{args.model} has no tokenizer files; give a folder with tokenizer.json beside the weights")
+    if folder is not None:
+        load_adapter(model, folder, **reading(args))
+    return model, tokenizer
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How adapters are read, as keywords of `mora_jax.load_adapter`."""
+    return {"strict": args.strict, "kind": args.adapter_kind}
+
+
+def adapter_folder(text: str) -> str:
+    """The folder of the adapter that `--adapter` names: a folder, a run directory, a hub id, or RUN@STEP.
+
+    For a checkpoint that is a temporary folder, which goes when the process ends.
+
+    Raises:
+        InputError: there is no adapter, or no such checkpoint.
+    """
+    from mora_jax.interop import hub
+
+    run, at, step = text.rpartition("@")
+    if not (at and step.isdecimal() and expanded(run).is_dir()) or expanded(text).exists():
+        return hub.adapter_folder(text)
+    from mora_jax.training.run.saving import export_checkpoint
+
+    place = tempfile.mkdtemp(prefix="mora-jax-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    out = Path(place) / f"{Path(run).name}@{step}"
+    export_checkpoint(run, int(step), out)
+    return str(out)
+
+
+def named_adapters(texts: Iterable[str]) -> dict[str, str]:
+    """Adapter folders by name, of texts `NAME=PATH` or `PATH`; a path alone is named after its folder.
+
+    Raises:
+        InputError: a text lacks one of the two, there is no adapter, or two have one name.
+    """
+    folders: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or expanded(text).exists():
+            name, path = "", text
+        elif not name or not path:
+            lacks = "no name before its path" if path else "no path behind its name"
+            raise InputError(f"--adapter {text}: it has {lacks}; write --adapter PATH or --adapter NAME=PATH")
+        folder = adapter_folder(path)
+        place = local_path(path)
+        # A run directory holds its adapter in a folder that is always called the same.
+        name = name or (place.parent if place.name == "adapter" else place).name
+        if name in folders:
+            raise InputError(f"two adapters are called {name!r}; name them, as in --adapter NAME={path}")
+        folders[name] = folder
+    return folders
+
+
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Separates `--config.key=value` and `--config.key value` from the other arguments.
 
@@ -139,10 +232,9 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
     """
     rest: list[str] = []
     overrides: list[tuple[str, str]] = []
-    position = 0
-    while position < len(argv):
-        argument = argv[position]
-        position += 1
+    words = deque(argv)
+    while words:
+        argument = words.popleft()
         if not argument.startswith(OVERRIDE):
             rest.append(argument)
             continue
@@ -150,10 +242,6 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
         if not name:
             raise InputError(f"{argument}: a key must follow '{OVERRIDE}', as in {OVERRIDE}train.steps=50")
         if not equals:
-            following = argv[position] if position < len(argv) else None
-            if following is not None and not following.startswith("--"):
-                text, position = following, position + 1
-            else:
-                text = "true"
+            text = words.popleft() if words and not words[0].startswith("--") else "true"
         overrides.append((name, text))
     return rest, overrides

@@ -25,14 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="shapes: a folder with config.json, or llama3-8b, qwen3-14b, ...; wins over the config",
     )
-    add_number(
-        parser,
-        "--tries",
-        int,
-        3,
-        "Candidates to compile besides the config's own; 0: everything by formula.",
-        at_least=0,
-    )
+    help_text = "Candidates to compile besides the config's own; 0: everything by formula."
+    add_number(parser, "--tries", int, 3, help_text, at_least=0)
     add_number(parser, "--price", float, None, "Price of one chip for one hour, for the run's cost.", at_least=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -13,7 +13,7 @@ from mora_jax.cli.options import add_number
 
 HELP = "run one of the papers' experiments"
 NAMES = ("memorize", "forget", "instruct", "rates")
-PRESETS = ("tiny", "quick", "saturation", "small", "paper")
+PRESETS = ("tiny", "quick", "ranks", "saturation", "small", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="quick",
-        help="tiny: seconds, to see the form; quick: minutes on two cores, on the embedded model (default); saturation "
-        "(of memorize): hours there; small: a model of about 100 M parameters; paper: 7 B parameters on eight "
-        "accelerators",
+        help="tiny: seconds, to see the form; quick: minutes on two cores, on the embedded model (default); ranks (of "
+        "forget) and saturation (of memorize): an hour and hours there; small: a model of about 100 M parameters; "
+        "paper: 7 B parameters on eight accelerators",
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
     parser.add_argument(
@@ -77,18 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite are both given; leave out one of them")
     sources = Sources(args.model or demo.model_path(), tuple(args.data) if args.data else None, args.texts)
-    result = run_study(
-        study,
-        args.preset,
-        args.out,
-        sources,
-        cells=args.cells,
-        seeds=args.seeds,
-        robust=args.robust,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        at_once=args.at_once,
-    )
+    given = {name: getattr(args, name) for name in ("cells", "seeds", "robust", "resume", "overwrite", "at_once")}
+    result = run_study(study, args.preset, args.out, sources, **given)
     print(result.conclusion)
     return result.exit_code
 

@@ -1,9 +1,10 @@
 """What a command line that isn't understood was probably meant to say."""
 
 import argparse
+import itertools
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from mora_jax.cli.options import OVERRIDE, KeyAction
@@ -51,7 +52,7 @@ def check_options(command: str, parser: argparse.ArgumentParser, words: Sequence
     Raises:
         InputError: naming all such options.
     """
-    known = {option: action for action in parser._actions for option in action.option_strings}
+    known = parser._option_string_actions
     unknown = [(name, values) for name, values in _options(words) if name not in known]
     if not unknown:
         return
@@ -97,25 +98,19 @@ def flag_of(key: str, known: Mapping[str, argparse.Action]) -> str | None:
 
 def with_options(text: str, parser: argparse.ArgumentParser) -> str:
     """A message with a command's own options in place of the configuration keys that it names."""
-    known = {option: action for action in parser._actions for option in action.option_strings}
-    return _KEY.sub(lambda key: flag_of(key[0], known) or key[0], text)
+    return _KEY.sub(lambda key: flag_of(key[0], parser._option_string_actions) or key[0], text)
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Every option with the words that follow it, as argparse tells them apart."""
-    option: tuple[str, list[str]] | None = None
-    for word in words:
-        if word == "--":
-            break
+    options: list[tuple[str, list[str]]] = []
+    for word in itertools.takewhile(lambda word: word != "--", words):
         if len(word) > 1 and word.startswith("-") and " " not in word and not _NUMBER.match(word):
-            if option is not None:
-                yield option
             name, equals, value = word.partition("=")
-            option = name, [value] if equals else []
-        elif option is not None:
-            option[1].append(word)
-    if option is not None:
-        yield option
+            options.append((name, [value] if equals else []))
+        elif options:
+            options[-1][1].append(word)
+    return options
 
 
 def _key_words(

@@ -38,11 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     if args.resume is not None:
-        given = [
-            flag
-            for flag, value in (("--sweep", args.sweep), ("--config", args.config), ("--overwrite", args.overwrite))
-            if value
-        ] + [f"--config.{name}" for name, _ in args.overrides]
+        given = [f"--{name}" for name in ("sweep", "config", "overwrite") if getattr(args, name)]
+        given += [f"--config.{name}" for name, _ in args.overrides]
         if given:
             raise InputError(f"{given[0]} can't be given with --resume, which continues as OUT/sweep.json says")
         return _train(args, None, [])

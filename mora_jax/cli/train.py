@@ -76,13 +76,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     profile = profile_keys(args.profile)
     if args.resume is not None:
-        others = (
-            (args.config, "--config"),
-            (args.overwrite, "--overwrite"),
-        )
-        for given, flag in others:
-            if given:
-                raise InputError(f"{flag} can't be given with --resume, which continues as the run's config.json says")
+        given = [f"--{name}" for name in ("config", "overwrite") if getattr(args, name)]
+        if given:
+            raise InputError(f"{given[0]} can't be given with --resume, which continues as the run's config.json says")
         return together(args, f"mora-jax train --resume {args.resume}", lambda display: _resume(args, profile, display))
     from mora_jax.training.config.load import load_config
 

@@ -134,11 +134,8 @@ class BatchPlan:
             if self._lengths.max() > max_length:
                 raise ValueError(f"an example has {self._lengths.max()} tokens, more than max_length={max_length}")
         self._max_length = max_length or 0
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.packing = packing
-        self.bucketing = bucketing
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.packing, self.bucketing = packing, bucketing
         # Threads that make batches ahead share what is found out about epochs.
         self._lock = threading.RLock()
         # Where each epoch begins, as far as is known.
@@ -206,17 +203,23 @@ class BatchPlan:
             return fixed
         return _bucket(int(self._lengths[self.indices(step)].max()), fixed)
 
-    def lengths(self, fixed: int) -> list[int]:
-        """The lengths that `length` gives in the first pass over the examples, ascending.
+    def lengths(self, fixed: int) -> dict[int, int]:
+        """The lengths that `length` gives in the first pass over the examples.
 
         Args:
           fixed: see `length`.
+
+        Returns:
+          The first step of each, in the order of these steps.
         """
         if not self.bucketing:
-            return [fixed]
+            return {fixed: 0}
         in_order = self._lengths[np.asarray(self._epoch_rows(0))]
         longest = np.maximum.reduceat(in_order, range(0, len(in_order), self.batch_size))[: self.steps]
-        return sorted({_bucket(int(tokens), fixed) for tokens in np.unique(longest)})
+        steps = dict[int, int]()
+        for step, tokens in enumerate(longest.tolist()):
+            steps.setdefault(_bucket(tokens, fixed), step)
+        return steps
 
     def padding(self, fixed: int, steps: int = 256) -> float:
         """The share of padding in the first steps' tokens.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
 
@@ -146,10 +146,8 @@ class EncodedDataset(Sequence[Example]):
     def _scan(self, rows: np.ndarray | None, vocab_size: int | None, special: np.ndarray) -> None:
         """One pass over the store: which rows become which examples, and the report."""
         facts = self.store.facts
-        chosen = np.ones(len(self.store), bool)
-        if rows is not None:
-            chosen[:] = False
-            chosen[rows] = True
+        chosen = np.zeros(len(self.store), bool)
+        chosen[slice(None) if rows is None else rows] = True
         outcomes = RowOutcomes()
         counts = facts.get("counts", {})
         if counts.get("skipped"):
@@ -163,7 +161,7 @@ class EncodedDataset(Sequence[Example]):
             if here.any():
                 self._check_ids(flat, first, vocab_size)
                 weights = flat_weights(flat, self.loss)
-                needed = weights if not flat.sides.any() else answer_weights(flat)
+                needed = weights if not flat.side.any() else answer_weights(flat)
                 examples = find_examples(flat, needed, here, self.max_length, self.truncation, outcomes)
                 found.append(examples + np.array([first, 0, 0, 0]))
                 counted.append(count(flat, weights, here, special))
@@ -203,12 +201,11 @@ class EncodedDataset(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         row, piece = int(self._rows[index]), Cut(*self._cuts[index].tolist())
         tokens = self.store[row]
-        weights = piece.take(token_weights(tokens, self.loss)).copy()
+        weights = piece.take(token_weights(tokens, self.loss))
         weights[:1] = 0.0
         of_answer = None
         if tokens.side:
             of_answer = piece.take(np.where(tokens.turns >= tokens.answer, token_weights(tokens), 0.0))
-            of_answer = of_answer.astype(np.float32)
             of_answer[:1] = 0.0
         return Example(
             piece.take(tokens.input_ids),
@@ -219,9 +216,6 @@ class EncodedDataset(Sequence[Example]):
             Side(tokens.side),
             of_answer,
         )
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
 
     @property
     def sides(self) -> np.ndarray:
@@ -240,7 +234,7 @@ class EncodedDataset(Sequence[Example]):
         for flat in self.store.flat():
             parts += [flat.input_ids, flat.segments, flat.turns, flat.turn_weights, flat.weight]
             parts += flat.token_weights.values()
-            parts += [flat.sides, flat.answers] if flat.sides.any() else []
+            parts += [flat.side, flat.answer] if flat.side.any() else []
         for part in parts:
             digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()[:32]
@@ -286,24 +280,15 @@ class EncodedDataset(Sequence[Example]):
         if len(rows) > batch_size:
             raise ValueError(f"{len(rows)} rows do not fit a batch of {batch_size}")
         shape = (batch_size, length)
-        batch: dict[str, np.ndarray] = {
-            name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "positions")
-        }
-        batch["weights"] = np.zeros(shape, np.float32)
-        batch["counts"] = np.zeros(batch_size, np.float32)
         kinds = extra or {}
-        for name in kinds:
-            batch[name] = np.zeros(shape, np.float32)
+        integers = {name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "positions")}
+        floats = {name: np.zeros(shape, np.float32) for name in ("weights", *kinds)}
+        batch: dict[str, np.ndarray] = {**integers, **floats, "counts": np.zeros(batch_size, np.float32)}
         for row, members in enumerate(rows):
             start, count = 0, 0.0
             for number, index in enumerate(np.atleast_1d(members), start=1):
                 example = self[int(index)]
-                used = slice(start, start + len(example))
-                if used.stop > length:
-                    raise ValueError(f"{used.stop} tokens do not fit a row of {length}")
-                batch["input_ids"][row, used] = example.input_ids
-                batch["segment_ids"][row, used] = number
-                batch["positions"][row, used] = np.arange(len(example))
+                used = lay(batch, row, start, number, example)
                 weights, part = normalize(example.weights, example.segments, example.weight, how)
                 batch["weights"][row, used] = weights
                 for name, kind in kinds.items():
@@ -315,6 +300,17 @@ class EncodedDataset(Sequence[Example]):
 
     def __str__(self) -> str:
         return str(self.report)
+
+
+def lay(batch: Mapping[str, Any], row: int | tuple[int, int], start: int, number: int, example: Example) -> slice:
+    """Writes an example's tokens into a row of a batch, from the column `start` on; returns the columns they take."""
+    used, length = slice(start, start + len(example)), batch["input_ids"].shape[-1]
+    if used.stop > length:
+        raise ValueError(f"{used.stop} tokens do not fit a row of {length}")
+    batch["input_ids"][row][used] = example.input_ids
+    batch["segment_ids"][row][used] = number
+    batch["positions"][row][used] = np.arange(len(example))
+    return used
 
 
 def _marked(example: Example, kind: str) -> np.ndarray:

@@ -26,8 +26,6 @@ class Cut(NamedTuple):
 
     def take(self, values: np.ndarray) -> np.ndarray:
         """Those of `[T]` values that are kept."""
-        if not self.head:
-            return values[self.start : self.stop]
         return np.concatenate([values[: self.head], values[self.start : self.stop]])
 
 
@@ -179,7 +177,7 @@ def flat_weights(flat: FlatRows, loss: LossWeights) -> np.ndarray:
 
 def answer_weights(flat: FlatRows) -> np.ndarray:
     """Weights of predicting the tokens of judged answers, `[T]` float32: those of `masked`, 0 in the turns before."""
-    answers = flat.turns >= np.repeat(flat.answers, flat.lengths)
+    answers = flat.turns >= np.repeat(flat.answer, flat.lengths)
     return np.where(answers, flat_weights(flat, LossWeights()), 0.0).astype(np.float32)
 
 
@@ -204,7 +202,7 @@ def find_examples(
     answers = flat.per_row(response_tokens(flat.segments))
     usable = (flat.weight > 0) & (trained > 0)
     whole = chosen & usable & (lengths <= max_length)
-    first = np.flatnonzero(flat.sides == Side.CHOSEN)
+    first = np.flatnonzero(flat.side == Side.CHOSEN)
     for marks in (usable, whole):  # both halves of a pair, or neither
         marks[first] = marks[first + 1] = marks[first] & marks[first + 1]
 
@@ -218,8 +216,8 @@ def find_examples(
     outcomes.tokens += int(lengths[whole].sum())
     outcomes.trained_tokens += int(trained[whole].sum())
     outcomes.trained_before += int(trained[chosen & usable].sum())
-    for row in np.flatnonzero(chosen & ~whole & (flat.sides != Side.REJECTED)).tolist():
-        paired = flat.sides[row] == Side.CHOSEN
+    for row in np.flatnonzero(chosen & ~whole & (flat.side != Side.REJECTED)).tolist():
+        paired = flat.side[row] == Side.CHOSEN
         parts = [part(one) for one in range(row, row + 1 + paired)]
         if not usable[row]:
             outcomes.drop("no_weight" if answers[row] else "no_answer", len(parts))

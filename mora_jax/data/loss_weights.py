@@ -140,16 +140,15 @@ def token_weights(tokens: Tokens, loss: LossWeights = LossWeights()) -> np.ndarr
     Returns:
       `[T]` float32; the first is 0, because nothing precedes the first token that could predict it.
     """
-    weights = _by_segment(tokens, loss) if tokens.weights is None else tokens.weights.astype(np.float32)
+    if tokens.weights is not None:
+        weights = tokens.weights.astype(np.float32)
+    else:
+        count = max(int(tokens.turns.max(initial=-1)) + 1, len(tokens.turn_weights))
+        turn_weights = np.full(count + 1, np.nan, np.float32)
+        turn_weights[: len(tokens.turn_weights)] = tokens.turn_weights
+        weights = segment_weights(tokens.segments, tokens.turns, turn_weights, np.zeros(count + 1, np.intp), loss)
     weights[:1] = 0.0
     return weights
-
-
-def _by_segment(tokens: Tokens, loss: LossWeights) -> np.ndarray:
-    count = max(int(tokens.turns.max(initial=-1)) + 1, len(tokens.turn_weights))
-    said = np.full(count + 1, np.nan, np.float32)
-    said[: len(tokens.turn_weights)] = tokens.turn_weights
-    return segment_weights(tokens.segments, tokens.turns, said, np.zeros(count + 1, np.intp), loss)
 
 
 def segment_weights(

@@ -12,8 +12,7 @@ import numpy as np
 from mora_jax.batch import PreferenceBatch
 from mora_jax.data.batch_plan import padded_length
 from mora_jax.data.conversation import Side
-from mora_jax.data.dataset import EncodedDataset, Example, split_rows
-from mora_jax.data.inspect.report import Report
+from mora_jax.data.dataset import EncodedDataset, Example, lay, split_rows
 from mora_jax.data.loss_weights import normalize
 from mora_jax.data.tokens.store import TokenStore
 from mora_jax.errors import InputError
@@ -39,7 +38,7 @@ class PreferenceDataset(Sequence[Example]):
     """
 
     def __init__(self, answers: EncodedDataset, *, labelled: bool = False, packing: bool = False):
-        self.answers, self.labelled = answers, labelled
+        self.answers, self.labelled, self.report = answers, labelled, answers.report
         self.reference: np.ndarray | None = None
         self.max_length = answers.max_length
         sides = answers.sides
@@ -50,7 +49,7 @@ class PreferenceDataset(Sequence[Example]):
                 f"and these were read as {answers.report.format or 'none'}; data.format="
                 f"{'labelled' if labelled else 'preference'} names the first row that doesn't fit"
             )
-        self._starts = np.array([_start(answers[i]) for i in range(len(answers))]) if labelled else np.zeros(0, int)
+        self._starts = np.array([_start(answer) for answer in answers] if labelled else (), int)
         if labelled and len(answers) < 2:
             raise InputError("labelled answers are compared with others' answers: give two rows or more")
         sizes = answers.lengths
@@ -88,11 +87,6 @@ class PreferenceDataset(Sequence[Example]):
         names = ("input_ids", "segments", "weights", "answer_weights")
         arrays: dict[str, Any] = {name: crossed(getattr(example, name), getattr(other, name)) for name in names}
         return example, Example(**arrays, weight=example.weight, source=example.source)
-
-    @property
-    def report(self) -> Report:
-        """Counts over all answers."""
-        return self.answers.report
 
     @property
     def batch_length(self) -> int:
@@ -133,12 +127,7 @@ class PreferenceDataset(Sequence[Example]):
             for number, index in enumerate(np.atleast_1d(members).tolist()):
                 both = self.sequences_of(index)
                 for half, example in enumerate(both):
-                    used = slice(ends[half], ends[half] + len(example))
-                    if used.stop > length:
-                        raise ValueError(f"{used.stop} tokens do not fit a row of {length}")
-                    batch["input_ids"][row, half, used] = example.input_ids
-                    batch["segment_ids"][row, half, used] = number + 1
-                    batch["positions"][row, half, used] = np.arange(len(example))
+                    used = lay(batch, (row, half), ends[half], number + 1, example)
                     batch["answer_weights"][row, half, used] = example.answer_weights
                     ends[half] = used.stop
                 first, used = both[0], slice(ends[0] - len(both[0]), ends[0])

@@ -20,14 +20,13 @@ from filelock import FileLock
 
 from mora_jax.data.formats.column_mapping import Mapping
 from mora_jax.data.formats.load import open_rows
-from mora_jax.data.tokens.encode import Encoded, RawRow, RowEncoder, encode_chunks
+from mora_jax.data.tokens.encode import REASONS, Encoded, RawRow, RowEncoder, encode_chunks
 from mora_jax.data.tokens.store import TokenStore, write
 from mora_jax.errors import InputError
 from mora_jax.paths import OFF, cache_folder, local_path, writable
 
 #: Raise it when the same rows become other tokens or another layout.
 VERSION = 5
-_REASONS = 5
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -100,7 +99,7 @@ def _batches(chunks: Iterable[Encoded], facts: dict[str, Any]) -> Iterator[pa.Re
     facts |= {"reasons": [], "counts": {}}
     for chunk in chunks:
         counts += chunk.counts
-        facts |= {"reasons": (facts["reasons"] + chunk.reasons)[:_REASONS], "counts": dict(counts)}
+        facts |= {"reasons": (facts["reasons"] + chunk.reasons)[:REASONS], "counts": dict(counts)}
         yield chunk.batch
 
 
@@ -147,16 +146,9 @@ class Source:
         Raises:
           InputError: for rows, files or settings that cannot be used.
         """
-        stream = open_rows(
-            self.paths,
-            self.format,
-            mapping=Mapping.parse(self.columns, self.roles),
-            on_error=self.on_error,
-            split=self.split,
-            subset=self.subset,
-            streaming=self.streaming,
-            max_rows=self.max_rows,
-        )
+        mapping = Mapping.parse(self.columns, self.roles)
+        settings = {name: getattr(self, name) for name in ("on_error", "split", "subset", "streaming", "max_rows")}
+        stream = open_rows(self.paths, self.format, mapping=mapping, **settings)
         skip = self.on_error == "skip"
         encoder = RowEncoder(tokenizer, self.template, self.fallback, stream.converter, skip=skip)
         facts = {
@@ -168,14 +160,14 @@ class Source:
         folder = cache_folder() if self.cache is None else local_path(self.cache)
         place = None
         if self.cache != OFF and writable(folder):
-            settings = {
+            parts = {
                 "rows": stream.fingerprint(),
                 "tokenizer": tokenizer_fingerprint(tokenizer),
                 "template": encoder.renderer.program,
                 "fallback": self.fallback,
                 "skip": skip,
             }
-            place = folder / fingerprint(settings)
+            place = folder / fingerprint(parts)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         workers = self.workers or min(16, cores)
         store = build_store(encoder, stream.raw(), facts, workers=workers, place=place)

@@ -6,9 +6,9 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax.adapters.attach import adapted_layers
 from mora_jax.adapters.config import FullConfig, LoRAConfig, MoRAConfig
 from mora_jax.adapters.merge import merge
+from mora_jax.adapters.sites import adapted_sites
 from mora_jax.data import EncodedDataset, load_rows
 from mora_jax.demo import TEXTS, model_path
 from mora_jax.demo.answers import exact_match, mean_scores
@@ -169,7 +169,7 @@ class Judge:
 
     def _plain(self, model: Any) -> Any:
         """The same weights in the structure of the base model; adapters of `model` are folded in."""
-        if any(True for _ in adapted_layers(model)):
+        if adapted_sites(model):
             merge(model)
         arrays = flat_arrays(nnx.state(model))
         return self._structure.model({name: arrays[name] for name in self._names})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from mora_jax.data.conversation import Conversation, Message
-from mora_jax.data.read.files import read_lines
+from mora_jax.data.read.files import decode, read_lines
 from mora_jax.data.segments import Segment
 from mora_jax.data.templates.render import Renderer, render_prompt
 from mora_jax.data.tokens.tokenize import tokenize
@@ -185,51 +184,31 @@ def complete_batch(
     return answers
 
 
-class TextStream:
-    """Decodes tokens one by one.
+def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Yields the text of tokens as they arrive, special tokens left out.
 
     A token may be part of a character, and may be decoded differently at the start of a text. So each new
     token is decoded behind the ones before it, and text is given out only when it ends in a whole character.
     (`tokenizers.decoders.DecodeStream` raises on bytes that are no UTF-8, which a model with byte tokens may make.)
     """
+    ids: list[int] = []
+    # Tokens before `start` are no longer needed as context; the text of those before `given` was given out.
+    start = given = 0
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Takes a transformers tokenizer; special tokens are left out of the text."""
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # tokens before are no longer needed as context
-        self._given = 0  # tokens whose text was given out
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def push(self, token: int) -> str:
-        """Adds a token and returns the text that is complete with it; may be empty."""
-        self._ids.append(int(token))
-        text = self._new_text()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self._start, self._given = self._given, len(self._ids)
-        return text
+    def new_text() -> str:
+        return decode(ids[start:])[len(decode(ids[start:given])) :]
 
-    def end(self) -> str:
-        """Returns what was held back, without an unfinished character."""
-        text = self._new_text().rstrip(REPLACEMENT)
-        self._start = self._given = len(self._ids)
-        return text
-
-    def _new_text(self) -> str:
-        before = self._decode(self._ids[self._start : self._given])
-        return self._decode(self._ids[self._start :])[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """Yields the text of tokens as they arrive, special tokens left out."""
-    stream = TextStream(tokenizer)
     for token in tokens:
-        if text := stream.push(token):
+        ids.append(int(token))
+        text = new_text()
+        if text and not text.endswith(REPLACEMENT):
+            start, given = given, len(ids)
             yield text
-    if text := stream.end():
+    # What was held back, without an unfinished character.
+    if text := new_text().rstrip(REPLACEMENT):
         yield text
 
 
@@ -291,13 +270,9 @@ class ChatSession:
         Raises:
             InputError: the message alone leaves no room in the context; it is then no part of the conversation.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            prompt = self._prompt()
-            tokens = self._generator.stream(prompt, self._max_new_tokens, self._answers)
-        except InputError:
-            del self.messages[-1]
-            raise
+        said = [*self.messages, {"role": "user", "content": text}]
+        tokens = self._generator.stream(self._prompt(said), self._max_new_tokens, self._answers)
+        self.messages = said
         self._answers += 1
         pieces: list[str] = []
         try:
@@ -307,12 +282,12 @@ class ChatSession:
         finally:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
-    def _prompt(self) -> Any:
-        """The tokens of the conversation, without as many turns at its beginning as leave room for an answer."""
+    def _prompt(self, said: list[dict[str, Any]]) -> Any:
+        """The tokens of a conversation, without as many turns at its beginning as leave room for an answer."""
         context = self._generator.model.config.max_positions
         room = min(self._max_new_tokens, context // 2)
-        for start in range(0, len(self.messages), 2):
-            messages = with_system(self.messages[start:], self._system)
+        for start in range(0, len(said), 2):
+            messages = with_system(said[start:], self._system)
             ids = render_prompt(self.tokenizer, messages, self.template).input_ids
             self.left_out = start
             if len(ids) + room <= context:
@@ -353,23 +328,18 @@ def read_prompts(file: IO[bytes], name: str, system: str | None = None) -> list[
     Raises:
         InputError: there are none, or a line isn't understood; names it.
     """
-    lines = read_lines(file)
-    first = next(lines, None)
-    if first is None:
+    lines = list(read_lines(file))
+    if not lines:
         raise InputError(f"{name}: there are no prompts")
-    as_json = first[1].lstrip().startswith(b"{")
-    return [
-        _prompt(f"{name}, line {number}", line, as_json, system) for number, line in itertools.chain([first], lines)
-    ]
+    as_json = lines[0][1].lstrip().startswith(b"{")
+    texts = [(f"{name}, line {number}", decode(line, Path(name), number).strip("\r\n")) for number, line in lines]
+    return [_prompt(where, text, as_json, system) for where, text in texts]
 
 
-def _prompt(where: str, line: bytes, as_json: bool, system: str | None) -> Prompt:
+def _prompt(where: str, text: str, as_json: bool, system: str | None) -> Prompt:
     try:
-        text = line.decode("utf-8").strip("\r\n")
         given = json.loads(text) if as_json else {"prompt": text}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not valid UTF-8 (byte 0x{error.object[error.start]:02x})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: no JSON object, as the first line is one: {error}") from None
     prompt, messages = (given.get(key) if isinstance(given, dict) else None for key in ("prompt", "messages"))
     if isinstance(prompt, str) and messages is None:

@@ -157,8 +157,7 @@ class Generator:
     ) -> tuple[Callable[..., Answers], Answers]:
         """A function that proceeds with answers until so many tokens are made, and the answers with their first token
         drawn."""
-        ids, segments = self._pad(prompts)
-        limits = self._limits(prompts, max_new_tokens)
+        ids, segments, limits = self._pad(prompts, max_new_tokens)
         numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
         if self._layers is not None and len(ids) == 1 and self.model.dtype == jnp.bfloat16:
             # XLA multiplies two bfloat16 rows in bfloat16, but widens the whole matrix for a single one.
@@ -166,58 +165,54 @@ class Generator:
                 ids, segments, numbers = (array.repeat(2, axis=0) for array in (ids, segments, numbers))
                 limits = np.append(limits, np.int32(0))
                 adapter_ids = None if adapter_ids is None else jnp.repeat(adapter_ids, 2)
-        stops = jnp.asarray(sorted(self.stop_ids) or [-1], jnp.int32)
-        draw = Draw(
+        request = Request(
             request_keys(jax.random.key(self.sampling.seed), jnp.asarray(numbers, jnp.uint32)),
             jnp.float32(self.sampling.temperature),
             jnp.float32(self.sampling.top_p),
+            jnp.asarray(sorted(self.stop_ids) or [-1], jnp.int32),
+            adapter_ids,
             self.sampling.temperature == 0,
         )
-        options = (self._graphdef, self._state, stops, draw, adapter_ids)
-        room = _round_up(int(limits.max()))
-        answers = _begin(*options, ids, segments, limits, room, self._layers is not None)
-        if self._layers is None:
-            return functools.partial(_proceed, *options), answers
-        return functools.partial(self._proceed_apart, stops, draw, adapter_ids), answers
+        room, apart = _round_up(int(limits.max())), self._layers is not None
+        answers = _begin(self._graphdef, self._state, request, (ids, segments, limits), room, apart)
+        if apart:
+            return functools.partial(self._proceed_apart, request), answers
+        return functools.partial(_proceed, self._graphdef, self._state, request), answers
 
-    def _proceed_apart(
-        self, stops: jax.Array, draw: Draw, adapter_ids: jax.Array | None, answers: Answers, until: int
-    ) -> Answers:
+    def _proceed_apart(self, request: Request, answers: Answers, until: int) -> Answers:
         """`_proceed` with layers apart: large ones by a compiled call each, small ones all in one."""
-        options = self._arrays, stops, draw, adapter_ids
         if not self._large:
-            return _proceed_apart(self._programs, *options, answers, until)
+            return _proceed_apart(self._programs, self._arrays, request, answers, until)
         for _ in range(int(answers.made), until):
             if np.asarray(answers.done).all():
                 break
-            answers = _one_more(self._programs, *options, answers)
+            answers = _one_more(self._programs, self._arrays, request, answers)
         return answers
 
-    def _pad(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        lengths = [len(prompt) for prompt in prompts]
-        if min(lengths) == 0:
+    def _pad(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and segments `[B, T]` of prompts, and the most tokens that each answer may have `[B]`, all int32."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        if lengths.min() == 0:
             raise InputError("the prompt has no tokens; give some text")
-        longest = max(lengths)
+        longest, known = int(lengths.max()), self.model.config.vocab_size
         length = _round_up(longest, SHORT if longest < BUCKET else BUCKET)
-        ids = np.zeros((len(prompts), length), np.int32)
-        segments = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-            segments[row, : len(prompt)] = 1
-        known = self.model.config.vocab_size
+        segments = (np.arange(length) < lengths[:, None]).astype(np.int32)
+        ids = np.zeros_like(segments)
+        ids[segments == 1] = np.concatenate(prompts)
         if ids.max() >= known:
             raise InputError(f"the prompt has token id {ids.max()}, but the model knows only {known} tokens")
-        return ids, segments
-
-    def _limits(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int) -> np.ndarray:
-        """The most tokens that each answer may have, int32 `[B]`."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        lengths, context = np.array([len(prompt) for prompt in prompts]), self.model.config.max_positions
-        if lengths.max() >= context:
-            text = f"the prompt has {lengths.max()} tokens, the model's context {context}"
-            raise InputError(f"{text}; shorten the prompt")
-        return np.minimum(max_new_tokens, context - lengths).astype(np.int32)
+        check_room(longest, self.model)
+        return ids, segments, np.minimum(max_new_tokens, self.model.config.max_positions - lengths).astype(np.int32)
+
+
+def check_room(tokens: int, model: Decoder) -> None:
+    """Refuses a prompt of so many tokens where the model's context has no room for an answer."""
+    if tokens >= (context := model.config.max_positions):
+        raise InputError(f"the prompt has {tokens} tokens, the model's context {context}; shorten the prompt")
 
 
 def _rows(answers: Any) -> list[np.ndarray]:
@@ -272,15 +267,24 @@ def _round_up(length: int, step: int = BUCKET) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Draw:
-    """How tokens are drawn, for a compiled function: see `choose`; `keys [B]` are those of the requests."""
+class Request:
+    """What is asked for, the same for all tokens of some answers.
+
+    Attributes:
+        keys: `[B]`, of the draws of each answer.
+        temperature, top_p, greedy: how tokens are drawn, see `choose`.
+        stop_ids: int32 `[S]`, tokens that end an answer.
+        adapter_ids: int32 `[B]`, which of several named adapters answers; None: the active one.
+    """
 
     keys: jax.Array
     temperature: jax.Array
     top_p: jax.Array
+    stop_ids: jax.Array
+    adapter_ids: jax.Array | None
     greedy: bool = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, logits: jax.Array, step: jax.Array | int) -> jax.Array:
+    def draw(self, logits: jax.Array, step: jax.Array | int) -> jax.Array:
         """The token number `step` of each answer."""
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, step)
         return choose(logits, keys, self.temperature, self.top_p, self.greedy)
@@ -307,41 +311,31 @@ class Answers:
     tokens: jax.Array
     limits: jax.Array
 
-    def advanced(self, cache: Cache, logits: jax.Array, stop_ids: jax.Array, draw: Draw) -> Answers:
+    def advanced(self, cache: Cache, logits: jax.Array, request: Request) -> Answers:
         """With `token` made and in the cache, and the next one drawn from its `logits [B, V]`."""
         tokens = self.tokens.at[:, self.made].set(jnp.where(self.done, -1, self.token))
         made = self.made + 1
-        token = draw(logits, made)
-        done = self.done | jnp.isin(token, stop_ids) | (made >= self.limits)
+        token = request.draw(logits, made)
+        done = self.done | jnp.isin(token, request.stop_ids) | (made >= self.limits)
         return Answers(made, cache, token, done, tokens, self.limits)
 
 
-def _one_more(
-    programs: Any, arrays: Any, stop_ids: jax.Array, draw: Draw, adapter_ids: jax.Array | None, answers: Answers
-) -> Answers:
+def _one_more(programs: Any, arrays: Any, request: Request, answers: Answers) -> Answers:
     """The answers with one token more, by the programs of `_token_programs` and of layers apart; traced or called."""
     (enter, leave, layers), (leaves, head, table, states) = programs, arrays
     keys, values = list(answers.cache.keys), list(answers.cache.values)
     answers = _with_cache(answers, keys=(), values=())
-    x, layout, answers = enter(leaves, table, answers, adapter_ids)
+    x, layout, answers = enter(leaves, table, answers, request.adapter_ids)
     for i, (layer, state) in enumerate(zip(layers, states, strict=True)):
-        x, keys[i], values[i] = layer(state, x, keys[i], values[i], layout, answers.cache.length, adapter_ids)
-    answers = leave(leaves, head, x, answers, stop_ids, draw)
+        x, keys[i], values[i] = layer(state, x, keys[i], values[i], layout, answers.cache.length, request.adapter_ids)
+    answers = leave(leaves, head, x, answers, request)
     return _with_cache(answers, keys=tuple(keys), values=tuple(values))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _proceed_apart(
-    programs: Any,
-    arrays: Any,
-    stop_ids: jax.Array,
-    draw: Draw,
-    adapter_ids: jax.Array | None,
-    answers: Answers,
-    until: jax.Array | int,
-) -> Answers:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _proceed_apart(programs: Any, arrays: Any, request: Request, answers: Answers, until: jax.Array | int) -> Answers:
     """`_proceed` with layers apart, as one program."""
-    one_more = functools.partial(_one_more, programs, arrays, stop_ids, draw, adapter_ids)
+    one_more = functools.partial(_one_more, programs, arrays, request)
     return jax.lax.while_loop(functools.partial(_running, until), one_more, answers)
 
 
@@ -353,53 +347,36 @@ def _with_cache(answers: Answers, **changes: Any) -> Answers:
     return dataclasses.replace(answers, cache=dataclasses.replace(answers.cache, **changes))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8, 9))
-def _begin(
-    graphdef: Any,
-    state: Any,
-    stop_ids: jax.Array,
-    draw: Draw,
-    adapter_ids: jax.Array | None,
-    ids: jax.Array,
-    segments: jax.Array,
-    limits: jax.Array,
-    room: int,
-    apart: bool,
-) -> Answers:
-    """Reads prompts `ids [B, T]` and draws the first tokens; each answer has at most `limits [B]`."""
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _begin(graphdef: Any, state: Any, request: Request, padded: Any, room: int, apart: bool) -> Answers:
+    """Reads prompts and draws the first tokens; `padded` are their ids and segments `[B, T]`, and the most tokens that
+    each answer may have `[B]`."""
+    ids, segments, limits = padded
     model = nnx.merge(graphdef, state)
-    choose_rows(model, adapter_ids, len(ids))
+    choose_rows(model, request.adapter_ids, len(ids))
     cache = model.init_cache(len(ids), _round_up(ids.shape[1]) + room)
     logits, cache = model.read(cache, ids, segment_ids=segments)
-    token = draw(logits, 0)
+    token = request.draw(logits, 0)
     return Answers(
         made=jnp.int32(0),
         cache=cache.unstacked() if apart else cache,
         token=token,
-        done=jnp.isin(token, stop_ids) | (limits == 0),
+        done=jnp.isin(token, request.stop_ids) | (limits == 0),
         tokens=jnp.full((len(ids), room), -1, jnp.int32),
         limits=limits,
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _proceed(
-    graphdef: Any,
-    state: Any,
-    stop_ids: jax.Array,
-    draw: Draw,
-    adapter_ids: jax.Array | None,
-    answers: Answers,
-    until: jax.Array | int,
-) -> Answers:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _proceed(graphdef: Any, state: Any, request: Request, answers: Answers, until: jax.Array | int) -> Answers:
     """The answers with `until` tokens made, or fewer where all are done."""
     model = nnx.merge(graphdef, state)
-    choose_rows(model, adapter_ids, len(answers.token))
+    choose_rows(model, request.adapter_ids, len(answers.token))
     head = model.head()
 
     def advance(answers: Answers) -> Answers:
         logits, cache = model.read(answers.cache, answers.token[:, None], head=head)
-        return answers.advanced(cache, logits, stop_ids, draw)
+        return answers.advanced(cache, logits, request)
 
     return jax.lax.while_loop(functools.partial(_running, until), advance, answers)
 
@@ -419,12 +396,10 @@ def _token_programs(structure: Structure) -> tuple[Callable[..., Any], Callable[
         return x, model.runner.shared(layout).arrays(), dataclasses.replace(answers, cache=cache)
 
     @jax.jit
-    def leave(
-        leaves: Any, head: Head | None, x: jax.Array, answers: Answers, stop_ids: jax.Array, draw: Draw
-    ) -> Answers:
+    def leave(leaves: Any, head: Head | None, x: jax.Array, answers: Answers, request: Request) -> Answers:
         logits = structure.merge(leaves).leave(x, jnp.ones(x.shape[:2], jnp.int32), head)
         cache = dataclasses.replace(answers.cache, length=answers.cache.length + 1)
-        return answers.advanced(cache, logits, stop_ids, draw)
+        return answers.advanced(cache, logits, request)
 
     return enter, leave
 

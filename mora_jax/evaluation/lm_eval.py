@@ -133,10 +133,11 @@ class MoraJaxLM(TemplateLM):
         if longest is not None and longest > context:
             raise InputError(f"max_length is {longest}, but the model's context has {context} tokens")
         self.max_length = longest or context
-        self.add_bos_token, self._prefix, self.seed = add_bos_token, prefix_token_id, seed
+        self.add_bos_token, self.seed = add_bos_token, seed
         self._renderer = None if template is None else Renderer(self.tokenizer, template)
         self._template_args, self._think_end = dict(chat_template_args or {}), think_end_token
         self._scorer = LoglikelihoodScorer(model, self.tokenizer, batch_size=rows, max_length=self.max_length)
+        self._prefix = self._scorer.prefix_id if prefix_token_id is None else prefix_token_id
         self._stop_ids = stated_stop_ids(model, self.tokenizer)
         self._generator: Generator | None = None
         if jax.process_count() > 1 and importlib.util.find_spec("torch") is None:
@@ -153,15 +154,14 @@ class MoraJaxLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before a text that has no context."""
-        token = self._scorer.prefix_id if self._prefix is None else self._prefix
-        if token is None:
+        if self._prefix is None:
             raise InputError("the tokenizer has neither a bos_token nor an eos_token; give prefix_token_id")
-        return token
+        return self._prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The tokens of a text, with those that the tokenizer adds, unless the text begins with one already."""
         if add_special_tokens is None:
-            first = self._scorer.prefix_id if self._prefix is None else self._prefix
+            first = self._prefix
             begins = first is not None and harness.has_bos_prefix(string, self.tokenizer.decode([first]))
             add_special_tokens = False if begins else self.add_bos_token
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}

@@ -29,7 +29,7 @@ from flax import nnx
 from mora_jax.data.tokens.tokenize import adds_bos
 from mora_jax.errors import InputError
 from mora_jax.evaluation.perplexity import batches
-from mora_jax.losses.token_scores import TokenScores, token_scores
+from mora_jax.losses.token_nll import TokenScores, token_scores
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.own import language_model
 from mora_jax.models.partitioning import Partitioner
@@ -211,8 +211,7 @@ class LoglikelihoodScorer:
                 rows.append(row)
             row.add(number, ids[-len(continuation) :])
         if rows:
-            check_token_ids(np.array([max(max(row.ids) for row in rows)]), self._vocab_size)
-            check_token_ids(np.array([max(max(row.targets) for row in rows)]), self._vocab_size)
+            check_token_ids(np.array([max(*row.ids, *row.targets) for row in rows]), self._vocab_size)
         return rows
 
 

@@ -21,7 +21,7 @@ from mora_jax.data.dataset import EncodedDataset
 from mora_jax.errors import InputError
 from mora_jax.evaluation.metrics.estimate import Ratio
 from mora_jax.losses.cross_entropy import next_token_targets
-from mora_jax.losses.token_scores import TokenSums, token_sums
+from mora_jax.losses.token_nll import TokenSums, token_sums
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.own import language_model
 from mora_jax.models.partitioning import Partitioner

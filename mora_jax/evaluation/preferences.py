@@ -59,18 +59,17 @@ def answer_scores(
         progress: called with (examples done, all examples) after each batch.
     """
     graphdef, state = nnx.split(model)
-    of_base = None
+    base_graphdef = base_state = None
     if base:
         bare = nnx.merge(graphdef, state)
         detach(bare)
-        of_base = nnx.split(bare)
+        base_graphdef, base_state = nnx.split(bare)
     sums = np.zeros((4, len(dataset), 2), np.float32)
     done = 0
     for rows, length in batches(dataset.lengths, batch_size, dataset.max_length):
         batch = dataset.batch(rows, batch_size, length)
         arrays = {name: batch[name] for name in ("input_ids", "segment_ids", "positions", "answer_weights")}
-        static = graphdef, None if of_base is None else of_base[0], partitioner
-        scores = _score(*static, state, None if of_base is None else of_base[1], arrays)
+        scores = _score(graphdef, base_graphdef, partitioner, state, base_state, arrays)
         sums[: len(scores), rows] = np.asarray(jax.device_get(scores))[:, : len(rows)]
         done += len(rows)
         if progress is not None:

@@ -22,9 +22,11 @@ from jax import Array
 from jax.extend import core
 
 from mora_jax.adapters.matrices import Matrix, Product
-from mora_jax.adapters.products.around import beside
+from mora_jax.adapters.methods.registry import adapter_class
+from mora_jax.adapters.products.around import beside, embedded
 from mora_jax.adapters.products.explicit_mesh import placed_like
-from mora_jax.functional.tree import Adapters, Arrays, Einsums, TreeKernel, is_array, matched
+from mora_jax.functional.tree import Adapters, Einsums, adapted_sites, is_array
+from mora_jax.linen.tree_sites import Arrays, merged_kernels
 
 # Equations that leave a kernel what it is.
 _SAME = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
@@ -41,16 +43,25 @@ class _Kernel:
     Attributes:
         array: the base's kernel, its axes in any order.
         params: the adapter's arrays, `[*stack, …]`.
-        site: what the tree says of it.
+        name: its path in the tree, with dots.
+        config: the method's.
+        is_embedding: whether it is an embedding table.
         stack, inputs, outputs: axes of `array`, in the order of the stack and of the matrix.
     """
 
     array: Array
     params: Arrays
-    site: TreeKernel = field(metadata={"static": True})
+    name: str = field(metadata={"static": True})
+    config: Any = field(metadata={"static": True})
+    is_embedding: bool = field(metadata={"static": True})
     stack: tuple[int, ...] = field(metadata={"static": True})
     inputs: tuple[int, ...] = field(metadata={"static": True})
     outputs: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def method(self) -> Any:
+        """The adapter's class."""
+        return adapter_class(self.config)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -68,19 +79,13 @@ class _Kernel:
 
     def merged(self) -> Array:
         """The kernel with its adapter in it, laid out as the array."""
-        stack = len(self.stack)
-        plain = replace(
-            self.site,
-            matrix=Matrix.plain(self.site.matrix.array, self.matrix().shape[stack:]),
-            stack=self.sizes(self.stack),
-        )
-        total = plain.merged(self.matrix(), self.params).reshape(self.sizes(self.order))
+        total = merged_kernels(self.config, self.matrix(), self.params).reshape(self.sizes(self.order))
         return total.transpose(np.argsort(self.order))
 
     def moved(self, array: Array, where: Callable[[int], int]) -> _Kernel:
         """The kernel after an axis `a` has become `where(a)`."""
         axes = (tuple(map(where, group)) for group in (self.stack, self.inputs, self.outputs))
-        return _Kernel(array, self.params, self.site, *axes)
+        return _Kernel(array, self.params, self.name, self.config, self.is_embedding, *axes)
 
     def layer(self) -> _Kernel:
         """One layer of a stack, when `array` and `params` have lost their first axis."""
@@ -133,45 +138,35 @@ def apply(
         >>> mj.functional.apply(f, params, adapters, config)(jnp.ones((1, 6))).shape
         (1, 4)
     """
-    pairs = matched(params, adapters, config, einsums)
+    adapted = adapted_sites(params, adapters, config, einsums)
     leaves, treedef = jax.tree.flatten(params)
-    traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    given: list[Any] = list(leaves)
-    for kernel, arrays in pairs:
-        matrix, lead = kernel.matrix, len(kernel.stack)
+    traced = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
+    given: dict[int, Any] = dict(traced)
+    for site, arrays in adapted:
+        matrix, lead = site.matrix, len(site.stack)
         axes = (tuple(lead + axis for axis in group) for group in (matrix.contracted, matrix.free))
-        leaf = jnp.asarray(leaves[kernel.leaf])
-        given[kernel.leaf] = _Kernel(leaf, arrays, _one_layer(kernel), tuple(range(lead)), *axes)
-        if kernel.bias is not None:
-            given[kernel.bias] = kernel.merged_bias(jnp.asarray(leaves[kernel.bias]), arrays)
+        named = site.name, site.config, matrix.is_embedding
+        given[site.key] = _Kernel(jnp.asarray(site.array), arrays, *named, tuple(range(lead)), *axes)
+        if site.bias is not None:
+            given[site.bias_key] = site.merged_bias(arrays)
 
     def applied(*args: Any, **options: Any) -> Any:
         others, form = jax.tree.flatten((args, options))
-        arrays = [i for i, value in enumerate(others) if isinstance(value, jax.Array | np.ndarray | np.generic)]
+        arrays = {i: x for i, x in enumerate(others) if isinstance(x, jax.Array | np.ndarray | np.generic)}
 
-        def flat(values: list[Any], inputs: list[Any]) -> Any:
-            tree, rest = list(leaves), list(others)
-            for i, value in zip(traced, values, strict=True):
-                tree[i] = value
-            for i, value in zip(arrays, inputs, strict=True):
-                rest[i] = value
-            positional, named = jax.tree.unflatten(form, rest)
-            return f(jax.tree.unflatten(treedef, tree), *positional, **named)
+        def flat(traced: dict[int, Any], arrays: dict[int, Any]) -> Any:
+            tree = jax.tree.unflatten(treedef, [traced.get(i, leaf) for i, leaf in enumerate(leaves)])
+            positional, named = jax.tree.unflatten(form, [arrays.get(i, other) for i, other in enumerate(others)])
+            return f(tree, *positional, **named)
 
-        inputs = [others[i] for i in arrays]
-        program, shape = jax.make_jaxpr(flat, return_shape=True)([leaves[i] for i in traced], inputs)
+        program, shape = jax.make_jaxpr(flat, return_shape=True)(traced, arrays)
         interpreter = _Interpreter(key)
-        outputs = interpreter.run(program, [*(given[i] for i in traced), *inputs])
+        outputs = interpreter.run(program, [*given.values(), *arrays.values()])
         results = [interpreter.plain(output, "the output") for output in outputs]
-        interpreter.check([kernel.path for kernel, _ in pairs])
+        interpreter.check([site.name for site, _ in adapted])
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return applied
-
-
-def _one_layer(kernel: TreeKernel) -> TreeKernel:
-    """What all layers of a kernel have in common, to be compared as static."""
-    return replace(kernel, leaf=0, stack=(), bias=None)
 
 
 class _Interpreter:
@@ -191,39 +186,31 @@ class _Interpreter:
 
     def check(self, paths: list[str]) -> None:
         """Refuses kernels that were in no product, and warns of those that were merged for some."""
-        unused = {
-            path: uses
-            for path in paths
-            if path not in self.served and (uses := self.others.get(path, set())) <= set(_NO_PRODUCT)
-        }
-        if unused:
-            how = (
-                f"{path} ({'used by ' + ', '.join(sorted(uses)) if uses else 'not used'})"
-                for path, uses in unused.items()
-            )
+        uses = {path: ", ".join(sorted(others)) for path, others in self.others.items()}
+        merged = [path for path, others in self.others.items() if path in self.served or others - set(_NO_PRODUCT)]
+        if unused := [path for path in paths if path not in self.served and path not in merged]:
+            how = ", ".join(f"{path} ({f'used by {uses[path]}' if path in uses else 'not used'})" for path in unused)
             raise ValueError(
-                f"the function never uses as a product: {', '.join(how)}; leave that out of targets, or use "
-                "mj.functional.merge"
+                f"the function never uses as a product: {how}; leave that out of targets, or use mj.functional.merge"
             )
-        if self.others:
-            merged = (f"{path} ({', '.join(sorted(uses))})" for path, uses in self.others.items())
+        if uses:
+            told = ", ".join(f"{path} ({names})" for path, names in uses.items())
             warnings.warn(
-                f"kernels that were merged where the update could not be put beside a product: {', '.join(merged)}",
-                stacklevel=3,
+                f"kernels that were merged where the update could not be put beside a product: {told}", stacklevel=3
             )
 
     def plain(self, value: Any, use: str) -> Any:
         """The value, a kernel merged."""
         if not isinstance(value, _Kernel):
             return value
-        self.others.setdefault(value.site.path, set()).add(use)
+        self.others.setdefault(value.name, set()).add(use)
         return value.merged()
 
-    def run(self, program: Any, args: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
+    def run(self, program: Any, args: Sequence[Any]) -> list[Any]:
         """The outputs of a program, kernels among them where it hands them on."""
         jaxpr = getattr(program, "jaxpr", program)  # closed, or open
         values: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
-        values |= zip(jaxpr.constvars, consts or getattr(program, "consts", ()), strict=True)
+        values |= zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True)
 
         def value(variable: Any) -> Any:
             return variable.val if isinstance(variable, core.Literal) else values[variable]
@@ -265,7 +252,8 @@ class _Interpreter:
         if axes is None:
             return None
         array = kernel.array.reshape(equation.params["new_sizes"])
-        return [_Kernel(array, kernel.params, kernel.site, *axes)]
+        stack, inputs, outputs = axes
+        return [replace(kernel, array=array, stack=stack, inputs=inputs, outputs=outputs)]
 
     def _squeeze(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         kernel, dropped = operands[0], equation.params["dimensions"]
@@ -279,20 +267,15 @@ class _Interpreter:
 
     def _slice(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         how = equation.params
-        starts, strides = how["start_indices"], how["strides"] or (1,) * len(how["start_indices"])
-        cuts = [slice(*cut) for cut in zip(starts, how["limit_indices"], strides, strict=True)]
-        return self._part(equation, operands, lambda array, axis, cut: array[(slice(None),) * axis + (cut,)], cuts)
+        strides = how["strides"] or (1,) * len(how["start_indices"])
+        cuts = list(zip(how["start_indices"], how["limit_indices"], strides, strict=True))
+        return self._part(equation, operands, jax.lax.slice_in_dim, cuts)
 
     def _dynamic_slice(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         if any(isinstance(operand, _Kernel) for operand in operands[1:]):
             return None
         cuts = list(zip(operands[1:], equation.params["slice_sizes"], strict=True))
-
-        def take(array: Array, axis: int, cut: Any) -> Array:
-            start, size = cut
-            return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-
-        return self._part(equation, operands, take, cuts)
+        return self._part(equation, operands, jax.lax.dynamic_slice_in_dim, cuts)
 
     def _part(
         self, equation: Any, operands: list[Any], take: Callable[..., Array], cuts: list[Any]
@@ -305,62 +288,53 @@ class _Interpreter:
         (array,) = self._bind(equation, [kernel.array, *operands[1:]])
         params = dict(kernel.params)
         for i, axis in enumerate(kernel.stack):
-            params = {name: take(value, i, cuts[axis]) for name, value in params.items()}
+            params = {name: take(value, *cuts[axis], axis=i) for name, value in params.items()}
         return [replace(kernel, array=array, params=params)]
 
     def _gather(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         """Rows of an embedding table."""
         kernel, indices = operands
         how, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-        if not isinstance(kernel, _Kernel) or not kernel.site.matrix.is_embedding or kernel.stack:
+        if not isinstance(kernel, _Kernel) or not kernel.is_embedding or kernel.stack:
             return None
         (row,), (feature,) = kernel.inputs, kernel.outputs
         shape = equation.outvars[0].aval.shape
         last = tuple(range(len(shape)))[len(shape) - len(how.offset_dims) :] == how.offset_dims
-        if (
-            row not in how.start_index_map
-            or how.operand_batching_dims
-            or not last
-            or feature in how.collapsed_slice_dims
-        ):
-            return None
-        if sizes[row] != 1 or sizes[feature] != kernel.array.shape[feature]:
+        whole_rows = (
+            row in how.start_index_map and feature not in how.collapsed_slice_dims and not how.operand_batching_dims
+        )
+        if not (last and whole_rows and sizes[row] == 1 and sizes[feature] == kernel.array.shape[feature]):
             return None
         ids = indices[..., how.start_index_map.index(row)]
         if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
             ids = jnp.clip(ids, 0, kernel.array.shape[row] - 1)
-        site = kernel.site
-        (plain_rows,) = self._bind(equation, [kernel.array, indices])
-        self.served.add(site.path)
-
-        def add(rows: Array, ids: Array, params: Arrays, table: Array) -> Array:
-            total = rows + site.method.rows(ids, rows.dtype, params).reshape(rows.shape)
-            gain = site.method.output_gain(site.config, params, lambda: table)
-            return (total if gain is None else total * gain).astype(rows.dtype)
-
-        return [placed_like(plain_rows, add, plain_rows, ids, kernel.params, kernel.matrix())]
+        (rows,) = self._bind(equation, [kernel.array, indices])
+        self.served.add(kernel.name)
+        looked_up = rows.reshape(*ids.shape, -1)
+        total = embedded(kernel.method, kernel.config, kernel.params, lambda _: looked_up, ids, kernel.matrix())
+        return [total.reshape(rows.shape)]
 
     def _dot_general(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         left = not isinstance(operands[1], _Kernel)  # of two kernels the first is an input
         kernel, x = operands[0 if left else 1], operands[1 if left else 0]
-        contract, batch = (pair[:: 1 if left else -1] for pair in equation.params["dimension_numbers"])
+        axes = [pair[:: 1 if left else -1] for pair in equation.params["dimension_numbers"]]
         shape = x.array.shape if isinstance(x, _Kernel) else np.shape(x)
-        form = _ProductForm.of(kernel, shape, contract, batch, left)
+        form = _ProductForm.of(kernel, shape, axes, left)
         if form is None:
             return None
         x = self.plain(x, "dot_general")
-        self.served.add(kernel.site.path)
+        self.served.add(kernel.name)
         params = kernel.params
 
         def bind(x: Array) -> Array:
             both = [kernel.array, x] if left else [x, kernel.array]
             return self._bind(equation, both)[0]
 
-        if kernel.site.method.transforms_input(kernel.site.config, _single(params, len(kernel.stack)), form.features):
-            x = placed_like(x, partial(form.transformed, kernel.site), x, params)
+        if kernel.method.transforms_input(kernel.config, params, form.features, len(kernel.stack)):
+            x = placed_like(x, partial(form.transformed, kernel.config), x, params)
         y = bind(x)
-        key = self._draw() if kernel.site.config.dropout else None
-        return [placed_like(y, partial(form.beside, kernel.site), y, x, params, kernel.matrix(), key)]
+        key = self._draw() if kernel.config.dropout else None
+        return [placed_like(y, partial(form.beside, kernel.config), y, x, params, kernel.matrix(), key)]
 
     def _draw(self) -> Array | None:
         self.draws += 1
@@ -440,18 +414,10 @@ class _Interpreter:
         return [self.plain(value, "the output of a loop or branch") for value in self.run(program, operands)]
 
 
-def _single(params: Arrays, depth: int) -> dict[str, Any]:
-    """The shapes of one layer's arrays."""
-    return {name: jax.ShapeDtypeStruct(value.shape[depth:], value.dtype) for name, value in params.items()}
-
-
 def _reshaped(kernel: _Kernel, sizes: Sequence[int]) -> list[tuple[int, ...]] | None:
     """The axes of stack, inputs and outputs after a reshape; None where it mixes them."""
-    groups = [list(kernel.stack), list(kernel.inputs), list(kernel.outputs)]
-    result: list[list[int]] = [[], [], []]
     shape, old, new = kernel.array.shape, 0, 0
-    placed: dict[int, list[int]] = {}  # by the first old axis of a run, its new axes
-    runs: list[list[int]] = []
+    runs: dict[tuple[int, ...], range] = {}  # the fewest old axes that become new ones, and these
     while old < len(shape) and new < len(sizes):
         first, start, left, right = old, new, shape[old], sizes[new]
         while left != right:
@@ -462,19 +428,21 @@ def _reshaped(kernel: _Kernel, sizes: Sequence[int]) -> list[tuple[int, ...]] | 
                 new += 1
                 right *= sizes[new]
         old, new = old + 1, new + 1
-        runs.append(list(range(first, old)))
-        placed[first] = list(range(start, new))
+        runs[tuple(range(first, old))] = range(start, new)
     if old < len(shape) or new < len(sizes):  # axes of size 1 at the end
         return None
-    for group, axes in zip(groups, result, strict=True):
+    groups = []
+    for group in (kernel.stack, kernel.inputs, kernel.outputs):
+        axes: list[int] = []
         rest = group
         while rest:
             run = next((run for run in runs if run == rest[: len(run)]), None)
-            if run is None or (group is groups[0] and len(placed[run[0]]) + len(run) > 2):
+            if run is None or (group is kernel.stack and len(runs[run]) + len(run) > 2):
                 return None
-            axes += placed[run[0]]
+            axes += runs[run]
             rest = rest[len(run) :]
-    return [tuple(axes) for axes in result]
+        groups.append(tuple(axes))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -486,7 +454,6 @@ class _ProductForm:
         layers: sizes of the stack.
         order: of the input's axes: stack, rows, features.
         result: of the result's axes: stack, rows, outputs.
-        rows: how many there are, N.
         features, outputs: of the input and of the result.
         back: whether it is a product with the transposed matrix.
     """
@@ -495,29 +462,21 @@ class _ProductForm:
     layers: tuple[int, ...]
     order: tuple[int, ...]
     result: tuple[int, ...]
-    rows: int
     features: int
     outputs: int
     back: bool
 
     @classmethod
-    def of(
-        cls,
-        kernel: _Kernel,
-        x_shape: tuple[int, ...],
-        contract: tuple[Sequence[int], Sequence[int]],
-        batch: tuple[Sequence[int], Sequence[int]],
-        kernel_first: bool,
-    ) -> _ProductForm | None:
-        """That of a `dot_general`, or None; `contract` and `batch` are axes of the kernel, then of the input."""
-        method, config, shared = kernel.site.method, kernel.site.config, set(batch[0])
+    def of(cls, kernel: _Kernel, x_shape: tuple[int, ...], axes: list[Any], kernel_first: bool) -> _ProductForm | None:
+        """That of a `dot_general`, or None; `axes` are contracted and batch ones, of the kernel, then of the input."""
+        contract, batch = axes
+        method, config, shared = kernel.method, kernel.config, set(batch[0])
         back = set(contract[0]) == set(kernel.outputs)
         contracted, outputs = (kernel.outputs, kernel.inputs) if back else (kernel.inputs, kernel.outputs)
         if set(contract[0]) != set(contracted) or shared not in (set(), set(kernel.stack)):
             return None
         features = math.prod(kernel.sizes(contracted))
-        params = _single(kernel.params, len(kernel.stack))
-        transforms = not back and method.transforms_input(config, params, features)
+        transforms = not back and method.transforms_input(config, kernel.params, features, len(kernel.stack))
         changes = not method.additive or method.transforms_kernel or getattr(config, "use_dora", False)
         if (back and changes) or (transforms and kernel.stack and not shared):
             return None
@@ -534,7 +493,6 @@ class _ProductForm:
             kernel.sizes(kernel.stack),
             tuple(order),
             tuple(result.index(label) for label in wanted),
-            math.prod(x_shape[axis] for axis in rows),
             features,
             math.prod(kernel.sizes(outputs)),
             back,
@@ -542,38 +500,38 @@ class _ProductForm:
 
     def _rows(self, x: Array) -> Array:
         """`x` as `[*stack, N, in]`, or `[N, in]` where it has no axis of the stack."""
-        return x.transpose(self.order).reshape(*self.layers[: self.depth], self.rows, self.features)
+        return x.transpose(self.order).reshape(*self.layers[: self.depth], -1, self.features)
 
     def _over_layers(self, one: Callable[..., Array], axes: tuple[int | None, ...]) -> Callable[..., Array]:
         for _ in self.layers:
             one = jax.vmap(one, axes)
         return one
 
-    def transformed(self, site: TreeKernel, x: Array, params: Arrays) -> Array:
+    def transformed(self, config: Any, x: Array, params: Arrays) -> Array:
         """What the method makes of the input, laid out as that."""
-        run = self._over_layers(lambda params, x: site.method.transform_input(site.config, params, x), (0, 0))
-        order = self.order
-        sizes = [x.shape[axis] for axis in order]
-        return run(params, self._rows(x)).reshape(sizes).transpose(np.argsort(order))
+        method: Any = adapter_class(config)
+        run = self._over_layers(lambda params, x: method.transform_input(config, params, x), (0, 0))
+        sizes = [x.shape[axis] for axis in self.order]
+        return run(params, self._rows(x)).reshape(sizes).transpose(np.argsort(self.order))
 
-    def beside(self, site: TreeKernel, y: Array, x: Array, params: Arrays, kernel: Array, key: Array | None) -> Array:
+    def beside(self, config: Any, y: Array, x: Array, params: Arrays, kernel: Array, key: Array | None) -> Array:
         """The product's own result `y` with what the adapter does to it."""
 
         def one(y: Array, x: Array, params: Arrays, kernel: Array, key: Array | None) -> Array:
             if not self.back:
                 product = Product(Matrix.plain("kernel", kernel.shape))
-                return beside(site.method, site.config, product, y, x, params, kernel, None, key)
+                return beside(adapter_class(config), config, product, y, x, params, kernel, None, key)
             x = x.astype(y.dtype)
             rows = jax.ShapeDtypeStruct((len(x), self.outputs), x.dtype)
-            update = partial(_update, site, self.features, params)
+            update = partial(_update, config, self.features, params)
             (change,) = jax.linear_transpose(update, rows)(x.astype(jax.eval_shape(update, rows).dtype))
             return (y + change).astype(y.dtype)
 
-        flat = y.transpose(self.result).reshape(*self.layers, self.rows, self.outputs)
+        flat = y.transpose(self.result).reshape(*self.layers, -1, self.outputs)
         run = self._over_layers(one, (0, 0 if self.depth else None, 0, 0, None))
         total = run(flat, self._rows(x), params, kernel, key).reshape([y.shape[axis] for axis in self.result])
         return total.transpose(np.argsort(self.result))
 
 
-def _update(site: TreeKernel, out_features: int, params: Arrays, x: Array) -> Array:
-    return site.method.delta(site.config, out_features, x, params)
+def _update(config: Any, out_features: int, params: Arrays, x: Array) -> Array:
+    return adapter_class(config).delta(config, out_features, x, params)

@@ -1,16 +1,10 @@
 """Adapters of a tree as PEFT folders, as those of NNX and Linen models at the same paths are written and read."""
 
-import dataclasses
 import os
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from mora_jax.functional.tree import Adapters, Einsums, TreeKernel, check_config, kernels_of, matched
-from mora_jax.interop.adapter_values import AdapterValues
-from mora_jax.linen.folders import Place, read_places, write_places
+from mora_jax.functional.tree import Adapters, Einsums, adapted_sites, check_config, sites_of
+from mora_jax.linen.folders import read_sites, write_sites
 
 
 def save(
@@ -49,17 +43,8 @@ def save(
         >>> adapters = mj.functional.init(params, config, rngs=0)
         >>> mj.functional.save(params, adapters, "saved-tree", config)
     """
-    leaves = jax.tree.leaves(params)
-    places, by_path = [], {}
-    for kernel, arrays in matched(params, adapters, config, einsums):
-        place = _place(kernel, leaves)
-        places.append(place)
-        for index, name in place.names():
-            values = {key: np.asarray(value[index]) for key, value in arrays.items()}
-            # Layer numbers count otherwise in the model that is written.
-            by_path[name] = AdapterValues(dataclasses.replace(kernel.config, layers_to_transform=None), values)
-    others = [_place(kernel, leaves) for kernel in kernels_of(params, einsums)]
-    write_places(places, others, by_path, out, base_model_name_or_path, overwrite)
+    adapted = adapted_sites(params, adapters, config, einsums)
+    write_sites(adapted, sites_of(params, einsums), out, base_model_name_or_path, overwrite)
 
 
 def load(params: Any, path: str | os.PathLike[str], *, einsums: Einsums | None = None) -> tuple[Any, Adapters]:
@@ -88,13 +73,6 @@ def load(params: Any, path: str | os.PathLike[str], *, einsums: Einsums | None =
         >>> sorted(adapters)
         ['mlp']
     """
-    leaves = jax.tree.leaves(params)
-    config, arrays = read_places([_place(kernel, leaves) for kernel in kernels_of(params, einsums)], path)
+    config, arrays = read_sites(sites_of(params, einsums), path)
     check_config(config)
     return config, {".".join(where): trained | fixed for where, (trained, fixed) in arrays.items()}
-
-
-def _place(kernel: TreeKernel, leaves: list[Any]) -> Place:
-    bias = None if kernel.bias is None else jnp.asarray(leaves[kernel.bias])
-    lifts = (kernel.lifts,) * len(kernel.stack)
-    return Place(tuple(kernel.path.split(".")), kernel.matrix, jnp.asarray(leaves[kernel.leaf]), bias, lifts)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import AdapterEntry, check_site, put_adapter, undone_on_error
-from mora_jax.adapters.config import BitFitConfig
+from mora_jax.adapters.config import BitFitConfig, LoRAConfig
 from mora_jax.adapters.config.patterns import targets_for
 from mora_jax.adapters.methods.lora_init import is_start
 from mora_jax.adapters.methods.registry import adapter_class
@@ -32,6 +32,13 @@ class AdapterValues(NamedTuple):
 
     config: Any
     values: Mapping[str, np.ndarray]
+
+
+def lora_of(a: np.ndarray, b: np.ndarray, scaling: float = 1.0, dropout: float = 0.0) -> AdapterValues:
+    """LoRA of the factors `a [in, r]` and `b [r, out]`, whose product times `scaling` is the update."""
+    rank = a.shape[1]
+    config = LoRAConfig(rank=rank, alpha=scaling * rank, dropout=dropout)
+    return AdapterValues(config, {"lora_a": a, "lora_b": b, "scaling": np.asarray(scaling, np.float32)})
 
 
 ValuesByPath = Mapping[str, AdapterValues]
@@ -102,11 +109,15 @@ def _put(
         array = np.array(variable[...])
         for layer, adapter_values in values.items():
             if name in adapter_values.values:
-                value, index = adapter_values.values[name], place.index(layer)
-                array[index] = 0
-                rows: tuple[Any, ...] = tuple(slice(size) for size in np.shape(value))
-                array[(*index, *rows)] = value
+                put_padded(array, place.index(layer), adapter_values.values[name])
         variable.set_value(jnp.asarray(array))
+
+
+def put_padded(array: np.ndarray, index: tuple[int, ...], value: Any) -> None:
+    """Writes a value where `array[index]` begins, and zeros into what is left of that."""
+    rows: tuple[Any, ...] = tuple(map(slice, np.shape(value)))
+    array[index] = 0
+    array[(*index, *rows)] = value
 
 
 def _without_sizes(config: Any) -> Any:

@@ -97,17 +97,11 @@ def check_out(out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
 
 def _open_to_others(folder: Path) -> None:
     """Gives the usual modes: temporary folders, and files by safetensors, are for their owner alone."""
-    mask = _umask()
+    mask = os.umask(0o022)  # it can only be read by setting it
+    os.umask(mask)
     os.chmod(folder, 0o777 & ~mask)
     for path in folder.rglob("*"):
         os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _umask() -> int:
-    """The process's mask for new files; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def repair(folder: Path, prefix: str = _PREFIX) -> None:
@@ -133,11 +127,10 @@ def _held(folder: Path) -> Iterator[bool]:
         return
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
+        alone = False
+        with contextlib.suppress(OSError):
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             alone = True
-        except OSError:
-            alone = False
         yield alone
     finally:
         os.close(opened)

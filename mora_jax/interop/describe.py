@@ -92,10 +92,9 @@ def _part(name: str, model: Decoder) -> str:
 
 
 def _has_template(folder: Path) -> bool:
-    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    settings = folder / "tokenizer_config.json"
-    return settings.exists() and bool(read_json(settings).get("chat_template"))
+    files, settings = ("chat_template.jinja", "chat_template.json"), folder / "tokenizer_config.json"
+    stated = settings.exists() and bool(read_json(settings).get("chat_template"))
+    return stated or any((folder / name).exists() for name in files)
 
 
 def _trained(model: Decoder, method: str, rank: int) -> int | str:
@@ -105,10 +104,9 @@ def _trained(model: Decoder, method: str, rank: int) -> int | str:
     counts: list[int] = []
 
     def run() -> None:
-        graphdef, state = nnx.split(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a rank that is too high here is no matter
-            counts.append(attach(nnx.merge(graphdef, state), kind.for_run(settings, None), rngs=0).trainable)
+            counts.append(attach(nnx.clone(model), kind.for_run(settings, None), rngs=0).trainable)
 
     try:
         nnx.eval_shape(run)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax.adapters.config.patterns import value_at
 from mora_jax.adapters.report import count
 from mora_jax.adapters.sites import by_path, sites
 from mora_jax.errors import InputError
@@ -27,7 +26,7 @@ from mora_jax.interop.peft.config import FORMATS, AdapterFile, check_common, for
 from mora_jax.interop.peft.format import CONFIG_NAME, PREFIX, WEIGHTS
 from mora_jax.interop.peft.fused_experts import unfused
 from mora_jax.interop.peft.load import model_names
-from mora_jax.interop.peft.lora import scaling_at
+from mora_jax.interop.peft.lora import rank_at, scaling_at
 from mora_jax.interop.peft.stored import meaning
 from mora_jax.interop.safetensors_io import open_checkpoint
 from mora_jax.models.decoder import Decoder
@@ -49,7 +48,6 @@ class Engine:
         source: the file of its sources, or its function, that they were taken from.
         lora_only: whether it takes nothing but plain LoRA, tensor by tensor.
         modules: the ends of module paths that it adapts; empty for any.
-        refused: fields of a config that it refuses, or passes over so that the adapter would be another.
         patterns: whether it reads `rank_pattern` and `alpha_pattern`.
         rslora: whether it scales by the root of the rank where `use_rslora` says so.
         highest_rank: that it can be set to; 0 for any.
@@ -64,7 +62,6 @@ class Engine:
     source: str
     lora_only: bool = True
     modules: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
     patterns: bool = False
     rslora: bool = True
     highest_rank: int = 0
@@ -74,7 +71,12 @@ class Engine:
     dropped: tuple[str, ...] = ()
 
 
-_OTHERS = ("layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora")
+# Fields that engines for plain LoRA refuse, or pass over so that the adapter would be another.
+_REFUSED = (
+    "use_dora",
+    "modules_to_save",
+    *("layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora"),
+)
 ENGINES = {
     "peft": Engine(
         "PEFT",
@@ -99,7 +101,6 @@ ENGINES = {
         "0.33",
         "vllm/lora/peft_helper.py, lora_model.py",
         modules=_LLAMA,
-        refused=("use_dora", "modules_to_save", *_OTHERS),
         patterns=True,
         highest_rank=512,
     ),
@@ -108,14 +109,12 @@ ENGINES = {
         "0.5.23",
         "sglang/srt/lora/lora_config.py, utils.py",
         modules=_LLAMA,
-        refused=("use_dora", "modules_to_save", *_OTHERS),
         rslora=False,
     ),
     "llama.cpp": Engine(
         "llama.cpp",
         "of 2026",
         "convert_lora_to_gguf.py",
-        refused=("use_dora", "modules_to_save", *_OTHERS),
         rslora=False,
     ),
 }
@@ -268,7 +267,7 @@ def _fields(values: dict[str, Any], kind: str, engine: Engine) -> Iterator[Findi
         yield Finding("refused", f"it is a MoRA, which {name} does not have; use mora-jax convert --to lora, or merge")
     if kind in engine.types or (engine.lora_only and kind != "LORA"):
         yield Finding("refused", f"peft_type is {kind}, which {name} does not load; merge instead")
-    for one in engine.refused:
+    for one in _REFUSED if engine.lora_only else ():
         if values.get(one):
             said = f"{one} is {values[one]}" if one == "modules_to_save" else f"{one} is set"
             yield Finding("refused", f"{said}, which {name} does not take; merge instead")
@@ -319,7 +318,7 @@ def _lora_tensors(values: dict[str, Any], shapes: dict[str, tuple[int, ...]], en
             reason = f"{module} has factors {list(a)} and {list(b)}; {engine.title} takes [rank, in] and [out, rank]"
             yield Finding("refused", reason, given)
             continue
-        stated = value_at((values.get("rank_pattern") or {}).items(), module, rank)
+        stated = rank_at(values, module)
         if a[0] != stated:
             yield Finding("refused", f"{module} has rank {a[0]}, and adapter_config.json says {stated}", given)
         elif a[0] > rank and not engine.patterns and engine.title != "llama.cpp":
@@ -342,6 +341,7 @@ def _peft_tensors(
     form = format_of(values, where)
     config = AdapterFile(form, values, where)
     factors: dict[str, dict[str, str]] = {}
+    others = ("weights", "biases") if config.bias == "none" else ("weights",)
     for name in shapes:
         group, path, kind = meaning(name)
         if not name.startswith(PREFIX) and not name.startswith("base_model.") and not engine.bare_names:
@@ -356,9 +356,7 @@ def _peft_tensors(
             yield Finding("dropped", f"tensor {name}: {engine.title} looks for it under another name", (name,))
         elif group == "factors" and not config.matches(path) and not _of_parameters(values, path):
             yield Finding("dropped", f"tensor {name}: target_modules does not name {path}", (name,))
-        elif group == "biases" and config.bias == "none" and not config.saves(path) and kind != "added":
-            yield Finding("misread", f"tensor {name} takes the place of the base's own", (name,))
-        elif group == "weights" and not config.saves(path):
+        elif group in others and not config.saves(path) and kind != "added":
             yield Finding("misread", f"tensor {name} takes the place of the base's own", (name,))
         elif group == "factors":
             factors.setdefault(path, {})[kind] = name
@@ -373,7 +371,7 @@ def _peft_tensors(
         if missing := sorted(form.tensor_names[kind] for kind in needed - set(names)):
             reason = f"{path} lacks {', '.join(missing)}, which {engine.title} leaves at a fresh adapter's values"
             yield Finding("misread", reason, tuple(names.values()))
-        stated = value_at((values.get("rank_pattern") or {}).items(), path, values.get("r") or 8)
+        stated = rank_at(values, path)
         plain = form.peft_type == "LORA" and "a" in names and ".experts" not in path and "use_mora" not in values
         if plain and shapes[names["a"]][0] != stated:
             reason = f"{path} has rank {shapes[names['a']][0]}, and adapter_config.json says {stated}"
@@ -417,16 +415,13 @@ def _against(model: Decoder, shapes: dict[str, tuple[int, ...]]) -> Iterator[Fin
 def _model(where: Path, engine: Engine) -> Iterator[str]:
     """What is missing in the folder of a whole model."""
     values, named = read_json(where / "config.json"), engine.title
-    found = [
-        f"config.json has no {name}, from which {named} picks the model"
-        for name in ("architectures", "model_type")
-        if not values.get(name)
-    ]
+    absent = [name for name in ("architectures", "model_type") if not values.get(name)]
+    yield from (f"config.json has no {name}, from which {named} picks the model" for name in absent)
     dtype = values.get("dtype", values.get("torch_dtype"))
-    if dtype not in ("float32", "float16", "bfloat16"):
-        found.append(f"config.json names the dtype {dtype!r}; {named} takes float32, float16 and bfloat16")
-    yield from found
-    if not found:  # else transformers can't read the config either
+    known = dtype in ("float32", "float16", "bfloat16")
+    if not known:
+        yield f"config.json names the dtype {dtype!r}; {named} takes float32, float16 and bfloat16"
+    if known and not absent:  # else transformers can't read the config either
         try:
             if load_tokenizer(where) is None:
                 yield f"there are no tokenizer files; {named} needs them"

@@ -6,6 +6,7 @@ weight, so the sample tells them apart; it is no protection against somebody who
 shared out over files, in which order, and where the folder is makes no difference.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,22 +29,17 @@ def base_hash(folder: str | Path) -> str:
     Raises:
         InputError: a file is missing or isn't a safetensors file.
     """
-    tensors: list[tuple[str, Path, int, dict[str, Any]]] = []
-    for file in checkpoint_files(Path(folder)):
-        start, header = _header(file)
-        tensors += [(name, file, start, entry) for name, entry in header.items() if name != "__metadata__"]
+    tensors: list[tuple[str, Any, int, dict[str, Any]]] = []
     total = xxhash.xxh3_128()
-    opened: dict[Path, BinaryIO] = {}
-    try:
-        for name, file, start, entry in sorted(tensors, key=lambda tensor: tensor[0]):
+    with contextlib.ExitStack() as opened:
+        for file in checkpoint_files(Path(folder)):
+            start, header = _header(file)
+            handle = opened.enter_context(file.open("rb"))
+            tensors += [(name, handle, start, entry) for name, entry in header.items() if name != "__metadata__"]
+        for name, handle, start, entry in sorted(tensors, key=lambda tensor: tensor[0]):
             total.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-            if file not in opened:
-                opened[file] = file.open("rb")
             first, end = entry["data_offsets"]
-            _sample(total, opened[file], start + first, end - first)
-    finally:
-        for handle in opened.values():
-            handle.close()
+            _sample(total, handle, start + first, end - first)
     return f"xxh3:{total.hexdigest()}"
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.products.quantization import FORMATS, QuantizedKernel
+from mora_jax.adapters.products.quantization import FORMATS
 from mora_jax.backend import read_dtype
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import first
 from mora_jax.interop.hub import load_tokenizer, local_folder
 from mora_jax.interop.mxfp4 import BLOCKS, Mxfp4Files
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
-from mora_jax.interop.sharded_read import Shardings, read_quantized, read_sharded
-from mora_jax.interop.tensor_map import Entry, TensorRegion, tensor_plan
+from mora_jax.interop.sharded_read import Shardings, read_parameter
+from mora_jax.interop.tensor_map import Entry, tensor_plan
 from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -74,21 +74,24 @@ def load_pretrained(
     compute = read_dtype(dtype)
     if quantize not in ("none", *FORMATS):
         raise InputError(f"quantize {quantize!r} is not supported; give one of none, {', '.join(FORMATS)}")
-    # Shapes alone first: the weights then exist only once, built parameter by parameter.
-    how: dict[str, Any] = {
-        "remat": remat,
-        "quantize": quantize,
-        "attention": AttentionChoice(attention),
-    }
+    how: dict[str, Any] = {"remat": remat, "quantize": quantize, "attention": AttentionChoice(attention)}
     # Beside the weights: transformers takes as long to import as those of a small model to read.
     with ThreadPoolExecutor(1) as threads:
         tokenizer = threads.submit(load_tokenizer, folder)
+        # Shapes alone first: the weights then exist only once, built parameter by parameter.
         model = nnx.eval_shape(lambda: Decoder(config, dtype=compute, rngs=None, **how))
         placed = shardings(model) if shardings else None
         if placed is None:
             lay_kernels(model)
-        others = set(beside(files, config))
-        for _ in _filled(tensor_plan(model), files, _head_for_embedding(config, files), placed, others):
+        plan, stored_as, others = _checked_plan(model, files)
+        if others:
+            warnings.warn(
+                f"{files.folder}: the text part is loaded; {len(others)} tensors beside it are not, such as"
+                f" {first(sorted(others))}; save_pretrained writes them back",
+                stacklevel=2,
+            )
+        for entry in plan:
+            read_parameter(entry, files, stored_as, placed)
             if tokenizer.done():
                 tokenizer.result()  # a broken one is told at once
         model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
@@ -103,8 +106,7 @@ def load_shapes(path: str | os.PathLike[str]) -> Decoder:
     """
     folder, config, files = _open(path)
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=None))
-    pieces = [piece for entry in tensor_plan(model) for piece in entry.pieces]
-    _check(pieces, files, _head_for_embedding(config, files), set(beside(files, config)))
+    _checked_plan(model, files)
     model.name_or_path, model.folder = found_path(os.fspath(path)), str(folder)
     return model
 
@@ -122,16 +124,11 @@ def open_named(folder: Path, config: DecoderConfig) -> TensorFiles:
     """The weights of a folder by the names that they have in models of today."""
     files = open_checkpoint(folder)
     for old, new in family_of(config).older.items():
-        files.rename(partial(_begun, old, new))
+        files.rename(partial(re.sub, rf"\A{re.escape(old)}", new))
     base = config.names.embedding.partition(".")[0] + "."
     if not any(name.startswith(base) for name in files.shapes):  # saved without the head's class around it
         files.rename(lambda name: name if name == f"{config.names.head}.weight" else base + name)
     return Mxfp4Files(files) if any(name.endswith(BLOCKS) for name in files.shapes) else files
-
-
-def _begun(old: str, new: str, name: str) -> str:
-    """The name with another beginning, where it has the old one."""
-    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def beside(files: TensorFiles, config: DecoderConfig) -> list[str]:
@@ -146,13 +143,13 @@ def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
     before, after = names.layer.split("{layer}")
     layer = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}\.")
     numbers = [int(found.group(1)) for found in map(layer.match, files.shapes) if found]
-    first_layer = names.layer.format(layer=0)
-    q, k = (
-        # One tensor for q, k and v is compared later, with all others.
-        files.shapes.get(f"{first_layer}.{name}.weight") if len(names.qkv) > 1 else None
-        for name in (names.qkv[0], names.qkv[-1])
-    )
-    down = files.shapes.get(f"{first_layer}.{names.down}.weight")
+
+    def shape_in_first_layer(name: str) -> tuple[int, ...] | None:
+        return files.shapes.get(f"{names.layer.format(layer=0)}.{name}.weight")
+
+    down, q, k = map(shape_in_first_layer, (names.down, names.qkv[0], names.qkv[-1]))
+    if len(names.qkv) == 1:  # one tensor for q, k and v is compared later, with all others
+        q = k = None
     stated: list[tuple[str, int, int | None]] = [
         ("num_hidden_layers", config.num_layers, max(numbers) + 1 if numbers else None),
         ("vocab_size", config.vocab_size, table[0] if table else None),
@@ -182,47 +179,30 @@ def _with_real_tying(config: DecoderConfig, files: TensorFiles) -> DecoderConfig
     return dataclasses.replace(config, tie_embeddings=False, source=json.dumps(source))
 
 
-def _head_for_embedding(config: DecoderConfig, files: TensorFiles) -> dict[str, str]:
-    """Names to read under another name: a tied checkpoint may store the head alone."""
-    head, embedding = (f"{path}.weight" for path in (config.names.head, config.names.embedding))
-    if config.tie_embeddings and embedding not in files and head in files:
-        return {embedding: head}
-    return {}
+def _checked_plan(model: Decoder, files: TensorFiles) -> tuple[list[Entry], dict[str, str], list[str]]:
+    """The parameters of a model, names that the files have otherwise, and names of tensors that it has no part for.
 
-
-def _filled(
-    plan: list[Entry], files: TensorFiles, stored_as: dict[str, str], shardings: Shardings | None, others: set[str]
-) -> Iterator[Entry]:
-    """Gives every parameter of the plan its values, and yields it."""
-    _check([piece for entry in plan for piece in entry.pieces], files, stored_as, others)
-    if others:
-        warnings.warn(
-            f"{files.folder}: the text part is loaded; {len(others)} tensors beside it are not, such as"
-            f" {first(sorted(others))}; save_pretrained writes them back",
-            stacklevel=3,
-        )
-    for entry in plan:
-        if isinstance(entry.parameter, QuantizedKernel):
-            read_quantized(entry, entry.parameter, files, stored_as, shardings)
-        else:
-            sharding = shardings(entry.parameter) if shardings else None
-            entry.parameter.set_value(read_sharded(entry, files, stored_as, sharding))
-        yield entry
-
-
-def _check(pieces: list[TensorRegion], files: TensorFiles, stored_as: dict[str, str], others: set[str]) -> None:
-    """Compares names and shapes of all tensors before any is read."""
-    names = [stored_as.get(piece.name, piece.name) for piece in pieces]
-    missing = [name for name in names if name not in files]
+    Raises:
+        InputError: the names and shapes of the files' tensors are not those of the model's.
+    """
+    plan, names, others = tensor_plan(model), model.config.names, beside(files, model.config)
+    head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+    # A tied checkpoint may store the head alone.
+    alone = model.config.tie_embeddings and embedding not in files and head in files
+    stored_as = {embedding: head} if alone else {}
+    pieces = [piece for entry in plan for piece in entry.pieces]
+    stored = [stored_as.get(piece.name, piece.name) for piece in pieces]
+    missing = [name for name in stored if name not in files]
     if missing:
         raise InputError(f"{files.folder}: {len(missing)} tensors are missing: {first(missing)}")
     # A head that is not wanted here equals the embedding (checked before).
-    extra = sorted(set(files.shapes) - set(names) - others - {"lm_head.weight"})
+    extra = sorted(set(files.shapes) - {*stored, *others, "lm_head.weight"})
     if extra:
         raise InputError(f"{files.folder}: {len(extra)} tensors do not belong to the architecture: {first(extra)}")
-    for piece, name in zip(pieces, names, strict=True):
+    for piece, name in zip(pieces, stored, strict=True):
         if files.shapes[name] != piece.shape:
             raise InputError(
                 f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but config.json "
                 f"implies {list(piece.shape)}"
             )
+    return plan, stored_as, others

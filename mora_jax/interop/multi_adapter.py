@@ -15,7 +15,7 @@ from mora_jax.adapters.projection import OutputHead
 from mora_jax.adapters.sites import Site, adapted_sites, sites
 from mora_jax.adapters.slots import NO_SLOT, use
 from mora_jax.errors import InputError, refused
-from mora_jax.interop.adapter_values import AdapterValues, ValuesByPath, first, install
+from mora_jax.interop.adapter_values import AdapterValues, ValuesByPath, first, install, put_padded
 from mora_jax.interop.convert.combine import combine
 from mora_jax.interop.convert.convert import Conversion
 from mora_jax.interop.peft.config import put_extra_fields
@@ -280,8 +280,7 @@ class NamedAdapters:
     def _read(self, name: str) -> dict[str, AdapterValues]:
         """The values of an adapter as they are now."""
         slot, configs, _ = self._find(name)
-        found = [_read_slot(place, bank, slot, configs) for place, bank in _banks(self.model)]
-        return {path: adapter_values for part in found for path, adapter_values in part.items()}
+        return dict(found for place, bank in _banks(self.model) for found in _read_slot(place, bank, slot, configs))
 
     def _put(self, name: str, by_path: ValuesByPath, extra: Mapping[str, Any]) -> None:
         """Writes a new adapter into a free slot, making room where there is none."""
@@ -366,21 +365,18 @@ def _write_slot(place: Site, bank: Bank, slot: int, by_path: ValuesByPath) -> No
         array = np.zeros(variable.shape[:stack] + variable.shape[stack + 1 :], np.float32)
         for layer, path in enumerate(place.paths):
             if path in by_path:
-                value = np.asarray(by_path[path].values[name])
-                rows: tuple[Any, ...] = tuple(slice(size) for size in value.shape)
-                array[(*place.index(layer), *rows)] = value
+                put_padded(array, place.index(layer), by_path[path].values[name])
         values[name] = array
     bank.write(slot, values)
 
 
-def _read_slot(place: Site, bank: Bank, slot: int, configs: Mapping[str, Any]) -> dict[str, AdapterValues]:
-    """The values of an adapter at one place, without padding; `configs` by module path."""
-    arrays, by_path = bank.read(slot), {}
+def _read_slot(place: Site, bank: Bank, slot: int, configs: Mapping[str, Any]) -> Iterator[tuple[str, AdapterValues]]:
+    """The values of an adapter at one place by module path, as `configs` are; without padding."""
+    arrays = bank.read(slot)
     for layer, path in enumerate(place.paths):
         if path in configs:
             values = {name: array[place.index(layer)] for name, array in arrays.items()}
             if "lora_a" in values:
                 rank = configs[path].rank
                 values |= {"lora_a": values["lora_a"][:, :rank], "lora_b": values["lora_b"][:rank]}
-            by_path[path] = AdapterValues(configs[path], values)
-    return by_path
+            yield path, AdapterValues(configs[path], values)

@@ -21,8 +21,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 def bare(model: Model) -> Model:
     """A second model on the same base arrays, without adapters."""
-    graphdef, state = nnx.split(model)
-    copy = nnx.merge(graphdef, state)
+    copy = nnx.clone(model)
     if adapted_sites(copy):
         detach(copy)
     return copy

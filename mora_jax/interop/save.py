@@ -1,8 +1,10 @@
 """Models as HuggingFace folders."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -138,7 +140,7 @@ def write_model(
         write_tensors(folder / file, shapes, itertools.islice(tensors, len(shapes)), target)
     if len(shards) > 1:
         names = {name: file for file, shapes in zip(files, shards, strict=True) for name in shapes}
-        total = sum(_size(shape, target.itemsize) for shapes in shards for shape in shapes.values())
+        total = target.itemsize * sum(math.prod(shape) for shapes in shards for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -148,7 +150,7 @@ def _shards(model: Decoder, itemsize: int, max_shard_bytes: int) -> list[dict[st
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, shape in _shapes(model):
-        nbytes = _size(shape, itemsize)
+        nbytes = itemsize * math.prod(shape)
         if shards[-1] and size + nbytes > max_shard_bytes:
             shards.append({})
             size = 0
@@ -171,20 +173,12 @@ def _stored(model: Decoder, name: str) -> str:
     return names.head_tensor if name == f"{names.head}.weight" else name
 
 
-def _size(shape: tuple[int, ...], itemsize: int) -> int:
-    return itemsize * int(np.prod(shape, dtype=np.int64))
-
-
 def _dtype(dtype: Any) -> np.dtype:
-    if dtype is None:
-        return np.dtype(np.float32)
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in _DTYPES:
-        raise InputError(f"a model is saved in one of {', '.join(_DTYPES)}, not {dtype!r}")
-    return found
+    with contextlib.suppress(TypeError):
+        found = jnp.dtype(np.float32 if dtype is None else dtype)
+        if found.name in _DTYPES:
+            return found
+    raise InputError(f"a model is saved in one of {', '.join(_DTYPES)}, not {dtype!r}")
 
 
 def _config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -262,9 +256,9 @@ def zero_biases(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
         for place, projection, _ in _parts(model):
             if place in announcing[name] and projection.bias is None:
                 for layer in range(projection.num_layers or 0):
-                    for part in projection.parts:
+                    for i, part in enumerate(projection.parts):
                         path = projection.module_path(part.name, layer)
-                        yield f"{path}.bias", np.zeros(projection.part_features(part.name), np.float32)
+                        yield f"{path}.bias", np.zeros(projection.layout.part_features(i), np.float32)
 
 
 def _parts(model: Decoder) -> Iterator[tuple[str, Projection, bool]]:

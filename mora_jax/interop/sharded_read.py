@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-from mora_jax.adapters.products.quantization import BLOCK, QuantizedKernel, quantize, rows_per_block
+from mora_jax.adapters.products.quantization import BLOCK, ROWS_PER_BLOCK, QuantizedKernel, quantize
 from mora_jax.interop.safetensors_io import TensorFiles
 from mora_jax.interop.tensor_map import Entry, TensorRegion, transposed
 
@@ -27,21 +27,27 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return whole[start : start + size].view(dtype).reshape(shape)
 
 
-def read_sharded(
-    entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], sharding: Sharding | None
-) -> jax.Array:
-    """A parameter on its devices; each region is read when its device's turn comes, and freed again.
+def read_parameter(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], shardings: Shardings | None) -> None:
+    """Gives a parameter its values on its devices; each region is read when its device's turn comes, and freed again.
+
+    Of a quantised kernel `[L, in, *out]` or `[L, E, in, *out]` codes and scales come from one reading.
 
     Args:
         entry: the parameter and the tensors that make it up.
         files: where they are.
         stored_as: names of tensors in files that differ from the entry's.
-        sharding: of the parameter; None: whole, on the default device.
+        shardings: where it lies, or its codes and scales; None: whole, on the default device.
     """
-    dtype = entry.parameter.dtype
-    return made_in_place(
-        tuple(entry.parameter.shape), sharding, lambda index: read_region(entry, files, stored_as, index, dtype)
-    )
+    parameter, read = entry.parameter, partial(read_region, entry, files, stored_as)
+    parts: list[tuple[nnx.Variable, Callable[..., np.ndarray]]]
+    if isinstance(parameter, QuantizedKernel):
+        blocks = _Blocks(entry, partial(read, np.float32))
+        parts = [(parameter.values, blocks.codes), (parameter.scales, blocks.scales)]
+    else:
+        parts = [(parameter, partial(read, parameter.dtype))]
+    for variable, make in parts:
+        sharding = shardings(variable) if shardings else None
+        variable.set_value(made_in_place(tuple(variable.shape), sharding, make))
 
 
 def made_in_place(
@@ -63,7 +69,7 @@ def made_in_place(
 
 
 def read_region(
-    entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], index: tuple[slice, ...], dtype: Any
+    entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], dtype: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The values of `parameter[index]`; of each tensor only the rows and columns needed are read.
 
@@ -71,8 +77,8 @@ def read_region(
         entry: the parameter and the tensors that make it up.
         files: the checkpoint.
         stored_as: names in the files that differ from those of `entry`.
-        index: a span of each axis of the parameter.
         dtype: of the result.
+        index: a span of each axis of the parameter.
     """
     shape, last = entry.shape, len(index) - 1
     as_matrices = len(index) < len(shape)
@@ -126,34 +132,12 @@ def _read(piece: TensorRegion, files: TensorFiles, name: str, inner: list[range]
     return transposed(rows if len(flat) == last - first else rows[..., flat - first, :]).reshape(sizes)
 
 
-def read_quantized(
-    entry: Entry,
-    kernel: QuantizedKernel,
-    files: TensorFiles,
-    stored_as: Mapping[str, str],
-    shardings: Shardings | None,
-) -> None:
-    """Fills the codes and scales of a stacked kernel `[L, in, *out]` or `[L, E, in, *out]`, both from one reading.
-
-    Args:
-        entry: the kernel and the tensors that make it up.
-        kernel: of the entry.
-        files: where they are.
-        stored_as: names of tensors in files that differ from the entry's.
-        shardings: where codes and scales lie; None: whole, on the default device.
-    """
-    blocks = _Blocks(entry, kernel, files, stored_as)
-    for variable, make in ((kernel.values, blocks.codes), (kernel.scales, blocks.scales)):
-        sharding = shardings(variable) if shardings else None
-        variable.set_value(made_in_place(tuple(variable.shape), sharding, make))
-
-
 class _Blocks:
     """The blocks of a kernel, read and quantised tensor by tensor of files; scales that came with codes are kept."""
 
-    def __init__(self, entry: Entry, kernel: QuantizedKernel, files: TensorFiles, stored_as: Mapping[str, str]):
-        self._read = partial(read_region, entry, files, stored_as)
-        self._kernel = kernel
+    def __init__(self, entry: Entry, read: Callable[..., np.ndarray]):
+        kernel: QuantizedKernel = entry.parameter
+        self._read, self._kernel = read, kernel
         self._scales = empty(tuple(kernel.scales.shape), np.float32)
         self._known = np.zeros(self._scales.shape, bool)
         self._stack = kernel.ndim - 1 - kernel.out_axes
@@ -164,7 +148,7 @@ class _Blocks:
         """`values[index]`: the blocks that it touches are quantised whole."""
         values, rows = self._kernel.values, self._stack
         box = [range(size)[part] for part, size in zip(index, values.shape, strict=True)]
-        height = rows_per_block(self._kernel.format)
+        height = ROWS_PER_BLOCK[self._kernel.format]
         first, last = box[rows].start // height, -(-box[rows].stop // height)
         start = box[rows].start - first * height
         found = empty(tuple(map(len, box)), values.dtype)
@@ -190,7 +174,7 @@ class _Blocks:
         inputs = slice(first * BLOCK, min(last * BLOCK, self._kernel.in_features))
         beside, out = index[self._apart : self._stack], index[self._stack + 1 :]
         here = (*(slice(n, n + 1) for n in places), *beside, inputs, *out)
-        part = self._read(here, np.float32)[(0,) * len(places)]
+        part = self._read(here)[(0,) * len(places)]
         where: Any = (*places, *beside, slice(first, last), *out)
         matrices = part.reshape(-1, *part.shape[len(beside) :])
         codes, scales = zip(*(quantize(matrix, self._kernel.format) for matrix in matrices), strict=True)

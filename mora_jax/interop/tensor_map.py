@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,8 +20,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.block import MLP, Attention, Block
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
-from mora_jax.models.experts import Experts
-from mora_jax.models.experts_beside import ExpertsBeside
+from mora_jax.models.experts import Experts, ExpertsBeside
 from mora_jax.models.norms import Norm
 
 # Flax calls `scale` what torch calls `weight`.
@@ -119,7 +118,7 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
             shape = tuple(embed.embedding.shape)
             entries.append(Entry(embed, "embedding", (TensorRegion(f"{embed.path}.weight", (), shape, shape),)))
     if inputs is not None:
-        entries.extend((*_projection(inputs.projection, turned=False), *_norm(inputs.norm)))
+        entries.extend((*_projection(inputs.projection, _matrices(inputs.projection)), *_norm(inputs.norm)))
     for stack, block in zip(itertools.chain(*config.runs), model.blocks, strict=True):
         entries.extend(_block(stack, block))
     entries.extend(_norm(model.norm))
@@ -131,7 +130,7 @@ def tensor_plan(model: nnx.Module) -> list[Entry]:
 
 def _block(config: DecoderConfig, block: Block) -> Iterator[Entry]:
     """A stack of layers."""
-    mixer, mlp = block.self_attn, block.mlp
+    mixer, mlp, layer = block.self_attn, block.mlp, config.names.layer
     attends = isinstance(mixer, Attention)
     inner = (mixer.q_norm, mixer.k_norm) if attends else (mixer.norm,)
     for norm in (block.attention_norm, *inner, block.post_attention_norm, block.mlp_norm, block.post_mlp_norm):
@@ -139,13 +138,13 @@ def _block(config: DecoderConfig, block: Block) -> Iterator[Entry]:
             yield from _norm(norm)
     if not attends:
         path, (channels, window) = mixer.config.path, mixer.conv.shape[1:]
-        yield _single(config, mixer, "conv", f"{path}.conv1d.weight", (channels, 1, window))
-        yield _single(config, mixer, "decay", f"{path}.A_log")
-        yield _single(config, mixer, "step_bias", f"{path}.dt_bias")
+        yield _by_layer(mixer, "conv", f"{layer}.{path}.conv1d.weight", config.numbers, (channels, 1, window))
+        yield _by_layer(mixer, "decay", f"{layer}.{path}.A_log", config.numbers)
+        yield _by_layer(mixer, "step_bias", f"{layer}.{path}.dt_bias", config.numbers)
     elif mixer.sinks is not None:
-        yield _single(config, mixer, "sinks", "self_attn.sinks", (config.num_heads,))
+        yield _by_layer(mixer, "sinks", f"{layer}.self_attn.sinks", config.numbers, (config.num_heads,))
     if block.layer_scale is not None:
-        yield _single(config, block, "layer_scale", "layer_scalar", (1,))
+        yield _by_layer(block, "layer_scale", f"{layer}.layer_scalar", config.numbers, (1,))
     projections = [mixer.qkv_proj, mixer.o_proj] if attends else [mixer.in_proj, mixer.out_proj]
     if isinstance(mlp, ExpertsBeside):
         for norm in (mlp.dense_norm, mlp.post_dense_norm, mlp.post_experts_norm):
@@ -159,7 +158,7 @@ def _block(config: DecoderConfig, block: Block) -> Iterator[Entry]:
         yield from _norm(block.layer_input.norm)
         projections += [block.layer_input.gate_proj, block.layer_input.out_proj]
     for projection in projections:
-        yield from _projection(projection, turned=config.names.turned)
+        yield from _projection(projection, _matrices(projection, turned=config.names.turned))
 
 
 def dense_and_experts(mlp: Any) -> tuple[MLP | None, Experts | None]:
@@ -169,77 +168,84 @@ def dense_and_experts(mlp: Any) -> tuple[MLP | None, Experts | None]:
     return (None, mlp) if isinstance(mlp, Experts) else (mlp, None)
 
 
-def _single(
-    config: DecoderConfig, module: nnx.Module, attribute: str, name: str, shape: tuple[int, ...] | None = None
+def _by_layer(
+    module: nnx.Module, name: str, path: str, numbers: Sequence[int], shape: tuple[int, ...] = (), matrix: bool = False
 ) -> Entry:
-    """A parameter that is one tensor a layer; `shape` is the tensor's where that isn't the parameter's."""
-    region = tuple(getattr(module, attribute).shape[1:])
-    paths = (config.names.layer.format(layer=number) for number in config.numbers or range(config.num_layers))
-    tensors = (TensorRegion(f"{path}.{name}", (i,), region, shape or region) for i, path in enumerate(paths))
-    return Entry(module, attribute, tuple(tensors))
+    """A parameter that is one tensor a layer.
+
+    Args:
+        module, name: what holds it `[L, …]`, and as which attribute.
+        path: of the tensors, with `{layer}` in it.
+        numbers: of the layers in the model; empty for all.
+        shape: of a tensor where that isn't the shape of a layer.
+        matrix: see `TensorRegion`.
+    """
+    count, *region = getattr(module, name).shape
+    paths = [path.format(layer=number) for number in numbers or range(count)]
+    tensors = (TensorRegion(tensor, (i,), (*region,), shape or (*region,), matrix) for i, tensor in enumerate(paths))
+    return Entry(module, name, tuple(tensors))
 
 
 def _norm(norm: Norm) -> Iterator[Entry]:
     *stack, size = norm.weight.shape
-    indices: list[tuple[int, ...]] = [(layer,) for layer in range(stack[0])] if stack else [()]
     for name in ("weight", "bias") if norm.bias is not None else ("weight",):
-        numbers = [(norm.numbers[layer],) for (layer,) in indices] if norm.numbers else indices
-        paths = [norm.path.format(layer=number[0]) if number else norm.path for number in numbers]
-        pieces = [
-            TensorRegion(f"{path}.{name}", index, (size,), (size,)) for path, index in zip(paths, indices, strict=True)
-        ]
-        yield Entry(norm, name, tuple(pieces))
+        if stack:
+            yield _by_layer(norm, name, f"{norm.path}.{name}", norm.numbers)
+        else:
+            yield Entry(norm, name, (TensorRegion(f"{norm.path}.{name}", (), (size,), (size,)),))
 
 
-def _projection(projection: Projection, *, turned: bool) -> Iterator[Entry]:
-    kernels, biases = [], []
-    for stacked in [()] if projection.num_layers is None else [(layer,) for layer in range(projection.num_layers)]:
-        for part in projection.parts:
-            shape = list(projection.layout.out_shape)
-            shape[projection.layout.part_axis] = part.size
-            where = projection.part_slice(part.name)
-            path = projection.module_path(part.name, *(stacked or (None,)))
-            size, region = projection.part_features(part.name), (projection.in_features, *shape)
-            file_shape = (projection.in_features, size) if turned else (size, projection.in_features)
-            kernels.append(
-                TensorRegion(f"{path}.weight", (*stacked, slice(None), *where), region, file_shape, matrix=not turned)
-            )
-            biases.append(TensorRegion(f"{path}.bias", (*stacked, *where), tuple(shape), (size,)))
-    stack = () if projection.num_layers is None else (projection.num_layers,)
-    axes = (*stack, projection.in_features, *projection.layout.out_shape)
-    yield Entry(projection, "kernel", tuple(kernels), axes)
+Regions = list[tuple[TensorRegion, TensorRegion]]
+
+
+def _projection(projection: Projection, regions: Regions) -> Iterator[Entry]:
+    """The kernel and the bias of a projection, from those of its tensors."""
+    axes = (*projection.stack, projection.in_features, *projection.layout.out_shape)
+    yield Entry(projection, "kernel", tuple(kernel for kernel, _ in regions), axes)
     if projection.bias is not None:
-        yield Entry(projection, "bias", tuple(biases))
+        yield Entry(projection, "bias", tuple(bias for _, bias in regions))
+
+
+def _matrices(projection: Projection, *, turned: bool = False) -> Regions:
+    """Kernels and biases as files have them that hold a tensor for each matrix, of experts for each one's.
+
+    A kernel is `[out, in]`, or where `turned` says so `[in, out]`.
+    """
+    if isinstance(projection, ExpertProjection):
+        slices = projection.matrix_slices()
+    else:
+        slices = [(part, projection.part_slice(i)) for i, part in enumerate(projection.parts)]
+    regions, inputs = [], projection.in_features
+    for index in np.ndindex(*projection.stack):
+        for matrix, where in slices:
+            shape = list(projection.layout.out_shape)
+            shape[projection.layout.part_axis] = matrix.size
+            path, size = projection.module_path(matrix.name, *(index or (None,))), math.prod(shape)
+            stored, place = (inputs, size) if turned else (size, inputs), (*index, slice(None), *where)
+            kernel = TensorRegion(f"{path}.weight", place, (inputs, *shape), stored, matrix=not turned)
+            regions.append((kernel, TensorRegion(f"{path}.bias", (*index, *where), tuple(shape), (size,))))
+    return regions
 
 
 def _experts(config: DecoderConfig, experts: Experts) -> Iterator[Entry]:
     router = experts.router
-    layers, inputs, count = router.kernel.shape
-    numbers = experts.gate_up_proj.numbers or range(layers)
-    paths = [router.path.format(layer=number) for number in numbers]
-    kernels = [
-        TensorRegion(f"{path}.weight", (layer,), (inputs, count), (count, inputs), matrix=True)
-        for layer, path in enumerate(paths)
-    ]
-    yield Entry(router, "kernel", tuple(kernels))
+    _, inputs, count = router.kernel.shape
+    numbers, layer = experts.gate_up_proj.numbers, config.names.layer
+    yield _by_layer(router, "kernel", f"{router.path}.weight", numbers, (count, inputs), matrix=True)
     if router.bias is not None:
-        biases = [TensorRegion(f"{path}.bias", (layer,), (count,), (count,)) for layer, path in enumerate(paths)]
-        yield Entry(router, "bias", tuple(biases))
+        yield _by_layer(router, "bias", f"{router.path}.bias", numbers)
     if router.norm is not None:
-        yield _single(config, router.norm, "weight", "router.scale")
-        yield _single(config, router, "scale", "router.per_expert_scale")
+        yield _by_layer(router.norm, "weight", f"{layer}.router.scale", config.numbers)
+        yield _by_layer(router, "scale", f"{layer}.router.per_expert_scale", config.numbers)
     if experts.norm is not None:
         yield from _norm(experts.norm)
+    held = experts.config.fused
     for projection in (experts.gate_up_proj, experts.down_proj):
-        held = experts.config.fused
-        pieces = _fused_experts(projection, held == "stacked") if held else _single_experts(projection)
-        axes = (*projection.stack, projection.in_features, *projection.layout.out_shape)
-        yield Entry(projection, "kernel", tuple(kernel for kernel, _ in pieces), axes)
-        if projection.bias is not None:
-            yield Entry(projection, "bias", tuple(bias for _, bias in pieces))
+        regions = _fused_experts(projection, held == "stacked") if held else _matrices(projection)
+        yield from _projection(projection, regions)
 
 
-def _fused_experts(projection: ExpertProjection, matrix: bool) -> list[tuple[TensorRegion, TensorRegion]]:
+def _fused_experts(projection: ExpertProjection, matrix: bool) -> Regions:
     """Kernels and biases as files have them that hold all experts of a layer as one tensor `[E, in, out]`, or where
     `matrix` says so `[E, out, in]`."""
     (layers, count), inputs, out = projection.stack, projection.in_features, projection.layout.out_shape
@@ -249,25 +255,6 @@ def _fused_experts(projection: ExpertProjection, matrix: bool) -> list[tuple[Ten
         shape = (math.prod(out), inputs) if matrix else (inputs, math.prod(out))
         kernel = TensorRegion(name, (layer,), (count, inputs, *out), (count, *shape), matrix)
         pieces.append((kernel, TensorRegion(f"{name}_bias", (layer,), (count, *out), (count, math.prod(out)))))
-    return pieces
-
-
-def _single_experts(projection: ExpertProjection) -> list[tuple[TensorRegion, TensorRegion]]:
-    """Kernels and biases as files have them that hold a tensor for each matrix of each expert."""
-    pieces = []
-    for index in np.ndindex(*projection.stack):
-        for matrix, where in projection.matrix_slices():
-            shape = list(projection.layout.out_shape)
-            shape[projection.layout.part_axis] = matrix.size
-            path, size = projection.module_path(matrix.name, *index), math.prod(shape)
-            kernel = TensorRegion(
-                f"{path}.weight",
-                (*index, slice(None), *where),
-                (projection.in_features, *shape),
-                (size, projection.in_features),
-                matrix=True,
-            )
-            pieces.append((kernel, TensorRegion(f"{path}.bias", (*index, *where), tuple(shape), (size,))))
     return pieces
 
 

@@ -5,68 +5,36 @@ to save and to load. Layers under `nn.scan` or `nn.vmap` are one entry each ther
 that is stacked: `layers.0.attn.query`.
 """
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path as Path_
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn, nnx, traverse_util
+from flax import nnx, traverse_util
 
 from mora_jax.adapters.config.patterns import config_at, exactly, pattern_for
-from mora_jax.adapters.matrices import BIASES, KERNELS, Matrix, possible_matrices
+from mora_jax.adapters.matrices import Matrix, bias_param, possible_matrices, weight_of
+from mora_jax.adapters.methods.registry import array_shapes, fresh_arrays
 from mora_jax.adapters.products.matmul import wide
-from mora_jax.adapters.report import VECTORS, AdapterEntry, adapters_of
+from mora_jax.adapters.report import AdapterEntry, adapters_of
 from mora_jax.errors import InputError, refused
 from mora_jax.interop.adapter_values import AdapterValues, install
 from mora_jax.interop.peft import load, save
 from mora_jax.interop.peft.lora import alpha_for
-from mora_jax.linen.merging import Path, layers_of, plain_tree
+from mora_jax.linen.merging import adapted_sites, sites_of
 from mora_jax.linen.report import LinenReport
-from mora_jax.linen.update import COLLECTION, FIXED, check_config, expected, fresh
+from mora_jax.linen.tree_sites import Arrays, Path, TreeSite
+from mora_jax.linen.update import COLLECTION, FIXED, check_config
 
 
 class _Tree(nnx.Module):
     """Modules under the names of a tree of parameters."""
-
-
-class Place(NamedTuple):
-    """An array of `params` that may be a layer's matrix.
-
-    Attributes:
-        path: the layer's module path.
-        matrix: how it is one.
-        array, bias: what the layer holds, with axes in front.
-        lifts: behind how many components of the path the number of each axis in front is written.
-    """
-
-    path: Path
-    matrix: Matrix
-    array: jax.Array
-    bias: jax.Array | None
-    lifts: tuple[int, ...]
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The sizes of the axes in front."""
-        return self.array.shape[: self.array.ndim - len(self.matrix.shape)]
-
-    def described(self) -> dict[str, Any]:
-        """What a folder has to say of it: how its array is a matrix, and where the numbers of stacked layers belong."""
-        return dataclasses.asdict(self.matrix) | {"lifts": self.lifts}
-
-    def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
-        """The path in files of each layer, with its place in the axes in front."""
-        for index in np.ndindex(self.stack):
-            parts = list(self.path)
-            # From behind, the inner axes first: of two at one place the outer comes before the inner.
-            for at, number in sorted(zip(self.lifts[::-1], index[::-1], strict=True), key=lambda pair: -pair[0]):
-                parts.insert(at, str(number))
-            yield index, ".".join(parts)
 
 
 def save_adapter(
@@ -103,30 +71,22 @@ def save_adapter(
         >>> save_adapter(variables, "linen-adapter", mj.LoRAConfig(rank=2, alpha=16.0))
     """
     with refused():
-        layers = list(layers_of(variables, (config,), report))
-    places, by_path = [], {}
-    for layer in layers:
-        lifts = () if report is None else report.lifts_at(layer.path)[: len(layer.stack)]
-        if len(lifts) != len(layer.stack):
+        layers = list(adapted_sites(variables, (config,), report))
+    adapted = []
+    for site, arrays in layers:
+        lifts = () if report is None else report.lifts_at(site.path)[: len(site.stack)]
+        if len(lifts) != len(site.stack):
             raise InputError(
-                f"{'.'.join(layer.path)} is a stack of layers {layer.stack}, and where their numbers belong is not "
-                "known: give the report of the context in which they were made, report="
+                f"{site.name} is a stack of layers {site.stack}, and where their numbers belong is not known: give the "
+                "report of the context in which they were made, report="
             )
-        place = Place(layer.path, layer.matrix, layer.array, layer.bias_array, lifts)
-        places.append(place)
-        scaling = np.asarray(check_config(layer.config).scale(layer.config), np.float32)
-        for index, name in place.names():
-            values = {key: np.asarray(value[index]) for key, value in layer.arrays.items()}
-            # The NNX model that is written has these layers alone, under names in which NNX sees other numbers.
-            config = dataclasses.replace(layer.config, layers_to_transform=None)
-            by_path[name] = AdapterValues(config, values | {"scaling": scaling})
-    write_places(places, _arrays_of(variables), by_path, out, base_model_name_or_path, overwrite)
+        adapted.append((replace(site, lifts=lifts), arrays))
+    write_sites(adapted, sites_of(variables), out, base_model_name_or_path, overwrite)
 
 
-def write_places(
-    places: list[Place],
-    others: list[Place],
-    by_path: Mapping[str, AdapterValues],
+def write_sites(
+    adapted: list[tuple[TreeSite, Arrays]],
+    others: list[TreeSite],
     out: str | os.PathLike[str],
     base_model_name_or_path: str | None,
     overwrite: bool,
@@ -134,20 +94,24 @@ def write_places(
     """Writes adapters on arrays as a PEFT folder.
 
     Args:
-        places: the adapted arrays.
+        adapted: the adapted arrays, each with the arrays `[*stack, …]` of its adapter.
         others: all arrays, among which targets have to name the adapted ones.
-        by_path: the adapters by the paths of files.
         out, base_model_name_or_path, overwrite: as for `save_adapter`.
     """
-    taken = {place.path for place in places}
-    model = _as_nnx(places, [place for place in others if place.path not in taken])
+    by_path = {}
+    for site, arrays in adapted:
+        # The NNX model that is written has these layers alone, under names in which NNX sees other numbers.
+        config = replace(site.config, layers_to_transform=None)
+        for index, name in site.names():
+            by_path[name] = AdapterValues(config, {key: np.asarray(value[index]) for key, value in arrays.items()})
+    model = _as_nnx([site for site, _ in adapted], others)
     install(model, by_path)
     save.save_adapter(
         model,
         out,
         base_model_name_or_path=base_model_name_or_path,
         overwrite=overwrite,
-        linen_layers={".".join(place.path): place.described() for place in places},
+        linen_layers={site.name: site.described() for site, _ in adapted},
     )
 
 
@@ -186,8 +150,7 @@ def load_adapter(
     """
     given = load.tensor_shapes(path)
     described = _described(load.local_folder(path) / save.LINEN_NAME)
-    places = [_placed(place, given, report, described) for place in _arrays_of(variables)]
-    config, arrays = read_places(places, path)
+    config, arrays = read_sites([_placed(site, given, report, described) for site in sites_of(variables)], path)
     collections: dict[str, dict[Path, jax.Array]] = {COLLECTION: {}, FIXED: {}}
     for where, parts in arrays.items():
         for collection, values in zip(collections, parts, strict=True):
@@ -196,13 +159,11 @@ def load_adapter(
     return config, dict(variables) | trees
 
 
-def read_places(
-    places: list[Place], path: str | os.PathLike[str]
-) -> tuple[Any, dict[Path, tuple[dict[str, jax.Array], dict[str, jax.Array]]]]:
+def read_sites(sites: list[TreeSite], path: str | os.PathLike[str]) -> tuple[Any, dict[Path, tuple[Arrays, Arrays]]]:
     """Reads the adapter of a PEFT folder for arrays.
 
     Args:
-        places: every array that may be a layer's matrix.
+        sites: every array that may be a layer's matrix.
         path: the folder.
 
     Returns:
@@ -213,51 +174,37 @@ def read_places(
         raise InputError(
             f"{path}: it trains {', '.join(whole)} whole, for which a tree of parameters has no form; leave that away"
         )
-    known = {name: (place, index) for place in places for index, name in place.names()}
-    model = _as_nnx([place for place in places if any(name in given for _, name in place.names())], places)
+    known = {name: (site, index) for site in sites for index, name in site.names()}
+    model = _as_nnx([site for site in sites if any(name in given for _, name in site.names())], sites)
     load.load_adapter(model, path)
     found: dict[Path, dict[tuple[int, ...], AdapterEntry]] = {}
     for entry in adapters_of(model):
-        place, index = known[entry.path]
-        found.setdefault(place.path, {})[index] = entry
-    by_path = {place.path: place for place in places}
+        site, index = known[entry.path]
+        found.setdefault(site.path, {})[index] = entry
+    by_path = {site.path: site for site in sites}
     config = _one_config({path: list(entries.values()) for path, entries in found.items()})
-    arrays = {}
-    for where, entries in found.items():
-        place = by_path[where]
-        own = config_at(config, ".".join(where))
-        kernels = place.matrix.take(place.array)
-        # Layers of a stack that the folder leaves out get a fresh adapter, which changes nothing.
-        layers = {
-            index: fresh(own, place.matrix, jax.random.key(0), kernels[index])
-            for index in np.ndindex(place.stack)
-            if index not in entries
-        }
-        parts: tuple[dict[str, jax.Array], dict[str, jax.Array]] = {}, {}
-        for number, names in enumerate(expected(own, place.matrix)):
-            for name, shape in names.items():
-                stacked = np.zeros((*place.stack, *shape), np.float32)
-                for index in np.ndindex(place.stack):
-                    held = entries[index].params if index in entries else layers[index][number]
-                    stacked[index] = held[name]
-                parts[number][name] = jnp.asarray(stacked, wide(place.array.dtype))
-        arrays[where] = parts
-    return config, arrays
-
-
-def _arrays_of(variables: Mapping[str, Any]) -> list[Place]:
-    """Every array among the parameters that may be a matrix, taken as one in the first way that its shape allows."""
-    params = {
-        path: nn.meta.unbox(value)
-        for path, value in traverse_util.flatten_dict(plain_tree(variables["params"])).items()
+    return config, {
+        where: _stacked(by_path[where], entries, config_at(config, ".".join(where))) for where, entries in found.items()
     }
-    places = []
-    for path, array in params.items():
-        if array.ndim >= 2 and path[-1] not in VECTORS:
-            layer = path[:-1] if path[-1] in KERNELS else path
-            bias = next((params[*layer, name] for name in BIASES if (*layer, name) in params), None)
-            places.append(Place(layer, Matrix.plain(path[-1], array.shape), array, bias, ()))
-    return places
+
+
+def _stacked(site: TreeSite, entries: Mapping[tuple[int, ...], AdapterEntry], config: Any) -> tuple[Arrays, Arrays]:
+    """The arrays of a site's adapter, those that are trained and those that are not.
+
+    Layers of a stack that the folder leaves out get a fresh adapter, which changes nothing.
+    """
+    kernels, (trained, fixed) = site.kernel(), array_shapes(config, site.matrix)
+    arrays = {name: np.zeros((*site.stack, *shape), np.float32) for name, shape in (trained | fixed).items()}
+    for index in np.ndindex(site.stack):
+        layer: Mapping[str, Any] = (
+            entries[index].params
+            if index in entries
+            else ChainMap(*fresh_arrays(config, site.matrix, nnx.Rngs(params=jax.random.key(0)), kernels[index]))
+        )
+        for name, array in arrays.items():
+            array[index] = layer[name]
+    values = {name: jnp.asarray(array, wide(site.array.dtype)) for name, array in arrays.items()}
+    return {name: values[name] for name in trained}, {name: values[name] for name in fixed}
 
 
 def _described(file: Path_) -> dict[str, Any]:
@@ -276,43 +223,39 @@ def _matrix(said: Mapping[str, Any]) -> Matrix:
     return Matrix(said["array"], shape, contracted, free, bias_axes, said.get("groups", 0))
 
 
-def _placed(place: Place, given: Mapping[str, Any], report: LinenReport | None, described: Mapping[str, Any]) -> Place:
-    """A place as the file and the report say that it is a matrix, or a stack of them."""
-    if report is None and (said := described.get(".".join(place.path))) is not None:
-        given_place = place._replace(matrix=said[0], lifts=said[1])
-        ends = place.array.shape[len(given_place.lifts) :]
-        if (given_place.matrix.array, given_place.matrix.shape) == (place.matrix.array, ends):
-            return given_place
-    known = None if report is None else report.matrix_at(place.path)
-    if known is not None and report is not None:
-        axes = place.array.ndim - len(known.shape)
-        return place._replace(matrix=known, lifts=report.lifts_at(place.path)[:axes])
-    own = ".".join(place.path)
-    lifts: tuple[int, ...] = ()
-    if own in given:
-        shapes = given[own]
-    else:
-        numbered = [
-            (at, name) for at in range(len(place.path) + 1) for name in given if _is_layer(name, place.path, at)
-        ]
-        if not numbered:
-            return place
-        lifts, shapes = (numbered[0][0],), given[numbered[0][1]]
+def _placed(
+    site: TreeSite, given: Mapping[str, Any], report: LinenReport | None, described: Mapping[str, Any]
+) -> TreeSite:
+    """A site as the file and the report say that it is a matrix, or a stack of them."""
+    if report is None and site.name in described:
+        matrix, lifts = described[site.name]
+        if (matrix.array, matrix.shape) == (site.matrix.array, site.array.shape[len(lifts) :]):
+            return replace(site, matrix=matrix, lifts=lifts)
+    if report is not None and (known := report.matrix_at(site.path)) is not None:
+        axes = site.array.ndim - len(known.shape)
+        return replace(site, matrix=known, lifts=report.lifts_at(site.path)[:axes])
+    lifts, shapes = (), given.get(site.name)
+    if shapes is None:
+        ends = range(len(site.path) + 1)
+        layer = next(((at, name) for at in ends for name in given if _is_layer(name, site.path, at)), None)
+        if layer is None:
+            return site
+        lifts, shapes = layer[:1], given[layer[1]]
     lead = len(lifts)
     fitting = [
         matrix
-        for matrix in possible_matrices(place.matrix.array, place.array.shape)
-        if place.array.ndim - len(matrix.shape) == lead
+        for matrix in possible_matrices(site.matrix.array, site.array.shape)
+        if site.array.ndim - len(matrix.shape) == lead
         and _fits(matrix, shapes)
-        and (place.bias is None or place.bias.shape[lead:] == matrix.shape[len(matrix.contracted) :])
+        and (site.bias is None or site.bias.shape[lead:] == matrix.shape[len(matrix.contracted) :])
     ]
-    if len(fitting) != 1 and place.array.ndim > 2 + lead:
+    if len(fitting) != 1 and site.array.ndim > 2 + lead:
         how = "several ways" if fitting else "no way that fits the folder"
         raise InputError(
-            f"{own}: the shape {place.array.shape} of its {place.matrix.array} can be taken as a matrix in {how}; give "
-            "the report of a context in which the model ran, report="
+            f"{site.name}: the shape {site.array.shape} of its {site.matrix.array} can be taken as a matrix in {how}; "
+            "give the report of a context in which the model ran, report="
         )
-    return place._replace(matrix=fitting[0], lifts=lifts) if fitting else place
+    return replace(site, matrix=fitting[0], lifts=lifts) if fitting else site
 
 
 def _is_layer(name: str, path: Path, at: int) -> bool:
@@ -326,21 +269,18 @@ def _fits(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     down, up = shapes.get("a"), shapes.get("b")
     if down is None or up is None or down == up == (down[0],) * 2:
         return True
-    return (down[-1], up[0]) == (matrix.in_features, matrix.out_features)
+    return (down[-1], up[0]) == matrix.sizes
 
 
-def _as_nnx(adapted: list[Place], others: list[Place]) -> nnx.Module:
+def _as_nnx(adapted: list[TreeSite], others: list[TreeSite]) -> nnx.Module:
     """An NNX model of plain layers at the paths of files; those that are to carry adapters have their values."""
     model: Any = _Tree()
-    taken = {place.path for place in adapted}
-    for place in [*adapted, *(place for place in others if place.path not in taken)]:
-        matrices = place.matrix.take(place.array) if place.path in taken else None
-        biases = (
-            None if place.bias is None or matrices is None else place.matrix.take_bias(place.bias, len(place.stack))
-        )
-        for index, name in place.names():
-            kernel = None if matrices is None else matrices[index]
-            layer = _layer(place.matrix, kernel, None if biases is None else biases[index])
+    taken = {site.path for site in adapted}
+    for site in [*adapted, *(site for site in others if site.path not in taken)]:
+        matrices, biases = (site.kernel(), site.bias_rows()) if site.path in taken else (None, None)
+        for index, name in site.names():
+            kernel, bias = (None if array is None else array[index] for array in (matrices, biases))
+            layer = _layer(site.matrix, kernel, bias)
             if not name:
                 return layer
             *above, own = name.split(".")
@@ -354,25 +294,20 @@ def _as_nnx(adapted: list[Place], others: list[Place]) -> nnx.Module:
 
 
 def _layer(matrix: Matrix, kernel: jax.Array | None, bias: jax.Array | None) -> Any:
-    sizes = matrix.in_features, matrix.out_features
-    if matrix.is_embedding:
-        layer: Any = nnx.eval_shape(lambda: nnx.Embed(*sizes, rngs=nnx.Rngs(0)))
-        if kernel is not None:
-            layer.embedding.set_value(kernel)
-        return layer
-
     def make() -> Any:
-        how: dict[str, Any] = {"use_bias": bias is not None, "rngs": nnx.Rngs(0)}
+        rngs = nnx.Rngs(0)
+        if matrix.is_embedding:
+            return nnx.Embed(*matrix.sizes, rngs=rngs)
         if not matrix.groups:
-            return nnx.Linear(*sizes, **how)
+            return nnx.Linear(*matrix.sizes, use_bias=bias is not None, rngs=rngs)
         *window, channels, out = (matrix.shape[axis] for axis in (*matrix.contracted, *matrix.free))
-        return nnx.Conv(channels * matrix.groups, out, tuple(window), feature_group_count=matrix.groups, **how)
+        how: dict[str, Any] = {"feature_group_count": matrix.groups, "use_bias": bias is not None, "rngs": rngs}
+        return nnx.Conv(channels * matrix.groups, out, tuple(window), **how)
 
     layer = nnx.eval_shape(make)
-    if kernel is not None:
-        layer.kernel.set_value(kernel.reshape(layer.kernel.shape))
-    if bias is not None:
-        layer.bias.set_value(bias)
+    for variable, value in ((weight_of(layer), kernel), (bias_param(layer), bias)):
+        if variable is not None and value is not None:
+            variable.set_value(value.reshape(variable.shape))
     return layer
 
 
@@ -395,7 +330,7 @@ def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
         if hasattr(first.config, "feedforward"):
             feedforward += [path] if first.config.feedforward else []
             changes["feedforward"] = ()
-        plain.add(dataclasses.replace(first.config, **changes))
+        plain.add(replace(first.config, **changes))
     if len(plain) > 1:
         raise InputError("the folder holds adapters of several configurations, but Linen takes one at a time")
     changes = {"targets": exactly(".".join(where) for where in found)}
@@ -405,7 +340,7 @@ def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
             changes[f"{name}_pattern"] = pattern_for(values, changes[name])
     if feedforward:
         changes["feedforward"] = tuple(feedforward)
-    config = dataclasses.replace(plain.pop(), **changes)
+    config = replace(plain.pop(), **changes)
     with refused():
         check_config(config)
     return config

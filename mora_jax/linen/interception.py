@@ -14,7 +14,7 @@ from mora_jax.linen.layers import LoRADense, MoRADense
 from mora_jax.linen.matrices import KINDS, adapter_path, layer_number, product_of
 from mora_jax.linen.registered import EinsumCall, form_of
 from mora_jax.linen.report import LinenReport
-from mora_jax.linen.update import adapted_output, attended, check_config, embedded
+from mora_jax.linen.update import adapted_output, check_config, table_output
 
 # Part of the key of what jax.jit has compiled: a function that was traced outside a context, or inside one of another
 # configuration, is traced again.
@@ -109,12 +109,10 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
         own = config_at(config, path)
         if form is not None and bias is None and own.biases_alone:
             raise ValueError(f"{path} has no bias, nor a place for one; leave it out of targets")
-        if kind is not nn.Embed:
-            y = adapted_output(module, own, product, plain, inputs, deterministic, bias)
-        elif context.method_name == "attend":
-            y = attended(module, own, product.matrix, plain, inputs)
+        if kind is nn.Embed:
+            y = table_output(module, own, product.matrix, plain, inputs, attends=context.method_name == "attend")
         else:
-            y = embedded(module, own, product.matrix, plain, inputs)
+            y = adapted_output(module, own, product, plain, inputs, deterministic, bias)
         report.note(where, module, product.matrix, own)
         return y
 

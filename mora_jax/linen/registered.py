@@ -148,7 +148,4 @@ def _difference(example: tuple[Any, ...], form: LayerForm) -> str:
     if isinstance(product, str):
         return product
     x = random_values(next(keys), jnp.shape(one.inputs), jnp.float32)
-    expected = jnp.einsum(one.equation, x, params[one.array].astype(jnp.float32))
-    if form.bias is not None and form.bias in params:
-        expected = expected + params[form.bias].astype(jnp.float32)
-    return computes_other(one.again(x), expected, list(x.shape))
+    return computes_other(one.again(x), one.equation, x, params[one.array], params.get(form.bias))

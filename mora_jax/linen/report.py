@@ -10,11 +10,11 @@ from flax import linen as nn, traverse_util
 
 from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.methods.registry import adapter_class
-from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, why_left
+from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, report_on, why_left
 from mora_jax.adapters.targets import Picker, named
 from mora_jax.linen.matrices import KINDS, REASONS, array_path, layer_number
 from mora_jax.linen.registered import form_of
-from mora_jax.linen.update import COLLECTION
+from mora_jax.linen.update import COLLECTION, title
 
 Path = tuple[str, ...]
 
@@ -122,30 +122,23 @@ class LinenReport:
     @property
     def table(self) -> AttachReport:
         """The report as that of `mora_jax.attach`."""
-        matches, notes, beyond = [], [], []
+        adapted = []
         for path, seen in self._seen.items():
             if seen.config is not None and seen.matrix is not None:
                 trained = sum(size for name, size in self._adapters.items() if name[:-1] == path)
-                title, sizes = _title(path), (seen.matrix.in_features, seen.matrix.out_features)
-                matches.append(Match(title, math.prod(self._stack(path)), *sizes, trained))
-                notes += seen.config.warnings(title, *sizes)
-                beyond.append(seen.config.beyond(title, *sizes))
-        trainable = sum(match.trainable for match in matches)
-        total = trainable + sum(math.prod(shape) for shape in self._params.values())
-        method = adapter_class(self.config).method
-        passed_over = grouped(self._left(), Picker(self.config, layer_number))
-        return AttachReport(
-            method, tuple(matches), trainable, total, tuple(notes), passed_over, tuple(filter(None, beyond))
-        )
+                line = Match(title(path), math.prod(self._stack(path)), *seen.matrix.sizes, trained)
+                adapted.append((line, seen.config))
+        method, left = adapter_class(self.config).method, grouped(self._left(), Picker(self.config, layer_number))
+        return report_on(method, adapted, left, sum(map(math.prod, self._params.values())))
 
     def _left(self) -> Iterator[tuple[str, str, int, str]]:
         """Path, class, size and reason of the matrices without an adapter."""
         picks, unknown = Picker(self.config, layer_number), dict[Path, int]()
         for path, seen in self._seen.items():
             if seen.matrix is not None and seen.config is None:
-                size = seen.matrix.in_features * seen.matrix.out_features * math.prod(self._stack(path))
+                size = math.prod((*self._stack(path), *seen.matrix.sizes))
                 why = why_left(picks, ".".join(path), kind=seen.matrix.kind)
-                yield _title(path), "", size, why
+                yield title(path), "", size, why
         for (*above, name), shape in self._params.items():
             path = (*above, name) if (*above, name) in self._seen else tuple(above)
             found = self._seen.get(path)
@@ -154,16 +147,12 @@ class LinenReport:
                 unknown[path] = unknown.get(path, 0) + math.prod(shape)
         for path, size in unknown.items():
             found = self._seen.get(path)
-            yield _title(path), "" if found is None else found.kind.__name__, size, _reason(found)
+            yield title(path), "" if found is None else found.kind.__name__, size, _reason(found)
 
     def __str__(self) -> str:
         if not self._seen:
             return "no layer was traced in this context: what ran, if anything, was compiled before"
         return str(self.table)
-
-
-def _title(path: Path) -> str:
-    return ".".join(path) or "(the model itself)"
 
 
 def _reason(seen: _Seen | None) -> str:

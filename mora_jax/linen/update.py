@@ -1,29 +1,25 @@
 """The arrays of an adapter on a Linen layer, and what the layer computes with them."""
 
-import functools
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn, nnx
 from jax import Array
 
-from mora_jax.adapters.base import Adapter
 from mora_jax.adapters.config.common import MethodConfig
 from mora_jax.adapters.matrices import KERNELS, Matrix, Product
-from mora_jax.adapters.methods.lora import LoRA
-from mora_jax.adapters.methods.registry import adapter_class, fresh_arrays
-from mora_jax.adapters.products.around import around, attended as attended_by, embedded as embedded_by
-
-Arrays = dict[str, Array]
+from mora_jax.adapters.methods.registry import adapter_class, array_shapes, fresh_arrays
+from mora_jax.adapters.products.around import around, attended, embedded
+from mora_jax.linen.tree_sites import Arrays, scaled
 
 COLLECTION = "adapters"  # what is trained
 FIXED = "adapter_state"  # what methods with frozen factors (LoRA-FA, PiSSA, OLoRA, VeRA) keep beside it
 
 
-def check_config(config: Any) -> type[Adapter]:
-    """The adapter class of a configuration that has a form in Linen.
+def check_config(config: Any) -> None:
+    """Refuses a configuration that has no form in Linen.
 
     Raises:
         TypeError: `config` is no adapter configuration.
@@ -31,7 +27,7 @@ def check_config(config: Any) -> type[Adapter]:
     """
     if isinstance(config, MethodConfig) and config.tree_refusal:
         raise ValueError(config.tree_refusal)
-    method = adapter_class(config)
+    adapter_class(config)
     if config.bias != "none":
         raise ValueError(f"Linen layers have no bias={config.bias!r}; BitFitConfig trains biases alone")
     if config.trainable_tokens:
@@ -41,28 +37,6 @@ def check_config(config: Any) -> type[Adapter]:
             f"modules_to_save names {config.modules_to_save[0]!r}, but in Linen adapters alone are added: train that "
             "part of variables['params'] with your optimizer"
         )
-    return method
-
-
-def fresh(config: Any, matrix: Matrix, key: Array, kernel: Array) -> tuple[Arrays, Arrays]:
-    """New arrays for one matrix, the trained and the fixed ones by name; `kernel` is the base's `[in, out]`."""
-    check_config(config)
-    return fresh_arrays(config, matrix, nnx.Rngs(params=key), lambda: kernel, kernel.dtype)
-
-
-@functools.cache
-def expected(config: Any, matrix: Matrix) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The shapes of `fresh`."""
-    kernel = jax.ShapeDtypeStruct((matrix.in_features, matrix.out_features), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    trained, fixed = jax.eval_shape(lambda key, kernel: fresh(config, matrix, key, kernel), key, kernel)
-    return {k: v.shape for k, v in trained.items()}, {k: v.shape for k, v in fixed.items()}
-
-
-def scaled(config: Any, arrays: Arrays) -> Arrays:
-    """The arrays as the adapters' own classes take them."""
-    dtype = jnp.result_type(jnp.float32, *arrays.values())
-    return dict(arrays) | {"scaling": jnp.asarray(adapter_class(config).scale(config), dtype)}
 
 
 def param(module: nn.Module, name: str) -> Array:
@@ -72,27 +46,22 @@ def param(module: nn.Module, name: str) -> Array:
 
 def _arrays(module: nn.Module, config: Any, matrix: Matrix) -> Arrays:
     """The layer's adapter; made where there is none and the collection may be written."""
-    trained, fixed = expected(config, matrix)
-    made: Arrays = {}
-
-    def first(name: str) -> Array:
-        if not made:
-            kernel = matrix.take(param(module, matrix.array))
-            for arrays in fresh(config, matrix, _key(module, matrix), kernel):
-                made.update(arrays)
-        return made[name]
-
+    trained, fixed = array_shapes(config, matrix)
+    made: Mapping[str, Array] = {}
     found = {}
     for collection, names in ((COLLECTION, trained), (FIXED, fixed)):
         for name, shape in names.items():
             value = _held(module, matrix, collection, name)
             if value is None:
                 _check_writable(module, collection, config)
-                value = first(name)
+                if not made:
+                    kernel = matrix.take(param(module, matrix.array))
+                    made = ChainMap(*fresh_arrays(config, matrix, nnx.Rngs(params=_key(module, matrix)), kernel))
+                value = made[name]
                 _hold(module, matrix, collection, name, value)
             found[name] = nn.meta.unbox(value)
             if found[name].shape != shape:
-                given = f"{title(module)}: {collection}/{name} is {found[name].shape}"
+                given = f"{title(module.path)}: {collection}/{name} is {found[name].shape}"
                 raise ValueError(f"{given}, but {in_words(config)} asks for {shape}")
     return scaled(config, found)
 
@@ -105,12 +74,10 @@ def _held(module: nn.Module, matrix: Matrix, collection: str, name: str) -> Any:
     return held.get(name)
 
 
-def _hold(module: nn.Module, matrix: Matrix, collection: str, name: str, value: Array) -> None:
-    if matrix.array in KERNELS:
-        module.put_variable(collection, name, value)
-    else:
-        held: dict[str, Any] = module.get_variable(collection, matrix.array, {})
-        module.put_variable(collection, matrix.array, {**held, name: value})
+def _hold(module: nn.Module, matrix: Matrix, collection: str, name: str, value: Any) -> None:
+    if matrix.array not in KERNELS:
+        name, value = matrix.array, {**module.get_variable(collection, matrix.array, {}), name: value}
+    module.put_variable(collection, name, value)
 
 
 def _key(module: nn.Module, matrix: Matrix) -> Array:
@@ -124,14 +91,15 @@ def _key(module: nn.Module, matrix: Matrix) -> Array:
 def _check_writable(module: nn.Module, collection: str, config: Any) -> None:
     if module.is_mutable_collection(collection):
         return
+    where = title(module.path)
     if module.is_initializing():
         raise ValueError(
-            f"{title(module)} runs under a transformation (nn.scan, nn.vmap, nn.RNN) that passes on no collection "
+            f"{where} runs under a transformation (nn.scan, nn.vmap, nn.RNN) that passes on no collection "
             f"{collection!r}: name it beside 'params' in variable_axes (or variable_broadcast), or leave the layer out "
             "of targets"
         )
     raise ValueError(
-        f"{title(module)} has no adapter of {type(config).__name__} among the variables: give apply the collection "
+        f"{where} has no adapter of {type(config).__name__} among the variables: give apply the collection "
         f"{collection!r} that init makes inside the context; under nn.scan or nn.vmap, variable_axes has to name it too"
     )
 
@@ -142,9 +110,9 @@ def in_words(config: Any) -> str:
     return f"{type(config).__name__}({', '.join(settings)})"
 
 
-def title(module: nn.Module) -> str:
+def title(path: tuple[str, ...]) -> str:
     """The path of a module in words, for messages."""
-    return ".".join(module.path) or "(the model itself)"
+    return ".".join(path) or "(the model itself)"
 
 
 def adapted_output(
@@ -167,9 +135,9 @@ def adapted_output(
         deterministic: whether dropout is off; None where the configuration has none.
         bias: the name of the layer's bias, or None.
     """
-    method, matrix = check_config(config), product.matrix
+    method, matrix = adapter_class(config), product.matrix
     first = None
-    if any(_held(module, matrix, COLLECTION, name) is None for name in expected(config, matrix)[0]):
+    if any(_held(module, matrix, COLLECTION, name) is None for name in array_shapes(config, matrix)[0]):
         first = call(inputs)  # makes the kernel that a fresh adapter starts from, which leaves the inputs as they are
     params = _arrays(module, config, matrix)
 
@@ -177,14 +145,13 @@ def adapted_output(
         y = call(x) if first is None else first
         if jnp.issubdtype(y.dtype, jnp.complexfloating):
             raise ValueError(
-                f"{title(module)} computes in {y.dtype}: adapters are real, so complex layers can't carry one"
+                f"{title(module.path)} computes in {y.dtype}: adapters are real, so complex layers can't carry one"
             )
         return y
 
     key, kernel = _dropout_key(module, config, deterministic), param(module, matrix.array)
-    return around(
-        method, config, params, product, real, inputs, kernel, None if bias is None else param(module, bias), key
-    )
+    own_bias = None if bias is None else param(module, bias)
+    return around(method, config, params, product, real, inputs, kernel, own_bias, key)
 
 
 def _dropout_key(module: nn.Module, config: Any, deterministic: bool | None) -> Array | None:
@@ -196,40 +163,20 @@ def _dropout_key(module: nn.Module, config: Any, deterministic: bool | None) -> 
     return None if deterministic else module.make_rng("dropout")
 
 
-def embedded(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], ids: Array) -> Array:
-    """Looked-up rows of a table with an adapter; dropout doesn't act on token ids, as in PEFT.
+def table_output(
+    module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], inputs: Array, *, attends: bool
+) -> Array:
+    """What an `nn.Embed` with an adapter gives.
 
     Args:
-        module: the `nn.Embed`.
+        module: the layer.
         config: of the adapter.
         matrix: the table.
-        call: the module's own look-up.
-        ids: int `[...]`.
+        call: the module's own look-up, or its own `attend`.
+        inputs: ids `[...]`, on which dropout doesn't act, as in PEFT; or queries `[..., D]`.
+        attends: whether it makes products with every row of the table, as a tied output head does.
     """
-    y = call(ids)  # which makes the table that a fresh adapter starts from
-    params, method = _table(module, config, matrix)
-    return embedded_by(method, config, params, lambda _: y, ids, param(module, matrix.array))
-
-
-def attended(module: nn.Module, config: Any, matrix: Matrix, call: Callable[[Array], Array], query: Array) -> Array:
-    """Products with every row of the adapted table: a tied output head.
-
-    Args:
-        module: the `nn.Embed`.
-        config: of the adapter.
-        matrix: the table.
-        call: the module's own `attend`.
-        query: `[..., D]`.
-    """
-    params, method = _table(module, config, matrix)
-    return attended_by(method, config, params, call, query, param(module, matrix.array))
-
-
-def _table(module: nn.Module, config: Any, matrix: Matrix) -> tuple[Arrays, type[LoRA]]:
-    method = check_config(config)
-    if not method.on_embeddings:
-        raise ValueError(
-            f"{title(module)} is an embedding, for which {method.method} has no form; leave it out of targets"
-        )
-    assert issubclass(method, LoRA), "the methods that have a form on embeddings"
-    return _arrays(module, config, matrix), method
+    method = adapter_class(config)
+    method.check_embedding(title(module.path))
+    run, params = attended if attends else embedded, _arrays(module, config, matrix)
+    return run(method, config, params, call, inputs, param(module, matrix.array))

@@ -216,56 +216,49 @@ def weighted_sum(
     Returns:
         float32 scalar.
     """
-    return jnp.sum(_laid_out(_sums, options, value_of)(hidden, cast_like(kernel, hidden), by_token, shared, weights))
+    used = cast_like(kernel, hidden)
+    return jnp.sum(_laid_out(options, value_of, ())(hidden, used, by_token, shared, weights)[0])
 
 
-def _sums(
-    options: Options, value_of: TokenValue, hidden: Array, used: Any, by_token: Any, shared: Any, weights: Array
-) -> Array:
-    """The sum over the tokens of each shard, float32 `[shards]`."""
+def _sums(options: Options, value_of: TokenValue, by: tuple[str, ...], *arrays: Any) -> tuple[Array, Any, Any]:
+    """The sum over the tokens of each shard, float32 `[shards]`, and its derivatives `by` "hidden" and "kernel".
 
-    def add(options: Options, index: Array, totals: Array) -> Array:
-        h, w, *others = take(options, index, hidden, weights, *by_token)
-        value, _ = value_of(options, h, used, tuple(others), shared)
-        return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1)
-
-    return over_chunks(options, weights, add, jnp.zeros(weights.shape[0], jnp.float32))
-
-
-def _sums_and_slopes(
-    options: Options, value_of: TokenValue, hidden: Array, used: Any, by_token: Any, shared: Any, weights: Array
-) -> tuple[Array, Array]:
-    """`_sums`, and their derivative by `hidden`."""
+    `arrays` are those of `weighted_sum`, the kernel in the dtype that it is used in.
+    """
+    hidden, used, by_token, shared, weights = arrays
 
     def add(options: Options, index: Array, carry: Any) -> Any:
-        totals, dhidden = carry
+        totals, dhidden, dkernel = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
         value, slope = value_of(options, h, used, tuple(others), shared)
-        scaled = slope * w[..., None]
+        totals = totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1)
+        slope = slope * w[..., None]
         if used is None:  # of padding a user's logits may be infinite
-            scaled = jnp.where(w[..., None] > 0, scaled, 0.0)
-        dh = hidden_vjp(scaled, h, used)
-        return totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1), put(options, index, dhidden, dh)
+            slope = jnp.where(w[..., None] > 0, slope, 0.0)
+        if dhidden is not None:
+            dhidden = put(options, index, dhidden, hidden_vjp(slope, h, used))
+        if dkernel is not None:
+            dkernel = dkernel + kernel_vjp(slope.astype(h.dtype), h)
+        return totals, dhidden, dkernel
 
-    start = (jnp.zeros(weights.shape[0], jnp.float32), jnp.zeros_like(hidden))
-    return over_chunks(options, weights, add, start)
+    dhidden = jnp.zeros_like(hidden) if "hidden" in by else None
+    dkernel = jnp.zeros(used.shape, jnp.float32) if "kernel" in by else None
+    return over_chunks(options, weights, add, (jnp.zeros(weights.shape[0], jnp.float32), dhidden, dkernel))
 
 
 _ROWS = 512  # of a product over the tokens of several elements: enough for its rate, few enough to skip weight 0
 
 
-def _laid_out(function: Any, options: Options, value_of: TokenValue) -> Callable[..., Any]:
-    """`function(options, value_of, hidden, kernel, by_token, shared, weights)` as a function of its arrays; under
-    `jax.vmap`, if `options.mapped`, with the elements as shards. Its results have the shards in front."""
-    plain = partial(function, options, value_of)
+def _laid_out(options: Options, value_of: TokenValue, by: tuple[str, ...]) -> Callable[..., Any]:
+    """`_sums` as a function of its arrays; under `jax.vmap`, if `options.mapped`, with the elements as shards."""
+    plain = partial(_sums, options, value_of, by)
     if not options.mapped:
         return plain
     call = custom_vmap(plain)
 
     @call.def_vmap
     def _by_shards(size: int, mapped: Any, *arrays: Any) -> Any:
-        _, kernel_mapped, _, shared_mapped, _ = mapped
-        if any(jax.tree.leaves((kernel_mapped, shared_mapped))):
+        if any(jax.tree.leaves((mapped[1], mapped[3]))):  # the head, or what is shared
             found = jax.vmap(plain, jax.tree.map(lambda on: 0 if on else None, tuple(mapped)))(*arrays)
             return found, jax.tree.map(lambda _: True, found)
         hidden, kernel, by_token, shared, weights = arrays
@@ -279,7 +272,7 @@ def _laid_out(function: Any, options: Options, value_of: TokenValue) -> Callable
             return jnp.pad(array, [(0, 0), (0, -tokens % chunk), *[(0, 0)] * (array.ndim - 2)])
 
         by_tokens = jax.tree.map(side_by_side, (hidden, by_token, weights), (mapped[0], mapped[2], mapped[4]))
-        inner = _laid_out(function, options._replace(shards=size * shards, chunk=chunk), value_of)
+        inner = _laid_out(options._replace(shards=size * shards, chunk=chunk), value_of, by)
         found = inner(by_tokens[0], kernel, by_tokens[1], shared, by_tokens[2])
 
         def back(array: Array) -> Array:
@@ -299,31 +292,21 @@ def _forward(
     head_trained = kernel is not None and kernel.perturbed
     hidden, kernel, (by_token, shared, weights) = primals((hidden, kernel, others))
     used = cast_like(kernel, hidden)
+    arrays = hidden, used, by_token, shared
+    if head_trained:
+        totals, dhidden, dkernel = _sums(options, value_of, ("hidden", "kernel"), *arrays, weights)
+        return jnp.sum(totals), (dhidden, dkernel.astype(kernel.dtype))
 
-    if not head_trained:
+    def run(options: Options, value_of: TokenValue, weights: Array) -> tuple[Array, Array]:
+        return _laid_out(options, value_of, ("hidden",))(*arrays, weights)[:2]
 
-        def run(options: Options, value_of: TokenValue, weights: Array) -> tuple[Array, Array]:
-            return _laid_out(_sums_and_slopes, options, value_of)(hidden, used, by_token, shared, weights)
-
-        if fast is not None:
-            # Half the tokens a chunk: `value_of` has float32 logits where `fast` has them in the compute dtype.
-            halved = options._replace(chunk=options.chunk // (1 if options.chunk % 2 else 2))
-            totals, dhidden = _once_more(partial(run, halved, value_of), weights, run(options, fast, weights))
-        else:
-            totals, dhidden = run(options, value_of, weights)
-        return jnp.sum(totals), (dhidden, None)
-
-    def add(options: Options, index: Array, carry: Any) -> Any:
-        total, dhidden, dkernel = carry
-        h, w, *others = take(options, index, hidden, weights, *by_token)
-        value, slope = value_of(options, h, used, tuple(others), shared)
-        total = total + jnp.sum(jnp.where(w > 0, value * w, 0.0))
-        slope = (slope * w[..., None]).astype(h.dtype)
-        return total, put(options, index, dhidden, hidden_vjp(slope, h, used)), dkernel + kernel_vjp(slope, h)
-
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32))
-    total, dhidden, dkernel = over_chunks(options, weights, add, start)
-    return total, (dhidden, dkernel.astype(kernel.dtype))
+    if fast is None:
+        totals, dhidden = run(options, value_of, weights)
+    else:
+        # Half the tokens a chunk: `value_of` has float32 logits where `fast` has them in the compute dtype.
+        halved = options._replace(chunk=options.chunk // (1 if options.chunk % 2 else 2))
+        totals, dhidden = _once_more(partial(run, halved, value_of), weights, run(options, fast, weights))
+    return jnp.sum(totals), (dhidden, None)
 
 
 def _once_more(

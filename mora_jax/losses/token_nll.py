@@ -1,4 +1,7 @@
-"""The negative log-likelihood of each token, differentiable, in the chunks of the loss; beside it that of a base."""
+"""The negative log-likelihood of each token in the chunks of the loss: the logits of a whole batch never exist.
+
+It is differentiable, and stands beside that of a base, or beside whether the token was the most likely one.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +25,34 @@ from mora_jax.losses.chunked_sum import (
     uncapped,
 )
 from mora_jax.losses.cross_entropy import negative_log_likelihood
+
+
+class TokenSums(NamedTuple):
+    """Sums over the tokens of each row, float32 `[B]`.
+
+    Attributes:
+        nll: Σ weight · negative log-likelihood, in nats.
+        weight: Σ weight.
+        correct: Σ over tokens of non-zero weight, 1 where the most likely next token is the right one.
+        tokens: number of tokens of non-zero weight.
+    """
+
+    nll: Any
+    weight: Any
+    correct: Any
+    tokens: Any
+
+
+class TokenScores(NamedTuple):
+    """What each token is given; tokens of weight 0 have zeros.
+
+    Attributes:
+        nll: float32 `[B, T]`, the negative log-likelihood in nats, whatever the weight.
+        correct: bool `[B, T]`, whether the most likely next token is the right one.
+    """
+
+    nll: Array
+    correct: Array
 
 
 class TokenNLL(NamedTuple):
@@ -62,22 +93,60 @@ def token_nll(
         base: hidden states `[B, T, D]` and head `[V, D]` of another model; they get no gradient.
         softcap, shards, chunk: as in `weighted_loss`.
     """
-    places = jnp.arange(targets.size).reshape(targets.shape) % (targets.size // shards)
-    arrays = (hidden, targets, places) if base is None else (hidden, targets, places, base[0])
+    arrays = (hidden, targets, _places(targets, shards)) + (() if base is None else base[:1])
     heads = 1 if base is None else 2
     options, (marks, flat, goals, places, *others) = pack_weighted_tokens(
         counted, *arrays, kernel=kernel, softcap=softcap, shards=shards, chunk=chunk, heads=heads
     )
     by_token = (goals, *map(lax.stop_gradient, others))
     shared = () if base is None else (cast_like(lax.stop_gradient(base[1]), flat),)
-
-    def back(values: Array) -> Array:
-        zeros = jnp.zeros(targets.size // shards, jnp.float32)
-        by_shard = jax.vmap(lambda place, value: zeros.at[place].add(value))(places, values)
-        return by_shard.reshape(targets.shape)
-
-    values = [back(array) for array in _packed(options, flat, kernel, by_token, shared, marks)]
+    values = [_unpacked(targets, places, array) for array in _packed(options, flat, kernel, by_token, shared, marks)]
     return TokenNLL(values[0], *map(lax.stop_gradient, values[1:]))
+
+
+def token_scores(
+    hidden: Array,
+    kernel: Array | None,
+    targets: Array,
+    weights: Array,
+    *,
+    softcap: float | None = None,
+    shards: int = 1,
+    chunk: int | None = None,
+) -> TokenScores:
+    """The score of each token of non-zero weight, in the same chunks as the loss; arguments as in `weighted_loss`."""
+    options, (scales, flat, goals, places) = pack_weighted_tokens(
+        weights, hidden, targets, _places(targets, shards), kernel=kernel, softcap=softcap, shards=shards, chunk=chunk
+    )
+    (nll, correct), _ = _values(options, (flat, kernel, (goals,), (), scales), correct=True)
+    return TokenScores(_unpacked(targets, places, nll), _unpacked(targets, places, correct) > 0)
+
+
+def token_sums(
+    hidden: Array,
+    kernel: Array | None,
+    targets: Array,
+    weights: Array,
+    *,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> TokenSums:
+    """What evaluation adds up, row by row; arguments as in `weighted_loss`."""
+    nll, correct = token_scores(hidden, kernel, targets, weights, softcap=softcap, chunk=chunk)
+    by_token = (nll * weights, weights, correct, weights > 0)
+    return TokenSums(*(jnp.sum(array.astype(jnp.float32), axis=1) for array in by_token))
+
+
+def _places(targets: Array, shards: int) -> Array:
+    """Where each token `[B, T]` lies in its shard."""
+    return jnp.arange(targets.size).reshape(targets.shape) % (targets.size // shards)
+
+
+def _unpacked(targets: Array, places: Array, values: Array) -> Array:
+    """The values of packed tokens `[shards, tokens]` at their places `[B, T]`; those that fill up a chunk are 0."""
+    zeros = jnp.zeros(targets.size // len(places), jnp.float32)
+    by_shard = jax.vmap(lambda place, value: zeros.at[place].add(value))(places, values)
+    return by_shard.reshape(targets.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,17 +154,25 @@ def _packed(
     options: Options, hidden: Array, kernel: Array | None, by_token: Any, shared: Any, marks: Array
 ) -> tuple[Array, ...]:
     """The values of packed tokens, float32 `[shards, tokens]` each."""
-    return _values(options, hidden, kernel, by_token, shared, marks, with_slopes=False)[0]
+    return _values(options, (hidden, kernel, by_token, shared, marks))[0]
 
 
 def _values(
-    options: Options, hidden: Array, kernel: Any, by_token: Any, shared: Any, marks: Array, *, with_slopes: bool
+    options: Options, arrays: tuple[Any, ...], *, slopes: bool = False, correct: bool = False
 ) -> tuple[tuple[Array, ...], Array | None]:
-    """The values, and the derivative of each token's by its own hidden state."""
+    """The values, and the derivative of each token's by its own hidden state.
+
+    Args:
+        options: as packed.
+        arrays: those of `_packed`.
+        slopes: whether to make the derivative.
+        correct: whether to make another value, 1 where the target is the most likely token.
+    """
+    hidden, kernel, by_token, shared, marks = arrays
     used = cast_like(kernel, hidden)
 
     def add(options: Options, index: Array, carry: Any) -> Any:
-        sums, slopes = carry
+        sums, derivatives = carry
         h, w, t, *base = take(options, index, hidden, marks, *by_token)
         z = logits(options, h, used)
         nll, slope = negative_log_likelihood(z, t)
@@ -104,24 +181,26 @@ def _values(
             y = logits(options, *base, *shared)
             log_p, log_q = jax.nn.log_softmax(z), jax.nn.log_softmax(y)
             values += [negative_log_likelihood(y, t)[0], jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)]
+        if correct:
+            values.append(jnp.argmax(z, axis=-1) == t)
         written = tuple(
             put(options, index, array, jnp.where(w > 0, value, 0.0)) for array, value in zip(sums, values, strict=True)
         )
-        if slopes is None:
+        if derivatives is None:
             return written, None
         slope = jnp.where(w[..., None] > 0, uncapped(options, z, slope), 0.0)
-        return written, put(options, index, slopes, hidden_vjp(slope, h, used))
+        return written, put(options, index, derivatives, hidden_vjp(slope, h, used))
 
-    zeros = tuple(jnp.zeros(marks.shape, jnp.float32) for _ in range(3 if shared else 1))
-    return over_chunks(options, marks, add, (zeros, jnp.zeros_like(hidden) if with_slopes else None))
+    zeros = (jnp.zeros(marks.shape, jnp.float32),) * (3 if shared else 2 if correct else 1)
+    return over_chunks(options, marks, add, (zeros, jnp.zeros_like(hidden) if slopes else None))
 
 
-def _forward(options: Options, hidden: Any, kernel: Any, by_token: Any, shared: Any, marks: Any) -> Any:
-    head_trained = kernel is not None and kernel.perturbed
-    hidden, kernel, by_token, shared, marks = primals((hidden, kernel, by_token, shared, marks))
-    values, slopes = _values(options, hidden, kernel, by_token, shared, marks, with_slopes=True)
-    again = (hidden, kernel, by_token[0]) if head_trained else None
-    return values, (slopes, again, marks)
+def _forward(options: Options, *arrays: Any) -> Any:
+    head_trained = arrays[1] is not None and arrays[1].perturbed
+    arrays = primals(arrays)
+    hidden, kernel, by_token, _, marks = arrays
+    values, slopes = _values(options, arrays, slopes=True)
+    return values, (slopes, (hidden, kernel, by_token[0]) if head_trained else None, marks)
 
 
 def _backward(options: Options, saved: Any, cotangents: Any) -> Any:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 
 Slot = CacheSlot | KeySlot
+#: By the number of a layer, the keys and values that others use.
+Keys = dict[int, tuple[jax.Array, jax.Array]]
+#: The sums of `Experts.use` over layers; None where nobody asks for them.
+Use = tuple[jax.Array, jax.Array] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +74,6 @@ class RowLayout:
         static = ("window", "layer_input", "kernel", "folded", "partitioner", "mesh")
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in static}
 
-    def with_arrays(self, arrays: dict[str, Any]) -> RowLayout:
-        """The layout with other arrays, as `arrays` gives them."""
-        return dataclasses.replace(self, **arrays)
-
     def project(
         self, projection: Projection, x: jax.Array, token_dropout: TokenDropout | None, *, flat: bool = False
     ) -> jax.Array:
@@ -101,6 +101,13 @@ def stacked_projection(
         init_std=config.initializer_range,
         **making,
     )
+
+
+def stacked_matrix(
+    config: DecoderConfig, name: str, sizes: tuple[int, int], axes: tuple[str, str], **making: Any
+) -> Projection:
+    """All layers' matrix of that name, `sizes` `[in, out]` with their logical `axes`."""
+    return stacked_projection(config, (name,), sizes[1:], sizes[0], out_shape=sizes[1:], axes=axes, **making)
 
 
 def dropout_at(token_dropout: TokenDropout | None, index: int) -> TokenDropout | None:
@@ -135,16 +142,8 @@ class Attention(nnx.Module):
             use_bias=config.qkv_bias,
             **making,
         )
-        self.o_proj = stacked_projection(
-            config,
-            (names.out,),
-            (config.hidden_size,),
-            config.num_heads * config.head_dim,
-            out_shape=(config.hidden_size,),
-            axes=("heads", "embed"),
-            use_bias=config.out_bias,
-            **making,
-        )
+        sizes = config.num_heads * config.head_dim, config.hidden_size
+        self.o_proj = stacked_matrix(config, names.out, sizes, ("heads", "embed"), use_bias=config.out_bias, **making)
         one = config.qk_norm == "all"
         size = config.head_dim * (config.num_heads if one else 1), config.head_dim * (config.num_kv_heads if one else 1)
         self.q_norm = _norm(config, names.q_norm if config.qk_norm else None, size=size[0], axis="head_dim")
@@ -253,9 +252,11 @@ def gated(activation: str, fused: jax.Array, flat: bool = False) -> jax.Array:
     """
 
     def product(fused: jax.Array) -> jax.Array:
-        gate, up = jnp.split(fused, 2, axis=-1 if flat else -2)
+        axis = -1 if flat else -2
+        # As rows: with axes split between, XLA writes out the joined gradients of gate and up where slices read them.
+        gate, up = jnp.split(fused.reshape(-1, fused.shape[-1]) if flat else fused, 2, axis)
         wide = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return (wide if flat else wide[..., 0, :]).astype(fused.dtype)
+        return wide.astype(fused.dtype).reshape(*fused.shape[:axis], wide.shape[-1])
 
     # The backward pass computes it again from `fused`, in place of saving three arrays of the size of the result.
     return jax.checkpoint(product, prevent_cse=False)(fused)
@@ -285,16 +286,8 @@ class MLP(nnx.Module):
             use_bias=config.mlp_bias,
             **making,
         )
-        self.down_proj = stacked_projection(
-            config,
-            (names.down,),
-            (config.hidden_size,),
-            inner,
-            out_shape=(config.hidden_size,),
-            axes=("mlp", "embed"),
-            use_bias=config.mlp_bias,
-            **making,
-        )
+        sizes = inner, config.hidden_size
+        self.down_proj = stacked_matrix(config, names.down, sizes, ("mlp", "embed"), use_bias=config.mlp_bias, **making)
         self.activation = config.activation
         self.gated = config.gated
 
@@ -341,13 +334,8 @@ class Block(nnx.Module):
         self.residual_scale = config.residual_scale
 
     def __call__(
-        self,
-        x: jax.Array,
-        layout: RowLayout,
-        slot: Slot | None = None,
-        token_dropout: TokenDropout | None = None,
-        use: tuple[jax.Array, jax.Array] | None = None,
-    ) -> tuple[jax.Array, Slot | None, tuple[jax.Array, jax.Array] | None]:
+        self, x: jax.Array, layout: RowLayout, slot: Slot | None, token_dropout: TokenDropout | None, use: Use = None
+    ) -> tuple[jax.Array, Slot | None, Use]:
         """`x [B, T, D]` through one layer; also the slot after this layer's write, and the sums of `Experts.use`.
 
         Args:
@@ -390,13 +378,8 @@ class LayerRunner:
     remat: str
 
     def __call__(
-        self,
-        layers: Layers,
-        x: jax.Array,
-        layout: RowLayout,
-        token_dropout: TokenDropout | None = None,
-        use: tuple[jax.Array, jax.Array] | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        self, layers: Layers, x: jax.Array, layout: RowLayout, token_dropout: TokenDropout | None, use: Use
+    ) -> tuple[jax.Array, Use]:
         """`x [B, T, D]` through all layers, with their own backward; and the sums of `Experts.use` over them.
 
         Args:
@@ -408,23 +391,15 @@ class LayerRunner:
         """
         layout = self.shared(layout)
         carry = x, use
-        keys: dict[int, tuple[jax.Array, jax.Array]] = {}
+        keys: Keys = {}
         for run in _runs_of(self.config, layers):
             carry = self._run(run, carry, layout, token_dropout, keys)
         return carry
 
     def _run(
-        self,
-        run: list[_Stack],
-        carry: Any,
-        layout: RowLayout,
-        token_dropout: TokenDropout | None,
-        keys: dict[int, tuple[jax.Array, jax.Array]],
+        self, run: list[_Stack], carry: Any, layout: RowLayout, token_dropout: TokenDropout | None, keys: Keys
     ) -> Any:
-        """The residual stream and the sums of `Experts.use` through the layers of a run.
-
-        Keys and values that others use are put into `keys`, by layer.
-        """
+        """The residual stream and the sums of `Experts.use` through the layers of a run, which adds to `keys`."""
         partitioner, folded = layout.partitioner, layout.folded
         splits = [stack.split(layout, partitioner) for stack in run]
 
@@ -434,7 +409,7 @@ class LayerRunner:
         def layer(i: int, carry: Any, differing: Any, shared: Any, slot: KeySlot | None) -> Any:
             (x, use), (arrays, dropout) = carry, shared
             index, leaves, *others = differing
-            here = run[i].layout(layout.with_arrays(arrays), *others)
+            here = run[i].layout(dataclasses.replace(layout, **arrays), *others)
             token_dropout = None if dropout is None else dropout.fold(index)
             x, slot, use = nnx.merge(splits[i][0], leaves)(by_rows(x), here, slot, token_dropout, use)
             return (by_rows(x), use), slot
@@ -466,7 +441,7 @@ class LayerRunner:
         layout = self.shared(layout)
         stored: list[Any] = []
         stacks = iter(cache.stacks)
-        keys: dict[int, tuple[jax.Array, jax.Array]] = {}
+        keys: Keys = {}
         for run in _runs_of(self.config, layers):
             x, arrays = self._extend_run(run, x, layout, [next(stacks) for _ in run], cache.length, keys)
             stored += arrays
@@ -475,13 +450,7 @@ class LayerRunner:
         return x, cache.with_stacks(stored)
 
     def _extend_run(
-        self,
-        run: list[_Stack],
-        x: jax.Array,
-        layout: RowLayout,
-        stacks: list[Any],
-        length: jax.Array,
-        keys_of: dict[int, tuple[jax.Array, jax.Array]],
+        self, run: list[_Stack], x: jax.Array, layout: RowLayout, stacks: list[Any], length: jax.Array, keys_of: Keys
     ) -> tuple[jax.Array, list[Any]]:
         splits = [stack.split(layout) for stack in run]
         # Where a loop carries the cache, XLA copies all of it for each write on CPUs, and none of it elsewhere.
@@ -513,10 +482,6 @@ class LayerRunner:
         one = len(self.config.ropes) == 1
         return dataclasses.replace(layout, cos=layout.cos[0], sin=layout.sin[0]) if one else layout
 
-    def of_layer(self, layout: RowLayout, window: int | None, rope: int) -> RowLayout:
-        """The layout of a layer with that window and the angles of that number, where layers are all of one kind."""
-        return _of_layer(layout, self.config, window, rope, None)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
@@ -547,10 +512,11 @@ class _Stack:
         """That of one layer, whose window, angles and inputs are given where layers differ in them."""
         config = self.config
         window = config.windows[0] if window is None else window
-        return _of_layer(layout, config, window, config.layer_ropes[0] if rope is None else rope, inputs)
+        return of_layer(layout, config, window, config.layer_ropes[0] if rope is None else rope, inputs)
 
 
-def _of_layer(layout: RowLayout, config: DecoderConfig, window: Any, rope: Any, inputs: Any) -> RowLayout:
+def of_layer(layout: RowLayout, config: DecoderConfig, window: Any, rope: Any, inputs: Any = None) -> RowLayout:
+    """The layout of a layer with that window, the angles of that number, and inputs of its own."""
     layout = dataclasses.replace(layout, window=window, layer_input=inputs)
     if layout.cos.ndim == 3:  # all layers have the same angles
         return layout
@@ -602,8 +568,9 @@ def _norm(config: DecoderConfig, name: str | None, **making: Any) -> Norm | None
 
 
 def norm_of(config: DecoderConfig, path: str, **making: Any) -> Norm:
-    """A norm of the family's kind."""
-    making |= {"eps": config.norm_eps, "offset": config.norm_offset, "kind": config.norm, "use_bias": config.norm_bias}
+    """A norm of the family's kind; its offset is the family's unless `making` has another."""
+    making |= {"eps": config.norm_eps, "kind": config.norm, "use_bias": config.norm_bias}
+    making.setdefault("offset", config.norm_offset)
     return Norm(path=path, **making)
 
 

@@ -59,8 +59,8 @@ class ExpertsConfig:
     """The MLP of layers with experts, of which a router gives each token some.
 
     Attributes:
-        layer: makes the module of all layers, `mora_jax.models.experts.Experts`, or `ExpertsBeside` of the file beside
-            it; other models do without these files.
+        layer: makes the module of all layers, `Experts` or `ExpertsBeside` of `mora_jax.models.experts`; other models
+            do without that file.
         balance: how evenly experts are used, by the sums of a pass, `mora_jax.models.experts.balance`.
         count: experts a layer.
         per_token: how many of them compute a token.

@@ -13,25 +13,21 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.products.quantization import FORMATS
-from mora_jax.adapters.projection import OutputHead, TokenDropout
+from mora_jax.adapters.projection import OutputHead, TokenDropout, drawn, normal
 from mora_jax.adapters.slots import banks, checked_ids, choose_rows
 from mora_jax.backend import backend
-from mora_jax.models.attention.causal import Choice, Rows
+from mora_jax.models.attention.causal import Rows
 from mora_jax.models.block import Block, LayerRunner, RowLayout, norm_of
 from mora_jax.models.kv_cache import Cache, empty_cache
 from mora_jax.models.rope import by_length, tables
 from mora_jax.models.segments import check_token_ids, default_positions, in_order, segment_lengths, sorted_by_segment
 
 if TYPE_CHECKING:
+    from mora_jax.models.attention.kernels import AttentionChoice
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
 
 REMAT = ("none", "dots", "full", "offload")
-
-
-def normal(scale: float, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal numbers drawn in float32, so that one key gives one model in every dtype."""
-    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 class TokenEmbedding(nnx.Embed):
@@ -46,25 +42,13 @@ class TokenEmbedding(nnx.Embed):
     of_model = False
 
     def __init__(
-        self,
-        vocab_size: int,
-        features: int,
-        *,
-        scale: float,
-        path: str,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-        axis: str = "vocab",
+        self, vocab_size: int, features: int, *, scale: float, path: str, dtype: Any, rngs: Any, axis: str = "vocab"
     ):
-        """Draws a normal table with standard deviation `scale`, whose rows are the logical axis `axis`."""
-        super().__init__(
-            vocab_size,
-            features,
-            dtype=dtype,
-            param_dtype=dtype,
-            embedding_init=functools.partial(normal, scale),
-            rngs=rngs,
-        )
+        """Draws a normal table with standard deviation `scale`, whose rows are the logical axis `axis`; without `rngs`
+        zeros, for a loader to fill."""
+        draw = functools.partial(normal, 0.0 if rngs is None else scale)
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        super().__init__(vocab_size, features, dtype=dtype, param_dtype=dtype, embedding_init=draw, rngs=rngs)
         self.embedding.set_metadata(axes=(axis, "embed"))
         self.path = path
 
@@ -124,7 +108,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs | None,
         remat: str = "none",
         quantize: str = "none",
-        attention: Choice | None = None,
+        attention: AttentionChoice | None = None,
     ):
         """Makes the parameters: normal (`config.initializer_range`) from `rngs`, else zeros to be filled."""
         if remat not in REMAT:
@@ -142,9 +126,7 @@ class Decoder(nnx.Module):
         self.name_or_path: str | None = None
         self.folder: str | None = None
         self.added_tokens: tuple[str, ...] = ()
-        scale = 0.0 if rngs is None else config.initializer_range
-        draws = nnx.Rngs(0) if rngs is None else rngs
-        making: dict[str, Any] = {"scale": scale, "dtype": dtype, "rngs": draws}
+        making: dict[str, Any] = {"scale": config.initializer_range, "dtype": dtype, "rngs": rngs}
         names, width = config.names, config.hidden_size
         self.embed_tokens = TokenEmbedding(config.vocab_size, width, path=names.embedding, **making)
         self.embed_tokens.of_model = True
@@ -162,7 +144,7 @@ class Decoder(nnx.Module):
         if config.tie_embeddings:
             self.lm_head = None
         else:
-            table = normal(scale, draws.params(), (config.vocab_size, width), dtype)
+            table = drawn(rngs, config.initializer_range, (config.vocab_size, width), dtype)
             self.lm_head = OutputHead(table, path=names.head)
 
     def __call__(
@@ -191,8 +173,7 @@ class Decoder(nnx.Module):
         Returns:
             float32 `[B, T, V]`; finite, but without meaning, at padding.
         """
-        arrays = self._checked(input_ids, segment_ids, positions)
-        rows = self._rows(adapter_ids, input_ids)
+        rows, *arrays = self._checked(adapter_ids, input_ids, segment_ids, positions)
         return _logits(*nnx.split(self), partitioner, rows, *arrays, dropout_key=dropout_key)
 
     def hidden(
@@ -213,9 +194,8 @@ class Decoder(nnx.Module):
             input_ids, segment_ids, positions, dropout_key, adapter_ids, partitioner: as in `__call__`.
             row_numbers, embedding_noise: as in `forward`.
         """
-        arrays = self._checked(input_ids, segment_ids, positions)
-        rows = self._rows(adapter_ids, input_ids)
         options = {"dropout_key": dropout_key, "row_numbers": row_numbers, "embedding_noise": embedding_noise}
+        rows, *arrays = self._checked(adapter_ids, input_ids, segment_ids, positions)
         return _hidden(*nnx.split(self), partitioner, rows, *arrays, **options)
 
     def forward(
@@ -269,9 +249,8 @@ class Decoder(nnx.Module):
             layer_input = self.layer_inputs(input_ids, x, dropout, partitioner)
         ring = None if partitioner is None else partitioner.ring(x.shape[0])
         if partitioner is not None and ring is not None:
-            x, segments = partitioner.fold(x), partitioner.fold(segments)
+            x, segments, query_scale = jax.tree.map(partitioner.fold, (x, segments, query_scale))
             cos, sin = jax.vmap(partitioner.fold)(cos), jax.vmap(partitioner.fold)(sin)
-            query_scale = None if query_scale is None else partitioner.fold(query_scale)
             if token_dropout is not None:
                 token_dropout = token_dropout._replace(tokens=partitioner.fold(token_dropout.tokens))
         sharded = partitioner if partitioner is not None and partitioner.shards_weights else None
@@ -369,18 +348,15 @@ class Decoder(nnx.Module):
         Returns:
             float32 logits `[B, V]` of the last token of each row that is not padding, and the cache after it.
         """
-        input_ids, segment_ids, positions = self._checked(input_ids, segment_ids, positions)
+        rows, input_ids, segment_ids, positions = self._checked(adapter_ids, input_ids, segment_ids, positions)
         used = cache.length
         if not isinstance(used, jax.core.Tracer) and int(used) + input_ids.shape[1] > cache.max_length:
             raise ValueError(
                 f"the cache has {cache.max_length} slots, {int(used)} in use: no room for {input_ids.shape[1]} tokens"
             )
-        return _extend(*nnx.split(self), self._rows(adapter_ids, input_ids), cache, input_ids, positions, segment_ids)
+        return _extend(*nnx.split(self), rows, cache, input_ids, positions, segment_ids)
 
-    def _rows(self, adapter_ids: Any, input_ids: Any) -> Any:
-        return None if adapter_ids is None else checked_ids(list(banks(self)), adapter_ids, len(input_ids))
-
-    def _checked(self, input_ids: Any, segment_ids: Any, positions: Any) -> tuple[Any, Any, Any]:
+    def _checked(self, adapter_ids: Any, input_ids: Any, segment_ids: Any, positions: Any) -> tuple[Any, Any, Any, Any]:
         """The arguments as arrays, shapes and concrete ids checked."""
         input_ids, segment_ids, positions = (
             np.asarray(value) if isinstance(value, (list, tuple)) else value
@@ -393,7 +369,8 @@ class Decoder(nnx.Module):
                 raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {value.shape}")
         if not isinstance(input_ids, jax.core.Tracer):
             check_token_ids(input_ids, self.config.vocab_size)
-        return input_ids, segment_ids, positions
+        rows = None if adapter_ids is None else checked_ids(list(banks(self)), adapter_ids, len(input_ids))
+        return rows, input_ids, segment_ids, positions
 
     def _embed(
         self, input_ids: jax.Array, places: jax.Array, noise: jax.Array | None, partitioner: Partitioner | None

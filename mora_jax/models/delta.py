@@ -22,9 +22,8 @@ from flax import nnx
 from jax import Array
 
 from mora_jax.adapters.products.matmul import widened
-from mora_jax.models.block import dropout_at, stacked_projection
+from mora_jax.models.block import dropout_at, stacked_matrix, stacked_norm, stacked_projection
 from mora_jax.models.layer_scan import checkpointed
-from mora_jax.models.norms import Norm
 
 if TYPE_CHECKING:
     from mora_jax.adapters.projection import TokenDropout
@@ -63,15 +62,8 @@ class GatedDelta(nnx.Module):
             axes=("embed", "delta"),
             **making,
         )
-        self.out_proj = stacked_projection(
-            config,
-            (f"{delta.path}.out_proj",),
-            (config.hidden_size,),
-            values,
-            out_shape=(config.hidden_size,),
-            axes=("delta", "embed"),
-            **making,
-        )
+        out = f"{delta.path}.out_proj"
+        self.out_proj = stacked_matrix(config, out, (values, config.hidden_size), ("delta", "embed"), **making)
         layers, rngs = config.num_layers, making["rngs"]
         conv = jnp.zeros((layers, sizes[0], delta.window))
         if rngs is not None:
@@ -79,15 +71,7 @@ class GatedDelta(nnx.Module):
         self.conv = nnx.Param(conv, axes=("layers", "delta", "window"))
         self.decay = nnx.Param(jnp.zeros((layers, delta.value_heads)), axes=("layers", "delta"))
         self.step_bias = nnx.Param(jnp.ones((layers, delta.value_heads)), axes=("layers", "delta"))
-        self.norm = Norm(
-            delta.value_dim,
-            eps=config.norm_eps,
-            offset=0.0,
-            path=f"{config.names.layer}.{delta.path}.norm",
-            axis="head_dim",
-            num_layers=layers,
-            numbers=config.numbers,
-        )
+        self.norm = stacked_norm(config, f"{delta.path}.norm", size=delta.value_dim, axis="head_dim", offset=0.0)
 
     def __call__(
         self, x: Array, layout: RowLayout, slot: CacheSlot | None, token_dropout: TokenDropout | None

@@ -17,8 +17,8 @@ from flax import nnx
 
 from mora_jax.adapters.expert_projection import ExpertProjection, Groups
 from mora_jax.adapters.products.matmul import decoder_dot, widened
-from mora_jax.adapters.projection import Part, TokenDropout
-from mora_jax.models.block import normed, stacked_norm
+from mora_jax.adapters.projection import Part, TokenDropout, drawn
+from mora_jax.models.block import MLP, dropout_at, normed, stacked_norm
 from mora_jax.models.config import DecoderConfig, ExpertsConfig
 from mora_jax.models.layer_scan import checkpointed
 
@@ -42,9 +42,7 @@ class Router(nnx.Module):
     def __init__(self, config: DecoderConfig, experts: ExpertsConfig, *, dtype: Any, rngs: nnx.Rngs | None):
         """Draws the kernel from `rngs`, or leaves zeros for a loader to fill."""
         shape = (config.num_layers, config.hidden_size, experts.count)
-        kernel = jnp.zeros(shape, dtype)
-        if rngs is not None:
-            kernel = (config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+        kernel = drawn(rngs, config.initializer_range, shape, dtype)
         self.kernel = nnx.Param(kernel, axes=("layers", "embed", "router"))
         bias = nnx.Param(jnp.zeros((shape[0], shape[2]), dtype), axes=("layers", "router"))
         self.bias = nnx.data(bias if experts.router_bias else None)
@@ -100,32 +98,22 @@ class Experts(nnx.Module):
     Where they have a norm of their own the router reads what is before it.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        activation: Callable[[Array], Array],
-        *,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs | None,
-        quantize: str | None = None,
-    ):
-        """Makes router and stacked projections; `activation` is that of the gate."""
+    def __init__(self, config: DecoderConfig, activation: Callable[[Array], Array], **making: Any):
+        """Makes router and stacked projections; `activation` is that of the gate, `making` is the dtype, the keys and
+        the quantisation of `Projection`."""
         experts = config.experts
         assert experts is not None
-        self.router = Router(config, experts, dtype=dtype, rngs=rngs)
+        self.router = Router(config, experts, dtype=making["dtype"], rngs=making["rngs"])
         self.norm = stacked_norm(config, experts.norms[2]) if experts.norms else None
         gate, up, down = experts.names
-        making: dict[str, Any] = {
+        making |= {
             "experts": experts.count,
             "num_layers": config.num_layers,
             "numbers": config.numbers,
             "path": f"{config.names.layer}.{experts.path}",
             "layer_path": experts.parameters,
             "use_bias": experts.bias,
-            "dtype": dtype,
-            "rngs": rngs,
             "init_std": config.initializer_range,
-            "quantize": quantize,
         }
         self.gate_axis = int(experts.fused == "interleaved")  # of `[2, M]` or `[M, 2]`
         pair, axes = [2, experts.width], ["gate_up", "expert_mlp"]
@@ -219,6 +207,32 @@ class Experts(nnx.Module):
             return (gate * jax.nn.sigmoid(self.config.sigmoid_scale * gate) * (up + 1)).astype(fused.dtype)
 
         return jax.checkpoint(product, prevent_cse=False)(fused)
+
+
+class ExpertsBeside(nnx.Module):
+    """Experts beside a dense MLP, each with norms before and behind it, as Gemma 4 has them, in the place of the MLP.
+
+    `norm(MLP(norm(x))) + norm(experts(norm(x)))`. No norm is before all of it, since the router reads `x` itself.
+    """
+
+    def __init__(self, config: DecoderConfig, activation: Callable[[Array], Array], **making: Any):
+        """Makes both; `activation` is that of the experts' gate."""
+        assert config.experts is not None
+        self.dense = MLP(config, **making)
+        self.experts = Experts(config, activation, **making)  # with the norm before them
+        before, behind, _, behind_experts = config.experts.norms
+        self.dense_norm = stacked_norm(config, before)
+        self.post_dense_norm = stacked_norm(config, behind)
+        self.post_experts_norm = stacked_norm(config, behind_experts)
+
+    def __call__(self, x: Array, layout: Any, token_dropout: TokenDropout | None) -> Array:
+        """`x [B, T, D]` to `[B, T, D]`, with the `RowLayout` of the block."""
+        dense = self.post_dense_norm(self.dense(self.dense_norm(x), layout, token_dropout))
+        return dense + self.post_experts_norm(self.experts(x, layout, dropout_at(token_dropout, 6)))
+
+    def use(self, x: Array, segments: Array) -> tuple[Array, Array]:
+        """See `Experts.use`."""
+        return self.experts.use(x, segments)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax.adapters.projection import Part, Projection
-from mora_jax.models.block import ACTIVATIONS, dropout_at, norm_of, stacked_norm, stacked_projection
+from mora_jax.models.block import ACTIVATIONS, dropout_at, norm_of, stacked_matrix, stacked_norm
 from mora_jax.models.decoder import TokenEmbedding, looked_up
 from mora_jax.models.layer_scan import checkpointed
 
@@ -38,9 +38,9 @@ class LayerInputs(nnx.Module):
             config.vocab_size,
             size,
             path=names.layer_embedding,
-            scale=0.0 if rngs is None else config.initializer_range,
+            scale=config.initializer_range,
             dtype=dtype,
-            rngs=nnx.Rngs(0) if rngs is None else rngs,
+            rngs=rngs,
         )
         path, _, name = names.layer_inputs.rpartition(".")
         self.projection = Projection(
@@ -76,24 +76,9 @@ class LayerInput(nnx.Module):
         """Makes the stacked projections; `making` is the dtype, the keys and the quantisation of `Projection`."""
         assert config.layer_input is not None
         names, width, hidden = config.names, config.layer_input.width, config.hidden_size
-        self.gate_proj = stacked_projection(
-            config,
-            (names.input_gate,),
-            (width,),
-            hidden,
-            out_shape=(width,),
-            axes=("embed", "layer_inputs"),
-            **making,
-        )
-        self.out_proj = stacked_projection(
-            config,
-            (names.input_out,),
-            (hidden,),
-            width,
-            out_shape=(hidden,),
-            axes=("layer_inputs", "embed"),
-            **making,
-        )
+        axes = ("embed", "layer_inputs")
+        self.gate_proj = stacked_matrix(config, names.input_gate, (hidden, width), axes, **making)
+        self.out_proj = stacked_matrix(config, names.input_out, (width, hidden), axes[::-1], **making)
         self.norm = stacked_norm(config, names.input_norm)
         self.activation = config.activation
 

@@ -66,15 +66,19 @@ def _moved(leaf: Any, source: int, target: int) -> Any:
     return leaf if source == target else jnp.moveaxis(leaf, source, target)
 
 
+@jax.tree_util.register_static
 class _Plan:
     """How one layer's pullback is put together again: found while the forward pass is traced, used in the backward.
 
     Attributes:
+        layers: structure of the layers.
+        active: which of their leaves something differentiates.
         tree: structure of the pullback.
         sources: for each of its leaves ("saved", i), ("layer", i) or ("shared", i).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Any, active: tuple[bool, ...]) -> None:
+        self.layers, self.active = layers, active
         self.tree: Any = None
         self.sources: tuple[tuple[str, int], ...] = ()
 
@@ -99,6 +103,7 @@ class _Plan:
         return jax.tree.unflatten(self.tree, [parts[name][i] for name, i in self.sources])
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 6))
 def run_stack(
     body: Body, remat: str, x: Array, layers: Any, shared: Any, given: Any = (), places: Places | None = None
 ) -> Array:
@@ -117,7 +122,12 @@ def run_stack(
     Returns:
         The output of the last layer.
     """
-    return _run(body, remat, places, x, layers, shared, given)
+    leaves, tree = jax.tree.flatten(layers)
+
+    def step(x: Array, layer: list[Any]) -> tuple[Array, None]:
+        return body(x, jax.tree.unflatten(tree, _gathered(places, layer)), shared, given), None
+
+    return jax.lax.scan(step, x, leaves)[0]
 
 
 def run_alone(
@@ -137,25 +147,15 @@ def run_alone(
     return body(x, jax.tree.unflatten(tree, layer), shared)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(body: Body, remat: str, places: Places | None, x: Array, layers: Any, shared: Any, given: Any) -> Array:
-    leaves, tree = jax.tree.flatten(layers)
-
-    def step(x: Array, layer: list[Any]) -> tuple[Array, None]:
-        return body(x, jax.tree.unflatten(tree, _gathered(places, layer)), shared, given), None
-
-    return jax.lax.scan(step, x, leaves)[0]
-
-
 def _forward(
-    body: Body, remat: str, places: Places | None, x: Any, layers: Any, shared: Any, given: Any
+    body: Body, remat: str, x: Any, layers: Any, shared: Any, given: Any, places: Places | None
 ) -> tuple[Array, Any]:
     # With symbolic zeros each argument says whether anything differentiates it.
     primals, tree = jax.tree.flatten(layers)
     active = tuple(primal.perturbed for primal in primals)
     x, leaves, shared, given = jax.tree.map(lambda primal: primal.value, (x, primals, shared, given))
     layer_fn = _pullback_of(body, remat, tree, active)
-    plan = _Plan()
+    plan = _Plan(tree, active)
 
     def step(x: Array, layer: list[Array]) -> tuple[Array, list[Array]]:
         layer = _gathered(places, layer)
@@ -166,12 +166,12 @@ def _forward(
         return y, plan.take_apart(pullback, layer, jax.tree.leaves((shared, given)))
 
     x, saved = jax.lax.scan(step, x, leaves)
-    return x, (_Static((plan, tree, active)), saved, leaves, shared, given)
+    return x, (plan, saved, leaves, shared, given)
 
 
 def _backward(body: Body, remat: str, places: Places | None, residuals: Any, dy: Any) -> tuple[Any, Any, None, Any]:
-    static, saved, leaves, shared, given = residuals
-    plan, tree, active = static.value
+    plan, saved, leaves, shared, given = residuals
+    tree, active = plan.layers, plan.active
     dy = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype) if isinstance(part, SymbolicZero) else part, dy)
     layer_fn = _pullback_of(body, remat, tree, active)
 
@@ -216,19 +216,4 @@ def _pullback_of(body: Body, remat: str, tree: Any, active: tuple[bool, ...]) ->
     return layer_fn
 
 
-@jax.tree_util.register_pytree_node_class
-class _Static:
-    """Carries Python values from the forward to the backward pass, beside the arrays."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def tree_flatten(self) -> tuple[tuple[()], Any]:
-        return (), self.value
-
-    @classmethod
-    def tree_unflatten(cls, value: Any, children: tuple[()]) -> _Static:
-        return cls(value)
-
-
-_run.defvjp(_forward, _backward, symbolic_zeros=True)
+run_stack.defvjp(_forward, _backward, symbolic_zeros=True)

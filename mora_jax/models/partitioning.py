@@ -27,58 +27,46 @@ class Partitioner(Protocol):
     @property
     def row_shards(self) -> int:
         """Devices among which the rows of a micro-batch are laid."""
-        ...
 
     @property
     def shards_weights(self) -> bool:
         """Whether weights are sharded at all, and not only rows."""
-        ...
 
     def rows(self, x: Array, *, folded: bool = False) -> Array:
         """`x [B, …]` with its rows sharded over the devices that share the batch, and whole otherwise.
 
         With `folded` the rows are those of `fold`.
         """
-        ...
 
     def head_shards(self, rows: int) -> HeadShards:
         """The devices that share the heads of so many rows, each of which is whole."""
-        ...
 
     def ring(self, rows: int) -> Ring | None:
         """The devices that share so many rows along their length; None where each row is whole."""
-        ...
 
     def fold(self, x: Array) -> Array:
         """`x [B, T, …]` as `[c · B, t, …]`: each row in c shares of t tokens, row `j · B + b` the j-th of row b.
 
         t is even; what is missing is filled up with zeros at the end. Without a ring `x` itself.
         """
-        ...
 
     def unfold(self, x: Array, rows: int, length: int) -> Array:
         """The inverse of `fold` of `rows` rows of `length` tokens."""
-        ...
 
     def stored(self, axes: Axes, shape: tuple[int, ...]) -> Any:
         """The sharding of a parameter where it is kept, and of its gradient."""
-        ...
 
     def used(self, axes: Axes, shape: tuple[int, ...]) -> Any:
         """The sharding of a parameter where it is computed with."""
-        ...
 
     def sharded_output_axis(self, axes: Axes, shape: tuple[int, ...]) -> int:
         """Which axis of a kernel `[in, …]` of several output axes has to come first: the one that is sharded."""
-        ...
 
     def shards_features(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """Whether devices share the inputs or the outputs of a kernel `[in, …]`."""
-        ...
 
     def flattens(self, axes: Axes, shape: tuple[int, ...]) -> bool:
         """Whether the output axes of a kernel `[in, …]` can be one axis: none but the first of them is sharded."""
-        ...
 
     def by_experts(
         self,
@@ -93,15 +81,12 @@ class Partitioner(Protocol):
         `number` counts the devices that share experts; what they give for the same rows is summed. `weights` are arrays
         as they are used, with their axes. With `folded` rows are those of `fold`.
         """
-        ...
 
     def gathered(self, array: Array, axes: Axes) -> Array:
         """A stored parameter as it is used; its gradient goes back to where it is stored."""
-        ...
 
     def looked_up(self, axes: Axes, shape: tuple[int, int], ids: Array, table: Callable[[Array], Array]) -> Array:
         """`table(ids)` by rows, `[B, T, D]`, for a stored embedding of `axes` and `shape` `[V, D]`."""
-        ...
 
 
 def lay_kernels(model: nnx.Module, *, flat: bool | None = None) -> None:

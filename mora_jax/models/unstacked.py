@@ -21,7 +21,7 @@ from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.products.matmul import TransposedKernel
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.slots import use
-from mora_jax.models.block import LayerRunner, RowLayout
+from mora_jax.models.block import LayerRunner, RowLayout, of_layer
 from mora_jax.models.kv_cache import CacheSlot
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _program(runner: LayerRunner, structure: Structure, window: int | None, rope
         layer = structure.merge(leaves)
         if adapter_ids is not None:
             use(layer, adapter_ids)
-        rows = runner.of_layer(RowLayout(**layout, window=None), window, rope)
+        rows = of_layer(RowLayout(**layout, window=None), runner.config, window, rope)
         x, slot, _ = layer(x, rows, CacheSlot(keys, values, None, length), None)
         return x, slot.keys, slot.values
 

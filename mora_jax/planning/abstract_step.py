@@ -12,11 +12,13 @@ from flax import nnx
 from mora_jax.adapters.attach import add_adapters
 from mora_jax.backend import read_dtype
 from mora_jax.errors import InputError
+from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.training.build_step import Assembly, assemble, shapes_in_place
 from mora_jax.training.config.schema import Config, adapter_config
+from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import make_mesh
 from mora_jax.training.sharding.runner import JitRunner
 from mora_jax.training.state import initial_state
@@ -69,6 +71,12 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     if config.loss.kl_weight:
         batch["kl_weights"] = floats
     return batch
+
+
+def loss_chunks(model: Decoder, config: Config, tokens: int) -> int:
+    """How often the loop of the vocabulary loss runs where each of so many tokens carries loss."""
+    heads = 2 if reference_of(config, model) == "base" else 1
+    return -(-tokens // chunk_size(model.config.vocab_size, tokens, heads))
 
 
 def assemble_abstract(

@@ -27,17 +27,17 @@ from mora_jax.training.sharding.mesh import AXES
 Note = Callable[[str], None]
 
 _MEASURED = (
-    "by three seeds of study rates (the embedded model, 64 steps; docs/studies/rates/quick, in brackets how far it "
+    "by ten seeds of study rates (the embedded model, 64 steps; docs/studies/rates/quick, in brackets how far it "
     "lies elsewhere when seeds are drawn again)"
 )
 #: By method: how its best rates lay to those of others, and who says so.
 _RATES = {
     "lora": f"the best rates of LoRA with alpha 32 were about 10 times full fine-tuning's, by {EVIDENCE}, and 1.5 "
-    f"(0.75 to 6) to 3 (0.75 to 6) times {_MEASURED}",
+    f"(0.75 to 6) to 3 (0.75 to 12) times {_MEASURED}",
     "full": f"the best rates of full fine-tuning were about a tenth of LoRA's, by {EVIDENCE}, and a third to two "
     f"thirds, {_MEASURED}",
-    "mora": "the best rates of MoRA were 1 (0.25 to 4) to 2 (0.5 to 4) times those of LoRA with alpha 32 for sharing, "
-    f"and 0.5 (0.25 to 8) to 4 (1 to 8) times for rotation, {_MEASURED}; nothing is published",
+    "mora": "the best rates of MoRA were 0.5 (0.25 to 4) to 1 (0.5 to 4) times those of LoRA with alpha 32 for "
+    f"sharing, and 1 (0.25 to 4) to 2 (1 to 8) times for rotation, {_MEASURED}; nothing is published",
 }
 _UNKNOWN_RATE = "how its best rates lie to LoRA's was not measured here; choose one by mora-jax sweep"
 

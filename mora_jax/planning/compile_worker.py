@@ -26,13 +26,11 @@ import jax
 from jax.experimental import topologies
 
 from mora_jax.backend import compiling_for
-from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.models.families import read_config
-from mora_jax.planning.abstract_step import abstract_model, assemble_abstract
+from mora_jax.planning.abstract_step import abstract_model, assemble_abstract, loss_chunks
 from mora_jax.planning.collectives import Loops, collectives
 from mora_jax.planning.tpu_compile import read_shortage
 from mora_jax.training.config.schema import Config, flatten, lay_over
-from mora_jax.training.preferences import reference_of
 
 
 def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
@@ -49,8 +47,7 @@ def lower_step(task: dict[str, Any]) -> tuple[Any, Loops]:
         micro, *_ = arguments[2]["input_ids"].shape
         shards = assembly.placement.row_shards if assembly.placement is not None else 1
         tokens = arguments[2]["input_ids"].size // (micro * shards)
-        heads = 2 if reference_of(config, model) == "base" else 1
-        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens, heads))
+        chunks = loss_chunks(model, config, tokens)
     turns = max(run[0].num_layers for run in decoder.runs)
     return lowered, Loops(turns, micro, chunks, turns=task["mesh"][-1])
 
@@ -68,10 +65,6 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
             raise
         return {"fits": False, "seconds": time.perf_counter() - start} | read_shortage(str(error))
     memory: Any = compiled.memory_analysis()
-    text = _text(compiled)
-    sent = (
-        None if text is None else [dataclasses.asdict(one) for one in collectives(text, math.prod(task["mesh"]), loops)]
-    )
     return {
         "fits": True,
         "seconds": time.perf_counter() - start,
@@ -80,17 +73,18 @@ def compile_step(task: dict[str, Any]) -> dict[str, Any]:
         "temp": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
         "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        "collectives": sent,
+        "collectives": _collectives(compiled, math.prod(task["mesh"]), loops),
     }
 
 
-def _text(compiled: Any) -> str | None:
-    """The program's HLO; None where this jax can't read what a newer libtpu writes (its asynchronous updates)."""
+def _collectives(compiled: Any, devices: int, loops: Loops) -> list[dict[str, Any]] | None:
+    """Those of a step; None where this jax can't read what a newer libtpu writes (its asynchronous updates)."""
     try:
-        return compiled.as_text()
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         print(f"no HLO: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
+    return [dataclasses.asdict(one) for one in collectives(text, devices, loops)]
 
 
 if __name__ == "__main__":

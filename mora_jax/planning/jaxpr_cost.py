@@ -187,11 +187,10 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
             kernel = _kernel(step)
             flops, moved = flops + kernel[0], moved + kernel[1]
         elif step.name == "dot_general":
-            left, right = (_aval(variable) for variable in step.equation.invars)
+            left, out = _aval(step.equation.invars[0]), _aval(step.equation.outvars[0])
             (contracted, _), _ = step.equation.params["dimension_numbers"]
-            out = _aval(step.equation.outvars[0])
             flops += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
-            moved += sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in (left, right, out))
+            moved += sum(map(_bytes, (*step.equation.invars, *step.equation.outvars)))
         elif step.name == "ragged_dot_general":  # each row is multiplied by the matrix of its group alone
             left, right = (_aval(variable) for variable in step.equation.invars[:2])
             numbers = step.equation.params["ragged_dot_dimension_numbers"]
@@ -266,5 +265,4 @@ def _aval(variable: Any) -> Any:
 
 def _bytes(variable: Any) -> float:
     aval = _aval(variable)
-    itemsize = getattr(aval.dtype, "itemsize", 4)
-    return math.prod(aval.shape) * itemsize
+    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)

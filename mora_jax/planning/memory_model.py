@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
 from mora_jax.adapters.attach import partition
 from mora_jax.adapters.base import AdapterParam
@@ -40,18 +40,16 @@ from mora_jax.adapters.products.quantization import QuantizedParam
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.report import count
 from mora_jax.backend import compiling_for
-from mora_jax.losses.chunked_sum import chunk_size
 from mora_jax.models.attention.causal import Rows
 from mora_jax.models.attention.kernels import AttentionChoice
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.families import read_config
-from mora_jax.planning.abstract_step import STEPS, abstract_batch, abstract_model, assemble_abstract
+from mora_jax.planning.abstract_step import STEPS, abstract_batch, abstract_model, assemble_abstract, loss_chunks
 from mora_jax.planning.collectives import Collective
 from mora_jax.planning.jaxpr_cost import Traced, read_traced
 from mora_jax.training.config.schema import AdapterConfig, Config, ModelConfig, lay_over
 from mora_jax.training.optimizer import make_optimizer
-from mora_jax.training.preferences import reference_of
 from mora_jax.training.sharding.mesh import AXES
 from mora_jax.training.sharding.rules import Placement, axes_of
 from mora_jax.training.sharding.runner import JitRunner, places
@@ -123,8 +121,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     """
     decoder = read_config(values, "the model")
     axes = dict(zip(AXES, mesh, strict=True))
-    tensor, context = axes["tensor"], axes["context"]
-    expert = axes["expert"]
+    tensor, context, expert = axes["tensor"], axes["context"], axes["expert"]
     sharing = axes["data"] * axes["fsdp"] * expert
     with compiling_for(backend):
         model = _model(config.model, config.adapter, decoder, backend)
@@ -141,7 +138,9 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         attention = AttentionChoice(config.model.attention).implementation(layout)
 
     def held(tree: Any) -> float:
-        return _bytes_held(tree, shardings, placement.sharding())
+        """Bytes of a tree on each chip."""
+        leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places(tree, shardings, placement.sharding())), strict=True)
+        return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in leaves)
 
     moments = jax.eval_shape(make_optimizer(config.optimizer, config.train.steps or STEPS).init, trained)
     local = rows // sharing
@@ -172,26 +171,13 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
     trainable = sum(math.prod(array.shape) for array in trained.values())
     parameters = trainable + count(model, nnx.Not(AdapterParam))
-    return Step(
-        memory,
-        micro * traced.flops / tensor / context,
-        micro * traced.bytes / tensor / context,
-        moved,
-        trainable,
-        parameters,
-        attention,
-    )
+    flops, size = (micro * amount / tensor / context for amount in (traced.flops, traced.bytes))
+    return Step(memory, flops, size, moved, trainable, parameters, attention)
 
 
 def _size(shape: tuple[int, ...], dtype: Any) -> float:
     # Typed keys have a dtype that numpy doesn't know.
     return math.prod(shape) * getattr(dtype, "itemsize", 8)
-
-
-def _bytes_held(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> float:
-    """Bytes of a tree on each chip."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places(tree, shardings, whole)), strict=True)
-    return sum(_size(place.shard_shape(leaf.shape), leaf.dtype) for leaf, place in leaves)
 
 
 def _gathered(placement: Placement, states: tuple[nnx.State, ...], width: int) -> tuple[float, float]:
@@ -229,9 +215,7 @@ def _projections(model: Decoder) -> list[tuple[str, Projection]]:
 def _turned(placement: Placement, model: Decoder, kept: dict[str, Any]) -> float:
     """Bytes of the frozen kernels of several matrices, which are copied where `tensor` shards them."""
     total = 0.0
-    if placement.mesh.shape["tensor"] == 1:
-        return total
-    for path, projection in _projections(model):
+    for path, projection in _projections(model) if placement.mesh.shape["tensor"] > 1 else ():
         kernel, axes = kept.get(f"{path}.kernel"), ("layers", *projection.axes)  # None: trained, or quantised
         several = len(projection.layout.out_shape) > 1
         if kernel is not None and several and any(placement.used(axes, kernel.shape).spec):
@@ -258,13 +242,8 @@ def _mixed(placement: Placement, model: Decoder, width: int, remat: str) -> floa
 
 def _traced(config: Config, decoder: DecoderConfig, rows: int, backend: str) -> Traced:
     """A micro-batch of `rows` on one device: everything in it grows evenly with the rows."""
-    one, two = (_traced_rows(_for_trace(config, backend), decoder, count, backend) for count in (1, 2))
-
-    def grown(name: str) -> float:
-        first, second = getattr(one, name), getattr(two, name)
-        return first + (rows - 1) * (second - first)
-
-    return Traced(**{field.name: grown(field.name) for field in fields(Traced)})
+    one, two = (astuple(_traced_rows(_for_trace(config, backend), decoder, count, backend)) for count in (1, 2))
+    return Traced(*(first + (rows - 1) * (second - first) for first, second in zip(one, two, strict=True)))
 
 
 def _for_trace(config: Config, backend: str) -> Config:
@@ -293,8 +272,7 @@ def _traced_rows(config: Config, decoder: DecoderConfig, rows: int, backend: str
         assert isinstance(assembly.runner, JitRunner), "pmap is refused before"
         program = assembly.runner.trace(*arguments).jaxpr
         tokens = arguments[-1]["input_ids"].size
-        heads = 2 if reference_of(config, model) == "base" else 1
-        chunks = -(-tokens // chunk_size(decoder.vocab_size, tokens, heads))
+        chunks = loss_chunks(model, config, tokens)
     flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
     squares = (variable for _, variable in flat if "square_in" in (variable.get_metadata().get("axes") or ()))
     sides = frozenset(variable.get_value().shape[-1] for variable in squares)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.planning.collectives import Collective
-from mora_jax.planning.memory_model import Memory, estimate_memory
+from mora_jax.planning.memory_model import Step, estimate_memory
 from mora_jax.planning.topology import Topology
 from mora_jax.planning.tpu_compile import Compiled, compile_elsewhere
 from mora_jax.training.config.schema import Config
@@ -75,36 +75,27 @@ def estimate(flops: float, moved: float, collectives: Iterable[Collective], topo
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Step):
     """One way to run a step, looked at.
 
     Attributes:
         config: of the run.
         topology: the chips.
         mesh: devices along each axis of `AXES`.
-        memory: on each chip.
         needed: bytes on each chip, all in all; the compiler's figure where it was asked.
         fits: whether that is there.
-        source: `compiled` or `formula`.
-        collectives: of a step.
+        source: `compiled` or `formula`; of memory and collectives.
         estimate: what a step costs.
-        trainable, parameters: numbers that are trained, and of the whole model.
-        attention: what computes it.
         compile_seconds: of the compiler here; None by formula.
     """
 
     config: Config
     topology: Topology
     mesh: tuple[int, ...]
-    memory: Memory
     needed: float
     fits: bool
     source: str
-    collectives: tuple[Collective, ...]
     estimate: StepTime
-    trainable: int
-    parameters: int
-    attention: str
     compile_seconds: float | None = None
 
     @property
@@ -159,18 +150,14 @@ def by_formula(config: Config, values: dict[str, Any], topology: Topology) -> Pl
     mesh = mesh_shape(config.mesh, config.train.micro_batch, topology.chips)
     step = estimate_memory(config, values, mesh, "tpu" if topology.tpu else "gpu")
     return Plan(
+        **vars(step),
         config=config,
         topology=topology,
         mesh=mesh,
-        memory=step.memory,
         needed=step.memory.total,
         fits=step.memory.total <= topology.usable_bytes,
         source="formula",
-        collectives=step.collectives,
         estimate=estimate(step.flops, step.bytes, step.collectives, topology),
-        trainable=step.trainable,
-        parameters=step.parameters,
-        attention=step.attention,
     )
 
 
@@ -197,5 +184,5 @@ def with_figures(plan: Plan, answer: Compiled) -> Plan:
         temp=answer.outputs + answer.code + max(0.0, answer.temp - formula.activations),
     )
     sent = plan.collectives if answer.collectives is None else answer.collectives
-    cost = estimate(plan.estimate.flops, plan.estimate.bytes, sent, plan.topology)
+    cost = estimate(plan.flops, plan.bytes, sent, plan.topology)
     return dataclasses.replace(plan, memory=memory, needed=memory.total, collectives=sent, estimate=cost, **common)

@@ -53,7 +53,7 @@ def view(advice: Advice, model: str, price: float | None) -> Group:
     )
     parts: list[RenderableType] = [Text(head), *_tables(plans, price)]
     parts.append(Text(f"\nAssumed: {ASSUMPTION}."))
-    parts += [Text(f"quantisation, {name}: {quantisation(plan)}") for name, plan in plans.items()]
+    parts += [Text(f"quantisation, {name}: {QUANTISATION[plan.config.model.quantize]}") for name, plan in plans.items()]
     if any(plan.source == "compiled" and not plan.fits for plan in plans.values()):
         parts.append(Text("note: of what doesn't fit the compiler says the total alone; the parts are by formula"))
     parts += [Text(f"note: {words}") for words in advice.notes]
@@ -77,11 +77,6 @@ def verdict(advice: Advice) -> str:
     larger = advice.smallest and f" The smallest {asked.topology.chip.name} that would: {advice.smallest}"
     room = " with room to spare" if asked.fits else ""
     return f"{fits}; no mesh, micro-batch and remat fit here{room}.{larger or ''}"
-
-
-def quantisation(plan: Plan) -> str:
-    """How a plan holds the base, in words."""
-    return QUANTISATION[plan.config.model.quantize]
 
 
 def _tables(plans: dict[str, Plan], price: float | None) -> Iterator[Table]:
@@ -186,7 +181,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     values: dict[str, Any] = {
         "settings": plan.settings(),
         "attention": plan.attention,
-        "quantisation": quantisation(plan),
+        "quantisation": QUANTISATION[plan.config.model.quantize],
         "figures_by": plan.source,
         "fits": plan.fits,
         "usable_bytes": plan.topology.usable_bytes,

@@ -78,8 +78,8 @@ def answer(
         except InputError as error:
             silent |= {run.name: str(error) for run in members}
             continue
-        speakers: list[tuple[str, Run | None]] = [(BASE if len(by_base) == 1 else f"{BASE} {path}", None)]
-        for name, who in [*speakers, *((run.name, run) for run in members)]:
+        speakers: dict[str, Run | None] = {BASE if len(by_base) == 1 else f"{BASE} {path}": None}
+        for name, who in (speakers | {run.name: run for run in members}).items():
             begins(name)
             try:
                 model = base if who is None else _trained(who, base)

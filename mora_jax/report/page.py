@@ -3,35 +3,19 @@
 The page has no scripts and needs nothing beside it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mora_jax.display.figures import as_svg, legend, new_figure, style
 from mora_jax.display.pages import page_template
 from mora_jax.report.answers import Question
-from mora_jax.report.runs import Run, differences, evaluated_alike
-from mora_jax.training.display import bytes_words, duration
+from mora_jax.report.runs import COMPARED, Run, differences, evaluated_alike
 
 #: Marks the lowest evaluation loss.
 STAR = " *"
 # What the name of a value's standard error ends with.
 _ERROR = "_stderr"
-
-# By key: the head of its column, and its values as text.
-_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "method": ("method", str),
-    "trainable_parameters": ("trained", "{:,}".format),
-    "steps": ("steps", "{:,}".format),
-    "final_loss": ("final loss", "{:.4f}".format),
-    "eval_loss": ("eval loss", "{:.4f}".format),
-    "eval_perplexity": ("perplexity", "{:,.2f}".format),
-    "best_step": ("best step", "{:,}".format),
-    "resumed_after": ("resumed after", "{:,}".format),
-    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
-    "wall_seconds": ("time", duration),
-    "peak_memory_bytes": ("memory", bytes_words),
-}
 
 
 class ResultTable(NamedTuple):
@@ -55,7 +39,7 @@ def result_table(runs: Sequence[Run]) -> ResultTable:
     """
     results = [run.results() for run in runs]
     names = list(dict.fromkeys(name for result in results for name in result))
-    names.sort(key=lambda name: list(_COLUMNS).index(name) if name in _COLUMNS else len(_COLUMNS))
+    names.sort(key=lambda name: list(COMPARED).index(name) if name in COMPARED else len(COMPARED))
     names = [name for name in names if any(result.get(name) is not None for result in results)]
     names = [name for name in names if name.removesuffix(_ERROR) not in names or not name.endswith(_ERROR)]
     scored = [run for run, result in zip(runs, results, strict=True) if result.get("eval_loss") is not None]
@@ -80,13 +64,13 @@ def result_table(runs: Sequence[Run]) -> ResultTable:
 
 
 def _head(name: str) -> str:
-    return _COLUMNS[name][0] if name in _COLUMNS else name.removeprefix("eval_").replace("_", " ")
+    return COMPARED[name][0] if name in COMPARED else name.removeprefix("eval_").replace("_", " ")
 
 
 def _cell(name: str, value: Any, error: float | None) -> str:
     if value is None:
         return "-"
-    text = _COLUMNS[name][1](value) if name in _COLUMNS else f"{value:.4g}"
+    text = COMPARED[name][1](value) if name in COMPARED else f"{value:.4g}"
     return text if error is None else f"{text} ± {error:.2g}"
 
 

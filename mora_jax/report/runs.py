@@ -10,6 +10,7 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.paths import local_path
 from mora_jax.training.config.schema import Config, flatten
+from mora_jax.training.display import bytes_words, duration
 from mora_jax.training.run.directory import RunDirectory
 
 
@@ -53,23 +54,25 @@ class Run:
         # Whatever an evaluation measures besides the loss (tasks, say) stands in its rows alone.
         scores = {name: value for name, value in scored.items() if not any(word in name for word in _COUNTS)}
         known = last | scores | {"steps": last.get("step"), "final_loss": last.get("loss")} | self.summary
-        method = str(self.summary.get("method", self.config.adapter.method))
-        return {"method": method} | {name: known.get(name) for name in dict.fromkeys((*_COMPARED, *scores))}
+        known["method"] = str(self.summary.get("method", self.config.adapter.method))
+        return {name: known.get(name) for name in dict.fromkeys((*COMPARED, *scores))}
 
 
-# Numbers of a summary, or of the last rows of a run without one, that are compared.
-_COMPARED = (
-    "trainable_parameters",
-    "steps",
-    "final_loss",
-    "eval_loss",
-    "eval_perplexity",
-    "best_step",
-    "resumed_after",
-    "tokens_per_second",
-    "wall_seconds",
-    "peak_memory_bytes",
-)
+#: What is compared of a summary, or of the last rows of a run without one, by key: its head in a table, and its values
+#: as text. All but the method are numbers.
+COMPARED: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "method": ("method", str),
+    "trainable_parameters": ("trained", "{:,}".format),
+    "steps": ("steps", "{:,}".format),
+    "final_loss": ("final loss", "{:.4f}".format),
+    "eval_loss": ("eval loss", "{:.4f}".format),
+    "eval_perplexity": ("perplexity", "{:,.2f}".format),
+    "best_step": ("best step", "{:,}".format),
+    "resumed_after": ("resumed after", "{:,}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "wall_seconds": ("time", duration),
+    "peak_memory_bytes": ("memory", bytes_words),
+}
 # Parts of names of what an evaluation counts and doesn't measure.
 _COUNTS = ("step", "tokens", "seconds", "examples")
 
@@ -126,7 +129,8 @@ def _read(name: str, folder: str, note: Callable[[str], None]) -> Run:
     config = directory.read_config()
     summary = directory.read_json("summary.json") or {}
     # A number that was written as something else can't be compared.
-    summary = {key: value for key, value in summary.items() if key not in _COMPARED or _is_number(value)}
+    numbers = COMPARED.keys() - {"method"}
+    summary = {key: value for key, value in summary.items() if key not in numbers or _is_number(value)}
     rows = [{key: value for key, value in row.items() if _is_number(value)} for row in directory.read_metrics()]
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if any(key.startswith("eval_") for key in row)]

@@ -59,7 +59,7 @@ def rates_table(results: Results) -> str:
     rows = []
     for arm, level in results.pairs():
         for rate, curves in results.by_rate(results.study.chosen_by, arm, level).items():
-            values = [results.by_rate(name, arm, level)[rate].values() for name in measured]
+            values = [results.by_rate(name, arm, level).get(rate, {}).values() for name in measured]
             means = [interval(curve[-1][1] for curve in curves).text() for curves in values]
             chosen = " (chosen)" if rate == results.rate(arm, level) else ""
             rows.append([f"{arm}{f', {level}' if level else ''}, {rate:g}{chosen}", str(len(curves)), *means])

@@ -28,8 +28,8 @@ from mora_jax.studies.intervals import differences, interval, paired
 from mora_jax.studies.results import Curve, Results
 from mora_jax.studies.rows import HELD_OUT, TEST, TRAIN, Rows
 from mora_jax.studies.spectrum import COUNTS, EPSILON, EPSILONS, FACTORS, Change
+from mora_jax.studies.study import FULL
 
-FULL = "full"
 #: Spectra are measured at so many of the evaluations, the last one included.
 _SPECTRA = 4
 _ANSWER_TOKENS = 16
@@ -43,26 +43,29 @@ Course = Sequence[tuple[float, float]]
 def _arms(low: int, high: int, *, full: float, lora: float, mora: float) -> tuple[study.Arm, ...]:
     """The arms at a low and a high rank, around rates of full fine-tuning, of LoRA and MoRA by rotation at the low."""
 
-    def of_lora(rank: int, **others: Any) -> dict[str, Any]:
-        return {"adapter.method": "lora", "adapter.rank": rank, "adapter.alpha": 2.0 * rank, **others}
+    def control(arm: study.Arm, note: str, **settings: Any) -> study.Arm:
+        return study.Arm(f"{arm.name}, {note}", {**arm.settings, **settings}, arm.rates, control_of=arm.name)
 
-    def of_mora(kind: str, rate: float) -> study.Arm:
-        settings = {"adapter.method": "mora", "adapter.rank": low, "adapter.kind": kind}
-        return study.Arm(f"MoRA {kind} r{low}", settings, study.grid(rate))
-
-    name, of_full, of_high = f"LoRA r{high}", study.grid(full), study.grid(0.4 * lora)
-    everything: dict[str, Any] = {"adapter.method": "full"}
-    divergence = {"loss.kl_weight": 1.0, "loss.kl_tokens": "prompt"}
+    everything, large = study.full(full), study.adapter("LoRA", high, 0.4 * lora, alpha=2.0 * high)
     return (
-        study.Arm(FULL, everything, of_full),
-        study.Arm(f"LoRA r{low}", of_lora(low), study.grid(lora)),
-        study.Arm(name, of_lora(high), of_high),
-        of_mora("sharing", 0.5 * mora),
-        of_mora("rotation", mora),
-        study.Arm(f"{FULL}, weight decay", everything | {"optimizer.weight_decay": 1.0}, of_full, control_of=FULL),
-        study.Arm(f"{name}, dropout", of_lora(high, **{"adapter.dropout": 0.1}), of_high, control_of=name),
-        study.Arm(f"{name}, KL", of_lora(high, **divergence), of_high, control_of=name),
+        everything,
+        study.adapter("LoRA", low, lora, alpha=2.0 * low),
+        large,
+        study.adapter("MoRA sharing", low, 0.5 * mora, "mora", kind="sharing"),
+        study.adapter("MoRA rotation", low, mora, "mora", kind="rotation"),
+        control(everything, "weight decay", **{"optimizer.weight_decay": 1.0}),
+        control(large, "dropout", **{"adapter.dropout": 0.1}),
+        control(large, "KL", **{"loss.kl_weight": 1.0, "loss.kl_tokens": "prompt"}),
     )
+
+
+def _rank_arms() -> tuple[study.Arm, ...]:
+    """Full fine-tuning, and LoRA and both forms of MoRA at three ranks, with the parameters of LoRA's rank."""
+    arms = [study.full(6e-4)]
+    arms += [study.adapter("LoRA", rank, rate, alpha=2.0 * rank) for rank, rate in ((2, 5e-3), (8, 3e-3), (32, 1.5e-3))]
+    for kind, rate in (("sharing", 2.5e-3), ("rotation", 1e-2)):
+        arms += [study.adapter(f"MoRA {kind}", rank, rate, "mora", kind=kind) for rank in (2, 8, 32)]
+    return tuple(arms)
 
 
 def _settings(*, steps: int, batch_size: int, max_length: int, evaluations: int, **others: Any) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def _data(source: str, **others: Any) -> dict[str, Any]:
 
 _FLOAT32 = {"model.dtype": "float32"}
 _QUICK = _arms(2, 16, full=6e-4, lora=1e-2, mora=1e-2)
+_QUICK_SETTINGS = _settings(steps=96, batch_size=16, max_length=32, evaluations=8, **_FLOAT32)
 
 
 class Forget(study.Study):
@@ -116,7 +120,7 @@ class Forget(study.Study):
     presets = {
         "tiny": study.Preset(
             "seconds; shows the form of the results, and no more",
-            tuple(study.Arm(arm.name, arm.settings, arm.rates[:2]) for arm in _QUICK[:2]),
+            study.tiny(_QUICK[:2]),
             _settings(steps=4, batch_size=4, max_length=32, evaluations=2, **_FLOAT32),
             _data("instructions", rows=64, scored=16),
             seeds=2,
@@ -124,10 +128,18 @@ class Forget(study.Study):
         "quick": study.Preset(
             "the embedded model, minutes on two cores",
             _QUICK,
-            _settings(steps=96, batch_size=16, max_length=32, evaluations=8, **_FLOAT32),
+            _QUICK_SETTINGS,
             _data("instructions", rows=2000),
             reason="96 steps of 16 rows are less than an epoch, so that no row is learned by heart; all test rows are "
             "scored.",
+        ),
+        "ranks": study.Preset(
+            "the embedded model, adapters at three ranks, less than an hour on two cores",
+            _rank_arms(),
+            _QUICK_SETTINGS,
+            _data("instructions", rows=2000),
+            seeds=5,
+            reason="As quick; ranks 2 to 32 have 2 to 36 % of the model's parameters.",
         ),
         "small": study.Preset(
             "a model of about 100 M parameters, a day on two cores",
@@ -216,11 +228,13 @@ class Forget(study.Study):
                 yield study.Cell(level, arm, lower, seed, study.EXPLORATORY)
 
     def pairs(self, results: Results, level: str) -> list[tuple[str, str]]:
-        """Every method against full fine-tuning, LoRA against LoRA by rank, and controls against what they control."""
+        """Every method against full fine-tuning, MoRA against LoRA of its rank, controls against what they control."""
         mains, controls = _mains(results), _controls(results)
         pairs = [(arm, FULL) for arm in mains if arm != FULL and FULL in mains]
         moras, loras = ([arm for arm in mains if arm.startswith(kind)] for kind in ("MoRA", "LoRA"))
-        return pairs + [(mora, loras[0]) for mora in moras if loras] + list(controls.items())
+        ranks = {lora.split()[-1]: lora for lora in loras}
+        pairs += [(mora, ranks[rank]) for mora in moras if (rank := mora.split()[-1]) in ranks]
+        return pairs + list(controls.items())
 
     def contrasts(self, results: Results) -> Iterable[study.Contrast]:
         """Forgetting at equal learning."""
@@ -495,7 +509,10 @@ def _draw_plane(results: Results) -> Any:
     panel.set(
         xlabel="forgetting: rise of the old domain's loss, nats a token", ylabel="learning: fall of the new one's"
     )
-    text = "Marks: chosen rates, bars of 95 % over seeds. Thin lines: all rates that were tried, on the choosing seeds."
+    text = (
+        "Marks: chosen rates, bars of 95 % over seeds. Thin lines: all rates that were tried, on the choosing seeds "
+        "and the validation rows."
+    )
     return draw.finish(figure, results, text)
 
 

@@ -30,6 +30,8 @@ from mora_jax.studies.intervals import differences, interval
 from mora_jax.studies.results import Results
 from mora_jax.studies.rows import Rows
 
+#: What is compared at a level.
+Arms = tuple[study.Arm, ...]
 #: Answers of so many words at most are generated and compared with the right ones.
 _CHECKED_WORDS = 8
 #: Parts of a user's prompts for validation and for the test.
@@ -70,17 +72,17 @@ _METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def arms(method: str, rate: float, *losses: str) -> list[study.Arm]:
+def arms(method: str, rate: float, *losses: str) -> Arms:
     """A method under several losses, keys of `LOSSES`, whose learning rates are searched around `rate`."""
     compared = []
     for loss in losses:
         search = {"rate_of": f"{method} masked"} if loss == "lr_share" else {"rates": study.grid(rate)}
         compared.append(study.Arm(f"{method} {loss}", {**_METHODS[method], **LOSSES[loss]}, **search))
-    return compared
+    return tuple(compared)
 
 
 def levels(
-    ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int, list[study.Arm]], which: tuple[int, ...] = ()
+    ratios: int, epochs: int, batch_size: int, arms_by_rows: Mapping[int, Arms], which: tuple[int, ...] = ()
 ) -> tuple[study.Level, ...]:
     """Ratios with every number of rows and its arms.
 
@@ -99,7 +101,7 @@ def levels(
         )
         for ratio in which or range(1, ratios + 1):
             values = {"ratio_level": ratio, "rows": rows}
-            compared.append(study.Level(f"ratio {ratio} of {ratios}, {rows} rows", values, settings, tuple(of_rows)))
+            compared.append(study.Level(f"ratio {ratio} of {ratios}, {rows} rows", values, settings, of_rows))
     return tuple(compared)
 
 
@@ -135,9 +137,7 @@ class Instruct(study.Study):
             (),
             {"data.max_length": 64},
             {"sentences": (0,), "lengths": (26,), "scored": 16, "new_tokens": 4},
-            levels(
-                1, 2, 8, {16: [study.Arm(arm.name, arm.settings, arm.rates[:2]) for arm in arms("LoRA", 2e-3, *_TWO)]}
-            ),
+            levels(1, 2, 8, {16: study.tiny(arms("LoRA", 2e-3, *_TWO))}),
             seeds=2,
         ),
         "quick": study.Preset(

@@ -80,10 +80,7 @@ def _arms(rank: int, high: int, full: float, scale: float = 1.0, **others: Any) 
     """The arms at a rank; `scale` times the learning rates of a narrow model."""
 
     def arm(name: str, rate: float, method: str, rank: int = rank, note: str = "", **settings: Any) -> study.Arm:
-        keys = {"method": method, "rank": rank, **settings, **others}
-        return study.Arm(
-            f"{name} r{rank}{note}", {f"adapter.{key}": keys[key] for key in keys}, study.grid(rate * scale)
-        )
+        return study.adapter(name, rank, rate * scale, method, note, **settings, **others)
 
     return (
         arm("LoRA", 5e-3, "lora", alpha=2.0 * rank),
@@ -92,7 +89,7 @@ def _arms(rank: int, high: int, full: float, scale: float = 1.0, **others: Any) 
         arm("MoRA rotation", 1e-2, "mora", kind="rotation"),
         arm("HiRA", 2e-2, "hira"),
         arm("LoRA", 3e-3, "lora", high, alpha=2.0 * high),
-        study.Arm("full", {"adapter.method": "full"}, study.grid(full)),
+        study.full(full),
     )
 
 
@@ -131,7 +128,7 @@ class Memorize(study.Study):
     presets = {
         "tiny": study.Preset(
             "seconds; shows the form of the results, and no more",
-            tuple(study.Arm(arm.name, arm.settings, arm.rates[:2]) for arm in _arms(2, 8, 1e-3)[:3:2]),
+            study.tiny(_arms(2, 8, 1e-3)[:3:2]),
             _settings(4, 4, 16),
             {"length": 2},
             (_pairs(8),),

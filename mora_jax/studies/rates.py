@@ -22,21 +22,15 @@ from mora_jax.studies.conclusion import table
 from mora_jax.studies.intervals import differences, interval, paired
 from mora_jax.studies.results import Results
 from mora_jax.studies.rows import HELD_OUT, TEST, TRAIN
+from mora_jax.studies.study import FULL
 
-VARIANTS, BATCH, FULL = "variants", "batch", "full"
+VARIANTS, BATCH = "variants", "batch"
 #: Of all ranks, as in LoRA Without Regret: with alpha / rank the first steps then move the kernel alike at any rank.
 ALPHA = 32.0
 #: The loss on trained rows is of so many, and so many of a user's rows are held out at most.
 _TRAINED_ROWS, _HELD_OUT_ROWS = 128, 240
 LOSS = study.Metric("loss", "loss on new rows, nats a token")
 _GAP = study.Metric("gap", "how much further from full at the large batch, nats a token")
-
-
-def _arm(name: str, rank: int, rate: float, method: str = "lora", note: str = "", **others: Any) -> study.Arm:
-    settings = {"method": method, "rank": rank, **others}
-    return study.Arm(
-        f"{name} r{rank}{note}", {f"adapter.{key}": value for key, value in settings.items()}, study.grid(rate)
-    )
 
 
 def _preset(
@@ -67,15 +61,15 @@ def _preset(
     """
     low, middle, high = ranks
     rate = 3e-3 * scale
-    attention = _arm("LoRA", low, 2 * rate, note=", q and v", alpha=ALPHA, targets=("q_proj", "v_proj"))
-    loras = [_arm("LoRA", rank, rate, alpha=ALPHA) for rank in ranks]
-    sharing = [_arm("MoRA sharing", rank, rate, "mora", kind="sharing") for rank in (middle, high)]
-    rotation = [_arm("MoRA rotation", rank, 2 * rate, "mora", kind="rotation") for rank in (middle, high)]
-    everything = study.Arm(FULL, {"adapter.method": "full"}, study.grid(full))
+    attention = study.adapter("LoRA", low, 2 * rate, note=", q and v", alpha=ALPHA, targets=("q_proj", "v_proj"))
+    loras = [study.adapter("LoRA", rank, rate, alpha=ALPHA) for rank in ranks]
+    sharing = [study.adapter("MoRA sharing", rank, rate, "mora", kind="sharing") for rank in (middle, high)]
+    rotation = [study.adapter("MoRA rotation", rank, 2 * rate, "mora", kind="rotation") for rank in (middle, high)]
+    everything = study.full(full)
     variants = (
-        _arm("DoRA", middle, rate, "dora", alpha=ALPHA),
-        _arm("LoRA+", middle, rate / 3, "lora_plus", alpha=ALPHA),
-        _arm("PiSSA", middle, rate / 3, "pissa", alpha=ALPHA),
+        study.adapter("DoRA", middle, rate, "dora", alpha=ALPHA),
+        study.adapter("LoRA+", middle, rate / 3, "lora_plus", alpha=ALPHA),
+        study.adapter("PiSSA", middle, rate / 3, "pissa", alpha=ALPHA),
     )
     few = (attention, loras[0], loras[2], sharing[0], everything)
 
@@ -132,7 +126,10 @@ class Rates(study.Study):
                 study.Level(
                     "16 rows",
                     {"examples": 16, "batch_size": 4},
-                    arms=(_arm("LoRA", 4, 2e-3, alpha=ALPHA), _arm("MoRA sharing", 4, 2e-3, "mora", kind="sharing")),
+                    arms=(
+                        study.adapter("LoRA", 4, 2e-3, alpha=ALPHA),
+                        study.adapter("MoRA sharing", 4, 2e-3, "mora", kind="sharing"),
+                    ),
                     neighbours=True,
                 ),
             ),

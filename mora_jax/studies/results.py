@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -98,9 +99,10 @@ class Results:
 
     @classmethod
     def read(cls, file: Path, study: Study) -> Results:
-        """From a file `cells.csv`."""
+        """From a file `cells.csv`; the preset has as many seeds as it reports."""
         frame = pd.read_csv(file, keep_default_na=False, na_values={"value": [""], "step": [""], "parameters": [""]})
-        return cls(frame, study, study.presets[frame["preset"].iloc[0]])
+        seeds = frame.loc[frame["stage"] == REPORTED, "seed"].nunique()
+        return cls(frame, study, dataclasses.replace(study.presets[frame["preset"].iloc[0]], seeds=seeds))
 
     @functools.cached_property
     def _groups(self) -> dict[tuple[str, ...], pd.DataFrame]:

@@ -8,7 +8,7 @@ import abc
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from mora_jax.studies.rows import is_embedded
 CHOOSING_SEEDS = (0, 1001, 1002)
 CHOOSING, NEIGHBOUR, EQUAL_RATE = "choosing", "neighbour", "equal_rate"
 EXPLORATORY, REPORTED = "exploratory", "reported"
+FULL = "full"
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.+-]+")
 _BATCH_SIZE = 64
 
@@ -338,6 +339,31 @@ def rounded(rate: float) -> float:
 def grid(rate: float) -> tuple[float, ...]:
     """The learning rates that a search begins with, a factor of 2 apart around `rate`."""
     return rounded(rate / 2), rounded(rate), rounded(2 * rate)
+
+
+def adapter(name: str, rank: int, rate: float, method: str = "lora", note: str = "", **settings: Any) -> Arm:
+    """An arm that trains an adapter of a rank; its learning rates are searched around `rate`.
+
+    Args:
+        name: of the method, in tables and figures.
+        rank: of the adapter.
+        rate: in the middle of the grid.
+        method: as `adapter.method`.
+        note: behind the name.
+        settings: further keys of `adapter`.
+    """
+    keys = {"method": method, "rank": rank, **settings}
+    return Arm(f"{name} r{rank}{note}", {f"adapter.{key}": value for key, value in keys.items()}, grid(rate))
+
+
+def full(rate: float) -> Arm:
+    """The arm that trains all parameters; its learning rates are searched around `rate`."""
+    return Arm(FULL, {"adapter.method": "full"}, grid(rate))
+
+
+def tiny(arms: Iterable[Arm]) -> tuple[Arm, ...]:
+    """Arms with two learning rates, which is enough to show the form of the results."""
+    return tuple(replace(arm, rates=arm.rates[:2]) for arm in arms)
 
 
 def budget(

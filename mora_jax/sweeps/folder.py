@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -62,11 +62,9 @@ class SweepFolder:
         self._directory.check_free(overwrite)
         return False
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> contextlib.AbstractContextManager[None]:
         """Makes the folder and keeps other sweeps out of it."""
-        with self._directory.claimed():
-            yield
+        return self._directory.claimed()
 
     def create(self, runs: Sequence[SweepRun], overwrite: bool) -> None:
         """Removes an earlier sweep if that was asked for, and writes `sweep.json`."""
@@ -75,10 +73,6 @@ class SweepFolder:
                 self.files.remove(name)
         self._write({"runs": self._described(runs), "failed": {}})
 
-    def read(self) -> list[dict[str, Any]]:
-        """The runs as `sweep.json` describes them."""
-        return self._read()["runs"]
-
     def runs(self) -> list[SweepRun]:
         """The runs of the sweep that began here.
 
@@ -86,7 +80,7 @@ class SweepFolder:
             InputError: there is none, or its file can't be read.
         """
         runs = []
-        for run in self.read():
+        for run in self._read()["runs"]:
             # JSON has lists for tuples.
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in run["values"].items()}
             runs.append(SweepRun(run["name"], values, config_from_dict(run["config"], str(self.path / FILE))))

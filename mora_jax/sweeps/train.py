@@ -27,7 +27,7 @@ from mora_jax.training.hooks import Callback
 from mora_jax.training.loop import Trainer
 from mora_jax.training.observe.writers import check_writers
 from mora_jax.training.run.compilation_cache import persistent_compilation_cache
-from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
+from mora_jax.training.run.directory import RunDirectory
 from mora_jax.training.setup import NOTHING_IN_MEMORY, InMemory, Setup, encode_data, load_base, prepare
 from mora_jax.training.sharding.mesh import make_mesh
 
@@ -190,7 +190,7 @@ class _Sweep:
     def directory(self, run: SweepRun) -> RunDirectory:
         """The run's folder, or a record in memory."""
         note = self.board.of(run.name).note
-        return MemoryDirectory(note) if self.folder is None else RunDirectory(run.config.out or "", note=note)
+        return RunDirectory(None if self.folder is None else run.config.out or "", note=note)
 
     def result(
         self, run: SweepRun, directory: RunDirectory, failed: str | None = None, model: Decoder | None = None
@@ -207,15 +207,14 @@ class _Sweep:
             at_once: the most runs that train together.
             overwrite: as of the sweep, whose folder is made before the first run begins; None where that was done.
         """
-        create = self.folder is not None and overwrite is not None
         left = [run for run in self.runs if run.name not in self.results]
         groups = groups_of(left, at_once, masked=draws(self.objects.model))
         for _, on_base in itertools.groupby(groups, key=lambda group: base_of(group[0])):
             for setups in self._prepared(list(on_base)):
-                if self.folder is not None and create:  # everything was found good
+                if self.folder is not None and overwrite is not None:  # everything was found good
                     self.context.enter_context(self.folder.claimed())
-                    self.folder.create(self.runs, bool(overwrite))
-                    create = False
+                    self.folder.create(self.runs, overwrite)
+                    overwrite = None
                 if code := self._train_group(setups):
                     return code
         return 0

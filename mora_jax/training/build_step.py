@@ -14,7 +14,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.own import OwnModel, draws
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config, adapter_config
-from mora_jax.training.optimizer import make_optimizer, make_schedule, with_rates
+from mora_jax.training.optimizer import make_schedule, scheduled, with_rates
 from mora_jax.training.preferences import PreferenceLoss, reference_of
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.mesh import put
@@ -83,7 +83,8 @@ def assemble(
     restarts = Restarts.of(method, steps)
     # Checkpoints hold what restarts change: in one form on all backends.
     placement = None if pmap else placed(mesh, model, flat=None if restarts is None else False)
-    if placement is not None and placement.partitioner is not None and not is_abstract(model):
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
+    if placement is not None and placement.partitioner is not None and not abstract:
         put_model(placement, model)
     graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
@@ -91,7 +92,7 @@ def assemble(
     schedule = None
     if given is None:
         schedule = make_schedule(config.optimizer, steps, restarts)
-        optimizer = make_optimizer(config.optimizer, steps, rates, restarts=restarts)
+        optimizer = scheduled(config.optimizer, schedule, rates)
     else:
         optimizer = with_rates(given, rates)
     arrays = flat_arrays(adapters), flat_arrays(frozen)
@@ -143,11 +144,6 @@ def base_structure(model: nnx.Module) -> Structure:
     base = nnx.merge(*nnx.split(model))
     detach(base)
     return Structure(*nnx.split(base))
-
-
-def is_abstract(model: nnx.Module) -> bool:
-    """Whether a model's arrays are shapes alone."""
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
 def shapes_in_place(runner: JitRunner, tree: Any) -> Any:

@@ -11,19 +11,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from mora_jax.display.progress import in_notebook, is_live
+from mora_jax.display.progress import LINE_SECONDS, in_notebook, is_live
 
-# Seconds between lines that say how far something is.
-LINE_SECONDS = 10.0
 # An example's tokens: text, and the weight of predicting it.
 Pieces = Sequence[tuple[str, float]]
 
@@ -47,7 +44,7 @@ class RunInfo:
     notes: Sequence[str] = ()
 
 
-class Display:
+class Display(contextlib.AbstractContextManager["Display"]):
     """Plain lines without control codes, one a logged step. A context manager; `close` can come any time."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -55,10 +52,6 @@ class Display:
         self.stream = sys.stderr if stream is None else stream
         self.steps = 0
         self._spoke = -math.inf
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Leaves the terminal as it was."""
@@ -234,17 +227,16 @@ class LiveDisplay(Display):
         super().__init__()
         self.console = Console(stderr=True, highlight=False) if console is None else console
         self.bar: Progress | None = None
-        self.status: Status | None = None
+        self._live = contextlib.ExitStack()  # what is drawn at the moment
         self._words = ""  # of the last step
 
     def loading(self, words: str) -> None:
         """Shows a line with a spinner until the start; after it, words at the bar until the next step."""
         if self.bar is not None:
-            self.bar.update(self.task, words=words)
+            self.waiting(words)
             return
         self.close()
-        self.status = self.console.status(Text(printable(words)))
-        self.status.start()
+        self._live.enter_context(self.console.status(Text(printable(words))))
 
     def start(self, info: RunInfo) -> None:
         """Draws the panel and starts the bar."""
@@ -252,7 +244,7 @@ class LiveDisplay(Display):
         self.steps = info.steps
         self.console.print(Panel(_facts(info.facts), title="mora-jax train", title_align="left", border_style="cyan"))
         if info.first_example:
-            self.console.print(example_panel(info.first_example, "first example", self.console))
+            self.console.print(example_panel(info.first_example, self.console))
         for words in info.notes:
             self.console.print(Text(f"note: {printable(words)}", style="yellow"))
         self.bar = Progress(
@@ -266,7 +258,7 @@ class LiveDisplay(Display):
         )
         place = f"step {info.first_step}/{self.steps}"
         self.task = self.bar.add_task("", total=self.steps, completed=info.first_step, place=place, words="compiling")
-        self.bar.start()
+        self._live.enter_context(self.bar)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Moves the bar."""
@@ -287,8 +279,7 @@ class LiveDisplay(Display):
 
     def progress(self, words: str, done: int, total: int) -> None:
         """Says at the bar how far something is."""
-        if self.bar is not None:
-            self.bar.update(self.task, words=f"{words} {done:,}/{total:,}")
+        self.waiting(f"{words} {done:,}/{total:,}")
 
     def note(self, text: str) -> None:
         """Prints a line above the bar; on a terminal that is gone nothing, which is no reason to end a run."""
@@ -304,12 +295,9 @@ class LiveDisplay(Display):
 
     def close(self) -> None:
         """Takes the bar away and shows the cursor again."""
-        (status, bar), self.status, self.bar = (self.status, self.bar), None, None
+        self.bar = None
         with contextlib.suppress(OSError):
-            if status is not None:
-                status.stop()
-            if bar is not None:
-                bar.stop()
+            self._live.close()
 
 
 def _facts(facts: Mapping[str, str]) -> Table:
@@ -342,9 +330,9 @@ def token_text(pieces: Pieces) -> Text:
     return text
 
 
-def legend(partly: bool) -> Text:
-    """Returns the key to `token_text`, with or without the colour of weights between 0 and 1."""
-    middle = (("carries a part", PARTLY), "  ") if partly else ()
+def legend(weights: Iterable[float]) -> Text:
+    """Returns the key to `token_text` of tokens with these weights; with the colour of a part where one has it."""
+    middle = (("carries a part", PARTLY), "  ") if any(0 < weight < 1 for weight in weights) else ()
     return Text.assemble(("carries loss", TRAINED), "  ", *middle, ("carries none", "dim"))
 
 
@@ -362,24 +350,20 @@ def window(lines: Sequence[Text], size: int = SHOWN_LINES) -> list[Text]:
     return shown
 
 
-def example_panel(pieces: Pieces, title: str, console: Console, size: int | None = SHOWN_LINES) -> Panel:
-    """Returns a panel with an example's text, its trained tokens marked.
+def example_panel(pieces: Pieces, console: Console) -> Panel:
+    """Returns a panel with the first example's text, its trained tokens marked.
 
     Args:
         pieces: the example's tokens.
-        title: of the panel.
         console: where it will be printed.
-        size: lines shown at most; None for all.
     """
     text = token_text(pieces)
     text.rstrip()
-    lines = list(text.wrap(console, console.width - 4))
-    partly = any(0 < weight < 1 for _, weight in pieces)
     return Panel(
-        Group(*(lines if size is None else window(lines, size))),
-        title=title,
+        Group(*window(list(text.wrap(console, console.width - 4)))),
+        title="first example",
         title_align="left",
-        subtitle=legend(partly),
+        subtitle=legend(weight for _, weight in pieces),
         subtitle_align="left",
         border_style="cyan",
     )
@@ -420,6 +404,6 @@ def print_examples(examples: Iterable[tuple[str, Described]], console: Console) 
         title = f"example {number}: {source or 'a row'}, {len(described)} tokens, {trained} trained"
         if console.is_terminal:
             console.print(Text(f"\n{title}", style="bold"), example_table(described), sep="\n")
-            console.print(legend(any(0 < weight < 1 for _, weight, _ in described)))
+            console.print(legend(weight for _, weight, _ in described))
         else:
             print(f"\n{title}", *example_lines(described), sep="\n", file=console.file)

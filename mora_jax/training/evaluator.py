@@ -29,6 +29,7 @@ class Evaluator(Hook):
 
     def __init__(self, run: Run, measure: Measure | None = None):
         self._run, self._setup, self._measure = run, run.setup, measure
+        self._evaluates = run.setup.evaluates or measure is not None
         self._row: Row = {}  # of the last evaluation
         self._seconds: list[float] = []  # what each took in this process
 
@@ -51,10 +52,6 @@ class Evaluator(Hook):
         # Scoring a row takes a third of training on it, and what it compiles is needed at the end anyway.
         return rows <= trained / 4 and setup.evaluates if asked is None else asked
 
-    @property
-    def _evaluates(self) -> bool:
-        return self._setup.evaluates or self._measure is not None
-
     def on_start(self, point: Point) -> Point:
         return self.on_pause(point._replace(last=point.step == self._setup.plan.steps))
 
@@ -76,9 +73,7 @@ class Evaluator(Hook):
             if run.signals.look() and done < total:
                 raise _Interrupted
 
-        placement = run.assembly.placement
-        options: dict[str, Any] = {"batch_size": setup.micro_batch}
-        options["partitioner"] = None if placement is None else placement.partitioner
+        options: dict[str, Any] = {"batch_size": setup.micro_batch, "partitioner": run.assembly.settings.partitioner}
         before = run.signals.announce(("stopping this evaluation", "stop without saving"))
         run.display.loading("evaluating")
         started, model = time.perf_counter(), run.model(point)

@@ -27,7 +27,7 @@ from mora_jax.training.config.load import check_together
 from mora_jax.training.config.schema import Config, adapter_settings, lay_over
 from mora_jax.training.display import Display, make_display
 from mora_jax.training.loop import Trainer, new_run
-from mora_jax.training.run.directory import MemoryDirectory, RunDirectory
+from mora_jax.training.run.directory import RunDirectory
 from mora_jax.training.run.publish import model_card, upload
 from mora_jax.training.setup import InMemory
 from mora_jax.training.update_rules import OBJECT
@@ -128,8 +128,7 @@ class FinetuneResult:
         card = model_card(self.config, self.summary, repo_id, licence=licence)
         with tempfile.TemporaryDirectory(prefix="mora-jax-") as folder:
             self.save(folder)
-            options = {"private": private, "token": token, "commit_message": commit_message}
-            return upload(Path(folder), repo_id, card, **options)  # type: ignore[arg-type]
+            return upload(Path(folder), repo_id, card, private=private, token=token, commit_message=commit_message)
 
 
 def finetune(
@@ -213,7 +212,7 @@ def finetune(
         config = dict(config or {}) | {"optimizer.name": OBJECT}
     run_config = config_of(dict(config or {}), "config")
     shown = make_display() if display is None else display
-    directory = MemoryDirectory(shown.note) if out is None else RunDirectory(os.fspath(out), note=shown.note)
+    directory = RunDirectory(out, note=shown.note)
     given = objects.model
     how: dict[str, Any] = {"objects": objects, "callbacks": callbacks, "overwrite": overwrite, "resume": resume}
     with new_run(run_config, directory, shown, **how) as trainer:
@@ -282,9 +281,8 @@ def _paths(given: Any, rows: Any, name: str) -> tuple[str, ...]:
     many = (given,) if isinstance(given, str | os.PathLike) else tuple(given) if isinstance(given, Iterable) else ()
     if not many:
         raise InputError(f"{name} is empty: give dictionaries, or paths of files that hold them")
-    if not all(isinstance(path, str | os.PathLike) for path in many):
-        wrong = next(path for path in many if not isinstance(path, str | os.PathLike))
-        raise InputError(f"{name} should be dictionaries or paths, and one is {type(wrong).__name__}")
+    if wrong := [type(path).__name__ for path in many if not isinstance(path, str | os.PathLike)]:
+        raise InputError(f"{name} should be dictionaries or paths, and one is {wrong[0]}")
     return tuple(os.fspath(path) for path in many)
 
 
@@ -327,8 +325,7 @@ def _configuration(
         settings.append(("out", "(nothing is written)", "out"))
         caches = [name for name in ("data.cache", "log.compilation_cache") if name not in keys]
         settings += [(name, OFF, "out") for name in caches]
-    config = lay_over(Config(), settings)
-    check_together(config)
+    config = check_together(lay_over(Config(), settings))
     of_users = model is not None and not isinstance(model, Decoder)
     if of_users and arguments["out"] is not None and config.adapter.config_class.changes_base:
         raise InputError(

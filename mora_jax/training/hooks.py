@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -112,7 +112,7 @@ class Point(NamedTuple):
         return self.last and not self.owed
 
 
-class Hook:
+class Hook(contextlib.AbstractContextManager["Hook"]):
     """Takes part in a run, and is a context manager around it. Each method does nothing where a hook has no other.
 
     Before the first step `remember` gets the rows of metrics from before a resumption, and `on_start` comes once. A
@@ -121,9 +121,6 @@ class Hook:
     rows are there, and every hook's `on_pause` gets the point that the one before it returned. At the end each adds its
     part to the `summary`, and `on_end` gets the whole one.
     """
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: Any) -> None:
         """Nothing to close."""
@@ -208,9 +205,9 @@ class CompilingHook(Hook):
             display.waiting("")
 
     def seconds_left(self, step: int) -> float:
-        """What compiling takes for lengths that haven't come yet."""
+        """What is waited for compiling lengths that haven't come yet, as long as for those before."""
         log = self._run.runner.compilation_log
-        seconds = sum(one.seconds for one in log) / max(len(log), 1)
+        seconds = sum(one.waited for one in log) / max(len(log), 1)
         return max(self._lengths - len(log), 0) * seconds
 
 

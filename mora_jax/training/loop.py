@@ -214,6 +214,7 @@ class Trainer:
             self._checkpoints = CheckpointHook(run, restarter)
             self.hooks.append(self._checkpoints)
         self.hooks.append(Callbacks(callbacks))
+        self._lengths: Iterator[Batch] = iter(())  # a batch of each length
         self._enough = False  # whether a hook has said so
         self._pending: tuple[int, StepMetrics] | None = None  # the last step, while its metrics are not read
         self.summary = dict[str, Any]()
@@ -230,8 +231,11 @@ class Trainer:
                 result = self.stepped(batch)
 
     def stepped(self, batch: Batch) -> tuple[Any, StepMetrics]:
-        """A step of its own: the state after it, and its metrics."""
-        return self.run.assembly.runner(self.point.state, self.point.frozen, batch, self.compiling)
+        """A step of its own: the state after it, and its metrics. Beside it the next length's is compiled."""
+        runner = self.run.assembly.runner
+        state, metrics = runner(self.point.state, self.point.frozen, batch, self.compiling)
+        runner.compile_ahead(state, self.point.frozen, self._lengths)
+        return state, metrics
 
     def work(self) -> Generator[Batch, tuple[Any, StepMetrics], int]:
         """The run, but for the steps themselves: yields each batch, and is sent the state after it and its metrics.
@@ -252,7 +256,9 @@ class Trainer:
                 for hook in self.hooks:
                     hook.on_begin(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    batch = self._next(batches)
+                    asked = time.perf_counter()
+                    batch = next(batches)
+                    self.observer.clock.waited_for_data(asked)
                     if self._pending is not None and _is_done(self._pending[1]):
                         self._report()
                     state, metrics = yield batch
@@ -287,6 +293,10 @@ class Trainer:
         share = run.runner.share(setup.micro_batch)
         source = dataclasses.replace(setup.batches, rows=share.rows)
         batches = context.enter_context(contextlib.closing(BatchIterator(source, first, place=share.place)))
+        lengths = setup.plan.lengths(source.length)
+        if len(lengths) > 1 and not several():  # processes compile in one order
+            context.callback(run.assembly.runner.close, run.display.waiting)
+            self._lengths = (share.place(source[step]) for step in lengths.values())
         for row in run.directory.rewind_metrics(first):
             for hook in self.hooks:
                 hook.remember(row)
@@ -338,22 +348,14 @@ class Trainer:
 
     def _attention(self) -> str:
         """What computes attention, in words; of rows as long as they get."""
-        setup, placement = self.run.setup, self.run.assembly.placement
-        model, partitioner = setup.model, None if placement is None else placement.partitioner
+        setup, model, partitioner = self.run.setup, self.run.setup.model, self.run.assembly.settings.partitioner
         if not isinstance(model, Decoder):
             return "the model"
         sizes = setup.micro_batch, setup.batches.length
         rows = Rows(model.config, model.dtype, *sizes, partitioner, setup.config.data.packing)
         # Under pmap each device computes its rows alone.
-        with contextlib.nullcontext() if placement is not None else compiling_for(backend()):
+        with compiling_for(backend()) if setup.config.mesh.pmap else contextlib.nullcontext():
             return "xla" if model.attention is None else model.attention.implementation(rows)
-
-    def _next(self, batches: BatchIterator) -> Batch:
-        """The next batch; the time that the loop had to wait for it is counted."""
-        asked = time.perf_counter()
-        batch = next(batches)
-        self.observer.clock.waited_for_data(asked)
-        return batch
 
     def _report_hang(self, text: str) -> None:
         self.run.display.note(text)
@@ -383,7 +385,7 @@ class Trainer:
             # What is measured is of the last process: of the steps after this one.
             "resumed_after": first or None,
             "compilations": len(compilations),
-            "compile_seconds": sum(one.seconds for one in compilations),
+            "compile_seconds": sum(one.waited for one in compilations),
             "trained_fraction": setup.train.report.trained_fraction,
             "padding": setup.plan.padding(setup.batches.length),
             "final_loss": None if math.isnan(last_loss) else last_loss,

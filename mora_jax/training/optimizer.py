@@ -44,11 +44,7 @@ def _above(schedule: optax.Schedule, lowest: float) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig,
-    steps: int,
-    rates: Mapping[str, float] | None = None,
-    *,
-    restarts: Restarts | None = None,
+    config: OptimizerConfig, steps: int, rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then the optimizer; decoupled weight decay leaves norms and biases alone.
 
@@ -56,13 +52,12 @@ def make_optimizer(
         config: the section `optimizer`.
         steps: the run's steps.
         rates: how many times the learning rate arrays of some names get, as an adapter configuration's `rates`.
-        restarts: see `make_schedule`.
 
     Returns:
         A transformation whose `update` takes `taken`: whether the step counts (see `state.chosen`); only moments in the
         host's memory (`config.offload`) look at it.
     """
-    return scheduled(config, make_schedule(config, steps, restarts), rates)
+    return scheduled(config, make_schedule(config, steps), rates)
 
 
 def scheduled(
@@ -77,8 +72,9 @@ def scheduled(
         optax.add_decayed_weights(config.weight_decay, weight_masks),
         optax.scale_by_learning_rate(schedule),
     )
-    stages = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    return with_rates(optimizer if not stages else optax.chain(*stages, optimizer), rates)
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return with_rates(optimizer, rates)
 
 
 def check_named(config: OptimizerConfig) -> None:
@@ -98,8 +94,7 @@ def with_rates(
     optimizer: optax.GradientTransformation, rates: Mapping[str, float] | None
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer with other learning rates for arrays of some names (see `make_optimizer`)."""
-    stages = [optimizer, scale_rates(rates)] if rates else [optimizer]
-    return optax.with_extra_args_support(optimizer if len(stages) == 1 else optax.chain(*stages))
+    return optax.with_extra_args_support(optax.chain(optimizer, scale_rates(rates)) if rates else optimizer)
 
 
 def scale_rates(rates: Mapping[str, float]) -> optax.GradientTransformation:

@@ -21,7 +21,7 @@ from mora_jax.losses.preference import Answers, Objective, Settings, example_met
 from mora_jax.losses.token_nll import TokenNLL, token_nll
 from mora_jax.training.config.schema import Config, adapter_config
 from mora_jax.training.state import Arrays, Structure
-from mora_jax.training.step import Keys, StepConfig, head_inputs, inverse, row_numbers, token_shards
+from mora_jax.training.step import Keys, StepConfig, head_inputs, inverse, row_numbers
 
 
 class PreferenceRows(NamedTuple):
@@ -113,10 +113,6 @@ class PreferenceLoss:
         ids, segments = flat("input_ids"), flat("segment_ids")
         targets, answers = next_token_targets(ids, flat("answer_weights"), segments)
         _, weights = next_token_targets(ids, flat("weights"), segments)
-        if config.divisor is None:
-            normalizer = config.total(jnp.sum(batch["counts"], dtype=jnp.float32))
-        else:
-            normalizer = jnp.asarray(config.divisor, jnp.float32)
         shares, desired = batch["example_weights"], batch["desired"]
         paired = not self.objective.labelled
         wanted = shares if paired else shares * desired
@@ -128,7 +124,7 @@ class PreferenceLoss:
             flat("positions"),
             targets,
             answers,
-            weights * inverse(normalizer),
+            weights * inverse(config.normalizer(batch["counts"])),
             answers * inverse(config.total(jnp.sum(answers))),
             shares * inverse(examples),
             # Undefined where there is no such answer in the whole step.
@@ -173,7 +169,7 @@ class PreferenceLoss:
             base = fold(base_states), (base_head if getattr(model, "has_adapted_head", False) else head).kernel
         counted = (rows.answer_weights > 0) | (rows.sft_weights > 0)
         marks = fold(counted.astype(jnp.float32))
-        shards = token_shards(config, len(states))
+        shards = config.token_shards(len(states))
         tokens = token_nll(
             fold(states), head.kernel, fold(rows.targets), marks, base=base, softcap=head.softcap, shards=shards
         )

@@ -327,8 +327,8 @@ def prepare(config: Config, objects: InMemory = NOTHING_IN_MEMORY, encode: Encod
         attached = report_of_trained(model)
     else:
         attached = put_adapter(model, config, plan.steps)
-    if config.loss.kl_weight:
-        check_divergence(model)
+    if config.loss.kl_weight and jax.tree.leaves(nnx.state(model, FullParam)):
+        raise InputError("config: loss.kl_weight needs a frozen base: train no biases and no adapter.modules_to_save")
     if config.loss.balance_weight and (not isinstance(model, Decoder) or model.config.experts is None):
         raise InputError("config: loss.balance_weight is of models with experts, and this one has none; set it to 0")
     reference = reference_of(config, model, given=given)
@@ -364,12 +364,6 @@ def put_adapter(model: nnx.Module, config: Config, steps: int) -> AttachReport:
             f"{section.path} holds a {held} adapter, but adapter.method is {section.method}; set adapter.method={held}"
         )
     return report_of(model)
-
-
-def check_divergence(model: nnx.Module) -> None:
-    """Refuses what leaves no frozen base to take a divergence from."""
-    if jax.tree.leaves(nnx.state(model, FullParam)):
-        raise InputError("config: loss.kl_weight needs a frozen base: train no biases and no adapter.modules_to_save")
 
 
 def encode_data(

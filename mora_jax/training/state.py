@@ -6,15 +6,15 @@ is what checkpoints hold.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from mora_jax.adapters.base import FullParam
 from mora_jax.backend import backend, false_after
@@ -108,7 +108,7 @@ def ordered_after(taken: Array, adapters: Arrays) -> Array:
     """
     if backend() != "cpu":
         return taken
-    return functools.reduce(lambda taken, array: taken & ~false_after(array), adapters.values(), taken)
+    return reduce(lambda taken, array: taken & ~false_after(array), adapters.values(), taken)
 
 
 def if_taken(taken: Array, new: Any, old: Any) -> Any:
@@ -156,50 +156,40 @@ def streamed(adam: optax.GradientTransformation) -> optax.GradientTransformation
     ) -> tuple[dict[str, Array], OnHost]:
         results, moments = {}, OnHost(jnp.where(taken, optax.safe_increment(state.count), state.count), {}, {})
         for name, gradient in updates.items():
-            each = _updating(adam, state.count, name, taken)
+            each = partial(_updated, adam, state.count, taken)
             leaves = gradient, state.mu[name], state.nu[name]
-            updated = _by_layer(each, leaves) if name.startswith("layers.") else each(*leaves)
+            updated = jax.lax.map(each, leaves) if name.startswith("layers.") else each(leaves)
             results[name], moments.mu[name], moments.nu[name] = updated
         return results, moments
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _updating(
-    adam: optax.GradientTransformation, count: Array, name: str, taken: Array
-) -> Callable[[Array, Array, Array], tuple[Array, Array, Array]]:
-    def each(gradient: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array]:
-        """The update of one array, and its moments, which come from the host and go back there."""
-        mu, nu = jax.device_put((mu, nu), jax.memory.Space.Device)
-        out, new = adam.update({name: gradient}, optax.ScaleByAdamState(count, {name: mu}, {name: nu}))
-        moments = jnp.where(taken, new.mu[name], mu), jnp.where(taken, new.nu[name], nu)
-        return out[name], *jax.device_put(moments, jax.memory.Space.Host)
-
-    return each
-
-
-def _by_layer(each: Any, leaves: tuple[Array, ...]) -> Any:
-    return lax.scan(lambda carry, layer: (carry, each(*layer)), None, leaves)[1]
+def _updated(
+    adam: optax.GradientTransformation, count: Array, taken: Array, leaves: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """The update of one array, and its moments, which come from the host and go back there."""
+    gradient, *moments = leaves
+    mu, nu = jax.device_put(moments, jax.memory.Space.Device)
+    out, new = adam.update(gradient, optax.ScaleByAdamState(count, mu, nu))
+    moments = [jnp.where(taken, new.mu, mu), jnp.where(taken, new.nu, nu)]
+    return out, *jax.device_put(moments, jax.memory.Space.Host)
 
 
 def moments_on_device(state: Any) -> Any:
     """A state, under a trace, whose moments have left the host's memory."""
-
-    def fetched(node: Any) -> Any:
-        if not isinstance(node, OnHost):
-            return node
-        return OnHost(node.count, *jax.device_put((node.mu, node.nu), jax.memory.Space.Device))
-
-    return jax.tree.map(fetched, state, is_leaf=lambda node: isinstance(node, OnHost))
+    return _with_moments(state, lambda moments: jax.device_put(moments, jax.memory.Space.Device))
 
 
 def moments_on_host(shardings: Any) -> Any:
     """Shardings of a state, those of moments that `streamed` updates in the host's memory."""
+    return _with_moments(shardings, partial(jax.tree.map, lambda sharding: sharding.with_memory_kind("pinned_host")))
 
-    def place(node: Any) -> Any:
-        if not isinstance(node, OnHost):
-            return node
-        moved = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), (node.mu, node.nu))
-        return OnHost(node.count, *moved)
 
-    return jax.tree.map(place, shardings, is_leaf=lambda node: isinstance(node, OnHost))
+def _with_moments(tree: Any, put: Callable[[Any], Any]) -> Any:
+    """A state, or its shardings, with the moments of `streamed` put to another place."""
+
+    def moved(node: Any) -> Any:
+        return OnHost(node.count, *put((node.mu, node.nu))) if isinstance(node, OnHost) else node
+
+    return jax.tree.map(moved, tree, is_leaf=lambda node: isinstance(node, OnHost))

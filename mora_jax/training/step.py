@@ -106,16 +106,22 @@ class StepConfig:
                 "kl_weight needs the base that the divergence is from; full fine-tuning keeps no frozen base"
             )
 
-    @property
-    def row_shards(self) -> int:
-        """Devices among which the rows of a micro-batch are laid."""
-        if self.shards is not None:
-            return self.shards
-        return 1 if self.partitioner is None else self.partitioner.row_shards
-
     def total(self, x: Array) -> Array:
         """The sum over the mapped devices."""
         return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+
+    def normalizer(self, counts: Array) -> Array:
+        """What the sum of losses of a step is divided by: `divisor`, or without it the sum of `counts`."""
+        if self.divisor is not None:
+            return jnp.asarray(self.divisor, jnp.float32)
+        return self.total(jnp.sum(counts, dtype=jnp.float32))
+
+    def token_shards(self, rows: int) -> int:
+        """Devices among which the tokens of so many rows are laid, once they are folded."""
+        if self.partitioner is None:
+            return self.shards or 1
+        ring = self.partitioner.ring(rows)
+        return (self.shards or self.partitioner.row_shards) * (1 if ring is None else ring.size)
 
 
 class MicroBatch(NamedTuple):
@@ -280,11 +286,19 @@ class TokenLoss:
         self, config: StepConfig, structure: Structure, adapters: Arrays, frozen: Arrays, batch: Any
     ) -> tuple[MicroBatch, Array, Array]:
         """See `StepLoss`."""
-        rows, normalizer, trained_tokens = _divided(config, batch)
+        ids, segments = batch["input_ids"], batch["segment_ids"]
+        targets, weights = next_token_targets(ids, batch["weights"], segments)
+        normalizer = config.normalizer(batch.get("counts", weights))
+        kl_weights = share = None
+        if config.kl_weight:
+            _, kl_weights = next_token_targets(ids, batch["kl_weights"], segments)
+            kl_weights = kl_weights * inverse(config.total(jnp.sum(kl_weights)))
         if config.balance_weight:
-            share = 1 / (len(rows.input_ids) * config.total(jnp.ones((), jnp.float32)))
-            rows = rows._replace(share=jnp.broadcast_to(share, len(rows.input_ids)))
-        return rows, normalizer, trained_tokens
+            share = jnp.broadcast_to(1 / (len(ids) * config.total(jnp.ones((), jnp.float32))), len(ids))
+        numbers = row_numbers(config, *ids.shape[:2])
+        divided = weights * inverse(normalizer)
+        rows = MicroBatch(ids, segments, batch.get("positions"), targets, divided, kl_weights, numbers, share)
+        return rows, normalizer, config.total(jnp.sum(weights > 0))
 
     def __call__(
         self, config: StepConfig, model: Any, frozen: Arrays, rows: MicroBatch, keys: Keys
@@ -292,7 +306,7 @@ class TokenLoss:
         partitioner = config.partitioner
         states, head, balance = head_inputs(config, model, rows, keys)
         fold = partitioner.fold if partitioner is not None else lambda x: x
-        shards = token_shards(config, len(states))
+        shards = config.token_shards(len(states))
         shared: dict[str, Any] = {"softcap": head.softcap, "shards": shards, "mapped": config.mapped}
         loss = weighted_loss(fold(states), head.kernel, fold(rows.targets), fold(rows.weights), **shared)
         metrics = {"kl": jnp.zeros((), jnp.float32)}
@@ -309,12 +323,6 @@ class TokenLoss:
         assert rows.kl_weights is not None, "there are some where the divergence counts"
         kl = weighted_kl(fold(states), fold(base_states), head.kernel, fold(rows.kl_weights), **shared)
         return loss + config.kl_weight * kl, metrics | {"kl": kl}
-
-
-def token_shards(config: StepConfig, rows: int) -> int:
-    """Devices among which the tokens of so many rows are laid, once they are folded."""
-    ring = None if config.partitioner is None else config.partitioner.ring(rows)
-    return config.row_shards * (1 if ring is None else ring.size)
 
 
 def head_inputs(config: StepConfig, model: Any, rows: Any, keys: Keys) -> tuple[Array, Any, Array | None]:
@@ -353,24 +361,6 @@ def _hidden(model: Any, *inputs: Array | None, **options: Any) -> Any:
         return model.forward(*inputs, **options)
 
     return jax.jit(hidden_states)()
-
-
-def _divided(config: StepConfig, batch: Batch) -> tuple[MicroBatch, Array, Array]:
-    """The micro-batches with weights over the normaliser, the normaliser, and how many tokens carry loss."""
-    ids, segments = batch["input_ids"], batch["segment_ids"]
-    targets, weights = next_token_targets(ids, batch["weights"], segments)
-    if config.divisor is None:
-        normalizer = config.total(jnp.sum(batch.get("counts", weights), dtype=jnp.float32))
-    else:
-        normalizer = jnp.asarray(config.divisor, jnp.float32)
-    kl_weights = None
-    if config.kl_weight:
-        _, kl_weights = next_token_targets(ids, batch["kl_weights"], segments)
-        kl_weights = kl_weights * inverse(config.total(jnp.sum(kl_weights)))
-    numbers = row_numbers(config, *ids.shape[:2])
-    divided = weights * inverse(normalizer)
-    rows = MicroBatch(ids, segments, batch.get("positions"), targets, divided, kl_weights, numbers)
-    return rows, normalizer, config.total(jnp.sum(weights > 0))
 
 
 def row_numbers(config: StepConfig, micro_batches: int, rows: int) -> Array | None:

@@ -135,5 +135,3 @@ RULES = {
 }
 #: In their place: an optax object that `mora_jax.finetune` was given.
 OBJECT = "object"
-#: All keys that some use and others don't.
-SETTINGS = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.settings))

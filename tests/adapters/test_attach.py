@@ -8,6 +8,7 @@ from flax import linen, nnx
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
+from mora_jax.adapters.base import FullParam
 from mora_jax.adapters.matrices import Matrix
 from mora_jax.adapters.projection import Part, Projection
 
@@ -121,6 +122,20 @@ def test_full_trains_every_parameter_once():
     _, trainable, frozen = mj.partition(model)
     assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == count
     assert not jax.tree.leaves(nnx.filter_state(frozen, nnx.Param))
+
+
+def test_parameters_in_a_list_are_trained_with_the_whole_model():
+    class Scales(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.first = nnx.Linear(3, 3, rngs=rngs)
+            self.scales = nnx.List([nnx.Param(jnp.full(3, 2.0)), nnx.Param(jnp.full(3, 5.0))])
+
+    model = Scales(nnx.Rngs(0))
+    assert mj.attach(model, mj.FullConfig(), rngs=nnx.Rngs(1)).trainable == 18
+    assert [type(scale) for scale in model.scales] == [FullParam, FullParam]
+    assert [float(scale[...][0]) for scale in model.scales] == [2.0, 5.0]
+    with pytest.raises(ValueError, match="modules_to_save: scales is a list of parameters"):
+        mj.attach(Scales(nnx.Rngs(0)), mj.LoRAConfig(modules_to_save=("scales",)), rngs=nnx.Rngs(1))
 
 
 def test_other_code_finds_adapters_as_lora_params():

@@ -16,6 +16,7 @@ import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.methods.registry import METHODS
 from mora_jax.adapters.projection import Part, Projection
+from mora_jax.adapters.sites import sites
 from tests.adapters.formulas import COUNTS, FORMULAS
 from tests.adapters.made import config_from
 
@@ -126,10 +127,9 @@ def matrices(model):
     if isinstance(model, nnx.Linear):
         return {"": (kernel, bias)}
     found = {}
-    for layer in range(3):
-        for part in ("q_proj", "k_proj"):
-            path = model.module_path(part, layer)
-            found[path] = np.float64(model.part_weight(part))[layer], np.float64(model.part_bias(part))[layer]
+    for site in sites(model):
+        kernels, biases = np.float64(site.kernel()), np.float64(site.bias())
+        found |= {path: (kernels[layer], biases[layer]) for layer, path in enumerate(site.paths)}
     return found
 
 
@@ -167,7 +167,8 @@ def parts_of(model, y):
     if not isinstance(model, Projection):
         return {"": y}
     shaped = y.reshape(3, len(y[0]), *model.layout.out_shape)
-    return {model.module_path(p.name, i): model.part(shaped[i], p.name) for i in range(3) for p in model.parts}
+    parts = enumerate(model.parts)
+    return {model.module_path(p.name, i): model.layout.take(shaped[i], n) for n, p in parts for i in range(3)}
 
 
 def values(model):

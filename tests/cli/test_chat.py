@@ -178,8 +178,9 @@ def test_many_prompts_are_answered_in_their_order(run, fails, typed, model_dir, 
     assert drawn[0] == drawn[1] != out
     (tmp_path / "long.txt").write_text("short\n" + "x" * 200)
     assert f"{tmp_path}/long.txt, line 2: the prompt has 203 tokens" in fails(*base, "--prompts", tmp_path / "long.txt")
-    typed('{"prompt": "x"}\nno JSON\n')
-    assert "standard input, line 2: no JSON object" in fails(*base, "--prompts", "-")
+    for line in ("no JSON", "[" * 100_000):
+        typed(f'{{"prompt": "x"}}\n{line}\n')
+        assert "standard input, line 2: no JSON object" in fails(*base, "--prompts", "-")
     typed('{"question": "x"}\n')
     assert 'standard input, line 1: expected {"prompt": TEXT}' in fails(*base, "--prompts", "-")
     typed("\n")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mora_jax.cli.load import adapter_folder
+from mora_jax.cli.options import adapter_folder
 
 SETTINGS = {"train.steps": 2, "train.save_every": 1, "train.batch_size": 4, "model.dtype": "float32", "mesh.data": 1}
 SETTINGS |= {"data.max_length": 64, "optimizer.learning_rate": 0.01, "adapter.rank": 2, "adapter.targets": "q_proj"}

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import mora_jax as mj
-from mora_jax.adapters.attach import adapted_layers
+from mora_jax.adapters.sites import adapted_sites
 from tests.evaluation import tiny
 from tests.models.tiny import fill_randomly
 
@@ -119,9 +119,8 @@ def test_one_adapter_of_several(run, fails, model_dir, adapters, tmp_path):
     mj.load_adapter(model, adapters["lora"])
     mj.merge(model)
     mj.load_adapter(model, other)
-    for layer in adapted_layers(model):
-        for adapter in layer.adapters.values():
-            adapter.scaling[...] *= -0.5
+    for site in adapted_sites(model):
+        site.adapter.scaling[...] *= -0.5
     np.testing.assert_allclose(logits(model_dir, tmp_path / "cat"), model(IDS), atol=1e-4)
     code, out, _ = run(*arguments, "--combine", "svd", "--weights", "1", "1", "--json", "--out", tmp_path / "svd")
     result = json.loads(out)

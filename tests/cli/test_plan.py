@@ -1,6 +1,7 @@
 """`mora-jax plan`, with a folder that holds a config.json alone."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,22 @@ def test_json_without_a_compiler(model, capsys):
 def test_hints_on_rates_name_their_source(method, source):
     rates = [hint for hint in advice.hints(plan_of(method)) if hint.startswith("learning rate: ")]
     assert len(rates) == 1 and source in rates[0]
+
+
+@pytest.mark.parametrize(("method", "pairs"), [("lora", r"LoRA .*? over full"), ("mora", r"MoRA (\w+) .*? over LoRA")])
+def test_hints_on_rates_are_those_of_the_study(method, pairs):
+    """The lowest and the highest ratio of best rates, each with its widest range."""
+    page = (Path(__file__).parents[2] / "docs/studies/rates/quick/conclusion.md").read_text(encoding="utf-8")
+    found = re.findall(rf"^\| ({pairs}.*?) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", page, re.MULTILINE)
+    groups = {}
+    for _, *kind, ratio, low, high in found:
+        groups.setdefault(tuple(kind), {}).setdefault(float(ratio), []).append((float(low), float(high)))
+    hint = " ".join(advice.hints(plan_of(method)))
+    for ratios in groups.values():
+        for ratio in (min(ratios), max(ratios)):
+            low, high = max(ratios[ratio], key=lambda ends: ends[1] / ends[0])
+            assert f"{ratio:g} ({low:g} to {high:g})" in hint
+    assert len(groups) == (1 if method == "lora" else 2)
 
 
 def test_table_for_gpus(model, capsys):

@@ -20,7 +20,8 @@ from mora_jax.models.families import read_config
 from tests.evaluation import tiny
 
 PROMPT = [10, 200, 31, 7, 7, 99]
-GREEDY = generate.Draw(jax.random.split(jax.random.key(0)), jnp.float32(0), jnp.float32(1), True)
+KEYS = jax.random.split(jax.random.key(0))
+GREEDY = generate.Request(KEYS, jnp.float32(0), jnp.float32(1), jnp.asarray([-1]), None, True)
 
 
 def by_whole_forwards(model, prompt, count, stop_ids=()):
@@ -205,7 +206,7 @@ def test_bfloat16_in_place_and_alone_as_in_a_batch():
     layer = layers.programs[0].lower(layers.leaves[0], x, keys, values, layout, begun.cache.length, None)
     program = layer.compile().as_text()
     ends = [generator._enter.lower(generator._leaves, layers.table, begun, None)]
-    ends += [generator._leave.lower(generator._leaves, None, x, begun, jnp.asarray([-1]), GREEDY)]
+    ends += [generator._leave.lower(generator._leaves, None, x, begun, GREEDY)]
     program += "".join(end.compile().as_text() for end in ends)
     cache = ",".join(str(size) for size in keys.shape)
     assert f"f32[{cache}]" in program

@@ -72,6 +72,8 @@ def test_lifted_mora_passes_although_its_ranks_differ(base, tmp_path):
         ({"peft_type": "VERA"}, "peft_type is VERA, which vLLM does not load"),
         ({"r": 513}, "max_lora_rank goes up to 512"),
         ({"target_modules": None}, "lacks target_modules"),
+        ({"r": None}, "lacks r, which vLLM requires"),
+        ({"lora_alpha": None}, "lacks lora_alpha, which vLLM requires"),
         ({"target_parameters": ["x"]}, "target_parameters is set"),
         ({"rank_pattern": {"q_proj": 513}}, "max_lora_rank goes up to 512"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),

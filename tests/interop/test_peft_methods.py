@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.base import FullParam
+from mora_jax.adapters.sites import sites
 from tests.models.tiny import fill_randomly, hf_folder, random_ids
 from tests.models.tiny_torch import hf_logits, hf_model
 from tests.peers import peft, torch
@@ -151,9 +152,10 @@ def test_all_biases_are_trained_in_layers_that_are_left_out(bases, tmp_path):
     mj.load_adapter(again, tmp_path / "adapter")
     np.testing.assert_array_equal(np.asarray(again(IDS)), np.asarray(model(IDS)))
     base = load(bases["qwen2"])
-    for part in ("q_proj", "k_proj", "v_proj"):  # the same biases, added to the base's
-        base.layers.self_attn.qkv_proj.add_to_part_bias(part, again.layers.self_attn.qkv_proj.adapters[part].bias[...])
-        again.layers.self_attn.qkv_proj.adapters[part].bias[...] *= 0
+    adapters = again.layers.self_attn.qkv_proj.adapters
+    for site in sites(base.layers.self_attn.qkv_proj):  # the same biases, added to the base's
+        site.add_to_bias(adapters[site.part].bias[...])
+        adapters[site.part].bias[...] *= 0
     lora = mj.LoRAConfig(rank=2, targets=("q_proj",), layers_to_transform=(1,))
     mj.attach(base, lora, rngs=nnx.Rngs(0))
     adapters = [one.layers.self_attn.qkv_proj.adapters["q_proj"] for one in (base, again)]

@@ -10,7 +10,7 @@ from mora_jax.backend import compiling_for
 from mora_jax.losses import chunked_sum
 from mora_jax.losses.chunked_sum import chunk_size, over_chunks, pack_weighted_tokens, part_size, take
 from mora_jax.losses.cross_entropy import next_token_targets, weighted_loss
-from mora_jax.losses.token_scores import token_sums
+from mora_jax.losses.token_nll import token_sums
 
 
 def case(seed: int = 0):

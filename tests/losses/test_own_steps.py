@@ -9,8 +9,7 @@ import pytest
 
 from mora_jax import losses
 from mora_jax.losses.kl import weighted_kl
-from mora_jax.losses.token_nll import token_nll
-from mora_jax.losses.token_scores import token_scores
+from mora_jax.losses.token_nll import token_nll, token_scores
 
 RANDOM = np.random.default_rng(0)
 IDS = RANDOM.integers(0, 11, (3, 7))

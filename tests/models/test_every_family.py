@@ -304,8 +304,12 @@ def test_a_plan_counts_its_parameters(made):
 def test_a_mesh_computes_the_same(name, monkeypatch):
     monkeypatch.setitem(meshed.METHODS, "linear", mj.LoRAConfig(rank=2, targets="all-linear"))
     monkeypatch.setitem(meshed.SIZES, name, hf_config(name, **ODD[name]).to_dict())
-    one = meshed.run("linear", sizes=name)
+    run = meshed.run.__wrapped__  # keeps nothing: programs of all families are more than a process may map
+    one = run("linear", sizes=name)
     by_experts = [(1, 2, 1, 1, 2)] if name.endswith("experts") else []
     for mesh in ((1, 4, 1), (1, 2, 2), (1, 1, 2), *by_experts):
-        found = meshed.run("linear", mesh, sizes=name)
-        np.testing.assert_allclose(found.losses, one.losses, rtol=2e-5)
+        found = run("linear", mesh, sizes=name)
+        # The first gradient is compared to rounding; what follows from it amplifies rounding, Gemma 4's curved model
+        # by 5,000 times more than others: another processor had 2e-5 in a loss after seven steps.
+        np.testing.assert_allclose(found.norms[0], one.norms[0], rtol=1e-5)
+        np.testing.assert_allclose(found.losses, one.losses, rtol=1e-4)

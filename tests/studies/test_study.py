@@ -457,7 +457,7 @@ def test_a_preset_of_another_study_is_refused(capsys):
 @pytest.mark.parametrize("name", sorted(STUDIES))
 def test_cells_are_listed_and_presets_hold(name, capsys):
     study = STUDIES[name]
-    assert set(study.presets) - {"saturation"} == {"tiny", "quick", "small", "paper"}
+    assert set(study.presets) - {"ranks", "saturation"} == {"tiny", "quick", "small", "paper"}
     for preset in study.presets:
         assert main(["study", name, "--preset", preset, "--out", "none", "--list"]) == 0
         names = capsys.readouterr().out.split("\n")[:-1]

@@ -2,10 +2,11 @@
 
 import math
 import numbers
+import operator
 from dataclasses import dataclass
 from typing import Any
 
-_NAMES = {"at least": "at_least", "above": "above", "at most": "at_most", "below": "below"}
+_ORDERS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +28,15 @@ class Limits:
     @property
     def bounds(self) -> dict[str, float]:
         """Those that are set, by name."""
-        return {name: bound for name in _NAMES.values() if (bound := getattr(self, name)) is not None}
+        return {name: bound for name in _ORDERS if (bound := getattr(self, name)) is not None}
 
     def holds(self, value: float) -> bool:
         """Whether a number is in the range."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        return all(_ORDERS[name](value, bound) for name, bound in self.bounds.items())
 
     def words(self) -> str:
         """The range in words, such as `at least 0 and below 1`; empty where it has no end."""
-        return " and ".join(f"{word} {self.bounds[name]}" for word, name in _NAMES.items() if name in self.bounds)
+        return " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in self.bounds.items())
 
 
 def number(value: Any, *, whole: bool) -> int | float | None:

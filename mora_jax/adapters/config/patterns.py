@@ -89,13 +89,13 @@ class Resolved:
 
     Attributes:
         config: with the highest rank among the adapted layers.
+        scalings: of each layer, `[paths]`; 0 for those that are left out.
         ranks: of each layer, `[paths]`; None where they agree, or the method has none.
-        scalings: of each layer, `[paths]`; None where they agree.
     """
 
     config: Any
+    scalings: np.ndarray
     ranks: np.ndarray | None = None
-    scalings: np.ndarray | None = None
 
 
 def by_layer(config: Any, paths: tuple[str, ...], mask: tuple[bool, ...]) -> tuple[Any | None, ...]:
@@ -116,13 +116,13 @@ def resolve(configs: Sequence[Any | None], method: Any, paths: tuple[str, ...]) 
     """
     used = [config for config in configs if config is not None]
     first = used[0]
+    scalings = np.array([0.0 if config is None else method.scale(config) for config in configs])
     if all(other == first for other in used):
-        return Resolved(first)
+        return Resolved(first, scalings)
     if not hasattr(first, "rank"):
         named = [path for path, config in zip(paths, configs, strict=True) if config is not None]
         other = next(path for path, config in zip(named, used, strict=True) if config != first)
         raise ValueError(f"{named[0]} and {other} lie in one stack, so feedforward has to name both or none")
     ranks = np.array([(config or first).rank for config in configs])
-    scalings = np.array([0.0 if config is None else method.scale(config) for config in configs])
     widest = max(used, key=lambda layer: layer.rank)
-    return Resolved(widest, None if len({layer.rank for layer in used}) == 1 else ranks, scalings.astype(np.float32))
+    return Resolved(widest, scalings, None if len({layer.rank for layer in used}) == 1 else ranks)

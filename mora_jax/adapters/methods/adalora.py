@@ -28,6 +28,7 @@ from jax import Array
 from mora_jax.adapters.base import Adapter, AdapterParam, Params, host
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
+from mora_jax.adapters.methods.lora import delta_weight, thin_products
 from mora_jax.adapters.products.matmul import Dot, dot
 
 Arrays = dict[str, Array]
@@ -86,6 +87,7 @@ class AdaLoRAConfig(CommonConfig):
     orth_weight: float = field(default=0.5, kw_only=True, metadata=_TRAINING | {"limits": Number(at_least=0)})
     bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
     implied = ("total_steps",)
+    tree_refusal = "AdaLoRA takes ranks away while it trains, for which a plain tree of parameters has no place"
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,10 +112,6 @@ class AdaLoRAConfig(CommonConfig):
         return min(in_features, out_features)
 
     @property
-    def tree_refusal(self) -> str:
-        return "AdaLoRA takes ranks away while it trains, for which a plain tree of parameters has no place"
-
-    @property
     def details(self) -> tuple[str, ...]:
         return (f"mean rank {self.target_rank} at the end",)
 
@@ -131,7 +129,7 @@ class AdaLoRA(Adapter):
         lora_a = 0.02 * jax.random.normal(rngs.params(), (*self.layers, in_features, rank), jnp.float32)
         lora_b = 0.02 * jax.random.normal(rngs.params(), (*self.layers, rank, out_features), jnp.float32)
         self.lora_a = AdapterParam(lora_a, axes=self.stacked(self.axes[0], "rank"))
-        self.lora_e = AdapterParam(jnp.zeros((*self.layers, rank), jnp.float32), axes=self.stacked("rank"))
+        self.lora_e = self.filled(0.0, (rank,), "rank")
         self.lora_b = AdapterParam(lora_b, axes=self.stacked("rank", self.axes[1]))
 
     @classmethod
@@ -140,13 +138,11 @@ class AdaLoRA(Adapter):
 
     @classmethod
     def delta(cls, config: AdaLoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
-        hidden = product(x, params["lora_a"]) * (params["lora_e"] * params["scaling"])
-        return product(hidden.astype(x.dtype), params["lora_b"])
+        return thin_products(x, params["lora_a"], params["lora_b"], params["lora_e"] * params["scaling"], product)
 
     @classmethod
     def dense(cls, config: AdaLoRAConfig, in_features: int, out_features: int, params: Params) -> Array:
-        left = params["lora_a"] * (params["lora_e"] * params["scaling"])
-        return jnp.matmul(left, params["lora_b"], precision=jax.lax.Precision.HIGHEST)
+        return delta_weight(params["lora_a"] * (params["lora_e"] * params["scaling"]), params["lora_b"])
 
     @classmethod
     def low_rank(
@@ -194,34 +190,31 @@ def existing(adapters: Arrays, states: Arrays) -> Masks:
     return found
 
 
-def start_importance(adapters: Arrays, exists: Masks | None = None) -> Importance:
-    """Nothing seen, every triplet in use that exists (None: all)."""
+def start_importance(adapters: Arrays, exists: Masks) -> Importance:
+    """Nothing seen, every triplet in use that exists."""
     zeros = {
         prefix + name: jnp.zeros_like(adapters[prefix + name]) for prefix in triplets(adapters) for name in _FACTORS
     }
-    kept = {}
-    for prefix in triplets(adapters):
-        ones = jnp.ones_like(adapters[prefix + "lora_e"])
-        kept[prefix + "lora_e"] = ones if exists is None else ones * exists[prefix + "lora_e"]
+    kept = {name: jnp.ones_like(adapters[name]) * mask for name, mask in exists.items()}
     return Importance(zeros, {name: jnp.zeros_like(value) for name, value in zeros.items()}, kept)
 
 
-def orthogonality(adapters: Arrays, exists: Masks | None = None) -> Array:
+def orthogonality(adapters: Arrays, exists: Masks) -> Array:
     """The mean over all P and Q of ‖Pᵀ P − I‖ and ‖Q Qᵀ − I‖ (Frobenius), a float32 scalar.
 
-    Triplets that don't exist are no part of P, Q and I, nor is a matrix that has none (None: all exist).
+    Triplets that don't exist are no part of P, Q and I, nor is a matrix that has none.
     """
     norms, counted = [], []
     for prefix in triplets(adapters):
         p, q = adapters[prefix + "lora_a"], adapters[prefix + "lora_b"]
-        here = np.ones((*p.shape[:-2], p.shape[-1]), bool) if exists is None else exists[prefix + "lora_e"]
-        both = here[..., :, None] & here[..., None, :]
+        exist = exists[prefix + "lora_e"]
+        both = exist[..., :, None] & exist[..., None, :]
         eye = np.eye(p.shape[-1], dtype=np.float32) * both
         for gram in (jnp.einsum("...ir,...is->...rs", p, p), jnp.einsum("...ro,...so->...rs", q, q)):
             # The root of 0 has no slope: exact orthogonality would give NaN.
             total = jnp.sum(jnp.square(jnp.where(both, gram, 0) - eye), axis=(-2, -1))
             norms.append(jnp.sqrt(total + 1e-12).reshape(-1))
-            counted.append(here.any(-1).reshape(-1))
+            counted.append(exist.any(-1).reshape(-1))
     used = np.concatenate(counted).astype(np.float32)
     return jnp.sum(jnp.concatenate(norms) * used) / max(float(used.sum()), 1.0)
 
@@ -239,12 +232,7 @@ def budget(config: AdaLoRAConfig, exists: Masks, step: int) -> int:
 
 
 def allocate(
-    config: AdaLoRAConfig,
-    importance: Importance,
-    adapters: Arrays,
-    gradients: Arrays,
-    step: Array,
-    exists: Masks | None = None,
+    config: AdaLoRAConfig, importance: Importance, adapters: Arrays, gradients: Arrays, step: Array, exists: Masks
 ) -> tuple[Importance, Arrays]:
     """Importances after one more step, and the arrays with the λ beyond the budget zeroed.
 
@@ -255,10 +243,8 @@ def allocate(
         gradients: of this step, by the same names.
         step: how many steps are done with this one. Which triplets are in use changes every `delta_t` steps after
             `tinit`, for the last time when `tfinal` steps are left.
-        exists: see `existing`; None for all.
+        exists: see `existing`.
     """
-    if exists is None:
-        exists = {prefix + "lora_e": np.ones(adapters[prefix + "lora_e"].shape, bool) for prefix in triplets(adapters)}
     last = config.total_steps - config.tfinal
     sensitivity, uncertainty = _smoothed(config, importance, adapters, gradients, step < last)
     scores = [_scores(name, sensitivity, uncertainty, exists[name]) for name in exists]

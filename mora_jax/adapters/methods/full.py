@@ -19,7 +19,4 @@ class FullConfig(MethodConfig):
     """
 
     changes_base: ClassVar[bool] = True
-
-    @property
-    def tree_refusal(self) -> str:
-        return "full fine-tuning has no adapter: train the parameters themselves"
+    tree_refusal = "full fine-tuning has no adapter: train the parameters themselves"

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, Params
+from mora_jax.adapters.base import Adapter, Params
 from mora_jax.adapters.config.common import CommonConfig, Targets
 from mora_jax.adapters.products.matmul import widened
+from mora_jax.adapters.targets import named
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class IA3Config(CommonConfig):
         return config
 
     def at_path(self, path: str) -> IA3Config:
-        found = any(path == name or path.endswith("." + name) for name in self.feedforward)
+        found = any(named(path, name) for name in self.feedforward)
         return replace(self, feedforward=self.feedforward if found else ())
 
 
@@ -71,7 +72,7 @@ class IA3(Adapter):
     def __init__(self, in_features: int, out_features: int, config: IA3Config, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         size, axis = (in_features, self.axes[0]) if config.feedforward else (out_features, self.axes[1])
-        self.ia3_l = AdapterParam(jnp.ones((*self.layers, size), jnp.float32), axes=self.stacked(axis))
+        self.ia3_l = self.filled(1.0, (size,), axis)
 
     @classmethod
     def output_gain(cls, config: IA3Config, params: Params, kernel: Callable[[], Array]) -> Array | None:

@@ -65,6 +65,7 @@ class LoRAConfig(CommonConfig):
     use_dora: bool = field(default=False, kw_only=True)
     init: str = field(default="kaiming", kw_only=True, metadata={"choices": INITS, "run_choices": INITS[:-1]})
     grows_with_rank = True
+    joint_form = "LoRA"
 
     @property
     def tree_refusal(self) -> str:
@@ -74,10 +75,6 @@ class LoRAConfig(CommonConfig):
 
     def highest_rank(self, in_features: int, out_features: int) -> int:
         return min(in_features, out_features)
-
-    @property
-    def joint_form(self) -> str:
-        return "LoRA"
 
     @property
     def starts_from_base(self) -> bool:
@@ -134,10 +131,11 @@ def apply(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) 
     """
     _check(lora_a, lora_b, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1])
-    return _delta(flat, lora_a, lora_b, scaling).astype(x.dtype).reshape(*x.shape[:-1], lora_b.shape[1])
+    return thin_products(flat, lora_a, lora_b, scaling).astype(x.dtype).reshape(*x.shape[:-1], lora_b.shape[1])
 
 
-def _delta(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float, product: Dot = dot) -> Array:
+def thin_products(x: Array, lora_a: Array, lora_b: Array, scaling: Array | float, product: Dot = dot) -> Array:
+    """`x [N, in]` by one thin factor and then the other, with a factor on the features between them."""
     hidden = product(x, lora_a) * scaling  # [N, in] @ [in, rank] → [N, rank], thin
     return product(hidden.astype(x.dtype), lora_b)  # [N, rank] @ [rank, out] → [N, out]
 
@@ -162,7 +160,7 @@ def delta_weight(lora_a: Array, lora_b: Array, scaling: Array | float = 1.0) -> 
 
 
 def _grouped(x: Array, params: Params, product: Dot) -> Array:
-    """`_delta` with each expert's factors, `[E, in, rank]` and `[E, rank, out]`."""
+    """`thin_products` with each expert's factors, `[E, in, rank]` and `[E, rank, out]`."""
     scaling = params["scaling"][:, None] * params.get("rank_mask", 1.0)  # [E, rank] or [E, 1]
     hidden = product(x, params["lora_a"] * scaling[:, None])
     return product(hidden.astype(x.dtype), params["lora_b"])
@@ -188,6 +186,12 @@ def initial_of(params: Params | None) -> Params | None:
     return params | {"lora_a": params["initial_a"], "lora_b": params["initial_b"]}
 
 
+def _from_start(params: Params, update: Callable[[Params], Array]) -> Array:
+    """The update, counted from that of the initial factors where there are such."""
+    first = initial_of(params)
+    return update(params) if first is None else update(params) - update(first)
+
+
 class LoRA(Adapter):
     """LoRA's factors for one matrix, or for one matrix a layer when they carry a leading layer axis."""
 
@@ -195,6 +199,7 @@ class LoRA(Adapter):
     by_products: ClassVar[bool] = True
     file_method: ClassVar[str] = "lora"
     file_config: ClassVar[type[LoRAConfig]] = LoRAConfig
+    frozen_a: ClassVar[bool] = False
     on_embeddings: ClassVar[bool] = True
     on_experts: ClassVar[bool] = True
     config: LoRAConfig
@@ -266,20 +271,15 @@ class LoRA(Adapter):
 
     @classmethod
     def delta(cls, config: LoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
-        y = _delta(x, params["lora_a"], params["lora_b"], scaling_of(params), product)
-        first = initial_of(params)
-        return y if first is None else y - _delta(x, first["lora_a"], first["lora_b"], scaling_of(params), product)
+        return _from_start(params, lambda p: thin_products(x, p["lora_a"], p["lora_b"], scaling_of(p), product))
 
     @classmethod
     def grouped(cls, config: LoRAConfig, out_features: int, x: Array, params: Params, product: Dot) -> Array:
-        y = _grouped(x, params, product)
-        first = initial_of(params)
-        return y if first is None else y - _grouped(x, first, product)
+        return _from_start(params, lambda p: _grouped(x, p, product))
 
     @classmethod
     def dense(cls, config: LoRAConfig, in_features: int, out_features: int, params: Params) -> Array:
-        first = initial_of(params)
-        return _dense(params) if first is None else _dense(params) - _dense(first)
+        return _from_start(params, _dense)
 
     @classmethod
     def in_file(cls, config: LoRAConfig, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -306,7 +306,7 @@ class LoRA(Adapter):
 
     @classmethod
     def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
-        return FusedLoRA(layout, tuple(config is not None for config in configs))
+        return FusedLoRA(layout, cls.frozen_a)
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,6 @@ class FusedLoRA:
     """
 
     layout: FusedLayout
-    present: tuple[bool, ...]
     frozen_a: bool = False
 
     def _factors(self, params, dtype) -> tuple[Array, Array, Array]:

@@ -8,8 +8,7 @@ import jax
 from mora_jax.adapters.base import AdapterState
 from mora_jax.adapters.config.common import RestartConfig
 from mora_jax.adapters.config.limits import Number
-from mora_jax.adapters.methods.lora import INITS, FusedLoRA, LoRA, LoRAConfig, init
-from mora_jax.adapters.products.matmul import Delta, FusedLayout
+from mora_jax.adapters.methods.lora import INITS, LoRA, LoRAConfig, init
 
 
 @dataclass(frozen=True)
@@ -170,11 +169,9 @@ class LoRAPlusConfig(LoRAConfig):
 
     lr_ratio: float = field(default=16.0, kw_only=True, metadata={"training": True, "limits": Number(above=0)})
 
-    @property
-    def tree_refusal(self) -> str:
-        return (
-            "LoRA+ is LoRA with two learning rates, and with a plain tree those are your optimizer's: take LoRAConfig"
-        )
+    tree_refusal = (
+        "LoRA+ is LoRA with two learning rates, and with a plain tree those are your optimizer's: take LoRAConfig"
+    )
 
     @property
     def rates(self) -> dict[str, float]:
@@ -217,6 +214,7 @@ class LoRAFA(LoRA):
     """
 
     method: ClassVar[str] = "lora_fa"
+    frozen_a: ClassVar[bool] = True
     # A of an embedding table starts at zero and would stay there.
     on_embeddings: ClassVar[bool] = False
 
@@ -229,10 +227,6 @@ class LoRAFA(LoRA):
     @classmethod
     def continues(cls, config: LoRAConfig, given: Any) -> bool:
         return isinstance(given, LoRAConfig)  # of either scaling
-
-    @classmethod
-    def fuse(cls, layout: FusedLayout, configs: tuple[LoRAConfig | None, ...]) -> Delta | None:
-        return FusedLoRA(layout, tuple(config is not None for config in configs), frozen_a=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, Params
+from mora_jax.adapters.base import Adapter, Params
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import POSITIVE
 from mora_jax.adapters.products.matmul import Dot, dot, widened
@@ -66,9 +66,8 @@ class MiSS(Adapter):
             raise ValueError(
                 f"mini_rank is {config.mini_rank}, which does not divide the layer's {out_features} outputs"
             )
-        shape = (*self.layers, config.rank, config.mini_rank if mini else out_features)
-        axes = self.stacked("rank", "rank" if mini else self.axes[1])
-        self.miss_block = AdapterParam(jnp.zeros(shape, jnp.float32), axes=axes)
+        columns, axis = (config.mini_rank, "rank") if mini else (out_features, self.axes[1])
+        self.miss_block = self.filled(0.0, (config.rank, columns), "rank", axis)
 
     @classmethod
     def delta(cls, config: MiSSConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:

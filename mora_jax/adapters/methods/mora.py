@@ -305,8 +305,7 @@ class MoRA(Adapter):
         """Takes what every adapter takes (see `Adapter`)."""
         super().__init__(in_features, out_features, config, **placing)
         q = square_rank(in_features, out_features, config.rank, config.kind)
-        zeros = jnp.zeros((*self.layers, q, q), jnp.float32)
-        self.m = AdapterParam(zeros, axes=self.stacked("square_out", "square_in"))
+        self.m = self.filled(0.0, (q, q), "square_out", "square_in")
 
     @classmethod
     def delta(cls, config: MoRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:

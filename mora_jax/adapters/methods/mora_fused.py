@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mora_jax.adapters.methods.mora_maps import SHARED, Form, Map, Sides, Walk, rotated_squares
-from mora_jax.adapters.products.matmul import FusedLayout, added, dot32, dot32_nt, dot32_tn, wide
+from mora_jax.adapters.products.matmul import FusedLayout, added, dot32, dot32_nt, dot32_tn, wide, widened
 from mora_jax.backend import untransposed
 
 
@@ -43,17 +43,17 @@ class _Group(NamedTuple):
         return untransposed(jnp.concatenate(turned, axis=-1).astype(dtype))
 
     def product(self, x: Array, w: Array) -> list[Array]:
-        """`[N, blocks · q]` by the matrix: float32 `[N, blocks · q]` for each part."""
+        """`[N, blocks · q]` by the matrix: `[N, blocks · q]` for each part."""
         if self._one_by_one:
-            found = [self._split(dot32(own, self._of(w, k))) for k, own in enumerate(self._cut(x))]
+            found = [self._split(dot32(own, self._of(w, k)).astype(x.dtype)) for k, own in enumerate(self._cut(x))]
             return [jnp.concatenate(blocks, axis=1) for blocks in zip(*found, strict=True)]
         return [_flat(z) for z in self._split(self._multiplied(self._blocks(x), w, 1))]
 
     def product_back(self, dz: list[Array], w: Array) -> Array:
-        """The parts' `[N, blocks · q]` by the transposed matrix: float32 `[N, blocks · q]`."""
+        """The parts' `[N, blocks · q]` by the transposed matrix: `[N, blocks · q]`."""
         if self._one_by_one:
-            joined = self._joined_by_block(dz)
-            return jnp.concatenate([dot32_nt(own, self._of(w, k)) for k, own in enumerate(joined)], axis=1)
+            joined = enumerate(self._joined_by_block(dz))
+            return jnp.concatenate([dot32_nt(own, self._of(w, k)).astype(own.dtype) for k, own in joined], axis=1)
         return _flat(self._multiplied(self._joined(dz), w, 2))
 
     def gradient(self, x: Array, dz: list[Array]) -> Array:
@@ -96,12 +96,13 @@ class _Group(NamedTuple):
         return [jnp.concatenate(own, axis=1) for own in zip(*map(self._cut, dz), strict=True)]
 
     def _multiplied(self, x: Array, w: Array, axis: int) -> Array:
-        """`[N, blocks, …]` by the matrix, or with `axis` 2 by its transpose: float32 `[N, blocks, …]`."""
+        """`[N, blocks, …]` by the matrix, or with `axis` 2 by its transpose: `[N, blocks, …]`."""
         if not self.rotated:
             z = (dot32 if axis == 1 else dot32_nt)(x.reshape(-1, x.shape[-1]), w)
-            return z.reshape(*x.shape[:2], z.shape[-1])
+            return z.astype(x.dtype).reshape(*x.shape[:2], z.shape[-1])
         dims = (((2,), (axis,)), ((1,), (0,)))
-        return lax.dot_general(x, w, dims, preferred_element_type=wide(x.dtype)).transpose(1, 0, 2)
+        z = lax.dot_general(x, w, dims, preferred_element_type=wide(x.dtype))
+        return z.astype(x.dtype).transpose(1, 0, 2)
 
     def squares(self, dw: Array) -> list[Array]:
         """The gradients of each M from that of the matrix."""
@@ -126,7 +127,8 @@ class FusedMoRA:
     """MoRA on several matrices with one input: parts that sum alike share their sums and one product.
 
     The backward is written out: what autodiff makes of sums and repetitions passes over wide arrays once for each of
-    their slices.
+    their slices. What is repeated is repeated in the compute dtype, half the bytes: rounded once, as LoRA's inner
+    product is, which leaves the update as exact as LoRA's.
     """
 
     layout: FusedLayout
@@ -145,9 +147,9 @@ class FusedMoRA:
                 found.setdefault((q, alone), []).append((i, outer))
         return [group._replace(parts=tuple(parts)) for (_, group), parts in found.items()]
 
-    def _matrices(self, groups: list[_Group], params, dtype, name: str = "m") -> list[Array]:
+    def _matrices(self, groups: list[_Group], params, dtype) -> list[Array]:
         return [
-            group.matrix([params[i][name] * params[i]["scaling"] for i, _ in group.parts], dtype) for group in groups
+            group.matrix([params[i]["m"] * params[i]["scaling"] for i, _ in group.parts], dtype) for group in groups
         ]
 
     def _output(self, groups: list[_Group], held, matrices: list[Array]) -> Array:
@@ -155,13 +157,10 @@ class FusedMoRA:
         parts: dict[int, Array] = {}
         for group, kept, w in zip(groups, held, matrices, strict=True):
             for (i, outer), z in zip(group.parts, group.product(group.inputs(kept), w), strict=True):
-                parts[i] = outer(_operand(outer, z, kept.dtype))
-        rows, dtype = len(held[0]), wide(held[0].dtype)
-        bare = [
-            jnp.zeros((rows, self.layout.part_features(i)), dtype) for i in range(len(self.kinds)) if i not in parts
-        ]
-        left = iter(bare)
-        return self.layout.join([parts[i] if i in parts else next(left) for i in range(len(self.kinds))])
+                parts[i] = outer(z)
+        for i in set(range(len(self.kinds))) - parts.keys():
+            parts[i] = jnp.zeros((len(held[0]), self.layout.part_features(i)), held[0].dtype)
+        return widened(self.layout.join_tokens([parts[i] for i in range(len(self.kinds))]))
 
     def forward(self, x: Array, params):
         """As `Delta.forward`."""
@@ -177,17 +176,11 @@ class FusedMoRA:
         slopes = []
         for group, kept, w in zip(groups, held, self._matrices(groups, params, dy.dtype), strict=True):
             dz = [outer.transpose(self.layout.take_flat(dy, i)).astype(dy.dtype) for i, outer in group.parts]
-            da = group.product_back(dz, w)
-            slopes.append(group.inner.transpose(_operand(group.inner, da, dy.dtype)))
+            slopes.append(widened(group.inner.transpose(group.product_back(dz, w))))
             dw = group.gradient(group.inputs(kept), dz)
             for (i, _), square in zip(group.parts, group.squares(dw), strict=True):
                 gradients[i]["m"] = square * params[i]["scaling"]
         return added(*slopes), tuple(gradients)
-
-
-def _operand(step: Map, x: Array, dtype: Any) -> Array:
-    """`x` as `step` takes it: in the compute dtype for a product."""
-    return x.astype(dtype) if isinstance(step, Walk) and step.form is Form.MATRIX else x
 
 
 def _flat(x: Array) -> Array:

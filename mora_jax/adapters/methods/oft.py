@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, Params
+from mora_jax.adapters.base import Adapter, Params
 from mora_jax.adapters.config.common import BIASES, CommonConfig, Targets
 from mora_jax.adapters.config.limits import COUNT, POSITIVE, Number
 from mora_jax.adapters.products.matmul import dot, row_dot, widened
@@ -89,8 +89,8 @@ class OFT(Adapter):
     def __init__(self, in_features: int, out_features: int, config: OFTConfig, **placing: Any):
         super().__init__(in_features, out_features, config, **placing)
         count, size = block_shape(config, in_features)
-        shape = (*self.layers, 1 if config.block_share else count, size * (size - 1) // 2)
-        self.oft_r = AdapterParam(jnp.zeros(shape, jnp.float32), axes=self.stacked("rank", "rank"))
+        rotations = 1 if config.block_share else count
+        self.oft_r = self.filled(0.0, (rotations, size * (size - 1) // 2), "rank", "rank")
 
     @classmethod
     def configure_for_shapes(cls, config: OFTConfig, sizes: Iterable[tuple[int, int]]) -> OFTConfig:

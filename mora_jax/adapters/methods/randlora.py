@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mora_jax.adapters.base import AdapterParam, AdapterState, Params
+from mora_jax.adapters.base import AdapterState, Params
 from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.methods.shared_bases import SharedBases, SharedBasesConfig, torch_generator, uniform, unit_draws
 from mora_jax.adapters.products.matmul import Dot, dot
@@ -114,10 +114,8 @@ class RandLoRA(SharedBases):
         count = -(-smaller // config.rank)
         self.randlora_a = AdapterState(self._stack(a[:, :smaller]), axes=self.stacked("rank", on_smaller))
         self.randlora_b = AdapterState(self._stack(b[:larger, :count]), axes=self.stacked(on_larger, "rank", "rank"))
-        zeros = jnp.zeros((*self.layers, config.rank, count), jnp.float32)
-        self.randlora_lambda = AdapterParam(zeros, axes=self.stacked("rank", "rank"))
-        gamma = jnp.full((*self.layers, count, smaller), 1.0 / max(count, smaller), jnp.float32)
-        self.randlora_gamma = AdapterParam(gamma, axes=self.stacked("rank", on_smaller))
+        self.randlora_lambda = self.filled(0.0, (config.rank, count), "rank", "rank")
+        self.randlora_gamma = self.filled(1.0 / max(count, smaller), (count, smaller), "rank", on_smaller)
 
     @classmethod
     def scale(cls, config: RandLoRAConfig) -> float:

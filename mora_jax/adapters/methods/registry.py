@@ -4,11 +4,13 @@ A method is a subclass of `Adapter` with a `method` of its own, and beside it it
 `Config` behind it: `LoRA` and `LoRAConfig`.
 """
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -38,12 +40,9 @@ def _collected() -> dict[str, Method]:
             if own and "method" in vars(value):
                 found[value.method] = Method(names[f"{name}Config"], value)
     # LoRA first, then its relatives, then the others; what changes the base comes last.
-    order = sorted(found, key=lambda m: (found[m].config.changes_base, m != "lora", not _is_lora(found[m]), m))
+    lora, kinds = found["lora"].config, {name: method.config for name, method in found.items()}
+    order = sorted(found, key=lambda m: (kinds[m].changes_base, m != "lora", not issubclass(kinds[m], lora), m))
     return {name: found[name] for name in order} | {"full": Method(FullConfig, None)}
-
-
-def _is_lora(method: Method) -> bool:
-    return any(base.__name__ == "LoRA" for base in method.adapter.__mro__) if method.adapter is not None else False
 
 
 # What stands beside the adapters of any method.
@@ -67,31 +66,30 @@ def adapter_class(config: Any) -> type[Adapter]:
     raise TypeError(f"config must be one of {known}, not {type(config).__name__}")
 
 
-def new_adapter(config: Any, matrix: Matrix, rngs: nnx.Rngs, stack: tuple[int, ...] = ()) -> Any:
-    """A fresh adapter of one matrix, or of a stack of them."""
-    method: Any = adapter_class(config)
-    make = method.for_embedding if matrix.is_embedding else method
-    return make(matrix.in_features, matrix.out_features, config, rngs=rngs, num_layers=stack or None)
-
-
-def fresh_arrays(
-    config: Any, matrix: Matrix, rngs: nnx.Rngs, kernel: Callable[[], Array], dtype: Any, stack: tuple[int, ...] = ()
-) -> tuple[Params, Params]:
+def fresh_arrays(config: Any, matrix: Matrix, rngs: nnx.Rngs, kernel: Array) -> tuple[Params, Params]:
     """The arrays of a fresh adapter but for its scaling: those that are trained, and those that stay as they are.
 
     Args:
         config: the method's.
         matrix: that gets the adapter.
         rngs: keys of its start.
-        kernel: gives the base's matrix `[*stack, in, out]`, for methods that start from it.
-        dtype: the base's.
-        stack: sizes of the axes in front of the matrix.
+        kernel: the base's `[*stack, in, out]`, which some methods start from.
     """
-    adapter = new_adapter(config, matrix, rngs, stack)
-    adapter.fit(dtype)
-    adapter.init_from_kernel(kernel)
+    method: Any = adapter_class(config)
+    make = method.for_embedding if matrix.is_embedding else method
+    adapter = make(*matrix.sizes, config, rngs=rngs, stack=kernel.shape[:-2])
+    adapter.fit(kernel.dtype)
+    adapter.init_from_kernel(lambda: kernel)
     arrays: tuple[Params, Params] = {}, {}
     for name, variable in vars(adapter).items():
         if isinstance(variable, nnx.Variable) and name != "scaling":
             arrays[not isinstance(variable, AdapterParam)][name] = variable.get_value()
     return arrays
+
+
+@functools.cache
+def array_shapes(config: Any, matrix: Matrix) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The shapes of `fresh_arrays`, for one matrix."""
+    kernel = jax.ShapeDtypeStruct(matrix.sizes, jnp.float32)
+    trained, fixed = jax.eval_shape(lambda kernel: fresh_arrays(config, matrix, nnx.Rngs(0), kernel), kernel)
+    return {k: v.shape for k, v in trained.items()}, {k: v.shape for k, v in fixed.items()}

@@ -8,14 +8,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mora_jax.adapters.base import Adapter, AdapterParam, AdapterState, Params
+from mora_jax.adapters.base import Adapter, AdapterState, Params
 from mora_jax.adapters.config.common import Targets
 from mora_jax.adapters.config.limits import Number
+from mora_jax.adapters.methods.lora import delta_weight, thin_products
 from mora_jax.adapters.methods.shared_bases import SharedBases, SharedBasesConfig, torch_generator, uniform
 from mora_jax.adapters.products.matmul import Dot, dot
 
@@ -79,21 +78,17 @@ class VeRA(SharedBases):
         )
         self.vera_a = AdapterState(self._stack(vera_a[:in_features]), axes=self.stacked(self.axes[0], "rank"))
         self.vera_b = AdapterState(self._stack(vera_b[:, :out_features]), axes=self.stacked("rank", self.axes[1]))
-        self.vera_d = AdapterParam(
-            jnp.full((*self.layers, config.rank), config.d_initial, jnp.float32), axes=self.stacked("rank")
-        )
-        zeros = jnp.zeros((*self.layers, out_features), jnp.float32)
-        self.vera_b_scale = AdapterParam(zeros, axes=self.stacked(self.axes[1]))
+        self.vera_d = self.filled(config.d_initial, (config.rank,), "rank")
+        self.vera_b_scale = self.filled(0.0, (out_features,), self.axes[1])
 
     @classmethod
     def delta(cls, config: VeRAConfig, out_features: int, x: Array, params: Params, product: Dot = dot) -> Array:
-        hidden = (product(x, params["vera_a"]) * params["vera_d"]).astype(x.dtype)
-        return product(hidden, params["vera_b"]) * (params["vera_b_scale"] * params["scaling"])
+        y = thin_products(x, params["vera_a"], params["vera_b"], params["vera_d"], product)
+        return y * (params["vera_b_scale"] * params["scaling"])
 
     @classmethod
     def dense(cls, config: VeRAConfig, in_features: int, out_features: int, params: Params) -> Array:
-        left = params["vera_a"] * params["vera_d"]
-        product = jnp.matmul(left, params["vera_b"], precision=jax.lax.Precision.HIGHEST)
+        product = delta_weight(params["vera_a"] * params["vera_d"], params["vera_b"])
         return product * (params["vera_b_scale"] * params["scaling"])
 
     @classmethod

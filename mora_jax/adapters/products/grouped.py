@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from mora_jax.adapters.products.matmul import wide
+from mora_jax.adapters.products.matmul import differentiated, primals, wide
 from mora_jax.adapters.products.quantization import Quantized
 from mora_jax.backend import backend
 
@@ -40,17 +40,17 @@ def grouped_dot(x: Array, w: Array | Quantized, sizes: Array) -> Array:
     Returns:
         `[R, out]`, float32, or float64 where `x` is.
     """
-    return (_of_quantized if isinstance(w, Quantized) else _grouped)(x.dtype, x, w, sizes)
+    return _grouped(x.dtype, x, w, sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(dtype: Any, x: Array, w: Array, sizes: Array) -> Array:
-    return _by_group(x, w.astype(dtype), sizes, _INPUTS)
+def _grouped(dtype: Any, x: Array, w: Array | Quantized, sizes: Array) -> Array:
+    return _by_group(x, w, sizes, _INPUTS)
 
 
-def _grouped_fwd(dtype, x, w, sizes):
-    kept_x = x.value if w.perturbed else None
-    return _grouped(dtype, x.value, w.value, sizes.value), (kept_x, w.value, sizes.value)
+def _grouped_fwd(dtype, *operands):
+    x, w, sizes = primals(operands)
+    return _by_group(x, w, sizes, _INPUTS), (x if differentiated(operands[1]) else None, w, sizes)
 
 
 def _grouped_bwd(dtype, saved, dy):
@@ -58,7 +58,7 @@ def _grouped_bwd(dtype, saved, dy):
     if isinstance(dy, SymbolicZero):
         return None, None, None
     dy = dy.astype(dtype)
-    dx = _by_group(dy, w.astype(dtype), sizes, _OUTPUTS).astype(dtype)
+    dx = _by_group(dy, w, sizes, _OUTPUTS).astype(dtype)
     dw = None if x is None else _of_groups(x, dy, sizes).astype(w.dtype)
     return dx, dw, None
 
@@ -66,20 +66,8 @@ def _grouped_bwd(dtype, saved, dy):
 _grouped.defvjp(_grouped_fwd, _grouped_bwd, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_quantized(dtype: Any, x: Array, w: Quantized, sizes: Array) -> Array:
-    return _by_group(x, w, sizes, _INPUTS)
-
-
-def _of_quantized_bwd(dtype, saved, dy):
-    w, sizes = saved
-    return _by_group(dy.astype(dtype), w, sizes, _OUTPUTS).astype(dtype), None, None
-
-
-_of_quantized.defvjp(lambda dtype, x, w, sizes: (_of_quantized(dtype, x, w, sizes), (w, sizes)), _of_quantized_bwd)
-
-
 def _by_group(x: Array, w: Array | Quantized, sizes: Array, how: lax.RaggedDotDimensionNumbers) -> Array:
+    w = w if isinstance(w, Quantized) else w.astype(x.dtype)
     if backend() != "cpu":
         # Not before x is there: see `Quantized.after`.
         dense = lax.optimization_barrier((w, x))[0].dense(x.dtype, 1) if isinstance(w, Quantized) else w

@@ -11,6 +11,7 @@ Layers of users' models keep their own product, and what stands beside it is pla
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -158,6 +159,14 @@ class FusedLayout:
         shaped = [part.reshape(*leading, *self.part_shape(i)) for i, part in enumerate(parts)]
         return jnp.concatenate(shaped, axis=len(leading) + self.part_axis).reshape(*leading, self.features)
 
+    def join_tokens(self, parts: list[Array]) -> Array:
+        """`join` of outputs: in slices, for the same reason, where no device holds a part of them."""
+        if self.sharded or len(parts) == 1:
+            return self.join(parts)
+        groups = int(np.prod(self.out_shape[: self.part_axis]))
+        slices = zip(*(jnp.split(part, groups, axis=-1) for part in parts), strict=True)
+        return jnp.concatenate(list(itertools.chain(*slices)), axis=-1)
+
 
 class Delta(Protocol):
     """What an adapter adds to a frozen product, as a pair of pure functions; hashable, since it is static under jit."""
@@ -243,27 +252,28 @@ def _sum(delta, x, kernel, params, update) -> tuple[Array, Any]:
 
 
 def _product_fwd(delta, dtype, *operands):
-    def trained(operand: Any) -> bool:
-        return any(leaf.perturbed for leaf in jax.tree.leaves(operand, is_leaf=_is_primal))
-
-    x, kernel, gain, params, update = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=_is_primal)
+    x, kernel, gain, params, update = primals(operands)
     y, residuals = _sum(delta, x, kernel, params, update)
     # Residuals are the arguments themselves, not reshaped or cast: whoever runs the backward may have them still. The
     # gain's gradient needs the product before the gain; in the compute dtype, as a layer's output would be kept.
-    kept_x = x if trained(operands[1]) else None
-    before_gain = y.astype(dtype) if trained(operands[2]) else None
-    return (y if gain is None else y * gain), (
-        kept_x,
-        kernel,
-        gain,
-        before_gain,
-        residuals,
-        None if update is None else (),
-    )
+    kept_x = x if differentiated(operands[1]) else None
+    before_gain = y.astype(dtype) if differentiated(operands[2]) else None
+    saved = kept_x, kernel, gain, before_gain, residuals, None if update is None else ()
+    return (y if gain is None else y * gain), saved
 
 
 def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
+
+
+def primals(operands: Any) -> Any:
+    """The values of operands, as the forward rule of a `custom_vjp` with symbolic zeros gets them."""
+    return jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=_is_primal)
+
+
+def differentiated(operand: Any) -> bool:
+    """Whether anything differentiates with respect to such an operand."""
+    return any(leaf.perturbed for leaf in jax.tree.leaves(operand, is_leaf=_is_primal))
 
 
 def _product_bwd(delta, dtype, saved, dy):

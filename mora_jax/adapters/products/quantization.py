@@ -45,18 +45,9 @@ NF4 = (
     1.0,
 )
 _DTYPES = {"int8": jnp.int8, "nf4": jnp.uint8}
-_ROWS = {"int8": BLOCK, "nf4": BLOCK // 2}
+#: Rows of `values` that hold one block.
+ROWS_PER_BLOCK = {"int8": BLOCK, "nf4": BLOCK // 2}
 _BORDERS = (np.array(NF4[1:], np.float32) + np.array(NF4[:-1], np.float32)) / 2
-
-
-def rows_per_block(format: str) -> int:
-    """Rows of `values` that hold one block."""
-    return _ROWS[format]
-
-
-def blocks_of(in_features: int) -> int:
-    """Blocks of a kernel of so many inputs; the last may be filled up with zeros."""
-    return -(-in_features // BLOCK)
 
 
 @jax.tree_util.register_dataclass
@@ -125,10 +116,10 @@ def quantize(kernel: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
     """
     largest = np.stack([np.abs(kernel[start : start + BLOCK]).max(0) for start in range(0, len(kernel), BLOCK)])
     scales = largest / np.float32(127) if format == "int8" else largest
-    values = np.zeros((_ROWS[format] * len(scales), *kernel.shape[1:]), _DTYPES[format])
+    values = np.zeros((ROWS_PER_BLOCK[format] * len(scales), *kernel.shape[1:]), _DTYPES[format])
     for number, scale in enumerate(scales):
         rows = kernel[number * BLOCK : (number + 1) * BLOCK]
-        start = number * _ROWS[format]
+        start = number * ROWS_PER_BLOCK[format]
         with np.errstate(invalid="ignore", over="ignore"):
             units = rows / np.where(scale > 0, scale, np.float32(1))
             if format == "int8":
@@ -162,9 +153,11 @@ class QuantizedKernel(nnx.Module):
         *stack, self.in_features = shape[: len(shape) - out_axes]
         out = shape[len(shape) - out_axes :]
         self.format, self.out_axes, self.dtype = format, out_axes, jnp.dtype(dtype)
-        blocks = blocks_of(self.in_features)
+        blocks = -(-self.in_features // BLOCK)  # the last may be filled up with zeros
         described: dict[str, Any] = {"axes": axes, "out_axes": out_axes}
-        self.values = QuantizedParam(jnp.zeros((*stack, _ROWS[format] * blocks, *out), _DTYPES[format]), **described)
+        self.values = QuantizedParam(
+            jnp.zeros((*stack, ROWS_PER_BLOCK[format] * blocks, *out), _DTYPES[format]), **described
+        )
         self.scales = QuantizedParam(jnp.zeros((*stack, blocks, *out), jnp.float32), **described)
 
     @property

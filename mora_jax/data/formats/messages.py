@@ -157,23 +157,20 @@ def _content(value: Any, key: str, source: str) -> str:
 
 def _weight(item: dict[str, Any], key: str, source: str) -> float | None:
     weight, train = (None if item.get(name) == "" else item.get(name) for name in ("weight", "train"))
-    if weight is None and train is None and isinstance(item.get("loss"), bool):
-        train = item["loss"]
-    if weight is None and train is None:
-        return None
-    if weight is None:
-        if not isinstance(train, bool):
-            raise InputError(f"{source}: `{key}.train` is {shown(train)}; expected true or false")
-        return float(train)
-    if train is not None:
+    if weight is not None and train is not None:
         raise InputError(f"{source}: `{key}` has both `weight` and `train`; keep one")
-    return check_weight(weight, f"{key}.weight", source)
+    if weight is not None:
+        return check_weight(weight, f"{key}.weight", source)
+    if train is None:
+        return float(item["loss"]) if isinstance(item.get("loss"), bool) else None
+    if not isinstance(train, bool):
+        raise InputError(f"{source}: `{key}.train` is {shown(train)}; expected true or false")
+    return float(train)
 
 
 def tools_of(row: dict[str, Any], source: str) -> tuple[dict[str, Any], ...]:
     """The descriptions of tools that stand beside a conversation."""
-    key = next((key for key in ("tools", "functions") if optional_list(row.get(key), key, source)), "tools")
-    return read_tools(row.get(key), key, source)
+    return read_tools(row.get("tools"), "tools", source) or read_tools(row.get("functions"), "functions", source)
 
 
 _CALL = "`name` and `arguments`"

@@ -1,7 +1,7 @@
 """What a user is told of rows that no format reads: what they are, or which format is nearest and what to map."""
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mora_jax.data.formats.column_mapping import COLUMNS
@@ -42,59 +42,43 @@ def refusal(row: Any) -> str | None:
             "the row is one message of a tree (`message_id`, `parent_id`), as OpenAssistant publishes them: join each"
             " path from root to leaf into one row with `messages`, or set data.format=text to train on single messages"
         )
-    if isinstance(row.get("answer"), int):
-        return _choices(row)
-    return None
+    return _CHOICES if isinstance(row.get("answer"), int) and _has_choices(row) else None
 
 
-def _choices(row: dict[str, Any]) -> str | None:
-    if not isinstance(row.get("choices"), list | dict):
-        return None
-    return (
-        "the row is a question with `choices`, and says by a number or a letter which is right: write a row with"
-        " `question` and the words of the right one as `answer`"
-    )
+_CHOICES = (
+    "the row is a question with `choices`, and says by a number or a letter which is right: write a row with"
+    " `question` and the words of the right one as `answer`"
+)
 
 
-def _half_pair(row: dict[str, Any]) -> str | None:
-    have = [key for key in ("chosen", "rejected") if key in row]
-    if len(have) != 1:
-        return None
-    other = "rejected" if have == ["chosen"] else "chosen"
-    return f"the row has `{have[0]}` and no `{other}`: a pair of answers to prefer between has both"
+def _has_choices(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("choices"), list | dict)
 
 
-def _tree(row: dict[str, Any]) -> str | None:
-    if not ("message_tree_id" in row and isinstance(row.get("prompt"), dict)):
-        return None
-    return (
-        "the row is a tree of messages (`message_tree_id`, `prompt` with `replies`), as OpenAssistant publishes them:"
-        " join each path from root to leaf into one row with `messages`"
-    )
-
-
-def _script(row: dict[str, Any]) -> str | None:
-    chat = row.get("chat")
-    if not (isinstance(chat, str) and "ASSISTANT:" in chat):
-        return None
-    return (
-        "`chat` holds a whole conversation as one text (USER: ..., ASSISTANT: ...), as Glaive publishes them: split it"
-        " into `messages` (llamafactory/glaive_toolcall_en is such a copy), or set data.columns to text=chat to train"
-        " on all of it"
-    )
-
-
-def _rated(row: dict[str, Any]) -> str | None:
+def _public_data(row: dict[str, Any]) -> str | None:
+    """What public data a row is of and what to do with it; None for other rows."""
+    if len(have := [key for key in ("chosen", "rejected") if key in row]) == 1:
+        other = "rejected" if have == ["chosen"] else "chosen"
+        return f"the row has `{have[0]}` and no `{other}`: a pair of answers to prefer between has both"
+    if "message_tree_id" in row and isinstance(row.get("prompt"), dict):
+        return (
+            "the row is a tree of messages (`message_tree_id`, `prompt` with `replies`), as OpenAssistant publishes"
+            " them: join each path from root to leaf into one row with `messages`"
+        )
+    if isinstance(chat := row.get("chat"), str) and "ASSISTANT:" in chat:
+        return (
+            "`chat` holds a whole conversation as one text (USER: ..., ASSISTANT: ...), as Glaive publishes them: split"
+            " it into `messages` (llamafactory/glaive_toolcall_en is such a copy), or set data.columns to text=chat to"
+            " train on all of it"
+        )
     answers = row.get("completions")
-    if not (isinstance(answers, list) and any(isinstance(answer, dict) for answer in answers)):
-        return None
-    return (
-        "`completions` holds several answers to one instruction, as UltraFeedback publishes them: choose one of them,"
-        " and write it beside the instruction as `output`"
-    )
-
-
-def _wrapped(row: dict[str, Any]) -> str | None:
+    if isinstance(answers, list) and any(isinstance(answer, dict) for answer in answers):
+        return (
+            "`completions` holds several answers to one instruction, as UltraFeedback publishes them: choose one of"
+            " them, and write it beside the instruction as `output`"
+        )
+    if _has_choices(row):
+        return _CHOICES
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict) and any(map(value[0].get, _ASKED + _LISTS)):
             if _chat_keys(key, value) is None:
@@ -103,7 +87,6 @@ def _wrapped(row: dict[str, Any]) -> str | None:
 
 
 _LISTS = ("messages", "conversations", "text")
-_KNOWN: tuple[Callable[[dict[str, Any]], str | None], ...] = (_half_pair, _tree, _script, _rated, _choices, _wrapped)
 
 
 def no_format(row: dict[str, Any], formats: Iterable[tuple[str, frozenset[str]]]) -> str:
@@ -117,39 +100,34 @@ def no_format(row: dict[str, Any], formats: Iterable[tuple[str, frozenset[str]]]
       What public data of this kind is and what to do with it; for other data the columns, the nearest format and the
       columns to map.
     """
-    for kind in _KNOWN:
-        if words := kind(row):
-            return words
+    if known := _public_data(row):
+        return known
     names = ", ".join(map(shown, list(row)[:_NAMED])) + (f" and {len(row) - _NAMED} more" if len(row) > _NAMED else "")
     intro = f"no format has the columns {names or '(none)'}"
-    found = _nearest(row, dict(formats))
-    if found is None:
+    needs = dict(formats)
+    nearest = _nearest(row, needs)
+    if nearest is None:
         return f"{intro}: name those to read in data.columns, as in prompt=COLUMN,completion=COLUMN; {_LIST}"
-    name, needed, columns = found
+    name, columns = nearest
     text = f"{intro}: nearest is `{name}`"
-    if lacking := [key for key in sorted(needed) if key not in row and key not in columns]:
+    if lacking := [key for key in sorted(needs[name]) if key not in row and key not in columns]:
         text += f", which needs {' and '.join(f'`{key}`' for key in lacking)} too"
     settings = ",".join(f"{ours}={theirs}" for ours, theirs in (columns | dict.fromkeys(lacking, "COLUMN")).items())
     return f"{text}; set data.columns to {settings}; {_LIST}"
 
 
-#: A format, the keys that it needs, and which columns should be mapped to them.
-_Found = tuple[str, frozenset[str], dict[str, str]]
-
-
-def _nearest(row: dict[str, Any], needs: dict[str, frozenset[str]]) -> _Found | None:
+def _nearest(row: dict[str, Any], needs: dict[str, frozenset[str]]) -> tuple[str, dict[str, str]] | None:
+    """A format, and which columns should be mapped to its keys."""
     own = {key.strip().lower(): key for key in row}
     for key, value in row.items():
         if (keys := _chat_keys(key, value)) is not None:
-            return "messages", needs["messages"], {"messages": key} | keys
+            return "messages", {"messages": key} | keys
     asked, answered = _first(own, _ASKED), _first(own, _ANSWERED)
-    best: _Found | None = None
-    score = 0.0
+    best, score = None, 0.0
     # The first of those that are equally near: the most used ones come first.
     for name in sorted(needs, key=lambda name: _USED.index(name) if name in _USED else len(_USED)):
-        needed = needs[name]
-        places = {ours: theirs for ours in sorted(needed) if (theirs := _alike(own, ours)) is not None}
-        value = len(places) / len(needed) + 0.01 * len(places)
+        places = {ours: theirs for ours in sorted(needs[name]) if (theirs := _alike(own, ours)) is not None}
+        value = len(places) / len(needs[name]) + 0.01 * len(places)
         if value > score:
             columns = {ours: theirs for ours, theirs in places.items() if ours != theirs}
             # Columns beside them that are called as ours but for case.
@@ -157,13 +135,12 @@ def _nearest(row: dict[str, Any], needs: dict[str, frozenset[str]]) -> _Found | 
             passage = _first(own, _PASSAGES)
             if passage and name in _WITH_PASSAGE and "context" not in own and passage not in places.values():
                 columns["context"] = passage
-            best, score = (name, needed, columns), value
+            best, score = (name, columns), value
     if score < 1.0 and asked and answered and asked != answered:
         pair = {"prompt": asked, "completion": answered}
-        columns = {ours: theirs for ours, theirs in pair.items() if ours != theirs}
-        return "prompt_completion", needs["prompt_completion"], columns
+        return "prompt_completion", {ours: theirs for ours, theirs in pair.items() if ours != theirs}
     if best is None and (plain := _first(own, _PLAIN)):
-        return "text", needs["text"], {"text": plain}
+        return "text", {"text": plain}
     return best
 
 

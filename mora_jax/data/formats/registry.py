@@ -33,7 +33,6 @@ IGNORED = -100
 
 def read_segments(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[Passage]:
     """`segments`: a list of `{"text": ..., "label": ...}`; the label is true, false or a weight."""
-    del mapping  # Applied to the row already; there are no roles here.
     parts = []
     for index, item in enumerate(check_list(row.get("segments"), "segments", source)):
         key = f"segments[{index}]"
@@ -53,7 +52,6 @@ def read_segments(row: dict[str, Any], source: str, mapping: Mapping) -> Iterato
 
 def read_tokens(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[TokenRow]:
     """`input_ids`, with `labels` or `weights` or neither; what `attention_mask` marks as padding is dropped."""
-    del mapping
     ids = check_ids(row.get("input_ids"), "input_ids", source)
     labels, weights = row.get("labels"), row.get("weights")
     if labels is not None and weights is not None:
@@ -62,7 +60,9 @@ def read_tokens(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[
     if labels is not None:
         counts = _from_labels(labels, ids, source)
     elif weights is not None:
-        counts = _from_weights(weights, len(ids), source)
+        weights = check_numbers(weights, "weights", source)
+        check_length(weights, "weights", len(ids), source)
+        counts = [check_weight(weight, f"weights[{index}]", source) for index, weight in enumerate(weights)]
     tokens = _unpadded(row.get("attention_mask"), len(ids), source)
     yield TokenRow(tuple(ids[tokens]), None if counts is None else tuple(counts[tokens]), source)
 
@@ -76,12 +76,6 @@ def _from_labels(value: Any, ids: list[int], source: str) -> list[float]:
                 f"{source}: `labels[{index}]` is {label}; expected `input_ids[{index}]`, which is {token}, or {IGNORED}"
             )
     return [float(label != IGNORED) for label in labels]
-
-
-def _from_weights(value: Any, length: int, source: str) -> list[float]:
-    weights = check_numbers(value, "weights", source)
-    check_length(weights, "weights", length, source)
-    return [check_weight(weight, f"weights[{index}]", source) for index, weight in enumerate(weights)]
 
 
 def _unpadded(value: Any, length: int, source: str) -> slice:
@@ -136,7 +130,8 @@ class Format:
     Attributes:
       name: as a user writes it in `config.data.format`.
       keys: a row that has one of these is of this format. The first are the names that `data.columns` maps to.
-      convert: `(row, source, mapping)` -> rows (nearly always one). The columns are mapped already.
+      convert: `(row, source, mapping)` -> rows (nearly always one). The columns are mapped already: only the names of
+        roles are left to do.
       marks: keys of this format alone: in data of it a row with one of them and without the rest is a broken one, not
         one of another format.
       flag: a key that has to be true or false in a row by which the format is recognised.
@@ -190,7 +185,6 @@ def _conversation(row: RawRow, source: str, turns: list[Message]) -> Conversatio
 
 
 def _alpaca(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
-    del mapping
     messages = read_history(row, source)
     instruction = _text(row, "instruction", source=source)
     context = _text(row, "input", "context", source=source, default="")
@@ -224,7 +218,6 @@ def _prompt_completion(row: RawRow, source: str, mapping: Mapping) -> Iterator[R
 
 
 def _question_answer(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
-    del mapping
     context = _text(row, "context", source=source, default="")
     question = Message("user", _text(row, "question", "query", source=source), context)
     if _filled(row, "answer", "response", "answers") == "answers":
@@ -242,7 +235,6 @@ def _self_instruct(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
 
 
 def _plain(row: RawRow, source: str, mapping: Mapping) -> Iterator[Row]:
-    del mapping
     yield Conversation(text=_text(row, "text", source=source), source=source)
 
 
@@ -251,19 +243,9 @@ def _filled(row: RawRow, *keys: str) -> str:
     return next((key for key in keys if not absent(row.get(key))), keys[0])
 
 
-def _format(
-    name: str,
-    convert: Convert,
-    *keys: str,
-    barred: dict[str, str] | None = None,
-    marks: tuple[str, ...] = (),
-    flag: str = "",
-) -> Format:
-    without = barred or {}
-    entries = (
-        Keys(frozenset(alternative.split("+")), frozenset(without.get(alternative, "").split())) for alternative in keys
-    )
-    return Format(name, tuple(entries), convert, marks, flag)
+def _format(name: str, convert: Convert, *keys: str | Keys, **more: Any) -> Format:
+    entries = (entry if isinstance(entry, Keys) else Keys(frozenset(entry.split("+"))) for entry in keys)
+    return Format(name, tuple(entries), convert, **more)
 
 
 #: In the order in which a row is compared with them: those whose keys say most come first. Rows that were
@@ -282,9 +264,9 @@ FORMATS = {
         _format(
             "prompt_completion",
             _prompt_completion,
-            *("prompt+completion", "prompt+response", "inputs+targets", "input+output"),
-            # A row of an Alpaca set whose instruction is null.
-            barred={"input+output": "instruction"},
+            *("prompt+completion", "prompt+response", "inputs+targets"),
+            # Not a row of an Alpaca set whose instruction is null.
+            Keys(frozenset({"input", "output"}), barred=frozenset({"instruction"})),
         ),
         _format(
             "question_answer",

@@ -220,12 +220,12 @@ class Report(RowOutcomes):
         ]
         if self.judged_words:
             lines.append(("judged", self.judged_words))
-        if self.seam_rows:
-            lines.append(("seams", f"{self.seam_rows} rows with a token that joins an answer to what is around it"))
-        if self.special_rows:
-            lines.append(("special", f"{self.special_rows} rows whose own words hold a special token"))
-        if self.fell_back:
-            lines.append(("fallback", f"{self.fell_back} rows rendered by the fallback template"))
+        odd = [
+            ("seams", self.seam_rows, "rows with a token that joins an answer to what is around it"),
+            ("special", self.special_rows, "rows whose own words hold a special token"),
+            ("fallback", self.fell_back, "rows rendered by the fallback template"),
+        ]
+        lines += [(name, f"{n} {words}") for name, n, words in odd if n]
         lines += [("bad row", reason) for reason in self.reasons]
         return lines + [("note", note) for note in self.notes]
 
@@ -288,9 +288,9 @@ def count(flat: FlatRows, weights: np.ndarray, chosen: np.ndarray, special_ids: 
         "lengths": flat.lengths[chosen].astype(np.int32),
         "ratios": (instructions[answered] / answers[answered]).astype(np.float32),
         # Both answers of a pair are to one prompt, which repeats nothing.
-        "prompts": np.where(flat.sides == Side.REJECTED, 0, flat.prompts)[chosen],
-        "sides": flat.sides[chosen],
-        "answer_tokens": flat.per_row((answer_weights(flat) > 0) & (np.repeat(flat.sides, flat.lengths) > 0))[chosen]
-        if flat.sides.any()
+        "prompts": np.where(flat.side == Side.REJECTED, 0, flat.prompt)[chosen],
+        "sides": flat.side[chosen],
+        "answer_tokens": flat.per_row((answer_weights(flat) > 0) & (np.repeat(flat.side, flat.lengths) > 0))[chosen]
+        if flat.side.any()
         else np.zeros(int(chosen.sum()), np.int64),
     }

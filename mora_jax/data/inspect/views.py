@@ -5,6 +5,7 @@ Both read the same without colours.
 
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +22,9 @@ from mora_jax.data.dataset import EncodedDataset, Example
 from mora_jax.data.inspect.advice import Advice, advise_on, advise_on_capacity
 from mora_jax.data.inspect.report import CAUSES, NEAR_EMPTY, Report
 from mora_jax.data.loss_weights import LossWeights, normalize
-from mora_jax.data.segments import ANSWER, INSTRUCTION, Segment
+from mora_jax.data.segments import Segment
 from mora_jax.data.sources import Source
+from mora_jax.data.tokens.store import instruction_ids
 from mora_jax.display.pages import page_template
 from mora_jax.display.tables import table
 from mora_jax.paths import OFF
@@ -178,6 +180,8 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
       predicting token i, with the row's own weight in it, and of a judged answer that in its log-probability.
     """
     report, advice = dataset.report, advise_on(dataset.report)
+    details = asdict(advice) | {"evidence": list(advice.evidence), "limits": list(advice.limits)}
+    del details["reason"]
     starts, rows = report.histogram()
     return {name: getattr(report, name) for name in _TOLD} | {
         "bad_rows": report.reasons,
@@ -192,13 +196,7 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
         "judged": {side.name.lower(): int((report.sides == side).sum()) for side in Side if side in report.sides},
         "loss": asdict(dataset.loss) | {"roles": list(dataset.loss.roles)},
         "advice": advice.text,
-        "advice_details": {
-            "mode": advice.mode,
-            "prompt_weight": advice.prompt_weight,
-            "confidence": advice.confidence,
-            "evidence": list(advice.evidence),
-            "limits": list(advice.limits),
-        },
+        "advice_details": details,
         "capacity": advise_on_capacity(report.trained_tokens),
         "examples": [
             {
@@ -213,14 +211,11 @@ def inspect_dataset(dataset: EncodedDataset, examples: int = 0) -> dict[str, Any
 
 def segment_table(report: Report) -> list[tuple[str, int, float]]:
     """The kinds of tokens that occur, before any cut: name, tokens, and the mean of their weights."""
-    counts: dict[str, int] = {}
-    weights: dict[str, float] = {}
+    counts, weights = defaultdict[str, int](int), defaultdict[str, float](float)
     for segment in Segment:
-        if report.by_segment[segment]:
-            name = segment.label
-            counts[name] = counts.get(name, 0) + int(report.by_segment[segment])
-            weights[name] = weights.get(name, 0.0) + float(report.weight_by_segment[segment])
-    return [(name, count, weights[name] / count) for name, count in counts.items()]
+        counts[segment.label] += int(report.by_segment[segment])
+        weights[segment.label] += float(report.weight_by_segment[segment])
+    return [(name, count, weights[name] / count) for name, count in counts.items() if count]
 
 
 def repeated_prompts(dataset: EncodedDataset, tokenizer: Any, most: int = 3) -> list[tuple[str, int]]:
@@ -234,16 +229,12 @@ def repeated_prompts(dataset: EncodedDataset, tokenizer: Any, most: int = 3) -> 
     Returns:
       The beginning of each instruction, and how many rows ask it; those that are asked more than once.
     """
-    prompts = dataset.report.prompts
-    values, first, counts = np.unique(prompts, return_index=True, return_counts=True)
+    values, first, counts = np.unique(dataset.report.prompts, return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     chosen = [place for place in order.tolist() if values[place] and counts[place] > 1][:most]
     told = []
     for place in chosen:
-        tokens = dataset.store[int(first[place])]
-        answers = np.flatnonzero(np.isin(tokens.segments, ANSWER))
-        before = slice(0, answers[0] if len(answers) else len(tokens))
-        asked = tokens.input_ids[before][np.isin(tokens.segments[before], INSTRUCTION)]
+        asked = instruction_ids(dataset.store[int(first[place])])
         text = visible(" ".join(tokenizer.decode(asked[: 2 * _SHOWN].tolist()).split()))
         told.append((text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...", int(counts[place])))
     return told

@@ -33,19 +33,19 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _UNFINISHED = "Unterminated string"
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """An object's keys and values; the last of two would win without a word."""
     values = dict(pairs)
     if len(values) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} stands twice in one object")
+        raise ValueError(f"the key {key!r} stands twice in one object; keep one")
     return values
 
 
 def parse(text: str, path: Path, number: int) -> Any:
     """The value of a line of that number."""
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         cut = error.msg.startswith(_UNFINISHED) or not text[error.pos :].strip()
         reason = "the line ends in the middle of a value" if cut else error.msg
@@ -54,10 +54,15 @@ def parse(text: str, path: Path, number: int) -> Any:
         raise InputError(
             f"{path}, line {number + error.lineno - 1}, column {error.colno}: broken JSON ({reason})"
         ) from None
-    except RecursionError:
-        raise InputError(f"{path}, line {number}: JSON nested too deeply to read") from None
-    except ValueError as error:  # A whole number of thousands of digits, or a key that stands twice.
-        raise InputError(f"{path}, line {number}: JSON that cannot be read ({error})") from None
+    except (RecursionError, ValueError) as error:
+        raise _unreadable(error, path, number) from None
+
+
+def _unreadable(error: RecursionError | ValueError, path: Path, number: int) -> InputError:
+    if isinstance(error, RecursionError):
+        return InputError(f"{path}, line {number}: JSON nested too deeply to read")
+    # A whole number of thousands of digits, or a key that stands twice.
+    return InputError(f"{path}, line {number}: JSON that cannot be read ({error})")
 
 
 class ListReader:
@@ -74,7 +79,7 @@ class ListReader:
 
     def __init__(self, read: Callable[[int], str], path: Path, piece: int = _PIECE):
         self._read, self._path, self._piece = read, path, piece
-        self._decoder = json.JSONDecoder(object_pairs_hook=_once)
+        self._decoder = json.JSONDecoder(object_pairs_hook=once)
         self._text, self._at, self._ended = "", 0, False
         # The line, and the characters of it, before the current text.
         self._line, self._before = 1, 0
@@ -127,11 +132,8 @@ class ListReader:
                 near = error.pos >= size - _MARGIN or error.msg.startswith(_UNFINISHED)
                 if self._ended or not near:
                     self._fail(error.msg, error.pos)
-            except RecursionError:
-                raise InputError(f"{self._path}, line {self._line_at(self._at)}: JSON nested too deeply") from None
-            except ValueError as error:  # A whole number of thousands of digits, or a key that stands twice.
-                line = self._line_at(self._at)
-                raise InputError(f"{self._path}, line {line}: JSON that cannot be read ({error})") from None
+            except (RecursionError, ValueError) as error:
+                raise _unreadable(error, self._path, self._line_at(self._at)) from None
             else:
                 # The digits of a number may go on.
                 if isinstance(value, dict | list | str) or self._ended or end < size - _MARGIN:
@@ -347,9 +349,8 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
     with open_bytes(path) as file:
         texts = (decode(line, path, number) for number, line in enumerate(file, start=1))
         table = csv.reader(texts, strict=True)
-        names: list[str] | None = []
-        while names is not None and not any(name.strip() for name in names):
-            names = _next_fields(table, path)
+        rows = iter(functools.partial(_next_fields, table, path), None)
+        names = next((fields for fields in rows if any(name.strip() for name in fields)), None)
         if names is None:
             raise InputError(f"{path} is empty")
         names = [name.strip() for name in names]
@@ -357,7 +358,6 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
             raise InputError(f"{path}: the header has no comma but {mark!r}; save the table with commas between cells")
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"{path}: the header names the column {twice[0]!r} twice; rename one")
-        rows = iter(functools.partial(_next_fields, table, path), None)
         for number, fields in enumerate(rows, start=1):
             if not fields:
                 continue

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from mora_jax.data.read.files import BATCH, COMPRESSIONS, READERS, DataFile, NumberedRow, known_endings, numbered_rows
+from mora_jax.data.read.files import BATCH, COMPRESSIONS, READERS, DataFile, known_endings, numbered_rows
 from mora_jax.data.read.validate import one_line
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded, glob_pattern
@@ -133,23 +133,57 @@ class HubData:
         return f"hub {self.identity} {self.subset} {self.split} {builder.hash}"
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_KIND, _PACKED = ("|".join(map(re.escape, endings)) for endings in (READERS, COMPRESSIONS))
-_DATA_NAME = re.compile(rf".*({_KIND})({_PACKED})?", re.IGNORECASE | re.DOTALL)
+#: What stands for such rows where a file's path would.
+NAME = "rows in memory"
 
 
-class Origin(Protocol):
-    """Something that holds rows."""
+class MemoryRows:
+    """Rows in memory, as something to read rows from.
 
-    @property
-    def name(self) -> str:
-        """What a user knows it by; errors begin with it."""
+    Args:
+      rows: dictionaries, or anything that yields them, such as a `datasets.Dataset`; or a table of pandas.
+    """
 
-    def rows(self) -> Iterator[NumberedRow]:
-        """Reads it from the beginning."""
+    name = NAME
+
+    def __init__(self, rows: Any):
+        self._rows = rows
+
+    @cached_property
+    def _all(self) -> list[Any]:
+        is_table = hasattr(self._rows, "to_dict") and hasattr(self._rows, "columns")  # pandas.DataFrame
+        return [_without_numpy(row) for row in (self._rows.to_dict("records") if is_table else self._rows)]
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Yields (number from 1 on, row)."""
+        yield from enumerate(self._all, start=1)
 
     def digest(self) -> str:
         """Another text if the rows are others."""
+        digest = hashlib.sha256()
+        for row in self._all:
+            # In the order of the keys: templates write a tool's arguments in theirs.
+            digest.update(json.dumps(row, default=repr).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def _without_numpy(value: Any) -> Any:
+    """A row with plain lists and numbers for numpy's, which pandas has in the cells of a Parquet table."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_numpy(item) for item in value]
+    return value
+
+
+#: Something that holds rows: `name` is what a user knows it by, `digest()` another text if the rows are others.
+Origin = DataFile | SavedFolder | HubData | MemoryRows
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_KIND, _PACKED = ("|".join(map(re.escape, endings)) for endings in (READERS, COMPRESSIONS))
+_DATA_NAME = re.compile(rf".*({_KIND})({_PACKED})?", re.IGNORECASE | re.DOTALL)
 
 
 def locate(
@@ -201,7 +235,9 @@ def _find(text: str, split: str | None, subset: str | None, streaming: bool, not
     if path.exists():
         return [DataFile(path)]
     if glob.has_magic(text):
-        names = sorted(Path(name) for name in glob.glob(_pattern(text), recursive=True))
+        # Names are shown to the user as they were given.
+        pattern = glob_pattern(text) if text.startswith("~") else text
+        names = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
         files: list[Origin] = [DataFile(name) for name in names if name.is_file()]
         if not files:
             hint = "; a name with [ in it is written with [[] in a glob" if "[" in text else ""
@@ -213,11 +249,6 @@ def _find(text: str, split: str | None, subset: str | None, streaming: bool, not
     if path.is_symlink():
         raise NoSuchFile(f"no such data file: {text} is a link to {path.readlink()}, which is not there")
     raise NoSuchFile(f"no such data file: {text}" + ("; folders are separated by /" if "\\" in text else ""))
-
-
-def _pattern(text: str) -> str:
-    """What `glob` is asked for: names are shown to the user as they were given."""
-    return glob_pattern(text) if text.startswith("~") else text
 
 
 #: Files that lie beside data and hold none, by the beginnings of their names.
@@ -281,51 +312,6 @@ def _split_of(file: Path, split: str) -> str | None:
     stem_parts = re.split(r"[-_ ]+", stem)
     ends = (stem_parts[0], stem_parts[-1])
     return next((name for name, spelled in _SPLITS.items() if not {*spelled}.isdisjoint(ends)), None)
-
-
-#: What stands for such rows where a file's path would.
-NAME = "rows in memory"
-
-
-class MemoryRows:
-    """Rows in memory, as something to read rows from.
-
-    Args:
-      rows: dictionaries, or anything that yields them, such as a `datasets.Dataset`; or a table of pandas.
-    """
-
-    name = NAME
-
-    def __init__(self, rows: Any):
-        self._rows = rows
-
-    @cached_property
-    def _all(self) -> list[Any]:
-        is_table = hasattr(self._rows, "to_dict") and hasattr(self._rows, "columns")  # pandas.DataFrame
-        return [_without_numpy(row) for row in (self._rows.to_dict("records") if is_table else self._rows)]
-
-    def rows(self) -> Iterator[tuple[int, Any]]:
-        """Yields (number from 1 on, row)."""
-        yield from enumerate(self._all, start=1)
-
-    def digest(self) -> str:
-        """Another text if the rows are others."""
-        digest = hashlib.sha256()
-        for row in self._all:
-            # In the order of the keys: templates write a tool's arguments in theirs.
-            digest.update(json.dumps(row, default=repr).encode() + b"\n")
-        return digest.hexdigest()
-
-
-def _without_numpy(value: Any) -> Any:
-    """A row with plain lists and numbers for numpy's, which pandas has in the cells of a Parquet table."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _without_numpy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_numpy(item) for item in value]
-    return value
 
 
 def memory_rows(given: Any) -> MemoryRows | None:

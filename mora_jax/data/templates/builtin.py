@@ -184,19 +184,10 @@ class AlpacaTemplate(Template):
                 started = True
 
 
-class PlainTemplate(Template):
-    """The messages one after the other with nothing between them; EOS after each answer."""
-
-    def pieces(self, messages: Sequence[Message], eos: str) -> Iterator[Piece]:
-        for turn, message in enumerate(messages):
-            yield Piece(message.text, ROLE_SEGMENT[message.role], turn)
-            if message.role == "assistant":
-                yield Piece(eos, Segment.END_OF_TURN, turn)
-
-
 TEMPLATES: dict[str, Template] = {
     "alpaca": AlpacaTemplate(),
-    "plain": PlainTemplate(),
+    # The messages one after the other with nothing between them.
+    "plain": TurnTemplate("", "", answer_footer="{eos}"),
     "chatml": TurnTemplate("<|im_start|>{role}\n", "<|im_end|>", "\n", writes_tool_calls=True),
     "llama2": InstructTemplate("<<SYS>>\n", "\n<</SYS>>\n\n", answer_space=" ", strip=True),
     "llama3": TurnTemplate("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", strip=True),

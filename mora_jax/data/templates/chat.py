@@ -7,7 +7,7 @@ where they end is seen by what changes with their arguments.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os.path import commonprefix
@@ -46,30 +46,24 @@ class Rendering:
 
     Attributes:
       text: the rendering.
-      messages: of the conversation.
-      contents: their texts.
+      conversation: what is rendered.
+      contents: the texts of its messages.
       located: where they stand.
-      frame: what the template writes around messages.
-      specials: special tokens, one of which may end a call of tools alone.
-      eos: ends an answer in a template that ends none.
-      render: runs the template on messages with these contents, with the generation prompt after them if so asked.
+      template: what rendered it.
     """
 
     text: str
-    messages: Sequence[Message]
+    conversation: Conversation
     contents: Sequence[Content]
     located: Located
-    frame: Frame
-    specials: Sequence[str]
-    eos: str
-    render: Callable[[Sequence[Message], Sequence[str], bool], str]
+    template: "ChatTemplate"
 
     def layout_of(self, messages: Sequence[Message], prompt: bool = False) -> TemplateLayout:
         """The template's own text around the contents of other messages, so many as there are of these."""
         texts = [content.text for content in self.contents if content.turn < len(messages)]
         count, located = len(texts), self.located
         return find_layout(
-            lambda given: self.render(messages, given, prompt),
+            lambda given: self.template.render(self.conversation, messages, given, prompt),
             texts,
             located.groups[:count],
             located.uses_content[:count],
@@ -97,18 +91,14 @@ class Answer:
     calls: bool
 
 
-class CallsNotShown(ValueError):
-    """A template that renders the same whatever is called."""
-
-
 def _answer(turn: int, rendering: Rendering) -> Answer:
     """What the model has to produce of a turn that holds more than words.
 
     Raises:
       Untrackable: if its beginning or its end cannot be told.
-      CallsNotShown: if the template does not write its tool calls.
+      InputError: if the template does not write its tool calls.
     """
-    layout, messages, contents = rendering.located.layout, rendering.messages, rendering.contents
+    layout, messages, contents = rendering.located.layout, rendering.conversation.messages, rendering.contents
     if layout is None:
         raise Untrackable(f"it looks into what message {turn + 1} says beside its tool calls or reasoning")
     first, offset = _beginning(turn, layout, rendering)
@@ -118,8 +108,9 @@ def _answer(turn: int, rendering: Rendering) -> Answer:
     calls = bool(messages[turn].tool_calls)
     if calls:
         after = max(after, _end_of_calls(turn, layout, last, rendering))
-    closings = rendering.frame.answer_closings
-    closing = _first(closings, literal, after) or _first(rendering.specials if closings else (), literal, after)
+    closings, specials = rendering.template.frame.answer_closings, rendering.template.specials
+    # A special token may end a call of tools alone.
+    closing = _first(closings, literal, after) or _first(specials if closings else (), literal, after)
     if closing is None and turn + 1 == len(messages) and not closings:
         closing = (len(literal), len(literal))  # Nothing ends an answer in this template.
     if closing is None:
@@ -139,7 +130,7 @@ def _beginning(turn: int, layout: TemplateLayout, rendering: Rendering) -> tuple
     """The literal in which the turn begins, and where in it."""
     if not turn:
         raise Untrackable("the conversation begins with tool calls or reasoning")
-    prompt = rendering.layout_of(rendering.messages[:turn], True)
+    prompt = rendering.layout_of(rendering.conversation.messages[:turn], True)
     first = 0
     if prompt.order:
         if prompt.order[-1] not in layout.order:
@@ -152,10 +143,14 @@ def _beginning(turn: int, layout: TemplateLayout, rendering: Rendering) -> tuple
 
 def _end_of_calls(turn: int, layout: TemplateLayout, last: int, rendering: Rendering) -> int:
     """Where in a literal the last thing stands that depends on the arguments of the turn's calls."""
-    renamed = rendering.layout_of(_with_calls(rendering.messages, turn, name=_WORD))
+    messages = rendering.conversation.messages
+    renamed = rendering.layout_of(_with_calls(messages, turn, name=_WORD))
     if renamed == layout:
-        raise CallsNotShown
-    changed = rendering.layout_of(_with_calls(rendering.messages, turn, arguments={_WORD: _WORD}))
+        raise InputError(
+            f"{at(rendering.conversation.source)}{rendering.template.name} does not show tool calls;"
+            " set data.template=chatml, the built-in one that writes them"
+        )
+    changed = rendering.layout_of(_with_calls(messages, turn, arguments={_WORD: _WORD}))
     if changed == layout:
         changed = renamed
     if changed.order != layout.order:
@@ -186,10 +181,11 @@ def pieces_of(rendering: Rendering) -> list[Piece]:
 
     Raises:
       Untrackable: if it can't be told what some of it is.
-      CallsNotShown: if the template does not write the tool calls of a turn.
+      InputError: if the template does not write the tool calls of a turn.
     """
-    text, contents, frame = rendering.text, rendering.contents, rendering.frame
-    rich = [i for i, message in enumerate(rendering.messages) if message.tool_calls or message.reasoning]
+    text, contents, frame, eos = rendering.text, rendering.contents, rendering.template.frame, rendering.template.eos
+    messages = rendering.conversation.messages
+    rich = [i for i, message in enumerate(messages) if message.tool_calls or message.reasoning]
     answers = {turn: _answer(turn, rendering) for turn in rich}
     stretches = _said(rendering, answers)
     for turn, answer in answers.items():
@@ -204,8 +200,8 @@ def pieces_of(rendering: Rendering) -> list[Piece]:
         pieces.append(Piece(text[stretch.start : stretch.stop], stretch.segment, stretch.turn))
         at = stretch.stop
     rest = text[at:]
-    if contents and contents[-1].role == "assistant" and not frame.closing and rendering.eos:
-        pieces.append(Piece(rest + rendering.eos, Segment.END_OF_TURN, contents[-1].turn))
+    if contents and contents[-1].role == "assistant" and not frame.closing and eos:
+        pieces.append(Piece(rest + eos, Segment.END_OF_TURN, contents[-1].turn))
     elif rest:
         pieces.append(Piece(rest, Segment.TEMPLATE))
     return pieces
@@ -213,7 +209,7 @@ def pieces_of(rendering: Rendering) -> list[Piece]:
 
 def _said(rendering: Rendering, answers: Mapping[int, Answer]) -> list[_Stretch]:
     """The words and what closes them."""
-    text, spans, contents, frame = rendering.text, rendering.located.spans, rendering.contents, rendering.frame
+    text, spans, contents, frame = rendering.text, rendering.located.spans, rendering.contents, rendering.template.frame
     lead = frame.lead if frame.lead and frame.lead.isspace() else ""
     stretches: list[_Stretch] = []
     owners = [contents[span.content].turn for span in spans]
@@ -293,24 +289,35 @@ class ChatTemplate:
     Args:
       template: the template with its tokenizer.
       unshown: counts rows of which the template leaves out `tools` or `reasoning`.
+
+    Attributes:
+      name: what to call it in messages to the user.
+      program: the template's source.
+      eos: the tokenizer's end-of-sequence text, which ends an answer where the template ends none.
+      specials: the tokenizer's special tokens.
     """
 
     def __init__(self, template: JinjaTemplate, unshown: Counter[str]):
         self._template = template
-        self.name = template.name
+        self.name, self.program = template.name, template.program
+        self.eos: str = template.tokenizer.eos_token or ""
+        self.specials = special_tokens(template.tokenizer)
         self._tracker = Tracker()
         self._shows_tools: dict[tuple[str, ...], bool] = {}
         self._unshown = unshown
 
-    @property
-    def program(self) -> str:
-        """The template's source."""
-        return self._template.program
-
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def prompt(self, messages: Sequence[Message]) -> str:
         """The text of the messages up to where an answer begins."""
         texts = [content.text for content in _contents(messages)]
-        return self._template.render(_turns(messages, texts), tools, prompt=True)
+        return self._template.render(_turns(messages, texts), prompt=True)
+
+    def render(self, row: Conversation, messages: Sequence[Message], texts: Sequence[str], prompt: bool) -> str:
+        """The text of messages in the place of a row's own, with these contents; with `prompt` an answer is to follow.
+
+        Raises:
+          InputError: if the template refuses them.
+        """
+        return self._template.render(_turns(messages, texts), row.tools, prompt=prompt, source=row.source)
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
         """The stretches of a whole conversation.
@@ -319,30 +326,19 @@ class ChatTemplate:
           InputError: if the template refuses the messages.
           Untrackable: if the messages cannot be located in what it renders.
         """
-        messages, tools, source = conversation.messages, conversation.tools, conversation.source
-
-        def render(messages: Sequence[Message], texts: Sequence[str], prompt: bool = False) -> str:
-            return self._template.render(_turns(messages, texts), tools, prompt=prompt, source=source)
-
-        contents, tokenizer = list(_contents(messages)), self._template.tokenizer
+        contents = list(_contents(conversation.messages))
         texts = [one.text for one in contents]
-        text = render(messages, texts)
+
+        def render(texts: Sequence[str]) -> str:
+            return self.render(conversation, conversation.messages, texts, False)
+
+        text = render(texts)
         kinds = [f"{one.role} {one.segment.name}" for one in contents]
-        located = self._tracker.locate(
-            lambda given: render(messages, given), kinds, texts, text, self.program, _extras(conversation)
-        )
+        located = self._tracker.locate(render, kinds, texts, text, self.program, _extras(conversation))
         _check(located.spans, contents)
-        eos = tokenizer.eos_token or ""
-        rendering = Rendering(text, messages, contents, located, self.frame, self._specials, eos, render)
-        try:
-            pieces = pieces_of(rendering)
-        except CallsNotShown:
-            raise InputError(
-                f"{at(source)}{self.name} does not show tool calls;"
-                " set data.template=chatml, the built-in one that writes them"
-            ) from None
+        pieces = pieces_of(Rendering(text, conversation, contents, located, self))
         self._count_unshown(conversation, contents, located.spans, text)
-        if "".join(piece.text for piece in pieces) not in (text, text + eos):
+        if "".join(piece.text for piece in pieces) not in (text, text + self.eos):
             raise Untrackable("the messages in its output overlap")
         return pieces
 
@@ -361,10 +357,6 @@ class ChatTemplate:
             self._unshown["tools"] += not self._shows_tools[roles]
 
     @cached_property
-    def _specials(self) -> tuple[str, ...]:
-        return special_tokens(self._template.tokenizer)
-
-    @cached_property
     def frame(self) -> Frame:
         """What the template writes around messages."""
         return find_frame(self._template)
@@ -376,20 +368,15 @@ class ChatTemplate:
             frame = self.frame
         except Untrackable as error:
             return [f"the chat template cannot be tracked, {error}"]
-        notes = []
-        if frame.lead is None:
-            notes.append("the chat template's generation prompt is not how it begins an answer in training")
-        elif frame.lead.strip():
-            notes.append(
-                f"the chat template writes {frame.lead!r} between its generation prompt and an answer: not trained"
-            )
-        if frame.cuts_thoughts:
-            notes.append(
-                "the chat template leaves the reasoning of earlier answers out: only the last is trained on it"
-            )
-        if frame.rewrites:
-            notes.append("the chat template renders a turn in another way when more turns follow")
-        return notes
+        does = {
+            "'s generation prompt is not how it begins an answer in training": frame.lead is None,
+            f" writes {frame.lead!r} between its generation prompt and an answer: not trained": (
+                frame.lead or ""
+            ).strip(),
+            " leaves the reasoning of earlier answers out: only the last is trained on it": frame.cuts_thoughts,
+            " renders a turn in another way when more turns follow": frame.rewrites,
+        }
+        return [f"the chat template{words}" for words, holds in does.items() if holds]
 
 
 def _contents(messages: Sequence[Message]) -> Iterator[Content]:

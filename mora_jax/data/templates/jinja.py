@@ -18,7 +18,7 @@ from mora_jax.paths import expanded
 #: Files with one of these endings are Jinja templates, also where there is no such file.
 SUFFIXES = (".jinja", ".jinja2", ".j2")
 #: What running somebody's template may raise.
-_REFUSALS = (
+REFUSALS = (
     jinja2.TemplateError,
     TypeError,
     ValueError,
@@ -39,6 +39,7 @@ class JinjaTemplate:
     Attributes:
       tokenizer: as given.
       name: what to call it in messages to the user.
+      program: the template's source.
 
     Raises:
       InputError: for a file that cannot be read or has a syntax error.
@@ -48,21 +49,15 @@ class JinjaTemplate:
         self.tokenizer = tokenizer
         self.name = "the tokenizer's chat template" if file is None else f"the chat template {file}"
         self._program = None if file is None else _read(file)
-        if file is not None:
-            self._check_syntax(file)
-
-    @property
-    def program(self) -> str:
-        """The template's source."""
-        return str(self.tokenizer.chat_template) if self._program is None else self._program
-
-    def _check_syntax(self, file: str) -> None:
+        self.program = str(tokenizer.chat_template) if self._program is None else self._program
+        if file is None:
+            return
         try:
             self._apply([{"role": "user", "content": "a"}], (), False)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"{file}, line {error.lineno}: not a Jinja template: {error.message}") from None
-        except _REFUSALS:
-            return  # It may want other roles: rows that it refuses are reported as they come.
+        except REFUSALS:
+            pass  # It may want other roles: rows that it refuses are reported as they come.
 
     def _apply(self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -96,7 +91,7 @@ class JinjaTemplate:
             return self._apply(messages, tools, prompt)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"{self.name} has a syntax error, line {error.lineno}: {error.message}") from None
-        except _REFUSALS as error:
+        except REFUSALS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(f"{at(source)}{self.name} refuses the roles {roles}: {reason}") from None
@@ -153,17 +148,28 @@ def find_frame(template: JinjaTemplate) -> Frame:
       InputError: if the template refuses a question and an answer, alone and after a system message.
       Untrackable: if it does not show them as they are.
     """
-    marks = _Marks(template.tokenizer)
     try:
-        return _find([], template, marks)
+        return _find([], template)
     except InputError as refusal:
         try:
-            return _find(["system"], template, marks)  # A template may demand one.
+            return _find(["system"], template)  # A template may demand one.
         except InputError:
             raise refusal from None
 
 
-def _find(opening: list[str], template: JinjaTemplate, marks: _Marks) -> Frame:
+def _find(opening: list[str], template: JinjaTemplate) -> Frame:
+    tokens = {*special_tokens(template.tokenizer), *template.tokenizer.get_added_vocab()}
+
+    def first_end(text: str) -> str:
+        """The text up to and with its first special or added token; empty if it has none."""
+        places = [(text.index(token), -len(token)) for token in tokens if token in text]
+        start, length = min(places, default=(0, 0))
+        return text[: start - length]
+
+    def closing_of(after: str) -> str:
+        """The same; without outer space if it has no such token."""
+        return first_end(after) or after.rstrip()
+
     def render(roles: list[str], texts: list[str], prompt: bool = False) -> str:
         turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         return template.render(turns, prompt=prompt)
@@ -178,9 +184,9 @@ def _find(opening: list[str], template: JinjaTemplate, marks: _Marks) -> Frame:
         raise Untrackable("its output depends on the words of the messages")
     before, _, after = answered.rpartition(answer)
     lead = before.removeprefix(prompt) if before.startswith(prompt) else None
-    closing = marks.closing(after)
+    closing = closing_of(after)
     try:
-        asked_closing = marks.closing(render(roles[:-1], asked).rpartition(question)[2])
+        asked_closing = closing_of(render(roles[:-1], asked).rpartition(question)[2])
     except InputError:  # The template wants every question answered.
         asked_closing = ""
     more = [*roles, "user", "assistant"]
@@ -190,10 +196,17 @@ def _find(opening: list[str], template: JinjaTemplate, marks: _Marks) -> Frame:
         return Frame(lead, closing, asked_closing=asked_closing)
     turn, _, rest = longer.partition(question)[2].partition(answer)
     rest = rest.partition(texts[-2])[0]
-    inner = marks.first(rest)
+    inner = first_end(rest)
     if not turn.startswith(inner):
         inner = ""
     known = next((text for text in (closing, inner) if text and rest.startswith(text)), "")
+    # Whether the thoughts of an earlier answer are shown while it is the last, and later are not.
+    thought = stand_in(len(texts))
+    thinking = [f"<think>\n{thought}\n</think>\n\n{text}" if text == answer else text for text in texts]
+    try:
+        cuts_thoughts = thought in render(roles, thinking[: len(roles)]) and thought not in render(more, thinking)
+    except InputError:
+        cuts_thoughts = False
     return Frame(
         lead,
         closing,
@@ -201,41 +214,11 @@ def _find(opening: list[str], template: JinjaTemplate, marks: _Marks) -> Frame:
         asked_closing,
         header=rest[len(known) :],
         rewrites=not longer.startswith(before + answer),
-        cuts_thoughts=_cuts_thoughts(more, texts, answer, template),
+        cuts_thoughts=cuts_thoughts,
     )
-
-
-def _cuts_thoughts(roles: list[str], texts: list[str], answer: str, template: JinjaTemplate) -> bool:
-    """Whether the thoughts of an earlier answer are shown while it is the last, and later are not."""
-    thought = stand_in(len(texts))
-    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    turns[len(roles) - 3]["content"] = f"<think>\n{thought}\n</think>\n\n{answer}"
-    try:
-        alone = template.render(turns[:-2])
-        followed = template.render(turns)
-    except InputError:
-        return False
-    return thought in alone and thought not in followed
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """The texts of the tokens that are no ordinary text."""
     marked = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(dict.fromkeys(token for token in (*tokenizer.all_special_tokens, *marked) if token))
-
-
-class _Marks:
-    """Finds a tokenizer's special and added tokens in a template's own text."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokens = {*special_tokens(tokenizer), *tokenizer.get_added_vocab()}
-
-    def first(self, text: str) -> str:
-        """The text up to and with its first such token; empty if it has none."""
-        places = [(text.index(token), -len(token)) for token in self._tokens if token in text]
-        start, length = min(places, default=(0, 0))
-        return text[: start - length]
-
-    def closing(self, after: str) -> str:
-        """The text up to and with its first such token; without outer space if it has none."""
-        return self.first(after) or after.rstrip()

@@ -7,6 +7,7 @@ explain the rendering (`trace`), for templates that look into what the messages 
 template cannot be tracked.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,6 @@ RenderContents = Callable[[Sequence[str]], str]
 
 _MAX_LAYOUTS = 1024
 _STAND_IN = re.compile(r"Qz(\d+)xMessage\1xzQ")
-_STRIPS: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    str.strip,
-    str.lstrip,
-    str.rstrip,
-    lambda text: text.strip("\n"),
-    lambda text: text.lstrip("\n"),
-    lambda text: text.rstrip("\n"),
-)
 # Traced characters are replaced by those of the private planes. Left as they are, because templates look for them:
 # space, and tags that the template's source holds.
 _FIRST_CODE, _CODES = 0xF0000, 0x10FFFE - 0xF0000
@@ -120,10 +112,8 @@ class Tracker:
                     if spans is not None:
                         return Located(spans, groups, layout, uses_content)
         for groups in groupings[:-1]:
-            try:
+            with contextlib.suppress(Untrackable):
                 return Located(trace(render, contents, groups, text, program), groups, None)
-            except Untrackable:
-                continue
         return Located(trace(render, contents, groupings[-1], text, program), groupings[-1], None)
 
     def _layouts_for(
@@ -177,7 +167,7 @@ def match_layout(layout: TemplateLayout, contents: Sequence[str], text: str) -> 
     ends: list[dict[int, Span]] = []
     reached: Iterable[int] = [len(layout.literals[0])] if text.startswith(layout.literals[0]) else []
     for content, literal in zip(layout.order, layout.literals[1:], strict=True):
-        fits = dict.fromkeys(strip(contents[content]) for strip in _STRIPS)
+        fits = _stripped(contents[content])
         steps: dict[int, Span] = {}
         for start in reached:
             for said in fits:
@@ -194,6 +184,12 @@ def match_layout(layout: TemplateLayout, contents: Sequence[str], text: str) -> 
         spans.append(steps[at])
         at = steps[at].start
     return spans[::-1]
+
+
+def _stripped(text: str) -> dict[str, None]:
+    """A content as a template may write it: as it is, or without the space or the line feeds at its ends or at one."""
+    sides = (text.strip, text.lstrip, text.rstrip)
+    return dict.fromkeys((text, *(side(chars) for chars in (None, "\n") for side in sides)))
 
 
 def trace(

@@ -1,6 +1,5 @@
 """Rows to tokens: chunk by chunk, in this process or in several, so that memory holds a few chunks only."""
 
-import functools
 import multiprocessing
 import os
 import re
@@ -30,7 +29,7 @@ CHUNK = 512
 # Chunks that one process encodes before others are started: starting one costs seconds.
 ALONE = 16
 # Reasons of skipped rows that are kept.
-_REASONS = 5
+REASONS = 5
 
 #: Where a row comes from, and the row as it was read.
 RawRow = tuple[str, Any]
@@ -72,14 +71,8 @@ class RowEncoder:
         *,
         skip: bool = False,
     ):
-        self._arguments = (tokenizer, template, fallback, convert, skip)
         self.renderer = Renderer(tokenizer, template, fallback)
-        self._convert = convert or (lambda source, row: [row])  # converted already
-        self._skip = skip
-
-    def __reduce__(self) -> Any:
-        *positional, skip = self._arguments
-        return functools.partial(RowEncoder, *positional, skip=skip), ()
+        self._convert, self._skip = convert, skip
 
     def __call__(self, chunk: list[RawRow]) -> Encoded:
         """Encodes a chunk.
@@ -98,15 +91,14 @@ class RowEncoder:
         errors: list[InputError] = []
         for number, (source, raw) in enumerate(chunk):
             try:
-                converted = list(self._convert(source, raw))
+                converted = [raw] if self._convert is None else list(self._convert(source, raw))
                 rows += converted
                 origins += [number] * len(converted)
             except InputError as error:
                 if not self._skip:
                     raise or_skip(error) from None
                 errors.append(error)
-        renderer = self.renderer
-        before = _rendered(renderer)
+        before = _rendered(self.renderer)
         kept: list[tuple[Tokens, str]] = []
         results = tokenize_rows(rows, self.renderer)
         refused = {origin for origin, result in zip(origins, results, strict=True) if isinstance(result, InputError)}
@@ -117,8 +109,8 @@ class RowEncoder:
                 errors.append(result)
             elif not (result.side and origin in refused):  # an answer whose other half is refused compares with nothing
                 kept.append((result, row.source))
-        reasons = [str(error) for error in errors[:_REASONS]]
-        counts = _rendered(renderer) - before
+        reasons = [str(error) for error in errors[:REASONS]]
+        counts = _rendered(self.renderer) - before
         counts["skipped"] = len(errors)
         for row in rows:
             counts.update(oddities(row))
@@ -210,26 +202,19 @@ def tokenize_rows(rows: Sequence[Row], renderer: Renderer) -> list[Tokens | Inpu
     Returns:
       For each row its tokens, or what is wrong with it: the caller raises the first or skips and counts them.
     """
-    results: list[Tokens | InputError] = []
-    rendered: list[Rendered] = []
-    places: list[int] = []
+    results: dict[int, Tokens | InputError] = {}
+    rendered: dict[int, Rendered] = {}
     for place, row in enumerate(rows):
         try:
             if isinstance(row, TokenRow):
-                results.append(_from_ids(row, renderer.tokenizer.bos_token_id))
-                continue
-            rendered.append(renderer.render(row))
+                results[place] = _from_ids(row, renderer.tokenizer.bos_token_id)
+            else:
+                rendered[place] = renderer.render(row)
         except InputError as error:
-            results.append(error)
-            continue
-        places.append(place)
-        results.append(_NOT_YET)
-    for place, tokens in zip(places, tokenize(rendered, renderer.tokenizer), strict=True):
+            results[place] = error
+    for place, tokens in zip(rendered, tokenize(list(rendered.values()), renderer.tokenizer), strict=True):
         results[place] = _weighed(tokens, rows[place])
-    return results
-
-
-_NOT_YET = InputError("not tokenised yet")
+    return [results[place] for place in range(len(rows))]
 
 
 def _weighed(tokens: Tokens, row: Row) -> Tokens:

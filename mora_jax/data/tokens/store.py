@@ -29,6 +29,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+#: The columns of a row's tokens, which all rows have.
+_ARRAYS = ("input_ids", "segments", "turns")
+
 
 def make_batch(rows: Sequence[tuple[Tokens, str]]) -> pa.RecordBatch:
     """Rows and their sources as one record batch of `SCHEMA`."""
@@ -62,11 +65,16 @@ _IS_INSTRUCTION = np.isin(np.arange(128), INSTRUCTION)
 _IS_ANSWER = np.isin(np.arange(128), ANSWER)
 
 
-def prompt_hash(tokens: Tokens) -> int:
-    """A number that rows with the same instruction tokens before the first answer share; 0 for no instruction."""
+def instruction_ids(tokens: Tokens) -> np.ndarray:
+    """The ids of the instructions before the first answer."""
     answers = np.flatnonzero(_IS_ANSWER[tokens.segments])
     stop = answers[0] if len(answers) else len(tokens)
-    instruction = tokens.input_ids[:stop][_IS_INSTRUCTION[tokens.segments[:stop]]]
+    return tokens.input_ids[:stop][_IS_INSTRUCTION[tokens.segments[:stop]]]
+
+
+def prompt_hash(tokens: Tokens) -> int:
+    """A number that rows with the same `instruction_ids` share; 0 for rows without any."""
+    instruction = instruction_ids(tokens)
     if not len(instruction):
         return 0
     from xxhash import xxh3_64_intdigest
@@ -86,9 +94,9 @@ class FlatRows:
       token_weights: for rows whose tokens have weights of their own, these weights by row.
       weight: `[R]` float32, what each row counts.
       seams: `[R]`.
-      prompts: `[R]` uint64, see `prompt_hash`.
-      sides: `[R]` int8, values of `Side`.
-      answers: `[R]` int16, the turn with which the judged answer begins.
+      prompt: `[R]` uint64, see `prompt_hash`.
+      side: `[R]` int8, values of `Side`.
+      answer: `[R]` int16, the turn with which the judged answer begins.
     """
 
     offsets: np.ndarray
@@ -100,9 +108,9 @@ class FlatRows:
     token_weights: dict[int, np.ndarray]
     weight: np.ndarray
     seams: np.ndarray
-    prompts: np.ndarray
-    sides: np.ndarray
-    answers: np.ndarray
+    prompt: np.ndarray
+    side: np.ndarray
+    answer: np.ndarray
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -143,18 +151,12 @@ class TokenStore:
     def __getitem__(self, index: int) -> Tokens:
         """One row."""
         batch, row = self._find(index)
+        arrays: dict[str, Any] = {name: _numpy(batch.column(name)[row].values) for name in _ARRAYS}
+        numbers = {name: batch.column(name)[row].as_py() for name in ("seams", "weight", "side", "answer")}
+        turn_weights = tuple(_numpy(batch.column("turn_weights")[row].values).tolist())
         weights = batch.column("weights")[row].values
-        return Tokens(
-            _row(batch, "input_ids", row),
-            _row(batch, "segments", row),
-            _row(batch, "turns", row),
-            batch.column("seams")[row].as_py(),
-            tuple(_row(batch, "turn_weights", row).tolist()),
-            None if weights is None else _numpy(weights),
-            batch.column("weight")[row].as_py(),
-            batch.column("side")[row].as_py(),
-            batch.column("answer")[row].as_py(),
-        )
+        given = None if weights is None else _numpy(weights)
+        return Tokens(**arrays, **numbers, turn_weights=turn_weights, weights=given)
 
     @property
     def sides(self) -> np.ndarray:
@@ -175,26 +177,16 @@ class TokenStore:
     def flat(self) -> Iterable[FlatRows]:
         """All rows, some hundred at a time."""
         for batch in self._batches:
-            ids, weights, weighted = batch.column("input_ids"), batch.column("turn_weights"), batch.column("weights")
-            given = np.flatnonzero(_numpy(weighted.is_valid().cast(pa.uint8())))
+            weights, turn_weights = batch.column("weights"), batch.column("turn_weights")
+            given = np.flatnonzero(_numpy(weights.is_valid().cast(pa.uint8()))).tolist()
             yield FlatRows(
-                _numpy(ids.offsets),
-                _numpy(ids.values),
-                _numpy(batch.column("segments").values),
-                _numpy(batch.column("turns").values),
-                _numpy(weights.offsets),
-                _numpy(weights.values),
-                {int(row): _numpy(weighted[int(row)].values) for row in given},
-                _numpy(batch.column("weight")),
-                _numpy(batch.column("seams")),
-                _numpy(batch.column("prompt")),
-                _numpy(batch.column("side")),
-                _numpy(batch.column("answer")),
+                offsets=_numpy(batch.column("input_ids").offsets),
+                turn_offsets=_numpy(turn_weights.offsets),
+                turn_weights=_numpy(turn_weights.values),
+                token_weights={row: _numpy(weights[row].values) for row in given},
+                **{name: _numpy(batch.column(name).values) for name in _ARRAYS},
+                **{name: _numpy(batch.column(name)) for name in ("weight", "seams", "prompt", "side", "answer")},
             )
-
-
-def _row(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
-    return _numpy(batch.column(name)[row].values)
 
 
 def _numpy(array: pa.Array) -> np.ndarray:

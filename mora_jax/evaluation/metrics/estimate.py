@@ -7,7 +7,7 @@ Standard errors are those of drawing other examples of the same kind; they say n
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,43 +28,41 @@ class Estimate(NamedTuple):
     n: int
 
 
-class Metric(Protocol):
-    """A value over records."""
+@dataclass(frozen=True)
+class _ByExample:
+    """A metric whose standard error is that of the mean of one number an example."""
 
-    @property
-    def name(self) -> str:
-        """What it is called."""
+    name: str
 
     def __call__(self, records: Sequence[Record]) -> Estimate:
         """The value with its standard error."""
+        value, numbers = self._by_example(records)
+        return Estimate(value, _stderr_of_mean(numbers), len(records))
 
     def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
         """The first value minus the second, from records of the same examples in the same order."""
+        (one, ours), (other, theirs) = self._by_example(first), self._by_example(second)
+        return Estimate(one - other, _stderr_of_mean(ours - theirs), len(first))
+
+    def _by_example(self, records: Sequence[Record]) -> tuple[float, np.ndarray]:
+        """The value, and numbers by example with its mean and its standard error."""
+        raise NotImplementedError  # abstract: every metric has its own
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(_ByExample):
     """The mean of one value an example; its standard error is s/√n.
 
     >>> Mean("acc")([{"acc": 1}, {"acc": 0}, {"acc": 1}, {"acc": 1}])
     Estimate(value=0.75, stderr=0.25, n=4)
     """
 
-    name: str
-
-    def __call__(self, records: Sequence[Record]) -> Estimate:
-        return _mean(self._values(records))
-
-    def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
-        """The first value minus the second, of the same examples."""
-        return _mean(self._values(first) - self._values(second))
-
-    def _values(self, records: Sequence[Record]) -> np.ndarray:
-        return np.array([record[self.name] for record in records], float)
+    def _by_example(self, records: Sequence[Record]) -> tuple[float, np.ndarray]:
+        values = np.array([record[self.name] for record in records], float)
+        return float(values.mean()), values
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(_ByExample):
     """A sum over examples divided by another, `Σ above / Σ below`, perhaps its exponential or in bits.
 
     The standard error is that of a ratio of sums, `√(n/(n−1) Σ(S − r W)²) / ΣW`; that of the exponential follows from
@@ -76,22 +74,11 @@ class Ratio:
         scale: `"plain"`, `"exp"` or `"bits"`, for a ratio in nats.
     """
 
-    name: str
     above: str
     below: str | None
     scale: str = "plain"
 
-    def __call__(self, records: Sequence[Record]) -> Estimate:
-        value, pseudo = self._pseudo_values(records)
-        return Estimate(value, _mean(pseudo).stderr, len(records))
-
-    def difference(self, first: Sequence[Record], second: Sequence[Record]) -> Estimate:
-        """The first value minus the second, of the same examples."""
-        (one, ours), (other, theirs) = self._pseudo_values(first), self._pseudo_values(second)
-        return Estimate(one - other, _mean(ours - theirs).stderr, len(first))
-
-    def _pseudo_values(self, records: Sequence[Record]) -> tuple[float, np.ndarray]:
-        """The value, and numbers by example with its mean and its standard error."""
+    def _by_example(self, records: Sequence[Record]) -> tuple[float, np.ndarray]:
         sums = np.array([record[self.above] for record in records], float)
         weights = np.array([1 if self.below is None else record[self.below] for record in records], float)
         ratio = sums.sum() / weights.sum()
@@ -144,9 +131,12 @@ class OfSums:
         return Estimate(float(sum(values)), float(np.std(drawn, ddof=1)), count)
 
 
-def _mean(values: np.ndarray) -> Estimate:
-    count = len(values)
-    return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(count)) if count > 1 else None, count)
+def _stderr_of_mean(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+#: A value over records, which two models' records of the same examples are compared by.
+Metric = Mean | Ratio | OfSums
 
 
 class Comparison(NamedTuple):
@@ -167,10 +157,6 @@ class Comparison(NamedTuple):
     low: float | None
     high: float | None
     p_value: float | None
-
-    def to_dict(self) -> dict[str, float | None]:
-        """All of it, ready for JSON."""
-        return self._asdict()
 
 
 def compare(metrics: Sequence[Metric], first: Sequence[Record], second: Sequence[Record]) -> dict[str, Comparison]:

@@ -1,9 +1,10 @@
 """Rows to examples: prompts with their shots, what is scored behind them, and the right answers."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -152,37 +153,35 @@ def _example(task: Task, shape: Shape, where: str, number: int, row: dict[str, A
         return tuple(value)
 
     digest = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    example = functools.partial(Example, where, number, digest)
     if task.type == "text":
-        return Example(where, number, digest, read("text"))
+        return example(read("text"))
     if task.type == "continuation":
-        return Example(where, number, digest, read("prompt"), choices=(read("target"),))
+        return example(read("prompt"), choices=(read("target"),))
     if task.type == "generate":
         value = read("answer")
         truths = tuple(map(number_as_text, value if isinstance(value, list | tuple) else [value]))
         if not all(isinstance(truth, str) for truth in truths):
             raise InputError(f"{where}: an answer must be a text, a number or a list of them, found {value!r:.80}")
-        return Example(where, number, digest, read("prompt"), truths=truths)
+        return example(read("prompt"), truths=truths)
     if task.type == "partial":
         contexts = texts("contexts")
-        answer = _answer(read("answer"), contexts, contexts, where)
-        return Example(where, number, digest, "", choices=contexts, continuation=read("continuation"), answer=answer)
+        answer = _answer(read("answer"), contexts, None, where)
+        return example("", choices=contexts, continuation=read("continuation"), answer=answer)
     choices = texts("choices")
     names = read("names") if "names" in shape.sources else None
-    return Example(
-        where, number, digest, read("prompt"), choices=choices, answer=_answer(read("answer"), choices, names, where)
-    )
+    return example(read("prompt"), choices=choices, answer=_answer(read("answer"), choices, names, where))
 
 
 def _answer(value: Any, choices: Sequence[str], names: Sequence[Any] | None, where: str) -> int:
     """The number of the right choice, of its number, its name or itself."""
     if len(choices) < 2:
         raise InputError(f"{where}: there must be at least two choices, found {len(choices)}")
-    known = choices if names is None or names is choices else names
-    if names is None or names is choices:
-        if isinstance(value, int):  # also True and False
-            if not 0 <= value < len(choices):
-                raise InputError(f"{where}: the answer {value} is outside of the {len(choices)} choices, from 0")
-            return int(value)
+    if names is None and isinstance(value, int):  # also True and False
+        if not 0 <= value < len(choices):
+            raise InputError(f"{where}: the answer {value} is outside of the {len(choices)} choices, from 0")
+        return int(value)
+    known = choices if names is None else names
     if value in known:
         return list(known).index(value)
     raise InputError(f"{where}: the answer {value!r} is none of {', '.join(map(str, known))[:200]}")
@@ -193,9 +192,9 @@ def _with_shots(task: Task, example: Example, shots: Sequence[Example], source: 
     before = task.describe(row, where) if task.description else ""
     if task.chat:
         turns = tuple((shot.prompt, _first_truth(shot)) for shot in shots)
-        return Example(**{**vars(example), "turns": turns, "prompt": before + example.prompt})
+        return replace(example, turns=turns, prompt=before + example.prompt)
     solved = "".join(_solved(task, shot) + _BETWEEN for shot in shots)
-    return Example(**{**vars(example), "prompt": before + solved + example.prompt})
+    return replace(example, prompt=before + solved + example.prompt)
 
 
 def _solved(task: Task, shot: Example) -> str:

@@ -29,6 +29,7 @@ import jinja2.meta
 import jinja2.sandbox
 
 from mora_jax.data.read.validate import absent
+from mora_jax.data.templates.jinja import REFUSALS
 from mora_jax.errors import InputError
 from mora_jax.paths import expanded
 
@@ -61,8 +62,6 @@ _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
 )
 _ENVIRONMENT.tests["none"] = lambda value: value is None or isinstance(value, Null)
-# What somebody's template may raise on somebody's row.
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Shape:
         compiled = _compiled(self.sources[name], name in TEMPLATES)
         try:
             value = compiled({LABELS: list(labels), **{key: _nulls_named(value, key) for key, value in row.items()}})
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise InputError(f"{where}: no {name} can be made of this row: {' '.join(str(error).split())}") from None
         if isinstance(value, jinja2.Undefined):
             lack = value._undefined_message if isinstance(value, Null) else f"{self.sources[name]} is not there"
@@ -133,11 +132,8 @@ class Task:
             InputError: it has none; names the columns.
         """
         fitting = [shape for shape in self.shapes if shape.columns <= row.keys()]
-        for shape in fitting:
-            if not any(absent(row[column]) for column in shape.columns):
-                return shape
         if fitting:
-            return fitting[0]
+            return min(fitting, key=lambda shape: any(absent(row[column]) for column in shape.columns))
         wanted = "; or ".join(dict.fromkeys(", ".join(sorted(shape.columns)) for shape in self.shapes))
         raise InputError(
             f"{where}: task {self.name} needs the columns {wanted}; this row has {', '.join(map(str, row))}"

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.sites import by_path, sites
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import AdapterValues, first, install
+from mora_jax.interop.adapter_values import first, install, lora_of
 from mora_jax.interop.load import load_shapes
 from mora_jax.models.config import DecoderConfig
 from mora_jax.models.decoder import Decoder
@@ -118,12 +117,10 @@ def adapter_from_checkpoint(
     for targets, pair in pairs.items():
         a, b = arrays[pair["a"]], arrays[pair["b"]]
         rank = a.shape[-1]
-        config = LoRAConfig(rank=rank, alpha=float(rank if alpha is None else alpha))
         parts = [b] if len(targets) == 1 else np.moveaxis(b, 1, 0)
         for name, part in zip(targets, parts, strict=True):
-            scaling = np.asarray(config.alpha / rank, np.float32)
-            values = {"lora_a": a.reshape(-1, rank), "lora_b": part.reshape(rank, -1), "scaling": scaling}
-            by_target[name] = AdapterValues(config, values)
+            scaling = 1.0 if alpha is None else alpha / rank
+            by_target[name] = lora_of(a.reshape(-1, rank), part.reshape(rank, -1), scaling)
     install(model, by_target)
     return model, [path for path in shapes if path not in arrays]
 

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.methods import mora
 from mora_jax.adapters.sites import sites
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import AdapterValues
+from mora_jax.interop.adapter_values import AdapterValues, lora_of
 from mora_jax.interop.convert.convert import Conversion, Row, lora_values
 from mora_jax.interop.convert.low_rank import best_factors_of_product
 from mora_jax.interop.convert.updates import Update
@@ -88,11 +87,8 @@ def combine(
 
 def _factors(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
     """Σ wᵢ sᵢ Aᵢ Bᵢ as one product `a [in, Σ r] @ b [Σ r, out]`."""
-    a = [
-        weight * float(adapter_values.values["scaling"]) * adapter_values.values["lora_a"]
-        for weight, adapter_values in terms
-    ]
-    return np.concatenate(a, axis=1), np.concatenate([adapter_values.values["lora_b"] for _, adapter_values in terms])
+    a = [weight * float(one.values["scaling"]) * one.values["lora_a"] for weight, one in terms]
+    return np.concatenate(a, axis=1), np.concatenate([one.values["lora_b"] for _, one in terms])
 
 
 def _sum_of_loras(path: str, terms: Terms, dropout: float) -> Update:
@@ -115,10 +111,7 @@ def _linear(path: str, in_features: int, out_features: int, terms: Terms, dropou
     a, b = _factors(terms)
     rest = np.concatenate([a, lora_a], axis=1), np.concatenate([b, -lora_b])
     norm, error = (best_factors_of_product(*pair, pair[0].shape[1]).norm for pair in ((a, b), rest))
-    rank = ranks[0]
-    config = LoRAConfig(rank=rank, alpha=float(rank), dropout=dropout)
-    values = {"lora_a": lora_a, "lora_b": lora_b, "scaling": np.ones((), np.float32)}
-    return AdapterValues(config, values), Row(path, in_features, out_features, rank, norm, error)
+    return lora_of(lora_a, lora_b, dropout=dropout), Row(path, in_features, out_features, ranks[0], norm, error)
 
 
 def _sum(path: str, in_features: int, out_features: int, terms: Terms, dropout: float) -> tuple[AdapterValues, Row]:

@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 
 from mora_jax.adapters.attach import adapters_of, detach
-from mora_jax.adapters.config import LoRAConfig, MoRAConfig
+from mora_jax.adapters.config import MoRAConfig
 from mora_jax.adapters.methods import mora
 from mora_jax.adapters.targets import aligned, star
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import AdapterValues, install
+from mora_jax.interop.adapter_values import AdapterValues, first, install, lora_of
 from mora_jax.interop.convert.low_rank import best_factors, best_factors_of_product, singular_values
 from mora_jax.interop.convert.mora_fit import nearest_m
 from mora_jax.interop.convert.updates import Update, updates_of
@@ -91,9 +91,7 @@ def lora_values(updates: Iterable[Update], rank: int | None) -> tuple[dict[str, 
         else:
             factors = best_factors_of_product(*update.product(), chosen)
             scaling = update.scaling
-        config = LoRAConfig(rank=chosen, alpha=scaling * chosen, dropout=update.dropout)
-        values = {"lora_a": factors.a, "lora_b": factors.b, "scaling": np.asarray(scaling, np.float32)}
-        by_path[update.path] = AdapterValues(config, values)
+        by_path[update.path] = lora_of(factors.a, factors.b, scaling, update.dropout)
         size = abs(scaling)
         rows.append(_row(update, chosen, size * factors.norm, size * factors.error))
     what = "LoRA" if rank is None else f"LoRA of rank {rank}"
@@ -129,17 +127,12 @@ def _refuse_loss(updates: list[Update]) -> None:
     full = [update for update in updates if update.exact_rank is None]
     if not full:
         return
-    left: dict[int, float] = {}
-    squares, most = 0.0, 0
-    for update in full:
-        values = singular_values(update.kernel()) ** 2
-        squares, most = squares + values.sum(), max(most, len(values))
-        for rank in _SHOWN_RANKS:
-            left[rank] = left.get(rank, 0.0) + values[rank:].sum()
-    errors = ", ".join(
-        f"{np.sqrt(left[rank] / squares) if squares else 0:.3g} at rank {rank}" for rank in _SHOWN_RANKS if rank < most
-    )
-    at_all = f"; the relative error is {errors}" if errors else ""
+    spectra = [singular_values(update.kernel()) ** 2 for update in full]
+    squares, most, errors = sum(values.sum() for values in spectra), max(map(len, spectra)), []
+    for rank in (rank for rank in _SHOWN_RANKS if rank < most):
+        left = sum(values[rank:].sum() for values in spectra)
+        errors.append(f"{np.sqrt(left / squares) if squares else 0:.3g} at rank {rank}")
+    at_all = f"; the relative error is {', '.join(errors)}" if errors else ""
     raise InputError(
         f"{full[0].what}: {len(full)} of {len(updates)} updates have full rank, {full[0].path} among them, so no small "
         f"LoRA is exact{at_all}; give a rank to accept its error"
@@ -223,31 +216,22 @@ class Conversion:
         }
 
     def __str__(self) -> str:
-        cells = [("matrix", "layers", "in", "out", "size", "norm", "error", "worst")]
+        cells: list[tuple[str, ...]] = [("matrix", "layers", "in", "out", "size", "norm", "error", "worst")]
         types: dict[tuple[str, int, int], list[Row]] = {}
         for row in self.rows:
             types.setdefault((star(row.path), row.in_features, row.out_features), []).append(row)
         for (path, inputs, outputs), rows in types.items():
             together, sizes = Conversion("", tuple(rows)), sorted({row.size for row in rows})
-            cells.append(
-                (
-                    path,
-                    str(len(rows)),
-                    str(inputs),
-                    str(outputs),
-                    str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}",
-                    f"{math.hypot(*(row.norm for row in rows)):.3g}",
-                    f"{together.error:.3g}",
-                    f"{max(row.relative for row in rows):.3g}",
-                )
-            )
+            size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+            numbers = math.hypot(*(row.norm for row in rows)), together.error, max(row.relative for row in rows)
+            shown = (f"{number:.3g}" for number in numbers)
+            cells.append((path, str(len(rows)), str(inputs), str(outputs), size, *shown))
         lines = aligned(cells)
         lines.append(f"{self.method}, {len(self.rows)} matrices: relative Frobenius error {self.error:.3g} in total")
         if self.left_out:
             names = sorted(self.left_out, key=lambda name: -self.left_out[name])
-            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             lines.append(
-                f"left out: {len(names)} other tensors changed too ({shown}), {self.left_out_share:.3g} of the whole "
-                "change's norm"
+                f"left out: {len(names)} other tensors changed too ({first(names)}), {self.left_out_share:.3g} of the "
+                "whole change's norm"
             )
         return "\n".join(lines)

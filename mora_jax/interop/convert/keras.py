@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.sites import by_path, sites
 from mora_jax.errors import InputError
-from mora_jax.interop.adapter_values import AdapterValues, install
+from mora_jax.interop.adapter_values import install, lora_of
 from mora_jax.interop.convert.checkpoints import matrix_paths
 from mora_jax.interop.convert.updates import thin
 from mora_jax.interop.load import load_shapes
@@ -78,9 +77,7 @@ def adapter_from_keras(file: str | os.PathLike[str], base: str | os.PathLike[str
         if factors is None:
             shapes = f"factors {list(a.shape)} and {list(b.shape)}"
             raise InputError(f"{path}: layer {number} has {shapes}, but {target} is {list(sizes)}")
-        rank = factors[0].shape[1]
-        values = {"lora_a": factors[0], "lora_b": factors[1], "scaling": np.asarray(1, np.float32)}
-        by_target[target] = AdapterValues(LoRAConfig(rank=rank, alpha=float(rank)), values)
+        by_target[target] = lora_of(*factors)
     install(model, by_target)
     return model
 
@@ -91,16 +88,13 @@ def _read(path: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         import h5py
     except ImportError:
         raise InputError("h5py is not installed, which reads files of keras: pip install h5py") from None
+    factors: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     try:
         with h5py.File(path) as data:
-            layers = {name: layer["vars"] for name, layer in data["lora"].items() if name != "vars"}  # that is the rank
-            factors = {
-                int(name): (
-                    np.asarray(layer["lora_kernel_a"], np.float32),
-                    np.asarray(layer["lora_kernel_b"], np.float32),
-                )
-                for name, layer in layers.items()
-            }
+            for name, layer in data["lora"].items():
+                if name != "vars":  # that is the rank
+                    a, b = (np.asarray(layer["vars"][f"lora_kernel_{factor}"], np.float32) for factor in "ab")
+                    factors[int(name)] = a, b
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no readable .lora.h5 of keras-hub: {str(error)[:150]}") from None
     if not factors:

@@ -58,8 +58,9 @@ def best_factors_of_product(a: Array, b: Array, rank: int) -> Factors:
         # ‖A B‖² = Σ (AᵀA) ⊙ (B Bᵀ): two small products, where a decomposition took nine tenths of a conversion.
         squared = float(np.sum((wide_a.T @ wide_a) * (wide_b @ wide_b.T)))
         return Factors(*_padded(a, b, rank), max(squared, 0.0) ** 0.5, 0.0)
-    left, core, right = _core(a, b)
-    u, singular, vt = np.linalg.svd(core)
+    left, upper = np.linalg.qr(np.asarray(a, np.float64))
+    right, lower = np.linalg.qr(np.asarray(b, np.float64).T)
+    u, singular, vt = np.linalg.svd(upper @ lower.T)
     root = np.sqrt(singular[:rank])
     error = float(np.linalg.norm(singular[rank:]))
     kept_a, kept_b = left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ right.T
@@ -71,13 +72,6 @@ def singular_values(delta: Array) -> Array:
     work = np.asarray(delta, np.float64)
     gram = work.T @ work if work.shape[0] >= work.shape[1] else work @ work.T
     return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0))
-
-
-def _core(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """`a @ b` as orthonormal columns, a small matrix and orthonormal columns transposed."""
-    left, upper = np.linalg.qr(np.asarray(a, np.float64))
-    right, lower = np.linalg.qr(np.asarray(b, np.float64).T)
-    return left, upper @ lower.T, right
 
 
 def _padded(a: Array, b: Array, rank: int) -> tuple[Array, Array]:

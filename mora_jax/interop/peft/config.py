@@ -153,23 +153,6 @@ def check_common(values: dict[str, Any], where: str) -> None:
     require(values, where, "layers_to_transform", good, "a layer's number or a list of them")
 
 
-def format_for(method: str) -> Format:
-    """The type that a method is written as."""
-    return next(form for form in FORMATS if method in form.methods)
-
-
-def common_fields(form: Format, base: str | None) -> dict[str, Any]:
-    """The fields of every `adapter_config.json`, as PEFT writes them where nothing else is said."""
-    stored = {"fan_in_fan_out": False} if form.fan_in_fan_out else {}
-    return stored | {
-        "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "peft_type": form.peft_type,
-        "revision": None,
-    }
-
-
 def put_extra_fields(model: nnx.Module, fields: Mapping[str, Any]) -> None:
     """Notes the fields of a newer PEFT on a model, to be written back when its adapter is saved."""
     if fields or extra_fields(model):

@@ -50,7 +50,7 @@ class Target:
 
     Attributes:
         path: its module path.
-        place, layer: where it is in the model.
+        place: where it is in the model.
         names: its tensors' names in the file, by the keys of the type's `tensor_names`.
         files: the file.
         shared: arrays that all targets share, as the file has them.
@@ -59,7 +59,6 @@ class Target:
 
     path: str
     place: Site
-    layer: int
     names: Mapping[str, str]
     files: TensorFiles
     shared: Mapping[str, np.ndarray]
@@ -99,6 +98,7 @@ class Format:
         fan_in_fan_out: whether its config has the field of that name.
         convolutions: whether PEFT has it on torch's convolutions, as two of them.
         biases_alone: whether the type's adapters train biases and nothing else.
+        multiplies_base: whether what they change is a multiple or a rotation of the base.
     """
 
     peft_type: ClassVar[str]
@@ -111,6 +111,7 @@ class Format:
     fan_in_fan_out: ClassVar[bool] = True
     convolutions: ClassVar[bool] = False
     biases_alone: ClassVar[bool] = False
+    multiplies_base: ClassVar[bool] = False
     fields: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[tuple[str, ...]] = ()
     default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
@@ -166,7 +167,8 @@ class Format:
     ) -> dict[str, np.ndarray]:
         """The arrays that all targets share; `names` are those in the file, `found` the places of the targets."""
         if names:
-            raise InputError(f"{files.folder}: tensor {first_of(names)} belongs to no {self.peft_type} adapter")
+            name = next(iter(names.values()))
+            raise InputError(f"{files.folder}: tensor {name} belongs to no {self.peft_type} adapter")
         return {}
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
@@ -176,15 +178,15 @@ class Format:
     def needs_base(self, values: dict[str, Any]) -> bool:
         """Whether such an adapter, or its change, is only known beside the values of its base."""
         beside = values.get("modules_to_save") or values.get("trainable_token_indices")
-        return bool(beside) or values.get("bias", "none") != "none"
+        return self.multiplies_base or bool(beside) or values.get("bias", "none") != "none"
 
     def for_model(self, places: list[Site]) -> Format:
         """The type as the adapters on these places are written in it."""
         return self
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
-        """The tensors of one adapted matrix, by their keys in `tensor_names`."""
-        raise NotImplementedError  # abstract: each type's file defines it
+        """The tensors of one adapted matrix, by their keys in `tensor_names`; here the adapter's own arrays."""
+        return {name: entry.params[name] for name in self.tensor_names}
 
     def names(self, entry: AdapterEntry) -> Mapping[str, str]:
         """How files call the tensors of `write`."""
@@ -199,7 +201,7 @@ class Format:
         return {"scaling": entry.params["scaling"]}
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
-        """The fields of its own, and those of `COMMON` that differ from what `save.py` writes."""
+        """The fields of its own, and those of `COMMON` that `save.py` doesn't write."""
         fields = {self.init_name: True, "layers_pattern": None, "layers_to_transform": None, "target_modules": targets}
         if self.bias_name:
             bias = same(entries, "bias")
@@ -253,11 +255,6 @@ def read_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.nda
             f"config imply {list(shape)}"
         )
     return files.read(name).astype(np.float32)
-
-
-def first_of(names: Mapping[str, str]) -> str:
-    """The first of the values."""
-    return next(iter(names.values()))
 
 
 def require(values: Mapping[str, Any], where: str, name: str, good: bool, wanted: str) -> None:

@@ -19,7 +19,7 @@ from mora_jax.adapters.base import host
 from mora_jax.adapters.config.patterns import targets_for
 from mora_jax.adapters.expert_projection import ExpertProjection
 from mora_jax.adapters.report import AdapterEntry, entries_of
-from mora_jax.adapters.sites import PartSite, sites
+from mora_jax.adapters.sites import adapted_sites
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import plain
 from mora_jax.interop.peft.format import PREFIX
@@ -135,13 +135,14 @@ class _Unfused(TensorFiles):
 
 def fused(model: nnx.Module) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
     """The adapters on experts, a layer's as one: an entry with its rank and scaling, and its tensors by their names."""
-    places = [place for place in sites(model) if isinstance(place, PartSite) and place.of_experts]
+    places = [place for place in adapted_sites(model) if place.of_experts]
     adapted = [node for node in expert_projections(model) if len(node.adapters)]
     for projection in adapted:
-        entries = {}
-        for place in places:
-            if place.layer is projection and place.adapter is not None:
-                entries[place.part] = {entry.path: entry for entry in map(plain, entries_of(place))}
+        entries = {
+            place.part: {entry.path: entry for entry in map(plain, entries_of(place))}
+            for place in places
+            if place.layer is projection
+        }
         down = [other for other in adapted if other.numbers == projection.numbers and len(other.matrices) == 1]
         later = _layers(down[0]) if down and projection is not down[0] else set()
         count = projection.stack[1]
@@ -153,13 +154,8 @@ def fused(model: nnx.Module) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarra
             path = _parameter(model, projection, layer)
             entry, lora_a, lora_b = _joined(projection, by_expert, path)
             module = f"{PREFIX}{path.rpartition('.')[0]}{'.base_layer' if layer in later else ''}"
-            yield (
-                entry,
-                {
-                    f"{module}.{_A}": lora_a.swapaxes(1, 2).reshape(-1, lora_a.shape[1]),
-                    f"{module}.{_B}": lora_b.transpose(2, 1, 0).reshape(lora_b.shape[2], -1),
-                },
-            )
+            a, b = lora_a.swapaxes(1, 2).reshape(-1, lora_a.shape[1]), lora_b.transpose(2, 1, 0)
+            yield entry, {f"{module}.{_A}": a, f"{module}.{_B}": b.reshape(len(b), -1)}
 
 
 def _layers(projection: ExpertProjection) -> set[int]:
@@ -179,6 +175,7 @@ def _joined(
         for part in by_expert[0]
     }
     scaling, rank = float(first.params["scaling"]), sum(ranks.values())
+    names = [part.name for part in projection.parts]
     lora_a = np.zeros((len(by_expert), projection.in_features, rank), np.float32)
     lora_b = np.zeros((len(by_expert), rank, *projection.layout.out_shape), np.float32)
     for expert, parts in enumerate(by_expert):
@@ -188,16 +185,12 @@ def _joined(
                 rows = slice(start, start + entry.config.rank)
                 lora_a[expert, :, rows] = entry.params["lora_a"]
                 factor = float(entry.params["scaling"]) / scaling
-                where: Any = (expert, rows, *projection.part_slice(part))
+                where: Any = (expert, rows, *projection.part_slice(names.index(part)))
                 lora_b[where] = (entry.params["lora_b"] * factor).reshape(lora_b[where].shape)
             start += ranks[part]
-    joined = dataclasses.replace(
-        first,
-        path=path,
-        config=dataclasses.replace(first.config, rank=rank, dropout=0.0),
-        out_features=projection.layout.features,
-        params={"scaling": first.params["scaling"]},
-    )
+    config = dataclasses.replace(first.config, rank=rank, dropout=0.0)
+    params, features = {"scaling": first.params["scaling"]}, projection.layout.features
+    joined = dataclasses.replace(first, path=path, config=config, out_features=features, params=params)
     return joined, lora_a, lora_b.reshape(len(by_expert), rank, -1)
 
 
@@ -215,15 +208,12 @@ def parameter_names(model: nnx.Module, adapted: Iterable[str]) -> list[str]:
 
 def each(model: nnx.Module) -> Iterator[AdapterEntry]:
     """The adapters on experts one by one, as vLLM and transformers before version 5 hold them."""
-    for place in sites(model):
-        if not isinstance(place, PartSite) or not place.of_experts or place.adapter is None:
-            continue
-        projection = place.layer
-        assert isinstance(projection, ExpertProjection)
-        if not projection.seen_whole or not hasattr(place.adapter, "lora_b"):
-            yield from map(plain, entries_of(place))
-            continue
-        for entry in map(plain, entries_of(place)):
+    for place in adapted_sites(model):
+        projection: Any = place.layer
+        for entry in map(plain, entries_of(place)) if isinstance(projection, ExpertProjection) else ():
+            if not projection.seen_whole or "lora_b" not in entry.params:
+                yield entry
+                continue
             lora_b = entry.params["lora_b"].reshape(-1, *projection.layout.out_shape)
             for matrix, where in projection.matrix_slices():
                 columns = lora_b[(slice(None), *where)].reshape(len(lora_b), -1)

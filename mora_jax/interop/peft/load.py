@@ -25,7 +25,7 @@ from mora_jax.interop.peft.fused_experts import unfused
 from mora_jax.interop.peft.restarted_base import has_own_base, own_base, with_kind
 from mora_jax.interop.peft.stored import TIED_BY_NAME, stored_tensors, unknown
 from mora_jax.interop.safetensors_io import TensorFiles, open_checkpoint
-from mora_jax.interop.tensor_map import base_bias, loose_biases, tensor_plan, train_weights
+from mora_jax.interop.tensor_map import base_bias, base_names, loose_biases, tensor_plan, train_weights
 from mora_jax.models.decoder import Decoder
 from mora_jax.models.init import read_json
 from mora_jax.paths import found_path
@@ -111,11 +111,9 @@ def needs_base(path: str | os.PathLike[str]) -> bool:
     So it is with magnitudes, gains, biases, modules that are trained whole, factors that start from the
     base, and adapters that come with a base.
     """
-    if has_own_base(local_folder(path)):
-        return True
-    where = local_folder(path) / CONFIG_NAME
-    values = read_json(where)
-    return format_of(values, str(where)).needs_base(values)
+    folder = local_folder(path)
+    values = read_json(folder / CONFIG_NAME)
+    return has_own_base(folder) or format_of(values, str(folder / CONFIG_NAME)).needs_base(values)
 
 
 def model_names(path: str) -> set[str]:
@@ -144,7 +142,7 @@ class _Given:
         own = not isinstance(model, Decoder)
         self.model, self.files, self.stored = model, files, stored_tensors(files)
         self.config = dataclasses.replace(config, whole_components=own, experts=experts)
-        known = {piece.name for entry in tensor_plan(model) for piece in entry.pieces} if own else set()
+        known = set(base_names(model)) if own else set()
         if stray := [stored for name, stored in self.stored.others.items() if name not in known]:
             raise unknown(files, stray[0])
         with refused():
@@ -222,7 +220,7 @@ class _Given:
         for path, (place, layer) in self.targets.items():
             setting_path = self.config.experts.get(path, path)
             names = self.stored.factors[path]
-            adapters[path] = form.read(values, Target(path, place, layer, names, self.files, shared, setting_path))
+            adapters[path] = form.read(values, Target(path, place, names, self.files, shared, setting_path))
             if method is not None:
                 adapters[path] = trained_as(adapters[path], method, functools.partial(kernel, place, layer), path)
         return adapters
@@ -286,12 +284,12 @@ class _Given:
             kernel = place.kernel()
             shape = tuple(kernel.shape) if place.is_embedding else kernel.shape[::-1]
             table = read_tensor(self.files, name, shape)
-            if isinstance(kernel, jax.Array):
-                ours = np.asarray(kernel, np.float32)
-                if not np.allclose(ours if place.is_embedding else ours.T, table, rtol=1e-2, atol=1e-3):
-                    raise InputError(
-                        f"{self.files.folder}: tensor {name} is not the base model's: the base was trained too"
-                    )
+            table = table if place.is_embedding else table.T
+            known = isinstance(kernel, jax.Array)
+            if known and not np.allclose(np.asarray(kernel, np.float32), table, rtol=1e-2, atol=1e-3):
+                raise InputError(
+                    f"{self.files.folder}: tensor {name} is not the base model's: the base was trained too"
+                )
 
     def token_rows(self) -> dict[str, np.ndarray] | None:
         """By the table's path, the rows that are trained; None where there are none."""
@@ -323,9 +321,7 @@ class _Given:
         for path, name in self.stored.biases.items():
             if self.config.saves(path) or f"{path}.bias" in self.loose:
                 given[f"{path}.bias"] = name
-        plan = tensor_plan(self.model)
-        known = {piece.name for entry in plan for piece in entry.pieces}
-        wanted = {name for name in known if self.config.saves(name.rpartition(".")[0])}
+        wanted = {name for name in base_names(self.model) if self.config.saves(name.rpartition(".")[0])}
         extra = [stored for name, stored in given.items() if name not in wanted | self.loose]
         if extra:
             why = f"modules_to_save is {saved}" if saved else "modules_to_save is not set"
@@ -334,7 +330,7 @@ class _Given:
         if missing or (saved and not wanted & set(given)):
             raise InputError(f"{where}: modules_to_save is {saved}, but there is no tensor {first(missing)}".rstrip())
         values: dict[str, np.ndarray] = {}
-        for entry in plan:
+        for entry in tensor_plan(self.model):
             pieces = [piece for piece in entry.pieces if piece.name in given]
             if pieces and len(pieces) < len(entry.pieces):
                 raise InputError(

@@ -115,10 +115,8 @@ class LoraFormat(Format):
             raise InputError(f"{where}: bias {values['bias']!r} beside MoRA is not supported")
 
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
-        needed, allowed = {"a", "b"}, {"a", "b"}
-        if mora_kind(values, "") is not None:
-            needed = {"a"}
-        return (needed | {"magnitude"}, allowed | {"magnitude"}) if values.get("use_dora") else (needed, allowed)
+        more = {"magnitude"} if values.get("use_dora") else set()
+        return {"a"} | more | (set() if mora_kind(values, "") else {"b"}), {"a", "b"} | more
 
     def needs_base(self, values: dict[str, Any]) -> bool:
         start = values.get("init_lora_weights") in _FROM_BASE
@@ -207,13 +205,13 @@ def alpha_for(scaling: float, rank: int, power: float) -> float:
 
 def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
     """The configuration at `path`, which is a target."""
-    rank = _at(values, "rank_pattern", path, values.get("r", 8))
+    rank = rank_at(values, path)
     dropout = values.get("lora_dropout", 0.0)
     use_dora = bool(values.get("use_dora"))
     kind = mora_kind(values, "")
     if kind is not None:
         return MoRAConfig(rank=rank, kind=kind, dropout=dropout, targets=(path,), use_dora=use_dora)
-    alpha = float(_at(values, "alpha_pattern", path, values.get("lora_alpha", 8)))
+    alpha = float(_alpha_at(values, path))
     init = values.get("init_lora_weights")
     start = init if init in _FROM_BASE else "kaiming"
     plain_kind = _FROM_BASE.get(start, DoRAConfig if use_dora else LoRAConfig)
@@ -224,13 +222,17 @@ def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
 
 def scaling_at(values: dict[str, Any], path: str) -> float:
     """The factor on LoRA's update at `path`, as PEFT means it."""
-    rank = _at(values, "rank_pattern", path, values.get("r", 8))
-    alpha = _at(values, "alpha_pattern", path, values.get("lora_alpha", 8))
+    rank, alpha = rank_at(values, path), _alpha_at(values, path)
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
-def _at(values: dict[str, Any], pattern: str, path: str, default: Any) -> Any:
-    return value_at((values.get(pattern) or {}).items(), path, default)
+def rank_at(values: dict[str, Any], path: str) -> int:
+    """The rank of LoRA at `path`."""
+    return value_at((values.get("rank_pattern") or {}).items(), path, values.get("r") or 8)
+
+
+def _alpha_at(values: dict[str, Any], path: str) -> float:
+    return value_at((values.get("alpha_pattern") or {}).items(), path, values.get("lora_alpha") or 8)
 
 
 def mora_kind(values: dict[str, Any], where: str) -> str | None:

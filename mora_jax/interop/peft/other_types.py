@@ -22,6 +22,7 @@ class HiraFormat(Format):
     """Two factors a target, whose product multiplies the base's kernel entry by entry."""
 
     peft_type = "HIRA"
+    multiplies_base = True
     config = HiRAConfig
     methods = ("hira",)
     tensor_names: ClassVar[Mapping[str, str]] = {"hira_a": "hira_A", "hira_b": "hira_B"}
@@ -29,9 +30,6 @@ class HiraFormat(Format):
     # PEFT has a rank_pattern, too, and makes all layers of rank r whatever it says.
     fields = frozenset({"rank_pattern"})
     bias_name = ""
-
-    def needs_base(self, values: dict[str, Any]) -> bool:
-        return True  # what it changes is a multiple of the base
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         config = self.configured(values, target.path)
@@ -52,6 +50,7 @@ class Ia3Format(Format):
     """One vector a target, on inputs for feed-forward modules and on outputs for the others."""
 
     peft_type = "IA3"
+    multiplies_base = True
     config = IA3Config
     methods = ("ia3",)
     tensor_names: ClassVar[Mapping[str, str]] = {"l": "ia3_l"}
@@ -63,9 +62,6 @@ class Ia3Format(Format):
     def check(self, values: dict[str, Any], where: str) -> None:
         super().check(values, where)
         require_names(values, where, "feedforward_modules")
-
-    def needs_base(self, values: dict[str, Any]) -> bool:
-        return True  # what it changes is a multiple of the base
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         inputs = _is_feedforward(values.get("feedforward_modules"), target.path)
@@ -106,7 +102,7 @@ class MissFormat(Format):
     peft_type = "MISS"
     config = MiSSConfig
     methods = ("miss",)
-    tensor_names: ClassVar[Mapping[str, str]] = {"block": "miss_block"}
+    tensor_names: ClassVar[Mapping[str, str]] = {"miss_block": "miss_block"}
     settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "r": ("rank", 64),
         "miss_dropout": ("dropout", 0.0),
@@ -126,10 +122,7 @@ class MissFormat(Format):
         mini = values.get("init_weights") == "mini"
         config = self.configured(values, target.path, form="mini" if mini else "standard")
         width = config.mini_rank if mini else target.place.out_features
-        return AdapterValues(config, {"miss_block": target.read("block", (config.rank, width))})
-
-    def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
-        return {"block": entry.params["miss_block"]}
+        return AdapterValues(config, {"miss_block": target.read("miss_block", (config.rank, width))})
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         start = "mini" if same(entries, "form") == "mini" else True
@@ -143,9 +136,10 @@ class OftFormat(Format):
     """The upper triangles of a target's skew-symmetric blocks."""
 
     peft_type = "OFT"
+    multiplies_base = True
     config = OFTConfig
     methods = ("oft",)
-    tensor_names: ClassVar[Mapping[str, str]] = {"triangles": "oft_R.weight"}
+    tensor_names: ClassVar[Mapping[str, str]] = {"oft_r": "oft_R.weight"}
     settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
         "block_share": ("block_share", False),
         "num_cayley_neumann_terms": ("num_cayley_neumann_terms", 5),
@@ -170,9 +164,6 @@ class OftFormat(Format):
                 "took another series: merge the adapter with the PEFT that made it"
             )
 
-    def needs_base(self, values: dict[str, Any]) -> bool:
-        return True  # what it changes is a rotation of the base
-
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         size = OFTConfig.block_size if values.get("r") else values.get("oft_block_size", 32)
         share, series = bool(values.get("block_share")), values.get("use_cayley_neumann", True) is not False
@@ -180,10 +171,7 @@ class OftFormat(Format):
             config = self.configured(values, target.path, block_size=size, block_share=share, use_cayley_neumann=series)
             count, size = block_shape(config, target.place.in_features)
         shape = (1 if config.block_share else count, size * (size - 1) // 2)
-        return AdapterValues(config, {"oft_r": target.read("triangles", shape)})
-
-    def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
-        return {"triangles": entry.params["oft_r"]}
+        return AdapterValues(config, {"oft_r": target.read("oft_r", shape)})
 
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         fields = super().written(entries, targets)

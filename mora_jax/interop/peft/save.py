@@ -23,7 +23,7 @@ from mora_jax.adapters.trainable_base import named_modules
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import plain
 from mora_jax.interop.atomic_folder import new_folder
-from mora_jax.interop.peft.config import common_fields, extra_fields, format_for
+from mora_jax.interop.peft.config import FORMATS, extra_fields
 from mora_jax.interop.peft.format import CONFIG_NAME, PREFIX, WEIGHTS, Format, in_windows
 from mora_jax.interop.peft.fused_experts import each, fused, parameter_names
 from mora_jax.interop.peft.restarted_base import BASE_FOLDER, has_other_base
@@ -121,27 +121,32 @@ def save_adapter(
             raise InputError(f"{name} is trained, and PEFT's files can't hold that name: rename the module")
     base = base_model_name_or_path or getattr(model, "name_or_path", None)
     paths, everything = {entry.path for entry in main}, _all_paths(model)
-    if _tied(model) and (table := model.config.names.embedding) in paths and not table.endswith(TIED_BY_NAME):
-        head = {model.config.names.head}  # named too, or PEFT leaves it as it was
-        paths, everything = paths | head, everything | head
+    table, head = _tied_table(model), _head(model)
+    trains_table = table in paths or f"{PREFIX}{table}.weight" in whole
+    if table in paths and head is not None and not table.endswith(TIED_BY_NAME):
+        paths, everything = paths | {head}, everything | {head}  # named too, or PEFT leaves it as it was
     targets = targets_for(paths, everything)
-    fields = common_fields(form, base) | form.written([*main, *parameters], targets)
+    fields = {
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "peft_type": form.peft_type,
+        "revision": None,
+        "task_type": "CAUSAL_LM" if isinstance(model, Decoder) else None,
+    } | form.written([*main, *parameters], targets)
     if parameters:  # for which PEFT has no dropout
-        fields |= {
-            "target_parameters": parameter_names(model, [entry.path for entry in parameters]),
-            "lora_dropout": 0.0,
-        }
-    fields["task_type"] = "CAUSAL_LM" if isinstance(model, Decoder) else None
-    if form.fan_in_fan_out and isinstance(model, Decoder) and model.config.names.turned:
-        fields["fan_in_fan_out"] = True
+        fields["target_parameters"] = parameter_names(model, [entry.path for entry in parameters])
+        fields["lora_dropout"] = 0.0
+    if form.fan_in_fan_out:
+        fields["fan_in_fan_out"] = isinstance(model, Decoder) and model.config.names.turned
     whole_modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in _of_whole_modules(model, whole, main)}
-    whole_modules.discard(_head(model))  # with ensure_weight_tying PEFT adds it
+    whole_modules.discard(head)  # with ensure_weight_tying PEFT adds it
     fields |= {"modules_to_save": _saved_modules(model, whole_modules)}
     if (tokens := trained_tokens(adapted_sites(model))) is not None:
         if "trainable_token_indices" not in form.known:
             raise InputError(f"PEFT trains rows of single tokens beside LoRA alone, not beside {form.peft_type}; merge")
         fields["trainable_token_indices"] = list(tokens)
-    if _tied(model) and _trains_table(model, main, whole):
+    if table is not None and trains_table:
         fields["ensure_weight_tying"] = True
     if not write:
         base_tensors = tensors_of(model) if _has_own_base(model) else ()
@@ -185,15 +190,15 @@ def _head(model: nnx.Module) -> str | None:
     return model.config.names.head if _tied(model) else None
 
 
-def _is_table(model: nnx.Module, path: str) -> bool:
-    """Whether a path is that of the embedding, which a tied head shares; positions have a table of their own."""
-    return isinstance(model, Decoder) and path == model.config.names.embedding
+def _tied_table(model: nnx.Module) -> str | None:
+    """The path of the embedding that a tied head shares; positions have a table of their own."""
+    return model.config.names.embedding if _tied(model) else None
 
 
 def refuse_tied_magnitude(model: nnx.Module) -> None:
     """Raises `InputError` for DoRA on a table that is the output head, too: PEFT's is another function there."""
-    for place in adapted_sites(model) if _tied(model) else ():
-        if _is_table(model, place.paths[0]) and hasattr(place.adapter, "magnitude"):
+    for place in adapted_sites(model):
+        if place.paths[0] == _tied_table(model) and hasattr(place.adapter, "magnitude"):
             raise InputError(
                 f"{place.title} has DoRA's magnitude, and the model ties its head to that table: PEFT gives the head a "
                 "magnitude of its own, so no folder can hold this adapter; leave the table out of targets, adapt it "
@@ -203,11 +208,6 @@ def refuse_tied_magnitude(model: nnx.Module) -> None:
 
 def _has_own_base(model: nnx.Module) -> TypeGuard[Decoder]:
     return isinstance(model, Decoder) and has_other_base(model)
-
-
-def _trains_table(model: Decoder, entries: list[AdapterEntry], whole: Iterable[str]) -> bool:
-    table = f"{PREFIX}{model.config.names.embedding}.weight"
-    return any(_is_table(model, entry.path) for entry in entries) or table in whole
 
 
 def _all_tensors(
@@ -223,7 +223,7 @@ def _trained_whole(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     """The base tensors that are trained whole; PEFT reads a tied table under the name of its head, too."""
     for name, tensor in trained_weights(model):
         yield PREFIX + name, tensor
-        if _tied(model) and name == f"{model.config.names.embedding}.weight":
+        if _tied(model) and name == f"{_tied_table(model)}.weight":
             yield f"{PREFIX}{_head(model)}.weight", tensor
 
 
@@ -243,13 +243,12 @@ def _format(model: nnx.Module) -> tuple[Format, list[Site]]:
         methods = ["bitfit", *methods]
     if len(methods) > 1:
         raise InputError(f"one folder holds one method, but the model has adapters of {', '.join(methods)}")
-    return format_for(methods[0]).for_model(main), main
+    form = next(form for form in FORMATS if methods[0] in form.methods)
+    return form.for_model(main), main
 
 
 def _is_main(entry: AdapterEntry, form: Format) -> bool:
-    if entry.method == TokenRows.method:
-        return False
-    return not entry.config.biases_alone or form.biases_alone
+    return entry.method != TokenRows.method and (form.biases_alone or not entry.config.biases_alone)
 
 
 def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarray]]]:
@@ -268,7 +267,7 @@ def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple
             found = in_windows(where[entry.path][0], found)
         names = form.names(entry)
         tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
-        if _tied(model) and _is_table(model, entry.path):
+        if entry.path == _tied_table(model):
             head = f"{PREFIX}{_head(model)}"
             a, b = form.tensor_names["a"], form.tensor_names["b"]
             tensors |= {f"{head}.{a}": found["b"].T, f"{head}.{b}": found["a"].T}

@@ -20,7 +20,7 @@ from mora_jax.adapters.methods.vera import projections
 from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
-from mora_jax.interop.peft.format import Format, Target, first_of, same
+from mora_jax.interop.peft.format import Format, Target, same
 from mora_jax.interop.safetensors_io import TensorFiles
 
 
@@ -47,8 +47,8 @@ class SharedBasesFormat(Format):
         if not values.get("save_projection", True):
             if names:
                 raise InputError(
-                    f"{files.folder}: save_projection is false, but there is {first_of(names)}, which PEFT would leave "
-                    "unread and redraw: set save_projection to true if the tensors are the ones to use"
+                    f"{files.folder}: save_projection is false, but there is {next(iter(names.values()))}, which PEFT "
+                    "would leave unread and redraw: set save_projection to true if the tensors are the ones to use"
                 )
             return dict(zip(self.shared_names, self.drawn(values, widest(found)), strict=True))
         absent = [name for name in self.shared_names if name not in names]
@@ -80,10 +80,7 @@ def _pair(places: list[Site], names: tuple[str, str]) -> tuple[np.ndarray, np.nd
     """
     pair = []
     for name in names:
-        pieces = [host(place.adapter.params()[name]) for place in places]
-        pieces = [
-            piece.reshape(-1, *piece.shape[len(place.stack) :]) for piece, place in zip(pieces, places, strict=True)
-        ]
+        pieces = [_pieces(place, name) for place in places]
         whole = np.zeros(np.max([piece.shape[1:] for piece in pieces], axis=0), np.float32)
         for piece in pieces:
             whole[tuple(map(slice, piece.shape[1:]))] = piece[0]
@@ -92,6 +89,12 @@ def _pair(places: list[Site], names: tuple[str, str]) -> tuple[np.ndarray, np.nd
                 raise InputError(f"{place.title} has frozen factors of its own; one folder holds one pair for all")
         pair.append(whole)
     return pair[0], pair[1]
+
+
+def _pieces(place: Site, name: str) -> np.ndarray:
+    """An array of the adapters on a place, `[layers, …]`."""
+    array = host(place.adapter.params()[name])
+    return array.reshape(-1, *array.shape[len(place.stack) :])
 
 
 def _is_piece(piece: np.ndarray, whole: np.ndarray) -> bool:
@@ -103,7 +106,7 @@ class VeraFormat(SharedBasesFormat):
     peft_type = "VERA"
     config = VeRAConfig
     methods = ("vera",)
-    tensor_names: ClassVar[Mapping[str, str]] = {"d": "vera_lambda_d", "b_scale": "vera_lambda_b"}
+    tensor_names: ClassVar[Mapping[str, str]] = {"vera_b_scale": "vera_lambda_b", "vera_d": "vera_lambda_d"}
     shared_names = ("vera_A", "vera_B")
     rank_axes = (0, 1)
     settings: ClassVar[Mapping[str, tuple[str, Any]]] = {
@@ -130,13 +133,10 @@ class VeraFormat(SharedBasesFormat):
         arrays = {
             "vera_a": left[:, : place.in_features].T,
             "vera_b": right[: place.out_features].T,
-            "vera_d": target.read("d", (config.rank,)),
-            "vera_b_scale": target.read("b_scale", (place.out_features,)),
+            "vera_d": target.read("vera_d", (config.rank,)),
+            "vera_b_scale": target.read("vera_b_scale", (place.out_features,)),
         }
         return AdapterValues(config, arrays)
-
-    def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
-        return {"b_scale": entry.params["vera_b_scale"], "d": entry.params["vera_d"]}
 
     def shared_of(self, places: list[Site]) -> dict[str, np.ndarray]:
         left, right = _pair(places, ("vera_a", "vera_b"))
@@ -214,13 +214,10 @@ class RandLoraFormat(SharedBasesFormat):
     def for_model(self, places: list[Site]) -> RandLoraFormat:
         config = places[0].adapter.config
         drawn = random_bases(config.rank, widest(places), config.projection_prng_key, config.bases)
-        for place in places:
-            arrays = [host(place.adapter.params()[name]) for name in ("randlora_a", "randlora_b")]
-            pieces = [array.reshape(-1, *array.shape[len(place.stack) :]) for array in arrays]
-            if not all(map(_is_piece, pieces, drawn)):
-                # What the pieces show of the bases; nobody reads the rest.
-                return RandLoraFormat(_pair(places, ("randlora_a", "randlora_b")))
-        return RandLoraFormat()
+        names = "randlora_a", "randlora_b"
+        pieces = ((_pieces(place, name), base) for place in places for name, base in zip(names, drawn, strict=True))
+        # Of other bases what the pieces show; nobody reads the rest.
+        return RandLoraFormat(None if all(_is_piece(*piece) for piece in pieces) else _pair(places, names))
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         tensors = {"lambda": entry.params["randlora_lambda"], "gamma": entry.params["randlora_gamma"]}

@@ -86,7 +86,7 @@ def meaning(name: str) -> tuple[str, str, str]:
         return group, path.removeprefix(PREFIX), ""
     factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
     if factor is not None:
-        kind = _kind(factor["name"], factor["leaf"])
+        kind = _KINDS.get(f"{factor['name']}.bias" if factor["leaf"] == "bias" else factor["name"])
         return ("", "", "") if kind is None else ("factors", factor["path"].removeprefix(PREFIX), kind)
     if base is None:
         path, dot, leaf = name.rpartition(".")
@@ -105,11 +105,6 @@ def base_name(name: str) -> str:
 def unknown(files: TensorFiles, name: str) -> InputError:
     """The error for a tensor that no adapter has."""
     return InputError(f"{files.folder}: tensor {name} is no part of an adapter of a known kind")
-
-
-def _kind(name: str, leaf: str | None) -> str | None:
-    """What a factor is called here; None for a bias that no method has."""
-    return _KINDS[name] if leaf != "bias" else _KINDS.get(f"{name}.bias")
 
 
 def _put(place: dict[str, str], key: str, name: str, files: TensorFiles) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from mora_jax.models.attention.flash import MASKED, TILE, Tiling, product, score
 from mora_jax.models.layer_scan import checkpointed
 
 if TYPE_CHECKING:
+    from mora_jax.models.attention.flash import Scoring
     from mora_jax.models.config import DecoderConfig
     from mora_jax.models.partitioning import Partitioner
 
@@ -35,19 +36,8 @@ LONG = 4096  # tokens of a row from which keys are taken in tiles
 class Kernel(Protocol):
     """An implementation of attention of rows with themselves, where places are indices. Hashable."""
 
-    def attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        segments: Array,
-        window: int | Array | None,
-        scale: float,
-        softcap: float | None,
-    ) -> Array:
+    def attention(self, query: Array, key: Array, value: Array, **scoring: Unpack[Scoring]) -> Array:
         """`[B, T, G, N, H]`, of arguments as those of `attention`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,22 +67,6 @@ class Rows:
     def windows(self) -> tuple[int | None, ...]:
         """Those of the layers, each once."""
         return tuple(dict.fromkeys(self.config.windows))
-
-
-class Choice(Protocol):
-    """Which implementation computes attention, where XLA's blocks are not the only one; see kernels.py."""
-
-    def check(self, rows: Rows) -> None:
-        """Raises InputError where what was asked for can't be had."""
-        ...
-
-    def implementation(self, rows: Rows) -> str:
-        """The implementation by name."""
-        ...
-
-    def kernel(self, rows: Rows) -> Kernel | None:
-        """What computes attention of these rows; None for XLA's blocks."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -162,21 +136,15 @@ def attention(
         q_positions = kv_positions = index
     fixed = window if isinstance(window, int) else None
     moving = None if window is None or fixed is not None else jnp.asarray(window, jnp.int32)
-    if by_index and query.shape[1] > LONG:
-        tiling = Tiling(float(scale), softcap, fixed, TILE, TILE)
-        query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-        return tiled_attention(tiling, query, key, value, q_segments, moving, sinks).transpose(0, 3, 1, 2, 4)
-    static = _Options(float(scale), softcap, fixed, by_index, query_block())
-    places = (q_segments, kv_segments, q_positions, kv_positions, moving)
     # [B, G, N, T, H] and [B, G, S, H]: batch axes in front, as the products want them.
-    out = _attention(
-        static,
-        query.transpose(0, 2, 3, 1, 4),
-        untransposed(key.transpose(0, 2, 1, 3)),
-        untransposed(value.transpose(0, 2, 1, 3)),
-        sinks,
-        places,
-    )
+    query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    if by_index and query.shape[3] > LONG:
+        tiling = Tiling(float(scale), softcap, fixed, TILE, TILE)
+        out = tiled_attention(tiling, query, key, value, q_segments, moving, sinks)
+    else:
+        static = _Options(float(scale), softcap, fixed, by_index, query_block())
+        places = (q_segments, kv_segments, q_positions, kv_positions, moving)
+        out = _attention(static, query, untransposed(key), untransposed(value), sinks, places)
     return out.transpose(0, 3, 1, 2, 4)
 
 

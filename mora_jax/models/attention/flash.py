@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,21 @@ from mora_jax.models.layer_scan import checkpointed
 
 TILE = 512  # queries, and keys, of a tile
 MASKED = -1e30  # finite, so that rows without a visible key stay finite
+
+
+class Scoring(TypedDict):
+    """Which keys of its own row a query sees, where places are indices, and how it scores them.
+
+    Attributes:
+        segments: int `[B, T]`; 0 is padding.
+        window: how many places back a query sees, itself included; None for all. May be traced (one a layer).
+        scale, softcap: as in `Tiling`.
+    """
+
+    segments: Array
+    window: int | Array | None
+    scale: float
+    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -274,14 +289,14 @@ def tiled_attention(
     return _tiled_forward(tiling, query, key, value, segments, traced_window, sinks)[0]
 
 
-def _padded(tiling: Tiling, array: Array, axis: int) -> Array:
-    widths = [(0, -array.shape[axis] % tiling.rows if i == axis else 0) for i in range(array.ndim)]
-    return jnp.pad(array, widths)
+def padded(tile: int, array: Array, axis: int) -> Array:
+    """The array with zeros at the end of an axis, so that it fills whole tiles."""
+    return jnp.pad(array, [(0, -array.shape[axis] % tile if i == axis else 0) for i in range(array.ndim)])
 
 
 def _tiled_forward(tiling, query, key, value, segments, traced_window, sinks):
-    q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
-    row = Block(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
+    q, k, v = padded(tiling.rows, query, 3), padded(tiling.rows, key, 2), padded(tiling.rows, value, 2)
+    row = Block(jnp.zeros((), jnp.int32), padded(tiling.rows, segments, 1))
     out, log_sum = attend(tiling, q, row, k, v, row, traced_window, SoftmaxState.empty(q, sinks)).finish()
     length = query.shape[3]
     out, log_sum = checkpointed((out[:, :, :, :length].astype(query.dtype), log_sum[..., :length]))
@@ -290,10 +305,10 @@ def _tiled_forward(tiling, query, key, value, segments, traced_window, sinks):
 
 def _tiled_backward(tiling, saved, dout):
     query, key, value, out, log_sum, segments, traced_window, sinks = saved
-    q, k, v = _padded(tiling, query, 3), _padded(tiling, key, 2), _padded(tiling, value, 2)
-    row = Block(jnp.zeros((), jnp.int32), _padded(tiling, segments, 1))
+    q, k, v = padded(tiling.rows, query, 3), padded(tiling.rows, key, 2), padded(tiling.rows, value, 2)
+    row = Block(jnp.zeros((), jnp.int32), padded(tiling.rows, segments, 1))
     mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    output_grads = OutputGradients(*(_padded(tiling, array, 3) for array in (dout, log_sum, mean)))
+    output_grads = OutputGradients(*(padded(tiling.rows, array, 3) for array in (dout, log_sum, mean)))
     nothing = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
     found = attend_vjp(tiling, q, row, output_grads, k, v, row, traced_window, nothing)
     length = query.shape[3]

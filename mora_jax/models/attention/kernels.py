@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import Array
 from mora_jax.backend import alone, backend, interpreted
 from mora_jax.errors import InputError
 from mora_jax.models.attention.causal import NO_WINDOW, Kernel, Rows
+from mora_jax.models.attention.flash import Scoring, padded
 from mora_jax.models.attention.ring import HeadShards
 from mora_jax.models.layer_scan import SAVED
 
@@ -38,37 +39,25 @@ class Splash:
     shards: HeadShards | None = None
     interpret: bool = False
 
-    def attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        segments: Array,
-        window: int | Array | None,
-        scale: float,
-        softcap: float | None,
-    ) -> Array:
+    def attention(self, query: Array, key: Array, value: Array, **scoring: Unpack[Scoring]) -> Array:
         """As `attention` without positions: `query [B, T, G, N, H]`, `key, value [B, T, G, H]`, `segments [B, T]`.
 
         Args:
-            query, key, value, segments, scale, softcap: as in `attention`.
-            window: as in `attention`; a traced one is `NO_WINDOW` or one of `windows`.
+            query, key, value: as in `attention`.
+            **scoring: see `Scoring`; a traced window is `NO_WINDOW` or one of `windows`.
         """
+        segments, window = scoring["segments"], scoring["window"]
         b, length, g, n, h = query.shape
         tile = tile_of(length)
         # All query heads as one axis: arrays whose last axes are few heads and `H` would be copied to fill whole tiles
         # of memory. Scores of the kernel are plain products, so the scale is the queries'.
-        heads = (query * jnp.float32(scale)).astype(query.dtype).reshape(b, length, g * n, h)
-        arrays = (
-            *(_padded(array.swapaxes(1, 2), tile, 2) for array in (heads, key, value)),
-            _padded(segments, tile, 1),
-        )
+        heads = (query * jnp.float32(scoring["scale"])).astype(query.dtype).reshape(b, length, g * n, h)
+        arrays = [padded(tile, array.swapaxes(1, 2), 2) for array in (heads, key, value)] + [padded(tile, segments, 1)]
         traced = window is not None and not isinstance(window, int)
         windows = self.windows if traced else (window,)
         places = jnp.asarray([NO_WINDOW if known is None else known for known in windows])
         which = jnp.argmax(places == window).astype(jnp.int32) if traced else jnp.zeros((), jnp.int32)
-        run = partial(_share, windows, tile, softcap, self.interpret)
+        run = partial(_share, windows, tile, scoring["softcap"], self.interpret)
         if self.shards is not None:
             run = self.shards.mapped(run, "kkksw", "k")
         (out,) = run(*arrays, which)
@@ -84,22 +73,13 @@ def _share(windows: tuple[Any, ...], tile: int, softcap: float | None, interpret
     return (branches[0](*inputs) if len(branches) == 1 else jax.lax.switch(which, branches, *inputs),)
 
 
-def _rows(
-    window: int | None,
-    tile: int,
-    softcap: float | None,
-    interpret: bool,
-    query: Array,
-    key: Array,
-    value: Array,
-    segments: Array,
-) -> Array:
+def _rows(window: int | None, tile: int, softcap: float | None, interpret: bool, *arrays: Array) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
         splash_attention_mask as masks,
     )
 
-    _, heads, t, _ = query.shape
+    _, heads, t, _ = arrays[0].shape
     square = (t, t)
     mask = masks.CausalMask(square) if window is None or window >= t else masks.LocalMask(square, (window - 1, 0), 0)
     kernel = kernels.make_splash_mha_single_device(
@@ -113,16 +93,12 @@ def _rows(
     def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
         return kernel(query, key, value, kernels.SegmentIds(segments, segments))
 
-    return jax.vmap(row)(query, key, value, segments)
+    return jax.vmap(row)(*arrays)
 
 
 def tile_of(length: int) -> int:
     """Queries, and keys, of a tile, for rows of `length` tokens."""
     return next((tile for tile in _TILES if -length % tile <= length // 8), _TILES[-1])
-
-
-def _padded(array: Array, tile: int, axis: int) -> Array:
-    return jnp.pad(array, [(0, -array.shape[axis] % tile if i == axis else 0) for i in range(array.ndim)])
 
 
 @dataclass(frozen=True)
@@ -140,25 +116,15 @@ class Cudnn:
 
     packed: bool = True
 
-    def attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        segments: Array,
-        window: int | Array | None,
-        scale: float,
-        softcap: float | None,
-    ) -> Array:
+    def attention(self, query: Array, key: Array, value: Array, **scoring: Unpack[Scoring]) -> Array:
         """As `attention` without positions: `query [B, T, G, N, H]`, `key, value [B, T, G, H]`, `segments [B, T]`.
 
         Args:
-            query, key, value, segments, scale: as in `attention`.
-            window: as in `attention`, and not traced.
-            softcap: None, as cuDNN knows none here.
+            query, key, value: as in `attention`.
+            **scoring: see `Scoring`; the window is not traced, and `softcap` None, as cuDNN knows none here.
         """
-        assert softcap is None and (window is None or isinstance(window, int)), "refused when it was chosen"
+        segments, window = scoring["segments"], scoring["window"]
+        assert scoring["softcap"] is None and (window is None or isinstance(window, int)), "refused when it was chosen"
         b, t, g, n, h = query.shape
         seen = segments > 0
         mask, lengths = None, None
@@ -173,7 +139,7 @@ class Cudnn:
             mask=mask,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
-            scale=scale,
+            scale=scoring["scale"],
             is_causal=True,
             local_window_size=None if window is None or window >= t else (window - 1, 0),
             implementation="cudnn",

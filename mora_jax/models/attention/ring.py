@@ -11,7 +11,7 @@ in 2·c pieces before the ring starts, device i getting the pieces i and 2·c �
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,12 @@ from mora_jax.models.attention.flash import (
     Block,
     Gradients,
     OutputGradients,
+    Scoring,
     SoftmaxState,
     Tiling,
     attend,
     attend_vjp,
+    padded,
 )
 from mora_jax.models.layer_scan import checkpointed
 
@@ -48,13 +50,8 @@ class HeadShards:
     def mapped(self, function: Any, kinds: str, results: str) -> Any:
         """`function` on each device's share, its results as a tuple. Kinds: `q` `[R, G, N, t, H]`, `k` `[R, G, t, H]`,
         `r` `[R, G, N, t]`, `s` `[R, t]`, `w` a scalar."""
-        specs = {
-            "q": PartitionSpec(self.rows, self.heads),
-            "k": PartitionSpec(self.rows, self.heads),
-            "r": PartitionSpec(self.rows, self.heads),
-            "s": PartitionSpec(self.rows),
-            "w": PartitionSpec(),
-        }
+        specs = dict.fromkeys("qkr", PartitionSpec(self.rows, self.heads))
+        specs |= {"s": PartitionSpec(self.rows), "w": PartitionSpec()}
         into = tuple(specs[kind] for kind in kinds)
         out = tuple(specs[kind] for kind in results)
         return jax.shard_map(function, mesh=self.mesh, in_specs=into, out_specs=out, check_vma=False)
@@ -77,65 +74,42 @@ class Ring(HeadShards):
         """Devices of one ring."""
         return self.mesh.shape[self.axis]
 
-    def attention(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
-        """`ring_attention` around this ring."""
-        return ring_attention(self, query, key, value, **options)
+    def attention(self, query: Array, key: Array, value: Array, **scoring: Unpack[Scoring]) -> Array:
+        """Causal attention inside segments, as `attention` without positions, of folded rows.
+
+        Args:
+            query: `[c · B, t, G, N, H]`, where row `j · B + b` is the j-th share of row b; t is even.
+            key, value: `[c · B, t, G, H]`.
+            **scoring: see `Scoring`; segments `[c · B, t]`.
+
+        Returns:
+            `[c · B, t, G, N, H]` in the dtype of `query`.
+        """
+        window = scoring["window"]
+        fixed = window if isinstance(window, int) else None
+        traced_window = None if window is None or fixed is not None else jnp.asarray(window, jnp.int32)
+        tile = min(self.tile, -(-query.shape[1] // 2))
+        tiling = Tiling(float(scoring["scale"]), scoring["softcap"], fixed, tile, tile)
+        query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+        return _ring(self, tiling, query, key, value, scoring["segments"], traced_window).transpose(0, 3, 1, 2, 4)
 
 
-def ring_attention(
-    ring: Ring,
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    segments: Array,
-    window: int | Array | None,
-    scale: float,
-    softcap: float | None,
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(
+    ring: Ring, tiling: Tiling, query: Array, key: Array, value: Array, segments: Array, traced_window: Array | None
 ) -> Array:
-    """Causal attention inside segments, as `attention` without positions, of folded rows.
-
-    Args:
-        ring: the devices.
-        query: `[c · B, t, G, N, H]`, where row `j · B + b` is the j-th share of row b; t is even.
-        key, value: `[c · B, t, G, H]`.
-        segments: int `[c · B, t]`; 0 is padding.
-        window: how many places back a query sees, itself included; None for all. May be traced.
-        scale, softcap: see `attention`.
-
-    Returns:
-        `[c · B, t, G, N, H]` in the dtype of `query`.
-    """
-    fixed = window if isinstance(window, int) else None
-    traced_window = jnp.asarray(0 if window is None or fixed is not None else window, jnp.int32)
-    traced = window is not None and fixed is None
-    tile = min(ring.tile, -(-query.shape[1] // 2))
-    options = _Options(ring, Tiling(float(scale), softcap, fixed, tile, tile), traced)
-    query, key, value = query.transpose(0, 2, 3, 1, 4), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    return _ring(options, query, key, value, segments, traced_window).transpose(0, 3, 1, 2, 4)
+    return _forward(ring, tiling, query, key, value, segments, traced_window)[0]
 
 
-@dataclass(frozen=True)
-class _Options:
-    ring: Ring
-    tiling: Tiling
-    traced: bool  # whether the window is traced
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(options: _Options, query: Array, key: Array, value: Array, segments: Array, traced_window: Array) -> Array:
-    return _forward(options, query, key, value, segments, traced_window)[0]
-
-
-def _forward(options, query, key, value, segments, traced_window):
-    around = options.ring.mapped(partial(_around, options), "qkksw", "qr")
+def _forward(ring, tiling, query, key, value, segments, traced_window):
+    around = ring.mapped(partial(_around, ring, tiling), "qkksw", "qr")
     out, log_sum = checkpointed(around(query, key, value, segments, traced_window))
     return out, (query, key, value, out, log_sum, segments, traced_window)
 
 
-def _backward(options, saved, dout):
+def _backward(ring, tiling, saved, dout):
     query, key, value, out, log_sum, segments, traced_window = saved
-    back = options.ring.mapped(partial(_back, options), "qkkqqrsw", "qkk")
+    back = ring.mapped(partial(_back, ring, tiling), "qkkqqrsw", "qkk")
     return (*back(query, key, value, out, dout, log_sum, segments, traced_window), None, None)
 
 
@@ -178,7 +152,7 @@ class _Dealer:
 
     def __init__(self, ring: Ring, share: int, tile: int):
         count = ring.size
-        self.axis, self.half, self.padding = ring.axis, share // 2, -(share // 2) % tile
+        self.axis, self.half, self.tile = ring.axis, share // 2, tile
         self.index = lax.axis_index(ring.axis)
         self.even = [(i, min(2 * i, 2 * count - 1 - 2 * i)) for i in range(count)]
         self.odd = [(i, min(2 * i + 1, 2 * count - 2 - 2 * i)) for i in range(count)]
@@ -188,10 +162,8 @@ class _Dealer:
     def deal(self, array: Array, axis: int) -> _Pair:
         """The pieces of this device, filled up to whole tiles, of an array whose places lie along `axis`."""
         even, odd = jnp.split(array, 2, axis)
-        even = lax.ppermute(even, self.axis, self.even)
-        odd = lax.ppermute(odd, self.axis, self.odd)
-        widths = [(0, self.padding if i == axis else 0) for i in range(array.ndim)]
-        even, odd = jnp.pad(even, widths), jnp.pad(odd, widths)
+        even = padded(self.tile, lax.ppermute(even, self.axis, self.even), axis)
+        odd = padded(self.tile, lax.ppermute(odd, self.axis, self.odd), axis)
         # Block i is an even one on an even device.
         return _Pair(jnp.where(self.is_even, even, odd), jnp.where(self.is_even, odd, even))
 
@@ -236,11 +208,9 @@ def _hidden_unless(condition: Array, query_block: Block) -> Block:
     return query_block._replace(start=jnp.where(condition, query_block.start, -(2**30)))
 
 
-def _around(options: _Options, query, key, value, segments, traced_window):
+def _around(ring: Ring, tiling: Tiling, query, key, value, segments, traced_window):
     """Forward on one device: the output and log-sum-exp of its share."""
-    tiling, count = options.tiling, options.ring.size
-    traced_window = traced_window if options.traced else None
-    dealer = _Dealer(options.ring, query.shape[3], tiling.rows)
+    dealer = _Dealer(ring, query.shape[3], tiling.rows)
     queries, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
     query_block = _Pair(*map(Block, dealer.starts(dealer.index), marks))
     keys = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
@@ -264,18 +234,15 @@ def _around(options: _Options, query, key, value, segments, traced_window):
         found = attend(tiling, query, place, key, value, piece, traced_window, _chosen(second.early, running))
         return arriving, _put(second.early, running, found)
 
-    _, running = lax.fori_loop(0, count, turn, (keys, running))
-    finished = [piece.finish() for piece in running]
-    out, log_sum = (_Pair(*pieces) for pieces in zip(*finished, strict=True))
+    _, running = lax.fori_loop(0, ring.size, turn, (keys, running))
+    out, log_sum = (_Pair(*pieces) for pieces in zip(*(piece.finish() for piece in running), strict=True))
     out = _Pair(*(piece.astype(query.dtype) for piece in out))
     return dealer.collect(out, 3), dealer.collect(log_sum, 3)
 
 
-def _back(options: _Options, query, key, value, out, dout, log_sum, segments, traced_window):
+def _back(ring: Ring, tiling: Tiling, query, key, value, out, dout, log_sum, segments, traced_window):
     """Backward on one device: the derivatives by its share of queries, keys and values."""
-    tiling, count = options.tiling, options.ring.size
-    traced_window = traced_window if options.traced else None
-    dealer = _Dealer(options.ring, query.shape[3], tiling.rows)
+    dealer = _Dealer(ring, query.shape[3], tiling.rows)
     mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     queries, marks = dealer.deal(query, 3), dealer.deal(segments, 1)
     query_block = _Pair(*map(Block, dealer.starts(dealer.index), marks))
@@ -311,7 +278,7 @@ def _back(options: _Options, query, key, value, out, dout, log_sum, segments, tr
         # Keys go on with what they have gathered; after the last turn both are at home.
         return dealer.pass_on(keys), dealer.pass_on(dheld), dquery
 
-    _, dheld, dquery = lax.fori_loop(0, count, turn, (keys, dheld, dquery))
+    _, dheld, dquery = lax.fori_loop(0, ring.size, turn, (keys, dheld, dquery))
     dkey, dvalue = (_Pair(*pieces) for pieces in zip(*dheld, strict=True))
     found = dealer.collect(dquery, 3), dealer.collect(dkey, 2), dealer.collect(dvalue, 2)
     return tuple(slope.astype(like.dtype) for slope, like in zip(found, (query, key, value), strict=True))

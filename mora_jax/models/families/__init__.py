@@ -8,16 +8,8 @@ from mora_jax.models.config import DecoderConfig
 from mora_jax.models.families import experts, gemma, gpt, images, llama, olmo, phi, qwen3_5
 from mora_jax.models.families.fields import Family, Fields
 
-FAMILIES: tuple[Family, ...] = (
-    *llama.FAMILIES,
-    *gemma.FAMILIES,
-    *phi.FAMILIES,
-    *olmo.FAMILIES,
-    *gpt.FAMILIES,
-    *experts.FAMILIES,
-    *qwen3_5.FAMILIES,
-    *images.FAMILIES,
-)
+_FILES = (llama, gemma, phi, olmo, gpt, experts, qwen3_5, images)
+FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
 
 
 def family_of(config: DecoderConfig) -> Family:

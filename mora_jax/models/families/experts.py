@@ -10,7 +10,6 @@ from mora_jax.models.families.fields import (
     Family,
     Fields,
     layer_types,
-    read_biases,
     read_decoder,
     sliding_but_every,
     windows_of,
@@ -38,7 +37,6 @@ def read_experts(
 
 def read_mixtral(fields: Fields) -> DecoderConfig:
     """Mixtral: experts, whose weights for a token add up to 1; a sliding window in every layer, or none."""
-    window = fields.nullable(fields.integer, "sliding_window", None)
     experts = read_experts(
         fields,
         "num_local_experts",
@@ -47,14 +45,12 @@ def read_mixtral(fields: Fields) -> DecoderConfig:
         path="block_sparse_moe.experts.{expert}.{name}",
         names=("w1", "w3", "w2"),
     )
-    return read_decoder(fields, windows=(window,) * fields.layers(), experts=experts)
+    return read_decoder(fields, windows=fields.same_window(None), experts=experts)
 
 
 def read_qwen3_moe(fields: Fields) -> DecoderConfig:
     """Qwen3-MoE: experts; norms on each head of q and k."""
-    window = (
-        fields.nullable(fields.integer, "sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
-    )
+    window = fields.window(4096) if fields.flag("use_sliding_window", False) else None
     step, dense = fields.integer("decoder_sparse_step", 1), fields.value("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise fields.bad("mlp_only_layers", "a list of layer numbers")
@@ -68,7 +64,6 @@ def read_qwen3_moe(fields: Fields) -> DecoderConfig:
         windows=(window,) * fields.layers(),
         experts=experts,
         differing=differing if any(differing) else (),
-        **read_biases(fields) | {"mlp_bias": False},
     )
 
 
@@ -76,7 +71,6 @@ def read_gpt_oss(fields: Fields) -> DecoderConfig:
     """GPT-OSS: experts with biases and a clamped gate; attention sinks; every other layer local; yarn."""
     if not any(fields.table(name) for name in ("rope_scaling", "rope_parameters")):
         fields = fields.replaced("rope_scaling", _YARN)
-    window = fields.nullable(fields.integer, "sliding_window", 128)
     experts = read_experts(
         fields,
         "num_local_experts",
@@ -92,9 +86,8 @@ def read_gpt_oss(fields: Fields) -> DecoderConfig:
         fields,
         head_dim=64,
         attention_sinks=True,
-        windows=windows_of(fields, layer_types(fields, sliding_but_every(2, fields.layers())), window),
+        windows=windows_of(fields, layer_types(fields, sliding_but_every(2, fields.layers())), fields.window(128)),
         experts=experts,
-        **(read_biases(fields) | {"mlp_bias": False}),
     )
 
 

@@ -119,6 +119,14 @@ class Fields:
         """The number of layers."""
         return self.integer("num_hidden_layers", most=_MOST_LAYERS)
 
+    def window(self, default: int | None) -> int | None:
+        """How many positions back a layer with a sliding window sees; None for no such layer."""
+        return self.nullable(self.integer, "sliding_window", default)
+
+    def same_window(self, default: int | None) -> tuple[int | None, ...]:
+        """That window for every layer."""
+        return (self.window(default),) * self.layers()
+
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A positive number."""
         value = self._get(name, default)
@@ -180,6 +188,8 @@ def read_decoder(
         if rotary_dim % 2:
             raise InputError(f"{fields.where}: an even number of each head has to rotate, not {rotary_dim}")
     layers = fields.layers()
+    announced, usual = fields.family.bias_fields.items(), fields.family.defaults
+    biased = {place for name, places in announced if fields.flag(name, usual.get(name, False)) for place in places}
     values: dict[str, Any] = {
         "family": fields.family.model_type,
         "vocab_size": fields.integer("vocab_size"),
@@ -194,6 +204,9 @@ def read_decoder(
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "initializer_range": fields.number("initializer_range", 0.02),
         "attention_scale": head_dim**-0.5,
+        "qkv_bias": "qkv" in biased,
+        "out_bias": "out" in biased,
+        "mlp_bias": "gate_up" in biased,
         "windows": (None,) * layers,
         "layer_ropes": (0,) * layers,
         "source": json.dumps(fields.values),
@@ -219,12 +232,6 @@ def read_activation(fields: Fields, name: str = "hidden_act", default: str = "si
             f" {', '.join(sorted(_ACTIVATIONS))}"
         )
     return _ACTIVATIONS[value]
-
-
-def read_biases(fields: Fields) -> dict[str, bool]:
-    """Those that `attention_bias` and `mlp_bias` announce."""
-    attention = fields.flag("attention_bias", False)
-    return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.flag("mlp_bias", False)}
 
 
 def sliding_but_every(number: int, layers: int) -> list[str]:
@@ -279,11 +286,13 @@ def one_rope(fields: Fields, rotary_dim: int = 0) -> Rope:
     return read_rope(table, fields, fields.number("rope_theta", 10_000.0), rotary_dim)
 
 
-def local_ropes(fields: Fields, theta: float, local_theta: float, width: int = 0) -> tuple[Rope, Rope]:
-    """The table of layers that see everything, which may be scaled, and that of those that slide.
+def local_ropes(fields: Fields, types: list[str], theta: float, local_theta: float, width: int = 0) -> dict[str, Any]:
+    """The fields of a decoder with a table for layers that see everything, which may be scaled, and one for those that
+    slide.
 
     Args:
         fields: the config.
+        types: of the layers.
         theta, local_theta: their base wavelengths where `rope_parameters` states none.
         width: how many numbers of a head the first is of, where that isn't what the model has; else 0.
     """
@@ -296,8 +305,8 @@ def local_ropes(fields: Fields, theta: float, local_theta: float, width: int = 0
     if scaling is not None:
         full = Fields(full.values | scaling.values, scaling.where)
     local = both.table("sliding_attention") or nothing
-    rope = dataclasses.replace(read_rope(full, fields, theta), width=width)
-    return rope, read_rope(local, fields, local_theta)
+    ropes = dataclasses.replace(read_rope(full, fields, theta), width=width), read_rope(local, fields, local_theta)
+    return {"ropes": ropes, "layer_ropes": tuple(int(kind == "sliding_attention") for kind in types)}
 
 
 def read_rope(table: Fields, fields: Fields, theta: float, rotary_dim: int = 0) -> Rope:

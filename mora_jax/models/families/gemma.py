@@ -5,7 +5,7 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig, ExpertsConfig, LayerInputConfig, TensorNames
-from mora_jax.models.experts_beside import ExpertsBeside
+from mora_jax.models.experts import ExpertsBeside
 from mora_jax.models.families.experts import read_experts
 from mora_jax.models.families.fields import (
     ATTENTION_BIAS,
@@ -14,7 +14,6 @@ from mora_jax.models.families.fields import (
     layer_types,
     local_ropes,
     read_activation,
-    read_biases,
     read_decoder,
     sliding_but_every,
     windows_of,
@@ -36,8 +35,7 @@ def read_gemma(fields: Fields) -> DecoderConfig:
 
 def read_gemma2(fields: Fields) -> DecoderConfig:
     """Gemma 2: as Gemma 1, with norms before and after, soft caps, a window in every other layer."""
-    every = ["full_attention" if i % 2 else "sliding_attention" for i in range(fields.layers())]
-    return _read_sliding(fields, layer_types(fields, every), softcaps=(50.0, 30.0))
+    return _read_sliding(fields, layer_types(fields, sliding_but_every(2, fields.layers())), softcaps=(50.0, 30.0))
 
 
 def read_gemma3(fields: Fields) -> DecoderConfig:
@@ -49,10 +47,7 @@ def read_gemma3(fields: Fields) -> DecoderConfig:
         types,
         (None, None),
         qk_norm="head",
-        ropes=local_ropes(
-            fields, fields.number("rope_theta", 1_000_000.0), fields.number("rope_local_base_freq", 10_000.0)
-        ),
-        layer_ropes=tuple(1 if kind == "sliding_attention" else 0 for kind in types),
+        **local_ropes(fields, types, fields.number("rope_theta", 1e6), fields.number("rope_local_base_freq", 1e4)),
     )
 
 
@@ -93,7 +88,6 @@ def read_gemma4(fields: Fields) -> DecoderConfig:
     if fields.table("rope_parameters") is None:
         fields = fields.replaced("rope_parameters", _GEMMA4_ROPES)
     experts = _read_experts(fields) if fields.flag("enable_moe_block", False) else None
-    biases = read_biases(fields) | {"mlp_bias": False}
     return read_decoder(
         fields,
         head_dim=256,
@@ -109,10 +103,8 @@ def read_gemma4(fields: Fields) -> DecoderConfig:
         layer_scale=True,
         layer_input=LayerInputConfig(LayerInputs, LayerInput, width) if width else None,
         windows=windows_of(fields, types, fields.integer("sliding_window", 512)),
-        ropes=local_ropes(fields, 1e6, 1e4, 0 if wide == head_dim else wide),
-        layer_ropes=tuple(int(kind == "sliding_attention") for kind in types),
         differing=tuple(differing) if any(differing) else (),
-        **biases,
+        **local_ropes(fields, types, 1e6, 1e4, 0 if wide == head_dim else wide),
     )
 
 
@@ -186,7 +178,7 @@ def _read_sliding(
         attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
         attention_softcap=fields.nullable(fields.number, "attn_logit_softcapping", softcaps[0]),
         final_softcap=fields.nullable(fields.number, "final_logit_softcapping", softcaps[1]),
-        windows=windows_of(fields, types, fields.nullable(fields.integer, "sliding_window", 4096)),
+        windows=windows_of(fields, types, fields.window(4096)),
         **family_fields,
     )
 
@@ -199,7 +191,6 @@ def _read_scaled(fields: Fields, **family_fields: Any) -> DecoderConfig:
         head_dim=256,
         norm_offset=1.0,
         embedding_scale=fields.integer("hidden_size") ** 0.5,
-        **read_biases(fields) | {"mlp_bias": False},
         **family_fields,
     )
 
@@ -208,6 +199,15 @@ def _read_scaled(fields: Fields, **family_fields: Any) -> DecoderConfig:
 _GEMMA4_ROPES = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+#: What Gemma 3 and 4 mean by sizes that are absent: files of models with images leave out much of their text_config.
+_SIZES = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
 }
 
 FAMILIES = (
@@ -226,16 +226,7 @@ FAMILIES = (
         read_gemma3,
         "Gemma 3 (text)",
         ATTENTION_BIAS,
-        # Files of models with images leave out much of their text_config.
-        {
-            "vocab_size": 262208,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 131072,
-        },
+        _SIZES | {"vocab_size": 262208, "num_hidden_layers": 26},
     ),
     Family(
         "Gemma4ForCausalLM",
@@ -243,14 +234,6 @@ FAMILIES = (
         read_gemma4,
         "Gemma 4 (text)",
         ATTENTION_BIAS,
-        {
-            "vocab_size": 262144,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 131072,
-        },
+        _SIZES | {"vocab_size": 262144, "num_hidden_layers": 30},
     ),
 )

@@ -9,7 +9,6 @@ from mora_jax.models.families.fields import (
     Family,
     Fields,
     layer_types,
-    read_biases,
     read_decoder,
     sliding_but_every,
     windows_of,
@@ -55,7 +54,6 @@ def read_gpt2(fields: Fields) -> DecoderConfig:
 
 def read_gpt_neox(fields: Fields) -> DecoderConfig:
     """GPT-NeoX: LayerNorm, biases, no gate; `query_key_value` in one; partial rotary; parallel residuals, or not."""
-    bias = fields.flag("attention_bias", True)
     names = TensorNames(
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
@@ -73,43 +71,36 @@ def read_gpt_neox(fields: Fields) -> DecoderConfig:
         num_kv_heads=fields.integer("num_attention_heads"),
         rotary_factor=fields.number("rotary_pct", 0.25),
         parallel=fields.flag("use_parallel_residual", True),
+        mlp_bias=True,
         **_PLAIN,
-        **_ALL_BIASES | {"qkv_bias": bias, "out_bias": bias},
     )
 
 
 def read_starcoder2(fields: Fields) -> DecoderConfig:
     """StarCoder 2: LayerNorm, biases, no gate; a sliding window, or none."""
-    bias = fields.flag("use_bias", True)
-    window = fields.nullable(fields.integer, "sliding_window", None)
     names = TensorNames(gate_up=("mlp.c_fc",), down="mlp.c_proj")
-    biases = dict.fromkeys(_ALL_BIASES, bias)
-    return read_decoder(fields, names=names, windows=(window,) * fields.layers(), **_PLAIN | biases)
+    return read_decoder(fields, names=names, windows=fields.same_window(None), **_PLAIN)
 
 
 def read_nemotron(fields: Fields) -> DecoderConfig:
     """Nemotron: LayerNorm whose weights count from 1, no gate, relu², partial rotary."""
     names = TensorNames(gate_up=("mlp.up_proj",))
-    return read_decoder(fields, names=names, rotary_factor=0.5, norm_offset=1.0, **_PLAIN, **read_biases(fields))
+    return read_decoder(fields, names=names, rotary_factor=0.5, norm_offset=1.0, **_PLAIN)
 
 
 def read_cohere2(fields: Fields) -> DecoderConfig:
     """Cohere 2: one LayerNorm for attention and MLP, side by side; no rotation without window; scaled logits."""
     pattern = fields.integer("sliding_window_pattern", 4)
     types = layer_types(fields, sliding_but_every(pattern, fields.layers()))
-    window = fields.nullable(fields.integer, "sliding_window", 4096)
     rotates = [kind == "sliding_attention" for kind in types]
-    bias = fields.flag("attention_bias", False)
     return read_decoder(
         fields,
         names=TensorNames(mlp_norm=None),
         norm="layer",
         parallel=True,
         rotary_neighbours=True,
-        windows=windows_of(fields, types, window),
+        windows=windows_of(fields, types, fields.window(4096)),
         logit_scale=fields.number("logit_scale", 0.0625),
-        qkv_bias=bias,
-        out_bias=bias,
         **rotating(fields, rotates),
     )
 
@@ -142,7 +133,7 @@ FAMILIES = (
         read_gpt_neox,
         "GPT-NeoX, Pythia",
         ATTENTION_BIAS,
-        {"rms_norm_eps": 1e-5, "hidden_act": "gelu"},
+        {"rms_norm_eps": 1e-5, "hidden_act": "gelu", "attention_bias": True},
         {"rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base"},
         older={"embed_out.": "lm_head."},
     ),
@@ -157,6 +148,7 @@ FAMILIES = (
             "max_position_embeddings": 4096,
             "hidden_act": "gelu_pytorch_tanh",
             "tie_word_embeddings": True,
+            "use_bias": True,
         },
         {"rms_norm_eps": "norm_epsilon"},
     ),

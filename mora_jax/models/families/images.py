@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from typing import Any
 
 from mora_jax.models.config import DecoderConfig
@@ -11,27 +12,14 @@ from mora_jax.models.families.fields import Family, Fields
 _TEXTS = {family.model_type: family for family in (*llama.FAMILIES, *gemma.FAMILIES, *qwen3_5.FAMILIES)}
 
 
-def read_gemma3(fields: Fields) -> DecoderConfig:
-    """Gemma 3 with images: its text part."""
-    return _read_text(fields, ("gemma3_text",))
+def read_text(fields: Fields, *, kinds: tuple[str, ...], tied: bool = True) -> DecoderConfig:
+    """The text part of a model.
 
-
-def read_gemma4(fields: Fields) -> DecoderConfig:
-    """Gemma 4 with images and sound: its text part."""
-    return _read_text(fields, ("gemma4_text",))
-
-
-def read_mistral3(fields: Fields) -> DecoderConfig:
-    """Mistral 3 with images: its text part, a Mistral or a Ministral 3."""
-    return _read_text(fields, ("mistral", "ministral3"))
-
-
-def read_qwen3_5(fields: Fields) -> DecoderConfig:
-    """Qwen3.5 with images: its text part."""
-    return _read_text(fields, ("qwen3_5_text",), tied=False)
-
-
-def _read_text(fields: Fields, kinds: tuple[str, ...], *, tied: bool = True) -> DecoderConfig:
+    Args:
+        fields: the whole config.
+        kinds: what the text part's `model_type` may be; the first where it states none.
+        tied: whether the head is tied where the config says nothing.
+    """
     table = fields.table("text_config")
     if table is None:
         raise fields.bad("text_config", "an object")
@@ -66,7 +54,7 @@ FAMILIES = (
     Family(
         "Gemma3ForConditionalGeneration",
         "gemma3",
-        read_gemma3,
+        partial(read_text, kinds=("gemma3_text",)),
         "Gemma 3 4B to 27B",
         beside=_BESIDE,
         older=_OLDER,
@@ -74,14 +62,14 @@ FAMILIES = (
     Family(
         "Gemma4ForConditionalGeneration",
         "gemma4",
-        read_gemma4,
+        partial(read_text, kinds=("gemma4_text",)),
         "Gemma 4",
         beside=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
     ),
     Family(
         "Mistral3ForConditionalGeneration",
         "mistral3",
-        read_mistral3,
+        partial(read_text, kinds=("mistral", "ministral3")),
         "Mistral Small 3.1, Ministral 3 with images",
         beside=_BESIDE,
         older=_OLDER,
@@ -89,7 +77,7 @@ FAMILIES = (
     Family(
         "Qwen3_5ForConditionalGeneration",
         "qwen3_5",
-        read_qwen3_5,
+        partial(read_text, kinds=("qwen3_5_text",), tied=False),
         "Qwen3.5 (dense)",
         beside=("model.visual.", "mtp."),
     ),

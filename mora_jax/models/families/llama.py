@@ -10,27 +10,20 @@ from mora_jax.models.families.fields import (
     Fields,
     layer_types,
     one_rope,
-    read_biases,
     read_decoder,
     windows_of,
 )
 from mora_jax.models.rope import Rope
 
 
-def read_llama(fields: Fields, **family_fields: Any) -> DecoderConfig:
-    """Llama: RMSNorm before attention and MLP, rotary positions, a gated MLP; biases where the config says so."""
-    return read_decoder(fields, **read_biases(fields), **family_fields)
-
-
 def read_mistral(fields: Fields) -> DecoderConfig:
     """Mistral: a sliding window in every layer, or none."""
-    window = fields.nullable(fields.integer, "sliding_window", 4096)
-    return read_decoder(fields, windows=(window,) * fields.layers())
+    return read_decoder(fields, windows=fields.same_window(4096))
 
 
 def read_ministral(fields: Fields) -> DecoderConfig:
     """Ministral 8B: a sliding window in the layers that the config names."""
-    window = fields.nullable(fields.integer, "sliding_window", 4096)
+    window = fields.window(4096)
     kind = "full_attention" if window is None else "sliding_attention"
     return read_decoder(fields, windows=windows_of(fields, layer_types(fields, [kind] * fields.layers()), window))
 
@@ -40,8 +33,7 @@ def read_ministral3(fields: Fields) -> DecoderConfig:
     table = fields.table("rope_parameters")
     beta = None if table is None else table.nullable(table.number, "llama_4_scaling_beta", None)
     growth = None if table is None or beta is None else (beta, table.integer("original_max_position_embeddings"))
-    window = fields.nullable(fields.integer, "sliding_window", None)
-    return read_decoder(fields, head_dim=128, query_growth=growth, windows=(window,) * fields.layers())
+    return read_decoder(fields, head_dim=128, query_growth=growth, windows=fields.same_window(None))
 
 
 def read_qwen2(fields: Fields) -> DecoderConfig:
@@ -51,14 +43,12 @@ def read_qwen2(fields: Fields) -> DecoderConfig:
 
 def read_qwen3(fields: Fields) -> DecoderConfig:
     """Qwen3: norms on each head of q and k; a sliding window in upper layers, or none."""
-    return read_llama(fields, head_dim=128, qk_norm="head", windows=_upper_windows(fields))
+    return read_decoder(fields, head_dim=128, qk_norm="head", windows=_upper_windows(fields))
 
 
 def _upper_windows(fields: Fields) -> tuple[int | None, ...]:
     """Windows from `use_sliding_window`: layers from `max_window_layers` on slide."""
-    window = fields.nullable(fields.integer, "sliding_window", 4096)
-    if not fields.flag("use_sliding_window", False):
-        window = None
+    window = fields.window(4096) if fields.flag("use_sliding_window", False) else None
     first = fields.integer("max_window_layers", 28, least=0)
     sliding = [window is not None and layer >= first for layer in range(fields.layers())]
     types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
@@ -72,25 +62,23 @@ def read_smollm3(fields: Fields) -> DecoderConfig:
     rotates = fields.value("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
     if not isinstance(rotates, list) or len(rotates) < layers or not set(rotates) <= {0, 1}:
         raise fields.bad("no_rope_layers", f"a list of 0 and 1 with one entry for each of the {layers} layers")
-    window = fields.nullable(fields.integer, "sliding_window", None)
-    if not fields.flag("use_sliding_window", False):
-        window = None
+    window = fields.window(None) if fields.flag("use_sliding_window", False) else None
     slides = [window is not None and not on for on in rotates[:layers]]
     types = layer_types(fields, ["sliding_attention" if on else "full_attention" for on in slides])
     windows = (None,) * layers if window is None else windows_of(fields, types, window)
-    return read_llama(fields, windows=windows, **rotating(fields, rotates[:layers]))
+    return read_decoder(fields, windows=windows, **rotating(fields, rotates[:layers]))
 
 
-def rotating(fields: Fields, rotates: list[Any], **settings: Any) -> dict[str, Any]:
+def rotating(fields: Fields, rotates: list[Any]) -> dict[str, Any]:
     """The fields of a decoder some of whose layers don't rotate."""
     layer_ropes = tuple(0 if on else 1 for on in rotates)
-    ropes = one_rope(fields, **settings), Rope(1.0, "none")
+    ropes = one_rope(fields), Rope(1.0, "none")
     return {"ropes": ropes[: 1 + max(layer_ropes)], "layer_ropes": layer_ropes}
 
 
 def read_granite(fields: Fields) -> DecoderConfig:
     """Granite: factors on embeddings, scores, residuals and logits."""
-    return read_llama(
+    return read_decoder(
         fields,
         embedding_scale=fields.number("embedding_multiplier", 1.0),
         attention_scale=fields.number("attention_multiplier", 1.0),
@@ -100,19 +88,18 @@ def read_granite(fields: Fields) -> DecoderConfig:
 
 
 def read_seed_oss(fields: Fields) -> DecoderConfig:
-    """Seed-OSS: biases of q, k and v; a field for that of o."""
-    biases = read_biases(fields) | {"out_bias": fields.flag("attention_out_bias", False)}
-    return read_decoder(fields, head_dim=128, **biases)
+    """Seed-OSS: heads of 128; biases of q, k and v, and a field for that of o."""
+    return read_decoder(fields, head_dim=128)
 
 
 def read_arcee(fields: Fields) -> DecoderConfig:
     """Arcee AFM: an MLP without gate, relu²."""
-    return read_llama(fields, gated=False, names=TensorNames(gate_up=("mlp.up_proj",)))
+    return read_decoder(fields, gated=False, names=TensorNames(gate_up=("mlp.up_proj",)))
 
 
 def read_helium(fields: Fields) -> DecoderConfig:
     """Helium: rotary pairs are neighbours."""
-    return read_decoder(fields, head_dim=128, rotary_neighbours=True, **read_biases(fields) | {"out_bias": False})
+    return read_decoder(fields, head_dim=128, rotary_neighbours=True)
 
 
 #: What Ministral 3 means by no rotary settings.
@@ -127,7 +114,7 @@ _MINISTRAL3_ROPE = {
 }
 
 FAMILIES = (
-    Family("LlamaForCausalLM", "llama", read_llama, "Llama 2 and 3, SmolLM2, TinyLlama", BIASES),
+    Family("LlamaForCausalLM", "llama", read_decoder, "Llama 2 and 3, SmolLM2, TinyLlama", BIASES),
     Family("MistralForCausalLM", "mistral", read_mistral, "Mistral 7B, Nemo, Small"),
     Family(
         "MinistralForCausalLM",

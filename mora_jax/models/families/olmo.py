@@ -9,7 +9,6 @@ from mora_jax.models.families.fields import (
     Fields,
     layer_types,
     local_ropes,
-    read_biases,
     read_decoder,
     sliding_but_every,
     windows_of,
@@ -26,25 +25,20 @@ _NAMES = TensorNames(
 
 def read_olmo2(fields: Fields, **family_fields: Any) -> DecoderConfig:
     """OLMo 2: norms after attention and MLP alone; one norm over all of q, one over all of k."""
-    biases = read_biases(fields) | {"mlp_bias": False}
-    return read_decoder(fields, names=_NAMES, qk_norm="all", **biases, **family_fields)
+    return read_decoder(fields, names=_NAMES, qk_norm="all", **family_fields)
 
 
 def read_olmo3(fields: Fields) -> DecoderConfig:
     """OLMo 3: as OLMo 2, with a window in three of four layers; only the others rotate scaled."""
     types = layer_types(fields, sliding_but_every(4, fields.layers()))
-    window = fields.nullable(fields.integer, "sliding_window", 4096)
-    return read_olmo2(
-        fields,
-        windows=windows_of(fields, types, window),
-        ropes=local_ropes(fields, fields.number("rope_theta", 5e5), fields.number("rope_theta", 5e5)),
-        layer_ropes=tuple(int(kind == "sliding_attention") for kind in types),
-    )
+    theta = fields.number("rope_theta", 5e5)
+    windows = windows_of(fields, types, fields.window(4096))
+    return read_olmo2(fields, windows=windows, **local_ropes(fields, types, theta, theta))
 
 
 def read_exaone4(fields: Fields) -> DecoderConfig:
     """EXAONE 4: norms after attention and MLP alone, and on each head of q and k; no rotation without window."""
-    window = fields.nullable(fields.integer, "sliding_window", 4096)
+    window = fields.window(4096)
     layers = fields.layers()
     types = fields.value("layer_types")
     if types is None and window is not None:

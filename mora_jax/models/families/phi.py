@@ -16,32 +16,22 @@ def read_phi3(fields: Fields) -> DecoderConfig:
             fields = fields.replaced(name, table.values | {"rope_type": "longrope"})
         elif kind in set(KINDS) - {"default", "longrope"}:
             raise fields.bad(name, "of the rope type default or longrope")
-    window = fields.nullable(fields.integer, "sliding_window", None)
     names = TensorNames(qkv=("self_attn.qkv_proj",), gate_up=_FUSED_MLP)
-    return read_decoder(fields, rotary_factor=1.0, names=names, windows=(window,) * fields.layers())
+    return read_decoder(fields, rotary_factor=1.0, names=names, windows=fields.same_window(None))
 
 
-def read_glm(fields: Fields) -> DecoderConfig:
+def read_glm(fields: Fields, **names: str) -> DecoderConfig:
     """GLM: `gate_up_proj` in one; rotary pairs are neighbours, in half of each head; biases of q, k and v."""
-    return _read_glm(fields, TensorNames(gate_up=_FUSED_MLP))
+    named = TensorNames(gate_up=_FUSED_MLP, **names)  # type: ignore[arg-type]
+    return read_decoder(fields, head_dim=128, rotary_factor=0.5, rotary_neighbours=True, names=named)
 
 
 def read_glm4(fields: Fields) -> DecoderConfig:
     """GLM-4: as GLM, with norms before and after."""
-    names = TensorNames(
-        gate_up=_FUSED_MLP,
-        post_attention_norm="post_self_attn_layernorm",
-        post_mlp_norm="post_mlp_layernorm",
-    )
-    return _read_glm(fields, names)
+    return read_glm(fields, post_attention_norm="post_self_attn_layernorm", post_mlp_norm="post_mlp_layernorm")
 
 
-def _read_glm(fields: Fields, names: TensorNames) -> DecoderConfig:
-    bias = fields.flag("attention_bias", True)
-    return read_decoder(fields, head_dim=128, rotary_factor=0.5, rotary_neighbours=True, qkv_bias=bias, names=names)
-
-
-_GLM_DEFAULTS = {"rms_norm_eps": 1.5625e-7, "max_position_embeddings": 131072}
+_GLM_DEFAULTS = {"rms_norm_eps": 1.5625e-7, "max_position_embeddings": 131072, "attention_bias": True}
 
 FAMILIES = (
     Family(

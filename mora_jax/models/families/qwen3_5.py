@@ -3,7 +3,7 @@
 from mora_jax.errors import InputError
 from mora_jax.models.config import DecoderConfig, DeltaConfig
 from mora_jax.models.delta import GatedDelta
-from mora_jax.models.families.fields import ATTENTION_BIAS, Family, Fields, layer_types, read_biases, read_decoder
+from mora_jax.models.families.fields import ATTENTION_BIAS, Family, Fields, layer_types, read_decoder
 
 
 def read_qwen3_5(fields: Fields) -> DecoderConfig:
@@ -34,7 +34,6 @@ def read_qwen3_5(fields: Fields) -> DecoderConfig:
         norm_offset=1.0,
         attention_gate=True,
         differing=tuple((("delta", delta),) if kind == "linear_attention" else () for kind in types),
-        **read_biases(fields) | {"mlp_bias": False},
     )
 
 

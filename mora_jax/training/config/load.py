@@ -10,17 +10,19 @@ import glob
 import json
 import os
 import sys
+import traceback
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from ml_collections import config_dict
 
+from mora_jax.data.read.files import once
 from mora_jax.data.segments import ROLE_SEGMENT
 from mora_jax.errors import InputError
-from mora_jax.losses.preference import OBJECTIVES, Settings
+from mora_jax.losses.preference import OBJECTIVES
 from mora_jax.paths import expanded
 from mora_jax.training.config.schema import (
     Config,
@@ -33,7 +35,7 @@ from mora_jax.training.config.schema import (
     unused,
 )
 from mora_jax.training.distributed.signals import Stopped
-from mora_jax.training.update_rules import OBJECT, RULES, SETTINGS
+from mora_jax.training.update_rules import OBJECT, RULES
 
 MODULE_NAME = "mora_jax_config_file"
 #: Endings of config files that are read, not run.
@@ -78,8 +80,7 @@ def load_config(
     """
     settings = read_settings(path, overrides)
     first = [(name, value, "defaults") for name, value in (defaults or {}).items()]
-    config = lay_over(Config(), first + settings)
-    check_together(config)
+    config = check_together(lay_over(Config(), first + settings))
     return config, unused(config, {name for name, _, _ in settings})
 
 
@@ -100,9 +101,7 @@ def config_from_dict(values: Mapping[str, Any], origin: str = "config.json") -> 
     Raises:
         InputError: as `lay_over` and `check_together`.
     """
-    config = lay_over(Config(), [(name, value, origin) for name, value in flatten(values)])
-    check_together(config)
-    return config
+    return check_together(lay_over(Config(), [(name, value, origin) for name, value in flatten(values)]))
 
 
 def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
@@ -120,9 +119,7 @@ def changed(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
         if not _changeable(name):
             known = ", ".join(f"{key}.*" if "." not in key else key for key in CHANGEABLE)
             raise InputError(f"{origin} would make another run of it: with --resume only {known} can be changed")
-    config = lay_over(config, settings)
-    check_together(config)
-    return config
+    return check_together(lay_over(config, settings))
 
 
 def _changeable(name: str) -> bool:
@@ -196,7 +193,7 @@ def read_config_file(path: str) -> list[tuple[str, Any, str]]:
 def _read(source: bytes, path: str, is_json: bool) -> Any:
     try:
         if is_json:
-            return json.loads(source.decode("utf-8-sig"), object_pairs_hook=_once)
+            return json.loads(source.decode("utf-8-sig"), object_pairs_hook=once)
         return yaml.load(source, _Loader) or {}
     except UnicodeDecodeError as error:
         raise InputError(f"config file {path}: not UTF-8 at byte {error.start}") from None
@@ -211,23 +208,13 @@ def _read(source: bytes, path: str, is_json: bool) -> Any:
         raise InputError(f"config file {path}: {error}") from None
 
 
-def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """An object's keys and values; the last of two would win without a word."""
-    values: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{key!r} stands twice in one section; keep one")
-        values[key] = value
-    return values
-
-
 class _Loader(yaml.SafeLoader):
     """YAML whose keys stand once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """The keys and values of a node."""
         self.flatten_mapping(node)
-        return _once((self.construct_object(key), self.construct_object(value, True)) for key, value in node.value)
+        return once([(self.construct_object(key), self.construct_object(value, True)) for key, value in node.value])
 
 
 def _run(source: bytes, path: str) -> dict[str, Any]:
@@ -273,12 +260,8 @@ def _line_of(error: BaseException, path: str) -> str:
     """Returns ", line N" for the deepest line of the file that took part in the error, or nothing."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return f", line {error.lineno}"
-    line, frame = None, error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == path:
-            line = frame.tb_lineno
-        frame = frame.tb_next
-    return f", line {line}" if line is not None else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def _reason(error: BaseException) -> str:
@@ -289,8 +272,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def check_together(config: Config) -> None:
-    """Refuses values that are fine alone and impossible together, and missing required keys.
+def check_together(config: Config) -> Config:
+    """Refuses values that are fine alone and impossible together, and missing required keys; returns the configuration.
 
     Raises:
         InputError: naming the keys and what is allowed.
@@ -300,8 +283,10 @@ def check_together(config: Config) -> None:
     if missing:
         flags = " ".join(f"--config.{name}=..." for name in missing)
         raise InputError(f"config: {', '.join(missing)} must be set, in the file or by {flags}")
-    train, mesh, loss, data = config.train, config.mesh, config.loss, config.data
-    attention, method = config.model.attention, config.adapter.method
+    train, mesh, loss, data, optimizer = config.train, config.mesh, config.loss, config.data, config.optimizer
+    attention, name, method = config.model.attention, config.adapter.method, config.adapter.config_class
+    prefers, of_object = loss.preference is not None, optimizer.name == OBJECT
+    by_matrix = not of_object and RULES[optimizer.name].by_matrix
     axes = {"fsdp": mesh.fsdp, "tensor": mesh.tensor, "context": mesh.context, "expert": mesh.expert}
     sharded = [f"mesh.{axis} (now {size})" for axis, size in axes.items() if size != 1]
     unknown_roles = [role for role in loss.roles if role not in ROLE_SEGMENT]
@@ -312,27 +297,50 @@ def check_together(config: Config) -> None:
         f"model.attention={attention} takes whole rows, and mesh.context={mesh.context} shares each; set "
         "model.attention=auto with it": mesh.context != 1 and attention not in ("auto", "xla"),
         f"mesh.pmap shares rows only; set {', '.join(sharded)} to 1": mesh.pmap and sharded,
-        "optimizer.offload needs jit over a mesh; set mesh.pmap=false with it": mesh.pmap and config.optimizer.offload,
+        "optimizer.offload needs jit over a mesh; set mesh.pmap=false with it": mesh.pmap and optimizer.offload,
         "loss.normalize=constant needs loss.constant, the number to divide by": (
             loss.normalize == "constant" and loss.constant is None
         ),
         f"loss.roles: unknown role {''.join(map(repr, unknown_roles[:1]))}; choose from {', '.join(ROLE_SEGMENT)}": (
             unknown_roles
         ),
-        f"loss.kl_weight needs a base that stays frozen, and adapter.method={method} changes it": (
-            loss.kl_weight and config.adapter.config_class.changes_base
+        f"loss.kl_weight needs a base that stays frozen, and adapter.method={name} changes it": (
+            loss.kl_weight and method.changes_base
         ),
         "data.packing fills rows of one length; set data.bucketing=false with it": data.packing and data.bucketing,
+        f"loss.kl_weight is of loss.objective=sft, and it is {loss.objective}": prefers and loss.kl_weight,
+        f"loss.balance_weight is of loss.objective=sft, and it is {loss.objective}": prefers and loss.balance_weight,
+        f"data.truncation=split makes pieces of an answer, which loss.objective={loss.objective} compares whole; set "
+        "data.truncation=prompt_first": prefers and data.truncation == "split",
+        "an optimizer that is an object has its own settings; leave out optimizer.*": (
+            of_object and optimizer != OptimizerConfig(name=OBJECT)
+        ),
+        f"adapter.method={name} lets the learning rate rise again after each restart, which an optimizer that is an "
+        "object can't be told; name one by optimizer.name": of_object and method.restarts,
+        f"optimizer.offload is of adamw alone, and optimizer.name={optimizer.name}": (
+            optimizer.offload and optimizer.name != "adamw"
+        ),
+        f"restarts prune a moment of each weight, which optimizer.name={optimizer.name} does not have; take adamw, "
+        f"lion or sgd with adapter.method={name}": by_matrix and method.restarts,
+        "optimizer.name=muon makes each matrix orthogonal, and the model's kernels hold several (query, key and value; "
+        "gate and up); take it with an adapter, or another with adapter.method=full": (
+            optimizer.name == "muon" and name == "full"
+        ),
     }
     for why, is_so in impossible.items():
         if is_so:
             raise InputError(f"config: {why}")
-    _check_objective(config)
-    _check_optimizer(config)
+    by_objective = {
+        key: ("beta", "sft_weight", *one.settings, *(("reference",) if one.referenced else ()))
+        for key, one in OBJECTIVES.items()
+    }
+    _check_used("loss.objective", loss.objective, loss, by_objective)
+    _check_used("optimizer.name", optimizer.name, optimizer, {key: rule.settings for key, rule in RULES.items()})
     if train.steps is not None:
         check_warmup(config, train.steps)
     adapter_config(config.adapter)
     check_quantize(config)
+    return config
 
 
 def check_quantize(config: Config) -> None:
@@ -353,62 +361,20 @@ def check_quantize(config: Config) -> None:
     )
 
 
-def _check_objective(config: Config) -> None:
-    """Refuses keys of preferences that the objective doesn't use."""
-    loss, objective = config.loss, config.loss.preference
-    known: set[str] = set()
-    if objective is not None:
-        known = {"beta", "sft_weight", *objective.settings, *(("reference",) if objective.referenced else ())}
-    for name in (*Settings._fields, "sft_weight", "reference"):
-        if getattr(loss, name) is not None and name not in known:
-            users = [key for key, entry in OBJECTIVES.items() if name in (*entry.settings, "beta", "sft_weight")]
-            users = [key for key, entry in OBJECTIVES.items() if entry.referenced] if name == "reference" else users
-            raise InputError(
-                f"config: loss.objective={loss.objective} does not use loss.{name}, which is of {', '.join(users)}"
-            )
-    if objective is None:
-        return
-    for name in ("kl_weight", "balance_weight"):
-        if getattr(loss, name):
-            raise InputError(f"config: loss.{name} is of loss.objective=sft, and it is {loss.objective}")
-    if config.data.truncation == "split":
-        raise InputError(
-            f"config: data.truncation=split makes pieces of an answer, which loss.objective={loss.objective} compares "
-            "whole; set data.truncation=prompt_first"
-        )
+def _check_used(key: str, chosen: str, section: Any, uses: Mapping[str, Collection[str]]) -> None:
+    """Refuses keys of a section that what is chosen doesn't use.
 
-
-def _check_optimizer(config: Config) -> None:
-    """Refuses keys that the optimizer doesn't use, and methods that it can't train."""
-    optimizer, method = config.optimizer, config.adapter.config_class
-    if optimizer.name == OBJECT:
-        if optimizer != OptimizerConfig(name=OBJECT):
-            raise InputError("config: an optimizer that is an object has its own settings; leave out optimizer.*")
-        if method.restarts:
-            raise InputError(
-                f"config: adapter.method={config.adapter.method} lets the learning rate rise again after each restart, "
-                "which an optimizer that is an object can't be told; name one by optimizer.name"
-            )
-        return
-    rule = RULES[optimizer.name]
-    for name in SETTINGS:
-        if getattr(optimizer, name) is not None and name not in rule.settings:
-            users = ", ".join(other for other, entry in RULES.items() if name in entry.settings)
-            raise InputError(
-                f"config: optimizer.name={optimizer.name} does not use optimizer.{name}, which is of {users}"
-            )
-    if optimizer.offload and optimizer.name != "adamw":
-        raise InputError(f"config: optimizer.offload is of adamw alone, and optimizer.name={optimizer.name}")
-    if rule.by_matrix and method.restarts:
-        raise InputError(
-            f"config: restarts prune a moment of each weight, which optimizer.name={optimizer.name} does not have; "
-            f"take adamw, lion or sgd with adapter.method={config.adapter.method}"
-        )
-    if optimizer.name == "muon" and config.adapter.method == "full":
-        raise InputError(
-            "config: optimizer.name=muon makes each matrix orthogonal, and the model's kernels hold several (query, "
-            "key and value; gate and up); take it with an adapter, or another with adapter.method=full"
-        )
+    Args:
+        key: the dotted name of the key that chooses.
+        chosen: its value.
+        section: the section.
+        uses: of the keys that not every choice uses, those of each.
+    """
+    for name in dict.fromkeys(name for names in uses.values() for name in names):
+        if getattr(section, name) is not None and name not in uses.get(chosen, ()):
+            users = ", ".join(other for other, names in uses.items() if name in names)
+            unused_key = f"{key.partition('.')[0]}.{name}"
+            raise InputError(f"config: {key}={chosen} does not use {unused_key}, which is of {users}")
 
 
 def check_warmup(config: Config, steps: int) -> None:

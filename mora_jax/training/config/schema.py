@@ -42,19 +42,15 @@ def _declared() -> Iterator[tuple[str, Any, Any]]:
             holders.setdefault(name, {})[method] = config
     for name, configs in holders.items():
         first = next(iter(configs.values()))
-        annotation = typing.get_type_hints(first)[name]
         defaults = {method: config.field(name).default for method, config in configs.items()}
         metadata = first.field(name).metadata
-        differ = len(set(defaults.values())) > 1
-        usual = next(iter(defaults.values()))
-        default = None if differ or usual == () or "unset" in metadata else usual
-        kind = _type(annotation)
+        usual, *others = dict.fromkeys(defaults.values())
+        unset = f"the method's own, {_defaults_text(defaults)}" if others else metadata.get("unset")
+        default = None if unset or usual == () else usual
+        kind = _type(typing.get_type_hints(first)[name])
         described = next((text for config in configs.values() if (text := config.described(name))), "")
         doc = _sentence(described, list(configs), name)
-        if differ:
-            doc = f"{doc[:-1]}; none: the method's own, {_defaults_text(defaults)}."
-        elif "unset" in metadata:
-            doc = f"{doc[:-1]}; none: {metadata['unset']}."
+        doc = f"{doc[:-1]}; none: {unset}." if unset else doc
         choices = metadata.get("run_choices", metadata.get("choices")) if kind is str else None
         limits = first.limits(name)
         bounds = limits.bounds if limits is not None else {}
@@ -73,9 +69,9 @@ def _type(annotation: Any) -> Any:
 def _sentence(described: str, methods: list[str], name: str) -> str:
     """A setting's description as one sentence, with the methods that have it where they are few."""
     sentence = re.sub(r"[,;]? \(?see `mora_jax[\w.]+`\)?", "", described).replace("`", "").rstrip(".")
-    sentence = sentence if len(methods) <= _FEW else sentence[:1].upper() + sentence[1:]
+    sentence = f"{', '.join(methods)}: {sentence}" if len(methods) <= _FEW else sentence[:1].upper() + sentence[1:]
     shape = f"; given as REGEX={name.removesuffix('_pattern').upper()}" if name.endswith("_pattern") else ""
-    return f"{', '.join(methods)}: {sentence}{shape}." if len(methods) <= _FEW else f"{sentence}{shape}."
+    return f"{sentence}{shape}."
 
 
 def _defaults_text(defaults: Mapping[str, Any]) -> str:
@@ -514,17 +510,13 @@ def sections() -> Mapping[str, type]:
 @functools.cache
 def keys() -> Mapping[str, Key]:
     """Returns every key by its dotted name, in the order of the documentation."""
-    found = dict(_keys_of(Config, ""))
-    for name, section in sections().items():
-        found.update(_keys_of(section, f"{name}."))
-    return found
-
-
-def _keys_of(section: type, prefix: str) -> Iterator[tuple[str, Key]]:
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        if "key" in field.metadata:
-            yield prefix + field.name, key_of(field, prefix + field.name, hints[field.name])
+    known = {}
+    for prefix, section in {"": Config, **{f"{name}.": section for name, section in sections().items()}}.items():
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            if "key" in field.metadata:
+                known[prefix + field.name] = key_of(field, prefix + field.name, hints[field.name])
+    return known
 
 
 def find_key(name: str, origin: str) -> Key:
@@ -572,13 +564,11 @@ def lay_over(config: Config, settings: Collection[tuple[str, Any, str]]) -> Conf
         InputError: on an unknown key, a wrong type or a value out of range.
     """
     for name, value, origin in settings:
-        checked = find_key(name, origin).check(value, origin)
         section, _, last = name.rpartition(".")
+        changes: dict[str, Any] = {last: find_key(name, origin).check(value, origin)}
         if section:
-            inner = dataclasses.replace(getattr(config, section), **{last: checked})
-            config = dataclasses.replace(config, **{section: inner})
-        else:
-            config = dataclasses.replace(config, **{last: checked})
+            changes = {section: dataclasses.replace(getattr(config, section), **changes)}
+        config = dataclasses.replace(config, **changes)
     return config
 
 
@@ -590,6 +580,7 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         given: dotted names that the file or the command line set.
     """
     adapter, loss, data, log = config.adapter, config.loss, config.data, config.log
+    evaluates = data.eval is not None or data.eval_fraction > 0
     mode, known = MODES[loss.mode], METHOD_KEYS[adapter.method]
     others = {field.name for field in dataclasses.fields(AdapterConfig)} - known - {"method"}
     # The adapter's folder says all this, but not how to train.
@@ -613,9 +604,9 @@ def unused(config: Config, given: Collection[str]) -> str | None:
         (log.profile_steps == 0, "log.profile_steps=0", ["log.profile_first"]),
         (config.train.steps is not None, "train.steps", ["train.epochs"]),
         (data.eval is not None, "data.eval", ["data.eval_fraction"]),
-        (data.eval is None and data.eval_fraction == 0, "no evaluation data", ["train.keep_best"]),
+        (not evaluates, "no evaluation data", ["train.keep_best"]),
         (
-            data.eval is None and data.eval_fraction == 0 and not config.train.eval_tasks,
+            not evaluates and not config.train.eval_tasks,
             "no evaluation data",
             ["train.eval_every", "train.eval_on_start"],
         ),

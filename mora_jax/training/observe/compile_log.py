@@ -10,6 +10,7 @@ import datetime
 import functools
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,8 +53,7 @@ def planned_memory(compiled: Any) -> dict[str, int] | None:
         "temporary": int(analysis.temp_size_in_bytes),
         "code": int(analysis.generated_code_size_in_bytes),
     }
-    total = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"] + sizes["code"]
-    return sizes | {"total": total}
+    return sizes | {"total": sum(sizes.values()) - 2 * sizes["aliased"]}
 
 
 def _stats(device: jax.Device) -> dict[str, Any] | None:
@@ -65,6 +65,8 @@ def _stats(device: jax.Device) -> dict[str, Any] | None:
 
 # What jax reports at the end of every compilation (or of its fetching from the cache on disk).
 _EVENT = "/jax/core/compile/backend_compile_duration"
+#: What the names of threads begin with that compile the step for other shapes while it runs.
+AHEAD = "compile-ahead"
 #: Other programs than the step have rows of their own from so many seconds on; the many small ones are only summed up.
 _LONG = 0.1
 
@@ -78,16 +80,18 @@ class Compilation:
         lower_seconds: tracing in Python and lowering.
         compile_seconds: the compiler's.
         shapes: of the batch, as `int32[1,4,512]` by name.
-        changed: what is new in the shapes since the compilation before; empty for the first one.
         compiled: the result.
+        waited: seconds that the steps waited for it; the rest of it went on beside them.
+        changed: what is new in the shapes since the compilation before; empty for the first one.
     """
 
     started: float
     lower_seconds: float
     compile_seconds: float
     shapes: dict[str, str]
-    changed: list[str]
     compiled: Any
+    waited: float = 0.0
+    changed: Sequence[str] = ()
 
     @property
     def seconds(self) -> float:
@@ -106,6 +110,7 @@ class Compilation:
             "what": "training step",
             "seconds": self.seconds,
             "lower_seconds": self.lower_seconds,
+            "waited_seconds": self.waited,
             "shapes": self.shapes,
             "changed": self.changed,
             "memory_bytes": self.memory,
@@ -148,7 +153,7 @@ class CompileLog:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _EVENT:
+        if event == _EVENT and not threading.current_thread().name.startswith(AHEAD):
             self._heard.append((time.time() - duration_secs, str(kwargs.get("fun_name", "unknown")), duration_secs))
 
     def take(self, compilations: Sequence[Compilation]) -> Sequence[Compilation]:

@@ -111,15 +111,15 @@ class Spikes:
     Median and median absolute deviation (Hampel, 1974) are not moved by the spikes themselves. Of a run of spikes the
     first is reported; a loss that stays high moves the median in time and is then normal.
 
-    Args:
-        window: losses that are looked back upon.
+    Attributes:
         least: losses that must be known first.
         threshold: robust standard deviations above the median from which a loss is a spike.
     """
 
-    def __init__(self, window: int = 64, least: int = 16, threshold: float = 8.0):
-        self._losses: deque[float] = deque(maxlen=window)
-        self._least, self._threshold = least, threshold
+    least, threshold = 16, 8.0
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=64)  # that are looked back upon
         self._inside = False
 
     def note(self, step: int, loss: float) -> str | None:
@@ -129,8 +129,8 @@ class Spikes:
         score, median = self._score(loss)
         count = len(self._losses)
         self._losses.append(loss)
-        began = score > self._threshold and not self._inside
-        self._inside = score > self._threshold
+        began = score > self.threshold and not self._inside
+        self._inside = score > self.threshold
         if not began:
             return None
         return (
@@ -139,7 +139,7 @@ class Spikes:
         )
 
     def _score(self, loss: float) -> tuple[float, float]:
-        if len(self._losses) < self._least:
+        if len(self._losses) < self.least:
             return 0.0, math.nan
         median = statistics.median(self._losses)
         deviation = _NORMAL * statistics.median(abs(other - median) for other in self._losses)
@@ -165,10 +165,6 @@ class StepTimes(NamedTuple):
     data_wait: float = 0.0
     host: float = 0.0
     device: float = 0.0
-
-    def plus(self, other: StepTimes) -> StepTimes:
-        """Part by part."""
-        return StepTimes(*(mine + its for mine, its in zip(self, other, strict=True)))
 
     def row(self) -> dict[str, float]:
         """As keys of `metrics.jsonl` and `summary.json`."""
@@ -221,7 +217,7 @@ class StepClock:
         now = time.perf_counter() if now is None else now
         seconds = max(now - self._start, 1e-9)
         times = StepTimes(seconds, self._data, max(seconds - self._data - self._device, 0.0), self._device)
-        self.total = self.total.plus(times)
+        self.total = StepTimes(*map(sum, zip(self.total, times, strict=True)))
         self._steps += 1
         self._start, self._data, self._device = now, 0.0, 0.0
         return times
@@ -277,13 +273,14 @@ class Observer(Hook):
         """A step was sent to the device; reports what was compiled for it."""
         for one in self._compile_log.take(self._run.runner.compilation_log):
             # Compiling is reported on its own; it is no part of any step's time.
-            self.clock.exclude(one.seconds)
+            self.clock.exclude(one.waited)
             planned = one.memory
             self._planned = max((self._planned, planned), key=lambda sizes: sizes["total"] if sizes else 0)
             # One change tells why; compile.jsonl has all of them.
             again = f" again for step {step} ({one.changed[0]})" if one.changed else ""
             size = f"; it takes {bytes_words(planned['total'])} a device" if planned else ""
-            self._run.display.note(f"compiled the training step{again} in {one.seconds:.1f} s{size}")
+            beside = f", {one.waited:.1f} s of it waited for" if one.waited < 0.9 * one.seconds else ""
+            self._run.display.note(f"compiled the training step{again} in {one.seconds:.1f} s{beside}{size}")
 
     def row(self, step: int, on_device: StepMetrics, last: bool) -> dict[str, Any] | None:
         """Waits for a step's metrics: its row; None for a step that is not logged.

@@ -47,6 +47,7 @@ class Profiler(Hook):
     def __init__(self, run: Run):
         self._run, self._steps = run, range(0)
         self._tracing = self._traced = False
+        self._how_to_open = f"xprof --logdir {run.directory.path / FOLDER}"
 
     def __exit__(self, *exception: Any) -> None:
         self._stop()
@@ -78,10 +79,6 @@ class Profiler(Hook):
 
     def summary(self, point: Point) -> dict[str, Any]:
         return {"open": {"XProf": self._how_to_open}} if self._traced else {}
-
-    @property
-    def _how_to_open(self) -> str:
-        return f"xprof --logdir {self._run.directory.path / FOLDER}"
 
     def _stop(self) -> None:
         """Writes the trace, if one is under way, and says how to look at it."""

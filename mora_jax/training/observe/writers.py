@@ -87,7 +87,7 @@ class MetricsHook(Hook):
     def __init__(self, run: Run):
         self._run = run
         self._writers: list[Writer] = []
-        self._background = Background(())
+        self._background = Background(self._writers)
         self._summary: Row | None = None
 
     def __exit__(self, *exception: Any) -> None:
@@ -99,7 +99,6 @@ class MetricsHook(Hook):
             self._writers.append(TensorBoardWriter(directory, config, point.step))
         if directory.writes and config.log.wandb:
             self._writers.append(WandbWriter(directory, config))
-        self._background = Background(self._writers)
         return point
 
     def on_step(self, row: Row) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import re
@@ -43,7 +44,7 @@ class Restored(NamedTuple):
     base: Arrays
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run: the newest `keep` of them, and the best `keep_best`. A context manager.
 
     Each is written beside and renamed, so a killed run leaves whole checkpoints only.
@@ -93,14 +94,9 @@ class Checkpoints:
         what = f"the checkpoints in {self._directory} can't be opened"
         return with_retries(opened, what, "fix the path or its permissions", self._note)
 
-    def __enter__(self) -> Checkpoints:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with contextlib.ExitStack() as stack:
-            if error is not None:
-                # One error is enough: that of the run.
-                stack.enter_context(contextlib.suppress(*storage_errors()))
+        # One error is enough: that of the run.
+        with contextlib.suppress(*storage_errors() if error is not None else ()):
             self.close()
 
     def steps(self) -> list[int]:
@@ -334,10 +330,7 @@ def read_trained(directory: Any, step: int) -> Arrays:
             raise InputError(f"{directory} has no checkpoint of step {step}; {there}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         try:
-            abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-                reader.metadata(step).metadata,
-            )
+            abstract = jax.tree.map(functools.partial(_abstract, sharding=device), reader.metadata(step).metadata)
             return reader.load(step, abstract_state=abstract)["adapters"]
         except _DAMAGE as error:
             raise InputError(f"the checkpoint of step {step} in {directory} can't be read: {reason(error)}") from None
@@ -373,9 +366,7 @@ def check_identity(written: Mapping[str, Any], expected: Mapping[str, Any]) -> N
     for name, words in COMPARED.items():
         # What a run did not have, it may have from now on.
         if written.get(name) is not None and written[name] != expected.get(name):
-            theirs, ours = (
-                _value(name, identity, other) for identity, other in ((written, expected), (expected, written))
-            )
+            theirs, ours = _value(name, written, expected), _value(name, expected, written)
             raise InputError(
                 f"the checkpoint was written with {words} {theirs}, this run has {ours}; resume with the run's own "
                 f"settings"
@@ -388,9 +379,8 @@ def _value(name: str, identity: Mapping[str, Any], other: Mapping[str, Any]) -> 
     if name == "base":
         return f"{identity.get('base_path')} ({value})"
     if isinstance(value, list) and isinstance(against, list):
-        return (
-            f"{', '.join(sorted(set(value) - set(against))) or 'none'} beside {len(set(value) & set(against))} others"
-        )
+        own = ", ".join(sorted(set(value) - set(against))) or "none"
+        return f"{own} beside {len(set(value) & set(against))} others"
     if isinstance(value, dict) and isinstance(against, dict):
         differing = [key for key in sorted({*value, *against}) if value.get(key) != against.get(key)]
         return ", ".join(f"{key} {value.get(key, 'absent')}" for key in differing[:3])
@@ -403,8 +393,8 @@ def _plain(state: TrainState, base: Arrays | None) -> dict[str, Any]:
     return plain | {"base": base} if base else plain
 
 
-def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+def _abstract(array: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding or array.sharding)
 
 
 class NewestAndBest:

@@ -42,7 +42,7 @@ class RunDirectory:
     """A run's files; each is written beside and renamed, but for the metrics, which grow line by line.
 
     Args:
-        path: the folder, local or in a bucket.
+        path: the folder, local or in a bucket; None for a run that writes nothing, whose record is in memory.
         writes: whether this process writes; of several only one does.
         note: is told, in a line each, of what went wrong and was tried again.
 
@@ -53,29 +53,23 @@ class RunDirectory:
         path: the folder; a `pathlib.Path`, or in a bucket an `epath.Path`.
         files: reads and writes what is in it.
         kept: whether there are files at all.
+        checkpoints: the folder of checkpoints.
+        best: the folder of what the best checkpoint gives.
     """
 
-    kept = True
-
     def __init__(
-        self, path: str | os.PathLike[str], *, writes: bool = True, note: Callable[[str], None] = lambda text: None
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        writes: bool = True,
+        note: Callable[[str], None] = lambda text: None,
     ):
-        self.files: Files = open_files(path)
+        self.files: Files = MemoryFiles() if path is None else open_files(path)
         self.files.note = note
-        self.path = self.files.path
+        self.path, self.kept, self.writes = self.files.path, path is not None, writes
+        self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         if odd := _ODD.search(os.fspath(self.path)):
             raise InputError(f"{self.path}: no run can be kept where a path has {odd[0]!r} in it; choose another")
-        self.writes = writes
-
-    @property
-    def checkpoints(self) -> Any:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Any:
-        """The folder of what the best checkpoint gives."""
-        return self.path / "best"
 
     def check_free(self, overwrite: bool) -> None:
         """Refuses a path that can't become a run's folder, before anything is computed.
@@ -159,9 +153,8 @@ class RunDirectory:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes one JSON file, whole or not at all."""
-        if not self.writes:
-            return
-        self.files.write(name, json.dumps(values, indent=2) + "\n")
+        if self.writes:
+            self.files.write(name, json.dumps(values, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows written so far; of lines that can't be read the run's files are told.
@@ -208,9 +201,8 @@ class RunDirectory:
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to `metrics.jsonl`."""
-        if not self.writes:
-            return
-        self.files.append("metrics.jsonl", "".join(_line(row) for row in rows))
+        if self.writes:
+            self.files.append("metrics.jsonl", "".join(_line(row) for row in rows))
 
     def append_compilations(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to `compile.jsonl`, which keeps those of every process that resumed the run."""
@@ -248,18 +240,6 @@ def _absolute_task(text: str) -> str:
     """NAME=FILE with its paths absolute."""
     name, equals, file = text.partition("=")
     return f"{found_path(name) if name.endswith('.toml') else name}{equals}{found_path(file)}"
-
-
-class MemoryDirectory(RunDirectory):
-    """The record of a run that writes nothing: its metrics, in memory."""
-
-    kept = False
-
-    def __init__(self, note: Callable[[str], None] = lambda text: None) -> None:
-        self.files = MemoryFiles()
-        self.files.note = note
-        self.path = self.files.path
-        self.writes = True
 
 
 def _lines(numbers: Iterable[int]) -> str:

@@ -65,14 +65,8 @@ def push_to_hub(
     folder = local_path(directory.path) / result_name(config)
     if not folder.is_dir():
         raise InputError(f"{directory.path} holds no result: there is no folder {folder.name} in it")
-    return upload(
-        folder,
-        repo_id,
-        model_card(config, summary, repo_id, licence=licence),
-        private=private,
-        token=token,
-        commit_message=commit_message,
-    )
+    card = model_card(config, summary, repo_id, licence=licence)
+    return upload(folder, repo_id, card, private=private, token=token, commit_message=commit_message)
 
 
 def upload(
@@ -196,12 +190,10 @@ def _usage(is_model: bool, pefts: bool, base: str, repo_id: str) -> str:
 
 def _licence_of(base: str) -> str | None:
     """What the card beside a base model's weights says; None where there is none, or it says nothing."""
-    card = local_path(base) / "README.md"
+    from huggingface_hub import metadata_load
+
     try:
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        _, head, _ = text.split("---\n", 2)
-        stated = yaml.safe_load(head)
+        licence = (metadata_load(local_path(base) / "README.md") or {}).get("license")
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    licence = stated.get("license") if isinstance(stated, dict) else None
     return licence if isinstance(licence, str) else None

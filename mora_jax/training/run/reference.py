@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +11,7 @@ import numpy as np
 from mora_jax.data.preferences import PreferenceDataset
 from mora_jax.evaluation.preferences import answer_scores
 from mora_jax.interop.fingerprint import base_hash
-from mora_jax.paths import OFF, cache_folder, expanded, local_path, writable
+from mora_jax.paths import OFF, cache_folder, expanded, local_path, replacing, writable
 from mora_jax.training.config.schema import adapter_config
 from mora_jax.training.distributed.processes import several
 from mora_jax.training.hooks import Hook, Point, Run
@@ -43,16 +41,17 @@ class ReferenceHook(Hook):
         path = self._file(dataset)
         if path is not None and path.is_file():
             return np.load(path)
-        placement = run.assembly.placement
         scores = answer_scores(
             run.model(self._start),
             dataset,
             batch_size=run.setup.micro_batch,
-            partitioner=None if placement is None else placement.partitioner,
+            partitioner=run.assembly.settings.partitioner,
             progress=lambda done, total: run.display.progress(f"reference of the {words} data", done, total),
         )
         if path is not None and run.directory.writes:
-            _write(path, scores.logp)
+            # A full disk only costs computing it again.
+            with contextlib.suppress(OSError), replacing(path) as beside:
+                np.save(beside, scores.logp)
         return scores.logp
 
     def _file(self, dataset: PreferenceDataset) -> Path | None:
@@ -81,12 +80,3 @@ class ReferenceHook(Hook):
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         return folder / f"reference-{key}.npy"
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    """Writes an array beside and renames it; a full disk only costs computing it again."""
-    with contextlib.suppress(OSError):
-        handle, beside = tempfile.mkstemp(dir=os.path.realpath(path.parent), suffix=".npy")
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values)
-        os.replace(beside, path)

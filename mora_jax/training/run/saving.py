@@ -116,7 +116,7 @@ def export_checkpoint(run: str, step: int, out: Path) -> None:
     trained = read_trained(directory.checkpoints, step)
     # As in training: some methods start from the base's exact numbers.
     how = {name: getattr(config.model, name) for name in ("dtype", "quantize")}
-    model, _ = load_pretrained(config.model.path or "", unroll=1, **how)
+    model, _ = load_pretrained(config.model.path or "", **how)
     put_adapter(model, config, config.train.steps or step)
     graphdef, adapters, frozen = partition(model)
     shapes = {name: array.shape for name, array in flat_arrays(adapters).items()}

@@ -63,10 +63,9 @@ def reason(error: BaseException) -> str:
 
 def is_permanent(error: BaseException) -> bool:
     """Whether another try is pointless."""
-    number = getattr(error, "errno", None)
-    if isinstance(error, FileNotFoundError | PermissionError):
+    if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "errno", None) in _PERMANENT:
         return True
-    return number in _PERMANENT or any(word in str(error) for word in _PERMANENT_WORDS)
+    return any(word in str(error) for word in _PERMANENT_WORDS)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,7 @@ from mora_jax.training.config.schema import MeshConfig
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 
 
-def mesh_shape(
-    config: MeshConfig, batch_rows: int, available: int | None = None, processes: int | None = None
-) -> tuple[int, ...]:
+def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None) -> tuple[int, ...]:
     """Devices along each of `AXES`; the axis that is -1 takes the rest.
 
     Where `mesh.data` is -1 nobody asked for a number: it is then the largest that shares the rows evenly, though that
@@ -30,14 +28,13 @@ def mesh_shape(
     Args:
         config: the section `mesh`.
         batch_rows: rows of a micro-batch, which `data` × `fsdp` × `expert` devices share.
-        available: devices there are; None: those of this run.
-        processes: that have them; None: those of this run. Several have to use all their devices.
+        available: devices there are; None: those of this run. Several processes have to use all their devices.
 
     Raises:
         InputError: the sizes don't fit the devices, or the rows don't fit the sizes.
     """
     available = jax.device_count() if available is None else available
-    processes = jax.process_count() if processes is None else processes
+    processes = jax.process_count()
     sizes = {name: getattr(config, name) for name in AXES}
     named = [name for name in AXES if name not in ("context", "expert") or sizes[name] != 1]
     asked = ", ".join(f"mesh.{name}={sizes[name]}" for name in named)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax.batch import Batch
-from mora_jax.training.observe.compile_log import Compilation, differences, shape_words
+from mora_jax.training.observe.compile_log import AHEAD, Compilation, differences, shape_words
 from mora_jax.training.sharding.mesh import put, put_rows, rows_here, with_all_axes
 from mora_jax.training.sharding.rules import RULES
 from mora_jax.training.state import Arrays, TrainState, moments_on_host
@@ -39,13 +42,16 @@ class Runner:
 
     Attributes:
         devices: those that it runs on, of all processes.
-        compilation_log: every compilation, oldest first.
+        compilation_log: every compilation of a step that ran, in the order of their first steps.
     """
 
     devices: list[jax.Device]
 
     def __init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
+        self._ahead: dict[Any, Future[Compilation]] = {}
+        self._compilers = max((os.cpu_count() or 1) // 2, 1)  # a compiler has work for about two cores
+        self._threads = ThreadPoolExecutor(self._compilers, AHEAD)
         self.compilation_log: list[Compilation] = []
 
     def lower(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
@@ -72,14 +78,20 @@ class Runner:
     ) -> tuple[TrainState, StepMetrics]:
         """Runs the step; `state` is donated.
 
-        For a batch shape that is new it is compiled first, within what `compiling` gives for the tokens of a row.
+        For a batch shape that is new it is compiled first, or waited for, within what `compiling` gives for the tokens
+        of a row.
         """
-        arrays: Any = batch
-        signature = tuple((name, value.shape) for name, value in arrays.items())
+        signature = _signature(batch)
         compiled = self._compiled.get(signature)
         if compiled is None:
-            with compiling(batch["input_ids"].shape[-1]):
-                compiled = self._compiled[signature] = self._compile(state, frozen, batch)
+            ahead = self._ahead.get(signature)
+            ready = ahead is not None and ahead.done()
+            with contextlib.nullcontext() if ready else compiling(batch["input_ids"].shape[-1]):
+                start, log = time.perf_counter(), self.compilation_log
+                one = self._compile(*self._traced(state, frozen, batch)) if ahead is None else ahead.result()
+                changed = differences(log[-1].shapes, one.shapes) if log else []
+                log.append(dataclasses.replace(one, changed=changed, waited=time.perf_counter() - start))
+                compiled = self._compiled[signature] = one.compiled
         # Devices of a CPU share one pool of threads, in which each of them waits for the others at a collective. With
         # several such programs under way the threads may all be taken by some of the devices: then nobody gets on.
         alone = len(self.devices) > 1 and self.devices[0].platform == "cpu"
@@ -92,21 +104,47 @@ class Runner:
         """Waits for a step's metrics: numbers on the host, and when they were there, by `time.perf_counter`."""
         return jax.device_get(metrics), time.perf_counter()
 
-    def _compile(self, state: TrainState, frozen: Arrays, batch: Batch) -> Any:
-        started, start = time.time(), time.perf_counter()
-        lowered = self.lower(state, frozen, batch)
-        middle = time.perf_counter()
-        compiled = lowered.compile()
-        times = middle - start, time.perf_counter() - middle
-        shapes = {name: shape_words(value) for name, value in batch.items()}
-        log = self.compilation_log
-        log.append(Compilation(started, *times, shapes, differences(log[-1].shapes, shapes) if log else [], compiled))
-        return compiled
+    def compile_ahead(self, state: TrainState, frozen: Arrays, batches: Iterator[Batch]) -> None:
+        """Begins with the next compilation, in a thread beside the steps, where not as many as pay are under way.
+
+        Tracing is done before this returns: what a program computes may depend on settings of jax that each thread has
+        for itself.
+
+        Args:
+            state, frozen: as for a step; only their shapes and places matter.
+            batches: one of each shape that will come; those up to the next new one are taken from it.
+        """
+        if self._under_way < self._compilers:
+            known = self._compiled.keys() | self._ahead.keys()
+            batch = next((batch for batch in batches if _signature(batch) not in known), None)
+            if batch is not None:
+                traced = self._traced(state, frozen, batch)
+                self._ahead[_signature(batch)] = self._threads.submit(self._compile, *traced)
+
+    def close(self, waiting: Callable[[str], Any]) -> None:
+        """Waits for what is being compiled: a compiler can't be interrupted.
+
+        Args:
+            waiting: gets words for the user then.
+        """
+        if self._under_way:
+            waiting("waiting for the compiler")
+        self._threads.shutdown()
 
     @property
-    def compile_seconds(self) -> float:
-        """What all compilations took, tracing included."""
-        return sum(one.seconds for one in self.compilation_log)
+    def _under_way(self) -> int:
+        return sum(not one.done() for one in self._ahead.values())
+
+    def _traced(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[Any, float, dict[str, str]]:
+        """The step, lowered for these arguments, the seconds that it took, and the batch's shapes."""
+        start = time.perf_counter()
+        lowered = self.lower(state, frozen, batch)
+        return lowered, time.perf_counter() - start, {name: shape_words(value) for name, value in batch.items()}
+
+    def _compile(self, lowered: Any, seconds: float, shapes: dict[str, str]) -> Compilation:
+        started, start = time.time(), time.perf_counter()
+        compiled = lowered.compile()
+        return Compilation(started - seconds, seconds, time.perf_counter() - start, shapes, compiled)
 
     @property
     def compiled(self) -> list[Any]:
@@ -117,6 +155,11 @@ class Runner:
     def compilations(self) -> int:
         """How often the step was traced and compiled: the size of its cache. A compiled step can't trace again."""
         return len(self._compiled)
+
+
+def _signature(batch: Any) -> Any:
+    """What a step is compiled for."""
+    return tuple((name, value.shape) for name, value in batch.items())
 
 
 class JitRunner(Runner):

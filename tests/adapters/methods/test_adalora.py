@@ -30,6 +30,11 @@ def arrays(seed):
     }
 
 
+def everywhere(adapters):
+    """That every triplet exists."""
+    return {name: np.ones(value.shape, bool) for name, value in adapters.items() if name.endswith("lora_e")}
+
+
 def test_orthogonality_is_the_mean_norm():
     given = arrays(0)
     norms = []
@@ -37,10 +42,11 @@ def test_orthogonality_is_the_mean_norm():
         norms.append(np.linalg.norm(a.T @ a - np.eye(4)))
     for b in [*given["q.lora_b"], given["v.lora_b"]]:
         norms.append(np.linalg.norm(b @ b.T - np.eye(4)))
-    np.testing.assert_allclose(orthogonality(given), np.mean(norms), rtol=1e-5)
+    np.testing.assert_allclose(orthogonality(given, everywhere(given)), np.mean(norms), rtol=1e-5)
     perfect = {"lora_a": jnp.eye(4), "lora_b": jnp.eye(4), "lora_e": jnp.ones(4)}
-    slope = jax.grad(orthogonality)(perfect)
-    assert np.isfinite(slope["lora_a"]).all() and orthogonality(perfect) < 1e-5
+    exists = everywhere(perfect)
+    slope = jax.grad(orthogonality)(perfect, exists)
+    assert np.isfinite(slope["lora_a"]).all() and orthogonality(perfect, exists) < 1e-5
 
 
 def test_triplets_that_do_not_exist_are_not_counted():
@@ -54,7 +60,7 @@ def test_triplets_that_do_not_exist_are_not_counted():
     small["v.lora_a"] = small["v.lora_a"][:, [0, 2, 3]]
     small["v.lora_b"] = small["v.lora_b"][[0, 2, 3]]
     small["v.lora_e"] = small["v.lora_e"][[0, 2, 3]]
-    np.testing.assert_allclose(orthogonality(given, exists), orthogonality(small), rtol=1e-5)
+    np.testing.assert_allclose(orthogonality(given, exists), orthogonality(small, everywhere(small)), rtol=1e-5)
     slope = jax.grad(orthogonality)(given, exists)
     assert not slope["q.lora_a"][1].any() and slope["q.lora_a"][0].all()
     assert (budget(CONFIG, exists, 0), budget(CONFIG, exists, 12)) == (7, 2)
@@ -64,8 +70,9 @@ def test_triplets_that_do_not_exist_are_not_counted():
 def test_allocation_by_its_equations():
     """The paper's equations in numpy, for steps that keep 12, then 6, then 3 of 12 triplets."""
     adapters = {name: jnp.asarray(value) for name, value in arrays(0).items()}
-    state = start_importance(adapters)
-    step = jax.jit(lambda *given: allocate(CONFIG, *given))
+    exists = everywhere(adapters)
+    state = start_importance(adapters, exists)
+    step = jax.jit(lambda *given: allocate(CONFIG, *given, exists))
     smooth, spread = ({name: np.zeros_like(value) for name, value in arrays(0).items()} for _ in range(2))
     in_use = []
     for number in range(1, CONFIG.total_steps + 1):
@@ -113,12 +120,13 @@ def test_allocation_is_that_of_peft_without_recompiling():
     theirs = SimpleNamespace(model=model, peft_config={"default": config}, trainable_adapter_name="default")
     theirs.rankallocator = peft.tuners.adalora.layer.RankAllocator(model, config, "default")
     adapters = {name: jnp.asarray(value) for name, value in values.items()}
-    state, traces, sizes = start_importance(adapters), [], []
+    exists = everywhere(adapters)
+    state, traces, sizes = start_importance(adapters, exists), [], []
 
     @jax.jit
     def step(state, adapters, gradients, number):
         traces.append(1)
-        return allocate(CONFIG, state, adapters, gradients, number)
+        return allocate(CONFIG, state, adapters, gradients, number, exists)
 
     for number in range(1, total + 1):
         gradients, moves = arrays(100 + number), arrays(200 + number)

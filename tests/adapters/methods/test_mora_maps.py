@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mora_jax.adapters.methods import mora_maps
-from mora_jax.adapters.methods.mora import KINDS, square_rank
+from mora_jax.adapters.methods.lora import FusedLoRA
+from mora_jax.adapters.methods.mora import KINDS, delta_weight, square_rank
 from mora_jax.adapters.methods.mora_fused import FusedMoRA
 from mora_jax.adapters.methods.mora_maps import Form, Sides, Walk
 from mora_jax.adapters.products.matmul import FusedLayout
@@ -47,6 +48,55 @@ LAYOUTS = {
 def value_and_gradients(delta, x, params, dy):
     y, residuals = delta.forward(x, params)
     return y, delta.backward(residuals, dy)
+
+
+def gate_and_up(method, random):
+    """A fused update on two matrices `[64, 192]` with random values, and its parameters."""
+    layout = FusedLayout((2, 192), 0, (1, 1))
+    sizes = {"lora_a": (64, 8), "lora_b": (8, 192)} if method == "lora" else {"m": (46, 46)}
+    params = tuple(
+        {name: jnp.asarray(random.normal(size=size), jnp.float32) for name, size in sizes.items()}
+        | {"scaling": jnp.float32(1)}
+        for _ in layout.sizes
+    )
+    return FusedLoRA(layout) if method == "lora" else FusedMoRA(layout, (method, method)), params
+
+
+def errors_in_bfloat16(method):
+    """Relative errors of the output and the input's gradient, against the dense matrices in float64."""
+    random = np.random.default_rng(2)
+    delta, params = gate_and_up(method, random)
+    x, dy = (jnp.asarray(random.normal(size=(128, n)), jnp.bfloat16) for n in (64, 384))
+    y, (dx, _) = value_and_gradients(delta, x, params, dy)
+    assert y.dtype == dx.dtype == jnp.float32
+    dense = np.concatenate(
+        [
+            np.float64(p["lora_a"]) @ np.float64(p["lora_b"])
+            if method == "lora"
+            else np.float64(delta_weight(p["m"], 64, 192, method))
+            for p in params
+        ],
+        axis=1,
+    )
+    exact = np.float64(x) @ dense, np.float64(dy) @ dense.T
+    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip((y, dx), exact, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_updates_are_as_exact_as_loras(kind):
+    for error, of_lora in zip(errors_in_bfloat16(kind), errors_in_bfloat16("lora"), strict=True):
+        assert error < 1.1 * of_lora
+
+
+@pytest.mark.parametrize("kind", ["sharing", "rotation"])
+def test_slices_of_tokens_are_put_together_in_the_compute_dtype(kind):
+    delta, params = gate_and_up(kind, np.random.default_rng(3))
+    x, dy = jnp.ones((128, 64), jnp.bfloat16), jnp.ones((128, 384), jnp.bfloat16)
+    program = jax.make_jaxpr(lambda: value_and_gradients(delta, x, params, dy))()
+    joined = [equation.outvars[0].aval for equation in program.eqns if equation.primitive.name == "concatenate"]
+    tokens = [array for array in joined if array.shape[0] == 128]
+    assert len(tokens) > 4
+    assert {array.dtype for array in tokens} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.slow

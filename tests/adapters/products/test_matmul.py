@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 import mora_jax as mj
 from mora_jax.adapters.products.matmul import dot32_tn, row_dot
 from mora_jax.adapters.projection import Part, Projection, TokenDropout
+from mora_jax.adapters.sites import sites
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -54,14 +55,17 @@ def adapted(name: str, dtype=jnp.float32):
 
 def by_hand(graphdef, adapters, frozen, x):
     """Each named matrix on its own, with autodiff-friendly plain products."""
-    made = nnx.merge(graphdef, adapters, frozen)
     y = {}
-    for part in made.parts:
-        y[part.name] = x @ made.part_weight(part.name) + made.part_bias(part.name)
-        adapter = made.adapters.get(part.name)
-        if adapter is not None:
-            y[part.name] = y[part.name] + x @ adapter.delta_weight()
+    for site in sites(nnx.merge(graphdef, adapters, frozen)):
+        y[site.part] = x @ site.kernel() + site.bias()
+        if site.adapter is not None:
+            y[site.part] = y[site.part] + x @ site.adapter.delta_weight()
     return y
+
+
+def part_of(made, y, name):
+    """The output of one matrix."""
+    return made.layout.take(y, [part.name for part in made.parts].index(name))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -102,9 +106,9 @@ def test_fused_equals_each_matrix_alone(name):
     made = nnx.merge(graphdef, adapters, frozen)
     y = made(x)
     assert y.shape == (2, 3, 2, 4, 3)
-    for part, expected in by_hand(graphdef, adapters, frozen, x).items():
-        np.testing.assert_allclose(made.part(y, part), expected, atol=1e-4)
-        assert made.part(y, part).shape[-1] == made.part_features(part)
+    for number, (part, expected) in enumerate(by_hand(graphdef, adapters, frozen, x).items()):
+        np.testing.assert_allclose(part_of(made, y, part), expected, atol=1e-4)
+        assert part_of(made, y, part).shape[-1] == made.layout.part_features(number)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -116,7 +120,7 @@ def test_gradients_equal_autodiff_of_plain_products(name):
     def ours(adapters, x):
         made = nnx.merge(graphdef, adapters, frozen)
         y = made(x)
-        return sum(jnp.sum(jnp.square(made.part(y, part)) * g) for part, g in target.items())
+        return sum(jnp.sum(jnp.square(part_of(made, y, part)) * g) for part, g in target.items())
 
     def plain(adapters, x):
         y = by_hand(graphdef, adapters, frozen, x)
@@ -180,7 +184,7 @@ def test_dropout_draws_a_mask_for_each_matrix():
     quiet = made(x) - base
     np.testing.assert_allclose(quiet, 10.0, atol=1e-4)
     noisy = made(x, token_dropout=TokenDropout.of(jax.random.key(0), 1, 64)) - base
-    sums = {name: np.asarray(made.part(noisy, name))[:, 0] for name in ("q_proj", "k_proj", "v_proj")}
+    sums = {name: np.asarray(part_of(made, noisy, name))[:, 0] for name in ("q_proj", "k_proj", "v_proj")}
     for values in sums.values():
         np.testing.assert_allclose(values / 2, np.round(values / 2), atol=1e-3)  # kept features count twice
         assert 8.0 < values.mean() < 12.0
