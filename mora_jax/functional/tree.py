@@ -19,7 +19,7 @@ from mora_jax.adapters.methods.registry import adapter_class, array_shapes, fres
 from mora_jax.adapters.report import VECTORS, AttachReport, Match, grouped, report_on, why_left
 from mora_jax.adapters.targets import Picker
 from mora_jax.linen.matrices import layer_number
-from mora_jax.linen.tree_sites import Arrays, TreeSite, scaled
+from mora_jax.linen.tree_sites import Arrays, Path, TreeSite, scaled
 
 Adapters = dict[str, Arrays]
 Einsums = Mapping[str, str]
@@ -81,8 +81,8 @@ def sites_of(tree: Any, einsums: Einsums | None = None) -> list[TreeSite]:
         stack = tuple(leaf.shape[: leaf.ndim - len(matrix.shape)])
         if shape is not None and shape[: len(stack)] != stack:  # no stack after all, such as PyTorch's convolutions
             why = why or _several(name, leaf.shape)
-        lift = next((end for end in range(len(path)) if _all_stacked(leaves, named, path[:end], stack)), len(path))
-        sites.append(TreeSite(path, matrix, leaf, i, bias, bias_key, (lift,) * len(stack), why))
+        lifts = tuple(_lift(leaves, named, path, stack[: axis + 1]) for axis in range(len(stack)))
+        sites.append(TreeSite(path, matrix, leaf, i, bias, bias_key, lifts, why))
     return sites
 
 
@@ -155,12 +155,14 @@ def _several(path: str, shape: tuple[int, ...]) -> str:
     )
 
 
-def _all_stacked(
-    leaves: list[Any], named: Mapping[tuple[str, ...], int], above: tuple[str, ...], stack: tuple[int, ...]
-) -> bool:
-    """Whether all arrays under a path have the axes of a stack in front."""
-    inside = [leaves[i][1].shape for names, i in named.items() if names[: len(above)] == above]
-    return all(shape[: len(stack)] == stack for shape in inside)
+def _lift(leaves: list[Any], named: Mapping[Path, int], path: Path, axes: tuple[int, ...]) -> int:
+    """How many components of a path lead to the first node whose arrays all have these axes in front."""
+
+    def all_stacked(above: Path) -> bool:
+        inside = (leaves[i][1].shape for names, i in named.items() if names[: len(above)] == above)
+        return all(shape[: len(axes)] == axes for shape in inside)
+
+    return next((end for end in range(len(path)) if all_stacked(path[:end])), len(path))
 
 
 def selected(tree: Any, config: Any, einsums: Einsums | None = None) -> list[TreeSite]:

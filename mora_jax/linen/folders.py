@@ -10,7 +10,6 @@ import os
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path as Path_
 from typing import Any
 
 import jax
@@ -148,8 +147,7 @@ def load_adapter(
         ...     model.apply(variables, x).shape
         (3, 4)
     """
-    given = load.tensor_shapes(path)
-    described = _described(load.local_folder(path) / save.LINEN_NAME)
+    given, described = load.tensor_shapes(path), _described(path)
     config, arrays = read_sites([_placed(site, given, report, described) for site in sites_of(variables)], path)
     collections: dict[str, dict[Path, jax.Array]] = {COLLECTION: {}, FIXED: {}}
     for where, parts in arrays.items():
@@ -169,11 +167,16 @@ def read_sites(sites: list[TreeSite], path: str | os.PathLike[str]) -> tuple[Any
     Returns:
         The configuration, and by module path the arrays that are trained and those that are not.
     """
-    given = load.tensor_shapes(path)
+    given, described = load.tensor_shapes(path), _described(path)
     if whole := load.whole_modules(path):
         raise InputError(
             f"{path}: it trains {', '.join(whole)} whole, for which a tree of parameters has no form; leave that away"
         )
+    # Where the folder says that the numbers of stacked layers are written, they are.
+    lifts = [described[site.name][1] if site.name in described else site.lifts for site in sites]
+    sites = [
+        replace(site, lifts=at) if len(at) == len(site.stack) else site for site, at in zip(sites, lifts, strict=True)
+    ]
     known = {name: (site, index) for site in sites for index, name in site.names()}
     model = _as_nnx([site for site in sites if any(name in given for _, name in site.names())], sites)
     load.load_adapter(model, path)
@@ -207,8 +210,9 @@ def _stacked(site: TreeSite, entries: Mapping[tuple[int, ...], AdapterEntry], co
     return {name: values[name] for name in trained}, {name: values[name] for name in fixed}
 
 
-def _described(file: Path_) -> dict[str, Any]:
+def _described(path: str | os.PathLike[str]) -> dict[str, tuple[Matrix, tuple[int, ...]]]:
     """What a folder says of its layers, by module path; nothing where it was written from NNX."""
+    file = load.local_folder(path) / save.LINEN_NAME
     if not file.exists():
         return {}
     try:

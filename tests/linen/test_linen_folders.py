@@ -321,3 +321,43 @@ def test_refusals(tmp_path):
     mj.save_adapter(own, tmp_path / "whole")
     with pytest.raises(mj.InputError, match="it trains layers_1 whole, for which a tree of parameters has no form"):
         load_adapter({"params": variables["params"]}, tmp_path / "whole")
+
+
+class Outer(nn.Module):
+    """A scanned stack, beside whose layers stands another one."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        split = {"variable_axes": {"params": 0, "adapters": 0}, "split_rngs": {"params": True}}
+        x, _ = nn.scan(Block, length=2, **split)(name="inner")(x, None)
+        return x + nn.Dense(8, name="own")(x), None
+
+
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        split = {"variable_axes": {"params": 0, "adapters": 0}, "split_rngs": {"params": True}}
+        return nn.Dense(8, name="head")(nn.scan(Outer, length=3, **split)(name="outer")(x, None)[0])
+
+
+@pytest.mark.parametrize("writer", ["linen", "tree"])
+def test_trees_and_linen_read_each_others_stacks_at_different_depths(writer, tmp_path):
+    config = mj.LoRAConfig(rank=2, targets=("out", "own", "head"))
+    variables, y, report = trained(Nested(), config, X)
+    params = variables["params"]
+    if writer == "linen":
+        save_adapter(variables, tmp_path / "adapter", config, report=report)
+    else:
+        by_path = {
+            "outer.inner.out": variables["adapters"]["outer"]["inner"]["out"],
+            "outer.own": variables["adapters"]["outer"]["own"],
+            "head": variables["adapters"]["head"],
+        }
+        mj.functional.save(params, by_path, tmp_path / "adapter", config)
+    names = {f"outer.{i}.inner.{j}.out" for i, j in np.ndindex(3, 2)} | {f"outer.{i}.own" for i in range(3)} | {"head"}
+    assert set(mj.interop.peft.load.tensor_shapes(tmp_path / "adapter")) == names
+    found, adapters = mj.functional.load(params, tmp_path / "adapter")
+    merged = mj.functional.merge(params, adapters, found)
+    np.testing.assert_allclose(Nested().apply({"params": merged}, X), y, rtol=1e-4, atol=1e-5)
+    found, loaded = load_adapter({"params": params}, tmp_path / "adapter")
+    np.testing.assert_array_equal(output(Nested(), found, loaded, X), y)
