@@ -157,7 +157,7 @@ def row(name: str, method: str, contest: Contest, share: float, rounds: int) -> 
 def command(*words: str) -> tuple[float, float]:
     """Runs a command of mora-jax; returns its seconds by the clock and of CPU time."""
     start, before = time.perf_counter(), os.times()
-    subprocess.run([sys.executable, "-m", "mora_jax.cli.main", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "mora_jax", *words], check=True, capture_output=True)
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return time.perf_counter() - start, cpu

@@ -47,7 +47,7 @@ class Process:
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]):
         self.log, self.began = log, time.monotonic()
         self.stepping = threading.Event()
-        command = [sys.executable, "-m", "mora_jax.cli.main", "train", *arguments]
+        command = [sys.executable, "-m", "mora_jax", "train", *arguments]
         self._child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

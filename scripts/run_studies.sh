@@ -8,6 +8,6 @@ out=$1; shift
 mkdir -p "$out"
 export OMP_NUM_THREADS=1 XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
 for study in ${STUDIES:-rates memorize forget instruct}; do
-  nice -n 19 "${PYTHON:-python}" -m mora_jax.cli.main study "$study" --preset quick --seeds "${SEEDS:-10}" \
+  nice -n 19 "${PYTHON:-python}" -m mora_jax study "$study" --preset quick --seeds "${SEEDS:-10}" \
     --out "$out/$study" "$@" || echo "$study stopped with exit code $?" >&2
 done

@@ -32,7 +32,7 @@ def run(code: str, language: str, model: Path, folder: Path) -> str:
     """
     code = code.replace(HUB_ID, str(model))
     if language == "sh":
-        code = code.replace("mora-jax ", f"{sys.executable} -m mora_jax.cli.main ")
+        code = code.replace("mora-jax ", f"{sys.executable} -m mora_jax ")
     command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     printed = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -194,7 +194,7 @@ def test_a_command_says_what_is_missing_in_one_line(named, tmp_path):
     if named in ("cuda", "tpu") and (environment.has_nvidia_gpu() or environment.may_have_tpu()):
         pytest.skip("an accelerator is here")
     model = str(ROOT / "mora_jax" / "demo" / "assets" / "model")
-    command = ["-m", "mora_jax.cli.main", "generate", "--model", model, "--prompt", "Hi", "--max-new-tokens", "1"]
+    command = ["-m", "mora_jax", "generate", "--model", model, "--prompt", "Hi", "--max-new-tokens", "1"]
     done = run(command, tmp_path, JAX_PLATFORMS=named)
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")

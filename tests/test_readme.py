@@ -62,7 +62,7 @@ def test_commands(folder):
     (script,) = (block for block in blocks("sh") if "mora-jax train" in block)
     program = folder / "bin" / "mora-jax"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W error -m mora_jax.cli.main "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W error -m mora_jax "$@"\n')
     program.chmod(0o755)
     # Two steps tell as much as sixty about the words of the command.
     script = script.replace("--config.train.steps=60", "--config.train.steps=2").replace(MODEL, demo.model_path())

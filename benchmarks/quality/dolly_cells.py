@@ -60,7 +60,7 @@ def settings(args: argparse.Namespace, name: str, mode: str, out: Path) -> list[
 
 def train(args: argparse.Namespace, name: str, mode: str, out: Path) -> None:
     """Runs one cell with the command line."""
-    command = [sys.executable, "-m", "mora_jax.cli.main", "train", "--overwrite"]
+    command = [sys.executable, "-m", "mora_jax", "train", "--overwrite"]
     subprocess.run([*command, *(f"--config.{setting}" for setting in settings(args, name, mode, out))], check=True)
 
 

@@ -42,7 +42,7 @@ ROUNDS = 5
 
 def command(*words: Any) -> str:
     """Runs mora-jax; returns what it prints."""
-    line = [sys.executable, "-m", "mora_jax.cli.main", *map(str, words)]
+    line = [sys.executable, "-m", "mora_jax", *map(str, words)]
     return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

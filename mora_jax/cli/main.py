@@ -193,7 +193,3 @@ def _refuse_key(command: str, parser: Parser, key: str) -> NoReturn:
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     # The place in the code means nothing to whoever runs a command.
     return f"warning: {' '.join(str(message).split())}\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -58,5 +58,5 @@ def fails(run):
 
 def start(*arguments, **settings):
     """Starts a command as a process of its own."""
-    command = [sys.executable, "-m", "mora_jax.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "mora_jax", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)

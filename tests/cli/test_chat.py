@@ -130,7 +130,7 @@ def test_ctrl_c_ends_an_answer_and_elsewhere_the_chat(run, typed, model_dir, mon
 @pytest.mark.slow
 def test_a_terminal(model_dir):
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "mora_jax.cli.main", "chat", "--model", model_dir, "--max-new-tokens", "4"]
+    command = [sys.executable, "-m", "mora_jax", "chat", "--model", model_dir, "--max-new-tokens", "4"]
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, start_new_session=True)
     os.close(slave)
 

@@ -211,7 +211,7 @@ def test_warnings_are_one_line(monkeypatch):
 
 
 def run_shell(line):
-    code = f"{sys.executable} -m mora_jax.cli.main"
+    code = f"{sys.executable} -m mora_jax"
     environment = {**os.environ, "MORA": code}
     return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=environment)
 

@@ -126,7 +126,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
     }
     settings |= {"train.steps": 60, "train.save_every": 3, "adapter.dropout": 0.1}
     given = [f"--config.{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "mora_jax.cli.main", "train"]
+    command = [sys.executable, "-m", "mora_jax", "train"]
     subprocess.run([*command, *given, f"--config.out={tmp_path / 'local'}"], check=True, capture_output=True)
     logged = {"tensorboard": True, "wandb": "tests", "profile_first": 4, "profile_steps": 2}
     given += [f"--config.log.{name}={value}" for name, value in logged.items()]

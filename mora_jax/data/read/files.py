@@ -44,6 +44,7 @@ def once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 def parse(text: str, path: Path, number: int) -> Any:
     """The value of a line of that number."""
+    text = text.rstrip()  # what is cut short ends on this line, not behind its end
     try:
         return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:

@@ -186,7 +186,8 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", GOOD + b'{"instruction": "i", "outp\n' + GOOD, r"line 2, column 27: broken JSON \(the line ends"),
+        ("a.jsonl", GOOD + b'{"instruction": "i", "outp\n' + GOOD, r"line 2, column 22: broken JSON \(the line ends"),
+        ("a.jsonl", GOOD + b'{"instruction": "i",\n' + GOOD, r"line 2, column 21: broken JSON \(the line ends"),
         ("a.jsonl", GOOD + GOOD[:-2] + b"\xff\xfe\n" + GOOD, r"line 2: not valid UTF-8 \(byte 0xff\)"),
         (
             "a.jsonl",
