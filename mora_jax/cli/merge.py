@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from mora_jax.cli.options import ADAPTER, add_adapter, add_key, add_out, load
+from mora_jax.cli.options import ADAPTER, add_base, add_key, add_out, load
 from mora_jax.errors import refused
 
 HELP = "fold an adapter into its base model"
@@ -11,10 +11,9 @@ HELP = "fold an adapter into its base model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
+    add_base(parser)
     parser.add_argument("--adapter", required=True, metavar="A", help=ADAPTER)
     add_out(parser, required=True)
-    add_adapter(parser)
     add_key(parser, "--dtype", "model.dtype", help="Dtype of the written weights", default="float32")
 
 

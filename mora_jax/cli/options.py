@@ -75,9 +75,15 @@ def add_value(parser: Parser, flag: str, key: Key, *, help: str = "", **changes:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `--model`, `--dtype`, `--quantize` and what says how an adapter is read."""
-    parser.add_argument("--model", required=True, metavar="M", help="HuggingFace folder or hub id of the base model")
-    add_adapter(parser)
+    add_base(parser)
     add_keys(parser, "model", "dtype", "quantize")
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model` and what says how an adapter is read."""
+    words = "HuggingFace folder or hub id of the base model; if not given, the one that the adapter was made for"
+    parser.add_argument("--model", metavar="M", help=words)
+    add_adapter(parser)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -143,10 +149,10 @@ def read_data(args: argparse.Namespace, tokenizer: Any, vocab_size: int | None =
 def load(
     args: argparse.Namespace, adapter: str | None, dtype: str | None, quantize: str = "none", mesh: Any = None
 ) -> tuple[Any, Any]:
-    """Loads the model of `--model` with its tokenizer and, if one is given, an adapter.
+    """Loads the base model with its tokenizer and, if one is given, an adapter.
 
     Args:
-        args: with the options of `add_adapter` beside `--model`.
+        args: with the options of `add_base`; `model` is filled in where it wasn't given.
         adapter: as for `adapter_folder`.
         dtype: compute dtype, or None for the machine's default.
         quantize: how the layers' kernels are held, as `model.quantize` says.
@@ -158,6 +164,7 @@ def load(
     from mora_jax.interop import load_adapter, load_pretrained
 
     folder = None if adapter is None else adapter_folder(adapter)
+    args.model = args.model or _base_of(folder or next(iter(named_adapters(args.adapter or ()).values()), None))
     shardings = None
     if mesh is not None and mesh.size > 1:
         from mora_jax.training.sharding.rules import base_shardings
@@ -169,6 +176,18 @@ def load(
     if folder is not None:
         load_adapter(model, folder, **reading(args))
     return model, tokenizer
+
+
+def _base_of(folder: str | None) -> str:
+    """The base model that an adapter's folder names."""
+    from mora_jax.interop.describe import describe_adapter
+
+    if folder is None:
+        raise InputError("no model: give --model MODEL, or --adapter with the run that made one")
+    base = describe_adapter(folder)["base"]
+    if not base:
+        raise InputError(f"{folder} names no base model: give --model MODEL")
+    return str(base)
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _with_next_command(code: int, config: Any, display: Any) -> int:
     if code == 0:
         from mora_jax.training.run.saving import result_name
 
-        model, name = str(config.model.path), result_name(config)
-        result = ["--model", f"{config.out}/{name}"] if name == "model" else ["--model", model, "--adapter", config.out]
+        name = result_name(config)
+        result = ["--model", f"{config.out}/{name}"] if name == "model" else ["--adapter", config.out]
         display.note(f"try it: {shlex.join(['mora-jax', 'generate', *result, '--prompt'])} '...'")
     return code

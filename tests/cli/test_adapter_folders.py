@@ -104,3 +104,22 @@ def test_merging_leaves_a_model_with_the_same_answers(run, folders, model_dir, t
         assert run("merge", *arguments)[0] == 0
         merged = mj.load_pretrained(tmp_path / f"{kind}-merged", dtype="float32")[0]
         np.testing.assert_allclose(np.asarray(merged(ids)), expected, atol=1e-4, err_msg=kind)
+
+
+def test_the_base_is_the_one_that_the_adapter_was_made_for(run, fails, model_dir, tmp_path):
+    model = mj.load_pretrained(model_dir, dtype="float32")[0]
+    mj.attach(model, mj.LoRAConfig(rank=2), rngs=0)
+    mj.save_adapter(model, tmp_path / "one")
+    mj.save_adapter(model, tmp_path / "two")
+    for adapters in (["one"], ["one", "two"]):
+        given = [word for name in adapters for word in ("--adapter", tmp_path / name)]
+        words = ["generate", *given, "--prompt", "red", "--max-new-tokens", "4"]
+        code, answer, error = run(*words)
+        assert code == 0, error
+        assert run(*words, "--model", model_dir)[1] == answer
+    assert run("merge", "--adapter", tmp_path / "one", "--out", tmp_path / "merged")[0] == 0
+    mj.save_adapter(model, tmp_path / "nameless", base_model_name_or_path="x")
+    fields(tmp_path / "nameless", base_model_name_or_path=None)
+    error = fails("generate", "--adapter", tmp_path / "nameless", "--prompt", "red")
+    assert error.endswith("nameless names no base model: give --model MODEL")
+    assert fails("generate", "--prompt", "red").startswith("error: no model: give --model MODEL")
