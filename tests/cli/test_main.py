@@ -87,7 +87,7 @@ def test_without_arguments_the_commands_are_shown(run):
         (["eval", "--model_name_or_path", "x"], "did you mean --model?"),
         (["eval", "--max_seq_length", "9"], "did you mean --max-length?"),
         (["merge", "--output", "x"], "did you mean --out?"),
-        (["eval"], "--model, --data"),
+        (["eval"], "--data"),
         (["eval", "--model"], "--model: expected one argument"),
         (["eval", "--mod", "x", "--data", "y"], "did you mean --model?"),
         (["eval", "--model", "x", "--data", "y", "--config.seed=1"], "only train"),
