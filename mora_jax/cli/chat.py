@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from mora_jax.evaluation.chat import ChatSession
 
     adapters = named_adapters(args.adapter)
-    model, tokenizer, options = load_speaker(args, {})
+    model, tokenizer, options = load_speaker(args, adapters, attach=False)
     models = models_of(model, adapters, args)
     session = ChatSession(models | ({} if BASE in models else {BASE: model}), tokenizer, system=args.system, **options)
     with _Interrupts.handled() as interrupts:

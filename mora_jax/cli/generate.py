@@ -17,7 +17,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mora_jax.cli.options import add_adapters, add_key, add_keys, add_model, add_number, load, named_adapters, reading
+from mora_jax.cli.options import (
+    add_adapters,
+    add_key,
+    add_keys,
+    add_model,
+    add_number,
+    base_of,
+    load,
+    named_adapters,
+    reading,
+)
 from mora_jax.errors import InputError
 
 HELP = "answer a prompt, or many"
@@ -70,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         prompts = [Prompt.of("--prompt", args.prompt, args.system)]
     adapters = named_adapters(args.adapter)
-    model, tokenizer, options = load_speaker(args, adapters if len(adapters) == 1 else {})
+    model, tokenizer, options = load_speaker(args, adapters, attach=len(adapters) == 1)
     groups = _groups(model, adapters, args) if len(adapters) > 1 else [Group(model, [None])]
     if args.prompts is not None or args.json or groups[0].ids is not None:
         _answer_all(groups, tokenizer, prompts, args, options)
@@ -85,12 +95,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_speaker(args: argparse.Namespace, adapters: dict[str, str]) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, with the adapter if there is one, its tokenizer, and how answers are made.
+def load_speaker(
+    args: argparse.Namespace, adapters: dict[str, str], *, attach: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, its tokenizer, and how answers are made.
 
     Args:
         args: the options of `add_speaking`.
-        adapters: folders by name, at most one.
+        adapters: folders by name; the first says what the base is where `--model` isn't given.
+        attach: the first one is loaded too.
     """
     import jax
 
@@ -99,8 +112,9 @@ def load_speaker(args: argparse.Namespace, adapters: dict[str, str]) -> tuple[An
     # Measured with 135 M parameters, one row at a time on CPU: float32 takes as long a token as bfloat16
     # (benchmarks/decoding.py), reads the prompt faster, and is exact.
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-    only = next(iter(adapters.values()), None)
-    model, tokenizer = load(args, only, dtype, args.quantize)
+    first = next(iter(adapters.values()), None)
+    args.model = args.model or base_of(first)
+    model, tokenizer = load(args, first if attach else None, dtype, args.quantize)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     return model, tokenizer, {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "template": args.template}
 

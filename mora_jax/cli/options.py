@@ -164,7 +164,7 @@ def load(
     from mora_jax.interop import load_adapter, load_pretrained
 
     folder = None if adapter is None else adapter_folder(adapter)
-    args.model = args.model or _base_of(folder or next(iter(named_adapters(args.adapter or ()).values()), None))
+    args.model = args.model or base_of(folder)
     shardings = None
     if mesh is not None and mesh.size > 1:
         from mora_jax.training.sharding.rules import base_shardings
@@ -178,8 +178,8 @@ def load(
     return model, tokenizer
 
 
-def _base_of(folder: str | None) -> str:
-    """The base model that an adapter's folder names."""
+def base_of(folder: str | None) -> str:
+    """The base model that an adapter's folder names; an `InputError` where there is none."""
     from mora_jax.interop.describe import describe_adapter
 
     if folder is None:

@@ -57,6 +57,11 @@ class TensorFiles:
         handle, stored = self._handles[name]
         return handle.get_tensor(stored)
 
+    def read_wide(self, name: str) -> np.ndarray:
+        """One tensor in float64 where the file has that, else in float32."""
+        tensor = self.read(name)
+        return tensor.astype(np.result_type(tensor, np.float32) if tensor.dtype.kind == "f" else np.float32)
+
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part of a tensor, one slice (of step 1) an axis; nothing else of the file is read."""
         handle, stored = self._handles[name]
@@ -137,7 +142,7 @@ def _weight_map(folder: Path, stem: str) -> dict[str, str]:
     return weight_map
 
 
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def write_tensors(
@@ -152,7 +157,7 @@ def write_tensors(
         path: the file.
         shapes: of every tensor, by name, in the order in which they are written.
         tensors: names and arrays in the same order; each is taken only when the one before is on the disk.
-        dtype: float32, float16 or bfloat16; arrays are cast to it.
+        dtype: float64, float32, float16 or bfloat16; arrays are cast to it.
     """
     dtype = np.dtype(dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

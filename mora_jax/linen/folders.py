@@ -197,7 +197,9 @@ def _stacked(site: TreeSite, entries: Mapping[tuple[int, ...], AdapterEntry], co
     Layers of a stack that the folder leaves out get a fresh adapter, which changes nothing.
     """
     kernels, (trained, fixed) = site.kernel(), array_shapes(config, site.matrix)
-    arrays = {name: np.zeros((*site.stack, *shape), np.float32) for name, shape in (trained | fixed).items()}
+    arrays = {
+        name: np.zeros((*site.stack, *shape), wide(site.array.dtype)) for name, shape in (trained | fixed).items()
+    }
     for index in np.ndindex(site.stack):
         layer: Mapping[str, Any] = (
             entries[index].params
@@ -206,7 +208,7 @@ def _stacked(site: TreeSite, entries: Mapping[tuple[int, ...], AdapterEntry], co
         )
         for name, array in arrays.items():
             array[index] = layer[name]
-    values = {name: jnp.asarray(array, wide(site.array.dtype)) for name, array in arrays.items()}
+    values = {name: jnp.asarray(array) for name, array in arrays.items()}
     return {name: values[name] for name in trained}, {name: values[name] for name in fixed}
 
 

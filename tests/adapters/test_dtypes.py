@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import mora_jax as mj
 from mora_jax.adapters.attach import adapters_of
@@ -187,3 +188,27 @@ def test_a_magnitude_that_is_the_norm_up_to_rounding_has_gain_1_and_its_gradient
     np.testing.assert_allclose(gain(jnp.asarray(norms * 1.0001, jnp.float32)), np.full(5, 1.0001), rtol=1e-6)
     slope = jax.grad(lambda magnitude: gain(magnitude).sum())(jnp.asarray(norms, jnp.float32))
     np.testing.assert_allclose(slope, 1 / norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*(name for name in CONFIGS if name != "biases"), "rslora"])
+def test_folders_keep_float64(tmp_path, name):
+    layer = nnx.Dict(up=LAYERS["linear"](rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64))
+    plain = nnx.clone(layer)
+    config = mj.RsLoRAConfig(rank=2, alpha=3.0, targets=".*") if name == "rslora" else CONFIGS[name]
+    mj.attach(layer, config, rngs=nnx.Rngs(1))
+    arrays = nnx.state(layer, mj.AdapterParam)
+    nnx.update(layer, jax.tree.map(lambda array: array + 0.1 * draw(*array.shape), arrays))
+    x = draw(4, IN)
+    y = np.asarray(layer.up(x))
+    mj.save_adapter(layer, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype.name for tensor in stored.values()} == {"float64"}
+    mj.load_adapter(plain, tmp_path / "adapter")
+    np.testing.assert_allclose(plain.up(x), y, rtol=1e-13, atol=1e-13)
+    # Float32 layers take it too, and stay float32.
+    narrow = nnx.Dict(up=LAYERS["linear"](rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32))
+    kernel, bias = (layer.up.kernel[...], layer.up.bias[...])
+    narrow.up.kernel[...], narrow.up.bias[...] = kernel.astype(jnp.float32), bias.astype(jnp.float32)
+    mj.load_adapter(narrow, tmp_path / "adapter")
+    assert narrow.up(x.astype(np.float32)).dtype == jnp.float32
+    np.testing.assert_allclose(narrow.up(x.astype(np.float32)), y, rtol=1e-4, atol=1e-4)

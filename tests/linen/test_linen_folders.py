@@ -38,6 +38,19 @@ def output(model, config, variables, x):
         return jax.jit(model.apply)(variables, x)
 
 
+def test_float64_layers_keep_their_digits(tmp_path):
+    with jax.enable_x64(True):
+        model, config = nn.Sequential([nn.Dense(6, param_dtype=jnp.float64)]), mj.LoRAConfig(rank=2)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)))
+        variables, y, _ = trained(model, config, x)
+        save_adapter(variables, tmp_path / "adapter", config)
+        found, read = load_adapter({"params": variables["params"]}, tmp_path / "adapter")
+        for leaf, other in zip(*map(jax.tree.leaves, (read["adapters"], variables["adapters"])), strict=True):
+            assert leaf.dtype == jnp.float64
+            np.testing.assert_array_equal(leaf, other)
+        np.testing.assert_array_equal(output(model, found, read, x), y)
+
+
 class Attending(nn.Module):
     """A model with an NNX twin."""
 

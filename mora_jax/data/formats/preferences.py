@@ -12,7 +12,7 @@ from typing import Any
 from mora_jax.data.conversation import Conversation, Message, Passage, Row, Side
 from mora_jax.data.formats.column_mapping import Mapping
 from mora_jax.data.formats.messages import read_history, read_turns, tools_of
-from mora_jax.data.read.validate import absent, check_text, number_as_text, shown
+from mora_jax.data.read.validate import absent, check_text, number_as_text, shown, truth_of
 from mora_jax.errors import InputError
 
 #: Keys of what the answers are to; the first that is filled is read.
@@ -74,10 +74,11 @@ def read_pair(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[Ro
 def read_labelled(row: dict[str, Any], source: str, mapping: Mapping) -> Iterator[Row]:
     """A `completion` of a `prompt` with a `label`, true where it is wanted."""
     label = row.get("label")
-    if isinstance(label, str) and label.strip().lower() in ("true", "false"):  # a cell of a CSV table
-        label = label.strip().lower() == "true"
-    if not isinstance(label, bool):
-        raise InputError(f"{source}: `label` is {shown(label)}; expected true or false")
+    desired, number = truth_of(label), number_as_text(label)
+    if number in ("0", "1"):  # which alone don't tell the format: they could be classes
+        desired = number == "1"
+    if desired is None:
+        raise InputError(f"{source}: `label` is {shown(label)}; expected true or false, or 1 or 0")
     prompt, answer = _prompt(row, source, mapping), _answer(row.get("completion"), "completion", source, mapping)
     if not prompt or not answer:
         raise InputError(f"{source}: `{'completion' if prompt else 'prompt'}` is empty")
@@ -85,7 +86,7 @@ def read_labelled(row: dict[str, Any], source: str, mapping: Mapping) -> Iterato
     if not turns or turns[0].role != "assistant":
         raise InputError(f"{source}: `completion` does not begin with an assistant's turn")
     system = _system(row, source, [prompt, answer] if isinstance(answer, list) else [prompt])
-    yield _conversation(row, source, system, prompt, turns, Side.DESIRED if label else Side.UNDESIRED)
+    yield _conversation(row, source, system, prompt, turns, Side.DESIRED if desired else Side.UNDESIRED)
 
 
 def _conversation(

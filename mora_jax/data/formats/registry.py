@@ -24,6 +24,7 @@ from mora_jax.data.read.validate import (
     found,
     number_as_text,
     shown,
+    truth_of,
 )
 from mora_jax.errors import InputError
 
@@ -149,7 +150,7 @@ class Format:
 
     def recognises(self, row: RawRow) -> bool:
         """Whether a row of unknown format is of this one."""
-        return self.matches(row) and (not self.flag or isinstance(row[self.flag], bool))
+        return self.matches(row) and (not self.flag or truth_of(row[self.flag]) is not None)
 
     @property
     def wanted(self) -> str:

@@ -62,6 +62,17 @@ def number_as_text(value: Any) -> Any:
     return str(int(value) if value == int(value) else value)
 
 
+def truth_of(value: Any) -> bool | None:
+    """A truth value, or that of its text, as a cell of a table holds it; None for another value.
+
+    >>> truth_of(True), truth_of("False"), truth_of("yes"), truth_of(1)
+    (True, False, None, None)
+    """
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
 def check_list(value: Any, key: str, source: str) -> list[Any]:
     """Returns the value if it is a list with something in it; JSON text of one counts, as CSV cells hold it."""
     if isinstance(value, str) and value.lstrip().startswith("["):

@@ -78,12 +78,12 @@ class AdaloraFormat(Format):
         config, place = self.configured(values, target.path), target.place
         used = _used(values, target.path, config.rank)
         count = int(used.sum())
-        lora_a = np.zeros((place.in_features, config.rank), np.float32)
-        lora_e = np.zeros(config.rank, np.float32)
-        lora_b = np.zeros((config.rank, place.out_features), np.float32)
-        lora_a[:, used] = target.read("a", (count, place.in_features)).T
-        lora_e[used] = target.read("e", (count, 1))[:, 0]
-        lora_b[used] = target.read("b", (place.out_features, count)).T
+        a, e = target.read("a", (count, place.in_features)), target.read("e", (count, 1))
+        b = target.read("b", (place.out_features, count))
+        lora_a = np.zeros((place.in_features, config.rank), a.dtype)
+        lora_e = np.zeros(config.rank, e.dtype)
+        lora_b = np.zeros((config.rank, place.out_features), b.dtype)
+        lora_a[:, used], lora_e[used], lora_b[used] = a.T, e[:, 0], b.T
         return AdapterValues(config, {"lora_a": lora_a, "lora_e": lora_e, "lora_b": lora_b})
 
     def for_model(self, places: list[Site]) -> AdaloraFormat:

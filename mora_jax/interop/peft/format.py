@@ -65,7 +65,7 @@ class Target:
     setting_path: str
 
     def read(self, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor in float32; an `InputError` where the file has another shape."""
+        """A tensor in float32, or float64 where the file is; an `InputError` where it has another shape."""
         name, window = self.names[kind], torch_window(self.place)
         if len(self.files.shapes[name]) == len(shape):
             return read_tensor(self.files, name, shape)
@@ -244,7 +244,7 @@ def _in_window(kind: str, tensor: np.ndarray, window: tuple[int, ...]) -> np.nda
 
 
 def read_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of the file in float32.
+    """A tensor of the file in float32, or float64 where the file is.
 
     Raises:
         InputError: it has another shape.
@@ -254,7 +254,7 @@ def read_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> np.nda
             f"{files.folder}: tensor {name} has shape {list(files.shapes[name])}, but the base layer and the "
             f"config imply {list(shape)}"
         )
-    return files.read(name).astype(np.float32)
+    return files.read_wide(name)
 
 
 def require(values: Mapping[str, Any], where: str, name: str, good: bool, wanted: str) -> None:

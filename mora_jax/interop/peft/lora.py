@@ -134,7 +134,7 @@ class LoraFormat(Format):
         else:
             arrays["lora_a"] = target.read("a", (config.rank, place.in_features)).T
             arrays["lora_b"] = target.read("b", (place.out_features, config.rank)).T
-            arrays["scaling"] = np.asarray(scaling_at(values, target.setting_path), np.float32)
+            arrays["scaling"] = np.asarray(scaling_at(values, target.setting_path))
         if "magnitude" in target.names:
             arrays["magnitude"] = target.read("magnitude", (place.out_features,))
         return AdapterValues(config, arrays)

@@ -63,7 +63,7 @@ class SharedBasesFormat(Format):
                     f"{files.folder}: tensor {names[name]} has shape {list(shape)}, but it must be at least "
                     f"{list(wanted)}, of rank {rank}"
                 )
-            arrays[name] = files.read(names[name]).astype(np.float32)
+            arrays[name] = files.read_wide(names[name])
         return arrays
 
 
@@ -81,7 +81,7 @@ def _pair(places: list[Site], names: tuple[str, str]) -> tuple[np.ndarray, np.nd
     pair = []
     for name in names:
         pieces = [_pieces(place, name) for place in places]
-        whole = np.zeros(np.max([piece.shape[1:] for piece in pieces], axis=0), np.float32)
+        whole = np.zeros(np.max([piece.shape[1:] for piece in pieces], axis=0), pieces[0].dtype)
         for piece in pieces:
             whole[tuple(map(slice, piece.shape[1:]))] = piece[0]
         for place, piece in zip(places, pieces, strict=True):

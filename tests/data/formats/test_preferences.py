@@ -122,8 +122,24 @@ def test_labels():
     assert list(rows[1].messages) == [user("Two plus two?"), assistant("Five.")] and rows[1].answer == 1
 
 
-def test_a_column_of_classes_is_no_label():
-    assert recognise({"prompt": "Two?", "completion": "Four.", "label": 3}).name == "prompt_completion"
+@pytest.mark.parametrize("true, false", [("True", "False"), ("true", "FALSE"), (" true ", "false")])
+def test_labels_of_a_table(tmp_path, true, false):
+    path = tmp_path / "kto.csv"
+    path.write_text(f"prompt,completion,label\nTwo plus two?,Four.,{true}\nTwo plus two?,Five.,{false}\n")
+    rows = load_rows(str(path))
+    assert rows.format == "labelled" and [row.side for row in rows] == [Side.DESIRED, Side.UNDESIRED]
+
+
+@pytest.mark.parametrize("ones", [(1, 0), (1.0, 0.0), ("1", "0")])
+def test_ones_and_zeros_are_labels_where_the_format_is_named(ones):
+    given = [{"prompt": "Two plus two?", "completion": "Four.", "label": label} for label in ones]
+    rows = load_rows(given, format="labelled")
+    assert [row.side for row in rows] == [Side.DESIRED, Side.UNDESIRED]
+
+
+@pytest.mark.parametrize("label", [0, 1, 3, "1"])
+def test_a_column_of_classes_is_no_label(label):
+    assert recognise({"prompt": "Two?", "completion": "Four.", "label": label}).name == "prompt_completion"
 
 
 GOOD = {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "Five."}
@@ -174,7 +190,7 @@ def test_what_is_no_pair(name):
     assert "row 2" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("label", [3, "yes", None, 1.0])
+@pytest.mark.parametrize("label", [3, "yes", None, 0.5, [True]])
 def test_what_is_no_label(label):
     good = {"prompt": "Hi", "completion": "Hello", "label": True}
     with pytest.raises(InputError, match=r"row 2: .*`label` is .*; expected true or false"):
