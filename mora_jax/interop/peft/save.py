@@ -159,9 +159,9 @@ def save_adapter(
         if linen_layers is not None:
             (folder / LINEN_NAME).write_text(json.dumps(linen_layers, indent=2) + "\n", encoding="utf-8")
         shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
-        tensors = _all_tensors(model, form, shared, is_fused)
-        trained = (value.dtype for place in adapted_sites(model) for value in place.adapter.params().values())
-        write_tensors(folder / f"{WEIGHTS}.safetensors", shapes, tensors, np.result_type(np.float32, *trained))
+        found = (value.dtype for place in adapted_sites(model) for value in place.adapter.params().values())
+        dtype = np.result_type(np.float32, *found)
+        write_tensors(folder / f"{WEIGHTS}.safetensors", shapes, _all_tensors(model, form, shared, is_fused), dtype)
         if _has_own_base(model):
             write_model(model, folder / BASE_FOLDER)
 
