@@ -150,13 +150,14 @@ def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
     down, q, k = map(shape_in_first_layer, (names.down, names.qkv[0], names.qkv[-1]))
     if len(names.qkv) == 1:  # one tensor for q, k and v is compared later, with all others
         q = k = None
+    first = config.by_layer[0]
     stated: list[tuple[str, int, int | None]] = [
         ("num_hidden_layers", config.num_layers, max(numbers) + 1 if numbers else None),
         ("vocab_size", config.vocab_size, table[0] if table else None),
         ("hidden_size", config.hidden_size, table[-1] if table else None),
         ("intermediate_size", config.intermediate_size, down[0 if names.turned else -1] if down else None),
-        ("num_attention_heads × head_dim", config.num_heads * config.head_dim, q[0] if q else None),
-        ("num_key_value_heads × head_dim", config.num_kv_heads * config.head_dim, k[0] if k else None),
+        ("num_attention_heads × head_dim", first.num_heads * first.head_dim, q[0] if q else None),
+        ("num_key_value_heads × head_dim", first.num_kv_heads * first.head_dim, k[0] if k else None),
     ]
     wrong = [f"{name} is {size}, the tensors have {found}" for name, size, found in stated if found not in (None, size)]
     if wrong:

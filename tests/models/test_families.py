@@ -322,7 +322,7 @@ def base_config(**fields) -> dict:
         ({"quantization_config": {"bits": 4}}, "the checkpoint is quantized"),
         (
             {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 3},
-            "sliding_attention but there is no sliding_window",
+            "sliding_attention but sliding_window is null or turned off",
         ),
         (
             {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]},
@@ -347,6 +347,20 @@ def base_config(**fields) -> dict:
         (
             {"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True},
             "scale_attn_by_inverse_layer_idx True is not supported",
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attn_logit_softcapping": 2.0},
+            "attn_logit_softcapping 2.0 is not supported; supported is null",
+        ),
+        (
+            {
+                "architectures": ["SmolLM3ForCausalLM"],
+                "model_type": "smollm3",
+                "sliding_window": 4,
+                "use_sliding_window": False,
+                "layer_types": ["sliding_attention"] * 3,
+            },
+            "sliding_attention but sliding_window is null or turned off",
         ),
         ({"architectures": ["GPT2LMHeadModel"]}, "n_embd is missing"),
         (

@@ -259,7 +259,7 @@ def layer_types(
 def windows_of(fields: Fields, types: list[str], window: int | None) -> tuple[int | None, ...]:
     """The window of each layer: `window` where it slides."""
     if window is None and "sliding_attention" in types:
-        raise InputError(f"{fields.where}: layer_types has sliding_attention but there is no sliding_window")
+        raise InputError(f"{fields.where}: layer_types has sliding_attention but sliding_window is null or turned off")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 

@@ -40,6 +40,7 @@ def read_gemma2(fields: Fields) -> DecoderConfig:
 
 def read_gemma3(fields: Fields) -> DecoderConfig:
     """Gemma 3: as Gemma 2 without caps, with norms on q and k, a window and other angles in five of six layers."""
+    fields.only("attn_logit_softcapping", None)  # transformers has the field and no use for it
     pattern = fields.integer("sliding_window_pattern", 6)
     types = layer_types(fields, sliding_but_every(pattern, fields.layers()))
     return _read_sliding(

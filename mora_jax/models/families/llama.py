@@ -65,8 +65,7 @@ def read_smollm3(fields: Fields) -> DecoderConfig:
     window = fields.window(None) if fields.flag("use_sliding_window", False) else None
     slides = [window is not None and not on for on in rotates[:layers]]
     types = layer_types(fields, ["sliding_attention" if on else "full_attention" for on in slides])
-    windows = (None,) * layers if window is None else windows_of(fields, types, window)
-    return read_decoder(fields, windows=windows, **rotating(fields, rotates[:layers]))
+    return read_decoder(fields, windows=windows_of(fields, types, window), **rotating(fields, rotates[:layers]))
 
 
 def rotating(fields: Fields, rotates: list[Any]) -> dict[str, Any]:
