@@ -431,7 +431,14 @@ class Net(nn.Module):
         return nn.Dense(3)(nn.LayerNorm()(x))
 
 
-@pytest.mark.parametrize("config", [LORA, mj.MoRAConfig(rank=2), mj.LoRAConfig(rank=2, use_dora=True)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LORA,
+        pytest.param(mj.MoRAConfig(rank=2), marks=pytest.mark.slow),
+        pytest.param(mj.LoRAConfig(rank=2, use_dora=True), marks=pytest.mark.slow),
+    ],
+)
 def test_linen_variables_and_folders_that_both_ways_read(config, tmp_path):
     x = draw(1, 2, 5, 8)
     variables = Net().init(jax.random.key(0), x)

@@ -89,7 +89,9 @@ def test_what_fails_in_a_thread_fails_where_it_is_needed():
         runner(state, {}, *batches(13))
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}, {"data": 2, "pmap": True}])
+@pytest.mark.parametrize(
+    "mesh", [{}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow), {"data": 2, "pmap": True}]
+)
 def test_a_run_with_buckets_ends_the_same(tmp_path, monkeypatch, mesh):
     rows = [{"instruction": f"Say {i}", "output": "so " * (1 + 20 * i)} for i in range(12)]
     data = tmp_path / "rows.json"
