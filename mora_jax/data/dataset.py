@@ -153,7 +153,7 @@ class EncodedDataset(Sequence[Example]):
         if counts.get("skipped"):
             # Of the whole store, also where only a part of its rows is chosen: a bad row belongs to no part.
             outcomes.dropped["bad_row"] = counts["skipped"]
-        found: list[np.ndarray] = []
+        tables: list[np.ndarray] = []
         counted: list[dict[str, Any]] = []
         first = 0
         for flat in self.store.flat():
@@ -163,10 +163,10 @@ class EncodedDataset(Sequence[Example]):
                 weights = flat_weights(flat, self.loss)
                 needed = weights if not flat.side.any() else answer_weights(flat)
                 examples = find_examples(flat, needed, here, self.max_length, self.truncation, outcomes)
-                found.append(examples + np.array([first, 0, 0, 0]))
+                tables.append(examples + np.array([first, 0, 0, 0]))
                 counted.append(count(flat, weights, here, special))
             first += len(flat)
-        table = np.concatenate(found) if found else np.zeros((0, 4), np.int64)
+        table = np.concatenate(tables) if tables else np.zeros((0, 4), np.int64)
         self._rows, self._cuts = table[:, 0], table[:, 1:].astype(np.int32)
         self.lengths = self._cuts[:, 0] + self._cuts[:, 2] - self._cuts[:, 1]
         known: dict[str, Any] = {

@@ -117,8 +117,7 @@ def cut(segments: np.ndarray, weights: np.ndarray, limit: int, policy: str) -> l
       Those examples that have a trained token other than their first, which nothing predicts.
     """
     if len(segments) <= limit:
-        whole = Cut(0, 0, len(segments))
-        return [whole] if weights[1:].any() else []
+        return [Cut(0, 0, len(segments))] if weights[1:].any() else []
     if not weights[1:].any():
         return []
     return [part for part in TRUNCATIONS[policy](segments, weights, limit) if part.take(weights)[1:].any()]
@@ -201,22 +200,22 @@ def find_examples(
     trained = flat.per_row(weights > 0)
     answers = flat.per_row(response_tokens(flat.segments))
     usable = (flat.weight > 0) & (trained > 0)
-    whole = chosen & usable & (lengths <= max_length)
+    uncut = chosen & usable & (lengths <= max_length)
     first = np.flatnonzero(flat.side == Side.CHOSEN)
-    for marks in (usable, whole):  # both halves of a pair, or neither
+    for marks in (usable, uncut):  # both halves of a pair, or neither
         marks[first] = marks[first + 1] = marks[first] & marks[first + 1]
 
     def part(row: int) -> slice:
         return slice(*flat.offsets[row : row + 2].tolist())
 
-    for row in first[whole[first] & (lengths[first] == lengths[first + 1])].tolist():
+    for row in first[uncut[first] & (lengths[first] == lengths[first + 1])].tolist():
         if np.array_equal(flat.input_ids[part(row)], flat.input_ids[part(row + 1)]):
-            whole[row] = whole[row + 1] = False
-    examples = [(row, 0, 0, int(lengths[row])) for row in np.flatnonzero(whole).tolist()]
-    outcomes.tokens += int(lengths[whole].sum())
-    outcomes.trained_tokens += int(trained[whole].sum())
+            uncut[row] = uncut[row + 1] = False
+    examples = [(row, 0, 0, int(lengths[row])) for row in np.flatnonzero(uncut).tolist()]
+    outcomes.tokens += int(lengths[uncut].sum())
+    outcomes.trained_tokens += int(trained[uncut].sum())
     outcomes.trained_before += int(trained[chosen & usable].sum())
-    for row in np.flatnonzero(chosen & ~whole & (flat.side != Side.REJECTED)).tolist():
+    for row in np.flatnonzero(chosen & ~uncut & (flat.side != Side.REJECTED)).tolist():
         paired = flat.side[row] == Side.CHOSEN
         parts = [part(one) for one in range(row, row + 1 + paired)]
         if not usable[row]:

@@ -106,15 +106,15 @@ class LossWeights:
     @property
     def words(self) -> str:
         """The loss mode, with those of its settings that count and are not the defaults."""
-        words, mode = self.mode, MODES[self.mode]
+        text, mode = self.mode, MODES[self.mode]
         if mode.uses_prompt_weight:
-            words += f", prompt_weight {self.prompt_weight:g}"
+            text += f", prompt_weight {self.prompt_weight:g}"
         if mode.roles and self.roles != ("assistant",):
-            words += f", roles {' and '.join(self.roles)}"
+            text += f", roles {' and '.join(self.roles)}"
         for name in ("end_of_turn", "headers"):
             if (value := getattr(self, name)) is not None:
-                words += f", {name} {value}"
-        return words
+                text += f", {name} {value}"
+        return text
 
     def __str__(self) -> str:
         mode = MODES[self.mode]
@@ -169,16 +169,16 @@ def segment_weights(
     mode, table = MODES[loss.mode], loss.table
     segments = segments.astype(np.intp)
     weights = np.array([table[segment] for segment in Segment], np.float32)[segments]
-    words = _IS_SAID[segments]
+    is_said = _IS_SAID[segments]
     explicit = ~np.isnan(said)
     if explicit.any():
-        weights = np.where(words & explicit[turns], said[turns], weights)
+        weights = np.where(is_said & explicit[turns], said[turns], weights)
     ends = loss.end_of_turn or ("turn" if mode.roles else None)
     if not (mode.last or ends or loss.headers):
         return weights
     # What a turn counts: the most that any of its words, or its end, counts.
     value = np.zeros(len(said), np.float32)
-    np.maximum.at(value, turns[words], weights[words])
+    np.maximum.at(value, turns[is_said], weights[is_said])
     value[-1] = 0.0
     last = np.full(int(rows.max(initial=0)) + 1, -1)
     np.maximum.at(last, rows[value > 0], np.flatnonzero(value))
@@ -233,8 +233,8 @@ def _example(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.
 
 def _share(weights: np.ndarray, segments: np.ndarray, row: float) -> tuple[np.ndarray, float]:
     """The share of responses in the row's tokens of responses and instructions, the first token left out."""
-    answers, words = response_tokens(segments[1:]).sum(), _IS_WORDS[segments[1:].astype(np.intp)].sum()
-    return _token(weights, segments, row * float(answers / words) if words else 0.0)
+    answers, tokens = response_tokens(segments[1:]).sum(), _IS_WORDS[segments[1:].astype(np.intp)].sum()
+    return _token(weights, segments, row * float(answers / tokens) if tokens else 0.0)
 
 
 def _counted(count: Callable[[np.ndarray, np.ndarray], Any]) -> Normalizer:

@@ -118,40 +118,40 @@ def no_format(row: dict[str, Any], formats: Iterable[tuple[str, frozenset[str]]]
 
 def _nearest(row: dict[str, Any], needs: dict[str, frozenset[str]]) -> tuple[str, dict[str, str]] | None:
     """A format, and which columns should be mapped to its keys."""
-    own = {key.strip().lower(): key for key in row}
+    columns = {key.strip().lower(): key for key in row}
     for key, value in row.items():
         if (keys := _chat_keys(key, value)) is not None:
             return "messages", {"messages": key} | keys
-    asked, answered = _first(own, _ASKED), _first(own, _ANSWERED)
+    asked, answered = _first(columns, _ASKED), _first(columns, _ANSWERED)
     best, score = None, 0.0
     # The first of those that are equally near: the most used ones come first.
     for name in sorted(needs, key=lambda name: _USED.index(name) if name in _USED else len(_USED)):
-        places = {ours: theirs for ours in sorted(needs[name]) if (theirs := _alike(own, ours)) is not None}
+        places = {ours: theirs for ours in sorted(needs[name]) if (theirs := _alike(columns, ours)) is not None}
         value = len(places) / len(needs[name]) + 0.01 * len(places)
         if value > score:
-            columns = {ours: theirs for ours, theirs in places.items() if ours != theirs}
+            mapping = {ours: theirs for ours, theirs in places.items() if ours != theirs}
             # Columns beside them that are called as ours but for case.
-            columns |= {ours: theirs for ours, theirs in own.items() if ours in COLUMNS and ours != theirs}
-            passage = _first(own, _PASSAGES)
-            if passage and name in _WITH_PASSAGE and "context" not in own and passage not in places.values():
-                columns["context"] = passage
-            best, score = (name, columns), value
+            mapping |= {ours: theirs for ours, theirs in columns.items() if ours in COLUMNS and ours != theirs}
+            passage = _first(columns, _PASSAGES)
+            if passage and name in _WITH_PASSAGE and "context" not in columns and passage not in places.values():
+                mapping["context"] = passage
+            best, score = (name, mapping), value
     if score < 1.0 and asked and answered and asked != answered:
         pair = {"prompt": asked, "completion": answered}
         return "prompt_completion", {ours: theirs for ours, theirs in pair.items() if ours != theirs}
-    if best is None and (plain := _first(own, _PLAIN)):
+    if best is None and (plain := _first(columns, _PLAIN)):
         return "text", {"text": plain}
     return best
 
 
-def _first(own: dict[str, str], names: Sequence[str]) -> str | None:
-    return next((own[name] for name in names if name in own), None)
+def _first(keys: dict[str, str], names: Sequence[str]) -> str | None:
+    return next((keys[name] for name in names if name in keys), None)
 
 
-def _alike(own: dict[str, str], ours: str) -> str | None:
+def _alike(columns: dict[str, str], ours: str) -> str | None:
     """The column that is called so but for case and a slip."""
-    close = [ours] if ours in own else difflib.get_close_matches(ours, own, n=1, cutoff=0.8)
-    return own[close[0]] if close else None
+    close = [ours] if ours in columns else difflib.get_close_matches(ours, columns, n=1, cutoff=0.8)
+    return columns[close[0]] if close else None
 
 
 def _chat_keys(key: str, value: Any) -> dict[str, str] | None:
@@ -165,6 +165,6 @@ def _chat_keys(key: str, value: Any) -> dict[str, str] | None:
         return None
     if any({role, text} <= first.keys() for role, text in _TURNS):
         return {}
-    own = {key.lower(): key for key in first}
-    speaker, words = _first(own, _SPEAKERS), _first(own, _WORDS)
-    return {"role": speaker, "content": words} if speaker and words else None
+    keys = {key.lower(): key for key in first}
+    speaker, content = _first(keys, _SPEAKERS), _first(keys, _WORDS)
+    return {"role": speaker, "content": content} if speaker and content else None

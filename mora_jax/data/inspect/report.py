@@ -225,7 +225,7 @@ class Report(RowOutcomes):
             ("special", self.special_rows, "rows whose own words hold a special token"),
             ("fallback", self.fell_back, "rows rendered by the fallback template"),
         ]
-        lines += [(name, f"{n} {words}") for name, n, words in odd if n]
+        lines += [(name, f"{n} {meaning}") for name, n, meaning in odd if n]
         lines += [("bad row", reason) for reason in self.reasons]
         return lines + [("note", note) for note in self.notes]
 
@@ -235,8 +235,8 @@ class Report(RowOutcomes):
         kinds = [
             (side.name.lower(), self.answer_tokens[self.sides == side]) for side in Side if side and side in self.sides
         ]
-        words = [f"{len(tokens):,} {name} of {np.median(tokens):,.0f} tokens" for name, tokens in kinds]
-        return f"{' and '.join(words)} in the median answer" if words else None
+        counts = [f"{len(tokens):,} {name} of {np.median(tokens):,.0f} tokens" for name, tokens in kinds]
+        return f"{' and '.join(counts)} in the median answer" if counts else None
 
     @property
     def ratio_words(self) -> str:

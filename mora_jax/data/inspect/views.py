@@ -260,7 +260,7 @@ def facts(report: Report, loss: str, recognised: bool) -> list[tuple[str, str]]:
         *(("bad row", reason) for reason in report.reasons),
         *(("note", note) for note in report.notes),
     ]
-    return [(name, visible(words)) for name, words in rows]
+    return [(name, visible(text)) for name, text in rows]
 
 
 def outcomes(report: Report) -> list[tuple[str, str, str]]:
@@ -277,8 +277,8 @@ def outcomes(report: Report) -> list[tuple[str, str, str]]:
         ("a token joins the answer to what is around it", report.seam_rows),
         ("own words hold a special token", report.special_rows),
     ]
-    rows += [(f"  {words}", n) for words, n in odd if n]
-    return [(words, f"{n:,}", f"{n / report.rows:.1%}" if report.rows else "") for words, n in rows]
+    rows += [(f"  {outcome}", n) for outcome, n in odd if n]
+    return [(outcome, f"{n:,}", f"{n / report.rows:.1%}" if report.rows else "") for outcome, n in rows]
 
 
 def segments(report: Report) -> list[dict[str, Any]]:
@@ -338,8 +338,8 @@ def report_view(dataset: EncodedDataset, tokenizer: Any, console: Console, *, re
     head = Table.grid(padding=(0, 2))
     head.add_column(style="bold", justify="right")
     head.add_column(overflow="fold")
-    for name, words in facts(report, dataset.loss.words, recognised):
-        head.add_row(name, Text(words))
+    for name, text in facts(report, dataset.loss.words, recognised):
+        head.add_row(name, Text(text))
     return Group(head, *itertools.chain(*((Text(f"\n{title}", style="bold"), *part) for title, part in parts.items())))
 
 

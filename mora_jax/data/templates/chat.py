@@ -376,7 +376,7 @@ class ChatTemplate:
             " leaves the reasoning of earlier answers out: only the last is trained on it": frame.cuts_thoughts,
             " renders a turn in another way when more turns follow": frame.rewrites,
         }
-        return [f"the chat template{words}" for words, holds in does.items() if holds]
+        return [f"the chat template{note}" for note, holds in does.items() if holds]
 
 
 def _contents(messages: Sequence[Message]) -> Iterator[Content]:

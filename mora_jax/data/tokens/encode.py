@@ -99,7 +99,7 @@ class RowEncoder:
                     raise or_skip(error) from None
                 errors.append(error)
         before = _rendered(self.renderer)
-        kept: list[tuple[Tokens, str]] = []
+        tokens: list[tuple[Tokens, str]] = []
         results = tokenize_rows(rows, self.renderer)
         refused = {origin for origin, result in zip(origins, results, strict=True) if isinstance(result, InputError)}
         for row, origin, result in zip(rows, origins, results, strict=True):
@@ -108,13 +108,13 @@ class RowEncoder:
                     raise or_skip(result)
                 errors.append(result)
             elif not (result.side and origin in refused):  # an answer whose other half is refused compares with nothing
-                kept.append((result, row.source))
+                tokens.append((result, row.source))
         reasons = [str(error) for error in errors[:REASONS]]
         counts = _rendered(self.renderer) - before
         counts["skipped"] = len(errors)
         for row in rows:
             counts.update(oddities(row))
-        return Encoded(make_batch(kept), reasons, +counts)
+        return Encoded(make_batch(tokens), reasons, +counts)
 
 
 def _rendered(renderer: Renderer) -> Counter[str]:
@@ -297,4 +297,4 @@ def oddities(row: Row) -> Iterator[str]:
 
 def notes(counts: dict[str, int]) -> list[str]:
     """One line for each kind of row that was counted."""
-    return [f"{counts[name]} {words}" for name, words in ODDITIES.items() if counts.get(name)]
+    return [f"{counts[name]} {oddity}" for name, oddity in ODDITIES.items() if counts.get(name)]
