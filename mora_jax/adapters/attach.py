@@ -73,10 +73,10 @@ def attach(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.Array) 
         ────────────────────────────────────
         lora: 148 of 504 parameters are trained (29.4 %)
     """
-    found = add_adapters(model, config, rngs=rngs)
+    all_sites = add_adapters(model, config, rngs=rngs)
     if isinstance(config, FullConfig):
         return report_of_trained(model)
-    report = report_of(model, config, found)
+    report = report_of(model, config, all_sites)
     report.warn(stacklevel=3)
     return report
 
@@ -98,8 +98,8 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
         return []
     method = adapter_class(config)
     name_experts(model, config)
-    found = list(sites(model))
-    selected = select(model, config, found)
+    all_sites = list(sites(model))
+    selected = select(model, config, all_sites)
     for site, mask in selected:
         check_site(site, by_layer(config, site.paths, mask), method)
     config = method.configure_for_shapes(config, [(site.in_features, site.out_features) for site, _ in selected])
@@ -111,10 +111,10 @@ def add_adapters(model: nnx.Module, config: Any, *, rngs: nnx.Rngs | int | jax.A
             if config.bias != "none" and site.has_bias:
                 adapter.train_bias()
         if config.bias == "all":
-            _train_other_biases(model, config, rngs, found)
+            _train_other_biases(model, config, rngs, all_sites)
         if config.trainable_tokens:
-            train_tokens(found, config.trainable_tokens, rngs)
-    return found
+            train_tokens(all_sites, config.trainable_tokens, rngs)
+    return all_sites
 
 
 def name_experts(model: nnx.Module, config: Any) -> None:
@@ -125,7 +125,7 @@ def name_experts(model: nnx.Module, config: Any) -> None:
             node.see(whole=node.named_by(picks.names_in_any_layer))
 
 
-def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site, tuple[bool, ...]]]:
+def select(model: nnx.Module, config: Any, all_sites: list[Site]) -> list[tuple[Site, tuple[bool, ...]]]:
     """The sites that a configuration picks, each with one truth value a path.
 
     Raises:
@@ -133,7 +133,7 @@ def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site
     """
     picks = Picker(config)
     selected = []
-    for site in found:
+    for site in all_sites:
         if site.stack:
             names = site.names_in(config.targets)
             mask = tuple(picks(path, names, is_linear=site.is_linear) for path in site.paths)
@@ -141,19 +141,19 @@ def select(model: nnx.Module, config: Any, found: list[Site]) -> list[tuple[Site
             mask = (any(picks(path, is_linear=site.is_linear) for path in (*site.paths, *site.aliases)),)
         if any(mask):
             selected.append((site, mask))
-    by_path(found)
-    paths = [path for site in found for path in (*site.paths, *site.aliases)]
+    by_path(all_sites)
+    paths = [path for site in all_sites for path in (*site.paths, *site.aliases)]
     try:
-        picks.check(paths, [site.title for site in found], found=bool(selected))
+        picks.check(paths, [site.title for site in all_sites], any_picked=bool(selected))
     except ValueError:
-        for path, module, _ in unknown_matrices(model, {id(site.layer) for site in found}):
+        for path, module, _ in unknown_matrices(model, {id(site.layer) for site in all_sites}):
             if picks(path) and config.targets != "all-linear":
                 kind = type(module).__name__
                 raise ValueError(
                     f"targets name {path} ({kind}), which can't be adapted: {why_unknown(module)}"
                 ) from None
         linen = [path for path, node in nnx.iter_graph(model) if isinstance(node, nnx.bridge.ToNNX)]
-        if linen and not found:
+        if linen and not all_sites:
             name = ".".join(map(str, linen[0])) or "the model"
             raise ValueError(f"the model has no linear layer of Flax NNX, and {name} is {LINEN}") from None
         raise
@@ -266,13 +266,13 @@ def put_adapter(site: Site, configs: Sequence[Any | None], method: Any, rngs: nn
     return adapter
 
 
-def train_tokens(found: list[Site], tokens: tuple[int, ...], rngs: nnx.Rngs) -> TokenRows:
+def train_tokens(all_sites: list[Site], tokens: tuple[int, ...], rngs: nnx.Rngs) -> TokenRows:
     """Trains rows of the one embedding table among the sites of a model.
 
     Raises:
         ValueError: as `table_for_tokens`.
     """
-    site = table_for_tokens(found, tokens)
+    site = table_for_tokens(all_sites, tokens)
     config = TokenRowsConfig(tokens=tokens, targets=site.title or "embedding")
     return put_adapter(site, (config,), TokenRows, rngs)  # type: ignore[return-value]
 
@@ -293,11 +293,11 @@ def _start_abstract(adapter: Adapter, kernel: jax.ShapeDtypeStruct) -> None:
         setattr(adapter, name, getattr(started, name))
 
 
-def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs, found: list[Site]) -> None:
+def _train_other_biases(model: nnx.Module, config: Any, rngs: nnx.Rngs, all_sites: list[Site]) -> None:
     """`bias="all"`: those of layers without an adapter, too."""
-    for site in found:
-        whole = hasattr(site.layer, KEPT)
-        if site.adapter is None and not whole and site.has_bias and not site.is_embedding:
+    for site in all_sites:
+        trained_whole = hasattr(site.layer, KEPT)
+        if site.adapter is None and not trained_whole and site.has_bias and not site.is_embedding:
             put_adapter(site, (BitFit.only(config),) * len(site.paths), BitFit, rngs)
     train_biases(model)
 
@@ -341,10 +341,10 @@ def detach(model: nnx.Module) -> None:
         >>> type(model.layers[0]).__name__
         'Linear'
     """
-    found = adapted_sites(model)
-    if not found and not list(kept(model)):
+    adapted = adapted_sites(model)
+    if not adapted and not list(kept(model)):
         raise ValueError("the model has no adapter to remove")
-    for site in found:
+    for site in adapted:
         site.take_adapter()
     restore(model, trained=False)
 

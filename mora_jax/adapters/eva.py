@@ -76,12 +76,12 @@ def input_grams(model: nnx.Module, run: Callable[[Any], Array]) -> dict[str, np.
         return jnp.sum(run(nnx.merge(graphdef, arrays, rest)).astype(jnp.float32))
 
     nnx.update(probed, jax.grad(total)(arrays, rest))
-    found: dict[str, np.ndarray] = {}
+    grams: dict[str, np.ndarray] = {}
     for place in sites(probed):
         if isinstance(place.adapter, Probe):
             gram = np.asarray(place.adapter.gram[...])
-            found |= {path: gram[place.index(i)] for i, path in enumerate(place.paths)}
-    return found
+            grams |= {path: gram[place.index(i)] for i, path in enumerate(place.paths)}
+    return grams
 
 
 def _has_lora(place: Site) -> bool:

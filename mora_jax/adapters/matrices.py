@@ -182,8 +182,8 @@ class Product:
     def of_axes(cls, matrix: Matrix, inputs: Any, axes: Sequence[int], features: Sequence[int]) -> Product:
         """That of a layer which contracts some axes of its input and puts its `features` behind the others."""
         contracted = [axis % inputs.ndim for axis in axes]
-        kept = [axis for axis in range(inputs.ndim) if axis not in contracted]
-        return cls._of(matrix, inputs.shape, kept, contracted, lambda y: y.reshape(*y.shape[:-1], *features))
+        uncontracted = [axis for axis in range(inputs.ndim) if axis not in contracted]
+        return cls._of(matrix, inputs.shape, uncontracted, contracted, lambda y: y.reshape(*y.shape[:-1], *features))
 
     @classmethod
     def of_einsum(cls, matrix: Matrix | None, spec: str, inputs: Any) -> Product | None:
@@ -197,25 +197,25 @@ class Product:
         if matrix is None or len(left) != inputs.ndim or len(set(left)) != len(left):
             return None
         contracted, free = ([right[axis] for axis in axes] for axes in (matrix.contracted, matrix.free))
-        kept = [label for label in left if label not in contracted]
-        if any(label not in output for label in kept):
+        uncontracted = [label for label in left if label not in contracted]
+        if any(label not in output for label in uncontracted):
             return None
         sizes = [matrix.shape[axis] for axis in matrix.free]
-        permutation = [(kept + free).index(label) for label in output]
+        permutation = [(uncontracted + free).index(label) for label in output]
 
         def shaped(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], *sizes).transpose(*permutation)
 
-        return cls._of(matrix, inputs.shape, [*map(left.index, kept)], [*map(left.index, contracted)], shaped)
+        return cls._of(matrix, inputs.shape, [*map(left.index, uncontracted)], [*map(left.index, contracted)], shaped)
 
     @classmethod
-    def _of(cls, matrix: Matrix, shape: Any, kept: list[int], contracted: list[int], shaped: Any) -> Product:
+    def _of(cls, matrix: Matrix, shape: Any, uncontracted: list[int], contracted: list[int], shaped: Any) -> Product:
         """That of an input of a shape, by the axes that stay and those that are contracted."""
-        order, inputs = [*kept, *contracted], math.prod(shape[axis] for axis in contracted)
+        order, inputs = [*uncontracted, *contracted], math.prod(shape[axis] for axis in contracted)
         moved = [shape[axis] for axis in order]
 
         def flat(x: Array) -> Array:
-            return x.transpose(*order).reshape(*moved[: len(kept)], inputs)
+            return x.transpose(*order).reshape(*moved[: len(uncontracted)], inputs)
 
         return cls(matrix, flat, lambda x: x.reshape(moved).transpose(*np.argsort(order)), shaped)
 

@@ -82,16 +82,16 @@ def merge(model: nnx.Module) -> tuple[Merged, ...]:
             f"the model's kernels are quantised (quantize={held}), which a merged weight wouldn't fit: save the "
             "adapter, and merge it into the model loaded without quantize, as mora-jax merge does"
         )
-    found = adapted_sites(model)
-    if not found and not list(kept(model)):
+    adapted = adapted_sites(model)
+    if not adapted and not list(kept(model)):
         raise ValueError("the model has no adapter to merge")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):
         raise ValueError("the model has shapes without values, so nothing can be merged: load its weights first")
-    for site in found:
+    for site in adapted:
         _check_whole(site)
-    biased = {id(site.layer): site.has_bias for site in found}  # before the first part of a layer gives it one
+    biased = {id(site.layer): site.has_bias for site in adapted}  # before the first part of a layer gives it one
     holders = holders_of(model)
-    merged = tuple(_merge(site, biased[id(site.layer)], holders) for site in found)
+    merged = tuple(_merge(site, biased[id(site.layer)], holders) for site in adapted)
     restore(model, trained=True)
     return merged
 
@@ -144,12 +144,12 @@ def _own_params(site: Site, holders: Holders, *, kernel: bool, bias: bool) -> di
     """Gives a layer copies of those parameters that a merge writes to and that others hold; returns what it had."""
     if isinstance(site.layer, Projection | OutputHead):
         return {}
-    found: dict[str, nnx.Variable] = {}
+    originals: dict[str, nnx.Variable] = {}
     for name, value in list(vars(site.layer).items()):
         others = holders.get(id(value), {})
         if not isinstance(value, nnx.Param) or len(others) < 2 or not (bias if name == "bias" else kernel):
             continue
-        found[name] = value
+        originals[name] = value
         setattr(site.layer, name, value.copy())
         del others[id(site.layer)]
         paths = ", ".join(others.values())
@@ -158,7 +158,7 @@ def _own_params(site: Site, holders: Holders, *, kernel: bool, bias: bool) -> di
             "its own",
             stacklevel=5,
         )
-    return found
+    return originals
 
 
 def _write(site: Site, weight: Any, change: Any) -> None:

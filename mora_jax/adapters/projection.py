@@ -146,10 +146,10 @@ class _Matrices(NamedTuple):
 
     def _transformed_kernel(self) -> Array:
         """The kernel, its parts transformed whose adapters do that: float32 `[in, features]`."""
-        found = self._each(
+        transformed = self._each(
             lambda i, a, p: a.transform_kernel(a.config, p, self._dense(i)) if a.transforms_kernel else None
         )
-        parts = [widened(self._dense(i)) if part is None else part for i, part in enumerate(found)]
+        parts = [widened(self._dense(i)) if part is None else part for i, part in enumerate(transformed)]
         return self.layout.join(parts)
 
     def _gain(self) -> Array | None:
@@ -169,13 +169,13 @@ class _Matrices(NamedTuple):
 
         def one(i: int, adapter: Adapter, params: Params) -> Array | None:
             features, config = self.layout.part_features(i), adapter.config
-            own = x if dropout is None or not config.dropout else dropout(i, x)
+            inputs = x if dropout is None or not config.dropout else dropout(i, x)
             single = self.layout.single(i)
             if adapter.additive and (delta := adapter.fuse(single, (config,))) is not None:
-                return fused_update(delta, own, (params,))
+                return fused_update(delta, inputs, (params,))
             if dropout is None and not adapter.additive:
                 return None  # a transformed kernel is in the product
-            return update_of(type(adapter), config, params, own, features, partial(self._dense, i), decoder_dot)
+            return update_of(type(adapter), config, params, inputs, features, partial(self._dense, i), decoder_dot)
 
         return self._joined(self._each(one), len(x))
 
@@ -332,14 +332,14 @@ class Projection(nnx.Module):
         if lead:
             layout = _led_by(layout, lead)
             bias = None if bias is None else jnp.moveaxis(bias, lead, 0)
-        found = tuple(self.adapters.get(part.name) for part in self.parts)
+        adapters = tuple(self.adapters.get(part.name) for part in self.parts)
         dropout = None
-        if token_dropout is not None and any(a is not None and a.config.dropout > 0 for a in found):
+        if token_dropout is not None and any(a is not None and a.config.dropout > 0 for a in adapters):
 
             def dropout(i: int, x: Array) -> Array:
-                return token_dropout.fold(i).drop(x, found[i].config.dropout)
+                return token_dropout.fold(i).drop(x, adapters[i].config.dropout)
 
-        y = adapted_product(layout, found, rows, kernel, bias, dropout)
+        y = adapted_product(layout, adapters, rows, kernel, bias, dropout)
         if flat:
             return y.reshape(*x.shape[:-1], layout.features)
         y = y.reshape(*x.shape[:-1], *layout.out_shape)

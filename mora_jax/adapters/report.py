@@ -143,35 +143,35 @@ class AttachReport:
         return "\n".join(lines)
 
 
-def report_of(model: nnx.Module, config: Any = None, found: Sequence[Site] | None = None) -> AttachReport:
+def report_of(model: nnx.Module, config: Any = None, places: Sequence[Site] | None = None) -> AttachReport:
     """The report on the adapters that `model` carries, wherever they came from.
 
     Args:
         model: with adapters.
         config: what they were attached with; with it the report says what was passed over.
-        found: its sites, where they are known already.
+        places: its sites, where they are known already.
 
     Raises:
         ValueError: it carries none.
     """
-    found = list(sites(model)) if found is None else found
-    carriers = [place for place in found if place.adapter is not None]
+    places = list(sites(model)) if places is None else places
+    carriers = [place for place in places if place.adapter is not None]
     if not carriers:
         raise ValueError("the model carries no adapter")
     adapted = [(_line_of(place), place.adapter.config) for place in carriers]
     seen: set[int] = set()
-    whole = []
+    trained_whole = []
     for paths, module, values in kept(model):
         masters = [getattr(module, name) for name in values]
         size = sum(master.get_value().size for master in masters if id(master) not in seen)
         seen.update(id(master) for master in masters)
-        whole.append(Match(", ".join(paths) or "(the model itself)", 0, 0, 0, size))
-    passed_over = () if config is None else grouped(_matrices(model, config, found), Picker(config))
-    held = sum(math.prod((*place.stack, place.in_features, place.out_features)) for place in found if place.of_experts)
+        trained_whole.append(Match(", ".join(paths) or "(the model itself)", 0, 0, 0, size))
+    passed_over = () if config is None else grouped(_matrices(model, config, places), Picker(config))
+    held = sum(math.prod((*place.stack, place.in_features, place.out_features)) for place in places if place.of_experts)
     lines = [line for (line, _), place in zip(adapted, carriers, strict=True) if place.of_experts]
     experts = (sum(line.layers * line.in_features * line.out_features for line in lines), held) if held else None
     method = "+".join(dict.fromkeys(place.adapter.method for place in carriers))
-    return report_on(method, adapted, passed_over, count(model, nnx.Not(AdapterParam)), whole, experts)
+    return report_on(method, adapted, passed_over, count(model, nnx.Not(AdapterParam)), trained_whole, experts)
 
 
 def _line_of(place: Site) -> Match:
@@ -187,7 +187,7 @@ def report_on(
     adapted: Sequence[tuple[Match, Any]],
     skipped: tuple[Skipped, ...],
     base: int,
-    whole: Sequence[Match] = (),
+    trained_whole: Sequence[Match] = (),
     experts: tuple[int, int] | None = None,
 ) -> AttachReport:
     """A report from its lines.
@@ -197,12 +197,12 @@ def report_on(
         adapted: the line of each matrix, or stack of them, with its own configuration.
         skipped, experts: as in the report.
         base: how many numbers there are beside the trained ones.
-        whole: the lines of modules that are trained whole.
+        trained_whole: the lines of modules that are trained whole.
     """
     about = [(config, (line.path, line.in_features, line.out_features)) for line, config in adapted]
     notes = dict.fromkeys(note for config, layer in about for note in config.warnings(*layer))
     beyond = dict.fromkeys(config.beyond(*layer) for config, layer in about)
-    matches = _by_path([*(line for line, _ in adapted), *whole])
+    matches = _by_path([*(line for line, _ in adapted), *trained_whole])
     trained = sum(match.trainable for match in matches)
     sentences = tuple(notes), skipped, tuple(filter(None, beyond))
     return AttachReport(method, matches, trained, base + trained, *sentences, experts)
@@ -312,23 +312,23 @@ def grouped(matrices: Iterable[tuple[str, str, int, str]], picks: Picker) -> tup
 
     The class is empty for a layer that could be adapted.
     """
-    found: dict[tuple[str, str, bool], tuple[list[str], int]] = {}
+    groups: dict[tuple[str, str, bool], tuple[list[str], int]] = {}
     for path, kind, size, reason in matrices:
         key = kind, reason, bool(kind) and picks.names(path)
-        paths, total = found.get(key, ([], 0))
-        found[key] = [*paths, path], total + size
+        paths, total = groups.get(key, ([], 0))
+        groups[key] = [*paths, path], total + size
     return tuple(
         Skipped(tuple(dict.fromkeys(map(star, paths))), kind, size, reason, asked)
-        for (kind, reason, asked), (paths, size) in found.items()
+        for (kind, reason, asked), (paths, size) in groups.items()
     )
 
 
-def _matrices(model: nnx.Module, config: Any, found: Sequence[Site]) -> Iterator[tuple[str, str, int, str]]:
+def _matrices(model: nnx.Module, config: Any, places: Sequence[Site]) -> Iterator[tuple[str, str, int, str]]:
     """Path, class, size and reason of every matrix that is frozen and has no adapter; the model may be abstract."""
     picks = Picker(config)
-    adapted = {key: place.title for place in found if place.adapter is not None for key in _params(place.layer)}
+    adapted = {key: place.title for place in places if place.adapter is not None for key in _params(place.layer)}
     seen: set[int] = set()
-    for place in found:
+    for place in places:
         keys, left = _params(place.layer), _left_out(place, picks)
         if left and place.adapter is None and not place.part and keys & adapted.keys():
             title = adapted[next(iter(keys & adapted.keys()))]
@@ -336,11 +336,11 @@ def _matrices(model: nnx.Module, config: Any, found: Sequence[Site]) -> Iterator
         elif left and not _trained_whole(place.layer) and (place.part or not keys & seen):
             head = place.is_head
             names, linear = (left[0], *place.names_in(config.targets)), place.is_linear
-            named = [name for name in names if picks.in_any_layer(name, is_linear=linear)]
-            why = why_left(picks, (named or names)[0], kind="the output head" if head else place.kind)
+            targeted = [name for name in names if picks.in_any_layer(name, is_linear=linear)]
+            why = why_left(picks, (targeted or names)[0], kind="the output head" if head else place.kind)
             yield place.title, "", len(left) * place.in_features * place.out_features, why
         seen |= keys
-    for path, module, size in unknown_matrices(model, {id(place.layer) for place in found}, seen):
+    for path, module, size in unknown_matrices(model, {id(place.layer) for place in places}, seen):
         yield path, type(module).__name__, size, why_unknown(module)
 
 
@@ -390,12 +390,12 @@ def unknown_matrices(
         seen: those of parameters that are counted elsewhere; others are added.
     """
     seen = set() if seen is None else seen
-    for named, module in named_modules(model):
+    for paths, module in named_modules(model):
         if id(module) in known or isinstance(module, Adapter | Adapted):
             continue
         size = sum(math.prod(shape) for shape in _shapes(module, seen))
         if size:
-            yield named[0] or "(the model itself)", module, size
+            yield paths[0] or "(the model itself)", module, size
 
 
 def _shapes(module: nnx.Module, seen: set[int]) -> Iterator[tuple[int, ...]]:

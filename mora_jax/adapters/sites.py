@@ -133,8 +133,8 @@ class PartSite(_Place):
         """For the class of an adapter, beside the sizes: the stack, and the names of sharded axes."""
         projection, alone = self.layer, len(self.layer.parts) == 1
         # Outputs go by their major axis that parts don't share.
-        own = [name for i, name in enumerate(projection.axes[1:]) if i != projection.layout.part_axis or alone]
-        layout = {"stack": self.stack, "axes": (projection.axes[0], (own or projection.axes[1:])[0])}
+        unshared = [name for i, name in enumerate(projection.axes[1:]) if i != projection.layout.part_axis or alone]
+        layout = {"stack": self.stack, "axes": (projection.axes[0], (unshared or projection.axes[1:])[0])}
         return layout | ({"stack_axes": projection.stack_axes} if self.of_experts else {})
 
     @property
@@ -220,8 +220,8 @@ class LayerSite(_Place):
     def holds_layers(self) -> bool:
         """Whether what follows the axes in front is the layer that its attributes speak of."""
         shape = tuple(weight_of(self.layer).shape)
-        own = self.layer.kernel_shape if isinstance(self.layer, nnx.Einsum) else self.matrix.shape
-        return shape[len(shape) - len(self.matrix.shape) :] == tuple(own)
+        layer_shape = self.layer.kernel_shape if isinstance(self.layer, nnx.Einsum) else self.matrix.shape
+        return shape[len(shape) - len(self.matrix.shape) :] == tuple(layer_shape)
 
     def kernel(self) -> jax.Array:
         """The base's matrix, `[*stack, in, out]`."""
@@ -289,9 +289,9 @@ def sites(model: nnx.Module) -> Iterator[Site]:
             if matrix is None:
                 continue
             first, *others = sorted(names[id(node)], key=lambda path: (path.count("."), path))
-            own = getattr(node, "path", None)  # the decoder's embedding knows its name in files
-            if isinstance(own, str):
-                first, others = own, [first, *others]
+            path_in_files = getattr(node, "path", None)  # the decoder's embedding knows its name in files
+            if isinstance(path_in_files, str):
+                first, others = path_in_files, [first, *others]
             paths, aliases = (first,), tuple(others)
             if stack := stack_of(node):
                 paths, aliases = stacked_paths(model, first, stack), (first, *others)
@@ -303,14 +303,14 @@ def adapted_sites(model: nnx.Module) -> list[Site]:
     return [site for site in sites(model) if site.adapter is not None]
 
 
-def by_path(found: Iterable[Site]) -> dict[str, tuple[Site, int]]:
+def by_path(all_sites: Iterable[Site]) -> dict[str, tuple[Site, int]]:
     """Sites by module path, each with the number of the path's layer in its stack.
 
     Raises:
         ValueError: two have one path, so that no file and no rule could tell them apart.
     """
     known: dict[str, tuple[Site, int]] = {}
-    for site in found:
+    for site in all_sites:
         for layer, path in enumerate(site.paths):
             if path in known:
                 raise ValueError(f"two layers have the path {path}, as a name with a dot in it is split: rename one")
@@ -343,12 +343,12 @@ Holders = dict[int, dict[int, str]]
 
 def holders_of(model: nnx.Module) -> Holders:
     """By identity of a variable: its path in each module (or container) that holds it, by that one's identity."""
-    found: Holders = {}
+    holders: Holders = {}
     for path, node in nnx.iter_graph(model):
         for name, value in _children(node):
             if isinstance(value, nnx.Variable):
-                found.setdefault(id(value), {})[id(node)] = ".".join(map(str, (*path, name)))
-    return found
+                holders.setdefault(id(value), {})[id(node)] = ".".join(map(str, (*path, name)))
+    return holders
 
 
 def stacked_paths(model: nnx.Module, path: str, stack: tuple[int, ...]) -> tuple[str, ...]:

@@ -127,24 +127,24 @@ def use(model: nnx.Module, ids: Any) -> None:
     Raises:
         ValueError: the model has no bank, `ids` has another shape, or there is no such slot.
     """
-    found = list(banks(model))
-    ids = checked_ids(found, ids)
-    for bank in found:
+    model_banks = list(banks(model))
+    ids = checked_ids(model_banks, ids)
+    for bank in model_banks:
         bank.choose(ids)
 
 
-def checked_ids(found: list[Bank], ids: Any, rows: int | None = None) -> Array:
+def checked_ids(banks: list[Bank], ids: Any, rows: int | None = None) -> Array:
     """`ids` as an int32 array.
 
     Args:
-        found: the banks of a model.
+        banks: the banks of a model.
         ids: as in `use`.
         rows: of the batch, which then must be as many.
 
     Raises:
         ValueError: as `use`; ids that a compiled function gets are not looked at.
     """
-    if not found:
+    if not banks:
         raise ValueError("adapter ids need a model with named adapters (mj.NamedAdapters), and this one has none")
     if not isinstance(ids, jax.Array):
         ids = np.asarray(ids)
@@ -152,9 +152,9 @@ def checked_ids(found: list[Bank], ids: Any, rows: int | None = None) -> Array:
         wanted = "[B] or []" if rows is None else f"[{rows}], one for each row"
         raise ValueError(f"adapter ids must be integers {wanted}, not {ids.dtype} {list(ids.shape)}")
     if not isinstance(ids, jax.core.Tracer):
-        bad = [int(slot) for slot in np.ravel(ids) if not NO_SLOT <= slot < found[0].slots]
+        bad = [int(slot) for slot in np.ravel(ids) if not NO_SLOT <= slot < banks[0].slots]
         if bad:
-            raise ValueError(f"adapter id {bad[0]} is none of the {found[0].slots} slots; {NO_SLOT} is the base alone")
+            raise ValueError(f"adapter id {bad[0]} is none of the {banks[0].slots} slots; {NO_SLOT} is the base alone")
     return jnp.asarray(ids, jnp.int32)
 
 

@@ -23,10 +23,10 @@ def summary(paths: Iterable[str]) -> str:
     """
     starred = list(dict.fromkeys(star(path) for path in paths))
     ends = [_end(path) for path in starred]
-    found = [end if ends.count(end) == 1 else path for path, end in zip(starred, ends, strict=True)]
-    if len(found) <= SHOWN + 1:
-        return ", ".join(found)
-    return f"{', '.join(found[:SHOWN])} and {len(found) - SHOWN} more"
+    names = [end if ends.count(end) == 1 else path for path, end in zip(starred, ends, strict=True)]
+    if len(names) <= SHOWN + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"
 
 
 def star(path: str) -> str:
@@ -134,13 +134,13 @@ class Picker:
         """Whether the rule picks a path by what it says, not as one of all linear layers."""
         return self(path) and not self.everything
 
-    def check(self, paths: Sequence[str], titles: Sequence[str], *, found: bool) -> None:
+    def check(self, paths: Sequence[str], titles: Sequence[str], *, any_picked: bool) -> None:
         """Refuses a rule that matches nothing, in whole or in part.
 
         Args:
             paths: of everything in the model that could carry an adapter.
             titles: the same for people.
-            found: whether the rule picked anything.
+            any_picked: whether the rule picked anything.
 
         Raises:
             ValueError: nothing was picked (lists what could have been), or a name of a list or a layer number matches
@@ -151,7 +151,7 @@ class Picker:
         absent = sorted(set(self.config.layers_to_transform or ()) - {self._number(path) for path in paths})
         if absent:
             raise ValueError(f"layers_to_transform names layer {absent[0]}, which the model does not have")
-        if not found:
+        if not any_picked:
             near = nearest(targets if isinstance(targets, str) else targets[0], [*paths, "all-linear"])
             if isinstance(targets, str) and any(re.search(targets, path) for path in paths):
                 near = f"; an expression has to match the whole path, as '.*({targets}).*' would"

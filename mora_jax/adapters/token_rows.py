@@ -80,13 +80,13 @@ def _or_zero(array: Array, slots: Array, axis: int) -> Array:
     return jnp.take(array, slots, axis=axis, mode="fill", fill_value=0.0)
 
 
-def table_for_tokens(found: list[Site], tokens: tuple[int, ...]) -> Site:
+def table_for_tokens(sites: list[Site], tokens: tuple[int, ...]) -> Site:
     """The one embedding table of a model, or that of them which is marked so, whose rows `trainable_tokens` names.
 
     Raises:
         ValueError: there is none, there are several, it has an adapter, or fewer rows.
     """
-    tables = [site for site in found if site.is_embedding and not site.stack]
+    tables = [site for site in sites if site.is_embedding and not site.stack]
     tables = [site for site in tables if getattr(site.layer, "of_model", False)] or tables
     if len(tables) != 1:
         names = ", ".join(site.title for site in tables) or "none"
@@ -103,7 +103,7 @@ def table_for_tokens(found: list[Site], tokens: tuple[int, ...]) -> Site:
     return site
 
 
-def trained_tokens(found: list[Site]) -> tuple[int, ...] | None:
+def trained_tokens(sites: list[Site]) -> tuple[int, ...] | None:
     """The tokens whose rows the adapters on these sites train, or None."""
-    rows = [site.adapter for site in found if isinstance(site.adapter, TokenRows)]
+    rows = [site.adapter for site in sites if isinstance(site.adapter, TokenRows)]
     return rows[0].config.tokens if rows else None

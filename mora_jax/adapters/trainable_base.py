@@ -74,7 +74,7 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
         ValueError: a name that no module has; a matrix that is stored together with others which are not named; a list
             of parameters.
     """
-    trainable, found = TrainableBase(keep=True), set()
+    trainable, matched = TrainableBase(keep=True), set()
     for path, module in named_modules(model):
         hits = [name for name in names if any(name in one.split(".") for one in path)]
         if not hits:
@@ -90,9 +90,9 @@ def train_modules(model: nnx.Module, names: tuple[str, ...]) -> None:
                 )
             if others:
                 raise ValueError(f"modules_to_save: {hits[0]} is stored together with {others[0]}; name that too")
-        found.update(hits)
+        matched.update(hits)
         trainable.train_all(module)
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in matched]
     if missing:
         known = sorted({one.rpartition(".")[2] for path, _ in named_modules(model) for one in path})
         raise ValueError(f"modules_to_save: no module is called {missing[0]!r}; there are {', '.join(known)}")
@@ -114,8 +114,8 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Modu
             continue
         if not isinstance(node, nnx.Module) or not any(isinstance(v, nnx.Param) for v in vars(node).values()):
             continue
-        own = getattr(node, "path", None)  # where the decoder's modules lie in files
-        yield (own.format(layer="*") if isinstance(own, str) else ".".join(str(p) for p in path),), node
+        template = getattr(node, "path", None)  # where the decoder's modules lie in files
+        yield (template.format(layer="*") if isinstance(template, str) else ".".join(str(p) for p in path),), node
 
 
 def kept(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module, dict[str, AdapterState]]]:

@@ -179,7 +179,7 @@ def selected(tree: Any, config: Any, einsums: Einsums | None = None) -> list[Tre
     picked = [site for site in sites if picks(site.name, is_linear=site.matrix.is_linear)]
     if not sites:
         raise ValueError("the tree has no kernel: no array of floats with two axes or more")
-    picks.check(names, [name or "(the array itself)" for name in names], found=bool(picked))
+    picks.check(names, [name or "(the array itself)" for name in names], any_picked=bool(picked))
     method = adapter_class(config)
     for site in picked:
         if site.why:

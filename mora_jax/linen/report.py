@@ -109,7 +109,7 @@ class LinenReport:
                 kind = others[found].kind.__name__
                 raise ValueError(f"targets name {found} ({kind}), which can't be adapted: {_reason(others[found])}")
         adapted = [path for path, seen in self._seen.items() if seen.config is not None]
-        picks.check(could, [path or "(the model itself)" for path in could], found=bool(adapted))
+        picks.check(could, [path or "(the model itself)" for path in could], any_picked=bool(adapted))
         self.table.warn(stacklevel=5)  # from the `with` statement, above contextlib's and this context's own frames
         if self.config.layers_to_transform is not None:
             stacked = next((path for path in adapted if self._stack(path)), None)

@@ -94,10 +94,10 @@ class _Aliases(type):
             raise TypeError(f"{cls.__name__} has no {name}: {INSTEAD[name]}")
         parameters = settings.pop("target_parameters", None) if "targets" in fields else None
         if parameters:  # of experts, which are targets like others here
-            named = settings.get("targets", ())
-            if isinstance(named, str) or isinstance(parameters, str) or "targets" in positional:
+            targets = settings.get("targets", ())
+            if isinstance(targets, str) or isinstance(parameters, str) or "targets" in positional:
                 raise TypeError("target_parameters is a list beside a list of targets; or name them in targets")
-            settings["targets"] = (*named, *parameters)
+            settings["targets"] = (*targets, *parameters)
         return super().__call__(*args, **settings)
 
 
@@ -161,9 +161,9 @@ class MethodConfig(metaclass=_Aliases):
         """What the docstring of the class, or of one that it extends, says of a setting; empty where it says none."""
         for base in cls.__mro__:
             text = inspect.cleandoc(vars(base).get("__doc__") or "")
-            found = re.search(rf"^    {name}: (.*(?:\n        .*)*)", text, re.MULTILINE)
-            if found is not None:
-                return " ".join(found[1].split())
+            match = re.search(rf"^    {name}: (.*(?:\n        .*)*)", text, re.MULTILINE)
+            if match is not None:
+                return " ".join(match[1].split())
         return ""
 
     @classmethod

@@ -68,15 +68,15 @@ class Number(Limits):
 
     def takes(self, value: Any) -> bool:
         """Whether `value` is such a number."""
-        found = number(value, whole=self.whole)
-        return found is not None and self.holds(found)
+        value = number(value, whole=self.whole)
+        return value is not None and self.holds(value)
 
     def describe(self) -> str:
         """What is allowed, in words."""
         kind = "integer" if self.whole else "number"
         if self.bounds == ({"at_least": 1} if self.whole else {"above": 0}):
             return f"a positive {kind}"
-        return ", ".join(words for words in ("an integer" if self.whole else "a finite number", self.words()) if words)
+        return ", ".join(part for part in ("an integer" if self.whole else "a finite number", self.words()) if part)
 
 
 POSITIVE = Number(whole=True, at_least=1)

@@ -37,10 +37,10 @@ def pattern_for(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         plain = re.fullmatch(r"[\w.]+", path) is not None
         last = path.rpartition(".")[2] if plain else ""
         try:
-            named = {other for other in values if other.endswith(last) and names_end(path, other)}
+            matches = {other for other in values if other.endswith(last) and names_end(path, other)}
         except re.error:
-            named = set()
-        alone = path in named and all(values[other] == value for other in named)
+            matches = set()
+        alone = path in matches and all(values[other] == value for other in matches)
         pattern[path if alone else f"^{re.escape(path)}"] = value
     return pattern
 
@@ -120,9 +120,9 @@ def resolve(configs: Sequence[Any | None], method: Any, paths: tuple[str, ...]) 
     if all(other == first for other in used):
         return Resolved(first, scalings)
     if not hasattr(first, "rank"):
-        named = [path for path, config in zip(paths, configs, strict=True) if config is not None]
-        other = next(path for path, config in zip(named, used, strict=True) if config != first)
-        raise ValueError(f"{named[0]} and {other} lie in one stack, so feedforward has to name both or none")
+        adapted = [path for path, config in zip(paths, configs, strict=True) if config is not None]
+        other = next(path for path, config in zip(adapted, used, strict=True) if config != first)
+        raise ValueError(f"{adapted[0]} and {other} lie in one stack, so feedforward has to name both or none")
     ranks = np.array([(config or first).rank for config in configs])
     widest = max(used, key=lambda layer: layer.rank)
     return Resolved(widest, scalings, None if len({layer.rank for layer in used}) == 1 else ranks)

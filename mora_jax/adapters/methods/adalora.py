@@ -180,14 +180,14 @@ def existing(adapters: Arrays, states: Arrays) -> Masks:
         adapters: the trained arrays; where they are shapes alone, all count as existing.
         states: the frozen ones, with the adapters' `scaling`.
     """
-    found = {}
+    masks = {}
     for prefix in triplets(adapters):
         if isinstance(adapters[prefix + "lora_a"], jax.ShapeDtypeStruct):
-            found[prefix + "lora_e"] = np.ones(adapters[prefix + "lora_e"].shape, bool)
+            masks[prefix + "lora_e"] = np.ones(adapters[prefix + "lora_e"].shape, bool)
             continue
         adapted = host(states[prefix + "scaling"]) != 0
-        found[prefix + "lora_e"] = adapted[..., None] & host(adapters[prefix + "lora_a"]).any(-2)
-    return found
+        masks[prefix + "lora_e"] = adapted[..., None] & host(adapters[prefix + "lora_a"]).any(-2)
+    return masks
 
 
 def start_importance(adapters: Arrays, exists: Masks) -> Importance:
@@ -195,8 +195,8 @@ def start_importance(adapters: Arrays, exists: Masks) -> Importance:
     zeros = {
         prefix + name: jnp.zeros_like(adapters[prefix + name]) for prefix in triplets(adapters) for name in _FACTORS
     }
-    kept = {name: jnp.ones_like(adapters[name]) * mask for name, mask in exists.items()}
-    return Importance(zeros, {name: jnp.zeros_like(value) for name, value in zeros.items()}, kept)
+    in_use = {name: jnp.ones_like(adapters[name]) * mask for name, mask in exists.items()}
+    return Importance(zeros, {name: jnp.zeros_like(value) for name, value in zeros.items()}, in_use)
 
 
 def orthogonality(adapters: Arrays, exists: Masks) -> Array:
@@ -224,11 +224,11 @@ def budget(config: AdaLoRAConfig, exists: Masks, step: int) -> int:
 
     All that exist until step `tinit`, `config.target_rank` for each matrix that has any from `total_steps − tfinal` on.
     """
-    whole = int(sum(mask.sum() for mask in exists.values()))
-    end = min(whole, config.target_rank * int(sum(mask.any(-1).sum() for mask in exists.values())))
+    total = int(sum(mask.sum() for mask in exists.values()))
+    end = min(total, config.target_rank * int(sum(mask.any(-1).sum() for mask in exists.values())))
     last = config.total_steps - config.tfinal
     left = 1 - (min(max(step, config.tinit), last) - config.tinit) / (last - config.tinit)
-    return int((whole - end) * left**3 + end)
+    return int((total - end) * left**3 + end)
 
 
 def allocate(
@@ -253,13 +253,13 @@ def allocate(
     table = jnp.asarray([budget(config, exists, number) for number in range(config.total_steps + 1)], jnp.int32)
     within = places < table[jnp.clip(step, 0, config.total_steps)]
     changes = (step > config.tinit) & (step <= last) & ((step % config.delta_t == 0) | (step == last))
-    kept, zeroed, start = {}, dict(adapters), 0
+    in_use, zeroed, start = {}, dict(adapters), 0
     for name, mask in exists.items():
         here = within[start : start + mask.size].reshape(mask.shape) & mask
-        kept[name] = jnp.where(changes, here * 1.0, importance.kept[name])
+        in_use[name] = jnp.where(changes, here * 1.0, importance.kept[name])
         start += mask.size
-        zeroed[name] = jnp.where((changes | (step > last)) & (kept[name] == 0), 0.0, adapters[name])
-    return Importance(sensitivity, uncertainty, kept), zeroed
+        zeroed[name] = jnp.where((changes | (step > last)) & (in_use[name] == 0), 0.0, adapters[name])
+    return Importance(sensitivity, uncertainty, in_use), zeroed
 
 
 def _smoothed(

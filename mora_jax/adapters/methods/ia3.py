@@ -57,8 +57,8 @@ class IA3Config(CommonConfig):
         return config
 
     def at_path(self, path: str) -> IA3Config:
-        found = any(named(path, name) for name in self.feedforward)
-        return replace(self, feedforward=self.feedforward if found else ())
+        is_feedforward = any(named(path, name) for name in self.feedforward)
+        return replace(self, feedforward=self.feedforward if is_feedforward else ())
 
 
 class IA3(Adapter):

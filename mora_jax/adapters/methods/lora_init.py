@@ -60,9 +60,9 @@ def is_start(init: str, kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarr
     return _near(kernel @ lora_b.T, lora_a) and _near(lora_a[:rank] @ lora_b, kernel[:rank])
 
 
-def _near(found: np.ndarray, wanted: np.ndarray) -> bool:
+def _near(actual: np.ndarray, wanted: np.ndarray) -> bool:
     """Equal up to what the rounding of a bfloat16 base leaves."""
-    return bool(np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted))
+    return bool(np.linalg.norm(actual - wanted) <= 0.02 * np.linalg.norm(wanted))
 
 
 def orthogonal(key: Array, in_features: int, out_features: int, rank: int) -> tuple[Array, Array]:

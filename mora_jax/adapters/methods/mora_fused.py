@@ -45,22 +45,22 @@ class _Group(NamedTuple):
     def product(self, x: Array, w: Array) -> list[Array]:
         """`[N, blocks · q]` by the matrix: `[N, blocks · q]` for each part."""
         if self._one_by_one:
-            found = [self._split(dot32(own, self._of(w, k)).astype(x.dtype)) for k, own in enumerate(self._cut(x))]
-            return [jnp.concatenate(blocks, axis=1) for blocks in zip(*found, strict=True)]
+            parts = [self._split(dot32(block, self._of(w, k)).astype(x.dtype)) for k, block in enumerate(self._cut(x))]
+            return [jnp.concatenate(blocks, axis=1) for blocks in zip(*parts, strict=True)]
         return [_flat(z) for z in self._split(self._multiplied(self._blocks(x), w, 1))]
 
     def product_back(self, dz: list[Array], w: Array) -> Array:
         """The parts' `[N, blocks · q]` by the transposed matrix: `[N, blocks · q]`."""
         if self._one_by_one:
             joined = enumerate(self._joined_by_block(dz))
-            return jnp.concatenate([dot32_nt(own, self._of(w, k)).astype(own.dtype) for k, own in joined], axis=1)
+            return jnp.concatenate([dot32_nt(block, self._of(w, k)).astype(block.dtype) for k, block in joined], axis=1)
         return _flat(self._multiplied(self._joined(dz), w, 2))
 
     def gradient(self, x: Array, dz: list[Array]) -> Array:
         """That of the matrix, float32 in its shape, of the input `[N, blocks · q]` and the parts' `[N, blocks · q]`."""
         if self._one_by_one:
-            found = [dot32_tn(*own) for own in zip(self._cut(x), self._joined_by_block(dz), strict=True)]
-            return jnp.stack(found) if self.rotated else added(*found)
+            gradients = [dot32_tn(*pair) for pair in zip(self._cut(x), self._joined_by_block(dz), strict=True)]
+            return jnp.stack(gradients) if self.rotated else added(*gradients)
         x, joined = self._blocks(x), self._joined(dz)
         if not self.rotated:
             return dot32_tn(x.reshape(-1, x.shape[-1]), joined.reshape(-1, joined.shape[-1]))
@@ -93,7 +93,7 @@ class _Group(NamedTuple):
 
     def _joined_by_block(self, dz: list[Array]) -> list[Array]:
         """The parts' `[N, blocks · q]` as `blocks` of `[N, parts · q]`."""
-        return [jnp.concatenate(own, axis=1) for own in zip(*map(self._cut, dz), strict=True)]
+        return [jnp.concatenate(parts, axis=1) for parts in zip(*map(self._cut, dz), strict=True)]
 
     def _multiplied(self, x: Array, w: Array, axis: int) -> Array:
         """`[N, blocks, …]` by the matrix, or with `axis` 2 by its transpose: `[N, blocks, …]`."""
@@ -135,7 +135,7 @@ class FusedMoRA:
     kinds: tuple[str | None, ...]  # None for a bare part
 
     def _groups(self, width: int, params) -> list[_Group]:
-        found: dict[tuple[int, _Group], list[tuple[int, Map]]] = {}
+        by_group: dict[tuple[int, _Group], list[tuple[int, Map]]] = {}
         for i, (kind, p) in enumerate(zip(self.kinds, params, strict=True)):
             if kind is not None and p is not None:
                 q = p["m"].shape[0]
@@ -144,8 +144,8 @@ class FusedMoRA:
                 )
                 rotated = kind == "rotation" and blocks > 1
                 alone = _Group(inner, kind in SHARED, rotated, blocks, ())
-                found.setdefault((q, alone), []).append((i, outer))
-        return [group._replace(parts=tuple(parts)) for (_, group), parts in found.items()]
+                by_group.setdefault((q, alone), []).append((i, outer))
+        return [group._replace(parts=tuple(parts)) for (_, group), parts in by_group.items()]
 
     def _matrices(self, groups: list[_Group], params, dtype) -> list[Array]:
         return [
@@ -155,8 +155,8 @@ class FusedMoRA:
     def _output(self, groups: list[_Group], held, matrices: list[Array]) -> Array:
         """float32 `[N, features]`."""
         parts: dict[int, Array] = {}
-        for group, kept, w in zip(groups, held, matrices, strict=True):
-            for (i, outer), z in zip(group.parts, group.product(group.inputs(kept), w), strict=True):
+        for group, residual, w in zip(groups, held, matrices, strict=True):
+            for (i, outer), z in zip(group.parts, group.product(group.inputs(residual), w), strict=True):
                 parts[i] = outer(z)
         for i in set(range(len(self.kinds))) - parts.keys():
             parts[i] = jnp.zeros((len(held[0]), self.layout.part_features(i)), held[0].dtype)
@@ -174,10 +174,10 @@ class FusedMoRA:
         groups = self._groups(width.features, params)
         gradients: list[Any] = [None if p is None else dict.fromkeys(p) for p in params]
         slopes = []
-        for group, kept, w in zip(groups, held, self._matrices(groups, params, dy.dtype), strict=True):
+        for group, residual, w in zip(groups, held, self._matrices(groups, params, dy.dtype), strict=True):
             dz = [outer.transpose(self.layout.take_flat(dy, i)).astype(dy.dtype) for i, outer in group.parts]
             slopes.append(widened(group.inner.transpose(group.product_back(dz, w))))
-            dw = group.gradient(group.inputs(kept), dz)
+            dw = group.gradient(group.inputs(residual), dz)
             for (i, _), square in zip(group.parts, group.squares(dw), strict=True):
                 gradients[i]["m"] = square * params[i]["scaling"]
         return added(*slopes), tuple(gradients)

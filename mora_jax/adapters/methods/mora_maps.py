@@ -66,8 +66,8 @@ class Walk(NamedTuple):
         if rounds + bool(rest) == 1:  # nothing is summed
             return jnp.pad(x, ((0, 0), (0, self.target - self.length)))
         x = widened(x)
-        whole = x[:, : rounds * self.target].reshape(rows, rounds, self.target).sum(1)
-        return whole if not rest else jnp.concatenate([whole[:, :rest] + x[:, -rest:], whole[:, rest:]], axis=1)
+        sums = x[:, : rounds * self.target].reshape(rows, rounds, self.target).sum(1)
+        return sums if not rest else jnp.concatenate([sums[:, :rest] + x[:, -rest:], sums[:, rest:]], axis=1)
 
     def _of_slices(self, x: Array) -> Array:
         rounds = []

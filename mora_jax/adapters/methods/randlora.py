@@ -80,10 +80,10 @@ def random_bases(rank: int, widths: tuple[int, int], seed: int, kind: str) -> tu
     else:
         share = 1.0 / (2.0 * (3.0 if kind == "sparse" else math.sqrt(smaller)))
         a, b = (_signs(generator, shape, share) for shape in ((rank, smaller), (larger, count, rank)))
-    found = tuple(_normalised(base) for base in (a, b))
-    for base in found:
+    bases = tuple(_normalised(base) for base in (a, b))
+    for base in bases:
         base.flags.writeable = False
-    return found[0], found[1]
+    return bases[0], bases[1]
 
 
 def _signs(generator: np.random.RandomState, shape: tuple[int, ...], share: float) -> np.ndarray:

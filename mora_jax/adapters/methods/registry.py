@@ -30,19 +30,19 @@ class Method(NamedTuple):
 
 
 def _collected() -> dict[str, Method]:
-    found = {}
+    methods = {}
     for file in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         if file.name == __name__:
             continue
         names = vars(importlib.import_module(file.name))
         for name, value in names.items():
-            own = isinstance(value, type) and issubclass(value, Adapter) and value.__module__ == file.name
-            if own and "method" in vars(value):
-                found[value.method] = Method(names[f"{name}Config"], value)
+            defined_here = isinstance(value, type) and issubclass(value, Adapter) and value.__module__ == file.name
+            if defined_here and "method" in vars(value):
+                methods[value.method] = Method(names[f"{name}Config"], value)
     # LoRA first, then its relatives, then the others; what changes the base comes last.
-    lora, kinds = found["lora"].config, {name: method.config for name, method in found.items()}
-    order = sorted(found, key=lambda m: (kinds[m].changes_base, m != "lora", not issubclass(kinds[m], lora), m))
-    return {name: found[name] for name in order} | {"full": Method(FullConfig, None)}
+    lora, kinds = methods["lora"].config, {name: method.config for name, method in methods.items()}
+    order = sorted(methods, key=lambda m: (kinds[m].changes_base, m != "lora", not issubclass(kinds[m], lora), m))
+    return {name: methods[name] for name in order} | {"full": Method(FullConfig, None)}
 
 
 # What stands beside the adapters of any method.

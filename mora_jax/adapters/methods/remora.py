@@ -87,8 +87,8 @@ class ReMoRA(MoRA):
     def in_file(cls, config: ReMoRAConfig, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The MoRA of the kind whose turn it is."""
         same = {name: getattr(config, name) for name in ("rank", "dropout", "targets", "use_dora")}
-        kept = {name: value for name, value in params.items() if name != "turn"}
-        return MoRAConfig(kind=config.kinds[int(params["turn"])], **same), kept
+        arrays = {name: value for name, value in params.items() if name != "turn"}
+        return MoRAConfig(kind=config.kinds[int(params["turn"])], **same), arrays
 
     @classmethod
     def fuse(cls, layout: FusedLayout, configs: tuple[Any, ...]) -> None:

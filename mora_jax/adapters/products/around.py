@@ -140,8 +140,8 @@ def _convolution(method: Any, config: Any, params: Params, product: Product, x: 
 
 def dropped(x: Array, rate: float, key: Array) -> Array:
     """`x` with features left out with probability `rate`, the others scaled up so that the mean stays the same."""
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+    mask = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(mask, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def update_of(

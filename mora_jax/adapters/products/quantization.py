@@ -198,5 +198,5 @@ def packed_sizes(model: nnx.Module) -> dict[str, int]:
 
 def quantized_format(model: nnx.Module) -> str | None:
     """The format of a model's kernels; None where they are not quantised."""
-    found = (node.format for _, node in nnx.iter_graph(model) if isinstance(node, QuantizedKernel))
-    return next(found, None)
+    formats = (node.format for _, node in nnx.iter_graph(model) if isinstance(node, QuantizedKernel))
+    return next(formats, None)
