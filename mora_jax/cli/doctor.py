@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     rows += [("device", device) for device in facts["devices"]]
     rows += [("default dtype", facts["dtype"] or "unknown")]
     rows += [("cache", f"{cache['folder']}, {cache['free'] / 1e9:.0f} GB free") for cache in facts["caches"]]
-    print(*(f"{name:17}{words}" for name, words in rows), sep="\n")
+    print(*(f"{name:17}{value}" for name, value in rows), sep="\n")
     for kernel in kernels:
         verdict = "agrees" if kernel["agrees"] else "WRONG"
         print(f"attention by {kernel['kernel']}, {kernel['rows']}: {verdict}, off by {kernel['error']:.1e}")
@@ -78,8 +78,8 @@ def _devices(problems: list[str]) -> dict[str, Any]:
     counted = {kind: sum(device.device_kind == kind for device in devices) for kind in {d.device_kind for d in devices}}
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     size = f", {memory / 1e9:.1f} GB each" if memory else ""
-    words = [f"{count} × {kind} ({devices[0].platform}){size}" for kind, count in counted.items()]
-    return {"devices": words, "dtype": default_dtype().name}
+    descriptions = [f"{count} × {kind} ({devices[0].platform}){size}" for kind, count in counted.items()]
+    return {"devices": descriptions, "dtype": default_dtype().name}
 
 
 def _caches(problems: list[str]) -> list[dict[str, Any]]:

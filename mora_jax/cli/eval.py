@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    apart, words = (_WITH_TASK, "needs --task") if args.task is None else (_WITHOUT_TASK, "can't be given with --task")
+    apart, reason = (_WITH_TASK, "needs --task") if args.task is None else (_WITHOUT_TASK, "can't be given with --task")
     for name in apart:
         if getattr(args, name) != args.defaults[name]:
-            raise InputError(f"--{name.replace('_', '-')} {words}")
+            raise InputError(f"--{name.replace('_', '-')} {reason}")
     if args.task is not None:
         return _run_task(args)
     from mora_jax.cli.options import read_data

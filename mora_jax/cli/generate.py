@@ -134,19 +134,19 @@ def _groups(model: Any, adapters: dict[str, str], args: argparse.Namespace) -> l
     """Several adapters: in one batch where they can be, else each by itself."""
     from mora_jax.interop.multi_adapter import NamedAdapters
 
-    named = NamedAdapters(model, slots=len(adapters))
+    bank = NamedAdapters(model, slots=len(adapters))
     try:
         if args.adapter_kind is not None:
             raise InputError("--adapter-kind is read for one at a time")
         for name, folder in adapters.items():
-            named.load(folder, name, strict=args.strict)
+            bank.load(folder, name, strict=args.strict)
     except InputError as error:
         # What is wrong with an adapter by itself comes up again, before anything is answered.
-        named.clear()
+        bank.clear()
         models = models_of(model, adapters, args)
         print(f"the adapters answer one after the other: {error}", file=sys.stderr)
         return [Group(models[name], [name]) for name in adapters]
-    return [Group(model, list(adapters), named.ids(named.names).tolist())]
+    return [Group(model, list(adapters), bank.ids(bank.names).tolist())]
 
 
 def _read(path: str, system: str | None) -> Any:

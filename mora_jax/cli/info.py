@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _lines(found: dict[str, Any], indent: str = "") -> list[str]:
+def _lines(description: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
-    for name, value in found.items():
+    for name, value in description.items():
         if isinstance(value, dict):
             lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
         else:

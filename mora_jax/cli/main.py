@@ -58,8 +58,8 @@ class ShowVersion(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         """Does so when the option is met."""
-        own, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("mora-jax", "jax", "flax"))
-        print(f"{own} ({', '.join(others)}, Python {platform.python_version()})")
+        version, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("mora-jax", "jax", "flax"))
+        print(f"{version} ({', '.join(others)}, Python {platform.python_version()})")
         raise SystemExit(0)
 
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment.torch_allowed = False
     format_warning, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        with Stoppable(lambda words: print(words, file=sys.stderr, flush=True)) as signals:
+        with Stoppable(lambda message: print(message, file=sys.stderr, flush=True)) as signals:
             try:
                 code = _run(sys.argv[1:] if argv is None else argv)
                 print(end="", flush=True)

@@ -67,10 +67,10 @@ def add_number(parser: Parser, flag: str, type_: type, default: Any, doc: str, *
 def add_value(parser: Parser, flag: str, key: Key, *, help: str = "", **changes: Any) -> None:
     """Adds an option whose value a `Key` checks."""
     default = changes.pop("default", key.default)
-    words = f"{(help or key.doc).rstrip('.')} ({key.describe()}; default: {key.show(default)})"
+    text = f"{(help or key.doc).rstrip('.')} ({key.describe()}; default: {key.show(default)})"
     changes.setdefault("metavar", flag.rpartition("-")[2].upper())
     # A '%' in help would be argparse's formatting.
-    parser.add_argument(flag, action=KeyAction, key=key, default=default, help=words.replace("%", "%%"), **changes)
+    parser.add_argument(flag, action=KeyAction, key=key, default=default, help=text.replace("%", "%%"), **changes)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +81,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Adds `--model` and what says how an adapter is read."""
-    words = "HuggingFace folder or hub id of the base model; if not given, the one that the adapter was made for"
-    parser.add_argument("--model", metavar="M", help=words)
+    description = "HuggingFace folder or hub id of the base model; if not given, the one that the adapter was made for"
+    parser.add_argument("--model", metavar="M", help=description)
     add_adapter(parser)
 
 
@@ -98,16 +98,16 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--strict", action="store_true", help="refuse an adapter that names another base model")
     key = dataclasses.replace(keys()["adapter.kind"], default=None, types=(str, type(None)))
-    words = "Kind of a MoRA adapter whose file has an older one, as the MoRA authors' ReMoRA leaves it"
-    add_value(parser, "--adapter-kind", key, help=words)
+    description = "Kind of a MoRA adapter whose file has an older one, as the MoRA authors' ReMoRA leaves it"
+    add_value(parser, "--adapter-kind", key, help=description)
 
 
 def add_out(parser: Parser, *, required: bool = False) -> None:
     """Adds `--out` and `--overwrite`, for a folder that is written."""
-    words = "folder to write; must not exist yet, or be empty"
-    parser.add_argument("--out", required=required, metavar="DIR", help=words)
-    words = "replace what an earlier command wrote to --out; other files stay there"
-    parser.add_argument("--overwrite", action="store_true", help=words)
+    description = "folder to write; must not exist yet, or be empty"
+    parser.add_argument("--out", required=required, metavar="DIR", help=description)
+    description = "replace what an earlier command wrote to --out; other files stay there"
+    parser.add_argument("--overwrite", action="store_true", help=description)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

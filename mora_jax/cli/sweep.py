@@ -81,10 +81,10 @@ def _train(args: argparse.Namespace, out: str | None, runs: Any, note: str | Non
         board.note(f"stopped; continue with mora-jax sweep --resume {folder.path}")
         return result.exit_code
     if result.best is not None:
-        words = f"the best of {len(result.runs)} runs is {result.best.name}"
+        outcome = f"the best of {len(result.runs)} runs is {result.best.name}"
     elif result.comparable:
         raise InputError(f"every run failed: {result.runs[0].failed or 'no step had a finite loss'}")
     else:
-        words = "no run is called the best, since their losses are of different data or objectives"
-    board.note(f"{words}; all of them: {folder.path / 'sweep.csv'}")
+        outcome = "no run is called the best, since their losses are of different data or objectives"
+    board.note(f"{outcome}; all of them: {folder.path / 'sweep.csv'}")
     return 0

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, key in keys().items():
         default = "required" if name in ("out", "model.path", "data.train") else f"default: {key.show(key.default)}"
         lines.append(f"  {name}")
-        words = f"{key.doc} ({key.describe()}; {default})"
-        lines += textwrap.wrap(words, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        description = f"{key.doc} ({key.describe()}; {default})"
+        lines += textwrap.wrap(description, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     parser.epilog = "\n".join(lines).replace("%", "%%")
 
 

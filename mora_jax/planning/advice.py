@@ -140,7 +140,7 @@ def hints(plan: Plan) -> tuple[str, ...]:
 
 def _capacity(plan: Plan) -> str:
     held = BITS_A_PARAMETER * plan.trainable / BITS_A_TOKEN
-    words = (
+    text = (
         f"{plan.trainable:,} trained parameters hold what about {held:,.0f} trained tokens can teach "
         f"({BITS_A_PARAMETER:g} bits a parameter, {BITS_A_TOKEN:g} a token)"
     )
@@ -148,8 +148,8 @@ def _capacity(plan: Plan) -> str:
     if steps is not None and plan.config.adapter.config_class.grows_with_rank:
         tokens = steps * plan.tokens
         rank = smallest_rank(bits_to_learn(tokens), plan.trainable / adapter_config(plan.config.adapter, steps).rank)
-        words += f"; rank {rank} would hold all {tokens:,} tokens of the run, if each was new and trained"
-    return f"{words}: an upper bound for what is needed, by {EVIDENCE}"
+        text += f"; rank {rank} would hold all {tokens:,} tokens of the run, if each was new and trained"
+    return f"{text}: an upper bound for what is needed, by {EVIDENCE}"
 
 
 #: What is tried first, and where nothing of it fits: the layers' inputs on the host, rows split along their length.
@@ -191,9 +191,8 @@ def candidates(config: Config, topology: Topology, *, last: bool = False, expert
             if batch % micro:
                 continue
             settings: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
-            settings |= {"train.batch_size": batch, "train.micro_batch_size": micro}
-            named = [(name, value, "plan") for name, value in settings.items()]
-            yield lay_over(config, [*named, ("model.remat", remat, "plan")])
+            settings |= {"train.batch_size": batch, "train.micro_batch_size": micro, "model.remat": remat}
+            yield lay_over(config, [(name, value, "plan") for name, value in settings.items()])
 
 
 def _meshes(chips: int, experts: int, *, long_rows: bool) -> Iterator[dict[str, int]]:

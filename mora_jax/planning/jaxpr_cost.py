@@ -89,11 +89,11 @@ def read_traced(
             others, rows = _peak(step.inner[0], routed)
             layer, fullest = max(layer, others), max(fullest, rows)
             if not step.equation.params["reverse"]:
-                kept = _stacked(step, turns)
-                saved.append(sum(map(_bytes, kept)))
-                rows_of = [whole for whole in kept if _are_routed(_aval(whole).shape[1:], routed)]
+                stacked = _stacked(step, turns)
+                saved.append(sum(map(_bytes, stacked)))
+                rows_of = [array for array in stacked if _are_routed(_aval(array).shape[1:], routed)]
                 of_experts.append(sum(map(_bytes, rows_of)))
-                uncut.append(sum(_bytes(whole) for whole in kept if is_uncut(whole) and whole not in rows_of))
+                uncut.append(sum(_bytes(array) for array in stacked if is_uncut(array) and array not in rows_of))
         elif step.name == "while":
             head = max(head, sum(map(_bytes, step.equation.outvars)) + max(_peak(inner)[0] for inner in step.inner))
     all_saved, all_uncut, routed_too = (_fullest(sizes, len(layers)) for sizes in (saved, uncut, of_experts))

@@ -130,7 +130,7 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
         abstract: Any = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         placement = Placement.of(abstract, adapters, frozen)
         shardings = placement.table(adapters, frozen)
-        trained, kept = flat_arrays(adapters), flat_arrays(frozen)
+        trained, base = flat_arrays(adapters), flat_arrays(frozen)
         batch = abstract_batch(config)
         micro, rows, *_, length = batch["input_ids"].shape
         sequences = batch["input_ids"].size // (micro * rows * length)  # both answers of a pair
@@ -155,12 +155,12 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     layer = max(traced.layer / tensor, traced.beside / tensor + expert * traced.fullest)
     backward = layer / context + (2 * layers / decoder.num_layers if cut else 0)
     memory = Memory(
-        weights=held(kept),
+        weights=held(base),
         adapters=held(trained),
         optimizer=0.0 if config.optimizer.offload else held(moments),
         batch=sum(_size(value.shape, value.dtype) for value in batch.values()) / sharing,
         activations=0.0 if config.model.remat == "offload" else saved / context,
-        temp=gradients + max(backward, traced.head / tensor + (head if cut else 0)) + _turned(placement, model, kept),
+        temp=gradients + max(backward, traced.head / tensor + (head if cut else 0)) + _turned(placement, model, base),
     )
     # Ranks along `tensor` are neighbours: where the others span hosts of eight GPUs, their groups share the cards.
     beside = tensor if backend == "gpu" and axes["fsdp"] * expert * tensor * context > 8 else 1
@@ -212,11 +212,11 @@ def _projections(model: Decoder) -> list[tuple[str, Projection]]:
     return [(path, node) for path, node in nodes if not isinstance(node, ExpertProjection)]
 
 
-def _turned(placement: Placement, model: Decoder, kept: dict[str, Any]) -> float:
+def _turned(placement: Placement, model: Decoder, frozen: dict[str, Any]) -> float:
     """Bytes of the frozen kernels of several matrices, which are copied where `tensor` shards them."""
     total = 0.0
     for path, projection in _projections(model) if placement.mesh.shape["tensor"] > 1 else ():
-        kernel, axes = kept.get(f"{path}.kernel"), ("layers", *projection.axes)  # None: trained, or quantised
+        kernel, axes = frozen.get(f"{path}.kernel"), ("layers", *projection.axes)  # None: trained, or quantised
         several = len(projection.layout.out_shape) > 1
         if kernel is not None and several and any(placement.used(axes, kernel.shape).spec):
             total += _size(placement.stored(axes, kernel.shape).shard_shape(kernel.shape), kernel.dtype)

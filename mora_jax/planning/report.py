@@ -56,8 +56,8 @@ def view(advice: Advice, model: str, price: float | None) -> Group:
     parts += [Text(f"quantisation, {name}: {QUANTISATION[plan.config.model.quantize]}") for name, plan in plans.items()]
     if any(plan.source == "compiled" and not plan.fits for plan in plans.values()):
         parts.append(Text("note: of what doesn't fit the compiler says the total alone; the parts are by formula"))
-    parts += [Text(f"note: {words}") for words in advice.notes]
-    parts += [Text(words) for words in advice.hints]
+    parts += [Text(f"note: {note}") for note in advice.notes]
+    parts += [Text(hint) for hint in advice.hints]
     parts.append(Text(f"\n{verdict(advice)}", style="bold"))
     return Group(*parts)
 
@@ -94,7 +94,7 @@ def _tables(plans: dict[str, Plan], price: float | None) -> Iterator[Table]:
     asked, *_ = plans.values()
     settings = {name: lambda plan, name=name: str(plan.settings()[name]) for name in asked.settings()}
     yield table("Settings", {**settings, "attention by": lambda plan: plan.attention})
-    memory = {words: lambda plan, part=part: _gb(getattr(plan.memory, part)) for part, words in _PARTS.items()}
+    memory = {title: lambda plan, part=part: _gb(getattr(plan.memory, part)) for part, title in _PARTS.items()}
     totals: dict[str, Callable[[Plan], str]] = {
         "total": lambda plan: _gb(plan.needed),
         "usable": lambda plan: _gb(plan.topology.usable_bytes),

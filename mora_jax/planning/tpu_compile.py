@@ -89,7 +89,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def read_shortage(message: str) -> dict[str, Any]:
     """`total`, the bytes that it needs, and `limit`, what a program can have; else the message's first line."""
-    sizes = next(filter(None, (words.search(message) for words in _WORDS)), None)
+    sizes = next(filter(None, (pattern.search(message) for pattern in _WORDS)), None)
     if sizes is None:
         return {"message": message.splitlines()[0][:300]}
     total, limit = (float(sizes[i]) * _UNITS[sizes[i + 1]] for i in (1, 3))
