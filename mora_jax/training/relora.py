@@ -80,36 +80,41 @@ class Restarts:
         return jagged
 
 
-def prune(array: Array, share: float) -> Array:
-    """Sets the smallest entries in magnitude to zero, matrix by matrix.
+def largest(array: Array, share: float) -> Array:
+    """Where entries are larger in magnitude than the quantile `share` of their matrix.
 
-    Entries stay where they are larger than the quantile `share` of their matrix (the last two axes; a stack of
-    matrices has one more).
+    A matrix is the last two axes; a stack of matrices has one more.
     """
-    if share == 0:
-        return array
-    if share == 1:
-        return jnp.zeros_like(array)
+    if share in (0, 1):
+        return jnp.full(array.shape, share == 0)
     size = jnp.abs(array)
     threshold = jnp.quantile(size, share, axis=(-2, -1) if array.ndim > 2 else None, keepdims=True)
-    return jnp.where(size > threshold, array, 0)
+    return size > threshold
 
 
 def prune_moments(optimizer_state: Any, arrays: Arrays, names: Iterable[str], share: float) -> Any:
     """Prunes an optax state's moments of some of the trained arrays; counts, and other arrays' moments, are kept.
 
-    First and second moments are pruned each by its own magnitude, as in the authors' code. Those that lie in the host's
-    memory, which computes nothing, come to the device for it.
+    First and second moments are ranked each by its own magnitude, as in the authors' code, and a weight keeps both or
+    none: A has no gradient in the first step after a restart, where B is zero, and a first moment without its second
+    would be divided by Adam's epsilon alone. Moments in the host's memory, which computes nothing, come to the device.
     """
     chosen = frozenset(names)
     optimizer_state = moments_on_device(optimizer_state)
 
-    def pruned(path, leaf):
+    def array_of(path, leaf):
         name = getattr(path[-1], "key", None) if path else None
         # Moments lie in dictionaries like that of the arrays themselves, however deep optax nests them.
-        if name not in chosen or leaf.shape != arrays[name].shape:
-            return leaf
-        return prune(leaf, share)
+        return name if name in chosen and leaf.shape == arrays[name].shape else None
+
+    stays: dict[str, Array] = {}
+    for path, leaf in jax.tree.leaves_with_path(optimizer_state):
+        if name := array_of(path, leaf):
+            stays[name] = stays.get(name, True) & largest(leaf, share)
+
+    def pruned(path, leaf):
+        name = array_of(path, leaf)
+        return leaf if name is None else jnp.where(stays[name], leaf, 0)
 
     return jax.tree.map_with_path(pruned, optimizer_state)
 

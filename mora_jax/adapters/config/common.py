@@ -279,7 +279,8 @@ class RestartConfig(CommonConfig):
 
     Attributes:
         restart_every: steps between restarts.
-        prune: share of the optimizer's moments that a restart sets to zero, the smallest in magnitude of each matrix.
+        prune: share of the optimizer's moments that a restart sets to zero, the smallest in magnitude of each matrix;
+            with either moment of a weight goes the other.
         restart_warmup: steps over which the learning rate rises again after a restart.
     """
 
