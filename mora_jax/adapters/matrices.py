@@ -181,7 +181,7 @@ class Product:
     @classmethod
     def of_axes(cls, matrix: Matrix, inputs: Any, axes: Sequence[int], features: Sequence[int]) -> Product:
         """That of a layer which contracts some axes of its input and puts its `features` behind the others."""
-        contracted = [axis % inputs.ndim for axis in axes]
+        contracted = sorted(axis % inputs.ndim for axis in axes)  # as Flax does, whatever the order of `axes`
         uncontracted = [axis for axis in range(inputs.ndim) if axis not in contracted]
         return cls._of(matrix, inputs.shape, uncontracted, contracted, lambda y: y.reshape(*y.shape[:-1], *features))
 

@@ -40,7 +40,7 @@ def product_of(module: nn.Module, inputs: Array, einsum_str: str | None) -> Prod
     if isinstance(module, nn.DenseGeneral):
         if _sizes(module.batch_dims):
             return "batch_dims make it a matrix for each entry of a batch"
-        axes, features = _sizes(module.axis), _sizes(module.features)
+        axes, features = sorted(axis % inputs.ndim for axis in _sizes(module.axis)), _sizes(module.features)
         matrix = Matrix.plain("kernel", (*(inputs.shape[axis] for axis in axes), *features), len(axes))
         return Product.of_axes(matrix, inputs, axes, features)
     if isinstance(module, nn.Einsum):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mora_jax as mj
 from mora_jax.adapters.base import Adapter, AdapterParam
@@ -54,6 +54,23 @@ def test_merging_is_the_forward_and_unmerging_gives_every_bit_back(name, case):
     mj.unmerge(layer, merged)
     np.testing.assert_array_equal(layer.kernel[...], kernel)
     np.testing.assert_array_equal(layer(x), y)
+
+
+@pytest.mark.parametrize("axes", [(-1, -2), (2, 1), (-2, -1)])
+def test_axes_in_any_order_are_those_of_the_kernel(axes):
+    """Flax contracts them in ascending order, whichever way round `axis` has them."""
+    x, kernel, a, b = draw(5, 2, 3, seed=1), draw(2, 3, 4, seed=2), draw(6, 2, seed=3), draw(2, 4, seed=4)
+    changed = kernel + (a @ b).reshape(2, 3, 4)
+    expected = sum(x[:, i, j, None] * changed[i, j] for i in range(2) for j in range(3))
+    layer = nnx.LinearGeneral((2, 3), 4, axis=axes, use_bias=False, rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.asarray(kernel)
+    mj.attach(layer, mj.LoRAConfig(rank=2, alpha=2.0), rngs=1)
+    layer.adapter.lora_a[...], layer.adapter.lora_b[...] = jnp.asarray(a), jnp.asarray(b)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+    linen = nn.DenseGeneral(4, axis=axes, use_bias=False)
+    with mj.linen.adapted(mj.LoRAConfig(rank=2, alpha=2.0)):
+        y = linen.apply({"params": {"kernel": kernel}, "adapters": {"lora_a": a, "lora_b": b}}, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["linear", "own product"])
