@@ -145,8 +145,9 @@ def apply(
     for site, arrays in adapted:
         matrix, lead = site.matrix, len(site.stack)
         axes = (tuple(lead + axis for axis in group) for group in (matrix.contracted, matrix.free))
-        named = site.name, site.config, matrix.is_embedding
-        given[site.key] = _Kernel(jnp.asarray(site.array), arrays, *named, tuple(range(lead)), *axes)
+        given[site.key] = _Kernel(
+            jnp.asarray(site.array), arrays, site.name, site.config, matrix.is_embedding, tuple(range(lead)), *axes
+        )
         if site.bias is not None:
             given[site.bias_key] = site.merged_bias(arrays)
 
@@ -156,8 +157,8 @@ def apply(
 
         def flat(traced: dict[int, Any], arrays: dict[int, Any]) -> Any:
             tree = jax.tree.unflatten(treedef, [traced.get(i, leaf) for i, leaf in enumerate(leaves)])
-            positional, named = jax.tree.unflatten(form, [arrays.get(i, other) for i, other in enumerate(others)])
-            return f(tree, *positional, **named)
+            positional, keywords = jax.tree.unflatten(form, [arrays.get(i, other) for i, other in enumerate(others)])
+            return f(tree, *positional, **keywords)
 
         program, shape = jax.make_jaxpr(flat, return_shape=True)(traced, arrays)
         interpreter = _Interpreter(key)
@@ -262,8 +263,8 @@ class _Interpreter:
         layers = tuple(i for i, axis in enumerate(kernel.stack) if axis in dropped)
         params = {name: value.squeeze(layers) for name, value in kernel.params.items()}
         stack = tuple(axis for axis in kernel.stack if axis not in dropped)
-        kept = replace(kernel, params=params, stack=stack)
-        return [kept.moved(kernel.array.squeeze(dropped), lambda axis: axis - sum(one < axis for one in dropped))]
+        squeezed = replace(kernel, params=params, stack=stack)
+        return [squeezed.moved(kernel.array.squeeze(dropped), lambda axis: axis - sum(one < axis for one in dropped))]
 
     def _slice(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         how = equation.params

@@ -62,26 +62,26 @@ def sites_of(tree: Any, einsums: Einsums | None = None) -> list[TreeSite]:
         einsums: as for `init`.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {_names(keys): i for i, (keys, leaf) in enumerate(leaves) if is_array(leaf)}
+    numbers = {_names(keys): i for i, (keys, leaf) in enumerate(leaves) if is_array(leaf)}
     sites = []
-    for names, i in named.items():
+    for names, i in numbers.items():
         keys, leaf = leaves[i]
-        above, own = names[:-1], "".join(names[-1:])
-        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact) or own in (*VECTORS, "offset"):
+        above, array_name = names[:-1], "".join(names[-1:])
+        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact) or array_name in (*VECTORS, "offset"):
             continue
-        named_kernel = own in KERNELS
-        if own == "b" and any((*above, name) in named for name in KERNELS):
+        named_kernel = array_name in KERNELS
+        if array_name == "b" and any((*above, name) in numbers for name in KERNELS):
             continue
         path = above if named_kernel and above else names
-        bias_key = next((named[*above, name] for name in BIASES if named_kernel and (*above, name) in named), None)
+        bias_key = next((numbers[*above, name] for name in BIASES if named_kernel and (*above, name) in numbers), None)
         bias = None if bias_key is None else leaves[bias_key][1]
         name, shape = ".".join(path), None if bias is None else bias.shape
         equation = value_at((einsums or {}).items(), name, None)
-        matrix, why = _matrix(own, leaf.shape, shape, _owner(tree, keys), equation, name)
+        matrix, why = _matrix(array_name, leaf.shape, shape, _owner(tree, keys), equation, name)
         stack = tuple(leaf.shape[: leaf.ndim - len(matrix.shape)])
         if shape is not None and shape[: len(stack)] != stack:  # no stack after all, such as PyTorch's convolutions
             why = why or _several(name, leaf.shape)
-        lifts = tuple(_lift(leaves, named, path, stack[: axis + 1]) for axis in range(len(stack)))
+        lifts = tuple(_lift(leaves, numbers, path, stack[: axis + 1]) for axis in range(len(stack)))
         sites.append(TreeSite(path, matrix, leaf, i, bias, bias_key, lifts, why))
     return sites
 
@@ -155,11 +155,11 @@ def _several(path: str, shape: tuple[int, ...]) -> str:
     )
 
 
-def _lift(leaves: list[Any], named: Mapping[Path, int], path: Path, axes: tuple[int, ...]) -> int:
+def _lift(leaves: list[Any], numbers: Mapping[Path, int], path: Path, axes: tuple[int, ...]) -> int:
     """How many components of a path lead to the first node whose arrays all have these axes in front."""
 
     def all_stacked(above: Path) -> bool:
-        inside = (leaves[i][1].shape for names, i in named.items() if names[: len(above)] == above)
+        inside = (leaves[i][1].shape for names, i in numbers.items() if names[: len(above)] == above)
         return all(shape[: len(axes)] == axes for shape in inside)
 
     return next((end for end in range(len(path)) if all_stacked(path[:end])), len(path))

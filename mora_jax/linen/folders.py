@@ -168,9 +168,9 @@ def read_sites(sites: list[TreeSite], path: str | os.PathLike[str]) -> tuple[Any
         The configuration, and by module path the arrays that are trained and those that are not.
     """
     given, described = load.tensor_shapes(path), _described(path)
-    if whole := load.whole_modules(path):
+    if modules := load.whole_modules(path):
         raise InputError(
-            f"{path}: it trains {', '.join(whole)} whole, for which a tree of parameters has no form; leave that away"
+            f"{path}: it trains {', '.join(modules)} whole, for which a tree of parameters has no form; leave that away"
         )
     # Where the folder says that the numbers of stacked layers are written, they are.
     lifts = [described[site.name][1] if site.name in described else site.lifts for site in sites]
@@ -180,14 +180,15 @@ def read_sites(sites: list[TreeSite], path: str | os.PathLike[str]) -> tuple[Any
     known = {name: (site, index) for site in sites for index, name in site.names()}
     model = _as_nnx([site for site in sites if any(name in given for _, name in site.names())], sites)
     load.load_adapter(model, path)
-    found: dict[Path, dict[tuple[int, ...], AdapterEntry]] = {}
+    adapters: dict[Path, dict[tuple[int, ...], AdapterEntry]] = {}
     for entry in adapters_of(model):
         site, index = known[entry.path]
-        found.setdefault(site.path, {})[index] = entry
+        adapters.setdefault(site.path, {})[index] = entry
     by_path = {site.path: site for site in sites}
-    config = _one_config({path: list(entries.values()) for path, entries in found.items()})
+    config = _one_config({path: list(entries.values()) for path, entries in adapters.items()})
     return config, {
-        where: _stacked(by_path[where], entries, config_at(config, ".".join(where))) for where, entries in found.items()
+        where: _stacked(by_path[where], entries, config_at(config, ".".join(where)))
+        for where, entries in adapters.items()
     }
 
 
@@ -289,13 +290,13 @@ def _as_nnx(adapted: list[TreeSite], others: list[TreeSite]) -> nnx.Module:
             layer = _layer(site.matrix, kernel, bias)
             if not name:
                 return layer
-            *above, own = name.split(".")
+            *above, attribute = name.split(".")
             node = model
             for part in above:
                 if not hasattr(node, part):
                     setattr(node, part, _Tree())
                 node = getattr(node, part)
-            setattr(node, own, layer)
+            setattr(node, attribute, layer)
     return model
 
 
@@ -317,10 +318,10 @@ def _layer(matrix: Matrix, kernel: jax.Array | None, bias: jax.Array | None) -> 
     return layer
 
 
-def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
+def _one_config(adapters: Mapping[Path, list[AdapterEntry]]) -> Any:
     """The configuration that gives every path the method, rank and scaling of its entries."""
     ranks, alphas, feedforward, plain = {}, {}, [], set()
-    for where, entries in found.items():
+    for where, entries in adapters.items():
         path, first = ".".join(where), entries[0]
         if "bias" in first.params and not first.config.biases_alone:
             raise InputError(f"{path} trains a bias beside its adapter, which Linen layers don't have")
@@ -339,7 +340,7 @@ def _one_config(found: Mapping[Path, list[AdapterEntry]]) -> Any:
         plain.add(replace(first.config, **changes))
     if len(plain) > 1:
         raise InputError("the folder holds adapters of several configurations, but Linen takes one at a time")
-    changes = {"targets": exactly(".".join(where) for where in found)}
+    changes = {"targets": exactly(".".join(where) for where in adapters)}
     for name, values in (("rank", ranks), ("alpha", alphas)):
         if values:
             changes[name] = max(values.values(), key=list(values.values()).count)

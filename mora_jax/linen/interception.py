@@ -106,14 +106,14 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
         if not picks(path, is_linear=product.matrix.is_linear):
             report.note(where, module, product.matrix)
             return plain(inputs)
-        own = config_at(config, path)
-        if form is not None and bias is None and own.biases_alone:
+        settings = config_at(config, path)
+        if form is not None and bias is None and settings.biases_alone:
             raise ValueError(f"{path} has no bias, nor a place for one; leave it out of targets")
         if kind is nn.Embed:
-            y = table_output(module, own, product.matrix, plain, inputs, attends=context.method_name == "attend")
+            y = table_output(module, settings, product.matrix, plain, inputs, attends=context.method_name == "attend")
         else:
-            y = adapted_output(module, own, product, plain, inputs, deterministic, bias)
-        report.note(where, module, product.matrix, own)
+            y = adapted_output(module, settings, product, plain, inputs, deterministic, bias)
+        report.note(where, module, product.matrix, settings)
         return y
 
     with _CONTEXT((config, deterministic)), nn.intercept_methods(intercept):
@@ -125,8 +125,8 @@ def _form(context: nn.module.InterceptorContext) -> LayerForm | None:
     """The form of the registered class whose own call this is, or None."""
     base, form = form_of(type(context.module)) or (None, None)
     called: Any = context.orig_method
-    own: Any = None if base is None else base.__call__
-    return form if context.method_name == "__call__" and called.func is getattr(own, "__wrapped__", None) else None
+    method: Any = None if base is None else base.__call__
+    return form if context.method_name == "__call__" and called.func is getattr(method, "__wrapped__", None) else None
 
 
 def _kind(context: nn.module.InterceptorContext) -> type[nn.Module] | None:

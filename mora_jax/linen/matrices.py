@@ -69,7 +69,7 @@ def layer_number(path: str) -> int | None:
 
     The number in a layer's own automatic name (`Dense_0`) counts layers of one class, so it is none.
     """
-    *above, own = path.split(".")
-    names = above if _AUTO_NAME.fullmatch(own) else [*above, own]
+    *above, module_name = path.split(".")
+    names = above if _AUTO_NAME.fullmatch(module_name) else [*above, module_name]
     numbers = (re.fullmatch(r"(?:.*_)?(\d+)", name) for name in names)
-    return next((int(found[1]) for found in numbers if found), None)
+    return next((int(match[1]) for match in numbers if match), None)

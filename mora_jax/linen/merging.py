@@ -49,16 +49,16 @@ def adapted_sites(
             that shapes alone don't make a matrix of.
     """
     by_key = {site.key: site for site in sites_of(variables)}
-    found: dict[Path, Arrays] = {}
+    adapters: dict[Path, Arrays] = {}
     for collection in (COLLECTION, FIXED):
         for path, value in traverse_util.flatten_dict(plain_tree(variables.get(collection, {}))).items():
-            found.setdefault(path[:-1], {})[path[-1]] = nn.meta.unbox(value)
-    if not found:
+            adapters.setdefault(path[:-1], {})[path[-1]] = nn.meta.unbox(value)
+    if not adapters:
         raise ValueError(f"the variables hold no collection {COLLECTION!r}, so there is nothing to merge or save")
     for config in configs:
         check_config(config)
     pickers = [(config, Picker(config, layer_number)) for config in configs]
-    for path, arrays in found.items():
+    for path, arrays in adapters.items():
         key = next((key for key in (path, *((*path, name) for name in KERNELS)) if key in by_key), None)
         if key is None:
             raise ValueError(f"{'.'.join(path) or 'the layer'} has an adapter, but params hold no kernel for it")

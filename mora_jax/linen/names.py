@@ -36,7 +36,7 @@ def rename_layers(
     def walk(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         nonlocal renamed
         names = {name: name for name in node}
-        auto = sorted((int(found[1]), name) for name in node if (found := pattern.fullmatch(name)))
+        auto = sorted((int(match[1]), name) for name in node if (match := pattern.fullmatch(name)))
         moved = [name for _, name in auto if only is None or re.fullmatch(only, ".".join((*path, name)))]
         if moved:
             renamed += len(moved)

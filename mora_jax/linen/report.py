@@ -104,10 +104,10 @@ class LinenReport:
         others = {".".join(path): seen for path, seen in self._seen.items() if seen.matrix is None}
         targets = self.config.targets
         for name in (targets,) if isinstance(targets, str) else targets:
-            found = next((path for path in others if named(path, name)), None)
-            if found is not None and not any(named(path, name) for path in could):
-                kind = others[found].kind.__name__
-                raise ValueError(f"targets name {found} ({kind}), which can't be adapted: {_reason(others[found])}")
+            other = next((path for path in others if named(path, name)), None)
+            if other is not None and not any(named(path, name) for path in could):
+                kind = others[other].kind.__name__
+                raise ValueError(f"targets name {other} ({kind}), which can't be adapted: {_reason(others[other])}")
         adapted = [path for path, seen in self._seen.items() if seen.config is not None]
         picks.check(could, [path or "(the model itself)" for path in could], any_picked=bool(adapted))
         self.table.warn(stacklevel=5)  # from the `with` statement, above contextlib's and this context's own frames
@@ -141,13 +141,13 @@ class LinenReport:
                 yield title(path), "", size, why
         for (*above, name), shape in self._params.items():
             path = (*above, name) if (*above, name) in self._seen else tuple(above)
-            found = self._seen.get(path)
-            lifts = 0 if found is None else len(found.lifts)
-            if name not in VECTORS and len(shape) - lifts > 1 and (found is None or found.matrix is None):
+            layer = self._seen.get(path)
+            lifts = 0 if layer is None else len(layer.lifts)
+            if name not in VECTORS and len(shape) - lifts > 1 and (layer is None or layer.matrix is None):
                 unknown[path] = unknown.get(path, 0) + math.prod(shape)
         for path, size in unknown.items():
-            found = self._seen.get(path)
-            yield title(path), "" if found is None else found.kind.__name__, size, _reason(found)
+            layer = self._seen.get(path)
+            yield title(path), "" if layer is None else layer.kind.__name__, size, _reason(layer)
 
     def __str__(self) -> str:
         if not self._seen:

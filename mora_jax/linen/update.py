@@ -48,7 +48,7 @@ def _arrays(module: nn.Module, config: Any, matrix: Matrix) -> Arrays:
     """The layer's adapter; made where there is none and the collection may be written."""
     trained, fixed = array_shapes(config, matrix)
     made: Mapping[str, Array] = {}
-    found = {}
+    arrays = {}
     for collection, names in ((COLLECTION, trained), (FIXED, fixed)):
         for name, shape in names.items():
             value = _held(module, matrix, collection, name)
@@ -59,11 +59,11 @@ def _arrays(module: nn.Module, config: Any, matrix: Matrix) -> Arrays:
                     made = ChainMap(*fresh_arrays(config, matrix, nnx.Rngs(params=_key(module, matrix)), kernel))
                 value = made[name]
                 _hold(module, matrix, collection, name, value)
-            found[name] = nn.meta.unbox(value)
-            if found[name].shape != shape:
-                given = f"{title(module.path)}: {collection}/{name} is {found[name].shape}"
+            arrays[name] = nn.meta.unbox(value)
+            if arrays[name].shape != shape:
+                given = f"{title(module.path)}: {collection}/{name} is {arrays[name].shape}"
                 raise ValueError(f"{given}, but {in_words(config)} asks for {shape}")
-    return scaled(config, found)
+    return scaled(config, arrays)
 
 
 def _held(module: nn.Module, matrix: Matrix, collection: str, name: str) -> Any:

@@ -122,10 +122,10 @@ def over_chunks(options: Options, weights: Array, add: Callable[[Options, Array,
     used = jnp.max(jnp.sum(weights > 0, axis=1))
     if options.part is None:
         return lax.fori_loop(0, -(-used // options.chunk), partial(add, options), start)
-    whole = (used + options.chunk // 2 - 1) // options.chunk  # a chunk up to half full is made up of parts
-    carry = lax.fori_loop(0, whole, partial(add, options), start)
+    full_chunks = (used + options.chunk // 2 - 1) // options.chunk  # a chunk up to half full is made up of parts
+    carry = lax.fori_loop(0, full_chunks, partial(add, options), start)
     parts = options._replace(chunk=options.part, part=None)
-    first = whole * (options.chunk // options.part)
+    first = full_chunks * (options.chunk // options.part)
     return lax.fori_loop(first, jnp.maximum(first, -(-used // options.part)), partial(add, parts), carry)
 
 
@@ -259,8 +259,8 @@ def _laid_out(options: Options, value_of: TokenValue, by: tuple[str, ...]) -> Ca
     @call.def_vmap
     def _by_shards(size: int, mapped: Any, *arrays: Any) -> Any:
         if any(jax.tree.leaves((mapped[1], mapped[3]))):  # the head, or what is shared
-            found = jax.vmap(plain, jax.tree.map(lambda on: 0 if on else None, tuple(mapped)))(*arrays)
-            return found, jax.tree.map(lambda _: True, found)
+            sums = jax.vmap(plain, jax.tree.map(lambda on: 0 if on else None, tuple(mapped)))(*arrays)
+            return sums, jax.tree.map(lambda _: True, sums)
         hidden, kernel, by_token, shared, weights = arrays
         shards, tokens = options.shards, weights.shape[-1]
         rows = min(chunk_size(vocabulary(hidden, kernel), size * shards * tokens), _ROWS)
@@ -273,14 +273,14 @@ def _laid_out(options: Options, value_of: TokenValue, by: tuple[str, ...]) -> Ca
 
         by_tokens = jax.tree.map(side_by_side, (hidden, by_token, weights), (mapped[0], mapped[2], mapped[4]))
         inner = _laid_out(options._replace(shards=size * shards, chunk=chunk), value_of, by)
-        found = inner(by_tokens[0], kernel, by_tokens[1], shared, by_tokens[2])
+        sums = inner(by_tokens[0], kernel, by_tokens[1], shared, by_tokens[2])
 
         def back(array: Array) -> Array:
             array = array.reshape(size, shards, *array.shape[1:])
             return array if array.ndim == 2 else array[:, :, :tokens]
 
-        found = jax.tree.map(back, found)
-        return found, jax.tree.map(lambda _: True, found)
+        sums = jax.tree.map(back, sums)
+        return sums, jax.tree.map(lambda _: True, sums)
 
     return call
 
@@ -310,9 +310,9 @@ def _forward(
 
 
 def _once_more(
-    exactly: Callable[[Array], tuple[Array, Array]], weights: Array, found: tuple[Array, Array]
+    exactly: Callable[[Array], tuple[Array, Array]], weights: Array, sums: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """What was found, or where a total isn't finite all of it by `exactly(weights)`.
+    """The `sums`, or where a total isn't finite all of them by `exactly(weights)`.
 
     A loop of one turn at most: a conditional would under `jax.vmap` do both.
     """
@@ -324,7 +324,7 @@ def _once_more(
         # What depends on nothing in `state` a compiler might do before the loop.
         return jnp.array(False), exactly(jnp.where(state[0], weights, 0.0))
 
-    return lax.while_loop(needed, again, (jnp.array(True), found))[1]
+    return lax.while_loop(needed, again, (jnp.array(True), sums))[1]
 
 
 def _backward(

@@ -202,8 +202,8 @@ def _by_powers(
     powers = jnp.exp(z - shift)
     norm = jnp.sum(powers, axis=-1, keepdims=True)
     picked = jnp.sum(jnp.where(_hot(z.shape, t), z, 0.0), axis=-1, keepdims=True)
-    kept = lax.optimization_barrier(powers.astype(kernel.dtype))
-    slope = jnp.where(_hot(z.shape, t), jnp.exp(picked - shift) / norm - 1.0, kept * (1.0 / norm))
+    stored_powers = lax.optimization_barrier(powers.astype(kernel.dtype))
+    slope = jnp.where(_hot(z.shape, t), jnp.exp(picked - shift) / norm - 1.0, stored_powers * (1.0 / norm))
     return (jnp.log(norm) + shift - picked).reshape(targets[0].shape), slope.reshape(*targets[0].shape, -1)
 
 

@@ -76,9 +76,9 @@ def compare() -> Iterator[Comparison]:
         segments = _segments(packed)
         for window in WINDOWS:
             started = time.perf_counter()
-            found = _gradients(partial(function, segments=jnp.asarray(segments), window=window), *arrays)
+            gradients = _gradients(partial(function, segments=jnp.asarray(segments), window=window), *arrays)
             expected = plain_attention(query, key, value, slope, segments, window)
-            pairs = zip(found, expected, strict=True)
+            pairs = zip(gradients, expected, strict=True)
             error = max(
                 np.abs(np.asarray(ours, np.float64) - right).max() / np.abs(right).max() for ours, right in pairs
             )

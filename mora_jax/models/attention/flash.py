@@ -310,9 +310,9 @@ def _tiled_backward(tiling, saved, dout):
     mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     output_grads = OutputGradients(*(padded(tiling.rows, array, 3) for array in (dout, log_sum, mean)))
     nothing = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-    found = attend_vjp(tiling, q, row, output_grads, k, v, row, traced_window, nothing)
+    grads = attend_vjp(tiling, q, row, output_grads, k, v, row, traced_window, nothing)
     length = query.shape[3]
-    dquery, dkey, dvalue = found.query[:, :, :, :length], found.key[:, :, :length], found.value[:, :, :length]
+    dquery, dkey, dvalue = grads.query[:, :, :, :length], grads.key[:, :, :length], grads.value[:, :, :length]
     dsinks = None if sinks is None else sink_gradient(sinks, log_sum, mean).astype(sinks.dtype)
     return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), None, None, dsinks
 

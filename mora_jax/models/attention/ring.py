@@ -231,8 +231,8 @@ def _around(ring: Ring, tiling: Tiling, query, key, value, segments, traced_wind
         query, place = _chosen(second.early, queries), _hidden_unless(second.any, _chosen(second.early, query_block))
         key, value, mark = _chosen(second.early, keys)
         piece = Block(_chosen(second.early, starts), mark)
-        found = attend(tiling, query, place, key, value, piece, traced_window, _chosen(second.early, running))
-        return arriving, _put(second.early, running, found)
+        state = attend(tiling, query, place, key, value, piece, traced_window, _chosen(second.early, running))
+        return arriving, _put(second.early, running, state)
 
     _, running = lax.fori_loop(0, ring.size, turn, (keys, running))
     out, log_sum = (_Pair(*pieces) for pieces in zip(*(piece.finish() for piece in running), strict=True))
@@ -270,18 +270,18 @@ def _back(ring: Ring, tiling: Tiling, query, key, value, out, dout, log_sum, seg
         key, value, mark = _chosen(second.early, keys)
         piece = Block(_chosen(second.early, starts), mark)
         so_far = Gradients(_chosen(second.early, dquery), *_chosen(second.early, dheld))
-        found = attend_vjp(
+        gradients = attend_vjp(
             tiling, query, place, _chosen(second.early, output_grads), key, value, piece, traced_window, so_far
         )
-        dquery = _put(second.early, dquery, found.query)
-        dheld = _put(second.early, dheld, (found.key, found.value))
+        dquery = _put(second.early, dquery, gradients.query)
+        dheld = _put(second.early, dheld, (gradients.key, gradients.value))
         # Keys go on with what they have gathered; after the last turn both are at home.
         return dealer.pass_on(keys), dealer.pass_on(dheld), dquery
 
     _, dheld, dquery = lax.fori_loop(0, ring.size, turn, (keys, dheld, dquery))
     dkey, dvalue = (_Pair(*pieces) for pieces in zip(*dheld, strict=True))
-    found = dealer.collect(dquery, 3), dealer.collect(dkey, 2), dealer.collect(dvalue, 2)
-    return tuple(slope.astype(like.dtype) for slope, like in zip(found, (query, key, value), strict=True))
+    gradients = dealer.collect(dquery, 3), dealer.collect(dkey, 2), dealer.collect(dvalue, 2)
+    return tuple(slope.astype(like.dtype) for slope, like in zip(gradients, (query, key, value), strict=True))
 
 
 def _no_slopes(*arrays: Array) -> Gradients:

@@ -32,12 +32,12 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
         raise Fields(values, where).bad("architectures", "a list with the name of a class")
-    named, model_type = architectures[0] if architectures else None, values.get("model_type")
+    architecture, model_type = architectures[0] if architectures else None, values.get("model_type")
     for family in FAMILIES:
-        if named == family.architecture or (named is None and model_type == family.model_type):
+        if architecture == family.architecture or (architecture is None and model_type == family.model_type):
             if values.get("model_type", family.model_type) != family.model_type:
                 raise InputError(
-                    f"{where}: model_type is {reprlib.repr(model_type)}, but architectures names {named}, whose"
+                    f"{where}: model_type is {reprlib.repr(model_type)}, but architectures names {architecture}, whose"
                     f" model_type is {family.model_type}; make them agree"
                 )
             quantization = values.get("quantization_config")
@@ -49,5 +49,5 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
             return family.read(Fields(dense, where, family))
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise InputError(
-        f"{where}: architecture {reprlib.repr(named or model_type)} is not supported; supported are {supported}"
+        f"{where}: architecture {reprlib.repr(architecture or model_type)} is not supported; supported are {supported}"
     )

@@ -22,8 +22,8 @@ def read_phi3(fields: Fields) -> DecoderConfig:
 
 def read_glm(fields: Fields, **names: str) -> DecoderConfig:
     """GLM: `gate_up_proj` in one; rotary pairs are neighbours, in half of each head; biases of q, k and v."""
-    named = TensorNames(gate_up=_FUSED_MLP, **names)  # type: ignore[arg-type]
-    return read_decoder(fields, head_dim=128, rotary_factor=0.5, rotary_neighbours=True, names=named)
+    tensor_names = TensorNames(gate_up=_FUSED_MLP, **names)  # type: ignore[arg-type]
+    return read_decoder(fields, head_dim=128, rotary_factor=0.5, rotary_neighbours=True, names=tensor_names)
 
 
 def read_glm4(fields: Fields) -> DecoderConfig:
