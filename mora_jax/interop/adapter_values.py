@@ -54,14 +54,14 @@ def install(model: nnx.Module, by_path: ValuesByPath) -> None:
     Raises:
         InputError: the model has adapters, lacks a path, or can't hold what is asked for; it is as it was then.
     """
-    found = list(sites(model))
-    if any(place.adapter is not None for place in found):
+    places = list(sites(model))
+    if any(place.adapter is not None for place in places):
         raise InputError("the model carries an adapter already: merge it, or load the base model again")
-    possible = [path for place in found for path in place.paths]
+    possible = [path for place in places for path in place.paths]
     absent = sorted(set(by_path) - set(possible))
     if absent:
         raise InputError(f"the model has no {first(absent)}")
-    filled = [(place, {i: by_path[path] for i, path in enumerate(place.paths) if path in by_path}) for place in found]
+    filled = [(place, {i: by_path[path] for i, path in enumerate(place.paths) if path in by_path}) for place in places]
     filled = [(place, values) for place, values in filled if values]
     targets = targets_for([path for path in by_path if by_path[path].config is not None], possible)
     sizes = [(place.in_features, place.out_features) for place, _ in filled]

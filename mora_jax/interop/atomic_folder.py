@@ -63,8 +63,8 @@ def new_folder(out: str | os.PathLike[str], *, ours: Collection[str] = (), overw
         raise InputError(f"{target} cannot be written: {where}{error.strerror or error}") from None
     except Exception as error:
         # The tokenizers library has no class for what the disk says.
-        reason, found, _ = str(error).partition(" (os error ")
-        if type(error) is not Exception or not found:
+        reason, separator, _ = str(error).partition(" (os error ")
+        if type(error) is not Exception or not separator:
             raise
         raise InputError(f"{target} cannot be written: {reason}") from None
     finally:
@@ -83,13 +83,13 @@ def check_out(out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         raise InputError(f"{given} is a file; give a folder that does not exist yet")
     repair(target)
     try:
-        found = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+        names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     except OSError as error:
         raise InputError(f"{given} cannot be read: {error.strerror}") from None
-    found = [name for name in found if name != _NOTHING and not name.startswith(_PREFIX)]
-    if found and not overwrite:
+    names = [name for name in names if name != _NOTHING and not name.startswith(_PREFIX)]
+    if names and not overwrite:
         raise InputError(
-            f"{given} is not empty ({', '.join(found[:3])}); give another folder, or replace what is there with "
+            f"{given} is not empty ({', '.join(names[:3])}); give another folder, or replace what is there with "
             "overwrite=True (--overwrite on the command line)"
         )
     return target

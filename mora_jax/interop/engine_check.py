@@ -199,10 +199,10 @@ class Check:
         for finding in self.findings:
             alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", str(finding)), []).append(finding)
         lines += [f"{first}{f' (and {len(more)} like it)' if more else ''}" for first, *more in alike.values()]
-        named = f"{self.engine.title} {self.engine.version} ({self.engine.source})"
+        engine = f"{self.engine.title} {self.engine.version} ({self.engine.source})"
         uses = f"uses {len(self.used)} of {len(self.tensors)} tensors" if self.kind != "model" else "takes the model"
         taken = self.good or self.kind != "model"
-        lines.append(f"{named} {uses}" if taken else f"{named} does not take the model as it is")
+        lines.append(f"{engine} {uses}" if taken else f"{engine} does not take the model as it is")
         return "\n".join(lines)
 
 
@@ -414,17 +414,17 @@ def _against(model: Decoder, shapes: dict[str, tuple[int, ...]]) -> Iterator[Fin
 
 def _model(where: Path, engine: Engine) -> Iterator[str]:
     """What is missing in the folder of a whole model."""
-    values, named = read_json(where / "config.json"), engine.title
+    values, title = read_json(where / "config.json"), engine.title
     absent = [name for name in ("architectures", "model_type") if not values.get(name)]
-    yield from (f"config.json has no {name}, from which {named} picks the model" for name in absent)
+    yield from (f"config.json has no {name}, from which {title} picks the model" for name in absent)
     dtype = values.get("dtype", values.get("torch_dtype"))
     known = dtype in ("float32", "float16", "bfloat16")
     if not known:
-        yield f"config.json names the dtype {dtype!r}; {named} takes float32, float16 and bfloat16"
+        yield f"config.json names the dtype {dtype!r}; {title} takes float32, float16 and bfloat16"
     if known and not absent:  # else transformers can't read the config either
         try:
             if load_tokenizer(where) is None:
-                yield f"there are no tokenizer files; {named} needs them"
+                yield f"there are no tokenizer files; {title} needs them"
         except InputError as error:
             yield f"tokenizer: {error}"
     try:
@@ -435,4 +435,4 @@ def _model(where: Path, engine: Engine) -> Iterator[str]:
     if index.is_file():
         weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
         if stray := sorted({path.name for path in where.glob("*.safetensors")} - set(weight_map.values())):
-            yield f"{', '.join(stray)} is not in the index; {named} would leave it out"
+            yield f"{', '.join(stray)} is not in the index; {title} would leave it out"

@@ -45,11 +45,11 @@ def adapter_folder(path: str) -> str:
     """
     if not path:
         raise InputError("the adapter is empty: give a folder, a run directory or a hub id")
-    found = local_folder(path)
-    for folder in (found, found / "adapter"):
+    root = local_folder(path)
+    for folder in (root, root / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return str(folder)
-    if (checkpoints := found / "checkpoints").is_dir():
+    if (checkpoints := root / "checkpoints").is_dir():
         steps = sorted(int(step.name) for step in checkpoints.iterdir() if step.name.isdecimal())
         choice = f", or take its last checkpoint: {path}@{steps[-1]}" if steps else ""
         raise InputError(

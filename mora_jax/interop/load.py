@@ -142,7 +142,7 @@ def _check_sizes(config: DecoderConfig, files: TensorFiles) -> None:
     table = files.shapes.get(f"{names.embedding}.weight") or files.shapes.get(f"{names.head}.weight")
     before, after = names.layer.split("{layer}")
     layer = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}\.")
-    numbers = [int(found.group(1)) for found in map(layer.match, files.shapes) if found]
+    numbers = [int(match.group(1)) for match in map(layer.match, files.shapes) if match]
 
     def shape_in_first_layer(name: str) -> tuple[int, ...] | None:
         return files.shapes.get(f"{names.layer.format(layer=0)}.{name}.weight")

@@ -280,19 +280,19 @@ class NamedAdapters:
     def _read(self, name: str) -> dict[str, AdapterValues]:
         """The values of an adapter as they are now."""
         slot, configs, _ = self._find(name)
-        return dict(found for place, bank in _banks(self.model) for found in _read_slot(place, bank, slot, configs))
+        return dict(item for place, bank in _banks(self.model) for item in _read_slot(place, bank, slot, configs))
 
     def _put(self, name: str, by_path: ValuesByPath, extra: Mapping[str, Any]) -> None:
         """Writes a new adapter into a free slot, making room where there is none."""
         if self._named:
             other = next(iter(self._named))
             same_form({other: self._read(other), name: by_path})
-        found = list(sites(self.model))
-        _check_sites(found, by_path)
-        used = {named.slot for named in self._named.values()}
+        places = list(sites(self.model))
+        _check_sites(places, by_path)
+        used = {adapter.slot for adapter in self._named.values()}
         slot = next(i for i in range(len(used) + 1) if i not in used)
         self._slots = self._slots if slot < self._slots else 2 * self._slots
-        for place in found:
+        for place in places:
             configs = [by_path[path].config for path in place.paths if path in by_path]
             if configs or place.adapter is not None:
                 _write_slot(place, _bank_with_room(place, configs, self._slots, self._rank), slot, by_path)
@@ -308,12 +308,12 @@ def _banks(model: nnx.Module) -> Iterator[tuple[Site, Bank]]:
             yield place, place.adapter
 
 
-def _check_sites(found: list[Site], by_path: ValuesByPath) -> None:
+def _check_sites(places: list[Site], by_path: ValuesByPath) -> None:
     """Refuses a path that the model lacks, or a place where the adapter can't stand beside those that are there."""
-    absent = sorted(set(by_path) - {path for place in found for path in place.paths})
+    absent = sorted(set(by_path) - {path for place in places for path in place.paths})
     if absent:
         raise InputError(f"the model has no {first(absent)}")
-    for place in found:
+    for place in places:
         adapters = [by_path[path] for path in place.paths if path in by_path]
         if adapters and (place.is_embedding or isinstance(place.layer, OutputHead)):
             raise InputError(

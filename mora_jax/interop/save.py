@@ -175,9 +175,9 @@ def _stored(model: Decoder, name: str) -> str:
 
 def _dtype(dtype: Any) -> np.dtype:
     with contextlib.suppress(TypeError):
-        found = jnp.dtype(np.float32 if dtype is None else dtype)
-        if found.name in _DTYPES:
-            return found
+        np_dtype = jnp.dtype(np.float32 if dtype is None else dtype)
+        if np_dtype.name in _DTYPES:
+            return np_dtype
     raise InputError(f"a model is saved in one of {', '.join(_DTYPES)}, not {dtype!r}")
 
 
@@ -220,8 +220,8 @@ def _gathered(entry: Entry) -> Iterator[tuple[TensorRegion, np.ndarray]]:
             yield from ((piece, dataclasses.replace(piece, index=piece.index[1:]).take(part)) for piece in group)
         else:
             # Through a copy: an array keeps what it once gathered from its devices for as long as it lives.
-            whole = host(array.copy()).reshape(entry.shape)
-            yield from ((piece, piece.take(whole)) for piece in group)
+            values = host(array.copy()).reshape(entry.shape)
+            yield from ((piece, piece.take(values)) for piece in group)
 
 
 @jax.jit

@@ -22,9 +22,9 @@ Shardings = Callable[[nnx.Variable], Sharding]
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Memory for an array that a CPU's XLA takes over as it is: it copies what doesn't begin at a multiple of 64."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    whole = np.empty(size + 64, np.uint8)
-    start = -whole.ctypes.data % 64
-    return whole[start : start + size].view(dtype).reshape(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def read_parameter(entry: Entry, files: TensorFiles, stored_as: Mapping[str, str], shardings: Shardings | None) -> None:
@@ -86,9 +86,9 @@ def read_region(
     box = [range(size)[part] for part, size in zip(spans, shape, strict=True)]
     values = empty(tuple(map(len, box)), dtype)
     for piece in entry.pieces:
-        found = _shared(piece, shape, box)
-        if found is not None:
-            target, inner = found
+        overlap = _shared(piece, shape, box)
+        if overlap is not None:
+            target, inner = overlap
             values[target] = _read(piece, files, stored_as.get(piece.name, piece.name), inner)
     return values.reshape(*values.shape[:last], -1)[..., index[last]] if as_matrices else values
 
@@ -151,12 +151,12 @@ class _Blocks:
         height = ROWS_PER_BLOCK[self._kernel.format]
         first, last = box[rows].start // height, -(-box[rows].stop // height)
         start = box[rows].start - first * height
-        found = empty(tuple(map(len, box)), values.dtype)
+        codes = empty(tuple(map(len, box)), values.dtype)
         for places in itertools.product(*map(enumerate, box[: self._apart])):
-            whole = self._quantized(tuple(n for _, n in places), slice(first, last), index)
+            blocks = self._quantized(tuple(n for _, n in places), slice(first, last), index)
             here = (*(slice(None) for _ in box[self._apart : rows]), slice(start, start + len(box[rows])))
-            found[tuple(i for i, _ in places)] = whole[here]
-        return found
+            codes[tuple(i for i, _ in places)] = blocks[here]
+        return codes
 
     def scales(self, index: tuple[slice, ...]) -> np.ndarray:
         """`scales[index]`; only what no codes brought is read."""

@@ -60,11 +60,11 @@ class TensorRegion:
 def transposed(matrix: np.ndarray) -> np.ndarray:
     """`matrix.T`, or that of each of several, in memory of its own, in strips: from numpy's own order a large one takes
     four times as long."""
-    found = np.empty((*matrix.shape[:-2], *matrix.shape[:-3:-1]), matrix.dtype)
+    out = np.empty((*matrix.shape[:-2], *matrix.shape[:-3:-1]), matrix.dtype)
     for where in np.ndindex(matrix.shape[:-2]):
         for start in range(0, matrix.shape[-2], 128):
-            found[where][:, start : start + 128] = matrix[where][start : start + 128].T
-    return found
+            out[where][:, start : start + 128] = matrix[where][start : start + 128].T
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

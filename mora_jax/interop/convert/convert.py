@@ -201,8 +201,8 @@ class Conversion:
     def left_out_share(self) -> float:
         """Norm of what was left out, relative to the norm of the whole change."""
         left = math.hypot(*self.left_out.values())
-        whole = math.hypot(left, *(row.norm for row in self.rows))
-        return left / whole if whole else 0.0
+        total = math.hypot(left, *(row.norm for row in self.rows))
+        return left / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""

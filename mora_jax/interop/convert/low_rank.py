@@ -37,8 +37,8 @@ def best_factors(delta: Array, rank: int) -> Factors:
     tall = delta.shape[0] >= delta.shape[1]
     work = np.asarray(delta, np.float64) if tall else np.asarray(delta, np.float64).T
     values, vectors = np.linalg.eigh(work.T @ work)
-    kept = min(rank, len(values))
-    right = vectors[:, ::-1][:, :kept]
+    count = min(rank, len(values))
+    right = vectors[:, ::-1][:, :count]
     left = work @ right
     singular = np.linalg.norm(left, axis=0)
     norm = float(np.linalg.norm(work))

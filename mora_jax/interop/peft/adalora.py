@@ -69,9 +69,9 @@ class AdaloraFormat(Format):
             if not good or _KEY.fullmatch(key) is None:
                 raise InputError(f"{where}: rank_pattern of {key!r} must be a list of {rank} truth values (init_r)")
 
-    def configured(self, values: Mapping[str, Any], path: str, **own: Any) -> AdaLoRAConfig:
+    def configured(self, values: Mapping[str, Any], path: str, **extra: Any) -> AdaLoRAConfig:
         schedule = {ours: values[name] for name, ours in _SCHEDULE.items() if values.get(name) is not None}
-        return super().configured(values, path, **schedule, **own)
+        return super().configured(values, path, **schedule, **extra)
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         """What was pruned stays as columns, numbers and rows of zeros, so that all layers have one shape."""
@@ -105,19 +105,19 @@ class AdaloraFormat(Format):
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         masks = {f"{entry.path}.lora_E": self._left(entry).tolist() for entry in entries}
         pruned = not all(all(mask) for mask in masks.values())
-        own = {
+        return super().written(entries, targets) | {
             "alpha_pattern": {},
             "exclude_modules": None,
             "r": 8,  # PEFT's default, which it warns to leave alone
             "rank_pattern": masks if pruned else None,
+            **{name: same(entries, ours) for name, ours in _SCHEDULE.items()},
         }
-        return super().written(entries, targets) | own | {name: same(entries, ours) for name, ours in _SCHEDULE.items()}
 
 
 def _used(values: dict[str, Any], path: str, rank: int) -> np.ndarray:
     """Which triplets of a target are left, `[rank]`."""
     for key, mask in (values.get("rank_pattern") or {}).items():
-        found = _KEY.fullmatch(key)
-        if found is not None and found["path"] == path:
+        match = _KEY.fullmatch(key)
+        if match is not None and match["path"] == path:
             return np.array(mask)
     return np.ones(rank, bool)

@@ -72,9 +72,9 @@ class AdapterFile:
             return True
         patterns = self.values.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
-            if found:
-                return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+            if match:
+                return int(match.group(1)) in ([layers] if isinstance(layers, int) else layers)
         return False
 
     @property
@@ -110,11 +110,11 @@ def format_of(values: dict[str, Any], where: str) -> Format:
         InputError: PEFT has it, or not, but it is not supported here.
     """
     kind = values.get("peft_type")
-    found = next((form for form in FORMATS if form.peft_type == kind and form.holds(values)), None)
-    if found is None:
+    form = next((form for form in FORMATS if form.peft_type == kind and form.holds(values)), None)
+    if form is None:
         known = dict.fromkeys(form.peft_type for form in FORMATS)
         raise InputError(f"{where}: peft_type must be one of {', '.join(known)}, found {kind!r}")
-    return found
+    return form
 
 
 def read_adapter_config(values: dict[str, Any], where: str) -> AdapterFile:

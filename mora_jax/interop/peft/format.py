@@ -151,21 +151,21 @@ class Format:
         bias = values.get("bias", "none")
         return "lora_only" if bias == self.bias_name else bias
 
-    def configured(self, values: Mapping[str, Any], path: str, **own: Any) -> Any:
-        """The configuration of the target at `path`; `own` are settings that take more than a field of the file."""
-        found = {setting: values.get(name, default) for name, (setting, default) in self.settings.items()}
+    def configured(self, values: Mapping[str, Any], path: str, **extra: Any) -> Any:
+        """The configuration of the target at `path`; `extra` are settings that take more than a field of the file."""
+        settings = {setting: values.get(name, default) for name, (setting, default) in self.settings.items()}
         if self.bias_name:
-            found["bias"] = self.bias(values)
-        return self.config(targets=(path,), **(found | own))  # type: ignore[call-arg]  # every method has targets
+            settings["bias"] = self.bias(values)
+        return self.config(targets=(path,), **(settings | extra))  # type: ignore[call-arg]  # every method has targets
 
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
         """Which tensors a target must have and which it may have, by their keys in `tensor_names`."""
         return set(self.tensor_names), set(self.tensor_names)
 
     def shared(
-        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, found: list[Site]
+        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, places: list[Site]
     ) -> dict[str, np.ndarray]:
-        """The arrays that all targets share; `names` are those in the file, `found` the places of the targets."""
+        """The arrays that all targets share; `names` are those in the file, `places` the places of the targets."""
         if names:
             name = next(iter(names.values()))
             raise InputError(f"{files.folder}: tensor {name} belongs to no {self.peft_type} adapter")
@@ -306,11 +306,11 @@ def same(entries: list[AdapterEntry], name: str) -> Any:
     Raises:
         InputError: the entries differ in it.
     """
-    found = {getattr(entry.config, name) for entry in entries}
-    if len(found) > 1:
-        values = ", ".join(str(value) for value in sorted(found, key=str))
-        raise InputError(f"one folder holds {entries[0].method} of one {name}, but the model has {values}")
-    return found.pop()
+    values = {getattr(entry.config, name) for entry in entries}
+    if len(values) > 1:
+        listed = ", ".join(str(value) for value in sorted(values, key=str))
+        raise InputError(f"one folder holds {entries[0].method} of one {name}, but the model has {listed}")
+    return values.pop()
 
 
 CONFIG_NAME, WEIGHTS = "adapter_config.json", "adapter_model"

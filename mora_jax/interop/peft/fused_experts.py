@@ -55,17 +55,17 @@ def unfused(
     projections = expert_projections(model)
     held = {meaning(name)[1] for name in files.shapes}
     paths = {}
-    named = set()
+    matched = set()
     for projection in projections:
         layers = {layer: _parameter(model, projection, layer) for layer in range(projection.stack[0])}
         for name, (layer, path) in itertools.product(parameters, layers.items()):
             if path == name or path.endswith(f".{name}"):
                 paths[path] = projection, layer
-                named.add(name)
+                matched.add(name)
         if len(projection.matrices) > 1:
             together = any(path in paths for path in layers.values())
             projection.see(whole=together or not held.isdisjoint(projection.module_paths(projection.whole)))
-    if unknown := sorted(set(parameters) - named):
+    if unknown := sorted(set(parameters) - matched):
         raise InputError(f"{where}: target_parameters names {unknown[0]}, which is no parameter of the model's experts")
     views, experts = {}, {}
     for path, (projection, layer) in paths.items():
@@ -148,7 +148,7 @@ def fused(model: nnx.Module) -> Iterator[tuple[AdapterEntry, dict[str, np.ndarra
         count = projection.stack[1]
         for layer in sorted(_layers(projection)):
             by_expert = [
-                {part: found.get(projection.module_path(part, layer, expert)) for part, found in entries.items()}
+                {part: by_path.get(projection.module_path(part, layer, expert)) for part, by_path in entries.items()}
                 for expert in range(count)
             ]
             path = _parameter(model, projection, layer)

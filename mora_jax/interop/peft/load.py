@@ -76,11 +76,11 @@ def load_adapter(
         adapters = given.adapters(method)
         given.add_biases(adapters)
         given.check_frozen()
-        whole, rows = given.trained_whole(), given.token_rows()
+        weights, rows = given.trained_whole(), given.token_rows()
         if base is not None:
             assert isinstance(model, Decoder), "checked with its tensors"
             base.put(model)
-        train_weights(model, whole)
+        train_weights(model, weights)
         install(model, adapters)
         if rows is not None:
             given.put_token_rows(rows)
@@ -138,15 +138,14 @@ class _Given:
         if any(place.adapter is not None for place in sites(model)):
             raise InputError("the model carries an adapter already: merge it, or load the base model again")
         files, experts = unfused(model, files, config.values.get("target_parameters") or (), config.where)
-        found = list(sites(model))
-        own = not isinstance(model, Decoder)
+        is_decoder = isinstance(model, Decoder)
         self.model, self.files, self.stored = model, files, stored_tensors(files)
-        self.config = dataclasses.replace(config, whole_components=own, experts=experts)
-        known = set(base_names(model)) if own else set()
+        self.config = dataclasses.replace(config, whole_components=not is_decoder, experts=experts)
+        known = set() if is_decoder else set(base_names(model))
         if stray := [stored for name, stored in self.stored.others.items() if name not in known]:
             raise unknown(files, stray[0])
         with refused():
-            self.places = by_path(found)
+            self.places = by_path(sites(model))
         everything = str(config.values.get("target_modules")).lower() == "all-linear"
         self.targets = {
             path: (place, layer)
@@ -194,9 +193,9 @@ class _Given:
             )
         pairs = [(factors[one], given[other]) for one, other in (("a", "b"), ("b", "a")) if one in factors]
         same = all(np.array_equal(read(one), read(other).T) for one, other in pairs)
-        whole = stored.weights.pop(head, None)
-        if whole is not None and table in stored.weights:
-            same = same and np.array_equal(read(whole), read(stored.weights[table]))
+        head_weight = stored.weights.pop(head, None)
+        if head_weight is not None and table in stored.weights:
+            same = same and np.array_equal(read(head_weight), read(stored.weights[table]))
         if not same:
             raise InputError(
                 f"{self.files.folder}: the tensors of {head} are not those of {table}, to which the model ties it"

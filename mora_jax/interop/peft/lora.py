@@ -162,11 +162,11 @@ class LoraFormat(Format):
         if len({entry.config.use_dora for entry in entries}) > 1:
             raise InputError("one folder holds LoRA with or without DoRA's magnitude, but the model has both")
         alpha, alphas = float(rank), dict[str, float]()
-        own: dict[str, Any]
+        fields: dict[str, Any]
         if isinstance(config, MoRAConfig):
             kind = same(entries, "kind")
             numbers = {kind: number for number, kind in MORA_TYPES.items()}
-            own = {"use_mora": True, "mora_type": numbers[kind]} if kind in numbers else {KIND_FIELD: kind}
+            fields = {"use_mora": True, "mora_type": numbers[kind]} if kind in numbers else {KIND_FIELD: kind}
         else:
             # From the scaling that is really used, which may differ by layer.
             scalings = [float(entry.params["scaling"]) for entry in entries]
@@ -175,8 +175,8 @@ class LoraFormat(Format):
                 entry.path: alpha_for(scaling, entry.config.rank, config.scale_power)
                 for entry, scaling in zip(entries, scalings, strict=True)
             }
-            own = {"exclude_modules": None, "lora_bias": self.biases_alone}
-        return own | {
+            fields = {"exclude_modules": None, "lora_bias": self.biases_alone}
+        return fields | {
             "alpha_pattern": {path: plain(value) for path, value in pattern_for(alphas, alpha).items()},
             "bias": config.bias,
             "init_lora_weights": True,

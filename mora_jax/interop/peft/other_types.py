@@ -82,11 +82,11 @@ class Ia3Format(Format):
         forms: list[tuple[list[str] | str, list[str] | str]] = [(exactly(paths), targets)]
         if not isinstance(targets, str):
             forms = [(names, targets), (paths, sorted(inputs)), *forms]
-        for named, among in forms:
-            told = all(_is_feedforward(named, path) == on for path, on in inputs.items())
-            if told and (isinstance(named, str) or set(named) <= set(among)):
+        for feedforward, among in forms:
+            told = all(_is_feedforward(feedforward, path) == on for path, on in inputs.items())
+            if told and (isinstance(feedforward, str) or set(feedforward) <= set(among)):
                 break
-        return {"feedforward_modules": named, self.init_name: True, "target_modules": among}
+        return {"feedforward_modules": feedforward, self.init_name: True, "target_modules": among}
 
 
 def _is_feedforward(names: str | list[str] | None, path: str) -> bool:
@@ -176,5 +176,5 @@ class OftFormat(Format):
     def written(self, entries: list[AdapterEntry], targets: list[str] | str) -> dict[str, Any]:
         fields = super().written(entries, targets)
         size = 0 if fields["r"] else same(entries, "block_size")
-        own = {"coft": False, "eps": 6e-05, "module_dropout": 0.0, "peft_version": _OFT_SINCE}
-        return fields | own | {"oft_block_size": size}
+        defaults = {"coft": False, "eps": 6e-05, "module_dropout": 0.0, "peft_version": _OFT_SINCE}
+        return fields | defaults | {"oft_block_size": size}

@@ -115,14 +115,14 @@ def save_adapter(
             stacklevel=2,
         )
     shared = {SHARED_PREFIX + name: tensor for name, tensor in form.shared_of(adapted).items()}
-    whole = {name: tensor.shape for name, tensor in _trained_whole(model)}
-    for name in whole:
+    trained = {name: tensor.shape for name, tensor in _trained_whole(model)}
+    for name in trained:
         if PREFIX + base_name(name) != name:
             raise InputError(f"{name} is trained, and PEFT's files can't hold that name: rename the module")
     base = base_model_name_or_path or getattr(model, "name_or_path", None)
     paths, everything = {entry.path for entry in main}, _all_paths(model)
     table, head = _tied_table(model), _head(model)
-    trains_table = table in paths or f"{PREFIX}{table}.weight" in whole
+    trains_table = table in paths or f"{PREFIX}{table}.weight" in trained
     if table in paths and head is not None and not table.endswith(TIED_BY_NAME):
         paths, everything = paths | {head}, everything | {head}  # named too, or PEFT leaves it as it was
     targets = targets_for(paths, everything)
@@ -139,7 +139,7 @@ def save_adapter(
         fields["lora_dropout"] = 0.0
     if form.fan_in_fan_out:
         fields["fan_in_fan_out"] = isinstance(model, Decoder) and model.config.names.turned
-    whole_modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in _of_whole_modules(model, whole, main)}
+    whole_modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in _of_whole_modules(model, trained, main)}
     whole_modules.discard(head)  # with ensure_weight_tying PEFT adds it
     fields |= {"modules_to_save": _saved_modules(model, whole_modules)}
     if (tokens := trained_tokens(adapted_sites(model))) is not None:
@@ -158,9 +158,9 @@ def save_adapter(
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         if linen_layers is not None:
             (folder / LINEN_NAME).write_text(json.dumps(linen_layers, indent=2) + "\n", encoding="utf-8")
-        shapes |= {name: tensor.shape for name, tensor in shared.items()} | whole
-        found = (value.dtype for place in adapted_sites(model) for value in place.adapter.params().values())
-        dtype = np.result_type(np.float32, *found)
+        shapes |= {name: tensor.shape for name, tensor in shared.items()} | trained
+        dtypes = (value.dtype for place in adapted_sites(model) for value in place.adapter.params().values())
+        dtype = np.result_type(np.float32, *dtypes)
         write_tensors(folder / f"{WEIGHTS}.safetensors", shapes, _all_tensors(model, form, shared, is_fused), dtype)
         if _has_own_base(model):
             write_model(model, folder / BASE_FOLDER)
@@ -171,8 +171,8 @@ def _all_paths(model: nnx.Module) -> set[str]:
     paths = {
         path for site in sites(model) for path in (site.paths if site.of_experts else (*site.paths, *site.aliases))
     }
-    others = [named for named, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
-    paths |= {path for named in others for path in named if "*" not in path}
+    others = [names for names, module in named_modules(model) if not isinstance(module, Adapter | Projection)]
+    paths |= {path for names in others for path in names if "*" not in path}
     if isinstance(model, Decoder):
         paths |= {name.rpartition(".")[0] for name, _, _ in beside_of(model)}
     return _with_owners(paths)
@@ -264,28 +264,28 @@ def _gathered(model: nnx.Module, form: Format, is_fused: bool) -> Iterator[tuple
             table = host(where[entry.path][0].kernel()[np.array(entry.config.tokens)]).astype(np.float32)
             yield entry, {f"{path}{TOKENS}trainable_tokens_delta": table + entry.params["token_delta"]}
             continue
-        found = form.write(entry) if main else {}
+        by_kind = form.write(entry) if main else {}
         if form.convolutions and "lora_a" in entry.params and entry.path in where:  # of single experts nothing is
-            found = in_windows(where[entry.path][0], found)
+            by_kind = in_windows(where[entry.path][0], by_kind)
         names = form.names(entry)
-        tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in found.items()}
+        tensors = {f"{path}.{names[kind]}": tensor for kind, tensor in by_kind.items()}
         if entry.path == _tied_table(model):
             head = f"{PREFIX}{_head(model)}"
             a, b = form.tensor_names["a"], form.tensor_names["b"]
-            tensors |= {f"{head}.{a}": found["b"].T, f"{head}.{b}": found["a"].T}
-        if "bias" in entry.params and "added" not in found:
+            tensors |= {f"{head}.{a}": by_kind["b"].T, f"{head}.{b}": by_kind["a"].T}
+        if "bias" in entry.params and "added" not in by_kind:
             inner = "base_layer.bias" if main else "bias"
             tensors[f"{path}.{inner}"] = base_bias(*where[entry.path]) + entry.params["bias"]
         yield entry, tensors
 
 
-def _of_whole_modules(model: nnx.Module, whole: Iterable[str], entries: list[AdapterEntry]) -> set[str]:
+def _of_whole_modules(model: nnx.Module, names: Iterable[str], entries: list[AdapterEntry]) -> set[str]:
     """Without the biases that are trained beside adapters alone, of modules that `modules_to_save` doesn't name."""
     if all(getattr(entry.config, "bias", "none") != "all" for entry in entries):
-        return set(whole)
+        return set(names)
     loose = {PREFIX + name for name in loose_biases(model)}
-    others = {name.rpartition(".")[0] for name in whole if name not in loose}
-    return {name for name in whole if name.rpartition(".")[0] in others}
+    others = {name.rpartition(".")[0] for name in names if name not in loose}
+    return {name for name in names if name.rpartition(".")[0] in others}
 
 
 def _saved_modules(model: nnx.Module, saved: set[str]) -> list[str] | None:

@@ -37,12 +37,12 @@ class SharedBasesFormat(Format):
         """The pair that PEFT draws for layers of these widths, as files have it."""
         raise NotImplementedError  # abstract: each type's file defines it
 
-    def least(self, rank: int, found: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def least(self, rank: int, places: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The smallest shapes that do for the places of the targets."""
         raise NotImplementedError  # abstract: each type's file defines it
 
     def shared(
-        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, found: list[Site]
+        self, values: dict[str, Any], names: Mapping[str, str], files: TensorFiles, places: list[Site]
     ) -> dict[str, np.ndarray]:
         if not values.get("save_projection", True):
             if names:
@@ -50,12 +50,12 @@ class SharedBasesFormat(Format):
                     f"{files.folder}: save_projection is false, but there is {next(iter(names.values()))}, which PEFT "
                     "would leave unread and redraw: set save_projection to true if the tensors are the ones to use"
                 )
-            return dict(zip(self.shared_names, self.drawn(values, widest(found)), strict=True))
+            return dict(zip(self.shared_names, self.drawn(values, widest(places)), strict=True))
         absent = [name for name in self.shared_names if name not in names]
         if absent:
             raise InputError(f"{files.folder}: save_projection is true, but {' and '.join(absent)} are missing")
         arrays, rank = {}, self.configured(values, "any").rank
-        for name, wanted, axis in zip(self.shared_names, self.least(rank, found), self.rank_axes, strict=True):
+        for name, wanted, axis in zip(self.shared_names, self.least(rank, places), self.rank_axes, strict=True):
             shape = files.shapes[names[name]]
             large = len(shape) == len(wanted) and all(size >= low for size, low in zip(shape, wanted, strict=True))
             if not large or shape[axis] != rank:
@@ -67,9 +67,9 @@ class SharedBasesFormat(Format):
         return arrays
 
 
-def widest(found: list[Site]) -> tuple[int, int]:
+def widest(places: list[Site]) -> tuple[int, int]:
     """The most inputs and outputs."""
-    return max(place.in_features for place in found), max(place.out_features for place in found)
+    return max(place.in_features for place in places), max(place.out_features for place in places)
 
 
 def _pair(places: list[Site], names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,13 +81,13 @@ def _pair(places: list[Site], names: tuple[str, str]) -> tuple[np.ndarray, np.nd
     pair = []
     for name in names:
         pieces = [_pieces(place, name) for place in places]
-        whole = np.zeros(np.max([piece.shape[1:] for piece in pieces], axis=0), pieces[0].dtype)
+        array = np.zeros(np.max([piece.shape[1:] for piece in pieces], axis=0), pieces[0].dtype)
         for piece in pieces:
-            whole[tuple(map(slice, piece.shape[1:]))] = piece[0]
+            array[tuple(map(slice, piece.shape[1:]))] = piece[0]
         for place, piece in zip(places, pieces, strict=True):
-            if not _is_piece(piece, whole):
+            if not _is_piece(piece, array):
                 raise InputError(f"{place.title} has frozen factors of its own; one folder holds one pair for all")
-        pair.append(whole)
+        pair.append(array)
     return pair[0], pair[1]
 
 
@@ -97,9 +97,9 @@ def _pieces(place: Site, name: str) -> np.ndarray:
     return array.reshape(-1, *array.shape[len(place.stack) :])
 
 
-def _is_piece(piece: np.ndarray, whole: np.ndarray) -> bool:
-    """Whether each layer's array, `[layers, …]`, is what the beginning of `whole` has."""
-    return bool((piece == whole[tuple(map(slice, piece.shape[1:]))]).all())
+def _is_piece(piece: np.ndarray, array: np.ndarray) -> bool:
+    """Whether each layer's array, `[layers, …]`, is what the beginning of `array` has."""
+    return bool((piece == array[tuple(map(slice, piece.shape[1:]))]).all())
 
 
 class VeraFormat(SharedBasesFormat):
@@ -123,8 +123,8 @@ class VeraFormat(SharedBasesFormat):
         left, right = projections(config.rank, widths, config.projection_prng_key)
         return left.T, right.T
 
-    def least(self, rank: int, found: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        inputs, outputs = widest(found)
+    def least(self, rank: int, places: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inputs, outputs = widest(places)
         return (rank, inputs), (outputs, rank)
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
@@ -180,24 +180,24 @@ class RandLoraFormat(SharedBasesFormat):
         needed = {"lambda", "gamma"}
         return needed, needed | {"a", "b"} if values.get("save_projection", True) else needed
 
-    def configured(self, values: Mapping[str, Any], path: str, **own: Any) -> RandLoRAConfig:
+    def configured(self, values: Mapping[str, Any], path: str, **extra: Any) -> RandLoRAConfig:
         # PEFT looks at very_sparse first.
         bases = "very_sparse" if values.get("very_sparse") else "sparse" if values.get("sparse") else "dense"
-        return super().configured(values, path, bases=bases, **own)
+        return super().configured(values, path, bases=bases, **extra)
 
     def drawn(self, values: dict[str, Any], widths: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         config = self.configured(values, "any")
         a, b = random_bases(config.rank, widths, config.projection_prng_key, config.bases)
         return a[:, None], b
 
-    def least(self, rank: int, found: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        smaller = max(min(place.in_features, place.out_features) for place in found)
-        return (rank, 1, smaller), (max(widest(found)), -(-smaller // rank), rank)
+    def least(self, rank: int, places: list[Site]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        smaller = max(min(place.in_features, place.out_features) for place in places)
+        return (rank, 1, smaller), (max(widest(places)), -(-smaller // rank), rank)
 
     def read(self, values: dict[str, Any], target: Target) -> AdapterValues:
         for kind, name in (("a", "randlora_A"), ("b", "randlora_B")):
-            whole = target.shared[name]
-            if kind in target.names and not np.array_equal(target.read(kind, whole.shape), whole):
+            shared = target.shared[name]
+            if kind in target.names and not np.array_equal(target.read(kind, shared.shape), shared):
                 raise InputError(f"{target.files.folder}: tensor {target.names[kind]} is not the {name} of the others")
         place, a, b = target.place, target.shared["randlora_A"][:, 0], target.shared["randlora_B"]
         config = self.configured(values, target.path, widths=(a.shape[1], b.shape[0]))

@@ -56,21 +56,21 @@ def stored_tensors(files: TensorFiles) -> Stored:
     Raises:
         InputError: a name that is none of PEFT's, or two for one thing.
     """
-    found = Stored()
+    stored = Stored()
     for name in sorted(files.shapes):
         if (shared := _SHARED.fullmatch(name)) is not None:
-            _put(found.shared, shared["name"], name, files)
+            _put(stored.shared, shared["name"], name, files)
             continue
         group, path, kind = meaning(name)
         if group == "factors":
-            _put(found.factors.setdefault(path, {}), kind, name, files)
+            _put(stored.factors.setdefault(path, {}), kind, name, files)
         elif not group:
             raise unknown(files, name)
         elif group == "others":
-            _put(found.others, f"{path}.{kind}", name, files)
+            _put(stored.others, f"{path}.{kind}", name, files)
         else:
-            _put(getattr(found, group), path, name, files)
-    return found
+            _put(getattr(stored, group), path, name, files)
+    return stored
 
 
 def meaning(name: str) -> tuple[str, str, str]:
