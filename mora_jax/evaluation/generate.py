@@ -255,8 +255,8 @@ def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: ja
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     # A token stays when the likelier ones don't reach top_p yet; the first always does.
-    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    in_nucleus = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+    lowest = jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits >= lowest, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

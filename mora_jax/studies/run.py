@@ -274,13 +274,13 @@ class _Progress:
         """For a line of the board."""
         states = self._board.runs.values()
         done = self.before + sum(1.0 if one.words == "done" else one.step / max(one.steps, 1) for one in states)
-        words = f"  all {self._expected} cells or more: {done / self._expected:.0%}"
+        line = f"  all {self._expected} cells or more: {done / self._expected:.0%}"
         # What an earlier process did is in it, and took no time now.
         trained, now = done - self._present, time.monotonic()
         first, since = self._first = self._first or (trained, now)
         if trained <= first:
-            return words
-        return words + left_words({"seconds_left": (now - since) / (trained - first) * (self._expected - done)})
+            return line
+        return line + left_words({"seconds_left": (now - since) / (trained - first) * (self._expected - done)})
 
 
 def guide(study: Study, run: RunResult) -> float:

@@ -68,9 +68,9 @@ class Board(Display):
         """The display of a run."""
         return _RunDisplay(self, name)
 
-    def ended(self, name: str, words: str) -> None:
+    def ended(self, name: str, outcome: str) -> None:
         """A run is done, or failed."""
-        self.runs[name].words = words
+        self.runs[name].words = outcome
 
     def said(self, name: str, text: str) -> None:
         """A line about a run; what all say is shown once, at the end of the round."""
@@ -97,8 +97,8 @@ class Board(Display):
         speed = sum(state.tokens_per_second for state in states.values())
         left = left_words({"seconds_left": first.seconds_left})
         several = f" ({lowest}) to {max(losses.values()):.4f}" if len(states) > 1 else ""
-        words = f"step {first.step}/{first.steps}  loss {first.loss:.4f}{several}  {speed:,.0f} tokens/s{left}"
-        self.note(words + self.whole())
+        line = f"step {first.step}/{first.steps}  loss {first.loss:.4f}{several}  {speed:,.0f} tokens/s{left}"
+        self.note(line + self.whole())
 
 
 class _RunDisplay(Display):
@@ -121,11 +121,11 @@ class _RunDisplay(Display):
     def start(self, info: RunInfo) -> None:
         """What the run is about to train; said once for runs that train together."""
         self._state.steps, self._state.step = info.steps, info.first_step
-        for head, words in info.facts.items():
+        for head, fact in info.facts.items():
             if head != "out" and self._name == self._board.together[0]:
-                self._board.note(f"{head:8}{printable(words)}")
-        for words in info.notes:
-            self.note(f"note: {words}")
+                self._board.note(f"{head:8}{printable(fact)}")
+        for note in info.notes:
+            self.note(f"note: {note}")
 
     def step(self, row: Mapping[str, Any]) -> None:
         state = self._state

@@ -90,10 +90,10 @@ class SweepFolder:
         """The runs that failed, with what was said."""
         return self._read()["failed"] if self.files.present((self.file,)) else {}
 
-    def note_failure(self, name: str, words: str) -> None:
+    def note_failure(self, name: str, message: str) -> None:
         """Remembers that a run failed, so that it isn't tried again."""
         values = self._read()
-        self._write(values | {"failed": values["failed"] | {name: words}})
+        self._write(values | {"failed": values["failed"] | {name: message}})
 
     def write(self, result: SweepResult) -> str | None:
         """Writes the table and the picture; returns why there is no picture."""

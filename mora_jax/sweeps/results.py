@@ -159,8 +159,8 @@ def draw(every: Sequence[RunResult], best: RunResult | None, path: str | os.Path
         InputError: matplotlib isn't installed, or `path` can't be written.
     """
     runs = [run for run in every if math.isfinite(run.score)]
-    named = dict.fromkeys(key for run in every for key in run.values)
-    keys = [key for key in named if len({shown(_value(run, key)) for run in every}) > 1]
+    all_keys = dict.fromkeys(key for run in every for key in run.values)
+    keys = [key for key in all_keys if len({shown(_value(run, key)) for run in every}) > 1]
     along = _along(every, keys)
     values = list(dict.fromkeys(_value(run, along) for run in every))
     numeric = all(isinstance(value, int | float) for value in values)

@@ -87,13 +87,13 @@ def groups_of(runs: Sequence[SweepRun], at_once: int | None = None, *, masked: b
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def stacked_step(assembly: Assembly, optimizer: OptimizerConfig, own: frozenset[str]) -> StepFunction:
+def stacked_step(assembly: Assembly, optimizer: OptimizerConfig, per_run: frozenset[str]) -> StepFunction:
     """The step of several runs: as `make_step`, with every array of state, batch and metrics `[runs, …]`.
 
     Args:
         assembly: of one of the runs.
         optimizer: its section; rate, decay and norm come with each batch instead (`hyperparameters`).
-        own: the frozen arrays that each run has for itself, `[runs, …]` too.
+        per_run: the frozen arrays that each run has for itself, `[runs, …]` too.
     """
 
     settings = dataclasses.replace(assembly.settings, mapped=True)
@@ -108,7 +108,7 @@ def stacked_step(assembly: Assembly, optimizer: OptimizerConfig, own: frozenset[
         return make_step(assembly.structure, update, lambda step: rate, settings)(state, frozen, rows)
 
     def step(state: TrainState, frozen: Arrays, batch: Any) -> tuple[TrainState, StepMetrics]:
-        return jax.vmap(one, in_axes=(0, {name: 0 if name in own else None for name in frozen}, 0))(
+        return jax.vmap(one, in_axes=(0, {name: 0 if name in per_run else None for name in frozen}, 0))(
             state, frozen, batch
         )
 
@@ -183,18 +183,18 @@ class Stack:
     def _start(self, states: Sequence[Any]) -> None:
         """Stacks the states, and what else the runs don't share."""
         first, *others = (member.assembly for member in self._members)
-        own: dict[str, Array] = {}
+        per_run: dict[str, Array] = {}
         shared: dict[str, Array] = {}
         for name, array in first.frozen.items():
             theirs = [assembly.frozen[name] for assembly in others]
             if all(other is array or bool(jnp.array_equal(other, array)) for other in theirs):
                 shared[name] = array
             else:
-                own[name] = jnp.stack([array, *theirs])
-        self._runner = JitRunner(stacked_step(first, self._members[0].optimizer, frozenset(own)), self._mesh)
+                per_run[name] = jnp.stack([array, *theirs])
+        self._runner = JitRunner(stacked_step(first, self._members[0].optimizer, frozenset(per_run)), self._mesh)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         self._done = np.array(jax.device_get(stacked.step))
-        self._state, self._frozen = self._runner.place(stacked), self._runner.place(shared | own)
+        self._state, self._frozen = self._runner.place(stacked), self._runner.place(shared | per_run)
 
     def _joined(self) -> dict[str, np.ndarray]:
         """The batches with what else each run brings along, padded to one shape."""

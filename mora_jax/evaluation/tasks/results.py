@@ -68,8 +68,8 @@ def result_table(result: TaskResult, comparison: Mapping[str, Comparison] | None
     lines = [f"{result.task}, {count} example{'s' if count > 1 else ''}"]
     width = max(map(len, (*result.metrics, *result.baselines)))
     lines += estimate_lines(result.metrics, width)
-    words = {"majority": "always the commonest answer", "chance": "guessing"}
-    lines += [f"  {name:{width}}  {value:8.4f}  {words[name]}" for name, value in result.baselines.items()]
+    meanings = {"majority": "always the commonest answer", "chance": "guessing"}
+    lines += [f"  {name:{width}}  {value:8.4f}  {meanings[name]}" for name, value in result.baselines.items()]
     if result.confusion is not None:
         lines += ["", *_confusion_lines(**result.confusion)]
     if comparison:

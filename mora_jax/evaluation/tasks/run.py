@@ -227,11 +227,11 @@ class NamedTask:
         return {f"eval_{self.task.name}_{name}": value for name, value in values.items()}
 
 
-def read_tasks(named: Sequence[str], origin: str, limit: int | None) -> tuple[NamedTask, ...]:
+def read_tasks(texts: Sequence[str], origin: str, limit: int | None) -> tuple[NamedTask, ...]:
     """Reads the tasks of a run and makes their examples.
 
     Args:
-        named: texts NAME=FILE.
+        texts: of the form NAME=FILE.
         origin: where they stand, for messages.
         limit: takes the first so many rows of each; None: all.
 
@@ -239,7 +239,7 @@ def read_tasks(named: Sequence[str], origin: str, limit: int | None) -> tuple[Na
         InputError: a text or a file isn't understood, or a task can't be evaluated here.
     """
     tasks: list[NamedTask] = []
-    for text in named:
+    for text in texts:
         name, _, file = text.partition("=")
         if not name or not file:
             raise InputError(f"{origin}: {text!r} must be NAME=FILE, such as arc_easy=arc_easy.jsonl")
