@@ -72,9 +72,9 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if "PJRT_NAMES_AND_LIBRARY_PATHS" in environ:  # whoever adds platforms by hand knows what is there
         return
-    named, platforms = environ.get("JAX_PLATFORMS", ""), plugins()
-    if named:
-        _check_platforms(named, platforms)
+    setting, platforms = environ.get("JAX_PLATFORMS", ""), plugins()
+    if setting:
+        _check_platforms(setting, platforms)
     elif has_libtpu() and not may_have_tpu() and "JAX_FORCE_TPU_INIT" not in environ and platforms <= _GPUS:
         # jax would try libtpu, here for planning, which prints lines of errors before jax goes on without it.
         environ["JAX_PLATFORMS"] = ",".join([*sorted(platforms), "cpu"])
@@ -89,18 +89,18 @@ def explain(error: RuntimeError) -> str | None:
     return f"{' '.join(str(error).split())}{f'; to have it: {how}' if how else ''}"
 
 
-def _check_platforms(named: str, installed: set[str]) -> None:
+def _check_platforms(setting: str, installed: set[str]) -> None:
     """Refuses what jax fails at with a traceback that says less, or after errors of libtpu."""
-    names = [name.strip() for name in named.split(",")]
+    names = [name.strip() for name in setting.split(",")]
     for name, present in (("cuda", "cuda" in installed), ("tpu", has_libtpu())):
         if name in names and not present and (name == "tpu" or has_nvidia_gpu() or names == ["cuda"]):
-            raise InputError(f"JAX_PLATFORMS={named}: jax's plugin for {name} is not installed: {_INSTALL[name]}")
+            raise InputError(f"JAX_PLATFORMS={setting}: jax's plugin for {name} is not installed: {_INSTALL[name]}")
     if names == ["cuda"] and not has_nvidia_gpu():  # beside another platform jax passes over it
-        raise InputError(f"JAX_PLATFORMS={named}: no NVIDIA GPU is visible here; set it to cpu or leave it out")
+        raise InputError(f"JAX_PLATFORMS={setting}: no NVIDIA GPU is visible here; set it to cpu or leave it out")
     if "tpu" in names and not may_have_tpu():
-        raise InputError(f"JAX_PLATFORMS={named}: no TPU is visible here; set it to cpu or leave it out")
+        raise InputError(f"JAX_PLATFORMS={setting}: no TPU is visible here; set it to cpu or leave it out")
     if "gpu" in names:  # jax takes it for all kinds of GPUs at once, and fails where one's plugin is absent
-        raise InputError(f"JAX_PLATFORMS={named}: name the GPU's platform, cuda or rocm")
+        raise InputError(f"JAX_PLATFORMS={setting}: name the GPU's platform, cuda or rocm")
 
 
 def plugins() -> set[str]:

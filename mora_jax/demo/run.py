@@ -79,8 +79,8 @@ def run(
     for number, (method, mode) in enumerate(cells):
         started, name = time.perf_counter(), f"{method.name}, {mode}"
 
-        def watch(step: int, words: str, before: int = number * steps, name: str = name) -> None:
-            report(before + step, len(cells) * steps, f"{name}: {words}")
+        def watch(step: int, stage: str, before: int = number * steps, name: str = name) -> None:
+            report(before + step, len(cells) * steps, f"{name}: {stage}")
 
         trained = train_cell(method, mode, rows, held_out, steps=steps, seed=seed, watch=watch)
         watch(steps, "answering the test questions")

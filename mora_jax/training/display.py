@@ -77,10 +77,10 @@ class Display(contextlib.AbstractContextManager["Display"]):
     def start(self, info: RunInfo) -> None:
         """Shows what is about to be trained."""
         self.steps = info.steps
-        for name, words in info.facts.items():
-            self.note(f"{name:8}{printable(words)}")
-        for words in info.notes:
-            self.note(f"note: {printable(words)}")
+        for name, fact in info.facts.items():
+            self.note(f"{name:8}{printable(fact)}")
+        for note in info.notes:
+            self.note(f"note: {printable(note)}")
         self.note("compiling the training step")
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -107,8 +107,8 @@ class Display(contextlib.AbstractContextManager["Display"]):
         """Shows how the run ended: the content of summary.json."""
         self.close()
         self.note(f"done: {summary_words(summary)}")
-        for name, words in summary_facts(summary).items():
-            self.note(f"{name}: {words}")
+        for name, fact in summary_facts(summary).items():
+            self.note(f"{name}: {fact}")
 
     def close(self) -> None:
         """Ends whatever is live."""
@@ -140,7 +140,7 @@ def summary_words(summary: Mapping[str, Any]) -> str:
         ("eval_perplexity", "eval perplexity {:.3f}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
     )
-    parts = [words.format(summary[name]) for name, words in formats if summary.get(name) is not None]
+    parts = [template.format(summary[name]) for name, template in formats if summary.get(name) is not None]
     if summary.get("wall_seconds") is not None:
         compiling = summary.get("compile_seconds")
         share = f" ({duration(compiling)} compiling)" if compiling is not None else ""
@@ -245,8 +245,8 @@ class LiveDisplay(Display):
         self.console.print(Panel(_facts(info.facts), title="mora-jax train", title_align="left", border_style="cyan"))
         if info.first_example:
             self.console.print(example_panel(info.first_example, self.console))
-        for words in info.notes:
-            self.console.print(Text(f"note: {printable(words)}", style="yellow"))
+        for note in info.notes:
+            self.console.print(Text(f"note: {printable(note)}", style="yellow"))
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[place]}"),
@@ -304,8 +304,8 @@ def _facts(facts: Mapping[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, words in facts.items():
-        table.add_row(name, Text(printable(words)))
+    for name, fact in facts.items():
+        table.add_row(name, Text(printable(fact)))
     return table
 
 

@@ -66,10 +66,10 @@ class Evaluator(Hook):
 
     def _scored(self, point: Point) -> dict[str, Any] | None:
         """The row of an evaluation; None where a signal came before its end."""
-        run, setup, words = self._run, self._setup, "evaluating"
+        run, setup, title = self._run, self._setup, "evaluating"
 
         def progress(done: int, total: int) -> None:
-            run.display.progress(words, done, total)
+            run.display.progress(title, done, total)
             if run.signals.look() and done < total:
                 raise _Interrupted
 
@@ -91,7 +91,7 @@ class Evaluator(Hook):
             if setup.tasks:
                 scorer = LoglikelihoodScorer(model, setup.tokenizer, **options)
             for task in setup.tasks:
-                words = f"evaluating {task.task.name}"
+                title = f"evaluating {task.task.name}"
                 row |= task(scorer, progress)
             if self._measure is not None:
                 row |= {f"eval_{name}": value for name, value in self._measure(model, point.step).items()}

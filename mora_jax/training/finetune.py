@@ -204,8 +204,8 @@ def finetune(
     objects, config_of = configured(model, rows, adapter_config, tokenizer, eval_rows, out, loss, arguments)
     if optimizer is not None:
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-            named = "config={'optimizer.name': 'lion'} names one"
-            raise InputError(f"optimizer must be an object of optax, not {optimizer!r:.80}; {named}")
+            hint = "config={'optimizer.name': 'lion'} names one"
+            raise InputError(f"optimizer must be an object of optax, not {optimizer!r:.80}; {hint}")
         if learning_rate is not None or any(name.startswith("optimizer.") for name in config or {}):
             raise InputError("an optimizer that is given has its own settings: leave out learning_rate and optimizer.*")
         objects = dataclasses.replace(objects, optimizer=optimizer)

@@ -203,8 +203,8 @@ class Trainer:
         self._checkpoints: CheckpointHook | None = None
         restarter = None
         if assembly.restarts is not None:
-            whole = runner.unreplicate((self.point.state, self.point.frozen))
-            restarter = Restarter(assembly.structure, assembly.restarts, *whole)
+            state, frozen = runner.unreplicate((self.point.state, self.point.frozen))
+            restarter = Restarter(assembly.structure, assembly.restarts, state, frozen)
         watchdog = Watchdog(config.train.watchdog_seconds, self._report_hang)
         hooks = [*hooks, ReferenceHook(run, self.point)] if config.loss.reference == "cached" else hooks
         self.hooks = [*hooks, watchdog, CompilingHook(run), self.observer, Profiler(run), MetricsHook(run)]

@@ -183,8 +183,8 @@ class Setup:
             notes.append(f"{sizes['context']} devices share each row along its length")
         copy = self.mesh.size // sizes.pop("data")
         if copy > 1:
-            words = " × ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1 or axis in ("fsdp", "tensor"))
-            notes.append(f"{copy} devices hold one copy of the weights ({words})")
+            axes = " × ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1 or axis in ("fsdp", "tensor"))
+            notes.append(f"{copy} devices hold one copy of the weights ({axes})")
         return notes
 
 
@@ -201,9 +201,9 @@ def describe_loss(loss: LossConfig) -> str:
     tokens = f"{loss.weights.words}, divided by {DIVISORS[loss.divided_by]}"
     if loss.preference is None:
         return tokens
-    words = f"{loss.objective}, beta {loss.settings.beta:g}"
-    words += "" if loss.reference is None else f", reference {loss.reference}"
-    return f"{words}, SFT term {loss.sft_term:g} ({tokens})" if loss.sft_term else words
+    objective = f"{loss.objective}, beta {loss.settings.beta:g}"
+    objective += "" if loss.reference is None else f", reference {loss.reference}"
+    return f"{objective}, SFT term {loss.sft_term:g} ({tokens})" if loss.sft_term else objective
 
 
 @dataclass(frozen=True)

@@ -270,8 +270,7 @@ def make_step(
 def _learning_rate(state: Any) -> Array:
     """The one that an optimizer's state tells; NaN where it tells none, or several."""
     # Beside the rate of a schedule that is injected lies that schedule's own state, under the same name.
-    named = [rate for _, rate in optax.tree.get_all_with_path(state, "learning_rate")]
-    rates = [rate for rate in named if isinstance(rate, jax.Array)]
+    rates = [rate for _, rate in optax.tree.get_all_with_path(state, "learning_rate") if isinstance(rate, jax.Array)]
     return jnp.asarray(rates[0] if len(rates) == 1 else jnp.nan, jnp.float32)
 
 

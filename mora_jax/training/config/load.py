@@ -148,10 +148,10 @@ def check_found(config: Config, run: str | os.PathLike[str]) -> None:
         InputError: names the path, and the key that says where it is now.
     """
     data = config.data
-    named = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
-    named += [("data.train", path) for path in data.train or ()] + [("data.eval", path) for path in data.eval or ()]
-    named += [("train.eval_tasks", text.partition("=")[2]) for text in config.train.eval_tasks or ()]
-    for name, path in named:
+    paths = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
+    paths += [("data.train", path) for path in data.train or ()] + [("data.eval", path) for path in data.eval or ()]
+    paths += [("train.eval_tasks", text.partition("=")[2]) for text in config.train.eval_tasks or ()]
+    for name, path in paths:
         if path is None or not Path(path).is_absolute() or Path(path).exists() or glob.glob(path, recursive=True):
             continue
         how = f"say where it is now with --config.{name}=..." if name in CHANGEABLE else "put it back there"

@@ -282,7 +282,7 @@ class LossConfig:
     )
     normalize: str | None = key(
         None,
-        f"What the loss of a step is divided by: {'; '.join(f'{name}: {words}' for name, words in DIVISORS.items())}; "
+        f"What the loss of a step is divided by: {'; '.join(f'{name}: {text}' for name, text in DIVISORS.items())}; "
         "unset: as the mode says (token; im_paper example; wit nonzero).",
         choices=tuple(DIVISORS),
     )

@@ -363,12 +363,12 @@ def check_identity(written: Mapping[str, Any], expected: Mapping[str, Any]) -> N
     Raises:
         InputError: they differ; one line with both values.
     """
-    for name, words in COMPARED.items():
+    for name, title in COMPARED.items():
         # What a run did not have, it may have from now on.
         if written.get(name) is not None and written[name] != expected.get(name):
             theirs, ours = _value(name, written, expected), _value(name, expected, written)
             raise InputError(
-                f"the checkpoint was written with {words} {theirs}, this run has {ours}; resume with the run's own "
+                f"the checkpoint was written with {title} {theirs}, this run has {ours}; resume with the run's own "
                 f"settings"
             )
 
@@ -379,8 +379,8 @@ def _value(name: str, identity: Mapping[str, Any], other: Mapping[str, Any]) -> 
     if name == "base":
         return f"{identity.get('base_path')} ({value})"
     if isinstance(value, list) and isinstance(against, list):
-        own = ", ".join(sorted(set(value) - set(against))) or "none"
-        return f"{own} beside {len(set(value) & set(against))} others"
+        extra = ", ".join(sorted(set(value) - set(against))) or "none"
+        return f"{extra} beside {len(set(value) & set(against))} others"
     if isinstance(value, dict) and isinstance(against, dict):
         differing = [key for key in sorted({*value, *against}) if value.get(key) != against.get(key)]
         return ", ".join(f"{key} {value.get(key, 'absent')}" for key in differing[:3])

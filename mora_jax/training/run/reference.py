@@ -30,13 +30,13 @@ class ReferenceHook(Hook):
 
     def __enter__(self) -> Self:
         setup = self._run.setup
-        for words, dataset in (("training", setup.train), ("evaluation", setup.evaluation)):
+        for part, dataset in (("training", setup.train), ("evaluation", setup.evaluation)):
             if isinstance(dataset, PreferenceDataset):
-                dataset.reference = self._scored(dataset, words)
+                dataset.reference = self._scored(dataset, part)
         del self._start  # its arrays are given away by the first step
         return self
 
-    def _scored(self, dataset: PreferenceDataset, words: str) -> np.ndarray:
+    def _scored(self, dataset: PreferenceDataset, part: str) -> np.ndarray:
         run = self._run
         path = self._file(dataset)
         if path is not None and path.is_file():
@@ -46,7 +46,7 @@ class ReferenceHook(Hook):
             dataset,
             batch_size=run.setup.micro_batch,
             partitioner=run.assembly.settings.partitioner,
-            progress=lambda done, total: run.display.progress(f"reference of the {words} data", done, total),
+            progress=lambda done, total: run.display.progress(f"reference of the {part} data", done, total),
         )
         if path is not None and run.directory.writes:
             # A full disk only costs computing it again.

@@ -36,8 +36,8 @@ def mesh_shape(config: MeshConfig, batch_rows: int, available: int | None = None
     available = jax.device_count() if available is None else available
     processes = jax.process_count()
     sizes = {name: getattr(config, name) for name in AXES}
-    named = [name for name in AXES if name not in ("context", "expert") or sizes[name] != 1]
-    asked = ", ".join(f"mesh.{name}={sizes[name]}" for name in named)
+    names = (name for name in AXES if name not in ("context", "expert") or sizes[name] != 1)
+    asked = ", ".join(f"mesh.{name}={sizes[name]}" for name in names)
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         # -1 is the default of `data`; whoever gives another axis the rest means one device along `data`.

@@ -258,8 +258,8 @@ class Placement:
         """
         even = rows[0].shape[0] % self.row_shards == 0
         along = (_CONTEXT, *RULES["batch"]) if folded else RULES["batch"] if even else ()
-        whole = {"tensor"} if "experts" in dict(self.undivided) else set()
-        groups = tuple(name for name in RULES["experts"] if self.mesh.shape[name] > 1 and name not in whole)
+        undivided = {"tensor"} if "experts" in dict(self.undivided) else set()
+        groups = tuple(name for name in RULES["experts"] if self.mesh.shape[name] > 1 and name not in undivided)
         exchanged = "expert" in groups and bool(along)
 
         def share(*arrays: Array) -> Array:

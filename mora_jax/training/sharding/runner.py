@@ -208,7 +208,7 @@ class JitRunner(Runner):
         return tree
 
 
-def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding) -> Any:
+def places(tree: Any, shardings: dict[str, NamedSharding], default: NamedSharding) -> Any:
     """The sharding of every leaf of a state or of a dictionary of arrays (or shapes).
 
     A leaf of an optimizer's state is sharded like the parameter of the same name if it has its shape.
@@ -216,13 +216,13 @@ def places(tree: Any, shardings: dict[str, NamedSharding], whole: NamedSharding)
     Args:
         tree: the state or the arrays.
         shardings: of trained and frozen arrays by dotted path (`Placement.table`).
-        whole: what the others get.
+        default: what the others get.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         sharding = shardings.get(names[-1]) if names else None
-        return whole if sharding is None or not _fits(sharding, leaf.shape) else sharding
+        return default if sharding is None or not _fits(sharding, leaf.shape) else sharding
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
