@@ -345,6 +345,8 @@ def _prompt(where: str, text: str, as_json: bool, system: str | None) -> Prompt:
     if isinstance(prompt, str) and messages is None:
         return Prompt.of(where, prompt, system)
     if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages) and prompt is None:
+        if messages[-1].get("role") == "assistant":
+            raise InputError(f"{where}: the messages end with an answer; leave it out, it is what is asked for")
         return Prompt(where, {"messages": messages}, with_system(messages, system))
     raise InputError(f'{where}: expected {{"prompt": TEXT}} or {{"messages": [...]}}, found {text:.80}')
 

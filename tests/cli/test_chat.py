@@ -183,6 +183,9 @@ def test_many_prompts_are_answered_in_their_order(run, fails, typed, model_dir, 
         assert "standard input, line 2: no JSON object" in fails(*base, "--prompts", "-")
     typed('{"question": "x"}\n')
     assert 'standard input, line 1: expected {"prompt": TEXT}' in fails(*base, "--prompts", "-")
+    answered = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    typed(json.dumps({"messages": answered}) + "\n")
+    assert "standard input, line 1: the messages end with an answer" in fails(*base, "--prompts", "-")
     typed("\n")
     assert "standard input: there are no prompts" in fails(*base, "--prompts", "-")
     assert "not allowed with argument" in fails(*base, "--prompts", "-", "--prompt", "x")
