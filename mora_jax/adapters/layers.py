@@ -89,6 +89,8 @@ def _refuse_stack(layer: Any) -> None:
     """Raises `ValueError` where a layer's arrays are those of several."""
     if stack := stack_of(layer):
         raise ValueError(f"this layer is a stack of {list(stack)} layers: call it inside nnx.scan or nnx.vmap")
+    if stack := layer.adapter.layers:  # nnx.StateAxes may leave its scaling out, which would broadcast against outputs
+        raise ValueError(f"the AdapterState is that of {list(stack)} layers: give nnx.StateAxes its axis, too")
 
 
 class AdaptedLinear(nnx.Linear, Adapted):

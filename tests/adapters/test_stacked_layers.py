@@ -302,6 +302,15 @@ def test_a_call_outside_scan_and_vmap_is_refused(kind):
             call(x)
 
 
+def test_scalings_of_all_layers_in_one_are_refused():
+    """With as many layers as outputs they would scale the columns of each."""
+    layers = stacked(lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.Rngs(0), depth=WIDTH)
+    mj.attach(layers, mj.LoRAConfig(rank=2, alpha_pattern={"5": 64.0}), rngs=1)
+    axes = nnx.StateAxes({nnx.Param: 0, ...: None})
+    with pytest.raises(ValueError, match="AdapterState is that of"):
+        nnx.vmap(lambda layer, x: layer(x), in_axes=(axes, None))(layers, X)
+
+
 def test_an_axis_behind_is_refused():
     model = nnx.Dict(layer=stacked(MAKERS["linear"], nnx.Rngs(0), out_axes=1))
     with pytest.raises(ValueError, match=r"\[6, 3, 6\], no layers of 6 by 6 stacked along axes in front: .*out_axes=0"):
