@@ -226,6 +226,7 @@ BIASES = ("bias", "b")
 #: Why these layers carry no adapter.
 MASKED = "a mask on its kernel, which an update wouldn't have"
 SCALED = "its kernel is multiplied with a factor before the product"
+NORMALISED = "WeightNorm or SpectralNorm changes its kernel before the product, so an update wouldn't merge"
 TRANSPOSED = "a transposed convolution, whose kernel is no matrix from inputs to outputs"
 #: What of a layer says how it convolves; the rest of its call is dtypes and the bias.
 _CONVOLUTION = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "precision")

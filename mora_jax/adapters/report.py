@@ -13,7 +13,7 @@ from flax import nnx
 
 from mora_jax.adapters.base import Adapter, AdapterParam, host, known
 from mora_jax.adapters.layers import ADAPTED, Adapted
-from mora_jax.adapters.matrices import MASKED, SCALED, TRANSPOSED, registered
+from mora_jax.adapters.matrices import MASKED, NORMALISED, SCALED, TRANSPOSED, matrix_of, registered
 from mora_jax.adapters.methods.bitfit import BitFit
 from mora_jax.adapters.products.quantization import QuantizedParam, packed_sizes
 from mora_jax.adapters.sites import Site, adapted_sites, sites
@@ -428,4 +428,6 @@ def why_unknown(layer: nnx.Module) -> str:
             " and does not go on to super().__call__" if base.__module__.startswith("flax.") else ""
         )
     form = registered(base)
+    if matrix_of(layer) is not None:
+        return NORMALISED
     return SCALED if form is not None and form.scaled(layer) else "no product with one matrix"

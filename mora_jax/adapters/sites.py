@@ -276,7 +276,10 @@ def sites(model: nnx.Module) -> Iterator[Site]:
     """Every matrix of `model` that could carry an adapter, in the order of the module tree, shared modules once."""
     names: dict[int, list[str]] = {}
     _collect_paths(model, (), (), names)
-    for _, node in nnx.iter_graph(model):
+    nodes = [node for _, node in nnx.iter_graph(model)]
+    wrapped = [node.layer_instance for node in nodes if isinstance(node, nnx.WeightNorm | nnx.SpectralNorm)]
+    normalised = {id(node) for layer in wrapped for _, node in nnx.iter_graph(layer)}
+    for node in nodes:
         if isinstance(node, Projection):
             for number, part in enumerate(node.parts):
                 paths, sizes = node.module_paths(part.name), (node.in_features, node.layout.part_features(number))
@@ -286,7 +289,7 @@ def sites(model: nnx.Module) -> Iterator[Site]:
             yield LayerSite((node.path,), node, (), node.matrix.in_features, node.matrix.out_features, (), node.matrix)
         elif isinstance(node, Adapted) or (isinstance(node, nnx.Module) and adapted_class(type(node)) is not None):
             matrix = matrix_of(node)
-            if matrix is None:
+            if matrix is None or id(node) in normalised:
                 continue
             first, *others = sorted(names[id(node)], key=lambda path: (path.count("."), path))
             path_in_files = getattr(node, "path", None)  # the decoder's embedding knows its name in files

@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from mora_jax.adapters.config.patterns import config_at
-from mora_jax.adapters.matrices import LayerForm
+from mora_jax.adapters.matrices import NORMALISED, LayerForm
 from mora_jax.adapters.targets import Picker
 from mora_jax.linen.layers import LoRADense, MoRADense
 from mora_jax.linen.matrices import KINDS, adapter_path, layer_number, product_of
@@ -62,16 +62,15 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
     check_config(config)
     picks = Picker(config, layer_number)
     report = LinenReport(config)
-    depth = 0
+    running: list[nn.Module] = []  # modules whose calls are open, the outermost first
 
     def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        nonlocal depth
-        depth += 1
+        running.append(context.module)
         try:
             y = around(call, args, kwargs, context)
         finally:
-            depth -= 1
-        if depth == 0 and context.method_name != "setup":
+            running.pop()
+        if not running and context.method_name != "setup":
             report.finish(context.module)
         return y
 
@@ -100,6 +99,8 @@ def adapted(config: Any, *, deterministic: bool | None = None) -> Iterator[Linen
                 return call(x, *others, **kwargs)
 
         path = ".".join(where)
+        if any(isinstance(outer, nn.WeightNorm | nn.SpectralNorm) for outer in running):
+            product = NORMALISED
         if isinstance(product, str):
             report.note(where, module, why=product)
             return plain(inputs)

@@ -61,6 +61,9 @@ class LinenReport:
         self, path: Path, module: nn.Module, matrix: Matrix | None = None, config: Any = None, why: str = ""
     ) -> None:
         """Notes a layer: with an adapter of this configuration, without one, or `why` it can't have one."""
+        before = self.matrix_at(path)
+        if config and matrix and before and before.shape == matrix.shape and before.contracted != matrix.contracted:
+            raise ValueError(f"{title(path)} contracts other axes of its kernel from call to call: leave it out")
         self._seen[path] = _Seen(type(module), _lifts(module), matrix, config, why)
 
     def finish(self, module: nn.Module) -> None:

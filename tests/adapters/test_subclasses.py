@@ -109,3 +109,16 @@ def test_a_linen_module_in_a_bridge_is_named(started):
     for targets in ("all-linear", ("layer",)):
         with pytest.raises(ValueError, match=r"layer .*a Linen module in nnx\.bridge\.ToNNX.*mora_jax\.linen\.adapted"):
             mj.attach(Model(layer), mj.LoRAConfig(targets=targets), rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_a_kernel_that_is_normalised_before_the_product_carries_none(wrapper):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = wrapper(nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
+            self.out = nnx.Linear(4, 4, rngs=rngs)
+
+    report = mj.attach(Model(nnx.Rngs(0)), mj.LoRAConfig(rank=2), rngs=1)
+    assert [match.path for match in report.matches] == ["out"]
+    with pytest.raises(ValueError, match="norm.layer_instance .*WeightNorm or SpectralNorm changes its kernel"):
+        mj.attach(Model(nnx.Rngs(0)), mj.LoRAConfig(rank=2, targets=["layer_instance"]), rngs=1)

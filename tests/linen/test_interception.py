@@ -296,6 +296,33 @@ class Own(nn.Dense):
         return inputs @ self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
 
 
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+def test_a_kernel_that_is_normalised_before_the_product_carries_none(wrapper):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"update_stats": True} if wrapper is nn.SpectralNorm else {}
+            x = wrapper(nn.Dense(4, name="inner"), name="norm")(x, **options)
+            return nn.Dense(4, name="out")(x)
+
+    with adapted(LoRAConfig(rank=2)) as report:
+        variables = Model().init(KEY, X)
+    assert set(variables["adapters"]) == {"out"}
+    (reason,) = [left.reason for left in report.table.skipped if "inner" in left.paths]
+    assert reason.startswith("WeightNorm or SpectralNorm changes its kernel")
+
+
+def test_one_kernel_contracted_over_either_axis_is_refused():
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            einsum = nn.Einsum((8, 8), use_bias=False, name="tied")
+            return einsum(jnp.tanh(einsum(x, "...i,io->...o")), "...o,io->...i")
+
+    with pytest.raises(ValueError, match="tied contracts other axes of its kernel"), adapted(LoRAConfig(rank=2)):
+        Tied().init(KEY, X)
+
+
 def test_subclasses_are_adapted_in_their_parents_product_or_named():
     model = nn.Sequential([Doubled(8), Own(3)])
     config = LoRAConfig(rank=2)
