@@ -22,6 +22,9 @@ from mora_jax.adapters.products.explicit_mesh import cut_like, whole
 from mora_jax.adapters.products.matmul import widened
 from mora_jax.adapters.projection import OutputHead, Projection
 
+# Newer Flax has them.
+_NORMALISING = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -277,7 +280,7 @@ def sites(model: nnx.Module) -> Iterator[Site]:
     names: dict[int, list[str]] = {}
     _collect_paths(model, (), (), names)
     nodes = [node for _, node in nnx.iter_graph(model)]
-    wrapped = [node.layer_instance for node in nodes if isinstance(node, nnx.WeightNorm | nnx.SpectralNorm)]
+    wrapped = [node.layer_instance for node in nodes if isinstance(node, _NORMALISING)]
     normalised = {id(node) for layer in wrapped for _, node in nnx.iter_graph(layer)}
     for node in nodes:
         if isinstance(node, Projection):

@@ -111,11 +111,14 @@ def test_a_linen_module_in_a_bridge_is_named(started):
             mj.attach(Model(layer), mj.LoRAConfig(targets=targets), rngs=nnx.Rngs(1))
 
 
-@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+@pytest.mark.parametrize("wrapper", ["WeightNorm", "SpectralNorm"])
 def test_a_kernel_that_is_normalised_before_the_product_carries_none(wrapper):
+    if not hasattr(nnx, wrapper):
+        pytest.skip(f"this Flax has no nnx.{wrapper}")
+
     class Model(nnx.Module):
         def __init__(self, rngs):
-            self.norm = wrapper(nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
+            self.norm = getattr(nnx, wrapper)(nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
             self.out = nnx.Linear(4, 4, rngs=rngs)
 
     report = mj.attach(Model(nnx.Rngs(0)), mj.LoRAConfig(rank=2), rngs=1)
